@@ -1,0 +1,47 @@
+"""The generator of `make demo`: class-conditional, one token at a time in raster order.
+
+    python train_generator.py --config configs/generator/shapes.py --workdir runs/generator \\
+        --config.data.tokens=runs/tokens
+
+The Llama form of LlamaGen (arXiv:2406.06525) at a width that two CPU cores train in minutes.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    """No variants."""
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 4000
+    config.batch_size = 32
+    config.precision = dict(params="float32", compute="float32")
+    config.data = dict(
+        tokens="",  # folder that tokgen pretokenize wrote
+        tokenizer="",  # where its tokenizer lies now, if it was moved
+    )
+    config.generator = dict(
+        name="autoregressive",
+        order="raster",
+        places="rotary",
+        parts="llama_narrow",
+        width=128,
+        depth=4,
+        heads=4,
+        label_drop=0.1,
+        window=64,
+        unroll=4,  # no loop over layers: faster steps on a CPU, and four compile quickly
+        rates=dict(token=0.0, attention=0.0, residual=0.0),
+    )
+    config.optimizer = dict(
+        name="adamw", learning_rate=2e-3, warmup=100, b2=0.95, weight_decay=0.01, clip=1.0
+    )
+    config.ema = 0.998
+    config.presets = dict(default=dict(temperature=0.7, guidance="constant", weight=2.0))
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.strategy = "data"
+    config.held_out = dict(images=500, samples=8)
+    config.report = dict(scalars=100, save=2000)
+    config.keep = dict(latest=1, best=1)
+    config.init_from = ""
+    return config

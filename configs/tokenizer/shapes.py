@@ -1,0 +1,49 @@
+"""The tokenizer of `make demo`: 8 x 8 tokens of a 32 x 32 image of a coloured shape.
+
+    python train_tokenizer.py --config configs/tokenizer/shapes.py --workdir runs/tokenizer
+
+FSQ (arXiv:2309.15505) with 240 codes; an encoder that sees 4 x 4 pixels at a time and a decoder
+that looks around. Variants: `vq`, `ema` (learned codebooks of 256), `hard` (freer shapes).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant=""):
+    """`variant` is "", "vq", "ema" or "hard"."""
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 8000
+    config.batch_size = 16  # on a CPU a step costs in proportion: more, smaller steps win
+    config.precision = dict(params="float32", compute="float32")
+    config.data = dict(name="shapes", size=(32, 32), channels=3, count=20000, form="easy")
+    config.view = dict(size=(32, 32), channels=3, crop="center", flip=False)
+    config.pixels = (-1.0, 1.0)
+    config.encoder = dict(name="conv", widths=(64,), blocks=2, stem=4, parts="local")
+    config.quantizer = dict(name="fsq", levels=(8, 6, 5))
+    config.decoder = dict(name="conv", widths=(64,), blocks=2, stem=4, parts="light")
+    config.loss = dict(l1=0.0, l2=1.0, perceptual=0.0, codebook=1.0, commitment=0.25)
+    config.perceptual = ""  # weight files of LPIPS, comma between two
+    config.critic = dict(
+        weight=0.0,  # 0: no critic
+        start=0.5,  # as a share of the run: the critic begins to learn
+        warmup=0.05,  # and this much later the tokenizer begins to play against it
+        optimizer=dict(learning_rate=2e-4, b1=0.5, b2=0.9, clip=1.0, decay="constant"),
+    )
+    config.optimizer = dict(name="adamw", learning_rate=3e-3, warmup=50, b2=0.99, clip=1.0)
+    config.ema = 0.998
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.strategy = "data"
+    config.max_bad = 1e-3
+    config.held_out = dict(images=500)
+    config.report = dict(scalars=100, save=4000)
+    config.keep = dict(latest=1, best=1)
+    config.init_from = ""
+    if variant in ("vq", "ema"):
+        update = "gradient" if variant == "vq" else "ema"
+        config.quantizer = dict(name="vq", codes=256, channels=8, update=update)
+    elif variant == "hard":
+        config.data.form = "hard"
+    elif variant:
+        raise ValueError("variants are vq, ema and hard")
+    return config

@@ -1,0 +1,50 @@
+"""What every test runs under: eight virtual CPU devices, strict broadcasting, a compilation cache.
+
+The settings stand above the first use of jax, which reads them once. Those that go through
+`jax.config` stay in this process: a program that a test starts sees one device, as a user's does.
+"""
+
+import os
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DEVICES = 8
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# XLA sizes its thread pool by NPROC. With one thread per device, several collective programs in
+# flight take each other's threads and wait for ever (jax 0.10.2 on 2 cores: a loop over a sharded
+# step aborts after 40 s); four per device were never seen to.
+os.environ.setdefault("NPROC", str(4 * DEVICES))
+# One folder per environment: an entry does not outlive the jax that wrote it.
+if sys.prefix != sys.base_prefix:
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(sys.prefix) / "jax-cache"))
+# Tests compile many small programs, each below the default of one second.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", DEVICES)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_runtest_setup(item):
+    """Skip what only an accelerator can show."""
+    if item.get_closest_marker("accelerator") and jax.default_backend() == "cpu":
+        pytest.skip("needs a GPU or TPU: run with JAX_PLATFORMS=cuda or tpu")
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """The randomness of a test: split it, or fold in."""
+    return jax.random.key(20)
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """The folder of material beside the repository; tests that need it skip where it is absent."""
+    path = ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("needs the folder ../shared beside the repository")
+    return path

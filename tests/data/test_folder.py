@@ -1,0 +1,194 @@
+"""Layouts of folders: what is read, how it is split, and what is refused by name."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokgen import interfaces
+from tokgen.data import folder, images
+
+
+def write(root, *names):
+    for number, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        form = {"jpg": "JPEG", "jpeg": "JPEG"}.get(path.suffix[1:].lower(), "PNG")
+        Image.new("RGB", (2, 2), (number % 256, 0, 0)).save(path, form)
+    return root
+
+
+def names(source):
+    return [source.name(index) for index in range(len(source))]
+
+
+def test_class_folders_give_sorted_classes_and_nested_images_belong_to_them(tmp_path):
+    write(tmp_path, "zebra/b.png", "ant/x/y/1.JPG", "ant/0.jpeg", "zebra/A.PNG", "ant/.hidden.png")
+    (tmp_path / "ant" / "notes.txt").write_text("no image")
+    (tmp_path / ".cache").mkdir()
+    source = folder.Source(tmp_path, split="all")
+    assert source.classes == ("ant", "zebra")
+    assert names(source) == ["ant/0.jpeg", "ant/x/y/1.JPG", "zebra/A.PNG", "zebra/b.png"]
+    assert [source[index]["label"] for index in range(4)] == [0, 0, 1, 1]
+    assert images.decode(source[3]["image"], 3).shape == (2, 2, 3)
+    assert source[-1] == source[3]
+    with pytest.raises(IndexError):
+        source[4]
+
+
+def test_a_flat_folder_has_no_classes(tmp_path):
+    source = folder.Source(write(tmp_path, "1.png", "2.PNG"), split="all")
+    assert source.classes == () and [record["label"] for record in source] == [0, 0]
+
+
+@pytest.mark.parametrize("held_out", folder.HELD_OUT)
+def test_split_folders_are_read_as_splits(tmp_path, held_out):
+    write(tmp_path, "train/a/1.png", "train/b/2.png", f"{held_out}/b/3.png")
+    train, other = folder.Source(tmp_path), folder.Source(tmp_path, split="held_out")
+    assert names(train) == ["train/a/1.png", "train/b/2.png"]
+    assert names(other) == [f"{held_out}/b/3.png"]
+    assert train.classes == other.classes == ("a", "b") and other[0]["label"] == 1
+    assert names(folder.Source(tmp_path, split="all")) == sorted(names(train) + names(other))
+
+
+def test_split_folders_may_be_flat_and_are_chosen_by_name(tmp_path):
+    write(tmp_path, "Train/1.png", "test/2.png", "val/3.png")
+    assert names(folder.Source(tmp_path, split="held_out")) == ["val/3.png"]
+    assert folder.Source(tmp_path).classes == ()
+
+
+def test_a_class_named_train_among_others_is_a_class(tmp_path):
+    source = folder.Source(write(tmp_path, "train/1.png", "car/2.png"), split="all")
+    assert source.classes == ("car", "train")
+
+
+def test_splits_are_a_partition_of_the_stated_size(tmp_path):
+    write(tmp_path, *(f"c{n % 2}/{n}.png" for n in range(400)))
+    train = folder.Source(tmp_path, held_out=0.2)
+    other = folder.Source(tmp_path, split="held_out", held_out=0.2)
+    everything = folder.Source(tmp_path, split="all")
+    assert sorted(names(train) + names(other)) == names(everything)
+    assert not set(names(train)) & set(names(other))
+    assert 50 < len(other) < 110  # 80 +- 4 standard deviations
+
+
+def test_adding_files_moves_none(tmp_path):
+    write(tmp_path, *(f"a/{n}.png" for n in range(100)))
+    before = set(names(folder.Source(tmp_path, split="held_out", held_out=0.1)))
+    write(tmp_path, *(f"a/new{n}.png" for n in range(100)))
+    after = set(names(folder.Source(tmp_path, split="held_out", held_out=0.1)))
+    assert before and {name for name in after if "new" not in name} == before
+
+
+def test_two_images_are_one_and_one(tmp_path):
+    write(tmp_path, "1.png", "2.png")
+    assert len(folder.Source(tmp_path)) == len(folder.Source(tmp_path, split="held_out")) == 1
+
+
+def test_fingerprints_follow_names_and_sizes_and_not_the_place(tmp_path):
+    first = folder.Source(write(tmp_path / "x", "a/1.png", "b/2.png", "b/3.png"), split="all")
+    second = folder.Source(write(tmp_path / "y", "a/1.png", "b/2.png", "b/3.png"), split="all")
+    assert first.fingerprint == second.fingerprint
+    assert first.fingerprint != folder.Source(tmp_path / "x").fingerprint
+    with open(tmp_path / "y" / "a" / "1.png", "ab") as file:
+        file.write(b"0")
+    assert folder.Source(tmp_path / "y", split="all").fingerprint != first.fingerprint
+    os.rename(tmp_path / "x" / "b" / "3.png", tmp_path / "x" / "b" / "4.png")
+    assert folder.Source(tmp_path / "x", split="all").fingerprint != first.fingerprint
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    write(tmp_path / "set", "a/1.png", "b/2.png")
+    write(tmp_path / "elsewhere", "3.png")
+    (tmp_path / "set/a/up").symlink_to(tmp_path / "set")
+    (tmp_path / "set/a/self").symlink_to(tmp_path / "set/a")
+    (tmp_path / "set/b/aside").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/b/dead.png").symlink_to(tmp_path / "nothing.png")
+    found = names(folder.Source(tmp_path / "set", split="all"))
+    assert "b/aside/3.png" in found and "b/dead.png" not in found
+    # Through `up` the tree is seen from a again, once: never from itself.
+    assert len(found) == len(set(found)) <= 6
+
+
+def test_a_source_travels_to_another_process(tmp_path):
+    source = folder.Source(write(tmp_path, "a/1.png", "b/2.png"), split="all")
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy[1] == source[1] and copy.fingerprint == source.fingerprint
+
+
+def missing(root):
+    return root / "gone"
+
+
+def a_file(root):
+    return write(root, "1.png") / "1.png"
+
+
+def empty(root):
+    return root
+
+
+def no_images(root):
+    (root / "readme.txt").write_text("")
+    return root
+
+
+def empty_class(root):
+    write(root, "a/1.png")
+    (root / "barren" / "deeper").mkdir(parents=True)
+    return root
+
+
+def images_beside_classes(root):
+    return write(root, "a/1.png", "stray.png")
+
+
+def unknown_class_held_out(root):
+    return write(root, "train/a/1.png", "val/stranger/2.png")
+
+
+def held_out_without_classes(root):
+    return write(root, "train/a/1.png", "test/2.png")
+
+
+@pytest.mark.parametrize(
+    ("layout", "named"),
+    [
+        (missing, "gone"),
+        (a_file, "a file"),
+        (empty, "no images in"),
+        (no_images, "no images in"),
+        (empty_class, "barren"),
+        (images_beside_classes, "stray.png"),
+        (unknown_class_held_out, "stranger"),
+        (held_out_without_classes, "without classes"),
+    ],
+)
+def test_unusable_layouts_are_refused_by_name(tmp_path, layout, named):
+    path = layout(tmp_path)
+    with pytest.raises(interfaces.UserError, match=named) as error:
+        folder.Source(path, split="all")
+    assert str(tmp_path) in str(error.value)
+
+
+def test_impossible_splits_are_refused(tmp_path):
+    write(tmp_path, "1.png", "2.png")
+    with pytest.raises(interfaces.UserError, match="'test'"):
+        folder.Source(tmp_path, split="test")
+    with pytest.raises(interfaces.UserError, match="held_out"):
+        folder.Source(tmp_path, held_out=1.5)
+    with pytest.raises(interfaces.UserError, match="nothing is held out"):
+        folder.Source(tmp_path, split="held_out", held_out=0.0)
+    assert len(folder.Source(tmp_path, held_out=0.0)) == 2
+
+
+def test_labels_of_a_split_cover_the_classes_of_the_folder(tmp_path):
+    write(tmp_path, *(f"c{n % 3}/{n}.png" for n in range(30)))
+    source = folder.Source(tmp_path, split="train")
+    assert {record["label"] for record in source} == {0, 1, 2}
+    np.testing.assert_array_equal(
+        [source[i]["label"] for i in range(len(source))],
+        [int(name[1]) for name in names(source)],
+    )

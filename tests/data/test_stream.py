@@ -1,0 +1,267 @@
+"""Batches are a function of (seed, step), whoever loads them and wherever they start."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokgen import interfaces
+from tokgen.data import folder, images, shapes, stream, tokens
+
+
+class Numbered:
+    """Images that say which they are: the index in the first pixel, noise elsewhere."""
+
+    def __init__(self, count, size=(12, 18), broken=()):
+        self.count, self.size, self.broken = count, size, set(broken)
+        self.read = []
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        if index in self.broken:
+            return {"image": b"broken", "label": index}
+        image = np.full((*self.size, 3), index, np.uint8)
+        image[:, : self.size[1] // 2] = 255 - index
+        stream = io.BytesIO()
+        Image.fromarray(image).save(stream, "PNG")
+        return {"image": stream.getvalue(), "label": index}
+
+    def name(self, index):
+        return f"picture-{index}"
+
+
+RANDOM = images.View((8, 12), crop="random", flip=True)
+
+
+def take(count, *arguments, **keywords):
+    with stream.batches(*arguments, **keywords) as batches:
+        return [next(batches) for _ in range(count)]
+
+
+def same(left, right):
+    assert left.keys() == right.keys()
+    for key in left:
+        np.testing.assert_array_equal(left[key], right[key])
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_number_of_processes_sees_the_same_global_batches(processes):
+    source = Numbered(30)  # 8 does not divide 30: batches cross epochs
+    alone = take(10, source, RANDOM, seed=3, batch_size=8)
+    parts = [
+        take(10, source, RANDOM, seed=3, batch_size=8, process=(part, processes), threads=2)
+        for part in range(processes)
+    ]
+    for step, whole in enumerate(alone):
+        assert whole["image"].shape == (8, 8, 12, 3) and whole["image"].dtype == np.uint8
+        assert whole["label"].dtype == np.int32
+        joined = {key: np.concatenate([part[step][key] for part in parts]) for key in whole}
+        same(whole, joined)
+
+
+def test_a_stream_starts_at_any_step():
+    source = Numbered(30, broken=(4, 5))
+    keywords = {"seed": 1, "batch_size": 8, "max_bad": 1.0}
+    whole = take(12, source, RANDOM, **keywords)
+    for start in range(12):
+        rest = take(12 - start, source, RANDOM, start=start, threads=start % 3, **keywords)
+        for left, right in zip(whole[start:], rest, strict=True):
+            same(left, right)
+    # Against comparing a constant with itself:
+    assert any((whole[0]["image"] != batch["image"]).any() for batch in whole[1:])
+
+
+def test_every_index_once_per_epoch_in_a_new_order():
+    labels = np.concatenate(
+        [batch["label"] for batch in take(9, Numbered(24), RANDOM, seed=0, batch_size=8)]
+    ).reshape(3, 24)
+    np.testing.assert_array_equal(np.sort(labels, axis=1), np.tile(np.arange(24), (3, 1)))
+    assert len({tuple(epoch) for epoch in labels}) == 3
+    other = take(3, Numbered(24), RANDOM, seed=1, batch_size=8)
+    assert (np.concatenate([batch["label"] for batch in other]) != labels[0]).any()
+
+
+def test_the_order_does_not_change_between_releases():
+    """A run that is resumed by another version of grain must go on in the same order."""
+    found = take(2, Numbered(10), RANDOM, seed=0, batch_size=10)
+    expected = [[1, 2, 4, 5, 9, 7, 8, 6, 0, 3], [9, 6, 1, 8, 2, 0, 3, 5, 4, 7]]
+    np.testing.assert_array_equal([batch["label"] for batch in found], expected)
+
+
+def test_crops_and_flips_change_from_epoch_to_epoch():
+    batches = take(4, Numbered(1, size=(40, 60)), RANDOM, seed=0, batch_size=4)
+    assert len({image.tobytes() for batch in batches for image in batch["image"]}) > 8
+
+
+def test_views_do_not_shift_the_order():
+    plain = take(3, Numbered(20), images.View((12, 18)), seed=5, batch_size=8)
+    random = take(3, Numbered(20), RANDOM, seed=5, batch_size=8)
+    for left, right in zip(plain, random, strict=True):
+        np.testing.assert_array_equal(left["label"], right["label"])
+        # The plain view leaves the picture alone, whose first pixel says which it is.
+        np.testing.assert_array_equal(left["image"][:, 0, 0, 0], 255 - left["label"])
+        np.testing.assert_array_equal(left["image"][:, -1, -1, 0], left["label"])
+
+
+def test_a_broken_image_is_replaced_by_the_next_of_its_permutation_and_moves_no_other():
+    view = images.View((12, 18))
+    sound = take(6, Numbered(20), view, seed=2, batch_size=10)
+    order = np.concatenate([batch["label"] for batch in sound]).reshape(3, 20)
+    broken = {int(order[0, 3]), int(order[0, 4]), int(order[1, 19])}
+    expected = order.copy()
+    for epoch, row in enumerate(order):
+        for place in range(20):
+            n = place
+            while row[n % 20] in broken:
+                n += 1
+            expected[epoch, place] = row[n % 20]
+    with stream.batches(
+        Numbered(20, broken=broken), view, seed=2, batch_size=10, max_bad=1.0
+    ) as batches:
+        found = [next(batches) for _ in range(6)]
+        assert (batches.seen, batches.bad, batches.step) == (60, 9, 6)
+        assert set(batches.broken) == {f"picture-{index}" for index in broken}
+    labels = np.concatenate([batch["label"] for batch in found])
+    np.testing.assert_array_equal(labels, expected.ravel())
+    pixels = np.concatenate([batch["image"] for batch in found])
+    np.testing.assert_array_equal(pixels[:, -1, -1, 0], labels)
+
+
+def test_counts_are_of_what_was_handed_out_and_not_of_what_was_loaded_ahead():
+    source = Numbered(64, broken=range(0, 64, 4))
+    with stream.batches(
+        source, RANDOM, seed=0, batch_size=8, threads=2, prefetch=6, max_bad=1.0
+    ) as batches:
+        assert (batches.seen, batches.bad) == (0, 0)
+        next(batches)
+        assert batches.seen == 8 and batches.bad <= 8
+
+
+def test_the_allowed_rate_is_judged_over_ten_thousand():
+    source = Numbered(50, broken=(7,))
+    with stream.batches(source, RANDOM, seed=0, batch_size=50) as batches:
+        for _ in range(10):  # ten of ten thousand are allowed
+            next(batches)
+        with pytest.raises(interfaces.UserError, match="picture-7"):
+            next(batches)
+
+
+def test_a_set_without_one_sound_image_stops_at_once():
+    with stream.batches(Numbered(40, broken=range(40)), RANDOM, seed=0, batch_size=4) as batches:
+        with pytest.raises(interfaces.UserError, match="picture-") as error:
+            next(batches)
+    assert "in a row" in str(error.value)
+
+
+def test_a_file_that_vanishes_is_a_broken_image(tmp_path):
+    for number in range(6):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    source = folder.Source(tmp_path, split="all")
+    (tmp_path / "2.png").unlink()
+    with stream.batches(source, images.View((4, 4)), seed=0, batch_size=6) as batches:
+        batch = next(batches)
+        assert batches.bad == 1 and batches.broken == ("2.png",)
+    assert sorted(set(batch["image"][:, 0, 0, 0].tolist())) == [0, 1, 3, 4, 5]
+
+
+def test_drawn_images_come_in_batches_and_are_the_same_as_one_by_one():
+    source = shapes.Source((16, 24), count=50)
+    view = images.View((16, 24), flip=True)
+
+    class OneByOne:
+        def __len__(self):
+            return len(source)
+
+        def __getitem__(self, index):
+            return source[index]
+
+    for left, right in zip(
+        take(5, source, view, seed=0, batch_size=16),
+        take(5, OneByOne(), view, seed=0, batch_size=16),
+        strict=True,
+    ):
+        same(left, right)
+
+
+def test_one_pass_is_in_order_and_whole():
+    source = Numbered(11, broken=(3, 10))
+    view = images.View((12, 18))
+    with stream.once(source, view, batch_size=4, max_bad=1.0) as batches:
+        found = list(batches)
+        assert batches.bad == 2 and batches.seen == 11
+    assert [len(batch["label"]) for batch in found] == [4, 4, 3]
+    labels = np.concatenate([batch["label"] for batch in found])
+    np.testing.assert_array_equal(labels, [0, 1, 2, 4, 4, 5, 6, 7, 8, 9, 0])
+    some = stream.once(source, view, batch_size=2, indices=[9, 4, 6])
+    np.testing.assert_array_equal(np.concatenate([b["label"] for b in some]), [9, 4, 6])
+    with pytest.raises(interfaces.UserError, match="random"):
+        stream.once(source, RANDOM, batch_size=2)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    writer = tokens.Writer(
+        tmp_path / "tokens",
+        images={"train": 10},
+        layout={"vocab": [100, 7], "grids": [[1, 3]]},
+        tokenizer={"path": "t", "fingerprint": "f", "precision": "float32"},
+        data={"fingerprint": "d"},
+        views=("center", "flip"),
+        shard_images=4,
+    )
+    for shard in writer.remaining():
+        index = np.arange(shard.start, shard.stop)
+        tokens_BXLG = np.zeros((len(index), 2, 3, 2), np.int32)
+        tokens_BXLG[..., 0] = index[:, None, None] + np.array([0, 50])[:, None]
+        writer.write(shard, tokens_BXLG, np.zeros(len(index), int))
+    writer.finish()
+    return tokens.Source(tmp_path / "tokens")
+
+
+def test_token_shards_are_streamed_with_one_of_their_views(shards):
+    whole = take(20, shards, seed=0, batch_size=10)
+    first = np.stack([batch["tokens"] for batch in whole])
+    assert first.shape == (20, 10, 3, 2) and first.dtype == np.int32
+    images_seen = np.sort(first[:, :, 0, 0] % 50, axis=1)
+    np.testing.assert_array_equal(images_seen, np.tile(np.arange(10), (20, 1)))
+    assert 70 < (first[:, :, 0, 0] >= 50).sum() < 130
+    # Both views of an image turn up: they are drawn anew each epoch.
+    assert {1, 51} <= set(first[:, :, 0, 0].ravel().tolist())
+    for part in range(2):
+        half = take(20, shards, seed=0, batch_size=10, process=(part, 2))
+        for left, right in zip(whole, half, strict=True):
+            same({key: left[key][part * 5 : part * 5 + 5] for key in left}, right)
+    passed = list(stream.once(shards, batch_size=4))
+    np.testing.assert_array_equal(np.concatenate(passed_tokens(passed))[:, 0, 0], np.arange(10))
+
+
+def passed_tokens(batches):
+    return [batch["tokens"] for batch in batches]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_size": 0},
+        {"batch_size": 7, "process": (0, 2)},
+        {"process": (2, 2)},
+        {"start": -1},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"max_bad": 2.0},
+    ],
+)
+def test_impossible_streams_are_refused(wrong):
+    with pytest.raises(interfaces.UserError):
+        stream.batches(Numbered(4), RANDOM, **{"seed": 0, "batch_size": 4, **wrong})
+
+
+def test_a_view_is_needed_for_images_and_channels_agree():
+    with pytest.raises(interfaces.UserError, match="needs a view"):
+        stream.batches(Numbered(4), seed=0, batch_size=2)
+    with pytest.raises(interfaces.UserError, match="channels"):
+        take(1, shapes.Source(), images.View((32, 32), 1), seed=0, batch_size=2)

@@ -1,0 +1,123 @@
+"""A tiny set, prepared without TensorFlow, is read without TensorFlow."""
+
+import io
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets
+from PIL import Image
+
+from tokgen import interfaces
+from tokgen.data import images, tfds
+
+
+def png(number):
+    stream = io.BytesIO()
+    Image.new("RGB", (3, 2), (number, 0, 0)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+class _Generated:
+    def _split_generators(self, _):
+        return {"train": self._generate_examples(12), "test": self._generate_examples(5)}
+
+
+class TokgenTiny(_Generated, tensorflow_datasets.core.GeneratorBasedBuilder):
+    VERSION = tensorflow_datasets.core.Version("1.0.0")
+
+    def _info(self):
+        features = tensorflow_datasets.features
+        return self.dataset_info_from_configs(
+            features=features.FeaturesDict(
+                {
+                    "image": features.Image(shape=(None, None, 3)),
+                    "label": features.ClassLabel(names=["red", "green", "blue"]),
+                }
+            )
+        )
+
+    def _generate_examples(self, count):
+        for number in range(count):
+            yield number, {"image": png(number), "label": number % 3}
+
+
+class TokgenPlain(_Generated, tensorflow_datasets.core.GeneratorBasedBuilder):
+    VERSION = tensorflow_datasets.core.Version("1.0.0")
+
+    def _info(self):
+        features = tensorflow_datasets.features
+        return self.dataset_info_from_configs(
+            features=features.FeaturesDict({"image": features.Image(shape=(None, None, 3))})
+        )
+
+    def _generate_examples(self, count):
+        for number in range(count):
+            yield number, {"image": png(number)}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("tfds"))
+    for builder in (TokgenTiny, TokgenPlain):
+        builder(data_dir=path, file_format="array_record").download_and_prepare()
+    return path
+
+
+def numbers(source):
+    return sorted(int(images.decode(source[i]["image"], 3)[0, 0, 0]) for i in range(len(source)))
+
+
+def test_records_are_the_bytes_of_the_files_and_their_labels(prepared):
+    source = tfds.Source("tokgen_tiny", data_dir=prepared)
+    assert source.classes == ("red", "green", "blue") and len(source) == 12
+    assert numbers(source) == list(range(12))
+    for index in range(12):
+        record = source[index]
+        pixels = images.decode(record["image"], 3)
+        np.testing.assert_array_equal(pixels[..., 0] % 3, record["label"])
+    with pytest.raises(IndexError):
+        source[12]
+
+
+def test_splits_and_slices(prepared):
+    assert len(tfds.Source("tokgen_tiny", split="held_out", data_dir=prepared)) == 5
+    assert len(tfds.Source("tokgen_tiny", split="all", data_dir=prepared)) == 17
+    sliced = ("train[:75%]", "train[75%:]")
+    train = tfds.Source("tokgen_tiny", splits=sliced, data_dir=prepared)
+    other = tfds.Source("tokgen_tiny", split="held_out", splits=sliced, data_dir=prepared)
+    assert sorted(numbers(train) + numbers(other)) == list(range(12)) and len(other) == 3
+    assert len({train.fingerprint, other.fingerprint}) == 2
+
+
+def test_a_set_without_labels_is_unconditional(prepared):
+    source = tfds.Source("tokgen_plain", data_dir=prepared)
+    assert source.classes == () and source[3]["label"] == 0
+
+
+def test_a_source_travels_to_another_process(prepared):
+    source = tfds.Source("tokgen_tiny", data_dir=prepared)
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy[7] == source[7] and copy.fingerprint == source.fingerprint
+
+
+def test_tensorflow_is_never_imported(prepared):
+    tfds.Source("tokgen_tiny", data_dir=prepared)
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"dataset": "cifar10"}, "tfds build cifar10 --file_format=array_record --data_dir="),
+        ({"dataset": "no_such_set"}, "no_such_set"),
+        ({"dataset": "a b/c:d!"}, "a b"),
+        ({"dataset": "tokgen_tiny", "splits": ("train", "missing"), "split": "all"}, "missing"),
+        ({"dataset": "tokgen_tiny", "splits": ("train",)}, "two parts"),
+        ({"dataset": "tokgen_tiny", "split": "test"}, "held_out"),
+    ],
+)
+def test_what_is_not_there_is_refused_with_the_remedy(prepared, arguments, named):
+    with pytest.raises(interfaces.UserError, match=named):
+        tfds.Source(**arguments, data_dir=prepared)

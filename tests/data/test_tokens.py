@@ -1,0 +1,417 @@
+"""Token shards come back as they were written, or are refused; a killed writer goes on."""
+
+import json
+import os
+import pathlib
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from array_record.python import array_record_module
+
+from tokgen import interfaces
+from tokgen.data import tokens
+
+COUNTS = {"train": 11, "held_out": 3}
+
+
+def plan(**changes):
+    return {
+        "images": COUNTS,
+        "layout": {"vocab": (300, 16), "grids": ((1, 1), (2, 2))},
+        "tokenizer": {"path": "runs/tokenizer", "fingerprint": "abc", "precision": "float32"},
+        "data": {"source": "folder flowers", "fingerprint": "def"},
+        "views": ("center", "flip"),
+        "classes": ("daisy", "rose"),
+        "shard_images": 4,
+        **changes,
+    }
+
+
+def content(split, start=0, stop=None):
+    """tokens [images, views, L, G] and labels of a split: whatever, but always the same."""
+    count = COUNTS[split]
+    rng = np.random.default_rng(count)
+    tokens_BXLG = rng.integers(0, (300, 16), (count, 2, 5, 2))
+    return tokens_BXLG[start:stop], rng.integers(0, 2, count)[start:stop]
+
+
+def fill(writer, shards):
+    for shard in shards:
+        writer.write(shard, *content(shard.split, shard.start, shard.stop))
+
+
+def write(path, **changes):
+    writer = tokens.Writer(path, **plan(**changes))
+    fill(writer, writer.remaining())
+    writer.finish()
+    return path
+
+
+def contents(path):
+    return {name: (path / name).read_bytes() for name in sorted(os.listdir(path))}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write(tmp_path / "tokens")
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("split", tokens.SPLITS)
+def test_tokens_come_back_as_they_were_written(folder, split, verify):
+    source = tokens.Source(folder, split=split, verify=verify)
+    tokens_BXLG, label_B = content(split)
+    assert len(source) == COUNTS[split] and source.classes == ("daisy", "rose")
+    assert source.layout == {"vocab": [300, 16], "grids": [[1, 1], [2, 2]]}
+    assert source.views == ("center", "flip") and source.header["dtype"] == "uint16"
+    order = np.random.default_rng(0).permutation(len(source))
+    for index, record in zip(order, source.__getitems__(order), strict=True):
+        np.testing.assert_array_equal(record["tokens"], tokens_BXLG[index])
+        assert record["tokens"].dtype == np.int32 and record["label"] == label_B[index]
+        np.testing.assert_array_equal(source[index]["tokens"], record["tokens"])
+    np.testing.assert_array_equal(source[-1]["tokens"], tokens_BXLG[-1])
+    with pytest.raises(IndexError):
+        source[len(source)]
+
+
+def test_records_are_packed_as_documented(folder):
+    """Read without tokgen: a little-endian uint32 label, then little-endian uint16 tokens."""
+    reader = array_record_module.ArrayRecordReader(
+        str(folder / "train-00001-of-00003.array_record")
+    )
+    record = reader.read_all()[1]
+    reader.close()
+    tokens_BXLG, label_B = content("train")
+    assert int.from_bytes(record[:4], "little") == label_B[5]
+    np.testing.assert_array_equal(np.frombuffer(record[4:], "<u2"), tokens_BXLG[5].ravel())
+    assert sorted(os.listdir(folder)) == [
+        "held_out-00000-of-00001.array_record",
+        "layout.json",
+        *(f"train-0000{shard}-of-00003.array_record" for shard in range(3)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype"), [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")]
+)
+def test_the_smallest_integer_that_holds_the_alphabet(tmp_path, vocab, dtype):
+    layout = {"vocab": [vocab], "grids": [[1, 2]]}
+    writer = tokens.Writer(tmp_path, **plan(layout=layout, images={"train": 2}, views=["center"]))
+    (shard,) = writer.remaining()
+    tokens_BXLG = np.array([0, vocab - 1, vocab - 1, 1]).reshape(2, 1, 2, 1)
+    for wrong in (vocab, -1):
+        with pytest.raises(ValueError, match="must lie in"):
+            writer.write(shard, np.where(tokens_BXLG == 0, wrong, tokens_BXLG), [0, 1])
+    with pytest.raises(ValueError, match="labels"):
+        writer.write(shard, tokens_BXLG, [0, 2])
+    with pytest.raises(ValueError, match="integers"):
+        writer.write(shard, tokens_BXLG.astype(float), [0, 1])
+    with pytest.raises(ValueError, match="takes 2 images"):
+        writer.write(shard, tokens_BXLG[:1], [0])
+    writer.write(shard, tokens_BXLG, [0, 1])
+    writer.finish()
+    source = tokens.Source(tmp_path)
+    assert source.header["dtype"] == dtype
+    np.testing.assert_array_equal(
+        [record["tokens"] for record in source.__getitems__([0, 1])], tokens_BXLG
+    )
+
+
+def test_fingerprints_follow_the_tokens_and_not_the_place(tmp_path):
+    first = tokens.Source(write(tmp_path / "a"))
+    moved = plan()["tokenizer"] | {"path": "elsewhere"}
+    assert first.fingerprint == tokens.Source(write(tmp_path / "b", tokenizer=moved)).fingerprint
+    other = plan()["tokenizer"] | {"fingerprint": "xyz"}
+    assert first.fingerprint != tokens.Source(write(tmp_path / "c", tokenizer=other)).fingerprint
+    assert first.fingerprint != tokens.Source(tmp_path / "a", split="held_out").fingerprint
+    copy = pickle.loads(pickle.dumps(first))
+    np.testing.assert_array_equal(copy[4]["tokens"], first[4]["tokens"])
+
+
+def test_processes_share_the_shards(tmp_path, folder):
+    path = tmp_path / "shared"
+    writers = [tokens.Writer(path, **plan()) for _ in range(2)]
+    parts = [writer.remaining((part, 2)) for part, writer in enumerate(writers)]
+    assert sorted(shard.file for part in parts for shard in part) == sorted(
+        shard.file for shard in writers[0].shards()
+    )
+    fill(writers[1], parts[1])
+    with pytest.raises(interfaces.UserError, match="shards of .* are missing"):
+        writers[0].finish()
+    fill(writers[0], parts[0])
+    writers[0].finish()
+    assert contents(path) == contents(folder)
+
+
+def test_a_stopped_writer_writes_only_what_is_missing(tmp_path, folder):
+    path = tmp_path / "stopped"
+    writer = tokens.Writer(path, **plan())
+    fill(writer, writer.remaining()[:2])
+    with pytest.raises(interfaces.UserError, match="not finished"):
+        tokens.Source(path)
+    again = tokens.Writer(path, **plan())
+    assert [shard.file for shard in again.remaining()] == [s.file for s in again.shards()[2:]]
+    # One that was damaged meanwhile, and one that lost its note, are written again.
+    shards = again.shards()
+    os.truncate(path / shards[0].file, 1000)
+    os.remove(path / f".{shards[1].file}.note")
+    assert again.remaining() == shards
+    fill(again, again.remaining())
+    again.finish()
+    assert contents(path) == contents(folder)
+    assert tokens.Writer(path, **plan()).remaining() == []
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it to tidy up, as nothing can after a kill."""
+
+
+def kill_at_rename(monkeypatch, stop, kill):
+    """Call `kill` at the stop-th of the places before and after each rename."""
+    replace, places = os.replace, iter(range(1000))
+
+    def counted(*names):
+        if next(places) == stop:
+            kill()
+        replace(*names)
+        if next(places) == stop:
+            kill()
+
+    monkeypatch.setattr(os, "replace", counted)
+
+
+def killed():
+    raise Killed
+
+
+def test_a_writer_that_stops_at_any_rename_resumes(tmp_path, folder, monkeypatch):
+    # Plan, four shards with their notes, header: ten renames, two places each.
+    for stop in range(20):
+        path = tmp_path / f"killed{stop}"
+        with monkeypatch.context() as patch:
+            kill_at_rename(patch, stop, killed)
+            with pytest.raises(Killed):
+                write(path)
+        if not (path / tokens.HEADER).exists():
+            with pytest.raises(interfaces.UserError):
+                tokens.Source(path)
+        write(path)
+        assert contents(path) == contents(folder)
+
+
+KILLED = """
+import os, pathlib, signal, sys
+import pytest
+from tests.data import test_tokens
+kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+test_tokens.kill_at_rename(pytest.MonkeyPatch(), 6, kill)
+test_tokens.write(pathlib.Path(sys.argv[1]))
+"""
+
+
+def test_a_killed_process_resumes(tmp_path, folder):
+    root = pathlib.Path(__file__).parents[2]
+    path = tmp_path / "killed"
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=root, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    assert len(tokens.Writer(path, **plan()).remaining()) == 3
+    write(path)
+    assert contents(path) == contents(folder)
+
+
+def test_another_plan_is_refused_and_overwrites_nothing(folder):
+    before = contents(folder)
+    for changes in (
+        {"tokenizer": plan()["tokenizer"] | {"fingerprint": "other"}},
+        {"layout": {"vocab": (300, 8), "grids": ((1, 1), (2, 2))}},
+        {"views": ("center",)},
+        {"data": {"source": "folder trees", "fingerprint": "def"}},
+        {"classes": ("rose", "daisy")},
+        {"images": {"train": 12, "held_out": 3}},
+    ):
+        with pytest.raises(interfaces.UserError, match=next(iter(changes))):
+            tokens.Writer(folder, **plan(**changes))
+    assert contents(folder) == before
+    assert tokens.Writer(folder, **plan(tokenizer=plan()["tokenizer"] | {"path": "moved"}))
+
+
+def test_other_folders_are_not_written_into(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(interfaces.UserError, match="thesis.tex"):
+        tokens.Writer(tmp_path, **plan())
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+    with pytest.raises(interfaces.UserError, match="is a file"):
+        tokens.Writer(tmp_path / "thesis.tex", **plan())
+
+
+SHARD = "train-00001-of-00003.array_record"
+
+
+def truncate(path):
+    os.truncate(path / SHARD, os.path.getsize(path / SHARD) // 2)
+
+
+def empty(path):
+    os.truncate(path / SHARD, 0)
+
+
+def flip(path):
+    data = bytearray((path / SHARD).read_bytes())
+    data[len(data) // 3] ^= 1
+    (path / SHARD).write_bytes(data)
+
+
+def remove(path):
+    os.remove(path / SHARD)
+
+
+def duplicate(path):
+    shutil.copy(path / "train-00000-of-00003.array_record", path / SHARD)
+
+
+def replaced(path, record, count):
+    """A shard of other records, with a header that vouches for it."""
+    writer = array_record_module.ArrayRecordWriter(str(path / SHARD), "group_size:1")
+    for _ in range(count):
+        writer.write(record)
+    writer.close()
+    edit(path, lambda h: h["splits"]["train"]["shards"][1].update(sha256=digest(path / SHARD)))
+
+
+def digest(file):
+    return tokens._sha256(file)
+
+
+def fewer_records(path):
+    replaced(path, bytes(44), 3)
+
+
+def narrow_records(path):
+    replaced(path, bytes(42), 4)
+
+
+def token_beyond_its_alphabet(path):
+    replaced(path, bytes(4) + np.full(20, 16, "<u2").tobytes(), 4)
+
+
+def label_beyond_the_classes(path):
+    replaced(path, b"\2\0\0\0" + bytes(40), 4)
+
+
+def edit(path, change):
+    header = json.loads((path / tokens.HEADER).read_text())
+    change(header)
+    (path / tokens.HEADER).write_text(json.dumps(header))
+
+
+def edited(change):
+    def damage(path):
+        edit(path, change)
+
+    return damage
+
+
+def no_json(path):
+    (path / tokens.HEADER).write_text('{"format": 1,')
+
+
+BODIES = (
+    truncate,
+    empty,
+    flip,
+    remove,
+    duplicate,
+    fewer_records,
+    narrow_records,
+    token_beyond_its_alphabet,
+    label_beyond_the_classes,
+)
+HEADERS = {
+    "no json": no_json,
+    "a list": lambda path: (path / tokens.HEADER).write_text("[]"),
+    "other version": edited(lambda h: h.update(format=2)),
+    "smaller alphabet": edited(lambda h: h["layout"].update(vocab=[200, 16])),
+    "alphabet beyond the integer": edited(lambda h: h["layout"].update(vocab=[70_000, 16])),
+    "other grids": edited(lambda h: h["layout"].update(grids=[[2, 2]])),
+    "another symbol": edited(lambda h: h["layout"].update(vocab=[300, 16, 16])),
+    "narrower integer": edited(lambda h: h.update(dtype="uint8")),
+    "fewer views": edited(lambda h: h.update(views=["center"])),
+    "fewer classes": edited(lambda h: h.update(classes=["daisy"])),
+    "count": edited(lambda h: h["splits"]["train"].update(images=12)),
+    "a shard less": edited(lambda h: h["splits"]["train"]["shards"].pop()),
+    "a shard twice": edited(
+        lambda h: h["splits"]["train"]["shards"].__setitem__(1, h["splits"]["train"]["shards"][0])
+    ),
+    "a path outside": edited(
+        lambda h: h["splits"]["train"]["shards"][0].update(file="../x.array_record")
+    ),
+    "no layout": edited(lambda h: h.pop("layout")),
+    "no tokenizer": edited(lambda h: h.pop("tokenizer")),
+    "no data": edited(lambda h: h.update(data=None)),
+    "classes are numbers": edited(lambda h: h.update(classes=[1, 2])),
+    "no classes": edited(lambda h: h.pop("classes")),
+    "splits are a list": edited(lambda h: h.update(splits=[])),
+}
+
+
+@pytest.mark.parametrize("damage", BODIES)
+def test_damaged_shards_are_refused_by_name(folder, damage):
+    damage(folder)
+    with pytest.raises(interfaces.UserError, match="tokgen pretokenize") as error:
+        tokens.Source(folder)
+    assert SHARD in str(error.value)
+    assert len(tokens.Source(folder, split="held_out")) == 3  # which is whole
+
+
+@pytest.mark.parametrize("damage", HEADERS)
+def test_damaged_headers_are_refused_by_name(folder, damage):
+    HEADERS[damage](folder)
+    with pytest.raises(interfaces.UserError, match="tokgen pretokenize") as error:
+        tokens.Source(folder)
+    assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, remove, fewer_records])
+def test_what_costs_nothing_is_checked_even_without_verification(folder, damage):
+    damage(folder)
+    with pytest.raises(interfaces.UserError, match=SHARD):
+        tokens.Source(folder, verify=False)
+
+
+def test_what_is_no_folder_of_tokens_is_refused(tmp_path, folder):
+    for path, named in (
+        (tmp_path / "gone", "nothing"),
+        (tmp_path, "layout.json"),
+        (folder / SHARD, "a file"),
+    ):
+        with pytest.raises(interfaces.UserError, match=named):
+            tokens.Source(path)
+    with pytest.raises(interfaces.UserError, match="'test'"):
+        tokens.Source(folder, split="test")
+    edit(folder, lambda h: h["splits"].pop("held_out"))
+    with pytest.raises(interfaces.UserError, match="no split 'held_out'"):
+        tokens.Source(folder, split="held_out")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"images": {}},
+        {"images": {"train": 0}},
+        {"images": {"test": 4}},
+        {"views": ()},
+        {"views": ("center", "center")},
+        {"shard_images": 0},
+        {"layout": {"vocab": [0], "grids": [[1, 1]]}},
+        {"layout": {"vocab": [2**31 + 1], "grids": [[1, 1]]}},
+    ],
+)
+def test_impossible_plans_are_refused(tmp_path, wrong):
+    with pytest.raises(interfaces.UserError):
+        tokens.Writer(tmp_path / "new", **plan(**wrong))
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,412 @@
+import os
+import pickle
+import struct
+import warnings
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tokgen import interfaces
+from tokgen.pretrained import reader
+
+PARITY = Path(__file__).parents[3] / "shared" / "parity"
+
+# An assembler for the pickles of torch.save, which is not installed here.
+
+
+def _text(value):
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def _int(value):
+    return b"J" + struct.pack("<i", value)
+
+
+def _tuple(*items):
+    return b"(" + b"".join(items) + b"t"
+
+
+def _name(module, name):
+    return f"c{module}\n{name}\n".encode()
+
+
+def _call(module, name, *arguments):
+    return _name(module, name) + _tuple(*arguments) + b"R"
+
+
+def _dict(**items):
+    return b"}(" + b"".join(_text(key) + item for key, item in items.items()) + b"u"
+
+
+def _storage(key, size, kind="FloatStorage", tail=b""):
+    parts = (_text("storage"), _name("torch", kind), _text(key), _text("cpu"), _int(size), tail)
+    return _tuple(*parts) + b"Q"
+
+
+def _tensor(storage, offset, shape, strides):
+    return _call(
+        "torch._utils",
+        "_rebuild_tensor_v2",
+        storage,
+        _int(offset),
+        _tuple(*map(_int, shape)),
+        _tuple(*map(_int, strides)),
+        b"\x89",  # requires_grad=False
+        _call("collections", "OrderedDict"),
+    )
+
+
+def _program(value):
+    return b"\x80\x02" + value + b"."
+
+
+def _zip(path, value, **storages):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("net/data.pkl", _program(value))
+        archive.writestr("net/byteorder", b"little")
+        for key, data in storages.items():
+            archive.writestr(f"net/data/{key}", np.asarray(data).tobytes())
+    return path
+
+
+def _legacy(path, value, **storages):
+    magic = b"\x8a\x0a" + (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+    keys = b"](" + b"".join(map(_text, storages)) + b"e"
+    head = (magic, _int(1001), _dict(little_endian=b"\x88"), value, keys)
+    body = [struct.pack("<q", len(data)) + np.asarray(data).tobytes() for data in storages.values()]
+    path.write_bytes(b"".join(map(_program, head)) + b"".join(body))
+    return path
+
+
+FORMS = [_zip, _legacy]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "weights.pth"
+
+
+@pytest.fixture
+def canary(tmp_path):
+    """A file that only executed code can make; it must not be there at the end."""
+    file = tmp_path / "canary"
+    yield file
+    assert not file.exists()
+
+
+def _refused(path, message, *unwrap, flatten=False):
+    with pytest.raises(interfaces.UserError, match=message) as error:
+        reader.read(path, *unwrap, flatten=flatten)
+    assert str(path) in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_views_parameters_and_shared_storages(form, path):
+    data = np.arange(12, dtype=np.float32)
+    tail = b"N" if form is _legacy else b""
+    storage = _storage("a", 12, tail=tail)
+    transposed = _tensor(storage, 0, (4, 3), (1, 4))
+    value = _dict(
+        whole=_tensor(storage, 0, (3, 4), (4, 1)),
+        transposed=_call(
+            "torch._utils",
+            "_rebuild_parameter",
+            transposed,
+            b"\x88",
+            _call("collections", "OrderedDict"),
+        ),
+        corner=_tensor(storage, 5, (2, 2), (4, 1)),
+        scalar=_tensor(storage, 7, (), ()),
+        empty=_tensor(storage, 0, (0, 9), (9, 1)),
+    )
+    arrays = reader.read(form(path, value, a=data))
+    grid = data.reshape(3, 4)
+    wanted = {
+        "whole": grid,
+        "transposed": grid.T,
+        "corner": grid[1:, 1:3],
+        "scalar": data[7],
+        "empty": np.zeros((0, 9), np.float32),
+    }
+    assert list(arrays) == list(wanted)
+    for key, array in arrays.items():
+        np.testing.assert_array_equal(array, wanted[key], err_msg=key)
+        assert array.dtype == np.float32
+        assert array.shape == wanted[key].shape
+        assert array.flags.c_contiguous and array.flags.writeable
+    arrays["whole"][:] = 0  # a copy: nothing else changes
+    np.testing.assert_array_equal(arrays["corner"], grid[1:, 1:3])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        ("DoubleStorage", np.float64),
+        ("HalfStorage", np.float16),
+        ("BFloat16Storage", ml_dtypes.bfloat16),
+        ("LongStorage", np.int64),
+        ("IntStorage", np.int32),
+        ("ShortStorage", np.int16),
+        ("CharStorage", np.int8),
+        ("ByteStorage", np.uint8),
+        ("BoolStorage", np.bool_),
+        ("ComplexFloatStorage", np.complex64),
+    ],
+)
+def test_dtypes(form, kind, dtype, path):
+    data = np.array([0, 1, 3], dtype)
+    value = _dict(x=_tensor(_storage("0", 3, kind), 0, (3,), (1,)))
+    array = reader.read(form(path, value, **{"0": data}))["x"]
+    assert array.dtype == dtype
+    np.testing.assert_array_equal(array, data)
+
+
+def test_nested_dicts(path):
+    one, two = (_tensor(_storage(key, 1), 0, (1,), (1,)) for key in "ab")
+    ordered = _call("collections", "OrderedDict") + b"(" + _text("w.x") + two + b"u"
+    ordered += _dict(_metadata=_dict(version=_int(1))) + b"b"  # BUILD, as PyTorch writes it
+    value = _dict(ema=_dict(w=one), model=ordered, steps=_int(7))
+    _zip(path, value, a=np.float32([1]), b=np.float32([2]))
+    assert reader.read(path, "ema")["w"] == 1
+    assert reader.read(path, "model")["w.x"] == 2
+    _refused(path, "'ema' is a dict, not a tensor.*there is ema, model, steps")
+    _refused(path, "'steps' is a int", flatten=True)
+    _refused(path, "no entry 'state_dict'; there is ema, model, steps", "state_dict")
+    _zip(path, _dict(model=_dict(b=one, a=_dict(c=two))), a=np.float32([1]), b=np.float32([2]))
+    assert list(reader.read(path, flatten=True)) == ["model.b", "model.a.c"]
+    assert list(reader.read(path, "model", flatten=True)) == ["b", "a.c"]
+
+
+def test_ordered_dicts_of_python_2(path):
+    pair = b"](" + _text("w") + _tensor(_storage("a", 1), 0, (1,), (1,)) + b"e"
+    value = _call("collections", "OrderedDict", b"](" + pair + b"e")
+    assert reader.read(_legacy(path, value, a=np.float32([5])))["w"] == 5
+
+
+def test_safetensors(tmp_path):
+    wanted = {
+        "a.b": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "half": np.ones((2,), ml_dtypes.bfloat16),
+        "flag": np.array([True, False]),
+        "long": np.array(2**40),
+    }
+    for name in ("weights.safetensors", "weights.bin"):  # told by its bytes, not its name
+        safetensors.numpy.save_file(wanted, tmp_path / name)
+        arrays = reader.read(tmp_path / name)
+        assert set(arrays) == set(wanted)
+        for key, array in arrays.items():
+            np.testing.assert_array_equal(array, wanted[key])
+            assert array.dtype == wanted[key].dtype
+
+
+def test_unreadable_safetensors(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    safetensors.numpy.save_file({"a": np.zeros(100, np.float32)}, path)
+    whole = path.read_bytes()
+    header = b'{"a":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}'
+    for data, message in (
+        (whole[:-1], "damaged"),
+        (whole[:5], "damaged"),
+        (struct.pack("<Q", 2**60) + whole[8:], "damaged"),  # a header of an exabyte
+        (whole.replace(b'"shape":[100]', b'"shape":[999]'), "damaged"),
+        (whole.replace(b'"F32"', b'"F99"'), "damaged"),
+        (struct.pack("<Q", len(header)) + header + b"\0\0", "a has the dtype F8_E4M3"),
+    ):
+        path.write_bytes(data)
+        _refused(path, message)
+
+
+class _Payload:
+    """What pickles to a call, as an attacker writes it."""
+
+    def __init__(self, call, *arguments):
+        self.reduced = call, arguments
+
+    def __reduce__(self):
+        return self.reduced
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_payloads_do_not_run(protocol, path, canary):
+    for payload, name in (
+        (_Payload(os.system, f"touch {canary}"), "system"),
+        (_Payload(eval, f"open({str(canary)!r}, 'w')"), "eval"),
+        (_Payload(getattr, os, "system"), "getattr|module"),
+        ({"model": [{"x": _Payload(os.mkdir, str(canary))}]}, "mkdir"),
+    ):
+        try:
+            program = pickle.dumps(payload, protocol)
+        except TypeError:  # a module does not pickle
+            continue
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("net/data.pkl", program)
+        _refused(path, f"({name}|opcode).*refused")
+        path.write_bytes(program)
+        # Protocols 0 and 1 begin as text, and are not taken for a weight file at all.
+        _refused(path, f"({name}|opcode).*refused" if protocol > 1 else "neither")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_refused_programs(form, path, canary):
+    storage = _storage("a", 1)
+    command = _text(f"touch {canary}")
+    table = _name("collections", "OrderedDict")
+    deep = b")" + b"\x85" * 100
+    twice = b")" + b"q\x00h\x00h\x00\x86" * 40  # each tuple mentions the one before twice
+    for value, message in (
+        (_call("os", "system", command), "os.system, which is refused"),
+        (_call("posix", "system", command), "posix.system, which is refused"),
+        (_call("torch._utils", "_rebuild_tensor_v2.__globals__", command), "refused"),
+        (_call("torch", "storage._load_from_bytes", command), "refused"),
+        (_call("numpy.core.multiarray", "_reconstruct", command), "refused"),
+        (_call("argparse", "Namespace"), "argparse.Namespace, which is refused"),
+        (_dict(a=_call("builtins", "getattr", table, _text("x"))), "builtins.getattr"),
+        (_call("torch", "FloatStorage", _int(9)), "calls a dtype"),
+        (b"(" + command + b"ios\nsystem\n", "opcode INST is refused"),
+        (b"(" + _name("os", "system") + command + b"o", "opcode OBJ is refused"),
+        (table + b")\x81", "opcode NEWOBJ is refused"),
+        (b"\x82\x01", "opcode EXT1 is refused"),
+        # Changing what a name stands for, or a tensor, through their attributes.
+        (table + _tuple(b"N", _dict(call=_int(1))) + b"b", "changes a _Name is refused"),
+        (storage + _dict(size=_int(9)) + b"b", "changes a _Storage is refused"),
+        (_tensor(storage, 0, (1,), (1,)) + _dict(offset=_int(9)) + b"b", "changes a _Tensor"),
+        (b"Nr" + struct.pack("<I", 2**32 - 1), "numbers 4294967295 values"),
+        (deep, "nested more than 64 deep"),
+        (twice, "more than 1000000 entries"),
+        (b"(\x85", "takes a mark for a value"),
+        (_call("collections", "OrderedDict", _int(9)), "not made of a list of pairs"),
+        (_tuple(_text("module"), _text("x")) + b"Q", "describes a storage in an unknown way"),
+        (_storage("a", -1), "describes a storage in an unknown way"),
+        (_tuple(storage, _storage("a", 2)), "describes the storage a in two ways"),
+        (b"X" + struct.pack("<I", 2**31), "damaged"),  # a string of two gigabytes
+    ):
+        form(path, value, a=np.float32([1]))
+        _refused(path, message)
+
+
+def test_a_dict_within_itself_ends(path):
+    _zip(path, b"}q\x00(" + _text("x") + b"h\x00u")
+    _refused(path, "dicts more than 64 deep", flatten=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "offset, shape, strides",
+    [
+        (0, (13,), (1,)),  # longer than the storage
+        (1, (12,), (1,)),
+        (12, (), ()),
+        (0, (3, 4), (5, 1)),
+        (-1, (2,), (1,)),
+        (0, (-1, 2), (1, 1)),
+        (4, (2,), (-1,)),  # backwards
+        (0, (3, 4), (4,)),
+        (0, (2**30, 2**30), (0, 0)),  # an exabyte from one number
+        (0, (4, 4), (0, 1)),
+        (0, (1,) * 65, (1,) * 65),
+    ],
+)
+def test_tensors_outside_their_storage(form, offset, shape, strides, path):
+    form(path, _dict(x=_tensor(_storage("a", 12), offset, shape, strides)), a=np.zeros(12, "f4"))
+    _refused(path, "does not lie within|strides are none")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_many_views_of_few_bytes(form, path):
+    """A thousand names of one megabyte would take a gigabyte."""
+    tensor = _tensor(_storage("a", 2**18), 0, (2**18,), (1,))
+    value = _dict(**{f"x{number}": tensor for number in range(1000)})
+    form(path, value, a=np.zeros(2**18, np.float32))
+    _refused(path, "claim 1048576000 bytes")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_storages_of_another_length(form, path):
+    value = _dict(x=_tensor(_storage("a", 4), 0, (2,), (1,)))
+    for size in (3, 5):
+        form(path, value, a=np.zeros(size, np.float32))
+        _refused(path, "must have (16 bytes|4 elements)")
+    form(path, value, b=np.zeros(4, np.float32))
+    _refused(path, "has none|list of storages differs")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_truncated_files(form, path):
+    value = _dict(x=_tensor(_storage("a", 64), 0, (64,), (1,)))
+    whole = form(path, value, a=np.zeros(64, np.float32)).read_bytes()
+    assert reader.read(path)["x"].size == 64
+    for length in range(2, len(whole), 7):
+        path.write_bytes(whole[:length])
+        _refused(path, "cut off|damaged")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_any_damage_is_one_clear_error_or_readable(form, path):
+    value = _dict(x=_tensor(_storage("a", 4), 0, (4,), (1,)), y=_call("torch", "Size", _tuple()))
+    whole = np.frombuffer(form(path, value, a=np.zeros(4, "f4")).read_bytes(), np.uint8)
+    rng = np.random.default_rng(0)
+    errors = 0
+    for _ in range(300):
+        damaged = whole.copy()
+        damaged[rng.integers(len(whole), size=3)] = rng.integers(256, size=3)
+        path.write_bytes(damaged.tobytes())
+        try:
+            reader.read(path)
+        except interfaces.UserError:
+            errors += 1
+    assert errors > 100
+
+
+def test_odd_zip_files(path):
+    value = _program(b"}")
+    for members, message in (
+        ([("a/data.pkl", value), ("a/data.pkl", value)], "two of its members have one name"),
+        ([("a/data.pkl", value), ("b/data.pkl", value)], "without one data.pkl"),
+        ([("code/x.py", b"1")], "without one data.pkl"),
+        ([("a/data.pkl", value), ("a/byteorder", b"big")], "big-endian"),
+        ([("a/data.pkl", bytes(reader.LARGEST_PICKLE + 1))], "its pickle is larger"),
+    ):
+        with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
+            warnings.simplefilter("ignore")  # of the doubled name
+            for name, data in members:
+                archive.writestr(name, data)
+        _refused(path, message)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(10**6))  # a thousand to one
+    _refused(path, "compressed")
+
+
+def test_other_files(path, tmp_path):
+    with pytest.raises(interfaces.UserError, match="no file"):
+        reader.read(path)
+    with pytest.raises(interfaces.UserError, match="no file"):
+        reader.read(tmp_path)
+    for data, message in (
+        (b"", "neither"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "neither.*version"),
+        (pickle.dumps([1, 2], 2), "not one of torch.save"),
+    ):
+        path.write_bytes(data)
+        _refused(path, message)
+
+
+@pytest.mark.skipif(not PARITY.is_dir(), reason="no parity fixtures")
+def test_published_forms_are_read():
+    files = [
+        file for file in PARITY.rglob("*") if file.suffix in (".pt", ".pth", ".bin", ".safetensors")
+    ]
+    assert files
+    for file in files:
+        wrapped = file.parent.name.startswith("llamagen")
+        arrays = reader.read(file, *(("model",) if wrapped else ()))
+        kib = sum(array.nbytes for array in arrays.values()) / 1024
+        # The rest of a file is names: the arrays must account for nearly all of it.
+        assert kib == pytest.approx(file.stat().st_size / 1024, rel=0.25, abs=8), file
+        for key, array in arrays.items():
+            assert array.dtype.kind in "fi" and not np.any(np.isnan(array)), (file, key)

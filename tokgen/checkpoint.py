@@ -1,0 +1,508 @@
+"""Save, verify, resume; load a tokenizer or a generator by path.
+
+A run keeps its checkpoints in `WORKDIR/checkpoints/STEP`. A step holds the arrays of its
+TrainStates and a `meta` record in JSON: kind, config, layout, classes, tokenizer, metrics, and the
+manifest. Orbax commits a step whole or not at all, but returns flipped bytes and casts dtypes
+without a word; the manifest (a checksum, shape and dtype per leaf) is compared on every restore.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from tokgen import config as configs
+from tokgen import rng, sharding
+from tokgen import state as states
+from tokgen.interfaces import PyTree, TokenLayout, UserError
+
+FORMAT = 1
+FOLDER = "checkpoints"
+
+# Fields of a config that may change between a run and its continuation; all others decide what
+# is trained, and a change is refused.
+FREE = ("steps", "report.", "keep.", "mesh.", "strategy", "held_out.", "workers.")
+
+
+# ---------------------------------------------------------------- the work directory
+
+
+@contextlib.contextmanager
+def lock(workdir: pathlib.Path) -> Iterator[None]:
+    """Hold the work directory. The system releases it when the process ends, however it ends."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(workdir / "lock", "a+")  # noqa: SIM115  (held while the run lasts)
+    except OSError as error:
+        raise UserError(f"cannot write to the work directory {workdir}: {error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise UserError(
+                f"the work directory {workdir} is in use by {file.read().strip() or 'a process'}; "
+                "wait for it, stop it, or use another --workdir"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n")
+        file.flush()
+        yield
+
+
+def write_json(path: pathlib.Path, record: Any) -> None:
+    """The file whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(part, path)
+
+
+# ---------------------------------------------------------------- the manifest
+
+
+@jax.jit
+def _checksum(leaf: jax.Array) -> jax.Array:
+    """Two 32-bit sums of the bits, each element times an odd number of its own.
+
+    Sums of integers modulo 2^32 have no order: any sharding gives the same, and no array has to
+    leave its device. A single changed element is always seen.
+    """
+    if jnp.issubdtype(leaf.dtype, jnp.bool_):
+        leaf = leaf.astype(jnp.uint8)
+    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
+    index = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+
+    def mixed(constant):
+        x = (index + jnp.uint32(1)) * jnp.uint32(constant)
+        x = (x ^ (x >> 15)) * jnp.uint32(0x2C1B3C6D)
+        return (x ^ (x >> 12)) | jnp.uint32(1)
+
+    return jnp.stack([jnp.sum(bits * mixed(c), dtype=jnp.uint32) for c in (0x9E3779B1, 0x85EBCA77)])
+
+
+def manifest(leaves: dict[str, jax.Array]) -> dict[str, dict]:
+    """Shape, dtype and checksum of every leaf."""
+    sums = jax.device_get({path: _checksum(leaf) for path, leaf in leaves.items()})
+    return {
+        path: {
+            "shape": list(leaf.shape),
+            "dtype": str(leaf.dtype),
+            "checksum": "".join(f"{int(part):08x}" for part in sums[path]),
+        }
+        for path, leaf in leaves.items()
+    }
+
+
+# ---------------------------------------------------------------- a run
+
+
+@dataclasses.dataclass
+class Run:
+    """The checkpoints of one work directory."""
+
+    workdir: pathlib.Path
+    manager: ocp.CheckpointManager
+    config: ml_collections.ConfigDict
+    meta: dict
+
+    def save(self, states_by_name: dict[str, states.TrainState], metrics: dict[str, float]) -> None:
+        """Begin to save; the previous save is committed and announced first."""
+        self.wait()
+        leaves = states.paths(states_by_name)
+        step = int(jax.device_get(next(iter(states_by_name.values())).step))
+        meta = {
+            **self.meta,
+            "format": FORMAT,
+            "step": step,
+            "config": configs.plain(self.config),
+            "metrics": metrics,
+            "versions": versions(),
+            "manifest": manifest(leaves),
+        }
+        self.manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_named(leaves)), meta=ocp.args.JsonSave(meta)
+            ),
+            metrics=metrics,
+        )
+
+    def wait(self) -> None:
+        """Until the last save is committed; raises what went wrong in the background."""
+        self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Commit what is under way."""
+        self.wait()
+        self.manager.close()
+
+
+def start(
+    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    *,
+    kind: str,
+    layout: TokenLayout | None,
+    classes: tuple[str, ...],
+    best: str,
+    tokenizer: dict | None = None,
+) -> Run:
+    """Open the checkpoints of a work directory; `best` is the metric of which less is better."""
+    policy = ocp.checkpoint_managers.AnyPreservationPolicy(
+        [
+            ocp.checkpoint_managers.LatestN(n=max(1, config.keep.latest)),
+            # max_to_keep with best_fn would delete the newest step
+            ocp.checkpoint_managers.BestN(
+                get_metric_fn=lambda metrics: metrics[best], n=max(1, config.keep.best), reverse=True
+            ),
+        ]
+    )
+    manager = ocp.CheckpointManager(
+        (workdir / FOLDER).absolute(),
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=policy, enable_async_checkpointing=True, create=True
+        ),
+    )
+    meta = {
+        "kind": kind,
+        "layout": layout.to_json() if layout else None,
+        "classes": list(classes),
+        "tokenizer": tokenizer,
+        "best": best,
+    }
+    return Run(workdir, manager, config, meta)
+
+
+def resume_or_start(
+    run: Run, states_by_name: dict[str, states.TrainState]
+) -> tuple[dict[str, states.TrainState], str]:
+    """(states, what was done). The whole policy, in this order:
+
+    1. a checkpoint in the work directory: resume it, everything included;
+    2. `config.init_from`: take its parameters (and average), fresh optimizer, step 0;
+    3. neither: the states as they were made.
+    """
+    steps = sorted(run.manager.all_steps())
+    if steps:
+        step = run.workdir / FOLDER / str(steps[-1])
+        meta = read_meta(step)
+        _same_run(meta, run, step)
+        leaves = _restore(step, states.paths(states_by_name), meta)
+        return _unflatten(states_by_name, leaves), f"resumed step {steps[-1]} of {run.workdir}"
+    if run.config.init_from:
+        step = find(run.config.init_from)
+        meta = read_meta(step)
+        wanted = states.paths(states_by_name)
+        taken = {
+            path: leaf
+            for path, leaf in wanted.items()
+            if path.split("/")[1] in ("params", "ema", "stats")
+        }
+        missing = sorted(set(taken) - set(meta["manifest"]))
+        if missing:
+            raise UserError(
+                f"init_from {step} does not fit this config: it lacks {', '.join(missing[:5])}"
+                f"{' ...' if len(missing) > 5 else ''}"
+            )
+        leaves = {**wanted, **_restore(step, taken, meta)}
+        return _unflatten(states_by_name, leaves), f"started from the parameters of {step}"
+    return states_by_name, f"started a new run in {run.workdir}"
+
+
+def _same_run(meta: dict, run: Run, step: pathlib.Path) -> None:
+    """Refuse to go on with another model, data set, batch size or seed."""
+    if meta["kind"] != run.meta["kind"]:
+        raise UserError(
+            f"{step} holds a {meta['kind']}; this program trains a {run.meta['kind']}: use another "
+            "--workdir"
+        )
+    old = configs.flat(json.loads(json.dumps(meta["config"])))
+    new = configs.flat(json.loads(json.dumps(configs.plain(run.config))))
+    changes = [
+        f"  {name}: {old.get(name, 'absent')!r} there, {new.get(name, 'absent')!r} here"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name) and not name.startswith(FREE)
+    ]
+    for name in ("layout", "classes", "tokenizer"):
+        a, b = (json.loads(json.dumps(m[name])) for m in (meta, run.meta))
+        if name == "tokenizer" and a and b:
+            a, b = a["fingerprint"], b["fingerprint"]
+        if a != b:
+            changes.append(f"  {name}: {str(a)[:200]} there, {str(b)[:200]} here")
+    if changes:
+        raise UserError(
+            "\n".join(
+                [
+                    f"{run.workdir} holds a run with another config; use its values, or another "
+                    "--workdir:",
+                    *changes,
+                ]
+            )
+        )
+
+
+# ---------------------------------------------------------------- reading
+
+
+def find(path: str | os.PathLike) -> pathlib.Path:
+    """The step that CKPT means: a step itself, or the best step of a work directory."""
+    given = pathlib.Path(path)
+    if not given.exists():
+        raise UserError(f"no checkpoint at {given}: there is no such path")
+    for folder in (given, given / FOLDER):
+        if folder.is_dir() and not _is_step(folder):
+            found = [s for s in folder.iterdir() if s.name.isdigit() and _is_step(s)]
+            if found:
+                return _best(found)
+        elif folder.is_dir():
+            return folder
+    raise UserError(
+        f"no checkpoint at {given}: need a work directory with {FOLDER}/STEP inside, or one step"
+    )
+
+
+def _is_step(folder: pathlib.Path) -> bool:
+    return (folder / "meta").is_dir() or (folder / "_CHECKPOINT_METADATA").exists()
+
+
+def _best(steps: list[pathlib.Path]) -> pathlib.Path:
+    """The step of the lowest held-out figure; the latest where none was measured."""
+
+    def rank(step):
+        meta = read_meta(step)
+        value = meta["metrics"].get(meta["best"], float("inf"))
+        return (value if np.isfinite(value) else float("inf"), -meta["step"])
+
+    return min(steps, key=rank)
+
+
+def read_meta(step: pathlib.Path) -> dict:
+    """The JSON record of a step."""
+    try:
+        (file,) = (step / "meta").glob("*")
+        meta = json.loads(file.read_text())
+        if meta["format"] != FORMAT:
+            raise UserError(
+                f"checkpoint {step} has format {meta['format']}; this tokgen reads {FORMAT}"
+            )
+        return meta
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise _damaged(step, f"its record cannot be read ({error})") from error
+
+
+def _damaged(step: pathlib.Path, what: str) -> UserError:
+    siblings = sorted(
+        (s.name for s in step.parent.iterdir() if s.name.isdigit() and s != step), key=int
+    )
+    other = f"use an earlier step ({', '.join(siblings)})" if siblings else "train it again"
+    return UserError(f"checkpoint {step} is damaged: {what}; {other}, or restore it from a copy")
+
+
+def _restore(step: pathlib.Path, wanted: dict[str, Any], meta: dict) -> dict[str, jax.Array]:
+    """Leaves of a step, verified, with the shapes, dtypes and shardings of `wanted`."""
+    record, problems = meta["manifest"], []
+    for path, leaf in wanted.items():
+        if path not in record:
+            problems.append(f"{path}: absent there, {tuple(leaf.shape)} here")
+            continue
+        there = (tuple(record[path]["shape"]), record[path]["dtype"])
+        if there != (tuple(leaf.shape), str(leaf.dtype)):
+            problems.append(f"{path}: {there} there, {(tuple(leaf.shape), str(leaf.dtype))} here")
+    if problems:
+        shown = "\n  ".join(problems[:10])
+        raise UserError(f"checkpoint {step} holds other arrays than this model:\n  {shown}")
+    target = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for path, leaf in wanted.items()
+    }
+    names = _named(target)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        found = ocp.PyTreeCheckpointer().restore(
+            (step / "state").absolute(),
+            args=ocp.args.PyTreeRestore(
+                item=names,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(names),
+                partial_restore=True,
+            ),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+        raise _damaged(step, f"its arrays cannot be read ({first})") from error
+    leaves = {path: found[_name(path)] for path in wanted}
+    sums = manifest(leaves)
+    wrong = [path for path in wanted if sums[path]["checksum"] != record[path]["checksum"]]
+    if wrong:
+        raise _damaged(step, f"the checksum of {', '.join(wrong[:3])} does not match its manifest")
+    return leaves
+
+
+def _name(path: str) -> str:
+    return path.replace("/", ".")  # a slash would become a folder in the store
+
+
+def _named(leaves: dict[str, Any]) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in leaves.items()}
+
+
+def _unflatten(tree: PyTree, leaves: dict[str, jax.Array]) -> PyTree:
+    ordered = [leaves[path] for path in states.paths(tree)]
+    return jax.tree.unflatten(jax.tree.structure(tree), ordered)
+
+
+# ---------------------------------------------------------------- loading for use
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A network loaded for use, with what its checkpoint says of it."""
+
+    module: nnx.Module
+    config: ml_collections.ConfigDict
+    layout: TokenLayout
+    classes: tuple[str, ...]
+    step: pathlib.Path
+    meta: dict
+    fingerprint: str
+
+
+def load_tokenizer(path: str | os.PathLike, *, compute: str = "") -> Loaded:
+    """The tokenizer of a checkpoint, with its averaged weights; `compute` overrides the dtype."""
+    return _load(path, "tokenizer", compute)
+
+
+def load_generator(path: str | os.PathLike, *, compute: str = "") -> Loaded:
+    """The generator of a checkpoint, with its averaged weights; `compute` overrides the dtype."""
+    return _load(path, "generator", compute)
+
+
+def load_tokenizer_of(generator: Loaded, path: str = "") -> Loaded:
+    """The tokenizer that a generator was trained with; `path` says where it lies now, if moved."""
+    wanted, workdir = generator.meta["tokenizer"], generator.step.parent.parent
+    places = [pathlib.Path(path)] if path else _places(wanted, workdir)
+    place = next((p for p in places if p.exists()), None)
+    if place is None:
+        raise UserError(
+            f"the tokenizer of {generator.step} is not at {places[0]}; say where it is now with "
+            "--tokenizer PATH"
+        )
+    tokenizer = load_tokenizer(place)
+    check_tokenizer(tokenizer, wanted["fingerprint"], f"generator {generator.step}")
+    return tokenizer
+
+
+def reference(tokenizer: Loaded | dict, workdir: pathlib.Path) -> dict:
+    """How a generator's checkpoint refers to its tokenizer: by path, also relative, and content."""
+    if isinstance(tokenizer, Loaded):
+        tokenizer = {"path": str(tokenizer.step), "fingerprint": tokenizer.fingerprint}
+    step = pathlib.Path(tokenizer["path"]).resolve()
+    relative = os.path.relpath(step, workdir.resolve())
+    return {"path": str(step), "relative": relative, "fingerprint": tokenizer["fingerprint"]}
+
+
+def _places(record: dict, workdir: pathlib.Path) -> list[pathlib.Path]:
+    return [pathlib.Path(record["path"]), workdir / record["relative"]]
+
+
+def check_tokenizer(tokenizer: Loaded, fingerprint: str, whose: str) -> None:
+    """An error when tokens were made by another tokenizer."""
+    if tokenizer.fingerprint != fingerprint:
+        raise UserError(
+            f"{whose} was made with another tokenizer: its tokenizer's fingerprint is "
+            f"{fingerprint[:16]}, that of {tokenizer.step} is {tokenizer.fingerprint[:16]}; use the "
+            "tokenizer that made it, or run tokgen pretokenize and train again"
+        )
+
+
+def _load(path: str | os.PathLike, kind: str, compute: str) -> Loaded:
+    step = find(path)
+    meta = read_meta(step)
+    if meta["kind"] != kind:
+        raise UserError(f"{step} holds a {meta['kind']}; need the checkpoint of a {kind}")
+    config = ml_collections.ConfigDict(meta["config"])
+    if compute:
+        config.precision.compute = compute
+    layout, classes = TokenLayout.from_json(meta["layout"]), tuple(meta["classes"])
+    key = rng.key(0, "init")
+    if kind == "tokenizer":
+
+        def make():
+            return configs.tokenizer(config, rngs=nnx.Rngs(key))
+    else:
+
+        def make():
+            return configs.generator(config, layout, len(classes), rngs=nnx.Rngs(key))
+
+    graph, params, stats = states.split(nnx.eval_shape(make))
+    which = "ema" if any(p.startswith("model/ema/") for p in meta["manifest"]) else "params"
+    mesh = sharding.make_mesh()
+    whole = sharding.replicated(mesh)
+    wanted = {f"model/{which}/{p}": leaf for p, leaf in states.paths(params).items()}
+    wanted.update({f"model/stats/{p}": leaf for p, leaf in states.paths(stats).items()})
+    wanted = {
+        p: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+        for p, leaf in wanted.items()
+    }
+    leaves = _restore(step, wanted, meta)
+    params, stats = (
+        _unflatten(tree, {p: leaves[f"model/{name}/{p}"] for p in states.paths(tree)})
+        for tree, name in ((params, which), (stats, "stats"))
+    )
+    return Loaded(
+        module=states.merge(graph, params, stats),
+        config=config,
+        layout=layout,
+        classes=classes,
+        step=step,
+        meta=meta,
+        fingerprint=fingerprint(meta, which),
+    )
+
+
+def fingerprint(meta: dict, which: str) -> str:
+    """What a network computes, as a hash: its weights and the sections that shape it."""
+    used = {
+        path: entry
+        for path, entry in meta["manifest"].items()
+        if path.startswith((f"model/{which}/", "model/stats/"))
+    }
+    sections = ("view", "encoder", "quantizer", "decoder", "pixels", "generator")
+    shape = {name: meta["config"].get(name) for name in sections}
+    record = json.dumps([used, shape, meta["layout"]], sort_keys=True)
+    return hashlib.sha256(record.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions that a figure depends on."""
+    from importlib import metadata
+
+    names = ("tokgen", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+

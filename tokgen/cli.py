@@ -1,0 +1,131 @@
+"""The `tokgen` program: subcommands, help, exit codes.
+
+Exit codes: 0 done, 2 something the user can mend (one message, no traceback), 130 interrupted. A
+traceback is always a bug. Nothing heavy is imported before a subcommand is chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import importlib.metadata
+import itertools
+import platform
+import sys
+from collections.abc import Callable, Sequence
+
+# Name of the file in tokgen/commands -> its line in the help, which is shown without importing it.
+COMMANDS = {
+    "demo": "train a tokenizer and a generator on procedural shapes; write a page to look at",
+    "pretokenize": "turn images into token shards with a trained tokenizer",
+    "sample": "draw images with a trained generator",
+    "reconstruct": "put images through a tokenizer and show them beside the originals",
+    "evaluate": "measure a tokenizer's reconstructions or a generator's held-out likelihood",
+    "checkpoint": "show what is in a checkpoint, and verify it",
+}
+
+# Import name of an optional package -> the extra in pyproject.toml that installs it.
+EXTRAS = {"cv2": "fastdata", "simplejpeg": "fastdata", "huggingface_hub": "hub"}
+
+# What the figures of a run may depend on.
+REPORTED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = list(itertools.takewhile(lambda word: word.startswith("-"), words))
+    parser = _parser()
+    if parser.parse_args(options).version:
+        print(versions())
+        return 0
+    if len(options) == len(words):
+        parser.print_help(sys.stderr)
+        return 2
+    name, *rest = words[len(options) :]
+    if name not in COMMANDS:
+        print(f"tokgen: error: {_unknown(name)}", file=sys.stderr)
+        return 2
+    return call(f"tokgen {name}", lambda: _run(name, rest))
+
+
+def call(program: str, run: Callable[[], None]) -> int:
+    """Call `run`; the exit code, after one message for an error that the user can mend.
+
+    The training programs end through here too, so that every program fails in the same words.
+    """
+    try:
+        run()
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        extra = EXTRAS[package]
+        print(
+            f"{program}: error: this needs the package {package}, which is not installed; "
+            f'remedy: pip install "tokgen[{extra}]"',
+            file=sys.stderr,
+        )
+        return 2
+    except ValueError as error:
+        # here and not above: interfaces imports jax, and a help text must not wait for it
+        from tokgen import interfaces
+
+        if not isinstance(error, interfaces.UserError):
+            raise
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def versions() -> str:
+    """Versions of tokgen, Python and of the packages that a figure may depend on, one a line."""
+    lines = [f"tokgen {_version('tokgen')}", f"python {platform.python_version()}"]
+    return "\n".join([*lines, *(f"{package} {_version(package)}" for package in REPORTED)])
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {line}" for name, line in COMMANDS.items()]
+    parser = argparse.ArgumentParser(
+        prog="tokgen",
+        usage="tokgen [--help] [--version] COMMAND ...",
+        description="Images into discrete tokens, and tokens into images.",
+        epilog="\n".join(
+            ["commands:", *lines, "", "`tokgen COMMAND --help` says what a command takes."]
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the versions and exit")
+    return parser
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+    remedy = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(COMMANDS)}"
+    return f"there is no command {name!r}; {remedy}"
+
+
+def _run(name: str, words: Sequence[str]) -> None:
+    command = importlib.import_module(f"tokgen.commands.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"tokgen {name}", description=command.__doc__, allow_abbrev=False
+    )
+    command.arguments(parser)
+    command.run(parser.parse_args(words))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

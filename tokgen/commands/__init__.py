@@ -1,0 +1,1 @@
+"""One file per subcommand of `tokgen`: a docstring, `arguments(parser)` and `run(arguments)`."""

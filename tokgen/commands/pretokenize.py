@@ -1,0 +1,106 @@
+"""Images into packed token shards, once, for training generators."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import jax
+import numpy as np
+
+from tokgen import checkpoint, launch, report, sharding
+from tokgen.commands import evaluate
+from tokgen.data import images, stream, tokens
+from tokgen.interfaces import UserError
+from tokgen.metrics import reconstruction
+
+VIEWS = ("center", "flip")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokenizer", required=True, help="checkpoint of the tokenizer")
+    parser.add_argument("--data", default="", help="image folder; default: the tokenizer's data")
+    parser.add_argument("--out", required=True, help="folder of the token shards")
+    parser.add_argument(
+        "--views", default="center,flip", help="stored views, of: center, flip (default both)"
+    )
+    parser.add_argument("--batch", type=int, default=100, help="images encoded together")
+    parser.add_argument(
+        "--precision", default="float32", choices=("float32", "bfloat16"), help="of the encoder"
+    )
+
+
+@jax.jit
+def _encode(tokenizer, image_BHW3):
+    return tokenizer.encode(reconstruction.from_uint8(image_BHW3))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Encode what is not there yet; a folder with other tokens is refused."""
+    views = tuple(args.views.split(","))
+    if not set(views) <= set(VIEWS) or len(set(views)) != len(views):
+        raise UserError(f"--views must be different ones of {', '.join(VIEWS)}; found {args.views}")
+    if args.batch < 1:
+        raise UserError(f"--batch must be at least 1; found {args.batch}")
+    launch.devices(args.batch)
+    loaded = checkpoint.load_tokenizer(args.tokenizer, compute=args.precision)
+    settings, mesh = loaded.config, sharding.make_mesh()
+    sources = {s: evaluate.image_source(settings, args.data, s) for s in tokens.SPLITS}
+    if not args.data and settings.data.name == "shapes":
+        described = settings.data.to_dict()
+    else:
+        described = {"path": args.data} if args.data else settings.data.to_dict()
+    writer = tokens.Writer(
+        args.out,
+        images={split: len(source) for split, source in sources.items() if len(source)},
+        layout=loaded.layout.to_json(),
+        tokenizer={
+            "path": str(loaded.step.resolve()),
+            "fingerprint": loaded.fingerprint,
+            "precision": args.precision,
+        },
+        data=described | {"fingerprint": {s: sources[s].fingerprint for s in sources}},
+        views=views,
+        classes=sources["train"].classes,
+    )
+    process = jax.process_index(), jax.process_count()
+    remaining = writer.remaining(process)
+    total = sum(shard.stop - shard.start for shard in remaining)
+    if not remaining:
+        report.say(f"every shard of {args.out} is there already")
+    fixed = [
+        images.fixed(name, tuple(settings.view.size), settings.view.channels) for name in views
+    ]
+    with report.bar(total, unit="image", what="pretokenize") as bar:
+        for shard in remaining:
+            tokens_BXLG, label_B = _shard(
+                loaded.module, sources[shard.split], shard, fixed, args.batch, mesh, bar
+            )
+            writer.write(shard, tokens_BXLG, label_B)
+    writer.finish()
+    counts = ", ".join(f"{len(source)} {split}" for split, source in sources.items())
+    bits = math.ceil(math.log2(loaded.layout.absent))
+    report.say(
+        f"{args.out}: {counts} images, {len(views)} views of {loaded.layout.length} tokens "
+        f"({bits} bits each), made by tokenizer {loaded.fingerprint[:16]}"
+    )
+
+
+def _shard(tokenizer, source, shard, views, batch, mesh, bar) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [images, views, L, G], labels) of one shard."""
+    per_view = []
+    for view in views:
+        parts, labels = [], []
+        passing = stream.once(
+            source, view, batch_size=batch, indices=np.arange(shard.start, shard.stop)
+        )
+        for part in passing:
+            image = part["image"]
+            padded = np.concatenate([image, np.repeat(image[-1:], batch - len(image), axis=0)])
+            laid = sharding.global_batch({"image": padded}, mesh)["image"]
+            parts.append(jax.device_get(_encode(tokenizer, laid))[: len(image)])
+            labels.append(part["label"])
+            if view is views[0]:
+                bar.update(len(image))
+        per_view.append(np.concatenate(parts))
+    return np.stack(per_view, axis=1), np.concatenate(labels)

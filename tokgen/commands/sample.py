@@ -1,0 +1,178 @@
+"""Images from a generator: PNGs, a grid, and an .npz in the layout of ADM's evaluator."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokgen import checkpoint, launch, report, rng
+from tokgen.interfaces import UserError
+from tokgen.metrics import reconstruction
+from tokgen.sampling import decode, presets
+
+
+@functools.partial(jax.jit, static_argnames="sampler")
+def draw_tokens(generator, codec, label_B, keys_B, sampler, given=None):
+    """(tokens_BLG, invalid_B): one program per sampler and batch size."""
+    state = decode.generate(generator, codec, label_B, sampler, keys_B=keys_B, given=given)
+    return state.tokens_BLG, state.invalid_B
+
+
+@jax.jit
+def paint(tokenizer, tokens_BLG):
+    """uint8 images of tokens."""
+    return reconstruction.to_uint8(tokenizer.decode(tokens_BLG))
+
+
+def draw(
+    generator,
+    tokenizer,
+    label_N: np.ndarray,
+    sampler,
+    *,
+    seed: int,
+    batch: int,
+    first: int = 0,
+    given: tuple[np.ndarray, np.ndarray] | None = None,
+    what: str = "sample",
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [N, L, G], uint8 images [N, H, W, 3]) of labels, numbered from `first`.
+
+    Image i depends on (seed, i, its label) only: not on the batch, nor on its neighbours.
+    """
+    tokens, images = [], []
+    with report.bar(len(label_N), unit="image", what=what) as bar:
+        for start in range(0, len(label_N), batch):
+            # the last batch is filled up, so that one program serves all
+            index_B = np.minimum(np.arange(start, start + batch), len(label_N) - 1)
+            keys_B = rng.per_image(seed, "sample", jnp.asarray(first + index_B))
+            held = None if given is None else tuple(jnp.asarray(g[index_B]) for g in given)
+            tokens_BLG, invalid_B = draw_tokens(
+                generator, tokenizer.quantizer, jnp.asarray(label_N[index_B]), keys_B, sampler, held
+            )
+            kept = min(batch, len(label_N) - start)
+            if np.asarray(invalid_B)[:kept].any():
+                raise UserError(
+                    f"image {first + start + int(np.asarray(invalid_B).argmax())} has logits that "
+                    "are not finite; the checkpoint's weights are damaged or its run diverged: use "
+                    "an earlier step"
+                )
+            tokens.append(np.asarray(tokens_BLG)[:kept])
+            images.append(np.asarray(paint(tokenizer, tokens_BLG))[:kept])
+            bar.update(kept)
+    return np.concatenate(tokens), np.concatenate(images)
+
+
+def chosen(text: str, classes: tuple[str, ...]) -> list[int]:
+    """Labels of `--classes`: names, numbers or ranges (`0-9`), comma between; "" is all."""
+    count = max(len(classes), 1)
+    if not text:
+        return list(range(count))
+    labels = []
+    for part in text.split(","):
+        part = part.strip()
+        span = re.fullmatch(r"(-?\d+)(?:-(\d+))?", part)
+        if part in classes:
+            labels.append(classes.index(part))
+        elif span:
+            low = int(span[1])
+            high = low if span[2] is None else int(span[2])
+            if not 0 <= low <= high < count:
+                named = f" ({', '.join(classes[:10])}{' ...' if count > 10 else ''})"
+                raise UserError(
+                    f"class ids are 0 to {count - 1}{named if classes else ''}; found {part}"
+                )
+            labels.extend(range(low, high + 1))
+        else:
+            raise UserError(
+                f"unknown class {part!r}; need ids 0 to {count - 1} or names: "
+                f"{', '.join(classes[:20]) or 'none, the model is unconditional'}"
+            )
+    return labels
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="of a generator: a work directory, or one step of it")
+    parser.add_argument("--out", required=True, help="folder for the images")
+    parser.add_argument("--classes", default="", help="names, ids or ranges, as 0-9,cat; all")
+    parser.add_argument("--number", type=int, default=8, help="images per class (default 8)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--preset", default="default", help="sampling settings of the checkpoint")
+    parser.add_argument("--temperature", type=float, help="in the place of the preset's")
+    parser.add_argument("--top-k", type=int, help="in the place of the preset's; 0 keeps all")
+    parser.add_argument("--top-p", type=float, help="in the place of the preset's")
+    parser.add_argument("--guidance", type=float, help="weight, in the place of the preset's; 1 off")
+    parser.add_argument("--batch", type=int, default=32, help="images decoded together")
+    parser.add_argument(
+        "--precision", default="float32", choices=("float32", "bfloat16"), help="of the networks"
+    )
+    parser.add_argument("--tokenizer", default="", help="where the tokenizer lies now, if moved")
+    parser.add_argument("--no-png", action="store_true", help="only the grid and the .npz")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw, and write everything that says how."""
+    if args.number < 1 or args.batch < 1:
+        raise UserError(
+            f"--number and --batch must be at least 1; found {args.number}, {args.batch}"
+        )
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed must lie in [0, 2**32); found {args.seed}")
+    launch.devices()
+    loaded = checkpoint.load_generator(args.checkpoint, compute=args.precision)
+    tokenizer = checkpoint.load_tokenizer_of(loaded, args.tokenizer)
+    labels = chosen(args.classes, loaded.classes)
+    settings = presets.named(loaded.config.presets.to_dict(), args.preset)
+    asked = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    asked["weight"] = args.guidance
+    changed = {k: v for k, v in asked.items() if v is not None and v != settings[k]}
+    if changed:
+        report.say(f"departs from preset {args.preset!r}: {changed}")
+    settings |= changed
+    if settings["weight"] != 1 and not loaded.classes:
+        report.say("guidance is off: the model is unconditional, there is nothing to guide towards")
+        settings["weight"] = 1.0
+    if settings["top_k"] > loaded.layout.absent:
+        raise UserError(
+            f"top-k must be at most the alphabet, {loaded.layout.absent}; found {settings['top_k']}"
+        )
+    sampler = presets.sampler(settings, decode.steps(loaded.module))
+    label_N = np.repeat(np.asarray(labels, np.int32), args.number)
+    tokens_NLG, image_NHW3 = draw(
+        loaded.module, tokenizer.module, label_N, sampler, seed=args.seed, batch=args.batch
+    )
+    out = pathlib.Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if not args.no_png:
+        for i, image_HW3 in enumerate(image_NHW3):
+            name = f"seed{args.seed}-{i:05d}-class{label_N[i]}.png"
+            report.save_png(out / name, image_HW3)
+    columns = min(args.number, 16)
+    scale = max(1, 64 // image_NHW3.shape[1])
+    report.save_png(out / "grid.png", report.grid(image_NHW3, columns, scale=scale))
+    with open(out / "samples.npz.part", "wb") as file:
+        np.savez(file, arr_0=image_NHW3, arr_1=label_N.astype(np.int64))
+    (out / "samples.npz.part").replace(out / "samples.npz")
+    np.save(out / "tokens.npy", tokens_NLG)
+    record = {
+        "checkpoint": str(loaded.step),
+        "seed": args.seed,
+        "preset": args.preset,
+        "settings": settings,
+        "classes": [loaded.classes[i] if loaded.classes else "" for i in labels],
+        "number": args.number,
+        "precision": args.precision,
+        "versions": checkpoint.versions(),
+    }
+    (out / "samples.json").write_text(json.dumps(record, indent=2) + "\n")
+    report.say(
+        f"{len(label_N)} images in {out}: grid.png (a row per class), samples.npz (arr_0 images, "
+        "arr_1 labels), samples.json (settings)"
+    )

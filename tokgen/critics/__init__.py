@@ -1,0 +1,1 @@
+"""Networks that judge images: discriminators and perceptual distances."""

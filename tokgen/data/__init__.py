@@ -1,0 +1,1 @@
+"""What the models are fed: image sources, token shards, and the stream that reads them."""

@@ -1,0 +1,228 @@
+"""Pixels: from the bytes of an image file to an array of a stated size.
+
+Everything here is PIL, because the resize filter is a part of every published figure. The centre
+and random crops are those of guided diffusion (ADM, arXiv:2105.05233): halve with a box filter
+while that is possible, then one bicubic step, then cut. ADM knows squares; here the size is any
+(rows, columns), and a square gives ADM's pixels exactly.
+
+What the files become is listed in docs/data.md: alpha is laid over white, 16-bit gray is divided
+by 257, EXIF orientation is applied, of an animation the first frame counts, and colour profiles
+are ignored.
+"""
+
+import dataclasses
+import io
+import math
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image
+
+from tokgen import interfaces
+
+# Raster formats only: PIL would hand an EPS file to ghostscript, and a few others to plug-ins that
+# nobody looks after.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+CROPS = ("center", "flip", "random")
+
+# A strip is cut to this many times its view before it is resized; otherwise a 1 x 10,000 image
+# would become 256 x 2,560,000 on its way to 256 x 256.
+_LONGEST = 16
+_ORIENTATION = 0x0112  # the EXIF tag
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What PIL's decoders raise on damaged files, besides the OSError they promise.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+class BrokenImage(ValueError):
+    """Bytes that do not decode to pixels; the stream replaces and counts them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What the model gets to see of an image: a function of the image and a generator.
+
+    An image that has exactly the right size is not touched, except by `flip`.
+
+    Args:
+      size: (rows, columns).
+      crop: `center`, the largest part of the right shape; `flip`, the same mirrored; `random`, the
+        random crop of ADM.
+      zoom: for the random crop: the shorter side is resized to a whole number between its size and
+        `zoom` times its size, before the cut.
+      flip: mirror every second image, at random.
+    """
+
+    size: tuple[int, int]
+    channels: int = 3
+    crop: str = "center"
+    zoom: float = 1.25
+    flip: bool = False
+
+    def __post_init__(self):
+        size = tuple(int(side) for side in self.size)
+        object.__setattr__(self, "size", size)  # a list, as configs hold it, would not hash
+        if len(size) != 2 or min(size) < 1:
+            raise interfaces.UserError(
+                f"an image size is (rows, columns), both at least 1; found {self.size}"
+            )
+        _check_channels(self.channels)
+        if self.crop not in CROPS:
+            raise interfaces.UserError(
+                f"crop must be one of {', '.join(CROPS)}; found {self.crop!r}"
+            )
+        if not 1.0 <= self.zoom <= 8.0:
+            raise interfaces.UserError(f"zoom must lie between 1 and 8; found {self.zoom}")
+
+    def __call__(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """uint8 [rows, columns, channels]; `rng` is drawn from by a random crop and by `flip`."""
+        if image_HWC.shape[:2] != self.size:
+            image_HWC = (
+                _random_crop(image_HWC, self.size, self.zoom, rng)
+                if self.crop == "random"
+                else centre(image_HWC, self.size)
+            )
+        mirrored = self.crop == "flip"
+        if self.flip and rng.random() < 0.5:
+            mirrored = not mirrored
+        return image_HWC[:, ::-1] if mirrored else image_HWC
+
+
+def fixed(name: str, size: tuple[int, int], channels: int = 3) -> View:
+    """The view that pretokenizing stores under a name: `center`, or its mirror image `flip`."""
+    if name not in ("center", "flip"):
+        raise interfaces.UserError(
+            f"the views that can be stored are center and flip; found {name!r}"
+        )
+    return View(size, channels, crop=name)
+
+
+def decode(data: bytes, channels: int, *, max_pixels: int = 64_000_000) -> np.ndarray:
+    """uint8 [H, W, channels] of an image file, or BrokenImage.
+
+    `max_pixels` is compared with the header, before anything is decoded.
+    """
+    _check_channels(channels)
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            columns, rows = image.size
+            if columns * rows > max_pixels:
+                raise BrokenImage(
+                    f"{columns} x {rows} pixels, more than the {max_pixels} that are allowed"
+                )
+            image.load()
+            return _pixels(_upright(image), channels)
+    except BrokenImage:
+        raise
+    except _DAMAGE as error:
+        raise BrokenImage(f"{type(error).__name__}: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except _DAMAGE:  # cameras write broken EXIF beside sound pixels
+        return image
+    turn = _UPRIGHT.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
+def _pixels(image: Image.Image, channels: int) -> np.ndarray:
+    """uint8 [H, W, channels] of a loaded image in any of PIL's modes."""
+    if image.mode == "F":
+        raise BrokenImage("floating-point pixels have no stated range")
+    if image.mode.startswith("I"):
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
+    # Dropping alpha would uncover whatever colour the file hides under it.
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB" if channels == 3 else "L")
+    return np.array(image).reshape(image.height, image.width, channels)
+
+
+def _eight_bits(wide_HW: np.ndarray) -> np.ndarray:
+    """v / 257, rounded. PIL's own conversion cuts everything above 255 off: a white image."""
+    if wide_HW.min() < 0 or wide_HW.max() > 65535:
+        raise BrokenImage("gray values beyond 16 bits have no stated range")
+    return ((wide_HW.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def centre(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The largest centred part with the shape of `size`, resized to it: ADM's evaluation crop."""
+    rows, columns = size
+    if image_HWC.shape[:2] == (rows, columns):
+        return image_HWC
+    image_HWC = _cover(image_HWC, (rows, columns))
+    top = (image_HWC.shape[0] - rows) // 2
+    left = (image_HWC.shape[1] - columns) // 2
+    return image_HWC[top : top + rows, left : left + columns]
+
+
+def _random_crop(
+    image_HWC: np.ndarray, size: tuple[int, int], zoom: float, rng: np.random.Generator
+) -> np.ndarray:
+    shorter = min(size)
+    drawn = int(rng.integers(shorter, math.ceil(zoom * shorter) + 1))
+    image_HWC = _cover(image_HWC, tuple(side * drawn / shorter for side in size))
+    rows, columns = size
+    top = int(rng.integers(image_HWC.shape[0] - rows + 1))
+    left = int(rng.integers(image_HWC.shape[1] - columns + 1))
+    return image_HWC[top : top + rows, left : left + columns]
+
+
+def _cover(image_HWC: np.ndarray, size: tuple[float, float]) -> np.ndarray:
+    """Resize so that `size` fits just inside: halvings by box, then one bicubic step."""
+    image_HWC = _shorten(image_HWC, size)
+    rows, columns = size
+    channels = image_HWC.shape[2]
+    image = Image.fromarray(image_HWC if channels == 3 else image_HWC[..., 0])
+    while image.height >= 2 * rows and image.width >= 2 * columns:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(rows / image.height, columns / image.width)
+    # The rounding of one side must never leave it a pixel short of the cut.
+    target = (
+        max(round(image.width * scale), math.floor(columns)),
+        max(round(image.height * scale), math.floor(rows)),
+    )
+    image = image.resize(target, Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(image.height, image.width, channels)
+
+
+def _shorten(image_HWC: np.ndarray, size: tuple[float, float]) -> np.ndarray:
+    """Cut the ends off a strip more than _LONGEST times as long as the view's shape asks for."""
+    height, width = image_HWC.shape[:2]
+    rows, columns = size
+    high = min(height, max(1, round(_LONGEST * width * rows / columns)))
+    wide = min(width, max(1, round(_LONGEST * height * columns / rows)))
+    top, left = (height - high) // 2, (width - wide) // 2
+    return image_HWC[top : top + high, left : left + wide]
+
+
+def _check_channels(channels: int) -> None:
+    if channels not in (1, 3):
+        raise interfaces.UserError(f"images have 1 or 3 channels; found channels={channels}")

@@ -1,0 +1,88 @@
+"""From a command line to a checked config, devices and a locked work directory."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+import jax
+import ml_collections
+
+from tokgen import checkpoint, config, report
+from tokgen.interfaces import UserError
+
+
+def cache_folder() -> pathlib.Path:
+    """Where compiled programs and the demo's judge are kept between runs."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(os.environ.get("TOKGEN_CACHE") or pathlib.Path(base) / "tokgen")
+
+
+def devices(batch_size: int = 0) -> None:
+    """Set jax up before its first computation; on a CPU, one device per core that divides the batch.
+
+    XLA's CPU threads leave most of a second core idle on networks of this size; a device per core
+    and the batch over them takes nearly half the time (benchmarks/RESULTS.md).
+    """
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if batch_size and not asked and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        count = max(n for n in range(1, min(cores, 8) + 1) if batch_size % n == 0)
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def parse(argv: Sequence[str], description: str) -> tuple[ml_collections.ConfigDict, pathlib.Path]:
+    """(config with its overrides, work directory) of a training program's command line."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        usage="%(prog)s --config=PATH[:variant] --workdir=DIR [--config.FIELD=VALUE ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="a config file, as configs/tokenizer/x.py")
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="where the run is kept")
+    arguments, rest = parser.parse_known_args(argv)
+    overrides, iterator = [], iter(rest)
+    for text in iterator:
+        if not text.startswith("--config."):
+            parser.error(f"unknown argument {text!r}; fields of the config are --config.NAME=VALUE")
+        name = text.removeprefix("--config.")
+        overrides.append(name if "=" in name else f"{name}={next(iterator, '')}")
+    return config.load(arguments.config, overrides), arguments.workdir
+
+
+class Stop:
+    """True once the process was asked to end: the loop finishes its step, saves, and returns."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number, frame):
+        if self.asked:  # the second time: at once, the previous checkpoint stands
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        report.say("stopping after this step; a checkpoint is being saved (again: stop at once)")
+        self.asked = True
+
+    def __bool__(self) -> bool:
+        return self.asked
+
+
+def run(story: Callable[[ml_collections.ConfigDict, pathlib.Path], None], description: str) -> None:
+    """A training program: a user's mistake ends in one message and exit code 2."""
+    name = pathlib.Path(sys.argv[0]).name
+    try:
+        settings, workdir = parse(sys.argv[1:], description)
+        devices(settings.batch_size)
+        with checkpoint.lock(workdir):
+            story(settings, workdir)
+    except UserError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        sys.exit(2)

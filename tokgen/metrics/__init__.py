@@ -1,0 +1,1 @@
+"""What images and tokens are worth, in numbers."""

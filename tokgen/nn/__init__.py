@@ -1,0 +1,1 @@
+"""Layers: vectors in, vectors out; they know neither tokenizers nor generators."""

@@ -1,0 +1,1 @@
+"""Weights that others published, read and mapped onto our models."""

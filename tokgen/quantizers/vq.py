@@ -1,0 +1,137 @@
+"""Vector quantization: the nearest row of a learned codebook (arXiv:1711.00937).
+
+With `normalize`, latents and rows lie on the unit sphere (arXiv:2110.04627; LlamaGen uses 8
+channels). The codebook follows its gradient, or the moving average of the latents that chose each
+row (appendix A.1 of arXiv:1711.00937). Rows that nobody chooses are revived from the batch.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tokgen.interfaces import Quantized, Statistic, TokenLayout
+
+UPDATES = ("gradient", "ema", "frozen")
+
+
+class Quantizer(nnx.Module):
+    """`codes` rows of `channels` numbers.
+
+    Args:
+        update: how rows move: "gradient" (losses `codebook` and `commitment`), "ema" (loss
+            `commitment`), or "frozen".
+        decay: of the moving averages of usage and, with "ema", of the rows.
+        revive: a row is replaced by a latent of the batch when its share of the tokens falls
+            below `revive / codes`; 0 never. All rows count as dead before the first step, which
+            makes it an initialisation from data.
+    """
+
+    def __init__(
+        self,
+        codes: int,
+        channels: int,
+        *,
+        grid: tuple[int, int],
+        normalize: bool = True,
+        update: str = "gradient",
+        decay: float = 0.99,
+        revive: float = 0.05,
+        rngs: nnx.Rngs,
+    ):
+        if update not in UPDATES:
+            raise ValueError(f"update must be one of {UPDATES}; found {update!r}")
+        if not 0 <= decay < 1 or not 0 <= revive < 1:
+            raise ValueError(
+                f"decay and revive must lie in [0, 1); found decay={decay}, revive={revive}"
+            )
+        self.layout = TokenLayout((codes,), (grid,))
+        self.codes, self.channels, self.normalize = codes, channels, normalize
+        self.update, self.decay, self.revive = update, decay, revive
+        rows_VC = _unit(jax.random.normal(rngs.params(), (codes, channels)))
+        kind = nnx.Param if update == "gradient" else Statistic
+        self.codebook = kind(rows_VC)
+        self.counts = Statistic(jnp.zeros(codes))  # share of the tokens, as a moving average
+        self.sums = Statistic(jnp.zeros((codes, channels)) if update == "ema" else jnp.zeros((0,)))
+
+    def rows(self) -> jax.Array:
+        """The codebook [V, C] as it is compared and decoded."""
+        rows_VC = self.codebook[...].astype(jnp.float32)
+        return _unit(rows_VC) if self.normalize else rows_VC
+
+    def __call__(self, latents_BPC: jax.Array, *, key: jax.Array | None = None) -> Quantized:
+        """Training path: straight-through latents, tokens, losses."""
+        del key
+        latents_BPC, rows_VC = self._latents(latents_BPC), self.rows()
+        tokens_BLG = _nearest(latents_BPC, rows_VC)
+        codes_BPC = rows_VC[tokens_BLG[..., 0]]
+        fixed_BPC = jax.lax.stop_gradient(codes_BPC)
+        losses = {"commitment": jnp.mean((fixed_BPC - latents_BPC) ** 2)}
+        if self.update == "gradient":
+            losses["codebook"] = jnp.mean((codes_BPC - jax.lax.stop_gradient(latents_BPC)) ** 2)
+        straight_BPC = latents_BPC + jax.lax.stop_gradient(codes_BPC - latents_BPC)
+        return Quantized(straight_BPC, tokens_BLG, losses)
+
+    def encode(self, latents_BPC: jax.Array) -> jax.Array:
+        """[B, P, C] -> tokens [B, P, 1]."""
+        return _nearest(self._latents(latents_BPC), self.rows())
+
+    def decode(self, tokens_BLG: jax.Array) -> jax.Array:
+        """Tokens [B, P, 1] -> rows [B, P, C]."""
+        return self.rows()[tokens_BLG[..., 0]]
+
+    def maintain(self, latents_BPC: jax.Array, *, key: jax.Array) -> None:
+        """After an optimizer step: count, move the averages, revive dead rows.
+
+        The only place where a quantizer changes its variables.
+        """
+        latents_nC = self._latents(latents_BPC).reshape(-1, self.channels)
+        tokens_n = _nearest(latents_nC[None], self.rows())[0, :, 0]
+        # a product with one-hot rows and not a scatter: float scatters have no fixed order on GPUs
+        chosen_nV = jax.nn.one_hot(tokens_n, self.codes, dtype=jnp.float32)
+        share_V = chosen_nV.mean(0)
+        counts_V = self.decay * self.counts[...] + (1 - self.decay) * share_V
+        rows_VC = self.codebook[...].astype(jnp.float32)
+        if self.update == "ema":
+            fresh_VC = _highest("nV,nC->VC", chosen_nV, latents_nC) / len(latents_nC)
+            sums_VC = self.decay * self.sums[...] + (1 - self.decay) * fresh_VC
+            seen_V1 = counts_V[:, None] > 1e-12
+            means_VC = sums_VC / jnp.maximum(counts_V, 1e-12)[:, None]
+            rows_VC = jnp.where(seen_V1, means_VC, rows_VC)
+        if self.revive > 0:
+            dead_V = counts_V < self.revive / self.codes
+            picks_V = jax.random.choice(key, len(latents_nC), (self.codes,))
+            rows_VC = jnp.where(dead_V[:, None], latents_nC[picks_V], rows_VC)
+            counts_V = jnp.where(dead_V, 1 / self.codes, counts_V)
+            if self.update == "ema":
+                # else the next average would put the row back where it was
+                sums_VC = jnp.where(dead_V[:, None], rows_VC / self.codes, sums_VC)
+        self.counts[...] = counts_V
+        if self.update == "ema":
+            self.sums[...] = sums_VC
+        if self.update != "frozen":
+            self.codebook[...] = rows_VC.astype(self.codebook[...].dtype)
+
+    def _latents(self, latents_BPC: jax.Array) -> jax.Array:
+        # float32: in bfloat16 near neighbours are equally far
+        latents_BPC = latents_BPC.astype(jnp.float32)
+        return _unit(latents_BPC) if self.normalize else latents_BPC
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """x / |x|; the square is bounded below so that a zero vector has a finite gradient."""
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
+def _highest(formula: str, *operands: jax.Array) -> jax.Array:
+    # accelerators multiply float32 in TF32 or bfloat16 unless told otherwise
+    return jnp.einsum(formula, *operands, precision=jax.lax.Precision.HIGHEST)
+
+
+def _nearest(latents_BPC: jax.Array, rows_VC: jax.Array) -> jax.Array:
+    """Tokens [B, P, 1] of the nearest rows; |z|^2 is the same for all of them."""
+    products_BPV = _highest("BPC,VC->BPV", latents_BPC, rows_VC)
+    squares_V = jnp.sum(rows_VC * rows_VC, axis=-1)
+    return jnp.argmin(squares_V[None, None] - 2 * products_BPV, axis=-1)[..., None]

@@ -1,0 +1,192 @@
+"""What people look at: a progress bar, metrics as JSONL and TensorBoard, grids, curves, a table."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tqdm
+from PIL import Image
+
+LOG = "metrics.jsonl"
+
+
+def bar(total: int, *, initial: int = 0, unit: str = "step", what: str = "") -> tqdm.tqdm:
+    """A progress bar with speed and time to go; on a pipe, a line every half minute."""
+    terminal = sys.stderr.isatty()
+    return tqdm.tqdm(
+        total=total,
+        initial=initial,
+        unit=unit,
+        desc=what,
+        dynamic_ncols=terminal,
+        mininterval=0.2 if terminal else 30,
+        maxinterval=1 if terminal else 30,
+        smoothing=0.05,
+        bar_format=None if terminal else "{desc}: {n_fmt}/{total_fmt} {rate_fmt} ETA {remaining}\n",
+    )
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal, above a progress bar if one runs."""
+    tqdm.tqdm.write(text, file=sys.stderr)
+
+
+class Log:
+    """The metrics of one run: lines of JSON and TensorBoard events in its work directory."""
+
+    def __init__(self, workdir: pathlib.Path, *, step: int = 0):
+        from tensorboardX import SummaryWriter
+
+        workdir.mkdir(parents=True, exist_ok=True)
+        self.workdir, self.started = workdir, time.monotonic()
+        _drop_after(workdir / LOG, step)
+        self.file = open(workdir / LOG, "a", buffering=1)  # noqa: SIM115  (closed by close)
+        self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step)
+
+    def scalars(self, step: int, values: Mapping[str, Any], *, split: str = "train") -> None:
+        """One line of numbers; not finite ones become null, so that every reader copes."""
+        numbers = {name: float(value) for name, value in values.items()}
+        kept = {n: (round(v, 6) if math.isfinite(v) else None) for n, v in numbers.items()}
+        seconds = round(time.monotonic() - self.started, 1)
+        record = {"step": step, "split": split, "seconds": seconds, **kept}
+        self.file.write(json.dumps(record) + "\n")
+        for name, value in numbers.items():
+            self.events.add_scalar(f"{split}/{name}", value, step)
+
+    def image(self, step: int, name: str, image_HW3: np.ndarray) -> None:
+        """A picture as `images/NAME-STEP.png` and as a TensorBoard event."""
+        folder = self.workdir / "images"
+        folder.mkdir(exist_ok=True)
+        save_png(folder / f"{name}-{step:07d}.png", image_HW3)
+        three = np.repeat(image_HW3, 3, axis=-1) if image_HW3.shape[-1] == 1 else image_HW3
+        self.events.add_image(name, three, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write the curves and release the files."""
+        self.file.close()
+        self.events.close()
+        curves(self.workdir)
+
+
+def _drop_after(file: pathlib.Path, step: int) -> None:
+    """Forget lines of steps that a resumed run takes again, and a line that was cut off."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] <= step:
+            kept.append(line)
+    file.write_text("".join(f"{line}\n" for line in kept))
+
+
+def read(workdir: pathlib.Path) -> list[dict]:
+    """The records of a run."""
+    file = workdir / LOG
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def curves(workdir: pathlib.Path) -> pathlib.Path | None:
+    """All curves of a run in one picture, `curves.png`: a panel per metric, a line per split."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines: dict[str, dict[str, list]] = {}
+    for record in read(workdir):
+        for name, value in record.items():
+            if name in ("step", "split", "seconds") or value is None:
+                continue
+            lines.setdefault(name, {}).setdefault(record["split"], []).append(
+                (record["step"], value)
+            )
+    # a constant tells nothing as a curve
+    lines = {
+        name: splits
+        for name, splits in lines.items()
+        if len({value for points in splits.values() for _, value in points}) > 1
+    }
+    if not lines:
+        return None
+    columns = min(3, len(lines))
+    rows = -(-len(lines) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(4.2 * columns, 2.8 * rows), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(lines) :]:
+        axis.axis("off")
+    for axis, (name, splits) in zip(axes.flat, sorted(lines.items()), strict=False):
+        for split, points in sorted(splits.items()):
+            x, y = zip(*points, strict=True)
+            style = dict(marker="o", markersize=3) if len(points) < 30 else {}
+            axis.plot(x, y, label=split.replace("_", " "), linewidth=1.2, **style)
+        axis.set_title(name.replace("_", " "), fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=7, frameon=False)
+    file = workdir / "curves.png"
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+    return file
+
+
+def grid(image_BHW3: np.ndarray, columns: int, *, gap: int = 2, scale: int = 1) -> np.ndarray:
+    """Images [B, H, W, 3] in rows of `columns` on white; every pixel `scale` x `scale`."""
+    image_BHW3 = np.repeat(np.repeat(np.asarray(image_BHW3), scale, axis=1), scale, axis=2)
+    B, H, W, C = image_BHW3.shape
+    rows = -(-B // columns)
+    sheet = np.full(
+        (rows * (H + gap) + gap, min(columns, B) * (W + gap) + gap, C), 255, image_BHW3.dtype
+    )
+    for i, image_HW3 in enumerate(image_BHW3):
+        y, x = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
+        sheet[y : y + H, x : x + W] = image_HW3
+    return sheet
+
+
+def beside(left_BHW3: np.ndarray, right_BHW3: np.ndarray, pairs: int = 4, **look) -> np.ndarray:
+    """A grid of pairs: the original on the left, what was made of it on the right."""
+    both = np.stack([left_BHW3, right_BHW3], axis=1).reshape(-1, *np.shape(left_BHW3)[1:])
+    return grid(both, 2 * pairs, **look)
+
+
+def save_png(path: pathlib.Path, image_HW3: np.ndarray) -> None:
+    """uint8 [H, W, 3 or 1] as PNG; the file appears whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    image_HW3 = image_HW3[..., 0] if image_HW3.shape[-1] == 1 else image_HW3
+    Image.fromarray(image_HW3).save(part, format="PNG")
+    part.replace(path)
+
+
+def table(leaves: Mapping[str, Any]) -> str:
+    """Parameters by path: shape, number, sharding; and their sum."""
+    rows = []
+    for path, leaf in leaves.items():
+        spec = getattr(getattr(leaf, "sharding", None), "spec", None)
+        laid = "" if spec is None or not any(spec) else str(tuple(spec))
+        rows.append((path, "x".join(map(str, leaf.shape)), f"{leaf.size:,}", laid))
+    rows.append(("total", "", f"{sum(leaf.size for leaf in leaves.values()):,}", ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return "\n".join(
+        f"{p:<{widths[0]}}  {s:>{widths[1]}}  {n:>{widths[2]}}  {laid}".rstrip()
+        for p, s, n, laid in rows
+    )
+
+
+def figures(values: Mapping[str, float], names: Sequence[str]) -> str:
+    """`psnr_db 25.31, codebook_usage 0.998` of those that are there."""
+    return ", ".join(f"{name} {values[name]:.4g}" for name in names if name in values)

@@ -1,0 +1,1 @@
+"""Drawing tokens: the decode driver, guidance schedules, filters; for any generator."""

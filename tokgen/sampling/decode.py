@@ -1,0 +1,172 @@
+"""generate(): the only decode driver, guided, edited or neither.
+
+A generator does not know that it is guided, nor that an image is being edited. It is started on
+the conditions followed by their nulls; the `draw` handed to each of its steps merges the two
+halves, samples, and gives both the same tokens (classifier-free guidance, arXiv:2207.12598).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokgen.interfaces import Array, DecodeState, Generator, Phase, PyTree, Quantizer
+from tokgen.sampling import filters, guidance
+
+# Carried through a loop; everything else of a state stays outside, so that it isn't copied.
+CARRIED = ("tokens_BLG", "cache", "latents_BPC", "invalid_B")
+
+
+def steps(generator: Generator) -> int:
+    """Decoding steps of a generator's plan."""
+    last = generator.plan()[-1]
+    return last.first + last.steps
+
+
+def generate(
+    generator: Generator,
+    codec: Quantizer | None,
+    cond: PyTree,
+    sampler: filters.Sampler,
+    *,
+    keys_B: Array,
+    given: tuple[Array, Array] | None = None,
+    against: Generator | None = None,
+) -> DecodeState:
+    """Walk the generator's plan and draw every token that isn't given.
+
+    Args:
+        cond: the condition, leading with the batch; label_B for class-conditional generators.
+        sampler: static; `sampler.guidance` has one weight per step, or is empty.
+        keys_B: one key per image. An image depends on its own key only, not on its batch.
+        given: tokens_BLG and a mask, true where a token is held fixed.
+        against: another generator of the same plan, guided away from in the place of the null
+            condition ("autoguidance", arXiv:2406.02507).
+
+    Returns:
+        The final state; `invalid_B` is true where some logits were not finite.
+    """
+    weights, guided = _guidance(generator, sampler)
+    B, layout = len(keys_B), generator.layout
+    if given is None:
+        shape = (B, layout.length, layout.groups)
+        given = jnp.full(shape, layout.absent, jnp.int32), jnp.zeros(shape, bool)
+    given = jnp.where(given[1], given[0], layout.absent).astype(jnp.int32), given[1]
+
+    generator = _unstacked(generator)
+    double = guided > 0 and against is None
+    if double:
+        both = jax.tree.map(_join, cond, generator.null(cond))
+        state = generator.start(both, codec, keys_B=_twice(keys_B), given=_twice(given))
+    else:
+        state = generator.start(cond, codec, keys_B=keys_B, given=given)
+    state = state.replace(invalid_B=jnp.zeros(len(state.keys_B), bool))
+    weak = None
+    if against is not None:
+        against = _unstacked(against)
+        weak = against.start(cond, codec, keys_B=keys_B, given=given)
+
+    def step(state, weak, phase, index):
+        double = len(state.tokens_BLG) == 2 * B
+        weight = None if weights is None else jnp.asarray(weights, jnp.float32)[index]
+        seen = {}
+
+        def sample(logits_BlGV, symbol):
+            seen["invalid_B"] = seen.get("invalid_B", False) | filters.invalid(logits_BlGV)
+            return sampler.draw(logits_BlGV, keys_B=keys_B, step=index, symbol=symbol)
+
+        def draw(logits_BlGV, symbol=0):
+            if double:
+                halves = logits_BlGV[:B], logits_BlGV[B:]
+                return _twice(sample(guidance.merge(*halves, weight), symbol))
+            if against is None or index_unguided(phase):
+                return sample(logits_BlGV, symbol)
+
+            def draw_weak(weak_BlGV, symbol=0):
+                seen["drawn"] = sample(guidance.merge(logits_BlGV, weak_BlGV, weight), symbol)
+                return seen["drawn"]
+
+            # both networks must see the same token, so the weak one's step is taken in the draw
+            seen["weak"] = against.step(weak, phase, index, codec, draw_weak)
+            return seen["drawn"]
+
+        state = generator.step(state, phase, index, codec, draw)
+        flags = state.invalid_B | (_twice(seen["invalid_B"]) if double else seen["invalid_B"])
+        return state.replace(invalid_B=flags), seen.get("weak", weak)
+
+    def index_unguided(phase):
+        return phase.first >= guided
+
+    for phase in _split(generator.plan(), guided):
+        if double and phase.first >= guided:
+            state, double = jax.tree.map(lambda leaf: leaf[:B], state), False
+        state, weak = _grow(state, phase.slots), _grow(weak, phase.slots)
+        if phase.steps == 1:
+            state, weak = step(state, weak, phase, phase.first)
+            continue
+
+        def body(carry, index, phase=phase, fixed=(state, weak)):
+            state, weak = (_insert(*pair) for pair in zip(fixed, carry, strict=True))
+            state, weak = step(state, weak, phase, index)
+            return (_carried(state), _carried(weak)), None
+
+        indices = jnp.arange(phase.first, phase.first + phase.steps)
+        carry, _ = jax.lax.scan(body, (_carried(state), _carried(weak)), indices)
+        state, weak = (_insert(*pair) for pair in zip((state, weak), carry, strict=True))
+    return jax.tree.map(lambda leaf: leaf[:B], state)
+
+
+def _guidance(generator: Generator, sampler: filters.Sampler) -> tuple[Any, int]:
+    """The weights, and the number of the first step after the last guided one."""
+    total = steps(generator)
+    if not sampler.guidance:
+        return None, 0
+    if len(sampler.guidance) != total:
+        raise ValueError(
+            f"guidance needs one weight per decoding step: the plan has {total} steps, the "
+            f"sampler has {len(sampler.guidance)} weights"
+        )
+    weights = np.asarray(sampler.guidance, np.float32)
+    guided = np.flatnonzero((weights != 1).reshape(total, -1).any(-1))
+    return weights, int(guided[-1]) + 1 if len(guided) else 0
+
+
+def _split(plan: tuple[Phase, ...], guided: int) -> list[Phase]:
+    """The plan, cut where guidance ends: nothing after it needs the null rows."""
+    phases = []
+    for phase in plan:
+        inside = phase.first < guided < phase.first + phase.steps
+        phases.extend(phase.split(guided) if inside else (phase,))
+    return phases
+
+
+def _unstacked(generator):
+    """The generator with its layers apart: a scan over layers inside the loop copies weights."""
+    apart = jax.tree.map(lambda leaf: leaf, generator)
+    apart.transformer = generator.transformer.unstacked()
+    return apart
+
+
+def _join(a, b):
+    return jnp.concatenate([a, b])
+
+
+def _twice(tree):
+    return jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), tree)
+
+
+def _grow(state: DecodeState | None, slots: int) -> DecodeState | None:
+    if state is None or state.cache is None:
+        return state
+    return state.replace(cache=tuple(layer.grow(slots) for layer in state.cache))
+
+
+def _carried(state: DecodeState | None):
+    return None if state is None else {name: getattr(state, name) for name in CARRIED}
+
+
+def _insert(state: DecodeState | None, carried) -> DecodeState | None:
+    return None if state is None else state.replace(**carried)

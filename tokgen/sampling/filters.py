@@ -1,0 +1,298 @@
+"""Temperature, top-k, top-p and the draw, without sorting.
+
+In the order of LlamaGen's sampler (arXiv:2406.06525), with guidance merged before: temperature,
+top-k, top-p, draw. Both filters are the question for a threshold: the largest value such that
+what is at least as large still weighs enough, where top-k weighs tokens and top-p weighs
+probability (the nucleus of arXiv:1904.09751). It is answered by bisecting the bits of float32,
+32 halvings and exact, at the cost of one pass over the logits each; the draw inverts the
+cumulative distribution at one uniform number per image, position and symbol.
+
+Ties stay together. Every token as large as the k-th is kept, as in LlamaGen and VAR, and every
+token as likely as the one that reaches p. So a filter never asks in which order tokens stand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokgen import interfaces
+
+# Folded into an image's key before step and symbol; far from the small numbers of tokgen.rng, so
+# that a generator's own uses of the key never meet the draw's.
+DRAW = 0x64726177
+
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
+
+def log_probability(
+    logits_BlGV: interfaces.Array, tokens_BlG: interfaces.Array
+) -> interfaces.Array:
+    """[B, l, G] log-probability of tokens under the logits as given: no temperature, no filter."""
+    norm_BlG = jax.nn.logsumexp(logits_BlGV, axis=-1)
+    return raw_logit(logits_BlGV, tokens_BlG) - norm_BlG
+
+
+def raw_logit(logits_BlGV: interfaces.Array, tokens_BlG: interfaces.Array) -> interfaces.Array:
+    """[B, l, G] logits of tokens, not normalised: what TiTok and MaskGen rank by."""
+    return jnp.take_along_axis(logits_BlGV, tokens_BlG[..., None], axis=-1)[..., 0]
+
+
+def per_image_uniform(
+    keys_B: interfaces.Array,
+    step: interfaces.Array | int,
+    symbol: int,
+    shape: tuple[int, int, int],
+) -> interfaces.Array:
+    """[B, l, G] uniforms in [0, 1), each from its image's key, step, place in the step and symbol.
+
+    `symbol` is the first of the G symbols: drawn in turn or at once, they see the same numbers.
+    """
+    _, places, groups = shape
+
+    def one_image(key):
+        key = jax.random.fold_in(jax.random.fold_in(key, DRAW), step)
+        symbols_G = symbol + jnp.arange(groups)
+        keys_G = jax.vmap(lambda g: jax.random.fold_in(key, g))(symbols_G)
+        return jax.vmap(lambda k: jax.random.uniform(k, (places,)), out_axes=1)(keys_G)
+
+    return jax.vmap(one_image)(keys_B)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """How a token is drawn from logits; static under jit.
+
+    A setting is one number, or a tuple with one entry per decoding step. A filter that a number
+    turns off is not compiled.
+    """
+
+    temperature: float | tuple[float, ...] = 1.0  # 0 is greedy: the first of the largest logits
+    top_k: int | tuple[int, ...] = 0  # 0 keeps all, as does any number beyond the alphabet
+    top_p: float | tuple[float, ...] = 1.0  # 1 keeps all
+    guidance: tuple[float | tuple[float, ...], ...] = ()  # per step, or per step and symbol
+    confidence: Callable = log_probability  # (logits_BlGV, tokens_BlG) -> confidence_BlG
+    noise: Callable = per_image_uniform  # a value, so that a recorded draw can be replayed
+
+    def __post_init__(self):
+        for name in ("temperature", "top_k", "top_p"):
+            object.__setattr__(self, name, _setting(name, getattr(self, name)))
+        object.__setattr__(self, "guidance", _weights(self.guidance))
+        lengths = self._lengths()
+        if len(set(lengths.values())) > 1:
+            found = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+            raise interfaces.UserError(
+                f"settings per step need one entry for every decoding step; found {found}; give "
+                "one number where all steps are alike"
+            )
+
+    def _lengths(self) -> dict[str, int]:
+        """Number of entries of the settings that have one per step."""
+        names = ("temperature", "top_k", "top_p", "guidance")
+        settings = {name: getattr(self, name) for name in names}
+        return {name: len(s) for name, s in settings.items() if isinstance(s, tuple) and s}
+
+    @property
+    def steps(self) -> int | None:
+        """Decoding steps that the settings are written for; None fits any number.
+
+        For the driver to compare with its plan: a traced step beyond the last reads the last.
+        """
+        return next(iter(self._lengths().values()), None)
+
+    def draw(
+        self,
+        logits_BlGV: interfaces.Array,
+        *,
+        keys_B: interfaces.Array,
+        step: interfaces.Array | int,
+        symbol: int = 0,
+    ) -> tuple[interfaces.Array, interfaces.Array]:
+        """Tokens [B, l, G] and their confidence, float32 inside whatever the logits are.
+
+        `step` may be traced, as in a scan. Logits of -inf are never drawn; where `invalid` is
+        true a token is still in range, and means nothing.
+        """
+        chex.assert_rank(logits_BlGV, 4)
+        chex.assert_shape(keys_B, logits_BlGV.shape[:1])
+        logits_BlGV = logits_BlGV.astype(jnp.float32)
+        temperature = _at(self.temperature, step)
+
+        tokens_BlG = jnp.argmax(logits_BlGV, axis=-1).astype(jnp.int32)
+        if not (isinstance(temperature, float) and temperature == 0):
+            mass_BlGV = masses(
+                logits_BlGV,
+                temperature=temperature,
+                top_k=_at(self.top_k, step),
+                top_p=_at(self.top_p, step),
+            )
+            uniform_BlG = self.noise(keys_B, step, symbol, tokens_BlG.shape)
+            chex.assert_shape(uniform_BlG, tokens_BlG.shape)
+            drawn_BlG = inverse_cdf(mass_BlGV, uniform_BlG)
+            tokens_BlG = jnp.where(temperature > 0, drawn_BlG, tokens_BlG)
+        return tokens_BlG, self.confidence(logits_BlGV, tokens_BlG)
+
+
+def masses(
+    logits_BlGV: interfaces.Array,
+    *,
+    temperature: interfaces.Array | float = 1.0,
+    top_k: interfaces.Array | int = 0,
+    top_p: interfaces.Array | float = 1.0,
+) -> interfaces.Array:
+    """Probabilities [B, l, G, V] up to a factor: the likeliest has 1, what is filtered out 0.
+
+    A filter that a Python number turns off is not in the program. Thresholds are put to the
+    logits and not to what temperature makes of them: the order is the same, and no two logits
+    become a tie by rounding.
+    """
+    logits_BlGV = logits_BlGV.astype(jnp.float32)
+    peak_BlG1 = jnp.max(logits_BlGV, axis=-1, keepdims=True)
+    peak_BlG1 = jnp.where(jnp.isfinite(peak_BlG1), peak_BlG1, 0)  # -inf - -inf is no number
+    # the peak goes first, else 3e38 at temperature 0.1 overflows; temperature 0 is the caller's
+    scale = jnp.where(jnp.asarray(temperature) > 0, temperature, 1).astype(jnp.float32)
+    mass_BlGV = jnp.exp((logits_BlGV - peak_BlG1) / scale)
+
+    if not (isinstance(top_k, int) and (top_k == 0 or top_k >= logits_BlGV.shape[-1])):
+        # weighing every token 1, the k-th largest reaches k; never reached, all are kept
+        need = jnp.where(jnp.asarray(top_k) > 0, top_k, np.iinfo(np.int32).max)
+        ones_BlGV = jnp.ones_like(logits_BlGV, jnp.int32)
+        mass_BlGV = jnp.where(_reaching(logits_BlGV, ones_BlGV, need), mass_BlGV, 0)
+    if not (isinstance(top_p, float | int) and top_p == 1):
+        total_BlG = jnp.sum(mass_BlGV, axis=-1)
+        # a p that rounds to nothing still needs something: the likeliest token
+        need_BlG = jnp.maximum(jnp.asarray(top_p, jnp.float32) * total_BlG, SMALLEST)
+        need_BlG = jnp.where(jnp.asarray(top_p) < 1, need_BlG, jnp.inf)
+        mass_BlGV = jnp.where(_reaching(logits_BlGV, mass_BlGV, need_BlG), mass_BlGV, 0)
+    return mass_BlGV
+
+
+def inverse_cdf(mass_BlGV: interfaces.Array, uniform_BlG: interfaces.Array) -> interfaces.Array:
+    """Tokens [B, l, G]: the first of positive mass whose cumulative mass exceeds uniform x total.
+
+    The sum runs in float32 along the alphabet. It is a parallel one, so rounding may lower it from
+    one token to the next, or raise it where the mass is 0: hence "of positive mass", and where
+    none exceeds, the last of positive mass (0 where there is none). A token of mass 0 is never
+    drawn, and none out of range.
+    """
+    V = mass_BlGV.shape[-1]
+    cumulative_BlGV = jnp.cumsum(mass_BlGV, axis=-1)
+    bound_BlG1 = uniform_BlG[..., None] * cumulative_BlGV[..., -1:]
+    kept_BlGV = mass_BlGV > 0
+    symbols_BlGV = jax.lax.broadcasted_iota(jnp.int32, mass_BlGV.shape, mass_BlGV.ndim - 1)
+    beyond_BlGV = kept_BlGV & (cumulative_BlGV > bound_BlG1)
+    first_BlG = jnp.min(jnp.where(beyond_BlGV, symbols_BlGV, V), axis=-1)
+    last_BlG = jnp.max(jnp.where(kept_BlGV, symbols_BlGV, 0), axis=-1)
+    return jnp.minimum(first_BlG, last_BlG)
+
+
+def invalid(logits_BlGV: interfaces.Array) -> interfaces.Array:
+    """[B] true where some logit is NaN or +inf, or some symbol has no finite logit at all.
+
+    To be asked of float32 logits before the draw; -inf alone is an ordinary "never".
+    """
+    bad_BlGV = jnp.isnan(logits_BlGV) | jnp.isposinf(logits_BlGV)
+    empty_BlG = ~jnp.any(jnp.isfinite(logits_BlGV), axis=-1)
+    return jnp.any(bad_BlGV, axis=(1, 2, 3)) | jnp.any(empty_BlG, axis=(1, 2))
+
+
+def _reaching(
+    logits_BlGV: interfaces.Array, weights_BlGV: interfaces.Array, need: interfaces.Array
+) -> interfaces.Array:
+    """[B, l, G, V] true for the fewest largest logits whose weights reach `need`, ties included.
+
+    All of them where they never do. The threshold is found bit by bit, from the highest down.
+    Rounding is monotone, so a sum over fewer tokens in the same order is never larger, and the
+    halvings agree with each other.
+    """
+    keys_BlGV = _ordered(logits_BlGV)
+
+    def halve(i, least_BlG):
+        higher_BlG = least_BlG | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        counted_BlGV = jnp.where(keys_BlGV >= higher_BlG[..., None], weights_BlGV, 0)
+        return jnp.where(jnp.sum(counted_BlGV, axis=-1) >= need, higher_BlG, least_BlG)
+
+    lowest_BlG = jnp.zeros(keys_BlGV.shape[:-1], jnp.uint32)
+    least_BlG = jax.lax.fori_loop(0, 32, halve, lowest_BlG)
+    return keys_BlGV >= least_BlG[..., None]
+
+
+def _ordered(logits_BlGV: interfaces.Array) -> interfaces.Array:
+    """uint32 in the order of the floats: the sign bit set, and negative numbers turned over."""
+    # -0.0 and 0.0 are equal, their bits are not
+    logits_BlGV = jnp.where(logits_BlGV == 0, 0.0, logits_BlGV)
+    bits_BlGV = jax.lax.bitcast_convert_type(logits_BlGV, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits_BlGV >= sign, ~bits_BlGV, bits_BlGV | sign)
+
+
+def _at(setting: float | tuple, step: interfaces.Array | int) -> interfaces.Array | float:
+    """A setting's value at a step; static where it is the same at every step."""
+    if not isinstance(setting, tuple):
+        return setting
+    if isinstance(step, int) and not 0 <= step < len(setting):
+        raise interfaces.UserError(
+            f"step {step} needs a setting of its own; found {len(setting)} entries: give one per "
+            "decoding step, or one number for all"
+        )
+    return setting[0] if len(set(setting)) == 1 else jnp.asarray(setting)[step]
+
+
+def _setting(name: str, setting: object) -> float | tuple:
+    """A number, or one per decoding step; lists, as JSON has them, become tuples."""
+    if not isinstance(setting, tuple | list):
+        return _number(name, setting)
+    if not setting:
+        raise interfaces.UserError(
+            f"{name} needs a number, or one per decoding step; found none; leave it out to keep "
+            "the default"
+        )
+    return tuple(_number(name, entry) for entry in setting)
+
+
+def _weights(guidance: object) -> tuple:
+    """Guidance with as many numbers in every entry: one, or one per symbol drawn in turn."""
+    if not isinstance(guidance, tuple | list):
+        raise interfaces.UserError(
+            f"guidance needs one weight per decoding step; found {guidance!r}; write "
+            f"guidance.constant({guidance!r}, steps)"
+        )
+    symbols = {len(entry) for entry in guidance if isinstance(entry, tuple | list)}
+    if not symbols:
+        return tuple(_number("guidance", entry) for entry in guidance)
+    if len(symbols) > 1 or 0 in symbols:
+        raise interfaces.UserError(
+            "an entry of guidance is one weight, or one for every symbol of a position; found "
+            f"entries of {' and '.join(map(str, sorted(symbols)))} weights"
+        )
+    (width,) = symbols
+    rows = (e if isinstance(e, tuple | list) else (e,) * width for e in guidance)
+    return tuple(tuple(_number("guidance", weight) for weight in row) for row in rows)
+
+
+def _number(name: str, value: object) -> float | int:
+    """One entry of a setting as a Python number, checked."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if name == "top_k":
+        good = number and isinstance(value, numbers.Integral) and 0 <= value < 2**31
+        need = "a whole number, 0 or more; 0 keeps all"
+    elif name == "top_p":
+        good = number and 0 < value <= 1
+        need = "a number above 0 and at most 1; 1 keeps all"
+    elif name == "temperature":
+        # float32 would make 0 of 1e-40 and infinity of 1e40, without a word
+        good = number and (value == 0 or SMALLEST <= value <= LARGEST)
+        need = f"0, which is greedy, or a number from {SMALLEST:.2g} to {LARGEST:.2g}"
+    else:
+        good = number and math.isfinite(value)
+        need = "finite numbers, one per decoding step; 1 is no guidance"
+    if not good:
+        raise interfaces.UserError(f"{name} must be {need}; found {value!r}")
+    return int(value) if name == "top_k" else float(value)

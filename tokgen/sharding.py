@@ -1,0 +1,144 @@
+"""How arrays lie over a mesh: the mesh, the parameter table, the strategies, `constrain`.
+
+The mesh has three axes, `data`, `fsdp` and `tensor`, of size 1 when unused; the batch lies over
+`data` and `fsdp` together. A parameter's path is looked up in the table, which gives its axes in
+the project's letters; a strategy says which mesh axis serves which letter.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+# First match wins. Letters are aligned from the right: a stacked Y in front is left whole.
+TABLE = (
+    (r"attention/(query|key|value)/kernel", "DNK"),
+    (r"attention/out/kernel", "NKD"),
+    (r"mlp/(gate|up)/kernel", "DF"),
+    (r"mlp/down/kernel", "FD"),
+    (r"symbols/table", "GVD"),
+    (r"head/kernel", "DGV"),
+    (r"codebook", ".."),  # every device measures distances to the whole codebook
+    (r"table", ".D"),  # labels, positions
+    (r"conv\w*/kernel", "...."),  # small: replicated
+    (r"(scale|bias|token|counts|sums|ns_coeffs)", "."),
+)
+
+# Letter -> mesh axis of the weights.
+STRATEGIES: Mapping[str, Mapping[str, str]] = {
+    "data": {},
+    "fsdp": {"D": "fsdp"},
+    "tensor": {"D": "fsdp", "N": "tensor", "F": "tensor", "V": "tensor"},
+}
+
+# Letter -> mesh axes of the activations; an axis of size 1 changes nothing.
+ACTIVATIONS: Mapping[str, str | tuple[str, ...]] = {
+    "B": BATCH,
+    "N": "tensor",
+    "F": "tensor",
+    "V": "tensor",
+}
+
+LARGE = 1_000_000  # elements: a larger parameter may not stay whole by accident
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+    """A mesh over all devices; one size may be -1, "all that are left"."""
+    sizes, devices = [data, fsdp, tensor], jax.device_count()
+    if sizes.count(-1) == 1:
+        rest = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = max(devices // max(rest, 1), 1)
+    if min(sizes) < 1 or math.prod(sizes) != devices:
+        raise ValueError(
+            f"the mesh must use all devices: data x fsdp x tensor = {data} x {fsdp} x {tensor}, "
+            f"devices = {devices}; set one of them to -1 to take what is left"
+        )
+    # Auto stated: jax.make_mesh defaults to explicit axes in current JAX
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def letters(path: str) -> str:
+    """The table's row for a parameter path such as `transformer/blocks/mlp/up/kernel`."""
+    for pattern, axes in TABLE:
+        if re.search(rf"(^|/){pattern}$", path):
+            return axes
+    rows = "\n".join(f"  {pattern}" for pattern, _ in TABLE)
+    raise ValueError(f"no row of sharding.TABLE matches the parameter {path!r}; rows:\n{rows}")
+
+
+def spec(path: str, shape: tuple[int, ...], strategy: str, mesh) -> PartitionSpec:
+    """The partition of one parameter.
+
+    A mesh axis serves the first letter that asks for it and divides it; a dimension that does not
+    divide passes the axis on to the next dimension of the same parameter that does.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {sorted(STRATEGIES)}; found {strategy!r}")
+    axes = letters(path)
+    named = dict(
+        zip(range(len(shape) - 1, -1, -1), reversed(axes), strict=False)
+    )  # dimension -> letter
+    rules, parts = STRATEGIES[strategy], [None] * len(shape)
+    for dimension in sorted(named):
+        axis = rules.get(named[dimension])
+        if axis is None or mesh.shape[axis] == 1 or axis in parts:
+            continue
+        candidates = [dimension, *(d for d in sorted(named) if d > dimension)]
+        for candidate in candidates:
+            free = parts[candidate] is None and named[candidate] != "."
+            if free and shape[candidate] % mesh.shape[axis] == 0:
+                parts[candidate] = axis
+                break
+    whole = not any(parts) and math.prod(shape) > LARGE and axes.strip(".")
+    if whole and any(mesh.shape[axis] > 1 for axis in rules.values()):
+        raise ValueError(
+            f"parameter {path} of shape {shape} stays whole under strategy {strategy!r} on mesh "
+            f"{dict(mesh.shape)}; choose axis sizes that divide one of its dimensions"
+        )
+    return PartitionSpec(*parts)
+
+
+def of_parameter(path: str, shape: tuple[int, ...], strategy: str, mesh) -> NamedSharding:
+    """The sharding of one parameter (or of its moment or its average: the shape is the same)."""
+    return NamedSharding(mesh, spec(path, shape, strategy, mesh))
+
+
+def replicated(mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def of_batch(mesh) -> NamedSharding:
+    """The sharding of an array that leads with the batch."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def global_batch(batch: Mapping[str, np.ndarray], mesh) -> dict[str, jax.Array]:
+    """One global array per entry, from this process's slice of the batch."""
+    sharding = of_batch(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in batch.items()
+    }
+
+
+def constrain(x: jax.Array, axes: str) -> jax.Array:
+    """`x` laid out by the activation rules, one letter per dimension; nothing without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    parts = []
+    for letter, size in zip(axes, x.shape, strict=True):
+        names = ACTIVATIONS.get(letter)
+        names = (names,) if isinstance(names, str) else names
+        ways = math.prod(mesh.shape[name] for name in names) if names else 1
+        parts.append(names if ways > 1 and size % ways == 0 else None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
