@@ -299,8 +299,7 @@ def _best(steps: list[pathlib.Path]) -> pathlib.Path:
 def read_meta(step: pathlib.Path) -> dict:
     """The JSON record of a step."""
     try:
-        (file,) = (step / "meta").glob("*")
-        meta = json.loads(file.read_text())
+        meta = json.loads((step / "meta" / "metadata").read_text())
         if meta["format"] != FORMAT:
             raise UserError(
                 f"checkpoint {step} has format {meta['format']}; this tokgen reads {FORMAT}"

@@ -35,6 +35,9 @@ def devices(batch_size: int = 0) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         count = max(n for n in range(1, min(cores, 8) + 1) if batch_size % n == 0)
         jax.config.update("jax_num_cpu_devices", count)
+        # XLA sizes its thread pool by NPROC. With one thread per device, programs with collectives
+        # that are in flight together take each other's threads and wait for ever (jax 0.10.2).
+        os.environ.setdefault("NPROC", str(4 * count))
 
 
 def parse(argv: Sequence[str], description: str) -> tuple[ml_collections.ConfigDict, pathlib.Path]:

@@ -35,7 +35,10 @@ def bar(total: int, *, initial: int = 0, unit: str = "step", what: str = "") -> 
 
 def say(text: str) -> None:
     """A line for the person at the terminal, above a progress bar if one runs."""
-    tqdm.tqdm.write(text, file=sys.stderr)
+    if sys.stderr.isatty():
+        tqdm.tqdm.write(text, file=sys.stderr)
+    else:  # tqdm would blank out a line that isn't there
+        print(text, file=sys.stderr, flush=True)
 
 
 class Log:

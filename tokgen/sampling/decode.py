@@ -74,6 +74,9 @@ def generate(
         weight = None if weights is None else jnp.asarray(weights, jnp.float32)[index]
         seen = {}
 
+        def weight_of(symbol):
+            return weight if weight.ndim == 0 else weight[symbol]
+
         def sample(logits_BlGV, symbol):
             seen["invalid_B"] = seen.get("invalid_B", False) | filters.invalid(logits_BlGV)
             return sampler.draw(logits_BlGV, keys_B=keys_B, step=index, symbol=symbol)
@@ -81,12 +84,15 @@ def generate(
         def draw(logits_BlGV, symbol=0):
             if double:
                 halves = logits_BlGV[:B], logits_BlGV[B:]
-                return _twice(sample(guidance.merge(*halves, weight), symbol))
-            if against is None or index_unguided(phase):
+                return _twice(sample(guidance.merge(*halves, weight_of(symbol)), symbol))
+            if against is None or phase.first >= guided:
                 return sample(logits_BlGV, symbol)
+            if "weak" in seen:
+                raise ValueError("guidance against a network needs one draw per step; found more")
 
             def draw_weak(weak_BlGV, symbol=0):
-                seen["drawn"] = sample(guidance.merge(logits_BlGV, weak_BlGV, weight), symbol)
+                merged_BlGV = guidance.merge(logits_BlGV, weak_BlGV, weight_of(symbol))
+                seen["drawn"] = sample(merged_BlGV, symbol)
                 return seen["drawn"]
 
             # both networks must see the same token, so the weak one's step is taken in the draw
@@ -96,9 +102,6 @@ def generate(
         state = generator.step(state, phase, index, codec, draw)
         flags = state.invalid_B | (_twice(seen["invalid_B"]) if double else seen["invalid_B"])
         return state.replace(invalid_B=flags), seen.get("weak", weak)
-
-    def index_unguided(phase):
-        return phase.first >= guided
 
     for phase in _split(generator.plan(), guided):
         if double and phase.first >= guided:
@@ -122,13 +125,13 @@ def generate(
 def _guidance(generator: Generator, sampler: filters.Sampler) -> tuple[Any, int]:
     """The weights, and the number of the first step after the last guided one."""
     total = steps(generator)
+    if sampler.steps not in (None, total):
+        raise ValueError(
+            f"settings per step need one entry for each: the plan has {total} steps, the sampler "
+            f"has entries for {sampler.steps}"
+        )
     if not sampler.guidance:
         return None, 0
-    if len(sampler.guidance) != total:
-        raise ValueError(
-            f"guidance needs one weight per decoding step: the plan has {total} steps, the "
-            f"sampler has {len(sampler.guidance)} weights"
-        )
     weights = np.asarray(sampler.guidance, np.float32)
     guided = np.flatnonzero((weights != 1).reshape(total, -1).any(-1))
     return weights, int(guided[-1]) + 1 if len(guided) else 0

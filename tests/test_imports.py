@@ -1,0 +1,273 @@
+"""The import picture of the design, made executable: imports go down, and modules, not symbols.
+
+Every file is parsed, none is run. `findings` is a pure function of a file's place and text, so that
+the tests below can show that it finds what it should.
+"""
+
+import ast
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FILES = sorted([*(ROOT / "tokgen").rglob("*.py"), *ROOT.glob("train_*.py")])
+
+# The picture, from the ground up; a unit is a file or a folder of tokgen. A file may import what
+# is below it. A new file in tokgen needs a place here.
+GROUND, LAYERS, MODELS, MACHINERY, ENTRY = range(5)
+PICTURE = {
+    GROUND: ("interfaces", "rng", "sharding"),
+    LAYERS: ("nn", "sampling"),
+    MODELS: ("tokenizers", "quantizers", "generators", "critics"),
+    MACHINERY: (
+        *("state", "checkpoint", "data", "losses", "metrics", "report", "config"),
+        "pretrained",
+    ),
+    ENTRY: ("train_tokenizer", "train_generator", "cli", "commands", "launch"),
+}
+RANK = {unit: rank for rank, units in PICTURE.items() for unit in units}
+
+# What the picture forbids and the design wants all the same, with its reason.
+EXCEPTIONS = {
+    ("checkpoint", "state"): "a checkpoint holds TrainStates",
+    ("checkpoint", "config"): "the config inside a checkpoint rebuilds its module",
+    ("pretrained", "state"): "a published checkpoint becomes a tokgen one",
+    ("pretrained", "checkpoint"): "a published checkpoint becomes a tokgen one",
+    ("pretrained", "config"): "a published checkpoint comes with the config that rebuilds it",
+    ("pretrained", "tokenizers"): "it may build models, to map keys to their paths",
+    ("pretrained", "quantizers"): "it may build models, to map keys to their paths",
+    ("pretrained", "generators"): "it may build models, to map keys to their paths",
+    ("pretrained", "critics"): "it may build models, to map keys to their paths",
+    ("config", "tokenizers"): "it puts what a config names into the one concrete Tokenizer",
+}
+
+# Symbols that may be imported from a module, with the reason: ("tokgen.module", "Symbol").
+SYMBOLS = {}
+
+# Who may import by a name that is computed, which the picture cannot see.
+DYNAMIC = {
+    "tokgen.cli": "the chosen subcommand",
+    "tokgen.config": "the file that a config names",
+}
+
+# Nothing that was read from a file may be executed.
+UNSAFE = {
+    *("pickle.load", "pickle.loads", "dill.load", "dill.loads", "marshal.load", "marshal.loads"),
+    *("cloudpickle.load", "cloudpickle.loads", "joblib.load", "torch.load"),
+    *("yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen"),
+    *("eval", "exec", "builtins.eval", "builtins.exec"),
+}
+# Transforms are jax's own; optimizers optax's; a module holds no key.
+UNUSED = {
+    f"flax.nnx.{name}"
+    for name in ("jit", "grad", "value_and_grad", "scan", "vmap", "pmap", "remat", "cond")
+} | {"flax.nnx.Optimizer", "flax.nnx.Dropout", "flax.nnx.Module.sow", "flax.nnx.while_loop"}
+
+
+def module_of(file: pathlib.Path) -> str:
+    """The dotted name of a file of the repository."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def unit_of(module: str) -> str:
+    """`tokgen.nn.conv` is of the unit `nn`; `tokgen` itself of the unit ``."""
+    parts = module.split(".")
+    return parts[0] if parts[0] != "tokgen" else ".".join(parts[1:2])
+
+
+def is_module(name: str) -> bool:
+    """Whether a dotted name stands for a file or a folder of the repository."""
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or path.is_dir()
+
+
+def is_ours(module: str) -> bool:
+    """Whether a module is one of the picture's, and not a library's."""
+    return module.split(".")[0] == "tokgen" or module in RANK
+
+
+def imports(tree: ast.AST) -> list[tuple[int, str, str, str | None]]:
+    """(line, local name, module, symbol or None) of every import, at any depth of the file."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                local = alias.asname or alias.name.split(".")[0]
+                found.append((node.lineno, local, alias.name, None))
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            for alias in node.names:
+                found.append((node.lineno, alias.asname or alias.name, module, alias.name))
+    return found
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of a chain of attributes, and an empty text for anything else."""
+    names = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    return ".".join(reversed([*names, node.id])) if isinstance(node, ast.Name) else ""
+
+
+def used(tree: ast.AST) -> list[tuple[int, str]]:
+    """(line, full name) of every name and chain of attributes, import aliases resolved."""
+    full = {}
+    for _, local, module, symbol in imports(tree):
+        if symbol is not None:
+            full[local] = f"{module}.{symbol}"
+        elif local != module.split(".")[0]:  # import a.b as c
+            full[local] = module
+    found = []
+    for node in ast.walk(tree):
+        name = dotted(node)
+        if name:
+            head, dot, rest = name.partition(".")
+            found.append((node.lineno, full.get(head, head) + dot + rest))
+    return found
+
+
+def allowed(importer: str, imported: str) -> bool:
+    """Whether one unit may import another."""
+    if importer == imported or (importer, imported) in EXCEPTIONS:
+        return True
+    if RANK[importer] == ENTRY:
+        return True
+    if RANK[importer] == MACHINERY and RANK[imported] == MODELS:
+        return False  # models are known to it through the protocols of interfaces
+    return RANK[imported] < RANK[importer]
+
+
+def findings(module: str, text: str) -> list[str]:
+    """What is wrong with a file, one line each."""
+    tree, unit, wrong = ast.parse(text), unit_of(module), []
+    if unit and unit not in RANK:
+        wrong.append(f"{module}: {unit!r} has no place in PICTURE of tests/test_imports.py")
+    for line, _, source, symbol in imports(tree):
+        where = f"{module}:{line}"
+        if source.startswith("."):
+            wrong.append(f"{where}: relative import; write the full name")
+        if not is_ours(source):
+            continue
+        target = source if symbol is None else f"{source}.{symbol}"
+        if symbol is not None and not is_module(target):
+            if (source, symbol) not in SYMBOLS:
+                package, _, last = source.rpartition(".")
+                remedy = f"from {package} import {last}, then {last}.{symbol}"
+                wrong.append(f"{where}: imports the symbol {target}; write {remedy}")
+            target = source
+        other = unit_of(target)
+        if other in RANK and unit in RANK and not allowed(unit, other):
+            wrong.append(f"{where}: {unit} may not import {other}")
+        if not unit and other:
+            wrong.append(f"{where}: tokgen itself imports nothing of tokgen, found {other}")
+    for line, name in used(tree):
+        where = f"{module}:{line}"
+        if name in UNSAFE:
+            wrong.append(f"{where}: {name} may execute what it reads")
+        if name in UNUSED:
+            wrong.append(f"{where}: {name} is outside the part of NNX that tokgen uses")
+        if name in ("importlib.import_module", "__import__") and module not in DYNAMIC:
+            wrong.append(f"{where}: {name} hides an import from the picture")
+        if RANK.get(unit) in (LAYERS, MODELS) and name.startswith("tokgen.sharding."):
+            if name != "tokgen.sharding.constrain":
+                wrong.append(f"{where}: {name}; a model uses sharding.constrain and nothing else")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg in ("shell", "allow_pickle"):
+            if not (isinstance(node.value, ast.Constant) and not node.value.value):
+                wrong.append(f"{module}:{node.value.lineno}: {node.arg}= must be False")
+    return wrong
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_file_keeps_to_the_picture(file):
+    assert findings(module_of(file), file.read_text(encoding="utf-8")) == []
+
+
+def test_every_exception_is_needed_to_be_allowed():
+    """An exception that the picture allows anyway would hide a mistake in the table."""
+    for pair in EXCEPTIONS:
+        assert set(pair) <= set(RANK)
+        others = {p: r for p, r in EXCEPTIONS.items() if p != pair}
+        importer, imported = pair
+        saved = dict(EXCEPTIONS)
+        EXCEPTIONS.clear()
+        EXCEPTIONS.update(others)
+        try:
+            assert not allowed(importer, imported)
+        finally:
+            EXCEPTIONS.clear()
+            EXCEPTIONS.update(saved)
+
+
+def test_no_drawer_for_odds_and_ends():
+    names = {"utils", "util", "common", "helpers", "helper", "misc", "base"}
+    assert [str(file.relative_to(ROOT)) for file in FILES if file.stem in names] == []
+
+
+def test_cli_imports_only_the_standard_library_before_a_command_is_chosen():
+    tree = ast.parse((ROOT / "tokgen" / "cli.py").read_text(encoding="utf-8"))
+    top = ast.Module([node for node in tree.body if not isinstance(node, ast.FunctionDef)], [])
+    heavy = {module for _, _, module, _ in imports(top)} - {"__future__"}
+    assert heavy and {name.split(".")[0] for name in heavy} <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "part"),
+    [
+        ("tokgen.nn.conv", "from tokgen.tokenizers import tokenizer", "nn may not import tok"),
+        ("tokgen.nn.conv", "def f():\n    import tokgen.state", "nn may not import state"),
+        ("tokgen.nn.conv", "from tokgen import sampling", "nn may not import sampling"),
+        ("tokgen.quantizers.vq", "from tokgen.critics import trunks", "may not import critics"),
+        ("tokgen.generators.x", "import tokgen.quantizers.vq as q", "may not import quantizers"),
+        ("tokgen.losses", "from tokgen.critics import trunks", "losses may not import critics"),
+        ("tokgen.data.images", "from tokgen import report", "data may not import report"),
+        ("tokgen.state", "from tokgen import checkpoint", "state may not import checkpoint"),
+        ("tokgen.checkpoint", "from tokgen import report", "checkpoint may not import report"),
+        ("tokgen.report", "from tokgen import cli", "report may not import cli"),
+        ("tokgen.report", "import train_tokenizer", "report may not import train_tokenizer"),
+        ("tokgen.config", "from train_generator import main", "may not import train_generator"),
+        ("tokgen.rng", "from tokgen import interfaces", "rng may not import interfaces"),
+        ("tokgen", "from tokgen import nn", "tokgen itself imports nothing"),
+        ("tokgen.odds", "x = 1", "'odds' has no place"),
+        ("tokgen.nn.conv", "from tokgen.nn.linear import Linear", "imports the symbol"),
+        ("tokgen.nn.conv", "from . import linear", "relative import"),
+        ("tokgen.nn.conv", "import tokgen.sharding as s\ns.make_mesh()", "sharding.constrain and"),
+        ("tokgen.report", "import pickle as p\np.load(f)", "pickle.load may execute"),
+        ("tokgen.report", "from pickle import loads\nloads(b)", "pickle.loads may execute"),
+        ("tokgen.report", "x = eval('1')", "eval may execute"),
+        ("tokgen.report", "run = exec", "exec may execute"),
+        ("tokgen.report", "import os\nos.system('ls')", "os.system may execute"),
+        ("tokgen.report", "import yaml\nyaml.load(f)", "yaml.load may execute"),
+        ("tokgen.report", "import subprocess as s\ns.run(c, shell=True)", "shell= must be False"),
+        ("tokgen.report", "import numpy as np\nnp.load(f, allow_pickle=x)", "allow_pickle="),
+        ("tokgen.state", "from flax import nnx\nf = nnx.jit(g)", "flax.nnx.jit is outside"),
+        ("tokgen.state", "import flax\nf = flax.nnx.scan", "flax.nnx.scan is outside"),
+        ("tokgen.nn.conv", "from flax.nnx import Dropout\nDropout()", "flax.nnx.Dropout is"),
+        ("tokgen.report", "import importlib\nimportlib.import_module(n)", "hides an import"),
+    ],
+)
+def test_breach_is_found(module, text, part):
+    found = findings(module, text)
+    assert len(found) >= 1 and any(part in line for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        ("tokgen.nn.conv", "from tokgen import interfaces, rng\nfrom tokgen.nn import attention"),
+        ("tokgen.nn.conv", "from tokgen import sharding\nsharding.constrain(x, 'BLD')"),
+        ("tokgen.generators.x", "from tokgen.nn import symbols\nfrom tokgen import sampling"),
+        ("tokgen.losses", "from tokgen.nn import conv"),
+        ("tokgen.checkpoint", "from tokgen import config, state"),
+        ("tokgen.commands.demo", "import train_tokenizer\nfrom tokgen import cli, state"),
+        ("tokgen.cli", "import importlib\nimportlib.import_module(f'tokgen.commands.{n}')"),
+        ("tokgen.report", "import yaml\nyaml.safe_load(f)\nregex.exec(x)\nmodel.eval()"),
+        ("tokgen.state", "from flax import nnx\nnnx.split(m)\nnnx.eval_shape(f)"),
+        ("tokgen.report", "np.load(f, allow_pickle=False)\nrun(c, shell=False)"),
+    ],
+)
+def test_what_is_allowed_is_not_found(module, text):
+    assert findings(module, text) == []

@@ -1,0 +1,206 @@
+"""The wheel and what it carries; the console program, its help and its exit codes."""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+
+import pytest
+
+from tokgen import cli, interfaces
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def program(*words: str) -> subprocess.CompletedProcess:
+    """`tokgen WORDS` in a process of its own."""
+    command = [sys.executable, "-m", "tokgen.cli", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def requirement_name(line: str) -> str:
+    """The normalized name of a requirement: `jax[cuda12]>=1` is `jax`."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[A-Za-z0-9._-]+", line)[0]).lower()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """The wheel as built from this tree, without a network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert built.returncode == 0, built.stderr
+    (file,) = folder.glob("tokgen-*-py3-none-any.whl")
+    with zipfile.ZipFile(file) as archive:
+        yield archive
+
+
+def files(folder: str) -> set[str]:
+    """The Python files below a folder of the repository, by their paths from its root."""
+    return {str(file.relative_to(ROOT)) for file in (ROOT / folder).rglob("*.py")}
+
+
+def test_wheel_carries_package_configs_and_training_programs(wheel):
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    outside = files("configs") | {"train_tokenizer.py", "train_generator.py"}
+    expected = files("tokgen") | {f"tokgen/programs/{name}" for name in outside}
+    assert {name for name in names if name.endswith(".py")} == expected
+    assert all(name.startswith("tokgen/") for name in names)
+    assert not [name for name in names if "__pycache__" in name]
+
+
+def test_wheel_carries_the_texts_of_this_tree(wheel):
+    for name in ("train_tokenizer.py", "train_generator.py", *sorted(files("configs"))):
+        assert wheel.read(f"tokgen/programs/{name}") == (ROOT / name).read_bytes()
+    (licence,) = [name for name in wheel.namelist() if name.endswith("licenses/LICENSE")]
+    assert b"Apache License" in wheel.read(licence)
+
+
+def test_wheel_metadata(wheel):
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    lines = wheel.read(name).decode().split("\n\n")[0].splitlines()
+    assert "Name: tokgen" in lines
+    assert "Requires-Python: >=3.11" in lines
+    assert "License-Expression: Apache-2.0" in lines
+    extras = {line.split(": ")[1] for line in lines if line.startswith("Provides-Extra")}
+    assert extras == {"cuda12", "cuda13", "tpu", "fastdata", "hub"}
+    required = [line.split(": ", 1)[1] for line in lines if line.startswith("Requires-Dist")]
+    core = {requirement_name(line) for line in required if "extra ==" not in line}
+    assert {"jax", "flax", "optax", "matplotlib", "tensorboardx"} <= core
+    assert not core & {"torch", "tensorflow", "keras"}
+    (points,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
+    assert b"tokgen = tokgen.cli:main" in wheel.read(points)
+
+
+def test_every_core_dependency_and_test_tool_has_its_tested_version():
+    """For Python 3.11 and for later ones; names, versions and markers, no places."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pattern = r'[A-Za-z0-9_.-]+==[0-9][0-9A-Za-z.]*( ; python_version (<|>=) "3\.12")?'
+    stated = [line for line in lines if line and not line.startswith("#")]
+    assert [line for line in stated if not re.fullmatch(pattern, line)] == []
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    needed = {
+        requirement_name(line)
+        for line in [*PROJECT["dependencies"], *groups["test"], *groups["lint"], "pip"]
+    }
+    for other in ('python_version < "3.12"', 'python_version >= "3.12"'):
+        pinned = [requirement_name(line) for line in stated if not line.endswith(other)]
+        assert len(pinned) == len(set(pinned))
+        assert needed <= set(pinned)
+
+
+def test_extras_of_the_error_message_exist():
+    for package, extra in cli.EXTRAS.items():
+        distributions = {"cv2": "opencv-python-headless"}
+        wanted = requirement_name(distributions.get(package, package))
+        assert wanted in map(requirement_name, PROJECT["optional-dependencies"][extra])
+
+
+def test_commands_are_the_files_of_the_folder():
+    folder = ROOT / "tokgen" / "commands"
+    assert set(cli.COMMANDS) == {file.stem for file in folder.glob("*.py")} - {"__init__"}
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_command_has_its_three_parts(name):
+    file = ROOT / "tokgen" / "commands" / f"{name}.py"
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    functions = {
+        node.name: len(node.args.args) for node in tree.body if isinstance(node, ast.FunctionDef)
+    }
+    assert ast.get_docstring(tree)
+    assert functions.get("arguments") == 1
+    assert functions.get("run") == 1
+
+
+def test_help_names_every_command():
+    done = program("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for name, line in cli.COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(line)}$", done.stdout, re.MULTILINE)
+
+
+def test_help_and_version_import_no_jax():
+    code = (
+        "import sys; from tokgen import cli\n"
+        "assert cli.main(['--version']) == 0\n"
+        "assert cli.main(['smaple']) == 2\n"
+        "sys.exit(sorted({'jax', 'flax', 'numpy'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_version_names_what_figures_depend_on():
+    done = program("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert names == ["tokgen", "python", *cli.REPORTED]
+    import jax
+
+    assert f"jax {jax.__version__}" in done.stdout.splitlines()
+
+
+def test_no_arguments_print_the_help():
+    done = program()
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "commands:" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["smaple", "runs/x"],
+            "tokgen: error: there is no command 'smaple'; did you mean 'sample'?",
+        ),
+        (["xyzzy"], "tokgen: error: there is no command 'xyzzy'; choose from demo, pretokenize"),
+        (["--verison"], "tokgen: error: unrecognized arguments: --verison"),
+    ],
+)
+def test_unknown_word_ends_with_exit_code_2(words, said):
+    done = program(*words)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(said)
+    assert "Traceback" not in done.stderr
+
+
+def raising(error: BaseException):
+    """A function that raises."""
+
+    def run():
+        raise error
+
+    return run
+
+
+def test_user_error_is_one_message(capsys):
+    assert cli.call("tokgen x", raising(interfaces.UserError("need a, found b; use c"))) == 2
+    assert capsys.readouterr().err == "tokgen x: error: need a, found b; use c\n"
+
+
+def test_missing_extra_is_one_line_with_the_install_command(capsys):
+    error = ModuleNotFoundError("No module named 'cv2.data'", name="cv2.data")
+    assert cli.call("tokgen x", raising(error)) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert 'pip install "tokgen[fastdata]"' in message
+
+
+def test_interrupt_ends_with_exit_code_130(capsys):
+    assert cli.call("tokgen x", raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "tokgen x: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), ModuleNotFoundError("no tokgen.nothing", name="tokgen.nothing")]
+)
+def test_bug_keeps_its_traceback(error):
+    with pytest.raises(type(error)) as caught:
+        cli.call("tokgen x", raising(error))
+    assert caught.value is error
