@@ -1,6 +1,6 @@
 """Images per second and core of the data stream, against a plain PIL loop over the same files.
 
-    python benchmarks/data_loading.py [--images 256] [--repeats 3]
+    python benchmarks/data_loading.py [--images 256] [--repeats 3] [--quick]
 
 The files are JPEGs that the program makes: 500 x 375, quality 92, smooth noise, about as large as
 ImageNet's. Both sides end with uint8 batches of 256 x 256; the loop does the least that can be
@@ -10,18 +10,16 @@ the repeats is printed with the smallest and largest.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import io
 import itertools
 import os
 import pathlib
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 
+import machine
 import numpy as np
 from PIL import Image
 
@@ -36,10 +34,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one batch, once: does it work?")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.images, arguments.repeats = BATCH, 1
     if arguments.images < BATCH or arguments.repeats < 1:
         parser.error(f"--images must be at least {BATCH} and --repeats at least 1")
-    print(circumstances())
+    print(machine.header(PACKAGES))
     with tempfile.TemporaryDirectory() as path:
         size = write_jpegs(pathlib.Path(path), arguments.images)
         print(f"{arguments.images} JPEGs of {size / 1000:.0f} kB on average, to {SIZE}")
@@ -56,7 +57,7 @@ def main() -> None:
         for _ in range(arguments.repeats):  # in turn, so that a busy moment hits all of them
             for name, way in ways.items():
                 measured[name].append(rate(way))
-    drawn = shapes.Source(count=20_000)
+    drawn = shapes.Source(count=BATCH if arguments.quick else 20_000)
     measured["shapes of 32 x 32, stream"] = [
         rate(lambda: take(drawn, images.View((32, 32), flip=True), threads=1))
         for _ in range(arguments.repeats)
@@ -69,27 +70,6 @@ def main() -> None:
             f"{name:32}{middle:22.0f}{min(rates):9.0f}{max(rates):9.0f}"
             + (f"{middle / loop:13.2f}" if "shapes" not in name else "")
         )
-
-
-def circumstances() -> str:
-    """Versions, hardware, load and date, in one line."""
-    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    load = " ".join(f"{value:.2f}" for value in os.getloadavg())
-    today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return (
-        f"{today}; Python {platform.python_version()} {versions}; {processor()}, "
-        f"{os.cpu_count()} cores; load {load}"
-    )
-
-
-def processor() -> str:
-    """The name of the processor, where the system tells."""
-    information = pathlib.Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def write_jpegs(path: pathlib.Path, count: int) -> float:

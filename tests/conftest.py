@@ -18,7 +18,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", str(4 * DEVICES))
 # One folder per environment: an entry does not outlive the jax that wrote it.
 if sys.prefix != sys.base_prefix:
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(sys.prefix) / "jax-cache"))
+    CACHE = pathlib.Path(sys.prefix) / "cache"
+    os.environ.setdefault("TOKGEN_CACHE", str(CACHE))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
 # Tests compile many small programs, each below the default of one second.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 

@@ -358,6 +358,17 @@ def _restore(step: pathlib.Path, wanted: dict[str, Any], meta: dict) -> dict[str
     return leaves
 
 
+def verify(step: pathlib.Path) -> None:
+    """Read every array of a step and compare it with the manifest."""
+    meta = read_meta(step)
+    whole = sharding.replicated(sharding.make_mesh())
+    wanted = {
+        path: jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"], sharding=whole)
+        for path, entry in meta["manifest"].items()
+    }
+    _restore(step, wanted, meta)
+
+
 def _name(path: str) -> str:
     return path.replace("/", ".")  # a slash would become a folder in the store
 

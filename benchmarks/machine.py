@@ -1,0 +1,69 @@
+"""What every benchmark prints about itself, and how all of them measure time and memory."""
+
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+
+def header(packages: Sequence[str]) -> str:
+    """Date, versions, hardware and load, in one line: what a figure is worth nothing without."""
+    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    load = " ".join(f"{value:.2f}" for value in os.getloadavg())
+    today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return (
+        f"{today}; Python {platform.python_version()} {versions}; {processor()}, "
+        f"{os.cpu_count()} cores{devices()}; load {load}"
+    )
+
+
+def processor() -> str:
+    """The name of the processor, where the system tells."""
+    information = pathlib.Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def devices() -> str:
+    """How many of which devices jax has, where a program uses jax."""
+    if "jax" not in sys.modules:  # a benchmark of data loading must not start it
+        return ""
+    import jax
+
+    found = jax.devices()
+    return f", {len(found)} x {found[0].device_kind} ({jax.default_backend()})"
+
+
+def measured(way: Callable[[], object], repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds by the clock and seconds of the CPU (all threads together), once per repeat.
+
+    `way` must wait for what it started: `jax.block_until_ready`.
+    """
+    walls, cpus = [], []
+    for _ in range(repeats):
+        wall, cpu = time.perf_counter(), time.process_time()
+        way()
+        walls.append(time.perf_counter() - wall)
+        cpus.append(time.process_time() - cpu)
+    return walls, cpus
+
+
+def middle(values: Sequence[float], places: int = 1) -> str:
+    """The median, with the least and the most."""
+    least, most = min(values), max(values)
+    return f"{statistics.median(values):.{places}f} ({least:.{places}f} to {most:.{places}f})"
+
+
+def peak_mib() -> float:
+    """The most memory that this process ever held, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB on Linux

@@ -1,0 +1,157 @@
+"""Images per second of the training steps of some configs: the step alone, no data, no checkpoints.
+
+    python benchmarks/training_step.py [--config PATH[:variant] ...] [--devices N]
+
+The step is the one of the training programs, compiled and run on made-up images or tokens of the
+config's size. CPU seconds are of all threads together, so that other work on the machine counts
+little; on a GPU or TPU only the clock means anything. The median of the repeats is printed with the
+smallest and largest.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+
+import jax
+import machine
+import numpy as np
+from flax import nnx
+
+import train_generator
+import train_tokenizer
+from tokgen import config, launch, rng, sharding, state
+from tokgen.critics import discriminator
+from tokgen.interfaces import TokenLayout
+
+PACKAGES = ("jax", "flax", "optax", "numpy")
+CONFIGS = ("configs/tokenizer/shapes.py", "configs/generator/shapes.py")
+LAYOUT, CLASSES = TokenLayout((240,), ((8, 8),)), 10  # of the shapes; a generator's config has none
+
+# What --quick makes of a config: enough to see that a program works, too little to measure.
+QUICK = {
+    "tokenizer": ("encoder.widths=(16,)", "decoder.widths=(16,)", "batch_size=4"),
+    "generator": ("generator.width=32", "generator.depth=2", "batch_size=4"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", nargs="+", default=CONFIGS, metavar="PATH[:variant]")
+    parser.add_argument("--devices", type=int, help="of the CPU; default: as the programs do")
+    parser.add_argument("--steps", type=int, default=50, help="of one repeat")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="tiny networks: does it work?")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.steps, arguments.repeats = 2, 1
+    loaded = {reference: load(reference, arguments.quick) for reference in arguments.config}
+    set_devices(arguments.devices, [settings.batch_size for settings in loaded.values()])
+    print(machine.header(PACKAGES))
+    for reference, settings in loaded.items():
+        measure(reference, settings, arguments.steps, arguments.repeats)
+
+
+def load(reference: str, quick: bool):
+    """A config; with `quick`, shrunk."""
+    settings = config.load(reference)
+    if quick:
+        config.override(settings, QUICK[kind_of(settings)])
+    return settings
+
+
+def kind_of(settings) -> str:
+    """What a config trains."""
+    return "generator" if "generator" in settings else "tokenizer"
+
+
+def set_devices(count: int | None, batch_sizes) -> None:
+    """So many CPU devices, or as many as the training programs would take."""
+    if count:
+        # as launch.devices: XLA sizes its thread pool by NPROC, and collectives need more of it
+        os.environ.setdefault("NPROC", str(4 * count))
+        jax.config.update("jax_num_cpu_devices", count)
+    else:
+        launch.devices(math.gcd(*batch_sizes))
+
+
+def training(settings):
+    """(step, what it is called on, parameters): the step returns its first argument, moved on."""
+    mesh = sharding.make_mesh()
+    jax.set_mesh(mesh)
+    optimizer = config.call(state.optimizer, settings.optimizer, "optimizer", steps=settings.steps)
+    draw = np.random.default_rng(0)
+    rngs = rng.key(settings.seed, "init")
+    if kind_of(settings) == "generator":
+        graph, network = state.create(
+            lambda: config.generator(settings, LAYOUT, CLASSES, rngs=nnx.Rngs(rngs)),
+            optimizer,
+            mesh=mesh,
+            strategy=settings.strategy,
+            ema=settings.ema,
+        )
+        shape = (settings.batch_size, LAYOUT.length, LAYOUT.groups)
+        batch = {
+            "tokens": draw.integers(0, LAYOUT.absent, shape, np.int32),
+            "label": draw.integers(0, CLASSES, settings.batch_size, np.int32),
+        }
+        step = train_generator.train_step(settings, graph, optimizer)
+        batch = sharding.global_batch(batch, mesh)
+        return step, (network, batch, None), state.count(network.params)
+    graph, network = state.create(
+        lambda: config.tokenizer(settings, rngs=nnx.Rngs(rngs)),
+        optimizer,
+        mesh=mesh,
+        strategy=settings.strategy,
+        ema=settings.ema,
+    )
+    count, networks = state.count(network.params), {"model": network}
+    step = train_tokenizer.plain_step(settings, graph, optimizer)
+    if settings.critic.weight > 0:
+        rival_optimizer = config.call(
+            state.optimizer, settings.critic.optimizer, "critic.optimizer", steps=settings.steps
+        )
+        rival, networks["critic"] = state.create(
+            lambda: discriminator.Discriminator(settings.view.channels, rngs=nnx.Rngs(rngs)),
+            rival_optimizer,
+            mesh=mesh,
+        )
+        both = (graph, rival), (optimizer, rival_optimizer)
+        step = train_tokenizer.adversarial_step(settings, *both, begin_play=0)
+    shape = (settings.batch_size, *settings.view.size, settings.view.channels)
+    batch = sharding.global_batch({"image": draw.integers(0, 256, shape, np.uint8)}, mesh)
+    return step, (networks, batch, None), count
+
+
+def measure(reference: str, settings, steps: int, repeats: int) -> None:
+    """Print the figures of one config."""
+    step, (moving, *fixed), parameters = training(settings)
+    began = time.perf_counter()
+    moving, _ = jax.block_until_ready(step(moving, *fixed))
+    compiled = time.perf_counter() - began
+
+    def take(count):
+        nonlocal moving
+        for _ in range(count):
+            moving, _ = step(moving, *fixed)
+        jax.block_until_ready(moving)
+
+    take(2)  # the first steps after a compilation fill the allocator
+    walls, cpus = machine.measured(lambda: take(steps), repeats)
+    images = steps * settings.batch_size
+    print(
+        f"{reference}: batch {settings.batch_size}, {parameters:,} parameters, compute "
+        f"{settings.precision.compute}, {'critic, ' if settings.get('critic', {}).get('weight') else ''}"
+        f"first step {compiled:.1f} s (compiled, or from the cache)"
+    )
+    for name, values, places in (
+        ("images per second", [images / wall for wall in walls], 1),
+        ("milliseconds per step", [1000 * wall / steps for wall in walls], 1),
+        ("CPU milliseconds per image", [1000 * cpu / images for cpu in cpus], 2),
+    ):
+        print(f"  {name:<28}{machine.middle(values, places)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
