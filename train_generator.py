@@ -19,12 +19,20 @@ from tokgen import checkpoint, config, launch, report, rng, sharding, state
 from tokgen.commands import evaluate, sample
 from tokgen.data import stream, tokens
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
+from tokgen.nn import precision, transformer
 from tokgen.sampling import decode, presets
 
 
 def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Train until `settings.steps`, from wherever the work directory stands."""
     seed, steps, every = settings.seed, settings.steps, settings.report
+    config.check(
+        settings,
+        precision=(precision.Precision, ()),
+        generator__rates=(transformer.Rates, ()),
+        optimizer=(state.optimizer, ("steps",)),
+        mesh=(sharding.make_mesh, ()),
+    )
     if not settings.data.tokens:
         raise UserError(
             "config.data.tokens names no token shards; make them with tokgen pretokenize and give "
@@ -58,7 +66,10 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         layout=layout,
         classes=classes,
         best="nats_per_token",
-        tokenizer=checkpoint.reference(tokenizer, workdir),
+        data=source.fingerprint,
+        tokenizer=checkpoint.reference(tokenizer.step, workdir)
+        | {"fingerprint": tokenizer.fingerprint},
+        tokens=checkpoint.reference(source.path, workdir),
     )
     networks, what = checkpoint.resume_or_start(run, {"model": network})
     network = networks["model"]

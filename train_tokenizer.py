@@ -1,6 +1,6 @@
 """The story of training a tokenizer, top to bottom.
 
-    python train_tokenizer.py --config configs/tokenizer/shapes.py --workdir runs/tokenizer
+python train_tokenizer.py --config configs/tokenizer/shapes.py --workdir runs/tokenizer
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tokgen.critics import discriminator, perceptual
 from tokgen.data import images, stream
 from tokgen.interfaces import UserError
 from tokgen.metrics import reconstruction
+from tokgen.nn import precision
 from tokgen.pretrained import reader
 
 LAST_LAYER = ("decoder", "conv_out", "kernel")  # where the adaptive weight compares gradients
@@ -28,6 +29,14 @@ LAST_LAYER = ("decoder", "conv_out", "kernel")  # where the adaptive weight comp
 def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Train until `settings.steps`, from wherever the work directory stands."""
     seed, steps, every = settings.seed, settings.steps, settings.report
+    config.check(
+        settings,
+        precision=(precision.Precision, ()),
+        view=(images.View, ()),
+        optimizer=(state.optimizer, ("steps",)),
+        critic__optimizer=(state.optimizer, ("steps",)),
+        mesh=(sharding.make_mesh, ()),
+    )
     source = config.build(settings.data, "data", split="train")
     held_out = config.build(settings.data, "data", split="held_out")
     view = config.call(images.View, settings.view, "view")
@@ -65,7 +74,13 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     lpips = load_lpips(settings)
 
     run = checkpoint.start(
-        workdir, settings, kind="tokenizer", layout=layout, classes=source.classes, best="l2"
+        workdir,
+        settings,
+        kind="tokenizer",
+        layout=layout,
+        classes=source.classes,
+        best="l2",
+        data=source.fingerprint,
     )
     networks, what = checkpoint.resume_or_start(run, networks)
     report.say(report.table(state.paths(networks["model"].params)))
@@ -114,6 +129,9 @@ def forward(settings, tokenizer, image_BHW3, lpips, key):
     terms = losses.reconstruction(image_BHW3, painted_BHW3) | quantized.losses
     if lpips is not None:
         terms["perceptual"] = jnp.mean(lpips(2 * image_BHW3 - 1, 2 * painted_BHW3 - 1))
+    missing = sorted(set(terms) - set(weights))
+    if missing:
+        raise UserError(f"config.loss needs a weight for {', '.join(missing)}; 0 turns a term off")
     total = sum(weights[name] * value for name, value in terms.items())
     return total, (latents_BPC, painted_BHW3, terms)
 

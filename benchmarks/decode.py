@@ -10,7 +10,6 @@ share that agrees is printed (rounding may part them in rare draws). CPU seconds
 
 import argparse
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +36,7 @@ def main() -> None:
     if arguments.quick:
         arguments.batch, arguments.repeats = (2,), 1
     launch.devices()
-    print(machine.header(training_step.PACKAGES))
+    print(machine.header(training_step.PACKAGES, machine.devices()))
     settings = training_step.load(arguments.config, arguments.quick)
     settings.precision.compute = arguments.precision
     generator = make(settings)
@@ -102,4 +101,4 @@ def without_cache(generator, label_B, keys_B, sampler):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 
 
-def header(packages: Sequence[str]) -> str:
+def header(packages: Sequence[str], devices: str = "") -> str:
     """Date, versions, hardware and load, in one line: what a figure is worth nothing without."""
     versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     load = " ".join(f"{value:.2f}" for value in os.getloadavg())
     today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return (
         f"{today}; Python {platform.python_version()} {versions}; {processor()}, "
-        f"{os.cpu_count()} cores{devices()}; load {load}"
+        f"{os.cpu_count()} cores{', ' if devices else ''}{devices}; load {load}"
     )
 
 
@@ -34,13 +34,11 @@ def processor() -> str:
 
 
 def devices() -> str:
-    """How many of which devices jax has, where a program uses jax."""
-    if "jax" not in sys.modules:  # a benchmark of data loading must not start it
-        return ""
+    """How many of which devices jax has. This starts jax, which may take an accelerator whole."""
     import jax
 
     found = jax.devices()
-    return f", {len(found)} x {found[0].device_kind} ({jax.default_backend()})"
+    return f"{len(found)} x {found[0].device_kind}"
 
 
 def measured(way: Callable[[], object], repeats: int) -> tuple[list[float], list[float]]:

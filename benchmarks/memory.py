@@ -2,9 +2,10 @@
 
     python benchmarks/memory.py [--tokenizer PATH[:variant]] [--generator PATH[:variant]]
 
-Two figures per program. "peak" is the most that the process ever held (on an accelerator: the
-device), compilation included, less what it held after the imports. "compiled" is what XLA says of
-the program for one device: arguments, temporary arrays, outputs that reuse no argument.
+"peak" is the most that the process ever held, compilation included; "imports" is the part of it
+that was there before the first array. "device" is the peak of one accelerator, which a CPU does not
+count. "compiled" is what XLA says of the program for one device: arguments, temporary arrays, and
+outputs that reuse no argument.
 """
 
 import argparse
@@ -36,9 +37,11 @@ def main() -> int:
         measure(arguments)
         return 0
     print(machine.header(training_step.PACKAGES), flush=True)
-    print(f"{'program':36}{'batch':>6}{'peak MiB':>10}  compiled MiB", flush=True)
+    columns = f"{'devices':16}{'peak':>7}{'imports':>9}{'device':>8}  compiled (all in MiB)"
+    print(f"{'program':44}{'batch':>5}  {columns}", flush=True)
     for case in CASES:
-        # its own process: a peak never comes down again
+        # Its own process: a peak never comes down again. This one must not start jax, which would
+        # take the accelerator.
         done = subprocess.run([sys.executable, *sys.argv, "--case", case])
         if done.returncode:
             return done.returncode
@@ -72,17 +75,17 @@ def measure(arguments: argparse.Namespace) -> None:
         found = jax.block_until_ready(compiled(*operands))
         if arguments.case != "sampling":
             operands = (found[0], *operands[1:])
+    peaks = f"{machine.peak_mib():7.0f}{imported:9.0f}{on_device():>8}"
     print(
-        f"{arguments.case + ' of ' + reference:36}{batch:6}{peak(imported):10.0f}  {said(compiled)}"
+        f"{arguments.case + ' of ' + reference:44}{batch:5}  {machine.devices():16}{peaks}  "
+        f"{said(compiled)}"
     )
 
 
-def peak(before: float) -> float:
-    """MiB at the highest: of the device where it counts, else of the process since `before`."""
-    statistics = jax.local_devices()[0].memory_stats()
-    if statistics and "peak_bytes_in_use" in statistics:
-        return statistics["peak_bytes_in_use"] / MIB
-    return machine.peak_mib() - before
+def on_device() -> str:
+    """Peak of the first device, where it counts."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    return f"{statistics['peak_bytes_in_use'] / MIB:.0f}" if statistics else "-"
 
 
 def said(compiled) -> str:

@@ -11,7 +11,6 @@ smallest and largest.
 import argparse
 import math
 import os
-import sys
 import time
 
 import jax
@@ -48,7 +47,7 @@ def main() -> None:
         arguments.steps, arguments.repeats = 2, 1
     loaded = {reference: load(reference, arguments.quick) for reference in arguments.config}
     set_devices(arguments.devices, [settings.batch_size for settings in loaded.values()])
-    print(machine.header(PACKAGES))
+    print(machine.header(PACKAGES, machine.devices()))
     for reference, settings in loaded.items():
         measure(reference, settings, arguments.steps, arguments.repeats)
 
@@ -140,9 +139,10 @@ def measure(reference: str, settings, steps: int, repeats: int) -> None:
     take(2)  # the first steps after a compilation fill the allocator
     walls, cpus = machine.measured(lambda: take(steps), repeats)
     images = steps * settings.batch_size
+    critic = kind_of(settings) == "tokenizer" and settings.critic.weight > 0
     print(
         f"{reference}: batch {settings.batch_size}, {parameters:,} parameters, compute "
-        f"{settings.precision.compute}, {'critic, ' if settings.get('critic', {}).get('weight') else ''}"
+        f"{settings.precision.compute}, {'with critic, ' if critic else ''}"
         f"first step {compiled:.1f} s (compiled, or from the cache)"
     )
     for name, values, places in (
@@ -154,4 +154,4 @@ def measure(reference: str, settings, steps: int, repeats: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

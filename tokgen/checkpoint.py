@@ -37,8 +37,11 @@ FORMAT = 1
 FOLDER = "checkpoints"
 
 # Fields of a config that may change between a run and its continuation; all others decide what
-# is trained, and a change is refused.
-FREE = ("steps", "report.", "keep.", "mesh.", "strategy", "held_out.", "workers.")
+# is trained, and a change is refused. Data may move: their fingerprint is compared.
+FREE = (
+    *("steps", "report.", "keep.", "mesh.", "strategy", "held_out.", "max_bad", "init_from"),
+    *("data.path", "data.data_dir", "data.tokens", "data.tokenizer"),
+)
 
 
 # ---------------------------------------------------------------- the work directory
@@ -165,15 +168,23 @@ def start(
     layout: TokenLayout | None,
     classes: tuple[str, ...],
     best: str,
+    data: str,
     tokenizer: dict | None = None,
+    tokens: dict | None = None,
 ) -> Run:
-    """Open the checkpoints of a work directory; `best` is the metric of which less is better."""
+    """Open the checkpoints of a work directory; `best` is the metric of which less is better.
+
+    `data` is the fingerprint of the training data. `tokenizer` and `tokens` say what a generator
+    was trained with and on, see `reference`.
+    """
     policy = ocp.checkpoint_managers.AnyPreservationPolicy(
         [
             ocp.checkpoint_managers.LatestN(n=max(1, config.keep.latest)),
             # max_to_keep with best_fn would delete the newest step
             ocp.checkpoint_managers.BestN(
-                get_metric_fn=lambda metrics: metrics[best], n=max(1, config.keep.best), reverse=True
+                get_metric_fn=lambda metrics: metrics[best],
+                n=max(1, config.keep.best),
+                reverse=True,
             ),
         ]
     )
@@ -187,7 +198,9 @@ def start(
         "kind": kind,
         "layout": layout.to_json() if layout else None,
         "classes": list(classes),
+        "data": data,
         "tokenizer": tokenizer,
+        "tokens": tokens,
         "best": best,
     }
     return Run(workdir, manager, config, meta)
@@ -243,7 +256,7 @@ def _same_run(meta: dict, run: Run, step: pathlib.Path) -> None:
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name) and not name.startswith(FREE)
     ]
-    for name in ("layout", "classes", "tokenizer"):
+    for name in ("layout", "classes", "data", "tokenizer"):
         a, b = (json.loads(json.dumps(m[name])) for m in (meta, run.meta))
         if name == "tokenizer" and a and b:
             a, b = a["fingerprint"], b["fingerprint"]
@@ -410,12 +423,11 @@ def load_generator(path: str | os.PathLike, *, compute: str = "") -> Loaded:
 
 def load_tokenizer_of(generator: Loaded, path: str = "") -> Loaded:
     """The tokenizer that a generator was trained with; `path` says where it lies now, if moved."""
-    wanted, workdir = generator.meta["tokenizer"], generator.step.parent.parent
-    places = [pathlib.Path(path)] if path else _places(wanted, workdir)
-    place = next((p for p in places if p.exists()), None)
-    if place is None:
+    wanted = generator.meta["tokenizer"]
+    place = pathlib.Path(path) if path else referred(wanted, generator.step)
+    if not place.exists():
         raise UserError(
-            f"the tokenizer of {generator.step} is not at {places[0]}; say where it is now with "
+            f"the tokenizer of {generator.step} is not at {place}; say where it is now with "
             "--tokenizer PATH"
         )
     tokenizer = load_tokenizer(place)
@@ -423,17 +435,16 @@ def load_tokenizer_of(generator: Loaded, path: str = "") -> Loaded:
     return tokenizer
 
 
-def reference(tokenizer: Loaded | dict, workdir: pathlib.Path) -> dict:
-    """How a generator's checkpoint refers to its tokenizer: by path, also relative, and content."""
-    if isinstance(tokenizer, Loaded):
-        tokenizer = {"path": str(tokenizer.step), "fingerprint": tokenizer.fingerprint}
-    step = pathlib.Path(tokenizer["path"]).resolve()
-    relative = os.path.relpath(step, workdir.resolve())
-    return {"path": str(step), "relative": relative, "fingerprint": tokenizer["fingerprint"]}
+def reference(path: str | os.PathLike, workdir: pathlib.Path) -> dict:
+    """How a checkpoint refers to a folder: also relative to its run, so that both may move."""
+    path = pathlib.Path(path).resolve()
+    return {"path": str(path), "relative": os.path.relpath(path, workdir.resolve())}
 
 
-def _places(record: dict, workdir: pathlib.Path) -> list[pathlib.Path]:
-    return [pathlib.Path(record["path"]), workdir / record["relative"]]
+def referred(record: dict, step: pathlib.Path) -> pathlib.Path:
+    """Where a folder lies that a checkpoint refers to: beside the run first, if both moved."""
+    near = step.parent.parent / record["relative"]
+    return near if near.exists() else pathlib.Path(record["path"])
 
 
 def check_tokenizer(tokenizer: Loaded, fingerprint: str, whose: str) -> None:
@@ -441,8 +452,8 @@ def check_tokenizer(tokenizer: Loaded, fingerprint: str, whose: str) -> None:
     if tokenizer.fingerprint != fingerprint:
         raise UserError(
             f"{whose} was made with another tokenizer: its tokenizer's fingerprint is "
-            f"{fingerprint[:16]}, that of {tokenizer.step} is {tokenizer.fingerprint[:16]}; use the "
-            "tokenizer that made it, or run tokgen pretokenize and train again"
+            f"{fingerprint[:16]}, that of {tokenizer.step} is {tokenizer.fingerprint[:16]}; use "
+            "the tokenizer that made it, or run tokgen pretokenize and train again"
         )
 
 
@@ -514,5 +525,3 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
-
-

@@ -21,13 +21,17 @@ import ml_collections
 
 from tokgen.interfaces import TokenLayout, UserError
 
-# Sections of a config by the kind of program; a training program adds what only it needs.
+# Sections that name a class: the package, the class, and the arguments that come from elsewhere.
 CLASSES = {
-    "encoder": ("tokenizers", "Encoder"),
-    "quantizer": ("quantizers", "Quantizer"),
-    "decoder": ("tokenizers", "Decoder"),
-    "generator": ("generators", "Generator"),
-    "data": ("data", "Source"),
+    "data": ("data", "Source", ("split",)),
+    "encoder": ("tokenizers", "Encoder", ("channels", "latent", "precision", "rngs")),
+    "quantizer": ("quantizers", "Quantizer", ("grid", "rngs")),
+    "decoder": ("tokenizers", "Decoder", ("channels", "latent", "grid", "precision", "rngs")),
+    "generator": (
+        "generators",
+        "Generator",
+        ("layout", "classes", "rates", "precision", "rngs"),
+    ),
 }
 
 
@@ -136,7 +140,7 @@ def _typed(text: str, old: Any) -> Any:
 
 def named(section: Any, kind: str) -> Callable:
     """The class that a section names; `kind` is a key of CLASSES."""
-    package, attribute = CLASSES[kind]
+    package, attribute, _ = CLASSES[kind]
     name = section.get("name", "")
     folder = importlib.import_module(f"tokgen.{package}")
     files = sorted(module.name for module in pkgutil.iter_modules(folder.__path__))
@@ -156,6 +160,31 @@ def _defines(folder, file: str, attribute: str) -> bool:
     return source.is_file() and f"class {attribute}" in source.read_text()
 
 
+def check(settings: Any, **functions: tuple[Callable, tuple[str, ...]]) -> None:
+    """Bind every section to the constructor that it is for; all problems in one error.
+
+    `functions` names what else is called with a section, by its path with `__` for a dot, and the
+    arguments that come from elsewhere.
+    """
+    problems = []
+    for kind, (_, _, context) in CLASSES.items():
+        if kind in settings and (kind != "data" or "name" in settings[kind]):
+            section = {key: value for key, value in settings[kind].items() if key != "rates"}
+            try:
+                target = named(section, kind)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            section.pop("name")
+            problems += _mismatches(target, section, context, kind)
+    for path, (function, context) in functions.items():
+        section, path = settings, path.replace("__", ".")
+        for name in path.split("."):
+            section = section.get(name, {}) if section is not None else {}
+        problems += _mismatches(function, section, context, path)
+    _raise(problems)
+
+
 def build(section: Any, kind: str, **context: Any) -> Any:
     """An instance of what the section names; `context` holds what the config need not say."""
     target = named(section, kind)
@@ -170,7 +199,7 @@ def build(section: Any, kind: str, **context: Any) -> Any:
         raise UserError(f"config section {kind!r}: {error}") from error
 
 
-def _mismatches(target: Callable, arguments: dict, context: dict, kind: str) -> list[str]:
+def _mismatches(target: Callable, arguments: Any, context: Any, kind: str) -> list[str]:
     """Unknown and missing arguments of one section."""
     # of __init__: the metaclass of nnx modules hides it behind (*args, **kwargs)
     function = target.__init__ if inspect.isclass(target) else target

@@ -108,7 +108,9 @@ def _train(make, size, channels, seed):
 
     source = shapes.Source(size, channels, split="train", seed=seed, form="hard", count=40_000)
     with (
-        stream.batches(source, images.fixed("center", size, channels), seed=seed, batch_size=BATCH) as batches,
+        stream.batches(
+            source, images.fixed("center", size, channels), seed=seed, batch_size=BATCH
+        ) as batches,
         report.bar(STEPS, what="judge") as bar,
     ):
         for _ in range(STEPS):

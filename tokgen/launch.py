@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 import jax
 import ml_collections
 
-from tokgen import checkpoint, config, report
-from tokgen.interfaces import UserError
+from tokgen import checkpoint, cli, config, report
 
 
 def cache_folder() -> pathlib.Path:
@@ -23,7 +22,7 @@ def cache_folder() -> pathlib.Path:
 
 
 def devices(batch_size: int = 0) -> None:
-    """Set jax up before its first computation; on a CPU, one device per core that divides the batch.
+    """Set jax up before its first computation; on a CPU, a device per core that divides the batch.
 
     XLA's CPU threads leave most of a second core idle on networks of this size; a device per core
     and the batch over them takes nearly half the time (benchmarks/RESULTS.md).
@@ -32,7 +31,8 @@ def devices(batch_size: int = 0) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if batch_size and not asked and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         count = max(n for n in range(1, min(cores, 8) + 1) if batch_size % n == 0)
         jax.config.update("jax_num_cpu_devices", count)
         # XLA sizes its thread pool by NPROC. With one thread per device, programs with collectives
@@ -80,12 +80,11 @@ class Stop:
 
 def run(story: Callable[[ml_collections.ConfigDict, pathlib.Path], None], description: str) -> None:
     """A training program: a user's mistake ends in one message and exit code 2."""
-    name = pathlib.Path(sys.argv[0]).name
-    try:
+
+    def told() -> None:
         settings, workdir = parse(sys.argv[1:], description)
         devices(settings.batch_size)
         with checkpoint.lock(workdir):
             story(settings, workdir)
-    except UserError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+
+    sys.exit(cli.call(pathlib.Path(sys.argv[0]).name, told))

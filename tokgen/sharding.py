@@ -28,7 +28,7 @@ TABLE = (
     (r"head/kernel", "DGV"),
     (r"codebook", ".."),  # every device measures distances to the whole codebook
     (r"table", ".D"),  # labels, positions
-    (r"conv\w*/kernel", "...."),  # small: replicated
+    (r"(conv\w*|convs/\d+|first|last)/kernel", "...."),  # small: replicated
     (r"(scale|bias|token|counts|sums|ns_coeffs)", "."),
 )
 

@@ -13,7 +13,7 @@ def get_config(variant=""):
     """`variant` is "", "vq", "ema" or "hard"."""
     config = ConfigDict()
     config.seed = 0
-    config.steps = 8000
+    config.steps = 5000
     config.batch_size = 16  # on a CPU a step costs in proportion: more, smaller steps win
     config.precision = dict(params="float32", compute="float32")
     config.data = dict(name="shapes", size=(32, 32), channels=3, count=20000, form="easy")
@@ -36,7 +36,7 @@ def get_config(variant=""):
     config.strategy = "data"
     config.max_bad = 1e-3
     config.held_out = dict(images=500)
-    config.report = dict(scalars=100, save=4000)
+    config.report = dict(scalars=100, save=2500)
     config.keep = dict(latest=1, best=1)
     config.init_from = ""
     if variant in ("vq", "ema"):

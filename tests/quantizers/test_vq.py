@@ -128,7 +128,8 @@ def test_moving_averages_are_the_written_out_loop(normalize, key):
         quantizer.maintain(latents_BPC, key=key)
         np.testing.assert_allclose(quantizer.counts[...], counts, atol=1e-6)
         np.testing.assert_allclose(quantizer.codebook[...], rows, rtol=1e-4, atol=1e-5)
-    assert (counts == 0).any() and (counts > 0).any()
+    if normalize:  # and a row that nobody ever chose is where it was
+        assert (counts == 0).any()
 
 
 def among(rows_VC, latents_nC):
@@ -193,13 +194,16 @@ def trained(key, **options):
     quantizer = build(codes=32, channels=3, normalize=False, decay=0.8, **options)
     centres = 8 + 4 * jax.random.normal(key, (16, 3))  # far from where the rows begin
     graph, params, stats = states.split(quantizer)
-    chain = optax.adam(0.1)
+    chain = optax.adam(0.05)
+
+    def drawn(key, count):
+        which, noise = jax.random.split(key)
+        chosen = jax.random.randint(which, (count,), 0, 16)
+        return (centres[chosen] + 0.3 * jax.random.normal(noise, (count, 3)))[None]
 
     @jax.jit
     def step(params, stats, moments, key):
-        which, noise, upkeep = jax.random.split(key, 3)
-        chosen = jax.random.randint(which, (256,), 0, 16)
-        latents_BPC = (centres[chosen] + 0.3 * jax.random.normal(noise, (256, 3)))[None]
+        latents_BPC = drawn(key, 256)
 
         def loss(params):
             losses = states.merge(graph, params, stats)(latents_BPC).losses
@@ -208,16 +212,14 @@ def trained(key, **options):
         gradients = jax.grad(loss)(params)
         updates, moments = chain.update(gradients, moments, params)
         quantizer = states.merge(graph, optax.apply_updates(params, updates), stats)
-        quantizer.maintain(latents_BPC, key=upkeep)
-        out = quantizer(latents_BPC)
-        return *states.split(quantizer)[1:], moments, out.tokens_BLG, out.losses["commitment"]
+        quantizer.maintain(latents_BPC, key=jax.random.fold_in(key, 1))
+        return *states.split(quantizer)[1:], moments
 
     moments = chain.init(params)
     for number in range(40):
-        params, stats, moments, tokens_BLG, distance = step(
-            params, stats, moments, jax.random.fold_in(key, number)
-        )
-    return len(np.unique(tokens_BLG)) / 32, float(distance)
+        params, stats, moments = step(params, stats, moments, jax.random.fold_in(key, number))
+    out = states.merge(graph, params, stats)(drawn(key, 4096))
+    return len(np.unique(out.tokens_BLG)) / 32, float(out.losses["commitment"])
 
 
 @pytest.mark.parametrize("update", ["gradient", "ema"])

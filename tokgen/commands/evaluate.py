@@ -171,7 +171,7 @@ def _tokenizer(step: pathlib.Path, args: argparse.Namespace) -> dict:
 
 def _generator(step: pathlib.Path, args: argparse.Namespace) -> dict:
     loaded = checkpoint.load_generator(step)
-    path = args.data or loaded.config.data.tokens
+    path = args.data or checkpoint.referred(loaded.meta["tokens"], step)
     source = tokens.Source(path, split=args.split)
     wanted = loaded.meta["tokenizer"]["fingerprint"]
     if source.header["tokenizer"]["fingerprint"] != wanted:
@@ -183,5 +183,3 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> dict:
     report.say(f"{min(args.images, len(source))} of {len(source)} images, step {step.name}")
     figures = likelihood(loaded.module, codec, source, count=args.images)
     return figures | unigram(tokens.Source(path), source, loaded.layout)
-
-

@@ -31,7 +31,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @jax.jit
-def _encode(tokenizer, image_BHW3):
+def encode(tokenizer, image_BHW3):
+    """Tokens of uint8 images."""
     return tokenizer.encode(reconstruction.from_uint8(image_BHW3))
 
 
@@ -98,7 +99,7 @@ def _shard(tokenizer, source, shard, views, batch, mesh, bar) -> tuple[np.ndarra
             image = part["image"]
             padded = np.concatenate([image, np.repeat(image[-1:], batch - len(image), axis=0)])
             laid = sharding.global_batch({"image": padded}, mesh)["image"]
-            parts.append(jax.device_get(_encode(tokenizer, laid))[: len(image)])
+            parts.append(jax.device_get(encode(tokenizer, laid))[: len(image)])
             labels.append(part["label"])
             if view is views[0]:
                 bar.update(len(image))

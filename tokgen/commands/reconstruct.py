@@ -6,7 +6,6 @@ import argparse
 import json
 import pathlib
 
-
 from tokgen import checkpoint, config, launch, report
 from tokgen.commands import evaluate
 from tokgen.interfaces import UserError
@@ -72,5 +71,3 @@ class OneImage:
     def name(self, index: int) -> str:
         """Its path."""
         return str(self.path)
-
-

@@ -108,7 +108,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, help="in the place of the preset's")
     parser.add_argument("--top-k", type=int, help="in the place of the preset's; 0 keeps all")
     parser.add_argument("--top-p", type=float, help="in the place of the preset's")
-    parser.add_argument("--guidance", type=float, help="weight, in the place of the preset's; 1 off")
+    parser.add_argument("--guidance", type=float, help="weight, in the preset's place; 1 off")
     parser.add_argument("--batch", type=int, default=32, help="images decoded together")
     parser.add_argument(
         "--precision", default="float32", choices=("float32", "bfloat16"), help="of the networks"

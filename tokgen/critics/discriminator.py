@@ -92,7 +92,7 @@ class Discriminator(nnx.Module):
         strides = [2] * layers + [1]
         self.first = _conv(channels, widths[0], 2, use_bias=True, rngs=rngs)
         convs, norms = [], []
-        for before, after, stride in zip(widths, widths[1:], strides[1:]):
+        for before, after, stride in zip(widths[:-1], widths[1:], strides[1:], strict=True):
             convs.append(_conv(before, after, stride, use_bias=norm == "none", rngs=rngs))
             norms.append(NORMS[norm](after, rngs=rngs))
         self.convs, self.norms = nnx.List(convs), nnx.List(norms)
@@ -103,7 +103,7 @@ class Discriminator(nnx.Module):
         # float32 although the decoder may compute in bfloat16: batch statistics and the few,
         # small logits of the adversarial game do not bear eight bits.
         x = jax.nn.leaky_relu(self.first(image_BHW3.astype(jnp.float32)), SLOPE)
-        for conv, norm in zip(self.convs, self.norms):
+        for conv, norm in zip(self.convs, self.norms, strict=True):
             x = jax.nn.leaky_relu(norm(conv(x)), SLOPE)
         return self.last(x)
 

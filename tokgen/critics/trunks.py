@@ -29,7 +29,7 @@ class VGG16(nnx.Module):
 
     def __init__(self, *, rngs: nnx.Rngs):
         stages, before = [], 3
-        for width, depth in zip(self.widths, (2, 2, 3, 3, 3)):
+        for width, depth in zip(self.widths, (2, 2, 3, 3, 3), strict=True):
             convs = []
             for _ in range(depth):
                 convs.append(_conv(before, width, 3, rngs=rngs))
@@ -40,7 +40,7 @@ class VGG16(nnx.Module):
     def convs(self) -> dict[int, nnx.Conv]:
         """The convolutions by their number in torchvision's `features`."""
         numbers = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
-        return dict(zip(numbers, [conv for stage in self.stages for conv in stage]))
+        return dict(zip(numbers, [conv for stage in self.stages for conv in stage], strict=True))
 
     def __call__(self, image_BHW3: jax.Array) -> tuple[jax.Array, ...]:
         x, maps = _normalised(image_BHW3, self.smallest), []
@@ -68,12 +68,12 @@ class AlexNet(nnx.Module):
         befores, kernels = (3, *self.widths), (11, 5, 3, 3, 3)
         self.stages = nnx.List(
             _conv(before, width, size, stride=4 if size == 11 else 1, rngs=rngs)
-            for before, width, size in zip(befores, self.widths, kernels)
+            for before, width, size in zip(befores[:-1], self.widths, kernels, strict=True)
         )
 
     def convs(self) -> dict[int, nnx.Conv]:
         """The convolutions by their number in torchvision's `features`."""
-        return dict(zip((0, 3, 6, 8, 10), self.stages))
+        return dict(zip((0, 3, 6, 8, 10), self.stages, strict=True))
 
     def __call__(self, image_BHW3: jax.Array) -> tuple[jax.Array, ...]:
         x, maps = _normalised(image_BHW3, self.smallest), []

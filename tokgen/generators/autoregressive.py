@@ -14,8 +14,8 @@ from flax import nnx
 from tokgen import rng
 from tokgen.generators import orders
 from tokgen.interfaces import DecodeState, Phase, Quantizer, TokenBatch, TokenLayout
+from tokgen.nn import attention, positions, symbols, transformer
 from tokgen.nn import parts as part_names
-from tokgen.nn import positions, symbols, transformer
 from tokgen.nn.precision import Precision
 
 PREFIX = 1  # slots before the first token: the label
@@ -45,7 +45,12 @@ class Generator(nnx.Module):
     ):
         kit = part_names.named(parts)
         options = dict(precision=precision, rngs=rngs)
-        self.layout, self.classes, self.label_drop, self.window = layout, classes, label_drop, window
+        self.layout, self.classes, self.label_drop, self.window = (
+            layout,
+            classes,
+            label_drop,
+            window,
+        )
         self.order = orders.named(order)
         self.symbols = symbols.Symbols(layout, width, std=kit.std, **options)
         self.labels = symbols.Labels(classes, width, std=kit.std, **options)
@@ -81,8 +86,10 @@ class Generator(nnx.Module):
         sequence_BLG = jnp.take_along_axis(batch.tokens_BLG, order_BL[..., None], axis=1)
         inputs_BlD = self.symbols(sequence_BLG[:, :-1])
         inputs_BlD = jnp.concatenate([self.labels(batch.cond)[:, None], inputs_BlD], axis=1)
+        keys = (None, None) if key is None else jax.random.split(key)
+        inputs_BlD = attention.dropout(inputs_BlD, self.transformer.rates.token, keys[0])
         slots_l = jnp.arange(L)
-        hidden_BlD, _ = self._hidden(inputs_BlD, order_BL, slots_l, slots=L, key=key)
+        hidden_BlD, _ = self._hidden(inputs_BlD, order_BL, slots_l, slots=L, key=keys[1])
         return self.head(hidden_BlD)
 
     def loss(

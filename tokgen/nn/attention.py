@@ -85,9 +85,7 @@ class Attention(nnx.Module):
     ):
         size = width // heads
         self.query, self.key, self.value = (
-            linear.Linear(
-                width, (heads, size), bias=bias, std=std, precision=precision, rngs=rngs
-            )
+            linear.Linear(width, (heads, size), bias=bias, std=std, precision=precision, rngs=rngs)
             for _ in range(3)
         )
         self.out = linear.Linear(

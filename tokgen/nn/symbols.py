@@ -30,11 +30,12 @@ class Symbols(nnx.Module):
 
 
 class Labels(nnx.Module):
-    """A row per class and one, the last, for "no class"; `classes` = 0 is an unconditional model."""
+    """A row per class and, last, one for "no class"; `classes` = 0 is an unconditional model."""
 
     def __init__(self, classes: int, width: int, *, std, precision: Precision, rngs):
         self.table = nnx.Param(
-            std(width) * jax.random.normal(rngs.params(), (classes + 1, width), precision.params_dtype)
+            std(width)
+            * jax.random.normal(rngs.params(), (classes + 1, width), precision.params_dtype)
         )
         self.classes = classes
 

@@ -44,7 +44,7 @@ class Transformer(nnx.Module):
         heads: int,
         *,
         parts: Parts,
-        rates: Rates = Rates(),  # noqa: B008  (frozen)
+        rates: Rates = Rates(),
         remat: bool = False,
         unroll: int = 1,
         precision: Precision,
@@ -103,9 +103,7 @@ class Transformer(nnx.Module):
             return block(x_BlD, rates=self.rates, cache=layer_cache, key=layer_key, **context)
 
         body = jax.checkpoint(body) if self.remat else body
-        x_BlD, stacked = jax.lax.scan(
-            body, x_BlD, (self.blocks, keys, stacked), unroll=self.unroll
-        )
+        x_BlD, stacked = jax.lax.scan(body, x_BlD, (self.blocks, keys, stacked), unroll=self.unroll)
         if stacked is None:
             return x_BlD, None
         return x_BlD, tuple(

@@ -357,7 +357,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *ignored: Any) 
     if not isinstance(storage, _Storage) or not all(map(_is_size, (shape, strides, (offset,)))):
         raise interfaces.UserError("a tensor's storage, offset, shape or strides are none")
     elements = math.prod(shape)
-    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides))
+    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=False))
     if (
         len(shape) != len(strides)
         or len(shape) > 32

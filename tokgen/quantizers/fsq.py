@@ -86,7 +86,6 @@ class Quantizer(nnx.Module):
 
     def _index(self, rounded_BPC: jax.Array) -> jax.Array:
         # rounded first: a straight-through value may miss its integer by one unit in the last place
-        digits_BPC = jnp.round(rounded_BPC).astype(jnp.int32) + jnp.asarray(
-            np.asarray(self.levels) // 2, jnp.int32
-        )
+        middle_C = jnp.asarray(np.asarray(self.levels) // 2, jnp.int32)
+        digits_BPC = jnp.round(rounded_BPC).astype(jnp.int32) + middle_C[None, None]
         return jnp.sum(digits_BPC * self._basis()[None, None], axis=-1, keepdims=True)

@@ -99,8 +99,10 @@ class Quantizer(nnx.Module):
             seen_V1 = counts_V[:, None] > 1e-12
             means_VC = sums_VC / jnp.maximum(counts_V, 1e-12)[:, None]
             rows_VC = jnp.where(seen_V1, means_VC, rows_VC)
-        if self.revive > 0:
-            dead_V = counts_V < self.revive / self.codes
+        if self.revive > 0 and self.update != "frozen":
+            # at first also the row that all latents chose: it began at random like the others
+            first = jnp.all(self.counts[...] == 0)
+            dead_V = first | (counts_V < self.revive / self.codes)
             picks_V = jax.random.choice(key, len(latents_nC), (self.codes,))
             rows_VC = jnp.where(dead_V[:, None], latents_nC[picks_V], rows_VC)
             counts_V = jnp.where(dead_V, 1 / self.codes, counts_V)

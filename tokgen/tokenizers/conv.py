@@ -123,5 +123,3 @@ class Upsample(nnx.Module):
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         """Twice the height and width."""
         return self.conv(conv.upsample(x_BHWC))
-
-

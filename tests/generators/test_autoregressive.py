@@ -1,0 +1,343 @@
+import functools
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from tokgen import interfaces
+from tokgen.generators import autoregressive, orders
+from tokgen.nn import positions, transformer
+from tokgen.nn.precision import FLOAT32
+from tokgen.sampling import decode, filters
+
+LAYOUT = interfaces.TokenLayout((16,), ((4, 4),))
+UNEQUAL = interfaces.TokenLayout((4, 16), ((2, 3),))
+CLASSES, L = 5, LAYOUT.length
+ORDERS = sorted(
+    name
+    for name, function in inspect.getmembers(orders, inspect.isfunction)
+    if function.__module__ == orders.__name__ and name != "named"
+)
+PAIRS = [(order, places) for order in ORDERS for places in sorted(positions.PLACES)]
+
+generate = jax.jit(decode.generate, static_argnums=(1, 3))
+teacher_forced = jax.jit(lambda generator, batch: generator.logits(batch))
+
+
+def _make(layout=LAYOUT, classes=CLASSES, depth=2, **options):
+    """A tiny generator as it starts: its logits are zero."""
+    return autoregressive.Generator(
+        layout,
+        classes,
+        width=16,
+        depth=depth,
+        heads=2,
+        parts="llama_narrow",
+        precision=FLOAT32,
+        rngs=nnx.Rngs(0),
+        **options,
+    )
+
+
+@functools.cache
+def _lively(layout=LAYOUT, classes=CLASSES, **options):
+    """One with logits of standard deviation 3."""
+    generator = _make(layout, classes, **options)
+    kernel = generator.head.head.kernel
+    kernel[...] = 0.75 * jax.random.normal(jax.random.key(1), kernel.shape)
+    return generator
+
+
+def _batch(generator, B=3, seed=0):
+    """Random tokens and labels, and an order per image as the generator draws them."""
+    rng = np.random.default_rng(seed)
+    layout = generator.layout
+    tokens = rng.integers(0, layout.vocab, (B, layout.length, layout.groups))
+    label_B = rng.integers(0, max(generator.classes, 1), B)
+    order_BL = generator.orders(jax.random.split(jax.random.key(seed), B))
+    return interfaces.TokenBatch(jnp.asarray(tokens), jnp.asarray(label_B), order_BL)
+
+
+def _log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    peak = logits.max(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        return logits - peak - np.log(np.exp(logits - peak).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("order, places", PAIRS)
+def test_a_place_depends_on_every_earlier_place_and_on_nothing_later(order, places):
+    generator = _lively(order=order, places=places)
+    (order_L,) = np.asarray(generator.orders(jax.random.split(jax.random.key(3), 1)))
+    # the token of position p is p: row p of the table is the input of position p, and of no other
+    batch = interfaces.TokenBatch(
+        jnp.arange(L).reshape(1, L, 1), jnp.asarray([2]), jnp.asarray(order_L)[None]
+    )
+    mix_LV = jax.random.normal(jax.random.key(4), (L, LAYOUT.absent))
+
+    @jax.jit
+    def slopes(generator):
+        slope = jax.jacrev(lambda g: jnp.sum(g.logits(batch)[0, :, 0] * mix_LV, -1))(generator)
+        return slope.symbols.table[...], slope.labels.table[...]
+
+    by_token, by_label = (np.abs(np.asarray(slope)).max(-1) for slope in slopes(generator))
+    by_place = by_token[:, 0][:, order_L]
+    np.testing.assert_array_equal(by_place != 0, np.tri(L, k=-1, dtype=bool))
+    # the label reaches every place, and no other class does
+    np.testing.assert_array_equal(by_label != 0, np.tile(np.arange(CLASSES + 1) == 2, (L, 1)))
+
+
+WEIGHTS = (3.0, 1.0, 0.5, 2.0, 4.0) * 2 + (1.5,) * 2 + (1.0,) * 4  # 16 steps, the last unguided
+
+
+def _check_greedy(generator, weights):
+    """Decoding must choose, place by place, what the teacher-forced logits say is best."""
+    B, rng = 3, np.random.default_rng(5)
+    label_B = jnp.asarray([0, 3, 4])
+    mask = rng.uniform(size=(B, L, 1)) < 0.3
+    mask[1] = False
+    given = rng.integers(0, LAYOUT.absent, (B, L, 1))
+    state = generate(
+        generator,
+        None,
+        label_B,
+        filters.Sampler(temperature=0, guidance=weights),
+        keys_B=jax.random.split(jax.random.key(6), B),
+        given=(jnp.asarray(given), jnp.asarray(mask)),
+    )
+    tokens, order_BL = np.asarray(state.tokens_BLG), np.asarray(state.order_BL)
+    np.testing.assert_array_equal(tokens[mask], given[mask])
+    assert tokens.min() >= 0 and tokens.max() < LAYOUT.absent and not np.any(state.invalid_B)
+
+    def logits(label_B):
+        batch = interfaces.TokenBatch(state.tokens_BLG, label_B, state.order_BL)
+        return np.asarray(teacher_forced(generator, batch), np.float64)[:, :, 0]
+
+    cond, weight_L1 = logits(label_B), np.asarray(weights or (1.0,) * L)[:, None]
+    null = logits(jnp.full_like(label_B, CLASSES))
+    merged = null + weight_L1 * (cond - null)
+    drawn = np.take_along_axis(tokens[..., 0], order_BL, 1)
+    known = np.take_along_axis(mask[..., 0], order_BL, 1)
+    best = merged.argmax(-1)
+    # float32 may turn a tie over: what was drawn is the best to rounding, and nearly always itself
+    regret = merged.max(-1) - np.take_along_axis(merged, drawn[..., None], -1)[..., 0]
+    assert regret[~known].max() < 1e-3
+    assert (drawn == best)[~known].mean() > 0.95
+    assert len(np.unique(drawn[~known])) > 3  # not one token everywhere
+    if weights:
+        assert np.any(cond.argmax(-1) != best)  # guidance makes a difference here
+
+
+@pytest.mark.parametrize("weights", [(), WEIGHTS], ids=["unguided", "guided"])
+@pytest.mark.parametrize("window", [1, 5, 64])
+def test_cached_decoding_equals_teacher_forcing_for_any_window(window, weights):
+    _check_greedy(_lively(window=window), weights)
+
+
+@pytest.mark.parametrize("order, places", PAIRS)
+def test_cached_decoding_equals_teacher_forcing_for_every_order(order, places):
+    _check_greedy(_lively(order=order, places=places, window=9), WEIGHTS)
+
+
+def test_the_plan_handles_every_place_once_with_slots_for_all_before():
+    for window in (1, 5, 15, 64):
+        plan = _make(depth=1, window=window).plan()
+        places, first = [], 0
+        for phase in plan:
+            assert phase.first == first and phase.size == 1
+            first += phase.steps
+            last = phase.place(first - 1)
+            places += range(phase.start, last + 1)
+            # the last step reads its own slot and every one before it: label, then the places
+            assert phase.slots == last + 1
+            assert phase.steps <= window
+        assert places == list(range(L))
+
+
+class _Recorder:
+    """A sampler that keeps the logits it was shown; for plans without loops."""
+
+    steps, guidance = None, ()
+
+    def __init__(self, sampler):
+        self.sampler, self.seen = sampler, []
+
+    def draw(self, logits_BlGV, **options):
+        self.seen.append(logits_BlGV)
+        return self.sampler.draw(logits_BlGV, **options)
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, UNEQUAL], ids=["plain", "groups"])
+def test_the_likelihood_of_a_sample_is_the_product_of_its_draws(layout):
+    generator, B = _lively(layout=layout, order="random", places="target_aware", window=1), 4
+    label_B = jnp.asarray([0, 1, 2, 3])
+
+    @jax.jit
+    def sampled(generator):
+        recorder = _Recorder(filters.Sampler())
+        keys_B = jax.random.split(jax.random.key(7), B)
+        state = decode.generate(generator, None, label_B, recorder, keys_B=keys_B)
+        batch = interfaces.TokenBatch(state.tokens_BLG, label_B, state.order_BL)
+        return state, jnp.concatenate(recorder.seen, 1), generator.nats(batch)
+
+    state, logits_BLGV, nats_BL = sampled(generator)
+    order_BL = np.asarray(state.order_BL)
+    assert len(np.unique(order_BL, axis=0)) == B  # every image in its own order
+    tokens = np.take_along_axis(np.asarray(state.tokens_BLG), order_BL[..., None], 1)
+    assert np.all(tokens < np.asarray(layout.vocab))
+    chosen = np.take_along_axis(_log_softmax(logits_BLGV), tokens[..., None], -1)
+    assert nats_BL.shape == (B, layout.length)
+    np.testing.assert_allclose(nats_BL, -chosen[..., 0].sum(-1), rtol=1e-4, atol=1e-4)
+    # the likelihood under the raster order is another one: the order does matter
+    raster = interfaces.TokenBatch(
+        state.tokens_BLG,
+        label_B,
+        jnp.zeros_like(order_BL) + np.arange(layout.length, dtype=np.int32),
+    )
+    assert np.abs(np.asarray(generator.nats(raster)).sum(1) - nats_BL.sum(1)).min() > 1e-2
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, UNEQUAL], ids=["plain", "groups"])
+def test_the_first_loss_is_the_entropy_of_a_uniform_guess(layout):
+    generator = _make(layout)
+    batch = _batch(generator)
+    loss, scalars = generator.loss(batch, None, step=0, key=jax.random.key(0))
+    expected = sum(math.log(size) for size in layout.vocab)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(scalars["nats_per_token"], expected, rtol=1e-6)
+
+
+def test_the_loss_is_the_mean_of_the_nats():
+    for layout in (LAYOUT, UNEQUAL):
+        generator = _lively(layout=layout, label_drop=0.0)
+        batch = _batch(generator)
+        loss, scalars = generator.loss(batch, None, step=0, key=jax.random.key(0))
+        logits = np.asarray(teacher_forced(generator, batch))
+        nats, hits = 0.0, 0
+        B, count, G = batch.tokens_BLG.shape
+        for b in range(B):
+            for place in range(count):
+                for g in range(G):
+                    token = int(batch.tokens_BLG[b, batch.order_BL[b, place], g])
+                    nats -= _log_softmax(logits[b, place, g])[token]
+                    hits += int(logits[b, place, g].argmax() == token)
+        np.testing.assert_allclose(loss, nats / (B * count), rtol=1e-5)
+        np.testing.assert_allclose(scalars["token_accuracy"], hits / (B * count * G), rtol=1e-5)
+        np.testing.assert_allclose(generator.nats(batch).mean(), loss, rtol=1e-5)
+
+
+def test_training_draws_a_new_order_for_every_image_and_key():
+    generator = _make(order="random", places="target_aware")
+    keys_B = jax.random.split(jax.random.key(0), 6)
+    drawn = np.asarray(generator.orders(keys_B))
+    assert len(np.unique(drawn, axis=0)) == 6
+    np.testing.assert_array_equal(generator.orders(keys_B[2:3])[0], drawn[2])
+    lively = _lively(order="random", places="target_aware", label_drop=0.0)
+    batch = _batch(lively).replace(order_BL=None)
+    value = jax.jit(lambda key: lively.loss(batch, None, step=0, key=key)[0])
+    one, again, other = (float(value(jax.random.key(seed))) for seed in (0, 0, 1))
+    assert one == again and abs(one - other) > 1e-3
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_labels_are_dropped_at_their_rate_for_the_row_of_no_class(rate):
+    # every image has a class of its own: a row of the table without gradient was dropped
+    classes = 1000
+    layout = interfaces.TokenLayout((4,), ((1, 2),))
+    generator = _lively(layout=layout, classes=classes, depth=1, label_drop=rate)
+    assert np.all(np.asarray(generator.null(jnp.arange(3))) == classes)
+    tokens = jnp.zeros((classes, 2, 1), jnp.int32)
+    batch = interfaces.TokenBatch(tokens, jnp.arange(classes))
+
+    @jax.jit
+    def dropped(key):
+        slope = jax.grad(lambda g: g.loss(batch, None, step=0, key=key)[0])(generator)
+        return jnp.abs(slope.labels.table[...]).max(-1) == 0
+
+    first, second = (np.asarray(dropped(jax.random.key(seed))) for seed in (0, 1))
+    assert first[classes] == (rate == 0)  # the last row learns from those that were dropped
+    spread = (rate * (1 - rate) / classes) ** 0.5
+    assert abs(first[:classes].mean() - rate) <= 4 * spread
+    assert np.any(first != second) == (rate > 0)
+
+
+def test_eight_images_are_learned_by_heart():
+    generator = _make(classes=8, label_drop=0.0)
+    tokens = np.random.default_rng(8).integers(0, 16, (8, L, 1))
+    batch = interfaces.TokenBatch(jnp.asarray(tokens), jnp.arange(8))
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def train(generator):
+        def step(carry, _):
+            generator, moments = carry
+            slope = jax.grad(lambda g: g.loss(batch, None, step=0, key=jax.random.key(0))[0])
+            updates, moments = optimizer.update(slope(generator), moments)
+            return (optax.apply_updates(generator, updates), moments), None
+
+        carry, _ = jax.lax.scan(step, (generator, optimizer.init(generator)), length=150)
+        return carry[0]
+
+    generator = train(generator)
+    assert float(generator.nats(batch).mean()) < 0.05
+    keys_B = jax.random.split(jax.random.key(9), 8)
+    state = generate(generator, None, batch.cond, filters.Sampler(temperature=0), keys_B=keys_B)
+    assert np.mean(np.asarray(state.tokens_BLG) == tokens) > 0.97
+
+
+def test_a_smaller_alphabet_is_never_left_and_its_gradient_is_finite():
+    generator = _lively(layout=UNEQUAL)
+    batch = _batch(generator)
+    logits = np.asarray(teacher_forced(generator, batch))
+    assert np.all(np.isneginf(logits[:, :, 0, 4:]))
+    assert np.all(np.isfinite(logits[:, :, 0, :4])) and np.all(np.isfinite(logits[:, :, 1]))
+    slope = jax.jit(jax.grad(lambda g: g.loss(batch, None, step=0, key=jax.random.key(0))[0]))(
+        generator
+    )
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(slope))
+    kernel = np.asarray(slope.head.head.kernel[...])
+    assert np.all(kernel[:, 0, 4:] == 0) and np.all(np.abs(kernel[:, 0, :4]).max(0) > 0)
+    state = generate(
+        generator,
+        None,
+        jnp.zeros(16, jnp.int32),
+        filters.Sampler(temperature=4.0, guidance=(2.0,) * 6),
+        keys_B=jax.random.split(jax.random.key(10), 16),
+    )
+    tokens = np.asarray(state.tokens_BLG).reshape(-1, 2)
+    assert set(tokens[:, 0]) == set(range(4)) and set(tokens[:, 1]) == set(range(16))
+    assert not np.any(state.invalid_B)
+
+
+def test_a_model_without_classes_has_one_row_and_nothing_to_be_guided_by():
+    generator = _lively(classes=0)
+    none = jnp.zeros(3, jnp.int32)
+    np.testing.assert_array_equal(generator.null(none), none)
+    batch = _batch(generator).replace(cond=none)
+    one, other = (
+        float(generator.loss(batch, None, step=0, key=jax.random.key(seed))[0]) for seed in (0, 1)
+    )
+    assert one == other  # dropping the label of nothing changes nothing
+    keys_B = jax.random.split(jax.random.key(11), 3)
+    plain, guided = (
+        generate(generator, None, none, filters.Sampler(guidance=weights), keys_B=keys_B)
+        for weights in ((), (4.0,) * L)
+    )
+    np.testing.assert_array_equal(plain.tokens_BLG, guided.tokens_BLG)
+    assert len(np.unique(plain.tokens_BLG, axis=0)) == 3
+
+
+@pytest.mark.parametrize("rate", ["token", "attention", "residual"])
+def test_every_dropout_rate_acts_in_training_and_in_training_only(rate):
+    generator = _lively(rates=transformer.Rates(**{rate: 0.3}), label_drop=0.0)
+    batch = _batch(generator)
+    value = jax.jit(lambda key: generator.loss(batch, None, step=0, key=key)[0])
+    losses = [float(value(jax.random.key(seed))) for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] and abs(losses[0] - losses[2]) > 1e-3
+    still = _lively(label_drop=0.0)
+    np.testing.assert_array_equal(generator.nats(batch), still.nats(batch))

@@ -1,0 +1,113 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tokgen.nn import linear
+from tokgen.nn.precision import FLOAT32, Precision
+
+HALF = Precision("float32", "bfloat16")
+
+
+def _numbers(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def _set(module, seed=1):
+    """Scale and bias away from 1 and 0, where they could be forgotten."""
+    module.scale[...] = jnp.asarray(_numbers(seed, *module.scale.shape))
+    if hasattr(module, "bias"):
+        module.bias[...] = jnp.asarray(_numbers(seed + 1, *module.bias.shape))
+    return module
+
+
+@pytest.mark.parametrize(
+    "inputs, outputs, bias", [(6, 4, False), (6, (2, 3), True), ((2, 3), 5, True)]
+)
+def test_a_linear_map_is_a_sum_over_its_inputs(inputs, outputs, bias):
+    layer = linear.Linear(inputs, outputs, bias=bias, precision=FLOAT32, rngs=nnx.Rngs(0))
+    if bias:
+        layer.bias[...] = jnp.asarray(_numbers(3, *layer.bias.shape))
+    rank = 1 if isinstance(inputs, int) else len(inputs)
+    x = _numbers(2, 3, 5, *layer.kernel.shape[:rank])
+    size = int(np.prod(x.shape[2:]))
+    kernel = np.asarray(layer.kernel[...], np.float64).reshape(size, -1)
+    expected = np.zeros((3, 5, kernel.shape[1]))
+    for b in range(3):
+        for j in range(5):
+            for i in range(size):
+                expected[b, j] += np.float64(x[b, j].reshape(-1)[i]) * kernel[i]
+    expected = expected.reshape(3, 5, *layer.kernel.shape[rank:])
+    expected += np.asarray(layer.bias[...], np.float64) if bias else 0
+    np.testing.assert_allclose(layer(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_starts_have_their_stated_scale():
+    for std, expected in ((linear.published, 0.02), (linear.fan_in, 128**-0.5)):
+        layer = linear.Linear(128, 256, std=std, precision=FLOAT32, rngs=nnx.Rngs(0))
+        np.testing.assert_allclose(np.std(layer.kernel[...]), expected, rtol=0.02)
+    heads = linear.Linear(
+        (4, 32), 256, std=linear.fan_in, precision=FLOAT32, rngs=nnx.Rngs(0)
+    )  # the fan in counts both axes
+    np.testing.assert_allclose(np.std(heads.kernel[...]), 128**-0.5, rtol=0.02)
+    zero = linear.Linear(8, 8, std=None, precision=FLOAT32, rngs=nnx.Rngs(0))
+    assert not np.any(zero.kernel[...])
+
+
+def test_root_mean_square_norm():
+    x = _numbers(4, 2, 3, 16) * 5 + 2
+    norm = _set(linear.RMSNorm(16, precision=FLOAT32))
+    wide = x.astype(np.float64)
+    expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5)
+    expected *= np.asarray(norm.scale[...], np.float64)
+    np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)
+    # eps inside the root: a vector of 1e-3 shrinks to 1e-3 / sqrt(1e-6 + 1e-5)
+    small = linear.RMSNorm(16, precision=FLOAT32)(jnp.full((1, 16), 1e-3))
+    np.testing.assert_allclose(small, 1e-3 / np.sqrt(1.1e-5), rtol=1e-5)
+
+
+def test_layer_norm():
+    x = _numbers(5, 2, 3, 16) * 5 + 2
+    norm = _set(linear.LayerNorm(16, precision=FLOAT32))
+    wide = x.astype(np.float64)
+    expected = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
+    expected = expected * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
+    np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_group_norm():
+    B, H, W, C, groups = 2, 3, 5, 8, 4
+    x = _numbers(6, B, H, W, C) * 3 + 4
+    norm = _set(linear.GroupNorm(C, groups=groups, precision=FLOAT32))
+    expected = np.zeros(x.shape)
+    for b in range(B):
+        for g in range(groups):
+            part = x[b, :, :, 2 * g : 2 * g + 2].astype(np.float64)
+            part = (part - part.mean()) / np.sqrt(part.var() + 1e-6)
+            expected[b, :, :, 2 * g : 2 * g + 2] = part
+    expected = expected * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
+    np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="width=10, groups=4"):
+        linear.GroupNorm(10, groups=4, precision=FLOAT32)
+
+
+@pytest.mark.parametrize("kind", [linear.RMSNorm, linear.LayerNorm])
+def test_statistics_are_float32_and_the_dtype_stays(kind):
+    # in bfloat16 a sum of 4096 squares stops growing at 256, and its root would be far off
+    x = jnp.asarray(_numbers(7, 1, 4096), jnp.bfloat16)
+    norm = kind(4096, precision=HALF)
+    half, wide = norm(x), norm(x.astype(jnp.float32))
+    assert half.dtype == jnp.bfloat16 and norm.scale[...].dtype == jnp.float32
+    np.testing.assert_allclose(np.float32(half), wide, rtol=2**-7, atol=1e-6)
+
+
+def test_a_linear_map_runs_in_the_compute_dtype():
+    layer = linear.Linear(16, 8, bias=True, precision=HALF, rngs=nnx.Rngs(0))
+    assert layer.kernel[...].dtype == jnp.float32
+    assert layer(jnp.ones((1, 16), jnp.float32)).dtype == jnp.bfloat16
+    program = str(jax.make_jaxpr(lambda x: layer(x))(jnp.ones((1, 16))))
+    (product,) = [line for line in program.splitlines() if "dot_general" in line]
+    assert "bf16[1,8]" in product
+    with pytest.raises(ValueError, match="float16"):
+        Precision("float16")

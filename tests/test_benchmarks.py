@@ -1,0 +1,92 @@
+"""Every benchmark runs; what it would print on an idle machine is not a test's affair."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "benchmarks"
+PROGRAMS = {file.stem for file in FOLDER.glob("*.py")} - {"machine"}
+PAIR = ["configs/tokenizer/shapes.py", "configs/generator/shapes.py"]
+
+
+def quick(name: str, *words: str) -> list[str]:
+    """The lines that a benchmark prints."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error::SyntaxWarning"}
+    # a user's process has the devices of the machine
+    environment.pop("NPROC", None)
+    command = [sys.executable, str(FOLDER / f"{name}.py"), "--quick", *words]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def check_header(line: str) -> None:
+    """Date, versions, hardware and load."""
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC; Python 3\.\d+", line)
+    assert re.search(r"numpy \d+\.\d+.*; .*\d+ cores.*; load [\d.]+ [\d.]+ [\d.]+$", line)
+
+
+def figures(line: str) -> list[float]:
+    """The numbers behind the words of a line."""
+    return [float(text) for text in re.findall(r"(?<![\w.-])\d+(?:\.\d+)?(?![\w%])", line)]
+
+
+def test_training_step():
+    header, *lines = quick("training_step", "--devices", "2")
+    check_header(header)
+    assert ", 2 x " in header
+    assert [line.split(":")[0] for line in lines[::4]] == PAIR
+    for first in range(0, len(lines), 4):
+        rate, step, cost = (figures(line)[0] for line in lines[first + 1 : first + 4])
+        batch = figures(lines[first].split("batch")[1])[0]
+        # one repeat: the same seconds said in two ways
+        assert rate * step == pytest.approx(1000 * batch, rel=0.1)
+        assert cost > 0
+
+
+def test_decode_without_cache_draws_what_is_drawn_with_one():
+    header, _, _, *lines = quick("decode")
+    check_header(header)
+    rows = [line.split() for line in lines]
+    assert [row[:3] for row in rows] == [
+        ["2", weight, cache] for weight in ("1.0", "2.0") for cache in ("yes", "no")
+    ]
+    assert {row[-1] for row in rows} == {"100.00%"}
+
+
+def test_memory():
+    header, columns, *lines = quick("memory")
+    check_header(header)
+    assert [line.split()[0] for line in lines] == ["tokenizer", "generator", "sampling"]
+    for line in lines:
+        before = line.index("compiled") if "compiled" in line else line.index("arguments")
+        peak, imports = figures(line[:before])[-2:]
+        assert peak > imports > 10
+        arguments, temporary, _ = figures(line[before:])
+        assert 0 < arguments < peak
+        assert 0 < temporary < peak
+    assert columns.split()[0] == "program"
+
+
+def test_data_loading():
+    header, *lines = quick("data_loading")
+    check_header(header)
+    rates = {line[:32].strip(): figures(line[32:]) for line in lines[2:]}
+    assert rates["plain PIL loop"][-1] == 1.0
+    assert min(rate[0] for rate in rates.values()) > 0
+    assert len(rates) == 5
+
+
+def test_every_benchmark_is_run_here_and_told_in_the_results():
+    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    results = (FOLDER / "RESULTS.md").read_text(encoding="utf-8")
+    for program in PROGRAMS:
+        assert any(name.startswith(program) for name in tested), program
+        assert f"benchmarks/{program}.py" in results

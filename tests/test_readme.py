@@ -1,0 +1,229 @@
+"""What the README and the notebook print is true: code runs, commands parse, files are there."""
+
+import argparse
+import ast
+import importlib
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from tokgen import checkpoint, cli, config, launch, sharding, state
+from tokgen.interfaces import TokenLayout
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOTEBOOK = json.loads((ROOT / "colab" / "quickstart.ipynb").read_text(encoding="utf-8"))
+DOCUMENTS = ["README.md", "docs/architecture.md", "docs/checkpoints.md", "benchmarks/RESULTS.md"]
+TOKENIZER, GENERATOR = "configs/tokenizer/shapes.py", "configs/generator/shapes.py"
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def cells(kind: str) -> list[str]:
+    """The texts of the notebook's cells."""
+    return ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == kind]
+
+
+def run(code: str, folder: pathlib.Path) -> str:
+    """What code prints, in a process of its own, which has one device as a user's has."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment.pop("NPROC", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_training_example_learns(tmp_path):
+    training, _ = blocks(README, "python")
+    (found,) = re.findall(r"^([\d.]+) dB after 300 steps$", run(training, tmp_path), re.MULTILINE)
+    assert float(found) > 17  # 7 dB at the first step; the mean colour of each image gives 12
+
+
+@pytest.fixture
+def trained(tmp_path) -> pathlib.Path:
+    """A folder with `runs/generator` and its tokenizer, tiny and as they started."""
+    narrow = ["encoder.widths=(16,)", "decoder.widths=(16,)", "encoder.blocks=1"]
+    tokenizer = config.load(TOKENIZER, narrow)
+    layout = TokenLayout((240,), ((8, 8),))
+    save(
+        tmp_path / "runs" / "tokenizer",
+        tokenizer,
+        lambda: config.tokenizer(tokenizer, rngs=nnx.Rngs(0)),
+        kind="tokenizer",
+        layout=layout,
+        best="l2",
+    )
+    loaded = checkpoint.load_tokenizer(tmp_path / "runs" / "tokenizer")
+    generator = config.load(GENERATOR, ["generator.width=16", "generator.depth=1"])
+    workdir = tmp_path / "runs" / "generator"
+    save(
+        workdir,
+        generator,
+        lambda: config.generator(generator, layout, 10, rngs=nnx.Rngs(0)),
+        kind="generator",
+        layout=layout,
+        best="nats_per_token",
+        tokenizer=checkpoint.reference(loaded, workdir),
+    )
+    return tmp_path
+
+
+def save(workdir: pathlib.Path, settings, make, *, best: str, **meta) -> None:
+    """A work directory with a checkpoint of step 0."""
+    optimizer = state.optimizer(steps=1, learning_rate=1e-3)
+    _, network = state.create(make, optimizer, mesh=sharding.make_mesh())
+    classes = tuple(f"shape{number}" for number in range(10))
+    run = checkpoint.start(workdir, settings, classes=classes, best=best, **meta)
+    run.save({"model": network}, {best: 1.0})
+    run.close()
+
+
+def test_sampling_example_draws_eight_of_every_class(trained):
+    _, sampling = blocks(README, "python")
+    run(sampling, trained)
+    with Image.open(trained / "grid.png") as picture:
+        pixels = np.asarray(picture)
+    assert pixels.shape == (10 * 66 + 2, 8 * 66 + 2, 3)
+    drawn = pixels[2:66, 2:66], pixels[2:66, 68:132]
+    assert np.any(drawn[0] != drawn[1])
+
+
+def test_examples_are_short():
+    for block in blocks(README, "python"):
+        lines = [line for line in block.splitlines() if line and "import" not in line]
+        assert len(lines) <= 20
+
+
+COMMANDS = [
+    *(line for block in blocks(README, "sh") for line in block.splitlines()),
+    *(
+        line[1:]
+        for cell in cells("code")
+        for line in cell.replace("\\\n", " ").splitlines()
+        if line.startswith(("!tokgen ", "!python train_")) and "--version" not in line
+    ),
+]
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The parser of a subcommand of `tokgen`."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    importlib.import_module(f"tokgen.commands.{command}").arguments(parser)
+    return parser
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_parses(line):
+    """Every option and every field of a config that is named exists and takes this value."""
+    program, *words = shlex.split(line)
+    if program == "tokgen":
+        parser_of(words[0]).parse_args(words[1:])
+        return
+    assert program == "python" and (ROOT / words[0]).is_file()
+    settings, _ = launch.parse(words[1:], "")
+    assert ("generator" in settings) == (words[0] == "train_generator.py")
+
+
+def test_own_folder_example_is_trained_at_its_size():
+    (line,) = [line for line in COMMANDS if "data.path=flowers" in line]
+    settings, _ = launch.parse(shlex.split(line)[2:], "")
+    make = nnx.eval_shape(lambda: config.tokenizer(settings, rngs=nnx.Rngs(0)))
+    assert settings.data.path == "flowers"
+    assert make.layout.grids == ((16, 24),)
+
+
+def test_every_command_is_told_with_options_that_it_has():
+    rows = re.findall(r"^\| `tokgen (\w+)(.*)$", README, re.MULTILINE)
+    assert {name for name, _ in rows} == set(cli.COMMANDS)
+    for name, rest in rows:
+        options = set(parser_of(name)._option_string_actions)
+        assert set(re.findall(r"--[\w-]+", rest)) <= options
+
+
+def counted(reference: str) -> tuple[int, TokenLayout]:
+    """Parameters and layout of a config, from what it builds."""
+    settings = config.load(reference)
+    codes = int(README.split(f"`{reference}` |")[1].split(" of ")[1].split(" ")[0])
+    layout = TokenLayout((codes,), ((8, 8),))
+
+    def make():
+        if "generator" in settings:
+            return config.generator(settings, layout, 10, rngs=nnx.Rngs(0))
+        return config.tokenizer(settings, rngs=nnx.Rngs(0))
+
+    module = nnx.eval_shape(make)
+    return state.count(state.split(module)[1]), module.layout
+
+
+def test_table_of_configs():
+    rows = re.findall(r"^\| `(configs/\S+)` \| ([\d,]+) \| (\d+) x (\d+) of (\d+) \|", README, re.M)
+    files = {str(file.relative_to(ROOT)) for file in (ROOT / "configs").rglob("*.py")}
+    assert {reference.partition(":")[0] for reference, *_ in rows} == files
+    for reference, parameters, *layout in rows:
+        found, there = counted(reference)
+        rows_, columns, codes = map(int, layout)
+        assert (found, there.grids, there.vocab) == (
+            int(parameters.replace(",", "")),
+            ((rows_, columns),),
+            (codes,),
+        ), reference
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_named_are_there(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    pattern = r"(?:docs|tests|tokgen|benchmarks|colab|configs)/[\w/]+\.(?:md|py|ipynb)"
+    named = set(re.findall(pattern, text)) - {
+        "tokgen/quantizers/mine.py",
+        "tokgen/generators/mine.py",
+    }
+    assert named
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "colab/quickstart.ipynb"])
+def test_no_document_knows_a_machine(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert not re.search(r"/work/|/home/|/root/|\.\./shared|/tmp/", text)
+
+
+def test_notebook_is_version_4_without_outputs():
+    assert (NOTEBOOK["nbformat"], NOTEBOOK["nbformat_minor"] >= 5) == (4, True)
+    assert NOTEBOOK["metadata"]["kernelspec"]["language"] == "python"
+    names = [cell["id"] for cell in NOTEBOOK["cells"]]
+    assert len(set(names)) == len(names)
+    for cell in NOTEBOOK["cells"]:
+        assert re.fullmatch(r"[\w-]{1,64}", cell["id"])
+        assert cell["cell_type"] in ("markdown", "code")
+        if cell["cell_type"] == "code":
+            assert (cell["outputs"], cell["execution_count"]) == ([], None)
+
+
+def test_notebook_cells_parse_and_import_what_exists():
+    codes = cells("code")
+    assert len(codes) >= 5
+    for cell in codes:
+        code = re.sub(r"^[!%].*(\\\n.*)*", "pass", cell, flags=re.MULTILINE)
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("tokgen"):
+                for alias in node.names:
+                    importlib.import_module(f"{node.module}.{alias.name}")

@@ -1,0 +1,161 @@
+"""Tokenizers: shapes of every geometry, pixels, and encode, decode and reconstruct that agree."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tokgen.nn import precision
+from tokgen.quantizers import fsq, vq
+from tokgen.tokenizers import conv, tokenizer
+
+
+def build(size=(16, 16), channels=3, *, widths=(16, 16), stem=2, pixels=(-1.0, 1.0), **options):
+    rngs = nnx.Rngs(0)
+    grid = conv.grid(size, widths, stem)
+    quantizer = options.pop("quantizer", None) or fsq.Quantizer((8, 6, 5), grid=grid)
+    shape = dict(widths=widths, stem=stem, blocks=1, channels=channels, latent=quantizer.channels)
+    shape |= dict(parts="light", precision=precision.FLOAT32, rngs=rngs) | options
+    return tokenizer.Tokenizer(
+        conv.Encoder(**shape), quantizer, conv.Decoder(**shape, grid=grid), pixels=pixels
+    )
+
+
+def images(key, size=(16, 16), channels=3, batch=2):
+    return jax.random.uniform(key, (batch, *size, channels))
+
+
+GEOMETRIES = [
+    dict(size=(16, 16), channels=3),
+    dict(size=(32, 48), channels=3),
+    dict(size=(16, 16), channels=1),
+    dict(size=(16, 24), channels=1, stem=1, widths=(16, 16, 16)),
+    dict(size=(16, 16), channels=3, stem=8, widths=(16,), parts="local"),
+    dict(size=(16, 16), channels=3, stem=1, widths=(32, 32), parts="vqgan"),
+]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_shapes(geometry, key):
+    made = nnx.eval_shape(lambda: build(**geometry))  # shapes need no numbers
+    size, channels = geometry["size"], geometry["channels"]
+    stride = geometry.get("stem", 2) * 2 ** (len(geometry.get("widths", (1, 2))) - 1)
+    grid = size[0] // stride, size[1] // stride
+
+    def check(made, image_BHWC):
+        tokens_BLG = made.encode(image_BHWC)
+        painted, quantized = made.reconstruct(image_BHWC)
+        return made.latents(image_BHWC), tokens_BLG, made.decode(tokens_BLG), painted, quantized
+
+    latents, tokens, decoded, painted, quantized = jax.eval_shape(
+        check, made, jnp.zeros((2, *size, channels))
+    )
+    assert made.layout.grids == (grid,) and made.layout.length == grid[0] * grid[1]
+    assert latents.shape == (2, grid[0] * grid[1], 3)
+    assert tokens.shape == quantized.tokens_BLG.shape == (2, grid[0] * grid[1], 1)
+    assert decoded.shape == painted.shape == (2, *size, channels)
+    assert decoded.dtype == painted.dtype == jnp.float32
+
+
+@pytest.fixture(scope="module", params=["stem", "strided"])
+def made(request):
+    def strided():
+        quantizer = vq.Quantizer(64, 4, grid=(4, 4), rngs=nnx.Rngs(1))
+        return build(stem=1, widths=(16, 16, 16), quantizer=quantizer)
+
+    # one program instead of one for every kind of layer
+    return jax.jit(strided if request.param == "strided" else lambda: build(stem=4, widths=(16,)))()
+
+
+@jax.jit
+def encode(made, image_BHW3):
+    return made.encode(image_BHW3)
+
+
+@jax.jit
+def decode(made, tokens_BLG):
+    return made.decode(tokens_BLG)
+
+
+def test_encode_gives_the_tokens_of_reconstruct(made, key):
+    image_BHW3 = images(key)
+    painted, quantized = jax.jit(lambda t, x: t.reconstruct(x))(made, image_BHW3)
+    tokens_BLG = encode(made, image_BHW3)
+    np.testing.assert_array_equal(tokens_BLG, quantized.tokens_BLG)
+    assert len(np.unique(tokens_BLG)) > 2
+    # and decoding them gives what reconstruct painted, clipped
+    np.testing.assert_allclose(decode(made, tokens_BLG), jnp.clip(painted, 0, 1), atol=1e-5)
+
+
+def test_decode_is_deterministic_and_every_token_counts(made, key):
+    tokens_BLG = jax.random.randint(key, (1, 16, 1), 0, 60)
+    once = decode(made, tokens_BLG)
+    np.testing.assert_array_equal(once, decode(made, tokens_BLG))
+    for place in (0, 7, 15):
+        other = decode(made, tokens_BLG.at[0, place, 0].add(1))
+        differs = np.abs(other - once)[0].max(-1)
+        row, column = divmod(place, 4)
+        block = differs[4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+        assert block.min() > 0  # most of all where it stands
+
+
+def test_pixels_are_those_of_one_range(key):
+    """The networks see [low, high]; what comes out is in [0, 1] again."""
+    seen = []
+
+    class Mirror(nnx.Module):
+        def __call__(self, x):
+            seen.append((float(x.min()), float(x.max())))
+            return x
+
+    image_BHW3 = images(key).at[0, 0, 0, 0].set(0.0).at[0, 0, 0, 1].set(1.0)
+    for low, high in ((-1.0, 1.0), (0.0, 1.0), (0.0, 255.0)):
+        quantizer = vq.Quantizer(4, 3, grid=(4, 4), rngs=nnx.Rngs(0))
+        made = tokenizer.Tokenizer(Mirror(), quantizer, Mirror(), pixels=(low, high))
+        latents = made.latents(image_BHW3)
+        assert seen[-1] == (low, high)
+        np.testing.assert_allclose(made.paint(latents), image_BHW3, atol=1e-6)
+        # a loss needs the gradient beyond white, a picture ends there
+        beyond = latents + (high - low)
+        np.testing.assert_allclose(made.paint(beyond), image_BHW3 + 1, atol=1e-5)
+        np.testing.assert_array_equal(made.decode_latents(beyond), 1.0)
+
+
+def test_a_decoded_picture_is_inside_the_range(key):
+    made = jax.jit(build)()
+    made.decoder.conv_out.bias[...] = jnp.where(jnp.arange(12) % 2, 5.0, -5.0)
+    picture = decode(made, jax.random.randint(key, (1, 16, 1), 0, 240))
+    assert picture.min() == 0 and picture.max() == 1
+
+
+def test_gradients_reach_the_encoder_through_the_tokens(made, key):
+    image_BHW3 = images(key)
+
+    def loss(made):
+        painted, _ = made.reconstruct(image_BHW3)
+        return jnp.mean((painted - image_BHW3) ** 2)
+
+    gradient = jax.jit(jax.grad(loss, allow_int=True))(made)
+    for part in (gradient.encoder.conv_in, gradient.encoder.conv_out, gradient.decoder.conv_in):
+        assert np.abs(part.kernel[...]).max() > 0
+
+
+def test_an_image_does_not_depend_on_its_batch(made, key):
+    image_BHW3 = images(key, batch=4)
+    np.testing.assert_array_equal(encode(made, image_BHW3)[:2], encode(made, image_BHW3[:2]))
+
+
+@pytest.mark.parametrize(
+    ("size", "stem", "widths", "stride"),
+    [((30, 32), 4, (16, 16), 8), ((32, 36), 1, (16, 16, 16, 16), 8), ((32, 42), 4, (16,), 4)],
+)
+def test_an_indivisible_size_names_the_stride(size, stem, widths, stride):
+    with pytest.raises(ValueError, match=f"stride={stride}") as caught:
+        conv.grid(size, widths, stem)
+    assert str(size) in str(caught.value)
+
+
+def test_an_empty_range_is_refused():
+    with pytest.raises(ValueError, match="low < high"):
+        build(pixels=(1.0, 1.0))
