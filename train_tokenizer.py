@@ -71,7 +71,7 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         step_of["adversarial"] = adversarial_step(
             settings, (graph, critic_graph), (optimizer, critic_optimizer), begin_play=end
         )
-    lpips = load_lpips(settings)
+    lpips = jax.device_put(load_lpips(settings), sharding.replicated(mesh))
 
     run = checkpoint.start(
         workdir,

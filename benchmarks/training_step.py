@@ -30,8 +30,11 @@ LAYOUT, CLASSES = TokenLayout((240,), ((8, 8),)), 10  # of the shapes; a generat
 
 # What --quick makes of a config: enough to see that a program works, too little to measure.
 QUICK = {
-    "tokenizer": ("encoder.widths=(16,)", "decoder.widths=(16,)", "batch_size=4"),
-    "generator": ("generator.width=32", "generator.depth=2", "batch_size=4"),
+    "tokenizer": (
+        *("encoder.widths=(16,)", "encoder.blocks=1", "decoder.widths=(16,)", "decoder.blocks=1"),
+        "batch_size=4",
+    ),
+    "generator": ("generator.width=32", "generator.depth=1", "batch_size=4"),
 }
 
 

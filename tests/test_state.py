@@ -35,15 +35,26 @@ def make():
     return Net(nnx.Rngs(0))
 
 
-def created(*, ema=0.0, steps=100, learning_rate=0.1, **options):
-    options = dict(clip=0.0, decay="constant") | options
-    optimizer = states.optimizer(steps, learning_rate=learning_rate, **options)
+@functools.cache
+def plain():
+    """(structure, state, optimizer, a compiled step): Adam, warm-up and cosine."""
+    optimizer = states.optimizer(6, learning_rate=0.1, warmup=3, clip=0.0, b1=0.9)
+    return _compiled(optimizer, ema=0.0)
+
+
+@functools.cache
+def full():
+    """The same with clipping, weight decay and an average."""
+    optimizer = states.optimizer(
+        100, learning_rate=0.1, decay="constant", clip=1.0, weight_decay=0.5
+    )
+    return _compiled(optimizer, ema=0.3)
+
+
+def _compiled(optimizer, ema):
     graph, state = states.create(make, optimizer, mesh=sharding.make_mesh(), ema=ema)
-    return graph, state, optimizer
-
-
-def applied(optimizer, ema=0.0):
-    return jax.jit(functools.partial(states.apply_gradients, optimizer=optimizer, ema=ema))
+    step = functools.partial(states.apply_gradients, optimizer=optimizer, ema=ema)
+    return graph, state, optimizer, jax.jit(step)
 
 
 def gradients_of(state, key, scale=1.0):
@@ -78,9 +89,8 @@ def test_schedule_end_points():
 
 def test_the_rate_applied_is_the_one_reported(key):
     """A constant gradient: each of Adam's steps is the rate times its sign."""
-    _, state, optimizer = created(decay="cosine", warmup=3, steps=6, b1=0.9, b2=0.95)
+    _, state, _, step = plain()
     gradients = gradients_of(state, key)
-    step = applied(optimizer)
     for number in range(6):
         before = state.params
         state, scalars = step(state, gradients)
@@ -98,18 +108,16 @@ def test_the_rate_applied_is_the_one_reported(key):
 
 
 def test_the_norm_is_reported_before_it_is_clipped(key):
-    _, state, optimizer = created(clip=0.5, b1=0.0, b2=0.0)
+    _, state, _, step = full()
     gradients = gradients_of(state, key, scale=3.0)
     leaves = [np.asarray(g, np.float64) for g in jax.tree.leaves(gradients)]
     norm = math.sqrt(sum((g**2).sum() for g in leaves))
-    after, scalars = applied(optimizer)(state, gradients)
+    after, scalars = step(state, gradients)
     np.testing.assert_allclose(scalars["gradient_norm"], norm, rtol=1e-5)
-    # the moments are those of the clipped gradient
+    # the first moment is a tenth of the clipped gradient
     moments = states.paths(after.opt_state)
     (first,) = [leaf for path, leaf in moments.items() if path.endswith("mu/conv_in/bias")]
-    np.testing.assert_allclose(
-        first, gradients["conv_in"]["bias"] * 0.5 / norm, rtol=1e-4, atol=1e-7
-    )
+    np.testing.assert_allclose(first, gradients["conv_in"]["bias"] * 0.1 / norm, rtol=1e-4)
 
 
 # ---------------------------------------------------------------- steps that cannot be taken
@@ -117,8 +125,7 @@ def test_the_norm_is_reported_before_it_is_clipped(key):
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(poison, key):
-    _, state, optimizer = created(ema=0.9, clip=1.0, weight_decay=0.1)
-    step = applied(optimizer, ema=0.9)
+    _, state, _, step = full()
     gradients = gradients_of(state, key)
     state, _ = step(state, gradients)
     broken = jax.tree.map(lambda g: g, gradients)
@@ -140,8 +147,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(poison, key):
 
 def test_the_average_follows_its_formula(key):
     """min(decay, (1 + s) / (10 + s)), written out in float64."""
-    _, state, optimizer = created(ema=0.3)
-    step = applied(optimizer, ema=0.3)
+    _, state, _, step = full()
     average = np.asarray(state.params["conv_in"]["kernel"], np.float64)
     np.testing.assert_array_equal(state.ema["conv_in"]["kernel"], average)
     for number in range(5):
@@ -156,9 +162,8 @@ def test_the_average_follows_its_formula(key):
 
 
 def test_weight_decay_is_for_kernels_only():
-    _, state, optimizer = created(weight_decay=0.5)
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    after, _ = applied(optimizer)(state, zeros)
+    _, state, _, step = full()
+    after, _ = step(state, jax.tree.map(jnp.zeros_like, state.params))
     old, new = states.paths(state.params), states.paths(after.params)
     assert set(old) == {
         *("conv_in/kernel", "conv_in/bias", "norm/scale", "labels/table", "quantizer/codebook")
@@ -168,39 +173,43 @@ def test_weight_decay_is_for_kernels_only():
         np.testing.assert_allclose(new[path], factor * old[path], rtol=1e-6, err_msg=path)
 
 
-def generator(rngs_seed=0):
-    return autoregressive.Generator(
-        LAYOUT, 4, width=32, depth=2, heads=4, parts="llama_narrow",
-        precision=precision.FLOAT32, rngs=nnx.Rngs(rngs_seed),
-    )  # fmt: skip
-
-
 def test_muon_turns_the_matrices_of_the_blocks(key):
     """Every layer's update has singular values near 0.2 sqrt(larger side); Adam does the rest."""
     rate = 0.01
+    shapes = {
+        "query": (2, 32, 4, 8),  # [Y, D, N, K]
+        "out": (2, 4, 8, 32),  # [Y, N, K, D]: heads are summed over
+        "up": (2, 32, 96),
+        "norm": (2, 32),
+        "head": (32, 64),
+    }
+    keys = jax.random.split(key, len(shapes))
+    drawn = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+    gradients = {
+        "blocks": {name: {"kernel": drawn[name]} for name in ("query", "out", "up")},
+        "head": {"kernel": drawn["head"]},
+    }
+    gradients["blocks"]["norm"] = {"scale": drawn["norm"]}
     optimizer = states.optimizer(10, learning_rate=rate, name="muon", decay="constant", clip=0.0)
-    graph, state = states.create(generator, optimizer, mesh=sharding.make_mesh())
-    gradients = gradients_of(state, key)
-    after, _ = applied(optimizer)(state, gradients)
-    moves = jax.tree.map(lambda new, old: (old - new) / rate, after.params, state.params)
-    seen = set()
-    for path, move in states.paths(moves).items():
-        if "/blocks/" in path and path.endswith("/kernel"):
-            for layer in np.asarray(move, np.float64):
-                if path.endswith("out/kernel"):  # [N, K, D]: heads are summed over
-                    matrix = layer.reshape(-1, layer.shape[-1])
-                else:  # [D, N, K] and [D, F]: one input
-                    matrix = layer.reshape(layer.shape[0], -1)
-                values = np.linalg.svd(matrix, compute_uv=False)
-                values /= 0.2 * math.sqrt(max(matrix.shape))
-                assert 0.5 < values.min() and values.max() < 1.3, path
-                # the size of Adam's step, which is about 0.2 per entry
-                assert 0.1 < math.sqrt((matrix**2).mean()) < 0.3, path
-            seen.add(path.split("/blocks/")[1])
-        else:
-            sign = np.sign(states.paths(gradients)[path])
-            np.testing.assert_allclose(move, sign, rtol=2e-2, atol=1e-3, err_msg=path)
-    assert {"attention/query/kernel", "attention/out/kernel", "mlp/down/kernel"} <= seen
+    params = jax.tree.map(jnp.ones_like, gradients)
+    zero = jnp.zeros((), jnp.int32)
+    state = states.TrainState(zero, zero, params, {}, optimizer.chain.init(params), None)
+    after, _ = jax.jit(functools.partial(states.apply_gradients, optimizer=optimizer))(
+        state, gradients
+    )
+    moves = jax.tree.map(lambda new, old: (old - new) / rate, after.params, params)
+    for name, move in moves["blocks"].items():
+        for layer in np.asarray(move.get("kernel", ()), np.float64):
+            matrix = layer.reshape(-1, 32) if name == "out" else layer.reshape(32, -1)
+            values = np.linalg.svd(matrix, compute_uv=False)
+            values /= 0.2 * math.sqrt(max(matrix.shape))
+            # five iterations bring all but the smallest of a square matrix close to one
+            assert np.quantile(values, 0.1) > 0.6 and values.max() < 1.3, name
+            # about the size of Adam's step, 0.2 per entry
+            assert 0.1 < math.sqrt((matrix**2).mean()) < 0.3, name
+    for path in ("blocks/norm/scale", "head/kernel"):
+        sign = np.sign(states.paths(gradients)[path])
+        np.testing.assert_allclose(states.paths(moves)[path], sign, rtol=2e-2, err_msg=path)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +229,7 @@ def test_wrong_settings_are_named(options, word):
 
 
 def test_upkeep_moves_statistics_and_overwrites_the_average_where_it_revived(key):
-    graph, state, optimizer = created(ema=0.99)
+    graph, state, _, step = full()
     upkeep = jax.jit(functools.partial(states.maintained, graph))
     latents_BPC = 4 + jax.random.normal(key, (8, 16, 3))
     after = upkeep(state, latents_BPC, key=key)
@@ -233,7 +242,7 @@ def test_upkeep_moves_statistics_and_overwrites_the_average_where_it_revived(key
         equal((after.params[name], after.ema[name]), (state.params[name], state.ema[name]))
     equal((after.step, after.opt_state), (state.step, state.opt_state))
     # a row that lives keeps its own average: here all but row 5
-    later, _ = applied(optimizer, ema=0.99)(after, gradients_of(after, key))
+    later, _ = step(after, gradients_of(after, key))
     counts = later.stats["quantizer"]["counts"].at[5].set(0.0)
     rows = later.params["quantizer"]["codebook"].at[5].set(-1e3)
     later.stats["quantizer"]["counts"] = counts
@@ -248,7 +257,7 @@ def test_upkeep_moves_statistics_and_overwrites_the_average_where_it_revived(key
 
 
 def test_upkeep_of_a_skipped_step_does_nothing(key):
-    graph, state, _ = created(ema=0.99)
+    graph, state, *_ = full()
     state = state.replace(skipped=jnp.ones((), jnp.int32))
     after = jax.jit(functools.partial(states.maintained, graph))(
         state, jax.random.normal(key, (2, 16, 3)), key=key
@@ -259,11 +268,26 @@ def test_upkeep_of_a_skipped_step_does_nothing(key):
 # ---------------------------------------------------------------- sharding
 
 
-@pytest.mark.parametrize("strategy", sorted(sharding.STRATEGIES))
-def test_a_state_is_born_by_the_table(strategy):
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+def generator():
+    return autoregressive.Generator(
+        LAYOUT,
+        4,
+        width=32,
+        depth=2,
+        heads=4,
+        parts="llama_narrow",
+        precision=precision.FLOAT32,
+        rngs=nnx.Rngs(0),
+    )
+
+
+def test_a_state_is_born_by_the_table():
+    """On its devices as the table says; and the numbers do not depend on how it lies."""
+    mesh, strategy = sharding.make_mesh(data=2, fsdp=2, tensor=2), "tensor"
     optimizer = states.optimizer(10, learning_rate=0.1)
-    _, state = states.create(generator, optimizer, mesh=mesh, strategy=strategy, ema=0.9)
+    whole = states.create(generator, optimizer, mesh=sharding.make_mesh(), ema=0.9)[1]
+    state = states.create(generator, optimizer, mesh=mesh, strategy=strategy, ema=0.9)[1]
+    equal(whole, state)
     parted = set()
     for path, leaf in states.paths(state).items():
         if leaf.ndim == 0:
@@ -273,29 +297,16 @@ def test_a_state_is_born_by_the_table(strategy):
         assert leaf.sharding.is_equivalent_to(expected, leaf.ndim), path
         if not leaf.sharding.is_fully_replicated:
             parted.add(path.split("/")[0] + ("/mu" if "/mu/" in path else ""))
-    if strategy == "data":
-        assert not parted
-    else:  # moments and average lie as their parameters
-        assert {"params", "ema", "opt_state/mu"} <= parted
-    query = "transformer/blocks/attention/query/kernel"
-    axes = {"data": (), "fsdp": (None, "fsdp"), "tensor": (None, "fsdp", "tensor")}[strategy]
-    found = tuple(states.paths(state.params)[query].sharding.spec)
-    while found and found[-1] is None:
-        found = found[:-1]
-    assert found == axes
+            assert leaf.addressable_shards[0].data.size < leaf.size
+    # moments and average lie as their parameters
+    assert {"params", "ema", "opt_state/mu"} <= parted
+    query = states.paths(state.params)["transformer/blocks/attention/query/kernel"]
+    assert query.addressable_shards[0].data.shape == (2, 16, 2, 8)  # [Y, D, N, K]
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(whole))
 
 
-def test_the_numbers_do_not_depend_on_the_mesh():
-    optimizer = states.optimizer(10, learning_rate=0.1)
-    one = states.create(generator, optimizer, mesh=sharding.make_mesh(), ema=0.9)[1]
-    other = states.create(
-        generator, optimizer, mesh=sharding.make_mesh(2, 2, 2), strategy="tensor", ema=0.9
-    )[1]
-    equal(one, other)
-
-
-def test_count_and_paths(key):
-    _, state, _ = created()
+def test_count_and_paths():
+    _, state, *_ = plain()
     assert states.count(state.params) == 3 * 3 * 4 * 8 + 8 + 8 + 40 + 36
     assert "quantizer/counts" in states.paths(state.stats)
     assert states.paths(state)["params/norm/scale"].shape == (8,)

@@ -34,6 +34,7 @@ from tokgen import state as states
 from tokgen.interfaces import PyTree, TokenLayout, UserError
 
 FORMAT = 1
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)  # of damaged files
 FOLDER = "checkpoints"
 
 # Fields of a config that may change between a run and its continuation; all others decide what
@@ -116,6 +117,11 @@ def manifest(leaves: dict[str, jax.Array]) -> dict[str, dict]:
     }
 
 
+def _digest(meta: dict) -> str:
+    # of the JSON text: what is written with tuples is read with lists
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
 # ---------------------------------------------------------------- a run
 
 
@@ -142,6 +148,7 @@ class Run:
             "versions": versions(),
             "manifest": manifest(leaves),
         }
+        meta["digest"] = _digest(meta)
         self.manager.save(
             step,
             args=ocp.args.Composite(
@@ -278,8 +285,11 @@ def _same_run(meta: dict, run: Run, step: pathlib.Path) -> None:
 
 
 def find(path: str | os.PathLike) -> pathlib.Path:
-    """The step that CKPT means: a step itself, or the best step of a work directory."""
-    given = pathlib.Path(path)
+    """The step that CKPT means: a step itself, or the best step of a work directory.
+
+    `hf://OWNER/NAME[/FOLDER]` is such a folder in a repository of the Hugging Face hub.
+    """
+    given = _downloaded(str(path)) if str(path).startswith("hf://") else pathlib.Path(path)
     if not given.exists():
         raise UserError(f"no checkpoint at {given}: there is no such path")
     for folder in (given, given / FOLDER):
@@ -292,6 +302,23 @@ def find(path: str | os.PathLike) -> pathlib.Path:
     raise UserError(
         f"no checkpoint at {given}: need a work directory with {FOLDER}/STEP inside, or one step"
     )
+
+
+def _downloaded(reference: str) -> pathlib.Path:
+    """A folder of a hub repository, fetched into the hub's own cache (extra `hub`)."""
+    import huggingface_hub
+
+    owner, name, *inside = reference.removeprefix("hf://").strip("/").split("/") + [""]
+    folder = "/".join(inside).strip("/")
+    if not owner or not name:
+        raise UserError(f"a hub reference is hf://OWNER/NAME[/FOLDER]; found {reference}")
+    try:
+        root = huggingface_hub.snapshot_download(
+            f"{owner}/{name}", allow_patterns=[f"{folder}/**"] if folder else None
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot fetch {reference}: {error}") from error
+    return pathlib.Path(root) / folder
 
 
 def _is_step(folder: pathlib.Path) -> bool:
@@ -317,6 +344,9 @@ def read_meta(step: pathlib.Path) -> dict:
             raise UserError(
                 f"checkpoint {step} has format {meta['format']}; this tokgen reads {FORMAT}"
             )
+        digest = meta.pop("digest", None)
+        if digest not in (None, _digest(meta)):  # None: written before there was one
+            raise ValueError("it does not match its digest")
         return meta
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
@@ -360,10 +390,13 @@ def _restore(step: pathlib.Path, wanted: dict[str, Any], meta: dict) -> dict[str
                 partial_restore=True,
             ),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        leaves = {path: found[_name(path)] for path in wanted}
+    except Exception as error:
+        # Orbax raises this very class for an array that it cannot read
+        if type(error) is not Exception and not isinstance(error, _UNREADABLE):
+            raise
         first = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
         raise _damaged(step, f"its arrays cannot be read ({first})") from error
-    leaves = {path: found[_name(path)] for path in wanted}
     sums = manifest(leaves)
     wrong = [path for path in wanted if sums[path]["checksum"] != record[path]["checksum"]]
     if wrong:

@@ -26,7 +26,7 @@ COMMANDS = {
 }
 
 # Import name of an optional package -> the extra in pyproject.toml that installs it.
-EXTRAS = {"cv2": "fastdata", "simplejpeg": "fastdata", "huggingface_hub": "hub"}
+EXTRAS = {"simplejpeg": "fastdata", "huggingface_hub": "hub"}
 
 # What the figures of a run may depend on.
 REPORTED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

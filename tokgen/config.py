@@ -54,6 +54,8 @@ def load(reference: str, overrides: Sequence[str] = ()) -> ml_collections.Config
     spec = importlib.util.spec_from_file_location(f"tokgen_config_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if variant and not inspect.signature(module.get_config).parameters:
+        raise UserError(f"config {path!r} has no variants; found {variant!r}")
     try:
         config = module.get_config(variant) if variant else module.get_config()
     except (KeyError, ValueError) as error:

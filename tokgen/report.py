@@ -111,7 +111,7 @@ def curves(workdir: pathlib.Path) -> pathlib.Path | None:
     lines: dict[str, dict[str, list]] = {}
     for record in read(workdir):
         for name, value in record.items():
-            if name in ("step", "split", "seconds") or value is None:
+            if name in ("step", "split", "seconds") or name.endswith("_error") or value is None:
                 continue
             lines.setdefault(name, {}).setdefault(record["split"], []).append(
                 (record["step"], value)

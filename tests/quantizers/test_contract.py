@@ -176,5 +176,6 @@ def test_eight_devices_compute_what_one_does(name, arguments, smooth, key):
         np.testing.assert_array_equal(out.tokens_BLG, out_many.tokens_BLG)
         pairs = (out.latents_BPC, out.losses, one), (out_many.latents_BPC, out_many.losses, many)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *pairs)
-    moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (stats, one[1]))) if a.size]
+    before, after = jax.tree.leaves(stats), jax.tree.leaves(one[1])
+    moved = [np.abs(a - b).max() for a, b in zip(before, after, strict=True)]
     assert not moved or max(moved) > 0

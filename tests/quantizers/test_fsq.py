@@ -16,7 +16,8 @@ def written_out(levels):
     """Codes of all tokens: the first channel is the fastest, and 0 is a level of every channel."""
     digits = [range(size) for size in reversed(levels)]
     rows = [tuple(reversed(row)) for row in itertools.product(*digits)]
-    return np.array([[(d - n // 2) / (n // 2) for d, n in zip(row, levels)] for row in rows])
+    half = np.array(levels) // 2
+    return np.array([(np.array(row) - half) / half for row in rows])
 
 
 def rounded(latents_nC, levels):

@@ -21,9 +21,12 @@ PIXEL_METRICS = ("psnr_db", "ssim", "codebook_usage", "codebook_perplexity")
 
 
 def spread(length: int, count: int) -> np.ndarray:
-    """At most `count` indices, evenly over a set that may be sorted by class."""
+    """At most `count` indices, evenly over a set that may be sorted by class, in a mixed order.
+
+    The first few are what a picture shows: they shouldn't be of one class.
+    """
     count = min(count, length)
-    return np.arange(count) * length // count
+    return np.random.default_rng(0).permutation(np.arange(count) * length // count)
 
 
 @jax.jit

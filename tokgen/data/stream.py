@@ -257,7 +257,10 @@ def _attempt(source, view, index: int, failures: list) -> dict | None:
     try:
         record = source[index]
         if isinstance(record["image"], bytes):
-            record = {**record, "image": images.decode(record["image"], view.channels)}
+            record = {
+                **record,
+                "image": images.decode(record["image"], view.channels, decoder=view.decoder),
+            }
         return record
     except (images.BrokenImage, OSError) as error:
         failures.append((index, str(error)))

@@ -53,7 +53,8 @@ class Quantizer(nnx.Module):
         kind = nnx.Param if update == "gradient" else Statistic
         self.codebook = kind(rows_VC)
         self.counts = Statistic(jnp.zeros(codes))  # share of the tokens, as a moving average
-        self.sums = Statistic(jnp.zeros((codes, channels)) if update == "ema" else jnp.zeros((0,)))
+        # None and not an empty array, which Orbax refuses to save
+        self.sums = Statistic(jnp.zeros((codes, channels))) if update == "ema" else None
 
     def rows(self) -> jax.Array:
         """The codebook [V, C] as it is compared and decoded."""

@@ -23,10 +23,9 @@ def sampler(settings: Mapping[str, Any], steps: int) -> filters.Sampler:
         raise UserError(f"a preset has no field {unknown[0]!r}; it has {', '.join(PLAIN)}")
     settings = PLAIN | dict(settings)
     extra = {k: settings[k] for k in ("power", "first", "last") if k in settings}
-    weight = float(settings["weight"])
-    weights = ()
-    if weight != 1:
-        weights = guidance.schedule(settings["guidance"], weight, steps, **extra)
+    weights = guidance.schedule(settings["guidance"], settings["weight"], steps, **extra)
+    # not by the weight itself: 1 is no guidance for most schedules, 0 is for `per_scale`
+    weights = () if set(weights) == {1.0} else weights
     try:
         return filters.Sampler(
             temperature=settings["temperature"],

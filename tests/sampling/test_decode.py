@@ -1,0 +1,214 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tokgen import interfaces, rng
+from tokgen.generators import autoregressive
+from tokgen.nn.precision import FLOAT32
+from tokgen.sampling import decode, filters
+
+LAYOUT = interfaces.TokenLayout((16,), ((3, 3),))
+L, CLASSES, V = LAYOUT.length, 5, LAYOUT.absent
+
+# the generator is an argument, the sampler static: as every command calls it
+_generate = jax.jit(decode.generate, static_argnums=(1, 3))
+
+
+class Spy(autoregressive.Generator):
+    """A generator that notes, while it is traced, how many rows each phase works on."""
+
+    def step(self, state, phase, index, codec, draw):
+        ROWS.append((phase.first, phase.steps, len(state.tokens_BLG)))
+        return super().step(state, phase, index, codec, draw)
+
+
+class Nobody(autoregressive.Generator):
+    """The same network, told nothing: the null class as a network of its own."""
+
+    def start(self, cond, codec=None, *, keys_B, given):
+        return super().start(self.null(cond), codec, keys_B=keys_B, given=given)
+
+
+ROWS = []
+
+
+@functools.cache
+def _make(kind=autoregressive.Generator, **options):
+    generator = kind(
+        LAYOUT,
+        CLASSES,
+        width=16,
+        depth=2,
+        heads=2,
+        parts="llama_narrow",
+        precision=FLOAT32,
+        rngs=nnx.Rngs(0),
+        **options,
+    )
+    kernel = generator.head.head.kernel
+    kernel[...] = 0.75 * jax.random.normal(jax.random.key(1), kernel.shape)
+    return generator
+
+
+LABELS = np.asarray([3, 0, 4, 3, 1, 2, 3])
+
+
+def _draw(sampler, generator=None, images=range(7), **options):
+    """The final state for some of seven images; each has its label and its key."""
+    images = jnp.asarray(list(images))
+    generator = _make() if generator is None else generator
+    keys_B = rng.per_image(0, "sample", images)
+    return _generate(
+        generator, None, jnp.asarray(LABELS)[images], sampler, keys_B=keys_B, **options
+    )
+
+
+GUIDED = filters.Sampler(temperature=0.9, top_k=12, guidance=(3.0,) * L)
+
+
+def test_an_image_alone_is_the_image_in_any_batch():
+    state = _draw(GUIDED)
+    together = np.asarray(state.tokens_BLG)
+    assert together.shape == (7, L, 1) and together.min() >= 0 and together.max() < V
+    assert len(np.unique(together, axis=0)) == 7  # images 0, 3 and 6 share a label, not a key
+    for images in ([2, 5, 0, 6], [5]):
+        part = _draw(GUIDED, images=images)
+        np.testing.assert_array_equal(part.tokens_BLG, together[images])
+        assert part.invalid_B.shape == (len(images),) and len(part.keys_B) == len(images)
+    assert len(state.cond) == 7 and not np.any(state.invalid_B)
+
+
+def test_weight_1_everywhere_is_no_guidance_and_costs_nothing():
+    ROWS.clear()
+    plain = _draw(filters.Sampler(), _make(Spy))
+    ones = _draw(filters.Sampler(guidance=(1.0,) * L), _make(Spy))
+    np.testing.assert_array_equal(ones.tokens_BLG, plain.tokens_BLG)
+    assert {rows for _, _, rows in ROWS} == {7}
+    assert np.any(np.asarray(_draw(GUIDED).tokens_BLG) != np.asarray(plain.tokens_BLG))
+
+
+@pytest.mark.parametrize("guided", [3, 6])
+def test_null_rows_dropped_half_way_change_nothing(guided):
+    # windows of 3 end after steps 3, 6, 8: one cut lies inside a window, one at the end of it
+    spy = _make(Spy, window=3)
+    ROWS.clear()
+    dropped = _draw(filters.Sampler(guidance=(3.0,) * guided + (1.0,) * (L - guided)), spy)
+    rows = dict.fromkeys(ROWS)  # a loop may be traced twice
+    steps = {first + i: rows for first, count, rows in rows for i in range(count)}
+    assert steps == {i: 14 if i < guided else 7 for i in range(L)}
+    # the smallest weight above 1 keeps the null rows to the end, and moves logits by rounding only
+    almost = float(np.nextafter(np.float32(1), np.float32(2)))
+    ROWS.clear()
+    kept = _draw(filters.Sampler(guidance=(3.0,) * guided + (almost,) * (L - guided)), spy)
+    assert {rows for _, _, rows in ROWS} == {14}
+    np.testing.assert_array_equal(dropped.tokens_BLG, kept.tokens_BLG)
+    for name in ("keys_B", "cond", "invalid_B", "given_BLG", "order_BL"):
+        assert len(getattr(dropped, name)) == len(getattr(kept, name)) == 7
+
+
+@pytest.mark.parametrize("last", [L, 6])
+def test_guidance_against_the_null_class_as_a_network_is_guidance(last):
+    weights = ((3.0, 0.5, 1.0) * 3)[:last] + (1.0,) * (L - last)
+    sampler = filters.Sampler(guidance=weights)
+    guided = _draw(sampler)
+    against = _draw(sampler, against=_make(Nobody))
+    np.testing.assert_array_equal(against.tokens_BLG, guided.tokens_BLG)
+    assert len(against.keys_B) == 7 and not np.any(against.invalid_B)
+    # against itself there is nothing to be guided away from
+    itself = _draw(sampler, against=_make())
+    plain = _draw(filters.Sampler())
+    np.testing.assert_array_equal(itself.tokens_BLG, plain.tokens_BLG)
+
+
+@pytest.mark.parametrize("sampler", [filters.Sampler(), GUIDED], ids=["plain", "guided"])
+def test_given_tokens_are_kept_and_the_others_drawn(sampler):
+    numbers = np.random.default_rng(0)
+    mask = numbers.uniform(size=(7, L, 1)) < 0.5
+    mask[2], mask[4] = False, True
+    # what stands outside the mask is not looked at, whatever it is
+    given = np.where(mask, numbers.integers(0, V, mask.shape), 10**6)
+    free = _draw(sampler)
+    state = _draw(sampler, given=(jnp.asarray(given), jnp.asarray(mask)))
+    tokens = np.asarray(state.tokens_BLG)
+    np.testing.assert_array_equal(tokens[mask], given[mask])
+    assert np.all((tokens >= 0) & (tokens < V))
+    np.testing.assert_array_equal(tokens[2], free.tokens_BLG[2])
+    # raster order: up to the first given token everything is drawn as before
+    for b in range(7):
+        until = np.argmax(mask[b, :, 0]) if mask[b].any() else L
+        np.testing.assert_array_equal(tokens[b, :until], free.tokens_BLG[b, :until])
+    drawn = ~mask[[0, 1, 3, 5, 6]]
+    changed = tokens[[0, 1, 3, 5, 6]] != np.asarray(free.tokens_BLG)[[0, 1, 3, 5, 6]]
+    assert np.any(changed & drawn)  # what is given is seen by what follows
+
+
+@pytest.mark.parametrize("sampler", [filters.Sampler(), GUIDED], ids=["plain", "guided"])
+def test_the_image_with_broken_logits_is_flagged_and_no_other(sampler):
+    broken = jax.tree.map(lambda leaf: leaf, _make())
+    broken.labels.table[...] = broken.labels.table[...].at[4].set(jnp.nan)  # the class of image 2
+    state = _draw(sampler, broken)
+    np.testing.assert_array_equal(state.invalid_B, LABELS == 4)
+    sound = np.flatnonzero(LABELS != 4)
+    np.testing.assert_array_equal(
+        np.asarray(state.tokens_BLG)[sound], np.asarray(_draw(sampler).tokens_BLG)[sound]
+    )
+    assert np.all((np.asarray(state.tokens_BLG) >= 0) & (np.asarray(state.tokens_BLG) < V))
+
+
+def test_logits_that_break_late_are_flagged_too():
+    # only after token 7: row 7 of the table is broken, and every image that draws it has a flag
+    broken = jax.tree.map(lambda leaf: leaf, _make())
+    broken.symbols.table[...] = broken.symbols.table[...].at[0, 7].set(jnp.inf)
+    sampler = filters.Sampler(temperature=2.0)
+    flags = np.asarray(_draw(sampler, broken).invalid_B)
+    tokens = np.asarray(_draw(sampler).tokens_BLG)[..., 0]
+    expected = np.any(tokens[:, :-1] == 7, axis=1)  # the last token is no input
+    np.testing.assert_array_equal(flags, expected)
+    assert 0 < expected.sum() < 7
+
+
+def test_settings_per_step_are_read_at_their_step():
+    # greedy but for one step inside a window
+    hot = 5
+    temperature = tuple(3.0 if step == hot else 0.0 for step in range(L))
+    best = np.asarray(_draw(filters.Sampler(temperature=0)).tokens_BLG)
+    mixed = np.asarray(_draw(filters.Sampler(temperature=temperature)).tokens_BLG)
+    np.testing.assert_array_equal(mixed[:, :hot], best[:, :hot])
+    assert np.any(mixed[:, hot] != best[:, hot])
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        filters.Sampler(guidance=(2.0,) * (L - 1)),
+        filters.Sampler(guidance=(2.0,) * (L + 1)),
+        filters.Sampler(guidance=(1.0,) * (L + 1)),
+        filters.Sampler(temperature=(1.0,) * 2),
+    ],
+)
+def test_settings_for_another_plan_are_refused(sampler):
+    with pytest.raises(ValueError, match=f"the plan has {L} steps.*{sampler.steps}"):
+        _draw(sampler)
+
+
+def test_generating_leaves_the_generator_as_it_was():
+    generator = _make()
+    decode.steps(generator)
+    jax.eval_shape(
+        lambda g: decode.generate(
+            g, None, jnp.zeros(2, jnp.int32), GUIDED, keys_B=jax.random.split(jax.random.key(0), 2)
+        ),
+        generator,
+    )
+    assert not isinstance(generator.transformer.blocks, nnx.List)
+    assert decode.steps(generator) == L
+
+
+def test_what_a_loop_does_not_carry_is_not_needed_in_it():
+    # a state must hold what CARRIED names, else a loop would lose it without a word
+    fields = {field.name for field in interfaces.DecodeState.__dataclass_fields__.values()}
+    assert set(decode.CARRIED) < fields

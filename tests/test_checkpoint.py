@@ -1,0 +1,425 @@
+"""Checkpoints: what was saved comes back bit by bit, or is refused in one message."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tokgen import checkpoint, interfaces, rng, sharding
+from tokgen import config as configs
+from tokgen import state as states
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SMALL = (
+    *("data.size=(16, 16)", "view.size=(16, 16)", "encoder.widths=(16,)", "decoder.widths=(16,)"),
+    *("encoder.blocks=1", "decoder.blocks=1", "batch_size=8", "quantizer.codes=32"),
+)
+
+
+def load_config(*overrides):
+    return configs.load("configs/tokenizer/shapes.py:ema", (*SMALL, *overrides))
+
+
+def fresh(config, seed=0):
+    """(structure, state) of the config, from a seed."""
+
+    def make():
+        return configs.tokenizer(config, rngs=nnx.Rngs(rng.key(seed, "init")))
+
+    optimizer = configs.call(states.optimizer, config.optimizer, "optimizer", steps=config.steps)
+    return states.create(make, optimizer, mesh=sharding.make_mesh(), ema=0.9)
+
+
+def start(workdir, config, **changes):
+    layout = interfaces.TokenLayout((32,), ((4, 4),))
+    meta = dict(kind="tokenizer", layout=layout, classes=("a", "b"), best="l2", data="abc")
+    return checkpoint.start(workdir, config, **(meta | changes))
+
+
+def saved_in(workdir, network, config, steps=(5,), l2=(0.5,)):
+    run = start(workdir, config)
+    for step, loss in zip(steps, l2, strict=True):
+        network = network.replace(step=jnp.asarray(step, jnp.int32))
+        run.save({"model": network}, {"l2": loss})
+    run.close()
+    return network
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """(config, saved state, work directory): made once, copied by those who damage it."""
+    workdir = tmp_path_factory.mktemp("run")
+    config = load_config()
+    _, network = fresh(config)
+    # something in every leaf, so that a change of any byte would be a change of a number
+    key = jax.random.key(1)
+    leaves, tree = jax.tree.flatten(network)
+    leaves = [
+        jax.device_put(
+            jax.random.normal(jax.random.fold_in(key, i), leaf.shape).astype(leaf.dtype),
+            leaf.sharding,
+        )
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+        else leaf
+        for i, leaf in enumerate(leaves)
+    ]
+    network = saved_in(workdir, jax.tree.unflatten(tree, leaves), config)
+    return config, network, workdir
+
+
+@pytest.fixture
+def copy(base, tmp_path):
+    """The same work directory to be damaged."""
+    return shutil.copytree(base[2], tmp_path / "copy")
+
+
+def resumed(workdir, config, network, **changes):
+    run = start(workdir, config, **changes)
+    try:
+        networks, what = checkpoint.resume_or_start(run, {"model": network})
+    finally:
+        run.close()
+    return networks["model"], what
+
+
+def blank(network):
+    return jax.tree.map(jnp.zeros_like, network)
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# ---------------------------------------------------------------- save and restore
+
+
+def test_a_resumed_state_is_bit_equal_and_lies_as_before(base):
+    config, network, workdir = base
+    found, what = resumed(workdir, config, blank(network))
+    assert what.startswith("resumed step 5")
+    equal(found, network)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(network), strict=True):
+        assert a.dtype == b.dtype and a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+
+def test_an_empty_work_directory_starts_anew(base, tmp_path):
+    config, network, _ = base
+    found, what = resumed(tmp_path / "new", config, network)
+    assert what.startswith("started a new run")
+    equal(found, network)
+
+
+def test_init_from_takes_parameters_and_nothing_else(base, tmp_path):
+    config, network, workdir = base
+    config = load_config(f"init_from={workdir}")
+    found, what = resumed(tmp_path / "new", config, blank(network))
+    assert str(workdir) in what and found.step == 0
+    equal((found.params, found.ema, found.stats), (network.params, network.ema, network.stats))
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(found.opt_state))
+    wider = load_config(f"init_from={workdir}", "encoder.widths=(24,)")
+    with pytest.raises(interfaces.UserError, match="encoder"):
+        resumed(tmp_path / "other", wider, fresh(wider)[1])
+
+
+def test_best_and_latest_are_kept(base, tmp_path):
+    config, network, _ = base
+    saved_in(tmp_path, network, config, steps=(1, 2, 3, 4, 5), l2=(0.9, 0.2, 0.5, 0.4, 0.8))
+    folder = tmp_path / checkpoint.FOLDER
+    assert sorted(s.name for s in folder.iterdir() if s.name.isdigit()) == ["2", "5"]
+    assert checkpoint.find(tmp_path).name == "2"  # for use: the best
+    assert checkpoint.find(folder / "5").name == "5"
+    assert resumed(tmp_path, config, network)[0].step == 5  # to go on: the latest
+
+
+def test_loading_for_use_takes_the_average(base):
+    config, network, workdir = base
+    loaded = checkpoint.load_tokenizer(workdir)
+    params, stats = states.split(loaded.module)[1:]
+    equal((params, stats), (network.ema, network.stats))
+    assert loaded.classes == ("a", "b") and loaded.layout.vocab == (32,)
+    assert configs.flat(loaded.config) == configs.flat(
+        json.loads(json.dumps(configs.plain(config)))
+    )
+    with pytest.raises(interfaces.UserError, match="holds a tokenizer; need.*generator"):
+        checkpoint.load_generator(workdir)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "."])
+def test_a_path_without_a_checkpoint_is_named(tmp_path, name):
+    with pytest.raises(interfaces.UserError, match="no checkpoint at"):
+        checkpoint.find(tmp_path / name)
+
+
+# ---------------------------------------------------------------- damage
+
+
+def loaded_or_refused(step, network):
+    """None when it was refused; else the arrays and the record are what was saved."""
+    wanted = {f"model/{path}": leaf for path, leaf in states.paths(network).items()}
+    try:
+        meta = checkpoint.read_meta(step)
+        leaves = checkpoint._restore(step, wanted, meta)
+    except interfaces.UserError as error:
+        assert str(step) in str(error) and "\n  File" not in str(error)
+        return None
+    for path, leaf in wanted.items():
+        np.testing.assert_array_equal(leaves[path], leaf, err_msg=path)
+    return meta
+
+
+def test_a_flipped_byte_is_refused_or_harmless(base, copy):
+    """Every file of the checkpoint, at its ends and at random places: never other arrays."""
+    _, network, workdir = base
+    step = copy / checkpoint.FOLDER / "5"
+    intact = checkpoint.read_meta(workdir / checkpoint.FOLDER / "5")
+    generator, refused = np.random.default_rng(0), 0
+    files = sorted(file for file in step.rglob("*") if file.is_file() and file.stat().st_size)
+    assert len(files) > 4
+    largest = max(files, key=lambda file: file.stat().st_size)
+    for file in files:
+        content = file.read_bytes()
+        count = 10 if file == largest else 2
+        for place in generator.integers(0, len(content), count).tolist():
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << int(generator.integers(8))
+            file.write_bytes(flipped)
+            meta = loaded_or_refused(step, network)
+            assert meta is None or meta == intact, f"{file} at {place}"
+            refused += meta is None
+        file.write_bytes(content)
+    assert refused > 8
+    assert loaded_or_refused(step, network) == intact  # whole again
+
+
+def test_a_truncated_or_missing_file_is_one_message_that_names_the_step(base, copy):
+    config, network, _ = base
+    step = copy / checkpoint.FOLDER / "5"
+    files = sorted(file for file in step.rglob("*") if file.is_file() and file.stat().st_size)
+    refused = {}
+    for file in files:  # one that is never read may be missing
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        refused[file] = loaded_or_refused(step, network) is None
+        file.unlink()
+        refused[file] &= loaded_or_refused(step, network) is None
+        file.write_bytes(content)
+    largest = max(files, key=lambda file: file.stat().st_size)
+    assert refused[largest] and refused[step / "meta" / "metadata"]
+    assert refused[step / "state" / "manifest.ocdbt"]
+    for part in ("meta", "state"):
+        shutil.move(step / part, step / "away")
+        with pytest.raises(interfaces.UserError, match=f"{step} is damaged.*train it again"):
+            checkpoint.load_tokenizer(copy)
+        with pytest.raises(interfaces.UserError, match=f"{step} is damaged"):
+            resumed(copy, config, network)
+        shutil.move(step / "away", step / part)
+    equal(resumed(copy, config, blank(network))[0], network)
+
+
+def test_arrays_of_another_kind_are_refused(base):
+    """The store itself would cast a dtype, and cut a shape, without a word."""
+    config, network, workdir = base
+    kernel = network.params["encoder"]["conv_in"]["kernel"]
+    for other in (kernel.astype(jnp.bfloat16), kernel[..., :8], kernel[None]):
+        changed = jax.tree.map(lambda leaf: leaf, network)
+        changed.params["encoder"]["conv_in"]["kernel"] = other
+        with pytest.raises(interfaces.UserError) as caught:
+            resumed(workdir, config, changed)
+        message = str(caught.value)
+        assert "params/encoder/conv_in/kernel" in message
+        assert str(tuple(kernel.shape)) in message and str(tuple(other.shape)) in message
+        assert str(other.dtype) in message
+    more = jax.tree.map(lambda leaf: leaf, network)
+    more.params["encoder"]["more"] = kernel
+    with pytest.raises(interfaces.UserError, match="encoder/more: absent there"):
+        resumed(workdir, config, more)
+
+
+# ---------------------------------------------------------------- the same run
+
+
+@pytest.mark.parametrize(
+    ("override", "there", "here"),
+    [
+        ("seed=3", "0", "3"),
+        ("batch_size=16", "8", "16"),
+        ("optimizer.learning_rate=0.5", "0.003", "0.5"),
+        ("quantizer.decay=0.5", None, None),
+        ("data.form=hard", "'easy'", "'hard'"),
+        ("ema=0.5", "0.998", "0.5"),
+    ],
+)
+def test_another_config_is_refused_with_both_values(base, override, there, here):
+    _, network, workdir = base
+    config = load_config()
+    if there is None:  # a field that was not there
+        with config.unlocked():
+            config.quantizer.decay = 0.5
+        there, here = "'absent'", "0.5"
+    else:
+        configs.override(config, [override])
+    with pytest.raises(interfaces.UserError) as caught:
+        resumed(workdir, config, network)
+    name = override.partition("=")[0]
+    assert f"  {name}: {there} there, {here} here" in str(caught.value)
+    assert str(caught.value).count(" there, ") == 1
+
+
+def test_free_fields_may_change(base):
+    _, network, workdir = base
+    config = load_config(
+        *("steps=9", "report.save=7", "keep.best=3", "held_out.images=3", "mesh.fsdp=2"),
+        *("strategy=fsdp", "max_bad=0.5"),
+    )
+    assert resumed(workdir, config, network)[0].step == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(classes=("a", "c")), "classes: \\['a', 'b'\\] there, \\['a', 'c'\\] here"),
+        (
+            dict(layout=interfaces.TokenLayout((33,), ((4, 4),))),
+            "layout: .*32.* there, .*33.* here",
+        ),
+        (dict(data="xyz"), "data: abc there, xyz here"),
+        (dict(kind="generator"), "holds a tokenizer; this program trains a generator"),
+    ],
+)
+def test_other_data_are_refused(base, change, words):
+    config, network, workdir = base
+    with pytest.raises(interfaces.UserError, match=words):
+        resumed(workdir, config, network, **change)
+
+
+# ---------------------------------------------------------------- the lock
+
+HOLD = """
+import pathlib, sys, time
+from tokgen import checkpoint
+with checkpoint.lock(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_process_at_a_time_and_a_killed_one_lets_go(tmp_path):
+    workdir = tmp_path / "deep" / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, workdir],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(interfaces.UserError, match=f"in use by process {holder.pid} "):
+            with checkpoint.lock(workdir):
+                pass
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        holder.stdout.close()
+    with checkpoint.lock(workdir):
+        pass
+    with checkpoint.lock(workdir):  # and it was released
+        pass
+
+
+def test_a_work_directory_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(interfaces.UserError, match="cannot write to the work directory"):
+        with checkpoint.lock(tmp_path / "file" / "run"):
+            pass
+
+
+# ---------------------------------------------------------------- fingerprints and checksums
+
+
+def test_the_fingerprint_follows_the_weights_and_not_the_path(base, copy, tmp_path):
+    config, network, workdir = base
+    first = checkpoint.load_tokenizer(workdir).fingerprint
+    assert checkpoint.load_tokenizer(copy).fingerprint == first
+    # neither the optimizer nor the parameters that are not used: the average is
+    moved = network.replace(opt_state=blank(network.opt_state), params=blank(network.params))
+    saved_in(tmp_path / "moved", moved, config)
+    assert checkpoint.load_tokenizer(tmp_path / "moved").fingerprint == first
+    bias = network.ema["decoder"]["conv_out"]["bias"]
+    network.ema["decoder"]["conv_out"]["bias"] = bias.at[0].add(1e-6)
+    saved_in(tmp_path / "other", network, config)
+    network.ema["decoder"]["conv_out"]["bias"] = bias
+    other = checkpoint.load_tokenizer(tmp_path / "other")
+    assert other.fingerprint != first
+    with pytest.raises(interfaces.UserError, match="another tokenizer"):
+        checkpoint.check_tokenizer(other, first, "a token set")
+
+
+def entry(leaf):
+    return checkpoint.manifest({"leaf": leaf})["leaf"]["checksum"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool"])
+def test_the_checksum_sees_any_flipped_bit_and_no_sharding(dtype, key):
+    shape = (16, 6, 2)
+    bits = np.asarray(jax.random.bits(key, shape, jnp.uint32))
+    width = {"float32": np.uint32, "int32": np.uint32, "bfloat16": np.uint16}.get(dtype)
+    view = jnp.dtype(dtype)
+    raw = bits.astype(width) if width else (bits & 1).astype(bool)
+
+    def checksum(raw):
+        return entry(jnp.asarray(raw.view(view) if width else raw))
+
+    intact = checksum(raw)
+    mesh = sharding.make_mesh(data=4, fsdp=2)
+    for spec in (("data",), ("fsdp", None, None), (("data", "fsdp"),), (None, "fsdp")):
+        laid = jax.NamedSharding(mesh, jax.P(*spec))
+        assert entry(jax.device_put(raw.view(view) if width else raw, laid)) == intact
+    generator = np.random.default_rng(0)
+    seen = {intact}
+    for _ in range(40):
+        place = tuple(generator.integers(0, shape))
+        flipped = raw.copy()
+        if width:
+            flipped[place] ^= width(1 << int(generator.integers(8 * raw.itemsize)))
+        else:
+            flipped[place] = not flipped[place]
+        assert checksum(flipped) != intact
+        seen.add(checksum(flipped))
+    assert len(seen) > 25  # and tells them apart (some places were drawn twice)
+    # places matter: the same elements in another order, the same bits in another shape
+    assert checksum(raw[::-1].copy()) != intact
+    assert checksum(raw[:, ::-1].copy()) != intact
+
+
+def test_zeros_of_any_sign_and_not_a_numbers_are_told_apart():
+    values = [0.0, -0.0, np.nan, -np.nan, np.inf, 1e-45]
+    sums = {entry(jnp.full((3,), value, jnp.float32)) for value in values}
+    assert len(sums) == len(values)
+
+
+# ---------------------------------------------------------------- compiled once
+
+
+def test_a_rebuilt_model_compiles_nothing_twice(base):
+    _, _, workdir = base
+    first, second = checkpoint.load_tokenizer(workdir), checkpoint.load_tokenizer(workdir)
+
+    @jax.jit
+    def encode(tokenizer, image_BHW3):
+        return tokenizer.encode(image_BHW3)
+
+    image_BHW3 = jnp.zeros((1, 16, 16, 3))
+    assert first.module is not second.module
+    encode(first.module, image_BHW3)
+    assert encode._cache_size() == 1
+    encode(second.module, image_BHW3)
+    assert encode._cache_size() == 1

@@ -1,0 +1,234 @@
+"""Configs: overrides are checked, problems told together, every config file builds as stated."""
+
+import pathlib
+import re
+
+import jax
+import ml_collections
+import pytest
+from flax import nnx
+
+from tokgen import config as configs
+from tokgen import interfaces, report
+from tokgen import state as states
+from tokgen.data import images
+from tokgen.nn import precision
+
+FOLDER = configs.programs() / "configs"
+FILES = sorted(f"{file.parent.name}/{file.stem}" for file in FOLDER.glob("*/*.py"))
+LAYOUT = interfaces.TokenLayout((240,), ((8, 8),))
+
+# Config and variant -> parameters, as the table says at the start of a run. A generator's are
+# those for the tokens of LAYOUT and 10 classes.
+# By hand, generator/shapes: a layer 2*128 + 4*128*128 + 3*128*352, four of them; 240*128 symbols,
+# 11*128 labels, a head of 128 + 128*240.
+PARAMETERS = {
+    "generator/cifar10": 866_816,
+    "generator/cifar10:raster": 866_816,
+    "generator/cifar10:columns": 866_816,
+    "generator/cifar10:random": 883_328,
+    "generator/shapes": 866_816,
+    "tokenizer/cifar10_f4": 777_268,
+    "tokenizer/cifar10_f4:vq": 794_680,
+    "tokenizer/cifar10_f4:ema": 786_488,
+    "tokenizer/cifar10_f4:gan": 777_268,
+    "tokenizer/shapes": 132_019,
+    "tokenizer/shapes:vq": 137_272,
+    "tokenizer/shapes:ema": 135_224,
+    "tokenizer/shapes:hard": 132_019,
+}
+
+
+def load(reference="tokenizer/shapes", *overrides):
+    name, colon, variant = reference.partition(":")
+    return configs.load(f"configs/{name}.py{colon}{variant}", overrides)
+
+
+def refused(*overrides, reference="tokenizer/shapes"):
+    with pytest.raises(interfaces.UserError) as caught:
+        load(reference, *overrides)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------- the files in configs/
+
+
+@pytest.mark.parametrize("reference", sorted(PARAMETERS))
+def test_every_config_builds_with_its_number_of_parameters(reference):
+    settings = load(reference)
+    if reference.startswith("tokenizer/"):
+        module = nnx.eval_shape(lambda: configs.tokenizer(settings, rngs=nnx.Rngs(0)))
+        rows, columns = settings.view.size
+        (grid,) = module.layout.grids
+        assert rows % grid[0] == columns % grid[1] == 0
+        image = jax.ShapeDtypeStruct((2, rows, columns, settings.view.channels), "float32")
+        painted, quantized = jax.eval_shape(lambda m, x: m.reconstruct(x), module, image)
+        assert painted.shape == image.shape and set(quantized.losses) <= set(settings.loss)
+    else:
+        module = nnx.eval_shape(lambda: configs.generator(settings, LAYOUT, 10, rngs=nnx.Rngs(0)))
+        assert module.layout == LAYOUT and sum(p.steps for p in module.plan()) == LAYOUT.length
+    params = states.split(module)[1]
+    table = report.table(states.paths(params))
+    assert states.count(params) == PARAMETERS[reference]
+    assert table.splitlines()[-1].split() == ["total", f"{PARAMETERS[reference]:,}"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_config_and_variant_is_in_the_table(name):
+    """A config that does not know a variant names those it knows."""
+    assert name in PARAMETERS, "count its parameters and write them down above"
+    with pytest.raises(interfaces.UserError, match="nonsense") as caught:
+        load(f"{name}:nonsense")
+    listed = re.search(r"variants are ([\w, ]+)", str(caught.value))
+    words = re.split(r", | and ", listed[1]) if listed else []
+    here = {reference for reference in PARAMETERS if reference.partition(":")[0] == name}
+    assert here == {name, *(f"{name}:{word}" for word in words)}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_config_says_how_to_run_it(name):
+    text = (FOLDER / f"{name}.py").read_text()
+    kind = name.partition("/")[0]
+    docstring = text.split('"""')[1]
+    assert f"python train_{kind}.py --config configs/{name}.py --workdir" in docstring
+    config = load(name)
+    for field in ("seed", "steps", "batch_size", "precision", "optimizer", "ema", "keep", "report"):
+        assert field in config
+
+
+def test_an_unknown_file_is_answered_with_those_that_are_there():
+    with pytest.raises(interfaces.UserError, match=r"tokenizer/shapes\.py"):
+        configs.load("configs/tokenizer/shape.py")
+
+
+# ---------------------------------------------------------------- overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "suggestion"),
+    [
+        ("stepz=1", "'stepz'; did you mean steps"),
+        ("optimizer.learning_rat=1", "'optimizer.learning_rat'; did you mean optimizer.learning_"),
+        ("optimiser.learning_rate=1", "'optimiser'; did you mean optimizer"),
+        ("learning_rate=1e-3", "'learning_rate'; did you mean optimizer.learning_rate"),
+        ("zzz=3", "'zzz'; sections: batch_size, critic"),
+        ("seed.deeper=1", "'seed.deeper'; sections: batch_size, critic"),
+    ],
+)
+def test_a_typo_is_named_and_the_nearest_field_suggested(override, suggestion):
+    assert f"unknown config key {suggestion}" in refused(override)
+
+
+def test_all_problems_come_in_one_error():
+    message = refused("stepz=1", "seed=x", "batch_size=2.5", "report=3", "novalue", "ema=true")
+    for part in ("6 problems", "stepz", "seed=x", "batch_size=2.5", "report.scalars", "novalue"):
+        assert part in message
+    assert "ema=true: needs float" in message
+
+
+def test_values_take_the_type_of_their_field():
+    config = load(
+        "tokenizer/shapes",
+        *("steps=7", "ema=1", "optimizer.learning_rate=1e-4", "view.flip=true", "data.form=hard"),
+        *("view.size=(32, 48)", "pixels=[0, 1]", "encoder.widths=(16,32)", "perceptual=12"),
+    )
+    assert config.steps == 7 and config.ema == 1.0 and isinstance(config.ema, float)
+    assert config.optimizer.learning_rate == 1e-4 and config.view.flip is True
+    assert config.data.form == "hard" and config.perceptual == "12"
+    assert config.view.size == (32, 48) and config.encoder.widths == (16, 32)
+    assert config.pixels == (0.0, 1.0) and isinstance(config.pixels[0], float)
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("steps=1e3", "float"),
+        ("steps=True", "bool"),
+        ("steps=many", "str"),
+        ("view.flip=1", "int"),
+        ("view.size=32", "int"),
+        ("ema=high", "str"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(override, found):
+    message = refused(override)
+    assert override in message and f"found {found}" in message
+
+
+def test_an_override_changes_only_its_field():
+    before, after = configs.flat(load()), configs.flat(load("tokenizer/shapes", "keep.best=3"))
+    assert {name for name in before if before[name] != after[name]} == {"keep.best"}
+
+
+# ---------------------------------------------------------------- building what is named
+
+
+def test_names_are_files_and_a_typo_is_answered():
+    for kind, section, near in (
+        ("quantizer", {"name": "vqq"}, "vq"),
+        ("encoder", {"name": "convv"}, "conv"),
+        ("generator", {"name": "autoregresive"}, "autoregressive"),
+        ("data", {"name": "shape"}, "shapes"),
+    ):
+        with pytest.raises(interfaces.UserError, match=f"{kind}.name.*did you mean '{near}'"):
+            configs.named(section, kind)
+    # a file of the package that is no quantizer, encoder, ...; and a name that is no file's
+    for kind, name in (("encoder", "tokenizer"), ("data", "stream"), ("quantizer", "__init__")):
+        with pytest.raises(interfaces.UserError, match="must be one of"):
+            configs.named({"name": name}, kind)
+    with pytest.raises(interfaces.UserError, match="must be one of"):
+        configs.named({}, "quantizer")
+
+
+def test_unknown_and_missing_arguments_of_a_section_come_together():
+    section = {"name": "vq", "code": 12, "channels": 3, "grid": (1, 1)}
+    with pytest.raises(interfaces.UserError) as caught:
+        configs.build(section, "quantizer", grid=(1, 1), rngs=nnx.Rngs(0))
+    message = str(caught.value)
+    assert "has no argument 'code'; did you mean 'codes'" in message
+    assert "needs 'codes'" in message and "'grid'" in message  # the grid follows from the encoder
+
+
+def test_a_value_that_the_constructor_refuses_names_its_section():
+    with pytest.raises(interfaces.UserError, match="section 'quantizer'.*update"):
+        section = {"name": "vq", "codes": 4, "channels": 2, "update": "magic"}
+        configs.build(section, "quantizer", grid=(1, 1), rngs=nnx.Rngs(0))
+    config = load("tokenizer/shapes", "view.size=(30, 32)")
+    with pytest.raises(interfaces.UserError, match="section 'encoder'.*stride"):
+        nnx.eval_shape(lambda: configs.tokenizer(config, rngs=nnx.Rngs(0)))
+    config = load("tokenizer/shapes", "precision.compute=float16")
+    with pytest.raises(interfaces.UserError, match="section 'precision'.*float16"):
+        nnx.eval_shape(lambda: configs.tokenizer(config, rngs=nnx.Rngs(0)))
+
+
+def test_check_tells_the_problems_of_all_sections_together():
+    config = load()
+    with config.unlocked():
+        config.encoder.with_ = (64,)
+        config.decoder.name = "convv"
+        config.quantizer.levls = (8, 8)
+        config.view.sise = (32, 32)
+        config.precision.compote = "bfloat16"
+    with pytest.raises(interfaces.UserError) as caught:
+        configs.check(config, view=(images.View, ()), precision=(precision.Precision, ()))
+    message = str(caught.value)
+    for part in ("with_", "'convv'", "'levls'; did you mean 'levels'", "sise", "compote"):
+        assert part in message
+    configs.check(load(), view=(images.View, ()), precision=(precision.Precision, ()))
+
+
+def test_a_config_from_a_checkpoint_builds_the_same():
+    """JSON has lists in the place of tuples."""
+    import json
+
+    config = load("tokenizer/shapes")
+    again = ml_collections.ConfigDict(json.loads(json.dumps(configs.plain(config))))
+    first, second = (
+        nnx.eval_shape(lambda c=c: configs.tokenizer(c, rngs=nnx.Rngs(0))) for c in (config, again)
+    )
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+
+
+def test_programs_are_the_checkout():
+    root = pathlib.Path(__file__).resolve().parents[1]
+    assert configs.programs() == root and (root / "train_tokenizer.py").is_file()

@@ -1,0 +1,450 @@
+"""The two programs and the commands on a folder of small pictures, from images to images.
+
+Training runs in processes of its own, as a user starts it: killed, and started again. The commands
+run in this process, where starting costs nothing.
+"""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokgen import checkpoint, cli, launch
+from tokgen import state as states
+from tokgen.data import tokens
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+STEPS, EVERY = 5, 2
+# What one process has compiled the next ones need not; and the user's own cache is left alone.
+CACHE = pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", tempfile.gettempdir())) / "tokgen"
+
+TOKENIZER = """
+from ml_collections import ConfigDict
+def get_config(variant=""):
+    config = ConfigDict()
+    config.seed, config.steps, config.batch_size = 0, 5, 4
+    config.precision = dict(params="float32", compute="float32")
+    config.data = dict(name="folder", path="", held_out=0.2)
+    config.view = dict(size=(32, 48), channels=3, crop="random", zoom=1.2, flip=True)
+    config.pixels = (-1.0, 1.0)
+    config.encoder = dict(name="conv", widths=(16,), blocks=1, stem=8, parts="local")
+    config.quantizer = dict(name="vq", codes=32, channels=4)
+    config.decoder = dict(name="conv", widths=(16,), blocks=1, stem=8, parts="light")
+    config.loss = dict(l1=0.0, l2=1.0, perceptual=0.0, codebook=1.0, commitment=0.25)
+    config.perceptual = ""
+    config.critic = dict(weight=0.0, start=0.0, warmup=0.0, optimizer=dict(learning_rate=1e-3))
+    config.optimizer = dict(name="adamw", learning_rate=1e-3, warmup=2, weight_decay=0.01)
+    config.ema = 0.9
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.strategy = "data"
+    config.max_bad = 1e-3
+    config.held_out = dict(images=4)
+    config.report = dict(scalars=2, save=2)
+    config.keep = dict(latest=9, best=1)
+    config.init_from = ""
+    if variant == "gan":
+        config.critic.weight = 0.5
+    if variant == "gray":
+        config.view = dict(size=(16, 16), channels=1, crop="center", flip=False)
+        config.encoder.stem = config.decoder.stem = 4
+        config.steps = 2
+    return config
+"""
+
+GENERATOR = """
+from ml_collections import ConfigDict
+def get_config():
+    config = ConfigDict()
+    config.seed, config.steps, config.batch_size = 0, 5, 4
+    config.precision = dict(params="float32", compute="float32")
+    config.data = dict(tokens="", tokenizer="")
+    config.generator = dict(
+        name="autoregressive", parts="llama_narrow", width=16, depth=2, heads=2, label_drop=0.2,
+        rates=dict(residual=0.1),
+    )
+    config.optimizer = dict(name="adamw", learning_rate=1e-3, warmup=2, weight_decay=0.01)
+    config.ema = 0.9
+    config.presets = dict(default=dict(temperature=0.9, guidance="constant", weight=1.5))
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.strategy = "data"
+    config.held_out = dict(images=4, samples=0)
+    config.report = dict(scalars=2, save=2)
+    config.keep = dict(latest=9, best=1)
+    config.init_from = ""
+    return config
+"""
+
+
+def program(name, *words, wait=True):
+    """A training program in a process of its own, on two devices."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / f"train_{name}.py"), *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2", "TOKGEN_CACHE": str(CACHE)},
+    )
+    if not wait:
+        return process
+    said = process.communicate(timeout=250)[0]
+    assert process.returncode == 0, said
+    return said
+
+
+def killed(name, *words, workdir):
+    """The program, killed at a random moment after it has saved for the first time."""
+    process = program(name, *words, wait=False)
+    try:
+        first = workdir / checkpoint.FOLDER / str(EVERY)
+        until = time.monotonic() + 250
+        while not first.is_dir() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.002)
+        time.sleep(random.Random(name).uniform(0, 0.02))
+    finally:
+        process.send_signal(signal.SIGKILL)
+        said = process.communicate()[0]
+    assert process.returncode == -signal.SIGKILL and first.is_dir(), said
+    assert not (workdir / checkpoint.FOLDER / str(STEPS)).is_dir()  # it had not come to its end
+
+
+def command(*words):
+    """A command of tokgen in this process."""
+    assert cli.main([str(word) for word in words]) == 0
+
+
+def manifest(workdir, step=STEPS):
+    return checkpoint.read_meta(workdir / checkpoint.FOLDER / str(step))["manifest"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    """jax is set up already, by conftest; a command must not set it up once more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "devices", lambda batch_size=0: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Configs, a folder of pictures in two classes, and one of gray pictures without classes."""
+    folder = tmp_path_factory.mktemp("end_to_end")
+    (folder / "tokenizer.py").write_text(TOKENIZER)
+    (folder / "generator.py").write_text(GENERATOR)
+    generator = np.random.default_rng(0)
+    for name, shape in (("pictures/bird", (36, 50, 3)), ("pictures/cat", (32, 48, 3))):
+        (folder / name).mkdir(parents=True)
+        for i in range(9):
+            coarse = generator.integers(0, 255, (4, 6, 3), dtype=np.uint8)
+            image = Image.fromarray(coarse).resize((shape[1], shape[0]))
+            image.save(folder / name / f"{i}.png")
+    (folder / "gray").mkdir()
+    for i in range(8):
+        gray = generator.integers(0, 255, (16, 16), dtype=np.uint8)
+        Image.fromarray(gray).save(folder / "gray" / f"{i}.png")
+    return folder
+
+
+def tokenizer_words(place, workdir, variant="gan", data="pictures"):
+    config = f"{place}/tokenizer.py:{variant}"
+    return "--config", config, "--workdir", workdir, f"--config.data.path={place / data}"
+
+
+def generator_words(place, workdir, data="tokens"):
+    config = f"{place}/generator.py"
+    return "--config", config, "--workdir", workdir, f"--config.data.tokens={place / data}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(place):
+    """A tokenizer that trained against a critic, without interruption."""
+    program("tokenizer", *tokenizer_words(place, place / "tokenizer"))
+    return place / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def shards(place, tokenizer):
+    command("pretokenize", "--tokenizer", tokenizer, "--data", place / "pictures",
+            "--out", place / "tokens", "--batch", 8)  # fmt: skip
+    return place / "tokens"
+
+
+@pytest.fixture(scope="module")
+def generator(place, shards):
+    """A generator that trained without interruption."""
+    program("generator", *generator_words(place, place / "generator"))
+    return place / "generator"
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_both_networks_of_the_game_move(tokenizer):
+    """Also the statistics; and everything is finite."""
+    first, last = manifest(tokenizer, EVERY), manifest(tokenizer)
+    for part in ("model/params/encoder/", "model/params/decoder/", "model/params/quantizer/",
+                 "model/stats/quantizer/counts", "model/ema/", "critic/params/"):  # fmt: skip
+        paths = [path for path in last if path.startswith(part)]
+        assert paths
+        moved = [path for path in paths if first[path]["checksum"] != last[path]["checksum"]]
+        assert len(moved) > 0.8 * len(paths), part
+    lines = [json.loads(line) for line in (tokenizer / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if line["split"] == "train"]
+    assert [line["step"] for line in train] == [2, 4, 5]
+    for line in train:
+        assert line["adversarial_weight"] > 0 and line["critic"] > 0 and line["skipped"] == 0
+    held_out = [line for line in lines if line["split"] == "held_out"]
+    assert [line["step"] for line in held_out] == [2, 4, 5] and held_out[-1]["psnr_db"] > 3
+    with Image.open(tokenizer / "images" / "reconstructions-0000005.png") as image:
+        assert image.size[0] > 2 * 48
+    assert (tokenizer / "curves.png").stat().st_size > 1000
+
+
+def test_a_killed_tokenizer_run_goes_on_to_the_same_bits(place, tokenizer):
+    workdir = place / "killed_tokenizer"
+    words = tokenizer_words(place, workdir)
+    killed("tokenizer", *words, workdir=workdir)
+    said = program("tokenizer", *words)
+    assert "resumed step" in said
+    assert manifest(workdir) == manifest(tokenizer)
+    seen = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in seen if line["split"] == "train"] == [2, 4, 5]
+
+
+def test_a_killed_generator_run_goes_on_to_the_same_bits(place, generator):
+    workdir = place / "killed_generator"
+    words = generator_words(place, workdir)
+    killed("generator", *words, workdir=workdir)
+    assert "resumed step" in program("generator", *words)
+    assert manifest(workdir) == manifest(generator)
+    first, last = manifest(generator, EVERY), manifest(generator)
+    paths = [path for path in last if path.startswith("model/params/")]
+    assert sum(first[p]["checksum"] != last[p]["checksum"] for p in paths) > 0.8 * len(paths)
+
+
+def test_gray_pictures_without_classes(place, capsys):
+    """One channel from the folder to the sampled picture; an unconditional generator."""
+    said = program("tokenizer", *tokenizer_words(place, place / "g_tokenizer", "gray", "gray"))
+    loaded = checkpoint.load_tokenizer(place / "g_tokenizer")
+    total = f"{states.count(states.split(loaded.module)[1]):,}"
+    assert said.split("total")[1].split()[0] == total  # the table at the start
+    assert loaded.classes == () and loaded.layout.grids == ((4, 4),)
+    command("reconstruct", place / "g_tokenizer", place / "gray", "--out", place / "g_pairs")
+    figures = json.loads((place / "g_pairs" / "figures.json").read_text())
+    assert 3 < figures["psnr_db"] < 40
+    with Image.open(place / "g_pairs" / "pairs.png") as image:
+        assert image.mode == "L"
+
+
+# ---------------------------------------------------------------- tokens and samples
+
+
+def test_pretokenized_tokens_are_those_of_the_tokenizer(place, tokenizer, shards):
+    source = tokens.Source(shards)
+    held_out = tokens.Source(shards, split="held_out")
+    assert source.classes == ("bird", "cat") and len(source) + len(held_out) == 18
+    loaded = checkpoint.load_tokenizer(tokenizer)
+    assert source.header["tokenizer"]["fingerprint"] == loaded.fingerprint
+    assert source.views == ("center", "flip")
+    # the pictures of cats have the right size already: nothing but PIL and the encoder
+    files = sorted((place / "pictures" / "cat").iterdir())
+    image_BHW3 = np.stack([np.asarray(Image.open(file), np.float32) / 255 for file in files])
+    encode = jax.jit(lambda tokenizer, image_BHW3: tokenizer.encode(image_BHW3))
+    stored = [(r["label"], r["tokens"]) for s in (source, held_out) for r in map(s.__getitem__,
+              range(len(s)))]  # fmt: skip
+    assert all(tokens_XLG.shape == (2, 4 * 6, 1) for _, tokens_XLG in stored)
+    for view, flipped_BHW3 in enumerate((image_BHW3, image_BHW3[:, :, ::-1])):
+        expected = np.asarray(encode(loaded.module, flipped_BHW3))
+        found = [tokens_XLG[view] for label, tokens_XLG in stored if label == 1]
+        assert sorted(t.tobytes() for t in found) == sorted(
+            t.tobytes() for t in expected.astype(found[0].dtype)
+        )
+
+
+def test_a_second_pretokenize_finds_everything_there(place, tokenizer, shards, capfd):
+    before = {file.name: file.stat().st_mtime_ns for file in shards.iterdir()}
+    command("pretokenize", "--tokenizer", tokenizer, "--data", place / "pictures",
+            "--out", shards, "--batch", 8)  # fmt: skip
+    assert "is there already" in capfd.readouterr().err
+    after = {file.name: file.stat().st_mtime_ns for file in shards.iterdir()}
+    records = {name for name in before if name.endswith(".array_record")}
+    assert records and {n: before[n] for n in records} == {n: after[n] for n in records}
+
+
+def test_samples_depend_on_the_seed_and_not_on_the_batch(place, generator):
+    out = {}
+    for name, options in (
+        ("first", ("--batch", 4)),
+        ("again", ("--batch", 4)),
+        ("seven", ("--batch", 7)),
+        ("other", ("--batch", 4, "--seed", 2)),
+    ):
+        out[name] = place / "samples" / name
+        seed = () if "--seed" in options else ("--seed", 1)
+        command("sample", generator, "--out", out[name], "--number", 3, *options, *seed)
+    files = sorted(file.name for file in out["first"].iterdir())
+    assert len([name for name in files if name.endswith(".png")]) == 6 + 1
+    for name in files:
+        assert (out["first"] / name).read_bytes() == (out["again"] / name).read_bytes(), name
+    first, seven, other = (np.load(out[n] / "tokens.npy") for n in ("first", "seven", "other"))
+    np.testing.assert_array_equal(first, seven)
+    assert first.shape == (6, 24, 1) and (first != other).mean() > 0.3
+    with np.load(out["first"] / "samples.npz") as arrays:
+        assert arrays["arr_0"].shape == (6, 32, 48, 3) and arrays["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(arrays["arr_1"], [0, 0, 0, 1, 1, 1])
+        with Image.open(out["first"] / "seed1-00004-class1.png") as image:
+            np.testing.assert_array_equal(np.asarray(image), arrays["arr_0"][4])
+
+
+def test_one_class_by_name(place, generator):
+    out = place / "samples" / "cats"
+    command("sample", generator, "--out", out, "--classes", "cat", "--number", 2, "--no-png",
+            "--guidance", 1, "--batch", 4)  # fmt: skip
+    with np.load(out / "samples.npz") as arrays:
+        np.testing.assert_array_equal(arrays["arr_1"], [1, 1])
+    assert {file.suffix for file in out.iterdir()} == {".png", ".npz", ".npy", ".json"}
+
+
+def test_evaluate_both_kinds(place, tokenizer, generator, capsys):
+    command("evaluate", tokenizer, "--reconstruction", "--data", place / "pictures",
+            "--out", place / "figures.jsonl")  # fmt: skip
+    command("evaluate", generator, "--out", place / "figures.jsonl")
+    lines = (place / "figures.jsonl").read_text().splitlines()
+    pixels, nats = (json.loads(line) for line in lines)
+    assert 3 < pixels["psnr_db"] < 40 and -1 < pixels["ssim"] < 1
+    assert 0 < pixels["codebook_usage"] <= 1
+    # five steps from uniform predictions over 32 codes
+    assert abs(nats["nats_per_token"] - np.log(32)) < 0.7
+    np.testing.assert_allclose(nats["bits_per_token"], nats["nats_per_token"] / np.log(2))
+    assert 0 < nats["unigram_nats"] < 1.2 * np.log(32)
+    assert f"{nats['nats_per_token']:.4f}" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- what a user gets wrong
+
+
+def contents(folder):
+    return {
+        str(file.relative_to(folder)): (file.stat().st_mtime_ns, file.stat().st_size)
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+def told(capfd, run):
+    """The one message of a usage error."""
+    capfd.readouterr()
+    code = run()
+    said = capfd.readouterr()
+    assert code == 2 and "Traceback" not in said.err + said.out
+    assert said.err.count("error:") == 1, said.err
+    return said.err
+
+
+def story(name, words, monkeypatch):
+    """A training program's beginning, in this process: an error comes before anything is built."""
+    import importlib
+
+    module = importlib.import_module(f"train_{name}")
+    monkeypatch.setattr(sys, "argv", [f"train_{name}.py", *map(str, words)])
+    with pytest.raises(SystemExit) as caught:
+        launch.run(module.main, module.__doc__)
+    return caught.value.code
+
+
+def test_usage_errors_of_training(place, tokenizer, generator, shards, capfd, monkeypatch):
+    before = contents(place)
+
+    def tokenizer_error(*words):
+        return told(capfd, lambda: story("tokenizer", words, monkeypatch))
+
+    def generator_error(*words):
+        return told(capfd, lambda: story("generator", words, monkeypatch))
+
+    words = tokenizer_words(place, tokenizer)
+    said = tokenizer_error(*words, "--config.optimizer.learning_rat=1")
+    assert "unknown config key 'optimizer.learning_rat'; did you mean" in said
+    new = tokenizer_words(place, place / "tokenizer", data="no_such_folder")
+    assert str(place / "no_such_folder") in tokenizer_error(*new)
+    assert "stepz" in tokenizer_error(*words, "--config.stepz", "3")
+    assert "no config file" in tokenizer_error("--config", "nowhere.py", "--workdir", tokenizer)
+    said = tokenizer_error(*words, "--config.quantizer.codes=64")
+    assert "quantizer.codes: 32 there, 64 here" in said
+    words = generator_words(place, generator, "no_such_tokens")
+    assert str(place / "no_such_tokens") in generator_error(*words)
+    after = contents(place)
+    assert {n: v for n, v in after.items() if not n.endswith("/lock")} == {
+        n: v for n, v in before.items() if not n.endswith("/lock")
+    }
+
+
+def test_tokens_of_another_tokenizer(place, tokenizer, shards, generator, capfd, monkeypatch):
+    """Refused before training, before sampling, and before they are mixed with others."""
+    other = place / "other"
+    shutil.copytree(tokenizer / "checkpoints" / str(EVERY), other / "checkpoints" / str(EVERY))
+    before = contents(place)
+    words = (*generator_words(place, place / "generator"), f"--config.data.tokenizer={other}")
+    said = told(capfd, lambda: story("generator", words, monkeypatch))
+    assert "another tokenizer" in said and "pretokenize" in said
+    words = ["pretokenize", "--tokenizer", other, "--data", place / "pictures", "--out", shards]
+    said = told(capfd, lambda: cli.main([*map(str, words), "--batch", "8"]))
+    assert "fingerprint" in said and str(shards) in said
+    words = ["sample", generator, "--tokenizer", other, "--out", place / "nothing"]
+    assert "another tokenizer" in told(capfd, lambda: cli.main([*map(str, words)]))
+    after = contents(place)
+    assert {n: v for n, v in after.items() if not n.endswith("/lock")} == {
+        n: v for n, v in before.items() if not n.endswith("/lock")
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("--classes", "7"), ("class ids are 0 to 1 (bird, cat)", "7")),
+        (("--classes", "0-2"), ("class ids are 0 to 1", "0-2")),
+        (("--classes", "dog"), ("unknown class 'dog'", "bird, cat")),
+        (("--number", "0"), ("--number",)),
+        (("--seed", "-1"), ("--seed",)),
+        (("--preset", "papr"), ("preset", "default", "papr")),
+        (("--top-k", "33"), ("32", "33")),
+        (("--tokenizer", "nowhere"), ("nowhere", "--tokenizer")),
+    ],
+)
+def test_usage_errors_of_sample(place, generator, capfd, words, parts):
+    out = place / "nothing"
+    said = told(capfd, lambda: cli.main(["sample", str(generator), "--out", str(out), *words]))
+    assert all(part in said for part in parts), said
+    assert not out.exists()
+
+
+def test_damaged_and_missing_checkpoints(place, tokenizer, generator, capfd):
+    damaged = shutil.copytree(generator, place / "damaged")
+    step = checkpoint.find(damaged)
+    largest = max(
+        (file for file in step.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size
+    )
+    os.truncate(largest, 100)
+    out = str(place / "nothing")
+    said = told(capfd, lambda: cli.main(["sample", str(damaged), "--out", out]))
+    assert f"{step} is damaged" in said and "use an earlier step" in said
+    said = told(capfd, lambda: cli.main(["evaluate", str(damaged)]))
+    assert "damaged" in said
+    said = told(capfd, lambda: cli.main(["sample", str(place / "nowhere"), "--out", out]))
+    assert "no checkpoint at" in said and "nowhere" in said
+    said = told(capfd, lambda: cli.main(["sample", str(tokenizer), "--out", out]))
+    assert "holds a tokenizer; need the checkpoint of a generator" in said
+    said = told(capfd, lambda: cli.main(["evaluate", str(generator), "--reconstruction"]))
+    assert "needs a tokenizer" in said
+    assert "no command 'smaple'" in told(capfd, lambda: cli.main(["smaple", out]))
+    assert not (place / "nothing").exists()

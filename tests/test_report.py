@@ -1,0 +1,110 @@
+"""What people look at: grids, the metrics file of a resumed run, curves, the table."""
+
+import json
+import types
+
+import jax
+import numpy as np
+from PIL import Image
+
+from tokgen import report, sharding
+
+
+def test_grid_geometry():
+    """Each image where the formula says, white between, around, and where images are missing."""
+    rng = np.random.default_rng(0)
+    image_BHW3 = rng.integers(0, 200, (5, 4, 6, 3), dtype=np.uint8)
+    sheet = report.grid(image_BHW3, 3, gap=2)
+    assert sheet.shape == (2 * (4 + 2) + 2, 3 * (6 + 2) + 2, 3) and sheet.dtype == np.uint8
+    seen = np.full(sheet.shape, 255, np.uint8)
+    for i, image_HW3 in enumerate(image_BHW3):
+        row, column = divmod(i, 3)
+        y, x = 2 + row * 6, 2 + column * 8
+        np.testing.assert_array_equal(sheet[y : y + 4, x : x + 6], image_HW3)
+        seen[y : y + 4, x : x + 6] = image_HW3
+    np.testing.assert_array_equal(sheet, seen)
+    doubled = report.grid(image_BHW3[:1], 3, gap=0, scale=2)
+    np.testing.assert_array_equal(doubled[::2, ::2], image_BHW3[0])
+    np.testing.assert_array_equal(doubled[1::2, 1::2], image_BHW3[0])
+
+
+def test_pairs_stand_beside_each_other():
+    left, right = np.zeros((3, 2, 2, 1), np.uint8), np.full((3, 2, 2, 1), 9, np.uint8)
+    left[2] = 4
+    sheet = report.beside(left, right, pairs=2, gap=0)[..., 0]
+    expected = [[0, 0, 9, 9, 0, 0, 9, 9]] * 2 + [[4, 4, 9, 9, 255, 255, 255, 255]] * 2
+    np.testing.assert_array_equal(sheet, expected)
+
+
+def test_png_of_colour_and_gray(tmp_path):
+    rng = np.random.default_rng(0)
+    for channels in (1, 3):
+        image_HWC = rng.integers(0, 255, (5, 7, channels), dtype=np.uint8)
+        report.save_png(tmp_path / "x.png", image_HWC)
+        with Image.open(tmp_path / "x.png") as image:
+            assert image.mode == ("L" if channels == 1 else "RGB")
+            np.testing.assert_array_equal(np.asarray(image).reshape(5, 7, channels), image_HWC)
+    assert [file.name for file in tmp_path.iterdir()] == ["x.png"]  # no half-written one
+
+
+def test_a_resumed_run_drops_the_lines_that_it_takes_again(tmp_path):
+    log = report.Log(tmp_path)
+    for step in (1, 2, 3, 4):
+        log.scalars(step, {"loss": 4.0 / step, "bad": np.float32("nan")})
+    log.scalars(2, {"psnr": 20.0}, split="held_out")
+    log.close()
+    with open(tmp_path / report.LOG, "a") as file:
+        file.write('{"step": 5, "split": "tr')  # killed while it wrote
+    log = report.Log(tmp_path, step=2)
+    assert [(r["step"], r["split"]) for r in report.read(tmp_path)] == [
+        *((1, "train"), (2, "train"), (2, "held_out"))
+    ]
+    log.scalars(3, {"loss": 7.0})
+    log.close()
+    records = report.read(tmp_path)
+    assert [record["step"] for record in records] == [1, 2, 2, 3]
+    assert records[-1]["loss"] == 7 and records[0]["loss"] == 4
+    assert records[0]["bad"] is None  # and not NaN, which no JSON reader but Python's knows
+    for line in (tmp_path / report.LOG).read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: 1 / 0)
+
+
+def test_curves_are_a_picture(tmp_path):
+    assert report.curves(tmp_path) is None  # nothing to show yet
+    log = report.Log(tmp_path)
+    for step in range(5):
+        log.scalars(step, {"loss": 1 / (step + 1), "constant": 3.0})
+        log.scalars(step, {"loss": 2 / (step + 1)}, split="held_out")
+    log.image(4, "samples", np.zeros((6, 8, 1), np.uint8))
+    log.close()
+    with Image.open(tmp_path / "curves.png") as image:
+        image.load()
+        assert min(image.size) > 200
+        assert len(np.unique(np.asarray(image.convert("L")))) > 20
+        colours = {tuple(pixel) for pixel in np.asarray(image.convert("RGB")).reshape(-1, 3)}
+    # matplotlib's first two colours: a line per split
+    assert {(31, 119, 180), (255, 127, 14)} <= colours
+    with Image.open(tmp_path / "images" / "samples-0000004.png") as image:
+        assert image.size == (8, 6)
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_the_table_ends_in_the_sum():
+    mesh = sharding.make_mesh(data=4, fsdp=2)
+    kernel = jax.device_put(np.zeros((128, 96)), jax.NamedSharding(mesh, jax.P("fsdp")))
+    leaves = {
+        "encoder/kernel": kernel,
+        "encoder/bias": types.SimpleNamespace(shape=(7,), size=7),
+        "scale": types.SimpleNamespace(shape=(), size=1),
+    }
+    lines = report.table(leaves).splitlines()
+    assert lines[0].split() == ["encoder/kernel", "128x96", "12,288", "('fsdp',)"]
+    assert lines[1].split() == ["encoder/bias", "7", "7"]
+    assert lines[2].split() == ["scale", "1"]
+    assert lines[3].split() == ["total", "12,296"]
+    assert len({len(line) for line in lines[1:]}) == 1  # numbers end in one column
+
+
+def test_figures_name_what_is_there():
+    values = {"psnr_db": 25.3149, "ssim": np.float32(0.5)}
+    assert report.figures(values, ("psnr_db", "lpips", "ssim")) == "psnr_db 25.31, ssim 0.5"

@@ -1,0 +1,344 @@
+import functools
+import math
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+
+import train_generator
+import train_tokenizer
+from tokgen import config, interfaces, rng, sharding, state
+from tokgen.critics import discriminator
+from tokgen.generators import autoregressive
+from tokgen.nn import positions
+from tokgen.nn.precision import FLOAT32
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "configs").glob("*/*.py"))
+VARIANTS = {"tokenizer/shapes": ("", "vq", "ema", "hard")}  # of the others only the plain config
+
+
+def _configs(kind):
+    for file in FILES:
+        if file.parent.name == kind:
+            name = f"{kind}/{file.stem}"
+            for variant in VARIANTS.get(name, ("",)):
+                reference = f"configs/{name}.py" + (f":{variant}" if variant else "")
+                yield reference, config.load(reference)
+
+
+def _networks():
+    """(name, constructor) of every network that a config or a training program builds."""
+    for reference, settings in _configs("tokenizer"):
+        yield reference, lambda settings=settings: config.tokenizer(settings, rngs=nnx.Rngs(0))
+    pair = interfaces.TokenLayout((64, 256), ((8, 8),))
+    for reference, settings in _configs("generator"):
+        for places in positions.PLACES:
+            settings.generator.places = places
+
+            def make(settings=settings):
+                return config.generator(settings, pair, 10, rngs=nnx.Rngs(0))
+
+            yield f"{reference} with {places} places", make
+    for norm in discriminator.NORMS:
+        yield (
+            f"discriminator with {norm} norm",
+            lambda norm=norm: discriminator.Discriminator(3, norm=norm, rngs=nnx.Rngs(0)),
+        )
+
+
+def _abstract_state(make, name):
+    """Everything that is sharded, without computing anything."""
+    _, params, stats = state.split(nnx.eval_shape(make))
+    chain = state.optimizer(10, learning_rate=1e-3, name=name, weight_decay=0.1).chain
+    opt_state = jax.eval_shape(chain.init, params)
+    return {"params": params, "stats": stats, "opt_state": opt_state, "ema": params}
+
+
+def test_every_parameter_has_a_row_and_every_row_a_parameter():
+    mesh = AbstractMesh((2, 2, 2), sharding.AXES)
+    alive, missing = set(), []
+    for name, make in _networks():
+        for optimizer in ("adamw", "muon"):
+            for path, leaf in state.paths(_abstract_state(make, optimizer)).items():
+                if leaf.ndim == 0:
+                    continue  # counters
+                found = [p for p, _ in sharding.TABLE if re.search(rf"(^|/){p}$", path)]
+                if not found:
+                    missing.append(f"{name}: {path} {leaf.shape}")
+                    continue
+                alive.add(found[0])
+                axes = sharding.letters(path)
+                assert axes == dict(sharding.TABLE)[found[0]]
+                # a row that splits speaks of every dimension but that of stacked layers
+                spare = leaf.ndim - len(axes)
+                stacked = "/blocks/" in path
+                whole = not axes.strip(".")
+                assert whole or spare <= stacked, (
+                    f"{name}: {path} {leaf.shape} has more axes than {axes}"
+                )
+                for strategy in sharding.STRATEGIES:
+                    parts = sharding.spec(path, leaf.shape, strategy, mesh)
+                    assert parts[:1] == (None,) or not (stacked and spare)
+    assert not missing, "\n".join(sorted(missing))
+    dead = [pattern for pattern, _ in sharding.TABLE if pattern not in alive]
+    assert not dead, f"rows that no parameter needs: {dead}"
+
+
+def test_moments_and_averages_lie_as_their_parameter():
+    make = functools.partial(_generator, LAYOUT)
+    mesh = AbstractMesh((2, 2, 2), sharding.AXES)
+    laid = state.paths(state.shardings(_abstract_state(make, "adamw"), mesh, "tensor"))
+    params = {k.removeprefix("params/"): v for k, v in laid.items() if k.startswith("params/")}
+    assert len({str(value.spec) for value in params.values()}) > 4
+    for prefix in ("ema/", "opt_state/1/mu/", "opt_state/1/nu/"):
+        for path, placed in params.items():
+            assert laid[prefix + path].spec == placed.spec, prefix + path
+
+
+def test_an_unknown_parameter_is_an_error_with_the_rows():
+    with pytest.raises(ValueError, match="(?s)'encoder/kernels'.*attention/out/kernel"):
+        sharding.letters("encoder/kernels")
+    with pytest.raises(ValueError, match="no row"):
+        sharding.letters("encoder/unscale")  # a part of a name is no name
+    with pytest.raises(ValueError, match="data.*fsdp.*tensor.*'ddp'"):
+        sharding.spec("norm/scale", (4,), "ddp", AbstractMesh((1, 1, 1), sharding.AXES))
+
+
+QUERY, UP, DOWN, TABLE = (
+    "transformer/blocks/attention/query/kernel",
+    "transformer/blocks/mlp/up/kernel",
+    "transformer/blocks/mlp/down/kernel",
+    "symbols/table",
+)
+
+
+@pytest.mark.parametrize(
+    "path, shape, strategy, sizes, expected",
+    [
+        # (data, fsdp, tensor); letters are aligned from the right, a stacked Y stays whole
+        (UP, (4, 16, 32), "fsdp", (2, 4, 1), (None, "fsdp", None)),
+        (UP, (16, 32), "fsdp", (2, 4, 1), ("fsdp", None)),
+        (UP, (4, 16, 32), "tensor", (1, 2, 4), (None, "fsdp", "tensor")),
+        (DOWN, (4, 32, 16), "tensor", (1, 2, 4), (None, "tensor", "fsdp")),
+        (QUERY, (4, 16, 8, 4), "tensor", (1, 4, 2), (None, "fsdp", "tensor", None)),
+        ("transformer/blocks/attention/out/kernel", (2, 8, 4, 16), "tensor", (1, 4, 2),
+         (None, "tensor", None, "fsdp")),
+        (TABLE, (1, 64, 16), "tensor", (1, 2, 4), (None, "tensor", "fsdp")),
+        ("head/head/kernel", (16, 1, 64), "tensor", (1, 2, 4), ("fsdp", None, "tensor")),
+        ("labels/table", (11, 16), "tensor", (1, 2, 4), (None, "fsdp")),
+        # what does not divide passes its axis on, within the parameter and never to Y
+        (UP, (4, 18, 32), "fsdp", (2, 4, 1), (None, None, "fsdp")),
+        (QUERY, (4, 6, 8, 4), "tensor", (1, 4, 2), (None, None, "fsdp", "tensor")),
+        (QUERY, (4, 6, 3, 4), "fsdp", (2, 4, 1), (None, None, None, "fsdp")),
+        (UP, (4, 18, 30), "fsdp", (2, 4, 1), (None, None, None)),
+        (TABLE, (1, 63, 16), "tensor", (1, 1, 4), (None, None, "tensor")),
+        # nothing is split under "data", over an axis of size 1, or where a row says "."
+        (UP, (4, 16, 32), "data", (2, 2, 2), (None, None, None)),
+        (UP, (4, 16, 32), "tensor", (8, 1, 1), (None, None, None)),
+        ("encoder/conv_in/kernel", (4, 4, 16, 16), "tensor", (2, 2, 2), (None,) * 4),
+        ("labels/table", (12, 15), "fsdp", (2, 4, 1), (None, None)),
+        ("quantizer/codebook", (4096, 512), "tensor", (2, 2, 2), (None, None)),
+        ("transformer/blocks/mlp_norm/scale", (4, 16), "tensor", (2, 2, 2), (None, None)),
+    ],
+)  # fmt: skip
+def test_the_rules_of_a_partition(path, shape, strategy, sizes, expected):
+    mesh = AbstractMesh(sizes, sharding.AXES)
+    assert sharding.spec(path, shape, strategy, mesh) == PartitionSpec(*expected)
+    for axis, size in zip(expected, shape, strict=True):
+        assert axis is None or size % mesh.shape[axis] == 0
+
+
+def test_a_large_parameter_does_not_stay_whole_by_accident():
+    shape = (1, 1001, 1001)
+    with pytest.raises(ValueError) as error:
+        sharding.spec(UP, shape, "fsdp", AbstractMesh((2, 4, 1), sharding.AXES))
+    for word in (UP, str(shape), "'fsdp': 4", "divide"):
+        assert word in str(error.value)
+    # where nothing asks for it, or no axis has anything to offer, it may
+    for strategy, sizes in (("data", (2, 4, 1)), ("fsdp", (8, 1, 1))):
+        parts = sharding.spec(UP, shape, strategy, AbstractMesh(sizes, sharding.AXES))
+        assert parts == PartitionSpec(None, None, None)
+    small = (1, 999, 1001)
+    assert math.prod(small) < sharding.LARGE
+    sharding.spec(UP, small, "fsdp", AbstractMesh((2, 4, 1), sharding.AXES))
+
+
+def test_the_mesh_uses_all_devices():
+    devices = jax.device_count()
+    assert devices == 8
+    assert dict(sharding.make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    mesh = sharding.make_mesh(2, -1, 2)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    for sizes in ((3, 1, 1), (2, 2, 1), (-1, -1, 1), (-1, 3, 1), (16, 1, 1), (0, 1, 8)):
+        with pytest.raises(ValueError, match="devices = 8"):
+            sharding.make_mesh(*sizes)
+
+
+def test_constrain_does_nothing_without_a_mesh_and_acts_under_one():
+    x = jnp.ones((8, 4, 6, 5))
+    assert sharding.constrain(x, "BNLK") is x
+    with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
+        y = jax.jit(lambda x: sharding.constrain(x, "BNLK"))(x)
+        assert y.sharding.spec == PartitionSpec(("data", "fsdp"), "tensor", None, None) or (
+            y.sharding.is_equivalent_to(
+                jax.NamedSharding(y.sharding.mesh, PartitionSpec(("data", "fsdp"), "tensor")), 4
+            )
+        )
+        assert y.addressable_shards[0].data.shape == (2, 2, 6, 5)
+        # what does not divide stays whole: a head too many is no error
+        odd = jax.jit(lambda x: sharding.constrain(x, "BNLK"))(jnp.ones((8, 3, 6, 5)))
+        assert odd.addressable_shards[0].data.shape == (2, 3, 6, 5)
+        with pytest.raises(ValueError):
+            sharding.constrain(x, "BNL")
+    np.testing.assert_array_equal(y, x)
+
+
+def test_a_batch_lies_over_data_and_fsdp():
+    mesh = sharding.make_mesh(2, 2, 2)
+    image = np.arange(8 * 3).reshape(8, 3)
+    batch = sharding.global_batch({"image": image}, mesh)["image"]
+    np.testing.assert_array_equal(batch, image)
+    assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 3)}
+
+
+LAYOUT = interfaces.TokenLayout((64,), ((3, 3),))
+# Gradients as they are: with Adam, rounding of a gradient near 0 turns a whole step over.
+PLAIN = state.Optimizer(optax.identity(), lambda step: jnp.float32(0.1))
+
+
+def _generator(layout):
+    return autoregressive.Generator(
+        layout,
+        5,
+        width=32,
+        depth=2,
+        heads=2,
+        parts="llama_narrow",
+        precision=FLOAT32,
+        rngs=nnx.Rngs(rng.key(0, "init")),
+    )
+
+
+def _single():
+    """A mesh of one device."""
+    device = np.asarray(jax.devices()[:1]).reshape(1, 1, 1)
+    return Mesh(device, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _close(found, expected, start):
+    """Parameters equal to rounding, and moved: the largest step of each array is the measure."""
+    found, expected, start = (
+        state.paths(jax.device_get(tree)) for tree in (found, expected, start)
+    )
+    moved = 0
+    for path, value in expected.items():
+        step = np.abs(value - start[path]).max()
+        moved += step > 0
+        np.testing.assert_allclose(
+            found[path], value, rtol=1e-5, atol=1e-4 * step + 1e-7, err_msg=path
+        )
+    assert moved > 0.8 * len(expected)
+
+
+def _on(mesh, network, strategy="data"):
+    """A state from the host, laid out over a mesh."""
+    return jax.device_put(network, state.shardings(network, mesh, strategy))
+
+
+def _generator_steps(mesh):
+    """(losses, parameters, average) of two steps on a mesh."""
+    settings = ml_collections.ConfigDict(dict(seed=0, ema=0.9))
+    network = _on(mesh, _fresh(LAYOUT), "tensor")
+    kernel = network.params["transformer"]["blocks"]["mlp"]["up"]["kernel"]
+    ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    assert kernel.size == ways * kernel.addressable_shards[0].data.size
+    numbers, losses = np.random.default_rng(0), []
+    with jax.set_mesh(mesh):
+        step = train_generator.train_step(settings, _graph(LAYOUT), PLAIN)
+        for _ in range(2):
+            batch = {
+                "tokens": numbers.integers(0, 64, (16, 9, 1)),
+                "label": numbers.integers(0, 5, 16),
+            }
+            network, scalars = step(network, sharding.global_batch(batch, mesh), None)
+            losses.append(float(scalars["nats_per_token"]))
+        return losses, *jax.device_get((network.params, network.ema))
+
+
+@functools.cache
+def _fresh(layout):
+    """The state of a small generator before its first step, on the host."""
+    _, params, stats = state.split(_generator(layout))
+    kernel = params["head"]["head"]["kernel"]  # zeros would send no gradient into the blocks
+    params["head"]["head"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(0), kernel.shape)
+    return jax.device_get(_state(params, stats))
+
+
+def _state(params, stats):
+    zero = jnp.zeros((), jnp.int32)
+    return state.TrainState(zero, zero, params, stats, PLAIN.chain.init(params), params)
+
+
+@functools.cache
+def _graph(layout):
+    return state.split(nnx.eval_shape(lambda: _generator(layout)))[0]
+
+
+@functools.cache
+def _generator_alone():
+    return _generator_steps(_single())
+
+
+@pytest.mark.parametrize("sizes", [(4, 1, 2), (2, 2, 2)])
+def test_generator_steps_on_a_mesh_equal_those_on_one_device(sizes):
+    losses, after, average = _generator_alone()
+    found, found_after, found_average = _generator_steps(sharding.make_mesh(*sizes))
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
+    assert losses[0] != losses[1]
+    start = _fresh(LAYOUT).params
+    _close(found_after, after, start)
+    _close(found_average, average, start)
+
+
+def _tokenizer_steps(settings, make, start, mesh):
+    network = _on(mesh, start)
+    with jax.set_mesh(mesh):
+        graph = state.split(nnx.eval_shape(make))[0]
+        step = train_tokenizer.plain_step(settings, graph, PLAIN)
+        networks, losses = {"model": network}, []
+        for i in range(2):
+            image = np.random.default_rng(i).integers(0, 256, (16, 8, 8, 3), np.uint8)
+            batch = sharding.global_batch({"image": image}, mesh)
+            networks, scalars = step(networks, batch, None)
+            losses.append([float(scalars[name]) for name in ("l2", "commitment", "gradient_norm")])
+        model = jax.device_get(networks["model"])
+    return losses, model.params, model.stats
+
+
+def test_tokenizer_steps_on_eight_devices_equal_those_on_one():
+    settings = config.load("configs/tokenizer/shapes.py:vq")
+    settings.encoder.widths = settings.decoder.widths = (16,)
+    settings.encoder.blocks = settings.decoder.blocks = 1
+    settings.view.size = (8, 8)
+    settings.quantizer.codes = 32
+
+    def make():
+        return config.tokenizer(settings, rngs=nnx.Rngs(rng.key(0, "init")))
+
+    start = jax.device_get(_state(*state.split(make())[1:]))
+    losses, after, stats = _tokenizer_steps(settings, make, start, _single())
+    found, found_after, found_stats = _tokenizer_steps(settings, make, start, sharding.make_mesh(8))
+    np.testing.assert_allclose(found, losses, rtol=1e-4)
+    _close(found_after, after, start.params)
+    counts, found_counts = stats["quantizer"]["counts"], found_stats["quantizer"]["counts"]
+    assert len(np.unique(counts)) > 1
+    np.testing.assert_allclose(found_counts, counts, rtol=1e-5)
