@@ -95,7 +95,9 @@ def test_every_core_dependency_and_test_tool_has_its_tested_version():
 
 def test_extras_of_the_error_message_exist():
     for package, extra in cli.EXTRAS.items():
-        assert requirement_name(package) in map(requirement_name, PROJECT["optional-dependencies"][extra])
+        assert requirement_name(package) in map(
+            requirement_name, PROJECT["optional-dependencies"][extra]
+        )
 
 
 def test_commands_are_the_files_of_the_folder():

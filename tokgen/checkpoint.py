@@ -308,7 +308,7 @@ def _downloaded(reference: str) -> pathlib.Path:
     """A folder of a hub repository, fetched into the hub's own cache (extra `hub`)."""
     import huggingface_hub
 
-    owner, name, *inside = reference.removeprefix("hf://").strip("/").split("/") + [""]
+    owner, name, *inside = [*reference.removeprefix("hf://").split("/"), ""]
     folder = "/".join(inside).strip("/")
     if not owner or not name:
         raise UserError(f"a hub reference is hf://OWNER/NAME[/FOLDER]; found {reference}")

@@ -210,7 +210,7 @@ def apply_gradients(
 ) -> tuple[TrainState, dict[str, Array]]:
     """(the next state, scalars). A step whose gradient is not finite changes nothing but `step`."""
     gradients = _float32(gradients)
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm)
     rate = optimizer.rate(state.step)
     updates, opt_state = optimizer.chain.update(gradients, state.opt_state, state.params)

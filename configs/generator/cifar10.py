@@ -18,7 +18,7 @@ def get_config(variant="raster"):
         raise ValueError("variants are raster, columns and random")
     config = ConfigDict()
     config.seed = 0
-    config.steps = 5000
+    config.steps = 4000
     config.batch_size = 32
     config.precision = dict(params="float32", compute="float32")
     config.data = dict(

@@ -47,7 +47,7 @@ def test_logits_follow_the_written_out_network():
     network = _made(layers=2)
     x = image = _image(1, 3, 12, 16, 3)
     x = _leaky(_conv_loops(x, network.first, 2))
-    for conv, norm, stride in zip(network.convs, network.norms, (2, 1)):
+    for conv, norm, stride in zip(network.convs, network.norms, (2, 1), strict=True):
         x = _conv_loops(x, conv, stride)
         mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
         x = (x - mean) / np.sqrt(variance + 1e-5) * np.asarray(norm.scale[...])

@@ -1,0 +1,99 @@
+"""The page tells what was measured, holds its pictures, and replaces an old one only when whole."""
+
+import argparse
+import base64
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokgen.commands import demo
+from tokgen.data import shapes
+from tokgen.interfaces import UserError
+
+
+def measured() -> tuple[dict, dict, dict]:
+    summary = {
+        "psnr_db": 28.3,
+        "ssim": 0.91,
+        "codebook_usage": 0.95,
+        "codebook_perplexity": 31.0,
+        "class_accuracy": 0.875,
+        "class_accuracy_by_class": dict.fromkeys(shapes.CLASSES, 0.5),
+        "judged_samples": 500,
+        "judge_accuracy": 1.0,
+        "judge_on_reconstructions": 0.99,
+        "nats_per_token": 0.7,
+        "nats_error": 0.004,
+        "unigram_nats": 3.4,
+        "sampling": {"temperature": 0.7, "weight": 2.0},
+        "minutes": 8.1,
+        "cpu_minutes": 14.0,
+        "machine": "a <machine>",
+        "date": "2026-01-01",
+        "versions": {"jax": "1.2.3"},
+    }
+    names = ("pairs", "completions", "tokenizer_curves", "generator_curves")
+    names += tuple(f"class_{name}" for name in shapes.CLASSES)
+    pictures = {name: np.full((4, 6, 3), i, np.uint8) for i, name in enumerate(names)}
+    told = {
+        "layout": "8 x 8 tokens of 240 codes",
+        "tokenizer_parameters": "1,000",
+        "generator_parameters": "2,000",
+        "tokenizer_steps": 10,
+        "generator_steps": 20,
+        "freedom": "free",
+    }
+    return summary, pictures, told
+
+
+def test_page_holds_every_picture_and_figure():
+    summary, pictures, told = measured()
+    text = demo.page(summary, pictures, told)
+    found = []
+    for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text):
+        found.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))))
+    assert sorted(int(image[0, 0, 0]) for image in found) == list(range(len(pictures)))
+    for figure in ("28.30 dB", "95.0 %", "87.5 %", "0.700", "3.400", "8.1 minutes", "of 240"):
+        assert figure in text
+    assert "a &lt;machine&gt;" in text and "<machine>" not in text
+    assert "http" not in text  # one file, which needs nothing from anywhere
+
+
+def test_freedom_in_words():
+    assert "radius 10.5 to 13.5" in demo.describe(shapes.EASY)
+    assert "any two distinct colours" in demo.describe(shapes.HARD)
+
+
+def test_replace_leaves_nothing_old_and_nothing_unfinished(tmp_path):
+    old, fresh = tmp_path / "out", tmp_path / "out" / "next"
+    (old / "tokenizer").mkdir(parents=True)
+    (old / "tokenizer" / "stale").write_text("old")
+    (old / "index.html").write_text("old")
+    (fresh / "tokenizer").mkdir(parents=True)
+    (fresh / "tokenizer" / "new").write_text("new")
+    (fresh / "index.html").write_text("new")
+    demo._replace(fresh, old)
+    assert (old / "index.html").read_text() == "new"
+    assert [p.name for p in (old / "tokenizer").iterdir()] == ["new"]
+    assert not fresh.exists()
+
+
+def test_failed_training_is_told_and_keeps_the_old_page(tmp_path, monkeypatch):
+    (tmp_path / "index.html").write_text("old")
+    monkeypatch.setattr(demo.judge, "load_or_train", lambda: None)
+    monkeypatch.setattr(demo.launch, "devices", lambda batch: None)
+    monkeypatch.setattr(demo, "TOKENIZER", "configs/tokenizer/absent.py")
+    arguments = argparse.Namespace(
+        out=str(tmp_path), tokenizer_steps=1, generator_steps=1, samples=10
+    )
+    with pytest.raises(UserError, match="train_tokenizer.py ended with exit code 2"):
+        demo.run(arguments)
+    assert (tmp_path / "index.html").read_text() == "old"
+
+
+def test_too_few_samples_are_refused(tmp_path):
+    with pytest.raises(UserError, match="at least 10"):
+        demo.run(argparse.Namespace(out=str(tmp_path), samples=9))
