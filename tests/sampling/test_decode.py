@@ -42,7 +42,7 @@ def _make(kind=autoregressive.Generator, **options):
         LAYOUT,
         CLASSES,
         width=16,
-        depth=2,
+        depth=1,
         heads=2,
         parts="llama_narrow",
         precision=FLOAT32,
