@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import checkpoint, interfaces, rng, sharding
+from tokgen import checkpoint, interfaces, sharding
 from tokgen import config as configs
 from tokgen import state as states
 
@@ -29,14 +29,28 @@ def load_config(*overrides):
     return configs.load("configs/tokenizer/shapes.py:ema", (*SMALL, *overrides))
 
 
-def fresh(config, seed=0):
-    """(structure, state) of the config, from a seed."""
+def filled(config, seed=0):
+    """The state of a config with something in every leaf; compiles nothing."""
 
     def make():
-        return configs.tokenizer(config, rngs=nnx.Rngs(rng.key(seed, "init")))
+        return configs.tokenizer(config, rngs=nnx.Rngs(0))
 
     optimizer = configs.call(states.optimizer, config.optimizer, "optimizer", steps=config.steps)
-    return states.create(make, optimizer, mesh=sharding.make_mesh(), ema=0.9)
+    _, params, stats = states.split(nnx.eval_shape(make))
+    zero = jnp.zeros((), jnp.int32)
+
+    def whole(params, stats):
+        return states.TrainState(zero, zero, params, stats, optimizer.chain.init(params), params)
+
+    abstract = jax.eval_shape(whole, params, stats)
+    generator = np.random.default_rng(seed)
+
+    def of(leaf, laid):
+        real = jnp.issubdtype(leaf.dtype, jnp.floating)
+        drawn = generator.normal(size=leaf.shape) if real else np.zeros(leaf.shape)
+        return jax.device_put(drawn.astype(leaf.dtype), laid)
+
+    return jax.tree.map(of, abstract, states.shardings(abstract, sharding.make_mesh(), "data"))
 
 
 def start(workdir, config, **changes):
@@ -59,20 +73,7 @@ def base(tmp_path_factory):
     """(config, saved state, work directory): made once, copied by those who damage it."""
     workdir = tmp_path_factory.mktemp("run")
     config = load_config()
-    _, network = fresh(config)
-    # something in every leaf, so that a change of any byte would be a change of a number
-    key = jax.random.key(1)
-    leaves, tree = jax.tree.flatten(network)
-    leaves = [
-        jax.device_put(
-            jax.random.normal(jax.random.fold_in(key, i), leaf.shape).astype(leaf.dtype),
-            leaf.sharding,
-        )
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
-        else leaf
-        for i, leaf in enumerate(leaves)
-    ]
-    network = saved_in(workdir, jax.tree.unflatten(tree, leaves), config)
+    network = saved_in(workdir, filled(config), config)
     return config, network, workdir
 
 
@@ -127,7 +128,7 @@ def test_init_from_takes_parameters_and_nothing_else(base, tmp_path):
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(found.opt_state))
     wider = load_config(f"init_from={workdir}", "encoder.widths=(24,)")
     with pytest.raises(interfaces.UserError, match="encoder"):
-        resumed(tmp_path / "other", wider, fresh(wider)[1])
+        resumed(tmp_path / "other", wider, filled(wider))
 
 
 def test_best_and_latest_are_kept(base, tmp_path):

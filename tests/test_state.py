@@ -9,13 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import interfaces, sharding
+from tokgen import sharding
 from tokgen import state as states
-from tokgen.generators import autoregressive
-from tokgen.nn import precision
 from tokgen.quantizers import vq
-
-LAYOUT = interfaces.TokenLayout((64,), ((4, 4),))
 
 
 class Net(nnx.Module):
@@ -268,25 +264,28 @@ def test_upkeep_of_a_skipped_step_does_nothing(key):
 # ---------------------------------------------------------------- sharding
 
 
-def generator():
-    return autoregressive.Generator(
-        LAYOUT,
-        4,
-        width=32,
-        depth=2,
-        heads=4,
-        parts="llama_narrow",
-        precision=precision.FLOAT32,
-        rngs=nnx.Rngs(0),
-    )
+class Block(nnx.Module):
+    """Names and shapes of a generator's block, two layers of it."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        def kernel(*shape):
+            return nnx.Dict(kernel=nnx.Param(jax.random.normal(rngs.params(), shape)))
+
+        self.attention = nnx.Dict(query=kernel(2, 32, 4, 8), out=kernel(2, 4, 8, 32))
+        self.mlp = nnx.Dict(up=kernel(2, 32, 96))
+        self.norm = nnx.Dict(scale=nnx.Param(jnp.ones((2, 32))))
 
 
 def test_a_state_is_born_by_the_table():
     """On its devices as the table says; and the numbers do not depend on how it lies."""
     mesh, strategy = sharding.make_mesh(data=2, fsdp=2, tensor=2), "tensor"
     optimizer = states.optimizer(10, learning_rate=0.1)
-    whole = states.create(generator, optimizer, mesh=sharding.make_mesh(), ema=0.9)[1]
-    state = states.create(generator, optimizer, mesh=mesh, strategy=strategy, ema=0.9)[1]
+
+    def block():
+        return Block(nnx.Rngs(0))
+
+    whole = states.create(block, optimizer, mesh=sharding.make_mesh(), ema=0.9)[1]
+    state = states.create(block, optimizer, mesh=mesh, strategy=strategy, ema=0.9)[1]
     equal(whole, state)
     parted = set()
     for path, leaf in states.paths(state).items():
@@ -300,7 +299,7 @@ def test_a_state_is_born_by_the_table():
             assert leaf.addressable_shards[0].data.size < leaf.size
     # moments and average lie as their parameters
     assert {"params", "ema", "opt_state/mu"} <= parted
-    query = states.paths(state.params)["transformer/blocks/attention/query/kernel"]
+    query = states.paths(state.params)["attention/query/kernel"]
     assert query.addressable_shards[0].data.shape == (2, 16, 2, 8)  # [Y, D, N, K]
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(whole))
 

@@ -46,7 +46,7 @@ def get_config():
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.strategy = "data"
     config.held_out = dict(images=500, samples=8)
-    config.report = dict(scalars=100, save=1500)
+    config.report = dict(scalars=100, save=500)
     config.keep = dict(latest=1, best=1)
     config.init_from = ""
     return config

@@ -36,7 +36,7 @@ def get_config(variant=""):
     config.strategy = "data"
     config.max_bad = 1e-3
     config.held_out = dict(images=500)
-    config.report = dict(scalars=100, save=2500)
+    config.report = dict(scalars=100, save=1000)
     config.keep = dict(latest=1, best=1)
     config.init_from = ""
     if variant in ("vq", "ema"):

