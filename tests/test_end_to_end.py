@@ -379,8 +379,6 @@ def test_usage_errors_of_training(place, tokenizer, generator, shards, capfd, mo
     assert str(place / "no_such_folder") in tokenizer_error(*new)
     assert "stepz" in tokenizer_error(*words, "--config.stepz", "3")
     assert "no config file" in tokenizer_error("--config", "nowhere.py", "--workdir", tokenizer)
-    said = tokenizer_error(*words, "--config.quantizer.codes=64")
-    assert "quantizer.codes: 32 there, 64 here" in said
     words = generator_words(place, generator, "no_such_tokens")
     assert str(place / "no_such_tokens") in generator_error(*words)
     after = contents(place)
