@@ -34,6 +34,7 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         precision=(precision.Precision, ()),
         view=(images.View, ()),
         optimizer=(state.optimizer, ("steps",)),
+        critic__network=(discriminator.Discriminator, ("channels", "rngs")),
         critic__optimizer=(state.optimizer, ("steps",)),
         mesh=(sharding.make_mesh, ()),
     )
@@ -62,8 +63,12 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
             state.optimizer, settings.critic.optimizer, "critic.optimizer", steps=steps
         )
         critic_graph, networks["critic"] = state.create(
-            lambda: discriminator.Discriminator(
-                settings.view.channels, rngs=nnx.Rngs(rng.key(seed, "init", 1))
+            lambda: config.call(
+                discriminator.Discriminator,
+                settings.critic.network,
+                "critic.network",
+                channels=settings.view.channels,
+                rngs=nnx.Rngs(rng.key(seed, "init", 1)),
             ),
             critic_optimizer,
             mesh=mesh,

@@ -111,8 +111,8 @@ def test_an_unknown_file_is_answered_with_those_that_are_there():
         ("optimizer.learning_rat=1", "'optimizer.learning_rat'; did you mean optimizer.learning_"),
         ("optimiser.learning_rate=1", "'optimiser'; did you mean optimizer"),
         ("learning_rate=1e-3", "'learning_rate'; did you mean optimizer.learning_rate"),
-        ("zzz=3", "'zzz'; sections: batch_size, critic"),
-        ("seed.deeper=1", "'seed.deeper'; sections: batch_size, critic"),
+        ("zzz=3", "'zzz'; it has batch_size, critic"),
+        ("seed.deeper=1", "'seed.deeper'; it has batch_size, critic"),
     ],
 )
 def test_a_typo_is_named_and_the_nearest_field_suggested(override, suggestion):

@@ -18,6 +18,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from tokgen import checkpoint, cli, launch
@@ -43,7 +44,9 @@ def get_config(variant=""):
     config.decoder = dict(name="conv", widths=(16,), blocks=1, stem=8, parts="light")
     config.loss = dict(l1=0.0, l2=1.0, perceptual=0.0, codebook=1.0, commitment=0.25)
     config.perceptual = ""
-    config.critic = dict(weight=0.0, start=0.0, warmup=0.0, optimizer=dict(learning_rate=1e-3))
+    network = dict(width=8, layers=3, norm="batch")  # the published width compiles for a minute
+    critic = dict(weight=0.0, start=0.0, warmup=0.0, network=network)
+    config.critic = dict(critic, optimizer=dict(learning_rate=1e-3))
     config.optimizer = dict(name="adamw", learning_rate=1e-3, warmup=2, weight_decay=0.01)
     config.ema = 0.9
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
@@ -188,6 +191,32 @@ def generator(place, shards):
 
 
 # ---------------------------------------------------------------- training
+
+
+def test_perceptual_loss_from_weight_files(place):
+    """On a mesh of two devices, from two files: a trunk, and the heads of LPIPS."""
+    generator = np.random.default_rng(0)
+    shapes = {
+        0: (64, 3, 11),
+        3: (192, 64, 5),
+        6: (384, 192, 3),
+        8: (256, 384, 3),
+        10: (256, 256, 3),
+    }
+    trunk, heads = {}, {}
+    for level, (number, (after, before, size)) in enumerate(shapes.items()):
+        kernel = generator.normal(size=(after, before, size, size)) * (before * size**2) ** -0.5
+        trunk[f"features.{number}.weight"] = kernel.astype(np.float32)
+        trunk[f"features.{number}.bias"] = np.zeros(after, np.float32)
+        heads[f"lin{level}.model.1.weight"] = np.full((1, after, 1, 1), 0.1, np.float32)
+    for name, weights in (("trunk", trunk), ("heads", heads)):
+        safetensors.numpy.save_file(weights, place / f"{name}.safetensors")
+    words = tokenizer_words(place, place / "perceptual", variant="")
+    files = f"{place}/trunk.safetensors,{place}/heads.safetensors"
+    program("tokenizer", *words, "--config.steps=2", "--config.loss.perceptual=1.0",
+            f"--config.perceptual={files}")  # fmt: skip
+    lines = (place / "perceptual" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["perceptual"] > 0.01
 
 
 def test_both_networks_of_the_game_move(tokenizer):

@@ -344,8 +344,7 @@ def read_meta(step: pathlib.Path) -> dict:
             raise UserError(
                 f"checkpoint {step} has format {meta['format']}; this tokgen reads {FORMAT}"
             )
-        digest = meta.pop("digest", None)
-        if digest not in (None, _digest(meta)):  # None: written before there was one
+        if meta.pop("digest") != _digest(meta):
             raise ValueError("it does not match its digest")
         return meta
     except (OSError, ValueError, KeyError, TypeError) as error:

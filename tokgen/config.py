@@ -114,7 +114,7 @@ def _unknown(name: str, config) -> str:
     near = difflib.get_close_matches(name, [*names, *sections], 3, 0.6)
     last = name.rsplit(".", 1)[-1]
     near = near or [n for n in names if n.rsplit(".", 1)[-1] == last]
-    hint = f"; did you mean {', '.join(near)}?" if near else f"; sections: {', '.join(config)}"
+    hint = f"; did you mean {', '.join(near)}?" if near else f"; it has {', '.join(config)}"
     return f"unknown config key {name!r}{hint}"
 
 

@@ -29,15 +29,17 @@ def devices(batch_size: int = 0) -> None:
     """
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if batch_size and not asked and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    count = int(os.environ.get("JAX_NUM_CPU_DEVICES") or 8 * asked)
+    if batch_size and not count:
         count = max(n for n in range(1, min(cores, 8) + 1) if batch_size % n == 0)
         jax.config.update("jax_num_cpu_devices", count)
+    if count > 1:
         # XLA sizes its thread pool by NPROC. With one thread per device, programs with collectives
         # that are in flight together take each other's threads and wait for ever (jax 0.10.2).
-        os.environ.setdefault("NPROC", str(4 * count))
+        os.environ.setdefault("NPROC", str(max(4 * count, cores)))
 
 
 def parse(argv: Sequence[str], description: str) -> tuple[ml_collections.ConfigDict, pathlib.Path]:

@@ -28,6 +28,7 @@ def get_config(variant=""):
         weight=0.0,  # 0: no critic
         start=0.5,  # as a share of the run: the critic begins to learn
         warmup=0.05,  # and this much later the tokenizer begins to play against it
+        network=dict(width=64, layers=3, norm="batch"),  # PatchGAN
         optimizer=dict(learning_rate=2e-4, b1=0.5, b2=0.9, clip=1.0, decay="constant"),
     )
     config.optimizer = dict(name="adamw", learning_rate=3e-3, warmup=50, b2=0.99, clip=1.0)
