@@ -50,3 +50,10 @@ def shared() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip("needs the folder ../shared beside the repository")
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_mesh_left_behind():
+    """A mesh that a test leaves set would lay out the arrays of all that follow."""
+    yield
+    assert jax.sharding.get_abstract_mesh().empty
