@@ -71,13 +71,6 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def write_json(path: pathlib.Path, record: Any) -> None:
-    """The file whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(part, path)
-
-
 # ---------------------------------------------------------------- the manifest
 
 
