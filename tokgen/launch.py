@@ -46,6 +46,7 @@ def parse(argv: Sequence[str], description: str) -> tuple[ml_collections.ConfigD
     """(config with its overrides, work directory) of a training program's command line."""
     parser = argparse.ArgumentParser(
         description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s --config=PATH[:variant] --workdir=DIR [--config.FIELD=VALUE ...]",
         allow_abbrev=False,
     )

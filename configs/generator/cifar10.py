@@ -18,7 +18,7 @@ def get_config(variant="raster"):
         raise ValueError("variants are raster, columns and random")
     config = ConfigDict()
     config.seed = 0
-    config.steps = 4000
+    config.steps = 3500
     config.batch_size = 32
     config.precision = dict(params="float32", compute="float32")
     config.data = dict(
@@ -51,7 +51,7 @@ def get_config(variant="raster"):
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.strategy = "data"
     config.held_out = dict(images=1000, samples=8)
-    config.report = dict(scalars=100, save=1000)
+    config.report = dict(scalars=100, save=875)
     config.keep = dict(latest=1, best=1)
     config.init_from = ""
     return config

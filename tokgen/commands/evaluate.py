@@ -40,11 +40,25 @@ def _reconstruct(tokenizer, image_BHW3):
     return tokens_BLG, painted, measured
 
 
-def reconstruction(tokenizer, source, view, *, count: int, batch: int = 50) -> tuple[dict, tuple]:
+def watched(batches, total: int, what: str):
+    """The batches, with a progress bar where `what` names the job; none inside a training run."""
+    if not what:
+        yield from batches
+        return
+    with report.bar(total, unit="image", what=what) as bar:
+        for part in batches:
+            yield part
+            bar.update(len(part["label"]))
+
+
+def reconstruction(
+    tokenizer, source, view, *, count: int, batch: int = 50, what: str = ""
+) -> tuple[dict, tuple]:
     """(figures, (originals, reconstructions) of the first batch, uint8) over `count` images."""
     measured, counts, shown = {}, None, None
     chosen = spread(len(source), count)
-    for part in stream.once(source, view, batch_size=batch, indices=chosen):
+    passing = stream.once(source, view, batch_size=batch, indices=chosen)
+    for part in watched(passing, len(chosen), what):
         image = part["image"]
         missing = batch - len(image)  # padded, so that one program serves all batches
         padded = np.concatenate([image, np.repeat(image[-1:], missing, axis=0)])
@@ -79,17 +93,18 @@ def _nats(generator, codec, tokens_BLG, label_B):
     return generator.nats(TokenBatch(tokens_BLG, label_B), codec).sum(-1)
 
 
-def likelihood(generator, codec, source, *, count: int, batch: int = 50) -> dict[str, float]:
+def likelihood(
+    generator, codec, source, *, count: int, batch: int = 50, what: str = ""
+) -> dict[str, float]:
     """Held-out nats and bits per token; images are the sample of which the error is stated."""
     total, chosen = [], spread(len(source), count)
-    for part in stream.once(source, batch_size=batch, indices=chosen):
-        tokens_BLG, label_B = part["tokens"], part["label"]
+    for part in watched(stream.once(source, batch_size=batch, indices=chosen), len(chosen), what):
+        label_B = part["label"]
         missing = batch - len(label_B)
         padded = [np.concatenate([a, np.repeat(a[-1:], missing, axis=0)]) for a in part.values()]
         padded = dict(zip(part, padded, strict=True))
         nats_B = _nats(generator, codec, *jax.device_put((padded["tokens"], padded["label"])))
         total.append(jax.device_get(nats_B)[: len(label_B)])
-        del tokens_BLG
     nats_B = np.concatenate(total).astype(np.float64) / generator.layout.length
     return {
         "nats_per_token": float(nats_B.mean()),
@@ -169,7 +184,7 @@ def _tokenizer(step: pathlib.Path, args: argparse.Namespace) -> dict:
     source = image_source(loaded.config, args.data, args.split)
     report.say(f"{min(args.images, len(source))} of {len(source)} images, step {step.name}")
     view = view_of(loaded.config)
-    return reconstruction(loaded.module, source, view, count=args.images)[0]
+    return reconstruction(loaded.module, source, view, count=args.images, what="reconstruct")[0]
 
 
 def _generator(step: pathlib.Path, args: argparse.Namespace) -> dict:
@@ -184,5 +199,5 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> dict:
         )
     codec = checkpoint.load_tokenizer_of(loaded, args.tokenizer).module.quantizer
     report.say(f"{min(args.images, len(source))} of {len(source)} images, step {step.name}")
-    figures = likelihood(loaded.module, codec, source, count=args.images)
+    figures = likelihood(loaded.module, codec, source, count=args.images, what="likelihood")
     return figures | unigram(tokens.Source(path), source, loaded.layout)

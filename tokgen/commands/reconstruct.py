@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
         source,
         evaluate.view_of(loaded.config),
         count=args.number,
+        what="reconstruct",
         batch=max(min(args.shown, len(source)), min(50, len(source))),
     )
     out = pathlib.Path(args.out)
