@@ -213,9 +213,9 @@ def test_a_truncated_or_missing_file_is_one_message_that_names_the_step(base, co
         file.unlink()
         refused[file] &= loaded_or_refused(step, network) is None
         file.write_bytes(content)
-    assert refused[step / "meta" / "metadata"] and refused[step / "state" / "manifest.ocdbt"]
-    # which of the store's data files is read is the store's affair
-    assert any(refused[file] for file in files if file.parent.name == "d")
+    assert len(files) > 5 and all(
+        refused[file] for file in files if file.name != checkpoint.SIZES
+    ), refused
     for part in ("meta", "state"):
         shutil.move(step / part, step / "away")
         with pytest.raises(interfaces.UserError, match=f"{step} is damaged.*train it again"):

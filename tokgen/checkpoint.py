@@ -35,7 +35,7 @@ from tokgen.interfaces import PyTree, TokenLayout, UserError
 
 FORMAT = 1
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)  # of damaged files
-FOLDER = "checkpoints"
+FOLDER, SIZES = "checkpoints", "sizes.json"
 
 # Fields of a config that may change between a run and its continuation; all others decide what
 # is trained, and a change is refused. Data may move: their fingerprint is compared.
@@ -153,6 +153,9 @@ class Run:
     def wait(self) -> None:
         """Until the last save is committed; raises what went wrong in the background."""
         self.manager.wait_until_finished()
+        if jax.process_index() == 0:
+            for step in self.manager.all_steps():
+                _seal(self.workdir / FOLDER / str(step))
 
     def close(self) -> None:
         """Commit what is under way."""
@@ -346,6 +349,35 @@ def read_meta(step: pathlib.Path) -> dict:
         raise _damaged(step, f"its record cannot be read ({error})") from error
 
 
+def _seal(step: pathlib.Path) -> None:
+    """Note the size of every file of a committed step: the store never misses what it skips."""
+    seal = step / SIZES
+    if not seal.exists():
+        part = step.parent / f".{step.name}.{SIZES}"
+        part.write_text(json.dumps(_sizes(step)))
+        part.replace(seal)
+
+
+def _sizes(step: pathlib.Path) -> dict[str, int]:
+    files = [file for file in sorted(step.rglob("*")) if file.is_file() and file.name != SIZES]
+    return {str(file.relative_to(step)): file.stat().st_size for file in files}
+
+
+def _check_sizes(step: pathlib.Path) -> None:
+    """Truncated and missing files. A step that was killed before its seal has checksums only."""
+    if not (step / SIZES).exists():
+        return
+    try:
+        noted = json.loads((step / SIZES).read_text())
+        found = _sizes(step)
+        wrong = [f"{name} ({found.get(name, 'missing')} bytes, {size} needed)"
+                 for name, size in noted.items() if found.get(name) != size]  # fmt: skip
+    except (OSError, ValueError, AttributeError) as error:
+        raise _damaged(step, f"{SIZES} cannot be read ({error})") from error
+    if wrong:
+        raise _damaged(step, f"its files are not as they were saved: {', '.join(wrong[:3])}")
+
+
 def _damaged(step: pathlib.Path, what: str) -> UserError:
     siblings = sorted(
         (s.name for s in step.parent.iterdir() if s.name.isdigit() and s != step), key=int
@@ -356,6 +388,7 @@ def _damaged(step: pathlib.Path, what: str) -> UserError:
 
 def _restore(step: pathlib.Path, wanted: dict[str, Any], meta: dict) -> dict[str, jax.Array]:
     """Leaves of a step, verified, with the shapes, dtypes and shardings of `wanted`."""
+    _check_sizes(step)
     record, problems = meta["manifest"], []
     for path, leaf in wanted.items():
         if path not in record:
