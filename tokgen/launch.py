@@ -24,8 +24,8 @@ def cache_folder() -> pathlib.Path:
 def devices(batch_size: int = 0) -> None:
     """Set jax up before its first computation; on a CPU, a device per core that divides the batch.
 
-    XLA's CPU threads leave most of a second core idle on networks of this size; a device per core
-    and the batch over them takes nearly half the time (benchmarks/RESULTS.md).
+    XLA's CPU threads leave a part of a second core idle on small networks: with the batch over a
+    device per core, a tokenizer's step takes 0.7 of the time (benchmarks/RESULTS.md).
     """
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
