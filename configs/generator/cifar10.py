@@ -39,7 +39,7 @@ def get_config(variant="raster"):
         rates=dict(token=0.0, attention=0.0, residual=0.0),
     )
     config.optimizer = dict(
-        name="muon",  # lower likelihood cost than AdamW after as many steps (RESULTS.md)
+        name="muon",  # a lower loss than AdamW after as many steps (benchmarks/RESULTS.md)
         learning_rate=2e-3,
         warmup=100,
         b2=0.95,
