@@ -58,8 +58,8 @@ def shared() -> pathlib.Path:
 def no_mesh():
     """Every test begins without a mesh, whatever ran before it.
 
-    Orbax leaves coroutines behind when a store is damaged on purpose; they are closed at any later
-    time, with the contexts that they were in.
+    Once in five full runs a mesh was found set that no test had left (jax 0.10.2). Suspected, not
+    shown: coroutines that Orbax leaves behind when a store is damaged on purpose.
     """
     with jax.set_mesh(Mesh(np.empty((), object), ())):
         yield
