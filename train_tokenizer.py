@@ -14,16 +14,29 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from tokgen import checkpoint, config, launch, losses, report, rng, sharding, state
+from tokgen import (
+    adversary,
+    checkpoint,
+    config,
+    guard,
+    launch,
+    losses,
+    report,
+    rng,
+    sharding,
+    stages,
+    state,
+)
 from tokgen.commands import evaluate
-from tokgen.critics import discriminator, perceptual
+from tokgen.critics import perceptual
 from tokgen.data import images, stream
 from tokgen.interfaces import UserError
 from tokgen.metrics import reconstruction
 from tokgen.nn import precision
 from tokgen.pretrained import reader
 
-LAST_LAYER = ("decoder", "conv_out", "kernel")  # where the adaptive weight compares gradients
+LAST_LAYER = ("conv_out", "kernel")  # of the decoder: where the adaptive weight compares gradients
+SHOWN = ("l1", "l2", "codes", "lpips", "critic", "usage")
 
 
 def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -33,51 +46,27 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         settings,
         precision=(precision.Precision, ()),
         view=(images.View, ()),
-        optimizer=(state.optimizer, ("steps",)),
-        critic__network=(discriminator.Discriminator, ("channels", "rngs")),
-        critic__optimizer=(state.optimizer, ("steps",)),
+        optimizer=(state.optimizer, ("steps", "begin")),
+        critic=(adversary.Game, ()),
+        critic__optimizer=(state.optimizer, ("steps", "begin")),
+        guard=(guard.Limits, ()),
         mesh=(sharding.make_mesh, ()),
     )
+    plan = stages.plan(settings)
+    game = config.call(adversary.Game, settings.critic, "critic")
+    limits = config.call(guard.Limits, settings.get("guard", {}), "guard")
     source = config.build(settings.data, "data", split="train")
     held_out = config.build(settings.data, "data", split="held_out")
     view = config.call(images.View, settings.view, "view")
-    optimizer = config.call(state.optimizer, settings.optimizer, "optimizer", steps=steps)
 
     def make():
         return config.tokenizer(settings, rngs=nnx.Rngs(rng.key(seed, "init")))
 
     layout = nnx.eval_shape(make).layout  # the whole config is built abstractly, before any work
+    begin, play = game.steps(steps)
 
     mesh = config.call(sharding.make_mesh, settings.mesh, "mesh")
     jax.set_mesh(mesh)
-    graph, network = state.create(
-        make, optimizer, mesh=mesh, strategy=settings.strategy, ema=settings.ema
-    )
-    networks = {"model": network}
-    step_of = {"plain": plain_step(settings, graph, optimizer)}
-    begin = end = steps  # of the critic's warm-up: nobody plays against it yet
-    if settings.critic.weight > 0:
-        begin = round(settings.critic.start * steps)
-        end = begin + round(settings.critic.warmup * steps)
-        critic_optimizer = config.call(
-            state.optimizer, settings.critic.optimizer, "critic.optimizer", steps=steps
-        )
-        critic_graph, networks["critic"] = state.create(
-            lambda: config.call(
-                discriminator.Discriminator,
-                settings.critic.network,
-                "critic.network",
-                channels=settings.view.channels,
-                rngs=nnx.Rngs(rng.key(seed, "init", 1)),
-            ),
-            critic_optimizer,
-            mesh=mesh,
-        )
-        step_of["adversarial"] = adversarial_step(
-            settings, (graph, critic_graph), (optimizer, critic_optimizer), begin_play=end
-        )
-    lpips = jax.device_put(load_lpips(settings), sharding.replicated(mesh))
-
     run = checkpoint.start(
         workdir,
         settings,
@@ -86,136 +75,302 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         classes=source.classes,
         best="l2",
         data=source.fingerprint,
+        kept=(play,),
     )
-    networks, what = checkpoint.resume_or_start(run, networks)
-    report.say(report.table(state.paths(networks["model"].params)))
-    report.say(f"{what}; {len(source)} images, {layout.length} tokens each, {dict(mesh.shape)}")
+    # what a checkpoint holds is of the stage that made its last step
+    made = stages.at(plan, max((checkpoint.latest(run) or 0) - 1, 0))
+    graph, model = state.create(
+        make, stages.optimizer(settings, made), mesh=mesh, strategy=settings.strategy,
+        ema=settings.ema,
+    )  # fmt: skip
+    networks, graphs, critic_optimizer = {"model": model}, {"model": graph}, None
+    if game.weight > 0:
+        critic_optimizer = config.call(
+            state.optimizer, game.optimizer, "critic.optimizer", steps=steps - begin
+        )
+        graphs["critic"], networks["critic"] = state.create(
+            lambda: adversary.build(game, settings, rngs=nnx.Rngs(rng.key(seed, "init", 1))),
+            critic_optimizer,
+            mesh=mesh,
+        )
+        networks["averages"] = jax.device_put(losses.averages(), sharding.replicated(mesh))
+    frozen = jax.device_put(load_frozen(settings, plan), sharding.replicated(mesh))
 
-    start = int(jax.device_get(networks["model"].step))
+    returns = guard.returned(workdir)
+    if returns:
+        checkpoint.drop_after(run, play)
+    networks, what = checkpoint.resume_or_start(run, networks)
+    if what.startswith("started") and "teacher" in frozen:
+        networks["model"] = adopt(graph, networks["model"], frozen["teacher"])
+    report.say(report.table(state.paths(networks["model"].params)))
+    length = f"{layout.length} tokens" if layout else "continuous latents"
+    report.say(f"{what}; {len(source)} images, {length} each, {dict(mesh.shape)}")
+
+    start = step = int(jax.device_get(networks["model"].step))
     log, stop = report.Log(workdir, step=start), launch.Stop()
-    batches = stream.batches(
+    meter = guard.Meter(layout) if layout else None
+    step_of = Steps(settings, game, limits, graphs, critic_optimizer, returns)
+    passing = functools.partial(
+        stream.batches,
         source,
         view,
         seed=seed,
         batch_size=settings.batch_size,
-        start=start,
         process=(jax.process_index(), jax.process_count()),
         max_bad=settings.max_bad,
     )
-    with batches, report.bar(steps, initial=start, what="tokenizer") as bar:
-        for step in range(start, steps):
+    with report.bar(steps, initial=start, what="tokenizer") as bar:
+        batches = passing(start=start)
+        while step < steps:
+            stage = stages.at(plan, step)
+            if step == stage.begin and step > 0:
+                optimizer = stages.optimizer(settings, stage)
+                networks["model"] = state.restarted(
+                    networks["model"], optimizer, mesh=mesh, strategy=settings.strategy
+                )
             batch = sharding.global_batch(next(batches), mesh)
-            kind = "adversarial" if step >= begin else "plain"
             with jax.transfer_guard("disallow"):
-                networks, scalars = step_of[kind](networks, batch, lpips)
+                networks, scalars, tokens_BLG = step_of(stage, step >= begin)(
+                    networks, batch, frozen
+                )
             bar.update()
-            done = step + 1
-            if done % every.scalars == 0 or done == steps:
-                values = jax.device_get(scalars)
-                log.scalars(done, values | {"broken_images": batches.bad})
-                bar.set_postfix_str(report.figures(values, ("l1", "l2", "perceptual", "critic")))
-                give_up(values, done)
-            last = done == steps or bool(stop)
-            if done % every.save == 0 or last:
-                save(run, networks, graph, held_out, log, settings)
+            step += 1
+            if meter:
+                meter.add(tokens_BLG)
+            figures = {}
+            if step % every.scalars == 0 or step == steps:
+                figures = meter.figures() if meter else {}
+                values = jax.device_get(scalars) | figures
+                log.scalars(step, values | {"broken_images": batches.bad})
+                bar.set_postfix_str(report.figures(values, SHOWN))
+                give_up(values, step)
+            last = step == steps or bool(stop)
+            if step % every.save == 0 or last or (step == play < steps):
+                error = save(run, networks, graph, held_out, log, settings, stage)
+                if step > play and worse(run, play, error, limits, returns):
+                    returns = guard.note_return(workdir)
+                    checkpoint.drop_after(run, play)
+                    networks, what = checkpoint.resume_or_start(run, networks)
+                    step_of = Steps(settings, game, limits, graphs, critic_optimizer, returns)
+                    strength = f"the critic at {step_of.strength:g} of its weight"
+                    report.say(f"{what}, with {strength if step_of.strength else 'no critic'}")
+                    step = bar.n = play
+                    batches.close()
+                    batches, log = passing(start=step), report.Log(workdir, step=step)
+            if figures:
+                try:
+                    guard.trip(limits, figures, step, steps)
+                except UserError:
+                    if step % every.save and not last:
+                        save(run, networks, graph, held_out, log, settings, stage)
+                    run.close()
+                    raise
             if stop:
                 break
+        batches.close()
     run.close()
     log.close()
-    report.say(f"step {done if start < steps else start} of {steps} is saved in {workdir}")
+    report.say(f"step {step} of {steps} is saved in {workdir}")
 
 
-def forward(settings, tokenizer, image_BHW3, lpips, key):
-    """(weighted loss, (latents, image painted, scalars))"""
-    weights = settings.loss
+# ---------------------------------------------------------------- what a stage descends
+
+
+def pixels(settings, weights, tokenizer, batch, frozen, key):
+    """(weighted loss, (latents, image painted, terms, tokens)): the image itself."""
+    image_BHW3 = reconstruction.from_uint8(batch["image"])
     latents_BPC = tokenizer.latents(image_BHW3)
     quantized = tokenizer.quantizer(latents_BPC, key=jax.random.fold_in(key, rng.QUANTIZER))
-    painted_BHW3 = tokenizer.paint(quantized.latents_BPC)
+    painted_BHW3 = tokenizer.paint(quantized.latents_BPC, cond=batch.get("text"))
     terms = losses.reconstruction(image_BHW3, painted_BHW3) | quantized.losses
-    if lpips is not None:
-        terms["perceptual"] = jnp.mean(lpips(2 * image_BHW3 - 1, 2 * painted_BHW3 - 1))
+    for name, distance in frozen.get("perceptual", {}).items():
+        terms[name] = jnp.mean(distance(2 * image_BHW3 - 1, 2 * painted_BHW3 - 1))
+    return weighted(terms, weights), (latents_BPC, painted_BHW3, terms, quantized.tokens_BLG)
+
+
+def codes(settings, weights, tokenizer, batch, frozen, key):
+    """The same of TiTok's first stage: what another tokenizer writes for the image."""
+    image_BHW3 = reconstruction.from_uint8(batch["image"])
+    latents_BPC = tokenizer.latents(image_BHW3)
+    quantized = tokenizer.quantizer(latents_BPC, key=jax.random.fold_in(key, rng.QUANTIZER))
+    logits_BPV = tokenizer.decoder.logits(quantized.latents_BPC)
+    target_BP1 = frozen["teacher"].encode(image_BHW3)
+    terms = {"codes": losses.code_cross_entropy(logits_BPV, target_BP1)} | quantized.losses
+    return weighted(terms, weights), (latents_BPC, image_BHW3, terms, quantized.tokens_BLG)
+
+
+OBJECTIVES = {"pixels": pixels, "codes": codes}
+
+
+def weighted(terms, weights):
+    """The sum of the terms; each must have a weight, if it is 0."""
     missing = sorted(set(terms) - set(weights))
     if missing:
         raise UserError(f"config.loss needs a weight for {', '.join(missing)}; 0 turns a term off")
-    total = sum(weights[name] * value for name, value in terms.items())
-    return total, (latents_BPC, painted_BHW3, terms)
+    return sum(weights[name] * value for name, value in terms.items())
 
 
-def plain_step(settings, graph, optimizer):
-    """A step without critic: (networks, batch, lpips) -> (networks, scalars)."""
+# ---------------------------------------------------------------- steps
+
+
+class Steps:
+    """The compiled step of a stage, with or without the critic: made when first needed."""
+
+    def __init__(self, settings, game, limits, graphs, critic_optimizer, returns: int):
+        self.strength = 0.0 if returns >= limits.returns else 0.5**returns
+        self.arguments = settings, game, graphs, critic_optimizer
+        self.made = {}
+
+    def __call__(self, stage: stages.Stage, playing: bool):
+        """(networks, batch, frozen) -> (networks, scalars, tokens)."""
+        playing = playing and stage.objective == "pixels" and self.strength > 0
+        key = (stage.begin, playing)
+        if key not in self.made:
+            make = adversarial_step if playing else plain_step
+            options = {"strength": self.strength} if playing else {}
+            self.made[key] = make(*self.arguments, stage, **options)
+        return self.made[key]
+
+
+def plain_step(settings, game, graphs, critic_optimizer, stage):
+    """A step without critic: (networks, batch, frozen) -> (networks, scalars, tokens)."""
+    optimizer, objective = stages.optimizer(settings, stage), OBJECTIVES[stage.objective]
+    weights, graph = {**settings.loss, **stage.loss}, graphs["model"]
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(networks, batch, lpips):
+    def step(networks, batch, frozen):
         model = networks["model"]
-        image_BHW3 = reconstruction.from_uint8(batch["image"])
         key = rng.key(settings.seed, "train", model.step)
 
         def loss(params):
             tokenizer = state.merge(graph, params, model.stats)
-            total, (latents_BPC, _, terms) = forward(settings, tokenizer, image_BHW3, lpips, key)
-            return total, (latents_BPC, terms)
+            return objective(settings, weights, tokenizer, batch, frozen, key)
 
-        gradients, (latents_BPC, terms) = jax.grad(loss, has_aux=True)(model.params)
-        model, scalars = state.apply_gradients(model, gradients, optimizer, ema=settings.ema)
-        model = state.maintained(graph, model, latents_BPC, key=key)
-        return networks | {"model": model}, terms | scalars
+        gradients, aux = jax.grad(loss, has_aux=True)(model.params)
+        latents_BPC, _, terms, tokens_BLG = aux
+        model, scalars = improved(settings, stage, graph, model, gradients, optimizer)
+        model = upkept(stage, graph, model, latents_BPC, key)
+        return networks | {"model": model}, terms | scalars, tokens_BLG
 
     return step
 
 
-def adversarial_step(settings, graphs, optimizers, *, begin_play: int):
-    """A step against the critic. Until `begin_play` only the critic learns from it.
+def adversarial_step(settings, game, graphs, critic_optimizer, stage, *, strength: float):
+    """A step against the critic. Until the game begins only the critic learns from it.
 
     Two pure losses and two states: the critic's gradient stops at the image, the tokenizer's loss
     closes over the critic's parameters.
     """
+    optimizer, objective = stages.optimizer(settings, stage), OBJECTIVES[stage.objective]
+    weights, graph = {**settings.loss, **stage.loss}, graphs["model"]
+    move_critic = adversary.critic_step(game, graphs["critic"], critic_optimizer)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(networks, batch, lpips):
-        model, critic = networks["model"], networks["critic"]
+    def step(networks, batch, frozen):
+        model, critic, averages = (networks[n] for n in ("model", "critic", "averages"))
         image_BHW3 = reconstruction.from_uint8(batch["image"])
         key = rng.key(settings.seed, "train", model.step)
-        judge = state.merge(graphs[1], critic.params, critic.stats)
+        moves = jax.random.fold_in(key, rng.CRITIC)
+
+        def painted(params):
+            tokenizer = state.merge(graph, params, model.stats)
+            return objective(settings, weights, tokenizer, batch, frozen, key)
+
+        seen = {}
+        if game.first == "critic":
+            painted_BHW3 = painted(model.params)[1][1]
+            critic, averages, seen = move_critic(critic, averages, image_BHW3, painted_BHW3, moves)
+        judge = state.merge(graphs["critic"], critic.params, critic.stats)
+        _, look = adversary.views(judge, game, jax.random.fold_in(moves, 1))
 
         def pair(params):
-            tokenizer = state.merge(graphs[0], params, model.stats)
-            total, aux = forward(settings, tokenizer, image_BHW3, lpips, key)
-            return (total, losses.adversarial(judge, aux[1])), aux
+            total, aux = painted(params)
+            return (total, losses.adversarial(look, aux[1], loss=game.painter)), aux
 
-        _, pull, (latents_BPC, painted_BHW3, terms) = jax.vjp(pair, model.params, has_aux=True)
+        _, pull, aux = jax.vjp(pair, model.params, has_aux=True)
+        latents_BPC, painted_BHW3, terms, tokens_BLG = aux
         (faithful,), (pleasing,) = pull((1.0, 0.0)), pull((0.0, 1.0))
-        weight = settings.critic.weight * losses.adaptive_weight(
-            functools.reduce(lambda tree, name: tree[name], LAST_LAYER, faithful),
-            functools.reduce(lambda tree, name: tree[name], LAST_LAYER, pleasing),
+        weight = strength * adversary.weight(
+            game, last_layer(faithful), last_layer(pleasing), model.step, settings.steps
         )
-        weight = jnp.where(model.step >= begin_play, weight, 0.0)
         gradients = jax.tree.map(lambda a, b: a + weight * b, faithful, pleasing)
-        model, scalars = state.apply_gradients(model, gradients, optimizers[0], ema=settings.ema)
-        model = state.maintained(graphs[0], model, latents_BPC, key=key)
-
-        def critic_loss(params):
-            judge = state.merge(graphs[1], params, critic.stats)
-            return losses.critic_loss(judge, image_BHW3, painted_BHW3)
-
-        gradients, seen = jax.grad(critic_loss, has_aux=True)(critic.params)
-        critic, _ = state.apply_gradients(critic, gradients, optimizers[1])
-        networks = networks | {"model": model, "critic": critic}
-        return networks, terms | scalars | seen | {"adversarial_weight": weight}
+        model, scalars = improved(settings, stage, graph, model, gradients, optimizer)
+        model = upkept(stage, graph, model, latents_BPC, key)
+        if game.first == "painter":
+            critic, averages, seen = move_critic(critic, averages, image_BHW3, painted_BHW3, moves)
+        networks = networks | {"model": model, "critic": critic, "averages": averages}
+        scalars = terms | scalars | seen | {"adversarial_weight": weight}
+        return networks, scalars, tokens_BLG
 
     return step
 
 
-def load_lpips(settings):
-    """The perceptual distance when weights are given; None, and said, when they are not."""
-    if settings.loss.perceptual == 0:
-        return None
-    if not settings.perceptual:
-        report.say(
-            "perceptual loss: off, since config.perceptual names no weights (VGG16 and LPIPS "
-            "files, docs/data.md)"
-        )
-        return None
-    return perceptual.load(*settings.perceptual.split(","), read=reader.read)
+def improved(settings, stage, graph, model, gradients, optimizer):
+    """(model, scalars) after the optimizer; what the stage does not train stays."""
+    return state.apply_gradients(
+        model, gradients, optimizer, ema=settings.ema, trained=stage.train
+    )
+
+
+def upkept(stage, graph, model, latents_BPC, key):
+    """The model after its quantizer's upkeep, where the quantizer learns."""
+    if not stages.learns(stage, "quantizer"):
+        return model
+    return state.maintained(graph, model, latents_BPC, key=key)
+
+
+def last_layer(gradients):
+    """The gradient at the last layer of whatever paints the pixels."""
+    tree = gradients["decoder"]
+    tree = tree.get("pixels", tree)
+    return functools.reduce(lambda tree, name: tree[name], LAST_LAYER, tree)
+
+
+# ---------------------------------------------------------------- what is not trained
+
+
+def load_frozen(settings, plan) -> dict:
+    """Feature networks, each when weights are given, said when not; the teacher of a stage."""
+    frozen = {"perceptual": {}}
+    needed = {name for stage in plan for name, w in {**settings.loss, **stage.loss}.items() if w}
+    for name, paths in settings.get("perceptual", {}).items():
+        if name not in needed:
+            continue
+        if not paths:
+            report.say(f"{name}: off, since config.perceptual.{name} names no weights (docs/data.md)")
+            continue
+        files = tuple(paths.split(","))
+        frozen["perceptual"][name] = perceptual.build({name: (1.0, files)}, read=reader.read)
+    if any(stage.objective == "codes" for stage in plan):
+        if not settings.get("teacher"):
+            raise UserError(
+                "a stage of config.stages learns another tokenizer's codes: config.teacher must "
+                "name its checkpoint; import MaskGIT's VQGAN with tokgen import, or train "
+                "configs/tokenizer/maskgit_vqgan.py"
+            )
+        frozen["teacher"] = checkpoint.load_tokenizer(settings.teacher).module
+    return frozen
+
+
+def adopt(graph, model: state.TrainState, teacher) -> state.TrainState:
+    """The model with the teacher's decoder and codebook as its pixel decoder, as TiTok starts."""
+    _, theirs, _ = state.split(teacher)
+    decoder = dict(model.params["decoder"])
+    taken = {"pixels": theirs["decoder"], "codebook": theirs["quantizer"]["codebook"]}
+    for name, tree in taken.items():
+        if jax.tree.map(jnp.shape, decoder[name]) != jax.tree.map(jnp.shape, tree):
+            raise UserError(
+                f"config.decoder.{name} and the teacher's differ in size: give config.decoder the "
+                "widths, blocks and codebook of the teacher"
+            )
+        # copies: the step donates its arrays, and the teacher goes on teaching
+        decoder[name] = jax.tree.map(jnp.copy, tree)
+    params = {**model.params, "decoder": decoder}
+    ema = None if model.ema is None else jax.tree.map(jnp.copy, params)
+    return model.replace(params=params, ema=ema)
+
+
+# ---------------------------------------------------------------- now and then
 
 
 def give_up(values, step: int) -> None:
@@ -228,8 +383,8 @@ def give_up(values, step: int) -> None:
         )
 
 
-def save(run, networks, graph, held_out, log, settings) -> None:
-    """Held-out figures and a grid from the averaged weights, then a checkpoint."""
+def save(run, networks, graph, held_out, log, settings, stage) -> float:
+    """Held-out figures and a grid from the averaged weights, then a checkpoint; squared error."""
     model = networks["model"]
     step = int(jax.device_get(model.step))
     tokenizer = state.merge(graph, state.averaged(model), model.stats)
@@ -243,7 +398,23 @@ def save(run, networks, graph, held_out, log, settings) -> None:
     log.scalars(step, figures, split="held_out")
     log.image(step, "reconstructions", report.beside(image[:32], painted[:32]))
     # on the scale of the loss: what the best checkpoint is chosen by
-    run.save(networks, figures | {"l2": 4 * 10 ** (-figures["psnr_db"] / 10)})
+    error = 4 * 10 ** (-figures["psnr_db"] / 10)
+    run.save(networks, figures | {"l2": error})
+    return error
+
+
+def worse(run, play: int, error: float, limits, returns: int) -> bool:
+    """Whether the game has cost more fidelity than the config allows."""
+    if limits.worse == 0 or returns >= limits.returns:
+        return False
+    before = checkpoint.metrics(run, play).get("l2")
+    if before is None or error <= limits.worse * before:
+        return False
+    report.say(
+        f"held-out squared error {error:.4g} is {error / before:.2f} times that of step {play}, "
+        f"before the critic (config.guard.worse={limits.worse:g})"
+    )
+    return True
 
 
 if __name__ == "__main__":

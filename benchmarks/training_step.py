@@ -21,7 +21,7 @@ from flax import nnx
 import train_generator
 import train_tokenizer
 from tokgen import config, launch, rng, sharding, state
-from tokgen.critics import discriminator
+from tokgen.critics import patchgan
 from tokgen.interfaces import TokenLayout
 
 PACKAGES = ("jax", "flax", "optax", "numpy")
@@ -115,7 +115,7 @@ def training(settings):
             state.optimizer, settings.critic.optimizer, "critic.optimizer", steps=settings.steps
         )
         rival, networks["critic"] = state.create(
-            lambda: discriminator.Discriminator(settings.view.channels, rngs=nnx.Rngs(rngs)),
+            lambda: patchgan.Discriminator(settings.view.channels, rngs=nnx.Rngs(rngs)),
             rival_optimizer,
             mesh=mesh,
         )

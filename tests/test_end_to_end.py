@@ -42,9 +42,9 @@ def get_config(variant=""):
     config.encoder = dict(name="conv", widths=(16,), blocks=1, stem=8, parts="local")
     config.quantizer = dict(name="vq", codes=32, channels=4)
     config.decoder = dict(name="conv", widths=(16,), blocks=1, stem=8, parts="light")
-    config.loss = dict(l1=0.0, l2=1.0, perceptual=0.0, codebook=1.0, commitment=0.25)
-    config.perceptual = ""
-    network = dict(width=8, layers=3, norm="batch")  # the published width compiles for a minute
+    config.loss = dict(l1=0.0, l2=1.0, lpips=0.0, codebook=1.0, commitment=0.25)
+    config.perceptual = dict(lpips="")
+    network = dict(name="patchgan", width=8, layers=3, norm="batch")  # the published width compiles for a minute
     critic = dict(weight=0.0, start=0.0, warmup=0.0, network=network)
     config.critic = dict(critic, optimizer=dict(learning_rate=1e-3))
     config.optimizer = dict(name="adamw", learning_rate=1e-3, warmup=2, weight_decay=0.01)
@@ -213,10 +213,10 @@ def test_perceptual_loss_from_weight_files(place):
         safetensors.numpy.save_file(weights, place / f"{name}.safetensors")
     words = tokenizer_words(place, place / "perceptual", variant="")
     files = f"{place}/trunk.safetensors,{place}/heads.safetensors"
-    program("tokenizer", *words, "--config.steps=2", "--config.loss.perceptual=1.0",
-            f"--config.perceptual={files}")  # fmt: skip
+    program("tokenizer", *words, "--config.steps=2", "--config.loss.lpips=1.0",
+            f"--config.perceptual.lpips={files}")  # fmt: skip
     lines = (place / "perceptual" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[0])["perceptual"] > 0.01
+    assert json.loads(lines[0])["lpips"] > 0.01
 
 
 def test_both_networks_of_the_game_move(tokenizer):

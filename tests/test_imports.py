@@ -24,7 +24,10 @@ PICTURE = {
         *("state", "checkpoint", "data", "losses", "metrics", "report", "config"),
         "pretrained",
     ),
-    ENTRY: ("train_tokenizer", "train_generator", "cli", "commands", "launch", "judge"),
+    ENTRY: (
+        *("train_tokenizer", "train_generator", "cli", "commands", "launch", "judge"),
+        *("stages", "guard", "adversary"),
+    ),
 }
 RANK = {unit: rank for rank, units in PICTURE.items() for unit in units}
 
@@ -32,6 +35,8 @@ RANK = {unit: rank for rank, units in PICTURE.items() for unit in units}
 EXCEPTIONS = {
     ("checkpoint", "state"): "a checkpoint holds TrainStates",
     ("checkpoint", "config"): "the config inside a checkpoint rebuilds its module",
+    ("checkpoint", "pretrained"): "imported weights become a checkpoint, and an export again",
+    ("pretrained", "losses"): "a fixture holds losses, too",
     ("pretrained", "state"): "a published checkpoint becomes a tokgen one",
     ("pretrained", "checkpoint"): "a published checkpoint becomes a tokgen one",
     ("pretrained", "config"): "a published checkpoint comes with the config that rebuilds it",
@@ -44,6 +49,7 @@ EXCEPTIONS = {
 
 # Symbols that may be imported from a module, with the reason: ("tokgen.module", "Symbol").
 SYMBOLS = {
+    ("tokgen.pretrained.system", "System"): "what every file of pretrained is a list of",
     ("tokgen.nn.precision", "Precision"): "a type in nearly every signature of nn",
     ("tokgen.nn.parts", "Parts"): "the transformer's argument is called parts, as its module",
 }
@@ -54,6 +60,8 @@ VOCABULARY = "tokgen.interfaces"
 DYNAMIC = {
     "tokgen.cli": "the chosen subcommand",
     "tokgen.config": "the file that a config names",
+    "tokgen.pretrained.system": "every file of its folder",
+    "tokgen.quantizers.multiscale": "the quantizer that it is given by name",
 }
 
 # Nothing that was read from a file may be executed.

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 import train_generator
 import train_tokenizer
 from tokgen import config, interfaces, rng, sharding, state
-from tokgen.critics import discriminator
+from tokgen.critics import patchgan
 from tokgen.generators import autoregressive
 from tokgen.nn import positions
 from tokgen.nn.precision import FLOAT32
@@ -47,10 +47,10 @@ def _networks():
                 return config.generator(settings, pair, 10, rngs=nnx.Rngs(0))
 
             yield f"{reference} with {places} places", make
-    for norm in discriminator.NORMS:
+    for norm in patchgan.NORMS:
         yield (
             f"discriminator with {norm} norm",
-            lambda norm=norm: discriminator.Discriminator(3, norm=norm, rngs=nnx.Rngs(0)),
+            lambda norm=norm: patchgan.Discriminator(3, norm=norm, rngs=nnx.Rngs(0)),
         )
 
 

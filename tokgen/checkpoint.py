@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -32,6 +33,7 @@ from tokgen import config as configs
 from tokgen import rng, sharding
 from tokgen import state as states
 from tokgen.interfaces import PyTree, TokenLayout, UserError
+from tokgen.pretrained import reader, transfer, writer
 
 FORMAT = 1
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)  # of damaged files
@@ -131,7 +133,7 @@ class Run:
         """Begin to save; the previous save is committed and announced first."""
         self.wait()
         leaves = states.paths(states_by_name)
-        step = int(jax.device_get(next(iter(states_by_name.values())).step))
+        step = int(jax.device_get(states_by_name["model"].step))
         meta = {
             **self.meta,
             "format": FORMAT,
@@ -174,11 +176,14 @@ def start(
     data: str,
     tokenizer: dict | None = None,
     tokens: dict | None = None,
+    source: dict | None = None,
+    kept: tuple[int, ...] = (),
 ) -> Run:
     """Open the checkpoints of a work directory; `best` is the metric of which less is better.
 
     `data` is the fingerprint of the training data. `tokenizer` and `tokens` say what a generator
-    was trained with and on, see `reference`.
+    was trained with and on, see `reference`; `source` where imported weights come from. Steps of
+    `kept` are never deleted to make room.
     """
     policy = ocp.checkpoint_managers.AnyPreservationPolicy(
         [
@@ -189,6 +194,7 @@ def start(
                 n=max(1, config.keep.best),
                 reverse=True,
             ),
+            ocp.checkpoint_managers.CustomSteps(kept),
         ]
     )
     manager = ocp.CheckpointManager(
@@ -205,6 +211,7 @@ def start(
         "tokenizer": tokenizer,
         "tokens": tokens,
         "best": best,
+        "source": source,
     }
     return Run(workdir, manager, config, meta)
 
@@ -234,6 +241,9 @@ def resume_or_start(
             for path, leaf in wanted.items()
             if path.split("/")[1] in ("params", "ema", "stats")
         }
+        if not any(path.startswith("model/ema/") for path in meta["manifest"]):
+            # imported weights may have no average: it begins as the parameters
+            taken = {p: leaf for p, leaf in taken.items() if p.split("/")[1] != "ema"}
         missing = sorted(set(taken) - set(meta["manifest"]))
         if missing:
             raise UserError(
@@ -241,8 +251,31 @@ def resume_or_start(
                 f"{' ...' if len(missing) > 5 else ''}"
             )
         leaves = {**wanted, **_restore(step, taken, meta)}
+        for path in set(wanted) - set(taken):
+            name, part, *rest = path.split("/")
+            if part == "ema":
+                leaves[path] = leaves["/".join((name, "params", *rest))].astype(jnp.float32)
         return _unflatten(states_by_name, leaves), f"started from the parameters of {step}"
     return states_by_name, f"started a new run in {run.workdir}"
+
+
+def latest(run: Run) -> int | None:
+    """The last step that a run has saved."""
+    return max(run.manager.all_steps(), default=None)
+
+
+def metrics(run: Run, step: int) -> dict[str, float]:
+    """The figures that were saved with a step; none where it is gone."""
+    folder = run.workdir / FOLDER / str(step)
+    return read_meta(folder)["metrics"] if folder.exists() else {}
+
+
+def drop_after(run: Run, step: int) -> None:
+    """Forget all later steps, the last first: a kill in between leaves a run to go on from."""
+    run.wait()
+    for later in sorted(run.manager.all_steps(), reverse=True):
+        if later > step:
+            run.manager.delete(later)
 
 
 def _same_run(meta: dict, run: Run, step: pathlib.Path) -> None:
@@ -453,6 +486,49 @@ def _unflatten(tree: PyTree, leaves: dict[str, jax.Array]) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(tree), ordered)
 
 
+# ---------------------------------------------------------------- imports
+
+
+ASIDE = "aside.safetensors"  # in an imported step: arrays that have no place in our model
+
+
+def save_imported(workdir: pathlib.Path, imported, source: dict) -> pathlib.Path:
+    """A checkpoint of step 0 of a `pretrained.transfer.Imported`; its folder."""
+    _, params, stats = states.split(imported.module)
+    average = None if imported.average is None else states.split(imported.average)[1]
+    zero = jnp.zeros((), jnp.int32)
+    state = states.TrainState(zero, zero, params, stats, optax.EmptyState(), average)
+    with lock(workdir):
+        run = start(
+            workdir,
+            imported.config,
+            kind="tokenizer",
+            layout=imported.module.layout,
+            classes=(),
+            best="imported",
+            data="",
+            source=source,
+        )
+        run.save({"model": state}, {"imported": 0.0})
+        run.manager.wait_until_finished()
+        step = workdir / FOLDER / "0"
+        if imported.aside:
+            writer.write(step / ASIDE, imported.aside, form="safetensors")
+        run.close()
+    return step
+
+
+def load_imported(path: str | os.PathLike) -> tuple[Loaded, transfer.Imported]:
+    """(a tokenizer for use, the same with live and averaged weights apart and what lay aside)."""
+    loaded = load_tokenizer(path)
+    has = {p.split("/")[1] for p in loaded.meta["manifest"] if p.startswith("model/")}
+    live = _load(path, "tokenizer", "", which="params").module if "ema" in has else loaded.module
+    average = loaded.module if "ema" in has else None
+    file = loaded.step / ASIDE
+    aside = reader.read(file) if file.exists() else {}
+    return loaded, transfer.Imported(loaded.config, live, average, aside)
+
+
 # ---------------------------------------------------------------- loading for use
 
 
@@ -462,7 +538,7 @@ class Loaded:
 
     module: nnx.Module
     config: ml_collections.ConfigDict
-    layout: TokenLayout
+    layout: TokenLayout | None  # None: a continuous bottleneck
     classes: tuple[str, ...]
     step: pathlib.Path
     meta: dict
@@ -515,7 +591,7 @@ def check_tokenizer(tokenizer: Loaded, fingerprint: str, whose: str) -> None:
         )
 
 
-def _load(path: str | os.PathLike, kind: str, compute: str) -> Loaded:
+def _load(path: str | os.PathLike, kind: str, compute: str, which: str = "") -> Loaded:
     step = find(path)
     meta = read_meta(step)
     if meta["kind"] != kind:
@@ -523,7 +599,8 @@ def _load(path: str | os.PathLike, kind: str, compute: str) -> Loaded:
     config = ml_collections.ConfigDict(meta["config"])
     if compute:
         config.precision.compute = compute
-    layout, classes = TokenLayout.from_json(meta["layout"]), tuple(meta["classes"])
+    layout = TokenLayout.from_json(meta["layout"]) if meta["layout"] else None
+    classes = tuple(meta["classes"])
     key = rng.key(0, "init")
     if kind == "tokenizer":
 
@@ -535,7 +612,8 @@ def _load(path: str | os.PathLike, kind: str, compute: str) -> Loaded:
             return configs.generator(config, layout, len(classes), rngs=nnx.Rngs(key))
 
     graph, params, stats = states.split(nnx.eval_shape(make))
-    which = "ema" if any(p.startswith("model/ema/") for p in meta["manifest"]) else "params"
+    averaged = any(p.startswith("model/ema/") for p in meta["manifest"])
+    which = which or ("ema" if averaged else "params")
     mesh = sharding.make_mesh()
     whole = sharding.replicated(mesh)
     wanted = {f"model/{which}/{p}": leaf for p, leaf in states.paths(params).items()}

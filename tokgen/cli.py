@@ -11,6 +11,7 @@ import difflib
 import importlib
 import importlib.metadata
 import itertools
+import keyword
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,9 @@ COMMANDS = {
     "sample": "draw images with a trained generator",
     "reconstruct": "put images through a tokenizer and show them beside the originals",
     "evaluate": "measure a tokenizer's reconstructions or a generator's held-out likelihood",
+    "import": "turn published weights into a checkpoint",
+    "export": "write a checkpoint as safetensors, and in the form of its published system",
+    "parity": "hold published weights and outputs against our model, array by array",
     "checkpoint": "show what is in a checkpoint, and verify it",
 }
 
@@ -119,7 +123,8 @@ def _unknown(name: str) -> str:
 
 
 def _run(name: str, words: Sequence[str]) -> None:
-    command = importlib.import_module(f"tokgen.commands.{name}")
+    file = f"{name}_" if keyword.iskeyword(name) else name
+    command = importlib.import_module(f"tokgen.commands.{file}")
     parser = argparse.ArgumentParser(
         prog=f"tokgen {name}", description=command.__doc__, allow_abbrev=False
     )

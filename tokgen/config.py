@@ -24,9 +24,14 @@ from tokgen.interfaces import TokenLayout, UserError
 # Sections that name a class: the package, the class, and the arguments that come from elsewhere.
 CLASSES = {
     "data": ("data", "Source", ("split",)),
-    "encoder": ("tokenizers", "Encoder", ("channels", "latent", "precision", "rngs")),
+    "encoder": ("tokenizers", "Encoder", ("channels", "latent", "size", "precision", "rngs")),
     "quantizer": ("quantizers", "Quantizer", ("grid", "rngs")),
-    "decoder": ("tokenizers", "Decoder", ("channels", "latent", "grid", "precision", "rngs")),
+    "decoder": (
+        "tokenizers",
+        "Decoder",
+        ("channels", "latent", "grid", "size", "precision", "rngs"),
+    ),
+    "critic.network": ("critics", "Discriminator", ("channels", "size", "rngs")),
     "generator": (
         "generators",
         "Generator",
@@ -169,16 +174,13 @@ def check(settings: Any, **functions: tuple[Callable, tuple[str, ...]]) -> None:
     arguments that come from elsewhere.
     """
     problems = []
-    for kind, (_, _, context) in CLASSES.items():
-        if kind in settings and (kind != "data" or "name" in settings[kind]):
-            section = {key: value for key, value in settings[kind].items() if key != "rates"}
-            try:
-                target = named(section, kind)
-            except UserError as error:
-                problems.append(str(error))
-                continue
-            section.pop("name")
-            problems += _mismatches(target, section, context, kind)
+    for kind in CLASSES:
+        section = settings
+        for name in kind.split("."):
+            section = section.get(name) if section else None
+        # data may be a folder of token shards, an empty network that of no critic
+        if section and (kind not in ("data", "critic.network") or "name" in section):
+            problems += _section_problems(section, kind)
     for path, (function, context) in functions.items():
         section, path = settings, path.replace("__", ".")
         for name in path.split("."):
@@ -187,12 +189,38 @@ def check(settings: Any, **functions: tuple[Callable, tuple[str, ...]]) -> None:
     _raise(problems)
 
 
+def _section_problems(section: Any, kind: str) -> list[str]:
+    """Of a section that names a class, and of the sections with names in it."""
+    context = CLASSES[kind][2]
+    try:
+        target = named(section, kind)
+    except UserError as error:
+        return [str(error)]
+    arguments = {key: value for key, value in section.items() if key not in ("name", "rates")}
+    inner = {key: value for key, value in arguments.items() if _is_named(value)}
+    free = [name for name in context if name not in arguments]
+    problems = _mismatches(target, arguments, free, kind)
+    for value in inner.values():
+        problems += _section_problems(value, kind)
+    return problems
+
+
 def build(section: Any, kind: str, **context: Any) -> Any:
-    """An instance of what the section names; `context` holds what the config need not say."""
+    """An instance of what the section names; `context` holds what the config need not say.
+
+    A section may hold sections with names of their own (a decoder made of two): they are built
+    first, and may state for themselves what the context says of the whole.
+    """
     target = named(section, kind)
     arguments = {key: _plain(value) for key, value in section.items() if key != "name"}
-    problems = _mismatches(target, arguments, context, kind)
-    _raise(problems)
+    context = {name: value for name, value in context.items() if name not in arguments}
+    _raise(_mismatches(target, arguments, context, kind))
+    for key, value in arguments.items():
+        if _is_named(value):
+            own = {name: item for name, item in context.items() if name not in value}
+            arguments[key] = build(value, kind, **own)
+    wanted = _parameters(target)
+    context = {name: value for name, value in context.items() if name in wanted}
     try:
         return target(**arguments, **context)
     except UserError:
@@ -201,12 +229,22 @@ def build(section: Any, kind: str, **context: Any) -> Any:
         raise UserError(f"config section {kind!r}: {error}") from error
 
 
-def _mismatches(target: Callable, arguments: Any, context: Any, kind: str) -> list[str]:
-    """Unknown and missing arguments of one section."""
+def _is_named(value: Any) -> bool:
+    return isinstance(value, dict | ml_collections.ConfigDict) and "name" in value
+
+
+def _parameters(target: Callable) -> dict[str, inspect.Parameter]:
     # of __init__: the metaclass of nnx modules hides it behind (*args, **kwargs)
     function = target.__init__ if inspect.isclass(target) else target
-    parameters = inspect.signature(function).parameters
-    free = [name for name in parameters if name not in context and name != "self"]
+    parameters = dict(inspect.signature(function).parameters)
+    parameters.pop("self", None)
+    return parameters
+
+
+def _mismatches(target: Callable, arguments: Any, context: Any, kind: str) -> list[str]:
+    """Unknown and missing arguments of one section."""
+    parameters = _parameters(target)
+    free = [name for name in parameters if name not in context]
     problems = []
     for name in arguments:
         if name not in free:
@@ -257,18 +295,17 @@ def tokenizer(config: Any, *, rngs):
 
     at = call(precision.Precision, config["precision"], "precision")
     size, channels = tuple(config["view"]["size"]), config["view"]["channels"]
-    geometry = importlib.import_module(named(config["encoder"], "encoder").__module__)
-    stem = config["encoder"].get("stem", 1)
+    encoder = named(config["encoder"], "encoder")
     try:
-        grid = geometry.grid(size, tuple(config["encoder"]["widths"]), stem)
+        grid = encoder.grid(size, **_plain(config["encoder"]))
     except ValueError as error:
         raise UserError(f"config section 'encoder': {error}") from error
     quantizer = build(config["quantizer"], "quantizer", grid=grid, rngs=rngs)
-    context = dict(channels=channels, latent=quantizer.channels, precision=at, rngs=rngs)
+    context = dict(channels=channels, size=size, precision=at, rngs=rngs)
     return tokenizers.Tokenizer(
-        build(config["encoder"], "encoder", **context),
+        build(config["encoder"], "encoder", latent=quantizer.inputs, **context),
         quantizer,
-        build(config["decoder"], "decoder", grid=grid, **context),
+        build(config["decoder"], "decoder", latent=quantizer.channels, grid=grid, **context),
         pixels=tuple(config["pixels"]),
     )
 

@@ -1,16 +1,17 @@
 """Losses of tokenizers: reconstruction and the two sides of the adversarial game.
 
-Images are in [0, 1]; errors are measured in [-1, 1], the range of the published weights.
+Images are in [0, 1]; errors are measured in [-1, 1], the range of the published weights. A config
+names the sides; where systems differ by a factor, the name says so or the weight does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
-from tokgen.interfaces import Array
+from tokgen.interfaces import Array, UserError
 
 
 def reconstruction(image_BHW3: Array, painted_BHW3: Array) -> dict[str, Array]:
@@ -21,7 +22,22 @@ def reconstruction(image_BHW3: Array, painted_BHW3: Array) -> dict[str, Array]:
 
 def hinge_discriminator(real: Array, fake: Array) -> Array:
     """(mean relu(1 - real) + mean relu(1 + fake)) / 2, arXiv:1705.02894."""
-    return 0.5 * (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake)))
+    return 0.5 * hinge_sum_discriminator(real, fake)
+
+
+def hinge_sum_discriminator(real: Array, fake: Array) -> Array:
+    """mean relu(1 - real) + mean relu(1 + fake): the hinge of MaskGIT and VAR, without the half."""
+    return jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake))
+
+
+def vanilla_discriminator(real: Array, fake: Array) -> Array:
+    """(mean softplus(-real) + mean softplus(fake)) / 2: half of `non_saturating`; VQGAN."""
+    return 0.5 * non_saturating_discriminator(real, fake)
+
+
+def non_saturating_discriminator(real: Array, fake: Array) -> Array:
+    """mean softplus(-real) + mean softplus(fake), arXiv:1406.2661."""
+    return jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))
 
 
 def hinge_generator(fake: Array) -> Array:
@@ -29,25 +45,146 @@ def hinge_generator(fake: Array) -> Array:
     return -jnp.mean(fake)
 
 
-def critic_loss(critic: Callable, image_BHW3: Array, painted_BHW3: Array) -> tuple[Array, dict]:
-    """What the critic descends. The painter gets no gradient: it is cut here, in the interface."""
+def non_saturating_generator(fake: Array) -> Array:
+    """mean softplus(-fake), arXiv:1406.2661."""
+    return jnp.mean(jax.nn.softplus(-fake))
+
+
+def pooled_generator(fake: Array) -> Array:
+    """Mean over images of softplus(-mean of its logits): Open-MAGVIT2, arXiv:2409.04410."""
+    return jnp.mean(jax.nn.softplus(-fake.reshape(len(fake), -1).mean(1)))
+
+
+DISCRIMINATOR: Mapping[str, Callable[[Array, Array], Array]] = {
+    "hinge": hinge_discriminator,
+    "hinge_sum": hinge_sum_discriminator,
+    "vanilla": vanilla_discriminator,
+    "non_saturating": non_saturating_discriminator,
+}
+GENERATOR: Mapping[str, Callable[[Array], Array]] = {
+    "hinge": hinge_generator,
+    "non_saturating": non_saturating_generator,
+    "pooled": pooled_generator,
+}
+
+
+def averages() -> dict[str, Array]:
+    """The running averages that LeCam needs, as they start."""
+    return {"real": jnp.zeros(()), "fake": jnp.zeros(())}
+
+
+def moved(
+    averages: Mapping[str, Array], real: Array, fake: Array, decay: float = 0.999
+) -> dict[str, Array]:
+    """The averages after one more batch of logits (or their means); constants for the gradient."""
+    seen = jax.lax.stop_gradient({"real": jnp.mean(real), "fake": jnp.mean(fake)})
+    return {name: decay * averages[name] + (1 - decay) * seen[name] for name in seen}
+
+
+def lecam_means(real: Array, fake: Array, averages: Mapping[str, Array]) -> Array:
+    """Eq. 5 of arXiv:2104.03310 on the batch's means, averages not yet moved: MaskBit, TiTok."""
+    return lecam(jnp.mean(real), jnp.mean(fake), averages)
+
+
+def lecam_logits(
+    real: Array, fake: Array, averages: Mapping[str, Array], decay: float = 0.999
+) -> Array:
+    """The same of each logit, against averages that have seen the batch: Open-MAGVIT2, IBQ."""
+    return lecam(real, fake, moved(averages, real, fake, decay))
+
+
+def lecam(real: Array, fake: Array, averages: Mapping[str, Array]) -> Array:
+    """mean relu(real - average fake)^2 + mean relu(average real - fake)^2."""
+    above = jax.nn.relu(real - averages["fake"])
+    below = jax.nn.relu(averages["real"] - fake)
+    return jnp.mean(above * above) + jnp.mean(below * below)
+
+
+LECAM: Mapping[str, Callable[[Array, Array, Mapping[str, Array]], Array]] = {
+    "means": lecam_means,
+    "logits": lecam_logits,
+}
+
+
+def r1(critic: Callable, image_BHW3: Array) -> Array:
+    """Mean over images of the squared length of d logit / d image, Eq. 9 of arXiv:1801.04406.
+
+    The image is in [0, 1]. MaskGIT's penalty is this at weight 10, not halved.
+    """
+    gradient_BHW3 = jax.grad(lambda image: jnp.sum(critic(2 * image - 1)))(
+        image_BHW3.astype(jnp.float32)
+    )
+    return jnp.mean(jnp.sum(gradient_BHW3 * gradient_BHW3, (1, 2, 3)))
+
+
+def critic_loss(
+    critic: Callable,
+    image_BHW3: Array,
+    painted_BHW3: Array,
+    averages: Mapping[str, Array] | None = None,
+    *,
+    loss: str = "hinge",
+    lecam: str = "means",
+    lecam_weight: float = 0.0,
+    r1_weight: float = 0.0,
+) -> tuple[Array, dict[str, Array]]:
+    """What the critic descends. The painter gets no gradient: it is cut here, in the interface.
+
+    `averages` are those before the step; the caller moves them by `moved(averages,
+    seen["critic_real"], seen["critic_fake"])`. A weight of zero leaves its term out.
+    """
     painted_BHW3 = jax.lax.stop_gradient(painted_BHW3)
     real, fake = critic(2 * image_BHW3 - 1), critic(2 * painted_BHW3 - 1)
-    loss = hinge_discriminator(real, fake)
-    return loss, {"critic": loss, "critic_real": jnp.mean(real), "critic_fake": jnp.mean(fake)}
+    total = named(DISCRIMINATOR, loss, "loss of the critic")(real, fake)
+    seen = {"critic_real": jnp.mean(real), "critic_fake": jnp.mean(fake)}
+    if lecam_weight > 0:
+        if averages is None:
+            raise ValueError("LeCam needs running averages; found none: pass losses.averages()")
+        seen["lecam"] = named(LECAM, lecam, "form of LeCam")(real, fake, averages)
+        total = total + lecam_weight * seen["lecam"]
+    if r1_weight > 0:
+        seen["r1"] = r1(critic, image_BHW3)
+        total = total + r1_weight * seen["r1"]
+    return total, {"critic": total, **seen}
 
 
-def adversarial(critic: Callable, painted_BHW3: Array) -> Array:
+def adversarial(critic: Callable, painted_BHW3: Array, *, loss: str = "hinge") -> Array:
     """What the painter descends. `critic` closes over constants: its parameters get no gradient."""
-    return hinge_generator(critic(2 * painted_BHW3 - 1))
+    return named(GENERATOR, loss, "loss of the painter")(critic(2 * painted_BHW3 - 1))
 
 
-def adaptive_weight(reconstruction_gradient: Array, adversarial_gradient: Array) -> Array:
-    """|d reconstruction / d w| / |d adversarial / d w| at the last layer, clamped to [0, 1e4].
+def named(table: Mapping[str, Callable], name: str, what: str) -> Callable:
+    """The function that a config names."""
+    if name not in table:
+        raise UserError(f"{what} must be one of {', '.join(table)}; found {name!r}")
+    return table[name]
 
-    Eq. 7 of arXiv:2012.09841; a constant for the gradient.
+
+def adaptive_weight(
+    reconstruction_gradient: Array,
+    adversarial_gradient: Array,
+    *,
+    limit: float = 1e4,
+    floor: float = 0.0,
+    epsilon: float = 1e-4,
+) -> Array:
+    """|d reconstruction / d w| / |d adversarial / d w| at the last layer, clamped to its limits.
+
+    Eq. 7 of arXiv:2012.09841; a constant for the gradient. VAR: floor 0.015, epsilon 1e-6.
     """
     ratio = jnp.linalg.norm(reconstruction_gradient) / (
-        jnp.linalg.norm(adversarial_gradient) + 1e-4
+        jnp.linalg.norm(adversarial_gradient) + epsilon
     )
-    return jax.lax.stop_gradient(jnp.clip(ratio, 0, 1e4))
+    return jax.lax.stop_gradient(jnp.clip(ratio, floor, limit))
+
+
+def consistency(logits: Array, augmented_logits: Array) -> Array:
+    """Mean squared difference of the critic's opinions on two views, arXiv:1910.12027."""
+    return jnp.mean(jnp.square(logits - augmented_logits))
+
+
+def code_cross_entropy(logits: Array, tokens: Array) -> Array:
+    """Mean nats of codes [B, P, 1] under logits [B, P, V]: TiTok's first stage."""
+    # float32: a log-sum of exponentials in bfloat16 has three significant digits
+    logs_BPV = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    return -jnp.mean(jnp.take_along_axis(logs_BPV, tokens, axis=-1))

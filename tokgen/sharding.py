@@ -26,10 +26,18 @@ TABLE = (
     (r"mlp/down/kernel", "FD"),
     (r"symbols/table", "GVD"),
     (r"head/kernel", "DGV"),
+    (r"readout/kernel", "D."),
+    (r"embed/kernel", ".D"),
+    (r"head/hidden/kernel", "DF"),
+    (r"head/logits/kernel", "FV"),
+    (r"head/patches/kernel", "D."),
+    (r"trunk/.+", "."),  # frozen feature networks of critics
     (r"codebook", ".."),  # every device measures distances to the whole codebook
     (r"table", ".D"),  # labels, positions
     (r"(conv\w*|convs/\d+|first|last)/kernel", "...."),  # small: replicated
-    (r"(scale|bias|token|counts|sums|ns_coeffs)", "."),
+    (r"(scale|shift|hidden|logits|dense\w*)/kernel", ".."),
+    (r"(scale|bias|token|counts|sums|updates|ns_coeffs)", "."),
+    (r"(direction|mean|variance)", "."),
 )
 
 # Letter -> mesh axis of the weights.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 import jax
@@ -14,6 +15,7 @@ from tokgen import rng, sharding
 from tokgen.interfaces import Array, PyTree, Statistic
 
 PATIENCE = 10  # non-finite steps in a row after which a run stops
+KERNELS = r"(.*/)?kernel"
 
 
 @struct.dataclass
@@ -47,10 +49,10 @@ def statistics(module: nnx.Module) -> PyTree:
 def paths(tree: PyTree) -> dict[str, PyTree]:
     """Leaves by path, as `params/encoder/conv_in/kernel`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {"/".join(_entry(key) for key in path): leaf for path, leaf in leaves}
+    return {"/".join(entry(key) for key in path): leaf for path, leaf in leaves}
 
 
-def _entry(key) -> str:
+def entry(key) -> str:
     for attribute in ("name", "key", "idx"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
@@ -58,19 +60,33 @@ def _entry(key) -> str:
 
 
 def schedule(
-    learning_rate: float, steps: int, *, warmup: int = 0, decay: str = "cosine", final: float = 0.0
+    learning_rate: float,
+    steps: int,
+    *,
+    warmup: int = 0,
+    decay: str = "cosine",
+    final: float = 0.0,
+    drops: tuple[float, ...] = (),
+    begin: int = 0,
 ) -> Callable[[Array], Array]:
-    """Learning rate of a global step: linear warm-up, then constant or cosine down to `final`."""
+    """Learning rate of a global step: linear warm-up, then constant or cosine down to `final`.
+
+    At each of `drops`, shares of the steps, it falls to a tenth. `begin` is the global step at
+    which the schedule starts.
+    """
     if decay not in ("cosine", "constant"):
         raise ValueError(f"decay must be cosine or constant; found {decay!r}")
 
     def rate(step: Array) -> Array:
-        step = jnp.asarray(step, jnp.float32)
-        ramp = jnp.minimum((step + 1) / max(warmup, 1), 1.0)
+        step = jnp.asarray(step, jnp.float32) - begin
+        fallen = sum(jnp.where(step >= drop * steps, 1.0, 0.0) for drop in drops)
+        tenths = 0.1 ** jnp.asarray(fallen, jnp.float32)
+        ramp = jnp.clip((step + 1) / max(warmup, 1), 0, 1)
         if decay == "constant":
-            return learning_rate * ramp
+            return learning_rate * ramp * tenths
         progress = jnp.clip((step - warmup) / max(steps - warmup, 1), 0, 1)
-        return learning_rate * ramp * (final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress)))
+        cosine = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        return learning_rate * ramp * tenths * cosine
 
     return rate
 
@@ -95,12 +111,18 @@ def optimizer(
     warmup: int = 0,
     decay: str = "cosine",
     final: float = 0.0,
+    drops: tuple[float, ...] = (),
+    begin: int = 0,
     b1: float = 0.9,
     b2: float = 0.95,
     weight_decay: float = 0.0,
+    decayed: str = KERNELS,
     clip: float = 1.0,
 ) -> Optimizer:
-    """Clip, AdamW or Muon, decay of matrices only (no norms, biases, embeddings, codebooks)."""
+    """Clip, AdamW or Muon, decay of the parameters whose path matches `decayed`.
+
+    By default these are the matrices: no norms, biases, embeddings, codebooks.
+    """
     if learning_rate <= 0 or clip < 0 or weight_decay < 0:
         raise ValueError(
             "optimizer needs learning_rate > 0, clip >= 0 (0: off) and weight_decay >= 0; found "
@@ -112,10 +134,18 @@ def optimizer(
     links = [optax.clip_by_global_norm(clip)] if clip else []
     links.append(moments[name](b1, b2))
     if weight_decay:
-        links.append(optax.add_decayed_weights(weight_decay, mask=_is_matrix))
-    return Optimizer(
-        optax.chain(*links),
-        schedule(learning_rate, steps, warmup=warmup, decay=decay, final=final),
+        links.append(
+            optax.add_decayed_weights(weight_decay, mask=lambda params: matching(params, decayed))
+        )
+    options = dict(warmup=warmup, decay=decay, final=final, drops=drops, begin=begin)
+    return Optimizer(optax.chain(*links), schedule(learning_rate, steps, **options))
+
+
+def matching(tree: PyTree, pattern: str) -> PyTree:
+    """Which leaves have a path that the pattern matches whole."""
+    compiled = re.compile(pattern)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: compiled.fullmatch("/".join(map(entry, path))) is not None, tree
     )
 
 
@@ -143,7 +173,7 @@ def _muon(b1: float, b2: float) -> optax.GradientTransformation:
 
 
 def _in_blocks(path) -> bool:
-    names = [_entry(key) for key in path]
+    names = [entry(key) for key in path]
     return "blocks" in names and names[-1] == "kernel"
 
 
@@ -152,20 +182,16 @@ def _matrices(params: PyTree) -> PyTree:
 
     def of(path, leaf):
         axes = tuple(range(1, leaf.ndim))
-        inputs = 2 if _entry(path[-2]) == "out" else 1  # NK -> D, against D -> NK, F
+        inputs = 2 if entry(path[-2]) == "out" else 1  # NK -> D, against D -> NK, F
         return optax.contrib.MuonDimensionNumbers(axes[:inputs], axes[inputs:])
 
     return jax.tree_util.tree_map_with_path(of, params)
 
 
 def _adam_sized(path, update: Array) -> Array:
-    inputs = 2 if _entry(path[-2]) == "out" else 1
+    inputs = 2 if entry(path[-2]) == "out" else 1
     sides = math.prod(update.shape[1 : 1 + inputs]), math.prod(update.shape[1 + inputs :])
     return update * (0.2 * max(sides) ** 0.5)
-
-
-def _is_matrix(params: PyTree) -> PyTree:
-    return jax.tree_util.tree_map_with_path(lambda path, _: _entry(path[-1]) == "kernel", params)
 
 
 def create(
@@ -194,28 +220,54 @@ def create(
     return graph, jax.jit(init, out_shardings=layout)()
 
 
+def restarted(
+    state: TrainState, optimizer: Optimizer, *, mesh: jax.sharding.Mesh, strategy: str = "data"
+) -> TrainState:
+    """The state with the moments of a new optimizer, as a stage of training begins."""
+
+    def init(state: TrainState) -> TrainState:
+        return state.replace(opt_state=optimizer.chain.init(state.params))
+
+    layout = shardings(jax.eval_shape(init, state), mesh, strategy)
+    return jax.jit(init, out_shardings=layout)(state)
+
+
 def shardings(state: PyTree, mesh: jax.sharding.Mesh, strategy: str) -> PyTree:
     """The sharding of every leaf: moments and averages carry the path of their parameter."""
 
     def of(path, leaf):
         if leaf.ndim == 0:
             return sharding.replicated(mesh)
-        return sharding.of_parameter("/".join(map(_entry, path)), leaf.shape, strategy, mesh)
+        return sharding.of_parameter("/".join(map(entry, path)), leaf.shape, strategy, mesh)
 
     return jax.tree_util.tree_map_with_path(of, state)
 
 
 def apply_gradients(
-    state: TrainState, gradients: PyTree, optimizer: Optimizer, *, ema: float = 0.0
+    state: TrainState,
+    gradients: PyTree,
+    optimizer: Optimizer,
+    *,
+    ema: float = 0.0,
+    trained: str = ".*",
 ) -> tuple[TrainState, dict[str, Array]]:
-    """(the next state, scalars). A step whose gradient is not finite changes nothing but `step`."""
-    gradients = _float32(gradients)
+    """(the next state, scalars). A step whose gradient is not finite changes nothing but `step`.
+
+    Parameters whose path does not match `trained` stay as they are, and out of the norm.
+    """
+    moving = matching(state.params, trained)
+    gradients = jax.tree.map(
+        lambda g, moves: g if moves else jnp.zeros_like(g), _float32(gradients), moving
+    )
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm)
     rate = optimizer.rate(state.step)
     updates, opt_state = optimizer.chain.update(gradients, state.opt_state, state.params)
     params = jax.tree.map(
-        lambda p, u: (p.astype(jnp.float32) - rate * u).astype(p.dtype), state.params, updates
+        lambda p, u, moves: (p.astype(jnp.float32) - rate * u).astype(p.dtype) if moves else p,
+        state.params,
+        updates,
+        moving,
     )
     average = state.ema
     if average is not None:

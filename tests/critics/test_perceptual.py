@@ -164,3 +164,48 @@ def test_published_lpips_is_reproduced(kind):
 
 def _close(array, wanted, tolerance):
     np.testing.assert_allclose(array, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+
+
+class Judge(nnx.Module):
+    """Two logits that can be followed by hand."""
+
+    def __call__(self, image_BHW3):
+        half = image_BHW3.shape[1] // 2
+        upper = image_BHW3[:, :half].mean((1, 2, 3))
+        return jnp.stack([upper, jnp.square(image_BHW3).mean((1, 2, 3))], 1)
+
+
+@pytest.mark.parametrize("size", [(40, 36), (300, 240)])
+def test_logits_are_compared_of_images_resized_as_published(size):
+    """PIL's triangle, smoothed where it shrinks: jax.image.resize has the same definition."""
+    a, b = _image(0, 2, *size, 3), _image(1, 2, *size, 3)
+    judge = Judge()
+    at_224 = [
+        judge(jax.image.resize(x, (2, 224, 224, 3), "linear", antialias=True)) for x in (a, b)
+    ]
+    wanted = np.square(np.asarray(at_224[0] - at_224[1])).sum(1) / 2
+    np.testing.assert_allclose(perceptual.Logits(judge)(a, b), wanted, rtol=1e-4)
+    with pytest.raises(interfaces.UserError, match="of one size"):
+        perceptual.Logits(judge)(a, b[:1])
+
+
+def test_distances_are_weighted_and_added():
+    a, b = _image(0, 2, 8, 8, 3), _image(1, 2, 8, 8, 3)
+    logits = perceptual.Logits(Judge())
+    both = perceptual.Sum([_toy(), logits], (1.0, 0.1))
+    np.testing.assert_allclose(both(a, b), _toy()(a, b) + 0.1 * logits(a, b), rtol=1e-6)
+    with pytest.raises(ValueError, match="2 distances and 1 weights"):
+        perceptual.Sum([_toy(), logits], (1.0,))
+
+
+def test_distances_are_built_by_name(published, tmp_path):
+    trunk, heads = published
+    safetensors.numpy.save_file(trunk | heads, tmp_path / "lpips.safetensors")
+    paths = [str(tmp_path / "lpips.safetensors")]
+    a, b = _image(0, 1, 31, 31, 3), _image(1, 1, 31, 31, 3)
+    found = perceptual.build({"lpips": (0.5, paths)}, read=reader.read)(a, b)
+    np.testing.assert_array_equal(found, 0.5 * perceptual.load(*paths, read=reader.read)(a, b))
+    with pytest.raises(interfaces.UserError, match="lpips, resnet50, convnext_small; found vgg"):
+        perceptual.build({"vgg": (1.0, paths)}, read=reader.read)
+    with pytest.raises(interfaces.UserError, match="no weight file.*IMAGENET1K_V1"):
+        perceptual.build({"resnet50": (0.1, [str(tmp_path / "none")])}, read=reader.read)

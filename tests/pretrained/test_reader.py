@@ -3,17 +3,16 @@ import pickle
 import struct
 import warnings
 import zipfile
-from pathlib import Path
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import serialization, traverse_util
 
 from tokgen import interfaces
-from tokgen.pretrained import reader
-
-PARITY = Path(__file__).parents[3] / "shared" / "parity"
+from tokgen.pretrained import pickles, reader
 
 # An assembler for the pickles of torch.save, which is not installed here.
 
@@ -273,9 +272,9 @@ def test_refused_programs(form, path, canary):
         (table + b")\x81", "opcode NEWOBJ is refused"),
         (b"\x82\x01", "opcode EXT1 is refused"),
         # Changing what a name stands for, or a tensor, through their attributes.
-        (table + _tuple(b"N", _dict(call=_int(1))) + b"b", "changes a _Name is refused"),
-        (storage + _dict(size=_int(9)) + b"b", "changes a _Storage is refused"),
-        (_tensor(storage, 0, (1,), (1,)) + _dict(offset=_int(9)) + b"b", "changes a _Tensor"),
+        (table + _tuple(b"N", _dict(call=_int(1))) + b"b", "changes a Name is refused"),
+        (storage + _dict(size=_int(9)) + b"b", "changes a Storage is refused"),
+        (_tensor(storage, 0, (1,), (1,)) + _dict(offset=_int(9)) + b"b", "changes a Tensor"),
         (b"Nr" + struct.pack("<I", 2**32 - 1), "numbers 4294967295 values"),
         (deep, "nested more than 64 deep"),
         (twice, "more than 1000000 entries"),
@@ -370,7 +369,7 @@ def test_odd_zip_files(path):
         ([("a/data.pkl", value), ("b/data.pkl", value)], "without one data.pkl"),
         ([("code/x.py", b"1")], "without one data.pkl"),
         ([("a/data.pkl", value), ("a/byteorder", b"big")], "big-endian"),
-        ([("a/data.pkl", bytes(reader.LARGEST_PICKLE + 1))], "its pickle is larger"),
+        ([("a/data.pkl", bytes(pickles.LARGEST + 1))], "its pickle is larger"),
     ):
         with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
             warnings.simplefilter("ignore")  # of the doubled name
@@ -388,25 +387,117 @@ def test_other_files(path, tmp_path):
     with pytest.raises(interfaces.UserError, match="no file"):
         reader.read(tmp_path)
     for data, message in (
-        (b"", "neither"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "neither.*version"),
+        (b"\0" * 20, "neither safetensors, nor.*begins with b'.{1,2}x00"),
         (pickle.dumps([1, 2], 2), "not one of torch.save"),
     ):
         path.write_bytes(data)
         _refused(path, message)
 
 
-@pytest.mark.skipif(not PARITY.is_dir(), reason="no parity fixtures")
-def test_published_forms_are_read():
+def test_published_forms_are_read(shared):
     files = [
-        file for file in PARITY.rglob("*") if file.suffix in (".pt", ".pth", ".bin", ".safetensors")
+        file
+        for file in (shared / "parity").rglob("*")
+        if file.is_file() and file.name not in ("case.npz", "config.json", "README.md")
     ]
-    assert files
+    assert {file.suffix for file in files} >= {"", ".bin", ".ckpt", ".pt", ".pth", ".safetensors"}
     for file in files:
-        wrapped = file.parent.name.startswith("llamagen")
-        arrays = reader.read(file, *(("model",) if wrapped else ()))
+        wrap = ["state_dict"] if file.suffix == ".ckpt" else []  # beside it are numbers
+        arrays = reader.read(file, *wrap, flatten=True)
         kib = sum(array.nbytes for array in arrays.values()) / 1024
         # The rest of a file is names: the arrays must account for nearly all of it.
         assert kib == pytest.approx(file.stat().st_size / 1024, rel=0.25, abs=8), file
         for key, array in arrays.items():
             assert array.dtype.kind in "fi" and not np.any(np.isnan(array)), (file, key)
+
+
+def test_flax_agrees_with_its_own_reader(shared):
+    for name in ("maskgit_tokenizer/tokenizer", "maskgit_transformer/maskgit"):
+        file = shared / "parity" / f"{name}_imagenet_checkpoint"
+        restored = serialization.msgpack_restore(file.read_bytes())
+        wanted = traverse_util.flatten_dict(restored, sep=".")
+        top = next(iter(restored))
+        arrays = reader.read(file, top, flatten=True)
+        assert {f"{top}.{key}" for key in arrays} == set(wanted)
+        for key, array in arrays.items():
+            np.testing.assert_array_equal(array, wanted[f"{top}.{key}"], strict=True)
+
+
+def _dtypes():
+    names = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint64 uint32 uint16 uint8"
+    return [jnp.dtype(name) for name in f"{names} bool complex64".split()]
+
+
+@pytest.mark.parametrize("limit", [2**30, 40, 1])
+def test_flax_files_of_every_dtype_whole_and_in_chunks(limit, path, monkeypatch):
+    monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", limit)
+    rng = np.random.default_rng(0)
+    tree = {dtype.name: rng.integers(0, 2, (3, 2, 4)).astype(dtype) for dtype in _dtypes()}
+    tree |= {"scalar": np.float32(2.5), "empty": np.zeros((0, 3)), "long": np.arange(700)}
+    path.write_bytes(serialization.msgpack_serialize({"params": {"a": tree}, "step": 7}))
+    arrays = reader.read(path, "params", flatten=True)
+    assert set(arrays) == {f"a.{name}" for name in tree}
+    for name, wanted in tree.items():
+        found = arrays[f"a.{name}"]
+        np.testing.assert_array_equal(found, wanted)
+        assert found.dtype == wanted.dtype and found.shape == wanted.shape
+        assert found.flags.writeable and found.flags.owndata
+    _refused(path, "'params' is a dict, not a tensor.*params, step")
+    _refused(path, "'step' is a int, not a tensor", flatten=True)
+
+
+def test_safetensors_whose_length_begins_like_another_form(tmp_path):
+    """128 is the first byte of a pickle, 129 to 143 of a message, 0x4B50 is PK."""
+    path = tmp_path / "weights"
+    for length in (128, 136, 384, 0x4B50):
+        header = b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}'.ljust(length)
+        path.write_bytes(struct.pack("<Q", length) + header + b"\1\2")
+        np.testing.assert_array_equal(reader.read(path)["a"], [1, 2])
+
+
+def _lightning(path, **others):
+    """A file with what trainers put beside the weights: settings, callbacks, optimizer states."""
+    tensor = _tensor(_storage("a", 2), 0, (2,), (1,))
+    new = b")\x81"  # of a class: its object without arguments
+    settings = _name("argparse", "Namespace") + new + _dict(lr=_int(1)) + b"b"
+    config = _name("omegaconf.dictconfig", "DictConfig") + new
+    config += _dict(_content=_dict(a=_name("omegaconf.nodes", "AnyNode") + new)) + b"b"
+    default = _call("collections", "defaultdict", _name("__builtin__", "list"))
+    default += b"(" + _text("k") + b"](" + _int(1) + b"eu"
+    subclass = _name("mine", "List") + new + b"(" + _int(1) + _int(2) + b"e"
+    callback = b"}(" + _name("lightning.callbacks", "Checkpoint") + _dict(best=tensor) + b"u"
+    value = _dict(
+        epoch=_int(3),
+        state_dict=_dict(w=tensor, gone=default),
+        callbacks=callback,
+        hyper_parameters=_dict(settings=settings, config=config, items=subclass),
+        path=_call("pathlib", "PosixPath", _text("a")),
+        **others,
+    )
+    return _zip(path, value, a=np.float32([1, 2]))
+
+
+def test_unknown_classes_are_left_out_on_request(path):
+    _lightning(path)
+    _refused(path, "NEWOBJ is refused.*--opaque", "state_dict")
+    arrays = reader.read(path, "state_dict", unknown="opaque")
+    assert list(arrays) == ["w"]
+    np.testing.assert_array_equal(arrays["w"], np.float32([1, 2]), strict=True)
+    _zip(path, _dict(w=_call("argparse", "Namespace")))
+    _refused(path, "argparse.Namespace, which is refused.*--opaque")
+    with pytest.raises(interfaces.UserError, match="holds no array"):
+        reader.read(path, unknown="opaque")
+    with pytest.raises(interfaces.UserError, match="give one of refuse, opaque"):
+        reader.read(path, unknown="run")
+
+
+def test_unknown_classes_of_the_old_form(path):
+    """It also keeps the source of a network's class: nothing is done with that."""
+    module = _tuple(_text("module"), _name("mine", "Net"), _text("net.py"), _text("1/0")) + b"Q"
+    value = _dict(
+        net=module + b")\x81" + _dict(x=_int(1)) + b"b",
+        w=_dict(a=_tensor(_storage("s", 1, tail=b"N"), 0, (1,), (1,))),
+    )
+    _legacy(path, value, s=np.float32([5]))
+    _refused(path, "NEWOBJ is refused.*--opaque", "w")
+    assert reader.read(path, "w", unknown="opaque")["a"] == 5

@@ -5,11 +5,13 @@ smooth map that its rounding stands on.
 """
 
 import importlib
+import math
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -18,46 +20,96 @@ from tokgen import sharding
 from tokgen import state as states
 
 FOLDER = pathlib.Path(tokgen.__file__).parent / "quantizers"
-FILES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem != "__init__")
+FILES = sorted(file.stem for file in FOLDER.glob("*.py") if "\nclass Quantizer" in file.read_text())
 GRID = (4, 4)
 
 
-def identity(latents_BPC, arguments):
+def identity(latents_BPC, quantizer):
     return latents_BPC
 
 
-def on_the_sphere(latents_BPC, arguments):
+def on_the_sphere(latents_BPC, quantizer):
     return latents_BPC / jnp.sqrt(jnp.sum(latents_BPC**2, -1, keepdims=True))
 
 
-def bounded(latents_BPC, arguments):
+def bounded(latents_BPC, quantizer):
     """tanh between the outer levels (Eq. 2 of arXiv:2309.15505), in units of half the levels."""
-    levels = np.asarray(arguments["levels"])
+    levels = np.asarray(quantizer.levels)
     half = (levels - 1) * (1 + 1e-3) / 2
     offset = np.where(levels % 2, 0, 0.5)
     inside = jnp.tanh(latents_BPC + np.arctanh(offset / half)[None, None])
     return (inside * half[None, None] - offset[None, None]) / (levels // 2)[None, None]
 
 
+def mean_row(latents_BPC, quantizer):
+    """The codebook's mean under softmax(z . e)."""
+    rows_VC = quantizer.codebook[...]
+    return jax.nn.softmax(jnp.einsum("BPC,VC->BPV", latents_BPC, rows_VC)) @ rows_VC
+
+
+def mean_half(latents_BPC, quantizer):
+    return latents_BPC[..., : quantizer.channels]
+
+
+VQ = dict(name="vq", codes=128, channels=8, normalize=False)
+
 # File -> (constructor arguments, the smooth map before rounding): once for every way of working.
 ARGUMENTS = {
+    "bsq": [
+        (dict(bits=10, temperature=0.3), on_the_sphere),
+        (dict(bits=24, groups=(12, 12), order="big"), on_the_sphere),
+    ],
     "fsq": [
         (dict(levels=(8, 6, 5)), bounded),
         (dict(levels=(7, 5, 5, 5)), bounded),
     ],
+    "gaussian": [(dict(channels=6), mean_half)],
+    "ibq": [(dict(codes=64, channels=96, temperature=1.0), mean_row)],
+    "lfq": [
+        (dict(bits=10, temperature=1.0), identity),
+        (dict(bits=10, groups=(4, 6), order="big", temperature=1.0, entropy="shifted"), identity),
+        (dict(bits=14, groups=(7, 7), temperature=1.0), identity),
+    ],
+    "multiscale": [
+        (dict(quantizer=VQ, scales=(1, 2, 3, 4)), identity),
+        (dict(quantizer=dict(name="fsq", levels=(8, 6, 5)), scales=(2, (3, 2), 4)), identity),
+        (
+            dict(quantizer=dict(name="lfq", bits=8, temperature=1.0), scales=(1, 4), phi=0),
+            identity,
+        ),
+    ],
     "vq": [
         (dict(codes=128, channels=8), on_the_sphere),
-        (dict(codes=128, channels=8, normalize=False), identity),
+        (dict(codes=128, channels=8, normalize=False, temperature=1.0), identity),
         (dict(codes=128, channels=8, update="ema", decay=0.9), on_the_sphere),
         (dict(codes=128, channels=4, normalize=False, update="frozen"), identity),
+        (dict(codes=128, channels=4, normalize=False, revival="clustering"), identity),
+        (dict(codes=128, channels=4, update="ema", revival="clustering"), on_the_sphere),
     ],
 }
-CASES = [
-    pytest.param(name, arguments, smooth, id=f"{name}-{number}")
-    for name in FILES
-    for number, (arguments, smooth) in enumerate(ARGUMENTS.get(name, []))
-]
-contract = pytest.mark.parametrize(("name", "arguments", "smooth"), CASES)
+# Whose gradient of the latents is meant to reach the codes.
+INTO_THE_CODES = ("ibq",)
+# Alphabets of the largest published sizes, each code of which makes the round trip.
+LARGE = {
+    "bsq": [dict(bits=18, order="big"), dict(bits=18, groups=(9, 9))],
+    "fsq": [dict(levels=(8,) * 6), dict(levels=(8, 8, 8, 5, 5, 5))],
+    "lfq": [
+        dict(bits=18),
+        dict(bits=18, groups=(6, 12)),
+        dict(bits=18, groups=(9, 9), order="big"),
+    ],
+}
+
+
+def cases(fits):
+    """A test of every way of working whose quantizer fits."""
+    rows = [
+        pytest.param(name, arguments, smooth, id=f"{name}-{number}")
+        for name in FILES
+        for number, (arguments, smooth) in enumerate(ARGUMENTS.get(name, []))
+        if fits(build(name, arguments).layout)
+    ]
+    return pytest.mark.parametrize(("name", "arguments", "smooth"), rows)
 
 
 def build(name, arguments):
@@ -65,8 +117,24 @@ def build(name, arguments):
     return module.Quantizer(**arguments, grid=GRID, rngs=nnx.Rngs(3))
 
 
-def latents(quantizer, key, batch=16):
-    return jax.random.normal(key, (batch, quantizer.layout.length, quantizer.channels))
+contract = cases(lambda layout: True)
+discrete = cases(lambda layout: layout is not None)
+flat = cases(lambda layout: layout is not None and len(layout.grids) == 1)
+
+
+def latents(quantizer, key):
+    # one shape for all tests: what is compiled for one serves the others
+    return jax.random.normal(key, (16, math.prod(GRID), quantizer.inputs))
+
+
+def equations(jaxpr):
+    """Every equation of a program, those of its parts included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -74,31 +142,63 @@ def test_has_arguments(name):
     assert ARGUMENTS.get(name), f"give tokgen/quantizers/{name}.py a line in ARGUMENTS of this file"
 
 
-@contract
-def test_all_codes_make_the_round_trip(name, arguments, smooth):
-    quantizer = build(name, arguments)
-    (size,) = quantizer.layout.vocab
-    tokens_BLG = jnp.arange(size)[None, :, None]
+def trip(quantizer):
+    """Every code of a flat quantizer to latents and back."""
+    vocab = quantizer.layout.vocab
+    codes = jnp.arange(min(math.prod(vocab), 2**18))
+    places = [math.prod(vocab[:g]) for g in range(len(vocab))]
+    symbols = [codes // place % size for place, size in zip(places, vocab, strict=True)]
+    tokens_BLG = jnp.stack(symbols, -1)[None]
     back = getattr(quantizer, "preimage", quantizer.decode)
     np.testing.assert_array_equal(quantizer.encode(back(tokens_BLG)), tokens_BLG)
+    # and all of them are different
+    codes_nC = np.asarray(quantizer.decode(tokens_BLG))[0]
+    assert len({row.tobytes() for row in codes_nC}) == len(codes)
 
 
-@contract
+@flat
+def test_all_codes_make_the_round_trip(name, arguments, smooth):
+    trip(build(name, arguments))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [(name, row) for name, rows in LARGE.items() for row in rows]
+)
+def test_all_codes_of_large_alphabets_make_the_round_trip(name, arguments):
+    trip(build(name, arguments))
+
+
+@flat
+def test_quantizing_a_code_changes_nothing(name, arguments, smooth, key):
+    quantizer = build(name, arguments)
+    tokens_BLG = quantizer.encode(latents(quantizer, key))
+    out = quantizer(getattr(quantizer, "preimage", quantizer.decode)(tokens_BLG))
+    np.testing.assert_array_equal(out.tokens_BLG, tokens_BLG)
+    np.testing.assert_allclose(out.latents_BPC, quantizer.decode(tokens_BLG), atol=1e-5)
+
+
+@discrete
 def test_layout_shapes_and_values(name, arguments, smooth, key):
     quantizer = build(name, arguments)
     latents_BPC = latents(quantizer, key)
-    out = quantizer(latents_BPC)
     layout = quantizer.layout
-    assert layout.grids == (GRID,)
+
+    @jax.jit
+    def work(latents_BPC):
+        out = quantizer(latents_BPC)
+        return out, quantizer.encode(latents_BPC), quantizer.decode(out.tokens_BLG)
+
+    out, encoded_BLG, decoded_BPC = work(latents_BPC)
+    assert layout.grids[-1] == GRID
     assert out.tokens_BLG.shape == (16, layout.length, layout.groups)
     assert jnp.issubdtype(out.tokens_BLG.dtype, jnp.integer)
     for g, size in enumerate(layout.vocab):
         assert 0 <= out.tokens_BLG[..., g].min() and out.tokens_BLG[..., g].max() < size
     assert out.latents_BPC.shape == latents_BPC.shape and out.latents_BPC.dtype == jnp.float32
-    # the value of the code, and of the code of these very tokens
-    np.testing.assert_array_equal(out.tokens_BLG, quantizer.encode(latents_BPC))
-    np.testing.assert_allclose(out.latents_BPC, quantizer.decode(out.tokens_BLG), atol=1e-5)
-    assert len(np.unique(out.tokens_BLG)) > 20
+    # the value of the code, and of the code of these very tokens: also where it is a residual walk
+    np.testing.assert_array_equal(out.tokens_BLG, encoded_BLG)
+    np.testing.assert_allclose(out.latents_BPC, decoded_BPC, atol=1e-5)
+    assert len(np.unique(out.tokens_BLG)) > 15
     for loss in out.losses.values():
         assert loss.shape == () and loss > 0
 
@@ -107,12 +207,22 @@ def test_layout_shapes_and_values(name, arguments, smooth, key):
 def test_straight_through_gradient(name, arguments, smooth, key):
     """d out / d latents is that of the smooth map: the rounding itself is the identity."""
     quantizer = build(name, arguments)
-    latents_BPC = latents(quantizer, key, batch=2)
-    cotangent = jax.random.normal(jax.random.fold_in(key, 1), latents_BPC.shape)
-    out, pull = jax.vjp(lambda z: quantizer(z).latents_BPC, latents_BPC)
-    smoothed, expected = jax.vjp(lambda z: smooth(z, arguments), latents_BPC)
-    assert jnp.abs(out - smoothed).max() > 0.05  # it does round
-    np.testing.assert_allclose(pull(cotangent)[0], expected(cotangent)[0], rtol=1e-4, atol=1e-5)
+    latents_BPC = latents(quantizer, key)
+    shape = (*latents_BPC.shape[:2], quantizer.channels)
+    cotangent = jax.random.normal(jax.random.fold_in(key, 1), shape)
+
+    @jax.jit
+    def pulled(latents_BPC):
+        pairs = []
+        for function in (lambda z: quantizer(z).latents_BPC, lambda z: smooth(z, quantizer)):
+            value, pull = jax.vjp(function, latents_BPC)
+            pairs.append((value, pull(cotangent)[0]))
+        return pairs
+
+    (out, found), (smoothed, expected) = pulled(latents_BPC)
+    if quantizer.layout is not None:
+        assert jnp.abs(out - smoothed).max() > 0.05  # it does round
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @contract
@@ -123,33 +233,61 @@ def test_no_gradient_reaches_the_codes_through_the_latents(name, arguments, smoo
         quantizer = states.merge(graph, params, stats)
         return jnp.sum(quantizer(latents(quantizer, key)).latents_BPC ** 3)
 
-    for leaf in jax.tree.leaves(jax.grad(painted, (0, 1))(params, stats)):
-        assert not np.asarray(leaf).any()
+    gradients = jax.jit(jax.grad(painted, (0, 1), allow_int=True))(params, stats)
+    reached = [
+        np.asarray(leaf).any()
+        for leaf in jax.tree.leaves(gradients)
+        if leaf.dtype != jax.dtypes.float0
+    ]
+    assert any(reached) == (name in INTO_THE_CODES)
 
 
 @contract
 def test_deterministic_with_and_without_jit(name, arguments, smooth, key):
     quantizer = build(name, arguments)
     latents_BPC = latents(quantizer, key)
-    first, second = quantizer(latents_BPC), quantizer(latents_BPC, key=key)
+    first, second = (quantizer(latents_BPC, key=key) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
-    compiled = jax.jit(lambda q, z: q(z))(quantizer, latents_BPC)
-    np.testing.assert_array_equal(first.tokens_BLG, compiled.tokens_BLG)
+    compiled = jax.jit(lambda q, z: q(z, key=key))(quantizer, latents_BPC)
     np.testing.assert_allclose(first.latents_BPC, compiled.latents_BPC, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, first.tokens_BLG, compiled.tokens_BLG)
 
 
 @contract
 def test_float32_inside(name, arguments, smooth, key):
     quantizer = build(name, arguments)
-    half_BPC = latents(quantizer, key, batch=64).astype(jnp.bfloat16)
+    half_BPC = latents(quantizer, key).astype(jnp.bfloat16)
     whole_BPC = half_BPC.astype(jnp.float32)
-    np.testing.assert_array_equal(quantizer.encode(half_BPC), quantizer.encode(whole_BPC))
-    low, high = quantizer(half_BPC), quantizer(whole_BPC)
-    jax.tree.map(np.testing.assert_array_equal, low, high)
-    assert {leaf.dtype for leaf in jax.tree.leaves((low.latents_BPC, low.losses))} == {
+    work = jax.jit(
+        lambda z: (quantizer(z), None if quantizer.layout is None else quantizer.encode(z))
+    )
+    (low, low_tokens), (high, high_tokens) = work(half_BPC), work(whole_BPC)
+    tokens = (low.tokens_BLG, low_tokens), (high.tokens_BLG, high_tokens)
+    jax.tree.map(np.testing.assert_array_equal, *tokens)
+    # two programs, whose sums need not run in one order
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), low, high)
+    assert {leaf.dtype for leaf in jax.tree.leaves((low.latents_BPC, low.losses))} <= {
         jnp.dtype("float32")
     }
-    assert quantizer.decode(low.tokens_BLG).dtype == jnp.float32
+    if quantizer.layout is not None:
+        assert quantizer.decode(low.tokens_BLG).dtype == jnp.float32
+
+
+@contract
+def test_no_device_rounds_a_product(name, arguments, smooth, key):
+    """Given the same latents, no setting of the compute precision changes a token or a loss."""
+    quantizer = build(name, arguments)
+
+    def everything(latents_BPC):
+        out = quantizer(latents_BPC)
+        return jnp.sum(out.latents_BPC) + sum(out.losses.values())
+
+    with jax.default_matmul_precision("bfloat16"):
+        program = jax.make_jaxpr(jax.grad(everything))(latents(quantizer, key))
+    for equation in equations(program.jaxpr):
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            assert set(equation.params["precision"]) == {jax.lax.Precision.HIGHEST}
+            assert {v.aval.dtype for v in equation.invars} == {jnp.dtype("float32")}
 
 
 @contract
@@ -160,7 +298,7 @@ def test_eight_devices_compute_what_one_does(name, arguments, smooth, key):
     @jax.jit
     def work(params, stats, latents_BPC):
         quantizer = states.merge(graph, params, stats)
-        out = quantizer(latents_BPC)
+        out = quantizer(latents_BPC, key=key)
         quantizer.maintain(latents_BPC, key=key)
         return out, *states.split(quantizer)[1:]
 
@@ -173,9 +311,91 @@ def test_eight_devices_compute_what_one_does(name, arguments, smooth, key):
         spread_BPC = jax.device_put(latents_BPC, sharding.of_batch(mesh))
         many = jax.device_put(many, sharding.replicated(mesh))
         out_many, *many = work(*many, spread_BPC)
-        np.testing.assert_array_equal(out.tokens_BLG, out_many.tokens_BLG)
+        jax.tree.map(np.testing.assert_array_equal, out.tokens_BLG, out_many.tokens_BLG)
         pairs = (out.latents_BPC, out.losses, one), (out_many.latents_BPC, out_many.losses, many)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *pairs)
     before, after = jax.tree.leaves(stats), jax.tree.leaves(one[1])
     moved = [np.abs(a - b).max() for a, b in zip(before, after, strict=True)]
     assert not moved or max(moved) > 0
+
+
+# File -> arguments for a toy of few codes, and weights of its losses.
+UNDECIDED = {"sample_entropy": 0.1, "batch_entropy": -0.3}
+TOYS = {
+    "bsq": (dict(bits=4, temperature=0.3), {"commitment": 0.1} | UNDECIDED),
+    "fsq": (dict(levels=(2, 2, 2, 2)), {}),
+    "ibq": (
+        dict(codes=16, channels=4, temperature=1.0),
+        {"index": 1.0, "commitment": 0.25, "codebook": 1.0} | UNDECIDED,
+    ),
+    "lfq": (dict(bits=4, temperature=1.0), {"commitment": 0.25} | UNDECIDED),
+    "multiscale": (
+        dict(
+            quantizer=dict(name="vq", codes=16, channels=4, normalize=False, decay=0.9),
+            scales=(1, 4),
+            phi=1,
+        ),
+        {"commitment": 0.25, "codebook": 1.0},
+    ),
+    "vq": (
+        dict(codes=8, channels=4, normalize=False, decay=0.9),
+        {"commitment": 0.25, "codebook": 1.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_a_mixture_far_from_the_codes_comes_to_use_all_of_them(name, key):
+    """16 Gaussians at the corners of a cube aside the origin, a linear encoder and decoder."""
+    arguments, weights = TOYS[name]
+    quantizer = build(name, arguments)
+    graph, params, stats = states.split(quantizer)
+    centres = 3 + 2 * jnp.stack(jnp.meshgrid(*4 * [jnp.asarray([-1.0, 1.0])]), -1).reshape(16, 4)
+    eye = jnp.eye(4, quantizer.channels)
+    params = {
+        "quantizer": params,
+        "encoder": (eye, jnp.zeros((1, quantizer.channels))),
+        "decoder": (eye.T, jnp.zeros((1, 4))),
+    }
+    chain = optax.adam(0.05)
+
+    def drawn(key):
+        which, noise = jax.random.split(key)
+        chosen = jax.random.randint(which, (32, 16), 0, 16)
+        return centres[chosen] + 0.3 * jax.random.normal(noise, (32, 16, 4))
+
+    def mapped(layer, x):
+        return jnp.einsum("BPI,IC->BPC", x, layer[0]) + layer[1][None]
+
+    def forward(params, stats, x):
+        quantizer = states.merge(graph, params["quantizer"], stats)
+        latents_BPC = mapped(params["encoder"], x)
+        out = quantizer(latents_BPC)
+        error = jnp.mean((mapped(params["decoder"], out.latents_BPC) - x) ** 2)
+        total = error + sum(weights.get(name, 0) * loss for name, loss in out.losses.items())
+        return total, (latents_BPC, out.tokens_BLG, error)
+
+    @jax.jit
+    def step(params, stats, moments, key):
+        gradients, (latents_BPC, _, _) = jax.grad(forward, has_aux=True)(params, stats, drawn(key))
+        updates, moments = chain.update(gradients, moments, params)
+        params = optax.apply_updates(params, updates)
+        quantizer = states.merge(graph, params["quantizer"], stats)
+        quantizer.maintain(latents_BPC, key=jax.random.fold_in(key, 1))
+        _, inner, stats = states.split(quantizer)
+        return params | {"quantizer": inner}, stats, moments
+
+    def used(params, stats):
+        x = drawn(jax.random.fold_in(key, 999))
+        _, (_, tokens_BLG, error) = jax.jit(forward)(params, stats, x)
+        return len(np.unique(tokens_BLG)), float(error)
+
+    before, far = used(params, stats)
+    size = math.prod(quantizer.layout.vocab)
+    assert before < size
+    moments = chain.init(params)
+    for number in range(150):
+        params, stats, moments = step(params, stats, moments, jax.random.fold_in(key, number))
+    after, near = used(params, stats)
+    assert after == size, (before, after, far, near)
+    assert near < far / 4

@@ -175,6 +175,86 @@ def test_dead_rows_are_revived_and_survive(update, key):
     np.testing.assert_allclose(quantizer.codebook[...][:-1], revived[:-1], rtol=1e-5)
 
 
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+def test_clustering_pulls_every_row_by_its_disuse(update, key):
+    """The online clustering of TA-TiTok, one row at a time."""
+    decay = 0.9
+    quantizer = build(update=update, normalize=False, decay=decay, revival="clustering")
+    rows, shares = wide(quantizer.codebook[...]), np.zeros(CODES)
+    sums = np.zeros((CODES, CHANNELS))
+    for step in range(3):
+        latents_BPC = latents(jax.random.fold_in(key, step))
+        z = wide(latents_BPC).reshape(-1, CHANNELS)
+        tokens = nearest(z, rows)
+        squares = ((z[:, None] - rows[None]) ** 2).sum(-1)
+        shares = decay * shares + (1 - decay) * np.bincount(tokens, minlength=CODES) / len(z)
+        if update == "ema":
+            fresh = np.stack([z[tokens == v].sum(0) / len(z) for v in range(CODES)])
+            sums = decay * sums + (1 - decay) * fresh
+            rows = np.where(shares[:, None] > 0, sums / np.maximum(shares, 1e-12)[:, None], rows)
+        for v in range(CODES):
+            pull = np.exp(-shares[v] * CODES * 10 / (1 - decay) - 1e-3)
+            rows[v] += pull * (z[squares[:, v].argmin()] - rows[v])
+        sums = rows * shares[:, None]
+        quantizer.maintain(latents_BPC, key=key)
+        np.testing.assert_allclose(quantizer.codebook[...], rows, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(quantizer.counts[...], shares, atol=1e-6)
+        if step == 0:  # all rows moved, those in use by nearly nothing
+            assert (shares == 0).any() and (shares > 0).any()
+
+
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+def test_without_revival_a_row_that_nobody_chooses_stays(update, key):
+    quantizer = build(update=update, normalize=False, revival="none", revive=0.5)
+    before = np.asarray(quantizer.codebook[...])
+    latents_BPC = latents(key)
+    tokens = np.asarray(quantizer.encode(latents_BPC))
+    quantizer.maintain(latents_BPC, key=key)
+    idle = ~np.isin(np.arange(CODES), tokens)
+    assert idle.any()
+    np.testing.assert_array_equal(np.asarray(quantizer.codebook[...])[idle], before[idle])
+
+
+@pytest.mark.parametrize(
+    ("init", "low", "high", "std"),
+    [
+        ("uniform", -1 / 1024, 1 / 1024, 3**-0.5 / 1024),
+        ("fan_in", -((3 / 1024) ** 0.5), (3 / 1024) ** 0.5, 1 / 32),
+        ("normal", -6, 6, 1),
+        ("sphere", -1, 1, 8**-0.5),
+    ],
+)
+def test_published_starts(init, low, high, std):
+    rows_VC = np.asarray(build(codes=1024, channels=8, init=init).codebook[...])
+    assert low <= rows_VC.min() and rows_VC.max() <= high
+    np.testing.assert_allclose(rows_VC.std(), std, rtol=0.03)
+    lengths = np.linalg.norm(rows_VC, axis=-1)
+    assert (np.abs(lengths - 1) < 1e-5).all() == (init == "sphere")
+
+
+@pytest.mark.parametrize("form", ["shifted", "clamped"])
+def test_entropies_are_those_of_the_full_distances(form, key):
+    """With |z|^2, which the implementation leaves out, one latent at a time in float64."""
+    quantizer = build(normalize=False, temperature=0.8, entropy=form)
+    latents_BPC = latents(key)
+    z, rows = prepared(quantizer, latents_BPC)
+    logits = -((z[:, None] - rows[None]) ** 2).sum(-1) / 0.8
+    chances = np.exp(logits - logits.max(-1, keepdims=True))
+    chances /= chances.sum(-1, keepdims=True)
+    batch = chances.mean(0)
+    guard = (lambda p: p + 1e-5) if form == "shifted" else (lambda p: np.maximum(p, 1e-5))
+    inside = chances if form == "shifted" else guard(chances)
+    losses = quantizer(latents_BPC).losses
+    expected = -np.sum(chances * np.log(inside), -1).mean()
+    np.testing.assert_allclose(losses["sample_entropy"], expected, rtol=1e-4)
+    np.testing.assert_allclose(
+        losses["batch_entropy"], -np.sum(batch * np.log(guard(batch))), rtol=1e-4
+    )
+    np.testing.assert_allclose(
+        quantizer.soft(latents_BPC, 0.8).reshape(-1, CODES), chances, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("revive", [0.0, 0.5])
 def test_a_frozen_codebook_never_moves(revive, key):
     quantizer = build(update="frozen", revive=revive, decay=0.5)
@@ -232,7 +312,15 @@ def test_a_mixture_of_gaussians_uses_every_code(update, key):
 
 
 @pytest.mark.parametrize(
-    ("options", "word"), [({"update": "magic"}, "magic"), ({"decay": 1.0}, "decay")]
+    ("options", "word"),
+    [
+        ({"update": "magic"}, "magic"),
+        ({"decay": 1.0}, "decay"),
+        ({"revival": "prayer"}, "prayer"),
+        ({"init": "zero"}, "zero"),
+        ({"entropy": "none"}, "none"),
+        ({"temperature": -0.1}, "temperature"),
+    ],
 )
 def test_wrong_settings_are_named(options, word):
     with pytest.raises(ValueError, match=word):

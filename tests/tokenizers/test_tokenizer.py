@@ -14,7 +14,7 @@ from tokgen.tokenizers import conv, tokenizer
 
 def build(size=(16, 16), channels=3, *, widths=(16, 16), stem=2, pixels=(-1.0, 1.0), **options):
     rngs = nnx.Rngs(0)
-    grid = conv.grid(size, widths, stem)
+    grid = conv.Encoder.grid(size, widths=widths, stem=stem)
     quantizer = options.pop("quantizer", None) or fsq.Quantizer((8, 6, 5), grid=grid)
     shape = dict(widths=widths, stem=stem, blocks=1, channels=channels, latent=quantizer.channels)
     shape |= dict(parts="light", precision=precision.FLOAT32, rngs=rngs) | options
@@ -167,7 +167,7 @@ def test_an_image_does_not_depend_on_its_batch(made, key):
 )
 def test_an_indivisible_size_names_the_stride(size, stem, widths, stride):
     with pytest.raises(ValueError, match=f"stride={stride}") as caught:
-        conv.grid(size, widths, stem)
+        conv.Encoder.grid(size, widths=widths, stem=stem)
     assert str(size) in str(caught.value)
 
 

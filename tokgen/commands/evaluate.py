@@ -30,10 +30,16 @@ def spread(length: int, count: int) -> np.ndarray:
 
 
 @jax.jit
-def _reconstruct(tokenizer, image_BHW3):
-    tokens_BLG = tokenizer.encode(image_BHW3)
+def _reconstruct(tokenizer, image_BHW3, text_BTE):
+    latents_BPC = tokenizer.latents(image_BHW3)
+    if tokenizer.layout is None:  # continuous: the most likely latents in the place of codes
+        tokens_BLG, codes_BPC = None, tokenizer.quantizer.mode(latents_BPC)
+    else:
+        tokens_BLG = tokenizer.quantizer.encode(latents_BPC)
+        codes_BPC = tokenizer.quantizer.decode(tokens_BLG)
+    painted = tokenizer.decode_latents(codes_BPC, cond=text_BTE)
     # through bytes: the figures are those of the files that a user would get
-    painted = quality.from_uint8(quality.to_uint8(tokenizer.decode(tokens_BLG)))
+    painted = quality.from_uint8(quality.to_uint8(painted))
     measured = {"psnr_db": quality.psnr(image_BHW3, painted)}
     if min(image_BHW3.shape[1:3]) >= quality.WINDOW:
         measured["ssim"] = quality.ssim(image_BHW3, painted)
@@ -62,14 +68,18 @@ def reconstruction(
         image = part["image"]
         missing = batch - len(image)  # padded, so that one program serves all batches
         padded = np.concatenate([image, np.repeat(image[-1:], missing, axis=0)])
+        text = part.get("text")
+        if text is not None:
+            text = np.concatenate([text, np.repeat(text[-1:], missing, axis=0)])
         tokens_BLG, painted, values = jax.device_get(
-            _reconstruct(tokenizer, jax.device_put(quality.from_uint8(padded)))
+            _reconstruct(tokenizer, *jax.device_put((quality.from_uint8(padded), text)))
         )
-        tokens_BLG, painted = tokens_BLG[: len(image)], painted[: len(image)]
+        painted = painted[: len(image)]
         for name, value_B in values.items():
             measured.setdefault(name, []).append(value_B[: len(image)])
-        found = codebook.counts(tokens_BLG, tokenizer.layout)
-        counts = found if counts is None else tuple(map(np.add, counts, found))
+        if tokens_BLG is not None:
+            found = codebook.counts(tokens_BLG[: len(image)], tokenizer.layout)
+            counts = found if counts is None else tuple(map(np.add, counts, found))
         if shown is None:
             shown = image, np.round(painted * 255).astype(np.uint8)
     figures = {}
@@ -77,8 +87,9 @@ def reconstruction(
         value_B = np.concatenate(parts).astype(np.float64)
         figures[name] = float(value_B.mean())
         figures[f"{name}_error"] = standard_error(value_B)
-    figures["codebook_usage"] = float(np.mean([codebook.usage(c) for c in counts]))
-    figures["codebook_perplexity"] = float(np.mean([codebook.perplexity(c) for c in counts]))
+    if counts is not None:
+        figures["codebook_usage"] = float(np.mean([codebook.usage(c) for c in counts]))
+        figures["codebook_perplexity"] = float(np.mean([codebook.perplexity(c) for c in counts]))
     figures["images"] = len(chosen)
     return figures, shown
 

@@ -1,11 +1,14 @@
-"""Perceptual distance: images compared by what a trained network sees in them.
+"""Perceptual distances: images compared by what a trained network sees in them.
 
 LPIPS (arXiv:1801.03924). The features of a frozen trunk are brought to unit length at every
 place; their squared differences are weighted per channel by learned heads and averaged.
+Logits (MaskBit, arXiv:2409.16211, and TiTok, arXiv:2406.07550): the opinions of a classifier.
 """
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +16,11 @@ import numpy as np
 from flax import nnx
 
 from tokgen import interfaces
-from tokgen.critics import trunks
+from tokgen.critics import classifiers, trunks
+from tokgen.critics import weights as files
+from tokgen.nn import resample
 
 EPSILON = 1e-10  # added to the length of a feature vector, as published
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 # Parts of the published files that LPIPS does not need: torchvision's classifier; and in a saved
 # LPIPS module its input constants and a second mention of the heads.
 UNUSED = ("classifier.", "scaling_layer.", "lins.")
@@ -26,6 +30,15 @@ SOURCES = (
     "(lpips/weights/v0.1/vgg.pth, keys linN.*); training works without them, the perceptual "
     "loss left out"
 )
+
+CLASSIFIER_SOURCES = {
+    name: f"the perceptual loss {name} needs torchvision's {file}; training works without it, "
+    "this loss left out"
+    for name, file in (
+        ("resnet50", "ResNet50_Weights.IMAGENET1K_V1 (resnet50-0676ba61.pth)"),
+        ("convnext_small", "ConvNeXt_Small_Weights.IMAGENET1K_V1 (convnext_small-0c510722.pth)"),
+    )
+}
 
 
 class LPIPS(nnx.Module):
@@ -59,16 +72,86 @@ class LPIPS(nnx.Module):
         return jnp.stack(distances, 1)
 
 
-def load(*paths: str, read: Callable[[str], dict[str, np.ndarray]]) -> LPIPS:
+class Logits(nnx.Module):
+    """a_BHW3, b_BHW3 in [-1, 1] -> distance_B: mean squared difference of a classifier's logits.
+
+    Images are brought to 224 pixels, as the classifier was trained. For gradients and `jit` see
+    LPIPS.
+    """
+
+    size = 224
+
+    def __init__(self, classifier: nnx.Module):
+        self.classifier = classifier
+
+    def __call__(self, a_BHW3: jax.Array, b_BHW3: jax.Array) -> jax.Array:
+        if a_BHW3.shape != b_BHW3.shape:
+            raise interfaces.UserError(
+                f"logits are compared of images of one size: {a_BHW3.shape} and {b_BHW3.shape}"
+            )
+        return jnp.square(self._logits(a_BHW3) - self._logits(b_BHW3)).mean(1)
+
+    def _logits(self, image_BHW3: jax.Array) -> jax.Array:
+        size = (self.size, self.size)
+        return self.classifier(resample.resize(image_BHW3, size, resample.linear_antialias))
+
+
+class Sum(nnx.Module):
+    """a_BHW3, b_BHW3 in [-1, 1] -> distance_B: several distances, weighted and added."""
+
+    def __init__(self, distances: Sequence[nnx.Module], shares: Sequence[float]):
+        if len(distances) != len(shares):
+            raise ValueError(
+                f"a sum needs one weight per distance; found {len(distances)} distances and "
+                f"{len(shares)} weights"
+            )
+        self.distances, self.shares = nnx.List(distances), tuple(shares)
+
+    def __call__(self, a_BHW3: jax.Array, b_BHW3: jax.Array) -> jax.Array:
+        pairs = zip(self.distances, self.shares, strict=True)
+        return sum(share * distance(a_BHW3, b_BHW3) for distance, share in pairs)
+
+
+Read = Callable[[str], dict[str, np.ndarray]]
+
+
+def build(terms: Mapping[str, tuple[float, Sequence[str]]], *, read: Read) -> Sum:
+    """The sum of distances by name: {"lpips": (1.0, paths), "convnext_small": (0.1, paths)}."""
+    known = ("lpips", *classifiers.CLASSIFIERS)
+    unknown = [name for name in terms if name not in known]
+    if unknown:
+        raise interfaces.UserError(
+            f"a perceptual distance must be one of {', '.join(known)}; found {', '.join(unknown)}"
+        )
+    distances = [
+        load(*paths, read=read) if name == "lpips" else load_logits(name, *paths, read=read)
+        for name, (_, paths) in terms.items()
+    ]
+    return Sum(distances, [share for share, _ in terms.values()])
+
+
+def load_logits(name: str, *paths: str, read: Read) -> Logits:
+    """Logits of "resnet50" or "convnext_small" from torchvision's weight file at `paths`."""
+    source = CLASSIFIER_SOURCES[name]
+    return logits_from_weights(name, files.gather(paths, read, source=source))
+
+
+def logits_from_weights(name: str, weights: dict[str, np.ndarray]) -> Logits:
+    """Logits from arrays under torchvision's names, in PyTorch's axis order."""
+    network = nnx.eval_shape(lambda: classifiers.CLASSIFIERS[name](rngs=nnx.Rngs(0)))
+    unused = re.compile("|".join(network.unused) or "$^")
+    weights = {key: array for key, array in weights.items() if not unused.fullmatch(key)}
+    files.fill(network.slots(), weights, what=name, source=CLASSIFIER_SOURCES[name])
+    return Logits(network)
+
+
+def load(*paths: str, read: Read) -> LPIPS:
     """LPIPS from the weight files at `paths`, read by `pretrained.reader.read`.
 
     Two files (torchvision's trunk, LPIPS's heads), or one with both; a folder stands for the
     weight files in it. VGG16 or AlexNet is told from the weights.
     """
-    weights = {}
-    for file in _files(paths):
-        weights.update(read(file))
-    return from_weights(weights)
+    return from_weights(files.gather(paths, read, source=SOURCES))
 
 
 def from_weights(weights: dict[str, np.ndarray]) -> LPIPS:
@@ -77,7 +160,7 @@ def from_weights(weights: dict[str, np.ndarray]) -> LPIPS:
     weights = {key: array for key, array in weights.items() if not key.startswith(UNUSED)}
     # Shapes only: drawing 15 million initial values to throw them away takes seconds.
     trunk = nnx.eval_shape(lambda: _kind(weights)(rngs=nnx.Rngs(0)))
-    _check(weights, _needed(trunk))
+    files.check(_needed(trunk), weights, what="LPIPS", source=SOURCES)
     for number, conv in trunk.convs().items():
         kernel_OIHW = weights[f"features.{number}.weight"]
         conv.kernel = nnx.Param(jnp.asarray(kernel_OIHW.transpose(2, 3, 1, 0), jnp.float32))
@@ -92,22 +175,6 @@ def _directions(x_BHWC: jax.Array) -> jax.Array:
     squares_BHW1 = jnp.square(x_BHWC).sum(-1, keepdims=True)
     # The floor is for the gradient: that of a root is infinite at zero, where ReLUs left nothing.
     return x_BHWC / (jnp.sqrt(jnp.maximum(squares_BHW1, 1e-30)) + EPSILON)
-
-
-def _files(paths: Sequence[str]) -> list[str]:
-    files = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise interfaces.UserError(f"no weight file at {path}. {SOURCES}")
-        found = [path]
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-        if not found:
-            raise interfaces.UserError(
-                f"no weight file ({', '.join(SUFFIXES)}) in the folder {path}. {SOURCES}"
-            )
-        files.extend(str(file) for file in found)
-    return files
 
 
 def _published(key: str) -> str:
@@ -132,18 +199,3 @@ def _needed(trunk: nnx.Module) -> dict[str, tuple[int, ...]]:
     for level, width in enumerate(trunk.widths):
         shapes[f"lin{level}.model.1.weight"] = (1, width, 1, 1)
     return shapes
-
-
-def _check(weights: dict[str, np.ndarray], needed: dict[str, tuple[int, ...]]):
-    problems = []
-    missing = [key for key in needed if key not in weights]
-    leftover = [key for key in weights if key not in needed]
-    if missing:
-        problems.append(f"missing: {', '.join(missing)}")
-    if leftover:
-        problems.append(f"left over: {', '.join(leftover)}")
-    for key, shape in needed.items():
-        if key in weights and weights[key].shape != shape:
-            problems.append(f"{key} must have the shape {shape}, has {weights[key].shape}")
-    if problems:
-        raise interfaces.UserError(f"weights for LPIPS: {'; '.join(problems)}. {SOURCES}")

@@ -43,7 +43,7 @@ class VGG16(nnx.Module):
         return dict(zip(numbers, [conv for stage in self.stages for conv in stage], strict=True))
 
     def __call__(self, image_BHW3: jax.Array) -> tuple[jax.Array, ...]:
-        x, maps = _normalised(image_BHW3, self.smallest), []
+        x, maps = normalised(image_BHW3, self.smallest), []
         for number, stage in enumerate(self.stages):
             if number > 0:
                 x = nnx.max_pool(x, (2, 2), strides=(2, 2))
@@ -76,7 +76,7 @@ class AlexNet(nnx.Module):
         return dict(zip((0, 3, 6, 8, 10), self.stages, strict=True))
 
     def __call__(self, image_BHW3: jax.Array) -> tuple[jax.Array, ...]:
-        x, maps = _normalised(image_BHW3, self.smallest), []
+        x, maps = normalised(image_BHW3, self.smallest), []
         for number, conv in enumerate(self.stages):
             if number in (1, 2):
                 x = nnx.max_pool(x, (3, 3), strides=(2, 2))
@@ -97,7 +97,8 @@ def _conv(before: int, after: int, size: int, *, stride: int = 1, rngs: nnx.Rngs
     )
 
 
-def _normalised(image_BHW3: jax.Array, smallest: int) -> jax.Array:
+def normalised(image_BHW3: jax.Array, smallest: int) -> jax.Array:
+    """image [B, H, W, 1 or 3] in [-1, 1] -> [B, H, W, 3] as ImageNet's networks were trained."""
     shape = image_BHW3.shape
     if len(shape) != 4 or shape[3] not in (1, 3) or min(shape[1:3]) < smallest:
         raise interfaces.UserError(

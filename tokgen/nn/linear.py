@@ -115,12 +115,20 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width, precision.params_dtype))
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        """Normalise; two-pass variance, as PyTorch computes it."""
-        B, H, W, C = x_BHWC.shape
-        wide = x_BHWC.astype(jnp.float32).reshape(B, H * W, self.groups, C // self.groups)
-        wide = wide - jnp.mean(wide, axis=(1, 3), keepdims=True)
-        variance = jnp.mean(wide * wide, axis=(1, 3), keepdims=True)
-        wide = (wide * jax.lax.rsqrt(variance + self.eps)).reshape(B, H, W, C)
+        """Normalise; the dtype stays."""
+        wide = grouped(x_BHWC, self.groups, self.eps)
         scale = self.scale[...].astype(jnp.float32).reshape(1, 1, 1, -1)
         bias = self.bias[...].astype(jnp.float32).reshape(1, 1, 1, -1)
         return (wide * scale + bias).astype(x_BHWC.dtype)
+
+
+def grouped(x_BHWC: jax.Array, groups: int = 32, eps: float = 1e-6) -> jax.Array:
+    """Mean 0 and variance 1 over space and groups of channels; float32.
+
+    Two-pass variance, as PyTorch computes it.
+    """
+    B, H, W, C = x_BHWC.shape
+    wide = x_BHWC.astype(jnp.float32).reshape(B, H * W, groups, C // groups)
+    wide = wide - jnp.mean(wide, axis=(1, 3), keepdims=True)
+    variance = jnp.mean(wide * wide, axis=(1, 3), keepdims=True)
+    return (wide * jax.lax.rsqrt(variance + eps)).reshape(B, H, W, C)

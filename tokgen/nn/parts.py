@@ -42,13 +42,39 @@ class SwiGLU(nnx.Module):
         return self.down(sharding.constrain(hidden_BlF, "BLF"))
 
 
+def four_times(width: int) -> int:
+    """Hidden width of the MLP of GPT-2, BERT and the vision transformers."""
+    return 4 * width
+
+
+class GeluMLP(nnx.Module):
+    """down(gelu(up(x))) with biases and the exact GELU (arXiv:1606.08415)."""
+
+    def __init__(self, width: int, *, hidden, std, precision: Precision, rngs: nnx.Rngs):
+        options = dict(bias=True, std=std, precision=precision, rngs=rngs)
+        self.up = linear.Linear(width, hidden(width), **options)
+        self.down = linear.Linear(hidden(width), width, **options)
+
+    def __call__(self, x_BlD: jax.Array) -> jax.Array:
+        """[B, l, D] -> [B, l, D]."""
+        hidden_BlF = jax.nn.gelu(self.up(x_BlD), approximate=False)
+        return self.down(sharding.constrain(hidden_BlF, "BLF"))
+
+
+def layer_norm(width: int, *, precision: Precision, rngs: nnx.Rngs | None = None):
+    """LayerNorm with the eps of PyTorch, 1e-5."""
+    return linear.LayerNorm(width, eps=1e-5, precision=precision, rngs=rngs)
+
+
 class PreNorm(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, width: int, heads: int, parts: Parts, *, precision, rngs):
         options = dict(precision=precision, rngs=rngs)
         self.attention_norm = parts.norm(width, **options)
-        self.attention = attention.Attention(width, heads, std=parts.std, **options)
+        self.attention = attention.Attention(
+            width, heads, bias=parts.bias, std=parts.std, **options
+        )
         self.mlp_norm = parts.norm(width, **options)
         self.mlp = parts.mlp(width, hidden=parts.hidden, std=parts.std, **options)
 
@@ -72,6 +98,7 @@ class Parts:
     mlp: Callable
     hidden: Callable[[int], int]
     std: Callable[[int], float]
+    bias: bool = False  # of the attention's maps; an MLP brings its own
 
 
 # LlamaGen, arXiv:2406.06525: RMSNorm with eps 1e-5, no biases, SwiGLU, normal(0.02)
@@ -79,6 +106,9 @@ LLAMA = Parts(PreNorm, linear.RMSNorm, SwiGLU, swiglu_hidden, linear.published)
 
 # The same for widths under 512: the MLP is not rounded up to 256, starts scale with fan in
 LLAMA_NARROW = Parts(PreNorm, linear.RMSNorm, SwiGLU, swiglu_hidden_narrow, linear.fan_in)
+
+# The vision transformer of TiTok, arXiv:2406.07550: LayerNorm with eps 1e-5, biases, exact GELU
+VIT = Parts(PreNorm, layer_norm, GeluMLP, four_times, linear.published, bias=True)
 
 
 def named(name: str) -> Parts:

@@ -28,7 +28,8 @@ class Quantizer(nnx.Module):
         levels = tuple(int(level) for level in levels)
         if not levels or min(levels) < 2:
             raise ValueError(f"levels need at least 2 values each; found levels={levels}")
-        self.levels, self.channels = levels, len(levels)
+        self.levels = levels
+        self.inputs = self.channels = len(levels)
         self.layout = TokenLayout((math.prod(levels),), (grid,))
 
     def __call__(self, latents_BPC: jax.Array, *, key: jax.Array | None = None) -> Quantized:

@@ -2,7 +2,8 @@
 
 With `normalize`, latents and rows lie on the unit sphere (arXiv:2110.04627; LlamaGen uses 8
 channels). The codebook follows its gradient, or the moving average of the latents that chose each
-row (appendix A.1 of arXiv:1711.00937). Rows that nobody chooses are revived from the batch.
+row (appendix A.1 of arXiv:1711.00937). Rows that nobody chooses are revived from the batch: drawn
+at random, or pulled to the nearest latent in proportion to their disuse (arXiv:2307.15139).
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokgen.interfaces import Quantized, Statistic, TokenLayout
+from tokgen.quantizers import entropy as entropies
 
 UPDATES = ("gradient", "ema", "frozen")
+REVIVALS = ("random", "clustering", "none")
 
 
 class Quantizer(nnx.Module):
@@ -26,6 +29,12 @@ class Quantizer(nnx.Module):
         revive: a row is replaced by a latent of the batch when its share of the tokens falls
             below `revive / codes`; 0 never. All rows count as dead before the first step, which
             makes it an initialisation from data.
+        revival: "random" as above; "clustering" pulls every row to the latent nearest to it by
+            exp(-10 usage codes / (1 - decay) - 0.001), whatever `revive` is; "none".
+        init: of the rows: "sphere", "uniform" (+-1/codes), "normal", or "fan_in"
+            (+-sqrt(3/codes), MaskGIT).
+        temperature: of the entropies; 0 computes none. Published: 0.01.
+        entropy: the form of their logarithms, see `entropy.py`.
     """
 
     def __init__(
@@ -38,18 +47,29 @@ class Quantizer(nnx.Module):
         update: str = "gradient",
         decay: float = 0.99,
         revive: float = 0.05,
+        revival: str = "random",
+        init: str = "sphere",
+        temperature: float = 0.0,
+        entropy: str = "shifted",
         rngs: nnx.Rngs,
     ):
         if update not in UPDATES:
             raise ValueError(f"update must be one of {UPDATES}; found {update!r}")
+        if revival not in REVIVALS:
+            raise ValueError(f"revival must be one of {REVIVALS}; found {revival!r}")
+        if init not in STARTS:
+            raise ValueError(f"init must be one of {tuple(STARTS)}; found {init!r}")
+        entropies.check(temperature, entropy)
         if not 0 <= decay < 1 or not 0 <= revive < 1:
             raise ValueError(
                 f"decay and revive must lie in [0, 1); found decay={decay}, revive={revive}"
             )
         self.layout = TokenLayout((codes,), (grid,))
-        self.codes, self.channels, self.normalize = codes, channels, normalize
-        self.update, self.decay, self.revive = update, decay, revive
-        rows_VC = _unit(jax.random.normal(rngs.params(), (codes, channels)))
+        self.codes, self.normalize = codes, normalize
+        self.inputs = self.channels = channels
+        self.update, self.decay, self.revive, self.revival = update, decay, revive, revival
+        self.temperature, self.entropy = temperature, entropy
+        rows_VC = STARTS[init](rngs.params(), (codes, channels))
         kind = nnx.Param if update == "gradient" else Statistic
         self.codebook = kind(rows_VC)
         self.counts = Statistic(jnp.zeros(codes))  # share of the tokens, as a moving average
@@ -65,12 +85,15 @@ class Quantizer(nnx.Module):
         """Training path: straight-through latents, tokens, losses."""
         del key
         latents_BPC, rows_VC = self._latents(latents_BPC), self.rows()
-        tokens_BLG = _nearest(latents_BPC, rows_VC)
+        distances_BPV = _distances(latents_BPC, rows_VC)
+        tokens_BLG = jnp.argmin(distances_BPV, axis=-1)[..., None]
         codes_BPC = rows_VC[tokens_BLG[..., 0]]
         fixed_BPC = jax.lax.stop_gradient(codes_BPC)
         losses = {"commitment": jnp.mean((fixed_BPC - latents_BPC) ** 2)}
         if self.update == "gradient":
             losses["codebook"] = jnp.mean((codes_BPC - jax.lax.stop_gradient(latents_BPC)) ** 2)
+        if self.temperature > 0:
+            losses |= entropies.of_affinities(-distances_BPV, self.temperature, self.entropy)
         straight_BPC = latents_BPC + jax.lax.stop_gradient(codes_BPC - latents_BPC)
         return Quantized(straight_BPC, tokens_BLG, losses)
 
@@ -82,25 +105,32 @@ class Quantizer(nnx.Module):
         """Tokens [B, P, 1] -> rows [B, P, C]."""
         return self.rows()[tokens_BLG[..., 0]]
 
+    def soft(self, latents_BPC: jax.Array, temperature: float) -> jax.Array:
+        """[B, P, V]: softmax(-distance / temperature), targets that know near misses."""
+        return jax.nn.softmax(-_distances(self._latents(latents_BPC), self.rows()) / temperature)
+
     def maintain(self, latents_BPC: jax.Array, *, key: jax.Array) -> None:
         """After an optimizer step: count, move the averages, revive dead rows.
 
         The only place where a quantizer changes its variables.
         """
-        latents_nC = self._latents(latents_BPC).reshape(-1, self.channels)
-        tokens_n = _nearest(latents_nC[None], self.rows())[0, :, 0]
-        # a product with one-hot rows and not a scatter: float scatters have no fixed order on GPUs
-        chosen_nV = jax.nn.one_hot(tokens_n, self.codes, dtype=jnp.float32)
-        share_V = chosen_nV.mean(0)
+        raw_nC = latents_BPC.astype(jnp.float32).reshape(-1, self.channels)
+        latents_nC = self._latents(raw_nC)
+        distances_nV = _distances(latents_nC, self.rows())
+        tokens_n = jnp.argmin(distances_nV, axis=-1)
+        share_V = jnp.bincount(tokens_n, length=self.codes) / len(tokens_n)
         counts_V = self.decay * self.counts[...] + (1 - self.decay) * share_V
-        rows_VC = self.codebook[...].astype(jnp.float32)
+        rows_VC, sums_VC = self.codebook[...].astype(jnp.float32), None
         if self.update == "ema":
-            fresh_VC = _highest("nV,nC->VC", chosen_nV, latents_nC) / len(latents_nC)
-            sums_VC = self.decay * self.sums[...] + (1 - self.decay) * fresh_VC
-            seen_V1 = counts_V[:, None] > 1e-12
-            means_VC = sums_VC / jnp.maximum(counts_V, 1e-12)[:, None]
-            rows_VC = jnp.where(seen_V1, means_VC, rows_VC)
-        if self.revive > 0 and self.update != "frozen":
+            rows_VC, sums_VC = self._averaged(latents_nC, tokens_n, counts_V)
+        if self.update != "frozen" and self.revival == "clustering":
+            # the distances lack |z|^2, which a comparison of latents needs
+            near_V = jnp.argmin(distances_nV + jnp.sum(latents_nC**2, -1, keepdims=True), axis=0)
+            pull_V = jnp.exp(-counts_V * self.codes * 10 / (1 - self.decay) - 1e-3)
+            rows_VC += pull_V[:, None] * (raw_nC[near_V] - rows_VC)
+            if self.update == "ema":
+                sums_VC = rows_VC * counts_V[:, None]
+        elif self.update != "frozen" and self.revival == "random" and self.revive > 0:
             # at first also the row that all latents chose: it began at random like the others
             first = jnp.all(self.counts[...] == 0)
             dead_V = first | (counts_V < self.revive / self.codes)
@@ -115,6 +145,18 @@ class Quantizer(nnx.Module):
             self.sums[...] = sums_VC
         if self.update != "frozen":
             self.codebook[...] = rows_VC.astype(self.codebook[...].dtype)
+
+    def _averaged(
+        self, latents_nC: jax.Array, tokens_n: jax.Array, counts_V: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """(rows that are the means of their latents, sums of the latents), as moving averages."""
+        # a product with one-hot rows and not a scatter: float scatters have no fixed order on GPUs
+        chosen_nV = jax.nn.one_hot(tokens_n, self.codes, dtype=jnp.float32)
+        fresh_VC = _highest("nV,nC->VC", chosen_nV, latents_nC) / len(latents_nC)
+        sums_VC = self.decay * self.sums[...] + (1 - self.decay) * fresh_VC
+        means_VC = sums_VC / jnp.maximum(counts_V, 1e-12)[:, None]
+        rows_VC = jnp.where(counts_V[:, None] > 1e-12, means_VC, self.codebook[...])
+        return rows_VC, sums_VC
 
     def _latents(self, latents_BPC: jax.Array) -> jax.Array:
         # float32: in bfloat16 near neighbours are equally far
@@ -133,8 +175,34 @@ def _highest(formula: str, *operands: jax.Array) -> jax.Array:
     return jnp.einsum(formula, *operands, precision=jax.lax.Precision.HIGHEST)
 
 
-def _nearest(latents_BPC: jax.Array, rows_VC: jax.Array) -> jax.Array:
-    """Tokens [B, P, 1] of the nearest rows; |z|^2 is the same for all of them."""
-    products_BPV = _highest("BPC,VC->BPV", latents_BPC, rows_VC)
+def _distances(latents: jax.Array, rows_VC: jax.Array) -> jax.Array:
+    """[..., V] squared distances less |z|^2, which no choice or softmax among rows sees."""
+    products = _highest("...C,VC->...V", latents, rows_VC)
     squares_V = jnp.sum(rows_VC * rows_VC, axis=-1)
-    return jnp.argmin(squares_V[None, None] - 2 * products_BPV, axis=-1)[..., None]
+    return squares_V.reshape((1,) * (products.ndim - 1) + (-1,)) - 2 * products
+
+
+def _nearest(latents_BPC: jax.Array, rows_VC: jax.Array) -> jax.Array:
+    """Tokens [B, P, 1] of the nearest rows."""
+    return jnp.argmin(_distances(latents_BPC, rows_VC), axis=-1)[..., None]
+
+
+def _sphere(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    return _unit(jax.random.normal(key, shape))
+
+
+def _uniform(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    return jax.random.uniform(key, shape, minval=-1 / shape[0], maxval=1 / shape[0])
+
+
+def _fan_in(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    bound = (3 / shape[0]) ** 0.5  # variance 1 / codes: Flax takes the first axis for the fan
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+STARTS = {
+    "sphere": _sphere,
+    "uniform": _uniform,
+    "normal": jax.random.normal,
+    "fan_in": _fan_in,
+}

@@ -13,19 +13,14 @@ from tokgen.nn import conv
 from tokgen.nn.precision import Precision
 
 
-def grid(size: tuple[int, int], widths: tuple[int, ...], stem: int = 1) -> tuple[int, int]:
-    """(rows, columns) of the latents of an image of `size`."""
-    stride = stem * 2 ** (len(widths) - 1)
-    if size[0] % stride or size[1] % stride:
-        raise ValueError(
-            f"the image must be divisible by the tokenizer's stride: size={tuple(size)}, "
-            f"stride={stride} (stem {stem} and {len(widths)} widths)"
-        )
-    return size[0] // stride, size[1] // stride
-
-
 class Encoder(nnx.Module):
-    """Images [B, H, W, 3] to latents [B, P, C]."""
+    """Images [B, H, W, 3] to latents [B, P, C].
+
+    The first convolution leads to `start` channels (0: to the first width). With `hidden` the
+    network ends at so many channels and another convolution of size `projection` leads to the
+    latents (the quant_conv of VQGAN). Where the parts have attention, it follows every block of
+    the levels `attend` (0 the finest; None: the coarsest alone).
+    """
 
     def __init__(
         self,
@@ -33,26 +28,47 @@ class Encoder(nnx.Module):
         channels: int,
         latent: int,
         widths: tuple[int, ...],
+        start: int = 0,
         blocks: int = 2,
         stem: int = 1,
+        attend: tuple[int, ...] | None = None,
+        hidden: int = 0,
+        projection: int = 1,
         parts: str = "vqgan",
         precision: Precision,
         rngs: nnx.Rngs,
     ):
         kit, options = conv.named(parts), dict(precision=precision, rngs=rngs)
-        local = 1 if kit is conv.LOCAL else 3
-        self.stem = stem
-        self.conv_in = conv.Conv(channels * stem**2, widths[0], local, **options)
-        stages, width = [], widths[0]
+        self.stem, self.blocks, self.levels = stem, blocks, len(widths)
+        self.attended = _attended(kit, attend, len(widths))
+        stages, width = [], start or widths[0]
+        self.conv_in = conv.Conv(
+            channels * stem**2, width, kit.first, bias=kit.first_bias, **options
+        )
         for level, outputs in enumerate(widths):
             for _ in range(blocks):
                 stages.append(kit.block(width, outputs, norm=kit.norm, **options))
                 width = outputs
+                if level in self.attended:
+                    stages.append(kit.attention(width, norm=kit.norm, **options))
             if level < len(widths) - 1:
-                stages.append(Downsample(width, **options))
+                stages.append(kit.down(width, **options))
+        stages += kit.middle(width, blocks, kit, **options)
         self.stages = nnx.List(stages)
         self.norm = kit.norm(width, **options)
-        self.conv_out = conv.Conv(width, latent, local, **options)
+        self.conv_out = conv.Conv(width, hidden or latent, kit.last, **options)
+        self.conv_latent = conv.Conv(hidden, latent, projection, **options) if hidden else None
+
+    @staticmethod
+    def grid(size: tuple[int, int], *, widths: tuple[int, ...], stem: int = 1, **_) -> tuple:
+        """(rows, columns) of the latents of an image of `size`."""
+        stride = stem * 2 ** (len(widths) - 1)
+        if size[0] % stride or size[1] % stride:
+            raise ValueError(
+                f"the image must be divisible by the tokenizer's stride: size={tuple(size)}, "
+                f"stride={stride} (stem {stem} and {len(widths)} widths)"
+            )
+        return size[0] // stride, size[1] // stride
 
     def __call__(self, image_BHW3: jax.Array) -> jax.Array:
         """[B, H, W, 3] in the tokenizer's range -> [B, P, C]."""
@@ -60,6 +76,8 @@ class Encoder(nnx.Module):
         for stage in self.stages:
             x_BHWC = stage(x_BHWC)
         x_BHWC = self.conv_out(jax.nn.silu(self.norm(x_BHWC)))
+        if self.conv_latent is not None:
+            x_BHWC = self.conv_latent(x_BHWC)
         return x_BHWC.reshape(len(x_BHWC), -1, x_BHWC.shape[-1])
 
 
@@ -75,20 +93,31 @@ class Decoder(nnx.Module):
         widths: tuple[int, ...],
         blocks: int = 2,
         stem: int = 1,
+        attend: tuple[int, ...] | None = None,
+        hidden: int = 0,
+        projection: int = 1,
         parts: str = "vqgan",
         precision: Precision,
         rngs: nnx.Rngs,
     ):
         kit, options = conv.named(parts), dict(precision=precision, rngs=rngs)
         self.stem, self.grid = stem, tuple(grid)
-        self.conv_in = conv.Conv(latent, widths[-1], **options)
-        stages, width = [], widths[-1]
+        self.blocks, self.levels = blocks + kit.more, len(widths)
+        self.attended = _attended(kit, attend, len(widths))
+        self.conv_latent = conv.Conv(latent, hidden, projection, **options) if hidden else None
+        self.conv_in = conv.Conv(hidden or latent, widths[-1], **options)
+        width = widths[-1]
+        stages = kit.middle(width, blocks, kit, **options)
         for level, outputs in enumerate(reversed(widths)):
             if level:
-                stages.append(Upsample(width, **options))
-            for _ in range(blocks):
+                stages.append(kit.up(width, **options))
+            if kit.adapt is not None:
+                stages.append(kit.adapt(width, latent, **options))
+            for _ in range(self.blocks):
                 stages.append(kit.block(width, outputs, norm=kit.norm, **options))
                 width = outputs
+                if self.levels - 1 - level in self.attended:
+                    stages.append(kit.attention(width, norm=kit.norm, **options))
         self.stages = nnx.List(stages)
         self.norm = kit.norm(width, **options)
         self.conv_out = conv.Conv(width, channels * stem**2, **options)
@@ -96,30 +125,21 @@ class Decoder(nnx.Module):
     def __call__(self, latents_BPC: jax.Array) -> jax.Array:
         """[B, P, C] -> [B, H, W, 3] in the tokenizer's range."""
         x_BHWC = latents_BPC.reshape(len(latents_BPC), *self.grid, -1)
+        if self.conv_latent is not None:
+            x_BHWC = self.conv_latent(x_BHWC)
         x_BHWC = self.conv_in(x_BHWC)
         for stage in self.stages:
-            x_BHWC = stage(x_BHWC)
+            if isinstance(stage, conv.AdaptiveNorm):
+                x_BHWC = stage(x_BHWC, latents_BPC)
+            else:
+                x_BHWC = stage(x_BHWC)
         x_BHWC = self.conv_out(jax.nn.silu(self.norm(x_BHWC)))
         return conv.depth_to_space(x_BHWC, self.stem)
 
 
-class Downsample(nnx.Module):
-    """A convolution of stride 2."""
-
-    def __init__(self, width: int, *, precision: Precision, rngs: nnx.Rngs):
-        self.conv = conv.Conv(width, width, stride=2, precision=precision, rngs=rngs)
-
-    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        """Half the height and width."""
-        return self.conv(x_BHWC)
-
-
-class Upsample(nnx.Module):
-    """Every pixel twice, then a convolution."""
-
-    def __init__(self, width: int, *, precision: Precision, rngs: nnx.Rngs):
-        self.conv = conv.Conv(width, width, precision=precision, rngs=rngs)
-
-    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        """Twice the height and width."""
-        return self.conv(conv.upsample(x_BHWC))
+def _attended(
+    kit: conv.Parts, attend: tuple[int, ...] | None, levels: int
+) -> tuple[int, ...]:
+    if kit.attention is None:
+        return ()
+    return (levels - 1,) if attend is None else tuple(attend)

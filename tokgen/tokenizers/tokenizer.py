@@ -27,8 +27,8 @@ class Tokenizer(nnx.Module):
         self.pixels = (float(low), float(high))
 
     @property
-    def layout(self) -> TokenLayout:
-        """The layout of its tokens."""
+    def layout(self) -> TokenLayout | None:
+        """The layout of its tokens; None where the bottleneck is continuous."""
         return self.quantizer.layout
 
     def latents(self, image_BHW3: jax.Array) -> jax.Array:
@@ -40,23 +40,31 @@ class Tokenizer(nnx.Module):
         """Tokens [B, L, G] of images in [0, 1]."""
         return self.quantizer.encode(self.latents(image_BHW3))
 
-    def decode(self, tokens_BLG: jax.Array) -> jax.Array:
-        """Images [B, H, W, 3] of tokens, in [0, 1]."""
-        return self.decode_latents(self.quantizer.decode(tokens_BLG))
+    def decode(self, tokens_BLG: jax.Array, *, cond: jax.Array | None = None) -> jax.Array:
+        """Images [B, H, W, 3] of tokens, in [0, 1]; `cond` for a decoder that reads text."""
+        return self.decode_latents(self.quantizer.decode(tokens_BLG), cond=cond)
 
-    def decode_latents(self, latents_BPC: jax.Array) -> jax.Array:
+    def decode_latents(
+        self, latents_BPC: jax.Array, *, cond: jax.Array | None = None
+    ) -> jax.Array:
         """Images of quantized latents, clipped to [0, 1]."""
-        return jnp.clip(self.paint(latents_BPC), 0, 1)
+        return jnp.clip(self.paint(latents_BPC, cond=cond), 0, 1)
 
     def reconstruct(
-        self, image_BHW3: jax.Array, *, key: jax.Array | None = None
+        self,
+        image_BHW3: jax.Array,
+        *,
+        cond: jax.Array | None = None,
+        key: jax.Array | None = None,
     ) -> tuple[jax.Array, Quantized]:
         """(images, not clipped: training needs the gradient; what the quantizer returned)."""
         quantized = self.quantizer(self.latents(image_BHW3), key=key)
-        return self.paint(quantized.latents_BPC), quantized
+        return self.paint(quantized.latents_BPC, cond=cond), quantized
 
-    def paint(self, latents_BPC: jax.Array) -> jax.Array:
+    def paint(self, latents_BPC: jax.Array, *, cond: jax.Array | None = None) -> jax.Array:
         """Images of quantized latents, not clipped: a loss needs the gradient beyond white."""
         low, high = self.pixels
+        text = () if cond is None else (cond,)
         # float32: losses and pixels are compared in it
-        return (self.decoder(latents_BPC).astype(jnp.float32) - low) / (high - low)
+        painted = self.decoder(latents_BPC, *text).astype(jnp.float32)
+        return (painted - low) / (high - low)

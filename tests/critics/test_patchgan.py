@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from tokgen import interfaces
-from tokgen.critics import discriminator
+from tokgen.critics import patchgan
 from tokgen.pretrained import reader
 
 FIXTURE = Path(__file__).parents[3] / "shared" / "parity" / "disc_patchgan"
@@ -18,7 +18,7 @@ def _made(channels=3, width=4, layers=1, norm="batch"):
     """With parameters from numpy: JAX compiles a program for each shape that it draws."""
     rng = np.random.default_rng(0)
     module = nnx.eval_shape(
-        lambda: discriminator.Discriminator(channels, width, layers, norm, rngs=nnx.Rngs(0))
+        lambda: patchgan.Discriminator(channels, width, layers, norm, rngs=nnx.Rngs(0))
     )
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.1, 0.2, leaf.shape), "f4"), module)
 
@@ -59,13 +59,13 @@ def test_logits_follow_the_written_out_network():
 
 
 def test_parameters_are_as_many_as_published():
-    network = nnx.eval_shape(lambda: discriminator.Discriminator(rngs=nnx.Rngs(0)))
+    network = nnx.eval_shape(lambda: patchgan.Discriminator(rngs=nnx.Rngs(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(network)) == 2_765_633
 
 
 def test_parameters_start_as_published():
     rngs = nnx.Rngs(jax.random.key(0, impl="rbg"))  # compiles in a third of the time
-    network = discriminator.Discriminator(1, 64, 1, rngs=rngs)
+    network = patchgan.Discriminator(1, 64, 1, rngs=rngs)
     assert np.std(network.convs[0].kernel[...]) == pytest.approx(0.02, rel=0.02)
     scale = np.asarray(network.norms[0].scale[...])
     assert scale.mean() == pytest.approx(1, abs=0.01)

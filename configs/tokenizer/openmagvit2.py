@@ -1,0 +1,53 @@
+"""Small photographs: 8 x 8 tokens of 32 x 32 pixels, stride 4, 1,000 codes.
+
+    python train_tokenizer.py --config configs/tokenizer/cifar10_f4.py --workdir runs/cifar10_f4 \\
+        --config.data.path=DIR
+
+DIR is an image folder: class folders, or `train` and `test` folders of these. Made for CIFAR-10 and
+for 20 minutes of CPU; for larger images change `view.size` and add widths. FSQ 8 x 5 x 5 x 5
+(arXiv:2309.15505) needs no codebook loss and uses all its codes. Variants: `vq`, `ema` (learned
+codebooks of 1,024), `gan` (a PatchGAN critic for the second half).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant=""):
+    """`variant` is "", "vq", "ema" or "gan"."""
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 20000
+    config.batch_size = 16  # on a CPU a step costs in proportion: more, smaller steps win
+    config.precision = dict(params="float32", compute="float32")
+    config.data = dict(name="folder", path="", held_out=0.02)
+    config.view = dict(size=(32, 32), channels=3, crop="center", zoom=1.25, flip=True)
+    config.pixels = (-1.0, 1.0)
+    config.encoder = dict(name="conv", widths=(128,), blocks=2, stem=4, parts="light")
+    config.quantizer = dict(name="lfq", bits=18, temperature=0.01, entropy="shifted")
+    config.decoder = dict(name="conv", widths=(128,), blocks=2, stem=4, parts="light")
+    config.loss = dict(l1=0.0, l2=1.0, perceptual=0.0, codebook=1.0, commitment=0.25)
+    config.perceptual = ""  # weight files of LPIPS, comma between two
+    config.critic = dict(
+        weight=0.0,  # 0: no critic
+        start=0.5,  # as a share of the run: the critic begins to learn
+        warmup=0.05,  # and this much later the tokenizer begins to play against it
+        network=dict(width=64, layers=3, norm="batch"),  # PatchGAN
+        optimizer=dict(learning_rate=2e-4, b1=0.5, b2=0.9, clip=1.0, decay="constant"),
+    )
+    config.optimizer = dict(name="adamw", learning_rate=2e-3, warmup=100, b2=0.99, clip=1.0)
+    config.ema = 0.999
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.strategy = "data"
+    config.max_bad = 1e-3
+    config.held_out = dict(images=1000)
+    config.report = dict(scalars=100, save=5000)
+    config.keep = dict(latest=1, best=1)
+    config.init_from = ""
+    if variant in ("vq", "ema"):
+        update = "gradient" if variant == "vq" else "ema"
+        config.quantizer = dict(name="lfq", bits=18, temperature=0.01, entropy="shifted")
+    elif variant == "gan":
+        config.critic.weight = 0.1
+    elif variant:
+        raise ValueError("variants are vq, ema and gan")
+    return config

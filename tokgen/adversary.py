@@ -1,0 +1,173 @@
+"""The critic's side of training: how a config describes the game, and the critic's own step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tokgen import config as configs
+from tokgen import losses, report
+from tokgen import state as states
+from tokgen.critics import augment, features
+from tokgen.interfaces import Array, UserError
+from tokgen.pretrained import reader
+
+TRUNK = r"(?!trunk/).*"  # everything but a frozen feature network
+
+
+@dataclasses.dataclass(frozen=True)
+class Game:
+    """The section `critic` of a config.
+
+    Attributes:
+        weight: of the adversarial term; 0: no critic.
+        limit, floor, epsilon: of the adaptive weight (Eq. 7 of arXiv:2012.09841), by which
+            `weight` is multiplied; limit 0 makes the weight constant.
+        start: as a share of the run: the critic begins to learn.
+        warmup: this much later the painter begins to play against it; half-way ones in between
+            with `ramp`.
+        ramp: share of the run over which the weight rises to its full value.
+        loss, painter: what critic and painter descend, names of `losses.DISCRIMINATOR` and
+            `losses.GENERATOR`.
+        critic_weight: of the critic's loss (LlamaGen multiplies it too).
+        lecam, lecam_form: weight and form of LeCam.
+        r1: weight of the gradient penalty on real images.
+        augmented: whether both sides are seen through differentiable augmentation.
+        consistency: weight of agreement between two augmentations of an image.
+        first: who moves first in a step, "painter" or "critic".
+        features: weight file of the frozen feature network, for `network.name="features"`.
+        network, optimizer: sections of their own.
+    """
+
+    weight: float = 0.0
+    limit: float = 1e4
+    floor: float = 0.0
+    epsilon: float = 1e-4
+    start: float = 0.0
+    warmup: float = 0.0
+    ramp: float = 0.0
+    loss: str = "hinge"
+    painter: str = "hinge"
+    critic_weight: float = 1.0
+    lecam: float = 0.0
+    lecam_form: str = "means"
+    r1: float = 0.0
+    augmented: bool = False
+    consistency: float = 0.0
+    first: str = "painter"
+    features: str = ""
+    network: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        losses.named(losses.DISCRIMINATOR, self.loss, "critic.loss")
+        losses.named(losses.GENERATOR, self.painter, "critic.painter")
+        losses.named(losses.LECAM, self.lecam_form, "critic.lecam_form")
+        if self.first not in ("painter", "critic"):
+            raise UserError(f"critic.first must be painter or critic; found {self.first!r}")
+
+    def steps(self, total: int) -> tuple[int, int]:
+        """(step at which the critic begins to learn, step at which the painter begins to play)."""
+        if self.weight == 0:
+            return total, total
+        begin = round(self.start * total)
+        return begin, begin + round(self.warmup * total)
+
+
+def build(game: Game, settings, *, rngs):
+    """The critic; without the weights that a feature network needs, PatchGAN in its place."""
+    section = dict(game.network)
+    if section.get("name") == "features" and not game.features:
+        report.say(
+            "critic: PatchGAN, since config.critic.features names no weights of DINO ViT-S/16 "
+            "(docs/data.md)"
+        )
+        section = dict(name="patchgan")
+    context = dict(channels=settings.view.channels, rngs=rngs)
+    if section.get("name") == "stylegan":
+        context["size"] = settings.view.size[0]
+    critic = configs.build(section, "critic.network", **context)
+    if isinstance(critic, features.Discriminator):
+        critic.load(*game.features.split(","), read=reader.read)
+    return critic
+
+
+def views(judge, game: Game, key: Array) -> tuple[Callable, Callable]:
+    """The critic as it sees images while it learns, and as the painter is judged by it."""
+    learning, judging = judge, judge
+    if isinstance(judge, features.Discriminator):
+        # running statistics for the painter: its image is judged alone
+        learning = functools.partial(judge, key=jax.random.fold_in(key, 0))
+        judging = functools.partial(judge.evaluated, key=jax.random.fold_in(key, 0))
+    if game.augmented:
+        changed = functools.partial(augment.augment, key=jax.random.fold_in(key, 1))
+        learning, judging = (
+            functools.partial(_through, look, changed) for look in (learning, judging)
+        )
+    return learning, judging
+
+
+def _through(look: Callable, change: Callable, image_BHW3: Array) -> Array:
+    return look(change(image_BHW3))
+
+
+def critic_step(game: Game, graph, optimizer: states.Optimizer) -> Callable:
+    """(critic, averages, image, painted, key) -> (critic, averages, scalars)."""
+
+    def step(critic, averages, image_BHW3, painted_BHW3, key):
+        painted_BHW3 = jax.lax.stop_gradient(painted_BHW3)
+
+        def loss(params):
+            judge = states.merge(graph, params, critic.stats)
+            look, _ = views(judge, game, key)
+            total, seen = losses.critic_loss(
+                look,
+                image_BHW3,
+                painted_BHW3,
+                averages,
+                loss=game.loss,
+                lecam=game.lecam_form,
+                lecam_weight=game.lecam,
+                r1_weight=game.r1,
+            )
+            if game.consistency > 0:
+                again, _ = views(judge, game, jax.random.fold_in(key, 2))
+                pair = [2 * image_BHW3 - 1, 2 * painted_BHW3 - 1]
+                apart = [losses.consistency(look(image), again(image)) for image in pair]
+                seen["consistency"] = sum(apart)
+                total = total + game.consistency * seen["consistency"]
+            return game.critic_weight * total, seen
+
+        gradients, seen = jax.grad(loss, has_aux=True)(critic.params)
+        critic, _ = states.apply_gradients(critic, gradients, optimizer, trained=TRUNK)
+        averages = losses.moved(averages, seen["critic_real"], seen["critic_fake"])
+        return _maintained(graph, critic, image_BHW3, painted_BHW3, key), averages, seen
+
+    return step
+
+
+def _maintained(graph, critic: states.TrainState, image_BHW3, painted_BHW3, key):
+    """The critic after its upkeep: running statistics, spectral directions."""
+    judge = states.merge(graph, critic.params, critic.stats)
+    if not isinstance(judge, features.Discriminator):
+        return critic
+    for image in (image_BHW3, painted_BHW3):
+        judge.maintain(2 * image - 1, key=jax.random.fold_in(key, 0))
+    return critic.replace(stats=states.statistics(judge))
+
+
+def weight(game: Game, faithful: Array, pleasing: Array, step: Array, total: int) -> Array:
+    """Weight of the adversarial gradient, from both gradients at the last layer."""
+    _, play = game.steps(total)
+    value = jnp.asarray(game.weight)
+    if game.limit > 0:
+        value = value * losses.adaptive_weight(
+            faithful, pleasing, limit=game.limit, floor=game.floor, epsilon=game.epsilon
+        )
+    ramp = jnp.clip((step - play + 1) / max(game.ramp * total, 1), 0, 1)
+    return jnp.where(step >= play, value * ramp, 0.0)

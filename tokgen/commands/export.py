@@ -1,0 +1,55 @@
+"""Write a checkpoint as safetensors with its config, and in the published form of its system."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+
+from tokgen import checkpoint, config, launch, report, state
+from tokgen.pretrained import system, transfer, writer
+
+SUFFIXES = {"torch": ".bin", "safetensors": ".safetensors", "flax": ".msgpack"}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="a work directory, or one step of it")
+    parser.add_argument("--out", required=True, help="folder to write to")
+    parser.add_argument(
+        "--system",
+        default="",
+        help="also write the keys of this published system; default: the one it was imported from",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """model.safetensors (our names, the weights that are used), config.json, the published file."""
+    launch.devices()
+    loaded, imported = checkpoint.load_imported(args.checkpoint)
+    source = loaded.meta.get("source") or {}
+    out = pathlib.Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    _, params, stats = state.split(loaded.module)
+    arrays = {
+        f"{name}.{path.replace('/', '.')}": leaf
+        for name, tree in (("params", params), ("stats", stats))
+        for path, leaf in state.paths(tree).items()
+    }
+    record = {
+        "config": config.plain(loaded.config),
+        "layout": loaded.layout.to_json() if loaded.layout else None,
+        "classes": list(loaded.classes),
+        "fingerprint": loaded.fingerprint,
+        "source": source,
+    }
+    writer.write(out / "model.safetensors", arrays, form="safetensors")
+    (out / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+    report.say(f"{out}: model.safetensors ({len(arrays)} arrays) and config.json")
+    name = args.system or source.get("system", "")
+    if name:
+        found = system.named(name)
+        file = source.get("file", "") if name == source.get("system") else ""
+        file = out / (file or f"{name}{SUFFIXES[found.form]}")
+        published = transfer.publish(imported, name)
+        writer.write(file, published, form=found.form, wrap=found.wrap)
+        report.say(f"{file}: {len(published)} arrays under the keys of {name}")

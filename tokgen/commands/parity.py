@@ -1,0 +1,59 @@
+"""Hold a fixture folder (published weights, inputs, outputs of the original code) against ours."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import numpy as np
+
+from tokgen import report
+from tokgen.interfaces import UserError
+from tokgen.pretrained import parity
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="with case.npz, config.json and the weight file")
+    parser.add_argument("--system", default="", help="which system; default: the folder's name")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per array")
+    parser.add_argument("--arrays", default="", help="save what our model computed to this .npz")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print a line per array; an error when one fails or is not covered."""
+    folder = parity.Folder(args.folder, args.system)
+    lines, computed = parity.hold(folder)
+    if not args.json:
+        print(f"{'array':<28} {'max abs':>9} {'max rel':>9} {'tolerance':>9}  verdict")
+    for line in lines:
+        print(json.dumps(record(line)) if args.json else text(line))
+    if args.arrays:
+        with open(args.arrays, "wb") as file:
+            np.savez_compressed(file, **computed)
+    counts = {verdict: sum(line.verdict == verdict for line in lines) for verdict in parity.VERDICTS}
+    summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    if counts["fail"] or counts["uncovered"]:
+        sys.stdout.flush()
+        raise UserError(f"{folder.name} differs from {folder.path}: {summary}")
+    report.say(f"{folder.name}: {summary}")
+
+
+def record(line: parity.Line) -> dict:
+    """A line as JSON."""
+    return {
+        "name": line.name,
+        "max_abs_diff": line.absolute,
+        "max_rel_diff": line.relative,
+        "tolerance": line.tolerance,
+        "verdict": line.verdict,
+        **({"note": line.note} if line.note else {}),
+    }
+
+
+def text(line: parity.Line) -> str:
+    """A line for the terminal."""
+    figures = [line.absolute, line.relative, line.tolerance]
+    shown = " ".join(f"{'' if f is None else format(f, '.2e'):>9}" for f in figures)
+    note = f"  {line.note}" if line.note else ""
+    return f"{line.name:<28} {shown}  {line.verdict}{note}"

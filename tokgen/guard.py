@@ -1,0 +1,121 @@
+"""Guard rails of a tokenizer's training: how codes are used, and when to stop or to turn back."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+import pathlib
+
+import jax
+import numpy as np
+
+from tokgen.interfaces import TokenLayout, UserError
+from tokgen.metrics import codebook
+
+KEPT = 2_000_000  # symbols that the meter looks back on
+RETURNS = "returns.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The section `guard` of a config.
+
+    Attributes:
+        usage: a run stops when less than this share of the codes that its last tokens could
+            reach is in use; 0 never.
+        grace: share of the run during which that is forgiven.
+        worse: with a critic, a run goes back to where the game began when the held-out squared
+            error exceeds that moment's by this factor; 0 never.
+        returns: so many times, at half the critic's weight each; then the critic is left out.
+    """
+
+    usage: float = 0.0
+    grace: float = 0.1
+    worse: float = 0.0
+    returns: int = 3
+
+
+class Meter:
+    """Usage of the codes over the last training tokens, per scale and symbol.
+
+    Tokens stay on their device until figures are asked for.
+    """
+
+    def __init__(self, layout: TokenLayout):
+        self.layout, self.kept = layout, collections.deque()
+
+    def add(self, tokens_BLG: jax.Array) -> None:
+        """Remember the tokens of a step."""
+        self.kept.append(tokens_BLG)
+        while sum(tokens.size for tokens in self.kept) > KEPT and len(self.kept) > 1:
+            self.kept.popleft()
+
+    def figures(self) -> dict[str, float]:
+        """Usage, perplexity and dead codes; then a step forgets what was remembered.
+
+        `reached` compares usage with what as many uniform draws would reach. Where all codes of an
+        alphabet are words of bits, `idle_bits` are those with one value in 99 % of the tokens.
+        """
+        tokens_BLG = np.concatenate(jax.device_get(list(self.kept)))
+        self.kept.clear()
+        found, many = {}, len(self.layout.grids) > 1
+        for scale, (start, size) in enumerate(self.layout.spans):
+            part = tokens_BLG[:, start : start + size]
+            for name, value in measured(part, self.layout).items():
+                if many:
+                    found[f"{name}_{scale}"] = value
+                found.setdefault(name, []).append(value)
+        worst = {"usage": min, "reached": min, "perplexity": min, "dead_codes": max, "idle_bits": max}
+        return {k: worst[k](v) if isinstance(v, list) else v for k, v in found.items()}
+
+
+def measured(tokens_BLG: np.ndarray, layout: TokenLayout) -> dict[str, float]:
+    """Figures of some tokens; of several symbols per position the worst."""
+    usage, reached, perplexity, dead, idle = [], [], [], [], []
+    for count_V in codebook.counts(tokens_BLG, layout):
+        codes, draws = len(count_V), int(count_V.sum())
+        usage.append(codebook.usage(count_V))
+        # uniform draws leave a share exp(-n / V) of the codes untouched
+        reached.append(usage[-1] / (1 - math.exp(-draws / codes)))
+        perplexity.append(codebook.perplexity(count_V))
+        dead.append(int((count_V == 0).sum()))
+        if codes & (codes - 1) == 0:
+            ids = np.arange(codes)
+            ones = [count_V[(ids >> bit) & 1 == 1].sum() / draws for bit in range(codes.bit_length() - 1)]
+            idle.append(sum(min(share, 1 - share) < 0.01 for share in ones))
+    figures = {
+        "usage": min(usage),
+        "reached": min(reached),
+        "perplexity": min(perplexity),
+        "dead_codes": float(max(dead)),
+    }
+    return figures | ({"idle_bits": float(max(idle))} if idle else {})
+
+
+def trip(limits: Limits, figures: dict[str, float], step: int, steps: int) -> None:
+    """Stop a run whose codebook has collapsed."""
+    if limits.usage and step > limits.grace * steps and figures["reached"] < limits.usage:
+        raise UserError(
+            f"step {step}: of the codes that the last tokens could reach only "
+            f"{100 * figures['reached']:.1f} % are in use (perplexity {figures['perplexity']:.1f}), "
+            f"and config.guard.usage={limits.usage:g} asks for more. The step is saved. Remedies: "
+            "quantizer.revive, fewer codes or channels, normalize=True, an entropy term, a lower "
+            "learning rate; guard.usage=0 lets it go on"
+        )
+
+
+def returned(workdir: pathlib.Path) -> int:
+    """How often a run went back to before its critic."""
+    file = workdir / RETURNS
+    return json.loads(file.read_text())["returns"] if file.exists() else 0
+
+
+def note_return(workdir: pathlib.Path) -> int:
+    """One more; written before anything is undone, so that a kill in between repeats the rest."""
+    count = returned(workdir) + 1
+    part = workdir / f".{RETURNS}"
+    part.write_text(json.dumps({"returns": count}))
+    part.replace(workdir / RETURNS)
+    return count

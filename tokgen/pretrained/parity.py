@@ -1,0 +1,149 @@
+"""Hold a fixture folder against our model, array by array.
+
+A folder has the published weight file (or several), `config.json` with the published
+hyper-parameters, and `case.npz` with inputs and the outputs that the system's own code gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from tokgen.interfaces import UserError
+from tokgen.pretrained import system as systems
+from tokgen.pretrained import transfer
+
+TOLERANCE = 1e-4  # of the array's largest magnitude, in float32
+LOOSE = 1e-3  # gradients and entropies: sums with cancellation
+VERDICTS = ("pass", "fail", "uncovered", "given")
+
+
+class Folder:
+    """A fixture folder; remembers which arrays were taken from it as inputs."""
+
+    def __init__(self, path: str | pathlib.Path, name: str = ""):
+        self.path = pathlib.Path(path)
+        if not (self.path / "case.npz").is_file():
+            raise UserError(f"a fixture folder needs case.npz and config.json; found none in {path}")
+        self.name = name or self.path.resolve().name
+        self.system = systems.named(self.name)
+        try:
+            file = self.path / "config.json"
+            self.config = json.loads(file.read_text()) if file.is_file() else {}
+            with np.load(self.path / "case.npz", allow_pickle=False) as arrays:
+                self.arrays = {name: arrays[name] for name in arrays}
+        except (ValueError, OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"the fixture {self.path} cannot be read: {error}") from error
+        self.inputs: set[str] = set()
+
+    def given(self, name: str) -> np.ndarray:
+        """An input."""
+        if name not in self.arrays:
+            raise UserError(f"the fixture {self.path} lacks the array {name!r}")
+        self.inputs.add(name)
+        return self.arrays[name]
+
+    def file(self) -> pathlib.Path:
+        """Its only weight file."""
+        found = sorted(
+            f for f in self.path.iterdir() if f.is_file() and f.suffix not in (".npz", ".json", ".md")
+        )
+        if len(found) != 1:
+            names = ", ".join(f.name for f in found) or "none"
+            raise UserError(f"the fixture {self.path} needs one weight file; found {names}")
+        return found[0]
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The arrays of its weight file, or those that `salt` and `keys` of its config describe."""
+        if "salt" not in self.config or "keys" not in self.config:
+            return transfer.weights_of(self.file(), self.system)
+        values = self.config.get("values", {})
+        return {
+            key: np.asarray(values[key]) if key in values else drawn(self.config["salt"], key, shape)
+            for key, shape in self.config["keys"].items()
+        }
+
+    def imported(self) -> transfer.Imported:
+        """Our model of its weights and config."""
+        return transfer.fit(self.weights(), self.name, self.config, source=str(self.path))
+
+    def module(self):
+        """Our model with the weights that the outputs were made with: averages where there are."""
+        return self.imported().used
+
+
+def drawn(salt: str, key: str, shape: Sequence[int]) -> np.ndarray:
+    """A weight that a fixture describes and does not store: the same numbers everywhere."""
+    random = np.random.default_rng(zlib.crc32((salt + key).encode()))
+    if key.endswith("num_batches_tracked"):
+        return np.zeros(shape, np.int64)
+    if key.endswith("running_var"):
+        return (0.5 + random.random(shape)).astype(np.float32)
+    value = random.standard_normal(shape)
+    if key.endswith(("bias", "running_mean")):
+        value = 0.1 * value
+    elif len(shape) == 1:
+        value = 1 + 0.1 * value  # the scale of a norm
+    elif shape:
+        value = value * np.sqrt(2 / np.prod(shape[1:]))
+    return value.astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """What was found of one array."""
+
+    name: str
+    absolute: float | None
+    relative: float | None
+    tolerance: float | None
+    verdict: str
+    note: str = ""
+
+
+def tolerance(name: str, dtype: np.dtype) -> float:
+    """Relative to the array's largest magnitude; 0 for integers and truth values."""
+    if not np.issubdtype(dtype, np.floating):
+        return 0.0
+    return LOOSE if "grad" in name or "entropy" in name or name == "q_quantizer_loss" else TOLERANCE
+
+
+def compare(name: str, wanted: np.ndarray, found: np.ndarray) -> Line:
+    """One array: the largest difference, absolute and in parts of the largest magnitude."""
+    found, limit = np.asarray(found), tolerance(name, wanted.dtype)
+    if found.shape != wanted.shape:
+        return Line(name, None, None, limit, "fail", f"shape {found.shape}, not {wanted.shape}")
+    a, b = wanted.astype(np.float64), found.astype(np.float64)
+    absolute = float(np.max(np.abs(a - b), initial=0.0))
+    scale = float(np.max(np.abs(a), initial=0.0))
+    relative = absolute / scale if scale else absolute
+    verdict = "pass" if np.isfinite(b).all() and relative <= limit else "fail"
+    return Line(name, absolute, relative, limit, verdict)
+
+
+def hold(folder: Folder) -> tuple[list[Line], dict[str, np.ndarray]]:
+    """(a line per array of the fixture, what our model computed under the same names)."""
+    # accelerators multiply float32 in TF32 or bfloat16 unless told otherwise
+    with jax.default_matmul_precision("highest"):
+        computed = jax.device_get(folder.system.parity(folder))
+    unknown = sorted(set(computed) - set(folder.arrays))
+    if unknown:
+        raise UserError(f"the fixture {folder.path} lacks the arrays {', '.join(unknown)}")
+    lines = []
+    for name, wanted in folder.arrays.items():
+        if name in computed:
+            lines.append(compare(name, wanted, computed[name]))
+        elif name in folder.inputs or name.endswith(("margin", "margins")):
+            lines.append(Line(name, None, None, None, "given"))
+        else:
+            lines.append(Line(name, None, None, None, "uncovered"))
+    return lines, {
+        name: np.asarray(array).astype(folder.arrays[name].dtype) for name, array in computed.items()
+    }

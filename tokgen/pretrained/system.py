@@ -1,0 +1,74 @@
+"""Published systems: what each file of this package says of the systems it knows.
+
+A file for a family (`maskgit.py`, `taming.py`) holds a dictionary SYSTEMS of these by name. The
+name is what `--system` takes and what a fixture's folder is called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from tokgen import pretrained
+from tokgen.interfaces import UserError
+from tokgen.pretrained import table
+
+Weights = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """How to read one published system.
+
+    Attributes:
+        parity: fixture folder -> the arrays that our model computes, by the fixture's names.
+        settings: (published configuration, weights) -> our config; None where there is nothing
+            to train from (critics, feature networks).
+        rows: our module -> its key table.
+        unwrap: entries of the file around the state dict, the first that is there is taken.
+        aside: patterns of keys that have no place in our model; kept beside an import, so that an
+            export can give them back.
+        derived: arrays of the published file that follow from our model (constant buffers).
+        average: a live key -> the name of its moving average in the file, where one is published.
+        form: how the published file is written, a form of `writer.py`.
+        wrap: the entry around the state dict when exporting.
+        home, licence: where the weights are published; the terms of the code that made them.
+    """
+
+    parity: Callable[[Any], dict[str, np.ndarray]]
+    settings: Callable[[dict, Weights], ml_collections.ConfigDict] | None = None
+    rows: Callable[[Any], Iterable[table.Row]] | None = None
+    unwrap: tuple[str, ...] = ()
+    aside: tuple[str, ...] = ()
+    derived: Callable[[Any], Weights] | None = None
+    average: Callable[[str], str] | None = None
+    form: str = "torch"
+    wrap: tuple[str, ...] = ()
+    home: str = ""
+    licence: str = "not stated by its authors"
+
+
+def known() -> dict[str, System]:
+    """Every system by name."""
+    systems: dict[str, System] = {}
+    for file in pkgutil.iter_modules(pretrained.__path__):
+        module = importlib.import_module(f"tokgen.pretrained.{file.name}")
+        systems.update(getattr(module, "SYSTEMS", {}))
+    return systems
+
+
+def named(name: str) -> System:
+    """The system that `--system` names."""
+    systems = known()
+    if name not in systems:
+        near = difflib.get_close_matches(name, systems, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"--system must be one of {', '.join(sorted(systems))}; found {name!r}{hint}")
+    return systems[name]

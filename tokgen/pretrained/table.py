@@ -1,0 +1,207 @@
+"""Key tables: which array of a published file is which parameter of ours.
+
+A table is a list of rows, made by walking our own module's structure. A row names one published
+key, the parameters that it fills, and the rule between the two layouts, which works both ways: the
+same table imports and exports. Whatever is left over or left unset is an error that lists it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from tokgen import state as states
+from tokgen.interfaces import UserError
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How a published array becomes ours (given the shapes of ours) and back."""
+
+    ours: Callable[[np.ndarray, Sequence[Shape]], Sequence[np.ndarray]]
+    published: Callable[[Sequence[np.ndarray]], np.ndarray]
+
+
+def one(
+    ours: Callable[[np.ndarray, Shape], np.ndarray], published: Callable[[np.ndarray], np.ndarray]
+) -> Rule:
+    """A rule between one array and one parameter."""
+    return Rule(lambda a, shapes: [ours(a, shapes[0])], lambda parts: published(parts[0]))
+
+
+def _rows_first(kernel: np.ndarray) -> np.ndarray:
+    """[D, *out] -> (out, D)."""
+    return kernel.reshape(kernel.shape[0], -1).T
+
+
+def _rows_last(kernel: np.ndarray) -> np.ndarray:
+    """[*inputs, D] -> (D, inputs)."""
+    return kernel.reshape(-1, kernel.shape[-1]).T
+
+
+# PyTorch keeps weights as (out, in) and (out, in, height, width); ours are [in, out] and HWIO.
+AS_IS = one(lambda a, shape: a, lambda a: a)
+VECTOR = one(lambda a, shape: a.reshape(shape), np.ravel)  # a bias of several axes here
+CONV = one(lambda a, shape: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))
+LINEAR = one(lambda a, shape: a.T.reshape(shape), _rows_first)
+LINEAR_OUT = one(lambda a, shape: a.T.reshape(shape), _rows_last)  # of a kernel [N, K, D]
+POINTWISE = one(
+    lambda a, shape: a[:, :, 0, 0].T.reshape(shape), lambda a: _rows_first(a)[:, :, None, None]
+)
+POINTWISE_OUT = one(
+    lambda a, shape: a[:, :, 0, 0].T.reshape(shape), lambda a: _rows_last(a)[:, :, None, None]
+)
+
+
+def reshaped(*published: int) -> Rule:
+    """The same numbers in the same order; `published` is the shape in the file."""
+    return one(lambda a, shape: a.reshape(shape), lambda a: a.reshape(published))
+
+
+def thirds(rule: Rule) -> Rule:
+    """A fused (3 W, ...) array over query, key and value, each by `rule`."""
+
+    def ours(a, shapes):
+        parts = np.split(a, 3) if len(a) % 3 == 0 else [a] * 3
+        pairs = zip(parts, shapes, strict=True)
+        return [rule.ours(part, [shape])[0] for part, shape in pairs]
+
+    return Rule(ours, lambda parts: np.concatenate([rule.published([part]) for part in parts]))
+
+
+Place = str | tuple[str, int]  # a parameter's path; with a number, that layer of a stacked one
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One published key."""
+
+    key: str
+    places: tuple[Place, ...]
+    rule: Rule = AS_IS
+
+
+def row(key: str, place: Place, rule: Rule = AS_IS) -> Row:
+    """A row with a single place."""
+    return Row(key, (place,), rule)
+
+
+def pair(key: str, path: str, kernel: Rule, *, bias: bool = True) -> list[Row]:
+    """`key.weight` and `key.bias` of a convolution or a linear map."""
+    rows = [row(f"{key}.weight", f"{path}/kernel", kernel)]
+    return [*rows, row(f"{key}.bias", f"{path}/bias", VECTOR)] if bias else rows
+
+
+def norm(key: str, path: str) -> list[Row]:
+    """`key.weight` and `key.bias` of a norm."""
+    return [row(f"{key}.weight", f"{path}/scale"), row(f"{key}.bias", f"{path}/bias")]
+
+
+def _flat(module: nnx.Module) -> tuple[dict, tuple]:
+    graph, params, stats = states.split(module)
+    return {**states.paths(params), **states.paths(stats)}, (graph, params, stats)
+
+
+def _problems(
+    places: dict[str, Shape], rows: Iterable[Row], weights: dict[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """(our arrays by path, everything that does not fit)."""
+    filled: dict[str, np.ndarray] = {}
+    layers: dict[str, dict[int, np.ndarray]] = {}
+    missing, wrong, used = [], [], set()
+    for entry in rows:
+        if entry.key not in weights:
+            missing.append(entry.key)
+            continue
+        used.add(entry.key)
+        paths = [place if isinstance(place, str) else place[0] for place in entry.places]
+        shapes = [
+            places[path] if isinstance(place, str) else places[path][1:]
+            for path, place in zip(paths, entry.places, strict=True)
+        ]
+        array = weights[entry.key]
+        try:
+            parts = entry.rule.ours(array, shapes)
+        except (ValueError, IndexError):
+            parts = [array] * len(shapes)
+        if any(part.shape != tuple(shape) for part, shape in zip(parts, shapes, strict=True)):
+            need = f"for {', '.join(paths)} {', '.join(str(tuple(s)) for s in shapes)}"
+            wrong.append(f"{entry.key} has the shape {array.shape}, which does not fit {need}")
+            continue
+        for place, path, part in zip(entry.places, paths, parts, strict=True):
+            if isinstance(place, str):
+                filled[path] = part
+            else:
+                layers.setdefault(path, {})[place[1]] = part
+    for path, parts in layers.items():
+        if sorted(parts) == list(range(places[path][0])):
+            filled[path] = np.stack([parts[i] for i in sorted(parts)])
+    left = sorted(set(weights) - used)
+    problems = []
+    for what, names in (("missing", missing), ("left over", left)):
+        if names:
+            problems.append(f"{len(names)} {what}: {', '.join(names)}")
+    return filled, [*problems, *wrong]
+
+
+def fill(
+    module: nnx.Module, rows: Iterable[Row], weights: dict[str, np.ndarray], *, source: str
+) -> nnx.Module:
+    """`module` (its shapes suffice) with the parameters of a published file, in float32.
+
+    Statistics without a row start at zero, as in a new module. `source` names the file in errors.
+    """
+    rows = list(rows)
+    leaves, (graph, params, stats) = _flat(module)
+    filled, problems = _problems({path: leaf.shape for path, leaf in leaves.items()}, rows, weights)
+    unset = sorted(set(states.paths(params)) - set(filled))
+    if unset and not problems:
+        problems.append(f"no key for {len(unset)} of our parameters: {', '.join(unset)}")
+    if problems:
+        raise UserError("\n  ".join([f"{source} does not fit this system and sizes:", *problems]))
+
+    def value(path, leaf):
+        # writable copies: views of a file's bytes would be shared between runs
+        array = filled.get("/".join(states.entry(key) for key in path))
+        if array is None:
+            array = np.zeros(leaf.shape)
+        return jax.numpy.asarray(np.array(array, dtype=leaf.dtype))
+
+    params, stats = (jax.tree_util.tree_map_with_path(value, tree) for tree in (params, stats))
+    return states.merge(graph, params, stats)
+
+
+def publish(module: nnx.Module, rows: Iterable[Row]) -> dict[str, np.ndarray]:
+    """The arrays of `module` under their published names and layouts: the inverse of `fill`."""
+    leaves, _ = _flat(module)
+    arrays = {path: np.asarray(leaf) for path, leaf in leaves.items()}
+    published = {}
+    for entry in rows:
+        parts = [
+            arrays[place] if isinstance(place, str) else arrays[place[0]][place[1]]
+            for place in entry.places
+        ]
+        published[entry.key] = np.ascontiguousarray(entry.rule.published(parts))
+    return published
+
+
+def split(
+    weights: dict[str, np.ndarray], patterns: Iterable[str]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(what the table must account for, what matches a pattern and has no place in our model)."""
+    patterns = [re.compile(pattern) for pattern in patterns]
+    aside = {k: a for k, a in weights.items() if any(p.fullmatch(k) for p in patterns)}
+    return {k: a for k, a in weights.items() if k not in aside}, aside
+
+
+def count(weights: dict[str, np.ndarray]) -> int:
+    """Elements of all arrays."""
+    return sum(math.prod(array.shape) for array in weights.values())

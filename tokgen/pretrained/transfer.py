@@ -1,0 +1,97 @@
+"""A published weight file into a model of ours, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pathlib
+
+import jax
+import ml_collections
+import numpy as np
+from flax import nnx
+
+from tokgen import config as configs
+from tokgen.interfaces import UserError
+from tokgen.pretrained import reader, table
+from tokgen.pretrained import system as systems
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """A published model as ours."""
+
+    config: ml_collections.ConfigDict
+    module: nnx.Module  # the live weights
+    average: nnx.Module | None  # their moving average, where the file has one
+    aside: dict[str, np.ndarray]  # arrays of the file that have no place in our model
+
+    @property
+    def used(self) -> nnx.Module:
+        """What the published numbers were measured with: the average where there is one."""
+        return self.module if self.average is None else self.average
+
+
+def weights_of(path: pathlib.Path, system: systems.System, **options) -> dict[str, np.ndarray]:
+    """The arrays of a published file, unwrapped as the system publishes them."""
+    problem = None
+    for entry in [(name,) for name in system.unwrap] + [()]:
+        try:
+            return reader.read(path, *entry, flatten=not entry and not system.unwrap, **options)
+        except UserError as error:
+            problem = problem or error
+    raise problem
+
+
+def read(path: str | pathlib.Path, name: str, published: dict | None = None, **options) -> Imported:
+    """Import a published file; `published` is its configuration, None where sizes are standard."""
+    system = systems.named(name)
+    if system.settings is None:
+        raise UserError(f"{name} is no tokenizer or generator: it can be compared, not imported")
+    weights = weights_of(pathlib.Path(path), system, **options)
+    return fit(weights, name, published or {}, source=str(path))
+
+
+def fit(
+    weights: dict[str, np.ndarray], name: str, published: dict, *, source: str
+) -> Imported:
+    """The model of published arrays; `source` names them in errors."""
+    system = systems.named(name)
+    config = system.settings(published, weights)
+    make = nnx.eval_shape(lambda: configs.tokenizer(config, rngs=nnx.Rngs(0)))
+    rows = list(system.rows(make))
+    weights, aside = table.split(weights, system.aside)
+    averages = {}
+    if system.average is not None:
+        names = {entry.key: system.average(entry.key) for entry in rows}
+        averages = {live: weights[ema] for live, ema in names.items() if ema in weights}
+        weights = {k: a for k, a in weights.items() if k not in set(names.values())}
+    module = table.fill(make, rows, weights, source=source)
+    average = None
+    if averages:
+        # what has no average (usage counts) stays as it is
+        average = table.fill(make, rows, weights | averages, source=f"{source} (moving averages)")
+    return Imported(config, module, average, aside)
+
+
+def publish(imported: Imported, name: str) -> dict[str, np.ndarray]:
+    """The arrays of a model under their published names: the inverse of `read`."""
+    system = systems.named(name)
+    rows = list(system.rows(imported.module))
+    weights = table.publish(imported.module, rows)
+    if imported.average is not None and system.average is not None:
+        averages = table.publish(imported.average, rows)
+        weights |= {system.average(key): array for key, array in averages.items()}
+    derived = system.derived(imported.module) if system.derived else {}
+    return weights | derived | imported.aside
+
+
+def digest(path: str | pathlib.Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def parameters(module: nnx.Module) -> int:
+    """Numbers that an optimizer would move."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))

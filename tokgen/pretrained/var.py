@@ -1,0 +1,99 @@
+"""VAR's multi-scale VQVAE (arXiv:2404.02905)."""
+
+from __future__ import annotations
+
+import ml_collections
+import numpy as np
+
+from tokgen import config as configs
+from tokgen.pretrained import convolutional, table, taming
+from tokgen.pretrained.system import System
+from tokgen.quantizers import multiscale
+
+# [S, V] there; here every scale has one symbol per position
+COUNTS = table.one(lambda a, shape: a.reshape(shape), lambda a: a[:, 0])
+MULTIPLIERS, BLOCKS = (1, 1, 2, 2, 4), 2  # as published
+
+
+def rows(tokenizer) -> list[table.Row]:
+    """The keys of `vae_ch160v4096z32.pth`."""
+    found = taming.networks(tokenizer, attention=convolutional.fused)
+    for number in range(len(tokenizer.quantizer.convs)):
+        key = f"quantize.quant_resi.qresi_ls.{number}"
+        found += table.pair(key, f"quantizer/convs/{number}", table.CONV)
+    return [
+        *found,
+        table.row("quantize.embedding.weight", "quantizer/inner/codebook"),
+        table.row("quantize.ema_vocab_hit_SV", "quantizer/counts", COUNTS),
+    ]
+
+
+def settings(published: dict, weights) -> ml_collections.ConfigDict:
+    """Our config; the number of scales tells the published schedules apart."""
+    config = configs.load("configs/tokenizer/var_vqvae.py")
+    base = convolutional.side(weights, "encoder.conv_in.weight")[0]
+    channels, hidden, kernel = convolutional.side(weights, "quant_conv.weight")[:3]
+    multipliers = tuple(published.get("ch_mult", MULTIPLIERS))
+    convolutional.sections(
+        config,
+        base=base,
+        multipliers=multipliers,
+        blocks=published.get("num_res_blocks", BLOCKS),
+        hidden=hidden,
+        projection=kernel,
+        parts="taming",
+    )
+    scales = tuple(published.get("v_patch_nums", multiscale.VAR_256))
+    config.view.size = (scales[-1] * 2 ** (len(multipliers) - 1),) * 2
+    config.quantizer.scales = scales
+    config.quantizer.phi = sum(
+        f"quantize.quant_resi.qresi_ls.{i}.weight" in weights for i in range(len(scales))
+    )
+    config.quantizer.ratio = published.get("quant_resi", 0.5)
+    config.quantizer.quantizer.codes = convolutional.side(weights, "quantize.embedding.weight")[0]
+    config.quantizer.quantizer.channels = channels
+    return config
+
+
+def parity(folder) -> dict[str, np.ndarray]:
+    """The arrays of the fixture `var_vqvae`."""
+    tokenizer = folder.module()
+    quantizer, grid = tokenizer.quantizer, tokenizer.decoder.grid
+    nchw, mapped = convolutional.nchw, convolutional.mapped
+    latents_BPC = tokenizer.encoder(convolutional.nhwc(folder.given("image")))
+    tokens_BLG = quantizer.encode(latents_BPC)
+    partial = list(quantizer.partial(tokens_BLG))
+    found = {"features": nchw(mapped(latents_BPC, grid))}
+    for scale, (start, size) in enumerate(quantizer.layout.spans):
+        found[f"indices_{scale}"] = tokens_BLG[:, start : start + size, 0]
+        found[f"f_hat_{scale}"] = nchw(mapped(partial[scale], grid))
+
+    def image(latents_BPC):
+        return np.clip(nchw(tokenizer.decoder(latents_BPC)), -1, 1)
+
+    beta = folder.config.get("beta", 0.25)
+    weights = {"codebook": 1.0, "commitment": beta}
+    training, out, gradient = taming.trained(folder, quantizer, weights)
+    phi = training.params["convs/0/kernel"]
+    return found | {
+        "var_input": quantizer.known_before(tokens_BLG),
+        "recon_last": image(partial[-1]),
+        "recon_scale1": image(partial[1]),
+        "q_f_hat": out,
+        "q_loss": training.loss,
+        "q_usages": 100 * quantizer.usage(out.size // quantizer.channels)[:, 0],
+        "q_grad_latents": gradient,
+        "q_grad_codebook": training.params["inner/codebook"],
+        "q_grad_phi0": np.asarray(phi).transpose(3, 2, 0, 1),
+    }
+
+
+SYSTEMS = {
+    "var_vqvae": System(
+        parity,
+        settings,
+        rows,
+        home="huggingface.co/FoundationVision/var",
+        licence="MIT",
+    ),
+}

@@ -1,0 +1,80 @@
+"""Stages of training as data: which parameters learn, from which objective, for how long.
+
+A config's `stages` is a list of sections; without any there is one stage that trains everything on
+pixels. Shares are of the run's steps, so that a shortened run keeps its proportions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from tokgen import config as configs
+from tokgen import state as states
+from tokgen.interfaces import UserError
+
+OBJECTIVES = ("pixels", "codes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One section of `stages`.
+
+    Attributes:
+        share: of the run's steps.
+        objective: "pixels", the image; or "codes", what the frozen tokenizer `config.teacher`
+            writes for the image (TiTok's first stage, arXiv:2406.07550).
+        train: pattern of the paths of the parameters that learn, such as "decoder/.*".
+        loss: weights that differ from `config.loss`.
+        optimizer: arguments that differ from `config.optimizer`; each stage starts afresh.
+        begin, end: its steps; set by `plan`.
+    """
+
+    share: float = 1.0
+    objective: str = "pixels"
+    train: str = ".*"
+    loss: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    begin: int = 0
+    end: int = 0
+
+
+def plan(settings) -> tuple[Stage, ...]:
+    """The stages of a config, with their steps."""
+    sections = settings.get("stages", ()) or ({},)
+    stages, begin, total = [], 0, 0.0
+    for number, section in enumerate(sections):
+        section = {key: configs.plain(value) for key, value in section.items()}
+        stage = configs.call(Stage, section, f"stages[{number}]")
+        if stage.objective not in OBJECTIVES:
+            raise UserError(
+                f"stages[{number}].objective must be one of {', '.join(OBJECTIVES)}; found "
+                f"{stage.objective!r}"
+            )
+        total += stage.share
+        end = settings.steps if number == len(sections) - 1 else round(settings.steps * total)
+        stages.append(dataclasses.replace(stage, begin=begin, end=end))
+        begin = end
+    if abs(total - 1) > 1e-6 or any(stage.begin >= stage.end for stage in stages):
+        shares = ", ".join(f"{stage.share:g}" for stage in stages)
+        raise UserError(f"the shares of config.stages must be positive and add up to 1; found {shares}")
+    return tuple(stages)
+
+
+def at(stages: tuple[Stage, ...], step: int) -> Stage:
+    """The stage that step `step` belongs to."""
+    return next((stage for stage in stages if step < stage.end), stages[-1])
+
+
+def learns(stage: Stage, part: str) -> bool:
+    """Whether a part of the tokenizer, such as "quantizer", learns in a stage."""
+    return re.fullmatch(stage.train, f"{part}/any") is not None
+
+
+def optimizer(settings, stage: Stage) -> states.Optimizer:
+    """The optimizer of a stage; its schedule counts from the stage's first step."""
+    section = {**configs.plain(settings.optimizer), **stage.optimizer}
+    context = dict(steps=stage.end - stage.begin, begin=stage.begin)
+    return configs.call(states.optimizer, section, "optimizer", **context)
