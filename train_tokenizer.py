@@ -59,10 +59,8 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     held_out = config.build(settings.data, "data", split="held_out")
     view = config.call(images.View, settings.view, "view")
 
-    def make():
-        return config.tokenizer(settings, rngs=nnx.Rngs(rng.key(seed, "init")))
-
-    layout = nnx.eval_shape(make).layout  # the whole config is built abstractly, before any work
+    # the whole config is built abstractly, before any work
+    layout = nnx.eval_shape(lambda: config.tokenizer(settings, rngs=nnx.Rngs(0))).layout
     begin, play = game.steps(steps)
 
     mesh = config.call(sharding.make_mesh, settings.mesh, "mesh")
@@ -79,21 +77,8 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     )
     # what a checkpoint holds is of the stage that made its last step
     made = stages.at(plan, max((checkpoint.latest(run) or 0) - 1, 0))
-    graph, model = state.create(
-        make, stages.optimizer(settings, made), mesh=mesh, strategy=settings.strategy,
-        ema=settings.ema,
-    )  # fmt: skip
-    networks, graphs, critic_optimizer = {"model": model}, {"model": graph}, None
-    if game.weight > 0:
-        critic_optimizer = config.call(
-            state.optimizer, game.optimizer, "critic.optimizer", steps=steps - begin
-        )
-        graphs["critic"], networks["critic"] = state.create(
-            lambda: adversary.build(game, settings, rngs=nnx.Rngs(rng.key(seed, "init", 1))),
-            critic_optimizer,
-            mesh=mesh,
-        )
-        networks["averages"] = jax.device_put(losses.averages(), sharding.replicated(mesh))
+    networks, graphs, critic_optimizer = create(settings, made, game, mesh)
+    graph = graphs["model"]
     frozen = jax.device_put(load_frozen(settings, plan), sharding.replicated(mesh))
 
     returns = guard.returned(workdir)
@@ -171,6 +156,31 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     run.close()
     log.close()
     report.say(f"step {step} of {steps} is saved in {workdir}")
+
+
+def create(settings, stage, game, mesh):
+    """(states by name, structures by name, the critic's optimizer), as they start."""
+    seed, steps = settings.seed, settings.steps
+    graph, model = state.create(
+        lambda: config.tokenizer(settings, rngs=nnx.Rngs(rng.key(seed, "init"))),
+        stages.optimizer(settings, stage),
+        mesh=mesh,
+        strategy=settings.strategy,
+        ema=settings.ema,
+    )
+    if game.weight == 0:
+        return {"model": model}, {"model": graph}, None
+    optimizer = config.call(
+        state.optimizer, game.optimizer, "critic.optimizer", steps=steps - game.steps(steps)[0]
+    )
+    critic_graph, critic = state.create(
+        lambda: adversary.build(game, settings, rngs=nnx.Rngs(rng.key(seed, "init", 1))),
+        optimizer,
+        mesh=mesh,
+    )
+    averages = jax.device_put(losses.averages(), sharding.replicated(mesh))
+    networks = {"model": model, "critic": critic, "averages": averages}
+    return networks, {"model": graph, "critic": critic_graph}, optimizer
 
 
 # ---------------------------------------------------------------- what a stage descends

@@ -20,8 +20,7 @@ from flax import nnx
 
 import train_generator
 import train_tokenizer
-from tokgen import config, launch, rng, sharding, state
-from tokgen.critics import patchgan
+from tokgen import adversary, config, guard, launch, rng, sharding, stages, state
 from tokgen.interfaces import TokenLayout
 
 PACKAGES = ("jax", "flax", "optax", "numpy")
@@ -82,10 +81,12 @@ def training(settings):
     """(step, what it is called on, parameters): the step returns its first argument, moved on."""
     mesh = sharding.make_mesh()
     jax.set_mesh(mesh)
-    optimizer = config.call(state.optimizer, settings.optimizer, "optimizer", steps=settings.steps)
     draw = np.random.default_rng(0)
     rngs = rng.key(settings.seed, "init")
     if kind_of(settings) == "generator":
+        optimizer = config.call(
+            state.optimizer, settings.optimizer, "optimizer", steps=settings.steps
+        )
         graph, network = state.create(
             lambda: config.generator(settings, LAYOUT, CLASSES, rngs=nnx.Rngs(rngs)),
             optimizer,
@@ -101,42 +102,29 @@ def training(settings):
         step = train_generator.train_step(settings, graph, optimizer)
         batch = sharding.global_batch(batch, mesh)
         return step, (network, batch, None), state.count(network.params)
-    graph, network = state.create(
-        lambda: config.tokenizer(settings, rngs=nnx.Rngs(rngs)),
-        optimizer,
-        mesh=mesh,
-        strategy=settings.strategy,
-        ema=settings.ema,
-    )
-    count, networks = state.count(network.params), {"model": network}
-    step = train_tokenizer.plain_step(settings, graph, optimizer)
-    if settings.critic.weight > 0:
-        rival_optimizer = config.call(
-            state.optimizer, settings.critic.optimizer, "critic.optimizer", steps=settings.steps
-        )
-        rival, networks["critic"] = state.create(
-            lambda: patchgan.Discriminator(settings.view.channels, rngs=nnx.Rngs(rngs)),
-            rival_optimizer,
-            mesh=mesh,
-        )
-        both = (graph, rival), (optimizer, rival_optimizer)
-        step = train_tokenizer.adversarial_step(settings, *both, begin_play=0)
+    plan = stages.plan(settings)
+    game = config.call(adversary.Game, {**settings.critic, "start": 0.0, "warmup": 0.0}, "critic")
+    limits = config.call(guard.Limits, settings.guard, "guard")
+    networks, graphs, critic_optimizer = train_tokenizer.create(settings, plan[-1], game, mesh)
+    count = state.count(networks["model"].params)
+    steps = train_tokenizer.Steps(settings, game, limits, graphs, critic_optimizer, 0)
+    step = steps(plan[-1], game.weight > 0)
     shape = (settings.batch_size, *settings.view.size, settings.view.channels)
     batch = sharding.global_batch({"image": draw.integers(0, 256, shape, np.uint8)}, mesh)
-    return step, (networks, batch, None), count
+    return step, (networks, batch, {}), count
 
 
 def measure(reference: str, settings, steps: int, repeats: int) -> None:
     """Print the figures of one config."""
     step, (moving, *fixed), parameters = training(settings)
     began = time.perf_counter()
-    moving, _ = jax.block_until_ready(step(moving, *fixed))
+    moving, *_ = jax.block_until_ready(step(moving, *fixed))
     compiled = time.perf_counter() - began
 
     def take(count):
         nonlocal moving
         for _ in range(count):
-            moving, _ = step(moving, *fixed)
+            moving, *_ = step(moving, *fixed)
         jax.block_until_ready(moving)
 
     take(2)  # the first steps after a compilation fill the allocator

@@ -121,6 +121,12 @@ def rows(
     return found + table.pair(f"{prefix}conv_out", f"{path}/conv_out", table.CONV)
 
 
+def cells(encoder, image_BHW3) -> tuple[int, int]:
+    """(rows, columns) of the latents of an image, which need not be those of the config."""
+    stride = 2 ** (encoder.levels - 1)
+    return image_BHW3.shape[1] // stride, image_BHW3.shape[2] // stride
+
+
 def nchw(array_BHWC) -> np.ndarray:
     """[B, H, W, C] in PyTorch's order."""
     return np.asarray(array_BHWC).transpose(0, 3, 1, 2)

@@ -106,9 +106,7 @@ def _parity(folder, learned: bool) -> dict[str, np.ndarray]:
     tokenizer = folder.module()
     nchw, nhwc, mapped = convolutional.nchw, convolutional.nhwc, convolutional.mapped
     image_BHW3 = nhwc(folder.given("image"))
-    stride = 2 ** (tokenizer.decoder.levels - 1)
-    grid = tuple(side // stride for side in image_BHW3.shape[1:3])
-    tokenizer.decoder.grid = grid
+    grid = tokenizer.decoder.grid = convolutional.cells(tokenizer.encoder, image_BHW3)
     latents_BPC = tokenizer.encoder(image_BHW3)
     tokens_BLG = tokenizer.quantizer.encode(latents_BPC)
     codes_BPC = tokenizer.quantizer.decode(tokens_BLG)
@@ -122,14 +120,16 @@ def _parity(folder, learned: bool) -> dict[str, np.ndarray]:
     }
     q_BHWC = nhwc(folder.given("q_latents"))
     side, published = q_BHWC.shape[1:3], folder.config
-    weight = published["entropy_loss_weight"]
+    weight, gamma = published["entropy_loss_weight"], published["entropy_gamma"]
     weights = {
         "commitment": published["commitment_cost"],
         "sample_entropy": weight,
-        "batch_entropy": -weight * published["entropy_gamma"],
+        "batch_entropy": -weight * gamma,
     }
     if learned:
         weights["codebook"] = 1.0
+    # written out whatever the number of bits: the clamp of their logarithms is felt at 1.0
+    tokenizer.quantizer.whole = tokenizer.quantizer.channels
     for temperature, suffix in ((published["entropy_loss_temperature"], ""), (1.0, "_t1")):
         tokenizer.quantizer.temperature = temperature
         trained = convolutional.trained(
@@ -145,8 +145,9 @@ def _parity(folder, learned: bool) -> dict[str, np.ndarray]:
             f"q_entropy_loss{suffix}": sum(
                 weights[name] * losses[name] for name in ("sample_entropy", "batch_entropy")
             ),
-            f"q_per_sample_entropy{suffix}": losses["sample_entropy"],
-            f"q_avg_entropy{suffix}": losses["batch_entropy"],
+            # not computed there at weight 0
+            f"q_per_sample_entropy{suffix}": bool(weight) * losses["sample_entropy"],
+            f"q_avg_entropy{suffix}": bool(weight) * gamma * losses["batch_entropy"],
             f"q_grad_latents{suffix}": nchw(mapped(trained.latents, side)),
         }
         if learned:

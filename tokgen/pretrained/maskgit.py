@@ -8,11 +8,20 @@ import ml_collections
 import numpy as np
 
 from tokgen import config as configs
+from tokgen.interfaces import UserError
 from tokgen.pretrained import convolutional, table
 from tokgen.pretrained.system import System
 from tokgen.quantizers import entropy
 
 BASE, MULTIPLIERS, BLOCKS = 128, (1, 1, 2, 2, 4), 2  # as published
+# Choices of the Flax config of which only the published one is known here.
+CHOICES = {
+    "activation_fn": "swish",
+    "conv_downsample": False,
+    "entropy_loss_type": "softmax",
+    "norm_type": "GN",
+    "quantizer": "vq",
+}
 
 
 def name(stage: convolutional.Stage) -> str:
@@ -71,6 +80,12 @@ def _norm(key: str, path: str) -> list[table.Row]:
 
 def settings(published: dict, weights) -> ml_collections.ConfigDict:
     """Our config for either form; `published` has the fields of the port or of the Flax config."""
+    for choice, known in CHOICES.items():
+        if published.get(choice, known) != known:
+            raise UserError(
+                f"{choice} of a MaskGIT tokenizer must be {known!r}, as published; found "
+                f"{published[choice]!r}: there is no such network here"
+            )
     config = configs.load("configs/tokenizer/maskgit_vqgan.py")
     codebook = "quantize.embedding.weight"
     codebook = codebook if codebook in weights else "params.quantizer.codebook"
@@ -88,14 +103,16 @@ def settings(published: dict, weights) -> ml_collections.ConfigDict:
     config.view.size = (size, size)
     config.view.channels = published.get("num_channels", 3)
     config.quantizer.codes, config.quantizer.channels = codes, channels
+    config.quantizer.temperature = published.get("entropy_temperature", 0.01)
     return config
 
 
 def port_parity(folder) -> dict[str, np.ndarray]:
     """The arrays of the fixture `maskgit_vqgan`."""
     tokenizer = folder.module()
-    nchw, grid = convolutional.nchw, tokenizer.decoder.grid
-    latents_BPC = tokenizer.encoder(convolutional.nhwc(folder.given("image")))
+    nchw, image_BHW3 = convolutional.nchw, convolutional.nhwc(folder.given("image"))
+    grid = tokenizer.decoder.grid = convolutional.cells(tokenizer.encoder, image_BHW3)
+    latents_BPC = tokenizer.encoder(image_BHW3)
     tokens_BLG = tokenizer.quantizer.encode(latents_BPC)
     codes_BPC = tokenizer.quantizer.decode(tokens_BLG)
     painted = nchw(tokenizer.decoder(codes_BPC))
@@ -106,7 +123,7 @@ def port_parity(folder) -> dict[str, np.ndarray]:
         flat_BPC,
         convolutional.rowed(convolutional.nhwc(folder.given("q_cotangent"))),
         # the port weighs the codebook's term, not the commitment
-        {"commitment": 1.0, "codebook": 0.25},
+        {"commitment": 1.0, "codebook": folder.config.get("commitment_cost", 0.25)},
     )
     distances_BPV = (
         jnp.sum(flat_BPC**2, -1, keepdims=True)
@@ -130,8 +147,9 @@ def port_parity(folder) -> dict[str, np.ndarray]:
 def flax_parity(folder) -> dict[str, np.ndarray]:
     """The arrays of the fixture `maskgit_tokenizer`."""
     tokenizer = folder.module()
-    grid = tokenizer.decoder.grid
-    latents_BPC = tokenizer.encoder(folder.given("image"))
+    image_BHW3 = folder.given("image")
+    grid = tokenizer.decoder.grid = convolutional.cells(tokenizer.encoder, image_BHW3)
+    latents_BPC = tokenizer.encoder(image_BHW3)
     tokens_BLG = tokenizer.quantizer.encode(latents_BPC)
     codes_BPC = tokenizer.quantizer.decode(tokens_BLG)
     q_BHWC = folder.given("q_latents")

@@ -117,6 +117,8 @@ def llamagen_settings(published: dict, weights) -> ml_collections.ConfigDict:
     found = _multipliers(weights, prefix + "{}.res.0.conv1.weight", levels)
     multipliers = tuple(published.get("encoder_ch_mult", found))
     _sized(config, published, weights, multipliers=multipliers, blocks=BLOCKS)
+    multipliers = published.get("decoder_ch_mult", multipliers)
+    config.decoder.widths = tuple(config.encoder.start * m for m in multipliers)
     config.quantizer.normalize = published.get("codebook_l2_norm", True)
     # the published trainer pays for the entropies at weight 0; we don't
     config.quantizer.temperature = 0.01 if published.get("entropy_loss_ratio", 0.0) else 0.0
@@ -126,9 +128,7 @@ def llamagen_settings(published: dict, weights) -> ml_collections.ConfigDict:
 def painted(folder, tokenizer) -> dict[str, np.ndarray]:
     """The arrays that all fixtures of this form share; tokens are [B, P, G]."""
     image_BHW3 = convolutional.nhwc(folder.given("image"))
-    stride = 2 ** (tokenizer.decoder.levels - 1)
-    grid = tuple(side // stride for side in image_BHW3.shape[1:3])
-    tokenizer.decoder.grid = grid
+    grid = tokenizer.decoder.grid = convolutional.cells(tokenizer.encoder, image_BHW3)
     latents_BPC = tokenizer.encoder(image_BHW3)
     tokens_BLG = tokenizer.quantizer.encode(latents_BPC)
     codes_BPC = tokenizer.quantizer.decode(tokens_BLG)

@@ -13,14 +13,16 @@ from tokgen.quantizers import multiscale
 # [S, V] there; here every scale has one symbol per position
 COUNTS = table.one(lambda a, shape: a.reshape(shape), lambda a: a[:, 0])
 MULTIPLIERS, BLOCKS = (1, 1, 2, 2, 4), 2  # as published
+# Where phi's convolutions lie: one per scale, one for all, or a list of a few
+SHARED = {None: "quantize.quant_resi.{}", 1: "quantize.quant_resi.qresi"}
 
 
 def rows(tokenizer) -> list[table.Row]:
     """The keys of `vae_ch160v4096z32.pth`."""
     found = taming.networks(tokenizer, attention=convolutional.fused)
     for number in range(len(tokenizer.quantizer.convs)):
-        key = f"quantize.quant_resi.qresi_ls.{number}"
-        found += table.pair(key, f"quantizer/convs/{number}", table.CONV)
+        key = SHARED.get(tokenizer.quantizer.phi, "quantize.quant_resi.qresi_ls.{}")
+        found += table.pair(key.format(number), f"quantizer/convs/{number}", table.CONV)
     return [
         *found,
         table.row("quantize.embedding.weight", "quantizer/inner/codebook"),
@@ -46,10 +48,11 @@ def settings(published: dict, weights) -> ml_collections.ConfigDict:
     scales = tuple(published.get("v_patch_nums", multiscale.VAR_256))
     config.view.size = (scales[-1] * 2 ** (len(multipliers) - 1),) * 2
     config.quantizer.scales = scales
-    config.quantizer.phi = sum(
-        f"quantize.quant_resi.qresi_ls.{i}.weight" in weights for i in range(len(scales))
-    )
-    config.quantizer.ratio = published.get("quant_resi", 0.5)
+    convs = [key for key in weights if key.startswith("quantize.quant_resi.")]
+    apart = "quantize.quant_resi.0.weight" in weights
+    config.quantizer.phi = None if apart else len(convs) // 2
+    config.quantizer.ratio = abs(published.get("quant_resi", 0.5))
+    config.quantizer.quantizer.match = "angle" if published.get("using_znorm") else "distance"
     config.quantizer.quantizer.codes = convolutional.side(weights, "quantize.embedding.weight")[0]
     config.quantizer.quantizer.channels = channels
     return config
@@ -74,7 +77,9 @@ def parity(folder) -> dict[str, np.ndarray]:
     beta = folder.config.get("beta", 0.25)
     weights = {"codebook": 1.0, "commitment": beta}
     training, out, gradient = taming.trained(folder, quantizer, weights)
-    phi = training.params["convs/0/kernel"]
+    if "q_grad_phi0" in folder.arrays:
+        phi = np.asarray(training.params["convs/0/kernel"])
+        found["q_grad_phi0"] = phi.transpose(3, 2, 0, 1)
     return found | {
         "var_input": quantizer.known_before(tokens_BLG),
         "recon_last": image(partial[-1]),
@@ -84,7 +89,6 @@ def parity(folder) -> dict[str, np.ndarray]:
         "q_usages": 100 * quantizer.usage(out.size // quantizer.channels)[:, 0],
         "q_grad_latents": gradient,
         "q_grad_codebook": training.params["inner/codebook"],
-        "q_grad_phi0": np.asarray(phi).transpose(3, 2, 0, 1),
     }
 
 

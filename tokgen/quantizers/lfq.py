@@ -14,7 +14,7 @@ from tokgen.interfaces import Quantized, TokenLayout
 from tokgen.quantizers import bits as words
 from tokgen.quantizers import entropy as entropies
 
-WHOLE = 12  # bits up to which entropies run over the written-out codebook
+WHOLE = 12  # 2^bits chances for every latent are 64 MiB per 4,096 latents
 
 
 class Quantizer(nnx.Module):
@@ -24,8 +24,9 @@ class Quantizer(nnx.Module):
         groups: channels of each symbol of a position, such as (6, 12); None: one symbol.
         order: "little", or "big" where a group's first channel is its most significant bit.
         temperature: of the entropies; 0 computes none. Published: 0.01.
-        entropy: the form of their logarithms, see `entropy.py`. Above 12 bits the sample entropy
-            has no guard, which is the "shifted" form and a little less than the "clamped" one.
+        entropy: the form of their logarithms, see `entropy.py`.
+        whole: bits up to which entropies run over the written-out codebook. Above, the sample
+            entropy has no guard, which is the "shifted" form and a little less than the "clamped" one.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Quantizer(nnx.Module):
         order: str = "little",
         temperature: float = 0.0,
         entropy: str = "clamped",
+        whole: int = WHOLE,
         rngs: nnx.Rngs | None = None,
     ):
         del rngs
@@ -45,7 +47,7 @@ class Quantizer(nnx.Module):
         entropies.check(temperature, entropy)
         self.groups, self.order = words.checked(bits, groups, order), order
         self.inputs = self.channels = bits
-        self.temperature, self.entropy = temperature, entropy
+        self.temperature, self.entropy, self.whole = temperature, entropy, whole
         self.layout = TokenLayout(tuple(2**size for size in self.groups), (grid,))
 
     def __call__(self, latents_BPC: jax.Array, *, key: jax.Array | None = None) -> Quantized:
@@ -72,7 +74,7 @@ class Quantizer(nnx.Module):
 
     def _entropies(self, latents_BPC: jax.Array) -> dict[str, jax.Array]:
         """Of softmax(2 z c / T) over all codes c: minus the distance, without what is constant."""
-        if self.channels > WHOLE:
+        if self.channels > self.whole:
             # softmax over the two values of a bit: sigmoid(4 z / T)
             return entropies.of_bits(4 * latents_BPC / self.temperature, self.entropy)
         codes_VC = jnp.asarray(entropies.signs(self.channels), jnp.float32)

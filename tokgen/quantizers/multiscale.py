@@ -34,7 +34,7 @@ class Quantizer(nnx.Module):
     Args:
         quantizer: the section of a config, `dict(name="vq", ...)`, or a module.
         scales: sides of the grids, or (rows, columns); the last is the whole grid.
-        phi: convolutions shared by the scales; 0 for none.
+        phi: convolutions shared by the scales; 0 for none, None for one per scale.
         ratio: share of the convolution in phi.
     """
 
@@ -42,7 +42,7 @@ class Quantizer(nnx.Module):
         self,
         quantizer: dict | nnx.Module,
         scales: tuple[int | tuple[int, int], ...],
-        phi: int = 4,
+        phi: int | None = 4,
         ratio: float = 0.5,
         *,
         grid: tuple[int, int],
@@ -53,18 +53,19 @@ class Quantizer(nnx.Module):
             raise ValueError(
                 f"the last of the scales must be the latent grid {tuple(grid)}; found {grids}"
             )
-        if phi < 0 or not 0 <= ratio <= 1:
+        count = len(grids) if phi is None else phi
+        if count < 0 or not 0 <= ratio <= 1:
             raise ValueError(f"needs phi >= 0 and 0 <= ratio <= 1; found phi={phi}, ratio={ratio}")
         self.inner = _built(quantizer, grid, rngs) if isinstance(quantizer, dict) else quantizer
         if self.inner.layout is None or len(self.inner.layout.grids) != 1:
             raise ValueError("the quantizer of every scale must be discrete and of a single grid")
         self.inputs = self.channels = self.inner.channels
         self.layout = TokenLayout(self.inner.layout.vocab, grids)
-        self.ratio, self.which = ratio, shared(len(grids), phi)
+        self.phi, self.ratio, self.which = phi, ratio, shared(len(grids), count)
         self.convs = nnx.List(
             [
                 conv.Conv(self.channels, self.channels, 3, precision=precision.FLOAT32, rngs=rngs)
-                for _ in range(phi)
+                for _ in range(count)
             ]
         )
         # hits of every code per scale and symbol, as a moving average

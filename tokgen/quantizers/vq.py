@@ -23,6 +23,8 @@ class Quantizer(nnx.Module):
     """`codes` rows of `channels` numbers.
 
     Args:
+        match: what a latent chooses a row by: "distance", or "angle", which compares unit vectors
+            where `normalize` also decodes to them.
         update: how rows move: "gradient" (losses `codebook` and `commitment`), "ema" (loss
             `commitment`), or "frozen".
         decay: of the moving averages of usage and, with "ema", of the rows.
@@ -44,6 +46,7 @@ class Quantizer(nnx.Module):
         *,
         grid: tuple[int, int],
         normalize: bool = True,
+        match: str = "distance",
         update: str = "gradient",
         decay: float = 0.99,
         revive: float = 0.05,
@@ -53,6 +56,8 @@ class Quantizer(nnx.Module):
         entropy: str = "shifted",
         rngs: nnx.Rngs,
     ):
+        if match not in MATCHES:
+            raise ValueError(f"match must be one of {tuple(MATCHES)}; found {match!r}")
         if update not in UPDATES:
             raise ValueError(f"update must be one of {UPDATES}; found {update!r}")
         if revival not in REVIVALS:
@@ -65,7 +70,7 @@ class Quantizer(nnx.Module):
                 f"decay and revive must lie in [0, 1); found decay={decay}, revive={revive}"
             )
         self.layout = TokenLayout((codes,), (grid,))
-        self.codes, self.normalize = codes, normalize
+        self.codes, self.normalize, self.match = codes, normalize, match
         self.inputs = self.channels = channels
         self.update, self.decay, self.revive, self.revival = update, decay, revive, revival
         self.temperature, self.entropy = temperature, entropy
@@ -85,7 +90,7 @@ class Quantizer(nnx.Module):
         """Training path: straight-through latents, tokens, losses."""
         del key
         latents_BPC, rows_VC = self._latents(latents_BPC), self.rows()
-        distances_BPV = _distances(latents_BPC, rows_VC)
+        distances_BPV = self._distances(latents_BPC)
         tokens_BLG = jnp.argmin(distances_BPV, axis=-1)[..., None]
         codes_BPC = rows_VC[tokens_BLG[..., 0]]
         fixed_BPC = jax.lax.stop_gradient(codes_BPC)
@@ -99,7 +104,7 @@ class Quantizer(nnx.Module):
 
     def encode(self, latents_BPC: jax.Array) -> jax.Array:
         """[B, P, C] -> tokens [B, P, 1]."""
-        return _nearest(self._latents(latents_BPC), self.rows())
+        return jnp.argmin(self._distances(self._latents(latents_BPC)), axis=-1)[..., None]
 
     def decode(self, tokens_BLG: jax.Array) -> jax.Array:
         """Tokens [B, P, 1] -> rows [B, P, C]."""
@@ -107,7 +112,7 @@ class Quantizer(nnx.Module):
 
     def soft(self, latents_BPC: jax.Array, temperature: float) -> jax.Array:
         """[B, P, V]: softmax(-distance / temperature), targets that know near misses."""
-        return jax.nn.softmax(-_distances(self._latents(latents_BPC), self.rows()) / temperature)
+        return jax.nn.softmax(-self._distances(self._latents(latents_BPC)) / temperature)
 
     def maintain(self, latents_BPC: jax.Array, *, key: jax.Array) -> None:
         """After an optimizer step: count, move the averages, revive dead rows.
@@ -116,7 +121,7 @@ class Quantizer(nnx.Module):
         """
         raw_nC = latents_BPC.astype(jnp.float32).reshape(-1, self.channels)
         latents_nC = self._latents(raw_nC)
-        distances_nV = _distances(latents_nC, self.rows())
+        distances_nV = self._distances(latents_nC)
         tokens_n = jnp.argmin(distances_nV, axis=-1)
         share_V = jnp.bincount(tokens_n, length=self.codes) / len(tokens_n)
         counts_V = self.decay * self.counts[...] + (1 - self.decay) * share_V
@@ -125,7 +130,8 @@ class Quantizer(nnx.Module):
             rows_VC, sums_VC = self._averaged(latents_nC, tokens_n, counts_V)
         if self.update != "frozen" and self.revival == "clustering":
             # the distances lack |z|^2, which a comparison of latents needs
-            near_V = jnp.argmin(distances_nV + jnp.sum(latents_nC**2, -1, keepdims=True), axis=0)
+            squares_n1 = jnp.sum(MATCHES[self.match](latents_nC) ** 2, -1, keepdims=True)
+            near_V = jnp.argmin(distances_nV + squares_n1, axis=0)
             pull_V = jnp.exp(-counts_V * self.codes * 10 / (1 - self.decay) - 1e-3)
             rows_VC += pull_V[:, None] * (raw_nC[near_V] - rows_VC)
             if self.update == "ema":
@@ -163,6 +169,14 @@ class Quantizer(nnx.Module):
         latents_BPC = latents_BPC.astype(jnp.float32)
         return _unit(latents_BPC) if self.normalize else latents_BPC
 
+    def _distances(self, latents_BPC: jax.Array) -> jax.Array:
+        """[..., V] squared distances less |z|^2, which no choice or softmax among rows sees."""
+        seen = MATCHES[self.match]
+        latents_BPC, rows_VC = seen(latents_BPC), seen(self.rows())
+        products = _highest("...C,VC->...V", latents_BPC, rows_VC)
+        squares_V = jnp.sum(rows_VC * rows_VC, axis=-1)
+        return squares_V.reshape((1,) * (products.ndim - 1) + (-1,)) - 2 * products
+
 
 def _unit(x: jax.Array) -> jax.Array:
     """x / |x|; the square is bounded below so that a zero vector has a finite gradient."""
@@ -173,18 +187,6 @@ def _unit(x: jax.Array) -> jax.Array:
 def _highest(formula: str, *operands: jax.Array) -> jax.Array:
     # accelerators multiply float32 in TF32 or bfloat16 unless told otherwise
     return jnp.einsum(formula, *operands, precision=jax.lax.Precision.HIGHEST)
-
-
-def _distances(latents: jax.Array, rows_VC: jax.Array) -> jax.Array:
-    """[..., V] squared distances less |z|^2, which no choice or softmax among rows sees."""
-    products = _highest("...C,VC->...V", latents, rows_VC)
-    squares_V = jnp.sum(rows_VC * rows_VC, axis=-1)
-    return squares_V.reshape((1,) * (products.ndim - 1) + (-1,)) - 2 * products
-
-
-def _nearest(latents_BPC: jax.Array, rows_VC: jax.Array) -> jax.Array:
-    """Tokens [B, P, 1] of the nearest rows."""
-    return jnp.argmin(_distances(latents_BPC, rows_VC), axis=-1)[..., None]
 
 
 def _sphere(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -206,3 +208,5 @@ STARTS = {
     "normal": jax.random.normal,
     "fan_in": _fan_in,
 }
+
+MATCHES = {"distance": lambda x: x, "angle": _unit}
