@@ -42,13 +42,14 @@ SHOWN = ("l1", "l2", "codes", "lpips", "critic", "usage")
 def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Train until `settings.steps`, from wherever the work directory stands."""
     seed, steps, every = settings.seed, settings.steps, settings.report
+    rival = {"critic__optimizer": (state.optimizer, ("steps", "begin"))}
     config.check(
         settings,
         precision=(precision.Precision, ()),
         view=(images.View, ()),
         optimizer=(state.optimizer, ("steps", "begin")),
         critic=(adversary.Game, ()),
-        critic__optimizer=(state.optimizer, ("steps", "begin")),
+        **(rival if settings.critic.weight > 0 else {}),
         guard=(guard.Limits, ()),
         mesh=(sharding.make_mesh, ()),
     )
@@ -75,15 +76,16 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         data=source.fingerprint,
         kept=(play,),
     )
+    returns = guard.returned(workdir)
+    if guard.unsettled(workdir):
+        checkpoint.drop_after(run, play)
+        guard.settle(workdir)
     # what a checkpoint holds is of the stage that made its last step
     made = stages.at(plan, max((checkpoint.latest(run) or 0) - 1, 0))
     networks, graphs, critic_optimizer = create(settings, made, game, mesh)
     graph = graphs["model"]
     frozen = jax.device_put(load_frozen(settings, plan), sharding.replicated(mesh))
 
-    returns = guard.returned(workdir)
-    if returns:
-        checkpoint.drop_after(run, play)
     networks, what = checkpoint.resume_or_start(run, networks)
     if what.startswith("started") and "teacher" in frozen:
         networks["model"] = adopt(graph, networks["model"], frozen["teacher"])
@@ -135,11 +137,17 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
                 if step > play and worse(run, play, error, limits, returns):
                     returns = guard.note_return(workdir)
                     checkpoint.drop_after(run, play)
+                    guard.settle(workdir)
+                    before = stages.optimizer(settings, stages.at(plan, play - 1))
+                    networks["model"] = state.restarted(
+                        networks["model"], before, mesh=mesh, strategy=settings.strategy
+                    )
                     networks, what = checkpoint.resume_or_start(run, networks)
                     step_of = Steps(settings, game, limits, graphs, critic_optimizer, returns)
                     strength = f"the critic at {step_of.strength:g} of its weight"
                     report.say(f"{what}, with {strength if step_of.strength else 'no critic'}")
-                    step = bar.n = play
+                    step, figures = play, {}
+                    bar.n = play
                     batches.close()
                     batches, log = passing(start=step), report.Log(workdir, step=step)
             if figures:
@@ -332,7 +340,8 @@ def upkept(stage, graph, model, latents_BPC, key):
 def last_layer(gradients):
     """The gradient at the last layer of whatever paints the pixels."""
     tree = gradients["decoder"]
-    tree = tree.get("pixels", tree)
+    for name in ("pixels", "head"):  # of a decoder in two parts; of a transformer
+        tree = tree.get(name, tree)
     return functools.reduce(lambda tree, name: tree[name], LAST_LAYER, tree)
 
 

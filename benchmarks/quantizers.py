@@ -27,7 +27,10 @@ from tokgen import checkpoint, report
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ABLATION = "configs/tokenizer/ablation.py"
-NAMES = ()
+NAMES = (
+    *("vq", "vq_ema", "vq_l2", "vq_entropy", "vq_clustering", "fsq", "ibq", "lfq", "bsq"),
+    *("multiscale_vq", "multiscale_fsq", "gaussian"),
+)
 PACKAGES = ("jax", "flax", "optax", "numpy")
 COLUMNS = ("quantizer", "PSNR dB", "SSIM", "usage", "perplexity", "bits", "used bits", "ms/step", "CPU s")
 

@@ -170,7 +170,9 @@ class DecodeState:
 class Quantizer(Protocol):
     """Latent vectors into tokens and back. Always float32 inside."""
 
-    layout: TokenLayout
+    layout: TokenLayout | None  # None: continuous, without tokens
+    inputs: int  # channels that the encoder gives
+    channels: int  # channels of the latents that it returns
 
     def __call__(self, latents_BPC: Array, *, key: Array | None = None) -> Quantized: ...
     def encode(self, latents_BPC: Array) -> Array: ...

@@ -85,6 +85,14 @@ def test_every_index_once_per_epoch_in_a_new_order():
     assert (np.concatenate([batch["label"] for batch in other]) != labels[0]).any()
 
 
+def test_batches_of_one_image_have_no_end_to_overflow():
+    """grain rounded the number of batches of an endless set beyond its own largest length."""
+    single = take(7, Numbered(3), RANDOM, seed=5, batch_size=1)
+    three = take(2, Numbered(3), RANDOM, seed=5, batch_size=3)
+    labels = [int(batch["label"][0]) for batch in single]
+    assert labels[:6] == [int(label) for batch in three for label in batch["label"]]
+
+
 def test_the_order_does_not_change_between_releases():
     """A run that is resumed by another version of grain must go on in the same order."""
     found = take(2, Numbered(10), RANDOM, seed=0, batch_size=10)

@@ -179,7 +179,8 @@ def _order(length: int, seed: int) -> grain.MapDataset:
     """The endless global order: element k is an index of the source."""
     if length < 1:
         raise interfaces.UserError("the source is empty: there is nothing to read")
-    return grain.MapDataset.range(length).seed(seed).shuffle().repeat()
+    # not without end: grain rounds the number of batches in floats, beyond its own largest length
+    return grain.MapDataset.range(length).seed(seed).shuffle().repeat(1 + 2**50 // length)
 
 
 def _rng(seed: int, element: int) -> np.random.Generator:
