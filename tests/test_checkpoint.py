@@ -131,6 +131,46 @@ def test_init_from_takes_parameters_and_nothing_else(base, tmp_path):
         resumed(tmp_path / "other", wider, filled(wider))
 
 
+def test_init_from_begins_a_critic_and_an_average_that_were_not_there(base, tmp_path):
+    """As when a tokenizer without a game, or an imported one, is tuned against a critic."""
+    _, network, _ = base
+    config = load_config()
+    source = saved_in(tmp_path / "source", network.replace(ema=None), config)
+    config = load_config(f"init_from={tmp_path / 'source'}")
+    critic = jax.tree.map(lambda leaf: leaf + 1, network.replace(ema=None))
+    averages = {"real": jnp.asarray(2.0)}
+    run = start(tmp_path / "new", config)
+    try:
+        found, _ = checkpoint.resume_or_start(
+            run, {"model": blank(network), "critic": critic, "averages": averages}
+        )
+    finally:
+        run.close()
+    equal((found["model"].params, found["model"].stats), (source.params, source.stats))
+    equal(found["model"].ema, source.params)
+    equal((found["critic"], found["averages"]), (critic, averages))
+
+
+def test_steps_to_keep_and_steps_to_forget(base, tmp_path):
+    """The step before a game stays however many follow; those after it can be forgotten."""
+    config, network, _ = base
+    run = start(tmp_path, config, kept=(2,))
+    for step, loss in ((1, 0.9), (2, 0.8), (3, 0.2), (4, 0.5), (5, 0.7)):
+        run.save(
+            {"model": network.replace(step=jnp.asarray(step, jnp.int32))}, {"l2": loss}
+        )
+    run.wait()
+    folder = tmp_path / checkpoint.FOLDER
+    steps = lambda: sorted(int(s.name) for s in folder.iterdir() if s.name.isdigit())  # noqa: E731
+    assert steps() == [2, 3, 5] and checkpoint.latest(run) == 5
+    assert checkpoint.metrics(run, 2) == {"l2": 0.8} and checkpoint.metrics(run, 4) == {}
+    checkpoint.drop_after(run, 2)
+    assert steps() == [2] and checkpoint.latest(run) == 2
+    run.save({"model": network.replace(step=jnp.asarray(3, jnp.int32))}, {"l2": 0.6})
+    run.close()
+    assert steps() == [2, 3] and resumed(tmp_path, config, blank(network))[0].step == 3
+
+
 def test_best_and_latest_are_kept(base, tmp_path):
     config, network, _ = base
     saved_in(tmp_path, network, config, steps=(1, 2, 3, 4, 5), l2=(0.9, 0.2, 0.5, 0.4, 0.8))

@@ -52,6 +52,7 @@ def get_config(variant=""):
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.strategy = "data"
     config.max_bad = 1e-3
+    config.guard = dict(usage=0.01, grace=0.5, worse=50.0)
     config.held_out = dict(images=4)
     config.report = dict(scalars=2, save=2)
     config.keep = dict(latest=9, best=1)

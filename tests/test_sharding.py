@@ -14,8 +14,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 import train_generator
 import train_tokenizer
-from tokgen import config, interfaces, rng, sharding, state
-from tokgen.critics import patchgan
+from tokgen import config, interfaces, rng, sharding, stages, state
+from tokgen.critics import blur, features, patchgan, stylegan
 from tokgen.generators import autoregressive
 from tokgen.nn import positions
 from tokgen.nn.precision import FLOAT32
@@ -23,6 +23,46 @@ from tokgen.nn.precision import FLOAT32
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "configs").glob("*/*.py"))
 VARIANTS = {"tokenizer/shapes": ("", "vq", "ema", "hard")}  # of the others only the plain config
+
+
+VIT = dict(name="vit", tokens=5, width=8, depth=2, heads=2, patch=4)
+CONV = dict(name="conv", widths=(32, 32), blocks=1, hidden=4)
+# What recipes may leave out: a decoder in two parts, text, scales, every set of parts.
+TOKENIZERS = {
+    "tokenizer in two parts": dict(
+        encoder=VIT,
+        quantizer=dict(name="vq", codes=16, channels=4, update="ema"),
+        decoder=dict(
+            name="two_stage",
+            codes={**VIT, "channels": 24, "head": "codes"},
+            pixels=dict(name="conv", latent=6, grid=(4, 4), widths=(32, 32), blocks=1),
+            codebook=(24, 6),
+        ),
+    ),
+    "continuous tokenizer with text": dict(
+        encoder=VIT,
+        quantizer=dict(name="gaussian", channels=4),
+        decoder={**VIT, "text": (3, 6)},
+    ),
+    "tokenizer of scales": dict(
+        encoder=CONV,
+        quantizer=dict(
+            name="multiscale",
+            quantizer=dict(name="vq", codes=16, channels=4),
+            scales=(1, 2, 4),
+            phi=2,
+        ),
+        decoder=CONV,
+    ),
+    **{
+        f"tokenizer of {parts}": dict(
+            encoder={**CONV, "parts": parts},
+            quantizer=dict(name="lfq", bits=6),
+            decoder={**CONV, "parts": parts},
+        )
+        for parts in ("vqgan", "light", "local", "maskgit", "maskbit", "taming", "magvit2")
+    },
+}
 
 
 def _configs(kind):
@@ -52,11 +92,25 @@ def _networks():
             f"discriminator with {norm} norm",
             lambda norm=norm: patchgan.Discriminator(3, norm=norm, rngs=nnx.Rngs(0)),
         )
+    for form in stylegan.FORMS:
+        yield (
+            f"discriminator of StyleGAN, {form}",
+            lambda form=form: stylegan.Discriminator(3, 16, form=form, rngs=nnx.Rngs(0)),
+        )
+    yield "discriminator with blur", lambda: blur.Discriminator(3, 32, rngs=nnx.Rngs(0))
+    tiny = dict(size=8, patch=4, width=6, depth=2, heads=2, levels=(0, 1))
+    yield "discriminator on features", lambda: features.Discriminator(rngs=nnx.Rngs(0), **tiny)
+    for name, sections in TOKENIZERS.items():
+        settings = config.load("configs/tokenizer/shapes.py", ("view.size=(8, 8)",))
+        with settings.unlocked():
+            for section, content in sections.items():
+                settings[section] = content
+        yield name, lambda settings=settings: config.tokenizer(settings, rngs=nnx.Rngs(0))
 
 
-def _abstract_state(make, name):
+def _abstract_state(module, name):
     """Everything that is sharded, without computing anything."""
-    _, params, stats = state.split(nnx.eval_shape(make))
+    _, params, stats = state.split(module)
     chain = state.optimizer(10, learning_rate=1e-3, name=name, weight_decay=0.1).chain
     opt_state = jax.eval_shape(chain.init, params)
     return {"params": params, "stats": stats, "opt_state": opt_state, "ema": params}
@@ -66,8 +120,9 @@ def test_every_parameter_has_a_row_and_every_row_a_parameter():
     mesh = AbstractMesh((2, 2, 2), sharding.AXES)
     alive, missing = set(), []
     for name, make in _networks():
+        module = nnx.eval_shape(make)
         for optimizer in ("adamw", "muon"):
-            for path, leaf in state.paths(_abstract_state(make, optimizer)).items():
+            for path, leaf in state.paths(_abstract_state(module, optimizer)).items():
                 if leaf.ndim == 0:
                     continue  # counters
                 found = [p for p, _ in sharding.TABLE if re.search(rf"(^|/){p}$", path)]
@@ -93,9 +148,9 @@ def test_every_parameter_has_a_row_and_every_row_a_parameter():
 
 
 def test_moments_and_averages_lie_as_their_parameter():
-    make = functools.partial(_generator, LAYOUT)
+    module = nnx.eval_shape(functools.partial(_generator, LAYOUT))
     mesh = AbstractMesh((2, 2, 2), sharding.AXES)
-    laid = state.paths(state.shardings(_abstract_state(make, "adamw"), mesh, "tensor"))
+    laid = state.paths(state.shardings(_abstract_state(module, "adamw"), mesh, "tensor"))
     params = {k.removeprefix("params/"): v for k, v in laid.items() if k.startswith("params/")}
     assert len({str(value.spec) for value in params.values()}) > 4
     for prefix in ("ema/", "opt_state/1/mu/", "opt_state/1/nu/"):
@@ -313,18 +368,21 @@ def _tokenizer_steps(settings, make, start, mesh):
     network = _on(mesh, start)
     with jax.set_mesh(mesh):
         graph = state.split(nnx.eval_shape(make))[0]
-        step = train_tokenizer.plain_step(settings, graph, PLAIN)
+        (stage,) = stages.plan(settings)
+        step = train_tokenizer.plain_step(settings, None, {"model": graph}, None, stage)
         networks, losses = {"model": network}, []
         for i in range(2):
             image = np.random.default_rng(i).integers(0, 256, (16, 8, 8, 3), np.uint8)
             batch = sharding.global_batch({"image": image}, mesh)
-            networks, scalars = step(networks, batch, None)
+            networks, scalars, tokens_BLG = step(networks, batch, {})
             losses.append([float(scalars[name]) for name in ("l2", "commitment", "gradient_norm")])
+            assert tokens_BLG.shape == (16, 4, 1)
         model = jax.device_get(networks["model"])
     return losses, model.params, model.stats
 
 
-def test_tokenizer_steps_on_eight_devices_equal_those_on_one():
+def test_tokenizer_steps_on_eight_devices_equal_those_on_one(monkeypatch):
+    monkeypatch.setattr(stages, "optimizer", lambda settings, stage: PLAIN)
     settings = config.load("configs/tokenizer/shapes.py:vq")
     settings.encoder.widths = settings.decoder.widths = (16,)
     settings.encoder.blocks = settings.decoder.blocks = 1

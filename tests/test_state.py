@@ -83,6 +83,29 @@ def test_schedule_end_points():
         states.schedule(0.1, 10, decay="linear")
 
 
+def test_drops_fall_to_a_tenth_each_and_a_schedule_counts_from_its_begin():
+    rate = states.schedule(0.4, 50, decay="constant", drops=(0.5, 0.8), begin=100)
+    found = [float(rate(100 + step)) for step in (0, 24, 25, 39, 40, 49)]
+    np.testing.assert_allclose(found, [0.4, 0.4, 0.04, 0.04, 0.004, 0.004], rtol=1e-5)
+    # the same curve, later; also its warm-up
+    first = states.schedule(0.4, 50, warmup=5, final=0.1, drops=(0.9,))
+    later = states.schedule(0.4, 50, warmup=5, final=0.1, drops=(0.9,), begin=70)
+    for step in (0, 3, 5, 20, 44, 45, 60):
+        np.testing.assert_allclose(later(70 + step), first(step), rtol=1e-6)
+    cosine = states.schedule(0.4, 50, warmup=5, final=0.1)
+    np.testing.assert_allclose(first(45), 0.1 * cosine(45), rtol=1e-6)
+    np.testing.assert_allclose(first(44), cosine(44), rtol=1e-6)
+
+
+def test_paths_that_a_pattern_matches_whole():
+    tree = {"a": {"kernel": 1, "bias": 2}, "b": {"a": {"kernel": 3}}, "kernel": 4}
+    found = lambda pattern: {p for p, m in states.paths(states.matching(tree, pattern)).items() if m}  # noqa: E731
+    assert found(states.KERNELS) == {"a/kernel", "b/a/kernel", "kernel"}
+    assert found("a/.*") == {"a/kernel", "a/bias"}
+    assert found("(?!b/).*") == {"a/kernel", "a/bias", "kernel"}
+    assert found("kern") == found("a") == set() and len(found(".*")) == 4
+
+
 def test_the_rate_applied_is_the_one_reported(key):
     """A constant gradient: each of Adam's steps is the rate times its sign."""
     _, state, _, step = plain()
@@ -167,6 +190,71 @@ def test_weight_decay_is_for_kernels_only():
     for path in old:
         factor = 1 - 0.1 * 0.5 if path.endswith("/kernel") else 1
         np.testing.assert_allclose(new[path], factor * old[path], rtol=1e-6, err_msg=path)
+
+
+def test_decay_is_for_what_the_pattern_names():
+    """As published systems have it: everything but norms and biases, or everything."""
+    _, state, *_ = plain()
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    for pattern, decayed in (
+        (".*", set(states.paths(state.params))),
+        (r"(?!norm/|.*bias).*", {"conv_in/kernel", "labels/table", "quantizer/codebook"}),
+    ):
+        optimizer = states.optimizer(
+            *(10,), learning_rate=0.1, decay="constant", weight_decay=0.5, decayed=pattern
+        )
+        begun = state.replace(opt_state=optimizer.chain.init(state.params))
+        after, _ = jax.jit(functools.partial(states.apply_gradients, optimizer=optimizer))(
+            begun, zeros
+        )
+        old, new = states.paths(state.params), states.paths(after.params)
+        for path in old:
+            factor = 0.95 if path in decayed else 1.0
+            np.testing.assert_allclose(new[path], factor * old[path], rtol=1e-6, err_msg=path)
+
+
+def test_what_is_not_trained_stays_and_is_not_in_the_norm(key):
+    """Decay does not move it either; the average goes on towards it."""
+    _, state, optimizer, _ = full()
+    state = state.replace(ema=jax.tree.map(lambda leaf: leaf + 1, state.ema))
+    gradients = gradients_of(state, key)
+    after, scalars = jax.jit(
+        functools.partial(
+            states.apply_gradients, optimizer=optimizer, ema=0.3, trained="(conv_in|labels)/.*"
+        )
+    )(state, gradients)
+    moving = {"conv_in/kernel", "conv_in/bias", "labels/table"}
+    squares = [
+        (np.asarray(leaf, np.float64) ** 2).sum()
+        for path, leaf in states.paths(gradients).items()
+        if path in moving
+    ]
+    np.testing.assert_allclose(scalars["gradient_norm"], math.sqrt(sum(squares)), rtol=1e-5)
+    old, new, average = (states.paths(tree) for tree in (state.params, after.params, after.ema))
+    for path in old:
+        if path in moving:
+            assert (np.asarray(old[path]) != np.asarray(new[path])).any(), path
+        else:
+            np.testing.assert_array_equal(old[path], new[path], err_msg=path)
+            np.testing.assert_allclose(average[path], old[path] + 0.1, rtol=1e-5, err_msg=path)
+    broken = jax.tree.map(lambda leaf: leaf, gradients)
+    broken["norm"]["scale"] = broken["norm"]["scale"].at[0].set(jnp.nan)
+    _, scalars = jax.jit(
+        functools.partial(states.apply_gradients, optimizer=optimizer, trained="conv_in/.*")
+    )(state, broken)
+    assert scalars["skipped"] == 0  # what is not trained cannot spoil a step
+
+
+def test_a_restarted_state_keeps_all_but_its_moments(key):
+    _, state, _, step = plain()
+    for number in range(2):
+        state, _ = step(state, gradients_of(state, jax.random.fold_in(key, number)))
+    other = states.optimizer(9, learning_rate=0.1, weight_decay=0.1, clip=0.5)
+    after = states.restarted(state, other, mesh=sharding.make_mesh())
+    equal(after.replace(opt_state=()), state.replace(opt_state=()))
+    equal(after.opt_state, other.chain.init(state.params))
+    assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.opt_state))
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(after.opt_state))
 
 
 def test_muon_turns_the_matrices_of_the_blocks(key):

@@ -185,13 +185,15 @@ def start(
     was trained with and on, see `reference`; `source` where imported weights come from. Steps of
     `kept` are never deleted to make room.
     """
+    # an imported config may describe a network and no training
+    keep = config.get("keep", {"latest": 1, "best": 1})
     policy = ocp.checkpoint_managers.AnyPreservationPolicy(
         [
-            ocp.checkpoint_managers.LatestN(n=max(1, config.keep.latest)),
+            ocp.checkpoint_managers.LatestN(n=max(1, keep["latest"])),
             # max_to_keep with best_fn would delete the newest step
             ocp.checkpoint_managers.BestN(
                 get_metric_fn=lambda metrics: metrics[best],
-                n=max(1, config.keep.best),
+                n=max(1, keep["best"]),
                 reverse=True,
             ),
             ocp.checkpoint_managers.CustomSteps(kept),
@@ -236,10 +238,13 @@ def resume_or_start(
         step = find(run.config.init_from)
         meta = read_meta(step)
         wanted = states.paths(states_by_name)
+        there = {path.split("/")[0] for path in meta["manifest"]}
+        # a critic that was not there begins as it was made
         taken = {
             path: leaf
             for path, leaf in wanted.items()
-            if path.split("/")[1] in ("params", "ema", "stats")
+            if path.split("/")[0] in {"model", *there}
+            and path.split("/")[1] in ("params", "ema", "stats")
         }
         if not any(path.startswith("model/ema/") for path in meta["manifest"]):
             # imported weights may have no average: it begins as the parameters
@@ -526,7 +531,8 @@ def load_imported(path: str | os.PathLike) -> tuple[Loaded, transfer.Imported]:
     average = loaded.module if "ema" in has else None
     file = loaded.step / ASIDE
     aside = reader.read(file) if file.exists() else {}
-    return loaded, transfer.Imported(loaded.config, live, average, aside)
+    dtype = (loaded.meta.get("source") or {}).get("dtype", "float32")
+    return loaded, transfer.Imported(loaded.config, live, average, aside, dtype)
 
 
 # ---------------------------------------------------------------- loading for use

@@ -298,7 +298,7 @@ def tokenizer(config: Any, *, rngs):
     encoder = named(config["encoder"], "encoder")
     try:
         grid = encoder.grid(size, **_plain(config["encoder"]))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"config section 'encoder': {error}") from error
     quantizer = build(config["quantizer"], "quantizer", grid=grid, rngs=rngs)
     context = dict(channels=channels, size=size, precision=at, rngs=rngs)

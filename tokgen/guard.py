@@ -112,10 +112,25 @@ def returned(workdir: pathlib.Path) -> int:
     return json.loads(file.read_text())["returns"] if file.exists() else 0
 
 
+def unsettled(workdir: pathlib.Path) -> bool:
+    """Whether a return was begun whose later steps are still to be forgotten."""
+    file = workdir / RETURNS
+    return file.exists() and not json.loads(file.read_text())["settled"]
+
+
 def note_return(workdir: pathlib.Path) -> int:
     """One more; written before anything is undone, so that a kill in between repeats the rest."""
     count = returned(workdir) + 1
-    part = workdir / f".{RETURNS}"
-    part.write_text(json.dumps({"returns": count}))
-    part.replace(workdir / RETURNS)
+    _write(workdir, count, settled=False)
     return count
+
+
+def settle(workdir: pathlib.Path) -> None:
+    """All is undone: what is saved from now on is kept."""
+    _write(workdir, returned(workdir), settled=True)
+
+
+def _write(workdir: pathlib.Path, count: int, settled: bool) -> None:
+    part = workdir / f".{RETURNS}"
+    part.write_text(json.dumps({"returns": count, "settled": settled}))
+    part.replace(workdir / RETURNS)

@@ -29,7 +29,7 @@ TABLE = (
     (r"readout/kernel", "D."),
     (r"embed/kernel", ".D"),
     (r"head/hidden/kernel", "DF"),
-    (r"head/logits/kernel", "FV"),
+    (r"head/logits/kernel", "DV"),
     (r"head/patches/kernel", "D."),
     (r"trunk/.+", "."),  # frozen feature networks of critics
     (r"codebook", ".."),  # every device measures distances to the whole codebook

@@ -1,7 +1,7 @@
 """Every quantizer between the same encoder and decoder, with the same data and budget.
 
-    python train_tokenizer.py --config configs/tokenizer/ablation.py:fsq --workdir runs/ablation/fsq \\
-        --config.data.path=DIR
+    python train_tokenizer.py --config configs/tokenizer/ablation.py:fsq \\
+        --workdir runs/ablation/fsq --config.data.path=DIR
 
 DIR is an image folder as in `cifar10_f4.py`: 32 x 32 pixels become 8 x 8 positions. About 1,024
 codes (10 bits) each, and about three minutes of two CPU cores. What differs is the quantizer, the

@@ -1,53 +1,89 @@
-"""Small photographs: 8 x 8 tokens of 32 x 32 pixels, stride 4, 1,000 codes.
+"""IBQ (arXiv:2412.02692): index backpropagation, a softmax that trains the whole codebook.
 
-    python train_tokenizer.py --config configs/tokenizer/cifar10_f4.py --workdir runs/cifar10_f4 \\
-        --config.data.path=DIR
+    python train_tokenizer.py --config configs/tokenizer/ibq.py:16384 --workdir runs/ibq \\
+        --config.data.path=DIR --config.perceptual.lpips=VGG,LINEAR
 
-DIR is an image folder: class folders, or `train` and `test` folders of these. Made for CIFAR-10 and
-for 20 minutes of CPU; for larger images change `view.size` and add widths. FSQ 8 x 5 x 5 x 5
-(arXiv:2309.15505) needs no codebook loss and uses all its codes. Variants: `vq`, `ema` (learned
-codebooks of 1,024), `gan` (a PatchGAN critic for the second half).
+DIR is ImageNet as class folders in `train` and `val`; VGG and LINEAR see docs/data.md.
+
+| variant | tokens | codes | parameters (published) | published rFID |
+|---|---|---|---|---|
+| 1024 | 16 x 16 | 1,024 x 256 | 107,049,859 (107M) | 2.24 |
+| 8192 | 16 x 16 | 8,192 x 256 | 108,884,867 (109M) | 1.87 |
+| 16384 | 16 x 16 | 16,384 x 256 | 110,982,019 (111M) | 1.37 |
+| 262144 | 16 x 16 | 262,144 x 256 | 173,896,579 (174M) | 1.00 |
+
+Measured here: not trained at full size.
+
+Images are resized by a bicubic filter, there by a bilinear one; the average of the weights has a
+warm-up, there none; bfloat16, there float16 (bfloat16 for 8192). With 262,144 codes the softmax of
+an image takes 256 MiB.
 """
 
 from ml_collections import ConfigDict
 
+NETWORK = dict(name="conv", widths=(128, 128, 256, 256, 512), blocks=4, hidden=256, parts="taming")
+EPOCH = 1_281_167 // 256
+# Epochs, and after which of them the learning rate falls to a tenth.
+EPOCHS = {
+    "1024": (330, (250, 300)),
+    "8192": (280, (250,)),
+    "16384": (330, (250, 300)),
+    "262144": (330, (250, 300)),
+}
 
-def get_config(variant=""):
-    """`variant` is "", "vq", "ema" or "gan"."""
+
+def get_config(variant="16384"):
+    """`variant` is one of EPOCHS, the number of codes."""
+    if variant not in EPOCHS:
+        *names, last = EPOCHS
+        raise ValueError(f"variants are {', '.join(names)} and {last}")
+    epochs, drops = EPOCHS[variant]
+    drops = tuple(drop / epochs for drop in drops)
+    rate = dict(learning_rate=1e-4, decay="constant", drops=drops, b1=0.5, b2=0.9, clip=0.0)
     config = ConfigDict()
     config.seed = 0
-    config.steps = 20000
-    config.batch_size = 16  # on a CPU a step costs in proportion: more, smaller steps win
-    config.precision = dict(params="float32", compute="float32")
+    config.steps = epochs * EPOCH
+    config.batch_size = 256
+    config.precision = dict(params="float32", compute="bfloat16")
     config.data = dict(name="folder", path="", held_out=0.02)
-    config.view = dict(size=(32, 32), channels=3, crop="center", zoom=1.25, flip=True)
+    config.view = dict(size=(256, 256), channels=3, crop="random", zoom=1.0, flip=False)
     config.pixels = (-1.0, 1.0)
-    config.encoder = dict(name="conv", widths=(128,), blocks=2, stem=4, parts="light")
-    config.quantizer = dict(name="ibq", codes=16384, channels=256, temperature=0.01)
-    config.decoder = dict(name="conv", widths=(128,), blocks=2, stem=4, parts="light")
-    config.loss = dict(l1=0.0, l2=1.0, perceptual=0.0, codebook=1.0, commitment=0.25)
-    config.perceptual = ""  # weight files of LPIPS, comma between two
-    config.critic = dict(
-        weight=0.0,  # 0: no critic
-        start=0.5,  # as a share of the run: the critic begins to learn
-        warmup=0.05,  # and this much later the tokenizer begins to play against it
-        network=dict(width=64, layers=3, norm="batch"),  # PatchGAN
-        optimizer=dict(learning_rate=2e-4, b1=0.5, b2=0.9, clip=1.0, decay="constant"),
+    config.encoder = dict(NETWORK)
+    config.quantizer = dict(
+        name="ibq", codes=int(variant), channels=256, temperature=0.01, entropy="shifted"
     )
-    config.optimizer = dict(name="adamw", learning_rate=2e-3, warmup=100, b2=0.99, clip=1.0)
+    config.decoder = dict(NETWORK)
+    config.loss = dict(
+        l1=1.0,
+        l2=0.0,
+        lpips=1.0,
+        index=1.0,
+        commitment=1.0,
+        codebook=0.25,
+        sample_entropy=0.05,
+        batch_entropy=-0.05,
+    )
+    config.perceptual = dict(lpips="")
+    config.critic = dict(
+        weight=0.1,
+        limit=0.0,  # a constant weight
+        start=0.0,
+        loss="hinge",
+        painter="pooled",
+        lecam=0.05,
+        lecam_form="logits",
+        first="critic",
+        network=dict(name="patchgan", width=64, layers=3, norm="batch"),
+        optimizer=dict(rate),
+    )
+    config.guard = dict(usage=0.02, worse=0.0)  # no step precedes the critic's first
+    config.optimizer = dict(rate, name="adamw")
     config.ema = 0.999
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.strategy = "data"
     config.max_bad = 1e-3
     config.held_out = dict(images=1000)
-    config.report = dict(scalars=100, save=5000)
+    config.report = dict(scalars=100, save=10_000)
     config.keep = dict(latest=1, best=1)
     config.init_from = ""
-    if variant in ("vq", "ema"):
-        update = "gradient" if variant == "vq" else "ema"
-        config.quantizer = dict(name="ibq", codes=16384, channels=256, temperature=0.01)
-    elif variant == "gan":
-        config.critic.weight = 0.1
-    elif variant:
-        raise ValueError("variants are vq, ema and gan")
     return config

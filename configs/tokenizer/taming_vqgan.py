@@ -1,53 +1,80 @@
-"""Small photographs: 8 x 8 tokens of 32 x 32 pixels, stride 4, 1,000 codes.
+"""VQGAN (arXiv:2012.09841) and the stride-8 form of latent diffusion (arXiv:2112.10752).
 
-    python train_tokenizer.py --config configs/tokenizer/cifar10_f4.py --workdir runs/cifar10_f4 \\
-        --config.data.path=DIR
+    python train_tokenizer.py --config configs/tokenizer/taming_vqgan.py:f16_16384 \\
+        --workdir runs/taming --config.data.path=DIR --config.perceptual.lpips=VGG,LINEAR
 
-DIR is an image folder: class folders, or `train` and `test` folders of these. Made for CIFAR-10 and
-for 20 minutes of CPU; for larger images change `view.size` and add widths. FSQ 8 x 5 x 5 x 5
-(arXiv:2309.15505) needs no codebook loss and uses all its codes. Variants: `vq`, `ema` (learned
-codebooks of 1,024), `gan` (a PatchGAN critic for the second half).
+DIR is ImageNet as class folders in `train` and `val`; VGG and LINEAR see docs/data.md.
+
+| variant | tokens | codes | parameters (published) | published rFID (ImageNet val) |
+|---|---|---|---|---|
+| f16_1024 | 16 x 16 | 1,024 x 256 | 72,141,699 (72.1M) | 7.94 |
+| f16_16384 | 16 x 16 | 16,384 x 256 | 76,073,859 (76.1M) | 4.98 |
+| f8_16384 | 32 x 32 | 16,384 x 4 | 67,717,295 | 1.14, trained on OpenImages |
+| f8_256 | 32 x 32 | 256 x 4 | 67,652,783 | 1.49, trained on OpenImages |
+
+Measured here: not trained at full size.
+
+The weight 1 is that of the commitment and 0.25 that of the codebook: swapped, as in the released
+models. Images are resized by a bicubic filter, there by a bilinear one. Neither the length of the
+runs nor the number of devices is published: here 500,000 steps of 8 x 12 images. The released
+stride-16 models were resumed runs, with the critic from step 0. The stride-8 forms take the
+losses of f16_16384. The stride-8 model with a Gumbel softmax has no counterpart here.
 """
 
 from ml_collections import ConfigDict
 
+F16 = dict(name="conv", widths=(128, 128, 256, 256, 512), blocks=2, hidden=256, parts="taming")
+F8 = dict(name="conv", widths=(128, 256, 256, 512), blocks=2, hidden=4, parts="taming")
 
-def get_config(variant=""):
-    """`variant` is "", "vq", "ema" or "gan"."""
+# Network, codes, numbers per code, weight of the critic, layers of the critic.
+SIZES = {
+    "f16_1024": (F16, 1024, 256, 0.8, 3),
+    "f16_16384": (F16, 16384, 256, 0.75, 2),
+    "f8_16384": (F8, 16384, 4, 0.75, 3),
+    "f8_256": (F8, 256, 4, 0.75, 3),
+}
+RATE = 96 * 4.5e-6  # images of a step times the published base rate
+
+
+def get_config(variant="f16_1024"):
+    """`variant` is one of SIZES."""
+    if variant not in SIZES:
+        *names, last = SIZES
+        raise ValueError(f"variants are {', '.join(names)} and {last}")
+    network, codes, channels, weight, layers = SIZES[variant]
     config = ConfigDict()
     config.seed = 0
-    config.steps = 20000
-    config.batch_size = 16  # on a CPU a step costs in proportion: more, smaller steps win
+    config.steps = 500_000
+    config.batch_size = 96
     config.precision = dict(params="float32", compute="float32")
     config.data = dict(name="folder", path="", held_out=0.02)
-    config.view = dict(size=(32, 32), channels=3, crop="center", zoom=1.25, flip=True)
+    config.view = dict(size=(256, 256), channels=3, crop="random", zoom=1.0, flip=False)
     config.pixels = (-1.0, 1.0)
-    config.encoder = dict(name="conv", widths=(128,), blocks=2, stem=4, parts="light")
-    config.quantizer = dict(name="vq", codes=1024, channels=256, normalize=False, revive=0.0)
-    config.decoder = dict(name="conv", widths=(128,), blocks=2, stem=4, parts="light")
-    config.loss = dict(l1=0.0, l2=1.0, perceptual=0.0, codebook=1.0, commitment=0.25)
-    config.perceptual = ""  # weight files of LPIPS, comma between two
-    config.critic = dict(
-        weight=0.0,  # 0: no critic
-        start=0.5,  # as a share of the run: the critic begins to learn
-        warmup=0.05,  # and this much later the tokenizer begins to play against it
-        network=dict(width=64, layers=3, norm="batch"),  # PatchGAN
-        optimizer=dict(learning_rate=2e-4, b1=0.5, b2=0.9, clip=1.0, decay="constant"),
+    config.encoder = dict(network)
+    config.quantizer = dict(
+        name="vq", codes=codes, channels=channels, normalize=False, revive=0.0, init="uniform"
     )
-    config.optimizer = dict(name="adamw", learning_rate=2e-3, warmup=100, b2=0.99, clip=1.0)
-    config.ema = 0.999
+    config.decoder = dict(network)
+    config.loss = dict(l1=1.0, l2=0.0, lpips=1.0, codebook=0.25, commitment=1.0)
+    config.perceptual = dict(lpips="")
+    config.critic = dict(
+        weight=weight,  # times the adaptive weight, between 0 and 10,000
+        start=0.5,  # step 250,001
+        loss="hinge",
+        painter="hinge",
+        network=dict(name="patchgan", width=64, layers=layers, norm="batch"),
+        optimizer=dict(learning_rate=RATE, b1=0.5, b2=0.9, clip=0.0, decay="constant"),
+    )
+    config.guard = dict(usage=0.02, worse=2.0)
+    config.optimizer = dict(
+        name="adamw", learning_rate=RATE, b1=0.5, b2=0.9, clip=0.0, decay="constant"
+    )
+    config.ema = 0.0
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.strategy = "data"
     config.max_bad = 1e-3
     config.held_out = dict(images=1000)
-    config.report = dict(scalars=100, save=5000)
+    config.report = dict(scalars=100, save=10_000)
     config.keep = dict(latest=1, best=1)
     config.init_from = ""
-    if variant in ("vq", "ema"):
-        update = "gradient" if variant == "vq" else "ema"
-        config.quantizer = dict(name="vq", codes=1024, channels=256, normalize=False, revive=0.0)
-    elif variant == "gan":
-        config.critic.weight = 0.1
-    elif variant:
-        raise ValueError("variants are vq, ema and gan")
     return config

@@ -9,7 +9,7 @@ def _map(*shape):
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("taps", [(1, 3, 3, 1), (1, 2, 1)])
+@pytest.mark.parametrize("taps", [(1, 3, 3, 1), (1, 2, 1), (1, 4, 6, 4, 1)])
 @pytest.mark.parametrize("size", [(6, 8), (5, 7)])
 def test_a_blur_is_the_written_out_filter(taps, size):
     """TensorFlow's SAME: what is padded is halved, the larger half after the map."""
@@ -23,7 +23,7 @@ def test_a_blur_is_the_written_out_filter(taps, size):
                 for b, right in enumerate(taps):
                     wanted[:, i, j] += left * right * padded[:, 2 * i + a, 2 * j + b]
     wanted /= sum(taps) ** 2
-    blurred = {4: pooling.blur4, 3: pooling.blur3}[len(taps)]
+    blurred = {3: pooling.blur3, 4: pooling.blur4, 5: pooling.blur5}[len(taps)]
     np.testing.assert_allclose(blurred(jnp.asarray(x)), wanted, atol=1e-6)
 
 

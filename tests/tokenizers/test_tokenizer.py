@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tokgen import config as configs
 from tokgen import state as states
+from tokgen.nn import conv as kits
 from tokgen.nn import precision
 from tokgen.quantizers import fsq, vq
 from tokgen.tokenizers import conv, tokenizer
@@ -159,6 +161,105 @@ def test_gradients_reach_the_encoder_through_the_tokens(made, key):
 def test_an_image_does_not_depend_on_its_batch(made, key):
     image_BHW3 = images(key, batch=4)
     np.testing.assert_array_equal(encode(made, image_BHW3)[:2], encode(made, image_BHW3[:2]))
+
+
+# ---------------------------------------------------------------- every set of parts
+
+KITS = sorted(name.lower() for name in vars(kits) if isinstance(getattr(kits, name), kits.Parts))
+
+
+@pytest.mark.parametrize("parts", KITS)
+def test_every_set_of_parts_on_rectangles(parts):
+    """Shapes only: 3 levels, a stem, other widths at both ends, a projection before the latents."""
+    sizes = dict(size=(16, 24), widths=(32, 32, 64), stem=2, start=64, hidden=10, parts=parts)
+    made = nnx.eval_shape(lambda: apart(**sizes))
+    image = jax.ShapeDtypeStruct((2, 16, 24, 3), "float32")
+    latents, painted = jax.eval_shape(
+        lambda made, x: (made.latents(x), made.reconstruct(x)[0]), made, image
+    )
+    assert made.layout.grids == ((2, 3),) and latents.shape == (2, 6, 3)
+    assert painted.shape == (2, 16, 24, 3)
+    kit = kits.named(parts)
+    assert (made.encoder.conv_in.bias is not None) == kit.first_bias
+    assert made.encoder.conv_out.kernel.shape[0] == kit.last
+    assert made.encoder.conv_in.kernel.shape == (kit.first, kit.first, 12, 64)
+    blocks = [stage for stage in made.decoder.stages if hasattr(stage, "conv1")]
+    middle = {kits.no_middle: 0, kits.plain_middle: 1, kits.attentive_middle: 2}[kit.middle]
+    assert len(blocks) == 3 * (1 + kit.more) + middle
+    assert sum(isinstance(s, kits.AdaptiveNorm) for s in made.decoder.stages) == (
+        3 if kit.adapt else 0
+    )
+
+
+def apart(size, *, stem, widths, start, hidden, parts, attend=None):
+    """A tokenizer whose two sides take the arguments that only one of them has."""
+    quantizer = fsq.Quantizer((8, 6, 5), grid=conv.Encoder.grid(size, widths=widths, stem=stem))
+    shape = dict(channels=3, widths=widths, stem=stem, blocks=1, hidden=hidden, parts=parts)
+    shape |= dict(attend=attend, precision=precision.FLOAT32, rngs=nnx.Rngs(0))
+    (grid,) = quantizer.layout.grids
+    return tokenizer.Tokenizer(
+        conv.Encoder(latent=quantizer.inputs, start=start, **shape),
+        quantizer,
+        conv.Decoder(latent=quantizer.channels, grid=grid, **shape),
+    )
+
+
+@pytest.mark.parametrize(
+    ("attend", "expected"), [(None, (2,)), ((), ()), ((0, 2), (0, 2)), ((1,), (1,))]
+)
+def test_attention_follows_every_block_of_its_levels(attend, expected):
+    """Level 0 is the finest; the middle has attention whatever the levels have."""
+    made = nnx.eval_shape(
+        lambda: apart((8, 8), stem=1, widths=(32, 64, 96), start=0, hidden=8, parts="taming",
+                      attend=attend)
+    )  # fmt: skip
+    widths, levels = (32, 64, 96), {}
+    for side, network, more in (("encoder", made.encoder, 0), ("decoder", made.decoder, 1)):
+        found = [s.norm.scale.shape[0] for s in network.stages if isinstance(s, kits.Attention)]
+        levels[side] = sorted(found)
+        assert sorted(found) == sorted([widths[i] for i in expected] * (1 + more) + [96])
+        for before, stage in zip(network.stages[:-1], network.stages[1:], strict=True):
+            assert not isinstance(stage, kits.Attention) or hasattr(before, "conv1"), side
+
+
+# ---------------------------------------------------------------- precision
+
+
+QUANTIZERS = {
+    "vq": dict(name="vq", codes=256, channels=4),
+    "distances": dict(name="vq", codes=256, channels=4, normalize=False, init="normal"),
+    "ibq": dict(name="ibq", codes=256, channels=4, temperature=0.01),
+    "fsq": dict(name="fsq", levels=(8, 6, 5, 5)),
+    "lfq": dict(name="lfq", bits=10, temperature=0.01),
+    "bsq": dict(name="bsq", bits=10),
+    "scales": dict(
+        name="multiscale",
+        quantizer=dict(name="vq", codes=64, channels=4, normalize=False, init="normal"),
+        scales=(1, 2, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(QUANTIZERS))
+def test_the_same_latents_have_the_same_tokens_in_a_tokenizer_of_any_precision(name, key):
+    """bfloat16 networks, products of low precision by default: not one index differs."""
+    settings = configs.load("configs/tokenizer/shapes.py", ("view.size=(16, 16)",))
+    found, codes = {}, {}
+    for compute in ("float32", "bfloat16"):
+        with settings.unlocked():
+            settings.quantizer, settings.precision.compute = QUANTIZERS[name], compute
+        made = filled(lambda: configs.tokenizer(settings, rngs=nnx.Rngs(0)))
+        assert made.decoder.conv_in.precision.compute == compute
+        latents_BPC = 2 * jax.random.normal(key, (8, 16, made.quantizer.inputs))
+        with jax.default_matmul_precision("highest" if compute == "float32" else "bfloat16"):
+            through = jax.jit(lambda made, x: (made.quantizer.encode(x), made.quantizer(x)))
+            tokens_BLG, quantized = through(made, latents_BPC)
+        np.testing.assert_array_equal(tokens_BLG, quantized.tokens_BLG)
+        found[compute], codes[compute] = tokens_BLG, quantized.latents_BPC
+        assert quantized.latents_BPC.dtype == jnp.float32
+    np.testing.assert_array_equal(found["float32"], found["bfloat16"])
+    np.testing.assert_array_equal(codes["float32"], codes["bfloat16"])
+    assert len(np.unique(found["float32"])) > 15
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> None:
         "classes": f"{len(meta['classes'])}: {', '.join(meta['classes'][:12])}",
         "metrics": ", ".join(f"{k} {v:.4g}" for k, v in meta["metrics"].items()),
         "tokenizer": (meta["tokenizer"] or {}).get("path", "itself"),
+        "source": ", ".join(f"{k} {v}" for k, v in (meta.get("source") or {}).items()) or "trained",
         "versions": ", ".join(f"{k} {v}" for k, v in meta["versions"].items()),
         "arrays": f"{len(meta['manifest'])}{', all verified' if args.verify else ''}",
     }

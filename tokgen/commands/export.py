@@ -9,6 +9,7 @@ import pathlib
 from tokgen import checkpoint, config, launch, report, state
 from tokgen.pretrained import system, transfer, writer
 
+OURS = "model.safetensors"
 SUFFIXES = {"torch": ".bin", "safetensors": ".safetensors", "flax": ".msgpack"}
 
 
@@ -42,14 +43,21 @@ def run(args: argparse.Namespace) -> None:
         "fingerprint": loaded.fingerprint,
         "source": source,
     }
-    writer.write(out / "model.safetensors", arrays, form="safetensors")
+    writer.write(out / OURS, arrays, form="safetensors")
     (out / "config.json").write_text(json.dumps(record, indent=2) + "\n")
-    report.say(f"{out}: model.safetensors ({len(arrays)} arrays) and config.json")
+    report.say(f"{out}: {OURS} ({len(arrays)} arrays) and config.json")
     name = args.system or source.get("system", "")
     if name:
         found = system.named(name)
         file = source.get("file", "") if name == source.get("system") else ""
-        file = out / (file or f"{name}{SUFFIXES[found.form]}")
         published = transfer.publish(imported, name)
-        writer.write(file, published, form=found.form, wrap=found.wrap)
+        file = out / (file or f"{name}{SUFFIXES[found.form]}")
+        if file.name == OURS:
+            file = out / name / file.name
+            file.parent.mkdir(exist_ok=True)
+        form = "safetensors" if file.suffix == ".safetensors" else found.form
+        if form == "safetensors" and file.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+            form = "torch"
+        wrap = () if form == "safetensors" else found.wrap
+        writer.write(file, published, form=form, wrap=wrap)
         report.say(f"{file}: {len(published)} arrays under the keys of {name}")

@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
         "system": args.system,
         "file": file.name,
         "sha256": transfer.digest(file),
+        "dtype": imported.dtype,
         "home": found.home,
         "licence": found.licence,
     }

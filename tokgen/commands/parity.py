@@ -16,13 +16,17 @@ from tokgen.pretrained import parity
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="with case.npz, config.json and the weight file")
     parser.add_argument("--system", default="", help="which system; default: the folder's name")
+    parser.add_argument(
+        "--opaque", action="store_true", help="step over objects of unknown classes in the file"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per array")
     parser.add_argument("--arrays", default="", help="save what our model computed to this .npz")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print a line per array; an error when one fails or is not covered."""
-    folder = parity.Folder(args.folder, args.system)
+    unknown = "opaque" if args.opaque else "refuse"
+    folder = parity.Folder(args.folder, args.system, unknown)
     lines, computed = parity.hold(folder)
     if not args.json:
         print(f"{'array':<28} {'max abs':>9} {'max rel':>9} {'tolerance':>9}  verdict")

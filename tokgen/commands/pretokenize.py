@@ -45,6 +45,11 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--batch must be at least 1; found {args.batch}")
     launch.devices(args.batch)
     loaded = checkpoint.load_tokenizer(args.tokenizer, compute=args.precision)
+    if loaded.layout is None:
+        raise UserError(
+            f"{loaded.step} holds a continuous tokenizer, which writes no tokens; need one with a "
+            "discrete quantizer (vq, fsq, lfq, bsq, multiscale)"
+        )
     settings, mesh = loaded.config, sharding.make_mesh()
     sources = {s: evaluate.image_source(settings, args.data, s) for s in tokens.SPLITS}
     if not args.data and settings.data.name == "shapes":

@@ -25,7 +25,12 @@ def leaky_relu(x: jax.Array) -> jax.Array:
 
 
 ACTIVATIONS = {"leaky_relu": leaky_relu, "silu": jax.nn.silu}
-DOWN = {"blur4": pooling.blur4, "blur3": pooling.blur3, "average": pooling.average}
+DOWN = {
+    "blur3": pooling.blur3,
+    "blur4": pooling.blur4,
+    "blur5": pooling.blur5,
+    "average": pooling.average,
+}
 
 
 class Stage(nnx.Module):

@@ -35,6 +35,11 @@ def blur3(x_BHWC: jax.Array) -> jax.Array:
     return blur(x_BHWC, (1, 2, 1), 2, "SAME")
 
 
+def blur5(x_BHWC: jax.Array) -> jax.Array:
+    """Half the size by [1, 4, 6, 4, 1], padded with zeros as TensorFlow's SAME."""
+    return blur(x_BHWC, (1, 4, 6, 4, 1), 2, "SAME")
+
+
 def average(x_BHWC: jax.Array) -> jax.Array:
     """Half the size by means of 2x2; an odd last row or column is left out."""
     rows, columns = (size // 2 for size in x_BHWC.shape[1:3])

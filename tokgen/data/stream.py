@@ -97,8 +97,8 @@ def batches(
     """Endless shuffled batches from step `start` on.
 
     {"image": uint8 [B/n, rows, columns, channels], "label": int32 [B/n]} of an image source seen
-    through `view`; {"tokens": int32 [B/n, L, G], "label": int32 [B/n]} of token shards, one of
-    the stored views per element.
+    through `view`, and {"text": float32 [B/n, T, E]} where it has text; {"tokens": int32 [B/n, L,
+    G], "label": int32 [B/n]} of token shards, one of the stored views per element.
 
     Args:
       batch_size: B, of all processes together.
@@ -232,7 +232,10 @@ def _load_images(source, view, index_B, rngs, neighbours) -> tuple[dict, list]:
             record = _readable(source, view, index, neighbours, row, broken)
         image_BHWC[row] = view(_checked(record["image"], view), rng)
         records.append(record)
-    return {"image": image_BHWC, "label": _labels(records)}, broken
+    batch = {"image": image_BHWC, "label": _labels(records)}
+    if "text" in records[0]:
+        batch["text"] = np.stack([record["text"] for record in records])
+    return batch, broken
 
 
 def _readable(source, view, index, neighbours, row: int, broken: list) -> dict:

@@ -167,7 +167,9 @@ def trained(quantizer, latents_BPC, cotangent_BPC, weights: dict[str, float]) ->
         loss = sum((w * out.losses[name] for name, w in weights.items()), start=jnp.zeros(()))
         return jnp.sum(out.latents_BPC * cotangent_BPC) + loss, (out, loss)
 
-    gradients, (out, loss) = jax.grad(scalar, (0, 1), has_aux=True)(jnp.asarray(latents_BPC), params)
+    gradients, (out, loss) = jax.grad(scalar, (0, 1), has_aux=True)(
+        jnp.asarray(latents_BPC), params
+    )
     return Trained(out, loss, gradients[0], states.paths(gradients[1]))
 
 
@@ -179,7 +181,8 @@ def sections(
     blocks: int,
     **common,
 ) -> None:
-    """Set encoder and decoder of a config to the sizes of a published file."""
+    """Set encoder and decoder of a config to the sizes of a published file, in float32."""
+    settings.precision.compute = "float32"  # whatever the recipe trains in
     widths = tuple(base * m for m in multipliers)
     settings.encoder = dict(name="conv", widths=widths, start=base, blocks=blocks, **common)
     settings.decoder = dict(name="conv", widths=widths, blocks=blocks, **common)
@@ -188,5 +191,7 @@ def sections(
 def side(weights: dict[str, np.ndarray], key: str) -> tuple[int, ...]:
     """The shape of one array that must be there."""
     if key not in weights:
-        raise UserError(f"no {key} in the file: is --system right? It holds {', '.join(list(weights)[:5])} ...")
+        raise UserError(
+            f"no {key} in the file: is --system right? It holds {', '.join(list(weights)[:5])} ..."
+        )
     return weights[key].shape

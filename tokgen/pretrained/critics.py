@@ -222,7 +222,7 @@ def disc_maskbit(folder) -> Arrays:
     arrays = {}
     images = {name: folder.given(name) for name in ("real", "fake")}
     for name, options in folder.config["files"].items():
-        options, label = {**folder.config, **options}, name.partition(".")[0].removeprefix("v2_")
+        options, label = {**folder.config, **options}, _label(name)
         weights = reader.read(folder.path / name)
         if label == "original":
             sizes = (options["hidden_channels"], options["num_stages"], options["num_channels"])
@@ -238,7 +238,9 @@ def disc_maskbit(folder) -> Arrays:
             if f"grad_{key}_{label}" in folder.arrays:
                 # d/d image in [0, 1]: the critic's own range is twice as wide
                 arrays[f"grad_{key}_{label}"] = (1 if label == "original" else 2) * gradient
-    real, fake = arrays["logits_real_blur4"], arrays["logits_fake_blur4"]
+    # of the README's name for the first; a folder with other files has another first one
+    label = "blur4" if "logits_real_blur4" in arrays else _label(next(iter(folder.config["files"])))
+    real, fake = arrays[f"logits_real_{label}"], arrays[f"logits_fake_{label}"]
     for name in ("hinge", "vanilla", "non_saturating"):
         arrays[f"{name}_d_loss"] = losses.DISCRIMINATOR[name](real, fake)
     for name in ("hinge", "non_saturating"):
@@ -248,17 +250,26 @@ def disc_maskbit(folder) -> Arrays:
     return arrays
 
 
+def _label(name: str) -> str:
+    """What a file of MaskBit's critics adds to the names of its arrays."""
+    return name.partition(".")[0].removeprefix("v2_")
+
+
 def _blur_critic(weights: Arrays, options: dict, file) -> blur.Discriminator:
     down = "average"
-    if options.get("blur_resample", True):
+    if options.get("blur_resample", False):
         down = f"blur{options.get('blur_kernel_size', 4)}"
+    # there, every other name is taken for SiLU
+    activation = (
+        "leaky_relu" if options.get("activation_fn", "leaky_relu") == "leaky_relu" else "silu"
+    )
     return _filled(
         lambda: blur.Discriminator(
             options["num_channels"],
             options["hidden_channels"],
             options["num_stages"],
             down,
-            options.get("activation_fn", "leaky_relu"),
+            activation,
             rngs=nnx.Rngs(0),
         ),
         blur_rows,

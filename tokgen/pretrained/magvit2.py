@@ -74,12 +74,18 @@ def parity(folder) -> dict[str, np.ndarray]:
         computed["bits"] = found["quantized"]
     if "q_latents" not in folder.arrays:
         return computed
-    weights = {"sample_entropy": 1.0, "batch_entropy": -1.0, "commitment": 0.25}
+    weights = {
+        "sample_entropy": folder.config.get("sample_minimization_weight", 1.0),
+        "batch_entropy": -folder.config.get("batch_maximization_weight", 1.0),
+        "commitment": 0.25,
+    }
     training, _, gradient = taming.trained(folder, tokenizer.quantizer, weights)
     losses = training.out.losses
     return computed | {
         "q_indices": training.out.tokens_BLG.ravel(),
-        "q_entropy_aux_loss": losses["sample_entropy"] - losses["batch_entropy"],
+        "q_entropy_aux_loss": sum(
+            weights[name] * losses[name] for name in ("sample_entropy", "batch_entropy")
+        ),
         "q_per_sample_entropy": losses["sample_entropy"],
         "q_codebook_entropy": losses["batch_entropy"],
         "q_commitment": losses["commitment"],

@@ -44,8 +44,8 @@ def lookup_rows(tokenizer) -> list[table.Row]:
     ]
 
 
-def _settings(published: dict, weights) -> ml_collections.ConfigDict:
-    config = configs.load("configs/tokenizer/maskbit.py")
+def _settings(recipe: str, published: dict, weights) -> ml_collections.ConfigDict:
+    config = configs.load(recipe)
     learned = published.get("sample_with_conv", "encoder.down.0.down_conv.weight" in weights)
     convolutional.sections(
         config,
@@ -78,7 +78,7 @@ def _whole(quantizer):
 
 def lookup_settings(published: dict, weights) -> ml_collections.ConfigDict:
     """Our config of VQGAN+."""
-    config = _settings(published, weights)
+    config = _settings("configs/tokenizer/vqgan_plus.py", published, weights)
     codes, channels = convolutional.side(weights, "quantize.embedding.weight")
     temperature = published.get("entropy_loss_temperature", 0.01)
     weight = published.get("entropy_loss_weight", 0.0)
@@ -96,7 +96,7 @@ def lookup_settings(published: dict, weights) -> ml_collections.ConfigDict:
 
 def bit_settings(published: dict, weights) -> ml_collections.ConfigDict:
     """Our config of a bit tokenizer; the codebook's size in published files is not authoritative."""
-    config = _settings(published, weights)
+    config = _settings("configs/tokenizer/maskbit.py", published, weights)
     bits = convolutional.side(weights, "encoder.conv_out.weight")[0]
     config.quantizer.bits = bits
     return config

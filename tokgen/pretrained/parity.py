@@ -28,8 +28,8 @@ VERDICTS = ("pass", "fail", "uncovered", "given")
 class Folder:
     """A fixture folder; remembers which arrays were taken from it as inputs."""
 
-    def __init__(self, path: str | pathlib.Path, name: str = ""):
-        self.path = pathlib.Path(path)
+    def __init__(self, path: str | pathlib.Path, name: str = "", unknown: str = "refuse"):
+        self.path, self.unknown = pathlib.Path(path), unknown
         if not (self.path / "case.npz").is_file():
             raise UserError(f"a fixture folder needs case.npz and config.json; found none in {path}")
         self.name = name or self.path.resolve().name
@@ -63,7 +63,7 @@ class Folder:
     def weights(self) -> dict[str, np.ndarray]:
         """The arrays of its weight file, or those that `salt` and `keys` of its config describe."""
         if "salt" not in self.config or "keys" not in self.config:
-            return transfer.weights_of(self.file(), self.system)
+            return transfer.weights_of(self.file(), self.system, unknown=self.unknown)
         values = self.config.get("values", {})
         return {
             key: np.asarray(values[key]) if key in values else drawn(self.config["salt"], key, shape)

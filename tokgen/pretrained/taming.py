@@ -27,9 +27,7 @@ def networks(tokenizer, name=name, attention=convolutional.separate) -> list[tab
     rows = []
     for side, prefix in (("encoder", "quant_conv"), ("decoder", "post_quant_conv")):
         network = getattr(tokenizer, side)
-        rows += convolutional.rows(
-            network, side, name, prefix=f"{side}.", attention=attention
-        )
+        rows += convolutional.rows(network, side, name, prefix=f"{side}.", attention=attention)
         rows += table.pair(prefix, f"{side}/conv_latent", table.CONV)
     return rows
 
@@ -92,7 +90,9 @@ def settings_of(recipe: str, blocks: int):
 
     def settings(published: dict, weights) -> ml_collections.ConfigDict:
         config = configs.load(recipe)
-        levels = 1 + max(int(key.split(".")[2]) for key in weights if key.startswith("encoder.down."))
+        levels = 1 + max(
+            int(key.split(".")[2]) for key in weights if key.startswith("encoder.down.")
+        )
         found = _multipliers(weights, "encoder.down.{}.block.0.conv1.weight", levels)
         blocks_found = sum(f"encoder.down.0.block.{i}.conv1.weight" in weights for i in range(64))
         options = {"num_res_blocks": blocks_found or blocks} | published
@@ -100,9 +100,13 @@ def settings_of(recipe: str, blocks: int):
         config.view.size = (size, size)
         multipliers = tuple(published.get("ch_mult", found))
         _sized(config, options, weights, multipliers=multipliers, blocks=blocks)
+        if "entropy_temperature" in published:
+            config.quantizer.temperature = published["entropy_temperature"]
         for name in ("encoder", "decoder"):
             config[name].attend = tuple(
-                level for level in range(levels) if f"encoder.down.{level}.attn.0.q.weight" in weights
+                level
+                for level in range(levels)
+                if f"encoder.down.{level}.attn.0.q.weight" in weights
             )
         return config
 
@@ -195,7 +199,9 @@ def parity(folder) -> dict[str, np.ndarray]:
     tokenizer = folder.module()
     found = painted(folder, tokenizer)
     # `legacy`, as published: beta weighs the codebook's term
-    near, far = ("codebook", "commitment") if folder.config["legacy"] else ("commitment", "codebook")
+    near, far = (
+        ("codebook", "commitment") if folder.config["legacy"] else ("commitment", "codebook")
+    )
     weights = {far: 1.0, near: folder.config["beta"]}
     training, out, gradient = trained(folder, tokenizer.quantizer, weights)
     return {

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from tokgen import config as configs
 from tokgen import losses
 from tokgen.interfaces import UserError
 from tokgen.pretrained import convolutional, maskgit, system, table
@@ -98,21 +99,44 @@ def settings(published: dict, weights: system.Weights) -> ml_collections.ConfigD
         codes = _shape(weights, "quantize.embedding.weight", 2)[0]
         normalize = bool(model.get("use_l2_norm", two))
         quantizer = dict(name="vq", codes=codes, channels=latent, normalize=normalize)
-        quantizer |= dict(update="gradient")
+        # nothing is revived: an import has no counts yet, by which all rows would be dead
+        quantizer |= dict(update="gradient", revive=0.0)
     decoder = dict(_side(published, weights, "dec"), patch=size // _edge(weights, "decoder"))
     if "decoder.text_guidance_proj.weight" in weights:
         length = _shape(weights, "decoder.text_guidance_positional_embedding", 2)[0]
         decoder["text"] = (length, _shape(weights, "decoder.text_guidance_proj.weight", 2)[1])
-    return ml_collections.ConfigDict(
-        dict(
-            view=dict(size=(size, size), channels=channels),
-            pixels=(0.0, 1.0),
-            precision=dict(params="float32", compute="float32"),
-            encoder=dict(_side(published, weights, "enc"), patch=patch, readout=readout),
-            quantizer=quantizer,
-            decoder=_two_stage(decoder, weights) if two else decoder,
-        )
-    )
+    recipe = "titok" if two else "tatitok" if "text" in decoder else "titok_onestage"
+    config = configs.load(f"configs/tokenizer/{recipe}.py")
+    config.view.size, config.view.channels = (size, size), channels
+    config.pixels = (0.0, 1.0)
+    config.precision = dict(params="float32", compute="float32")
+    config.encoder = dict(_side(published, weights, "enc"), patch=patch, readout=readout)
+    config.quantizer = quantizer
+    config.decoder = _two_stage(decoder, weights) if two else decoder
+    return config
+
+
+def _form(weights: system.Weights) -> str:
+    """The system that the keys of a file belong to."""
+    if "decoder.ffn.2.weight" in weights:
+        return "titok_legacy"
+    family = "tatitok" if "decoder.text_guidance_proj.weight" in weights else "titok_onestage"
+    return f"{family}_{'vq' if 'quantize.embedding.weight' in weights else 'vae'}"
+
+
+def _settings_of(name: str):
+    """`settings`, which refuses a file of another form than the one that was asked for."""
+
+    def checked(published: dict, weights: system.Weights) -> ml_collections.ConfigDict:
+        config, form = settings(published, weights), _form(weights)
+        if form != name:
+            raise UserError(
+                f"a file of {name} was asked for, and the keys are those of {form}: use --system "
+                f"{form}, unless the file lacks keys"
+            )
+        return config
+
+    return checked
 
 
 def _two_stage(codes: dict, weights: system.Weights) -> dict:
@@ -347,15 +371,18 @@ def continuous(folder) -> dict[str, jax.Array]:
     }
 
 
-_COMMON = dict(settings=settings, rows=rows, licence="Apache-2.0")
-_TITOK = dict(_COMMON, home="huggingface.co/fun-research/TiTok")
-_TATITOK = dict(_COMMON, home="huggingface.co/fun-research/TA-TiTok")
+def _system(name: str, home: str, **options) -> system.System:
+    options |= dict(settings=_settings_of(name), rows=rows, licence="Apache-2.0")
+    return system.System(home=f"huggingface.co/fun-research/{home}", **options)
+
 
 SYSTEMS = {
-    "titok_legacy": system.System(parity=legacy, **_TITOK),
-    "titok_onestage_vq": system.System(parity=codes, form="safetensors", **_TITOK),
-    "titok_onestage_vae": system.System(parity=continuous, form="safetensors", **_TITOK),
+    "titok_legacy": _system("titok_legacy", "TiTok", parity=legacy),
+    "titok_onestage_vq": _system("titok_onestage_vq", "TiTok", parity=codes, form="safetensors"),
+    "titok_onestage_vae": _system(
+        "titok_onestage_vae", "TiTok", parity=continuous, form="safetensors"
+    ),
     # a running share of every code, kept by training with clustering
-    "tatitok_vq": system.System(parity=codes, aside=(r"quantize\.embed_prob",), **_TATITOK),
-    "tatitok_vae": system.System(parity=continuous, **_TATITOK),
+    "tatitok_vq": _system("tatitok_vq", "TA-TiTok", parity=codes, aside=(r"quantize\.embed_prob",)),
+    "tatitok_vae": _system("tatitok_vae", "TA-TiTok", parity=continuous),
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import pathlib
 
 import jax
 import ml_collections
+import ml_dtypes
 import numpy as np
 from flax import nnx
 
@@ -15,6 +17,11 @@ from tokgen import config as configs
 from tokgen.interfaces import UserError
 from tokgen.pretrained import reader, table
 from tokgen.pretrained import system as systems
+
+
+_MISFITS = (ValueError, LookupError, TypeError, AttributeError)  # of arrays of another system
+
+HALVES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +32,7 @@ class Imported:
     module: nnx.Module  # the live weights
     average: nnx.Module | None  # their moving average, where the file has one
     aside: dict[str, np.ndarray]  # arrays of the file that have no place in our model
+    dtype: str = "float32"  # of the file's weights; ours are float32, which holds them exactly
 
     @property
     def used(self) -> nnx.Module:
@@ -57,10 +65,20 @@ def fit(
 ) -> Imported:
     """The model of published arrays; `source` names them in errors."""
     system = systems.named(name)
-    config = system.settings(published, weights)
+    try:
+        config = system.settings(published, weights)
+    except UserError:
+        raise
+    except _MISFITS as error:
+        raise UserError(
+            f"{source} and its configuration do not look like {name} ({error!r}): is --system "
+            f"right? It holds {', '.join(list(weights)[:5])} ..."
+        ) from error
     make = nnx.eval_shape(lambda: configs.tokenizer(config, rngs=nnx.Rngs(0)))
     rows = list(system.rows(make))
     weights, aside = table.split(weights, system.aside)
+    kinds = collections.Counter(array.dtype.name for array in weights.values())
+    dtype = kinds.most_common(1)[0][0] if kinds else "float32"
     averages = {}
     if system.average is not None:
         names = {entry.key: system.average(entry.key) for entry in rows}
@@ -71,17 +89,27 @@ def fit(
     if averages:
         # what has no average (usage counts) stays as it is
         average = table.fill(make, rows, weights | averages, source=f"{source} (moving averages)")
-    return Imported(config, module, average, aside)
+    return Imported(config, module, average, aside, dtype)
 
 
 def publish(imported: Imported, name: str) -> dict[str, np.ndarray]:
     """The arrays of a model under their published names: the inverse of `read`."""
     system = systems.named(name)
-    rows = list(system.rows(imported.module))
-    weights = table.publish(imported.module, rows)
+    if system.rows is None:
+        raise UserError(f"{name} is no tokenizer or generator: there is nothing to publish")
+    try:
+        rows = list(system.rows(imported.module))
+        weights = table.publish(imported.module, rows)
+    except _MISFITS as error:
+        raise UserError(
+            f"this model has not the form of {name} ({error!r}): need one that its recipe or an "
+            "import made"
+        ) from error
     if imported.average is not None and system.average is not None:
         averages = table.publish(imported.average, rows)
         weights |= {system.average(key): array for key, array in averages.items()}
+    if imported.dtype in HALVES:
+        weights = {key: array.astype(HALVES[imported.dtype]) for key, array in weights.items()}
     derived = system.derived(imported.module) if system.derived else {}
     return weights | derived | imported.aside
 

@@ -26,7 +26,8 @@ class Quantizer(nnx.Module):
         temperature: of the entropies; 0 computes none. Published: 0.01.
         entropy: the form of their logarithms, see `entropy.py`.
         whole: bits up to which entropies run over the written-out codebook. Above, the sample
-            entropy has no guard, which is the "shifted" form and a little less than the "clamped" one.
+            entropy has no guard, which is the "shifted" form and a little less than the
+            "clamped" one.
     """
 
     def __init__(

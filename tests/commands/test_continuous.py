@@ -1,0 +1,88 @@
+"""A tokenizer without tokens: it reconstructs and is measured, and nothing can be pretokenized."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from tokgen import checkpoint, cli, launch
+from tokgen import config as configs
+from tokgen import state as states
+
+SMALL = (
+    *("data.size=(16, 16)", "data.count=12", "view.size=(16, 16)", "encoder.widths=(16,)"),
+    *("decoder.widths=(16,)", "encoder.blocks=0", "decoder.blocks=0"),
+)
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """jax is set up already, by conftest; a command must not set it up once more."""
+    monkeypatch.setattr(launch, "devices", lambda batch_size=0: None)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A checkpoint with a Gaussian bottleneck, its numbers drawn."""
+    config = configs.load("configs/tokenizer/shapes.py", SMALL)
+    with config.unlocked():
+        config.quantizer = dict(name="gaussian", channels=4)
+    _, params, stats = states.split(
+        nnx.eval_shape(lambda: configs.tokenizer(config, rngs=nnx.Rngs(0)))
+    )
+    draw = np.random.default_rng(0).normal
+    params, stats = jax.tree.map(
+        lambda leaf: jnp.asarray(0.1 * draw(size=leaf.shape), leaf.dtype), (params, stats)
+    )
+    zero = jnp.zeros((), jnp.int32)
+    folder = tmp_path_factory.mktemp("continuous")
+    run = checkpoint.start(
+        folder, config, kind="tokenizer", layout=None, classes=(), best="l2", data=""
+    )
+    run.save({"model": states.TrainState(zero, zero, params, stats, (), None)}, {"l2": 0.5})
+    run.close()
+    return folder
+
+
+def test_it_reconstructs_by_the_mean(workdir, tmp_path, capfd):
+    pictures = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    (tmp_path / "pictures").mkdir()
+    for number, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / "pictures" / f"{number}.png")
+    words = ["reconstruct", str(workdir), str(tmp_path / "pictures"), "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    figures = json.loads((tmp_path / "out" / "figures.json").read_text())
+    loaded = checkpoint.load_tokenizer(workdir)
+    assert loaded.layout is None
+
+    def painted(tokenizer, image_BHW3):
+        mean_BPC = tokenizer.latents(image_BHW3)[..., :4]
+        return tokenizer.decode_latents(mean_BPC)
+
+    image = pictures.astype(np.float32) / 255
+    found = np.round(np.asarray(jax.jit(painted)(loaded.module, image)) * 255) / 255
+    errors = ((image.astype(np.float64) - found) ** 2).mean((1, 2, 3))
+    np.testing.assert_allclose(figures["psnr_db"], (-10 * np.log10(errors)).mean(), rtol=1e-4)
+    assert figures["images"] == 3 and not any("codebook" in name for name in figures)
+
+
+def test_it_is_measured_on_its_data(workdir, capfd):
+    assert cli.main(["evaluate", str(workdir), "--images", "5"]) == 0
+    said = capfd.readouterr().out
+    assert "psnr_db" in said and "codebook" not in said
+    assert cli.main(["checkpoint", str(workdir)]) == 0
+    said = capfd.readouterr().out
+    assert "layout      null" in said and "source      trained" in said
+
+
+def test_it_has_no_tokens_to_store(workdir, tmp_path, capfd):
+    out = tmp_path / "tokens"
+    words = ["pretokenize", "--tokenizer", str(workdir), "--out", str(out), "--batch", "8"]
+    assert cli.main(words) == 2
+    said = capfd.readouterr().err
+    assert "continuous tokenizer, which writes no tokens" in said and "Traceback" not in said
+    assert said.count("error:") == 1 and str(workdir) in said and not out.exists()

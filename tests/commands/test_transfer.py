@@ -1,0 +1,279 @@
+"""Import, use, fine-tune, export: a published file through the commands and back."""
+
+import hashlib
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from tokgen import checkpoint, cli, interfaces, launch, sharding
+from tokgen import config as configs
+from tokgen import state as states
+from tokgen.commands import import_
+from tokgen.pretrained import convolutional, parity, system, transfer, writer
+
+HERE = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
+OWN = {"taming_vqgan": "taming_vqgan", "openmagvit2_ema": "openmagvit2"}
+SHARED = ("maskgit_tokenizer", "maskbit_tokenizer", "titok_onestage_vq", "var_vqvae")
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """jax is set up already, by conftest; a command must not set it up once more."""
+    monkeypatch.setattr(launch, "devices", lambda batch_size=0: None)
+
+
+def command(*words):
+    return cli.main([str(word) for word in words])
+
+
+def told(capfd, *words):
+    """What a command says that ends with a mistake of the user's: one message."""
+    capfd.readouterr()
+    assert command(*words) == 2
+    said = capfd.readouterr()
+    assert "Traceback" not in said.err + said.out and said.err.count("error:") == 1, said.err
+    return said.err
+
+
+def published(path, name, folder):
+    """(weight file, its configuration, the fixture) as its authors publish them."""
+    fixture = parity.Folder(path, name)
+    if "salt" not in fixture.config:
+        return fixture.file(), path / "config.json", fixture
+    file = folder / f"{path.name}.ckpt"
+    writer.write(file, fixture.weights(), form="torch", wrap=("state_dict",))
+    options = {k: v for k, v in fixture.config.items() if k not in ("salt", "keys", "values")}
+    config = folder / f"{path.name}.json"
+    config.write_text(json.dumps(options))
+    return file, config, fixture
+
+
+def there_and_back(path, name, folder, capfd):
+    """Import, encode, export."""
+    file, config, fixture = published(path, name, folder)
+    out, back = folder / "imported", folder / "exported"
+    assert command("import", file, "--system", name, "--config", config, "--out", out) == 0
+    loaded = checkpoint.load_tokenizer(out)
+    encodes_as_published(loaded.module, fixture)
+    says_where_it_comes_from(out, file, name, capfd)
+    assert command("export", out, "--out", back) == 0
+    (again,) = back.rglob(f"{'*' if file.name == 'model.safetensors' else '.'}/{file.name}")
+    wanted, found = (transfer.weights_of(f, fixture.system) for f in (file, again))
+    assert list(found) and set(found) == set(wanted)
+    for key, array in wanted.items():
+        assert (found[key].dtype, found[key].shape) == (array.dtype, array.shape), key
+        assert found[key].tobytes() == array.tobytes(), key
+    holds_what_is_used(back, loaded)
+
+
+def encodes_as_published(tokenizer, fixture):
+    """The same tokens from the fixture's image, as from its own code."""
+    image_BHW3 = fixture.given("image")
+    if image_BHW3.shape[1] == 3:
+        image_BHW3 = convolutional.nhwc(image_BHW3)
+    low, high = tokenizer.pixels
+    if fixture.name.startswith("titok"):  # published on [0, 1], with the networks' range inside
+        latents_BPC = tokenizer.latents(image_BHW3)
+    else:
+        assert low <= image_BHW3.min() and image_BHW3.max() <= high
+        latents_BPC = tokenizer.encoder(image_BHW3)
+    tokens = np.asarray(tokenizer.quantizer.encode(latents_BPC))
+    arrays = fixture.arrays
+    scales = [name for name in arrays if name.startswith("indices_") and name[-1].isdigit()]
+    wanted = np.concatenate([arrays[s] for s in scales], 1) if scales else arrays["indices"]
+    if tokens.shape[-1] > 1:  # several symbols of a position: there one word of all bits
+        sizes = np.log2(tokenizer.layout.vocab).astype(int)
+        shifts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        tokens = (tokens << shifts).sum(-1)
+    np.testing.assert_array_equal(tokens.ravel(), wanted.ravel())
+
+
+def says_where_it_comes_from(out, file, name, capfd):
+    source = checkpoint.read_meta(checkpoint.find(out))["source"]
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    found = system.named(name)
+    assert source == dict(
+        system=name, file=file.name, sha256=digest, home=found.home, licence=found.licence
+    )
+    capfd.readouterr()
+    assert command("checkpoint", out, "--verify") == 0
+    (line,) = [s for s in capfd.readouterr().out.splitlines() if s.startswith("source ")]
+    assert all(word in line for word in (name, file.name, digest, found.licence))
+
+
+def holds_what_is_used(back, loaded):
+    """Beside the published form: our names, and the config that builds the model."""
+    arrays = safetensors.numpy.load_file(back / "model.safetensors")
+    _, params, stats = states.split(loaded.module)
+    leaves = {f"params.{k}": v for k, v in states.paths(params).items()}
+    leaves |= {f"stats.{k}": v for k, v in states.paths(stats).items()}
+    leaves = {key.replace("/", "."): leaf for key, leaf in leaves.items()}
+    assert set(arrays) == set(leaves)
+    for key, leaf in leaves.items():
+        np.testing.assert_array_equal(arrays[key], leaf, err_msg=key)
+    record = json.loads((back / "config.json").read_text())
+    assert record["fingerprint"] == loaded.fingerprint
+    assert record["source"] == loaded.meta["source"]
+    assert record["config"]["encoder"] == json.loads(
+        json.dumps(configs.plain(loaded.config)["encoder"])
+    )
+
+
+@pytest.mark.parametrize("name", sorted(OWN))
+def test_a_published_file_made_here(name, tmp_path, capfd):
+    there_and_back(HERE / name, OWN[name], tmp_path, capfd)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_published_file(shared, name, tmp_path, capfd):
+    there_and_back(shared / "parity" / name, name, tmp_path, capfd)
+
+
+# ---------------------------------------------------------------- one that is imported
+
+
+@pytest.fixture(scope="module")
+def taming(tmp_path_factory):
+    """(work directory of an import, weight file, its configuration, published arrays)."""
+    folder = tmp_path_factory.mktemp("taming")
+    file, config, fixture = published(HERE / "taming_vqgan", "taming_vqgan", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "devices", lambda batch_size=0: None)
+        words = ("import", file, "--system", "taming_vqgan", "--config", config)
+        assert command(*words, "--out", folder / "run") == 0
+    return folder / "run", file, config, fixture.weights()
+
+
+def test_a_second_import_into_one_folder_is_refused(taming, capfd):
+    out, file, config, _ = taming
+    before = checkpoint.read_meta(checkpoint.find(out))
+    words = ("import", file, "--system", "taming_vqgan", "--config", config, "--out", out)
+    assert "already holds checkpoints; choose a new --out" in told(capfd, *words)
+    assert checkpoint.read_meta(checkpoint.find(out)) == before
+
+
+def test_misfits_are_one_message_and_leave_nothing(taming, tmp_path, capfd):
+    _, file, config, weights = taming
+    out, other = tmp_path / "out", tmp_path / "other.ckpt"
+    changed = dict(weights)
+    del changed["decoder.conv_in.bias"]
+    changed["decoder.surplus"] = np.zeros(2, np.float32)
+    changed["quant_conv.bias"] = np.zeros(7, np.float32)
+    writer.write(other, changed, form="torch", wrap=("state_dict",))
+    words = ("import", other, "--system", "taming_vqgan", "--config", config, "--out", out)
+    said = told(capfd, *words)
+    for part in ("1 missing: decoder.conv_in.bias", "1 left over: decoder.surplus", "(7,)", "(8,)"):
+        assert part in said, said
+    words = ("import", file, "--out", out)
+    assert "did you mean 'taming_vqgan'" in told(capfd, *words, "--system", "taming_vqgam")
+    assert "lpips is no tokenizer" in told(capfd, *words, "--system", "lpips")
+    assert "--system right" in told(capfd, *words, "--system", "llamagen_vq")
+    assert str(tmp_path / "none.ckpt") in told(
+        capfd, "import", tmp_path / "none.ckpt", "--system", "taming_vqgan", "--out", out
+    )
+    broken = tmp_path / "broken.json"
+    for text in ("- 1", "a: [", ""):
+        broken.write_text(text)
+        words = ("import", file, "--system", "taming_vqgan", "--out", out, "--config", broken)
+        assert str(broken) in told(capfd, *words)
+    assert not out.exists()
+
+
+def test_export_refuses_what_the_model_is_not(taming, tmp_path, capfd):
+    out = taming[0]
+    for name in ("var_vqvae", "titok_legacy", "lpips"):
+        words = ("export", out, "--out", tmp_path / "x", "--system", name)
+        assert name in told(capfd, *words)
+    # IBQ's keys are taming's: the same arrays under another name of the file
+    assert command("export", out, "--out", tmp_path / "y", "--system", "ibq") == 0
+    assert (tmp_path / "y" / "ibq.bin").is_file()
+
+
+def test_every_system_that_has_settings_is_offered():
+    names = import_.importable()
+    assert {"taming_vqgan", "ibq", "openmagvit2", "var_vqvae", "titok_legacy"} <= set(names)
+    assert not {"lpips", "disc_patchgan"} & set(names)
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+
+def beginning(settings, workdir, **others):
+    """(states, what was done) as a run begins, with zeros that must be overwritten."""
+    optimizer = states.optimizer(4, learning_rate=1e-3)
+
+    module = nnx.eval_shape(lambda: configs.tokenizer(settings, rngs=nnx.Rngs(0)))
+    _, params, stats = states.split(module)
+    zero = jnp.zeros((), jnp.int32)
+
+    def whole(params, stats):
+        average = params if settings.ema else None
+        return states.TrainState(zero, zero, params, stats, optimizer.chain.init(params), average)
+
+    abstract = jax.eval_shape(whole, params, stats)
+    laid = states.shardings(abstract, sharding.make_mesh(), "data")
+    model = jax.tree.map(
+        lambda leaf, at: jax.device_put(jnp.full(leaf.shape, 7, leaf.dtype), at), abstract, laid
+    )
+    model = model.replace(step=zero)
+    run = checkpoint.start(
+        workdir, settings, kind="tokenizer", layout=module.layout, classes=(), best="l2", data=""
+    )
+    try:
+        return checkpoint.resume_or_start(run, {"model": model, **others})
+    finally:
+        run.close()
+
+
+def settings_of(out, **changes):
+    settings = checkpoint.load_tokenizer(out).config
+    with settings.unlocked():
+        settings.init_from = str(out)
+        settings.update(changes)
+    return settings
+
+
+def test_an_import_without_an_average_is_fine_tuned_with_one(taming, tmp_path):
+    out, weights = taming[0], taming[3]
+    critic = {"params": {"first": jnp.full(3, 2.0)}, "stats": {"mean": jnp.full(3, 5.0)}}
+    others = {"critic": critic, "averages": {"real": jnp.full((), 3.0)}}
+    networks, what = beginning(settings_of(out, ema=0.9), tmp_path / "run", **others)
+    model = networks["model"]
+    assert what.startswith(f"started from the parameters of {out}")
+    kernel = np.asarray(model.params["encoder"]["conv_in"]["kernel"]).transpose(3, 2, 0, 1)
+    np.testing.assert_array_equal(kernel, weights["encoder.conv_in.weight"])
+    jax.tree.map(np.testing.assert_array_equal, model.ema, model.params)
+    assert model.step == 0
+    # neither the optimizer nor a critic comes from there
+    moments = states.paths(model.opt_state)
+    assert all((leaf == 7).all() for path, leaf in moments.items() if "/mu/" in path)
+    jax.tree.map(np.testing.assert_array_equal, networks["critic"], critic)
+    assert networks["averages"]["real"] == 3
+    without, _ = beginning(settings_of(out, ema=0.0), tmp_path / "without")
+    assert without["model"].ema is None
+    jax.tree.map(np.testing.assert_array_equal, without["model"].params, model.params)
+
+
+def test_a_model_of_other_sizes_is_not_started_from_an_import(taming, tmp_path):
+    settings = settings_of(taming[0])
+    settings.quantizer.codes = 64
+    with pytest.raises(interfaces.UserError, match="(?s)other arrays.*codebook.*96.*64"):
+        beginning(settings, tmp_path / "run")
+
+
+def test_an_export_of_a_moved_checkpoint_is_the_same(taming, tmp_path):
+    """The arrays that lay aside travel with the step."""
+    out, file, _, weights = taming
+    moved = shutil.copytree(out, tmp_path / "moved")
+    assert command("export", moved, "--out", tmp_path / "x") == 0
+    found = transfer.weights_of(tmp_path / "x" / file.name, system.named("taming_vqgan"))
+    assert set(found) == set(weights)
+    for key in weights:
+        assert found[key].tobytes() == weights[key].tobytes(), key
