@@ -194,38 +194,51 @@ def create(settings, stage, game, mesh):
 # ---------------------------------------------------------------- what a stage descends
 
 
-def pixels(settings, weights, tokenizer, batch, frozen, key):
+def pixels(settings, weights, tokenizer, batch, frozen, step):
     """(weighted loss, (latents, image painted, terms, tokens)): the image itself."""
     image_BHW3 = reconstruction.from_uint8(batch["image"])
     latents_BPC = tokenizer.latents(image_BHW3)
-    quantized = tokenizer.quantizer(latents_BPC, key=jax.random.fold_in(key, rng.QUANTIZER))
+    key = jax.random.fold_in(rng.key(settings.seed, "train", step), rng.QUANTIZER)
+    quantized = tokenizer.quantizer(latents_BPC, key=key)
     painted_BHW3 = tokenizer.paint(quantized.latents_BPC, cond=batch.get("text"))
     terms = losses.reconstruction(image_BHW3, painted_BHW3) | quantized.losses
     for name, distance in frozen.get("perceptual", {}).items():
         terms[name] = jnp.mean(distance(2 * image_BHW3 - 1, 2 * painted_BHW3 - 1))
-    return weighted(terms, weights), (latents_BPC, painted_BHW3, terms, quantized.tokens_BLG)
+    total = weighted(settings, terms, weights, step)
+    return total, (latents_BPC, painted_BHW3, terms, quantized.tokens_BLG)
 
 
-def codes(settings, weights, tokenizer, batch, frozen, key):
+def codes(settings, weights, tokenizer, batch, frozen, step):
     """The same of TiTok's first stage: what another tokenizer writes for the image."""
     image_BHW3 = reconstruction.from_uint8(batch["image"])
     latents_BPC = tokenizer.latents(image_BHW3)
-    quantized = tokenizer.quantizer(latents_BPC, key=jax.random.fold_in(key, rng.QUANTIZER))
+    key = jax.random.fold_in(rng.key(settings.seed, "train", step), rng.QUANTIZER)
+    quantized = tokenizer.quantizer(latents_BPC, key=key)
     logits_BPV = tokenizer.decoder.logits(quantized.latents_BPC)
     target_BP1 = frozen["teacher"].encode(image_BHW3)
     terms = {"codes": losses.code_cross_entropy(logits_BPV, target_BP1)} | quantized.losses
-    return weighted(terms, weights), (latents_BPC, image_BHW3, terms, quantized.tokens_BLG)
+    total = weighted(settings, terms, weights, step)
+    return total, (latents_BPC, image_BHW3, terms, quantized.tokens_BLG)
 
 
 OBJECTIVES = {"pixels": pixels, "codes": codes}
 
 
-def weighted(terms, weights):
-    """The sum of the terms; each must have a weight, if it is 0."""
+def weighted(settings, terms, weights, step):
+    """The sum of the terms; each must have a weight, if it is 0.
+
+    `config.anneal` names terms that begin stronger: name=(factor, share of the run over which the
+    factor falls to 1), as the entropies of MaskBit do.
+    """
     missing = sorted(set(terms) - set(weights))
     if missing:
         raise UserError(f"config.loss needs a weight for {', '.join(missing)}; 0 turns a term off")
-    return sum(weights[name] * value for name, value in terms.items())
+    total = 0.0
+    for name, value in terms.items():
+        factor, share = settings.get("anneal", {}).get(name, (1.0, 1.0))
+        left = jnp.clip(1 - step / (share * settings.steps), 0, 1)
+        total = total + weights[name] * (1 + (factor - 1) * left) * value
+    return total
 
 
 # ---------------------------------------------------------------- steps
@@ -262,7 +275,7 @@ def plain_step(settings, game, graphs, critic_optimizer, stage):
 
         def loss(params):
             tokenizer = state.merge(graph, params, model.stats)
-            return objective(settings, weights, tokenizer, batch, frozen, key)
+            return objective(settings, weights, tokenizer, batch, frozen, model.step)
 
         gradients, aux = jax.grad(loss, has_aux=True)(model.params)
         latents_BPC, _, terms, tokens_BLG = aux
@@ -292,7 +305,7 @@ def adversarial_step(settings, game, graphs, critic_optimizer, stage, *, strengt
 
         def painted(params):
             tokenizer = state.merge(graph, params, model.stats)
-            return objective(settings, weights, tokenizer, batch, frozen, key)
+            return objective(settings, weights, tokenizer, batch, frozen, model.step)
 
         seen = {}
         if game.first == "critic":

@@ -63,3 +63,11 @@ def no_mesh():
     """
     with jax.set_mesh(Mesh(np.empty((), object), ())):
         yield
+
+
+@pytest.fixture
+def unoptimized():
+    """Programs that run once: compiled without optimizations, in a third of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -1,4 +1,4 @@
-"""The critic's side of training: when it plays, how loud it is, what it descends, who moves first."""
+"""The critic's side of training: when it plays, how loud, what it descends, who moves first."""
 
 import types
 
@@ -82,7 +82,9 @@ def settings_of(size=(16, 16), channels=3):
 
 def built(network, settings=None, **game):
     game = adversary.Game(weight=1.0, network=network, **game)
-    return nnx.eval_shape(lambda: adversary.build(game, settings or settings_of(), rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(
+        lambda: adversary.build(game, settings or settings_of(), rngs=nnx.Rngs(0))
+    )
 
 
 def test_the_critic_is_the_one_that_is_named(capfd):
@@ -152,7 +154,9 @@ def test_the_critic_descends_the_loss_that_is_named(key):
         )
         np.testing.assert_allclose(change, 2 * factor * gradient / 3, atol=2e-5)
         np.testing.assert_allclose(
-            [seen["critic_real"], seen["critic_fake"]], [logit.mean() for logit in logits], atol=1e-5
+            [seen["critic_real"], seen["critic_fake"]],
+            [logit.mean() for logit in logits],
+            atol=1e-5,
         )
         expected = [0.999 * 0.5 + 1e-3 * logits[0].mean(), 0.999 * -0.25 + 1e-3 * logits[1].mean()]
         np.testing.assert_allclose([moved["real"], moved["fake"]], expected, rtol=1e-5)
@@ -162,7 +166,7 @@ def test_the_critic_descends_the_loss_that_is_named(key):
 def test_penalties_are_added_with_their_weights(key):
     kernel, plain, _, seen, _ = stepped(key)
     assert set(seen) == {"critic", "critic_real", "critic_fake"}
-    # the image is in [0, 1] and the critic sees [-1, 1]: the gradient of a logit is twice the kernel
+    # the image is in [0, 1], the critic sees [-1, 1]: a logit's gradient is twice the kernel
     _, change, _, found, _ = stepped(key, r1=0.1)
     np.testing.assert_allclose(found["r1"], 4 * (kernel**2).sum(), rtol=1e-5)
     np.testing.assert_allclose(change - plain, 0.1 * 8 * kernel, atol=2e-5)
@@ -245,7 +249,6 @@ def test_the_painter_is_judged_by_running_statistics(sighted, key):
     judge = states.merge(graph, critic.params, critic.stats)
     image = pair(key, (3, 8, 8, 3))[0]
 
-
     @jax.jit
     def seen(judge):
         """The first image's logits, each way, among others and alone."""
@@ -326,9 +329,7 @@ def test_a_step_against_the_critic(match, first, monkeypatch):
     seen = (after if first == "critic" else networks)["critic"].params
     softplus = lambda logits: jnp.logaddexp(0, -logits).mean()  # noqa: E731
     faithful, pleasing = by_hand(graphs, networks, seen, batch, softplus)
-    sizes = [
-        np.linalg.norm(tree["decoder"]["conv_out"]["kernel"]) for tree in (faithful, pleasing)
-    ]
+    sizes = [np.linalg.norm(tree["decoder"]["conv_out"]["kernel"]) for tree in (faithful, pleasing)]
     weight = 0.5 * 0.7 * sizes[0] / (sizes[1] + 1e-4)
     np.testing.assert_allclose(scalars["adversarial_weight"], weight, rtol=1e-4)
     start, end = networks["model"].params, after["model"].params

@@ -156,9 +156,7 @@ def test_steps_to_keep_and_steps_to_forget(base, tmp_path):
     config, network, _ = base
     run = start(tmp_path, config, kept=(2,))
     for step, loss in ((1, 0.9), (2, 0.8), (3, 0.2), (4, 0.5), (5, 0.7)):
-        run.save(
-            {"model": network.replace(step=jnp.asarray(step, jnp.int32))}, {"l2": loss}
-        )
+        run.save({"model": network.replace(step=jnp.asarray(step, jnp.int32))}, {"l2": loss})
     run.wait()
     folder = tmp_path / checkpoint.FOLDER
     steps = lambda: sorted(int(s.name) for s in folder.iterdir() if s.name.isdigit())  # noqa: E731

@@ -44,7 +44,8 @@ def get_config(variant=""):
     config.decoder = dict(name="conv", widths=(16,), blocks=1, stem=8, parts="light")
     config.loss = dict(l1=0.0, l2=1.0, lpips=0.0, codebook=1.0, commitment=0.25)
     config.perceptual = dict(lpips="")
-    network = dict(name="patchgan", width=8, layers=3, norm="batch")  # the published width compiles for a minute
+    # the published width compiles for a minute
+    network = dict(name="patchgan", width=8, layers=3, norm="batch")
     critic = dict(weight=0.0, start=0.0, warmup=0.0, network=network)
     config.critic = dict(critic, optimizer=dict(learning_rate=1e-3))
     config.optimizer = dict(name="adamw", learning_rate=1e-3, warmup=2, weight_decay=0.01)
@@ -286,6 +287,7 @@ def test_pretokenized_tokens_are_those_of_the_tokenizer(place, tokenizer, shards
     assert source.classes == ("bird", "cat") and len(source) + len(held_out) == 18
     loaded = checkpoint.load_tokenizer(tokenizer)
     assert source.header["tokenizer"]["fingerprint"] == loaded.fingerprint
+    assert source.header["tokenizer"]["precision"] == "float32"
     assert source.views == ("center", "flip")
     # the pictures of cats have the right size already: nothing but PIL and the encoder
     files = sorted((place / "pictures" / "cat").iterdir())

@@ -237,7 +237,7 @@ SHRUNK = {
     # the PatchGAN in the place of the missing DINO needs 24 pixels
     "var_vqvae": dict(
         HIDDEN,
-        quantizer=dict(scales=(1, 3, 32), **FEW),
+        quantizer=dict(scales=(1, 3, 32), phi=2, **FEW),
         critic=EARLY,
         view=dict(size=(32, 32)),
     ),
@@ -322,6 +322,7 @@ def moved(before, after) -> set[str]:
 BLIND = re.compile(r"model/.*attention/key/bias|critic/last/bias")
 
 
+@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("reference", SHRUNK)
 def test_a_file_trains_two_steps(reference, tmp_path):
     settings = shrunk(reference)
@@ -347,3 +348,13 @@ def test_a_file_trains_two_steps(reference, tmp_path):
         if playing:
             assert scalars["adversarial_weight"] > 0
     assert played[-1] == (settings.critic.weight > 0)
+
+
+def test_annealed_terms_begin_stronger_and_fall_in_a_straight_line():
+    """MaskBit: 0.02 + max(0, 1 - step / 2000) * 2 * 0.02 of each entropy."""
+    settings = load("maskbit:lfq14")
+    terms = {"l2": 5.0, "sample_entropy": 3.0, "batch_entropy": 2.0}
+    for step in (0, 500, 1999, 2000, 900_000):
+        wanted = 5.0 + (0.02 + max(0.0, 1 - step / 2000) * 2 * 0.02) * (3.0 - 2.0)
+        found = train_tokenizer.weighted(settings, terms, settings.loss, step)
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)

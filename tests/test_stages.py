@@ -126,7 +126,9 @@ def one_device():
         patch.setattr(sharding, "make_mesh", lambda data=-1, fsdp=1, tensor=1: mesh)
         patch.setattr(launch, "Stop", list)
         patch.setattr(report, "curves", lambda workdir: None)
-        yield
+        # a run sets its mesh for good: what this module leaves must not meet the next one
+        with jax.set_mesh(Mesh(np.empty((), object), ())):
+            yield
 
 
 def train(workdir, settings):
@@ -255,7 +257,9 @@ def test_every_term_needs_a_weight():
 
 def test_a_run_gives_up_when_nothing_is_finite_any_more():
     train_tokenizer.give_up({"skipped": np.int32(states.PATIENCE - 1)}, 40)
-    with pytest.raises(interfaces.UserError, match="10 steps in a row up to step 40.*learning_rate"):
+    with pytest.raises(
+        interfaces.UserError, match="10 steps in a row up to step 40.*learning_rate"
+    ):
         train_tokenizer.give_up({"skipped": np.int32(states.PATIENCE)}, 40)
 
 
@@ -333,11 +337,14 @@ def test_a_student_adopts_the_pixels_and_the_codebook_of_its_teacher():
         equal(params["decoder"]["codes"], model.params["decoder"]["codes"])
     # copies: a step donates them
     ours, other = (
-        tree["conv_out"]["kernel"] for tree in (found.params["decoder"]["pixels"], theirs["decoder"])
+        tree["conv_out"]["kernel"]
+        for tree in (found.params["decoder"]["pixels"], theirs["decoder"])
     )
     assert ours.unsafe_buffer_pointer() != other.unsafe_buffer_pointer()
     graph, model, teacher = student_and_teacher(width=24)
-    with pytest.raises(interfaces.UserError, match="config.decoder.pixels and the teacher's differ"):
+    with pytest.raises(
+        interfaces.UserError, match="config.decoder.pixels and the teacher's differ"
+    ):
         train_tokenizer.adopt(graph, model, teacher)
 
 

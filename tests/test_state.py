@@ -99,7 +99,11 @@ def test_drops_fall_to_a_tenth_each_and_a_schedule_counts_from_its_begin():
 
 def test_paths_that_a_pattern_matches_whole():
     tree = {"a": {"kernel": 1, "bias": 2}, "b": {"a": {"kernel": 3}}, "kernel": 4}
-    found = lambda pattern: {p for p, m in states.paths(states.matching(tree, pattern)).items() if m}  # noqa: E731
+
+    def found(pattern):
+        matched = states.paths(states.matching(tree, pattern))
+        return {path for path, matches in matched.items() if matches}
+
     assert found(states.KERNELS) == {"a/kernel", "b/a/kernel", "kernel"}
     assert found("a/.*") == {"a/kernel", "a/bias"}
     assert found("(?!b/).*") == {"a/kernel", "a/bias", "kernel"}

@@ -67,7 +67,13 @@ class Meter:
                 if many:
                     found[f"{name}_{scale}"] = value
                 found.setdefault(name, []).append(value)
-        worst = {"usage": min, "reached": min, "perplexity": min, "dead_codes": max, "idle_bits": max}
+        worst = {
+            "usage": min,
+            "reached": min,
+            "perplexity": min,
+            "dead_codes": max,
+            "idle_bits": max,
+        }
         return {k: worst[k](v) if isinstance(v, list) else v for k, v in found.items()}
 
 
@@ -83,7 +89,10 @@ def measured(tokens_BLG: np.ndarray, layout: TokenLayout) -> dict[str, float]:
         dead.append(int((count_V == 0).sum()))
         if codes & (codes - 1) == 0:
             ids = np.arange(codes)
-            ones = [count_V[(ids >> bit) & 1 == 1].sum() / draws for bit in range(codes.bit_length() - 1)]
+            ones = [
+                count_V[(ids >> bit) & 1 == 1].sum() / draws
+                for bit in range(codes.bit_length() - 1)
+            ]
             idle.append(sum(min(share, 1 - share) < 0.01 for share in ones))
     figures = {
         "usage": min(usage),
@@ -99,8 +108,9 @@ def trip(limits: Limits, figures: dict[str, float], step: int, steps: int) -> No
     if limits.usage and step > limits.grace * steps and figures["reached"] < limits.usage:
         raise UserError(
             f"step {step}: of the codes that the last tokens could reach only "
-            f"{100 * figures['reached']:.1f} % are in use (perplexity {figures['perplexity']:.1f}), "
-            f"and config.guard.usage={limits.usage:g} asks for more. The step is saved. Remedies: "
+            f"{100 * figures['reached']:.1f} % are in use (perplexity "
+            f"{figures['perplexity']:.1f}), and config.guard.usage={limits.usage:g} asks for more. "
+            "The step is saved. Remedies: "
             "quantizer.revive, fewer codes or channels, normalize=True, an entropy term, a lower "
             "learning rate; guard.usage=0 lets it go on"
         )

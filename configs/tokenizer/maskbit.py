@@ -16,8 +16,7 @@ DIR is ImageNet as class folders in `train` and `val`; FILE see docs/data.md.
 Measured here: not trained at full size.
 
 Published crops take 80 to 100 % of the area at a ratio of 3/4 to 4/3, by a bilinear filter; here
-they keep the ratio and are bicubic. The weight of the entropies begins at three times its value
-there and falls during 2,000 steps; here it is constant.
+they keep the ratio and are bicubic.
 """
 
 from ml_collections import ConfigDict
@@ -62,6 +61,9 @@ def get_config(variant="lfq14"):
         sample_entropy=0.02,
         batch_entropy=-0.02,
     )
+    # three times as strong at first, falling for 2,000 steps
+    fading = (3.0, 2000 / STEPS)
+    config.anneal = dict(sample_entropy=fading, batch_entropy=fading)
     config.perceptual = dict(resnet50="")
     config.critic = dict(
         weight=0.02,

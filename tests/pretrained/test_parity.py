@@ -202,7 +202,9 @@ def test_the_command_prints_json_and_saves_what_was_computed(tmp_path, capsys):
     for record in records:
         if record["name"] in computed:
             assert record["verdict"] == "pass"
-            assert 0 <= record["max_rel_diff"] <= record["tolerance"] and record["max_abs_diff"] >= 0
+            assert (
+                0 <= record["max_rel_diff"] <= record["tolerance"] and record["max_abs_diff"] >= 0
+            )
         else:
             assert record["verdict"] == "given" and record["max_abs_diff"] is None
     with np.load(file) as saved:

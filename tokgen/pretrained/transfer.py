@@ -18,7 +18,6 @@ from tokgen.interfaces import UserError
 from tokgen.pretrained import reader, table
 from tokgen.pretrained import system as systems
 
-
 _MISFITS = (ValueError, LookupError, TypeError, AttributeError)  # of arrays of another system
 
 HALVES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -60,9 +59,7 @@ def read(path: str | pathlib.Path, name: str, published: dict | None = None, **o
     return fit(weights, name, published or {}, source=str(path))
 
 
-def fit(
-    weights: dict[str, np.ndarray], name: str, published: dict, *, source: str
-) -> Imported:
+def fit(weights: dict[str, np.ndarray], name: str, published: dict, *, source: str) -> Imported:
     """The model of published arrays; `source` names them in errors."""
     system = systems.named(name)
     try:

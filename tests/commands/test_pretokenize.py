@@ -1,4 +1,4 @@
-"""A tokenizer without tokens: it reconstructs and is measured, and nothing can be pretokenized."""
+"""What pretokenize encodes in; and a tokenizer without tokens, which reconstructs all the same."""
 
 import json
 
@@ -12,6 +12,7 @@ from PIL import Image
 from tokgen import checkpoint, cli, launch
 from tokgen import config as configs
 from tokgen import state as states
+from tokgen.data import shapes, tokens
 
 SMALL = (
     *("data.size=(16, 16)", "data.count=12", "view.size=(16, 16)", "encoder.widths=(16,)"),
@@ -25,27 +26,54 @@ def one_process(monkeypatch):
     monkeypatch.setattr(launch, "devices", lambda batch_size=0: None)
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A checkpoint with a Gaussian bottleneck, its numbers drawn."""
+def saved(folder, quantizer, compute="float32"):
+    """A checkpoint whose numbers are drawn."""
     config = configs.load("configs/tokenizer/shapes.py", SMALL)
     with config.unlocked():
-        config.quantizer = dict(name="gaussian", channels=4)
-    _, params, stats = states.split(
-        nnx.eval_shape(lambda: configs.tokenizer(config, rngs=nnx.Rngs(0)))
-    )
+        config.quantizer, config.precision.compute = quantizer, compute
+    module = nnx.eval_shape(lambda: configs.tokenizer(config, rngs=nnx.Rngs(0)))
+    _, params, stats = states.split(module)
     draw = np.random.default_rng(0).normal
     params, stats = jax.tree.map(
         lambda leaf: jnp.asarray(0.1 * draw(size=leaf.shape), leaf.dtype), (params, stats)
     )
     zero = jnp.zeros((), jnp.int32)
-    folder = tmp_path_factory.mktemp("continuous")
     run = checkpoint.start(
-        folder, config, kind="tokenizer", layout=None, classes=(), best="l2", data=""
+        folder, config, kind="tokenizer", layout=module.layout, classes=(), best="l2", data=""
     )
     run.save({"model": states.TrainState(zero, zero, params, stats, (), None)}, {"l2": 0.5})
     run.close()
     return folder
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A tokenizer with a Gaussian bottleneck."""
+    return saved(tmp_path_factory.mktemp("continuous"), dict(name="gaussian", channels=4))
+
+
+def test_it_encodes_in_float32_unless_told_otherwise_and_records_it(tmp_path):
+    """Trained in bfloat16; tokens that are stored once shall be the exact ones."""
+    quantizer = dict(name="vq", codes=4096, channels=2, normalize=False)
+    folder = saved(tmp_path / "tokenizer", quantizer, compute="bfloat16")
+    assert checkpoint.load_tokenizer(folder).config.precision.compute == "bfloat16"
+    stored, expected = {}, {}
+    encode = jax.jit(lambda tokenizer, image_BHW3: tokenizer.encode(image_BHW3))
+    for precision in ("float32", "bfloat16"):
+        out = tmp_path / precision
+        words = ["pretokenize", "--tokenizer", str(folder), "--out", str(out), "--batch", "8"]
+        words += [] if precision == "float32" else ["--precision", precision]
+        assert cli.main([*words, "--views", "center"]) == 0
+        source = tokens.Source(out)
+        assert source.header["tokenizer"]["precision"] == precision
+        stored[precision] = np.stack([source[i]["tokens"][0] for i in range(len(source))])
+        tokenizer = checkpoint.load_tokenizer(folder, compute=precision).module
+        pictures = shapes.Source((16, 16), count=12).batch(range(12))
+        image_BHW3 = np.asarray(pictures, np.float32) / 255
+        expected[precision] = np.asarray(encode(tokenizer, image_BHW3))
+        sort = lambda array: sorted(row.astype(np.int64).tobytes() for row in array)  # noqa: E731
+        assert sort(stored[precision]) == sort(expected[precision]), precision
+    assert (expected["float32"] != expected["bfloat16"]).any()  # it matters
 
 
 def test_it_reconstructs_by_the_mean(workdir, tmp_path, capfd):
@@ -53,7 +81,13 @@ def test_it_reconstructs_by_the_mean(workdir, tmp_path, capfd):
     (tmp_path / "pictures").mkdir()
     for number, picture in enumerate(pictures):
         Image.fromarray(picture).save(tmp_path / "pictures" / f"{number}.png")
-    words = ["reconstruct", str(workdir), str(tmp_path / "pictures"), "--out", str(tmp_path / "out")]
+    words = [
+        "reconstruct",
+        str(workdir),
+        str(tmp_path / "pictures"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert cli.main(words) == 0
     figures = json.loads((tmp_path / "out" / "figures.json").read_text())
     loaded = checkpoint.load_tokenizer(workdir)
