@@ -338,9 +338,7 @@ def adversarial_step(settings, game, graphs, critic_optimizer, stage, *, strengt
 
 def improved(settings, stage, graph, model, gradients, optimizer):
     """(model, scalars) after the optimizer; what the stage does not train stays."""
-    return state.apply_gradients(
-        model, gradients, optimizer, ema=settings.ema, trained=stage.train
-    )
+    return state.apply_gradients(model, gradients, optimizer, ema=settings.ema, trained=stage.train)
 
 
 def upkept(stage, graph, model, latents_BPC, key):
@@ -369,7 +367,9 @@ def load_frozen(settings, plan) -> dict:
         if name not in needed:
             continue
         if not paths:
-            report.say(f"{name}: off, since config.perceptual.{name} names no weights (docs/data.md)")
+            report.say(
+                f"{name}: off, since config.perceptual.{name} names no weights (docs/data.md)"
+            )
             continue
         files = tuple(paths.split(","))
         frozen["perceptual"][name] = perceptual.build({name: (1.0, files)}, read=reader.read)

@@ -32,7 +32,17 @@ NAMES = (
     *("multiscale_vq", "multiscale_fsq", "gaussian"),
 )
 PACKAGES = ("jax", "flax", "optax", "numpy")
-COLUMNS = ("quantizer", "PSNR dB", "SSIM", "usage", "perplexity", "bits", "used bits", "ms/step", "CPU s")
+COLUMNS = (
+    "quantizer",
+    "PSNR dB",
+    "SSIM",
+    "usage",
+    "perplexity",
+    "bits",
+    "used bits",
+    "ms/step",
+    "CPU s",
+)
 
 
 def main() -> None:
@@ -75,7 +85,9 @@ def train(name: str, workdir: pathlib.Path, arguments: argparse.Namespace) -> No
         text=True,
     )
     if done.returncode:
-        sys.exit(f"{name}: the training program ended with {done.returncode}\n{done.stderr[-2000:]}")
+        sys.exit(
+            f"{name}: the training program ended with {done.returncode}\n{done.stderr[-2000:]}"
+        )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     note = workdir / "cpu_seconds.json"

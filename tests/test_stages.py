@@ -2,10 +2,10 @@
 
 import json
 import math
-import types
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
@@ -249,10 +249,20 @@ def test_other_stages_are_another_run(whole):
 
 
 def test_every_term_needs_a_weight():
-    terms = {"l1": 2.0, "l2": 3.0}
-    assert train_tokenizer.weighted(terms, {"l1": 0.5, "l2": 2.0, "lpips": 9.0}) == 7.0
+    def total(terms, weights, step=0, **anneal):
+        return float(
+            train_tokenizer.weighted(
+                ml_collections.ConfigDict(dict(steps=100, anneal=anneal)), terms, weights, step
+            )
+        )
+
+    terms, weights = {"l1": 2.0, "l2": 3.0}, {"l1": 0.5, "l2": 2.0, "lpips": 9.0}
+    assert total(terms, weights) == 7.0
+    # l1 begins at three times its weight and has it after a fifth of the run
+    for step, factor in ((0, 3.0), (10, 2.0), (20, 1.0), (90, 1.0)):
+        np.testing.assert_allclose(total(terms, weights, step, l1=(3.0, 0.2)), factor + 6, 1e-6)
     with pytest.raises(interfaces.UserError, match="config.loss needs a weight for kl, mass; 0 "):
-        train_tokenizer.weighted({"kl": 1.0, "mass": 1.0, "l1": 1.0}, {"l1": 1.0})
+        total({"kl": 1.0, "mass": 1.0, "l1": 1.0}, {"l1": 1.0})
 
 
 def test_a_run_gives_up_when_nothing_is_finite_any_more():
@@ -353,10 +363,10 @@ def test_the_objective_on_codes_is_the_cross_entropy_of_the_teacher(key):
     image_BHW3 = np.asarray(jax.random.randint(key, (2, 8, 8, 3), 0, 256), np.uint8)
     made = states.merge(graph, model.params, model.stats)
     weights = {"codes": 2.0, "codebook": 0.0, "commitment": 0.0}
-    settings = types.SimpleNamespace(seed=0)
+    settings = ml_collections.ConfigDict(dict(seed=0, steps=9))
     total, (_, _, terms, tokens) = jax.jit(
         lambda made, teacher: train_tokenizer.codes(
-            settings, weights, made, {"image": image_BHW3}, {"teacher": teacher}, key
+            settings, weights, made, {"image": image_BHW3}, {"teacher": teacher}, 3
         )
     )(made, teacher)
     image_BHW3 = image_BHW3.astype(np.float32) / 255

@@ -59,7 +59,9 @@ def plan(settings) -> tuple[Stage, ...]:
         begin = end
     if abs(total - 1) > 1e-6 or any(stage.begin >= stage.end for stage in stages):
         shares = ", ".join(f"{stage.share:g}" for stage in stages)
-        raise UserError(f"the shares of config.stages must be positive and add up to 1; found {shares}")
+        raise UserError(
+            f"the shares of config.stages must be positive and add up to 1; found {shares}"
+        )
     return tuple(stages)
 
 

@@ -35,7 +35,9 @@ def run(args: argparse.Namespace) -> None:
     if args.arrays:
         with open(args.arrays, "wb") as file:
             np.savez_compressed(file, **computed)
-    counts = {verdict: sum(line.verdict == verdict for line in lines) for verdict in parity.VERDICTS}
+    counts = {
+        verdict: sum(line.verdict == verdict for line in lines) for verdict in parity.VERDICTS
+    }
     summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
     if counts["fail"] or counts["uncovered"]:
         sys.stdout.flush()

@@ -31,7 +31,9 @@ class Folder:
     def __init__(self, path: str | pathlib.Path, name: str = "", unknown: str = "refuse"):
         self.path, self.unknown = pathlib.Path(path), unknown
         if not (self.path / "case.npz").is_file():
-            raise UserError(f"a fixture folder needs case.npz and config.json; found none in {path}")
+            raise UserError(
+                f"a fixture folder needs case.npz and config.json; found none in {path}"
+            )
         self.name = name or self.path.resolve().name
         self.system = systems.named(self.name)
         try:
@@ -53,7 +55,9 @@ class Folder:
     def file(self) -> pathlib.Path:
         """Its only weight file."""
         found = sorted(
-            f for f in self.path.iterdir() if f.is_file() and f.suffix not in (".npz", ".json", ".md")
+            f
+            for f in self.path.iterdir()
+            if f.is_file() and f.suffix not in (".npz", ".json", ".md")
         )
         if len(found) != 1:
             names = ", ".join(f.name for f in found) or "none"
@@ -66,7 +70,9 @@ class Folder:
             return transfer.weights_of(self.file(), self.system, unknown=self.unknown)
         values = self.config.get("values", {})
         return {
-            key: np.asarray(values[key]) if key in values else drawn(self.config["salt"], key, shape)
+            key: np.asarray(values[key])
+            if key in values
+            else drawn(self.config["salt"], key, shape)
             for key, shape in self.config["keys"].items()
         }
 
@@ -145,5 +151,6 @@ def hold(folder: Folder) -> tuple[list[Line], dict[str, np.ndarray]]:
         else:
             lines.append(Line(name, None, None, None, "uncovered"))
     return lines, {
-        name: np.asarray(array).astype(folder.arrays[name].dtype) for name, array in computed.items()
+        name: np.asarray(array).astype(folder.arrays[name].dtype)
+        for name, array in computed.items()
     }

@@ -70,5 +70,7 @@ def named(name: str) -> System:
     if name not in systems:
         near = difflib.get_close_matches(name, systems, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"--system must be one of {', '.join(sorted(systems))}; found {name!r}{hint}")
+        raise UserError(
+            f"--system must be one of {', '.join(sorted(systems))}; found {name!r}{hint}"
+        )
     return systems[name]

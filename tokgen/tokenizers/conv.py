@@ -137,9 +137,7 @@ class Decoder(nnx.Module):
         return conv.depth_to_space(x_BHWC, self.stem)
 
 
-def _attended(
-    kit: conv.Parts, attend: tuple[int, ...] | None, levels: int
-) -> tuple[int, ...]:
+def _attended(kit: conv.Parts, attend: tuple[int, ...] | None, levels: int) -> tuple[int, ...]:
     if kit.attention is None:
         return ()
     return (levels - 1,) if attend is None else tuple(attend)

@@ -44,9 +44,7 @@ class Tokenizer(nnx.Module):
         """Images [B, H, W, 3] of tokens, in [0, 1]; `cond` for a decoder that reads text."""
         return self.decode_latents(self.quantizer.decode(tokens_BLG), cond=cond)
 
-    def decode_latents(
-        self, latents_BPC: jax.Array, *, cond: jax.Array | None = None
-    ) -> jax.Array:
+    def decode_latents(self, latents_BPC: jax.Array, *, cond: jax.Array | None = None) -> jax.Array:
         """Images of quantized latents, clipped to [0, 1]."""
         return jnp.clip(self.paint(latents_BPC, cond=cond), 0, 1)
 
