@@ -10,7 +10,6 @@ import pathlib
 import sys
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
@@ -20,22 +19,17 @@ from tokgen import (
     config,
     guard,
     launch,
-    losses,
+    painter,
     report,
-    rng,
     sharding,
     stages,
     state,
 )
 from tokgen.commands import evaluate
-from tokgen.critics import perceptual
 from tokgen.data import images, stream
 from tokgen.interfaces import UserError
-from tokgen.metrics import reconstruction
 from tokgen.nn import precision
-from tokgen.pretrained import reader
 
-LAST_LAYER = ("conv_out", "kernel")  # of the decoder: where the adaptive weight compares gradients
 SHOWN = ("l1", "l2", "codes", "lpips", "critic", "usage")
 
 
@@ -82,13 +76,13 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         guard.settle(workdir)
     # what a checkpoint holds is of the stage that made its last step
     made = stages.at(plan, max((checkpoint.latest(run) or 0) - 1, 0))
-    networks, graphs, critic_optimizer = create(settings, made, game, mesh)
+    networks, graphs, critic_optimizer = painter.create(settings, made, game, mesh)
     graph = graphs["model"]
-    frozen = jax.device_put(load_frozen(settings, plan), sharding.replicated(mesh))
+    frozen = jax.device_put(painter.load_frozen(settings, plan), sharding.replicated(mesh))
 
     networks, what = checkpoint.resume_or_start(run, networks)
     if what.startswith("started") and "teacher" in frozen:
-        networks["model"] = adopt(graph, networks["model"], frozen["teacher"])
+        networks["model"] = painter.adopt(graph, networks["model"], frozen["teacher"])
     report.say(report.table(state.paths(networks["model"].params)))
     length = f"{layout.length} tokens" if layout else "continuous latents"
     report.say(f"{what}; {len(source)} images, {length} each, {dict(mesh.shape)}")
@@ -96,7 +90,7 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     start = step = int(jax.device_get(networks["model"].step))
     log, stop = report.Log(workdir, step=start), launch.Stop()
     meter = guard.Meter(layout) if layout else None
-    step_of = Steps(settings, game, limits, graphs, critic_optimizer, returns)
+    step_of = painter.Steps(settings, game, limits, graphs, critic_optimizer, returns)
     passing = functools.partial(
         stream.batches,
         source,
@@ -124,285 +118,37 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
             step += 1
             if meter:
                 meter.add(tokens_BLG)
-            figures = {}
+            collapsed = ""
             if step % every.scalars == 0 or step == steps:
-                figures = meter.figures() if meter else {}
-                values = jax.device_get(scalars) | figures
+                values = jax.device_get(scalars) | (meter.figures() if meter else {})
                 log.scalars(step, values | {"broken_images": batches.bad})
                 bar.set_postfix_str(report.figures(values, SHOWN))
                 give_up(values, step)
-            last = step == steps or bool(stop)
+                collapsed = guard.collapsed(limits, values, step, steps)
+            last = step == steps or bool(stop or collapsed)
             if step % every.save == 0 or last or (step == play < steps):
-                error = save(run, networks, graph, held_out, log, settings, stage)
+                error = save(run, networks, graph, held_out, log, settings)
                 if step > play and worse(run, play, error, limits, returns):
-                    returns = guard.note_return(workdir)
-                    checkpoint.drop_after(run, play)
-                    guard.settle(workdir)
-                    before = stages.optimizer(settings, stages.at(plan, play - 1))
-                    networks["model"] = state.restarted(
-                        networks["model"], before, mesh=mesh, strategy=settings.strategy
+                    networks, returns = go_back(run, networks, settings, plan, play, mesh)
+                    step_of = painter.Steps(
+                        settings, game, limits, graphs, critic_optimizer, returns
                     )
-                    networks, what = checkpoint.resume_or_start(run, networks)
-                    step_of = Steps(settings, game, limits, graphs, critic_optimizer, returns)
-                    strength = f"the critic at {step_of.strength:g} of its weight"
-                    report.say(f"{what}, with {strength if step_of.strength else 'no critic'}")
-                    step, figures = play, {}
-                    bar.n = play
+                    report.say(
+                        f"back at step {play}, the critic's weight times {step_of.strength:g}"
+                    )
+                    step = bar.n = play
+                    collapsed = ""
                     batches.close()
                     batches, log = passing(start=step), report.Log(workdir, step=step)
-            if figures:
-                try:
-                    guard.trip(limits, figures, step, steps)
-                except UserError:
-                    if step % every.save and not last:
-                        save(run, networks, graph, held_out, log, settings, stage)
-                    run.close()
-                    raise
+            if collapsed:
+                run.close()
+                raise UserError(collapsed)
             if stop:
                 break
         batches.close()
     run.close()
     log.close()
     report.say(f"step {step} of {steps} is saved in {workdir}")
-
-
-def create(settings, stage, game, mesh):
-    """(states by name, structures by name, the critic's optimizer), as they start."""
-    seed, steps = settings.seed, settings.steps
-    graph, model = state.create(
-        lambda: config.tokenizer(settings, rngs=nnx.Rngs(rng.key(seed, "init"))),
-        stages.optimizer(settings, stage),
-        mesh=mesh,
-        strategy=settings.strategy,
-        ema=settings.ema,
-    )
-    if game.weight == 0:
-        return {"model": model}, {"model": graph}, None
-    optimizer = config.call(
-        state.optimizer, game.optimizer, "critic.optimizer", steps=steps - game.steps(steps)[0]
-    )
-    critic_graph, critic = state.create(
-        lambda: adversary.build(game, settings, rngs=nnx.Rngs(rng.key(seed, "init", 1))),
-        optimizer,
-        mesh=mesh,
-    )
-    averages = jax.device_put(losses.averages(), sharding.replicated(mesh))
-    networks = {"model": model, "critic": critic, "averages": averages}
-    return networks, {"model": graph, "critic": critic_graph}, optimizer
-
-
-# ---------------------------------------------------------------- what a stage descends
-
-
-def pixels(settings, weights, tokenizer, batch, frozen, step):
-    """(weighted loss, (latents, image painted, terms, tokens)): the image itself."""
-    image_BHW3 = reconstruction.from_uint8(batch["image"])
-    latents_BPC = tokenizer.latents(image_BHW3)
-    key = jax.random.fold_in(rng.key(settings.seed, "train", step), rng.QUANTIZER)
-    quantized = tokenizer.quantizer(latents_BPC, key=key)
-    painted_BHW3 = tokenizer.paint(quantized.latents_BPC, cond=batch.get("text"))
-    terms = losses.reconstruction(image_BHW3, painted_BHW3) | quantized.losses
-    for name, distance in frozen.get("perceptual", {}).items():
-        terms[name] = jnp.mean(distance(2 * image_BHW3 - 1, 2 * painted_BHW3 - 1))
-    total = weighted(settings, terms, weights, step)
-    return total, (latents_BPC, painted_BHW3, terms, quantized.tokens_BLG)
-
-
-def codes(settings, weights, tokenizer, batch, frozen, step):
-    """The same of TiTok's first stage: what another tokenizer writes for the image."""
-    image_BHW3 = reconstruction.from_uint8(batch["image"])
-    latents_BPC = tokenizer.latents(image_BHW3)
-    key = jax.random.fold_in(rng.key(settings.seed, "train", step), rng.QUANTIZER)
-    quantized = tokenizer.quantizer(latents_BPC, key=key)
-    logits_BPV = tokenizer.decoder.logits(quantized.latents_BPC)
-    target_BP1 = frozen["teacher"].encode(image_BHW3)
-    terms = {"codes": losses.code_cross_entropy(logits_BPV, target_BP1)} | quantized.losses
-    total = weighted(settings, terms, weights, step)
-    return total, (latents_BPC, image_BHW3, terms, quantized.tokens_BLG)
-
-
-OBJECTIVES = {"pixels": pixels, "codes": codes}
-
-
-def weighted(settings, terms, weights, step):
-    """The sum of the terms; each must have a weight, if it is 0.
-
-    `config.anneal` names terms that begin stronger: name=(factor, share of the run over which the
-    factor falls to 1), as the entropies of MaskBit do.
-    """
-    missing = sorted(set(terms) - set(weights))
-    if missing:
-        raise UserError(f"config.loss needs a weight for {', '.join(missing)}; 0 turns a term off")
-    total = 0.0
-    for name, value in terms.items():
-        factor, share = settings.get("anneal", {}).get(name, (1.0, 1.0))
-        left = jnp.clip(1 - step / (share * settings.steps), 0, 1)
-        total = total + weights[name] * (1 + (factor - 1) * left) * value
-    return total
-
-
-# ---------------------------------------------------------------- steps
-
-
-class Steps:
-    """The compiled step of a stage, with or without the critic: made when first needed."""
-
-    def __init__(self, settings, game, limits, graphs, critic_optimizer, returns: int):
-        self.strength = 0.0 if returns >= limits.returns else 0.5**returns
-        self.arguments = settings, game, graphs, critic_optimizer
-        self.made = {}
-
-    def __call__(self, stage: stages.Stage, playing: bool):
-        """(networks, batch, frozen) -> (networks, scalars, tokens)."""
-        playing = playing and stage.objective == "pixels" and self.strength > 0
-        key = (stage.begin, playing)
-        if key not in self.made:
-            make = adversarial_step if playing else plain_step
-            options = {"strength": self.strength} if playing else {}
-            self.made[key] = make(*self.arguments, stage, **options)
-        return self.made[key]
-
-
-def plain_step(settings, game, graphs, critic_optimizer, stage):
-    """A step without critic: (networks, batch, frozen) -> (networks, scalars, tokens)."""
-    optimizer, objective = stages.optimizer(settings, stage), OBJECTIVES[stage.objective]
-    weights, graph = {**settings.loss, **stage.loss}, graphs["model"]
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(networks, batch, frozen):
-        model = networks["model"]
-        key = rng.key(settings.seed, "train", model.step)
-
-        def loss(params):
-            tokenizer = state.merge(graph, params, model.stats)
-            return objective(settings, weights, tokenizer, batch, frozen, model.step)
-
-        gradients, aux = jax.grad(loss, has_aux=True)(model.params)
-        latents_BPC, _, terms, tokens_BLG = aux
-        model, scalars = improved(settings, stage, graph, model, gradients, optimizer)
-        model = upkept(stage, graph, model, latents_BPC, key)
-        return networks | {"model": model}, terms | scalars, tokens_BLG
-
-    return step
-
-
-def adversarial_step(settings, game, graphs, critic_optimizer, stage, *, strength: float):
-    """A step against the critic. Until the game begins only the critic learns from it.
-
-    Two pure losses and two states: the critic's gradient stops at the image, the tokenizer's loss
-    closes over the critic's parameters.
-    """
-    optimizer, objective = stages.optimizer(settings, stage), OBJECTIVES[stage.objective]
-    weights, graph = {**settings.loss, **stage.loss}, graphs["model"]
-    move_critic = adversary.critic_step(game, graphs["critic"], critic_optimizer)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(networks, batch, frozen):
-        model, critic, averages = (networks[n] for n in ("model", "critic", "averages"))
-        image_BHW3 = reconstruction.from_uint8(batch["image"])
-        key = rng.key(settings.seed, "train", model.step)
-        moves = jax.random.fold_in(key, rng.CRITIC)
-
-        def painted(params):
-            tokenizer = state.merge(graph, params, model.stats)
-            return objective(settings, weights, tokenizer, batch, frozen, model.step)
-
-        seen = {}
-        if game.first == "critic":
-            painted_BHW3 = painted(model.params)[1][1]
-            critic, averages, seen = move_critic(critic, averages, image_BHW3, painted_BHW3, moves)
-        judge = state.merge(graphs["critic"], critic.params, critic.stats)
-        _, look = adversary.views(judge, game, jax.random.fold_in(moves, 1))
-
-        def pair(params):
-            total, aux = painted(params)
-            return (total, losses.adversarial(look, aux[1], loss=game.painter)), aux
-
-        _, pull, aux = jax.vjp(pair, model.params, has_aux=True)
-        latents_BPC, painted_BHW3, terms, tokens_BLG = aux
-        (faithful,), (pleasing,) = pull((1.0, 0.0)), pull((0.0, 1.0))
-        weight = strength * adversary.weight(
-            game, last_layer(faithful), last_layer(pleasing), model.step, settings.steps
-        )
-        gradients = jax.tree.map(lambda a, b: a + weight * b, faithful, pleasing)
-        model, scalars = improved(settings, stage, graph, model, gradients, optimizer)
-        model = upkept(stage, graph, model, latents_BPC, key)
-        if game.first == "painter":
-            critic, averages, seen = move_critic(critic, averages, image_BHW3, painted_BHW3, moves)
-        networks = networks | {"model": model, "critic": critic, "averages": averages}
-        scalars = terms | scalars | seen | {"adversarial_weight": weight}
-        return networks, scalars, tokens_BLG
-
-    return step
-
-
-def improved(settings, stage, graph, model, gradients, optimizer):
-    """(model, scalars) after the optimizer; what the stage does not train stays."""
-    return state.apply_gradients(model, gradients, optimizer, ema=settings.ema, trained=stage.train)
-
-
-def upkept(stage, graph, model, latents_BPC, key):
-    """The model after its quantizer's upkeep, where the quantizer learns."""
-    if not stages.learns(stage, "quantizer"):
-        return model
-    return state.maintained(graph, model, latents_BPC, key=key)
-
-
-def last_layer(gradients):
-    """The gradient at the last layer of whatever paints the pixels."""
-    tree = gradients["decoder"]
-    for name in ("pixels", "head"):  # of a decoder in two parts; of a transformer
-        tree = tree.get(name, tree)
-    return functools.reduce(lambda tree, name: tree[name], LAST_LAYER, tree)
-
-
-# ---------------------------------------------------------------- what is not trained
-
-
-def load_frozen(settings, plan) -> dict:
-    """Feature networks, each when weights are given, said when not; the teacher of a stage."""
-    frozen = {"perceptual": {}}
-    needed = {name for stage in plan for name, w in {**settings.loss, **stage.loss}.items() if w}
-    for name, paths in settings.get("perceptual", {}).items():
-        if name not in needed:
-            continue
-        if not paths:
-            report.say(
-                f"{name}: off, since config.perceptual.{name} names no weights (docs/data.md)"
-            )
-            continue
-        files = tuple(paths.split(","))
-        frozen["perceptual"][name] = perceptual.build({name: (1.0, files)}, read=reader.read)
-    if any(stage.objective == "codes" for stage in plan):
-        if not settings.get("teacher"):
-            raise UserError(
-                "a stage of config.stages learns another tokenizer's codes: config.teacher must "
-                "name its checkpoint; import MaskGIT's VQGAN with tokgen import, or train "
-                "configs/tokenizer/maskgit_vqgan.py"
-            )
-        frozen["teacher"] = checkpoint.load_tokenizer(settings.teacher).module
-    return frozen
-
-
-def adopt(graph, model: state.TrainState, teacher) -> state.TrainState:
-    """The model with the teacher's decoder and codebook as its pixel decoder, as TiTok starts."""
-    _, theirs, _ = state.split(teacher)
-    decoder = dict(model.params["decoder"])
-    taken = {"pixels": theirs["decoder"], "codebook": theirs["quantizer"]["codebook"]}
-    for name, tree in taken.items():
-        if jax.tree.map(jnp.shape, decoder[name]) != jax.tree.map(jnp.shape, tree):
-            raise UserError(
-                f"config.decoder.{name} and the teacher's differ in size: give config.decoder the "
-                "widths, blocks and codebook of the teacher"
-            )
-        # copies: the step donates its arrays, and the teacher goes on teaching
-        decoder[name] = jax.tree.map(jnp.copy, tree)
-    params = {**model.params, "decoder": decoder}
-    ema = None if model.ema is None else jax.tree.map(jnp.copy, params)
-    return model.replace(params=params, ema=ema)
-
-
-# ---------------------------------------------------------------- now and then
 
 
 def give_up(values, step: int) -> None:
@@ -415,7 +161,7 @@ def give_up(values, step: int) -> None:
         )
 
 
-def save(run, networks, graph, held_out, log, settings, stage) -> float:
+def save(run, networks, graph, held_out, log, settings) -> float:
     """Held-out figures and a grid from the averaged weights, then a checkpoint; squared error."""
     model = networks["model"]
     step = int(jax.device_get(model.step))
@@ -447,6 +193,17 @@ def worse(run, play: int, error: float, limits, returns: int) -> bool:
         f"before the critic (config.guard.worse={limits.worse:g})"
     )
     return True
+
+
+def go_back(run, networks, settings, plan, play: int, mesh):
+    """(networks of the step before the game, how often a run has now gone back)."""
+    returns = guard.note_return(run.workdir)
+    checkpoint.drop_after(run, play)
+    guard.settle(run.workdir)
+    # a checkpoint is restored into the optimizer of the stage that made it
+    before = stages.optimizer(settings, stages.at(plan, play - 1))
+    model = state.restarted(networks["model"], before, mesh=mesh, strategy=settings.strategy)
+    return checkpoint.resume_or_start(run, networks | {"model": model})[0], returns
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ import numpy as np
 from flax import nnx
 
 import train_generator
-import train_tokenizer
-from tokgen import adversary, config, guard, launch, rng, sharding, stages, state
+from tokgen import adversary, config, guard, launch, painter, rng, sharding, stages, state
 from tokgen.interfaces import TokenLayout
 
 PACKAGES = ("jax", "flax", "optax", "numpy")
@@ -105,9 +104,9 @@ def training(settings):
     plan = stages.plan(settings)
     game = config.call(adversary.Game, {**settings.critic, "start": 0.0, "warmup": 0.0}, "critic")
     limits = config.call(guard.Limits, settings.guard, "guard")
-    networks, graphs, critic_optimizer = train_tokenizer.create(settings, plan[-1], game, mesh)
+    networks, graphs, critic_optimizer = painter.create(settings, plan[-1], game, mesh)
     count = state.count(networks["model"].params)
-    steps = train_tokenizer.Steps(settings, game, limits, graphs, critic_optimizer, 0)
+    steps = painter.Steps(settings, game, limits, graphs, critic_optimizer, 0)
     step = steps(plan[-1], game.weight > 0)
     shape = (settings.batch_size, *settings.view.size, settings.view.channels)
     batch = sharding.global_batch({"image": draw.integers(0, 256, shape, np.uint8)}, mesh)

@@ -10,8 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-import train_tokenizer
-from tokgen import adversary, config, interfaces, losses, stages
+from tokgen import adversary, config, interfaces, losses, painter, stages
 from tokgen import state as states
 from tokgen.critics import features, patchgan, stylegan
 
@@ -324,7 +323,7 @@ def test_a_step_against_the_critic(match, first, monkeypatch):
     monkeypatch.setattr(stages, "optimizer", lambda settings, stage: PLAIN)
     game = adversary.Game(weight=0.7, network=network, first=first, painter="non_saturating")
     (stage,) = stages.plan(settings)
-    step = train_tokenizer.adversarial_step(settings, game, graphs, PLAIN, stage, strength=0.5)
+    step = painter.adversarial_step(settings, game, graphs, PLAIN, stage, strength=0.5)
     after, scalars, tokens = step(copied(networks), batch, {})
     seen = (after if first == "critic" else networks)["critic"].params
     softplus = lambda logits: jnp.logaddexp(0, -logits).mean()  # noqa: E731
@@ -361,9 +360,9 @@ def test_before_the_painter_plays_only_the_critic_learns_of_the_game(match, monk
     monkeypatch.setattr(stages, "optimizer", lambda settings, stage: PLAIN)
     game = adversary.Game(weight=0.7, limit=0.0, network=network, warmup=0.5)
     (stage,) = stages.plan(settings)
-    step = train_tokenizer.adversarial_step(settings, game, graphs, PLAIN, stage, strength=1.0)
+    step = painter.adversarial_step(settings, game, graphs, PLAIN, stage, strength=1.0)
     after, scalars, _ = step(copied(networks), batch, {})
-    alone = train_tokenizer.plain_step(settings, game, graphs, None, stage)
+    alone = painter.plain_step(settings, game, graphs, None, stage)
     plain, _, _ = alone(copied(networks), batch, {})
     assert scalars["adversarial_weight"] == 0
     jax.tree.map(
@@ -382,7 +381,6 @@ def test_before_the_painter_plays_only_the_critic_learns_of_the_game(match, monk
 def test_every_return_halves_the_critic_and_the_last_leaves_it_out():
     limits = types.SimpleNamespace(returns=3)
     strengths = [
-        train_tokenizer.Steps(None, None, limits, None, None, returns).strength
-        for returns in range(4)
+        painter.Steps(None, None, limits, None, None, returns).strength for returns in range(4)
     ]
     assert strengths == [1.0, 0.5, 0.25, 0.0]

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import train_tokenizer
-from tokgen import adversary, guard, sharding, stages
+from tokgen import adversary, guard, painter, sharding, stages
 from tokgen import config as configs
 from tokgen import state as states
 from tokgen.data import captioned, images, shapes, stream
@@ -296,12 +295,12 @@ def steps_of(settings, folder, teacher=None):
         source_of(settings, folder), view, seed=0, batch_size=settings.batch_size, threads=0
     )
     with jax.set_mesh(mesh), batches:
-        networks, graphs, rival = train_tokenizer.create(settings, plan[0], game, mesh)
+        networks, graphs, rival = painter.create(settings, plan[0], game, mesh)
         frozen = {"perceptual": {}}
         if teacher is not None:
             frozen["teacher"] = teacher
-            networks["model"] = train_tokenizer.adopt(graphs["model"], networks["model"], teacher)
-        step_of = train_tokenizer.Steps(settings, game, guard.Limits(), graphs, rival, 0)
+            networks["model"] = painter.adopt(graphs["model"], networks["model"], teacher)
+        step_of = painter.Steps(settings, game, guard.Limits(), graphs, rival, 0)
         for step in range(settings.steps):
             stage = stages.at(plan, step)
             if step == stage.begin and step > 0:
@@ -356,5 +355,5 @@ def test_annealed_terms_begin_stronger_and_fall_in_a_straight_line():
     terms = {"l2": 5.0, "sample_entropy": 3.0, "batch_entropy": 2.0}
     for step in (0, 500, 1999, 2000, 900_000):
         wanted = 5.0 + (0.02 + max(0.0, 1 - step / 2000) * 2 * 0.02) * (3.0 - 2.0)
-        found = train_tokenizer.weighted(settings, terms, settings.loss, step)
+        found = painter.weighted(settings, terms, settings.loss, step)
         np.testing.assert_allclose(found, wanted, rtol=1e-6)

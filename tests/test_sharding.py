@@ -13,8 +13,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 import train_generator
-import train_tokenizer
-from tokgen import config, interfaces, rng, sharding, stages, state
+from tokgen import config, interfaces, painter, rng, sharding, stages, state
 from tokgen.critics import blur, features, patchgan, stylegan
 from tokgen.generators import autoregressive
 from tokgen.nn import positions
@@ -370,7 +369,7 @@ def _tokenizer_steps(settings, make, start, mesh):
     with jax.set_mesh(mesh):
         graph = state.split(nnx.eval_shape(make))[0]
         (stage,) = stages.plan(settings)
-        step = train_tokenizer.plain_step(settings, None, {"model": graph}, None, stage)
+        step = painter.plain_step(settings, None, {"model": graph}, None, stage)
         networks, losses = {"model": network}, []
         for i in range(2):
             image = np.random.default_rng(i).integers(0, 256, (16, 8, 8, 3), np.uint8)

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 import train_tokenizer
-from tokgen import checkpoint, config, interfaces, launch, report, sharding, stages
+from tokgen import checkpoint, config, interfaces, launch, painter, report, sharding, stages
 from tokgen import state as states
 from tokgen.nn import precision
 from tokgen.quantizers import vq
@@ -251,7 +251,7 @@ def test_other_stages_are_another_run(whole):
 def test_every_term_needs_a_weight():
     def total(terms, weights, step=0, **anneal):
         return float(
-            train_tokenizer.weighted(
+            painter.weighted(
                 ml_collections.ConfigDict(dict(steps=100, anneal=anneal)), terms, weights, step
             )
         )
@@ -276,25 +276,25 @@ def test_a_run_gives_up_when_nothing_is_finite_any_more():
 def test_features_without_weights_are_said_and_left_out(capfd):
     settings = settings_of()
     plan = stages.plan(settings)
-    assert train_tokenizer.load_frozen(settings, plan) == {"perceptual": {}}
+    assert painter.load_frozen(settings, plan) == {"perceptual": {}}
     assert capfd.readouterr().err == ""  # its weight is 0: nobody misses it
     settings.loss.lpips = 1.0
-    assert train_tokenizer.load_frozen(settings, plan) == {"perceptual": {}}
+    assert painter.load_frozen(settings, plan) == {"perceptual": {}}
     assert "lpips: off, since config.perceptual.lpips names no weights" in capfd.readouterr().err
     # also where one stage alone asks for it
     staged = settings_of(TWO[0], TWO[1] | dict(loss=dict(lpips=1.0)))
-    train_tokenizer.load_frozen(staged, stages.plan(staged))
+    painter.load_frozen(staged, stages.plan(staged))
     assert "lpips: off" in capfd.readouterr().err
 
 
 def test_a_stage_on_codes_needs_a_teacher(tmp_path):
     settings = settings_of(dict(objective="codes"))
     with pytest.raises(interfaces.UserError, match="config.teacher must name its checkpoint"):
-        train_tokenizer.load_frozen(settings, stages.plan(settings))
+        painter.load_frozen(settings, stages.plan(settings))
     with settings.unlocked():
         settings.teacher = str(tmp_path / "nowhere")
     with pytest.raises(interfaces.UserError, match="no checkpoint at"):
-        train_tokenizer.load_frozen(settings, stages.plan(settings))
+        painter.load_frozen(settings, stages.plan(settings))
 
 
 def filled(make):
@@ -337,7 +337,7 @@ def student_and_teacher(width=16):
 
 def test_a_student_adopts_the_pixels_and_the_codebook_of_its_teacher():
     graph, model, teacher = student_and_teacher()
-    found = train_tokenizer.adopt(graph, model, teacher)
+    found = painter.adopt(graph, model, teacher)
     _, theirs, _ = states.split(teacher)
     equal = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)  # noqa: E731
     for params in (found.params, found.ema):
@@ -355,7 +355,7 @@ def test_a_student_adopts_the_pixels_and_the_codebook_of_its_teacher():
     with pytest.raises(
         interfaces.UserError, match="config.decoder.pixels and the teacher's differ"
     ):
-        train_tokenizer.adopt(graph, model, teacher)
+        painter.adopt(graph, model, teacher)
 
 
 def test_the_objective_on_codes_is_the_cross_entropy_of_the_teacher(key):
@@ -365,7 +365,7 @@ def test_the_objective_on_codes_is_the_cross_entropy_of_the_teacher(key):
     weights = {"codes": 2.0, "codebook": 0.0, "commitment": 0.0}
     settings = ml_collections.ConfigDict(dict(seed=0, steps=9))
     total, (_, _, terms, tokens) = jax.jit(
-        lambda made, teacher: train_tokenizer.codes(
+        lambda made, teacher: painter.codes(
             settings, weights, made, {"image": image_BHW3}, {"teacher": teacher}, 3
         )
     )(made, teacher)
@@ -391,7 +391,7 @@ def test_the_last_layer_is_where_the_pixels_are_painted():
         {"head": {"conv_out": leaf, "patches": {}}, "conv": {}},  # a transformer
         {"pixels": {"conv_out": leaf}, "codes": {"head": {"logits": {}}}},  # in two parts
     ):
-        assert train_tokenizer.last_layer({"decoder": decoder}) == "it"
+        assert painter.last_layer({"decoder": decoder}) == "it"
 
 
 def test_stages_survive_the_record_of_a_checkpoint(whole):

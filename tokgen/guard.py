@@ -11,7 +11,7 @@ import pathlib
 import jax
 import numpy as np
 
-from tokgen.interfaces import TokenLayout, UserError
+from tokgen.interfaces import TokenLayout
 from tokgen.metrics import codebook
 
 KEPT = 2_000_000  # symbols that the meter looks back on
@@ -103,17 +103,18 @@ def measured(tokens_BLG: np.ndarray, layout: TokenLayout) -> dict[str, float]:
     return figures | ({"idle_bits": float(max(idle))} if idle else {})
 
 
-def trip(limits: Limits, figures: dict[str, float], step: int, steps: int) -> None:
-    """Stop a run whose codebook has collapsed."""
-    if limits.usage and step > limits.grace * steps and figures["reached"] < limits.usage:
-        raise UserError(
-            f"step {step}: of the codes that the last tokens could reach only "
-            f"{100 * figures['reached']:.1f} % are in use (perplexity "
-            f"{figures['perplexity']:.1f}), and config.guard.usage={limits.usage:g} asks for more. "
-            "The step is saved. Remedies: "
-            "quantizer.revive, fewer codes or channels, normalize=True, an entropy term, a lower "
-            "learning rate; guard.usage=0 lets it go on"
-        )
+def collapsed(limits: Limits, figures: dict[str, float], step: int, steps: int) -> str:
+    """Why a run must stop: its codebook is hardly used any more. Empty while all is well."""
+    early = step <= limits.grace * steps
+    if not limits.usage or early or figures.get("reached", 1.0) >= limits.usage:
+        return ""
+    return (
+        f"step {step}: of the codes that the last tokens could reach only "
+        f"{100 * figures['reached']:.1f} % are in use (perplexity {figures['perplexity']:.1f}), "
+        f"and config.guard.usage={limits.usage:g} asks for more. The step is saved. Remedies: "
+        "quantizer.revive, fewer codes or channels, normalize=True, an entropy term, a lower "
+        "learning rate; guard.usage=0 lets it go on"
+    )
 
 
 def returned(workdir: pathlib.Path) -> int:

@@ -95,7 +95,7 @@ def lookup_settings(published: dict, weights) -> ml_collections.ConfigDict:
 
 
 def bit_settings(published: dict, weights) -> ml_collections.ConfigDict:
-    """Our config of a bit tokenizer; the codebook's size in published files is not authoritative."""
+    """Our config of a bit tokenizer; the size of the codebook in published files does not bind."""
     config = _settings("configs/tokenizer/maskbit.py", published, weights)
     bits = convolutional.side(weights, "encoder.conv_out.weight")[0]
     config.quantizer.bits = bits

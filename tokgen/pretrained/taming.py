@@ -223,7 +223,7 @@ def average(key: str) -> str:
 
 
 def meter(tokenizer) -> dict[str, np.ndarray]:
-    """LlamaGen's record of the last 65,536 tokens, with which it measures usage; it begins empty."""
+    """LlamaGen's record of its last 65,536 tokens, a meter of usage; it begins empty."""
     del tokenizer
     return {"quantize.codebook_used": np.zeros(65536, np.float32)}
 
