@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import checkpoint, interfaces, sharding
+from tokgen import checkpoint, interfaces, manifest, sharding
 from tokgen import config as configs
 from tokgen import state as states
 
@@ -251,9 +251,9 @@ def test_a_truncated_or_missing_file_is_one_message_that_names_the_step(base, co
         file.unlink()
         refused[file] &= loaded_or_refused(step, network) is None
         file.write_bytes(content)
-    assert len(files) > 5 and all(
-        refused[file] for file in files if file.name != checkpoint.SIZES
-    ), refused
+    assert len(files) > 5 and all(refused[file] for file in files if file.name != manifest.SIZES), (
+        refused
+    )
     for part in ("meta", "state"):
         shutil.move(step / part, step / "away")
         with pytest.raises(interfaces.UserError, match=f"{step} is damaged.*train it again"):
@@ -403,7 +403,7 @@ def test_the_fingerprint_follows_the_weights_and_not_the_path(base, copy, tmp_pa
 
 
 def entry(leaf):
-    return checkpoint.manifest({"leaf": leaf})["leaf"]["checksum"]
+    return manifest.of({"leaf": leaf})["leaf"]["checksum"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool"])

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 import train_tokenizer
-from tokgen import checkpoint, config, guard, interfaces, launch, report, sharding
+from tokgen import checkpoint, config, guard, interfaces, launch, manifest, report, sharding
 
 # ---------------------------------------------------------------- the meter
 
@@ -128,7 +128,7 @@ def test_returns_are_counted_and_settled(tmp_path):
 
 def test_worse_compares_with_the_step_at_which_the_game_began(tmp_path):
     meta = {"format": checkpoint.FORMAT, "metrics": {"l2": 0.2}}
-    meta["digest"] = checkpoint._digest(meta)
+    meta["digest"] = manifest.digest(meta)
     folder = tmp_path / checkpoint.FOLDER / "4" / "meta"
     folder.mkdir(parents=True)
     (folder / "metadata").write_text(json.dumps(meta))
@@ -211,7 +211,7 @@ def steps_of(workdir):
     return sorted(int(step.name) for step in folder.iterdir() if step.name.isdigit())
 
 
-def manifest(workdir, step):
+def entries(workdir, step):
     return checkpoint.read_meta(workdir / checkpoint.FOLDER / str(step))["manifest"]
 
 
@@ -241,7 +241,7 @@ def test_a_bad_game_ends_without_its_critic(returned):
     assert sorted(records) == [1, 2, 3, 4, 5, 6, 7]
     assert records[3]["adversarial_weight"] == 0  # the critic learns, the painter does not hear it
     assert all("adversarial_weight" not in records[step] for step in (4, 5, 6, 7))
-    first, last = manifest(returned, 3), manifest(returned, 7)
+    first, last = entries(returned, 3), entries(returned, 7)
     for path, record in first.items():
         moved = record["checksum"] != last[path]["checksum"]
         if path.startswith("critic/"):
@@ -259,7 +259,7 @@ def test_a_run_killed_on_its_way_back_ends_with_the_same_bits(returned, tmp_path
     assert steps_of(tmp_path)[-1] == 4
     train(tmp_path, *BAD, returns=2)
     assert json.loads((tmp_path / guard.RETURNS).read_text()) == {"returns": 2, "settled": True}
-    assert manifest(tmp_path, 7) == manifest(returned, 7)
+    assert entries(tmp_path, 7) == entries(returned, 7)
 
 
 def test_what_came_after_a_return_is_not_lost_to_a_kill(returned, tmp_path, monkeypatch, capfd):
@@ -269,7 +269,7 @@ def test_what_came_after_a_return_is_not_lost_to_a_kill(returned, tmp_path, monk
     capfd.readouterr()
     train(tmp_path, *BAD, returns=2)
     assert "resumed step 6" in capfd.readouterr().err
-    assert manifest(tmp_path, 7) == manifest(returned, 7)
+    assert entries(tmp_path, 7) == entries(returned, 7)
 
 
 def test_a_return_across_a_boundary_of_stages(tmp_path):
@@ -283,7 +283,7 @@ def test_a_return_across_a_boundary_of_stages(tmp_path):
     with checkpoint.lock(tmp_path):
         train_tokenizer.main(settings, tmp_path)
     assert steps_of(tmp_path) == [3, 5, 7] and guard.returned(tmp_path) == 1
-    entries = {name: manifest(tmp_path, step) for name, step in (("before", 5), ("after", 7))}
-    for path, entry in entries["before"].items():
+    before, after = entries(tmp_path, 5), entries(tmp_path, 7)
+    for path, entry in before.items():
         if path.startswith("model/params/encoder/"):
-            assert entry == entries["after"][path], path
+            assert entry == after[path], path

@@ -21,7 +21,7 @@ PICTURE = {
     LAYERS: ("nn", "sampling"),
     MODELS: ("tokenizers", "quantizers", "generators", "critics"),
     MACHINERY: (
-        *("state", "checkpoint", "data", "losses", "metrics", "report", "config"),
+        *("state", "manifest", "checkpoint", "data", "losses", "metrics", "report", "config"),
         "pretrained",
     ),
     ENTRY: (
@@ -33,6 +33,7 @@ RANK = {unit: rank for rank, units in PICTURE.items() for unit in units}
 
 # What the picture forbids and the design wants all the same, with its reason.
 EXCEPTIONS = {
+    ("checkpoint", "manifest"): "what a checkpoint is compared with",
     ("checkpoint", "state"): "a checkpoint holds TrainStates",
     ("checkpoint", "config"): "the config inside a checkpoint rebuilds its module",
     ("checkpoint", "pretrained"): "imported weights become a checkpoint, and an export again",

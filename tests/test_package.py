@@ -102,12 +102,12 @@ def test_extras_of_the_error_message_exist():
 
 def test_commands_are_the_files_of_the_folder():
     folder = ROOT / "tokgen" / "commands"
-    assert set(cli.COMMANDS) == {file.stem for file in folder.glob("*.py")} - {"__init__"}
+    assert {cli.file(name) for name in cli.COMMANDS} == {file.stem for file in folder.glob("*.py")} - {"__init__"}
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_command_has_its_three_parts(name):
-    file = ROOT / "tokgen" / "commands" / f"{name}.py"
+    file = ROOT / "tokgen" / "commands" / f"{cli.file(name)}.py"
     tree = ast.parse(file.read_text(encoding="utf-8"))
     functions = {
         node.name: len(node.args.args) for node in tree.body if isinstance(node, ast.FunctionDef)

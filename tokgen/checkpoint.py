@@ -30,14 +30,14 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from tokgen import config as configs
-from tokgen import rng, sharding
+from tokgen import manifest, rng, sharding
 from tokgen import state as states
 from tokgen.interfaces import PyTree, TokenLayout, UserError
 from tokgen.pretrained import reader, transfer, writer
 
 FORMAT = 1
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)  # of damaged files
-FOLDER, SIZES = "checkpoints", "sizes.json"
+FOLDER = "checkpoints"
 
 # Fields of a config that may change between a run and its continuation; all others decide what
 # is trained, and a change is refused. Data may move: their fingerprint is compared.
@@ -73,50 +73,6 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-# ---------------------------------------------------------------- the manifest
-
-
-@jax.jit
-def _checksum(leaf: jax.Array) -> jax.Array:
-    """Two 32-bit sums of the bits, each element times an odd number of its own.
-
-    Sums of integers modulo 2^32 have no order: any sharding gives the same, and no array has to
-    leave its device. A single changed element is always seen.
-    """
-    if jnp.issubdtype(leaf.dtype, jnp.bool_):
-        leaf = leaf.astype(jnp.uint8)
-    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
-    index = jnp.zeros(leaf.shape, jnp.uint32)
-    for axis, size in enumerate(leaf.shape):
-        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-
-    def mixed(constant):
-        x = (index + jnp.uint32(1)) * jnp.uint32(constant)
-        x = (x ^ (x >> 15)) * jnp.uint32(0x2C1B3C6D)
-        return (x ^ (x >> 12)) | jnp.uint32(1)
-
-    return jnp.stack([jnp.sum(bits * mixed(c), dtype=jnp.uint32) for c in (0x9E3779B1, 0x85EBCA77)])
-
-
-def manifest(leaves: dict[str, jax.Array]) -> dict[str, dict]:
-    """Shape, dtype and checksum of every leaf."""
-    sums = jax.device_get({path: _checksum(leaf) for path, leaf in leaves.items()})
-    return {
-        path: {
-            "shape": list(leaf.shape),
-            "dtype": str(leaf.dtype),
-            "checksum": "".join(f"{int(part):08x}" for part in sums[path]),
-        }
-        for path, leaf in leaves.items()
-    }
-
-
-def _digest(meta: dict) -> str:
-    # of the JSON text: what is written with tuples is read with lists
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
 # ---------------------------------------------------------------- a run
 
 
@@ -141,9 +97,9 @@ class Run:
             "config": configs.plain(self.config),
             "metrics": metrics,
             "versions": versions(),
-            "manifest": manifest(leaves),
+            "manifest": manifest.of(leaves),
         }
-        meta["digest"] = _digest(meta)
+        meta["digest"] = manifest.digest(meta)
         self.manager.save(
             step,
             args=ocp.args.Composite(
@@ -157,7 +113,7 @@ class Run:
         self.manager.wait_until_finished()
         if jax.process_index() == 0:
             for step in self.manager.all_steps():
-                _seal(self.workdir / FOLDER / str(step))
+                manifest.seal(self.workdir / FOLDER / str(step))
 
     def close(self) -> None:
         """Commit what is under way."""
@@ -378,42 +334,13 @@ def read_meta(step: pathlib.Path) -> dict:
             raise UserError(
                 f"checkpoint {step} has format {meta['format']}; this tokgen reads {FORMAT}"
             )
-        if meta.pop("digest") != _digest(meta):
+        if meta.pop("digest") != manifest.digest(meta):
             raise ValueError("it does not match its digest")
         return meta
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
         raise _damaged(step, f"its record cannot be read ({error})") from error
-
-
-def _seal(step: pathlib.Path) -> None:
-    """Note the size of every file of a committed step: the store never misses what it skips."""
-    seal = step / SIZES
-    if not seal.exists():
-        part = step.parent / f".{step.name}.{SIZES}"
-        part.write_text(json.dumps(_sizes(step)))
-        part.replace(seal)
-
-
-def _sizes(step: pathlib.Path) -> dict[str, int]:
-    files = [file for file in sorted(step.rglob("*")) if file.is_file() and file.name != SIZES]
-    return {str(file.relative_to(step)): file.stat().st_size for file in files}
-
-
-def _check_sizes(step: pathlib.Path) -> None:
-    """Truncated and missing files. A step that was killed before its seal has checksums only."""
-    if not (step / SIZES).exists():
-        return
-    try:
-        noted = json.loads((step / SIZES).read_text())
-        found = _sizes(step)
-        wrong = [f"{name} ({found.get(name, 'missing')} bytes, {size} needed)"
-                 for name, size in noted.items() if found.get(name) != size]  # fmt: skip
-    except (OSError, ValueError, AttributeError) as error:
-        raise _damaged(step, f"{SIZES} cannot be read ({error})") from error
-    if wrong:
-        raise _damaged(step, f"its files are not as they were saved: {', '.join(wrong[:3])}")
 
 
 def _damaged(step: pathlib.Path, what: str) -> UserError:
@@ -426,7 +353,8 @@ def _damaged(step: pathlib.Path, what: str) -> UserError:
 
 def _restore(step: pathlib.Path, wanted: dict[str, Any], meta: dict) -> dict[str, jax.Array]:
     """Leaves of a step, verified, with the shapes, dtypes and shardings of `wanted`."""
-    _check_sizes(step)
+    if wrong := manifest.misfit(step):
+        raise _damaged(step, wrong)
     record, problems = meta["manifest"], []
     for path, leaf in wanted.items():
         if path not in record:
@@ -460,7 +388,7 @@ def _restore(step: pathlib.Path, wanted: dict[str, Any], meta: dict) -> dict[str
             raise
         first = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
         raise _damaged(step, f"its arrays cannot be read ({first})") from error
-    sums = manifest(leaves)
+    sums = manifest.of(leaves)
     wrong = [path for path in wanted if sums[path]["checksum"] != record[path]["checksum"]]
     if wrong:
         raise _damaged(step, f"the checksum of {', '.join(wrong[:3])} does not match its manifest")

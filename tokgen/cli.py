@@ -14,6 +14,7 @@ import itertools
 import keyword
 import platform
 import sys
+import types
 from collections.abc import Callable, Sequence
 
 # Name of the file in tokgen/commands -> its line in the help, which is shown without importing it.
@@ -123,13 +124,22 @@ def _unknown(name: str) -> str:
 
 
 def _run(name: str, words: Sequence[str]) -> None:
-    file = f"{name}_" if keyword.iskeyword(name) else name
-    command = importlib.import_module(f"tokgen.commands.{file}")
+    command = module(name)
     parser = argparse.ArgumentParser(
         prog=f"tokgen {name}", description=command.__doc__, allow_abbrev=False
     )
     command.arguments(parser)
     command.run(parser.parse_args(words))
+
+
+def module(name: str) -> types.ModuleType:
+    """The file of a subcommand; `import`, a word of Python's own, is in `import_.py`."""
+    return importlib.import_module(f"tokgen.commands.{file(name)}")
+
+
+def file(name: str) -> str:
+    """The name of that file, without its ending."""
+    return f"{name}_" if keyword.iskeyword(name) else name
 
 
 if __name__ == "__main__":

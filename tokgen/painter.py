@@ -133,7 +133,7 @@ def plain_step(settings, game, graphs, critic_optimizer, stage):
 
         gradients, aux = jax.grad(loss, has_aux=True)(model.params)
         latents_BPC, _, terms, tokens_BLG = aux
-        model, scalars = improved(settings, stage, graph, model, gradients, optimizer)
+        model, scalars = improved(settings, stage, model, gradients, optimizer)
         model = upkept(stage, graph, model, latents_BPC, key)
         return networks | {"model": model}, terms | scalars, tokens_BLG
 
@@ -179,7 +179,7 @@ def adversarial_step(settings, game, graphs, critic_optimizer, stage, *, strengt
             game, last_layer(faithful), last_layer(pleasing), model.step, settings.steps
         )
         gradients = jax.tree.map(lambda a, b: a + weight * b, faithful, pleasing)
-        model, scalars = improved(settings, stage, graph, model, gradients, optimizer)
+        model, scalars = improved(settings, stage, model, gradients, optimizer)
         model = upkept(stage, graph, model, latents_BPC, key)
         if game.first == "painter":
             critic, averages, seen = move_critic(critic, averages, image_BHW3, painted_BHW3, moves)
@@ -190,7 +190,7 @@ def adversarial_step(settings, game, graphs, critic_optimizer, stage, *, strengt
     return step
 
 
-def improved(settings, stage, graph, model, gradients, optimizer):
+def improved(settings, stage, model, gradients, optimizer):
     """(model, scalars) after the optimizer; what the stage does not train stays."""
     return state.apply_gradients(model, gradients, optimizer, ema=settings.ema, trained=stage.train)
 

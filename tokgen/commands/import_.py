@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         report.say(f"{name}: {source[name]}")
     if imported.aside:
         report.say(f"set aside, given back by an export: {', '.join(sorted(imported.aside)[:6])}")
-    report.say(f"saved as {step}; try: tokgen reconstruct {out} --images FOLDER --out DIR")
+    report.say(f"saved as {step}; try: tokgen reconstruct {out} IMAGES --out DIR")
 
 
 def _read(path: str) -> dict:

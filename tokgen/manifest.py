@@ -1,0 +1,88 @@
+"""What a checkpoint should hold: a checksum of every array, the size of every file.
+
+The store returns flipped bytes and casts dtypes without a word, and never misses a file that it
+skips. `checkpoint.py` writes these records beside every step and compares them on every restore.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+SIZES = "sizes.json"
+
+
+@jax.jit
+def checksum(leaf: jax.Array) -> jax.Array:
+    """Two 32-bit sums of the bits, each element times an odd number of its own.
+
+    Sums of integers modulo 2^32 have no order: any sharding gives the same, and no array has to
+    leave its device. A single changed element is always seen.
+    """
+    if jnp.issubdtype(leaf.dtype, jnp.bool_):
+        leaf = leaf.astype(jnp.uint8)
+    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
+    index = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+
+    def mixed(constant):
+        x = (index + jnp.uint32(1)) * jnp.uint32(constant)
+        x = (x ^ (x >> 15)) * jnp.uint32(0x2C1B3C6D)
+        return (x ^ (x >> 12)) | jnp.uint32(1)
+
+    return jnp.stack([jnp.sum(bits * mixed(c), dtype=jnp.uint32) for c in (0x9E3779B1, 0x85EBCA77)])
+
+
+def of(leaves: dict[str, jax.Array]) -> dict[str, dict]:
+    """Shape, dtype and checksum of every leaf."""
+    sums = jax.device_get({path: checksum(leaf) for path, leaf in leaves.items()})
+    return {
+        path: {
+            "shape": list(leaf.shape),
+            "dtype": str(leaf.dtype),
+            "checksum": "".join(f"{int(part):08x}" for part in sums[path]),
+        }
+        for path, leaf in leaves.items()
+    }
+
+
+def digest(meta: dict) -> str:
+    # of the JSON text: what is written with tuples is read with lists
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def seal(step: pathlib.Path) -> None:
+    """Note the size of every file of a committed step: the store never misses what it skips."""
+    seal = step / SIZES
+    if not seal.exists():
+        part = step.parent / f".{step.name}.{SIZES}"
+        part.write_text(json.dumps(_sizes(step)))
+        part.replace(seal)
+
+
+def _sizes(step: pathlib.Path) -> dict[str, int]:
+    files = [file for file in sorted(step.rglob("*")) if file.is_file() and file.name != SIZES]
+    return {str(file.relative_to(step)): file.stat().st_size for file in files}
+
+
+def misfit(step: pathlib.Path) -> str:
+    """What is wrong with the sizes of a step's files, truncated and missing ones; empty if nothing.
+
+    A step that was killed before its seal has checksums only.
+    """
+    if not (step / SIZES).exists():
+        return ""
+    try:
+        noted = json.loads((step / SIZES).read_text())
+        found = _sizes(step)
+        wrong = [f"{name} ({found.get(name, 'missing')} bytes, {size} needed)"
+                 for name, size in noted.items() if found.get(name) != size]  # fmt: skip
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{SIZES} cannot be read ({error})"
+    return f"its files are not as they were saved: {', '.join(wrong[:3])}" if wrong else ""
