@@ -55,7 +55,9 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     view = config.call(images.View, settings.view, "view")
 
     # the whole config is built abstractly, before any work
-    layout = nnx.eval_shape(lambda: config.tokenizer(settings, rngs=nnx.Rngs(0))).layout
+    shapes = nnx.eval_shape(lambda: config.tokenizer(settings, rngs=nnx.Rngs(0)))
+    layout = shapes.layout
+    stages.check(plan, shapes)
     begin, play = game.steps(steps)
 
     mesh = config.call(sharding.make_mesh, settings.mesh, "mesh")
@@ -74,11 +76,11 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     if guard.unsettled(workdir):
         checkpoint.drop_after(run, play)
         guard.settle(workdir)
+    frozen = jax.device_put(painter.load_frozen(settings, plan), sharding.replicated(mesh))
     # what a checkpoint holds is of the stage that made its last step
     made = stages.at(plan, max((checkpoint.latest(run) or 0) - 1, 0))
     networks, graphs, critic_optimizer = painter.create(settings, made, game, mesh)
     graph = graphs["model"]
-    frozen = jax.device_put(painter.load_frozen(settings, plan), sharding.replicated(mesh))
 
     networks, what = checkpoint.resume_or_start(run, networks)
     if what.startswith("started") and "teacher" in frozen:

@@ -102,7 +102,9 @@ def test_extras_of_the_error_message_exist():
 
 def test_commands_are_the_files_of_the_folder():
     folder = ROOT / "tokgen" / "commands"
-    assert {cli.file(name) for name in cli.COMMANDS} == {file.stem for file in folder.glob("*.py")} - {"__init__"}
+    assert {cli.file(name) for name in cli.COMMANDS} == {
+        file.stem for file in folder.glob("*.py")
+    } - {"__init__"}
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

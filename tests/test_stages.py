@@ -83,11 +83,30 @@ def test_shares_are_of_the_run(steps, shares, ends):
         ((dict(share=0.99), dict(share=0.01)), "positive"),  # of 6 steps none
         ((dict(shares=1.0),), r"stages\[0\] has no argument 'shares'; did you mean 'share'"),
         ((dict(), dict(objective="pixel")), r"stages\[1\].objective must be one of pixels, codes"),
+        # of a later stage too, before the first begins
+        ((dict(share=0.5), dict(share=0.5, loss=dict(l3=1.0))), r"stages\[1\].loss .* found l3"),
+        ((dict(share=0.5), dict(share=0.5, optimizer=dict(b3=0.9))), "no argument 'b3'"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(sections, words):
     with pytest.raises(interfaces.UserError, match=words):
         stages.plan(settings_of(*sections))
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        (dict(train="decodr/.*"), r"stages\[0\].train='decodr/.\*' matches no parameter"),
+        (dict(train="decoder/(.*"), r"stages\[0\].train is no pattern"),
+        (dict(objective="codes"), r"stages\[0\].objective='codes' needs a decoder"),
+    ],
+)
+def test_a_stage_must_fit_the_tokenizer(section, words):
+    settings = settings_of(section)
+    shapes = nnx.eval_shape(lambda: config.tokenizer(settings, rngs=nnx.Rngs(0)))
+    stages.check(stages.plan(settings_of(dict(train="decoder/.*"))), shapes)
+    with pytest.raises(interfaces.UserError, match=words):
+        stages.check(stages.plan(settings), shapes)
 
 
 def test_a_stage_knows_which_parts_learn():
@@ -281,6 +300,10 @@ def test_features_without_weights_are_said_and_left_out(capfd):
     settings.loss.lpips = 1.0
     assert painter.load_frozen(settings, plan) == {"perceptual": {}}
     assert "lpips: off, since config.perceptual.lpips names no weights" in capfd.readouterr().err
+    with settings.unlocked():
+        del settings.perceptual
+    assert painter.load_frozen(settings, plan) == {"perceptual": {}}
+    assert "lpips: off" in capfd.readouterr().err
     # also where one stage alone asks for it
     staged = settings_of(TWO[0], TWO[1] | dict(loss=dict(lpips=1.0)))
     painter.load_frozen(staged, stages.plan(staged))

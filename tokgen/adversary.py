@@ -161,8 +161,13 @@ def _maintained(graph, critic: states.TrainState, image_BHW3, painted_BHW3, key)
     return critic.replace(stats=states.statistics(judge))
 
 
-def weight(game: Game, faithful: Array, pleasing: Array, step: Array, total: int) -> Array:
-    """Weight of the adversarial gradient, from both gradients at the last layer."""
+def weight(
+    game: Game, faithful: Array | None, pleasing: Array | None, step: Array, total: int
+) -> Array:
+    """Weight of the adversarial gradient, from both gradients at the last layer.
+
+    A constant weight (limit 0) reads neither.
+    """
     _, play = game.steps(total)
     value = jnp.asarray(game.weight)
     if game.limit > 0:

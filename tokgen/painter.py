@@ -174,11 +174,7 @@ def adversarial_step(settings, game, graphs, critic_optimizer, stage, *, strengt
 
         _, pull, aux = jax.vjp(pair, model.params, has_aux=True)
         latents_BPC, painted_BHW3, terms, tokens_BLG = aux
-        (faithful,), (pleasing,) = pull((1.0, 0.0)), pull((0.0, 1.0))
-        weight = strength * adversary.weight(
-            game, last_layer(faithful), last_layer(pleasing), model.step, settings.steps
-        )
-        gradients = jax.tree.map(lambda a, b: a + weight * b, faithful, pleasing)
+        gradients, weight = together(game, strength, pull, model.step, settings.steps)
         model, scalars = improved(settings, stage, model, gradients, optimizer)
         model = upkept(stage, graph, model, latents_BPC, key)
         if game.first == "painter":
@@ -188,6 +184,18 @@ def adversarial_step(settings, game, graphs, critic_optimizer, stage, *, strengt
         return networks, scalars, tokens_BLG
 
     return step
+
+
+def together(game, strength, pull, step, total):
+    """(gradient of the loss and the weighted game, that weight); `pull` as of `jax.vjp`."""
+    if game.limit == 0:  # constant: known before the gradients, so one pass backwards does
+        weight = strength * adversary.weight(game, None, None, step, total)
+        return pull((1.0, weight))[0], weight
+    (faithful,), (pleasing,) = pull((1.0, 0.0)), pull((0.0, 1.0))
+    weight = strength * adversary.weight(
+        game, last_layer(faithful), last_layer(pleasing), step, total
+    )
+    return jax.tree.map(lambda a, b: a + weight * b, faithful, pleasing), weight
 
 
 def improved(settings, stage, model, gradients, optimizer):
@@ -217,9 +225,11 @@ def load_frozen(settings, plan) -> dict:
     """Feature networks, each when weights are given, said when not; the teacher of a stage."""
     frozen = {"perceptual": {}}
     needed = {name for stage in plan for name, w in {**settings.loss, **stage.loss}.items() if w}
-    for name, paths in settings.get("perceptual", {}).items():
+    given = settings.get("perceptual", {})
+    for name in dict.fromkeys((*perceptual.NAMES, *given)):
         if name not in needed:
             continue
+        paths = given.get(name, "")
         if not paths:
             report.say(
                 f"{name}: off, since config.perceptual.{name} names no weights (docs/data.md)"
@@ -241,6 +251,11 @@ def load_frozen(settings, plan) -> dict:
 def adopt(graph, model: state.TrainState, teacher) -> state.TrainState:
     """The model with the teacher's decoder and codebook as its pixel decoder, as TiTok starts."""
     _, theirs, _ = state.split(teacher)
+    if "codebook" not in theirs.get("quantizer", {}):
+        raise UserError(
+            "config.teacher must be a tokenizer with a learned codebook, such as MaskGIT's VQGAN; "
+            "found one without"
+        )
     decoder = dict(model.params["decoder"])
     taken = {"pixels": theirs["decoder"], "codebook": theirs["quantizer"]["codebook"]}
     for name, tree in taken.items():

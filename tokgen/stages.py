@@ -53,6 +53,12 @@ def plan(settings) -> tuple[Stage, ...]:
                 f"stages[{number}].objective must be one of {', '.join(OBJECTIVES)}; found "
                 f"{stage.objective!r}"
             )
+        unknown = sorted(set(stage.loss) - set(settings.loss))
+        if unknown:
+            raise UserError(
+                f"stages[{number}].loss may change the weights of config.loss, "
+                f"{', '.join(settings.loss)}; found {', '.join(unknown)}"
+            )
         total += stage.share
         end = settings.steps if number == len(sections) - 1 else round(settings.steps * total)
         stages.append(dataclasses.replace(stage, begin=begin, end=end))
@@ -62,7 +68,29 @@ def plan(settings) -> tuple[Stage, ...]:
         raise UserError(
             f"the shares of config.stages must be positive and add up to 1; found {shares}"
         )
+    for stage in stages:
+        optimizer(settings, stage)  # a mistake in the last stage is told before the first begins
     return tuple(stages)
+
+
+def check(stages: tuple[Stage, ...], tokenizer) -> None:
+    """Nothing, or the error of a stage that does not fit the tokenizer (shapes suffice)."""
+    paths = states.paths(states.split(tokenizer)[1])
+    for number, stage in enumerate(stages):
+        try:
+            found = any(re.fullmatch(stage.train, path) for path in paths)
+        except re.error as error:
+            raise UserError(f"stages[{number}].train is no pattern: {error}") from error
+        if not found:
+            raise UserError(
+                f"stages[{number}].train={stage.train!r} matches no parameter, so nothing "
+                f"would learn; their paths are like {', '.join(list(paths)[:3])}"
+            )
+        if stage.objective == "codes" and not hasattr(tokenizer.decoder, "logits"):
+            raise UserError(
+                f"stages[{number}].objective='codes' needs a decoder that predicts codes, "
+                "config.decoder.name='two_stage'"
+            )
 
 
 def at(stages: tuple[Stage, ...], step: int) -> Stage:

@@ -131,6 +131,12 @@ def optimizer(
     moments = {"adamw": _adam, "muon": _muon}
     if name not in moments:
         raise ValueError(f"optimizer must be one of {sorted(moments)}; found {name!r}")
+    try:
+        re.compile(decayed)
+    except re.error as error:
+        raise ValueError(
+            f"decayed must be a pattern of paths; found {decayed!r}: {error}"
+        ) from error
     links = [optax.clip_by_global_norm(clip)] if clip else []
     links.append(moments[name](b1, b2))
     if weight_decay:

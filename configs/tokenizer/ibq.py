@@ -12,6 +12,9 @@ DIR is ImageNet as class folders in `train` and `val`; VGG and LINEAR see docs/d
 | 16384 | 16 x 16 | 16,384 x 256 | 110,982,019 (111M) | 1.37 |
 | 262144 | 16 x 16 | 262,144 x 256 | 173,896,579 (174M) | 1.00 |
 
+The two models trained on 200 million photographs, `IBQ_pretrain_*.ckpt` (2.06 and 1.53), have the
+sizes of 16384 and 262144, and ran for 1.5 million steps.
+
 Measured here: not trained at full size.
 
 Images are resized by a bicubic filter, there by a bilinear one; the average of the weights has a

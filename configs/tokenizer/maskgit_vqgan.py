@@ -13,8 +13,8 @@ DIR is ImageNet as class folders in `train` and `val`; FILE see docs/data.md.
 Measured here: not trained at full size.
 
 No trainer was published, only its configuration. It names neither the weight of the squared error
-(here 1 on [0, 1]), nor the network of the perceptual loss (here the logits of ResNet-50), nor the
-augmentation (here ADM's crop and flips).
+(here 1 on [0, 1]), nor the network of the perceptual loss, of which it takes features (here the
+logits of ResNet-50), nor the augmentation (here ADM's crop and flips).
 """
 
 from ml_collections import ConfigDict

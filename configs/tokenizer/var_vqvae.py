@@ -17,7 +17,8 @@ Measured here: not trained at full size.
 Published are one set of weights, of 256 pixels, and the other grids for them. The recipe is that
 of the public trainer for one scale (vaex). It resizes the shorter side to 288 pixels with
 Lanczos, here to 256 up to 288 with a bicubic filter; it has dropout of 0.05 and a blur of the
-critic's images that fades out, here there is neither. Its 250 epochs are counted on ImageNet.
+critic's images that fades out, here there is neither; its average of
+the weights has no warm-up. Its 250 epochs are counted on ImageNet.
 """
 
 from ml_collections import ConfigDict

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from tokgen import checkpoint, cli, interfaces, launch, sharding
+from tokgen import checkpoint, cli, interfaces, launch, report, sharding
 from tokgen import config as configs
 from tokgen import state as states
 from tokgen.commands import import_
@@ -177,6 +177,8 @@ def test_misfits_are_one_message_and_leave_nothing(taming, tmp_path, capfd):
     assert str(tmp_path / "none.ckpt") in told(
         capfd, "import", tmp_path / "none.ckpt", "--system", "taming_vqgan", "--out", out
     )
+    words = ("import", tmp_path, "--system", "taming_vqgan", "--out", out)
+    assert "is a folder: name the file in it" in told(capfd, *words)
     broken = tmp_path / "broken.json"
     for text in ("- 1", "a: [", ""):
         broken.write_text(text)
@@ -190,9 +192,30 @@ def test_export_refuses_what_the_model_is_not(taming, tmp_path, capfd):
     for name in ("var_vqvae", "titok_legacy", "lpips"):
         words = ("export", out, "--out", tmp_path / "x", "--system", name)
         assert name in told(capfd, *words)
+        assert not (tmp_path / "x").exists()
     # IBQ's keys are taming's: the same arrays under another name of the file
     assert command("export", out, "--out", tmp_path / "y", "--system", "ibq") == 0
     assert (tmp_path / "y" / "ibq.bin").is_file()
+
+
+def test_a_decoder_of_text_reconstructs_with_features(shared, tmp_path, capfd):
+    fixture, out = shared / "parity" / "tatitok_vq", tmp_path / "imported"
+    file, config, _ = published(fixture, "tatitok_vq", tmp_path)
+    words = ("import", file, "--system", "tatitok_vq", "--config", config, "--out", out)
+    assert command(*words) == 0
+    assert "IMAGES --text DIR" in capfd.readouterr().err
+    image, text = tmp_path / "image.png", tmp_path / "text"
+    report.save_png(image, np.zeros((40, 40, 3), np.uint8))
+    words = ("reconstruct", out, image, "--out", tmp_path / "look")
+    assert "--text must name a folder with all.npy" in told(capfd, *words)
+    shape = checkpoint.load_tokenizer(out).config.decoder.text
+    text.mkdir()
+    painted = []
+    for number in (0.0, 1.0):
+        np.save(text / "all.npy", np.full((1, *shape), number, np.float32))
+        assert command(*words, "--text", text) == 0
+        painted.append((tmp_path / "look" / "pairs.png").read_bytes())
+    assert painted[0] != painted[1]
 
 
 def test_every_system_that_has_settings_is_offered():

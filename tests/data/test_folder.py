@@ -173,6 +173,11 @@ def test_unusable_layouts_are_refused_by_name(tmp_path, layout, named):
     assert str(tmp_path) in str(error.value)
 
 
+def test_a_config_without_a_path_says_which_option_gives_it():
+    with pytest.raises(interfaces.UserError, match="--config.data.path=DIR"):
+        folder.Source("")
+
+
 def test_impossible_splits_are_refused(tmp_path):
     write(tmp_path, "1.png", "2.png")
     with pytest.raises(interfaces.UserError, match="'test'"):

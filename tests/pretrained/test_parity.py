@@ -189,6 +189,18 @@ def test_arrays_are_uncovered_or_given(copy, capsys):
     assert "new_output" in said.out
 
 
+def test_a_setting_that_the_fixture_lacks_is_named(copy, capsys):
+    file = copy / "config.json"
+    settings = json.loads(file.read_text())
+    del settings["beta"]
+    file.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="config.json lacks 'beta'"):
+        verdicts(copy)
+    file.write_text("[1]")
+    with pytest.raises(UserError, match="must hold a table"):
+        verdicts(copy)
+
+
 # ---------------------------------------------------------------- the command
 
 

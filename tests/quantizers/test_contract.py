@@ -399,3 +399,23 @@ def test_a_mixture_far_from_the_codes_comes_to_use_all_of_them(name, key):
     after, near = used(params, stats)
     assert after == size, (before, after, far, near)
     assert near < far / 4
+
+
+@contract
+def test_losses_and_gradients_are_finite_when_compiled(name, arguments, smooth, key):
+    """BSQ's entropies were not: compiled, 1 - sigmoid(x) fell below zero."""
+    quantizer = build(name, arguments)
+    if name in ("lfq", "bsq", "ibq", "vq"):
+        quantizer.temperature = 0.01
+    z_BPC = jax.random.normal(key, (16, 16, quantizer.inputs))
+
+    @jax.jit
+    def descend(z_BPC):
+        def total(z_BPC):
+            out = quantizer(jnp.tanh(z_BPC) * 3)
+            return jnp.sum(out.latents_BPC) + sum(out.losses.values(), start=0.0)
+
+        return jax.value_and_grad(total)(z_BPC)
+
+    for scale in (0.0, 1e-3, 1.0, 30.0):
+        assert all(np.isfinite(part).all() for part in descend(scale * z_BPC)), scale

@@ -28,6 +28,9 @@ def run(args: argparse.Namespace) -> None:
     launch.devices()
     loaded, imported = checkpoint.load_imported(args.checkpoint)
     source = loaded.meta.get("source") or {}
+    name = args.system or source.get("system", "")
+    # before anything is written: the form may not fit
+    published = transfer.publish(imported, name) if name else {}
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     _, params, stats = state.split(loaded.module)
@@ -46,11 +49,9 @@ def run(args: argparse.Namespace) -> None:
     writer.write(out / OURS, arrays, form="safetensors")
     (out / "config.json").write_text(json.dumps(record, indent=2) + "\n")
     report.say(f"{out}: {OURS} ({len(arrays)} arrays) and config.json")
-    name = args.system or source.get("system", "")
     if name:
         found = system.named(name)
         file = source.get("file", "") if name == source.get("system") else ""
-        published = transfer.publish(imported, name)
         file = out / (file or f"{name}{SUFFIXES[found.form]}")
         if file.name == OURS:
             file = out / name / file.name

@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
         report.say(f"{name}: {source[name]}")
     if imported.aside:
         report.say(f"set aside, given back by an export: {', '.join(sorted(imported.aside)[:6])}")
-    report.say(f"saved as {step}; try: tokgen reconstruct {out} IMAGES --out DIR")
+    text = " --text DIR" if imported.config.decoder.get("text") else ""
+    report.say(f"saved as {step}; try: tokgen reconstruct {out} IMAGES{text} --out DIR")
 
 
 def _read(path: str) -> dict:

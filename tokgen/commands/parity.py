@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pathlib
 import sys
 
 import numpy as np
@@ -33,7 +34,9 @@ def run(args: argparse.Namespace) -> None:
     for line in lines:
         print(json.dumps(record(line)) if args.json else text(line))
     if args.arrays:
-        with open(args.arrays, "wb") as file:
+        path = pathlib.Path(args.arrays)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
             np.savez_compressed(file, **computed)
     counts = {
         verdict: sum(line.verdict == verdict for line in lines) for verdict in parity.VERDICTS

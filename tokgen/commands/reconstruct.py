@@ -8,6 +8,7 @@ import pathlib
 
 from tokgen import checkpoint, config, launch, report
 from tokgen.commands import evaluate
+from tokgen.data import captioned
 from tokgen.interfaces import UserError
 
 
@@ -15,6 +16,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="of a tokenizer: a work directory, or one step of it")
     parser.add_argument("images", help="an image, or a folder of images")
     parser.add_argument("--out", required=True, help="folder for pairs.png and figures.json")
+    parser.add_argument(
+        "--text",
+        default="",
+        help="for a decoder that reads text: folder with all.npy, a row of features per image in "
+        "the order of their paths",
+    )
     parser.add_argument("--number", type=int, default=1000, help="at most so many images")
     parser.add_argument("--shown", type=int, default=32, help="pairs in the picture")
     parser.add_argument(
@@ -35,6 +42,14 @@ def run(args: argparse.Namespace) -> None:
         source = OneImage(path)
     else:
         source = config.build({"name": "folder", "path": str(path)}, "data", split="all")
+    if args.text:
+        source = captioned.Source(source, args.text, split="all")
+    elif loaded.config.decoder.get("text"):
+        length, channels = loaded.config.decoder.text
+        raise UserError(
+            f"this tokenizer's decoder reads text: --text must name a folder with all.npy, "
+            f"features [images, {length}, {channels}] in the order of the images; found none"
+        )
     figures, (image, painted) = evaluate.reconstruction(
         loaded.module,
         source,
@@ -61,7 +76,7 @@ class OneImage:
     classes: tuple[str, ...] = ()
 
     def __init__(self, path: pathlib.Path):
-        self.path = path
+        self.path, self.fingerprint = path, str(path)
 
     def __len__(self) -> int:
         return 1

@@ -20,6 +20,7 @@ from tokgen.critics import classifiers, trunks
 from tokgen.critics import weights as files
 from tokgen.nn import resample
 
+NAMES = ("lpips", *classifiers.CLASSIFIERS)  # of the distances
 EPSILON = 1e-10  # added to the length of a feature vector, as published
 # Parts of the published files that LPIPS does not need: torchvision's classifier; and in a saved
 # LPIPS module its input constants and a second mention of the heads.
@@ -117,11 +118,10 @@ Read = Callable[[str], dict[str, np.ndarray]]
 
 def build(terms: Mapping[str, tuple[float, Sequence[str]]], *, read: Read) -> Sum:
     """The sum of distances by name: {"lpips": (1.0, paths), "convnext_small": (0.1, paths)}."""
-    known = ("lpips", *classifiers.CLASSIFIERS)
-    unknown = [name for name in terms if name not in known]
+    unknown = [name for name in terms if name not in NAMES]
     if unknown:
         raise interfaces.UserError(
-            f"a perceptual distance must be one of {', '.join(known)}; found {', '.join(unknown)}"
+            f"a perceptual distance must be one of {', '.join(NAMES)}; found {', '.join(unknown)}"
         )
     distances = [
         load(*paths, read=read) if name == "lpips" else load_logits(name, *paths, read=read)

@@ -2,6 +2,7 @@
 
     features/train.npy       [N, T, E], row i belongs to image i of the source's training part
     features/held_out.npy    the same of its held-out part
+    features/all.npy         the same of all images, for `tokgen reconstruct`
 
 Features are made once, by any text encoder; the files are mapped and not read into memory.
 """
@@ -21,7 +22,7 @@ class Source:
 
     Args:
       images: the section of another source, or the source.
-      features: folder with a file per split, `train.npy` and `held_out.npy`: float16 or float32.
+      features: folder with a file per split, such as `train.npy`: float16 or float32.
     """
 
     classes: tuple[str, ...]

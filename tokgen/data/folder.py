@@ -55,6 +55,12 @@ class Source:
                 f"held_out is the share of the images that is kept aside, at least 0 and below 1; "
                 f"found {held_out}"
             )
+        if not self.path:
+            raise interfaces.UserError(
+                "an image folder is needed, and data.path names none; give the folder that holds "
+                "your class folders or images: --config.data.path=DIR in training, --data DIR in "
+                "commands"
+            )
         if not os.path.isdir(self.path):
             found = "a file" if os.path.exists(self.path) else "nothing"
             raise interfaces.UserError(

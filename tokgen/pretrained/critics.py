@@ -155,11 +155,10 @@ def _running(network: patchgan.Discriminator, weights: Arrays, image_BHW3: jax.A
 
 def disc_patchgan(folder) -> Arrays:
     """LlamaGen's PatchGAN in both modes, its losses and the adaptive weight."""
-    config, file = folder.config, folder.file()
+    file = folder.file()
     weights = reader.read(file)
-    training, evaluating = _patchgan_pair(
-        weights, config["ndf"], config["n_layers"], config["input_nc"], file
-    )
+    sizes = (folder.setting(name) for name in ("ndf", "n_layers", "input_nc"))
+    training, evaluating = _patchgan_pair(weights, *sizes, file)
     real, fake = _image(folder.given("real")), _image(folder.given("fake"))
     arrays = _running(training, weights, real)
     arrays["logits_real_train"] = _judged(training, real)[0]
@@ -192,7 +191,7 @@ def _swapped(target: np.ndarray, logits: np.ndarray) -> np.ndarray:
 
 def disc_stylegan(folder) -> Arrays:
     """LlamaGen's StyleGAN form."""
-    size, channels = folder.config["image_size"], folder.config["channels"]
+    size, channels = folder.setting("image_size"), folder.setting("channels")
     real, fake = _image(folder.given("real")), _image(folder.given("fake"))
     file = folder.file()
     network = _filled(
@@ -221,7 +220,7 @@ def disc_maskbit(folder) -> Arrays:
     """MaskBit's critics, each from its own file, and the losses of the first."""
     arrays = {}
     images = {name: folder.given(name) for name in ("real", "fake")}
-    for name, options in folder.config["files"].items():
+    for name, options in folder.setting("files").items():
         options, label = {**folder.config, **options}, _label(name)
         weights = reader.read(folder.path / name)
         if label == "original":
@@ -239,7 +238,9 @@ def disc_maskbit(folder) -> Arrays:
                 # d/d image in [0, 1]: the critic's own range is twice as wide
                 arrays[f"grad_{key}_{label}"] = (1 if label == "original" else 2) * gradient
     # of the README's name for the first; a folder with other files has another first one
-    label = "blur4" if "logits_real_blur4" in arrays else _label(next(iter(folder.config["files"])))
+    label = (
+        "blur4" if "logits_real_blur4" in arrays else _label(next(iter(folder.setting("files"))))
+    )
     real, fake = arrays[f"logits_real_{label}"], arrays[f"logits_fake_{label}"]
     for name in ("hinge", "vanilla", "non_saturating"):
         arrays[f"{name}_d_loss"] = losses.DISCRIMINATOR[name](real, fake)
@@ -281,7 +282,7 @@ def _blur_critic(weights: Arrays, options: dict, file) -> blur.Discriminator:
 
 def maskgit_discriminator(folder) -> Arrays:
     """MaskGIT's StyleGAN form with and without blur, its losses and its penalty."""
-    size, file, arrays = folder.config["image_size"], folder.file(), {}
+    size, file, arrays = folder.setting("image_size"), folder.file(), {}
     image, fake = (jnp.asarray(folder.given(name)) for name in ("image", "image_fake"))
     weights = reader.read(file, "params", flatten=True)
     for form, name in (("blur", "blur"), ("average", "avg")):
@@ -289,7 +290,7 @@ def maskgit_discriminator(folder) -> Arrays:
             lambda form=form: stylegan.Discriminator(
                 image.shape[3],
                 size,
-                _widths(size, folder.config["filters"]),
+                _widths(size, folder.setting("filters")),
                 form=form,
                 rngs=nnx.Rngs(0),
             ),

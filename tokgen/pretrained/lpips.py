@@ -18,10 +18,10 @@ def lpips(folder) -> Arrays:
     """Distances of both trunks, their parts, features and gradients."""
     a, b = (jnp.asarray(folder.given(name).transpose(0, 2, 3, 1)) for name in ("image0", "image1"))
     arrays = {}
-    for kind, name in folder.config["heads"].items():
+    for kind, name in folder.setting("heads").items():
         weights = reader.read(folder.path / name)
-        for key, shape in folder.config[f"{kind}_keys"].items():
-            weights[key] = _recreated(folder.config["salt"], key, shape)
+        for key, shape in folder.setting(f"{kind}_keys").items():
+            weights[key] = _recreated(folder.setting("salt"), key, shape)
         arrays |= {f"{kind}_{key}": array for key, array in _lpips(weights, a, b).items()}
     return arrays
 

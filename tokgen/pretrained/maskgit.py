@@ -153,13 +153,13 @@ def flax_parity(folder) -> dict[str, np.ndarray]:
     tokens_BLG = tokenizer.quantizer.encode(latents_BPC)
     codes_BPC = tokenizer.quantizer.decode(tokens_BLG)
     q_BHWC = folder.given("q_latents")
-    weight = folder.config["entropy_loss_ratio"]
+    weight = folder.setting("entropy_loss_ratio")
     trained = convolutional.trained(
         tokenizer.quantizer,
         convolutional.rowed(q_BHWC),
         convolutional.rowed(folder.given("q_cotangent")),
         {
-            "commitment": folder.config["commitment_cost"],
+            "commitment": folder.setting("commitment_cost"),
             "codebook": 1.0,
             "sample_entropy": weight,
             "batch_entropy": -weight,
@@ -175,7 +175,7 @@ def flax_parity(folder) -> dict[str, np.ndarray]:
         "decoded": tokenizer.decoder(codes_BPC),
         "q_indices": convolutional.mapped(trained.out.tokens_BLG, side)[..., 0],
         "q_quantizer_loss": trained.loss,
-        "q_e_latent_loss": folder.config["commitment_cost"] * losses["commitment"],
+        "q_e_latent_loss": folder.setting("commitment_cost") * losses["commitment"],
         "q_q_latent_loss": losses["codebook"],
         "q_entropy_loss": weight * (losses["sample_entropy"] - losses["batch_entropy"]),
         "q_grad_latents": convolutional.mapped(trained.latents, side),

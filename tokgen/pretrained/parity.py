@@ -12,6 +12,7 @@ import pathlib
 import zipfile
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,6 +44,8 @@ class Folder:
                 self.arrays = {name: arrays[name] for name in arrays}
         except (ValueError, OSError, zipfile.BadZipFile) as error:
             raise UserError(f"the fixture {self.path} cannot be read: {error}") from error
+        if not isinstance(self.config, dict):
+            raise UserError(f"{file} must hold a table of names and values")
         self.inputs: set[str] = set()
 
     def given(self, name: str) -> np.ndarray:
@@ -51,6 +54,15 @@ class Folder:
             raise UserError(f"the fixture {self.path} lacks the array {name!r}")
         self.inputs.add(name)
         return self.arrays[name]
+
+    def setting(self, name: str) -> Any:
+        """A published hyper-parameter."""
+        if name not in self.config:
+            raise UserError(
+                f"{self.path / 'config.json'} lacks {name!r}, which {self.name} "
+                "needs; is --system right?"
+            )
+        return self.config[name]
 
     def file(self) -> pathlib.Path:
         """Its only weight file."""

@@ -70,7 +70,8 @@ def read(
             f"unknown={unknown!r}: give one of {', '.join(pickles.POLICIES)}"
         )
     if not os.path.isfile(path):
-        raise interfaces.UserError(f"weight file: there is no file {path}")
+        folder = ", which is a folder: name the file in it" if os.path.isdir(path) else ""
+        raise interfaces.UserError(f"weight file: there is no file {path}{folder}")
     try:
         with open(path, "rb") as file:
             start = file.read(256)

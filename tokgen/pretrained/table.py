@@ -166,6 +166,7 @@ def fill(
     if unset and not problems:
         problems.append(f"no key for {len(unset)} of our parameters: {', '.join(unset)}")
     if problems:
+        problems.append("are --system and the sizes (--config) those of the file?")
         raise UserError("\n  ".join([f"{source} does not fit this system and sizes:", *problems]))
 
     def value(path, leaf):

@@ -165,8 +165,8 @@ def llamagen_parity(folder) -> dict[str, np.ndarray]:
     """The arrays of the fixture `llamagen_vq`."""
     tokenizer = folder.module()
     found = painted(folder, tokenizer)
-    ratio = folder.config["entropy_loss_ratio"]
-    beta = folder.config["commit_loss_beta"]
+    ratio = folder.setting("entropy_loss_ratio")
+    beta = folder.setting("commit_loss_beta")
     weights = {
         "codebook": 1.0,
         "commitment": beta,
@@ -200,9 +200,9 @@ def parity(folder) -> dict[str, np.ndarray]:
     found = painted(folder, tokenizer)
     # `legacy`, as published: beta weighs the codebook's term
     near, far = (
-        ("codebook", "commitment") if folder.config["legacy"] else ("commitment", "codebook")
+        ("codebook", "commitment") if folder.setting("legacy") else ("commitment", "codebook")
     )
-    weights = {far: 1.0, near: folder.config["beta"]}
+    weights = {far: 1.0, near: folder.setting("beta")}
     training, out, gradient = trained(folder, tokenizer.quantizer, weights)
     return {
         "latents": found["latents"],

@@ -251,7 +251,7 @@ def _latents(columns: np.ndarray) -> jax.Array:
 
 def _weights(folder) -> dict[str, float]:
     """What the quantizer's losses are published with."""
-    model = folder.config["model"]["vq_model"]
+    model = folder.setting("model")["vq_model"]
     return {"commitment": model.get("commitment_cost", COMMITMENT), "codebook": 1.0}
 
 

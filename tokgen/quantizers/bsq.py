@@ -71,10 +71,13 @@ class Quantizer(nnx.Module):
 
     def _entropies(self, units_BPC: jax.Array) -> dict[str, jax.Array]:
         # softmax of 2 u c / T over the two values c = +-1/sqrt(C) of a bit
-        chances_BPC = jax.nn.sigmoid(4 * units_BPC * self.channels**-0.5 / self.temperature)
+        log_odds_BPC = 4 * units_BPC * self.channels**-0.5 / self.temperature
+        # both values by themselves: a compiled 1 - sigmoid may fall below zero
+        one_BPC, other_BPC = jax.nn.sigmoid(log_odds_BPC), jax.nn.sigmoid(-log_odds_BPC)
+        means = jnp.mean(one_BPC, (0, 1)), jnp.mean(other_BPC, (0, 1))
         return {
-            "sample_entropy": jnp.mean(jnp.sum(_binary(chances_BPC), -1)),
-            "batch_entropy": jnp.sum(_binary(jnp.mean(chances_BPC, (0, 1)))),
+            "sample_entropy": jnp.mean(jnp.sum(_binary(one_BPC, other_BPC), -1)),
+            "batch_entropy": jnp.sum(_binary(*means)),
         }
 
 
@@ -84,7 +87,6 @@ def _unit(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
-def _binary(chances: jax.Array) -> jax.Array:
-    """The entropy of each bit."""
-    other = 1 - chances
-    return -(chances * jnp.log(chances + GUARD) + other * jnp.log(other + GUARD))
+def _binary(one: jax.Array, other: jax.Array) -> jax.Array:
+    """The entropy of each bit, from the chances of its values."""
+    return -(one * jnp.log(one + GUARD) + other * jnp.log(other + GUARD))
