@@ -109,7 +109,10 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
             if step == stage.begin and step > 0:
                 optimizer = stages.optimizer(settings, stage)
                 networks["model"] = state.restarted(
-                    networks["model"], optimizer, mesh=mesh, strategy=settings.strategy
+                    state.from_average(networks["model"]),
+                    optimizer,
+                    mesh=mesh,
+                    strategy=settings.strategy,
                 )
             batch = sharding.global_batch(next(batches), mesh)
             with jax.transfer_guard("disallow"):

@@ -169,17 +169,17 @@ def test_a_gradient_that_is_not_finite_changes_nothing(poison, key):
 
 
 def test_the_average_follows_its_formula(key):
-    """min(decay, (1 + s) / (10 + s)), written out in float64."""
+    """min(decay, s / (9 + s)), written out in float64; the first step copies."""
     _, state, _, step = full()
     average = np.asarray(state.params["conv_in"]["kernel"], np.float64)
     np.testing.assert_array_equal(state.ema["conv_in"]["kernel"], average)
     for number in range(5):
         state, _ = step(state, gradients_of(state, jax.random.fold_in(key, number)))
-        decay = min(0.3, (1 + number) / (10 + number))
+        decay = min(0.3, number / (9 + number))
         kernel = np.asarray(state.params["conv_in"]["kernel"], np.float64)
         average = decay * average + (1 - decay) * kernel
         np.testing.assert_allclose(state.ema["conv_in"]["kernel"], average, rtol=1e-4, atol=1e-6)
-    assert (1 + 3) / (10 + 3) > 0.3 > (1 + 2) / (10 + 2)  # both sides of the minimum were taken
+    assert 4 / (9 + 4) > 0.3 > 3 / (9 + 3)  # both sides of the minimum were taken
     assert states.averaged(state) is state.ema
     assert states.averaged(state.replace(ema=None)) is state.params
 
@@ -220,7 +220,8 @@ def test_decay_is_for_what_the_pattern_names():
 def test_what_is_not_trained_stays_and_is_not_in_the_norm(key):
     """Decay does not move it either; the average goes on towards it."""
     _, state, optimizer, _ = full()
-    state = state.replace(ema=jax.tree.map(lambda leaf: leaf + 1, state.ema))
+    ema = jax.tree.map(lambda leaf: leaf + 1, state.ema)
+    state = state.replace(step=jnp.asarray(9, jnp.int32), ema=ema)  # 9 / (9 + 9) is over 0.3
     gradients = gradients_of(state, key)
     after, scalars = jax.jit(
         functools.partial(
@@ -240,7 +241,7 @@ def test_what_is_not_trained_stays_and_is_not_in_the_norm(key):
             assert (np.asarray(old[path]) != np.asarray(new[path])).any(), path
         else:
             np.testing.assert_array_equal(old[path], new[path], err_msg=path)
-            np.testing.assert_allclose(average[path], old[path] + 0.1, rtol=1e-5, err_msg=path)
+            np.testing.assert_allclose(average[path], old[path] + 0.3, rtol=1e-5, err_msg=path)
     broken = jax.tree.map(lambda leaf: leaf, gradients)
     broken["norm"]["scale"] = broken["norm"]["scale"].at[0].set(jnp.nan)
     _, scalars = jax.jit(
@@ -259,6 +260,18 @@ def test_a_restarted_state_keeps_all_but_its_moments(key):
     equal(after.opt_state, other.chain.init(state.params))
     assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.opt_state))
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(after.opt_state))
+
+
+def test_a_stage_goes_on_from_the_average(key):
+    _, state, _, step = full()
+    for number in range(3):
+        state, _ = step(state, gradients_of(state, jax.random.fold_in(key, number)))
+    after = states.from_average(state)
+    equal(after.params, state.ema)
+    equal(after.replace(params=()), state.replace(params=()))
+    pairs = zip(jax.tree.leaves(state.params), jax.tree.leaves(state.ema), strict=True)
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in pairs)
+    equal(states.from_average(state.replace(ema=None)).params, state.params)
 
 
 def test_muon_turns_the_matrices_of_the_blocks(key):
@@ -330,6 +343,7 @@ def test_upkeep_moves_statistics_and_overwrites_the_average_where_it_revived(key
         equal((after.params[name], after.ema[name]), (state.params[name], state.ema[name]))
     equal((after.step, after.opt_state), (state.step, state.opt_state))
     # a row that lives keeps its own average: here all but row 5
+    after = after.replace(step=jnp.asarray(9, jnp.int32))  # the first step would copy
     later, _ = step(after, gradients_of(after, key))
     counts = later.stats["quantizer"]["counts"].at[5].set(0.0)
     rows = later.params["quantizer"]["codebook"].at[5].set(-1e3)

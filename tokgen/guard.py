@@ -53,28 +53,20 @@ class Meter:
             self.kept.popleft()
 
     def figures(self) -> dict[str, float]:
-        """Usage, perplexity and dead codes; then a step forgets what was remembered.
+        """Usage, perplexity and dead codes, of all tokens and per scale; then they are forgotten.
 
         `reached` compares usage with what as many uniform draws would reach. Where all codes of an
         alphabet are words of bits, `idle_bits` are those with one value in 99 % of the tokens.
         """
         tokens_BLG = np.concatenate(jax.device_get(list(self.kept)))
         self.kept.clear()
-        found, many = {}, len(self.layout.grids) > 1
+        found = measured(tokens_BLG, self.layout)
+        if len(self.layout.grids) == 1:
+            return found
         for scale, (start, size) in enumerate(self.layout.spans):
-            part = tokens_BLG[:, start : start + size]
-            for name, value in measured(part, self.layout).items():
-                if many:
-                    found[f"{name}_{scale}"] = value
-                found.setdefault(name, []).append(value)
-        worst = {
-            "usage": min,
-            "reached": min,
-            "perplexity": min,
-            "dead_codes": max,
-            "idle_bits": max,
-        }
-        return {k: worst[k](v) if isinstance(v, list) else v for k, v in found.items()}
+            part = measured(tokens_BLG[:, start : start + size], self.layout)
+            found |= {f"{name}_{scale}": value for name, value in part.items()}
+        return found
 
 
 def measured(tokens_BLG: np.ndarray, layout: TokenLayout) -> dict[str, float]:

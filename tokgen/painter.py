@@ -84,12 +84,16 @@ def weighted(settings, terms, weights, step):
     `config.anneal` names terms that begin stronger: name=(factor, share of the run over which the
     factor falls to 1), as the entropies of MaskBit do.
     """
+    anneal = settings.get("anneal", {})
     missing = sorted(set(terms) - set(weights))
     if missing:
         raise UserError(f"config.loss needs a weight for {', '.join(missing)}; 0 turns a term off")
+    if set(anneal) - set(weights):
+        unknown = ", ".join(sorted(set(anneal) - set(weights)))
+        raise UserError(f"config.anneal names {unknown}; config.loss has {', '.join(weights)}")
     total = 0.0
     for name, value in terms.items():
-        factor, share = settings.get("anneal", {}).get(name, (1.0, 1.0))
+        factor, share = anneal.get(name, (1.0, 1.0))
         left = jnp.clip(1 - step / (share * settings.steps), 0, 1)
         total = total + weights[name] * (1 + (factor - 1) * left) * value
     return total

@@ -28,7 +28,8 @@ class Stage:
             writes for the image (TiTok's first stage, arXiv:2406.07550).
         train: pattern of the paths of the parameters that learn, such as "decoder/.*".
         loss: weights that differ from `config.loss`.
-        optimizer: arguments that differ from `config.optimizer`; each stage starts afresh.
+        optimizer: arguments that differ from `config.optimizer`; each stage starts afresh,
+            from the averaged parameters of the one before.
         begin, end: its steps; set by `plan`.
     """
 

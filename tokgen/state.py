@@ -226,6 +226,15 @@ def create(
     return graph, jax.jit(init, out_shardings=layout)()
 
 
+def from_average(state: TrainState) -> TrainState:
+    """The state with its average as its parameters: what was evaluated is built on."""
+    if state.ema is None:
+        return state
+    params = jax.tree.map(lambda e, p: e.astype(p.dtype), state.ema, state.params)
+    # a copy: the training step donates both
+    return state.replace(params=jax.tree.map(jnp.copy, params))
+
+
 def restarted(
     state: TrainState, optimizer: Optimizer, *, mesh: jax.sharding.Mesh, strategy: str = "data"
 ) -> TrainState:
@@ -277,8 +286,8 @@ def apply_gradients(
     )
     average = state.ema
     if average is not None:
-        # warm-up as in open-muse: min(decay, (1 + s) / (10 + s))
-        decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
+        # warm-up as in open-muse: the first step copies
+        decay = jnp.minimum(ema, state.step / (9.0 + state.step))
         average = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), average, _float32(params))
 
     def keep(new, old):

@@ -172,7 +172,7 @@ def test_misfits_are_one_message_and_leave_nothing(taming, tmp_path, capfd):
         assert part in said, said
     words = ("import", file, "--out", out)
     assert "did you mean 'taming_vqgan'" in told(capfd, *words, "--system", "taming_vqgam")
-    assert "lpips is no tokenizer" in told(capfd, *words, "--system", "lpips")
+    assert "found 'lpips'" in told(capfd, *words, "--system", "lpips")
     assert "--system right" in told(capfd, *words, "--system", "llamagen_vq")
     assert str(tmp_path / "none.ckpt") in told(
         capfd, "import", tmp_path / "none.ckpt", "--system", "taming_vqgan", "--out", out

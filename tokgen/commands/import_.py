@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import pathlib
 
 import yaml
@@ -40,6 +41,12 @@ def run(args: argparse.Namespace) -> None:
     out, file = pathlib.Path(args.out), pathlib.Path(args.file)
     if (out / checkpoint.FOLDER).exists():
         raise UserError(f"{out} already holds checkpoints; choose a new --out")
+    if args.system not in importable():
+        near = difflib.get_close_matches(args.system, importable(), 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(
+            f"--system must be one of {', '.join(importable())}; found {args.system!r}{hint}"
+        )
     published = _read(args.config) if args.config else {}
     options = {"unknown": "opaque"} if args.opaque else {}
     imported = transfer.read(file, args.system, published, **options)
