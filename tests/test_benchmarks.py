@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
@@ -82,6 +84,22 @@ def test_data_loading():
     assert rates["plain PIL loop"][-1] == 1.0
     assert min(rate[0] for rate in rates.values()) > 0
     assert len(rates) == 5
+
+
+def test_quantizers(tmp_path):
+    drawn = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    for number, image_HW3 in enumerate(drawn):
+        folder = tmp_path / "images" / ("train" if number < 6 else "test")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image_HW3).save(folder / f"{number}.png")
+    words = ["--data", str(tmp_path / "images"), "--workdir", str(tmp_path / "runs")]
+    header, titles, _, row = quick(
+        "quantizers", *words, "--names", "fsq", "--steps", "2", "--images", "2"
+    )
+    check_header(header)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert len(cells) == len(titles.strip("|").split("|")) and cells[0] == "fsq"
+    assert float(cells[1].split()[0]) > 5 and cells[5] == "638"  # 64 log2(1000)
 
 
 def test_every_benchmark_is_run_here_and_told_in_the_results():
