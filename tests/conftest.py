@@ -21,6 +21,9 @@ if sys.prefix != sys.base_prefix:
     CACHE = pathlib.Path(sys.prefix) / "cache"
     os.environ.setdefault("TOKGEN_CACHE", str(CACHE))
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
+# Tests compile far longer than they compute: without optimizations in half the time. Programs that
+# tests start inherit it; `optimized` turns it back on.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Tests compile many small programs, each below the default of one second.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
@@ -66,8 +69,8 @@ def no_mesh():
 
 
 @pytest.fixture
-def unoptimized():
-    """Programs that run once: compiled without optimizations, in a third of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimized():
+    """Programs as users compile them, for tests of what optimizing might break."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -321,7 +321,6 @@ def moved(before, after) -> set[str]:
 BLIND = re.compile(r"model/.*attention/key/bias|critic/last/bias")
 
 
-@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("reference", SHRUNK)
 def test_a_file_trains_two_steps(reference, tmp_path):
     settings = shrunk(reference)
