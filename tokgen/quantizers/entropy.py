@@ -56,7 +56,7 @@ def of_bits(log_odds_BPC: jax.Array, form: str) -> dict[str, jax.Array]:
     bits_BPC = -(jnp.exp(likely) * likely + jnp.exp(unlikely) * unlikely)
     log_odds_nC = log_odds_BPC.reshape(-1, C)
     low_na, high_nb = _chances(log_odds_nC[:, : C // 2]), _chances(log_odds_nC[:, C // 2 :])
-    batch_ab = _highest("na,nb->ab", low_na, high_nb) / len(log_odds_nC)
+    batch_ab = highest("na,nb->ab", low_na, high_nb) / len(log_odds_nC)
     return {
         "sample_entropy": jnp.mean(jnp.sum(bits_BPC, -1)),
         "batch_entropy": -jnp.sum(batch_ab * _log(batch_ab, form)),
@@ -71,7 +71,7 @@ def signs(bits: int) -> np.ndarray:
 def _chances(log_odds_nC: jax.Array) -> jax.Array:
     """[n, 2^C]: what C bits make of each of their codes."""
     codes_VC = jnp.asarray(signs(log_odds_nC.shape[-1]), log_odds_nC.dtype)
-    return jax.nn.softmax(_highest("nC,VC->nV", log_odds_nC / 2, codes_VC))
+    return jax.nn.softmax(highest("nC,VC->nV", log_odds_nC / 2, codes_VC))
 
 
 def _entropies(targets, chances, scaled, form: str) -> dict[str, jax.Array]:
@@ -90,6 +90,7 @@ def _log(chances: jax.Array, form: str) -> jax.Array:
     return jnp.log(chances + GUARD if form == "shifted" else jnp.maximum(chances, GUARD))
 
 
-def _highest(formula: str, *operands: jax.Array) -> jax.Array:
+def highest(formula: str, *operands: jax.Array) -> jax.Array:
+    """A product in float32 all through, for distances and chances."""
     # accelerators multiply float32 in TF32 or bfloat16 unless told otherwise
     return jnp.einsum(formula, *operands, precision=jax.lax.Precision.HIGHEST)

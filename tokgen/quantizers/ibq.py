@@ -41,12 +41,12 @@ class Quantizer(nnx.Module):
         del key
         latents_BPC = latents_BPC.astype(jnp.float32)
         rows_VC = self.codebook[...].astype(jnp.float32)
-        logits_BPV = _highest("BPC,VC->BPV", latents_BPC, rows_VC)
+        logits_BPV = entropies.highest("BPC,VC->BPV", latents_BPC, rows_VC)
         tokens_BLG = jnp.argmax(logits_BPV, -1)[..., None]
         hard_BPC = rows_VC[tokens_BLG[..., 0]]
         # one_hot + p - stop(p), times the codebook: the rows' gradient is the one-hot's, the
         # chances' gradient is the rows; written so that the value is a row, to the bit
-        soft_BPC = _highest(
+        soft_BPC = entropies.highest(
             "BPV,VC->BPC", jax.nn.softmax(logits_BPV), jax.lax.stop_gradient(rows_VC)
         )
         codes_BPC = hard_BPC + (soft_BPC - jax.lax.stop_gradient(soft_BPC))
@@ -62,7 +62,7 @@ class Quantizer(nnx.Module):
     def encode(self, latents_BPC: jax.Array) -> jax.Array:
         """[B, P, C] -> tokens [B, P, 1]."""
         rows_VC = self.codebook[...].astype(jnp.float32)
-        products_BPV = _highest("BPC,VC->BPV", latents_BPC.astype(jnp.float32), rows_VC)
+        products_BPV = entropies.highest("BPC,VC->BPV", latents_BPC.astype(jnp.float32), rows_VC)
         return jnp.argmax(products_BPV, -1)[..., None]
 
     def decode(self, tokens_BLG: jax.Array) -> jax.Array:
@@ -71,8 +71,3 @@ class Quantizer(nnx.Module):
 
     def maintain(self, latents_BPC: jax.Array, *, key: jax.Array) -> None:
         """Nothing to keep up between steps: the softmax reaches rows that nobody chose."""
-
-
-def _highest(formula: str, *operands: jax.Array) -> jax.Array:
-    # accelerators multiply float32 in TF32 or bfloat16 unless told otherwise
-    return jnp.einsum(formula, *operands, precision=jax.lax.Precision.HIGHEST)

@@ -158,7 +158,7 @@ class Quantizer(nnx.Module):
         """(rows that are the means of their latents, sums of the latents), as moving averages."""
         # a product with one-hot rows and not a scatter: float scatters have no fixed order on GPUs
         chosen_nV = jax.nn.one_hot(tokens_n, self.codes, dtype=jnp.float32)
-        fresh_VC = _highest("nV,nC->VC", chosen_nV, latents_nC) / len(latents_nC)
+        fresh_VC = entropies.highest("nV,nC->VC", chosen_nV, latents_nC) / len(latents_nC)
         sums_VC = self.decay * self.sums[...] + (1 - self.decay) * fresh_VC
         means_VC = sums_VC / jnp.maximum(counts_V, 1e-12)[:, None]
         rows_VC = jnp.where(counts_V[:, None] > 1e-12, means_VC, self.codebook[...])
@@ -173,7 +173,7 @@ class Quantizer(nnx.Module):
         """[..., V] squared distances less |z|^2, which no choice or softmax among rows sees."""
         seen = MATCHES[self.match]
         latents_BPC, rows_VC = seen(latents_BPC), seen(self.rows())
-        products = _highest("...C,VC->...V", latents_BPC, rows_VC)
+        products = entropies.highest("...C,VC->...V", latents_BPC, rows_VC)
         squares_V = jnp.sum(rows_VC * rows_VC, axis=-1)
         return squares_V.reshape((1,) * (products.ndim - 1) + (-1,)) - 2 * products
 
@@ -182,11 +182,6 @@ def _unit(x: jax.Array) -> jax.Array:
     """x / |x|; the square is bounded below so that a zero vector has a finite gradient."""
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
-
-
-def _highest(formula: str, *operands: jax.Array) -> jax.Array:
-    # accelerators multiply float32 in TF32 or bfloat16 unless told otherwise
-    return jnp.einsum(formula, *operands, precision=jax.lax.Precision.HIGHEST)
 
 
 def _sphere(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
