@@ -20,7 +20,7 @@ from tokgen.commands import evaluate, sample
 from tokgen.data import stream, tokens
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
 from tokgen.nn import precision, transformer
-from tokgen.sampling import decode, presets
+from tokgen.sampling import presets
 
 
 def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -33,17 +33,8 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         optimizer=(state.optimizer, ("steps",)),
         mesh=(sharding.make_mesh, ()),
     )
-    if not settings.data.tokens:
-        raise UserError(
-            "config.data.tokens names no token shards; make them with tokgen pretokenize and give "
-            "the folder as --config.data.tokens=DIR"
-        )
-    source = tokens.Source(settings.data.tokens, split="train")
-    held_out = tokens.Source(settings.data.tokens, split="held_out")
+    source, held_out, tokenizer = read(settings.data)
     layout, classes = TokenLayout.from_json(source.layout), source.classes
-    made_by = source.header["tokenizer"]
-    tokenizer = checkpoint.load_tokenizer(settings.data.tokenizer or made_by["path"])
-    checkpoint.check_tokenizer(tokenizer, made_by["fingerprint"], f"token set {source.path}")
     codec = tokenizer.module.quantizer
     optimizer = config.call(state.optimizer, settings.optimizer, "optimizer", steps=steps)
 
@@ -51,8 +42,15 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         rngs = nnx.Rngs(rng.key(seed, "init"))
         return config.generator(settings, layout, len(classes), rngs=rngs)
 
-    plan = decode.steps(nnx.eval_shape(make))  # built abstractly, before any work
-    sampler = presets.sampler(presets.named(settings.presets.to_dict(), "default"), plan)
+    shapes = nnx.eval_shape(make)  # built abstractly, before any work
+    presets.prepare(shapes, presets.named(settings.presets.to_dict(), "default"))
+    if (getattr(shapes, "cond", "label") == "text") != bool(settings.data.get("text", "")):
+        raise UserError(
+            "a generator whose condition is text needs features, and no other one reads them: "
+            f"config.data.text={settings.data.get('text', '')!r}, and the generator's condition is "
+            f"a {getattr(shapes, 'cond', 'label')}; it is the folder of train.npy, train_mask.npy, "
+            "held_out.npy and held_out_mask.npy"
+        )
 
     mesh = config.call(sharding.make_mesh, settings.mesh, "mesh")
     jax.set_mesh(mesh)
@@ -69,7 +67,7 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         data=source.fingerprint,
         tokenizer=checkpoint.reference(tokenizer.step, workdir)
         | {"fingerprint": tokenizer.fingerprint},
-        tokens=checkpoint.reference(source.path, workdir),
+        tokens=checkpoint.reference(source.path, workdir) if settings.data.tokens else None,
     )
     networks, what = checkpoint.resume_or_start(run, {"model": network})
     network = networks["model"]
@@ -79,6 +77,8 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
     start = int(jax.device_get(network.step))
     log, stop = report.Log(workdir, step=start), launch.Stop()
+    if what.startswith("started from") and settings.held_out.samples:
+        show_imported(settings, (held_out, tokenizer), log)
     batches = stream.batches(
         source,
         seed=seed,
@@ -90,22 +90,45 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         for step in range(start, steps):
             batch = sharding.global_batch(next(batches), mesh)
             with jax.transfer_guard("disallow"):
+                if "image" in batch:
+                    batch["tokens"] = source.encode(batch.pop("image"))
                 network, scalars = step_of(network, batch, codec)
             bar.update()
             done = step + 1
             if done % every.scalars == 0 or done == steps:
                 values = jax.device_get(scalars)
-                log.scalars(done, values)
+                log.scalars(done, values | {"images_seen": done * settings.batch_size})
                 bar.set_postfix_str(report.figures(values, ("nats_per_token", "token_accuracy")))
                 give_up(values, done)
             last = done == steps or bool(stop)
             if done % every.save == 0 or last:
-                save(run, network, graph, (held_out, tokenizer, sampler, classes), log, settings)
+                save(run, network, graph, (held_out, tokenizer), log)
             if stop:
                 break
     run.close()
     log.close()
-    report.say(f"step {done if start < steps else start} of {steps} is saved in {workdir}")
+    done = done if start < steps else start
+    seen = f"{done * settings.batch_size:,} images seen"
+    report.say(f"step {done} of {steps} ({seen}) is saved in {workdir}")
+
+
+def read(data):
+    """(training, held-out source, tokenizer): token shards, or images that are encoded here."""
+    if data.tokens:
+        source, held_out = (evaluate.generator_source(data, s) for s in tokens.SPLITS)
+        made_by = source.header["tokenizer"]
+        tokenizer = checkpoint.load_tokenizer(data.tokenizer or made_by["path"])
+        checkpoint.check_tokenizer(tokenizer, made_by["fingerprint"], f"token set {source.path}")
+        return source, held_out, tokenizer
+    if not data.tokenizer:
+        raise UserError(
+            "config.data.tokens names no token shards; make them with tokgen pretokenize and give "
+            "the folder as --config.data.tokens=DIR. Or name a tokenizer, --config.data.tokenizer="
+            "CKPT, which then encodes its own data, or the folder --config.data.images=DIR"
+        )
+    # in float32, as shards are made
+    tokenizer = checkpoint.load_tokenizer(data.tokenizer, compute="float32")
+    return *(evaluate.generator_source(data, s, tokenizer) for s in tokens.SPLITS), tokenizer
 
 
 def train_step(settings, graph, optimizer):
@@ -114,7 +137,7 @@ def train_step(settings, graph, optimizer):
     @functools.partial(jax.jit, donate_argnums=0)
     def step(network, batch, codec):
         key = rng.key(settings.seed, "train", network.step)
-        batch = TokenBatch(batch["tokens"], batch["label"])
+        batch = TokenBatch(batch["tokens"], evaluate.condition(batch))
 
         def loss(params):
             generator = state.merge(graph, params, network.stats)
@@ -137,23 +160,52 @@ def give_up(values, step: int) -> None:
         )
 
 
-def save(run, network, graph, with_what, log, settings) -> None:
+def save(run, network, graph, with_what, log) -> None:
     """Held-out nats and a sample grid from the averaged weights, then a checkpoint."""
-    held_out, tokenizer, sampler, classes = with_what
-    step = int(jax.device_get(network.step))
+    held_out, tokenizer = with_what
+    step, settings = int(jax.device_get(network.step)), run.config
     generator = state.merge(graph, state.averaged(network), network.stats)
     codec = tokenizer.module.quantizer
-    figures = evaluate.likelihood(generator, codec, held_out, count=settings.held_out.images)
+    figures = evaluate.likelihood(
+        *(generator, codec, held_out),
+        count=settings.held_out.images,
+        draws=settings.held_out.get("orders", 8),
+    )
     report.say(f"step {step}: held out {report.figures(figures, ('nats_per_token', 'nats_error'))}")
     log.scalars(step, figures, split="held_out")
     if settings.held_out.samples:
-        shown = min(max(len(classes), 1), 10)
-        label_N = np.repeat(np.arange(shown, dtype=np.int32), settings.held_out.samples)
-        _, image_NHW3 = sample.draw(
-            generator, tokenizer.module, label_N, sampler, seed=settings.seed, batch=len(label_N)
-        )
-        log.image(step, "samples", report.grid(image_NHW3, settings.held_out.samples, scale=2))
+        preset = presets.named(settings.presets.to_dict(), "default")
+        image_HW3 = grid(generator, preset, held_out.classes, with_what, settings)
+        log.image(step, "samples", image_HW3)
     run.save({"model": network}, figures)
+
+
+def show_imported(settings, with_what, log) -> None:
+    """What the model that a run starts from could do: its own classes, its own preset."""
+    imported = checkpoint.load_generator(settings.init_from)
+    own = imported.config.get("presets", ml_collections.ConfigDict()).to_dict()
+    preset = presets.named(own, "default" if "default" in own else "no_guidance")
+    image_HW3 = grid(imported.module, preset, imported.classes, with_what, settings)
+    log.image(0, "imported", image_HW3)
+
+
+def grid(generator, preset, classes, with_what, settings) -> np.ndarray:
+    """Samples of the first ten classes, or of the first ten held-out texts, a row for each."""
+    held_out, tokenizer = with_what
+    columns = settings.held_out.samples
+    if getattr(generator, "cond", "label") == "text":
+        ten = np.arange(min(10, len(held_out)))
+        shown = evaluate.condition(next(stream.once(held_out, batch_size=len(ten), indices=ten)))
+    else:
+        shown = np.arange(min(max(len(classes), 1), 10), dtype=np.int32)
+    cond = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf), columns, axis=0), shown)
+    generator, sampler = presets.prepare(generator, preset)
+    _, image_NHW3 = sample.draw(
+        *(generator, tokenizer.module, cond, sampler),
+        seed=settings.seed,
+        batch=len(jax.tree.leaves(cond)[0]),
+    )
+    return report.grid(image_NHW3, columns, scale=2)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Configs: overrides are checked, problems told together, every config file builds as stated."""
 
+import functools
 import pathlib
 import re
 
@@ -8,6 +9,7 @@ import ml_collections
 import pytest
 from flax import nnx
 
+from tests import recipes
 from tokgen import config as configs
 from tokgen import interfaces, report
 from tokgen import state as states
@@ -16,18 +18,10 @@ from tokgen.nn import precision
 
 FOLDER = configs.programs() / "configs"
 FILES = sorted(f"{file.parent.name}/{file.stem}" for file in FOLDER.glob("*/*.py"))
-LAYOUT = interfaces.TokenLayout((240,), ((8, 8),))
 
-# Config and variant -> parameters, as the table says at the start of a run. A generator's are
-# those for the tokens of LAYOUT and 10 classes.
-# By hand, generator/shapes: a layer 2*128 + 4*128*128 + 3*128*352, four of them; 240*128 symbols,
-# 11*128 labels, a head of 128 + 128*240.
+# Config and variant -> parameters, as the table says at the start of a run.
 PARAMETERS = {
-    "generator/cifar10": 866_816,
-    "generator/cifar10:columns": 866_816,
-    "generator/cifar10:random": 883_328,
-    "generator/cifar10:raster": 866_816,
-    "generator/shapes": 866_816,
+    **{reference: count for reference, (_, _, count) in recipes.GENERATORS.items()},
     "tokenizer/ablation": 794_680,
     "tokenizer/ablation:bsq": 791_098,
     "tokenizer/ablation:fsq": 777_268,
@@ -44,6 +38,7 @@ PARAMETERS = {
     "tokenizer/cifar10_f4": 777_268,
     "tokenizer/cifar10_f4:ema": 786_488,
     "tokenizer/cifar10_f4:gan": 777_268,
+    "tokenizer/cifar10_f4:pyramid": 815_440,
     "tokenizer/cifar10_f4:vq": 794_680,
     "tokenizer/ibq": 110_982_019,
     "tokenizer/ibq:1024": 107_049_859,
@@ -78,6 +73,7 @@ PARAMETERS = {
     "tokenizer/shapes": 132_019,
     "tokenizer/shapes:ema": 135_224,
     "tokenizer/shapes:hard": 132_019,
+    "tokenizer/shapes:pyramid": 146_768,
     "tokenizer/shapes:vq": 137_272,
     "tokenizer/taming_vqgan": 72_141_699,
     "tokenizer/taming_vqgan:f16_1024": 72_141_699,
@@ -113,8 +109,7 @@ PARAMETERS = {
 
 
 def load(reference="tokenizer/shapes", *overrides):
-    name, colon, variant = reference.partition(":")
-    return configs.load(f"configs/{name}.py{colon}{variant}", overrides)
+    return recipes.load(reference, overrides)
 
 
 def refused(*overrides, reference="tokenizer/shapes"):
@@ -126,25 +121,35 @@ def refused(*overrides, reference="tokenizer/shapes"):
 # ---------------------------------------------------------------- the files in configs/
 
 
+@functools.cache
+def painted(module, shape, text) -> set[str]:
+    """Names of the losses, where an image comes out as large as it goes in."""
+    image = jax.ShapeDtypeStruct(shape, "float32")
+    text = text and jax.ShapeDtypeStruct((2, *text), "float32")
+    painted, quantized = jax.eval_shape(
+        lambda m, x, t: m.reconstruct(x, cond=t), module, image, text
+    )
+    assert painted.shape == image.shape
+    return set(quantized.losses)
+
+
 @pytest.mark.parametrize("reference", sorted(PARAMETERS))
 def test_every_config_builds_with_its_number_of_parameters(reference):
     settings = load(reference)
+    module = recipes.abstract(reference)
     if reference.startswith("tokenizer/"):
-        module = nnx.eval_shape(lambda: configs.tokenizer(settings, rngs=nnx.Rngs(0)))
         rows, columns = settings.view.size
         if module.layout is not None:
             grid = module.layout.grids[-1]
             assert rows % grid[0] == columns % grid[1] == 0
-        image = jax.ShapeDtypeStruct((2, rows, columns, settings.view.channels), "float32")
-        text = settings.decoder.get("text")
-        text = text and jax.ShapeDtypeStruct((2, *text), "float32")
-        painted, quantized = jax.eval_shape(
-            lambda m, x, t: m.reconstruct(x, cond=t), module, image, text
-        )
-        assert painted.shape == image.shape and set(quantized.losses) <= set(settings.loss)
+        image = (2, rows, columns, settings.view.channels)
+        assert painted(module, image, settings.decoder.get("text")) <= set(settings.loss)
     else:
-        module = nnx.eval_shape(lambda: configs.generator(settings, LAYOUT, 10, rngs=nnx.Rngs(0)))
-        assert module.layout == LAYOUT and sum(p.steps for p in module.plan()) == LAYOUT.length
+        layout, _, _ = recipes.GENERATORS[reference]
+        assert module.layout == layout
+        # one position, one scale or all of them at a step
+        drawn = sum(phase.steps * phase.size for phase in module.plan())
+        assert drawn == layout.length * (1 if module.exact else module.steps)
     params = states.split(module)[1]
     table = report.table(states.paths(params))
     assert states.count(params) == PARAMETERS[reference]

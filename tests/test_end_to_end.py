@@ -21,7 +21,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from tokgen import checkpoint, cli, launch
+from tokgen import checkpoint, cli, launch, report
 from tokgen import state as states
 from tokgen.data import tokens
 
@@ -73,7 +73,7 @@ def get_config():
     config = ConfigDict()
     config.seed, config.steps, config.batch_size = 0, 5, 4
     config.precision = dict(params="float32", compute="float32")
-    config.data = dict(tokens="", tokenizer="")
+    config.data = dict(tokens="", tokenizer="", images="", views="center,flip", text="")
     config.generator = dict(
         name="autoregressive", parts="llama_narrow", width=16, depth=2, heads=2, label_drop=0.2,
         rates=dict(residual=0.1),
@@ -264,6 +264,38 @@ def test_a_killed_generator_run_goes_on_to_the_same_bits(place, generator):
     assert sum(first[p]["checksum"] != last[p]["checksum"] for p in paths) > 0.8 * len(paths)
 
 
+def test_tokens_made_while_training_lead_to_the_same_bits(place, tokenizer, generator):
+    """Images in the place of shards: the same batches, the same held-out figures."""
+    workdir = place / "on_the_fly"
+    words = ("--config", f"{place}/generator.py", "--workdir", workdir,
+             f"--config.data.tokenizer={tokenizer}",
+             f"--config.data.images={place / 'pictures'}")  # fmt: skip
+    assert "step 5 of 5 (20 images seen) is saved" in program("generator", *words)
+    assert manifest(workdir) == manifest(generator)
+    logs = []
+    for folder in (workdir, generator):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        logs.append([{k: v for k, v in line.items() if k != "seconds"} for line in lines])
+    assert logs[0] == logs[1]
+    assert [line["images_seen"] for line in logs[0] if line["split"] == "train"] == [8, 16, 20]
+
+
+def test_a_run_that_starts_from_a_model_shows_what_that_could_do(place, generator):
+    words = (*generator_words(place, place / "tuned"), f"--config.init_from={generator}",
+             "--config.held_out.samples=2")  # fmt: skip
+    assert "started from the parameters of" in program("generator", *words)
+    sheets = []
+    for name in ("imported-0000000", "samples-0000005"):
+        with Image.open(place / "tuned" / "images" / f"{name}.png") as image:
+            sheets.append(np.asarray(image))
+    assert sheets[0].shape == sheets[1].shape == (2 * 2 * 32 + 6, 2 * 2 * 48 + 6, 3)
+    # its averaged weights, its two classes, its preset, the seed of the run
+    command("sample", generator, "--out", place / "tuned" / "again", "--number", 2, "--batch", 4)
+    with np.load(place / "tuned" / "again" / "samples.npz") as arrays:
+        again = report.grid(arrays["arr_0"], 2, scale=2)
+    np.testing.assert_array_equal(sheets[0], again)
+
+
 def test_gray_pictures_without_classes(place, capsys):
     """One channel from the folder to the sampled picture; an unconditional generator."""
     said = program("tokenizer", *tokenizer_words(place, place / "g_tokenizer", "gray", "gray"))
@@ -361,6 +393,9 @@ def test_evaluate_both_kinds(place, tokenizer, generator, capsys):
     np.testing.assert_allclose(nats["bits_per_token"], nats["nats_per_token"] / np.log(2))
     assert 0 < nats["unigram_nats"] < 1.2 * np.log(32)
     assert f"{nats['nats_per_token']:.4f}" in capsys.readouterr().out
+    command("evaluate", generator, "--order", "random", "--orders", 3, "--images", 4)
+    said = capsys.readouterr().out
+    assert "nats_per_token (order random, 3 orders)" in said and "nats_orders_error" in said
 
 
 # ---------------------------------------------------------------- what a user gets wrong
@@ -413,6 +448,14 @@ def test_usage_errors_of_training(place, tokenizer, generator, shards, capfd, mo
     assert "no config file" in tokenizer_error("--config", "nowhere.py", "--workdir", tokenizer)
     words = generator_words(place, generator, "no_such_tokens")
     assert str(place / "no_such_tokens") in generator_error(*words)
+    words = generator_words(place, generator)
+    said = generator_error(*words[:-1])
+    assert "--config.data.tokens=DIR" in said and "--config.data.images=DIR" in said
+    said = generator_error(*words, f"--config.data.text={place}")
+    assert f"{place}/train.npy" in said and "found no file" in said
+    said = generator_error(*words[:-1], f"--config.data.tokenizer={tokenizer}",
+                           "--config.data.views=middle,ten")  # fmt: skip
+    assert "views must be different ones" in said
     after = contents(place)
     assert {n: v for n, v in after.items() if not n.endswith("/lock")} == {
         n: v for n, v in before.items() if not n.endswith("/lock")

@@ -26,7 +26,7 @@ PICTURE = {
     ),
     ENTRY: (
         *("train_tokenizer", "train_generator", "cli", "commands", "launch", "judge"),
-        *("stages", "guard", "adversary", "painter"),
+        *("stages", "guard", "adversary", "painter", "imports", "families"),
     ),
 }
 RANK = {unit: rank for rank, units in PICTURE.items() for unit in units}
@@ -36,7 +36,6 @@ EXCEPTIONS = {
     ("checkpoint", "manifest"): "what a checkpoint is compared with",
     ("checkpoint", "state"): "a checkpoint holds TrainStates",
     ("checkpoint", "config"): "the config inside a checkpoint rebuilds its module",
-    ("checkpoint", "pretrained"): "imported weights become a checkpoint, and an export again",
     ("pretrained", "losses"): "a fixture holds losses, too",
     ("pretrained", "state"): "a published checkpoint becomes a tokgen one",
     ("pretrained", "checkpoint"): "a published checkpoint becomes a tokgen one",
@@ -51,6 +50,7 @@ EXCEPTIONS = {
 # Symbols that may be imported from a module, with the reason: ("tokgen.module", "Symbol").
 SYMBOLS = {
     ("tokgen.pretrained.system", "System"): "what every file of pretrained is a list of",
+    ("tokgen.pretrained.system", "Weights"): "a type in every signature of pretrained",
     ("tokgen.nn.precision", "Precision"): "a type in nearly every signature of nn",
     ("tokgen.nn.parts", "Parts"): "the transformer's argument is called parts, as its module",
 }

@@ -1,11 +1,31 @@
-"""The judge is read back as it was trained, and judges form and not colour."""
+"""A judge is read back as it was trained; that of shapes judges form and not colour."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from PIL import Image
 
 from tokgen import judge
-from tokgen.data import shapes
+from tokgen.data import folder, images, shapes
+
+WAYS = ((0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1))
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A folder of two classes, dark and light, twelve of each and two held out."""
+    draw = np.random.default_rng(0)
+    for label, name in enumerate(("dark", "light")):
+        for split, count in (("train", 12), ("test", 2)):
+            place = tmp_path / "images" / split / name
+            place.mkdir(parents=True)
+            for number in range(count):
+                pixels = draw.integers(0, 100, (16, 16, 3)) + 150 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(place / f"{number}.png")
+    return tmp_path / "images"
 
 
 def test_second_call_reads_what_the_first_trained(tmp_path, monkeypatch):
@@ -13,13 +33,61 @@ def test_second_call_reads_what_the_first_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "STEPS", 3)
     image_NHW3 = shapes.Source(split="held_out").batch(range(20))
     first = judge.load_or_train()
-    monkeypatch.setattr(judge, "_train", None)  # a second training would fail
+    monkeypatch.setattr(judge, "_trained", None)  # a second training would fail
     second = judge.load_or_train()
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         np.testing.assert_array_equal(a, b)
     found = judge.predictions(second, image_NHW3, batch=8)
     np.testing.assert_array_equal(found, judge.predictions(first, image_NHW3, batch=20))
     assert len(list(tmp_path.glob("judge-*.npz"))) == 1
+
+
+def test_judge_of_photographs_learns_is_kept_and_belongs_to_its_images(
+    photographs, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TOKGEN_CACHE", str(tmp_path))
+    recipe = dataclasses.replace(judge.PHOTOGRAPHS, steps=30, batch=8, ema=0.5)
+    first = judge.of_photographs(photographs, (16, 16), recipe=recipe)
+    held_out = folder.Source(photographs, split="held_out")
+    image_NHW3 = np.stack([images.decode(held_out[i]["image"], 3) for i in range(4)])
+    found_N = judge.predictions(first, image_NHW3, batch=3)
+    np.testing.assert_array_equal(found_N, [held_out[i]["label"] for i in range(4)])
+    monkeypatch.setattr(judge, "_trained", None)
+    second = judge.of_photographs(photographs, (16, 16), recipe=recipe)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(a, b)
+    (photographs / "train" / "dark" / "0.png").unlink()  # other images, another judge
+    with pytest.raises(TypeError, match="not callable"):
+        judge.of_photographs(photographs, (16, 16), recipe=recipe)
+    assert len(list(tmp_path.glob("judge-*.npz"))) == 1
+
+
+def test_every_photograph_is_seen_once_in_each_epoch(photographs):
+    source = folder.Source(photographs, split="train")
+    batches = judge._shuffled(source, images.fixed("center", (16, 16), 3), 9, seed=4)
+    drawn = [next(batches) for _ in range(8)]  # three epochs of 24
+    label_N = np.concatenate([batch["label"] for batch in drawn])
+    bytes_N = [image.tobytes() for batch in drawn for image in batch["image"]]
+    whole = {images.decode(source[i]["image"], 3).tobytes(): source[i]["label"] for i in range(24)}
+    epochs = [bytes_N[first : first + 24] for first in (0, 24, 48)]
+    assert all(set(epoch) == set(whole) for epoch in epochs) and len(whole) == 24
+    assert [whole[image] for image in bytes_N] == label_N.tolist()
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_photograph_is_judged_by_ten_views():
+    network = judge.PhotographJudge(3, 10, (8, 8, 8), rngs=judge.nnx.Rngs(0))
+    image_NHW3 = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
+    wider = np.pad(image_NHW3, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    moved = [wider[:, 1 + y : 17 + y, 1 + x : 17 + x] for y, x in WAYS]
+    views = np.concatenate([*moved, *(view[:, :, ::-1] for view in moved)]).astype(np.float32)
+    logits_NV = np.asarray(network(jnp.asarray(views / 255)), np.float64).reshape(10, 40, 10)
+    ranked_NV = np.sort(logits_NV.sum(0), axis=-1)
+    clear_N = ranked_NV[:, -1] - ranked_NV[:, -2] > 1e-4
+    wanted_N = logits_NV.sum(0).argmax(-1)
+    assert clear_N.sum() > 30 and (wanted_N != logits_NV[0].argmax(-1)).any()
+    found_N = judge.predictions(network, image_NHW3, batch=40)
+    np.testing.assert_array_equal(found_N[clear_N], wanted_N[clear_N])
 
 
 def test_a_shift_of_colour_changes_nothing():
@@ -43,3 +111,26 @@ def test_turns_are_the_eight_symmetries_of_the_square():
         (match,) = [i for i, way in enumerate(ways) if np.array_equal(way, turned)]
         seen.add(match)
     assert seen == set(range(8))
+
+
+def test_photographs_are_mirrored_one_by_one_and_moved_together():
+    image_BHW3 = np.asarray(jax.random.uniform(jax.random.key(0), (3, 8, 8, 3)))
+    sides = ((0, 0), (judge.SHIFT,) * 2, (judge.SHIFT,) * 2, (0, 0))
+    places = range(2 * judge.SHIFT + 1)
+    ways = {}
+    for mirrored, part in ((0, image_BHW3), (1, image_BHW3[:, :, ::-1])):
+        wider = np.pad(part, sides, mode="reflect")
+        for row in places:
+            for column in places:
+                ways[mirrored, row, column] = wider[:, row : row + 8, column : column + 8]
+    moves, mirrors, shifted = set(), set(), jax.jit(judge._shifted)
+    for seed in range(120):
+        found = np.asarray(shifted(jnp.asarray(image_BHW3), jax.random.key(seed)))
+        which = [
+            next(way for way, part in ways.items() if np.array_equal(part[b], found[b]))
+            for b in range(3)
+        ]
+        assert len({(row, column) for _, row, column in which}) == 1
+        moves.add(which[0][1:])
+        mirrors.add(tuple(mirrored for mirrored, _, _ in which))
+    assert len(mirrors) == 8 and len(moves) == len(places) ** 2

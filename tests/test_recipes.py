@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests import recipes
 from tokgen import adversary, guard, painter, sharding, stages
 from tokgen import config as configs
 from tokgen import state as states
@@ -100,9 +101,7 @@ CRITIC = {
 
 def load(reference: str) -> ml_collections.ConfigDict:
     """The config of "file" or "file:variant", checked as the trainer checks it."""
-    name, colon, variant = reference.partition(":")
-    settings = configs.load(f"configs/tokenizer/{name}.py{colon}{variant}")
-    return checked(settings)
+    return checked(recipes.load(f"tokenizer/{reference}"))
 
 
 def checked(settings: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -120,18 +119,13 @@ def checked(settings: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return settings
 
 
-def abstract(settings):
-    return nnx.eval_shape(lambda: configs.tokenizer(settings, rngs=nnx.Rngs(0)))
-
-
 # ---------------------------------------------------------------- at full size
 
 
 @pytest.mark.parametrize("reference", PUBLISHED)
 def test_sizes_are_the_published_ones(reference):
     count, length, codes = PUBLISHED[reference]
-    settings = load(reference)
-    tokenizer = abstract(settings)
+    tokenizer = recipes.abstract(f"tokenizer/{reference}")
     params = states.split(tokenizer)[1]
     assert states.count(params) == count
     for part, size in PARTS.get(reference, {}).items():
@@ -190,7 +184,7 @@ def test_every_file_and_variant_is_tested():
 def test_decay_leaves_out_what_titok_leaves_out(name):
     """Everything of less than two axes, and whatever its published name calls an embedding."""
     settings = load(name)
-    params = states.split(abstract(settings))[1]
+    params = states.split(recipes.abstract(f"tokenizer/{name}"))[1]
     chosen = states.paths(states.matching(params, settings.optimizer.decayed))
     spared = r".*(/(bias|scale|table|codebook|token)|/?embed/kernel|conv_patch/kernel)"
     for path, decays in chosen.items():

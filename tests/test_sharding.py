@@ -13,16 +13,15 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 import train_generator
+from tests import recipes
 from tokgen import config, interfaces, painter, rng, sharding, stages, state
 from tokgen.critics import blur, features, patchgan, stylegan
 from tokgen.generators import autoregressive
-from tokgen.nn import positions
 from tokgen.nn.precision import FLOAT32
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-FILES = sorted((ROOT / "configs").glob("*/*.py"))
-VARIANTS = {"tokenizer/shapes": ("", "vq", "ema", "hard")}  # of the others only the plain config
-
+FILES = sorted((ROOT / "configs" / "tokenizer").glob("*.py"))
+VARIANTS = {"shapes": ("", "vq", "ema", "hard")}  # of the others only the plain config
 
 VIT = dict(name="vit", tokens=5, width=8, depth=2, heads=2, patch=4)
 CONV = dict(name="conv", widths=(32, 32), blocks=1, hidden=4)
@@ -64,28 +63,25 @@ TOKENIZERS = {
 }
 
 
-def _configs(kind):
-    for file in FILES:
-        if file.parent.name == kind:
-            name = f"{kind}/{file.stem}"
-            for variant in VARIANTS.get(name, ("",)):
-                reference = f"configs/{name}.py" + (f":{variant}" if variant else "")
-                yield reference, config.load(reference)
-
-
 def _networks():
-    """(name, constructor) of every network that a config or a training program builds."""
-    for reference, settings in _configs("tokenizer"):
-        yield reference, lambda settings=settings: config.tokenizer(settings, rngs=nnx.Rngs(0))
-    pair = interfaces.TokenLayout((64, 256), ((8, 8),))
-    for reference, settings in _configs("generator"):
-        for places in positions.PLACES:
-            settings.generator.places = places
+    """(name, module) of every network that a config or a training program builds."""
+    for file in FILES:
+        for variant in VARIANTS.get(file.stem, ("",)):
+            reference = f"tokenizer/{file.stem}" + (f":{variant}" if variant else "")
+            yield reference, recipes.abstract(reference)
+    seen = set()
+    for reference in recipes.GENERATORS:
+        module = recipes.abstract(reference)
+        form = frozenset(state.paths(state.split(module)[1]))
+        if form not in seen:  # sizes of the same form have the same names
+            seen.add(form)
+            yield reference, module
+    for name, make in _others():
+        yield name, nnx.eval_shape(make)
 
-            def make(settings=settings):
-                return config.generator(settings, pair, 10, rngs=nnx.Rngs(0))
 
-            yield f"{reference} with {places} places", make
+def _others():
+    """(name, constructor) of critics, and of tokenizers of parts that no config names."""
     for norm in patchgan.NORMS:
         yield (
             f"discriminator with {norm} norm",
@@ -118,8 +114,7 @@ def _abstract_state(module, name):
 def test_every_parameter_has_a_row_and_every_row_a_parameter():
     mesh = AbstractMesh((2, 2, 2), sharding.AXES)
     alive, missing = set(), []
-    for name, make in _networks():
-        module = nnx.eval_shape(make)
+    for name, module in _networks():
         blocks = any("/blocks/" in path for path in state.paths(state.split(module)[1]))
         for optimizer in ("adamw", "muon")[: 1 + blocks]:  # Muon is for the blocks alone
             for path, leaf in state.paths(_abstract_state(module, optimizer)).items():
@@ -132,9 +127,10 @@ def test_every_parameter_has_a_row_and_every_row_a_parameter():
                 alive.add(found[0])
                 axes = sharding.letters(path)
                 assert axes == dict(sharding.TABLE)[found[0]]
-                # a row that splits speaks of every dimension but that of stacked layers
+                # a row that splits speaks of every dimension but that of what is stacked: layers,
+                # skips of a U, the maps of a position's symbols
                 spare = leaf.ndim - len(axes)
-                stacked = "/blocks/" in path
+                stacked = re.search("/blocks/|/skips/kernel|head/logits/kernel", path) is not None
                 whole = not axes.strip(".")
                 assert whole or spare <= stacked, (
                     f"{name}: {path} {leaf.shape} has more axes than {axes}"

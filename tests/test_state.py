@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -79,8 +80,74 @@ def test_schedule_end_points():
     constant = states.schedule(0.4, 100, warmup=4, decay="constant")
     np.testing.assert_allclose([constant(s) for s in (0, 3, 99)], [0.1, 0.4, 0.4], rtol=1e-6)
     np.testing.assert_allclose(states.schedule(0.4, 10)(0), 0.4, rtol=1e-6)  # without warm-up
-    with pytest.raises(ValueError, match="cosine"):
-        states.schedule(0.1, 10, decay="linear")
+    with pytest.raises(ValueError, match="cosine, linear or constant"):
+        states.schedule(0.1, 10, decay="exponential")
+
+
+def published_lin0(step, warmup, steps, final, hold=0.05, start=0.005):
+    """VAR's schedule as its fact sheet states it (section 5), in float64."""
+    if step < warmup:
+        return start + (1 - start) * step / warmup
+    p = (step - warmup) / (steps - 1 - warmup)
+    return 1.0 if p < hold else final + (1 - final) * (1 - p) / (1 - hold)
+
+
+def test_the_linear_decay_is_vars_lin0():
+    steps, warmup = 2011, 10  # 2,000 steps from the end of the warm-up to the last one
+    rate = states.schedule(
+        3e-4, steps, warmup=warmup, start=0.005, decay="linear", hold=0.05, final=0.01
+    )
+    # section 10: p = 0.04, 0.05, 0.5, 1
+    found = [rate(warmup + p) / 3e-4 for p in (80, 100, 1000, 2000)]
+    np.testing.assert_allclose(found, [1, 1, 0.531053, 0.01], atol=1e-6)
+    every = np.concatenate([np.arange(30), np.arange(30, steps, 97), [steps - 1]])
+    expected = [3e-4 * published_lin0(s, warmup, steps, 0.01) for s in every]
+    np.testing.assert_allclose(jax.vmap(rate)(jnp.asarray(every)), expected, rtol=1e-5)
+    np.testing.assert_allclose(rate(0), 3e-4 * 0.005, rtol=1e-6)
+    np.testing.assert_allclose(rate(5 * steps), 3e-6, rtol=1e-5)
+
+
+def test_cosines_of_rar_and_maskbit():
+    """The known answers of their sheets, sections 10 and 7; their ramps count from 0."""
+    rar = states.schedule(4e-4, 250_000, warmup=62_500, final=1e-5 / 4e-4)
+    steps = (31_250 - 1, 62_500, 125_000, 187_500, 250_000)
+    found = [rar(step) for step in steps]
+    np.testing.assert_allclose(found, [2e-4, 4e-4, 3.025e-4, 1.075e-4, 1e-5], rtol=1e-5)
+    np.testing.assert_allclose(rar(31_250), 2e-4, rtol=5e-5)  # to the digits of the sheet
+    maskbit = states.schedule(1e-4, 1_350_000, warmup=5000, final=0.1)
+    found = [maskbit(step) for step in (5000, 677_500, 1_350_000)]
+    np.testing.assert_allclose(found, [1e-4, 5.5e-5, 1e-5], rtol=1e-5)
+
+
+def test_a_schedule_begins_anew_at_its_restarts():
+    """NPP: two stages, each with a warm-up, 80 % of the rest at the full rate, down to a tenth."""
+    options = dict(warmup=10, decay="linear", hold=0.8, final=0.1)
+    whole = states.schedule(1e-4, 311, restarts=(0.5,), **options)
+    first, second = (states.schedule(1e-4, steps, **options) for steps in (156, 155))
+    steps = jnp.arange(311)
+    expected = np.concatenate([jax.vmap(first)(steps[:156]), jax.vmap(second)(steps[:155])])
+    np.testing.assert_allclose(jax.vmap(whole)(steps), expected, rtol=1e-6)
+    shares = expected[[0, 9, 100, 155, 156, 310]] / 1e-4
+    np.testing.assert_allclose(shares, [0.1, 1, 1, 0.1, 0.1, 0.1], rtol=1e-5)
+    three = states.schedule(1.0, 300, warmup=4, start=0.5, restarts=(0.2, 0.6), begin=50)
+    found = [three(50 + step) for step in (0, 59, 60, 62, 64, 180, 300)]
+    last = 0.5 * (1 + math.cos(math.pi * 55 / 56))
+    np.testing.assert_allclose(found, [0.5, last, 0.5, 0.75 * 1, 1, 0.5, 0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(hold=0.1),
+        dict(decay="linear", hold=1.0),
+        dict(start=-0.1),
+        dict(restarts=(0.5, 0.5)),
+        dict(restarts=(1.0,)),
+    ],
+)
+def test_impossible_schedules_are_refused(wrong):
+    with pytest.raises(ValueError, match="start must lie|restarts must be"):
+        states.schedule(0.1, 10, **wrong)
 
 
 def test_drops_fall_to_a_tenth_each_and_a_schedule_counts_from_its_begin():
@@ -194,6 +261,58 @@ def test_weight_decay_is_for_kernels_only():
     for path in old:
         factor = 1 - 0.1 * 0.5 if path.endswith("/kernel") else 1
         np.testing.assert_allclose(new[path], factor * old[path], rtol=1e-6, err_msg=path)
+
+
+def test_weight_decay_follows_a_half_cosine_of_the_global_step():
+    """VAR's 0.05 to 0.08; a step that is skipped counts."""
+    value = states.half_cosine(0.05, 0.08, 101)
+    expected = [0.08 - 0.03 * (0.5 + 0.5 * math.cos(math.pi * s / 100)) for s in (0, 25, 50, 100)]
+    np.testing.assert_allclose([value(s) for s in (0, 25, 50, 100)], expected, rtol=1e-6)
+    np.testing.assert_allclose(expected, [0.05, 0.0543934, 0.065, 0.08], atol=1e-7)
+    _, state, *_ = plain()
+    optimizer = states.optimizer(
+        *(5,), learning_rate=0.1, decay="constant", weight_decay=0.5, weight_decay_end=0.1
+    )
+    step = jax.jit(functools.partial(states.apply_gradients, optimizer=optimizer))
+    state = state.replace(opt_state=optimizer.chain.init(state.params))
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, zeros)
+    factor = 1.0
+    for number in range(5):
+        after, _ = step(state, broken if number == 2 else zeros)
+        shrink = 0.1 + 0.4 * (0.5 + 0.5 * math.cos(math.pi * number / 4))
+        factor *= 1.0 if number == 2 else 1 - 0.1 * shrink
+        old, state = state, after
+        moved = states.paths(after.params)["conv_in/kernel"]
+        np.testing.assert_allclose(moved, factor * make().conv_in.kernel[...], rtol=1e-5)
+        equal(old.params["norm"], after.params["norm"])
+    with pytest.raises(ValueError, match="weight_decay_end=-1"):
+        states.optimizer(5, learning_rate=1.0, weight_decay_end=-1.0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_decay_beside_the_chain_is_that_inside_it_to_the_bit(name, key):
+    """As it was before: the last link of the chain, whose state has no leaves."""
+    shapes = {"attention": (2, 32, 4, 8), "mlp": (2, 32, 96)}
+    params = {
+        "blocks": {n: {"kernel": jnp.ones(s)} for n, s in shapes.items()},
+        "head": {"kernel": jax.random.normal(key, (32, 64)), "bias": jnp.ones(64)},
+    }
+    new = states.optimizer(9, learning_rate=0.1, name=name, weight_decay=0.3)
+    link = optax.add_decayed_weights(0.3, mask=lambda tree: states.matching(tree, states.KERNELS))
+    moments = {"adamw": states._adam, "muon": states._muon}[name](0.9, 0.95)
+    old = optax.chain(optax.clip_by_global_norm(1.0), moments, link)
+    old = states.Optimizer(old, new.rate)
+    zero, found, kept = jnp.zeros((), jnp.int32), [], []
+    for optimizer in (new, old):
+        state = states.TrainState(zero, zero, params, {}, optimizer.chain.init(params), None)
+        step = jax.jit(functools.partial(states.apply_gradients, optimizer=optimizer))
+        for number in range(3):
+            state, _ = step(state, gradients_of(state, jax.random.fold_in(key, number)))
+        found.append(state.params)
+        kept.append(list(states.paths(state)))  # what a checkpoint calls its arrays
+    equal(*found)
+    assert kept[0] == kept[1]
 
 
 def test_decay_is_for_what_the_pattern_names():

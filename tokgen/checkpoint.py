@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -33,7 +32,6 @@ from tokgen import config as configs
 from tokgen import manifest, rng, sharding
 from tokgen import state as states
 from tokgen.interfaces import PyTree, TokenLayout, UserError
-from tokgen.pretrained import reader, transfer, writer
 
 FORMAT = 1
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)  # of damaged files
@@ -180,7 +178,8 @@ def resume_or_start(
     """(states, what was done). The whole policy, in this order:
 
     1. a checkpoint in the work directory: resume it, everything included;
-    2. `config.init_from`: take its parameters (and average), fresh optimizer, step 0;
+    2. `config.init_from`: take its parameters (and average), fresh optimizer, step 0; a generator's
+       class table may have other classes, and begins anew but for "no class";
     3. neither: the states as they were made.
     """
     steps = sorted(run.manager.all_steps())
@@ -191,33 +190,86 @@ def resume_or_start(
         leaves = _restore(step, states.paths(states_by_name), meta)
         return _unflatten(states_by_name, leaves), f"resumed step {steps[-1]} of {run.workdir}"
     if run.config.init_from:
-        step = find(run.config.init_from)
-        meta = read_meta(step)
-        wanted = states.paths(states_by_name)
-        there = {path.split("/")[0] for path in meta["manifest"]}
-        # a critic that was not there begins as it was made
-        taken = {
-            path: leaf
-            for path, leaf in wanted.items()
-            if path.split("/")[0] in {"model", *there}
-            and path.split("/")[1] in ("params", "ema", "stats")
-        }
-        if not any(path.startswith("model/ema/") for path in meta["manifest"]):
-            # imported weights may have no average: it begins as the parameters
-            taken = {p: leaf for p, leaf in taken.items() if p.split("/")[1] != "ema"}
-        missing = sorted(set(taken) - set(meta["manifest"]))
-        if missing:
-            raise UserError(
-                f"init_from {step} does not fit this config: it lacks {', '.join(missing[:5])}"
-                f"{' ...' if len(missing) > 5 else ''}"
-            )
-        leaves = {**wanted, **_restore(step, taken, meta)}
-        for path in set(wanted) - set(taken):
-            name, part, *rest = path.split("/")
-            if part == "ema":
-                leaves[path] = leaves["/".join((name, "params", *rest))].astype(jnp.float32)
-        return _unflatten(states_by_name, leaves), f"started from the parameters of {step}"
+        return _begun_from(find(run.config.init_from), run, states_by_name)
     return states_by_name, f"started a new run in {run.workdir}"
+
+
+def _begun_from(
+    step: pathlib.Path, run: Run, states_by_name: dict[str, states.TrainState]
+) -> tuple[dict[str, states.TrainState], str]:
+    """The states with the parameters of another run's step, or of an import."""
+    meta = read_meta(step)
+    notes = _same_tokens(meta, run, step)
+    wanted = states.paths(states_by_name)
+    there = {path.split("/")[0] for path in meta["manifest"]}
+    # a critic that was not there begins as it was made
+    taken = {
+        path: leaf
+        for path, leaf in wanted.items()
+        if path.split("/")[0] in {"model", *there}
+        and path.split("/")[1] in ("params", "ema", "stats")
+    }
+    if not any(path.startswith("model/ema/") for path in meta["manifest"]):
+        # imported weights may have no average: it begins as the parameters
+        taken = {p: leaf for p, leaf in taken.items() if p.split("/")[1] != "ema"}
+    missing = sorted(set(taken) - set(meta["manifest"]))
+    if missing:
+        raise UserError(
+            f"init_from {step} does not fit this config: it lacks {', '.join(missing[:5])}"
+            f"{' ...' if len(missing) > 5 else ''}"
+        )
+    # a class table of another length is read as it is there
+    tables = {
+        path: jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+        for path, leaf in taken.items()
+        if run.meta["kind"] == "generator" and path.endswith("/labels/table")
+        for shape in [tuple(meta["manifest"][path]["shape"])]
+        if shape[0] != leaf.shape[0] and shape[1:] == leaf.shape[1:]
+    }
+    restored = _restore(step, taken | tables, meta)
+    for path in tables:
+        mixed = taken[path].at[-1].set(restored[path][-1])
+        restored[path] = jax.device_put(mixed, taken[path].sharding)
+    leaves = {**wanted, **restored}
+    for path in set(wanted) - set(taken):
+        name, part, *rest = path.split("/")
+        if part == "ema":
+            leaves[path] = leaves["/".join((name, "params", *rest))].astype(jnp.float32)
+    what = "; ".join([f"started from the parameters of {step}", *notes])
+    return _unflatten(states_by_name, leaves), what
+
+
+def _same_tokens(meta: dict, run: Run, step: pathlib.Path) -> list[str]:
+    """What is to be told of tokens and classes; refuses a generator of other tokens."""
+    if meta["kind"] != run.meta["kind"]:
+        raise UserError(
+            f"init_from {step} holds a {meta['kind']}; this program trains a {run.meta['kind']}"
+        )
+    if meta["kind"] != "generator":
+        return []
+    notes = []
+    if meta["layout"] != run.meta["layout"]:
+        raise UserError(
+            f"init_from {step} writes tokens of {TokenLayout.from_json(meta['layout'])}; these "
+            f"are of {TokenLayout.from_json(run.meta['layout'])}: pretokenize with the tokenizer "
+            "of that model"
+        )
+    old, new = meta["tokenizer"], run.meta["tokenizer"]
+    if old is None or new is None:
+        notes.append("its tokenizer is not recorded, only the layouts were compared")
+    elif old["fingerprint"] != new["fingerprint"]:
+        raise UserError(
+            f"init_from {step} was made with another tokenizer: need the fingerprint "
+            f"{old['fingerprint'][:16]} ({old['path']}), found {new['fingerprint'][:16]} "
+            f"({new['path']}); run tokgen pretokenize with the tokenizer of the imported model"
+        )
+    there, here = meta["classes"], run.meta["classes"]
+    if len(there) != len(here):
+        notes.append(f"the class table is new: {len(there)} classes there, {len(here)} here")
+    elif there != here:
+        names = [", ".join(classes[:3]) for classes in (there, here)]
+        notes.append(f"the class table is kept, by number: {names[0]} ... are now {names[1]} ...")
+    return notes
 
 
 def latest(run: Run) -> int | None:
@@ -419,50 +471,6 @@ def _unflatten(tree: PyTree, leaves: dict[str, jax.Array]) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(tree), ordered)
 
 
-# ---------------------------------------------------------------- imports
-
-
-ASIDE = "aside.safetensors"  # in an imported step: arrays that have no place in our model
-
-
-def save_imported(workdir: pathlib.Path, imported, source: dict) -> pathlib.Path:
-    """A checkpoint of step 0 of a `pretrained.transfer.Imported`; its folder."""
-    _, params, stats = states.split(imported.module)
-    average = None if imported.average is None else states.split(imported.average)[1]
-    zero = jnp.zeros((), jnp.int32)
-    state = states.TrainState(zero, zero, params, stats, optax.EmptyState(), average)
-    with lock(workdir):
-        run = start(
-            workdir,
-            imported.config,
-            kind="tokenizer",
-            layout=imported.module.layout,
-            classes=(),
-            best="imported",
-            data="",
-            source=source,
-        )
-        run.save({"model": state}, {"imported": 0.0})
-        run.manager.wait_until_finished()
-        step = workdir / FOLDER / "0"
-        if imported.aside:
-            writer.write(step / ASIDE, imported.aside, form="safetensors")
-        run.close()
-    return step
-
-
-def load_imported(path: str | os.PathLike) -> tuple[Loaded, transfer.Imported]:
-    """(a tokenizer for use, the same with live and averaged weights apart and what lay aside)."""
-    loaded = load_tokenizer(path)
-    has = {p.split("/")[1] for p in loaded.meta["manifest"] if p.startswith("model/")}
-    live = _load(path, "tokenizer", "", which="params").module if "ema" in has else loaded.module
-    average = loaded.module if "ema" in has else None
-    file = loaded.step / ASIDE
-    aside = reader.read(file) if file.exists() else {}
-    dtype = (loaded.meta.get("source") or {}).get("dtype", "float32")
-    return loaded, transfer.Imported(loaded.config, live, average, aside, dtype)
-
-
 # ---------------------------------------------------------------- loading for use
 
 
@@ -481,17 +489,26 @@ class Loaded:
 
 def load_tokenizer(path: str | os.PathLike, *, compute: str = "") -> Loaded:
     """The tokenizer of a checkpoint, with its averaged weights; `compute` overrides the dtype."""
-    return _load(path, "tokenizer", compute)
+    return load(path, "tokenizer", compute=compute)
 
 
 def load_generator(path: str | os.PathLike, *, compute: str = "") -> Loaded:
     """The generator of a checkpoint, with its averaged weights; `compute` overrides the dtype."""
-    return _load(path, "generator", compute)
+    return load(path, "generator", compute=compute)
 
 
 def load_tokenizer_of(generator: Loaded, path: str = "") -> Loaded:
     """The tokenizer that a generator was trained with; `path` says where it lies now, if moved."""
     wanted = generator.meta["tokenizer"]
+    if wanted is None:  # imported alone
+        if not path:
+            raise UserError(
+                f"generator {generator.step} was imported without its tokenizer; say where that "
+                "is with --tokenizer PATH"
+            )
+        tokenizer = load_tokenizer(path)
+        check_layout(tokenizer, generator.layout, f"generator {generator.step}")
+        return tokenizer
     place = pathlib.Path(path) if path else referred(wanted, generator.step)
     if not place.exists():
         raise UserError(
@@ -525,10 +542,24 @@ def check_tokenizer(tokenizer: Loaded, fingerprint: str, whose: str) -> None:
         )
 
 
-def _load(path: str | os.PathLike, kind: str, compute: str, which: str = "") -> Loaded:
+def check_layout(tokenizer: Loaded, layout: TokenLayout, whose: str) -> None:
+    """An error when a tokenizer's tokens cannot be those of a generator."""
+    if tokenizer.layout != layout:
+        raise UserError(
+            f"{whose} writes tokens of {layout}, the tokenizer {tokenizer.step} has "
+            f"{tokenizer.layout}; use the tokenizer that its tokens are of, imported with the same "
+            "size and grouping of bits"
+        )
+
+
+def load(path: str | os.PathLike, kind: str = "", *, compute: str = "", which: str = "") -> Loaded:
+    """The network of a checkpoint, an error when it is not of `kind`.
+
+    `which` weights: "params" or "ema"; the averaged ones where there are, unless it says.
+    """
     step = find(path)
     meta = read_meta(step)
-    if meta["kind"] != kind:
+    if kind and meta["kind"] != kind:
         raise UserError(f"{step} holds a {meta['kind']}; need the checkpoint of a {kind}")
     config = ml_collections.ConfigDict(meta["config"])
     if compute:
@@ -536,7 +567,7 @@ def _load(path: str | os.PathLike, kind: str, compute: str, which: str = "") -> 
     layout = TokenLayout.from_json(meta["layout"]) if meta["layout"] else None
     classes = tuple(meta["classes"])
     key = rng.key(0, "init")
-    if kind == "tokenizer":
+    if meta["kind"] == "tokenizer":
 
         def make():
             return configs.tokenizer(config, rngs=nnx.Rngs(key))

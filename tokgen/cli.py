@@ -27,6 +27,7 @@ COMMANDS = {
     "import": "turn published weights into a checkpoint",
     "export": "write a checkpoint as safetensors, and in the form of its published system",
     "parity": "hold published weights and outputs against our model, array by array",
+    "matrix": "show which generator fits which tokenizer, and why the others do not",
     "checkpoint": "show what is in a checkpoint, and verify it",
 }
 

@@ -109,11 +109,19 @@ class Quantized:
 
 
 @struct.dataclass
+class Text:
+    """A condition of text: features of a frozen encoder, padded on the left."""
+
+    features_BTE: Array
+    mask_BT: Array  # true where a feature is valid
+
+
+@struct.dataclass
 class TokenBatch:
     """What a generator is trained on."""
 
     tokens_BLG: Array  # V where a masked generator is to see nothing
-    cond: PyTree  # label_B; later also text features with their mask
+    cond: PyTree  # label_B, or a Text
     order_BL: Array | None = None  # position handled at each place; None: the generator's own
 
 
@@ -187,11 +195,14 @@ class Generator(Protocol):
     """A loss, and a decoding state machine."""
 
     layout: TokenLayout
+    exact: bool  # whether `nats` is the likelihood; else an upper bound, by random orders
+    knobs: tuple[str, ...]  # attributes that sampling settings may change, as a number of steps
 
     def logits(self, batch: TokenBatch, codec: Quantizer, *, key: Array | None = None) -> Array: ...
     def loss(
         self, batch: TokenBatch, codec: Quantizer, *, step: Array, key: Array
     ) -> tuple[Array, dict[str, Array]]: ...
+    def nats(self, batch: TokenBatch, codec: Quantizer, *, key: Array | None = None) -> Array: ...
     def null(self, cond: PyTree) -> PyTree: ...
     def plan(self) -> tuple[Phase, ...]: ...
     def start(

@@ -1,17 +1,22 @@
-"""A small classifier of procedural shapes, independent of every tokenizer and generator.
+"""Small classifiers, independent of every tokenizer and generator.
 
-It says how many of the drawn shapes are what they should be. Trained on real shapes of the freest
-form in half a minute, and kept in the cache under the hash of its code, its data's code and its
-seed. Each image's mean is removed and every batch is turned and flipped, so that it judges form
-and not colour or pose.
+One judges procedural shapes: it says how many of the drawn shapes are what they should be. Trained
+on real shapes of the freest form in half a minute. Each image's mean is removed and every batch is
+turned and flipped, so that it judges form and not colour or pose. The other judges small
+photographs, and is trained on the images of a folder, flipped and shifted. Both are kept in the
+cache under the hash of their code, their data and their seed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import inspect
+import os
 import pathlib
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +25,31 @@ import optax
 from flax import nnx
 
 from tokgen import launch, report, rng, sharding, state
-from tokgen.data import images, shapes, stream
+from tokgen.data import folder, images, shapes, stream
 from tokgen.metrics import reconstruction
-from tokgen.nn import conv
+from tokgen.nn import conv, linear
 from tokgen.nn.precision import Precision
 
 STEPS, BATCH, RATE = 2000, 32, 2e-3
 WIDTHS = (48, 96, 96, 96)
 STRIDES = (1, 2, 1, 2)
+
+SHIFT = 2  # pixels, either way
+VIEWS = ((1, 1), (0, 0), (0, 2), (2, 0), (2, 2))  # corners in an image with a pixel around it
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a judge is trained: AdamW, a cosine, and an average of the weights."""
+
+    steps: int
+    batch: int
+    rate: float
+    ema: float
+    weight_decay: float = 1e-2
+
+
+PHOTOGRAPHS = Recipe(steps=5500, batch=64, rate=3e-3, ema=0.998, weight_decay=5e-2)
 
 
 class Judge(nnx.Module):
@@ -50,6 +72,45 @@ class Judge(nnx.Module):
             x_BHWC = block(x_BHWC)
         return self.conv_out(x_BHWC.reshape(len(x_BHWC), 1, 1, -1))[:, 0, 0]
 
+    def classes(self, image_BHW3: jax.Array) -> jax.Array:
+        """[B] the likeliest class."""
+        return self(image_BHW3).argmax(-1)
+
+
+class PhotographJudge(nnx.Module):
+    """Convolutions on 2 x 2 pixels at a time, a residual block after each halving, their mean."""
+
+    def __init__(
+        self, channels: int, classes: int, widths: tuple[int, ...] = (48, 96, 192), *, rngs
+    ):
+        options = dict(precision=Precision(compute="float32"), rngs=rngs)
+        blocks, width = [Block(4 * channels, widths[0], 1, **options)], widths[0]
+        for outputs in widths[1:]:
+            blocks.append(Block(width, outputs, 2, **options))
+            blocks.append(conv.LightResidual(outputs, outputs, norm=linear.RMSNorm, **options))
+            width = outputs
+        self.blocks = nnx.List(blocks)
+        self.norm_out = linear.RMSNorm(width, **options)
+        self.conv_out = conv.Conv(width, classes, 1, gain=0.1, **options)
+
+    def __call__(self, image_BHW3: jax.Array) -> jax.Array:
+        """Logits [B, classes] of images in [0, 1]."""
+        x_BHWC = conv.space_to_depth(4 * image_BHW3 - 2, 2)
+        for block in self.blocks:
+            x_BHWC = block(x_BHWC)
+        x_B11C = self.norm_out(x_BHWC).mean((1, 2), keepdims=True)
+        return self.conv_out(x_B11C)[:, 0, 0]
+
+    def classes(self, image_BHW3: jax.Array) -> jax.Array:
+        """[B] the likeliest class by ten views: in place and a pixel aside, each also mirrored."""
+        _, rows, columns, _ = image_BHW3.shape
+        wider_BHW3 = jnp.pad(image_BHW3, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+        total = 0.0
+        for row, column in VIEWS:
+            view_BHW3 = wider_BHW3[:, row : row + rows, column : column + columns]
+            total += self(view_BHW3) + self(view_BHW3[:, :, ::-1])
+        return total.argmax(-1)
+
 
 class Block(nnx.Module):
     """relu(convolution)."""
@@ -64,22 +125,61 @@ class Block(nnx.Module):
 
 def load_or_train(size: tuple[int, int] = (32, 32), channels: int = 3, *, seed: int = 1) -> Judge:
     """The judge of shapes of a size: from the cache, or trained now."""
-    sources = [inspect.getsource(module) for module in (inspect.getmodule(Judge), shapes, conv)]
-    what = repr((sources, size, channels, seed, np.__version__, jax.__version__))
-    name = f"judge-{hashlib.sha256(what.encode()).hexdigest()[:24]}.npz"
-    file = launch.cache_folder() / name
+    recipe = Recipe(STEPS, BATCH, RATE, ema=0.995)
 
     def make():
         rngs = nnx.Rngs(rng.key(seed, "init"))
         return Judge(size, channels, len(shapes.CLASSES), rngs=rngs)
 
+    def train():
+        source = shapes.Source(size, channels, split="train", seed=seed, form="hard", count=40_000)
+        view = images.fixed("center", size, channels)
+        with stream.batches(source, view, seed=seed, batch_size=recipe.batch) as batches:
+            return _trained(make, batches, recipe, _turned, seed)
+
+    return _kept((shapes, conv), (size, channels, seed), make, train)
+
+
+def of_photographs(
+    path: str | os.PathLike,
+    size: tuple[int, int] = (32, 32),
+    channels: int = 3,
+    *,
+    seed: int = 1,
+    recipe: Recipe = PHOTOGRAPHS,
+) -> PhotographJudge:
+    """The judge of a folder's classes, trained on its `train` split: from the cache, or now.
+
+    All its images are held in memory.
+    """
+    source = folder.Source(path, split="train")
+
+    def make():
+        rngs = nnx.Rngs(rng.key(seed, "init"))
+        return PhotographJudge(channels, len(source.classes), rngs=rngs)
+
+    def train():
+        view = images.fixed("center", size, channels)
+        with contextlib.closing(_shuffled(source, view, recipe.batch, seed)) as batches:
+            return _trained(make, batches, recipe, _shifted, seed)
+
+    what = (size, channels, seed, recipe, source.fingerprint)
+    return _kept((folder, images, conv, linear), what, make, train)
+
+
+def _kept(modules: tuple, what: tuple, make: Callable, train: Callable) -> nnx.Module:
+    """The network that `make` shapes, its parameters from the cache or from `train`."""
+    sources = [inspect.getsource(module) for module in (inspect.getmodule(Judge), *modules)]
+    text = repr((sources, *what, np.__version__, jax.__version__))
+    name = f"judge-{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
+    file = launch.cache_folder() / name
     graph, params, stats = state.split(nnx.eval_shape(make))
     if file.exists():
         with np.load(file, allow_pickle=False) as saved:
             leaves = [jnp.asarray(saved[path]) for path in state.paths(params)]
         report.say(f"judge: read from {file}")
         return state.merge(graph, jax.tree.unflatten(jax.tree.structure(params), leaves), stats)
-    params = _train(make, size, channels, seed)
+    params = train()
     file.parent.mkdir(parents=True, exist_ok=True)
     part = pathlib.Path(f"{file}.part")
     with open(part, "wb") as out:
@@ -88,15 +188,22 @@ def load_or_train(size: tuple[int, int] = (32, 32), channels: int = 3, *, seed: 
     return state.merge(graph, params, stats)
 
 
-def _train(make, size, channels, seed):
-    optimizer = state.optimizer(STEPS, learning_rate=RATE, warmup=50, b2=0.99, weight_decay=1e-2)
+def _trained(make, batches, recipe: Recipe, look: Callable, seed: int):
+    """Averaged parameters; `look(image_BHW3, key)` is what the network sees of a batch."""
+    optimizer = state.optimizer(
+        recipe.steps,
+        learning_rate=recipe.rate,
+        warmup=50,
+        b2=0.99,
+        weight_decay=recipe.weight_decay,
+    )
     mesh = sharding.make_mesh()
-    graph, network = state.create(make, optimizer, mesh=mesh, ema=0.995)
+    graph, network = state.create(make, optimizer, mesh=mesh, ema=recipe.ema)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(network, batch):
         key = rng.key(seed, "train", network.step)
-        image_BHW3 = _turned(reconstruction.from_uint8(batch["image"]), key)
+        image_BHW3 = look(reconstruction.from_uint8(batch["image"]), key)
 
         def loss(params):
             logits = state.merge(graph, params, network.stats)(image_BHW3)
@@ -104,19 +211,27 @@ def _train(make, size, channels, seed):
             return costs.mean()
 
         gradients = jax.grad(loss)(network.params)
-        return state.apply_gradients(network, gradients, optimizer, ema=0.995)[0]
+        return state.apply_gradients(network, gradients, optimizer, ema=recipe.ema)[0]
 
-    source = shapes.Source(size, channels, split="train", seed=seed, form="hard", count=40_000)
-    with (
-        stream.batches(
-            source, images.fixed("center", size, channels), seed=seed, batch_size=BATCH
-        ) as batches,
-        report.bar(STEPS, what="judge") as bar,
-    ):
-        for _ in range(STEPS):
+    with report.bar(recipe.steps, what="judge") as bar:
+        for _ in range(recipe.steps):
             network = step(network, sharding.global_batch(next(batches), mesh))
             bar.update()
     return jax.device_get(state.averaged(network))
+
+
+def _shuffled(source, view: images.View, batch: int, seed: int) -> Iterator[dict]:
+    """Endless batches of images that are decoded once, a permutation after the other."""
+    with stream.once(source, view, batch_size=500) as passing:
+        parts = list(passing)
+    image_NHW3, label_N = (np.concatenate([part[n] for part in parts]) for n in ("image", "label"))
+    left_N, epoch = np.empty(0, np.int64), 0
+    while True:
+        while len(left_N) < batch:
+            order_N = np.random.default_rng([seed, epoch]).permutation(len(label_N))
+            left_N, epoch = np.concatenate([left_N, order_N]), epoch + 1
+        index_B, left_N = left_N[:batch], left_N[batch:]
+        yield {"image": image_NHW3[index_B], "label": label_N[index_B]}
 
 
 def _turned(image_BHW3: jax.Array, key: jax.Array) -> jax.Array:
@@ -129,13 +244,24 @@ def _turned(image_BHW3: jax.Array, key: jax.Array) -> jax.Array:
     return jax.lax.switch(turns, ways, image_BHW3)
 
 
+def _shifted(image_BHW3: jax.Array, key: jax.Array) -> jax.Array:
+    """Each image mirrored or not; the whole batch moved by up to SHIFT pixels, edges reflected."""
+    flip, move = jax.random.split(key)
+    flip_B111 = jax.random.bernoulli(flip, shape=(len(image_BHW3), 1, 1, 1))
+    image_BHW3 = jnp.where(flip_B111, image_BHW3[:, :, ::-1], image_BHW3)
+    sides = ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0))
+    wider_BHW3 = jnp.pad(image_BHW3, sides, mode="reflect")
+    row, column = jax.random.randint(move, (2,), 0, 2 * SHIFT + 1)
+    return jax.lax.dynamic_slice(wider_BHW3, (0, row, column, 0), image_BHW3.shape)
+
+
 @jax.jit
 def _predict(judge, image_BHW3):
-    return judge(reconstruction.from_uint8(image_BHW3)).argmax(-1)
+    return judge.classes(reconstruction.from_uint8(image_BHW3))
 
 
-def predictions(judge: Judge, image_NHW3: np.ndarray, *, batch: int = 100) -> np.ndarray:
-    """[N] the class that the judge sees in each uint8 image."""
+def predictions(judge: nnx.Module, image_NHW3: np.ndarray, *, batch: int = 100) -> np.ndarray:
+    """[N] the class that a judge sees in each uint8 image."""
     found = []
     for start in range(0, len(image_NHW3), batch):
         part = image_NHW3[start : start + batch]

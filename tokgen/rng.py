@@ -13,7 +13,7 @@ import jax
 STREAMS = ("init", "train", "sample", "eval")
 
 # Uses of randomness inside one step.
-DROPOUT, LABEL_DROP, ORDER, MASK, QUANTIZER, MAINTAIN, CRITIC = range(7)
+DROPOUT, LABEL_DROP, ORDER, MASK, QUANTIZER, MAINTAIN, CRITIC, SHUFFLE = range(8)
 
 
 def key(seed: int, stream: str, step: int | jax.Array = 0) -> jax.Array:

@@ -26,6 +26,8 @@ TABLE = (
     (r"mlp/down/kernel", "FD"),
     (r"symbols/table", "GVD"),
     (r"head/kernel", "DGV"),
+    (r"modulation/kernel", "D.."),  # of adaptive blocks and heads: [D, 6 or 2, D]
+    (r"skips/kernel", "D."),
     (r"readout/kernel", "D."),
     (r"embed/kernel", ".D"),
     (r"head/hidden/kernel", "DF"),
@@ -37,7 +39,7 @@ TABLE = (
     (r"(conv\w*|convs/\d+|first|last)/kernel", "...."),  # small: replicated
     (r"(scale|shift|hidden|logits|dense\w*)/kernel", ".."),
     (r"(scale|bias|token|counts|sums|updates|ns_coeffs)", "."),
-    (r"(direction|mean|variance)", "."),
+    (r"(direction|mean|variance|absent)", "."),
 )
 
 # Letter -> mesh axis of the weights.

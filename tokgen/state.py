@@ -64,43 +64,109 @@ def schedule(
     steps: int,
     *,
     warmup: int = 0,
+    start: float | None = None,
     decay: str = "cosine",
     final: float = 0.0,
+    hold: float = 0.0,
     drops: tuple[float, ...] = (),
+    restarts: tuple[float, ...] = (),
     begin: int = 0,
 ) -> Callable[[Array], Array]:
-    """Learning rate of a global step: linear warm-up, then constant or cosine down to `final`.
+    """Learning rate of a global step, which counts from 0: linear warm-up, then `decay`.
 
-    At each of `drops`, shares of the steps, it falls to a tenth. `begin` is the global step at
-    which the schedule starts.
+    The ramp counts from 1: step s of the warm-up has (s + 1) / warmup of the rate, so that the
+    first step moves something. With `start` the ramp counts from 0: `start` at step 0, in a line
+    to 1 at step `warmup` (RAR, TiTok, MaskBit: 0; VAR, Open-MAGVIT2: 0.005).
+
+    Then, with p from 0 to 1 over the steps after the warm-up:
+    "cosine": half a cosine from 1 to `final`, which would be reached at step `steps` (RAR);
+    "linear": 1 up to p = `hold`, then in a line to `final` at the last step, `steps` - 1 (VAR's
+    lin0 with hold = 0.05; a stage of NPP, 0.8); "constant": 1.
+
+    At each of `drops`, shares of the steps, it falls to a tenth; at each of `restarts` it begins
+    anew, warm-up included, and ends at the next one. `begin` is the global step at which the
+    schedule starts.
     """
-    if decay not in ("cosine", "constant"):
-        raise ValueError(f"decay must be cosine or constant; found {decay!r}")
+    _check_schedule(decay, start, hold, restarts)
+    bounds = (0, *(round(share * steps) for share in restarts), steps)
+    inclusive = 1 if decay == "linear" else 0  # of the last step: as published
+    spans = [
+        (first, max(last - first - warmup - inclusive, 1))
+        for first, last in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
 
     def rate(step: Array) -> Array:
         step = jnp.asarray(step, jnp.float32) - begin
         fallen = sum(jnp.where(step >= drop * steps, 1.0, 0.0) for drop in drops)
         tenths = 0.1 ** jnp.asarray(fallen, jnp.float32)
+        first, length = spans[0]
+        for later, its_length in spans[1:]:
+            first = jnp.where(step >= later, later, first)
+            length = jnp.where(step >= later, its_length, length)
+        step = step - first
         ramp = jnp.clip((step + 1) / max(warmup, 1), 0, 1)
+        if start is not None and warmup:
+            ramp = jnp.clip(start + (1 - start) * step / warmup, 0, 1)
         if decay == "constant":
             return learning_rate * ramp * tenths
-        progress = jnp.clip((step - warmup) / max(steps - warmup, 1), 0, 1)
-        cosine = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-        return learning_rate * ramp * tenths * cosine
+        progress = jnp.clip((step - warmup) / length, 0, 1)
+        if decay == "linear":
+            factor = final + (1 - final) * jnp.minimum((1 - progress) / (1 - hold), 1)
+        else:
+            factor = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        return learning_rate * ramp * tenths * factor
 
     return rate
 
 
+def _check_schedule(
+    decay: str, start: float | None, hold: float, restarts: tuple[float, ...]
+) -> None:
+    if decay not in ("cosine", "linear", "constant"):
+        raise ValueError(f"decay must be cosine, linear or constant; found {decay!r}")
+    if not 0 <= (start or 0) <= 1 or not 0 <= hold < 1 or (hold and decay != "linear"):
+        raise ValueError(
+            "start must lie in [0, 1], hold in [0, 1), above 0 with decay='linear' only; found "
+            f"start={start}, hold={hold}, decay={decay!r}"
+        )
+    shares = (0, *restarts, 1)
+    if any(a >= b for a, b in zip(shares[:-1], shares[1:], strict=True)):
+        raise ValueError(
+            f"restarts must be shares of the steps between 0 and 1, rising; found {restarts}"
+        )
+
+
+def half_cosine(
+    first: float, last: float, steps: int, *, begin: int = 0
+) -> Callable[[Array], Array]:
+    """A number of a global step: half a cosine from `first` at step 0 to `last` at the last one.
+
+    VAR's weight decay (arXiv:2404.02905, its code), warm-up or not.
+    """
+
+    def value(step: Array) -> Array:
+        progress = (jnp.asarray(step, jnp.float32) - begin) / max(steps - 1, 1)
+        turn = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+        return last + (first - last) * turn
+
+    return value
+
+
 @struct.dataclass
 class Optimizer:
-    """An optax chain without its learning rate, and the learning rate of a global step.
+    """An optax chain without learning rate and weight decay, and these two of a global step.
 
-    The rate is applied outside the chain: it depends on the global step only, also when a step is
-    skipped, and the one that is reported is the one that is applied.
+    Both are applied outside the chain: they depend on the global step only, also when a step is
+    skipped, and the rate that is reported is the one that is applied.
     """
 
     chain: optax.GradientTransformation = struct.field(pytree_node=False)
     rate: Callable[[Array], Array] = struct.field(pytree_node=False)
+    # of the parameters whose path matches `decayed`; None is no decay
+    weight_decay: Callable[[Array], Array | float] | None = struct.field(
+        pytree_node=False, default=None
+    )
+    decayed: str = struct.field(pytree_node=False, default=KERNELS)
 
 
 def optimizer(
@@ -109,24 +175,30 @@ def optimizer(
     learning_rate: float,
     name: str = "adamw",
     warmup: int = 0,
+    start: float | None = None,
     decay: str = "cosine",
     final: float = 0.0,
+    hold: float = 0.0,
     drops: tuple[float, ...] = (),
+    restarts: tuple[float, ...] = (),
     begin: int = 0,
     b1: float = 0.9,
     b2: float = 0.95,
     weight_decay: float = 0.0,
+    weight_decay_end: float | None = None,
     decayed: str = KERNELS,
     clip: float = 1.0,
 ) -> Optimizer:
     """Clip, AdamW or Muon, decay of the parameters whose path matches `decayed`.
 
-    By default these are the matrices: no norms, biases, embeddings, codebooks.
+    By default these are the matrices: no norms, biases, embeddings, codebooks. With
+    `weight_decay_end` the decay goes there in half a cosine over all steps.
     """
-    if learning_rate <= 0 or clip < 0 or weight_decay < 0:
+    if learning_rate <= 0 or min(clip, weight_decay, weight_decay_end or 0.0) < 0:
         raise ValueError(
-            "optimizer needs learning_rate > 0, clip >= 0 (0: off) and weight_decay >= 0; found "
-            f"learning_rate={learning_rate}, clip={clip}, weight_decay={weight_decay}"
+            "optimizer needs learning_rate > 0, clip >= 0 (0: off), weight_decay >= 0 and its end "
+            f"too; found learning_rate={learning_rate}, clip={clip}, weight_decay={weight_decay}, "
+            f"weight_decay_end={weight_decay_end}"
         )
     moments = {"adamw": _adam, "muon": _muon}
     if name not in moments:
@@ -139,12 +211,13 @@ def optimizer(
         ) from error
     links = [optax.clip_by_global_norm(clip)] if clip else []
     links.append(moments[name](b1, b2))
-    if weight_decay:
-        links.append(
-            optax.add_decayed_weights(weight_decay, mask=lambda params: matching(params, decayed))
-        )
-    options = dict(warmup=warmup, decay=decay, final=final, drops=drops, begin=begin)
-    return Optimizer(optax.chain(*links), schedule(learning_rate, steps, **options))
+    options = dict(warmup=warmup, start=start, decay=decay, final=final, hold=hold)
+    options |= dict(drops=drops, restarts=restarts, begin=begin)
+    shrink = (lambda step: weight_decay) if weight_decay else None
+    if weight_decay_end is not None:
+        shrink = half_cosine(weight_decay, weight_decay_end, steps, begin=begin)
+    rate = schedule(learning_rate, steps, **options)
+    return Optimizer(optax.chain(*links), rate, shrink, decayed)
 
 
 def matching(tree: PyTree, pattern: str) -> PyTree:
@@ -278,6 +351,8 @@ def apply_gradients(
     finite = jnp.isfinite(norm)
     rate = optimizer.rate(state.step)
     updates, opt_state = optimizer.chain.update(gradients, state.opt_state, state.params)
+    if optimizer.weight_decay is not None:
+        updates = _decayed(updates, state, optimizer)
     params = jax.tree.map(
         lambda p, u, moves: (p.astype(jnp.float32) - rate * u).astype(p.dtype) if moves else p,
         state.params,
@@ -301,6 +376,17 @@ def apply_gradients(
         ema=None if average is None else keep(average, state.ema),
     )
     return state, {"gradient_norm": norm, "learning_rate": rate, "skipped": state.skipped}
+
+
+def _decayed(updates: PyTree, state: TrainState, optimizer: Optimizer) -> PyTree:
+    """The updates with the decay of this step's parameters."""
+    shrink = optimizer.weight_decay(state.step)
+    return jax.tree.map(
+        lambda u, p, matches: u + shrink * p if matches else u,
+        updates,
+        state.params,
+        matching(state.params, optimizer.decayed),
+    )
 
 
 def maintained(

@@ -1,21 +1,54 @@
-"""Class-conditional small photographs, one token at a time, over the tokens of cifar10_f4.
+"""Class-conditional small photographs, over the tokens of a tokenizer of cifar10_f4.
 
     tokgen pretokenize --tokenizer runs/cifar10_f4 --data DIR --out runs/cifar10_tokens
     python train_generator.py --config configs/generator/cifar10.py --workdir runs/cifar10 \\
         --config.data.tokens=runs/cifar10_tokens
 
-The Llama form of LlamaGen (arXiv:2406.06525) at a width that two CPU cores train in minutes.
-Variants: `raster` (the default), `columns`, and `random` (a new order for every image, with
-target-aware positions as in RAR, arXiv:2411.00776).
+One variant per family, at a width that two CPU cores train in minutes. `raster` (the default; the
+Llama form of LlamaGen, arXiv:2406.06525) and `columns` read a single grid. `sequence`, `random` (a
+new order for every image, with target-aware positions as in RAR, arXiv:2411.00776) and `masked`
+(many tokens at a time, arXiv:2202.04200) read any tokens, a pyramid's too, coarse to fine.
+`next_scale` (one grid at a time, arXiv:2404.02905) needs those of cifar10_f4.py:pyramid.
 """
 
 from ml_collections import ConfigDict
 
+NETWORK = dict(
+    width=128,
+    depth=4,
+    heads=4,
+    label_drop=0.1,
+    unroll=4,  # no loop over layers: faster steps on a CPU, and four compile quickly
+    rates=dict(token=0.0, attention=0.0, residual=0.0),
+)
+FAMILIES = {
+    "raster": dict(
+        name="autoregressive", order="raster", places="rotary", parts="llama_narrow", window=64
+    ),
+    "columns": dict(
+        name="autoregressive", order="columns", places="rotary", parts="llama_narrow", window=64
+    ),
+    "sequence": dict(
+        name="autoregressive", order="raster", places="learned", parts="llama_narrow", window=64
+    ),
+    "random": dict(
+        name="autoregressive",
+        order="random",
+        places="target_aware",
+        parts="llama_narrow",
+        window=64,
+    ),
+    "masked": dict(
+        name="masked", steps=12, schedule="cosine", masking="counted", parts="llama_narrow"
+    ),
+    "next_scale": dict(name="next_scale", channels=16, parts="var", gates=0.1),
+}
+
 
 def get_config(variant="raster"):
-    """`variant` is the order: "raster", "columns" or "random"."""
-    if variant not in ("raster", "columns", "random"):
-        raise ValueError("variants are raster, columns and random")
+    """`variant` is one of FAMILIES."""
+    if variant not in FAMILIES:
+        raise ValueError(f"variants are {', '.join(FAMILIES)}")
     config = ConfigDict()
     config.seed = 0
     config.steps = 3500
@@ -25,19 +58,7 @@ def get_config(variant="raster"):
         tokens="",  # folder that tokgen pretokenize wrote
         tokenizer="",  # where its tokenizer lies now, if it was moved
     )
-    config.generator = dict(
-        name="autoregressive",
-        order=variant,
-        places="target_aware" if variant == "random" else "rotary",
-        parts="llama_narrow",
-        width=128,
-        depth=4,
-        heads=4,
-        label_drop=0.1,
-        window=64,
-        unroll=4,  # no loop over layers: faster steps on a CPU, and four compile quickly
-        rates=dict(token=0.0, attention=0.0, residual=0.0),
-    )
+    config.generator = FAMILIES[variant] | NETWORK
     config.optimizer = dict(
         name="muon",  # a lower loss than AdamW after as many steps (benchmarks/RESULTS.md)
         learning_rate=2e-3,

@@ -1,16 +1,46 @@
-"""The generator of `make demo`: class-conditional, one token at a time in raster order.
+"""The generators of `make demo`: class-conditional, over tokens of coloured shapes.
 
     python train_generator.py --config configs/generator/shapes.py --workdir runs/generator \\
         --config.data.tokens=runs/tokens
 
-The Llama form of LlamaGen (arXiv:2406.06525) at a width that two CPU cores train in minutes.
+One variant per family, at a width that two CPU cores train in minutes: `raster` (the default; the
+Llama form of LlamaGen, arXiv:2406.06525), `random` (a new order for every image, with target-aware
+positions as in RAR, arXiv:2411.00776), `masked` (many tokens at a time, arXiv:2202.04200),
+`next_scale` (one grid at a time, arXiv:2404.02905; over the tokens of shapes.py:pyramid).
 """
 
 from ml_collections import ConfigDict
 
+NETWORK = dict(
+    width=128,
+    depth=4,
+    heads=4,
+    label_drop=0.1,
+    unroll=4,  # no loop over layers: faster steps on a CPU, and four compile quickly
+    rates=dict(token=0.0, attention=0.0, residual=0.0),
+)
+FAMILIES = {
+    "raster": dict(
+        name="autoregressive", order="raster", places="rotary", parts="llama_narrow", window=64
+    ),
+    "random": dict(
+        name="autoregressive",
+        order="random",
+        places="target_aware",
+        parts="llama_narrow",
+        window=64,
+    ),
+    "masked": dict(
+        name="masked", steps=12, schedule="cosine", masking="counted", parts="llama_narrow"
+    ),
+    "next_scale": dict(name="next_scale", channels=16, parts="var", gates=0.1),
+}
 
-def get_config():
-    """No variants."""
+
+def get_config(variant="raster"):
+    """`variant` is one of FAMILIES."""
+    if variant not in FAMILIES:
+        raise ValueError(f"variants are {', '.join(FAMILIES)}")
     config = ConfigDict()
     config.seed = 0
     config.steps = 3000
@@ -20,19 +50,7 @@ def get_config():
         tokens="",  # folder that tokgen pretokenize wrote
         tokenizer="",  # where its tokenizer lies now, if it was moved
     )
-    config.generator = dict(
-        name="autoregressive",
-        order="raster",
-        places="rotary",
-        parts="llama_narrow",
-        width=128,
-        depth=4,
-        heads=4,
-        label_drop=0.1,
-        window=64,
-        unroll=4,  # no loop over layers: faster steps on a CPU, and four compile quickly
-        rates=dict(token=0.0, attention=0.0, residual=0.0),
-    )
+    config.generator = FAMILIES[variant] | NETWORK
     config.optimizer = dict(
         name="muon",  # a lower loss than AdamW after as many steps (benchmarks/RESULTS.md)
         learning_rate=2e-3,

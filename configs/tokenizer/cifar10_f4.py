@@ -6,14 +6,15 @@
 DIR is an image folder: class folders, or `train` and `test` folders of these. Made for CIFAR-10 and
 for 20 minutes of CPU; for larger images change `view.size` and add widths. FSQ 8 x 5 x 5 x 5
 (arXiv:2309.15505) needs no codebook loss and uses all its codes. Variants: `vq`, `ema` (learned
-codebooks of 1,024), `gan` (a PatchGAN critic for the second half).
+codebooks of 1,024), `gan` (a PatchGAN critic for the second half), `pyramid` (residual tokens on
+grids of 1, 2, 4 and 8 with one codebook of 512, for next-scale generators; arXiv:2404.02905).
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config(variant=""):
-    """`variant` is "", "vq", "ema" or "gan"."""
+    """`variant` is "", "vq", "ema", "gan" or "pyramid"."""
     config = ConfigDict()
     config.seed = 0
     config.steps = 20000
@@ -49,6 +50,15 @@ def get_config(variant=""):
         config.quantizer = dict(name="vq", codes=1024, channels=8, update=update)
     elif variant == "gan":
         config.critic.weight = 0.1
+    elif variant == "pyramid":
+        config.steps = 10_000
+        config.quantizer = dict(
+            name="multiscale",
+            scales=(1, 2, 4, 8),
+            phi=1,
+            ratio=0.5,
+            quantizer=dict(name="vq", codes=512, channels=16),
+        )
     elif variant:
-        raise ValueError("variants are vq, ema and gan")
+        raise ValueError("variants are vq, ema, gan and pyramid")
     return config

@@ -51,7 +51,12 @@ def get_config(variant="lfq14"):
     config.view = dict(size=(256, 256), channels=3, crop="random", zoom=1.12, flip=True)
     config.pixels = (0.0, 1.0)
     config.encoder = dict(name="conv", widths=WIDTHS, blocks=2, parts="maskbit")
-    config.quantizer = dict(name="lfq", bits=BITS[variant], temperature=0.01, entropy="clamped")
+    bits = BITS[variant]
+    # two symbols to a token, as the published generators read it; it changes no weight
+    halves = (bits // 2, bits // 2)
+    config.quantizer = dict(
+        name="lfq", bits=bits, groups=halves, temperature=0.01, entropy="clamped"
+    )
     config.decoder = dict(name="conv", widths=WIDTHS, blocks=2, parts="maskbit")
     config.loss = dict(
         l1=0.0,

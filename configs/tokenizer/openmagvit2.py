@@ -16,8 +16,8 @@ photographs (published: 100 million); VGG and LINEAR see docs/data.md.
 Measured here: not trained at full size.
 
 Images are resized by a bicubic filter, there by a bilinear one; the average of the weights has a
-warm-up, there none; bfloat16, there float16. `quantizer.groups=(6, 12)` writes a token as the two
-symbols that the published generator reads; it changes no weight.
+warm-up, there none; bfloat16, there float16. A token of 18 bits is written as
+the two symbols that the published generator reads, of 6 and 12 bits.
 """
 
 from ml_collections import ConfigDict
@@ -59,7 +59,11 @@ def get_config(variant="in256"):
     config.view = dict(size=(size, size), channels=3, crop="random", zoom=1.0, flip=False)
     config.pixels = (-1.0, 1.0)
     config.encoder = dict(name="conv", widths=widths, blocks=4, parts="magvit2")
-    config.quantizer = dict(name="lfq", bits=bits, groups=None, temperature=0.01, entropy="shifted")
+    # the two symbols that the published generator reads; it changes no weight
+    groups = (6, 12) if bits == 18 else None
+    config.quantizer = dict(
+        name="lfq", bits=bits, groups=groups, temperature=0.01, entropy="shifted"
+    )
     config.decoder = dict(name="conv", widths=widths, blocks=4, parts="magvit2")
     config.loss = dict(
         l1=1.0,

@@ -3,14 +3,15 @@
     python train_tokenizer.py --config configs/tokenizer/shapes.py --workdir runs/tokenizer
 
 FSQ (arXiv:2309.15505) with 240 codes; an encoder that sees 4 x 4 pixels at a time and a decoder
-that looks around. Variants: `vq`, `ema` (learned codebooks of 256), `hard` (freer shapes).
+that looks around. Variants: `vq`, `ema` (learned codebooks of 256), `hard` (freer shapes),
+`pyramid` (residual tokens on grids of 1, 2, 4 and 8, for next-scale generators; arXiv:2404.02905).
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config(variant=""):
-    """`variant` is "", "vq", "ema" or "hard"."""
+    """`variant` is "", "vq", "ema", "hard" or "pyramid"."""
     config = ConfigDict()
     config.seed = 0
     config.steps = 5000
@@ -46,6 +47,14 @@ def get_config(variant=""):
         config.quantizer = dict(name="vq", codes=256, channels=8, update=update)
     elif variant == "hard":
         config.data.form = "hard"
+    elif variant == "pyramid":
+        config.quantizer = dict(
+            name="multiscale",
+            scales=(1, 2, 4, 8),
+            phi=1,
+            ratio=0.5,
+            quantizer=dict(name="vq", codes=256, channels=16),
+        )
     elif variant:
-        raise ValueError("variants are vq, ema and hard")
+        raise ValueError("variants are vq, ema, hard and pyramid")
     return config

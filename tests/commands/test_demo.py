@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tokgen import families
 from tokgen.commands import demo
 from tokgen.data import shapes
 from tokgen.interfaces import UserError
@@ -62,6 +63,29 @@ def test_page_holds_every_picture_and_figure():
     assert "http" not in text  # one file, which needs nothing from anywhere
 
 
+def test_page_shows_families_side_by_side():
+    summary, pictures, told = measured()
+    assert "Four families" not in demo.page(summary, pictures, told)
+    figures = dict(
+        tokens=64,
+        nats_per_token=0.7,
+        nats_per_image=44.8,
+        bound=False,
+        unigram_nats=3.5,
+        class_accuracy=0.875,
+        ms_per_image=12.3,
+        steps=2000,
+    )
+    summary["families"] = {name: dict(figures) for name in families.FAMILIES}
+    summary["families"]["masked"] |= {"bound": True, "nats_per_token": 0.9}
+    for i, name in enumerate(families.FAMILIES):
+        pictures[f"family_{name}"] = np.full((4, 6, 3), 100 + i, np.uint8)
+    text = demo.page(summary, pictures, told)
+    assert text.count("data:image/png") == len(pictures)
+    assert "at most 0.900" in text and text.count("at most") == 1
+    assert "next scale" in text and "12.3" in text and "44.8" in text
+
+
 def test_freedom_in_words():
     assert "radius 10.5 to 13.5" in demo.describe(shapes.EASY)
     assert "any two distinct colours" in demo.describe(shapes.HARD)
@@ -87,7 +111,7 @@ def test_failed_training_is_told_and_keeps_the_old_page(tmp_path, monkeypatch):
     monkeypatch.setattr(demo.launch, "devices", lambda batch: None)
     monkeypatch.setattr(demo, "TOKENIZER", "configs/tokenizer/absent.py")
     arguments = argparse.Namespace(
-        out=str(tmp_path), tokenizer_steps=1, generator_steps=1, samples=10
+        out=str(tmp_path), tokenizer_steps=1, generator_steps=1, samples=10, all=False
     )
     with pytest.raises(UserError, match="train_tokenizer.py ended with exit code 2"):
         demo.run(arguments)

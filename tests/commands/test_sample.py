@@ -1,9 +1,18 @@
-"""What `--classes` means, and what it refuses."""
+"""What `--classes` and `--text` mean, and what they refuse; what a preset's place is taken by."""
 
+import argparse
+import types
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
 import pytest
+from flax import nnx
 
+from tokgen import interfaces
 from tokgen.commands import sample
 from tokgen.interfaces import UserError
+from tokgen.sampling import filters
 
 CLASSES = ("cat", "dog", "hot-dog", "7")
 
@@ -26,3 +35,130 @@ def test_unconditional_model_has_one_label():
     assert sample.chosen("", ()) == [0]
     with pytest.raises(UserError, match="unconditional"):
         sample.chosen("cat", ())
+
+
+class Reader(nnx.Module):
+    """A generator that reads text: one masked step or more, whose logits are the mean feature."""
+
+    layout = interfaces.TokenLayout((8,), ((2, 2),))
+    knobs, cond = ("steps", "schedule"), "text"
+
+    def __init__(self):
+        self.steps, self.schedule = 1, "cosine"
+
+    def null(self, cond):
+        return cond.replace(features_BTE=jnp.zeros_like(cond.features_BTE))
+
+    def plan(self):
+        return (interfaces.Phase(0, self.steps, 0, 4),)
+
+    def start(self, cond, codec=None, *, keys_B, given):
+        order_BL = jnp.broadcast_to(jnp.arange(4), (len(keys_B), 4))
+        return interfaces.DecodeState(*given, order_BL=order_BL, cond=cond, keys_B=keys_B)
+
+    def step(self, state, phase, index, codec, draw):
+        text = state.cond
+        logits_B8 = jnp.where(text.mask_BT[..., None], text.features_BTE, 0).sum(1)
+        logits_BlGV = jnp.broadcast_to(logits_B8[:, None, None], (len(logits_B8), 4, 1, 8))
+        return state.write(state.order_BL, draw(logits_BlGV)[0])
+
+
+class Painter(nnx.Module):
+    """Gray images whose pixels are the tokens."""
+
+    quantizer = None
+
+    def decode(self, tokens_BLG):
+        image_BHW = tokens_BLG[..., 0].reshape(-1, 2, 2) / 8
+        return jnp.broadcast_to(image_BHW[..., None], (*image_BHW.shape, 3))
+
+
+def _text(count: int = 3) -> dict[str, np.ndarray]:
+    features = np.random.default_rng(0).normal(size=(count, 5, 8)).astype(np.float32)
+    return {"features": features, "mask": np.arange(5)[None] >= np.arange(count)[:, None]}
+
+
+def _loaded(module, classes=(), **presets):
+    config = types.SimpleNamespace(presets=ml_collections.ConfigDict(presets))
+    return types.SimpleNamespace(
+        module=module, classes=classes, config=config, layout=module.layout
+    )
+
+
+def _args(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    sample.arguments(parser)
+    return parser.parse_args(["runs/generator", "--out", "nowhere", *words])
+
+
+def test_images_of_texts(tmp_path):
+    np.savez(tmp_path / "text.npz", **_text())
+    args = _args("--text", str(tmp_path / "text.npz"), "--number", "2")
+    cond, row_N, classes = sample.conditions(args, _loaded(Reader()))
+    np.testing.assert_array_equal(row_N, [0, 0, 1, 1, 2, 2])
+    np.testing.assert_array_equal(cond.features_BTE, _text()["features"][row_N])
+    np.testing.assert_array_equal(cond.mask_BT, _text()["mask"][row_N])
+    assert classes == [] and cond.mask_BT.dtype == bool
+    sampler = filters.Sampler(temperature=0, guidance=(3.0,))
+    tokens, images = sample.draw(Reader(), Painter(), cond, sampler, seed=0, batch=4)
+    seen = np.where(cond.mask_BT[..., None], cond.features_BTE, 0).sum(1)
+    np.testing.assert_array_equal(tokens[..., 0], np.repeat(seen.argmax(-1)[:, None], 4, 1))
+    assert images.shape == (6, 2, 2, 3) and len(np.unique(tokens)) > 1
+    warm = filters.Sampler(temperature=2.0)
+    tokens, _ = sample.draw(Reader(), Painter(), cond, warm, seed=0, batch=4)
+    part = interfaces.Text(cond.features_BTE[5:], cond.mask_BT[5:])
+    alone, _ = sample.draw(Reader(), Painter(), part, warm, seed=0, batch=4, first=5)
+    np.testing.assert_array_equal(alone, tokens[5:])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mask": None}, "no mask"),
+        ({"features": None, "mask": None}, "no features and no mask"),
+        ({"features": np.zeros((3, 5, 8), int)}, "float32.*int64"),
+        ({"features": np.zeros((3, 5), np.float32)}, r"\[N, T, E\].*\(3, 5\)"),
+        ({"features": np.full((3, 5, 8), np.nan, np.float32)}, "finite"),
+        ({"mask": np.ones((3, 4), bool)}, r"\(3, 5\).*\(3, 4\)"),
+        ({"mask": np.full((3, 5), 2)}, "0 or 1"),
+        ({"mask": np.zeros((3, 5), bool)}, "padded on the left"),
+        ({"mask": np.arange(5)[None] < np.full((3, 1), 3)}, "padded on the left"),
+        ({"mask": np.asarray([[1, 0, 1, 1, 1]] * 3)}, "padded on the left"),
+    ],
+)
+def test_text_that_cannot_be_read_is_refused(tmp_path, change, words):
+    arrays = {k: v for k, v in (_text() | change).items() if v is not None}
+    np.savez(tmp_path / "text.npz", **arrays)
+    with pytest.raises(UserError, match=words):
+        sample.captions(str(tmp_path / "text.npz"))
+
+
+def test_what_is_no_text_is_refused(tmp_path):
+    np.save(tmp_path / "text.npy", np.zeros(3))
+    (tmp_path / "empty.npz").touch()
+    (tmp_path / "broken.npz").write_bytes(b"PK\3\4 and no more")
+    for name in ("text.npy", "empty.npz", "broken.npz", "nothing.npz"):
+        with pytest.raises(UserError, match=f"--text needs.*{name}"):
+            sample.captions(str(tmp_path / name))
+    with pytest.raises(UserError, match="needs --text FILE.npz.*found none"):
+        sample.conditions(_args(), _loaded(Reader()))
+    with pytest.raises(UserError, match="needs --text FILE.npz.*found --classes"):
+        sample.conditions(_args("--text", "a.npz", "--classes", "0"), _loaded(Reader()))
+    other = types.SimpleNamespace(layout=Reader.layout)  # by default of classes
+    with pytest.raises(UserError, match="of 4 classes: use --classes"):
+        sample.conditions(_args("--text", "a.npz"), _loaded(other, CLASSES))
+
+
+def test_steps_and_noise_take_the_presets_place(capsys):
+    loaded = _loaded(Reader(), default={"steps": 8, "noise": 4.0, "weight": 2.0})
+    settings, generator, sampler = sample.prepared(_args(), loaded)
+    assert generator.steps == 8 and sampler.jitter[0] == 3.5 and len(sampler.guidance) == 8
+    assert "departs" not in capsys.readouterr().out
+    settings, generator, sampler = sample.prepared(
+        _args("--steps", "4", "--noise", "2", "--guidance", "1"), loaded
+    )
+    assert (settings["steps"], settings["noise"], settings["weight"]) == (4, 2.0, 1.0)
+    assert generator.steps == 4 and sampler == filters.Sampler(jitter=(1.5, 1.0, 0.5, 0.0))
+    said = capsys.readouterr()
+    assert "departs from preset 'default'" in said.out + said.err
+    assert loaded.module.steps == 1

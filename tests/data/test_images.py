@@ -286,8 +286,36 @@ def test_stored_views_are_the_centre_and_its_mirror_image():
     middle = images.fixed("center", (32, 48))(image, None)
     np.testing.assert_array_equal(middle, images.centre(image, (32, 48)))
     np.testing.assert_array_equal(images.fixed("flip", (32, 48))(image, None), middle[:, ::-1])
-    with pytest.raises(interfaces.UserError, match="center and flip"):
+    with pytest.raises(interfaces.UserError, match="center, flip, top_left"):
         images.fixed("random", (32, 48))
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (97, 64), (32, 32)])
+@pytest.mark.parametrize("size", [30, 40])  # rooms of 3 and 4: an odd one has no middle
+def test_the_ten_crops_are_those_of_adms_centre_at_a_tenth_more(shape, size):
+    """Five of the image, then five of its mirror image, written out; as torchvision orders them."""
+    image, larger = noise(*shape), int(1.1 * size)
+    centre = adm(image, larger)
+    end, middle = larger - size, int(round((larger - size) / 2.0))
+    places = [(0, 0), (0, end), (end, 0), (end, end), (middle, middle)]
+    expected = []
+    for pixels in (centre, centre[:, ::-1]):
+        for top, left in places:
+            expected.append(pixels[top : top + size, left : left + size])
+    names = images.stored("ten")
+    assert len(names) == 10
+    found = [images.fixed(name, (size, size))(image, None) for name in names]
+    np.testing.assert_array_equal(found, expected)
+    assert len({pixels.tobytes() for pixels in found}) == 10
+
+
+def test_ten_crops_of_published_sizes_and_lists_of_views():
+    assert [int(side * images.TEN_ZOOM) for side in (256, 384)] == [281, 422]
+    assert images.stored("center,flip") == ("center", "flip")
+    assert images.stored("center,ten") == ("center", *images.TEN)
+    for wrong in ("", "centre", "flip,flip", "ten,middle", "random"):
+        with pytest.raises(interfaces.UserError, match="views must be different ones"):
+            images.stored(wrong)
 
 
 @pytest.mark.parametrize(

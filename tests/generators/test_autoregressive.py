@@ -11,7 +11,7 @@ from flax import nnx
 
 from tokgen import interfaces
 from tokgen.generators import autoregressive, orders
-from tokgen.nn import positions, transformer
+from tokgen.nn import transformer
 from tokgen.nn.precision import FLOAT32
 from tokgen.sampling import decode, filters
 
@@ -23,7 +23,8 @@ ORDERS = sorted(
     for name, function in inspect.getmembers(orders, inspect.isfunction)
     if function.__module__ == orders.__name__ and name != "named"
 )
-PAIRS = [(order, places) for order in ORDERS for places in sorted(positions.PLACES)]
+PAIRS = [(order, "rotary") for order in ORDERS]
+PAIRS += [("random", "learned"), ("columns", "learned"), ("random", "target_aware")]
 
 generate = jax.jit(decode.generate, static_argnums=(1, 3))
 teacher_forced = jax.jit(lambda generator, batch: generator.logits(batch))
@@ -85,7 +86,7 @@ def test_a_place_depends_on_every_earlier_place_and_on_nothing_later(order, plac
     @jax.jit
     def slopes(generator):
         slope = jax.jacrev(lambda g: jnp.sum(g.logits(batch)[0, :, 0] * mix_LV, -1))(generator)
-        return slope.symbols.table[...], slope.labels.table[...]
+        return slope.symbols.table[...], slope.prefix.labels.table[...]
 
     by_token, by_label = (np.abs(np.asarray(slope)).max(-1) for slope in slopes(generator))
     by_place = by_token[:, 0][:, order_L]
@@ -257,7 +258,7 @@ def test_labels_are_dropped_at_their_rate_for_the_row_of_no_class(rate):
     @jax.jit
     def dropped(key):
         slope = jax.grad(lambda g: g.loss(batch, None, step=0, key=key)[0])(generator)
-        return jnp.abs(slope.labels.table[...]).max(-1) == 0
+        return jnp.abs(slope.prefix.labels.table[...]).max(-1) == 0
 
     first, second = (np.asarray(dropped(jax.random.key(seed))) for seed in (0, 1))
     assert first[classes] == (rate == 0)  # the last row learns from those that were dropped
@@ -339,3 +340,43 @@ def test_every_dropout_rate_acts_in_training_and_in_training_only(rate):
     assert losses[0] == losses[1] and abs(losses[0] - losses[2]) > 1e-3
     still = _lively(label_drop=0.0)
     np.testing.assert_array_equal(nats(generator, batch), nats(still, batch))
+
+
+def test_groups_of_one_are_the_plain_loss_and_end_with_their_step():
+    generator = _lively(groups=((1, 10),), label_drop=0.0)
+    batch, key = _batch(generator), jax.random.key(0)
+    both = jax.jit(lambda step: generator.loss(batch, None, step=step, key=key)[0])
+    np.testing.assert_allclose(both(9), both(10), rtol=1e-6)
+    np.testing.assert_allclose(both(10), nats(generator, batch).mean(), rtol=1e-6)
+
+
+def test_grouped_tokens_are_a_mean_that_predicts_all_tokens_of_the_next_group():
+    """NPP (arXiv:2412.15321), with a generator over groups whose table holds the means."""
+    fine = interfaces.TokenLayout((16,), ((4, 4),))
+    coarse = interfaces.TokenLayout((16,), ((2, 2),))
+    generator = _lively(layout=fine, groups=((2, 10),), label_drop=0.0)
+    tokens = np.random.default_rng(3).integers(0, 16, (2, 16, 1))
+    label_B = jnp.asarray([1, 4])
+    batch = interfaces.TokenBatch(jnp.asarray(tokens), label_B)
+    step = jax.jit(lambda step: generator.loss(batch, None, step=step, key=jax.random.key(0)))
+    value, scalars = step(9)
+    table = np.asarray(generator.symbols.table[...])[0]
+    total, hits = 0.0, 0
+    over_groups = _make(coarse)
+    for name in ("prefix", "transformer", "head"):
+        setattr(over_groups, name, getattr(generator, name))
+    for b in range(2):
+        grid = tokens[b, :, 0].reshape(4, 4)
+        groups = [grid[2 * r : 2 * r + 2, 2 * c : 2 * c + 2].ravel() for r, c in np.ndindex(2, 2)]
+        means = jnp.asarray([table[group].mean(0) for group in groups])
+        over_groups.symbols.table[...] = over_groups.symbols.table[...].at[0, :4].set(means)
+        named = interfaces.TokenBatch(jnp.arange(4)[None, :, None], label_B[b : b + 1])
+        chances = _log_softmax(teacher_forced(over_groups, named))[0, :, 0]
+        for k, group in enumerate(groups):
+            for token in group:
+                total -= chances[k, token]
+                hits += int(chances[k].argmax() == token)
+    np.testing.assert_allclose(value, total / tokens.size, rtol=1e-5)
+    np.testing.assert_allclose(scalars["token_accuracy"], hits / tokens.size, rtol=1e-6)
+    # at the step that ends the groups, every token is its own input and its own target
+    np.testing.assert_allclose(step(10)[0], nats(generator, batch).mean(), rtol=1e-5)

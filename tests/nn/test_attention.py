@@ -66,14 +66,14 @@ def test_scores_and_softmax_are_float32():
     np.testing.assert_allclose(np.float32(out), 1, rtol=2**-7)
 
 
-def _layer(width=8, heads=2, bias=False):
+def _layer(width=8, heads=2, biased=()):
     return attention.Attention(
-        width, heads, bias=bias, std=lambda fan_in: 0.7, precision=FLOAT32, rngs=nnx.Rngs(0)
+        width, heads, biased=biased, std=lambda fan_in: 0.7, precision=FLOAT32, rngs=nnx.Rngs(0)
     )
 
 
 def test_a_layer_against_its_equation():
-    layer, x = _layer(bias=True), _numbers(4, B, L, 8)
+    layer, x = _layer(biased=attention.ALL), _numbers(4, B, L, 8)
     for i, part in enumerate((layer.query, layer.key, layer.value, layer.out)):
         part.bias[...] = jnp.asarray(_numbers(10 + i, *part.bias.shape))
     angles = np.random.default_rng(5).normal(size=(B, 1, L, K // 2))

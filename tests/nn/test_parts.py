@@ -33,7 +33,7 @@ def test_swiglu_against_its_equation():
     rng = np.random.default_rng(0)
     layer = parts.SwiGLU(
         16,
-        hidden=parts.swiglu_hidden_narrow,
+        parts.swiglu_hidden_narrow(16),
         std=linear.fan_in,
         precision=FLOAT32,
         rngs=nnx.Rngs(0),

@@ -1,16 +1,19 @@
 """Fixture folders of published systems against our models; and fixtures that were tampered with."""
 
+import dataclasses
 import functools
 import json
 import pathlib
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tokgen import cli, launch
-from tokgen.interfaces import UserError
-from tokgen.pretrained import parity, system
+from tokgen.interfaces import Statistic, UserError
+from tokgen.pretrained import parity, system, table
 
 HERE = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
 SHARED = (
@@ -26,6 +29,9 @@ INPUTS = {
     *("image", "image0", "image1", "image_fake", "real", "fake", "text"),
     *("q_latents", "q_cotangent", "ent_affinity", "stage1_target_codes"),
     *("aw_weight", "aw_u", "aw_v"),
+    # of generators; numbered ones without their number
+    *("tokens", "labels", "orders", "gt_indices_", "cond", "emb_masks", "train_valid", "mask"),
+    *("noise_gumbel", "noise_u_token_", "noise_u_conf_", "train_u", "train_rand", "inpaint_input"),
 }
 
 
@@ -66,7 +72,8 @@ def holds(path, name):
     assert [line.name for line in lines] == list(arrays)
     verdicts = {line.name: line.verdict for line in lines}
     given = {array for array, verdict in verdicts.items() if verdict == "given"}
-    assert {array for array in given if "margin" not in array} <= INPUTS
+    for array in given:
+        assert "margin" in array or {array, array.rstrip("0123456789")} & INPUTS, array
     assert set(arrays) - given == set(computed)
     for array, found in computed.items():
         wanted = arrays[array]
@@ -199,6 +206,98 @@ def test_a_setting_that_the_fixture_lacks_is_named(copy, capsys):
     file.write_text("[1]")
     with pytest.raises(UserError, match="must hold a table"):
         verdicts(copy)
+
+
+# ---------------------------------------------------------------- what generators need
+
+
+def test_a_dotted_setting_leads_through_sections(copy):
+    file = copy / "config.json"
+    settings = json.loads(file.read_text()) | {"model": {"generator": {"hidden_size": 32}}}
+    file.write_text(json.dumps(settings))
+    folder = parity.Folder(copy)
+    assert folder.setting("model.generator.hidden_size") == 32
+    assert folder.setting("model.generator") == {"hidden_size": 32}
+    for name in ("model.generator.width", "model.hidden_size", "beta.more", "model."):
+        with pytest.raises(UserError, match=f"lacks '{name}', which taming_vqgan needs"):
+            folder.setting(name)
+
+
+def generator_of(copy, tokenizer="taming_vqgan", **settings):
+    """A folder as if its system were a generator with a tokenizer beside it."""
+    folder = copy.parent / "generator"
+    shutil.copytree(copy, folder, dirs_exist_ok=True)
+    said = json.loads((folder / "config.json").read_text()) | settings
+    (folder / "config.json").write_text(json.dumps(said))
+    found = parity.Folder(folder, "taming_vqgan")
+    found.system = dataclasses.replace(found.system, beside=tokenizer)
+    return found
+
+
+def test_the_tokenizer_lies_beside_a_generator(copy):
+    beside = generator_of(copy).beside()
+    assert beside.path.resolve() == copy.resolve() and beside.name == "taming_vqgan"
+    np.testing.assert_array_equal(beside.given("image"), parity.Folder(copy).given("image"))
+    # or where the configuration says; the folder's name does not bind
+    moved = copy.rename(copy.parent / "elsewhere")
+    folder = generator_of(moved, vae="../elsewhere/config.json")
+    assert folder.beside().path.resolve() == moved.resolve()
+    assert folder.beside().name == "taming_vqgan"
+    with pytest.raises(UserError, match="needs its tokenizer's .taming_vqgan. at .*/nowhere"):
+        generator_of(moved, vae="../nowhere/config.json").beside()
+    folder = generator_of(moved)
+    folder.config.pop("vae", None)
+    with pytest.raises(UserError, match="(?s)at .*taming_vqgan; there is none: copy"):
+        folder.beside()
+    for settings, tokenizer in (({"vae": {"ch": 160}}, "taming_vqgan"), ({}, "")):
+        with pytest.raises(UserError, match="must name its tokenizer's config.json as 'vae'"):
+            generator_of(moved, tokenizer, **settings).beside()
+
+
+class Toy(nnx.Module):
+    """What key tables meet: a table in two, a fused map, a statistic."""
+
+    def __init__(self, random):
+        self.symbols = nnx.Param(jnp.asarray(random.normal(size=(1, 3, 2)), jnp.float32))
+        self.labels = nnx.Param(jnp.asarray(random.normal(size=(2, 2)), jnp.float32))
+        self.kernel = nnx.Param(jnp.asarray(random.normal(size=(2, 3, 2)), jnp.float32))
+        self.idle = nnx.Param(jnp.ones(2))
+        self.counts = Statistic(jnp.full(2, 2.0))
+
+
+def test_gradients_come_under_published_keys():
+    """d of sum(counts * symbols^2 / 2) + sum(labels * kernel[:, 0]), closed forms."""
+    toy = Toy(np.random.default_rng(0))
+    rows = [
+        table.Row("embed.weight", ("symbols", "labels"), table.rows_apart()),
+        table.row("fused.weight", "kernel", table.chunks((1, 2, 0))),
+        table.row("idle", "idle"),
+        table.row("counts", "counts"),
+    ]
+
+    def loss(toy):
+        own = 0.5 * jnp.sum(toy.counts[...][None, None] * toy.symbols[...] ** 2)
+        return own + jnp.sum(toy.labels[...] * toy.kernel[...][:, 0]), {"own": own}
+
+    value, scalars, found = parity.gradients(toy, loss, iter(rows))
+    symbols, labels, kernel = (
+        np.asarray(leaf[...], np.float64) for leaf in (toy.symbols, toy.labels, toy.kernel)
+    )
+    np.testing.assert_allclose(scalars["own"], np.sum(symbols**2), rtol=1e-6)
+    np.testing.assert_allclose(value, np.sum(symbols**2) + np.sum(labels * kernel[:, 0]), rtol=1e-6)
+    assert set(found) == {"embed.weight", "fused.weight", "idle"}
+    np.testing.assert_allclose(
+        found["embed.weight"], np.concatenate([2 * symbols[0], kernel[:, 0]]), rtol=1e-6
+    )
+    fused = np.zeros((6, 2))
+    fused[2:4] = labels.T  # our chunk 0 is the published chunk 1
+    np.testing.assert_allclose(found["fused.weight"], fused, rtol=1e-6)
+    assert not found["idle"].any()
+    norms, whole = parity.grad_norms(found, ("fused.weight",))
+    np.testing.assert_allclose(norms, [np.linalg.norm(labels)], rtol=1e-6)
+    parts = (2 * symbols, kernel[:, 0], labels)
+    wanted = np.sqrt(sum(np.sum(part**2) for part in parts))
+    np.testing.assert_allclose(whole, wanted, rtol=1e-6)
 
 
 # ---------------------------------------------------------------- the command

@@ -160,7 +160,8 @@ def test_given_tokens_are_kept_and_the_others_drawn(sampler):
 @pytest.mark.parametrize("sampler", [filters.Sampler(), GUIDED], ids=["plain", "guided"])
 def test_the_image_with_broken_logits_is_flagged_and_no_other(sampler):
     broken = jax.tree.map(lambda leaf: leaf, _make())
-    broken.labels.table[...] = broken.labels.table[...].at[4].set(jnp.nan)  # the class of image 2
+    table = broken.prefix.labels.table
+    table[...] = table[...].at[4].set(jnp.nan)  # the class of image 2
     state = _draw(sampler, broken)
     np.testing.assert_array_equal(state.invalid_B, LABELS == 4)
     sound = np.flatnonzero(LABELS != 4)
@@ -210,6 +211,133 @@ def test_settings_per_step_are_read_at_their_step():
 def test_settings_for_another_plan_are_refused(sampler):
     with pytest.raises(ValueError, match=f"the plan has {L} steps.*{sampler.steps}"):
         _draw(sampler)
+
+
+@pytest.mark.parametrize("sampler", [filters.Sampler(), GUIDED], ids=["plain", "guided"])
+def test_a_watched_decode_draws_the_same_tokens(sampler):
+    generator = _make(window=4)
+    if sampler.guidance:  # null rows go after step 5, inside a window
+        sampler = filters.Sampler(temperature=0.9, guidance=(3.0,) * 6 + (1.0,) * 3)
+    keys_B = rng.per_image(0, "sample", jnp.arange(7))
+
+    @jax.jit
+    def watched(generator):
+        seen = []
+        state = decode.generate(
+            generator,
+            None,
+            jnp.asarray(LABELS),
+            sampler,
+            keys_B=keys_B,
+            observe=lambda state, index: seen.append((index, state.cond, state.tokens_BLG)),
+        )
+        return state.tokens_BLG, seen
+
+    tokens, seen = watched(generator)
+    np.testing.assert_array_equal(tokens, _draw(sampler, generator).tokens_BLG)
+    assert [int(index) for index, _, _ in seen] == list(range(L))
+    for index, label_B, before_BLG in seen:
+        np.testing.assert_array_equal(label_B, LABELS)  # the conditions' rows, not their nulls
+        np.testing.assert_array_equal(before_BLG[:, :index], tokens[:, :index])
+        np.testing.assert_array_equal(before_BLG[:, index:], V)
+
+
+class Stack(nnx.Module):
+    """Layers that can be taken apart."""
+
+    def __init__(self, apart: bool = False):
+        self.apart = apart
+
+    def unstacked(self):
+        return Stack(apart=True)
+
+
+class Holder(nnx.Module):
+    """A module with a stack of its own."""
+
+    def __init__(self):
+        self.transformer = Stack()
+
+
+class Table(nnx.Module):
+    """Three steps, each of which draws every position, its symbols at once or in turn."""
+
+    layout = interfaces.TokenLayout((6, 6), ((1, 4),))
+
+    def __init__(self, in_turn: bool):
+        self.in_turn, self.transformer, self.head = in_turn, Stack(), Holder()
+        self.logits_cGV = nnx.Param(2 * jax.random.normal(jax.random.key(3), (2, 2, 6)))
+
+    def null(self, cond):
+        return jnp.zeros_like(cond)
+
+    def plan(self):
+        return (interfaces.Phase(0, 3, 0, 4),)
+
+    def start(self, cond, codec=None, *, keys_B, given):
+        order_BL = jnp.broadcast_to(jnp.arange(4), (len(keys_B), 4))
+        return interfaces.DecodeState(*given, order_BL=order_BL, cond=cond, keys_B=keys_B)
+
+    def step(self, state, phase, index, codec, draw):
+        assert self.transformer.apart and self.head.transformer.apart
+        logits_BGV = self.logits_cGV[...][state.cond]
+        logits_BlGV = jnp.broadcast_to(logits_BGV[:, None], (len(logits_BGV), 4, 2, 6))
+        if self.in_turn:
+            parts = [draw(logits_BlGV[:, :, g : g + 1], symbol=g)[0] for g in range(2)]
+            return state.write(state.order_BL, jnp.concatenate(parts, -1))
+        return state.write(state.order_BL, draw(logits_BlGV)[0])
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_each_symbol_has_its_own_weight(in_turn):
+    generator = Table(in_turn)
+    logits = np.asarray(generator.logits_cGV[...], np.float64)
+    weights = np.asarray([-1.5, 2.5])
+    expected = np.argmax(logits[0] + weights[:, None] * (logits[1] - logits[0]), -1)
+    swapped = np.argmax(logits[0] + weights[::-1, None] * (logits[1] - logits[0]), -1)
+    assert np.all(expected != swapped), "these logits cannot tell the symbols apart"
+    sampler = filters.Sampler(temperature=0, guidance=(1.0, 1.0, tuple(weights)))
+    keys_B = rng.per_image(0, "sample", jnp.arange(2))
+    state = _generate(generator, None, jnp.ones(2, jnp.int32), sampler, keys_B=keys_B)
+    np.testing.assert_array_equal(state.tokens_BLG, np.broadcast_to(expected, (2, 4, 2)))
+    assert not generator.transformer.apart and not generator.head.transformer.apart
+    sampler = filters.Sampler(guidance=((1.0, 2.0, 3.0),) * 3)
+    with pytest.raises(ValueError, match="needs 2 weights.*found 3"):
+        decode.generate(generator, None, jnp.ones(2, jnp.int32), sampler, keys_B=keys_B)
+
+
+class Replay:
+    """What `generate` asks of a sampler, and no more: it draws recorded tokens."""
+
+    steps, guidance = 3, (1.0, 2.0, 1.0)
+
+    def __init__(self, recorded):
+        self.recorded = recorded
+
+    def draw(self, logits_BlGV, *, keys_B, step, symbol=0):
+        tokens_BlG = self.recorded[step][:, :, symbol : symbol + logits_BlGV.shape[2]]
+        return tokens_BlG, jnp.zeros(tokens_BlG.shape)
+
+
+def test_a_sampler_is_whatever_draws():
+    recorded = jnp.asarray(np.random.default_rng(4).integers(0, 6, (3, 2, 4, 2)), jnp.int32)
+    keys_B = jax.random.split(jax.random.key(0), 2)
+
+    @jax.jit
+    def replayed(generator):
+        seen = []
+        state = decode.generate(
+            generator,
+            None,
+            jnp.ones(2, jnp.int32),
+            Replay(recorded),
+            keys_B=keys_B,
+            observe=lambda state, index: seen.append(state.tokens_BLG),
+        )
+        return seen, state.tokens_BLG
+
+    seen, tokens = replayed(Table(False))
+    np.testing.assert_array_equal(seen[1:] + [tokens], recorded)
 
 
 def test_generating_leaves_the_generator_as_it_was():

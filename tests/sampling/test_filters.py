@@ -347,6 +347,79 @@ def test_confidence_knows_neither_temperature_nor_filters():
     np.testing.assert_array_equal(sure, drawn)
 
 
+def test_a_softened_confidence_is_that_of_divided_logits():
+    logits = _rows()[:2]
+    keys = jax.random.split(jax.random.key(18), 2)
+    plain, _ = draw(filters.Sampler(noise=_spread), jnp.asarray(logits), keys, 1)
+    drawn = np.take_along_axis(logits, np.asarray(plain)[..., None], -1)[..., 0]
+    divided = logits.astype(np.float64) / 0.7
+    softened = {"noise": _spread, "confidence_temperature": (1.2, 0.7)}
+    tokens, sure = draw(filters.Sampler(**softened), jnp.asarray(logits), keys, 1)
+    np.testing.assert_array_equal(tokens, plain)  # the draw does not see it
+    expected = drawn / 0.7 - np.log(np.exp(divided).sum(-1))
+    np.testing.assert_allclose(sure, expected, rtol=1e-5, atol=1e-5)
+    raw = filters.Sampler(**softened, confidence=filters.raw_logit)
+    _, sure = draw(raw, jnp.asarray(logits), keys, 1)
+    np.testing.assert_allclose(sure, drawn / 0.7, rtol=1e-6)
+
+
+def test_noise_on_the_confidence_changes_no_token_and_is_each_images_own():
+    logits = jnp.asarray(np.random.default_rng(19).normal(size=(5, 6, 2, 30)), jnp.float32)
+    keys = jax.random.split(jax.random.key(19), 5)
+    tokens, sure = draw(filters.Sampler(), logits, keys, 1)
+    noisy = filters.Sampler(jitter=(4.5, 2.25, 0.0))
+    same, moved = draw(noisy, logits, keys, 1)
+    np.testing.assert_array_equal(same, tokens)
+    gumbel = filters.per_image_gumbel(keys, 1, 0, (5, 6, 2))
+    np.testing.assert_allclose(moved, sure + 2.25 * gumbel, rtol=1e-5, atol=1e-5)
+    assert len(np.unique(gumbel)) == gumbel.size
+    _, last = draw(noisy, logits, keys, 2)
+    np.testing.assert_array_equal(last, draw(filters.Sampler(), logits, keys, 2)[1])
+    _, alone = draw(noisy, logits[3:4], keys[3:4], 1)
+    np.testing.assert_allclose(alone, moved[3:4], rtol=1e-5, atol=1e-5)
+    for symbol in range(2):  # in turn or at once
+        in_turn = filters.per_image_gumbel(keys, 1, symbol, (5, 6, 1))
+        np.testing.assert_array_equal(in_turn[..., 0], gumbel[..., symbol])
+    replayed = filters.Sampler(jitter=2.0, gumbel=lambda keys, step, symbol, shape: jnp.ones(shape))
+    np.testing.assert_allclose(draw(replayed, logits, keys, 1)[1], sure + 2.0, rtol=1e-6)
+
+
+def test_the_noise_is_gumbel_and_knows_nothing_of_the_draw(monkeypatch):
+    keys, shape = jax.random.split(jax.random.key(20), 2000), (2000, 10, 1)
+    gumbel = np.asarray(filters.per_image_gumbel(keys, 4, 0, shape)).ravel()
+    assert scipy.stats.kstest(gumbel, scipy.stats.gumbel_r.cdf).pvalue > 1e-4
+    assert scipy.stats.kstest(gumbel, scipy.stats.gumbel_r(0.1).cdf).pvalue < 1e-4  # it can fail
+    uniform = np.asarray(filters.per_image_uniform(keys, 4, 0, shape)).ravel()
+    assert abs(scipy.stats.spearmanr(gumbel, uniform).statistic) < 4 / np.sqrt(gumbel.size)
+    # the least and the largest number that a uniform can be
+    ends = jnp.asarray([0.0, 1 - 2.0**-23], jnp.float32).reshape(1, 2, 1)
+    monkeypatch.setattr(filters, "_uniform", lambda *_: ends)
+    least, largest = np.ravel(filters.per_image_gumbel(keys[:1], 0, 0, (1, 2, 1)))
+    np.testing.assert_allclose(least, -np.log(20 * np.log(10)), rtol=1e-6)
+    np.testing.assert_allclose(largest, 23 * np.log(2), rtol=1e-6)
+
+
+def test_each_symbol_is_drawn_at_its_own_temperature():
+    keys = jax.random.split(jax.random.key(21), 2000)
+    logits = jnp.broadcast_to(jnp.asarray(LOGITS_V), (2000, 10, 2, 24))
+    # per step and symbol; step 1 is read
+    sampler = filters.Sampler(temperature=(1.0, (0.6, 1.7)), top_k=9)
+    tokens, _ = draw(sampler, logits, keys, 1)
+    for symbol, temperature in enumerate((0.6, 1.7)):
+        own, other = (_reference(LOGITS_V, t, 9, 1.0) for t in (temperature, 2.3 - temperature))
+        assert _chi_square(tokens[..., symbol], own) > 1e-4
+        assert _chi_square(tokens[..., symbol], other) < 1e-4
+        in_turn, _ = sampler.draw(
+            logits[:50, :, :1], keys_B=keys[:50], step=1, symbol=symbol
+        )  # outside jit: the same numbers
+        np.testing.assert_array_equal(in_turn[..., 0], tokens[:50, :, symbol])
+    greedy, _ = draw(filters.Sampler(temperature=((0.0, 1.7),) * 2, top_k=9), logits, keys, 1)
+    np.testing.assert_array_equal(greedy[..., 0], np.argmax(LOGITS_V))
+    np.testing.assert_array_equal(greedy[..., 1], tokens[..., 1])
+    with pytest.raises(interfaces.UserError, match="found 2 .* 3 symbols"):
+        sampler.draw(jnp.zeros((1, 1, 3, 4)), keys_B=keys[:1], step=0)
+
+
 def test_nothing_is_sorted_and_what_is_off_is_not_compiled():
     logits = jax.ShapeDtypeStruct((1, 1, 1, 16384), jnp.float32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
@@ -387,7 +460,14 @@ def test_a_sampler_is_a_value():
         ({"temperature": True}, "temperature True"),
         ({"temperature": (1.0, -1.0)}, "temperature -1.0"),
         ({"temperature": ()}, "temperature none"),
-        ({"temperature": ((1.0, 1.0),)}, "temperature (1.0, 1.0)"),
+        ({"temperature": ((1.0, 1.0), (1.0,))}, "temperature 1 and 2"),
+        ({"temperature": ((1.0, -1.0),)}, "temperature -1.0"),
+        ({"top_k": ([1, 2],)}, "top_k whole number"),
+        ({"jitter": -1.0}, "jitter -1.0"),
+        ({"jitter": (0.5, np.inf)}, "jitter inf"),
+        ({"confidence_temperature": 0.0}, "confidence_temperature 0.0"),
+        ({"confidence_temperature": ()}, "confidence_temperature none"),
+        ({"jitter": (1.0, 0.0), "temperature": (1.0,) * 3}, "jitter 2 temperature 3"),
         ({"top_k": -1}, "top_k -1"),
         ({"top_k": 2.5}, "top_k 2.5"),
         ({"top_k": None}, "top_k None"),

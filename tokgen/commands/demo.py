@@ -19,7 +19,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from tokgen import checkpoint, config, judge, launch, report
+from tokgen import checkpoint, config, families, judge, launch, report
 from tokgen.commands import evaluate, pretokenize, sample
 from tokgen.data import shapes, tokens
 from tokgen.interfaces import UserError
@@ -35,6 +35,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="runs/demo", help="folder of the page (runs/demo)")
     parser.add_argument("--tokenizer-steps", type=int, help="fewer: a shorter, poorer demo")
     parser.add_argument("--generator-steps", type=int, help="fewer: a shorter, poorer demo")
+    parser.add_argument(
+        "--all", action="store_true", help="one generator of every family, side by side"
+    )
     parser.add_argument("--samples", type=int, default=500, help="judged samples (default 500)")
 
 
@@ -51,14 +54,17 @@ def run(args: argparse.Namespace) -> None:
         cpu = os.times()
         examiner = judge.load_or_train()
         train("train_tokenizer.py", TOKENIZER, fresh / "tokenizer", args.tokenizer_steps)
-        command = [sys.executable, "-m", "tokgen.cli", "pretokenize", "--views", "center"]
-        subprocess.run(
-            [*command, "--tokenizer", str(fresh / "tokenizer"), "--out", str(fresh / "tokens")],
-            check=True,
-        )
+        pretokenized(fresh / "tokenizer", fresh / "tokens")
         given = [f"--config.data.tokens={fresh / 'tokens'}"]
         train("train_generator.py", GENERATOR, fresh / "generator", args.generator_steps, given)
+        if args.all:
+            steps = args.tokenizer_steps, args.generator_steps
+            families.train(fresh, train, pretokenized, *steps)
         summary, pictures, told = measure(fresh, examiner, args.samples)
+        if args.all:
+            summary["families"], more = families.measure(fresh, examiner, args.samples, SEED)
+            pictures |= more
+            save(fresh, more)
         summary["minutes"] = round((time.monotonic() - started) / 60, 2)
         summary["cpu_minutes"] = round(_cpu_seconds(cpu) / 60, 2)
         summary["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
@@ -99,6 +105,19 @@ def train(program: str, settings: str, workdir: pathlib.Path, steps: int | None,
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)})
     if done.returncode:
         raise UserError(f"{program} ended with exit code {done.returncode}; its message is above")
+
+
+def pretokenized(tokenizer: pathlib.Path, out: pathlib.Path) -> None:
+    """Token shards of a tokenizer's own images, written in a process of its own."""
+    command = [sys.executable, "-m", "tokgen.cli", "pretokenize", "--views", "center"]
+    subprocess.run([*command, "--tokenizer", str(tokenizer), "--out", str(out)], check=True)
+
+
+def save(folder: pathlib.Path, pictures: dict[str, np.ndarray]) -> None:
+    """The page's pictures as files beside it."""
+    (folder / "images").mkdir(exist_ok=True)
+    for name, picture in pictures.items():
+        report.save_png(folder / "images" / f"{name}.png", picture)
 
 
 def measure(folder: pathlib.Path, examiner, number: int) -> tuple[dict, dict, dict]:
@@ -180,9 +199,7 @@ def measure(folder: pathlib.Path, examiner, number: int) -> tuple[dict, dict, di
     }
     for name, image_NHW3 in zip(shapes.CLASSES, by_class, strict=True):
         pictures[f"class_{name}"] = report.grid(image_NHW3, SHOWN, scale=2)
-    (folder / "images").mkdir(exist_ok=True)
-    for name, picture in pictures.items():
-        report.save_png(folder / "images" / f"{name}.png", picture)
+    save(folder, pictures)
     told = {
         "layout": f"{rows} x {columns} tokens of {loaded.layout.absent} codes",
         "tokenizer_parameters": _parameters(tokenizer.meta),
@@ -261,6 +278,7 @@ def page(summary: dict, pictures: dict, told: dict) -> str:
   table {{ border-collapse: collapse; }}
   th {{ text-align: left; font-weight: 600; padding: .25rem 1rem .25rem 0; }}
   td {{ padding: .25rem 0; }}
+  .families td, .families th {{ vertical-align: top; padding-right: 1rem; font-size: .9rem; }}
   .share {{ display: block; font-weight: 400; color: #666; font-size: .85rem; }}
 </style>
 <h1>tokgen: shapes drawn from tokens</h1>
@@ -278,6 +296,7 @@ independent classifier recognises. Sampling: {html.escape(settings)}, seed {SEED
 <table>
 {classes}
 </table>
+{families.section(summary.get("families", {}), picture)}
 <h2>Completing a half</h2>
 <p>Row by row: a held-out image; what was given of it (the upper half); the image as the tokenizer
 paints it; the lower half drawn anew by the generator.</p>

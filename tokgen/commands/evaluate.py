@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import pathlib
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from tokgen import checkpoint, config, launch, report
-from tokgen.data import images, stream, tokens
-from tokgen.interfaces import TokenBatch, UserError
+from tokgen import checkpoint, config, launch, report, rng
+from tokgen.data import captioned, coded, images, stream, tokens
+from tokgen.generators import orders
+from tokgen.interfaces import PyTree, Text, TokenBatch, UserError
 from tokgen.metrics import codebook
 from tokgen.metrics import reconstruction as quality
 
@@ -99,30 +102,120 @@ def standard_error(value_B: np.ndarray) -> float:
     return float(np.std(value_B, ddof=1) / math.sqrt(len(value_B))) if len(value_B) > 1 else 0.0
 
 
+def condition(batch: dict) -> PyTree:
+    """What a generator is told of a batch of the stream: its text where it has one, or labels."""
+    if "text" not in batch:
+        return batch["label"]
+    mask_BT = batch.get("mask")
+    mask_BT = jnp.ones(batch["text"].shape[:2], bool) if mask_BT is None else mask_BT
+    return Text(batch["text"], mask_BT)
+
+
 @jax.jit
-def _nats(generator, codec, tokens_BLG, label_B):
-    return generator.nats(TokenBatch(tokens_BLG, label_B), codec).sum(-1)
+def encode(tokenizer, image_BHW3):
+    """Tokens of uint8 images."""
+    return tokenizer.encode(quality.from_uint8(image_BHW3))
+
+
+@functools.partial(jax.jit, static_argnames="order")
+def _exact(generator, codec, batch, keys_B, order=None):
+    """[B] nats of the images, under the generator's own order or each under one of its key."""
+    order_BL = None
+    if order is not None:
+        order_BL = jax.vmap(lambda key: order(generator.layout, key))(keys_B)
+    batch = TokenBatch(batch["tokens"], condition(batch), order_BL)
+    return generator.nats(batch, codec).sum(-1)
+
+
+@jax.jit
+def _bound(generator, codec, batch, keys_B):
+    """[B] nats of the images, each by a draw of its own key: it depends on nothing beside it."""
+
+    def of(one, key):
+        one = jax.tree.map(lambda leaf: leaf[None], one)
+        return generator.nats(one, codec, key=key)[0].sum()
+
+    return jax.vmap(of)(TokenBatch(batch["tokens"], condition(batch)), keys_B)
 
 
 def likelihood(
-    generator, codec, source, *, count: int, batch: int = 50, what: str = ""
+    generator,
+    codec,
+    source,
+    *,
+    count: int,
+    batch: int = 50,
+    what: str = "",
+    order: str = "",
+    draws: int = 8,
+    seed: int = 0,
 ) -> dict[str, float]:
-    """Held-out nats and bits per token; images are the sample of which the error is stated."""
+    """Held-out nats and bits per token, summed over the symbols of a token.
+
+    Images are the sample of which `nats_error` is the standard error. Exact, but for a generator
+    that says otherwise (`exact`): then the mean of an upper bound over `draws` random orders for
+    each image, and `nats_orders_error` is the share of the error that more draws would mend. An
+    `order` by name is for generators that go in any; under "random" each of the draws is exact.
+    """
+    exact, order_of = getattr(generator, "exact", True), None
+    if order:
+        order_of = _order(generator, order)
+    draws = draws if order == "random" or not exact else 1
+    program = functools.partial(_exact, order=order_of) if exact else _bound
     total, chosen = [], spread(len(source), count)
     for part in watched(stream.once(source, batch_size=batch, indices=chosen), len(chosen), what):
-        label_B = part["label"]
-        missing = batch - len(label_B)
-        padded = [np.concatenate([a, np.repeat(a[-1:], missing, axis=0)]) for a in part.values()]
-        padded = dict(zip(part, padded, strict=True))
-        nats_B = _nats(generator, codec, *jax.device_put((padded["tokens"], padded["label"])))
-        total.append(jax.device_get(nats_B)[: len(label_B)])
-    nats_B = np.concatenate(total).astype(np.float64) / generator.layout.length
-    return {
-        "nats_per_token": float(nats_B.mean()),
-        "nats_error": standard_error(nats_B),
-        "bits_per_token": float(nats_B.mean() / math.log(2)),
+        rows = len(part["label"])
+        # padded, so that one program serves all batches
+        padded = {
+            name: np.concatenate([a, np.repeat(a[-1:], batch - rows, axis=0)])
+            for name, a in part.items()
+        }
+        if "image" in padded:
+            padded["tokens"] = source.encode(padded.pop("image"))
+        first = sum(len(nats_BR) for nats_BR in total)
+        index_B = np.resize(chosen[first : first + rows], batch)
+        keys_B = rng.per_image(seed, "eval", jnp.asarray(index_B))
+        padded, nats_RB = jax.device_put(padded), []
+        for draw in range(draws):
+            own_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, draw)
+            nats_RB.append(jax.device_get(program(generator, codec, padded, own_B))[:rows])
+        total.append(np.stack(nats_RB, axis=1))
+    nats_NR = np.concatenate(total).astype(np.float64) / generator.layout.length
+    nats_N = nats_NR.mean(axis=1)
+    figures = {
+        "nats_per_token": float(nats_N.mean()),
+        "nats_error": standard_error(nats_N),
+        "bits_per_token": float(nats_N.mean() / math.log(2)),
         "images": len(chosen),
     }
+    if draws > 1 or not exact:
+        figures |= {"nats_orders_error": draw_error(nats_NR), "orders": draws}
+    return figures
+
+
+def draw_error(value_NR: np.ndarray) -> float:
+    """Standard error of the mean over R draws for each of N fixed images; 0 for one draw."""
+    images, draws = value_NR.shape
+    if draws < 2:
+        return 0.0
+    return float(np.sqrt((value_NR.var(axis=1, ddof=1) / draws).sum()) / images)
+
+
+def _order(generator, name: str):
+    """The order of that name, or the error of a generator that has none."""
+    try:
+        found = orders.named(name)
+        found(generator.layout, jax.random.key(0))
+    except ValueError as error:
+        raise UserError(
+            f"--order {name} is no order of {generator.layout.grids}: {error}"
+        ) from error
+    if not getattr(generator, "exact", True) or not hasattr(generator, "order"):
+        raise UserError(
+            f"--order needs a generator that goes through its tokens one by one; found one of "
+            f"{type(generator).__module__.rpartition('.')[2]}: leave it out"
+        )
+    return found
 
 
 def unigram(train, held_out, layout, *, count: int = 20_000) -> dict[str, float]:
@@ -145,8 +238,41 @@ def view_of(settings) -> images.View:
     return images.fixed("center", tuple(settings.view.size), settings.view.channels)
 
 
+def generator_source(data, split: str, tokenizer: checkpoint.Loaded | None = None):
+    """What a config's `data` gives to a generator: token shards, or images to encode; with text.
+
+    `tokenizer` is for images; it should compute in float32, as pretokenizing does.
+    """
+    text = data.get("text", "")
+    if data.get("tokens", ""):
+        shards = tokens.Source(data["tokens"], split=split)
+        return captioned.Tokens(shards, text) if text else shards
+    if tokenizer.layout is None:
+        raise UserError(
+            f"{tokenizer.step} holds a continuous tokenizer, which writes no tokens; need one with "
+            "a discrete quantizer (vq, fsq, lfq, bsq, multiscale)"
+        )
+    pictures = image_source(tokenizer.config, data.get("images", ""), split)
+    if isinstance(pictures, captioned.Source):  # what the tokenizer's decoder reads
+        pictures = pictures.images
+    return coded.Source(
+        captioned.Source(pictures, text, split=split) if text else pictures,
+        images.stored(data.get("views", "center,flip")),
+        size=tuple(tokenizer.config.view.size),
+        channels=tokenizer.config.view.channels,
+        layout=tokenizer.layout.to_json(),
+        tokenizer=tokenizer.fingerprint,
+        encode=functools.partial(encode, tokenizer.module),
+    )
+
+
 def image_source(settings, path: str, split: str):
     """The images of a folder, or of the data set that the config names."""
+    if not path and "data" not in settings:
+        raise UserError(
+            "an imported tokenizer has no data set of its own; name a folder of images: --data DIR "
+            "in commands, --config.data.images=DIR in training"
+        )
     if path:
         return config.build({"name": "folder", "path": path}, "data", split=split)
     return config.build(settings.data, "data", split=split)
@@ -160,27 +286,37 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="", help="image folder, or token shards; default: config")
     parser.add_argument("--split", default="held_out", help="held_out (default), train or all")
     parser.add_argument("--images", type=int, default=1000, help="at most so many (default 1000)")
+    parser.add_argument(
+        "--order", default="", help="of a generator: its nats under raster, columns or random order"
+    )
+    parser.add_argument(
+        "--orders", type=int, default=8, help="draws per image, where orders are drawn (default 8)"
+    )
     parser.add_argument("--out", default="", help="also append the figures to this JSONL file")
     parser.add_argument("--tokenizer", default="", help="where the generator's tokenizer lies now")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the figures and, with --out, append them to a file."""
-    if args.images < 1:
-        raise UserError(f"--images must be at least 1; found {args.images}")
+    if args.images < 1 or args.orders < 1:
+        raise UserError(
+            f"--images and --orders must be at least 1; found {args.images}, {args.orders}"
+        )
     launch.devices()
     step = checkpoint.find(args.checkpoint)
     kind = checkpoint.read_meta(step)["kind"]
     if args.reconstruction and kind != "tokenizer":
         raise UserError(f"--reconstruction needs a tokenizer; {step} holds a {kind}")
-    figures = (_tokenizer if kind == "tokenizer" else _generator)(step, args)
+    figures, title = (_tokenizer if kind == "tokenizer" else _generator)(step, args)
     for name, value in figures.items():
+        name = title if name == "nats_per_token" else name
         print(f"{name:<20} {value:.4f}" if isinstance(value, float) else f"{name:<20} {value}")
     if args.out:
         record = {
             "checkpoint": str(step),
             "split": args.split,
             "data": args.data,
+            "order": args.order,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             **figures,
         }
@@ -190,25 +326,50 @@ def run(args: argparse.Namespace) -> None:
             file.write(json.dumps(record) + "\n")
 
 
-def _tokenizer(step: pathlib.Path, args: argparse.Namespace) -> dict:
+def _tokenizer(step: pathlib.Path, args: argparse.Namespace) -> tuple[dict, str]:
     loaded = checkpoint.load_tokenizer(step)
     source = image_source(loaded.config, args.data, args.split)
     report.say(f"{min(args.images, len(source))} of {len(source)} images, step {step.name}")
     view = view_of(loaded.config)
-    return reconstruction(loaded.module, source, view, count=args.images, what="reconstruct")[0]
+    count, what = args.images, "reconstruct"
+    return reconstruction(loaded.module, source, view, count=count, what=what)[0], ""
 
 
-def _generator(step: pathlib.Path, args: argparse.Namespace) -> dict:
+def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple[dict, str]:
     loaded = checkpoint.load_generator(step)
-    path = args.data or checkpoint.referred(loaded.meta["tokens"], step)
-    source = tokens.Source(path, split=args.split)
-    wanted = loaded.meta["tokenizer"]["fingerprint"]
-    if source.header["tokenizer"]["fingerprint"] != wanted:
-        raise UserError(
-            f"the tokens in {path} were made by another tokenizer than the one of {step}; "
-            "need shards of the generator's own tokenizer: run tokgen pretokenize with it"
-        )
-    codec = checkpoint.load_tokenizer_of(loaded, args.tokenizer).module.quantizer
+    tokenizer = checkpoint.load_tokenizer_of(loaded, args.tokenizer)
+    data = _data_of(loaded, args.data)
+    if data["tokens"]:
+        source = generator_source(data, args.split)
+        made_by = source.header["tokenizer"]["fingerprint"]
+        checkpoint.check_tokenizer(tokenizer, made_by, f"token set {source.path}")
+    else:
+        encoder = checkpoint.load_tokenizer(tokenizer.step, compute="float32")
+        source = generator_source(data, args.split, encoder)
     report.say(f"{min(args.images, len(source))} of {len(source)} images, step {step.name}")
-    figures = likelihood(loaded.module, codec, source, count=args.images, what="likelihood")
-    return figures | unigram(tokens.Source(path), source, loaded.layout)
+    figures = likelihood(
+        *(loaded.module, tokenizer.module.quantizer, source),
+        count=args.images,
+        what="likelihood",
+        order=args.order,
+        draws=args.orders,
+    )
+    how = [] if getattr(loaded.module, "exact", True) else ["upper bound"]
+    how += [f"order {args.order}"] if args.order else []
+    how += [f"{figures['orders']} orders"] if "orders" in figures else []
+    title = f"nats_per_token ({', '.join(how)})" if how else "nats_per_token"
+    if data["tokens"]:  # images would all have to be encoded for it
+        figures |= unigram(tokens.Source(data["tokens"]), source, loaded.layout)
+    return figures, title
+
+
+def _data_of(loaded: checkpoint.Loaded, path: str) -> dict:
+    """The config's `data`, with the shards or images that lie at `path`, if one is given."""
+    data = {"tokens": "", **dict(loaded.config.get("data", {}))}
+    record = loaded.meta["tokens"]
+    data["tokens"] = str(checkpoint.referred(record, loaded.step)) if record else ""
+    if path and (record or (pathlib.Path(path) / tokens.HEADER).exists()):
+        data["tokens"] = path
+    elif path:
+        data["images"] = path
+    return data

@@ -6,7 +6,7 @@ import argparse
 import json
 import pathlib
 
-from tokgen import checkpoint, config, launch, report, state
+from tokgen import config, imports, launch, report, state
 from tokgen.pretrained import system, transfer, writer
 
 OURS = "model.safetensors"
@@ -26,7 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """model.safetensors (our names, the weights that are used), config.json, the published file."""
     launch.devices()
-    loaded, imported = checkpoint.load_imported(args.checkpoint)
+    loaded, imported = imports.load_imported(args.checkpoint)
     source = loaded.meta.get("source") or {}
     name = args.system or source.get("system", "")
     # before anything is written: the form may not fit

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import pathlib
 
 import yaml
 
-from tokgen import checkpoint, launch, report
+from tokgen import checkpoint, imports, launch, report
 from tokgen.interfaces import UserError
 from tokgen.pretrained import system, transfer
 
@@ -22,6 +23,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="the published configuration (JSON or YAML), where sizes are not the published ones",
     )
     parser.add_argument("--out", required=True, help="folder of the checkpoint; must be new")
+    parser.add_argument(
+        "--tokenizer", default="", help="of a generator: the checkpoint of its tokenizer"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a field of our config that changes no weight, as view.size=384,384 for images of "
+        "another size, or quantizer.groups=7,7 for bits as two symbols; may be repeated",
+    )
     parser.add_argument(
         "--opaque",
         action="store_true",
@@ -47,10 +59,14 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"--system must be one of {', '.join(importable())}; found {args.system!r}{hint}"
         )
+    found, tokenizer = system.named(args.system), None
+    if args.tokenizer and found.tokens is None:
+        raise UserError(f"--tokenizer is for generators; {args.system} is a tokenizer itself")
+    if args.tokenizer:
+        tokenizer = checkpoint.load_tokenizer(args.tokenizer)
     published = _read(args.config) if args.config else {}
     options = {"unknown": "opaque"} if args.opaque else {}
-    imported = transfer.read(file, args.system, published, **options)
-    found = system.named(args.system)
+    imported = transfer.read(file, args.system, published, overrides=args.set, **options)
     source = {
         "system": args.system,
         "file": file.name,
@@ -59,23 +75,41 @@ def run(args: argparse.Namespace) -> None:
         "home": found.home,
         "licence": found.licence,
     }
-    step = checkpoint.save_imported(out, imported, source)
+    step = imports.save_imported(out, imported, source, tokenizer)
     count = transfer.parameters(imported.module)
-    layout = imported.module.layout
-    tokens = f"{layout.length} tokens of {layout.vocab}" if layout else "continuous latents"
     average = "; the moving average is used" if imported.average is not None else ""
-    report.say(f"{args.system}: {count:,} parameters, {tokens}{average}")
+    report.say(f"{args.system}: {count:,} parameters, {_tokens(imported)}{average}")
     for name in ("sha256", "licence", "home"):
         report.say(f"{name}: {source[name]}")
     if imported.aside:
         report.say(f"set aside, given back by an export: {', '.join(sorted(imported.aside)[:6])}")
+    report.say(f"saved as {step}; try: {_next(imported, out, tokenizer)}")
+
+
+def _tokens(imported: transfer.Imported) -> str:
+    """What its tokens are."""
+    if imported.layout is None:
+        return "continuous latents"
+    classes = f", {imported.classes} classes" if imported.classes else ""
+    return f"{imported.layout.length} tokens of {imported.layout.vocab}{classes}"
+
+
+def _next(imported: transfer.Imported, out: pathlib.Path, tokenizer) -> str:
+    """What can be done with it."""
+    if imported.kind == "generator":
+        where = "" if tokenizer else " --tokenizer CKPT (its tokenizer, which must be named)"
+        return f"tokgen sample {out} --out DIR{where}"
     text = " --text DIR" if imported.config.decoder.get("text") else ""
-    report.say(f"saved as {step}; try: tokgen reconstruct {out} IMAGES{text} --out DIR")
+    return f"tokgen reconstruct {out} IMAGES{text} --out DIR"
 
 
 def _read(path: str) -> dict:
     try:
-        published = yaml.safe_load(pathlib.Path(path).read_text())
+        text = pathlib.Path(path).read_text()
+        try:
+            published = json.loads(text)
+        except ValueError:  # JSON first: YAML takes its 1e-06 for a word
+            published = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(published, dict):

@@ -12,9 +12,8 @@ from tokgen import checkpoint, launch, report, sharding
 from tokgen.commands import evaluate
 from tokgen.data import images, stream, tokens
 from tokgen.interfaces import UserError
-from tokgen.metrics import reconstruction
 
-VIEWS = ("center", "flip")
+encode = evaluate.encode  # one program, also for those who encode while they train
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +21,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="", help="image folder; default: the tokenizer's data")
     parser.add_argument("--out", required=True, help="folder of the token shards")
     parser.add_argument(
-        "--views", default="center,flip", help="stored views, of: center, flip (default both)"
+        "--views",
+        default="center,flip",
+        help="stored views, of: center, flip (default both), ten (LlamaGen's and RAR's ten crops)",
     )
     parser.add_argument("--batch", type=int, default=100, help="images encoded together")
     parser.add_argument(
@@ -30,17 +31,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@jax.jit
-def encode(tokenizer, image_BHW3):
-    """Tokens of uint8 images."""
-    return tokenizer.encode(reconstruction.from_uint8(image_BHW3))
-
-
 def run(args: argparse.Namespace) -> None:
     """Encode what is not there yet; a folder with other tokens is refused."""
-    views = tuple(args.views.split(","))
-    if not set(views) <= set(VIEWS) or len(set(views)) != len(views):
-        raise UserError(f"--views must be different ones of {', '.join(VIEWS)}; found {args.views}")
+    views = images.stored(args.views)
     if args.batch < 1:
         raise UserError(f"--batch must be at least 1; found {args.batch}")
     launch.devices(args.batch)

@@ -7,21 +7,22 @@ import functools
 import json
 import pathlib
 import re
+import zipfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tokgen import checkpoint, launch, report, rng
-from tokgen.interfaces import UserError
+from tokgen.interfaces import PyTree, Text, UserError
 from tokgen.metrics import reconstruction
 from tokgen.sampling import decode, presets
 
 
 @functools.partial(jax.jit, static_argnames="sampler")
-def draw_tokens(generator, codec, label_B, keys_B, sampler, given=None):
+def draw_tokens(generator, codec, cond, keys_B, sampler, given=None):
     """(tokens_BLG, invalid_B): one program per sampler and batch size."""
-    state = decode.generate(generator, codec, label_B, sampler, keys_B=keys_B, given=given)
+    state = decode.generate(generator, codec, cond, sampler, keys_B=keys_B, given=given)
     return state.tokens_BLG, state.invalid_B
 
 
@@ -34,7 +35,7 @@ def paint(tokenizer, tokens_BLG):
 def draw(
     generator,
     tokenizer,
-    label_N: np.ndarray,
+    cond: PyTree,
     sampler,
     *,
     seed: int,
@@ -43,21 +44,24 @@ def draw(
     given: tuple[np.ndarray, np.ndarray] | None = None,
     what: str = "sample",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [N, L, G], uint8 images [N, H, W, 3]) of labels, numbered from `first`.
+    """(tokens [N, L, G], uint8 images [N, H, W, 3]) of conditions, numbered from `first`.
 
-    Image i depends on (seed, i, its label) only: not on the batch, nor on its neighbours.
+    `cond` is label_N, or a tree of arrays that lead with the images, such as a Text. Image i
+    depends on (seed, i, its condition) only: not on the batch, nor on its neighbours.
     """
+    N = len(jax.tree.leaves(cond)[0])
     tokens, images = [], []
-    with report.bar(len(label_N), unit="image", what=what) as bar:
-        for start in range(0, len(label_N), batch):
+    with report.bar(N, unit="image", what=what) as bar:
+        for start in range(0, N, batch):
             # the last batch is filled up, so that one program serves all
-            index_B = np.minimum(np.arange(start, start + batch), len(label_N) - 1)
+            index_B = np.minimum(np.arange(start, start + batch), N - 1)
             keys_B = rng.per_image(seed, "sample", jnp.asarray(first + index_B))
             held = None if given is None else tuple(jnp.asarray(g[index_B]) for g in given)
+            cond_B = jax.tree.map(lambda leaf: jnp.asarray(leaf[index_B]), cond)  # noqa: B023
             tokens_BLG, invalid_B = draw_tokens(
-                generator, tokenizer.quantizer, jnp.asarray(label_N[index_B]), keys_B, sampler, held
+                generator, tokenizer.quantizer, cond_B, keys_B, sampler, held
             )
-            kept = min(batch, len(label_N) - start)
+            kept = min(batch, N - start)
             if np.asarray(invalid_B)[:kept].any():
                 raise UserError(
                     f"image {first + start + int(np.asarray(invalid_B).argmax())} has logits that "
@@ -98,23 +102,112 @@ def chosen(text: str, classes: tuple[str, ...]) -> list[int]:
     return labels
 
 
+def captions(path: str) -> Text:
+    """The conditions of `--text`: features [N, T, E], and a mask [N, T] that is true to the end."""
+    try:
+        with np.load(path) as arrays:
+            missing = {"features", "mask"} - set(arrays.files)
+            found = {name: arrays[name] for name in ("features", "mask") if name not in missing}
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"--text needs an .npz file of arrays; found {path}: {error}; save features and mask "
+            "with numpy.savez"
+        ) from error
+    if missing:
+        raise UserError(
+            f"--text needs arrays features [N, T, E] and mask [N, T]; {path} has no "
+            f"{' and no '.join(sorted(missing))}"
+        )
+    features_NTE, mask_NT = found["features"], found["mask"]
+    numbers = features_NTE.dtype in (np.float16, np.float32) and features_NTE.ndim == 3
+    if not numbers or not len(features_NTE) or not np.isfinite(features_NTE).all():
+        raise UserError(
+            "features must be finite float16 or float32 numbers [N, T, E]; found "
+            f"{features_NTE.dtype} {features_NTE.shape} in {path}"
+        )
+    if mask_NT.shape != features_NTE.shape[:2] or not np.isin(mask_NT, (0, 1)).all():
+        raise UserError(
+            f"mask must hold 0 or 1 for each of the features {features_NTE.shape[:2]}; found "
+            f"{mask_NT.dtype} {mask_NT.shape} in {path}"
+        )
+    mask_NT = mask_NT.astype(bool)
+    if not mask_NT[:, -1].all() or (mask_NT[:, :-1] & ~mask_NT[:, 1:]).any():
+        raise UserError(
+            f"features are padded on the left, so that every row of the mask ends in 1 and has no "
+            f"0 after a 1; found other rows in {path}: move the padding to the front"
+        )
+    return Text(features_NTE.astype(np.float32), mask_NT)
+
+
+def conditions(args: argparse.Namespace, loaded) -> tuple[PyTree, np.ndarray, list[str]]:
+    """(the condition of every image, the number of its class or text [N], names of the classes)."""
+    kind = getattr(loaded.module, "cond", "label")
+    if kind == "label" and args.text:
+        raise UserError(
+            "--text needs a generator that reads text; found one of "
+            f"{len(loaded.classes)} classes: use --classes"
+        )
+    if kind == "label":
+        labels = chosen(args.classes, loaded.classes)
+        label_N = np.repeat(np.asarray(labels, np.int32), args.number)
+        return label_N, label_N, [loaded.classes[i] if loaded.classes else "" for i in labels]
+    if args.classes or not args.text:
+        raise UserError(
+            "the generator reads text: it needs --text FILE.npz with arrays features [N, T, E] "
+            f"and mask [N, T]; found {'--classes' if args.classes else 'none'}"
+        )
+    text = captions(args.text)
+    row_N = np.repeat(np.arange(len(text.mask_BT), dtype=np.int32), args.number)
+    return jax.tree.map(lambda leaf: leaf[row_N], text), row_N, []
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="of a generator: a work directory, or one step of it")
     parser.add_argument("--out", required=True, help="folder for the images")
     parser.add_argument("--classes", default="", help="names, ids or ranges, as 0-9,cat; all")
-    parser.add_argument("--number", type=int, default=8, help="images per class (default 8)")
+    parser.add_argument(
+        "--text", default="", help=".npz with features [N, T, E] and mask [N, T], for text models"
+    )
+    parser.add_argument(
+        "--number", type=int, default=8, help="images per class or text (default 8)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--preset", default="default", help="sampling settings of the checkpoint")
     parser.add_argument("--temperature", type=float, help="in the place of the preset's")
     parser.add_argument("--top-k", type=int, help="in the place of the preset's; 0 keeps all")
     parser.add_argument("--top-p", type=float, help="in the place of the preset's")
     parser.add_argument("--guidance", type=float, help="weight, in the preset's place; 1 off")
+    parser.add_argument("--steps", type=int, help="of a masked generator; 0 is its own number")
+    parser.add_argument("--noise", type=float, help="of a masked generator's choice of tokens")
     parser.add_argument("--batch", type=int, default=32, help="images decoded together")
     parser.add_argument(
         "--precision", default="float32", choices=("float32", "bfloat16"), help="of the networks"
     )
     parser.add_argument("--tokenizer", default="", help="where the tokenizer lies now, if moved")
     parser.add_argument("--no-png", action="store_true", help="only the grid and the .npz")
+
+
+def prepared(args: argparse.Namespace, loaded) -> tuple:
+    """(settings, generator, sampler): the preset, with what the command line puts in its place."""
+    settings = presets.named(loaded.config.presets.to_dict(), args.preset)
+    asked = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    asked |= {"weight": args.guidance, "steps": args.steps, "noise": args.noise}
+    now = presets.PLAIN | presets.MASKED | settings
+    changed = {k: v for k, v in asked.items() if v is not None and v != now[k]}
+    if changed:
+        report.say(f"departs from preset {args.preset!r}: {changed}")
+    settings |= changed
+    generator, sampler = presets.prepare(loaded.module, settings)
+    labels = getattr(loaded.module, "cond", "label") == "label"
+    if sampler.guidance and labels and not loaded.classes:
+        report.say("guidance is off: the model is unconditional, there is nothing to guide towards")
+        settings = presets.unguided(settings)
+        generator, sampler = presets.prepare(loaded.module, settings)
+    if np.max(sampler.top_k) > loaded.layout.absent:
+        raise UserError(
+            f"top-k must be at most the alphabet, {loaded.layout.absent}; found {sampler.top_k}"
+        )
+    return settings, generator, sampler
 
 
 def run(args: argparse.Namespace) -> None:
@@ -128,37 +221,22 @@ def run(args: argparse.Namespace) -> None:
     launch.devices()
     loaded = checkpoint.load_generator(args.checkpoint, compute=args.precision)
     tokenizer = checkpoint.load_tokenizer_of(loaded, args.tokenizer)
-    labels = chosen(args.classes, loaded.classes)
-    settings = presets.named(loaded.config.presets.to_dict(), args.preset)
-    asked = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    asked["weight"] = args.guidance
-    changed = {k: v for k, v in asked.items() if v is not None and v != settings[k]}
-    if changed:
-        report.say(f"departs from preset {args.preset!r}: {changed}")
-    settings |= changed
-    if settings["weight"] != 1 and not loaded.classes:
-        report.say("guidance is off: the model is unconditional, there is nothing to guide towards")
-        settings["weight"] = 1.0
-    if settings["top_k"] > loaded.layout.absent:
-        raise UserError(
-            f"top-k must be at most the alphabet, {loaded.layout.absent}; found {settings['top_k']}"
-        )
-    sampler = presets.sampler(settings, decode.steps(loaded.module))
-    label_N = np.repeat(np.asarray(labels, np.int32), args.number)
+    cond, kind_N, classes = conditions(args, loaded)
+    settings, generator, sampler = prepared(args, loaded)
     tokens_NLG, image_NHW3 = draw(
-        loaded.module, tokenizer.module, label_N, sampler, seed=args.seed, batch=args.batch
+        generator, tokenizer.module, cond, sampler, seed=args.seed, batch=args.batch
     )
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     if not args.no_png:
         for i, image_HW3 in enumerate(image_NHW3):
-            name = f"seed{args.seed}-{i:05d}-class{label_N[i]}.png"
+            name = f"seed{args.seed}-{i:05d}-{'text' if args.text else 'class'}{kind_N[i]}.png"
             report.save_png(out / name, image_HW3)
     columns = min(args.number, 16)
     scale = max(1, 64 // image_NHW3.shape[1])
     report.save_png(out / "grid.png", report.grid(image_NHW3, columns, scale=scale))
     with open(out / "samples.npz.part", "wb") as file:
-        np.savez(file, arr_0=image_NHW3, arr_1=label_N.astype(np.int64))
+        np.savez(file, arr_0=image_NHW3, arr_1=kind_N.astype(np.int64))
     (out / "samples.npz.part").replace(out / "samples.npz")
     np.save(out / "tokens.npy", tokens_NLG)
     record = {
@@ -166,13 +244,14 @@ def run(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "preset": args.preset,
         "settings": settings,
-        "classes": [loaded.classes[i] if loaded.classes else "" for i in labels],
+        "classes": classes,
+        "text": args.text,
         "number": args.number,
         "precision": args.precision,
         "versions": checkpoint.versions(),
     }
     (out / "samples.json").write_text(json.dumps(record, indent=2) + "\n")
     report.say(
-        f"{len(label_N)} images in {out}: grid.png (a row per class), samples.npz (arr_0 images, "
-        "arr_1 labels), samples.json (settings)"
+        f"{len(kind_N)} images in {out}: grid.png (a row per class or text), samples.npz (arr_0 "
+        "images, arr_1 labels), samples.json (settings)"
     )

@@ -1,20 +1,49 @@
-"""Images of another source with text features beside them, for decoders that read text.
+"""Another source with text features beside its images: for decoders, and conditions of generators.
 
     features/train.npy       [N, T, E], row i belongs to image i of the source's training part
     features/held_out.npy    the same of its held-out part
     features/all.npy         the same of all images, for `tokgen reconstruct`
+    features/train_mask.npy  [N, T] of 0 and 1, where a text is; generators read it, padded on the
+                             left. Without the file every feature counts
 
 Features are made once, by any text encoder; the files are mapped and not read into memory.
 """
 
 import hashlib
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
 from tokgen import interfaces
 
 _SAMPLED = 1024  # rows that a fingerprint reads: the files may be larger than the images
+
+
+class Features:
+    """The rows of one part: `{"text": float32 [T, E]}`, and `"mask"`: bool [T], if there is one."""
+
+    def __init__(self, folder: str | os.PathLike, split: str, images: int):
+        self.path = os.path.join(os.fspath(folder), f"{split}.npy")
+        self._text_NTE = _mapped(self.path)
+        if len(self._text_NTE) != images:
+            raise interfaces.UserError(
+                f"{self.path} needs a row of features per image: the source has {images} "
+                f"images in its part {split!r}, found {len(self._text_NTE)} rows; make them again, "
+                "in the order of the source"
+            )
+        mask = os.path.join(os.fspath(folder), f"{split}_mask.npy")
+        self._mask_NT = None
+        if os.path.exists(mask):
+            self._mask_NT = _mask(mask, self._text_NTE.shape[:2])
+
+    def __getitem__(self, index: int) -> dict:
+        text = {"text": np.array(self._text_NTE[index], np.float32)}
+        return text if self._mask_NT is None else text | {"mask": self._mask_NT[index]}
+
+    def fingerprint(self, images: str) -> str:
+        """Of the images with that fingerprint together with these features."""
+        return _fingerprint(images, self._text_NTE, self._mask_NT)
 
 
 class Source:
@@ -29,41 +58,51 @@ class Source:
 
     def __init__(self, images, features: str | os.PathLike, *, split: str = "train"):
         self.images, self.classes = images, images.classes
-        self.path = os.path.join(os.fspath(features), f"{split}.npy")
-        self._text_NTE = _mapped(self.path)
-        if len(self._text_NTE) != len(images):
-            raise interfaces.UserError(
-                f"{self.path} needs a row of features per image: the source has {len(images)} "
-                f"images in its part {split!r}, found {len(self._text_NTE)} rows; make them again, "
-                "in the order of the source"
-            )
-        self.fingerprint = _fingerprint(images.fingerprint, self._text_NTE)
+        self.features = Features(features, split, len(images))
+        self.fingerprint = self.features.fingerprint(images.fingerprint)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict:
-        return {**self.images[index], "text": np.array(self._text_NTE[index], np.float32)}
+        record = self.images[index]
+        return {"image": record["image"], "label": record["label"], **self.features[index]}
 
     def name(self, index: int) -> str:
         """The other source's name of the image."""
         return self.images.name(index)
 
 
+class Tokens:
+    """Token shards with the text of their images beside them, in the order of the shards."""
+
+    def __init__(self, shards, features: str | os.PathLike):
+        self.shards, self.features = shards, Features(features, shards.split, len(shards))
+        self.path, self.split, self.header = shards.path, shards.split, shards.header
+        self.layout, self.classes, self.views = shards.layout, shards.classes, shards.views
+        self.fingerprint = self.features.fingerprint(shards.fingerprint)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        """Many records."""
+        records = self.shards.__getitems__(indices)
+        return [
+            record | self.features[int(index)]
+            for record, index in zip(records, indices, strict=True)
+        ]
+
+    def name(self, index: int) -> str:
+        """Folder, split and number."""
+        return self.shards.name(index)
+
+
 def _mapped(path: str) -> np.ndarray:
-    if not os.path.isfile(path):
+    text_NTE = _array(path)
+    if text_NTE.ndim != 3:
         raise interfaces.UserError(
-            f"text features are needed at {path}; found no file there; save an array [images, "
-            "length, channels] with numpy.save, in the order of the images"
-        )
-    try:
-        text_NTE = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise interfaces.UserError(f"{path} is no .npy file of numbers: {error}") from error
-    if not isinstance(text_NTE, np.ndarray) or text_NTE.ndim != 3:
-        raise interfaces.UserError(
-            f"{path} must hold one array [images, length, channels]; found "
-            f"{getattr(text_NTE, 'shape', type(text_NTE).__name__)}"
+            f"{path} must hold one array [images, length, channels]; found {text_NTE.shape}"
         )
     if text_NTE.dtype not in (np.float16, np.float32):
         raise interfaces.UserError(
@@ -72,10 +111,45 @@ def _mapped(path: str) -> np.ndarray:
     return text_NTE
 
 
-def _fingerprint(images: str, text_NTE: np.ndarray) -> str:
+def _mask(path: str, shape: tuple[int, int]) -> np.ndarray:
+    """bool [N, T], in memory: it is small."""
+    found_NT = _array(path)
+    if found_NT.shape != shape or not ((found_NT == 0) | (found_NT == 1)).all():
+        raise interfaces.UserError(
+            f"{path} must hold 0 or 1 for each of the features, {shape}; found {found_NT.dtype} "
+            f"{found_NT.shape}"
+        )
+    mask_NT = found_NT.astype(bool)
+    if (mask_NT[:, :-1] & ~mask_NT[:, 1:]).any():
+        row = int((mask_NT[:, :-1] & ~mask_NT[:, 1:]).any(axis=1).argmax())
+        raise interfaces.UserError(
+            f"{path} must be padded on the left, zeros and then ones; row {row} is not: move its "
+            "features and mask to the end"
+        )
+    return mask_NT
+
+
+def _array(path: str) -> np.ndarray:
+    if not os.path.isfile(path):
+        raise interfaces.UserError(
+            f"text features are needed at {path}; found no file there; save an array [images, "
+            "length, channels] with numpy.save, in the order of the images"
+        )
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise interfaces.UserError(f"{path} is no .npy file of numbers: {error}") from error
+    if not isinstance(found, np.ndarray):
+        raise interfaces.UserError(f"{path} is no .npy file of one array: {type(found).__name__}")
+    return found
+
+
+def _fingerprint(images: str, text_NTE: np.ndarray, mask_NT: np.ndarray | None) -> str:
     """Of the images, the array's form, and all rows of it or as many as are quickly read."""
     digest = hashlib.sha256(f"{images}\0{text_NTE.dtype.str}\0{text_NTE.shape}".encode())
     count = min(len(text_NTE), _SAMPLED)
     for index in np.arange(count) * len(text_NTE) // max(count, 1):
         digest.update(np.ascontiguousarray(text_NTE[index]).tobytes())
+    if mask_NT is not None:
+        digest.update(mask_NT.tobytes())
     return digest.hexdigest()

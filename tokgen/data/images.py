@@ -24,7 +24,19 @@ from tokgen import interfaces
 # Raster formats only: PIL would hand an EPS file to ghostscript, and a few others to plug-ins that
 # nobody looks after.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-CROPS = ("center", "flip", "random")
+# Where a crop of the ten begins, as shares of the room above and to the left of it.
+CORNERS = {
+    "top_left": (0.0, 0.0),
+    "top_right": (0.0, 1.0),
+    "bottom_left": (1.0, 0.0),
+    "bottom_right": (1.0, 1.0),
+    "middle": (0.5, 0.5),
+}
+# In the order of torchvision's TenCrop: five of the image, then five of its mirror image.
+TEN = (*CORNERS, *(f"mirrored_{name}" for name in CORNERS))
+CROPS = ("center", "flip", "random", *TEN)
+STORED = ("center", "flip", *TEN)  # what pretokenizing stores: a function of the image alone
+TEN_ZOOM = 1.1  # LlamaGen and RAR cut their ten crops from int(1.1 size)
 
 # A strip is cut to this many times its view before it is resized; otherwise a 1 x 10,000 image
 # would become 256 x 2,560,000 on its way to 256 x 256.
@@ -66,12 +78,13 @@ class BrokenImage(ValueError):
 class View:
     """What the model gets to see of an image: a function of the image and a generator.
 
-    An image that has exactly the right size is not touched, except by `flip`.
+    An image that has exactly the right size is not touched, except by `flip` and the ten crops.
 
     Args:
       size: (rows, columns).
       crop: `center`, the largest part of the right shape; `flip`, the same mirrored; `random`, the
-        random crop of ADM.
+        random crop of ADM; one of TEN, a corner or the middle of the centre at int(zoom size), of
+        the image or of its mirror image.
       zoom: for the random crop: the shorter side is resized to a whole number between its size and
         `zoom` times its size, before the cut.
       flip: mirror every second image, at random.
@@ -108,7 +121,9 @@ class View:
 
     def __call__(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """uint8 [rows, columns, channels]; `rng` is drawn from by a random crop and by `flip`."""
-        if image_HWC.shape[:2] != self.size:
+        if self.crop in TEN:
+            image_HWC = _one_of_ten(image_HWC, self.size, self.zoom, self.crop)
+        elif image_HWC.shape[:2] != self.size:
             image_HWC = (
                 _random_crop(image_HWC, self.size, self.zoom, rng)
                 if self.crop == "random"
@@ -121,12 +136,24 @@ class View:
 
 
 def fixed(name: str, size: tuple[int, int], channels: int = 3) -> View:
-    """The view that pretokenizing stores under a name: `center`, or its mirror image `flip`."""
-    if name not in ("center", "flip"):
+    """The view that pretokenizing stores under a name, one of STORED."""
+    if name not in STORED:
         raise interfaces.UserError(
-            f"the views that can be stored are center and flip; found {name!r}"
+            f"the views that can be stored are {', '.join(STORED)}; found {name!r}"
         )
-    return View(size, channels, crop=name)
+    return View(size, channels, crop=name, zoom=TEN_ZOOM)
+
+
+def stored(text: str) -> tuple[str, ...]:
+    """Names of stored views from `center,flip`; `ten` stands for the ten crops."""
+    listed = text.split(",")
+    names = [name for part in listed for name in (TEN if part == "ten" else (part,))]
+    if not set(names) <= set(STORED) or len(set(names)) != len(names):
+        raise interfaces.UserError(
+            f"views must be different ones of {', '.join(STORED)}, or ten for the last ten; "
+            f"found {text!r}"
+        )
+    return tuple(names)
 
 
 def decode(
@@ -219,6 +246,18 @@ def _random_crop(
     rows, columns = size
     top = int(rng.integers(image_HWC.shape[0] - rows + 1))
     left = int(rng.integers(image_HWC.shape[1] - columns + 1))
+    return image_HWC[top : top + rows, left : left + columns]
+
+
+def _one_of_ten(image_HWC: np.ndarray, size: tuple[int, int], zoom: float, crop: str) -> np.ndarray:
+    # mirrored before the cut: where the room is odd, the middle is not its own mirror image
+    rows, columns = size
+    image_HWC = centre(image_HWC, (int(rows * zoom), int(columns * zoom)))
+    if crop.startswith("mirrored_"):
+        image_HWC = image_HWC[:, ::-1]
+    down, right = CORNERS[crop.removeprefix("mirrored_")]
+    top = round(down * (image_HWC.shape[0] - rows))
+    left = round(right * (image_HWC.shape[1] - columns))
     return image_HWC[top : top + rows, left : left + columns]
 
 

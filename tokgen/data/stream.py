@@ -97,8 +97,9 @@ def batches(
     """Endless shuffled batches from step `start` on.
 
     {"image": uint8 [B/n, rows, columns, channels], "label": int32 [B/n]} of an image source seen
-    through `view`, and {"text": float32 [B/n, T, E]} where it has text; {"tokens": int32 [B/n, L,
-    G], "label": int32 [B/n]} of token shards, one of the stored views per element.
+    through `view`, or through its own; {"tokens": int32 [B/n, L, G], "label": int32 [B/n]} of
+    token shards, one of the stored views per element. {"text": float32 [B/n, T, E]} where a source
+    has text, and {"mask": bool [B/n, T]} where that has a mask.
 
     Args:
       batch_size: B, of all processes together.
@@ -202,6 +203,7 @@ def _epoch_neighbours(order, elements: np.ndarray, source) -> Callable:
 
 def _loader(source, view: images.View | None) -> Callable:
     """(indices, rngs, neighbours) -> (batch, [(index, reason) of the broken]), for this source."""
+    view = getattr(source, "view", None) if view is None else view
     if view is not None:
         return lambda *which: _load_images(source, view, *which)
     if not hasattr(source, "layout"):
@@ -218,7 +220,7 @@ def _load_tokens(source, index_B, rngs, neighbours) -> tuple[dict, list]:
     tokens_BLG = np.stack(
         [record["tokens"][view] for record, view in zip(records, view_B, strict=True)]
     )
-    return {"tokens": tokens_BLG, "label": _labels(records)}, []
+    return {"tokens": tokens_BLG, "label": _labels(records), **_texts(records)}, []
 
 
 def _load_images(source, view, index_B, rngs, neighbours) -> tuple[dict, list]:
@@ -232,10 +234,7 @@ def _load_images(source, view, index_B, rngs, neighbours) -> tuple[dict, list]:
             record = _readable(source, view, index, neighbours, row, broken)
         image_BHWC[row] = view(_checked(record["image"], view), rng)
         records.append(record)
-    batch = {"image": image_BHWC, "label": _labels(records)}
-    if "text" in records[0]:
-        batch["text"] = np.stack([record["text"] for record in records])
-    return batch, broken
+    return {"image": image_BHWC, "label": _labels(records), **_texts(records)}, broken
 
 
 def _readable(source, view, index, neighbours, row: int, broken: list) -> dict:
@@ -282,6 +281,12 @@ def _checked(image_HWC: np.ndarray, view: images.View) -> np.ndarray:
 
 def _labels(records: list[dict]) -> np.ndarray:
     return np.array([record["label"] for record in records], np.int32)
+
+
+def _texts(records: list[dict]) -> dict[str, np.ndarray]:
+    """Text and its mask, where the records have them."""
+    found = [name for name in ("text", "mask") if name in records[0]]
+    return {name: np.stack([record[name] for record in records]) for name in found}
 
 
 def _name(source, index: int) -> str:

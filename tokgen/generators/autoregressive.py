@@ -1,10 +1,15 @@
-"""One position at a time, in any order: the class-conditional Llama form of LlamaGen.
+"""One position at a time, in any order.
 
-arXiv:2406.06525. The sequence is [label, token 0, ..., token L-2]; the output at slot p is the
-distribution of token p. Positions are rotary over the grid, with zero rows for the label.
+The sequence is [prefix, token of place 0, ..., of place L - 2]; the output at the slot before a
+token is that token's distribution. What published systems disagree about is named by the config:
+the prefix, the places, the parts, the head. LlamaGen (arXiv:2406.06525) has a label or text as its
+prefix and rotary places; RAR (arXiv:2411.00776) trains in random orders that turn into raster
+order; NPP (arXiv:2412.15321) trains on groups of tokens first.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +19,29 @@ from flax import nnx
 from tokgen import rng
 from tokgen.generators import orders
 from tokgen.interfaces import DecodeState, Phase, Quantizer, TokenBatch, TokenLayout
-from tokgen.nn import attention, positions, symbols, transformer
+from tokgen.nn import attention, positions, prefixes, symbols, transformer
+from tokgen.nn import heads as head_names
 from tokgen.nn import parts as part_names
 from tokgen.nn.precision import Precision
 
-PREFIX = 1  # slots before the first token: the label
-
 
 class Generator(nnx.Module):
-    """p(tokens | label) = product over places of p(token | label, the tokens before it)."""
+    """p(tokens | cond) = product over places of p(token | cond, the tokens before it).
+
+    Args:
+        order: of decoding and of `nats`, and of training where nothing else is said.
+        shuffle: steps (a, b); every sample is trained in a random order up to step a, none after
+            step b, a share that falls linearly between (RAR's annealing).
+        groups: ((side, last step), ...) of NPP: up to a step, trained on square groups of tokens,
+            each the mean of its tokens' vectors, which predict all tokens of the next group.
+        texts: length and channels of the text features, for the prefix "captions".
+        unused: rows of the symbols' table that nobody reads; RAR's files have one.
+        factor: depth of the transformer over the symbols of a position, for the head "factor".
+        budget: bytes up to which decoding computes what adaptive blocks need beforehand.
+    """
+
+    exact = True
+    knobs = ()
 
     def __init__(
         self,
@@ -32,12 +51,21 @@ class Generator(nnx.Module):
         width: int,
         depth: int,
         heads: int,
+        hidden: int | None = None,
         order: str = "raster",
+        shuffle: tuple[int, int] | None = None,
+        groups: tuple[tuple[int, int], ...] = (),
+        prefix: str = "label",
+        texts: tuple[int, int] | None = None,
+        unused: int = 0,
         places: str = "rotary",
         parts: str = "llama",
+        head: str = "linear",
+        factor: int = 0,
         rates: transformer.Rates | None = None,
         label_drop: float = 0.1,
         window: int = 64,
+        budget: int = 2**31,
         remat: bool = False,
         unroll: int = 1,
         precision: Precision,
@@ -45,31 +73,32 @@ class Generator(nnx.Module):
     ):
         kit = part_names.named(parts)
         options = dict(precision=precision, rngs=rngs)
-        self.layout, self.classes, self.label_drop, self.window = (
-            layout,
-            classes,
-            label_drop,
-            window,
+        self.layout, self.classes, self.label_drop = layout, classes, label_drop
+        self.window, self.budget = window, budget
+        self.order, self.shuffle, self.groups = orders.named(order), shuffle, groups
+        self.symbols = symbols.Symbols(layout, width, extra=unused, std=kit.std, **options)
+        texts = {} if texts is None else {"texts": texts}
+        self.prefix = prefixes.named(prefix)(
+            classes, width, layout.length, kit=kit, **texts, **options
         )
-        self.order = orders.named(order)
-        self.symbols = symbols.Symbols(layout, width, std=kit.std, **options)
-        self.labels = symbols.Labels(classes, width, std=kit.std, **options)
-        self.places = positions.named(places)(layout, PREFIX, width, heads, **options)
+        self.places = positions.named(places)(layout, self.prefix.slots, width, heads, **options)
+        sizes = dict(heads=heads, hidden=hidden)
+        running = dict(rates=rates or transformer.Rates(), remat=remat, unroll=unroll)
         self.transformer = transformer.Transformer(
-            width,
-            depth,
-            heads,
-            parts=kit,
-            rates=rates or transformer.Rates(),
-            remat=remat,
-            unroll=unroll,
-            **options,
+            width, depth, parts=kit, **sizes, **running, **options
         )
-        self.head = symbols.Head(layout, width, norm=kit.norm, **options)
+        more = dict(depth=factor, **sizes, **running) if factor else {}
+        self.head = head_names.named(head)(layout, width, kit=kit, **more, **options)
+        self._check_groups(places)
 
-    def null(self, cond: jax.Array) -> jax.Array:
-        """The labels that stand for no class."""
-        return self.labels.null(cond)
+    @property
+    def cond(self) -> str:
+        """What its condition is: "label" or "text"."""
+        return self.prefix.cond
+
+    def null(self, cond):
+        """The conditions that stand for none."""
+        return self.prefix.null(cond)
 
     def orders(self, keys_B: jax.Array) -> jax.Array:
         """[B, L] the position handled at each place, per image."""
@@ -79,57 +108,55 @@ class Generator(nnx.Module):
     def logits(self, batch: TokenBatch, codec: Quantizer | None = None, *, key=None) -> jax.Array:
         """Teacher-forced logits [B, L, G, V]; row j is place j of the order."""
         del codec
-        B, L = batch.tokens_BLG.shape[:2]
-        order_BL = batch.order_BL
-        if order_BL is None:
-            order_BL = jnp.broadcast_to(self.order(self.layout, jax.random.key(0)), (B, L))
+        order_BL = self._order_of(batch)
         sequence_BLG = jnp.take_along_axis(batch.tokens_BLG, order_BL[..., None], axis=1)
         inputs_BlD = self.symbols(sequence_BLG[:, :-1])
-        inputs_BlD = jnp.concatenate([self.labels(batch.cond)[:, None], inputs_BlD], axis=1)
-        keys = (None, None) if key is None else jax.random.split(key)
-        inputs_BlD = attention.dropout(inputs_BlD, self.transformer.rates.token, keys[0])
-        slots_l = jnp.arange(L)
-        hidden_BlD, _ = self._hidden(inputs_BlD, order_BL, slots_l, slots=L, key=keys[1])
-        return self.head(hidden_BlD)
+        hidden_BLD, cond = self._taught(inputs_BlD, order_BL, batch.cond, self.places, key)
+        key = None if key is None else jax.random.fold_in(key, 1)
+        return self._ended(hidden_BLD, cond, sequence_BLG[..., :-1], key)
 
     def loss(
         self, batch: TokenBatch, codec: Quantizer | None = None, *, step, key
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(mean nats per position, scalars). The label is dropped with its stated rate."""
-        del step
+        """(mean nats per position, scalars). The condition is dropped with its stated rate."""
         B = len(batch.tokens_BLG)
         drop_B = jax.random.bernoulli(
             jax.random.fold_in(key, rng.LABEL_DROP), self.label_drop, (B,)
         )
-        order_BL = batch.order_BL
-        if order_BL is None:
-            order_BL = self.orders(jax.random.split(jax.random.fold_in(key, rng.ORDER), B))
-        label_B = jnp.where(drop_B, self.null(batch.cond), batch.cond)
-        batch = batch.replace(cond=label_B, order_BL=order_BL)
-        logits_BLGV = self.logits(batch, codec, key=jax.random.fold_in(key, rng.DROPOUT))
-        targets_BLG = jnp.take_along_axis(batch.tokens_BLG, order_BL[..., None], axis=1)
-        nats_BLG = optax.softmax_cross_entropy_with_integer_labels(logits_BLGV, targets_BLG)
-        nats = nats_BLG.sum(-1).mean()
-        hits = (logits_BLGV.argmax(-1) == targets_BLG).mean()
+        cond = jax.tree.map(
+            lambda null, cond: jnp.where(drop_B.reshape(-1, *(1,) * (cond.ndim - 1)), null, cond),
+            self.null(batch.cond),
+            batch.cond,
+        )
+        if batch.order_BL is None:
+            batch = batch.replace(order_BL=self.training_orders(step, key, B))
+        batch, key = batch.replace(cond=cond), jax.random.fold_in(key, rng.DROPOUT)
+        sides = [side for side, _ in self.groups]
+        ends = jnp.asarray([end for _, end in self.groups], jnp.int32)
+        # stages have other shapes: one program holds all of them, and a step runs its own
+        nats, hits = jax.lax.switch(
+            jnp.sum(jnp.asarray(step) >= ends),
+            [functools.partial(self._grouped, side) for side in sides] + [self._plain],
+            batch,
+            key,
+        )
         return nats, {"nats_per_token": nats, "token_accuracy": hits}
 
-    def nats(self, batch: TokenBatch, codec: Quantizer | None = None) -> jax.Array:
+    def nats(self, batch: TokenBatch, codec: Quantizer | None = None, *, key=None) -> jax.Array:
         """[B, L] nats of the tokens, place by place: exact, nothing dropped."""
-        order_BL = batch.order_BL
-        if order_BL is None:
-            order_BL = jnp.broadcast_to(
-                self.order(self.layout, jax.random.key(0)), batch.tokens_BLG.shape[:2]
-            )
-        logits_BLGV = self.logits(batch.replace(order_BL=order_BL), codec)
-        targets_BLG = jnp.take_along_axis(batch.tokens_BLG, order_BL[..., None], axis=1)
+        del key
+        batch = batch.replace(order_BL=self._order_of(batch))
+        logits_BLGV = self.logits(batch, codec)
+        targets_BLG = jnp.take_along_axis(batch.tokens_BLG, batch.order_BL[..., None], axis=1)
         return optax.softmax_cross_entropy_with_integer_labels(logits_BLGV, targets_BLG).sum(-1)
 
     def plan(self) -> tuple[Phase, ...]:
         """The first step with the prefix, then windows of the rest: early steps read few slots."""
-        phases, length = [Phase(0, 1, 0, 1, PREFIX)], self.layout.length
+        slots = self.prefix.slots
+        phases, length = [Phase(0, 1, 0, 1, slots)], self.layout.length
         for first in range(1, length, self.window):
             steps = min(self.window, length - first)
-            phases.append(Phase(first, steps, first, 1, PREFIX - 1 + first + steps))
+            phases.append(Phase(first, steps, first, 1, slots - 1 + first + steps))
         return tuple(phases)
 
     def start(self, cond, codec: Quantizer | None = None, *, keys_B, given) -> DecodeState:
@@ -141,6 +168,7 @@ class Generator(nnx.Module):
             order_BL=self.orders(keys_B),
             cond=cond,
             keys_B=keys_B,
+            modulation=self._modulation(cond),
             cache=self.transformer.cache(len(keys_B)),
         )
 
@@ -148,23 +176,163 @@ class Generator(nnx.Module):
         """Draw the token of one place."""
         place = phase.place(index)
         if phase.first == 0:
-            inputs_BlD, slots_l = self.labels(state.cond)[:, None], jnp.arange(PREFIX)
+            inputs_BlD, slots_l = self.prefix(state.cond), jnp.arange(self.prefix.slots)
         else:
             before_B1 = jax.lax.dynamic_slice_in_dim(state.order_BL, place - 1, 1, axis=1)
             inputs_BlD = self.symbols(state.read(before_B1))
-            slots_l = PREFIX - 1 + place + jnp.arange(1)
-        hidden_BlD, cache = self._hidden(
-            inputs_BlD, state.order_BL, slots_l, slots=phase.slots, cache=state.cache
+            slots_l = self.prefix.slots - 1 + place + jnp.arange(1)
+        hidden_BlD, cache = self.hidden(
+            inputs_BlD,
+            state.order_BL,
+            slots_l,
+            state.cond,
+            self.places,
+            slots=phase.slots,
+            modulation=state.modulation,
+            cache=state.cache,
         )
-        tokens_B1G, _ = draw(self.head(hidden_BlD[:, -1:]))
         position_B1 = jax.lax.dynamic_slice_in_dim(state.order_BL, place, 1, axis=1)
-        return state.write(position_B1, tokens_B1G).replace(cache=cache)
+        cond = self.prefix.adapt(state.cond, slots_l[-1:])
+        state = self._drawn(state, hidden_BlD[:, -1:], position_B1, cond, draw)
+        return state.replace(cache=cache)
 
-    def _hidden(self, inputs_BlD, order_BL, slots_l, *, slots, cache=None, key=None):
-        """Through the transformer: a slot sees itself and the slots before it."""
-        added_BlD, rotary = self.places(order_BL, slots_l)
-        inputs_BlD = inputs_BlD if added_BlD is None else inputs_BlD + added_BlD
-        mask_lS = jnp.arange(slots)[None, :] <= slots_l[:, None]
-        return self.transformer(
-            inputs_BlD, rotary=rotary, mask=mask_lS[None, None], cache=cache, at=slots_l[0], key=key
+    def _drawn(self, state: DecodeState, hidden_B1D, position_B1, cond, draw) -> DecodeState:
+        """The state with the symbols of a position: all at once, or in the head's turns."""
+        tokens_B1G = state.read(position_B1)
+        given_B1G = jnp.take_along_axis(state.given_BLG, position_B1[..., None], axis=1)
+        for first in self.head.turns:
+            logits_B1gV = self._ended(hidden_B1D, cond, tokens_B1G[..., :first])
+            drawn_B1g, _ = draw(logits_B1gV[:, :, first:], symbol=first)
+            reach = slice(first, first + drawn_B1g.shape[-1])
+            kept_B1g = jnp.where(given_B1G[..., reach], tokens_B1G[..., reach], drawn_B1g)
+            tokens_B1G = tokens_B1G.at[..., reach].set(kept_B1g)
+        return state.write(position_B1, tokens_B1G)
+
+    def _ended(self, hidden_BlD, cond, given_Blt, key=None) -> jax.Array:
+        """Logits of the symbols that the head gives at once, `given_Blt` known."""
+        symbols = self.symbols.table[...]
+        return self.head(hidden_BlD, cond=cond, given=given_Blt, symbols=symbols, key=key)
+
+    def _order_of(self, batch: TokenBatch) -> jax.Array:
+        """The orders that a batch states, or the generator's own; of a random one, one for all."""
+        if batch.order_BL is not None:
+            return batch.order_BL
+        order_L = self.order(self.layout, jax.random.key(0))
+        return jnp.broadcast_to(order_L, batch.tokens_BLG.shape[:2])
+
+    def training_orders(self, step, key, B: int) -> jax.Array:
+        """[B, L] orders of a training step: the generator's own, or shuffled ones for a share."""
+        keys_B = jax.random.split(jax.random.fold_in(key, rng.ORDER), B)
+        order_BL = self.orders(keys_B)
+        if self.shuffle is None:
+            return order_BL
+        begin, end = self.shuffle
+        share = jnp.clip((end - jnp.asarray(step, jnp.float32)) / max(end - begin, 1), 0, 1)
+        both_B2 = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, rng.SHUFFLE)))(
+            keys_B
         )
+        shuffled_BL = jax.vmap(lambda key: orders.random(self.layout, key))(both_B2[:, 0])
+        chosen_B = jax.vmap(jax.random.uniform)(both_B2[:, 1]) < share
+        return jnp.where(chosen_B[:, None], shuffled_BL, order_BL)
+
+    def _plain(self, batch: TokenBatch, key) -> tuple[jax.Array, jax.Array]:
+        """(mean nats per position, share of likeliest tokens that are right)."""
+        logits_BLGV = self.logits(batch, key=key)
+        targets_BLG = jnp.take_along_axis(batch.tokens_BLG, batch.order_BL[..., None], axis=1)
+        nats_BLG = optax.softmax_cross_entropy_with_integer_labels(logits_BLGV, targets_BLG)
+        return nats_BLG.sum(-1).mean(), (logits_BLGV.argmax(-1) == targets_BLG).mean()
+
+    def _grouped(self, side: int, batch: TokenBatch, key) -> tuple[jax.Array, jax.Array]:
+        """The same of square groups, as NPP trains: one prediction for all tokens of the next."""
+        ((rows, columns),) = self.layout.grids
+        coarse = TokenLayout(self.layout.vocab, ((rows // side, columns // side),))
+
+        def gathered(x_BL_):
+            """[B, L, ...] -> [B, groups, side^2, ...]."""
+            rest = x_BL_.shape[2:]
+            x = x_BL_.reshape(-1, rows // side, side, columns // side, side, *rest)
+            return x.swapaxes(2, 3).reshape(-1, coarse.length, side * side, *rest)
+
+        inputs_BlD = gathered(self.symbols(batch.tokens_BLG)).mean(2)[:, :-1]
+        order_Bl = jnp.broadcast_to(jnp.arange(coarse.length), (len(inputs_BlD), coarse.length))
+        width, precision = inputs_BlD.shape[-1], self.transformer.precision
+        places = positions.Rotary2D(
+            coarse, self.prefix.slots, width, self.transformer.heads, precision=precision, rngs=None
+        )
+        hidden_BlD, cond = self._taught(inputs_BlD, order_Bl, batch.cond, places, key)
+        targets_BlPG = gathered(batch.tokens_BLG)
+        logits_Bl1GV = self._ended(hidden_BlD, cond, targets_BlPG[:, :, 0, :-1])[:, :, None]
+        logits_BlPGV = jnp.broadcast_to(logits_Bl1GV, (*targets_BlPG.shape, self.layout.absent))
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits_BlPGV, targets_BlPG)
+        return nats.sum(-1).mean(), (logits_BlPGV.argmax(-1) == targets_BlPG).mean()
+
+    def _taught(self, inputs_BlD, order_BL, cond, places, key):
+        """(outputs [B, L, D] that predict the places of an order, what adaptive heads are told)."""
+        L = order_BL.shape[1]
+        inputs_BlD = jnp.concatenate([self.prefix(cond), inputs_BlD], axis=1)
+        keys = (None, None) if key is None else jax.random.split(key)
+        inputs_BlD = attention.dropout(inputs_BlD, self.transformer.rates.token, keys[0])
+        slots_l = jnp.arange(inputs_BlD.shape[1])
+        hidden_BlD, _ = self.hidden(
+            inputs_BlD, order_BL, slots_l, cond, places, slots=len(slots_l), key=keys[1]
+        )
+        return hidden_BlD[:, -L:], self.prefix.adapt(cond, slots_l[-L:])
+
+    def hidden(
+        self,
+        inputs_BlD,
+        order_BL,
+        slots_l,
+        cond,
+        places,
+        *,
+        slots,
+        modulation=None,
+        cache=None,
+        key=None,
+    ):
+        """(outputs [B, l, D], cache) of some slots: each sees itself and the slots before it."""
+        added_BlD, rotary = places(order_BL, slots_l)
+        inputs_BlD = inputs_BlD if added_BlD is None else inputs_BlD + added_BlD
+        told = self.prefix.adapt(cond, slots_l)
+        if modulation is not None:
+            count = len(slots_l)
+            modulation = tuple(
+                layer  # one for all slots
+                if layer.shape[1] == 1
+                else jax.lax.dynamic_slice_in_dim(layer, slots_l[0], count, axis=1)
+                for layer in modulation
+            )
+        return self.transformer(
+            inputs_BlD,
+            cond=told,
+            modulation=modulation,
+            rotary=rotary,
+            mask=self.prefix.seen(cond, slots_l, slots),
+            cache=cache,
+            at=slots_l[0],
+            key=key,
+        )
+
+    def _modulation(self, cond):
+        """What adaptive blocks need at every slot, computed once, where it stays within budget."""
+        slots_S = jnp.arange(self.prefix.slots - 1 + self.layout.length)
+        shape = jax.eval_shape(self.prefix.adapt, cond, slots_S)
+        if shape is None:
+            return None
+        # the tables of slots are the same for all rows, the sum is not
+        size = 6 * shape.size * self.transformer.depth
+        if size * self.transformer.precision.compute_dtype.itemsize > self.budget:
+            return None
+        return self.transformer.modulation(self.prefix.adapt(cond, slots_S))
+
+    def _check_groups(self, places: str) -> None:
+        if not self.groups:
+            return
+        grids, sides = self.layout.grids, [side for side, _ in self.groups]
+        fits = len(grids) == 1 and all(n % side == 0 for n in grids[0] for side in sides)
+        if not fits or places != "rotary" or self.layout.groups != 1:
+            raise ValueError(
+                "groups of tokens need rotary places and one grid of single symbols that their "
+                f"sides divide; found places={places!r}, {self.layout}, sides {sides}"
+            )

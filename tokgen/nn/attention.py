@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -48,6 +49,14 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
+def drop_path(x_BlD: jax.Array, rate: jax.Array | float, key: jax.Array | None) -> jax.Array:
+    """A residual branch left out for whole samples (arXiv:1603.09382); none without a key."""
+    if key is None:
+        return x_BlD
+    keep_B11 = jax.random.bernoulli(key, 1 - rate, (len(x_BlD), 1, 1))
+    return jnp.where(keep_B11, x_BlD / (1 - rate), 0).astype(x_BlD.dtype)
+
+
 def attend(
     queries_BNlK: jax.Array,
     keys_BNSK: jax.Array,
@@ -70,28 +79,96 @@ def attend(
     return jnp.einsum("BNlS,BNSK->BNlK", weights.astype(values_BNSK.dtype), values_BNSK)
 
 
+class Scaled(nnx.Module):
+    """Scores q k / sqrt(K) (arXiv:1706.03762)."""
+
+    def __init__(self, heads: int, size: int, *, precision: Precision, rngs: nnx.Rngs):
+        del heads, precision, rngs
+        self.factor = size**-0.5
+
+    def __call__(self, queries_BNlK, keys_BNlK) -> tuple[jax.Array, jax.Array]:
+        """(queries with the scale in them, keys)."""
+        return queries_BNlK * self.factor, keys_BNlK
+
+
+class Quartered(nnx.Module):
+    """Scores q k / (4 sqrt(K)): VAR's code where its cosine attention is off."""
+
+    def __init__(self, heads: int, size: int, *, precision: Precision, rngs: nnx.Rngs):
+        del heads, precision, rngs
+        self.factor = 0.25 * size**-0.5
+
+    def __call__(self, queries_BNlK, keys_BNlK) -> tuple[jax.Array, jax.Array]:
+        """(queries with the scale in them, keys)."""
+        return queries_BNlK * self.factor, keys_BNlK
+
+
+class HeadNorm(nnx.Module):
+    """A LayerNorm over each head's query and key, shared by the heads, then Scaled (RAR)."""
+
+    def __init__(self, heads: int, size: int, *, precision: Precision, rngs: nnx.Rngs):
+        del heads
+        self.query_norm = linear.LayerNorm(size, precision=precision, rngs=rngs)
+        self.key_norm = linear.LayerNorm(size, precision=precision, rngs=rngs)
+        self.factor = size**-0.5
+
+    def __call__(self, queries_BNlK, keys_BNlK) -> tuple[jax.Array, jax.Array]:
+        """(queries with the scale in them, keys)."""
+        return self.query_norm(queries_BNlK) * self.factor, self.key_norm(keys_BNlK)
+
+
+class Cosine(nnx.Module):
+    """Scores cos(q, k) exp(scale), one learned scale per head, at most 100 (VAR)."""
+
+    def __init__(self, heads: int, size: int, *, precision: Precision, rngs: nnx.Rngs):
+        del size, rngs
+        self.scale = nnx.Param(jnp.full(heads, math.log(4.0), precision.params_dtype))
+
+    def __call__(self, queries_BNlK, keys_BNlK) -> tuple[jax.Array, jax.Array]:
+        """(queries with the scale in them, keys)."""
+        scale_N = jnp.exp(jnp.minimum(self.scale[...].astype(jnp.float32), math.log(100.0)))
+        queries = _unit(queries_BNlK) * scale_N[None, :, None, None]
+        return queries.astype(queries_BNlK.dtype), _unit(keys_BNlK).astype(keys_BNlK.dtype)
+
+
+def _unit(x_BNlK: jax.Array) -> jax.Array:
+    # float32: a bfloat16 sum of squares has three significant digits
+    wide = x_BNlK.astype(jnp.float32)
+    # the gradient of a norm at zero is no number
+    square = jnp.maximum(jnp.sum(wide * wide, axis=-1, keepdims=True), 1e-24)
+    return wide * jax.lax.rsqrt(square)
+
+
+ALL = ("query", "key", "value", "out")
+
+
 class Attention(nnx.Module):
-    """Self-attention with optional rotary positions and a cache that is handed in and returned."""
+    """Self-attention with optional rotary positions and a cache that is handed in and returned.
+
+    Args:
+        biased: which of its four maps have a bias.
+        similarity: the module that turns queries and keys into those whose product is the score.
+    """
 
     def __init__(
         self,
         width: int,
         heads: int,
         *,
-        bias: bool = False,
+        biased: tuple[str, ...] = (),
+        similarity: Callable = Scaled,
         std: Callable[[int], float] = linear.published,
         precision: Precision,
         rngs: nnx.Rngs,
     ):
         size = width // heads
+        options = dict(std=std, precision=precision, rngs=rngs)
         self.query, self.key, self.value = (
-            linear.Linear(width, (heads, size), bias=bias, std=std, precision=precision, rngs=rngs)
-            for _ in range(3)
+            linear.Linear(width, (heads, size), bias=name in biased, **options)
+            for name in ("query", "key", "value")
         )
-        self.out = linear.Linear(
-            (heads, size), width, bias=bias, std=std, precision=precision, rngs=rngs
-        )
-        self.size = size
+        self.out = linear.Linear((heads, size), width, bias="out" in biased, **options)
+        self.similarity = similarity(heads, size, precision=precision, rngs=rngs)
 
     def __call__(
         self,
@@ -109,7 +186,7 @@ class Attention(nnx.Module):
             sharding.constrain(jnp.swapaxes(project(x_BlD), 1, 2), "BNLK")
             for project in (self.query, self.key, self.value)
         )
-        queries = queries * self.size**-0.5
+        queries, keys = self.similarity(queries, keys)
         if rotary is not None:
             queries, keys = positions.rotate(queries, rotary), positions.rotate(keys, rotary)
         if cache is not None:

@@ -143,7 +143,9 @@ class Attention(nnx.Module):
     def __init__(self, width: int, *, norm, precision: Precision, rngs: nnx.Rngs):
         options = dict(precision=precision, rngs=rngs)
         self.norm = norm(width, **options)
-        self.attention = attention.Attention(width, 1, bias=True, std=linear.fan_in, **options)
+        self.attention = attention.Attention(
+            width, 1, biased=attention.ALL, std=linear.fan_in, **options
+        )
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         """Same height and width."""

@@ -22,6 +22,11 @@ def fan_in(fan_in: int) -> float:
     return fan_in**-0.5
 
 
+def third(fan_in: int) -> float:
+    """Standard deviation sqrt(1 / (3 fan in)), as VAR starts."""
+    return (3 * fan_in) ** -0.5
+
+
 class Linear(nnx.Module):
     """[..., D] -> [..., *out]; a kernel of shape [D, *out], or [*inputs, out] with `inputs`."""
 
@@ -87,12 +92,27 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise the last axis; the dtype stays."""
-        wide = x.astype(jnp.float32)
-        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         shape = (1,) * (x.ndim - 1) + (-1,)
-        wide = wide * self.scale[...].astype(jnp.float32).reshape(shape)
+        wide = standardized(x, self.eps) * self.scale[...].astype(jnp.float32).reshape(shape)
         return (wide + self.bias[...].astype(jnp.float32).reshape(shape)).astype(x.dtype)
+
+
+def standardized(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """(x - mean) / std along the last axis, float32: a LayerNorm that learns nothing."""
+    wide = x.astype(jnp.float32)
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+
+
+class Standardized(nnx.Module):
+    """A LayerNorm without scale and bias, as adaptive norms have it; the dtype stays."""
+
+    def __init__(self, width: int, *, precision: Precision, rngs: nnx.Rngs | None = None):
+        del width, precision, rngs
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise the last axis."""
+        return standardized(x).astype(x.dtype)
 
 
 class GroupNorm(nnx.Module):

@@ -56,12 +56,25 @@ class Rotary2D(nnx.Module):
 
 
 class Learned(nnx.Module):
-    """A learned vector per place: of the prefix, then of each position of the image."""
+    """A learned vector per place: of the prefix, then of each position of the image.
 
-    def __init__(self, layout, prefix: int, width: int, heads: int, *, precision: Precision, rngs):
+    `spare` rows follow that nobody reads; some published files have them.
+    """
+
+    def __init__(
+        self,
+        layout,
+        prefix: int,
+        width: int,
+        heads: int,
+        *,
+        spare: int = 0,
+        precision: Precision,
+        rngs,
+    ):
         del heads
         self.prefix = prefix
-        shape = (prefix + layout.length, width)
+        shape = (prefix + layout.length + spare, width)
         self.table = nnx.Param(
             0.02 * jax.random.normal(rngs.params(), shape, precision.params_dtype)
         )
@@ -78,12 +91,25 @@ class TargetAware(nnx.Module):
     """Learned vectors of a slot's own place and of the place that it predicts.
 
     What a random order needs: without the second table the model can't know which position is
-    asked for. RAR, arXiv:2411.00776, section 3.3.
+    asked for. RAR, arXiv:2411.00776, section 3.3. With `rows`, each table has so many beyond the
+    positions of the image, as published files have them.
     """
 
-    def __init__(self, layout, prefix: int, width: int, heads: int, *, precision: Precision, rngs):
-        self.own = Learned(layout, prefix, width, heads, precision=precision, rngs=rngs)
-        self.target = Learned(layout, 0, width, heads, precision=precision, rngs=rngs)
+    def __init__(
+        self,
+        layout,
+        prefix: int,
+        width: int,
+        heads: int,
+        *,
+        rows: int = 0,
+        precision: Precision,
+        rngs,
+    ):
+        options = dict(precision=precision, rngs=rngs)
+        spare = max(rows - prefix, 0)
+        self.own = Learned(layout, prefix, width, heads, spare=spare, **options)
+        self.target = Learned(layout, 0, width, heads, spare=rows, **options)
         self.prefix, self.length = prefix, layout.length
 
     def __call__(self, order_BL: jax.Array, slots_l: jax.Array) -> tuple[jax.Array, None]:
@@ -91,11 +117,16 @@ class TargetAware(nnx.Module):
         own_BlD, _ = self.own(order_BL, slots_l)
         target_l = jnp.clip(slots_l - self.prefix + 1, 0, self.length - 1)
         target_BlD, _ = self.target(order_BL, target_l)
-        predicts_l = slots_l >= self.prefix - 1
+        predicts_l = (slots_l >= self.prefix - 1) & (slots_l < self.prefix - 1 + self.length)
         return own_BlD + jnp.where(predicts_l[None, :, None], target_BlD, 0), None
 
 
-PLACES = {"rotary": Rotary2D, "learned": Learned, "target_aware": TargetAware}
+def rar(layout, prefix: int, width: int, heads: int, **options) -> TargetAware:
+    """Tables of as many rows as RAR's files have: 1024 beyond those of the image."""
+    return TargetAware(layout, prefix, width, heads, rows=1024, **options)
+
+
+PLACES = {"rotary": Rotary2D, "learned": Learned, "target_aware": TargetAware, "rar": rar}
 
 
 def named(name: str):

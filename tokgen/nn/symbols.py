@@ -1,46 +1,108 @@
-"""Tokens into vectors, vectors into logits, labels into vectors."""
+"""Tokens into vectors, labels into vectors."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from tokgen import sharding
-from tokgen.interfaces import TokenLayout
+from tokgen.interfaces import TokenLayout, UserError
 from tokgen.nn import linear
 from tokgen.nn.precision import Precision
 
 
 class Symbols(nnx.Module):
-    """A position's vector is the sum of its symbols' rows."""
+    """A position's vector is the sum of its symbols' rows.
 
-    def __init__(self, layout: TokenLayout, width: int, *, std, precision: Precision, rngs):
-        shape = (layout.groups, layout.absent, width)
+    `extra` rows follow those of the alphabet: the first is read by V, "nothing here".
+    """
+
+    def __init__(
+        self, layout: TokenLayout, width: int, *, extra: int = 0, std, precision: Precision, rngs
+    ):
+        shape = (layout.groups, layout.absent + extra, width)
         # rows are looked up one at a time: their scale is that of the vectors, not of a product
         self.table = nnx.Param(
             std(width) * jax.random.normal(rngs.params(), shape, precision.params_dtype)
         )
         self.groups = layout.groups
 
+    @property
+    def rows(self) -> jax.Array:
+        """[G, V + extra, D], for a head that is tied to them."""
+        return self.table[...]
+
     def __call__(self, tokens_BlG: jax.Array) -> jax.Array:
-        """[B, l, G] tokens below V -> [B, l, D]."""
+        """[B, l, G] tokens, V only where there is a row for it -> [B, l, D]."""
         table_GVD = self.table[...]
         return sum(table_GVD[g][tokens_BlG[..., g]] for g in range(self.groups))
 
 
-class Labels(nnx.Module):
-    """A row per class and, last, one for "no class"; `classes` = 0 is an unconditional model."""
+class Bits(nnx.Module):
+    """A position's vector is a linear map of its bits, -1 or 1, and 0 where there is nothing.
 
-    def __init__(self, classes: int, width: int, *, std, precision: Precision, rngs):
-        self.table = nnx.Param(
-            std(width)
-            * jax.random.normal(rngs.params(), (classes + 1, width), precision.params_dtype)
+    MaskBit's embedding-free input (arXiv:2409.16211, section 3.3): the bits of a symbol from the
+    lowest on, symbol after symbol.
+    """
+
+    def __init__(
+        self, layout: TokenLayout, width: int, *, extra: int = 0, std, precision: Precision, rngs
+    ):
+        del extra  # zeros need no row
+        self.rows = None  # nothing that a head could be tied to
+        self.widths = tuple(int(size).bit_length() - 1 for size in layout.vocab)
+        if tuple(2**bits for bits in self.widths) != layout.vocab:
+            raise ValueError(f"bits need alphabets that are powers of two; found {layout.vocab}")
+        self.absent = layout.absent
+        self.embed = linear.Linear(
+            sum(self.widths), width, bias=True, std=std, precision=precision, rngs=rngs
         )
-        self.classes = classes
+
+    def __call__(self, tokens_BlG: jax.Array) -> jax.Array:
+        """[B, l, G] tokens, V for "nothing here" -> [B, l, D]."""
+        parts = []
+        for symbol, bits in enumerate(self.widths):
+            token_Bl1 = tokens_BlG[..., symbol, None]
+            signs = 2 * ((token_Bl1 >> np.arange(bits, dtype=np.int32)[None, None]) & 1) - 1
+            parts.append(jnp.where(token_Bl1 == self.absent, 0, signs))
+        return self.embed(jnp.concatenate(parts, axis=-1).astype(jnp.float32))
+
+
+INPUTS = {"symbols": Symbols, "bits": Bits}
+
+
+def named(name: str):
+    """The kind of input vectors that a config names."""
+    if name not in INPUTS:
+        raise ValueError(f"inputs must be one of {sorted(INPUTS)}; found {name!r}")
+    return INPUTS[name]
+
+
+class Labels(nnx.Module):
+    """A row per class and, last, one for "no class"; `classes` = 0 is an unconditional model.
+
+    `nulls` = 0 leaves the last row out: such a model cannot be guided (MaskGIT).
+    """
+
+    def __init__(
+        self, classes: int, width: int, *, nulls: int = 1, std, precision: Precision, rngs
+    ):
+        if classes + nulls < 1:
+            raise ValueError("an unconditional model needs the row of no class")
+        shape = (classes + nulls, width)
+        self.table = nnx.Param(
+            std(width) * jax.random.normal(rngs.params(), shape, precision.params_dtype)
+        )
+        self.classes, self.nulls = classes, nulls
 
     def null(self, label_B: jax.Array) -> jax.Array:
         """The label that stands for none."""
+        if not self.nulls:
+            raise UserError(
+                'guidance needs a model that knows "no class"; this one was trained without: '
+                "sample it with --preset no_guidance"
+            )
         return jnp.full_like(label_B, self.classes)
 
     def __call__(self, label_B: jax.Array) -> jax.Array:
@@ -48,24 +110,13 @@ class Labels(nnx.Module):
         return self.table[...][label_B]
 
 
-class Head(nnx.Module):
-    """Norm, then logits [B, l, G, V] in float32; beyond a smaller alphabet they are -inf."""
+class Table(nnx.Module):
+    """Rows that are looked up by number."""
 
-    def __init__(self, layout: TokenLayout, width: int, *, norm, precision: Precision, rngs):
-        self.norm = norm(width, precision=precision, rngs=rngs)
-        # zeros: the first predictions are uniform, the first loss is log V
-        self.head = linear.Linear(
-            width, (layout.groups, layout.absent), std=None, precision=precision, rngs=rngs
-        )
-        self.layout = layout
+    def __init__(self, rows: int, width: int, *, std, precision: Precision, rngs):
+        draw = jax.random.normal(rngs.params(), (rows, width), precision.params_dtype)
+        self.table = nnx.Param(std(width) * draw)
 
-    def __call__(self, x_BlD: jax.Array) -> jax.Array:
-        """[B, l, D] -> [B, l, G, V]."""
-        logits_BlGV = sharding.constrain(self.head(self.norm(x_BlD)), "BLGV")
-        # float32: differences of logits decide draws and losses
-        logits_BlGV = logits_BlGV.astype(jnp.float32)
-        if len(set(self.layout.vocab)) == 1:
-            return logits_BlGV
-        sizes_G1 = jnp.asarray(self.layout.vocab)[:, None]
-        valid_GV = jnp.arange(self.layout.absent)[None] < sizes_G1
-        return jnp.where(valid_GV[None, None], logits_BlGV, -jnp.inf)
+    def __call__(self, index: jax.Array | np.ndarray) -> jax.Array:
+        """[...] numbers -> [..., D]."""
+        return self.table[...][index]

@@ -1,4 +1,4 @@
-"""The transformer: a stack of blocks over vectors, with or without a cache."""
+"""The transformer: a stack of blocks over vectors, with or without a cache; its U-shaped sister."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen.nn import attention
+from tokgen.nn import attention, linear
 from tokgen.nn.parts import Parts
 from tokgen.nn.precision import Precision
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Dropout rates: of the tokens' vectors, attention weights, residual branches."""
+    """Dropout rates: of the tokens' vectors, attention weights, residual branches, hidden values
+    of the MLPs, and of whole branches (`path`, rising from 0 at the first block to it at the last).
+    """
 
     token: float = 0.0
     attention: float = 0.0
     residual: float = 0.0
+    hidden: float = 0.0
+    path: float = 0.0
 
     def __post_init__(self):
         for name, rate in dataclasses.asdict(self).items():
@@ -31,7 +35,7 @@ class Rates:
 class Transformer(nnx.Module):
     """Vectors [B, l, D] through `depth` blocks. It ends with its last block: the norm before the
     logits belongs to the head. What generators disagree about arrives as values: parts, a mask or
-    none (causality included), rotary rows or none, a cache or none.
+    none (causality included), rotary rows or none, a condition or none, a cache or none.
 
     Layers are stacked (parameters lead with Y), so that training may scan over them; `unstacked`
     takes them apart for decoding, where a scan would copy weights and cache at every step.
@@ -44,19 +48,15 @@ class Transformer(nnx.Module):
         heads: int,
         *,
         parts: Parts,
+        hidden: int | None = None,
         rates: Rates = Rates(),
         remat: bool = False,
         unroll: int = 1,
         precision: Precision,
         rngs: nnx.Rngs,
     ):
-        if width % heads:
-            raise ValueError(f"heads must divide width: width={width}, heads={heads}")
-
-        def make(key):
-            return parts.block(width, heads, parts, precision=precision, rngs=nnx.Rngs(key))
-
-        self.blocks = jax.vmap(make)(jax.random.split(rngs.params(), depth))
+        self.blocks = _stacked(width, depth, heads, hidden, parts, precision, rngs)
+        self.shared = parts.shared(width, precision=precision, rngs=rngs) if parts.shared else None
         self.depth, self.heads, self.size = depth, heads, width // heads
         self.rates, self.remat, self.unroll, self.precision = rates, remat, unroll, precision
 
@@ -69,44 +69,160 @@ class Transformer(nnx.Module):
 
     def unstacked(self) -> Transformer:
         """The same transformer with its layers taken apart."""
-        apart = jax.tree.map(lambda leaf: leaf, self)
-        apart.blocks = nnx.List(
-            [jax.tree.map(lambda leaf: leaf[i], self.blocks) for i in range(self.depth)]  # noqa: B023
-        )
-        return apart
+        return _apart(self)
+
+    def modulation(self, cond_BlD: jax.Array) -> tuple[jax.Array, ...]:
+        """What every block needs from the condition, layer by layer, to be computed once."""
+        base = self._base(cond_BlD)
+        if isinstance(self.blocks, nnx.List):
+            return tuple(block.modulate(base) for block in self.blocks)
+        stacked = jax.lax.map(lambda block: block.modulate(base), self.blocks)
+        return tuple(stacked[i] for i in range(self.depth))
 
     def __call__(
-        self, x_BlD: jax.Array, *, cache=None, key: jax.Array | None = None, **context: Any
+        self,
+        x_BlD: jax.Array,
+        *,
+        cond: jax.Array | None = None,
+        modulation: tuple[jax.Array, ...] | None = None,
+        cache=None,
+        key: jax.Array | None = None,
+        **context: Any,
     ) -> tuple[jax.Array, tuple[attention.KVCache, ...] | None]:
-        """(outputs [B, l, D], cache); `context` (mask, rotary, at) reaches every block."""
+        """(outputs [B, l, D], cache); `context` (mask, rotary, at) reaches every block.
+
+        Adaptive blocks read `cond` [B, l, D], or the `modulation` computed of it beforehand.
+        """
         x_BlD = x_BlD.astype(self.precision.compute_dtype)
         keys = None if key is None else jax.random.split(key, self.depth)
+        paths_Y = self.rates.path * jnp.arange(self.depth) / max(self.depth - 1, 1)
+        base = None if cond is None else self._base(cond)
+
+        def run(block, x_BlD, layer_modulation, path, layer_key, layer_cache):
+            if layer_modulation is None and base is not None:
+                layer_modulation = block.modulate(base)
+            adapted = {} if layer_modulation is None else {"modulation": layer_modulation}
+            options = dict(rates=self.rates, path=path, key=layer_key, cache=layer_cache)
+            return block(x_BlD, **options, **adapted, **context)
+
         if isinstance(self.blocks, nnx.List):
             caches = []
             for i, block in enumerate(self.blocks):
-                x_BlD, layer = block(
-                    x_BlD,
-                    rates=self.rates,
-                    cache=None if cache is None else cache[i],
-                    key=None if keys is None else keys[i],
-                    **context,
+                layer = tuple(
+                    None if part is None else part[i] for part in (modulation, keys, cache)
                 )
-                caches.append(layer)
+                x_BlD, layer_cache = run(block, x_BlD, layer[0], paths_Y[i], *layer[1:])
+                caches.append(layer_cache)
             return x_BlD, None if cache is None else tuple(caches)
-        if cache is not None:
-            stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *cache)
-        else:
-            stacked = None
+
+        def stacked(layers):
+            return (
+                None if layers is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+            )
 
         def body(x_BlD, layer):
-            block, layer_key, layer_cache = layer
-            return block(x_BlD, rates=self.rates, cache=layer_cache, key=layer_key, **context)
+            block, *rest = layer
+            return run(block, x_BlD, *rest)
 
         body = jax.checkpoint(body) if self.remat else body
-        x_BlD, stacked = jax.lax.scan(body, x_BlD, (self.blocks, keys, stacked), unroll=self.unroll)
-        if stacked is None:
+        layers = (self.blocks, stacked(modulation), paths_Y, keys, stacked(cache))
+        x_BlD, caches = jax.lax.scan(body, x_BlD, layers, unroll=self.unroll)
+        return x_BlD, None if cache is None else _rows(caches, self.depth)
+
+    def _base(self, cond_BlD: jax.Array) -> jax.Array:
+        """What the blocks are told: the condition, or what they share of it."""
+        cond_BlD = cond_BlD.astype(self.precision.compute_dtype)
+        return cond_BlD if self.shared is None else self.shared(cond_BlD)
+
+
+class UShaped(nnx.Module):
+    """Blocks with long skips (U-ViT, arXiv:2209.12152): the first half's outputs join the second's.
+
+    `depth` // 2 blocks on the way in, one in the middle, as many on the way out; a block on the way
+    out first maps its input and the skip, the last one in first, back to the width. It looks both
+    ways: no cache.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        *,
+        parts: Parts,
+        hidden: int | None = None,
+        rates: Rates = Rates(),
+        remat: bool = False,
+        unroll: int = 1,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ):
+        self.half = depth // 2
+        self.depth = 2 * self.half + 1
+        self.blocks = _stacked(width, self.depth, heads, hidden, parts, precision, rngs)
+
+        def make(key):
+            options = dict(std=parts.std, precision=precision, rngs=nnx.Rngs(key))
+            return linear.Linear(2 * width, width, bias=True, **options)
+
+        self.skips = jax.vmap(make)(jax.random.split(rngs.params(), self.half))
+        self.rates, self.remat, self.unroll, self.precision = rates, remat, unroll, precision
+
+    def unstacked(self) -> UShaped:
+        """The same; its steps are few and each reads every weight once."""
+        return self
+
+    def __call__(
+        self, x_BlD: jax.Array, *, key: jax.Array | None = None, **context: Any
+    ) -> tuple[jax.Array, None]:
+        """(outputs [B, l, D], no cache)."""
+        x_BlD = x_BlD.astype(self.precision.compute_dtype)
+        keys = None if key is None else jax.random.split(key, self.depth)
+        half = self.half
+
+        def part(tree, begin, end):
+            return jax.tree.map(lambda leaf: leaf[begin:end], tree)
+
+        def enter(x_BlD, layer):
+            block, layer_key = layer
+            x_BlD, _ = block(x_BlD, rates=self.rates, key=layer_key, **context)
+            return x_BlD, x_BlD
+
+        def leave(x_BlD, layer):
+            block, layer_key, skip, entered_BlD = layer
+            x_BlD = skip(jnp.concatenate([x_BlD, entered_BlD], axis=-1))
+            x_BlD, _ = block(x_BlD, rates=self.rates, key=layer_key, **context)
             return x_BlD, None
-        return x_BlD, tuple(
-            jax.tree.map(lambda leaf: leaf[i], stacked)  # noqa: B023
-            for i in range(self.depth)
-        )
+
+        enter, leave = (jax.checkpoint(f) if self.remat else f for f in (enter, leave))
+        scan = dict(unroll=self.unroll)
+        layers = (part(self.blocks, 0, half + 1), part(keys, 0, half + 1))
+        x_BlD, entered_YBlD = jax.lax.scan(enter, x_BlD, layers, **scan)
+        # the last output is the middle's; the others are taken in reverse
+        entered_YBlD = entered_YBlD[:half][::-1]
+        rest = (part(self.blocks, half + 1, None), part(keys, half + 1, None))
+        x_BlD, _ = jax.lax.scan(leave, x_BlD, (*rest, self.skips, entered_YBlD), **scan)
+        return x_BlD, None
+
+
+def _stacked(width, depth, heads, hidden, parts: Parts, precision, rngs) -> nnx.Module:
+    """`depth` blocks in one, their parameters stacked."""
+    if width % heads:
+        raise ValueError(f"heads must divide width: width={width}, heads={heads}")
+    hidden = parts.hidden(width) if hidden is None else hidden
+
+    def make(key):
+        return parts.block(width, heads, hidden, parts, precision=precision, rngs=nnx.Rngs(key))
+
+    return jax.vmap(make)(jax.random.split(rngs.params(), depth))
+
+
+def _apart(transformer: Transformer) -> Transformer:
+    apart = jax.tree.map(lambda leaf: leaf, transformer)
+    apart.blocks = nnx.List(_rows(transformer.blocks, transformer.depth))
+    return apart
+
+
+def _rows(tree, count: int) -> tuple:
+    """The entries of a stacked tree."""
+    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(count))

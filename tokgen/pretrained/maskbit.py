@@ -95,15 +95,23 @@ def lookup_settings(published: dict, weights) -> ml_collections.ConfigDict:
 
 
 def bit_settings(published: dict, weights) -> ml_collections.ConfigDict:
-    """Our config of a bit tokenizer; the size of the codebook in published files does not bind."""
+    """Our config of a bit tokenizer; the size of the codebook in published files does not bind.
+
+    A token has two symbols, as the published generators read it, or as many as the
+    `codebook_splits` of a generator's configuration says.
+    """
     config = _settings("configs/tokenizer/maskbit.py", published, weights)
     bits = convolutional.side(weights, "encoder.conv_out.weight")[0]
-    config.quantizer.bits = bits
+    splits = published.get("codebook_splits", 2)
+    splits = splits if bits % splits == 0 else 1
+    config.quantizer.bits, config.quantizer.groups = bits, (bits // splits,) * splits
     return config
 
 
 def _parity(folder, learned: bool) -> dict[str, np.ndarray]:
     tokenizer = folder.module()
+    if not learned:
+        tokenizer.quantizer.groups = (tokenizer.quantizer.channels,)  # codes as published
     nchw, nhwc, mapped = convolutional.nchw, convolutional.nhwc, convolutional.mapped
     image_BHW3 = nhwc(folder.given("image"))
     grid = tokenizer.decoder.grid = convolutional.cells(tokenizer.encoder, image_BHW3)

@@ -11,15 +11,17 @@ import json
 import pathlib
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
+from tokgen import state as states
 from tokgen.interfaces import UserError
 from tokgen.pretrained import system as systems
-from tokgen.pretrained import transfer
+from tokgen.pretrained import table, transfer
 
 TOLERANCE = 1e-4  # of the array's largest magnitude, in float32
 LOOSE = 1e-3  # gradients and entropies: sums with cancellation
@@ -56,13 +58,33 @@ class Folder:
         return self.arrays[name]
 
     def setting(self, name: str) -> Any:
-        """A published hyper-parameter."""
-        if name not in self.config:
+        """A published hyper-parameter; a dotted name leads through sections."""
+        value = self.config
+        for part in name.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise UserError(
+                    f"{self.path / 'config.json'} lacks {name!r}, which {self.name} "
+                    "needs; is --system right?"
+                )
+            value = value[part]
+        return value
+
+    def beside(self) -> Folder:
+        """The tokenizer's fixture: where `vae` of the configuration says, or the next folder."""
+        name = self.system.beside
+        said = self.config.get("vae", f"../{name}/config.json")
+        if not isinstance(said, str) or not name:
             raise UserError(
-                f"{self.path / 'config.json'} lacks {name!r}, which {self.name} "
-                "needs; is --system right?"
+                f"{self.path / 'config.json'} must name its tokenizer's config.json as 'vae' (a "
+                f"path), of a system that has a tokenizer; found {said!r} and {self.name}"
             )
-        return self.config[name]
+        place = (self.path / said).parent
+        if not (place / "case.npz").is_file():
+            raise UserError(
+                f"the fixture {self.path} needs its tokenizer's ({name}) at {place}; there is "
+                "none: copy that folder to this place, too"
+            )
+        return Folder(place, name, self.unknown)
 
     def file(self) -> pathlib.Path:
         """Its only weight file."""
@@ -95,6 +117,36 @@ class Folder:
     def module(self):
         """Our model with the weights that the outputs were made with: averages where there are."""
         return self.imported().used
+
+
+def gradients(
+    module: nnx.Module, loss: Callable[[nnx.Module], tuple[Any, Any]], rows: Iterable[table.Row]
+) -> tuple[jax.Array, Any, dict[str, np.ndarray]]:
+    """(loss, its scalars, gradients by published key) of `loss(module)` -> (loss, scalars)."""
+    rows = list(rows)
+    graph, params, stats = states.split(module)
+
+    @jax.jit
+    def differentiate(params, stats):
+        def scalar(params):
+            return loss(states.merge(graph, params, stats))
+
+        return jax.value_and_grad(scalar, has_aux=True)(params)
+
+    (value, scalars), found = jax.device_get(differentiate(params, stats))
+    slopes = {path: np.asarray(leaf, np.float64) for path, leaf in states.paths(found).items()}
+    return value, scalars, table.gradients(rows, slopes, table.publish(module, rows))
+
+
+def grad_norms(
+    gradients: dict[str, np.ndarray], names: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(l2 norms of the gradients of the published arrays `names`, norm over all of them)."""
+    missing = sorted(set(names) - set(gradients))
+    if missing:
+        raise UserError(f"there is no gradient of {', '.join(missing)}: is --system right?")
+    norms = {key: np.linalg.norm(array) for key, array in gradients.items()}
+    return np.array([norms[name] for name in names]), np.sqrt(sum(n**2 for n in norms.values()))
 
 
 def drawn(salt: str, key: str, shape: Sequence[int]) -> np.ndarray:

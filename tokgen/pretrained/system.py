@@ -10,14 +10,14 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ml_collections
 import numpy as np
 
 from tokgen import pretrained
-from tokgen.interfaces import UserError
+from tokgen.interfaces import TokenLayout, UserError
 from tokgen.pretrained import table
 
 Weights = dict[str, np.ndarray]
@@ -30,9 +30,14 @@ class System:
     Attributes:
         parity: fixture folder -> the arrays that our model computes, by the fixture's names.
         settings: (published configuration, weights) -> our config; None where there is nothing
-            to train from (critics, feature networks).
-        rows: our module -> its key table.
-        unwrap: entries of the file around the state dict, the first that is there is taken.
+            to train from (critics, feature networks). A generator's has a `generator` section, and
+            its published sampling settings as `presets`.
+        rows: our module -> its key table; of a generator, parameters only.
+        tokens: (published configuration, weights) -> (layout, classes) of a generator, 0 for one
+            without classes; None for what is no generator.
+        beside: the tokenizer's system, whose fixture folder lies beside a generator's.
+        unwrap: entries of the file around the state dict, the first that is there is taken; one
+            inside another is written with a dot.
         aside: patterns of keys that have no place in our model; kept beside an import, so that an
             export can give them back.
         derived: arrays of the published file that follow from our model (constant buffers).
@@ -53,6 +58,8 @@ class System:
     wrap: tuple[str, ...] = ()
     home: str = ""
     licence: str = "not stated by its authors"
+    tokens: Callable[[dict, Mapping[str, np.ndarray]], tuple[TokenLayout, int]] | None = None
+    beside: str = ""
 
 
 def known() -> dict[str, System]:

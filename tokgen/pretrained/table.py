@@ -77,6 +77,59 @@ def thirds(rule: Rule) -> Rule:
     return Rule(ours, lambda parts: np.concatenate([rule.published([part]) for part in parts]))
 
 
+def rows_apart(trailing: int = 1) -> Rule:
+    """One published array over several of ours, each with as many of its rows as it has room for.
+
+    A table of V symbols, a mask and K classes (V + 1 + K, D) fills [1, V + 1, D] and [K, D].
+    `trailing` is the number of axes of a row: 1 in a table, 0 in a bias.
+    """
+
+    def ours(a, shapes):
+        row = max(math.prod(a.shape[1:]), 1)
+        counts = [math.prod(shape) // row for shape in shapes]
+        if a.ndim != 1 + trailing or sum(counts) != len(a):
+            raise ValueError(f"{len(a)} rows do not fill {counts}")
+        parts = np.split(a, np.cumsum(counts)[:-1])
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def published(parts):
+        return np.concatenate([p.reshape(-1, *p.shape[p.ndim - trailing :]) for p in parts])
+
+    return Rule(ours, published)
+
+
+def chunks(order: Sequence[int]) -> Rule:
+    """A fused linear map (n * K, D) of equal chunks <-> our kernel [D, n, K].
+
+    `order[i]` says which published chunk is our chunk i.
+    """
+    order, back = _both_ways(order)
+
+    def ours(a, shape):
+        return a.reshape(len(order), -1, a.shape[-1])[order].transpose(2, 0, 1).reshape(shape)
+
+    def published(kernel):
+        kernel = kernel.reshape(len(kernel), len(order), -1)
+        return kernel[:, back].reshape(len(kernel), -1).T
+
+    return one(ours, published)
+
+
+def chunks_bias(order: Sequence[int]) -> Rule:
+    """The bias (n * K,) of a fused linear map <-> ours [n, K]; `order` as in `chunks`."""
+    order, back = _both_ways(order)
+    return one(
+        lambda a, shape: a.reshape(len(order), -1)[order].reshape(shape),
+        lambda bias: bias.reshape(len(order), -1)[back].ravel(),
+    )
+
+
+def _both_ways(order: Sequence[int]) -> tuple[list[int], list[int]]:
+    if sorted(order) != list(range(len(order))):
+        raise ValueError(f"an order of chunks must name each from 0 once; found {tuple(order)}")
+    return list(order), np.argsort(order).tolist()
+
+
 Place = str | tuple[str, int]  # a parameter's path; with a number, that layer of a stacked one
 
 
@@ -186,12 +239,54 @@ def publish(module: nnx.Module, rows: Iterable[Row]) -> dict[str, np.ndarray]:
     arrays = {path: np.asarray(leaf) for path, leaf in leaves.items()}
     published = {}
     for entry in rows:
-        parts = [
-            arrays[place] if isinstance(place, str) else arrays[place[0]][place[1]]
-            for place in entry.places
-        ]
+        parts = _parts(entry, arrays)
         published[entry.key] = np.ascontiguousarray(entry.rule.published(parts))
     return published
+
+
+def _parts(entry: Row, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """What a row's places hold."""
+    return [
+        arrays[place] if isinstance(place, str) else arrays[place[0]][place[1]]
+        for place in entry.places
+    ]
+
+
+def gradients(
+    rows: Iterable[Row], slopes: dict[str, np.ndarray], published: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Gradients of the published arrays, from `slopes`: those of our parameters, by path.
+
+    `published` are the arrays of `publish`. Where one is copied into two of ours, the gradient is
+    the sum; where some of it is unused, zero.
+    """
+    found = {}
+    for entry in rows:
+        paths = {place if isinstance(place, str) else place[0] for place in entry.places}
+        if paths <= set(slopes):  # no statistic
+            shape = published[entry.key].shape
+            found[entry.key] = _transposed(entry.rule, _parts(entry, slopes), shape)
+    return found
+
+
+def _transposed(rule: Rule, slopes: Sequence[np.ndarray], shape: Shape) -> np.ndarray:
+    """The transpose of a rule's `ours`, applied.
+
+    An element of ours is one of the published array times a constant, plus another. Which one, and
+    the constants, show in what becomes of zeros, of ones and of the numbers of the elements.
+    """
+    size = math.prod(shape)
+    zeros, ones, numbers = (
+        rule.ours(probe.reshape(shape), [slope.shape for slope in slopes])
+        for probe in (np.zeros(size), np.ones(size), np.arange(size, dtype=float))
+    )
+    total = np.zeros(size)
+    for slope, zero, unit, number in zip(slopes, zeros, ones, numbers, strict=True):
+        factor = unit - zero
+        constant = factor == 0
+        source = np.where(constant, 0, (number - zero) / np.where(constant, 1, factor))
+        np.add.at(total, np.rint(source).astype(int).ravel(), (factor * slope).ravel())
+    return total.reshape(shape)
 
 
 def split(

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import hashlib
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import ml_collections
@@ -14,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from tokgen import config as configs
-from tokgen.interfaces import UserError
+from tokgen.interfaces import TokenLayout, UserError
 from tokgen.pretrained import reader, table
 from tokgen.pretrained import system as systems
 
@@ -32,6 +33,13 @@ class Imported:
     average: nnx.Module | None  # their moving average, where the file has one
     aside: dict[str, np.ndarray]  # arrays of the file that have no place in our model
     dtype: str = "float32"  # of the file's weights; ours are float32, which holds them exactly
+    layout: TokenLayout | None = None  # None: a continuous bottleneck
+    classes: int = 0  # of a generator
+
+    @property
+    def kind(self) -> str:
+        """What the config describes: a tokenizer or a generator."""
+        return "generator" if "generator" in self.config else "tokenizer"
 
     @property
     def used(self) -> nnx.Module:
@@ -42,7 +50,7 @@ class Imported:
 def weights_of(path: pathlib.Path, system: systems.System, **options) -> dict[str, np.ndarray]:
     """The arrays of a published file, unwrapped as the system publishes them."""
     problem = None
-    for entry in [(name,) for name in system.unwrap] + [()]:
+    for entry in [tuple(name.split(".")) for name in system.unwrap] + [()]:
         try:
             return reader.read(path, *entry, flatten=not entry and not system.unwrap, **options)
         except UserError as error:
@@ -50,20 +58,41 @@ def weights_of(path: pathlib.Path, system: systems.System, **options) -> dict[st
     raise problem
 
 
-def read(path: str | pathlib.Path, name: str, published: dict | None = None, **options) -> Imported:
-    """Import a published file; `published` is its configuration, None where sizes are standard."""
+def read(
+    path: str | pathlib.Path,
+    name: str,
+    published: dict | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    **options,
+) -> Imported:
+    """Import a published file; `published` is its configuration, None where sizes are standard.
+
+    `overrides` are fields of our config, `view.size=384,384`; `options` are the reader's.
+    """
     system = systems.named(name)
     if system.settings is None:
         raise UserError(f"{name} is no tokenizer or generator: it can be compared, not imported")
     weights = weights_of(pathlib.Path(path), system, **options)
-    return fit(weights, name, published or {}, source=str(path))
+    return fit(weights, name, published or {}, source=str(path), overrides=overrides)
 
 
-def fit(weights: dict[str, np.ndarray], name: str, published: dict, *, source: str) -> Imported:
+def fit(
+    weights: dict[str, np.ndarray],
+    name: str,
+    published: dict,
+    *,
+    source: str,
+    overrides: Sequence[str] = (),
+) -> Imported:
     """The model of published arrays; `source` names them in errors."""
     system = systems.named(name)
+    layout, classes = None, 0
     try:
         config = system.settings(published, weights)
+        configs.override(config, overrides)
+        if system.tokens is not None:
+            layout, classes = system.tokens(published, weights)
     except UserError:
         raise
     except _MISFITS as error:
@@ -71,7 +100,11 @@ def fit(weights: dict[str, np.ndarray], name: str, published: dict, *, source: s
             f"{source} and its configuration do not look like {name} ({error!r}): is --system "
             f"right? It holds {', '.join(list(weights)[:5])} ..."
         ) from error
-    make = nnx.eval_shape(lambda: configs.tokenizer(config, rngs=nnx.Rngs(0)))
+    if layout is None:
+        make = nnx.eval_shape(lambda: configs.tokenizer(config, rngs=nnx.Rngs(0)))
+        layout = make.layout
+    else:
+        make = nnx.eval_shape(lambda: configs.generator(config, layout, classes, rngs=nnx.Rngs(0)))
     rows = list(system.rows(make))
     weights, aside = table.split(weights, system.aside)
     kinds = collections.Counter(array.dtype.name for array in weights.values())
@@ -86,7 +119,7 @@ def fit(weights: dict[str, np.ndarray], name: str, published: dict, *, source: s
     if averages:
         # what has no average (usage counts) stays as it is
         average = table.fill(make, rows, weights | averages, source=f"{source} (moving averages)")
-    return Imported(config, module, average, aside, dtype)
+    return Imported(config, module, average, aside, dtype, layout, classes)
 
 
 def publish(imported: Imported, name: str) -> dict[str, np.ndarray]:

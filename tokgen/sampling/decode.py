@@ -7,14 +7,16 @@ halves, samples, and gives both the same tokens (classifier-free guidance, arXiv
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from tokgen.interfaces import Array, DecodeState, Generator, Phase, PyTree, Quantizer
-from tokgen.sampling import filters, guidance
+from tokgen.sampling import filters, guidance, settings
 
 # Carried through a loop; everything else of a state stays outside, so that it isn't copied.
 CARRIED = ("tokens_BLG", "cache", "latents_BPC", "invalid_B")
@@ -35,16 +37,21 @@ def generate(
     keys_B: Array,
     given: tuple[Array, Array] | None = None,
     against: Generator | None = None,
+    observe: Callable[[DecodeState, int], None] | None = None,
 ) -> DecodeState:
     """Walk the generator's plan and draw every token that isn't given.
 
     Args:
         cond: the condition, leading with the batch; label_B for class-conditional generators.
-        sampler: static; `sampler.guidance` has one weight per step, or is empty.
+        sampler: static; a `filters.Sampler`, or anything with its `guidance` (one weight per
+            step, or empty), `steps` and `draw`, such as one that replays recorded noise.
         keys_B: one key per image. An image depends on its own key only, not on its batch.
         given: tokens_BLG and a mask, true where a token is held fixed.
         against: another generator of the same plan, guided away from in the place of the null
             condition ("autoguidance", arXiv:2406.02507).
+        observe: called before each step with the state, without its null rows, and the number of
+            the step. Steps are then taken one at a time and not in compiled loops: for looking at
+            a decode outside `jax.jit`, the tokens are the same.
 
     Returns:
         The final state; `invalid_B` is true where some logits were not finite.
@@ -74,8 +81,10 @@ def generate(
         weight = None if weights is None else jnp.asarray(weights, jnp.float32)[index]
         seen = {}
 
-        def weight_of(symbol):
-            return weight if weight.ndim == 0 else weight[symbol]
+        def merge(cond_BlGV, uncond_BlGV, symbol):
+            scale = settings.of_symbols(weight, symbol, cond_BlGV.shape[2])
+            scale = scale[..., None] if scale.ndim else scale
+            return guidance.merge(cond_BlGV, uncond_BlGV, scale)
 
         def sample(logits_BlGV, symbol):
             seen["invalid_B"] = seen.get("invalid_B", False) | filters.invalid(logits_BlGV)
@@ -83,16 +92,15 @@ def generate(
 
         def draw(logits_BlGV, symbol=0):
             if double:
-                halves = logits_BlGV[:B], logits_BlGV[B:]
-                return _twice(sample(guidance.merge(*halves, weight_of(symbol)), symbol))
+                merged_BlGV = merge(logits_BlGV[:B], logits_BlGV[B:], symbol)
+                return _twice(sample(merged_BlGV, symbol))
             if against is None or phase.first >= guided:
                 return sample(logits_BlGV, symbol)
             if "weak" in seen:
                 raise ValueError("guidance against a network needs one draw per step; found more")
 
             def draw_weak(weak_BlGV, symbol=0):
-                merged_BlGV = guidance.merge(logits_BlGV, weak_BlGV, weight_of(symbol))
-                seen["drawn"] = sample(merged_BlGV, symbol)
+                seen["drawn"] = sample(merge(logits_BlGV, weak_BlGV, symbol), symbol)
                 return seen["drawn"]
 
             # both networks must see the same token, so the weak one's step is taken in the draw
@@ -105,10 +113,13 @@ def generate(
 
     for phase in _split(generator.plan(), guided):
         if double and phase.first >= guided:
-            state, double = jax.tree.map(lambda leaf: leaf[:B], state), False
+            state, double = _first(state, B), False
         state, weak = _grow(state, phase.slots), _grow(weak, phase.slots)
-        if phase.steps == 1:
-            state, weak = step(state, weak, phase, phase.first)
+        if phase.steps == 1 or observe is not None:
+            for index in range(phase.first, phase.first + phase.steps):
+                if observe is not None:
+                    observe(_first(state, B), index)
+                state, weak = step(state, weak, phase, index)
             continue
 
         def body(carry, index, phase=phase, fixed=(state, weak)):
@@ -119,7 +130,7 @@ def generate(
         indices = jnp.arange(phase.first, phase.first + phase.steps)
         carry, _ = jax.lax.scan(body, (_carried(state), _carried(weak)), indices)
         state, weak = (_insert(*pair) for pair in zip((state, weak), carry, strict=True))
-    return jax.tree.map(lambda leaf: leaf[:B], state)
+    return _first(state, B)
 
 
 def _guidance(generator: Generator, sampler: filters.Sampler) -> tuple[Any, int]:
@@ -133,6 +144,11 @@ def _guidance(generator: Generator, sampler: filters.Sampler) -> tuple[Any, int]
     if not sampler.guidance:
         return None, 0
     weights = np.asarray(sampler.guidance, np.float32)
+    if weights.ndim == 2 and weights.shape[1] != generator.layout.groups:
+        raise ValueError(
+            f"guidance per symbol needs {generator.layout.groups} weights in every entry, one per "
+            f"symbol of a position; found {weights.shape[1]}"
+        )
     guided = np.flatnonzero((weights != 1).reshape(total, -1).any(-1))
     return weights, int(guided[-1]) + 1 if len(guided) else 0
 
@@ -147,10 +163,24 @@ def _split(plan: tuple[Phase, ...], guided: int) -> list[Phase]:
 
 
 def _unstacked(generator):
-    """The generator with its layers apart: a scan over layers inside the loop copies weights."""
+    """The generator with its layers apart: a scan over layers inside the loop copies weights.
+
+    Of every stack that it or a module of its own holds (`transformer`, `head.transformer`).
+    """
     apart = jax.tree.map(lambda leaf: leaf, generator)
-    apart.transformer = generator.transformer.unstacked()
+    for owner in (apart, *_modules(apart).values()):
+        for name, module in _modules(owner).items():
+            if hasattr(module, "unstacked"):
+                setattr(owner, name, module.unstacked())
     return apart
+
+
+def _modules(owner: nnx.Module) -> dict[str, nnx.Module]:
+    return {name: value for name, value in vars(owner).items() if isinstance(value, nnx.Module)}
+
+
+def _first(tree, count: int):
+    return jax.tree.map(lambda leaf: leaf[:count], tree)
 
 
 def _join(a, b):

@@ -5,7 +5,8 @@ top-k, top-p, draw. Both filters are the question for a threshold: the largest v
 what is at least as large still weighs enough, where top-k weighs tokens and top-p weighs
 probability (the nucleus of arXiv:1904.09751). It is answered by bisecting the bits of float32,
 32 halvings and exact, at the cost of one pass over the logits each; the draw inverts the
-cumulative distribution at one uniform number per image, position and symbol.
+cumulative distribution at one uniform number per image, position and symbol. Beside its token a
+draw has a confidence, for generators that keep the surest.
 
 Ties stay together. Every token as large as the k-th is kept, as in LlamaGen and VAR, and every
 token as likely as the one that reaches p. So a filter never asks in which order tokens stand.
@@ -14,8 +15,6 @@ token as likely as the one that reaches p. So a filter never asks in which order
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Callable
 
 import chex
@@ -24,20 +23,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokgen import interfaces
+from tokgen.sampling import settings
 
 # Folded into an image's key before step and symbol; far from the small numbers of tokgen.rng, so
 # that a generator's own uses of the key never meet the draw's.
-DRAW = 0x64726177
+DRAW, JITTER = 0x64726177, 0x6A697474
 
-SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+SETTINGS = ("temperature", "top_k", "top_p", "guidance", "jitter", "confidence_temperature")
 
 
 def log_probability(
     logits_BlGV: interfaces.Array, tokens_BlG: interfaces.Array
 ) -> interfaces.Array:
     """[B, l, G] log-probability of tokens under the logits as given: no temperature, no filter."""
-    norm_BlG = jax.nn.logsumexp(logits_BlGV, axis=-1)
-    return raw_logit(logits_BlGV, tokens_BlG) - norm_BlG
+    # the peak goes first: beside guided logits near 100 a logsumexp resolves 8e-6 only
+    return raw_logit(jax.nn.log_softmax(logits_BlGV, axis=-1), tokens_BlG)
 
 
 def raw_logit(logits_BlGV: interfaces.Array, tokens_BlG: interfaces.Array) -> interfaces.Array:
@@ -55,10 +55,26 @@ def per_image_uniform(
 
     `symbol` is the first of the G symbols: drawn in turn or at once, they see the same numbers.
     """
+    return _uniform(keys_B, DRAW, step, symbol, shape)
+
+
+def per_image_gumbel(
+    keys_B: interfaces.Array,
+    step: interfaces.Array | int,
+    symbol: int,
+    shape: tuple[int, int, int],
+) -> interfaces.Array:
+    """[B, l, G] draws of Gumbel(0, 1), as `per_image_uniform` and independent of it."""
+    uniform_BlG = _uniform(keys_B, JITTER, step, symbol, shape)
+    # one uniform in eight million is 0; the bound is TiTok's. The largest is 1 - 2^-23
+    return -jnp.log(-jnp.log(jnp.maximum(uniform_BlG, 1e-20)))
+
+
+def _uniform(keys_B, use, step, symbol, shape):
     _, places, groups = shape
 
     def one_image(key):
-        key = jax.random.fold_in(jax.random.fold_in(key, DRAW), step)
+        key = jax.random.fold_in(jax.random.fold_in(key, use), step)
         symbols_G = symbol + jnp.arange(groups)
         keys_G = jax.vmap(lambda g: jax.random.fold_in(key, g))(symbols_G)
         return jax.vmap(lambda k: jax.random.uniform(k, (places,)), out_axes=1)(keys_G)
@@ -70,21 +86,24 @@ def per_image_uniform(
 class Sampler:
     """How a token is drawn from logits; static under jit.
 
-    A setting is one number, or a tuple with one entry per decoding step. A filter that a number
-    turns off is not compiled.
+    A setting is one number, or a tuple with one entry per decoding step; of temperature and
+    guidance, an entry is one number or a tuple with one per symbol. A filter that a number turns
+    off is not compiled.
     """
 
-    temperature: float | tuple[float, ...] = 1.0  # 0 is greedy: the first of the largest logits
+    temperature: float | tuple[float | tuple[float, ...], ...] = 1.0  # 0: first of the largest
     top_k: int | tuple[int, ...] = 0  # 0 keeps all, as does any number beyond the alphabet
     top_p: float | tuple[float, ...] = 1.0  # 1 keeps all
     guidance: tuple[float | tuple[float, ...], ...] = ()  # per step, or per step and symbol
     confidence: Callable = log_probability  # (logits_BlGV, tokens_BlG) -> confidence_BlG
     noise: Callable = per_image_uniform  # a value, so that a recorded draw can be replayed
+    jitter: float | tuple[float, ...] = 0.0  # scale of the noise that is added to the confidence
+    confidence_temperature: float | tuple[float, ...] = 1.0  # the draw does not see it
+    gumbel: Callable = per_image_gumbel  # the confidence's noise, as `noise` is the draw's
 
     def __post_init__(self):
-        for name in ("temperature", "top_k", "top_p"):
-            object.__setattr__(self, name, _setting(name, getattr(self, name)))
-        object.__setattr__(self, "guidance", _weights(self.guidance))
+        for name in SETTINGS:
+            object.__setattr__(self, name, settings.checked(name, getattr(self, name)))
         lengths = self._lengths()
         if len(set(lengths.values())) > 1:
             found = ", ".join(f"{name} has {length}" for name, length in lengths.items())
@@ -95,9 +114,8 @@ class Sampler:
 
     def _lengths(self) -> dict[str, int]:
         """Number of entries of the settings that have one per step."""
-        names = ("temperature", "top_k", "top_p", "guidance")
-        settings = {name: getattr(self, name) for name in names}
-        return {name: len(s) for name, s in settings.items() if isinstance(s, tuple) and s}
+        entries = {name: getattr(self, name) for name in SETTINGS}
+        return {name: len(e) for name, e in entries.items() if isinstance(e, tuple) and e}
 
     @property
     def steps(self) -> int | None:
@@ -123,21 +141,36 @@ class Sampler:
         chex.assert_rank(logits_BlGV, 4)
         chex.assert_shape(keys_B, logits_BlGV.shape[:1])
         logits_BlGV = logits_BlGV.astype(jnp.float32)
-        temperature = _at(self.temperature, step)
+        temperature = settings.at(self.temperature, step)
+        temperature = settings.of_symbols(temperature, symbol, logits_BlGV.shape[2])
 
         tokens_BlG = jnp.argmax(logits_BlGV, axis=-1).astype(jnp.int32)
         if not (isinstance(temperature, float) and temperature == 0):
             mass_BlGV = masses(
                 logits_BlGV,
                 temperature=temperature,
-                top_k=_at(self.top_k, step),
-                top_p=_at(self.top_p, step),
+                top_k=settings.at(self.top_k, step),
+                top_p=settings.at(self.top_p, step),
             )
             uniform_BlG = self.noise(keys_B, step, symbol, tokens_BlG.shape)
             chex.assert_shape(uniform_BlG, tokens_BlG.shape)
             drawn_BlG = inverse_cdf(mass_BlGV, uniform_BlG)
-            tokens_BlG = jnp.where(temperature > 0, drawn_BlG, tokens_BlG)
-        return tokens_BlG, self.confidence(logits_BlGV, tokens_BlG)
+            warm_BlG = jnp.broadcast_to(jnp.asarray(temperature) > 0, tokens_BlG.shape)
+            tokens_BlG = jnp.where(warm_BlG, drawn_BlG, tokens_BlG)
+        return tokens_BlG, self._confidence(logits_BlGV, tokens_BlG, keys_B, step, symbol)
+
+    def _confidence(self, logits_BlGV, tokens_BlG, keys_B, step, symbol):
+        """[B, l, G] of softened logits, with Gumbel noise (MaskGIT, arXiv:2202.04200, sec. 3.2)."""
+        softening = settings.at(self.confidence_temperature, step)
+        if not (isinstance(softening, float) and softening == 1):
+            logits_BlGV = logits_BlGV / softening
+        confidence_BlG = self.confidence(logits_BlGV, tokens_BlG)
+        jitter = settings.at(self.jitter, step)
+        if isinstance(jitter, float) and jitter == 0:
+            return confidence_BlG
+        gumbel_BlG = self.gumbel(keys_B, step, symbol, tokens_BlG.shape)
+        chex.assert_shape(gumbel_BlG, tokens_BlG.shape)
+        return confidence_BlG + jitter * gumbel_BlG
 
 
 def masses(
@@ -149,15 +182,16 @@ def masses(
 ) -> interfaces.Array:
     """Probabilities [B, l, G, V] up to a factor: the likeliest has 1, what is filtered out 0.
 
-    A filter that a Python number turns off is not in the program. Thresholds are put to the
-    logits and not to what temperature makes of them: the order is the same, and no two logits
-    become a tie by rounding.
+    `temperature` is a number, or an array that broadcasts with [B, l, G]. A filter that a Python
+    number turns off is not in the program. Thresholds are put to the logits and not to what
+    temperature makes of them: the order is the same, and no two logits become a tie by rounding.
     """
     logits_BlGV = logits_BlGV.astype(jnp.float32)
     peak_BlG1 = jnp.max(logits_BlGV, axis=-1, keepdims=True)
     peak_BlG1 = jnp.where(jnp.isfinite(peak_BlG1), peak_BlG1, 0)  # -inf - -inf is no number
     # the peak goes first, else 3e38 at temperature 0.1 overflows; temperature 0 is the caller's
     scale = jnp.where(jnp.asarray(temperature) > 0, temperature, 1).astype(jnp.float32)
+    scale = scale[..., None] if scale.ndim else scale
     mass_BlGV = jnp.exp((logits_BlGV - peak_BlG1) / scale)
 
     if not (isinstance(top_k, int) and (top_k == 0 or top_k >= logits_BlGV.shape[-1])):
@@ -168,7 +202,7 @@ def masses(
     if not (isinstance(top_p, float | int) and top_p == 1):
         total_BlG = jnp.sum(mass_BlGV, axis=-1)
         # a p that rounds to nothing still needs something: the likeliest token
-        need_BlG = jnp.maximum(jnp.asarray(top_p, jnp.float32) * total_BlG, SMALLEST)
+        need_BlG = jnp.maximum(jnp.asarray(top_p, jnp.float32) * total_BlG, settings.SMALLEST)
         need_BlG = jnp.where(jnp.asarray(top_p) < 1, need_BlG, jnp.inf)
         mass_BlGV = jnp.where(_reaching(logits_BlGV, mass_BlGV, need_BlG), mass_BlGV, 0)
     return mass_BlGV
@@ -231,68 +265,3 @@ def _ordered(logits_BlGV: interfaces.Array) -> interfaces.Array:
     bits_BlGV = jax.lax.bitcast_convert_type(logits_BlGV, jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits_BlGV >= sign, ~bits_BlGV, bits_BlGV | sign)
-
-
-def _at(setting: float | tuple, step: interfaces.Array | int) -> interfaces.Array | float:
-    """A setting's value at a step; static where it is the same at every step."""
-    if not isinstance(setting, tuple):
-        return setting
-    if isinstance(step, int) and not 0 <= step < len(setting):
-        raise interfaces.UserError(
-            f"step {step} needs a setting of its own; found {len(setting)} entries: give one per "
-            "decoding step, or one number for all"
-        )
-    return setting[0] if len(set(setting)) == 1 else jnp.asarray(setting)[step]
-
-
-def _setting(name: str, setting: object) -> float | tuple:
-    """A number, or one per decoding step; lists, as JSON has them, become tuples."""
-    if not isinstance(setting, tuple | list):
-        return _number(name, setting)
-    if not setting:
-        raise interfaces.UserError(
-            f"{name} needs a number, or one per decoding step; found none; leave it out to keep "
-            "the default"
-        )
-    return tuple(_number(name, entry) for entry in setting)
-
-
-def _weights(guidance: object) -> tuple:
-    """Guidance with as many numbers in every entry: one, or one per symbol drawn in turn."""
-    if not isinstance(guidance, tuple | list):
-        raise interfaces.UserError(
-            f"guidance needs one weight per decoding step; found {guidance!r}; write "
-            f"guidance.constant({guidance!r}, steps)"
-        )
-    symbols = {len(entry) for entry in guidance if isinstance(entry, tuple | list)}
-    if not symbols:
-        return tuple(_number("guidance", entry) for entry in guidance)
-    if len(symbols) > 1 or 0 in symbols:
-        raise interfaces.UserError(
-            "an entry of guidance is one weight, or one for every symbol of a position; found "
-            f"entries of {' and '.join(map(str, sorted(symbols)))} weights"
-        )
-    (width,) = symbols
-    rows = (e if isinstance(e, tuple | list) else (e,) * width for e in guidance)
-    return tuple(tuple(_number("guidance", weight) for weight in row) for row in rows)
-
-
-def _number(name: str, value: object) -> float | int:
-    """One entry of a setting as a Python number, checked."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if name == "top_k":
-        good = number and isinstance(value, numbers.Integral) and 0 <= value < 2**31
-        need = "a whole number, 0 or more; 0 keeps all"
-    elif name == "top_p":
-        good = number and 0 < value <= 1
-        need = "a number above 0 and at most 1; 1 keeps all"
-    elif name == "temperature":
-        # float32 would make 0 of 1e-40 and infinity of 1e40, without a word
-        good = number and (value == 0 or SMALLEST <= value <= LARGEST)
-        need = f"0, which is greedy, or a number from {SMALLEST:.2g} to {LARGEST:.2g}"
-    else:
-        good = number and math.isfinite(value)
-        need = "finite numbers, one per decoding step; 1 is no guidance"
-    if not good:
-        raise interfaces.UserError(f"{name} must be {need}; found {value!r}")
-    return int(value) if name == "top_k" else float(value)

@@ -25,8 +25,9 @@ from tokgen import interfaces
 def merge(
     cond_BlGV: interfaces.Array, uncond_BlGV: interfaces.Array, weight: interfaces.Array | float
 ) -> interfaces.Array:
-    """Guided logits_BlGV in float32: uncond + weight (cond - uncond), one weight for all of them.
+    """Guided logits_BlGV in float32: uncond + weight (cond - uncond).
 
+    One weight for all of them, or one per symbol as [1, 1, G, 1].
     Weight 1 gives cond bit for bit. A symbol that is -inf in both, beyond a smaller alphabet,
     stays -inf; one that is -inf in one of them only comes out as it may, and is not hidden.
     """

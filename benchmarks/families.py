@@ -1,0 +1,170 @@
+"""Trained generators of several families side by side: likelihood, a judge's opinion, speed, grids.
+
+    python benchmarks/families.py --data DIR --tokens DIR --tokenizer CKPT --out DIR \\
+        --generators raster=CKPT masked=CKPT ...
+
+DATA is the folder of images that the tokens were made of, with class folders; a judge of its
+classes is trained on its `train` split (once: it is kept in the cache), TOKENS the shards that
+`tokgen pretokenize` wrote. Printed are the judge's own accuracy on held-out images and on their
+reconstructions, which bounds what samples can reach; then for each generator the held-out nats per
+token and per image (≤: an upper bound), the share of samples that the judge sees as the class that
+was asked for, and the seconds to sample an image, of the clock and of the CPU, the median of the
+repeats with the smallest and largest. Settings of sampling are the checkpoint's preset. A grid of
+each, a row per class, is written to OUT.
+"""
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import machine
+import numpy as np
+
+from tokgen import checkpoint, cli, judge, launch, report, rng, state
+from tokgen.commands import evaluate, sample
+from tokgen.data import folder, stream, tokens
+from tokgen.interfaces import UserError
+from tokgen.sampling import presets
+
+PACKAGES = ("jax", "flax", "optax", "numpy")
+SHOWN = 12  # samples of a class in a grid
+COLUMNS = "| {:<12} | {:>11} | {:<18} | {:>14} | {:<16} | {:<24} | {:<24} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="image folder with classes")
+    parser.add_argument("--tokens", required=True, help="token shards of these images")
+    parser.add_argument("--tokenizer", required=True, help="checkpoint of what made the shards")
+    parser.add_argument("--generators", nargs="+", required=True, metavar="NAME=CKPT")
+    parser.add_argument("--out", required=True, help="folder for the grids")
+    parser.add_argument("--preset", default="default")
+    parser.add_argument("--samples", type=int, default=500, help="judged ones of each generator")
+    parser.add_argument("--images", type=int, default=1000, help="held-out ones")
+    parser.add_argument("--batch", type=int, default=50, help="images sampled together")
+    parser.add_argument("--repeats", type=int, default=3, help="of a batch, for its seconds")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="little of all: does it work?")
+    arguments = parser.parse_args()
+    recipe = judge.PHOTOGRAPHS
+    if arguments.quick:
+        arguments.samples = arguments.images = arguments.batch = 10
+        arguments.repeats, recipe = 1, dataclasses.replace(recipe, steps=2, batch=4)
+    launch.devices(recipe.batch)
+    print(machine.header(PACKAGES, machine.devices()), flush=True)
+    tokenizer = checkpoint.load_tokenizer(arguments.tokenizer)
+    held_out = tokens.Source(arguments.tokens, split="held_out")
+    made_by = held_out.header["tokenizer"]["fingerprint"]
+    checkpoint.check_tokenizer(tokenizer, made_by, f"token set {held_out.path}")
+    size, channels = tuple(tokenizer.config.view.size), tokenizer.config.view.channels
+    examiner = judge.of_photographs(arguments.data, size, channels, recipe=recipe)
+    examine(examiner, tokenizer, arguments)
+    print(
+        COLUMNS.format(
+            *("generator", "parameters", "nats per token", "nats per image", "class accuracy"),
+            *("ms per image", "CPU ms per image"),
+        )
+    )
+    for text in arguments.generators:
+        name, _, path = text.rpartition("=")
+        measure(name or pathlib.Path(path).name, path, (examiner, tokenizer, held_out), arguments)
+
+
+def examine(examiner, tokenizer, arguments) -> None:
+    """What the judge makes of real images, and of what the tokenizer keeps of them."""
+    source = folder.Source(arguments.data, split="held_out")
+    chosen = evaluate.spread(len(source), arguments.images)
+    view = evaluate.view_of(tokenizer.config)
+    seen, repainted = [], []
+    for part in stream.once(source, view, batch_size=arguments.batch, indices=chosen):
+        image_BHW3, missing = part["image"], arguments.batch - len(part["image"])
+        padded = np.concatenate([image_BHW3, np.repeat(image_BHW3[-1:], missing, axis=0)])
+        painted = sample.paint(tokenizer.module, evaluate.encode(tokenizer.module, padded))
+        repainted.append(
+            judge.predictions(examiner, np.asarray(painted)[: len(image_BHW3)]) == part["label"]
+        )
+        seen.append(judge.predictions(examiner, image_BHW3) == part["label"])
+    held_out, kept = (share(np.concatenate(parts)) for parts in (seen, repainted))
+    print(
+        f"the judge is right on {held_out} of {len(chosen)} held-out images, and on {kept} of "
+        "their reconstructions",
+        flush=True,
+    )
+
+
+def measure(name: str, path: str, known: tuple, arguments) -> None:
+    """Print the figures of one generator and write its grid."""
+    examiner, tokenizer, held_out = known
+    loaded = checkpoint.load_generator(path)
+    wanted = loaded.meta["tokenizer"]["fingerprint"]
+    checkpoint.check_tokenizer(tokenizer, wanted, f"generator {loaded.step}")
+    classes = folder.Source(arguments.data, split="held_out").classes
+    if loaded.classes != classes:
+        raise UserError(
+            f"the judge knows the classes {', '.join(classes)}; {loaded.step} those of "
+            f"{', '.join(loaded.classes) or 'none'}: give the folder that its tokens were made of"
+        )
+    figures = evaluate.likelihood(
+        loaded.module, tokenizer.module.quantizer, held_out, count=arguments.images
+    )
+    settings = presets.named(loaded.config.presets.to_dict(), arguments.preset)
+    generator, sampler = presets.prepare(loaded.module, settings)
+    each = max(1, arguments.samples // len(classes))
+    label_N = np.repeat(np.arange(len(classes), dtype=np.int32), each)
+    _, image_NHW3 = sample.draw(
+        *(generator, tokenizer.module, label_N, sampler),
+        seed=arguments.seed,
+        batch=arguments.batch,
+        what=name,
+    )
+    hits_N = judge.predictions(examiner, image_NHW3) == label_N
+    walls, cpus = seconds(generator, tokenizer.module, sampler, len(classes), arguments)
+    mark = "" if generator.exact else "≤ "
+    length = loaded.layout.length
+    print(
+        COLUMNS.format(
+            name,
+            f"{state.count(state.split(generator)[1]):,}",
+            f"{mark}{figures['nats_per_token']:.3f} ± {figures['nats_error']:.3f}",
+            f"{mark}{length * figures['nats_per_token']:.1f}",
+            share(hits_N),
+            machine.middle([1000 * wall / arguments.batch for wall in walls]),
+            machine.middle([1000 * cpu / arguments.batch for cpu in cpus]),
+        ),
+        flush=True,
+    )
+    shown = min(SHOWN, each)
+    rows = image_NHW3.reshape(len(classes), each, *image_NHW3.shape[1:])[:, :shown]
+    out = pathlib.Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    grid = report.grid(rows.reshape(-1, *image_NHW3.shape[1:]), shown, scale=2)
+    report.save_png(out / f"{name}.png", grid)
+
+
+def seconds(
+    generator, tokenizer, sampler, classes: int, arguments
+) -> tuple[list[float], list[float]]:
+    """Of the clock and of the CPU, to draw and paint a batch; once per repeat."""
+    label_B = jnp.arange(arguments.batch) % classes
+    keys_B = rng.per_image(arguments.seed, "sample", jnp.arange(arguments.batch))
+
+    def way():
+        drawn_BLG, _ = sample.draw_tokens(generator, tokenizer.quantizer, label_B, keys_B, sampler)
+        jax.block_until_ready(sample.paint(tokenizer, drawn_BLG))
+
+    way()  # compiles
+    return machine.measured(way, arguments.repeats)
+
+
+def share(hits_N: np.ndarray) -> str:
+    """In percent, with its standard error."""
+    mean = float(hits_N.mean())
+    return f"{100 * mean:.1f} ± {100 * math.sqrt(mean * (1 - mean) / len(hits_N)):.1f} %"
+
+
+if __name__ == "__main__":
+    sys.exit(cli.call("families.py", main))

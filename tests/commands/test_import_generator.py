@@ -1,0 +1,297 @@
+"""Import, export and fine-tune a generator: a tiny one, published in a form made up here."""
+
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tokgen import checkpoint, cli, imports, interfaces, launch, sharding
+from tokgen import config as configs
+from tokgen import state as states
+from tokgen.pretrained import parity, system, table, transfer, writer
+
+HERE = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
+CLASSES = 6
+
+
+# ---------------------------------------------------------------- a published generator
+
+
+def settings(published, weights):
+    """As a family's file has it: the config of a recipe, with the sizes of the file."""
+    config = configs.load("configs/generator/shapes.py")
+    config.generator.update(width=published["dim"], depth=2, heads=2)
+    config.precision.compute = "float32"
+    config.presets = dict(default=dict(weight=3.0), paper=dict(weight=1.5, top_k=8))
+    return config
+
+
+def tokens(published, weights):
+    layout = interfaces.TokenLayout((published["vocab_size"],), (tuple(published["grid"]),))
+    return layout, len(weights["embed.weight"]) - layout.absent - 1
+
+
+def rows(generator):
+    """Our own names, but for one table of symbols and classes together."""
+    found, fused = [], []
+    for path in states.paths(states.split(generator)[1]):
+        if path.endswith(("symbols/table", "labels/table")):
+            fused.append(path)
+        else:
+            found.append(table.row(path.replace("/", "."), path))
+    fused.sort(key=lambda path: path.endswith("labels/table"))
+    return [*found, table.Row("embed.weight", tuple(fused), table.rows_apart())]
+
+
+TINY = system.System(
+    parity=lambda folder: {},
+    settings=settings,
+    rows=rows,
+    tokens=tokens,
+    beside="taming_vqgan",
+    aside=("freqs",),
+    unwrap=("model",),
+    wrap=("model",),
+    home="here",
+    licence="MIT",
+)
+
+
+@pytest.fixture(autouse=True)
+def offered(monkeypatch):
+    """Commands in this process, and the tiny system among those that are known."""
+    known = system.known() | {"tiny": TINY}
+    monkeypatch.setattr(launch, "devices", lambda batch_size=0: None)
+    monkeypatch.setattr(system, "known", lambda: known)
+
+
+def command(*words):
+    return cli.main([str(word) for word in words])
+
+
+def told(capfd, *words):
+    """What a command says that ends with a mistake of the user's: one message."""
+    capfd.readouterr()
+    assert command(*words) == 2
+    said = capfd.readouterr()
+    assert "Traceback" not in said.err + said.out and said.err.count("error:") == 1, said.err
+    return said.err
+
+
+def tokenizer_in(folder, change=0.0):
+    """The checkpoint of a tokenizer, with one weight moved."""
+    fixture = parity.Folder(HERE / "taming_vqgan", "taming_vqgan")
+    imported = fixture.imported()
+    bias = imported.module.decoder.conv_out.bias
+    bias[...] = bias[...] + change
+    imports.save_imported(folder, imported, {})
+    return checkpoint.load_tokenizer(folder)
+
+
+def published_in(folder, layout):
+    """(weight file, its configuration, its arrays)."""
+    said = {"dim": 16, "vocab_size": layout.absent, "grid": layout.grids[0]}
+    blank = {"embed.weight": np.zeros((layout.absent + CLASSES + 1, 16))}
+    config = settings(said, blank)
+    make = nnx.eval_shape(
+        lambda: configs.generator(config, layout, CLASSES, rngs=nnx.Rngs(0)),
+    )
+    leaves, random = states.paths(states.split(make)[1]), np.random.default_rng(3)
+    filled = {path: random.normal(size=leaf.shape) for path, leaf in leaves.items()}
+    weights = {}
+    for row in rows(make):
+        parts = [filled[place] for place in row.places]
+        weights[row.key] = row.rule.published(parts).astype(np.float32)
+    weights["freqs"] = np.arange(4, dtype=np.float32)
+    writer.write(folder / "tiny.pt", weights, form="torch", wrap=("model",))
+    (folder / "tiny.json").write_text(json.dumps(said))
+    return folder / "tiny.pt", folder / "tiny.json", weights
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(import command of the file, its arrays, tokenizer) and what it wrote, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("made")
+    tokenizer = tokenizer_in(folder / "tokenizer")
+    file, config, weights = published_in(folder, tokenizer.layout)
+    words = ("import", file, "--system", "tiny", "--config", config)
+    with pytest.MonkeyPatch.context() as patch:
+        known = system.known() | {"tiny": TINY}
+        patch.setattr(launch, "devices", lambda batch_size=0: None)
+        patch.setattr(system, "known", lambda: known)
+        assert command(*words, "--out", folder / "run", "--tokenizer", folder / "tokenizer") == 0
+        assert command(*words, "--out", folder / "alone") == 0
+    return folder, words, weights, tokenizer
+
+
+# ---------------------------------------------------------------- import and export
+
+
+def test_an_import_holds_what_sampling_needs(made):
+    folder, _, weights, tokenizer = made
+    loaded = checkpoint.load_generator(folder / "run")
+    assert loaded.layout == tokenizer.layout and loaded.classes == ("0", "1", "2", "3", "4", "5")
+    assert loaded.config.presets.paper.to_dict() == {"weight": 1.5, "top_k": 8}
+    source = loaded.meta["source"]
+    assert source["sha256"] == transfer.digest(folder / "tiny.pt")
+    assert (source["system"], source["licence"], source["home"]) == ("tiny", "MIT", "here")
+    leaves = states.paths(states.split(loaded.module)[1])
+    (path,) = [path for path in leaves if path.endswith("labels/table")]
+    np.testing.assert_array_equal(leaves[path], weights["embed.weight"][-CLASSES - 1 :])
+    found = checkpoint.load_tokenizer_of(loaded)
+    assert found.fingerprint == loaded.meta["tokenizer"]["fingerprint"] == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("which", ["run", "alone"])
+def test_an_export_gives_the_file_back(made, which, tmp_path):
+    folder, _, weights, _ = made
+    assert command("export", folder / which, "--out", tmp_path) == 0
+    found = transfer.weights_of(tmp_path / "tiny.pt", TINY)
+    assert set(found) == set(weights)
+    for key, array in weights.items():
+        assert (found[key].dtype, found[key].shape) == (array.dtype, array.shape), key
+        assert found[key].tobytes() == array.tobytes(), key
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["classes"] == [str(i) for i in range(CLASSES)]
+    assert record["layout"] == checkpoint.read_meta(checkpoint.find(folder / "run"))["layout"]
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_an_import_without_its_tokenizer_asks_for_it(made, tmp_path, capfd):
+    folder, words, _, tokenizer = made
+    assert command(*words, "--out", tmp_path / "out") == 0
+    assert f"tokgen sample {tmp_path / 'out'} --out DIR --tokenizer CKPT" in capfd.readouterr().err
+    loaded = checkpoint.load_generator(folder / "alone")
+    with pytest.raises(interfaces.UserError, match="imported without its tokenizer.*--tokenizer"):
+        checkpoint.load_tokenizer_of(loaded)
+    found = checkpoint.load_tokenizer_of(loaded, str(folder / "tokenizer"))
+    assert found.fingerprint == tokenizer.fingerprint
+
+
+@pytest.fixture
+def coarse(made, tmp_path):
+    """The same weights, said to write a smaller grid."""
+    folder, words, _, tokenizer = made
+    ((height, width),) = tokenizer.layout.grids
+    said = json.loads((folder / "tiny.json").read_text()) | {"grid": [height - 1, width]}
+    (tmp_path / "coarse.json").write_text(json.dumps(said))
+    return [*words[:-1], tmp_path / "coarse.json"], tokenizer.layout.grids, ((height - 1, width),)
+
+
+def test_a_tokenizer_of_other_tokens_is_refused_with_both_layouts(made, coarse, tmp_path, capfd):
+    folder, (words, theirs, ours) = made[0], coarse
+    place = ("--tokenizer", folder / "tokenizer")
+    said = told(capfd, *words, "--out", tmp_path / "out", *place)
+    assert str(theirs) in said and str(ours) in said
+    assert not (tmp_path / "out").exists()
+    assert command(*words, "--out", tmp_path / "out") == 0
+    loaded = checkpoint.load_generator(tmp_path / "out")
+    with pytest.raises(interfaces.UserError) as caught:
+        checkpoint.load_tokenizer_of(loaded, str(folder / "tokenizer"))
+    assert str(theirs) in str(caught.value) and str(ours) in str(caught.value)
+
+
+def test_words_that_do_not_fit_are_told(made, tmp_path, capfd):
+    folder, words, _, _ = made
+    out = ("--out", tmp_path / "out")
+    tokenizer = ("--tokenizer", folder / "tokenizer")
+    wrong = (*words[:2], "--system", "taming_vqgan", *out, *tokenizer)
+    assert "--tokenizer is for generators" in told(capfd, *wrong)
+    wrong = (*words, *out, "--tokenizer", folder / "run")
+    assert "holds a generator; need the checkpoint of a tokenizer" in told(capfd, *wrong)
+    wrong = (*words[:4], *out)  # without its configuration
+    assert "do not look like tiny" in told(capfd, *wrong)
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+
+def began(workdir, init_from, layout, tokenizer, classes=CLASSES, ema=0.0, **changes):
+    """(model, what was done) as a training of a generator begins, with sevens everywhere."""
+    config = settings({"dim": 16}, {})
+    config.init_from = str(init_from)
+    config.generator.update(changes)
+    make = nnx.eval_shape(lambda: configs.generator(config, layout, classes, rngs=nnx.Rngs(0)))
+    _, params, stats = states.split(make)
+    whole = sharding.replicated(sharding.make_mesh())
+    params = jax.tree.map(
+        lambda leaf: jax.device_put(jnp.full(leaf.shape, 7, leaf.dtype), whole), params
+    )
+    zero = jax.device_put(jnp.zeros((), jnp.int32), whole)
+    model = states.TrainState(zero, zero, params, stats, (), params if ema else None)
+    run = checkpoint.start(
+        workdir,
+        config,
+        kind="generator",
+        layout=layout,
+        classes=tuple(f"class {i}" for i in range(classes)),
+        best="nats_per_token",
+        data="",
+        tokenizer=checkpoint.reference(tokenizer.step, workdir)
+        | {"fingerprint": tokenizer.fingerprint},
+    )
+    try:
+        networks, what = checkpoint.resume_or_start(run, {"model": model})
+    finally:
+        run.close()
+    return networks["model"], what
+
+
+def arrays(tree):
+    return {path: np.asarray(leaf) for path, leaf in states.paths(tree).items()}
+
+
+@pytest.mark.parametrize(("classes", "ema"), [(3, 0.9), (9, 0.0), (0, 0.0)])
+def test_other_classes_begin_anew_but_for_no_class(made, tmp_path, classes, ema):
+    folder, _, _, tokenizer = made
+    there = arrays(states.split(checkpoint.load_generator(folder / "run").module)[1])
+    model, what = began(
+        tmp_path, folder / "run", tokenizer.layout, tokenizer, classes=classes, ema=ema
+    )
+    assert f"the class table is new: {CLASSES} classes there, {classes} here" in what
+    for tree in (model.params, model.ema) if ema else (model.params,):
+        found = arrays(tree)
+        assert set(found) == set(there)
+        for path, array in there.items():
+            if path.endswith("labels/table"):
+                assert found[path].shape == (classes + 1, 16)
+                assert (found[path][:-1] == 7).all()
+                np.testing.assert_array_equal(found[path][-1], array[-1])
+            else:
+                np.testing.assert_array_equal(found[path], array, err_msg=path)
+
+
+def test_as_many_classes_keep_their_rows(made, tmp_path):
+    folder, _, _, tokenizer = made
+    there = arrays(states.split(checkpoint.load_generator(folder / "run").module)[1])
+    model, what = began(tmp_path / "a", folder / "run", tokenizer.layout, tokenizer)
+    assert "kept, by number: 0, 1, 2 ... are now class 0, class 1, class 2" in what
+    for path, array in arrays(model.params).items():
+        np.testing.assert_array_equal(array, there[path], err_msg=path)
+    _, what = began(tmp_path / "b", folder / "alone", tokenizer.layout, tokenizer)
+    assert "its tokenizer is not recorded" in what
+
+
+def test_other_tokens_are_refused(made, coarse, tmp_path):
+    """Another layout, another tokenizer of the same layout, another kind: need, found, remedy."""
+    folder, _, _, tokenizer = made
+    other = tokenizer_in(tmp_path / "other", change=1e-3)
+    assert other.layout == tokenizer.layout and other.fingerprint != tokenizer.fingerprint
+    both = f"{tokenizer.fingerprint[:16]}.*{other.fingerprint[:16]}.*tokgen pretokenize"
+    with pytest.raises(interfaces.UserError, match=both):
+        began(tmp_path / "a", folder / "run", other.layout, other)
+    _, theirs, ours = coarse
+    both = f"{re.escape(str(theirs))}.*{re.escape(str(ours))}.*pretokenize"
+    with pytest.raises(interfaces.UserError, match=both):
+        layout = interfaces.TokenLayout(tokenizer.layout.vocab, ours)
+        began(tmp_path / "b", folder / "run", layout, tokenizer)
+    with pytest.raises(interfaces.UserError, match="holds a tokenizer; this program trains a gen"):
+        began(tmp_path / "c", folder / "tokenizer", tokenizer.layout, tokenizer)
+    with pytest.raises(interfaces.UserError, match="(?s)other arrays.*labels/table"):
+        began(tmp_path / "d", folder / "run", tokenizer.layout, tokenizer, classes=3, width=32)

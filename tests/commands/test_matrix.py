@@ -1,0 +1,127 @@
+"""Every tokenizer with every generator that fits it: trained a step and sampled, or refused."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tokgen.commands import matrix
+from tokgen.interfaces import TokenBatch, UserError
+from tokgen.sampling import decode, filters
+
+B, SIDE = 2, 2
+# What fits is stated here by itself: an empty reason alone would prove nothing.
+REFUSED = {
+    "rotary": {"pyramid of vq", "pyramid of bits"},
+    "factor": {"vq", "vq, 1-D", "ibq", "fsq", "lfq", "pyramid of vq"},
+    "next_scale": {
+        *("vq", "vq, 1-D", "ibq", "fsq", "lfq"),
+        *("lfq, equal groups", "lfq, unequal groups", "bsq, equal groups"),
+    },
+    "masked bits": {"fsq"},
+}
+
+
+@functools.cache
+def codec_of(kind: str):
+    return matrix.quantizer(kind, SIDE)
+
+
+def fits(kind: str, tokens: str) -> bool:
+    return tokens != "gaussian" and tokens not in REFUSED.get(kind, ())
+
+
+@pytest.mark.parametrize("tokens", matrix.TOKENIZERS)
+def test_what_does_not_fit_says_why(tokens):
+    codec = codec_of(tokens)
+    for kind in matrix.GENERATORS:
+        reason = matrix.reason(kind, codec)
+        assert (reason == "") == fits(kind, tokens), (kind, tokens, reason)
+        if reason:
+            assert "Error" not in reason and "unpack" not in reason
+
+
+PAIRS = [(k, t) for k in matrix.GENERATORS for t in matrix.TOKENIZERS if fits(k, t)]
+
+
+# Numbers are computed for these: every generator, every kind of tokens; the rest are traced.
+COMPUTED = {
+    ("raster", "lfq, unequal groups", 3),
+    ("rotary", "vq, 1-D", 0),
+    ("random", "pyramid of bits", 3),
+    ("rar", "fsq", 0),
+    ("factor", "lfq, equal groups", 3),
+    ("next_scale", "pyramid of vq", 3),
+    ("next_scale", "pyramid of bits", 0),
+    ("masked", "ibq", 0),
+    ("masked", "pyramid of vq", 3),
+    ("masked bits", "bsq, equal groups", 3),
+}
+
+
+def made(kind, tokens, classes):
+    codec = codec_of(tokens)
+    layout, random = codec.layout, np.random.default_rng(0)
+    tokens_BLG = random.integers(0, layout.vocab, (B, layout.length, layout.groups))
+    label_B = jnp.arange(B, dtype=jnp.int32) % max(classes, 1)
+    batch = TokenBatch(jnp.asarray(tokens_BLG, jnp.int32), label_B)
+    return matrix.generator(kind, codec, classes=classes), codec, batch
+
+
+def trained(params, graph, batch, codec):
+    return nnx.merge(graph, params).loss(batch, codec, step=0, key=jax.random.key(1))
+
+
+def sampled(generator, codec, label_B, guided, observe=None):
+    sampler = filters.Sampler(guidance=(2.0,) * decode.steps(generator) if guided else ())
+    keys_B = jax.random.split(jax.random.key(2), B)
+    state = decode.generate(generator, codec, label_B, sampler, keys_B=keys_B, observe=observe)
+    return state.tokens_BLG, state.invalid_B
+
+
+@pytest.mark.parametrize(("kind", "tokens"), PAIRS)
+def test_a_pair_has_a_gradient_and_samples_of_its_shape(kind, tokens):
+    generator, codec, batch = made(kind, tokens, 3)
+    graph, params = nnx.split(generator)
+    slopes = jax.grad(trained, has_aux=True)
+    gradients, scalars = jax.eval_shape(slopes, params, graph, batch, codec)
+    assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, params)
+    assert {"nats_per_token", "token_accuracy"} <= set(scalars)
+    drawn, _ = jax.eval_shape(functools.partial(sampled, guided=True), generator, codec, batch.cond)
+    assert drawn.shape == batch.tokens_BLG.shape and drawn.dtype == jnp.int32
+
+
+@pytest.mark.parametrize(("kind", "tokens", "classes"), sorted(COMPUTED))
+def test_a_pair_trains_and_samples(kind, tokens, classes):
+    generator, codec, batch = made(kind, tokens, classes)
+    graph, params = nnx.split(generator)
+    loss, scalars = trained(params, graph, batch, codec)
+    assert np.isfinite(loss) and np.isfinite(scalars["nats_per_token"])
+    # uncompiled: quicker for a single tiny decode
+    drawn, invalid = sampled(generator, codec, batch.cond, classes > 0, lambda state, index: None)
+    assert drawn.shape == batch.tokens_BLG.shape and not np.asarray(invalid).any()
+    assert np.min(drawn) >= 0 and (np.asarray(drawn) < np.asarray(codec.layout.vocab)).all()
+
+
+def test_every_generator_and_every_kind_of_tokens_is_computed_once():
+    assert {kind for kind, _, _ in COMPUTED} == set(matrix.GENERATORS)
+    left = set(matrix.TOKENIZERS) - {tokens for _, tokens, _ in COMPUTED}
+    assert left == {"vq", "lfq", "gaussian"}  # as "vq, 1-D", as one group, and fits nothing
+
+
+def test_the_table_numbers_its_reasons():
+    codecs = {name: codec_of(name) for name in ("vq", "pyramid of vq", "gaussian")}
+    lines = matrix.table(codecs).splitlines()
+    assert lines[0].split() == ["raster", "rotary", "random", "rar", "factor", "next_scale"] + [
+        *("masked", "masked", "bits")
+    ]
+    assert lines[1].startswith("vq ") and "yes" in lines[1] and "- " in lines[1]
+    assert "yes" not in lines[3] and "continuous" in "".join(lines[4:])
+
+
+def test_a_continuous_tokenizer_fits_nothing():
+    with pytest.raises(UserError, match="continuous"):
+        matrix.generator("raster", codec_of("gaussian"), classes=3)

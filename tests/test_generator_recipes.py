@@ -1,0 +1,172 @@
+"""Recipes of generators: tables that say what is built; every file, shrunk, trains and samples."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests import recipes
+from tokgen import config as configs
+from tokgen import sharding
+from tokgen import state as states
+from tokgen.interfaces import Text, TokenBatch, TokenLayout
+from tokgen.nn import precision, transformer
+from tokgen.sampling import decode, presets
+
+FOLDER = configs.programs() / "configs" / "generator"
+SMALL = ("cifar10", "shapes")  # their figures are in the README
+PUBLISHED = [
+    r for r in recipes.GENERATORS if ":" in r and r.split("/")[1].split(":")[0] not in SMALL
+]
+
+
+def table(name: str) -> dict[str, str]:
+    """The rows of the table in a recipe's docstring, by their first word."""
+    rows = {}
+    for line in (FOLDER / f"{name}.py").read_text().split('"""')[1].splitlines():
+        if line.startswith("| ") and not line.startswith("| variant "):
+            first, _, rest = line[2:].partition(" |")
+            rows[first] = rest
+    return rows
+
+
+@pytest.mark.parametrize("reference", PUBLISHED)
+def test_a_docstring_says_what_is_built(reference):
+    """Its variants with their parameters, its presets, and settings that every section takes."""
+    name, _, variant = reference.removeprefix("generator/").partition(":")
+    layout, _, count = recipes.GENERATORS[reference]
+    settings, generator = recipes.load(reference), recipes.abstract(reference)
+    configs.check(
+        settings,
+        precision=(precision.Precision, ()),
+        generator__rates=(transformer.Rates, ()),
+        optimizer=(states.optimizer, ("steps",)),
+        mesh=(sharding.make_mesh, ()),
+    )
+    # rows of our tables that a smaller alphabet never reads, of inputs and outputs
+    count -= 2 * settings.generator.width * sum(layout.absent - size for size in layout.vocab)
+    row = table(name)[variant]
+    twin = re.search(r"\| as (\w+) \|", row)
+    assert f" {count:,} " in (table(name)[twin[1]] if twin else row)
+    sides = re.search(r"(\d+) x (\d+)", row)
+    if sides and name != "var":
+        assert layout.grids == ((int(sides[1]), int(sides[2])),)
+    known = settings.presets.to_dict()
+    assert known["default"] == known["paper"]
+    for preset in (*known, "no_guidance"):
+        copy, sampler = presets.prepare(generator, presets.named(known, preset))
+        guided = sampler.guidance and np.any(np.asarray(sampler.guidance) != 1)
+        assert bool(guided) == (preset != "no_guidance" and name != "maskgit")
+        assert sampler.steps in (None, decode.steps(copy))
+
+
+def test_every_variant_has_its_row():
+    for name in {r.removeprefix("generator/").partition(":")[0] for r in PUBLISHED}:
+        variants = {r.partition(":")[2] for r in PUBLISHED if r.startswith(f"generator/{name}:")}
+        assert {row.partition(",")[0] for row in table(name)} - {"---"} == variants
+
+
+# ---------------------------------------------------------------- shrunk
+
+TINY = dict(width=8, depth=1, heads=2, hidden=8)
+# Recipe -> (tokens, what makes it small)
+SHRUNK = {
+    "ibq:xxl": (recipes.square(2, 5), TINY),
+    "llamagen:b": (recipes.square(2, 5), TINY),
+    "llamagen:t2i_xl_256": (recipes.square(2, 5), TINY | dict(texts=(3, 4))),
+    "maskbit:14bit": (recipes.square(2, 4, 4), TINY),
+    "maskbit:tokens": (recipes.square(2, 4, 4), TINY),
+    "maskgit:256": (recipes.square(2, 5), TINY),
+    "npp:b": (recipes.square(2, 5), TINY | dict(groups=((2, 1),))),
+    "openmagvit2:b": (recipes.square(2, 3, 5), TINY | dict(factor=1)),
+    "rar:b": (recipes.square(2, 5), TINY | dict(shuffle=(1, 2))),
+    "titok:l32": (recipes.line(4, 5), TINY),
+    "titok:s128": (recipes.line(4, 5), TINY | dict(depth=3)),
+    "var:d16": (recipes.pyramid((1, 2), 5), TINY | dict(channels=3)),
+    "var:d36s": (recipes.pyramid((1, 2), 5), TINY | dict(channels=3)),
+}
+# As many steps of decoding as there are slots: a schedule of 64 leaves most of them idle.
+FEW = dict(steps=3)
+SHORT = dict.fromkeys(("maskbit:14bit", "maskbit:tokens", "maskgit:256", "titok:l32"), FEW)
+SHORT["titok:s128"] = FEW
+B, STEPS = 2, 2
+# No gradient reaches them: the softmax does not see what all keys have in common; the weights of a
+# row that is not met, or not looked at, stay as they are.
+BLIND = re.compile(r".*(attention/key/bias|table|absent)|entry/types/.*")
+
+
+def shrunk(reference: str):
+    """(a recipe's config made small, its tokens, conditions of a batch)."""
+    layout, sizes = SHRUNK[reference]
+    settings = recipes.load(f"generator/{reference}")
+    settings.steps, settings.precision.compute = STEPS, "float32"
+    with settings.unlocked():
+        settings.generator.update(sizes)
+        settings.optimizer.update(dict(learning_rate=1e-2, warmup=0, weight_decay=0.0))
+    if "texts" not in sizes:
+        return settings, layout, jnp.arange(B, dtype=jnp.int32)
+    mask_BT = jnp.asarray([[False, True, True], [True, True, True]])
+    return settings, layout, Text(jnp.ones((B, *sizes["texts"])), mask_BT)
+
+
+def codec_of(settings, layout):
+    """What next-scale reads tokens with; nothing for the others."""
+    if settings.generator.name != "next_scale":
+        return None
+    inner = dict(name="vq", codes=layout.absent, channels=settings.generator.channels)
+    section = dict(name="multiscale", quantizer=inner, scales=layout.grids, phi=0)
+    return configs.build(section, "quantizer", grid=layout.grids[-1], rngs=nnx.Rngs(0))
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "optimizer", "sampler"))
+def trained_and_sampled(network, batch, codec, graph, optimizer, sampler):
+    """(state after two steps, their losses, tokens that it draws)."""
+
+    def step(network, number):
+        def loss(params):
+            generator = states.merge(graph, params, network.stats)
+            key = jax.random.fold_in(jax.random.key(1), number)
+            return generator.loss(batch, codec, step=network.step, key=key)
+
+        gradients, terms = jax.grad(loss, has_aux=True)(network.params)
+        network, scalars = states.apply_gradients(network, gradients, optimizer)
+        return network, terms | scalars
+
+    network, scalars = jax.lax.scan(step, network, jnp.arange(STEPS))
+    generator = states.merge(graph, network.params, network.stats)
+    keys_B = jax.random.split(jax.random.key(2), B)
+    drawn = decode.generate(generator, codec, batch.cond, sampler, keys_B=keys_B)
+    return network, scalars, drawn.tokens_BLG, drawn.invalid_B
+
+
+@pytest.mark.parametrize("reference", SHRUNK)
+def test_a_file_trains_two_steps_and_samples(reference):
+    """Its own objective, optimizer and preset, at a width of 8."""
+    settings, layout, cond = shrunk(reference)
+    optimizer = configs.call(states.optimizer, settings.optimizer, "optimizer", steps=STEPS)
+    graph, params, stats = states.split(
+        configs.generator(settings, layout, 3, rngs=nnx.Rngs(jax.random.key(0)))
+    )
+    zero = jnp.zeros((), jnp.int32)
+    network = states.TrainState(zero, zero, params, stats, optimizer.chain.init(params), None)
+    preset = presets.named(settings.presets.to_dict(), "default") | SHORT.get(reference, {})
+    generator, sampler = presets.prepare(states.merge(graph, params, stats), preset)
+    random = np.random.default_rng(0)
+    tokens_BLG = random.integers(0, layout.vocab, (B, layout.length, layout.groups))
+    batch = TokenBatch(jnp.asarray(tokens_BLG, jnp.int32), cond)
+    after, scalars, drawn_BLG, invalid_B = jax.device_get(
+        trained_and_sampled(
+            *(network, batch, codec_of(settings, layout)),
+            *(states.split(generator)[0], optimizer, sampler),
+        )
+    )
+    assert np.isfinite(scalars["nats_per_token"]).all() and not scalars["skipped"].any()
+    before, after = states.paths(jax.device_get(params)), states.paths(after.params)
+    still = {path for path in before if (before[path] == after[path]).all()}
+    assert {path for path in still if not BLIND.fullmatch(path)} == set()
+    assert not invalid_B.any() and (drawn_BLG >= 0).all()
+    assert (drawn_BLG < np.asarray(layout.vocab)).all()

@@ -1,0 +1,308 @@
+"""Vectors into logits: one module per way that published generators end.
+
+A head gives logits [B, l, G, V] in float32; beyond a smaller alphabet they are -inf. `turns` are
+the symbols before which it must be asked again: (0,) where all symbols of a position are drawn at
+once. A tied head may give further columns, for what is no token (classes, the mask), which only its
+loss sees.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tokgen import sharding
+from tokgen.interfaces import TokenLayout
+from tokgen.nn import linear, parts, positions, prefixes, transformer
+from tokgen.nn.precision import Precision
+
+
+class Linear(nnx.Module):
+    """Norm, then a linear map."""
+
+    turns = (0,)
+
+    def __init__(
+        self,
+        layout: TokenLayout,
+        width: int,
+        *,
+        classes: int = 0,
+        kit: parts.Parts,
+        norm=None,
+        bias: bool = False,
+        std=None,
+        precision: Precision,
+        rngs,
+    ):
+        del classes
+        self.norm = (norm or kit.norm)(width, precision=precision, rngs=rngs)
+        # zeros unless published otherwise: the first predictions are uniform, the first loss log V
+        self.head = linear.Linear(
+            width,
+            (layout.groups, layout.absent),
+            bias=bias,
+            std=std,
+            precision=precision,
+            rngs=rngs,
+        )
+        self.layout = layout
+
+    def __call__(self, x_BlD: jax.Array, **_) -> jax.Array:
+        """[B, l, D] -> [B, l, G, V]."""
+        return finished(self.head(self.norm(x_BlD)), self.layout)
+
+
+def biased(layout: TokenLayout, width: int, *, kit: parts.Parts, **options) -> Linear:
+    """Norm, then a linear map with a bias (TiTok's U-ViT)."""
+    return Linear(layout, width, kit=kit, bias=True, std=kit.std, **options)
+
+
+def bare(layout: TokenLayout, width: int, *, kit: parts.Parts, **options) -> Linear:
+    """A linear map with a bias and no norm: post-norm blocks end with one (TiTok's BERT)."""
+    return Linear(layout, width, kit=kit, norm=Nothing, bias=True, std=kit.std, **options)
+
+
+class Nothing(nnx.Module):
+    """What it is given."""
+
+    def __init__(self, width: int, *, precision: Precision, rngs):
+        del width, precision, rngs
+
+    def __call__(self, x_BlD: jax.Array) -> jax.Array:
+        """[B, l, D], the same."""
+        return x_BlD
+
+
+class Adaptive(nnx.Module):
+    """A norm that is shifted and scaled by a condition, then a linear map (DiT, RAR, VAR)."""
+
+    turns = (0,)
+
+    def __init__(
+        self,
+        layout: TokenLayout,
+        width: int,
+        *,
+        classes: int = 0,
+        kit: parts.Parts,
+        norm=linear.Standardized,
+        start=None,
+        bias: bool = True,
+        precision: Precision,
+        rngs,
+    ):
+        del classes
+        options = dict(precision=precision, rngs=rngs)
+        self.norm = norm(width, **options)
+        # shift, scale
+        self.modulation = linear.Linear(width, (2, width), bias=True, std=start, **options)
+        vectors = (layout.groups, layout.absent)
+        self.head = linear.Linear(width, vectors, bias=bias, std=kit.std, **options)
+        self.layout = layout
+
+    def __call__(self, x_BlD: jax.Array, *, cond: jax.Array, **_) -> jax.Array:
+        """[B, l, D] under a condition [B, l or 1, D] -> [B, l, G, V]."""
+        both_Bl2D = self.modulation(jax.nn.silu(cond))
+        shift, scale = (both_Bl2D[..., i, :].astype(x_BlD.dtype) for i in range(2))
+        return finished(self.head(self.norm(x_BlD) * (1 + scale) + shift), self.layout)
+
+
+def half_published(fan_in: int) -> float:
+    """Half of the usual deviation, as IBQ's map to shift and scale starts."""
+    return 0.5 * linear.published(fan_in)
+
+
+def adaptive_rms(layout: TokenLayout, width: int, *, kit: parts.Parts, **options) -> Adaptive:
+    """The same over an RMSNorm, with a map that starts at zero and has no bias (IBQ)."""
+    norm = dict(norm=kit.norm, start=half_published)
+    head = Adaptive(layout, width, kit=kit, bias=False, **norm, **options)
+    head.head.kernel[...] = jnp.zeros_like(head.head.kernel[...])
+    return head
+
+
+class Transformed(nnx.Module):
+    """A dense layer, GELU and norm, as BERT ends (arXiv:1810.04805); a linear map (MaskBit)."""
+
+    turns = (0,)
+
+    def __init__(
+        self,
+        layout: TokenLayout,
+        width: int,
+        *,
+        classes: int = 0,
+        kit: parts.Parts,
+        precision: Precision,
+        rngs,
+    ):
+        del classes
+        options = dict(bias=True, std=kit.std, precision=precision, rngs=rngs)
+        self.dense = linear.Linear(width, width, **options)
+        self.norm = parts.bert_norm(width, precision=precision, rngs=rngs)
+        self.head = linear.Linear(width, (layout.groups, layout.absent), **options)
+        self.layout = layout
+
+    def __call__(self, x_BlD: jax.Array, **_) -> jax.Array:
+        """[B, l, D] -> [B, l, G, V]."""
+        x_BlD = self.norm(parts.exact_gelu(self.dense(x_BlD)))
+        return finished(self.head(x_BlD), self.layout)
+
+
+class TiedPerPlace(nnx.Module):
+    """The same, against the symbols' own rows, with a bias per position (MaskBit's token BERT)."""
+
+    turns = (0,)
+
+    def __init__(
+        self,
+        layout: TokenLayout,
+        width: int,
+        *,
+        classes: int = 0,
+        kit: parts.Parts,
+        precision: Precision,
+        rngs,
+    ):
+        del classes
+        options = dict(precision=precision, rngs=rngs)
+        self.dense = linear.Linear(width, width, bias=True, std=kit.std, **options)
+        self.norm = parts.bert_norm(width, **options)
+        shape = (layout.groups, layout.length, layout.absent)
+        self.bias = nnx.Param(jnp.zeros(shape, precision.params_dtype))
+        self.layout, self.precision = layout, precision
+
+    def __call__(self, x_BlD: jax.Array, *, symbols: jax.Array, **_) -> jax.Array:
+        """[B, L, D] against rows [G, V + 1, D] -> [B, L, G, V]."""
+        x_BlD = self.norm(parts.exact_gelu(self.dense(x_BlD)))
+        rows_GVD = symbols[:, : self.layout.absent].astype(self.precision.compute_dtype)
+        logits_BlGV = jnp.einsum("BlD,GVD->BlGV", x_BlD, rows_GVD)
+        bias_lGV = jnp.swapaxes(self.bias[...], 0, 1).astype(jnp.float32)
+        return finished(logits_BlGV.astype(jnp.float32) + bias_lGV[None], self.layout)
+
+
+class TiedToAll(nnx.Module):
+    """The same, against the rows of all words: codes, then classes, then the mask (MaskGIT).
+
+    The columns beyond V are no tokens; MaskGIT's loss counts them, its sampler cuts them off.
+    """
+
+    turns = (0,)
+
+    def __init__(
+        self,
+        layout: TokenLayout,
+        width: int,
+        *,
+        classes: int = 0,
+        kit: parts.Parts,
+        precision: Precision,
+        rngs,
+    ):
+        if layout.groups != 1:
+            raise ValueError(f"MaskGIT's head needs one symbol per position; found {layout.vocab}")
+        options = dict(precision=precision, rngs=rngs)
+        self.dense = linear.Linear(width, width, bias=True, std=kit.std, **options)
+        self.norm = parts.bert_norm(width, **options)
+        words, self.classes = layout.absent + classes + 1, classes
+        self.bias = nnx.Param(jnp.zeros(words, precision.params_dtype))
+        self.layout, self.precision = layout, precision
+
+    def __call__(self, x_BlD: jax.Array, *, symbols: jax.Array, labels: jax.Array, **_):
+        """[B, l, D] against rows [1, V + 1, D] and [classes, D] -> [B, l, 1, V + classes + 1]."""
+        x_BlD = self.norm(parts.tanh_gelu(self.dense(x_BlD)))
+        V = self.layout.absent
+        # not the row of "no class", where there is one
+        rows_VD = jnp.concatenate([symbols[0, :V], labels[: self.classes], symbols[0, V:]])
+        logits_BlV = jnp.einsum("BlD,VD->BlV", x_BlD, rows_VD.astype(self.precision.compute_dtype))
+        bias_V = self.bias[...].astype(jnp.float32)
+        return (logits_BlV.astype(jnp.float32) + bias_V[None, None])[..., None, :]
+
+
+class Factor(nnx.Module):
+    """The symbols of a position in order, by a small causal transformer (Open-MAGVIT2).
+
+    arXiv:2409.04410, section 3.2, and its code: over [h, row of symbol 0, row of symbol 1, ...],
+    the input rows of the symbols already drawn; a norm and a linear map per symbol follow. h has
+    the zero rows of a prefix for its rotary position, symbol g the cell (0, g).
+    """
+
+    def __init__(
+        self,
+        layout: TokenLayout,
+        width: int,
+        *,
+        depth: int,
+        heads: int,
+        classes: int = 0,
+        kit: parts.Parts,
+        precision: Precision,
+        rngs,
+        **options,
+    ):
+        del classes
+        G, V = layout.groups, layout.absent
+        if G < 2:
+            raise ValueError(f"factors need two symbols per position or more; found {layout.vocab}")
+        self.turns, self.layout = tuple(range(G)), layout
+        row = TokenLayout(layout.vocab, ((1, G),))
+        some = dict(precision=precision, rngs=rngs)
+        self.places = positions.Rotary2D(row, 1, width, heads, **some)
+        self.transformer = transformer.Transformer(
+            width, depth, heads, parts=kit, **options, **some
+        )
+        self.norm = kit.norm(width, **some)
+
+        def make(key):
+            return linear.Linear(width, V, std=None, precision=precision, rngs=nnx.Rngs(key))
+
+        self.logits = jax.vmap(make)(jax.random.split(rngs.params(), G))
+
+    def __call__(self, x_BlD, *, given: jax.Array, symbols: jax.Array, key=None, **_) -> jax.Array:
+        """[B, l, D], t symbols [B, l, t] and their rows [G, V, D] -> logits [B, l, t + 1, V]."""
+        t = given.shape[-1]
+        rows_BlD = [symbols[g][given[..., g]].astype(x_BlD.dtype) for g in range(t)]
+        x_BltD = jnp.stack([x_BlD, *rows_BlD], axis=2)
+        x_BtD = x_BltD.reshape(-1, *x_BltD.shape[2:])  # every position by itself
+        slots_t = jnp.arange(t + 1)
+        _, rotary = self.places(jnp.arange(self.layout.groups)[None], slots_t)
+        mask = prefixes.causal(slots_t, t + 1)
+        x_BtD, _ = self.transformer(x_BtD, rotary=rotary, mask=mask, key=key)
+        x_BltD = self.norm(x_BtD).reshape(x_BltD.shape)
+        logits_BltV = [
+            jax.tree.map(lambda leaf, g=g: leaf[g], self.logits)(x_BltD[:, :, g])
+            for g in range(t + 1)
+        ]
+        return finished(jnp.stack(logits_BltV, axis=2), self.layout)
+
+
+def finished(logits_BlGV: jax.Array, layout: TokenLayout) -> jax.Array:
+    """Logits in float32, -inf beyond a smaller alphabet."""
+    # float32: differences of logits decide draws and losses
+    logits_BlGV = sharding.constrain(logits_BlGV, "BLGV").astype(jnp.float32)
+    if len(set(layout.vocab)) == 1:
+        return logits_BlGV
+    sizes_G1 = jnp.asarray(layout.vocab[: logits_BlGV.shape[2]])[:, None]
+    valid_GV = jnp.arange(layout.absent)[None] < sizes_G1
+    return jnp.where(valid_GV[None, None], logits_BlGV, -jnp.inf)
+
+
+HEADS = {
+    "linear": Linear,
+    "biased": biased,
+    "bare": bare,
+    "adaptive": Adaptive,
+    "adaptive_rms": adaptive_rms,
+    "factor": Factor,
+    "transformed": Transformed,
+    "tied_per_place": TiedPerPlace,
+    "tied_to_all": TiedToAll,
+}
+
+
+def named(name: str):
+    """The kind of head that a config names."""
+    if name not in HEADS:
+        raise ValueError(f"head must be one of {sorted(HEADS)}; found {name!r}")
+    return HEADS[name]
