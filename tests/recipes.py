@@ -1,8 +1,12 @@
-"""What the configs of generators are made for: their tokens, their classes, their parameters."""
+"""What the configs of generators are made for, what configs build, and checkpoints of it."""
+
+import pathlib
 
 from flax import nnx
 
+from tokgen import checkpoint, sharding
 from tokgen import config as configs
+from tokgen import state as states
 from tokgen.interfaces import TokenLayout
 from tokgen.quantizers import multiscale
 
@@ -124,3 +128,14 @@ SECTIONS = {
     "generator": ("generator", "precision"),
 }
 _built: dict[str, nnx.Module] = {}
+
+
+def save(workdir: pathlib.Path, settings, make, *, best: str, **meta) -> None:
+    """A work directory with a checkpoint of step 0."""
+    optimizer = states.optimizer(steps=1, learning_rate=1e-3)
+    _, network = states.create(make, optimizer, mesh=sharding.make_mesh())
+    classes = tuple(f"shape{number}" for number in range(10))
+    meta = {"classes": classes} | meta
+    run = checkpoint.start(workdir, settings, best=best, data="", **meta)
+    run.save({"model": network}, {best: 1.0})
+    run.close()

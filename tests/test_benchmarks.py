@@ -8,7 +8,11 @@ import sys
 
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
+
+from tests import recipes
+from tokgen import checkpoint, cli, config, launch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
@@ -86,13 +90,18 @@ def test_data_loading():
     assert len(rates) == 5
 
 
-def test_quantizers(tmp_path):
+def pictures(folder: pathlib.Path, *names: str) -> pathlib.Path:
+    """Eight pictures of noise, six of them to train on, in the folders of `names`."""
     drawn = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
     for number, image_HW3 in enumerate(drawn):
-        folder = tmp_path / "images" / ("train" if number < 6 else "test")
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image_HW3).save(folder / f"{number}.png")
-    words = ["--data", str(tmp_path / "images"), "--workdir", str(tmp_path / "runs")]
+        place = folder / ("train" if number < 6 else "test") / names[number % len(names)]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image_HW3).save(place / f"{number}.png")
+    return folder
+
+
+def test_quantizers(tmp_path):
+    words = ["--data", str(pictures(tmp_path / "images", ".")), "--workdir", str(tmp_path / "runs")]
     header, titles, _, row = quick(
         "quantizers", *words, "--names", "fsq", "--steps", "2", "--images", "2"
     )
@@ -100,6 +109,73 @@ def test_quantizers(tmp_path):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert len(cells) == len(titles.strip("|").split("|")) and cells[0] == "fsq"
     assert float(cells[1].split()[0]) > 5 and cells[5] == "638"  # 64 log2(1000)
+
+
+def test_known_answers():
+    header, titles, row = quick("known_answers", "--families", "raster")
+    check_header(header)
+    name, count, steps, nats, _, _, entropy, excess, *_ = row.split()
+    assert (name, steps, titles.split()[0]) == ("raster", "2", "family")
+    assert int(count.replace(",", "")) > 1000
+    # hardly trained: what an even guess pays, and what that is beyond the entropy
+    assert float(nats) == pytest.approx(np.log(8), rel=0.05) and 1 < float(entropy) < np.log(8)
+    assert float(excess) == pytest.approx(100 * (float(nats) / float(entropy) - 1), abs=3)
+
+
+def test_memorise():
+    header, titles, row = quick("memorise", "--family", "next_scale")
+    check_header(header)
+    name, nats, right, steps, seconds = row.split()
+    assert (name, steps, titles.split()[0]) == ("next_scale", "4", "family")
+    assert 3 < float(nats) < 5 and right.endswith("%") and float(seconds) > 0  # log 64 is 4.16
+
+
+def test_families(tmp_path, monkeypatch):
+    """A tokenizer and a generator as they started: figures of noise, but all of them; a grid."""
+    monkeypatch.setattr(launch, "devices", lambda batch_size=0: None)
+    data = pictures(tmp_path / "images", "bird", "cat")
+    narrow = ["encoder.widths=(16,)", "decoder.widths=(16,)", "encoder.blocks=1"]
+    settings = config.load(PAIR[0], narrow)
+    tokenizer = tmp_path / "tokenizer"
+    layout = recipes.square(8, 240)
+    recipes.save(
+        tokenizer,
+        settings,
+        lambda: config.tokenizer(settings, rngs=nnx.Rngs(0)),
+        kind="tokenizer",
+        layout=layout,
+        best="l2",
+    )
+    shards, generator = tmp_path / "tokens", tmp_path / "generator"
+    words = ["--tokenizer", str(tokenizer), "--data", str(data), "--out", str(shards)]
+    assert cli.main(["pretokenize", *words, "--batch", "8"]) == 0
+    loaded = checkpoint.load_tokenizer(tokenizer)
+    small = config.load(PAIR[1], ["generator.width=16", "generator.depth=1"])
+    recipes.save(
+        generator,
+        small,
+        lambda: config.generator(small, layout, 2, rngs=nnx.Rngs(0)),
+        kind="generator",
+        layout=layout,
+        classes=("bird", "cat"),
+        best="nats_per_token",
+        tokenizer=checkpoint.reference(loaded.step, generator)
+        | {"fingerprint": loaded.fingerprint},
+    )
+    words = ["--data", str(data), "--tokens", str(shards), "--tokenizer", str(tokenizer)]
+    words += ["--out", str(tmp_path / "grids"), "--generators", f"raster={generator}"]
+    header, judged, titles, row = quick("families", *words)
+    check_header(header)
+    assert "of 2 held-out images" in judged
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert len(cells) == len(titles.strip("|").split("|")) and cells[0] == "raster"
+    token, image = (float(cell.split()[0]) for cell in cells[2:4])
+    assert token == pytest.approx(np.log(240), rel=0.1) and image == pytest.approx(
+        64 * token, rel=1e-3
+    )
+    assert min(float(cell.split()[0]) for cell in cells[5:]) > 0
+    with Image.open(tmp_path / "grids" / "raster.png") as grid:
+        assert grid.size[0] > grid.size[1] > 2 * 64
 
 
 def test_every_benchmark_is_run_here_and_told_in_the_results():

@@ -13,7 +13,7 @@ from tests import recipes
 from tokgen import config as configs
 from tokgen import sharding
 from tokgen import state as states
-from tokgen.interfaces import Text, TokenBatch, TokenLayout
+from tokgen.interfaces import TokenBatch
 from tokgen.nn import precision, transformer
 from tokgen.sampling import decode, presets
 
@@ -72,45 +72,35 @@ def test_every_variant_has_its_row():
 
 # ---------------------------------------------------------------- shrunk
 
-TINY = dict(width=8, depth=1, heads=2, hidden=8)
+# Recomputing in the backward pass changes no number, and takes longer to compile.
+TINY = dict(width=8, depth=1, heads=2, hidden=8, remat=False)
 # Recipe -> (tokens, what makes it small)
 SHRUNK = {
     "ibq:xxl": (recipes.square(2, 5), TINY),
     "llamagen:b": (recipes.square(2, 5), TINY),
-    "llamagen:t2i_xl_256": (recipes.square(2, 5), TINY | dict(texts=(3, 4))),
     "maskbit:14bit": (recipes.square(2, 4, 4), TINY),
-    "maskbit:tokens": (recipes.square(2, 4, 4), TINY),
     "maskgit:256": (recipes.square(2, 5), TINY),
     "npp:b": (recipes.square(2, 5), TINY | dict(groups=((2, 1),))),
     "openmagvit2:b": (recipes.square(2, 3, 5), TINY | dict(factor=1)),
     "rar:b": (recipes.square(2, 5), TINY | dict(shuffle=(1, 2))),
-    "titok:l32": (recipes.line(4, 5), TINY),
     "titok:s128": (recipes.line(4, 5), TINY | dict(depth=3)),
     "var:d16": (recipes.pyramid((1, 2), 5), TINY | dict(channels=3)),
-    "var:d36s": (recipes.pyramid((1, 2), 5), TINY | dict(channels=3)),
 }
 # As many steps of decoding as there are slots: a schedule of 64 leaves most of them idle.
-FEW = dict(steps=3)
-SHORT = dict.fromkeys(("maskbit:14bit", "maskbit:tokens", "maskgit:256", "titok:l32"), FEW)
-SHORT["titok:s128"] = FEW
+FEW = dict.fromkeys(("maskbit:14bit", "maskgit:256", "titok:s128"), dict(steps=3))
 B, STEPS = 2, 2
-# No gradient reaches them: the softmax does not see what all keys have in common; the weights of a
-# row that is not met, or not looked at, stay as they are.
-BLIND = re.compile(r".*(attention/key/bias|table|absent)|entry/types/.*")
+# No gradient reaches it but by rounding: the softmax does not see what all keys have in common.
+BLIND = re.compile(r".*attention/key/bias")
 
 
 def shrunk(reference: str):
-    """(a recipe's config made small, its tokens, conditions of a batch)."""
-    layout, sizes = SHRUNK[reference]
+    """A recipe's config, made small."""
     settings = recipes.load(f"generator/{reference}")
     settings.steps, settings.precision.compute = STEPS, "float32"
     with settings.unlocked():
-        settings.generator.update(sizes)
+        settings.generator.update(SHRUNK[reference][1])
         settings.optimizer.update(dict(learning_rate=1e-2, warmup=0, weight_decay=0.0))
-    if "texts" not in sizes:
-        return settings, layout, jnp.arange(B, dtype=jnp.int32)
-    mask_BT = jnp.asarray([[False, True, True], [True, True, True]])
-    return settings, layout, Text(jnp.ones((B, *sizes["texts"])), mask_BT)
+    return settings
 
 
 def codec_of(settings, layout):
@@ -146,18 +136,22 @@ def trained_and_sampled(network, batch, codec, graph, optimizer, sampler):
 @pytest.mark.parametrize("reference", SHRUNK)
 def test_a_file_trains_two_steps_and_samples(reference):
     """Its own objective, optimizer and preset, at a width of 8."""
-    settings, layout, cond = shrunk(reference)
+    settings, (layout, _) = shrunk(reference), SHRUNK[reference]
     optimizer = configs.call(states.optimizer, settings.optimizer, "optimizer", steps=STEPS)
-    graph, params, stats = states.split(
-        configs.generator(settings, layout, 3, rngs=nnx.Rngs(jax.random.key(0)))
+    graph, *variables = states.split(
+        nnx.eval_shape(lambda: configs.generator(settings, layout, 3, rngs=nnx.Rngs(0)))
+    )
+    random = np.random.default_rng(0)
+    # away from zeros, behind which nothing moves at first
+    params, stats = jax.tree.map(
+        lambda leaf: jnp.asarray(0.3 * random.normal(size=leaf.shape), leaf.dtype), variables
     )
     zero = jnp.zeros((), jnp.int32)
     network = states.TrainState(zero, zero, params, stats, optimizer.chain.init(params), None)
-    preset = presets.named(settings.presets.to_dict(), "default") | SHORT.get(reference, {})
+    preset = presets.named(settings.presets.to_dict(), "default") | FEW.get(reference, {})
     generator, sampler = presets.prepare(states.merge(graph, params, stats), preset)
-    random = np.random.default_rng(0)
     tokens_BLG = random.integers(0, layout.vocab, (B, layout.length, layout.groups))
-    batch = TokenBatch(jnp.asarray(tokens_BLG, jnp.int32), cond)
+    batch = TokenBatch(jnp.asarray(tokens_BLG, jnp.int32), jnp.arange(B, dtype=jnp.int32))
     after, scalars, drawn_BLG, invalid_B = jax.device_get(
         trained_and_sampled(
             *(network, batch, codec_of(settings, layout)),

@@ -17,13 +17,15 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from tokgen import checkpoint, cli, config, launch, sharding, state
+from tests import recipes
+from tokgen import checkpoint, cli, config, launch, state
 from tokgen.interfaces import TokenLayout
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOTEBOOK = json.loads((ROOT / "colab" / "quickstart.ipynb").read_text(encoding="utf-8"))
-DOCUMENTS = ["README.md", "docs/architecture.md", "docs/checkpoints.md", "benchmarks/RESULTS.md"]
+TEXTS = ("architecture", "checkpoints", "data", "generators", "tokenizers")
+DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in TEXTS), "benchmarks/RESULTS.md"]
 TOKENIZER, GENERATOR = "configs/tokenizer/shapes.py", "configs/generator/shapes.py"
 
 
@@ -65,7 +67,7 @@ def trained(tmp_path) -> pathlib.Path:
     narrow = ["encoder.widths=(16,)", "decoder.widths=(16,)", "encoder.blocks=1"]
     tokenizer = config.load(TOKENIZER, narrow)
     layout = TokenLayout((240,), ((8, 8),))
-    save(
+    recipes.save(
         tmp_path / "runs" / "tokenizer",
         tokenizer,
         lambda: config.tokenizer(tokenizer, rngs=nnx.Rngs(0)),
@@ -76,7 +78,7 @@ def trained(tmp_path) -> pathlib.Path:
     loaded = checkpoint.load_tokenizer(tmp_path / "runs" / "tokenizer")
     generator = config.load(GENERATOR, ["generator.width=16", "generator.depth=1"])
     workdir = tmp_path / "runs" / "generator"
-    save(
+    recipes.save(
         workdir,
         generator,
         lambda: config.generator(generator, layout, 10, rngs=nnx.Rngs(0)),
@@ -86,16 +88,6 @@ def trained(tmp_path) -> pathlib.Path:
         tokenizer=checkpoint.reference(loaded.step, workdir) | {"fingerprint": loaded.fingerprint},
     )
     return tmp_path
-
-
-def save(workdir: pathlib.Path, settings, make, *, best: str, **meta) -> None:
-    """A work directory with a checkpoint of step 0."""
-    optimizer = state.optimizer(steps=1, learning_rate=1e-3)
-    _, network = state.create(make, optimizer, mesh=sharding.make_mesh())
-    classes = tuple(f"shape{number}" for number in range(10))
-    run = checkpoint.start(workdir, settings, classes=classes, best=best, data="", **meta)
-    run.save({"model": network}, {best: 1.0})
-    run.close()
 
 
 def test_sampling_example_draws_eight_of_every_class(trained):
@@ -160,11 +152,12 @@ def test_every_command_is_told_with_options_that_it_has():
         assert set(re.findall(r"--[\w-]+", rest)) <= options
 
 
-def counted(reference: str) -> tuple[int, TokenLayout]:
-    """Parameters and layout of a config, from what it builds."""
+ROW = re.compile(r"^\| `(configs/\S+)` \| ([\d,]+) \| (\d+) x (\d+) of (\d+)(, pyramid)? \|", re.M)
+
+
+def counted(reference: str, layout: TokenLayout) -> tuple[int, TokenLayout]:
+    """Parameters and layout of a config, from what it builds; of a generator, for a layout."""
     settings = config.load(reference)
-    codes = int(README.split(f"`{reference}` |")[1].split(" of ")[1].split(" ")[0])
-    layout = TokenLayout((codes,), ((8, 8),))
 
     def make():
         if "generator" in settings:
@@ -180,20 +173,21 @@ def document(name: str) -> str:
 
 
 def test_table_of_configs():
-    rows = re.findall(r"^\| `(configs/\S+)` \| ([\d,]+) \| (\d+) x (\d+) of (\d+) \|", README, re.M)
+    rows = ROW.findall(README)
     files = {str(file.relative_to(ROOT)) for file in (ROOT / "configs").rglob("*.py")}
     # recipes have their tables in their docstrings, tested beside them; the documents name them all
-    recipes = set(re.findall(r"`(configs/tokenizer/\w+\.py)`", document("docs/tokenizers.md")))
+    told = set()
+    for kind in ("tokenizer", "generator"):
+        named = re.findall(rf"`(configs/{kind}/\w+\.py)`", document(f"docs/{kind}s.md"))
+        told |= set(named)
     measured = {reference.partition(":")[0] for reference, *_ in rows}
-    assert measured | recipes == files and not measured & recipes
-    for reference, parameters, *layout in rows:
-        found, there = counted(reference)
-        rows_, columns, codes = map(int, layout)
-        assert (found, there.grids, there.vocab) == (
-            int(parameters.replace(",", "")),
-            ((rows_, columns),),
-            (codes,),
-        ), reference
+    assert measured | told == files and not measured & told
+    for reference, parameters, height, width, codes, scales in rows:
+        grids = [(int(height), int(width))]
+        while scales and grids[0] != (1, 1):
+            grids.insert(0, (grids[0][0] // 2, grids[0][1] // 2))
+        layout = TokenLayout((int(codes),), tuple(grids))
+        assert counted(reference, layout) == (int(parameters.replace(",", "")), layout), reference
 
 
 def test_every_dependency_has_its_reason():
@@ -213,7 +207,7 @@ def test_files_named_are_there(document):
         "tokgen/quantizers/mine.py",
         "tokgen/generators/mine.py",
     }
-    assert named or document == "docs/checkpoints.md"
+    assert named or document in ("docs/checkpoints.md", "docs/data.md")
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 

@@ -21,6 +21,8 @@ from tokgen.nn.precision import FLOAT32
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "configs" / "tokenizer").glob("*.py"))
+# The fields of a config that decide how a generator's parameters are called.
+FORM = {"name", "prefix", "places", "parts", "head", "stack", "entry", "inputs"}
 VARIANTS = {"shapes": ("", "vq", "ema", "hard")}  # of the others only the plain config
 
 VIT = dict(name="vit", tokens=5, width=8, depth=2, heads=2, patch=4)
@@ -71,11 +73,11 @@ def _networks():
             yield reference, recipes.abstract(reference)
     seen = set()
     for reference in recipes.GENERATORS:
-        module = recipes.abstract(reference)
-        form = frozenset(state.paths(state.split(module)[1]))
+        asked = recipes.load(reference).generator.to_dict()
+        form = repr([(name, asked[name]) for name in sorted(set(asked) & FORM)])
         if form not in seen:  # sizes of the same form have the same names
             seen.add(form)
-            yield reference, module
+            yield reference, recipes.abstract(reference)
     for name, make in _others():
         yield name, nnx.eval_shape(make)
 

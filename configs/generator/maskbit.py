@@ -88,6 +88,7 @@ def get_config(variant="14bit"):
         name="adamw",
         learning_rate=1e-4,
         warmup=5000,
+        start=0.0,
         decay="cosine",
         final=0.1,
         b1=0.9,

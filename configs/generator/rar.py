@@ -75,6 +75,7 @@ def get_config(variant="b"):
         name="adamw",
         learning_rate=4e-4,
         warmup=62_500,
+        start=0.0,
         decay="cosine",
         final=1e-5 / 4e-4,
         b1=0.9,

@@ -88,6 +88,7 @@ def get_config(variant="l32"):
         name="adamw",
         learning_rate=2e-4,
         warmup=10_000,
+        start=0.0,
         decay="cosine",
         final=1e-5 / 2e-4,
         b1=0.9,

@@ -23,6 +23,14 @@ SHARED = (
     *("maskgit_discriminator", "lpips"),
 )
 OWN = {"taming_vqgan": "taming_vqgan", "ibq": "ibq", "openmagvit2_ema": "openmagvit2"}
+# Held array by array, and given back bit for bit, in the tests of their own systems.
+GENERATORS = {
+    "test_generators_ar.py": ("rar", "llamagen_c2i", "llamagen_t2i")
+    + ("openmagvit2_generator", "ibq_generator"),
+    "test_generators_masked.py": ("maskgit_transformer", "maskbit_lfqbert", "maskbit_bert")
+    + ("maskbit_lfqbert_older", "titok_imagebert", "titok_uvit"),
+    "test_var_generator.py": ("var", "var_shared_aln"),
+}
 
 # What the descriptions of the fixtures call inputs: nothing else may pass for given.
 INPUTS = {
@@ -411,10 +419,24 @@ def test_an_unknown_system_is_answered_with_those_that_are_there(copy, capsys):
     assert "--system" in capsys.readouterr().err
 
 
+def test_every_system_is_held_somewhere():
+    """And a generator knows the tokenizer that its fixture lies beside."""
+    known = system.known()
+    generators = {name for name, found in known.items() if found.tokens is not None}
+    assert generators == {name for names in GENERATORS.values() for name in names}
+    # an encoder of titok_onestage_vae with a decoder of tatitok_vq: no fixture of its own
+    assert set(known) - generators - {"tatitok_vae"} == {*SHARED, *OWN.values()}
+    for file, names in GENERATORS.items():
+        text = (pathlib.Path(__file__).parent / file).read_text()
+        for name in names:
+            assert f'"{name}"' in text, (file, name)
+            assert known[known[name].beside].settings and known[known[name].beside].tokens is None
+
+
 def test_every_system_says_where_its_weights_come_from():
-    for name in (*SHARED, *OWN.values()):
-        found = system.named(name)
-        assert found.home and found.licence and callable(found.parity), name
+    for name, found in system.known().items():
+        assert found.home or name == "maskbit_bert", name  # of which no weights are published
+        assert found.licence and callable(found.parity), name
         assert (found.settings is None) == (found.rows is None), name
     with pytest.raises(UserError, match="must be one of"):
         system.named("")

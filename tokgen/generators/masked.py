@@ -249,14 +249,17 @@ class Generator(nnx.Module):
 
         Of the `first_B` that were unknown at first; none after the last step.
         """
-        # divided here: in a compiled loop XLA multiplies by a rounded 1 / T
-        done_T = np.arange(1, self.steps + 1, dtype=np.float32) / np.float32(self.steps)
-        count_B = first_B.astype(jnp.float32)
-        share = schedules.share(self.schedule, jnp.asarray(done_T)[index], count_B, self.exponent)
-        # floored in float32, as published: cos(pi/3) of 32 is 15
-        wanted_B = jnp.floor(count_B * share).astype(jnp.int32)
+        wanted_B = self.wanted(index, first_B.astype(jnp.float32)).astype(jnp.int32)
         left_B = jnp.maximum(jnp.minimum(unknown_B - 1, wanted_B), 1)
         return jnp.where(jnp.asarray(index) == self.steps - 1, 0, left_B)
+
+    def wanted(self, index, count_B: jax.Array) -> jax.Array:
+        """[B] how many of `count_B` slots the schedule leaves unknown after step `index`."""
+        # divided here: in a compiled loop XLA multiplies by a rounded 1 / T
+        done_T = np.arange(1, self.steps + 1, dtype=np.float32) / np.float32(self.steps)
+        share = schedules.share(self.schedule, jnp.asarray(done_T)[index], count_B, self.exponent)
+        # floored in float32, as published: cos(pi/3) of 32 is 15
+        return jnp.floor(count_B * share)
 
     def masks(self, keys_B: jax.Array) -> jax.Array:
         """[B, L, G] true for the slots that a training step hides."""

@@ -147,7 +147,9 @@ def _taught(folder, generator, batch) -> dict[str, np.ndarray]:
         return jnp.sum(module.nats(batch).mean(1) * share_B), {}
 
     value, _, gradients = comparison.gradients(generator, loss, rows(generator))
-    norms, norm = comparison.grad_norms(gradients, (*CAPTIONS, *GRADIENTS))
+    norms, norm = comparison.grad_norms(
+        gradients, comparison.there(gradients, (*CAPTIONS, *GRADIENTS))
+    )
     return {
         "train_mask": generator.prefix.seen(text, jnp.arange(slots), slots),
         "logits_masked": sequence.slots(generator, batch)[:, generator.prefix.slots - 1 : -1],

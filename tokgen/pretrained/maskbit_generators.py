@@ -14,10 +14,10 @@ import numpy as np
 from tokgen import config as configs
 from tokgen.generators import masked as objectives
 from tokgen.generators import schedules
-from tokgen.interfaces import TokenLayout, UserError
+from tokgen.interfaces import TokenBatch, TokenLayout, UserError
 from tokgen.pretrained import convolutional, masked, parity, table
 from tokgen.pretrained.system import System, Weights
-from tokgen.sampling import guidance
+from tokgen.sampling import filters, guidance
 
 HEADS = 16  # as published
 WHAT = "MaskBit's generator"
@@ -151,22 +151,56 @@ def bit_values(generator) -> Weights:
 # ---------------------------------------------------------------- the fixtures
 
 
+def _probability(logits_BLGV, tokens_BLG) -> jax.Array:
+    """The logarithm of rounded probabilities: those of sure tokens are alike, as published."""
+    return jnp.log(filters.raw_logit(jax.nn.softmax(logits_BLGV, axis=-1), tokens_BLG))
+
+
+def _watched(generator, **knobs):
+    """A copy that masks as the published sampler: up to a threshold, ties too.
+
+    The count is the first sample's. With one slot unknown before the last step it is 0, and the
+    threshold then the largest confidence, that of what is known: all slots are masked again.
+    """
+    inner = masked.watched(generator, **knobs)
+    absent, slots = generator.layout.absent, generator.layout.length * generator.layout.groups
+
+    def step(state, phase, index, codec, draw):
+        unknown_BLG = state.tokens_BLG == absent
+        drawn_BLG, confidence_BLG = draw(inner.logits(TokenBatch(state.tokens_BLG, state.cond)))
+        sorted_BN = jnp.where(unknown_BLG, confidence_BLG, jnp.inf).reshape(-1, slots).sort(-1)
+        wanted = inner.wanted(index, jnp.float32(slots)).astype(jnp.int32)
+        count = jnp.minimum(jnp.maximum(wanted, 1), jnp.sum(unknown_BLG[0]) - 1)
+        threshold_B11 = sorted_BN[:, count - 1][:, None, None]
+        again_BLG = jnp.where(unknown_BLG, confidence_BLG, jnp.inf) <= threshold_B11
+        again_BLG = again_BLG & (jnp.asarray(index) < inner.steps - 1)
+        tokens_BLG = jnp.where(unknown_BLG, drawn_BLG, state.tokens_BLG)
+        return state.replace(tokens_BLG=jnp.where(again_BLG, absent, tokens_BLG))
+
+    copy = jax.tree.map(lambda leaf: leaf, inner)
+    copy.step = step
+    return copy
+
+
 def _decodes(folder, generator) -> dict[str, np.ndarray]:
     labels_B, found = folder.given("labels"), {}
     for name, (schedule, weights_of) in DECODES.items():
         steps = len(folder.arrays[f"{name}_steps"])
         softening = masked.annealing(steps) if name == "greedy_none_annealed" else 1.0
-        sampler = masked.greedy(weights_of(steps), confidence_temperature=softening)
-        watched = masked.watched(generator, steps=steps, schedule=schedule)
+        sampler = masked.greedy(
+            weights_of(steps), confidence=_probability, confidence_temperature=softening
+        )
+        watched = _watched(generator, steps=steps, schedule=schedule)
         found[name], found[f"{name}_steps"], _ = masked.run(watched, labels_B, sampler)
     recorded = jnp.asarray(folder.given("noise_gumbel"))
     steps = len(recorded)
     sampler = masked.greedy(
         guidance.power_cosine(1 + 7.1, steps, power=3.0),
+        confidence=_probability,
         jitter=tuple(NOISE * (1 - (step + 1) / steps) for step in range(steps)),
         gumbel=lambda keys_B, step, symbol, shape: recorded[step],
     )
-    watched = masked.watched(generator, steps=steps, schedule="arccos")
+    watched = _watched(generator, steps=steps, schedule="arccos")
     found["noise_tokens"], found["noise_steps"], _ = masked.run(watched, labels_B, sampler)
     return found
 
@@ -212,7 +246,7 @@ def arrays(folder, *, rows, normed) -> dict[str, np.ndarray]:
     value, _, gradients = parity.gradients(
         generator, lambda module: module.masked_loss(whole, mask_BLG), rows(generator)
     )
-    norms, total = parity.grad_norms(gradients, normed)
+    norms, total = parity.grad_norms(gradients, parity.there(gradients, normed))
     found = {
         "token_ids": _joined(generator, whole.tokens_BLG).astype(np.float32),
         "logits_cond": logits_BLGV,

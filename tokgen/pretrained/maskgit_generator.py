@@ -30,6 +30,8 @@ NORMED = (
     "params.MlmLayer_0.mlm_dense.kernel",
     "params.MlmLayer_0.mlm_bias.bias",
 )
+# Schedules 1 - r^power whose counts would differ by one if r were a quotient.
+COMPILED = {"linear": 1, "power": 2}
 # The published names of the schedules.
 SCHEDULES = {"uniform": "linear", "cosine": "cosine", "log": "log", "exp": "exponential"}
 
@@ -133,6 +135,22 @@ def _published(generator, tokens_BL, labels_B) -> np.ndarray:
     return np.concatenate([words_B1, tokens_BL], axis=1)
 
 
+def compiled(schedule: str, steps: int) -> np.ndarray:
+    """[T] shares of the published loop, whose counts come from how XLA compiles it.
+
+    A quotient by T is a product with its rounded inverse there, and 1 - x y is rounded once.
+    """
+    done_T, inverse = np.arange(1, steps + 1, dtype=np.float64), np.float32(1 / steps)
+    power = COMPILED[schedule]
+    # float64 holds these products exactly
+    left_T = 1 - done_T**power * np.float64(inverse**power)
+    return np.clip(left_T.astype(np.float32), np.float32(schedules.LEAST), np.float32(1))
+
+
+def _wanted(share_T, index, count_B: jax.Array) -> jax.Array:
+    return jnp.floor(count_B * share_T[index])
+
+
 def _decodes(folder, generator) -> dict[str, np.ndarray]:
     labels_B, found = folder.given("labels"), {}
     inpainted = folder.given("inpaint_input")[:, 1:, None]
@@ -147,6 +165,9 @@ def _decodes(folder, generator) -> dict[str, np.ndarray]:
     }
     for name, (schedule, given, sampler) in plans.items():
         knobs = dict(steps=folder.arrays[name].shape[1], schedule=schedule, exponent=2.0)
+        if schedule in COMPILED:
+            share_T = compiled(schedule, knobs["steps"])
+            knobs["wanted"] = functools.partial(_wanted, share_T)
         watched = masked.watched(generator, **knobs)
         labels = labels_B if given is None else folder.given("inpaint_input")[:, 0]
         labels = labels if given is None else labels - generator.layout.absent
@@ -207,7 +228,7 @@ def arrays(folder) -> dict[str, np.ndarray]:
     weights_BL = folder.arrays["loss_weights"][:, 1:]
     loss = functools.partial(_loss, whole=whole, mask_BLG=jnp.asarray(weights_BL)[..., None] > 0)
     value, _, gradients = parity.gradients(generator, loss, rows(generator))
-    norms, total = parity.grad_norms(gradients, NORMED)
+    norms, total = parity.grad_norms(gradients, parity.there(gradients, NORMED))
     words_BL = np.where(mask_BLG, -1, whole.tokens_BLG)[..., 0]
     return {
         "input_ids": _published(generator, words_BL, whole.cond),

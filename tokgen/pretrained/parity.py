@@ -149,6 +149,11 @@ def grad_norms(
     return np.array([norms[name] for name in names]), np.sqrt(sum(n**2 for n in norms.values()))
 
 
+def there(gradients: dict[str, np.ndarray], names: Sequence[str]) -> tuple[str, ...]:
+    """Those of `names` that the model has: a fixture of one layer lacks the second one's."""
+    return tuple(name for name in names if name in gradients)
+
+
 def drawn(salt: str, key: str, shape: Sequence[int]) -> np.ndarray:
     """A weight that a fixture describes and does not store: the same numbers everywhere."""
     random = np.random.default_rng(zlib.crc32((salt + key).encode()))

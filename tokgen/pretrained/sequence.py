@@ -214,7 +214,7 @@ def losses(folder, generator, batch: TokenBatch, names) -> dict[str, np.ndarray]
         return module.loss(batch, None, step=2**30, key=rng.key(0, "train"))
 
     value, scalars, gradients = parity.gradients(generator, loss, folder.system.rows(generator))
-    norms, norm = parity.grad_norms(gradients, names)
+    norms, norm = parity.grad_norms(gradients, parity.there(gradients, names))
     return {
         "loss": value,
         "correct": scalars["token_accuracy"],

@@ -190,7 +190,7 @@ def arrays(folder, *, form: str, rows) -> dict[str, np.ndarray]:
     value, _, gradients = parity.gradients(
         generator, lambda module: module.masked_loss(whole, mask_BLG), rows(generator)
     )
-    norms, total = parity.grad_norms(gradients, NORMED[form])
+    norms, total = parity.grad_norms(gradients, parity.there(gradients, NORMED[form]))
     logits_BLGV = watched.logits(shown)
     hits_BLG = mask_BLG & (logits_BLGV.argmax(-1) == whole.tokens_BLG)
     times_B, uniform_BN = (jnp.asarray(folder.given(n)) for n in ("train_u", "train_rand"))

@@ -239,7 +239,7 @@ def _trained(generator, codec, batch, smoothing: str) -> dict[str, np.ndarray]:
     own = (
         "blocks.1.ada_lin.1.weight" if generator.transformer.shared is None else "blocks.1.ada_gss"
     )
-    norms, total = parity.grad_norms(gradients, [*NORMS, own, *HEAD_NORMS])
+    norms, total = parity.grad_norms(gradients, parity.there(gradients, [*NORMS, own, *HEAD_NORMS]))
     return {
         f"loss_ls{smoothing}": loss,
         f"grad_norms_ls{smoothing}": norms,
