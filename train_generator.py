@@ -43,13 +43,14 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         return config.generator(settings, layout, len(classes), rngs=rngs)
 
     shapes = nnx.eval_shape(make)  # built abstractly, before any work
-    presets.prepare(shapes, presets.named(settings.presets.to_dict(), "default"))
-    if (getattr(shapes, "cond", "label") == "text") != bool(settings.data.get("text", "")):
-        raise UserError(
-            "a generator whose condition is text needs features, and no other one reads them: "
-            f"config.data.text={settings.data.get('text', '')!r}, and the generator's condition is "
-            f"a {getattr(shapes, 'cond', 'label')}; it is the folder of train.npy, train_mask.npy, "
-            "held_out.npy and held_out_mask.npy"
+    _, sampler = presets.prepare(shapes, presets.named(settings.presets.to_dict(), "default"))
+    evaluate.check_text(shapes, settings.data.get("text", ""), "config.data.text")
+    if sampler.guidance and getattr(shapes, "cond", "label") == "label":
+        shapes.null(np.zeros(1, np.int32))  # one without "no class" cannot be guided: said now
+    if sampler.guidance and classes and not shapes.label_drop:
+        report.say(
+            "the default preset is guided, but generator.label_drop=0 never trains what it is "
+            "guided away from: set label_drop=0.1, or the preset's weight to 1"
         )
 
     mesh = config.call(sharding.make_mesh, settings.mesh, "mesh")
@@ -166,11 +167,7 @@ def save(run, network, graph, with_what, log) -> None:
     step, settings = int(jax.device_get(network.step)), run.config
     generator = state.merge(graph, state.averaged(network), network.stats)
     codec = tokenizer.module.quantizer
-    figures = evaluate.likelihood(
-        *(generator, codec, held_out),
-        count=settings.held_out.images,
-        draws=settings.held_out.get("orders", 8),
-    )
+    figures = evaluate.likelihood(generator, codec, held_out, count=settings.held_out.images)
     report.say(f"step {step}: held out {report.figures(figures, ('nats_per_token', 'nats_error'))}")
     log.scalars(step, figures, split="held_out")
     if settings.held_out.samples:

@@ -41,7 +41,7 @@ FOLDER = "checkpoints"
 # is trained, and a change is refused. Data may move: their fingerprint is compared.
 FREE = (
     *("steps", "report.", "keep.", "mesh.", "strategy", "held_out.", "max_bad", "init_from"),
-    *("data.path", "data.data_dir", "data.tokens", "data.tokenizer"),
+    *("data.path", "data.data_dir", "data.tokens", "data.tokenizer", "data.images", "data.text"),
 )
 
 
@@ -218,23 +218,29 @@ def _begun_from(
             f"init_from {step} does not fit this config: it lacks {', '.join(missing[:5])}"
             f"{' ...' if len(missing) > 5 else ''}"
         )
-    # a class table of another length is read as it is there
+    # a class table of another length, or a bias that counts classes, is read as it is there
     tables = {
         path: jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
         for path, leaf in taken.items()
-        if run.meta["kind"] == "generator" and path.endswith("/labels/table")
+        if run.meta["kind"] == "generator" and path.endswith(("/labels/table", "/head/bias"))
         for shape in [tuple(meta["manifest"][path]["shape"])]
         if shape[0] != leaf.shape[0] and shape[1:] == leaf.shape[1:]
     }
     restored = _restore(step, taken | tables, meta)
     for path in tables:
-        mixed = taken[path].at[-1].set(restored[path][-1])
+        # codes before the classes, "no class" or the mask after them, where there are any
+        before = TokenLayout.from_json(meta["layout"]).absent if path.endswith("/bias") else 0
+        after = len(restored[path]) - before - len(meta["classes"])
+        kept = jnp.r_[:before, len(restored[path]) - after : len(restored[path])]
+        here = jnp.r_[:before, len(taken[path]) - after : len(taken[path])]
+        mixed = taken[path].at[here].set(restored[path][kept])
         restored[path] = jax.device_put(mixed, taken[path].sharding)
     leaves = {**wanted, **restored}
     for path in set(wanted) - set(taken):
         name, part, *rest = path.split("/")
         if part == "ema":
-            leaves[path] = leaves["/".join((name, "params", *rest))].astype(jnp.float32)
+            # a copy: a training step donates both
+            leaves[path] = jnp.copy(leaves["/".join((name, "params", *rest))]).astype(jnp.float32)
     what = "; ".join([f"started from the parameters of {step}", *notes])
     return _unflatten(states_by_name, leaves), what
 

@@ -99,7 +99,9 @@ def get_config(variant="14bit"):
     )
     config.ema = 0.999
     paper = sampling(*PAPER[variant])
-    config.presets = dict(default=dict(paper), paper=paper, fast=dict(paper, steps=32))
+    config.presets = dict(
+        default=dict(paper), paper=paper, fast=dict(paper, steps=32, precision="bfloat16")
+    )
     if variant == "14bit":
         config.presets.update({name: sampling(*row) for name, row in LONGER.items()})
     config.mesh = dict(data=-1, fsdp=1, tensor=1)

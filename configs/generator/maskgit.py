@@ -81,7 +81,7 @@ def get_config(variant="256"):
         default=dict(paper),
         paper=paper,
         released=dict(paper, steps=16),
-        fast=dict(paper, steps=steps // 2),
+        fast=dict(paper, steps=steps // 2, precision="bfloat16"),
     )
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.strategy = "data"

@@ -81,7 +81,8 @@ def get_config(variant="b"):
     )
     config.ema = 0.0
     paper = dict(temperature=temperature, guidance="constant", weight=weight)
-    config.presets = dict(default=dict(paper), paper=paper)
+    fast = dict(paper, precision="bfloat16")
+    config.presets = dict(default=dict(paper), paper=paper, fast=fast)
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.strategy = "data"
     config.held_out = dict(images=5000, samples=8)

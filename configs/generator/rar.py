@@ -87,7 +87,8 @@ def get_config(variant="b"):
     config.ema = 0.0
     paper = dict(temperature=temperature, guidance="power_cosine", weight=weight, power=power)
     demo = dict(temperature=temperature, guidance="constant", weight=4.0)
-    config.presets = dict(default=dict(paper), paper=paper, demo=demo)
+    fast = dict(paper, precision="bfloat16")
+    config.presets = dict(default=dict(paper), paper=paper, demo=demo, fast=fast)
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.strategy = "data"
     config.held_out = dict(images=5000, samples=8)

@@ -98,7 +98,9 @@ def get_config(variant="l32"):
         clip=1.0,
     )
     config.ema = 0.999
-    config.presets = dict(default=dict(paper), paper=paper, fast=dict(paper, steps=few))
+    config.presets = dict(
+        default=dict(paper), paper=paper, fast=dict(paper, steps=few, precision="bfloat16")
+    )
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.strategy = "data"
     config.held_out = dict(images=5000, samples=8)

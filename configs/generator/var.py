@@ -90,7 +90,8 @@ def get_config(variant="d16"):
     config.ema = 0.0
     paper = dict(guidance="per_scale", weight=1.5, top_k=900, top_p=0.96)
     demo = dict(guidance="per_scale", weight=4.0, top_k=900, top_p=0.95)
-    config.presets = dict(default=dict(paper), paper=paper, demo=demo)
+    fast = dict(paper, precision="bfloat16")
+    config.presets = dict(default=dict(paper), paper=paper, demo=demo, fast=fast)
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.strategy = "data"
     config.held_out = dict(images=5000, samples=8)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from tokgen import checkpoint, cli, imports, interfaces, launch, sharding
 from tokgen import config as configs
@@ -209,6 +210,17 @@ def test_words_that_do_not_fit_are_told(made, tmp_path, capfd):
     assert not (tmp_path / "out").exists()
 
 
+def test_images_of_other_classes_and_texts_are_not_scored(made, tmp_path, capfd):
+    folder = made[0]
+    for name in ("daisy", "rose"):
+        for i in range(3):
+            (tmp_path / "flowers" / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / f"flowers/{name}/{i}.png")
+    words = ("evaluate", folder / "run", "--data", tmp_path / "flowers", "--split", "all")
+    assert "which knows 6 classes; the images have 2" in told(capfd, *words)
+    assert "the generator's condition is a label" in told(capfd, *words, "--text", tmp_path)
+
+
 # ---------------------------------------------------------------- fine-tuning
 
 
@@ -265,6 +277,26 @@ def test_other_classes_begin_anew_but_for_no_class(made, tmp_path, classes, ema)
                 np.testing.assert_array_equal(found[path][-1], array[-1])
             else:
                 np.testing.assert_array_equal(found[path], array, err_msg=path)
+
+
+def test_a_head_that_counts_classes_keeps_its_codes_and_its_mask(made, tmp_path, monkeypatch):
+    """MaskGIT's, which has no row of "no class" and a bias for codes, classes and the mask."""
+    _, _, _, tokenizer = made
+    config = settings({"dim": 16}, {})
+    config.generator = dict(
+        name="masked", parts="maskgit", entry="normed", head="tied_to_all", label_drop=None
+    )
+    config.generator.update(width=16, depth=1, heads=2)
+    module = configs.generator(config, tokenizer.layout, CLASSES, rngs=nnx.Rngs(0))
+    module.head.bias[...] = jnp.arange(tokenizer.layout.absent + CLASSES + 1.0)
+    imported = transfer.Imported(config, module, None, {}, "float32", tokenizer.layout, CLASSES)
+    imports.save_imported(tmp_path / "source", imported, {}, tokenizer)
+    monkeypatch.setitem(globals(), "settings", lambda published, weights: config)
+    model, _ = began(tmp_path / "run", tmp_path / "source", tokenizer.layout, tokenizer, classes=3)
+    V = tokenizer.layout.absent
+    bias = np.asarray(model.params["head"]["bias"])
+    np.testing.assert_array_equal(bias, [*range(V), 7, 7, 7, V + CLASSES])
+    assert (np.asarray(model.params["labels"]["table"]) == 7).all()
 
 
 def test_as_many_classes_keep_their_rows(made, tmp_path):

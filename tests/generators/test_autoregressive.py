@@ -380,3 +380,23 @@ def test_grouped_tokens_are_a_mean_that_predicts_all_tokens_of_the_next_group():
     np.testing.assert_allclose(scalars["token_accuracy"], hits / tokens.size, rtol=1e-6)
     # at the step that ends the groups, every token is its own input and its own target
     np.testing.assert_allclose(step(10)[0], nats(generator, batch).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (dict(parts="rar"), "adaptive parts need a prefix.*cls_label"),
+        (dict(prefix="told_label"), "no others can be told one"),
+        (dict(head="adaptive"), "an adaptive head needs it too"),
+        (dict(head="tied_to_all"), "for masked generators"),
+        (dict(order="columns", places="learned", layout=((1, 1), (2, 2))), "columns need one grid"),
+    ],
+)
+def test_names_that_do_not_go_together_are_told(options, said):
+    layout = interfaces.TokenLayout((16,), options.get("layout", LAYOUT.grids))
+    options = dict(parts="llama_narrow") | options | dict(layout=layout)
+    with pytest.raises(ValueError, match=said):
+        autoregressive.Generator(
+            *(options.pop("layout"), CLASSES),
+            **(dict(width=16, depth=1, heads=2, precision=FLOAT32, rngs=nnx.Rngs(0)) | options),
+        )

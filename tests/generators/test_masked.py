@@ -14,7 +14,7 @@ from tokgen import interfaces
 from tokgen.generators import masked
 from tokgen.nn import transformer
 from tokgen.nn.precision import FLOAT32
-from tokgen.sampling import decode, filters
+from tokgen.sampling import decode, filters, presets
 
 PLAIN = interfaces.TokenLayout((6,), ((2, 4),))
 HALVES = interfaces.TokenLayout((4, 4), ((2, 3),))
@@ -446,12 +446,21 @@ def test_nats_are_an_unbiased_estimate_of_the_mean_over_orders():
         (dict(stack="heap"), "stack must be one of"),
         (dict(inputs="bits"), "bits need alphabets that are powers of two"),
         (dict(layout=HALVES, head="tied_to_all"), "one symbol per position"),
-        (dict(classes=0, label_drop=None), "needs the row of no class"),
+        (dict(classes=0, label_drop=None), "needs the row of no class.*label_drop=0.0"),
+        (dict(parts="var"), "no condition for adaptive parts"),
+        (dict(head="factor"), "nor symbols in turn"),
+        (dict(inputs="bits", head="tied_per_place"), "needs inputs='symbols'"),
+        (dict(stack="u_shaped", rates=transformer.Rates(path=0.1)), "drops no whole branches"),
     ],
 )
 def test_a_constructor_says_what_it_needs(options, said):
     with pytest.raises(ValueError, match=said):
         nnx.eval_shape(lambda: _make(**options))
+
+
+def test_a_preset_with_an_unknown_schedule_is_told():
+    with pytest.raises(interfaces.UserError, match="schedule must be one of.*found 'arcos'"):
+        presets.prepare(nnx.eval_shape(_make), {"schedule": "arcos"})
 
 
 def test_a_head_that_is_tied_to_all_words_leaves_no_class_out():

@@ -73,6 +73,16 @@ def test_no_text_is_a_fixed_draw_padded_alike(captions):
     assert all("absent" not in str(path) for path, _ in _leaves(nnx.state(prefix, nnx.Param)))
 
 
+def test_texts_of_another_form_are_refused(captions):
+    prefix, text = captions
+    for channels, length in ((6, 3), (5, 4)):
+        other = interfaces.Text(jnp.zeros((2, length, channels)), text.mask_BT[:, :length])
+        for asked in (prefix, prefix.null):
+            said = f"4 features of 6 channels; found {length} of {channels}"
+            with pytest.raises(interfaces.UserError, match=said):
+                asked(other)
+
+
 def _leaves(tree):
     return jax.tree_util.tree_flatten_with_path(tree)[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -34,6 +35,14 @@ def test_counts_are_those_of_maskgits_compiled_loop(schedule, steps, index, slot
     assert np.floor(np.float32(slots) * exact) != count
 
 
+def _by_place(logits_BlGV, tokens_BlG):
+    return jnp.broadcast_to(jnp.arange(tokens_BlG.shape[1], dtype=jnp.float32)[:, None], (1, 2, 1))
+
+
+def _alike(logits_BlGV, tokens_BlG):
+    return jnp.zeros(tokens_BlG.shape)
+
+
 def test_maskbits_sampler_starts_anew_where_one_slot_is_left_too_early():
     layout = TokenLayout((4,), ((1, 2),))
     options = dict(width=8, depth=1, heads=1, precision=Precision(), rngs=nnx.Rngs(0))
@@ -42,10 +51,13 @@ def test_maskbits_sampler_starts_anew_where_one_slot_is_left_too_early():
     unknown = {}
     for name, watched in (("theirs", maskbit_generators._watched), ("ours", masked.watched)):
         copy = watched(generator, steps=4, schedule="root")
-        final, grids, _ = masked.run(copy, labels_B, masked.greedy(()))
+        final, grids, _ = masked.run(copy, labels_B, masked.greedy((), confidence=_by_place))
         unknown[name] = (grids == layout.absent).sum((1, 2, 3)).tolist()
         assert (final < layout.absent).all()
     assert unknown == {"theirs": [2, 1, 2, 1], "ours": [2, 1, 1, 1]}
+    copy = maskbit_generators._watched(generator, steps=4, schedule="root")
+    _, grids, _ = masked.run(copy, labels_B, masked.greedy((), confidence=_alike))
+    assert (grids == layout.absent).all()  # ties are masked together
 
 
 def test_layers_that_a_model_lacks_are_left_out_of_its_norms():

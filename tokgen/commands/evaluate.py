@@ -266,6 +266,17 @@ def generator_source(data, split: str, tokenizer: checkpoint.Loaded | None = Non
     )
 
 
+def check_text(generator, text: str, option: str) -> None:
+    """An error where a generator reads text and there is none, or the other way round."""
+    cond = getattr(generator, "cond", "label")
+    if (cond == "text") != bool(text):
+        raise UserError(
+            "a generator whose condition is text needs features, and no other one reads them: "
+            f"{option}={text!r}, and the generator's condition is a {cond}; it is the folder of "
+            "train.npy, train_mask.npy, held_out.npy and held_out_mask.npy"
+        )
+
+
 def image_source(settings, path: str, split: str):
     """The images of a folder, or of the data set that the config names."""
     if not path and "data" not in settings:
@@ -286,6 +297,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="", help="image folder, or token shards; default: config")
     parser.add_argument("--split", default="held_out", help="held_out (default), train or all")
     parser.add_argument("--images", type=int, default=1000, help="at most so many (default 1000)")
+    parser.add_argument(
+        "--text", default="", help="folder of text features, for text models; default: config"
+    )
     parser.add_argument(
         "--order", default="", help="of a generator: its nats under raster, columns or random order"
     )
@@ -339,6 +353,8 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple[dict, str]
     loaded = checkpoint.load_generator(step)
     tokenizer = checkpoint.load_tokenizer_of(loaded, args.tokenizer)
     data = _data_of(loaded, args.data)
+    data["text"] = args.text or data.get("text", "")
+    check_text(loaded.module, data["text"], "--text")
     if data["tokens"]:
         source = generator_source(data, args.split)
         made_by = source.header["tokenizer"]["fingerprint"]
@@ -346,6 +362,11 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple[dict, str]
     else:
         encoder = checkpoint.load_tokenizer(tokenizer.step, compute="float32")
         source = generator_source(data, args.split, encoder)
+    if not data["text"] and loaded.classes and len(source.classes) != len(loaded.classes):
+        raise UserError(
+            f"labels must be those of the generator, which knows {len(loaded.classes)} classes; "
+            f"the images have {len(source.classes)}: give images of its own classes, --data DIR"
+        )
     report.say(f"{min(args.images, len(source))} of {len(source)} images, step {step.name}")
     figures = likelihood(
         *(loaded.module, tokenizer.module.quantizer, source),

@@ -176,12 +176,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, help="in the place of the preset's")
     parser.add_argument("--top-k", type=int, help="in the place of the preset's; 0 keeps all")
     parser.add_argument("--top-p", type=float, help="in the place of the preset's")
-    parser.add_argument("--guidance", type=float, help="weight, in the preset's place; 1 off")
+    parser.add_argument(
+        "--guidance", type=float, help="weight, in the preset's place; 1 off, of per_scale 0"
+    )
     parser.add_argument("--steps", type=int, help="of a masked generator; 0 is its own number")
     parser.add_argument("--noise", type=float, help="of a masked generator's choice of tokens")
     parser.add_argument("--batch", type=int, default=32, help="images decoded together")
     parser.add_argument(
-        "--precision", default="float32", choices=("float32", "bfloat16"), help="of the networks"
+        "--precision",
+        choices=("float32", "bfloat16"),
+        help="of the networks; default: the preset's",
     )
     parser.add_argument("--tokenizer", default="", help="where the tokenizer lies now, if moved")
     parser.add_argument("--no-png", action="store_true", help="only the grid and the .npz")
@@ -203,11 +207,18 @@ def prepared(args: argparse.Namespace, loaded) -> tuple:
         report.say("guidance is off: the model is unconditional, there is nothing to guide towards")
         settings = presets.unguided(settings)
         generator, sampler = presets.prepare(loaded.module, settings)
-    if np.max(sampler.top_k) > loaded.layout.absent:
+    # a preset may ask for more: published ones were written for larger alphabets
+    if (args.top_k or 0) > loaded.layout.absent:
         raise UserError(
-            f"top-k must be at most the alphabet, {loaded.layout.absent}; found {sampler.top_k}"
+            f"top-k must be at most the alphabet, {loaded.layout.absent}; found {args.top_k}"
         )
     return settings, generator, sampler
+
+
+def _precision(args: argparse.Namespace) -> str:
+    """What the preset says, read before the networks are loaded."""
+    known = checkpoint.read_meta(checkpoint.find(args.checkpoint))["config"].get("presets", {})
+    return (presets.LOADING | presets.named(known, args.preset))["precision"]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -219,7 +230,8 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed must lie in [0, 2**32); found {args.seed}")
     launch.devices()
-    loaded = checkpoint.load_generator(args.checkpoint, compute=args.precision)
+    precision = args.precision or _precision(args)
+    loaded = checkpoint.load_generator(args.checkpoint, compute=precision)
     tokenizer = checkpoint.load_tokenizer_of(loaded, args.tokenizer)
     cond, kind_N, classes = conditions(args, loaded)
     settings, generator, sampler = prepared(args, loaded)
@@ -247,7 +259,7 @@ def run(args: argparse.Namespace) -> None:
         "classes": classes,
         "text": args.text,
         "number": args.number,
-        "precision": args.precision,
+        "precision": precision,
         "versions": checkpoint.versions(),
     }
     (out / "samples.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -72,10 +72,13 @@ class Generator(nnx.Module):
         rngs: nnx.Rngs,
     ):
         kit = part_names.named(parts)
+        _check_parts(kit, parts, prefix, head)
         options = dict(precision=precision, rngs=rngs)
-        self.layout, self.classes, self.label_drop = layout, classes, label_drop
+        self.layout, self.classes = layout, classes
+        self.label_drop = symbols.check_drop(label_drop)
         self.window, self.budget = window, budget
         self.order, self.shuffle, self.groups = orders.named(order), shuffle, groups
+        jax.eval_shape(lambda key: self.order(layout, key), jax.random.key(0))  # raises here
         self.symbols = symbols.Symbols(layout, width, extra=unused, std=kit.std, **options)
         texts = {} if texts is None else {"texts": texts}
         self.prefix = prefixes.named(prefix)(
@@ -336,3 +339,15 @@ class Generator(nnx.Module):
                 "groups of tokens need rotary places and one grid of single symbols that their "
                 f"sides divide; found places={places!r}, {self.layout}, sides {sides}"
             )
+
+
+def _check_parts(kit: part_names.Parts, parts: str, prefix: str, head: str) -> None:
+    told = prefix in prefixes.TELLING
+    if kit.adaptive != told or (head in head_names.ADAPTIVE and not told):
+        raise ValueError(
+            "adaptive parts need a prefix that tells them a condition, no others can be told one, "
+            f"and an adaptive head needs it too; found parts={parts!r}, prefix={prefix!r}, "
+            f"head={head!r}: prefixes that tell are {' and '.join(prefixes.TELLING)}"
+        )
+    if head in head_names.TIED:
+        raise ValueError(f"head {head!r} is for masked generators; use 'linear', for example")

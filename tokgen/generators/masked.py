@@ -130,12 +130,20 @@ class Generator(nnx.Module):
         kit = part_names.named(parts)
         options = dict(precision=precision, rngs=rngs)
         schedules.named(schedule)
+        if kit.adaptive or head in (*head_names.ADAPTIVE, "factor"):
+            raise ValueError(
+                "masked has no condition for adaptive parts or heads, nor symbols in turn; "
+                f"found parts={parts!r}, head={head!r}: use 'vit' or 'bert', 'linear' or 'bare'"
+            )
+        if head in head_names.TIED and inputs != "symbols":
+            raise ValueError(f"head {head!r} needs inputs='symbols'; found inputs={inputs!r}")
         if steps < 1 or visible < 0 or not 0 <= smoothing < 1:
             raise ValueError(
                 "masked needs steps >= 1, visible >= 0 and smoothing in [0, 1); found "
                 f"steps={steps}, visible={visible}, smoothing={smoothing}"
             )
-        self.layout, self.classes, self.label_drop = layout, classes, label_drop
+        self.layout, self.classes = layout, classes
+        self.label_drop = None if label_drop is None else symbols.check_drop(label_drop)
         self.steps, self.schedule, self.exponent = steps, schedule, exponent
         self.masking = _named(MASKINGS, masking, "masking")
         self.visible, self.smoothing = visible, smoothing
@@ -224,6 +232,7 @@ class Generator(nnx.Module):
 
     def plan(self) -> tuple[Phase, ...]:
         """Every step handles all positions."""
+        schedules.named(self.schedule)  # a preset may have named another
         return (Phase(0, self.steps, 0, self.layout.length),)
 
     def start(self, cond, codec: Quantizer | None = None, *, keys_B, given) -> DecodeState:

@@ -30,8 +30,6 @@ from tokgen.nn import heads as head_names
 from tokgen.nn import parts as part_names
 from tokgen.nn.precision import Precision
 
-ADAPTIVE = (part_names.Adaptive, part_names.SharedAdaptive)
-
 
 class Generator(nnx.Module):
     """p(tokens | label) = product over scales of p(tokens of it | label, coarser scales).
@@ -70,7 +68,7 @@ class Generator(nnx.Module):
         _check(layout, kit, parts, smoothing)
         options = dict(std=kit.std, precision=precision, rngs=rngs)
         self.layout, self.classes, self.channels = layout, classes, channels
-        self.smoothing, self.label_drop = smoothing, label_drop
+        self.smoothing, self.label_drop = smoothing, symbols.check_drop(label_drop)
         self.labels = symbols.Labels(classes, width, **options)
         self.token = nnx.Param(jnp.zeros((layout.spans[0][1], width), precision.params_dtype))
         self.embed = linear.Linear(channels, width, bias=True, **options)
@@ -231,7 +229,7 @@ def _check(layout: TokenLayout, kit: part_names.Parts, parts: str, smoothing: fl
             f"next-scale needs a pyramid; found one grid, {layout.grids[0]}: use a tokenizer with "
             "a multiscale quantizer, or another generator"
         )
-    if kit.block not in ADAPTIVE:
+    if not kit.adaptive:
         raise ValueError(
             "next-scale needs parts whose norms follow a condition, as 'var' or 'var_shared'; "
             f"found {parts!r}"

@@ -20,6 +20,8 @@ def raster(layout: TokenLayout, key: jax.Array | None = None) -> jax.Array:
 def columns(layout: TokenLayout, key: jax.Array | None = None) -> jax.Array:
     """[L] column by column, from the upper left corner; needs a single grid."""
     del key
+    if len(layout.grids) != 1:
+        raise ValueError(f"columns need one grid; found {layout.grids}: use raster or random")
     ((rows, columns),) = layout.grids
     return jnp.arange(rows * columns).reshape(rows, columns).T.reshape(-1)
 

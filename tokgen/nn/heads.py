@@ -301,6 +301,10 @@ HEADS = {
 }
 
 
+ADAPTIVE = ("adaptive", "adaptive_rms")  # they are told a condition
+TIED = ("tied_per_place", "tied_to_all")  # they read the rows of symbols, and of labels
+
+
 def named(name: str):
     """The kind of head that a config names."""
     if name not in HEADS:

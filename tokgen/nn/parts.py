@@ -266,6 +266,11 @@ class Parts:
     starts: tuple[float, ...] = ()  # deviations of the maps to the six vectors; zeros where empty
     closing: Callable | None = None  # a norm after the last block, where the head brings none
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether the blocks follow a condition."""
+        return self.block in (Adaptive, SharedAdaptive)
+
 
 # LlamaGen, arXiv:2406.06525: RMSNorm with eps 1e-5, no biases, SwiGLU, normal(0.02)
 LLAMA = Parts(PreNorm, linear.RMSNorm, SwiGLU, swiglu_hidden, linear.published)

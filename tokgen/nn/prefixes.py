@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen.interfaces import Statistic, Text
+from tokgen.interfaces import Statistic, Text, UserError
 from tokgen.nn import linear, parts, symbols
 from tokgen.nn.precision import Precision
 
@@ -135,10 +135,12 @@ class Captions(nnx.Module):
 
     def __call__(self, text: Text) -> jax.Array:
         """[B, T, E] -> [B, T, D]."""
+        self._check(text)
         return self.dense(parts.tanh_gelu(self.hidden(text.features_BTE)))
 
     def null(self, text: Text) -> Text:
         """The texts that stand for none, padded alike."""
+        self._check(text)
         absent_BTE = jnp.broadcast_to(self.absent[...][None], text.features_BTE.shape)
         return text.replace(features_BTE=absent_BTE.astype(text.features_BTE.dtype))
 
@@ -152,6 +154,15 @@ class Captions(nnx.Module):
         valid_B1lS = valid_BS[:, None, None, :slots] | own_lS[None, None]
         return causal(slots_l, slots) & valid_B1lS
 
+    def _check(self, text: Text) -> None:
+        need, found = self.absent.shape, text.features_BTE.shape[1:]
+        if found != need:
+            raise UserError(
+                f"the generator reads texts of {need[0]} features of {need[1]} channels; found "
+                f"{found[0]} of {found[1]}: pad them on the left, by the mask, with features of "
+                "the encoder that it was trained with"
+            )
+
 
 def causal(slots_l: jax.Array, slots: int) -> jax.Array:
     """[1, 1, l, S]: a slot sees itself and the slots before it."""
@@ -164,6 +175,9 @@ PREFIXES = {
     "cls_label": ClsLabel,
     "captions": Captions,
 }
+
+
+TELLING = ("told_label", "cls_label")  # their condition reaches adaptive blocks and heads
 
 
 def named(name: str):

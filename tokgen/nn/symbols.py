@@ -79,6 +79,13 @@ def named(name: str):
     return INPUTS[name]
 
 
+def check_drop(rate: float) -> float:
+    """A rate at which conditions are dropped in training, checked."""
+    if not isinstance(rate, float | int) or not 0 <= rate <= 1:
+        raise ValueError(f"label_drop must be a rate from 0 to 1; found {rate!r}")
+    return rate
+
+
 class Labels(nnx.Module):
     """A row per class and, last, one for "no class"; `classes` = 0 is an unconditional model.
 
@@ -89,7 +96,10 @@ class Labels(nnx.Module):
         self, classes: int, width: int, *, nulls: int = 1, std, precision: Precision, rngs
     ):
         if classes + nulls < 1:
-            raise ValueError("an unconditional model needs the row of no class")
+            raise ValueError(
+                "an unconditional model needs the row of no class; found neither classes nor that "
+                "row: set label_drop=0.0 in the place of None"
+            )
         shape = (classes + nulls, width)
         self.table = nnx.Param(
             std(width) * jax.random.normal(rngs.params(), shape, precision.params_dtype)
@@ -101,7 +111,7 @@ class Labels(nnx.Module):
         if not self.nulls:
             raise UserError(
                 'guidance needs a model that knows "no class"; this one was trained without: '
-                "sample it with --preset no_guidance"
+                "sample it with --preset no_guidance, or train it with a preset of weight 1"
             )
         return jnp.full_like(label_B, self.classes)
 

@@ -157,6 +157,8 @@ class UShaped(nnx.Module):
         precision: Precision,
         rngs: nnx.Rngs,
     ):
+        if rates.path:
+            raise ValueError(f"a U-shaped stack drops no whole branches; found path={rates.path}")
         self.half = depth // 2
         self.depth = 2 * self.half + 1
         self.blocks = _stacked(width, self.depth, heads, hidden, parts, precision, rngs)

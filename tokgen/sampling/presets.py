@@ -12,6 +12,8 @@ A preset is temperature, top_k, top_p, and a guidance schedule by name, weight a
     drawing           at the "temperature", or at the one that annealed "noise" makes (TiTok): the
                       arg-max of l / a_s + n_s Gumbel is a draw at a_s n_s, greedy at the last step
 
+    precision         "float32" or "bfloat16", of the networks; the caller loads them so
+
 A temperature is one number, or a list with one per step; it and a weight may be a list with one
 per symbol of a position. A checkpoint's config holds its presets; "default" is used when none is
 asked for, and "no_guidance" is always there.
@@ -42,7 +44,9 @@ CHOICES = {
     "ranking": ("log_probability", "raw_logit"),
     "annealing": ("none", "softmax"),
     "drawing": ("temperature", "noise"),
+    "precision": ("float32", "bfloat16"),
 }
+LOADING = {"precision": "float32"}  # not the sampler's: how the networks are loaded
 SCHEDULE = ("power", "first", "last")  # what a guidance schedule may take beside its weight
 
 
@@ -69,7 +73,11 @@ def prepare(generator: Generator, settings: Mapping[str, Any]) -> tuple[Generato
         for name, value in wanted.items():
             setattr(generator, name, value)
     rest = {name: value for name, value in settings.items() if name not in KNOBS}
-    return generator, sampler(rest, decode.steps(generator), generator.layout.groups)
+    try:
+        steps = decode.steps(generator)
+    except ValueError as error:
+        raise UserError(f"sampling settings: {error}") from error
+    return generator, sampler(rest, steps, generator.layout.groups)
 
 
 def sampler(settings: Mapping[str, Any], steps: int, symbols: int = 1) -> filters.Sampler:
@@ -125,7 +133,7 @@ def unguided(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(settings: Mapping[str, Any]) -> None:
-    fields = PLAIN | MASKED
+    fields = PLAIN | MASKED | LOADING
     unknown = sorted(set(settings) - set(fields) - set(SCHEDULE))
     if unknown:
         raise UserError(f"a preset has no field {unknown[0]!r}; it has {', '.join(fields)}")
