@@ -217,8 +217,10 @@ def prepared(args: argparse.Namespace, loaded) -> tuple:
 
 def _precision(args: argparse.Namespace) -> str:
     """What the preset says, read before the networks are loaded."""
-    known = checkpoint.read_meta(checkpoint.find(args.checkpoint))["config"].get("presets", {})
-    return (presets.LOADING | presets.named(known, args.preset))["precision"]
+    meta = checkpoint.read_meta(checkpoint.find(args.checkpoint))
+    if meta["kind"] != "generator":  # said when it is loaded
+        return presets.LOADING["precision"]
+    return (presets.LOADING | presets.named(meta["config"]["presets"], args.preset))["precision"]
 
 
 def run(args: argparse.Namespace) -> None:
