@@ -47,6 +47,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="at most so many")
     parser.add_argument("--quick", action="store_true", help="a few steps: does it work?")
     arguments = parser.parse_args()
+    if arguments.quick:
+        NETWORK.update(width=16, depth=1, heads=2)
     launch.devices(COUNT)
     print(machine.header(training_step.PACKAGES, machine.devices()))
     print(f"{'family':12}{'nats per token':<16}{'sampled right':<15}{'steps':<7}CPU seconds")

@@ -240,14 +240,6 @@ SHRUNK = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Two steps do not repay what the compiler would spend on them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def shrunk(reference: str) -> ml_collections.ConfigDict:
     settings = load(reference)
     rate = 10.0 if settings.optimizer.get("warmup", 0) >= 5000 else 1e-2

@@ -44,22 +44,23 @@ def test_what_does_not_fit_says_why(tokens):
             assert "Error" not in reason and "unpack" not in reason
 
 
-PAIRS = [(k, t) for k in matrix.GENERATORS for t in matrix.TOKENIZERS if fits(k, t)]
+# Those of one symbol on one grid differ in nothing that a generator sees.
+ALIKE = {"vq", "ibq", "lfq"}
+PAIRS = [
+    (kind, tokens)
+    for kind in matrix.GENERATORS
+    for tokens in matrix.TOKENIZERS
+    if fits(kind, tokens) and tokens not in ALIKE
+]
 
 
-# Numbers are computed for these: every generator, every kind of tokens; the rest are traced.
-COMPUTED = {
-    ("raster", "lfq, unequal groups", 3),
-    ("rotary", "vq, 1-D", 0),
+# Numbers are computed for these, which no other test has; the rest are traced.
+COMPUTED = (
     ("random", "pyramid of bits", 3),
-    ("rar", "fsq", 0),
-    ("factor", "lfq, equal groups", 3),
-    ("next_scale", "pyramid of vq", 3),
+    ("factor", "lfq, equal groups", 0),
     ("next_scale", "pyramid of bits", 0),
-    ("masked", "ibq", 0),
-    ("masked", "pyramid of vq", 3),
     ("masked bits", "bsq, equal groups", 3),
-}
+)
 
 
 def made(kind, tokens, classes):
@@ -94,7 +95,7 @@ def test_a_pair_has_a_gradient_and_samples_of_its_shape(kind, tokens):
     assert drawn.shape == batch.tokens_BLG.shape and drawn.dtype == jnp.int32
 
 
-@pytest.mark.parametrize(("kind", "tokens", "classes"), sorted(COMPUTED))
+@pytest.mark.parametrize(("kind", "tokens", "classes"), COMPUTED)
 def test_a_pair_trains_and_samples(kind, tokens, classes):
     generator, codec, batch = made(kind, tokens, classes)
     graph, params = nnx.split(generator)
@@ -104,12 +105,6 @@ def test_a_pair_trains_and_samples(kind, tokens, classes):
     drawn, invalid = sampled(generator, codec, batch.cond, classes > 0, lambda state, index: None)
     assert drawn.shape == batch.tokens_BLG.shape and not np.asarray(invalid).any()
     assert np.min(drawn) >= 0 and (np.asarray(drawn) < np.asarray(codec.layout.vocab)).all()
-
-
-def test_every_generator_and_every_kind_of_tokens_is_computed_once():
-    assert {kind for kind, _, _ in COMPUTED} == set(matrix.GENERATORS)
-    left = set(matrix.TOKENIZERS) - {tokens for _, tokens, _ in COMPUTED}
-    assert left == {"vq", "lfq", "gaussian"}  # as "vq, 1-D", as one group, and fits nothing
 
 
 def test_the_table_numbers_its_reasons():
