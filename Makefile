@@ -1,7 +1,7 @@
 # Two commands that need only Python (3.11 or newer) and make:
 #
 #   make demo    trains on procedural shapes, draws every class, writes runs/demo/index.html
-#   make test    format, lint, tests
+#   make test    format, lint, tests; make test-all: those that compile long, too
 #
 # Each makes its environment when it is missing or when pyproject.toml or constraints.txt changed.
 # PYTHON=python3.12 uses an environment of its own. OUT= is the folder of the demo; ARGS= goes to
@@ -20,12 +20,12 @@ NAME = import sys; v = sys.version_info[:2]; \
 ENV = .venv
 PIP = $(ENV)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt
 
-.PHONY: demo test demo-in-env test-in-env
+.PHONY: demo test test-all demo-in-env test-in-env test-all-in-env
 .NOTPARALLEL:
 
 # A stamp is the last thing written. `unfinished` outlives an interrupted installation, whose
 # environment is then made anew: pip cannot tell a half-written package from a whole one.
-demo test:
+demo test test-all:
 	@name=`$(PYTHON) -c '$(NAME)'` || exit 1; \
 	if [ -e "$$name/unfinished" ]; then rm -rf "$$name"; fi; \
 	$(MAKE) -s ENV="$$name" $@-in-env
@@ -37,6 +37,9 @@ test-in-env: $(ENV)/test.stamp
 	$(ENV)/bin/ruff format --check .
 	$(ENV)/bin/ruff check .
 	$(ENV)/bin/python -m pytest -n 2 $(ARGS)
+
+test-all-in-env: $(ENV)/test.stamp
+	$(ENV)/bin/python -m pytest -n 2 -m "" $(ARGS)
 
 $(ENV)/demo.stamp: pyproject.toml constraints.txt
 	@echo "installing tokgen into $(ENV) (some minutes the first time)"

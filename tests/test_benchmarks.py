@@ -44,6 +44,7 @@ def figures(line: str) -> list[float]:
     return [float(text) for text in re.findall(r"(?<![\w.-])\d+(?:\.\d+)?(?![\w%])", line)]
 
 
+@pytest.mark.long
 def test_training_step():
     header, *lines = quick("training_step", "--devices", "2")
     check_header(header)
@@ -57,6 +58,7 @@ def test_training_step():
         assert cost > 0
 
 
+@pytest.mark.long
 def test_decode_without_cache_draws_what_is_drawn_with_one():
     header, _, _, *lines = quick("decode")
     check_header(header)
@@ -67,6 +69,7 @@ def test_decode_without_cache_draws_what_is_drawn_with_one():
     assert {row[-1] for row in rows} == {"100.00%"}
 
 
+@pytest.mark.long
 def test_memory():
     header, columns, *lines = quick("memory")
     check_header(header)
@@ -100,6 +103,7 @@ def pictures(folder: pathlib.Path, *names: str) -> pathlib.Path:
     return folder
 
 
+@pytest.mark.long
 def test_quantizers(tmp_path):
     words = ["--data", str(pictures(tmp_path / "images", ".")), "--workdir", str(tmp_path / "runs")]
     header, titles, _, row = quick(
@@ -130,6 +134,7 @@ def test_memorise():
     assert 3 < float(nats) < 5 and right.endswith("%") and float(seconds) > 0  # log 64 is 4.16
 
 
+@pytest.mark.long
 def test_families(tmp_path, monkeypatch):
     """A tokenizer and a generator as they started: figures of noise, but all of them; a grid."""
     monkeypatch.setattr(launch, "devices", lambda batch_size=0: None)

@@ -133,7 +133,14 @@ def trained_and_sampled(network, batch, codec, graph, optimizer, sampler):
     return network, scalars, drawn.tokens_BLG, drawn.invalid_B
 
 
-@pytest.mark.parametrize("reference", SHRUNK)
+# Alike in kind to others that are trained every time, or trained by tests of their own
+LONG = {"ibq:xxl", "llamagen:b", "npp:b", "openmagvit2:b", "maskgit:256"}
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in SHRUNK],
+)
 def test_a_file_trains_two_steps_and_samples(reference):
     """Its own objective, optimizer and preset, at a width of 8."""
     settings, (layout, _) = shrunk(reference), SHRUNK[reference]

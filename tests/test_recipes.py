@@ -309,7 +309,14 @@ def moved(before, after) -> set[str]:
 BLIND = re.compile(r"model/.*attention/key/bias|critic/last/bias")
 
 
-@pytest.mark.parametrize("reference", SHRUNK)
+# Alike in kind to others that are trained every time
+LONG = {"ibq", "photographs", "tatitok", "taming_vqgan", "titok_onestage:bl64_vae_c16", "var_vqvae"}
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in SHRUNK],
+)
 def test_a_file_trains_two_steps(reference, tmp_path):
     settings = shrunk(reference)
     teacher = None
