@@ -57,7 +57,7 @@ def draw(
             index_B = np.minimum(np.arange(start, start + batch), N - 1)
             keys_B = rng.per_image(seed, "sample", jnp.asarray(first + index_B))
             held = None if given is None else tuple(jnp.asarray(g[index_B]) for g in given)
-            cond_B = jax.tree.map(lambda leaf: jnp.asarray(leaf[index_B]), cond)  # noqa: B023
+            cond_B = jax.tree.map(lambda leaf, index=index_B: jnp.asarray(leaf[index]), cond)
             tokens_BLG, invalid_B = draw_tokens(
                 generator, tokenizer.quantizer, cond_B, keys_B, sampler, held
             )
