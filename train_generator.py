@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from tokgen import checkpoint, config, launch, report, rng, sharding, state
+from tokgen import checkpoint, config, launch, report, rng, runs, sharding, state
 from tokgen.commands import evaluate, sample
 from tokgen.data import stream, tokens
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
@@ -58,7 +58,7 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     graph, network = state.create(
         make, optimizer, mesh=mesh, strategy=settings.strategy, ema=settings.ema
     )
-    run = checkpoint.start(
+    run = runs.start(
         workdir,
         settings,
         kind="generator",
@@ -70,7 +70,7 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         | {"fingerprint": tokenizer.fingerprint},
         tokens=checkpoint.reference(source.path, workdir) if settings.data.tokens else None,
     )
-    networks, what = checkpoint.resume_or_start(run, {"model": network})
+    networks, what = runs.resume_or_start(run, {"model": network})
     network = networks["model"]
     report.say(report.table(state.paths(network.params)))
     report.say(f"{what}; {len(source)} images of {layout.length} tokens, {dict(mesh.shape)}")

@@ -15,12 +15,12 @@ from flax import nnx
 
 from tokgen import (
     adversary,
-    checkpoint,
     config,
     guard,
     launch,
     painter,
     report,
+    runs,
     sharding,
     stages,
     state,
@@ -62,7 +62,7 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
     mesh = config.call(sharding.make_mesh, settings.mesh, "mesh")
     jax.set_mesh(mesh)
-    run = checkpoint.start(
+    run = runs.start(
         workdir,
         settings,
         kind="tokenizer",
@@ -74,15 +74,15 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     )
     returns = guard.returned(workdir)
     if guard.unsettled(workdir):
-        checkpoint.drop_after(run, play)
+        runs.drop_after(run, play)
         guard.settle(workdir)
     frozen = jax.device_put(painter.load_frozen(settings, plan), sharding.replicated(mesh))
     # what a checkpoint holds is of the stage that made its last step
-    made = stages.at(plan, max((checkpoint.latest(run) or 0) - 1, 0))
+    made = stages.at(plan, max((runs.latest(run) or 0) - 1, 0))
     networks, graphs, critic_optimizer = painter.create(settings, made, game, mesh)
     graph = graphs["model"]
 
-    networks, what = checkpoint.resume_or_start(run, networks)
+    networks, what = runs.resume_or_start(run, networks)
     if what.startswith("started") and "teacher" in frozen:
         networks["model"] = painter.adopt(graph, networks["model"], frozen["teacher"])
     report.say(report.table(state.paths(networks["model"].params)))
@@ -190,7 +190,7 @@ def worse(run, play: int, error: float, limits, returns: int) -> bool:
     """Whether the game has cost more fidelity than the config allows."""
     if limits.worse == 0 or returns >= limits.returns:
         return False
-    before = checkpoint.metrics(run, play).get("l2")
+    before = runs.metrics(run, play).get("l2")
     if before is None or error <= limits.worse * before:
         return False
     report.say(
@@ -203,12 +203,12 @@ def worse(run, play: int, error: float, limits, returns: int) -> bool:
 def go_back(run, networks, settings, plan, play: int, mesh):
     """(networks of the step before the game, how often a run has now gone back)."""
     returns = guard.note_return(run.workdir)
-    checkpoint.drop_after(run, play)
+    runs.drop_after(run, play)
     guard.settle(run.workdir)
     # a checkpoint is restored into the optimizer of the stage that made it
     before = stages.optimizer(settings, stages.at(plan, play - 1))
     model = state.restarted(networks["model"], before, mesh=mesh, strategy=settings.strategy)
-    return checkpoint.resume_or_start(run, networks | {"model": model})[0], returns
+    return runs.resume_or_start(run, networks | {"model": model})[0], returns
 
 
 if __name__ == "__main__":

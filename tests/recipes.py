@@ -4,8 +4,8 @@ import pathlib
 
 from flax import nnx
 
-from tokgen import checkpoint, sharding
 from tokgen import config as configs
+from tokgen import runs, sharding
 from tokgen import state as states
 from tokgen.interfaces import TokenLayout
 from tokgen.quantizers import multiscale
@@ -136,6 +136,6 @@ def save(workdir: pathlib.Path, settings, make, *, best: str, **meta) -> None:
     _, network = states.create(make, optimizer, mesh=sharding.make_mesh())
     classes = tuple(f"shape{number}" for number in range(10))
     meta = {"classes": classes} | meta
-    run = checkpoint.start(workdir, settings, best=best, data="", **meta)
+    run = runs.start(workdir, settings, best=best, data="", **meta)
     run.save({"model": network}, {best: 1.0})
     run.close()

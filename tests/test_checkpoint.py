@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import checkpoint, interfaces, manifest, sharding
+from tokgen import checkpoint, interfaces, manifest, runs, sharding
 from tokgen import config as configs
 from tokgen import state as states
 
@@ -56,7 +56,7 @@ def filled(config, seed=0):
 def start(workdir, config, **changes):
     layout = interfaces.TokenLayout((32,), ((4, 4),))
     meta = dict(kind="tokenizer", layout=layout, classes=("a", "b"), best="l2", data="abc")
-    return checkpoint.start(workdir, config, **(meta | changes))
+    return runs.start(workdir, config, **(meta | changes))
 
 
 def saved_in(workdir, network, config, steps=(5,), l2=(0.5,)):
@@ -86,7 +86,7 @@ def copy(base, tmp_path):
 def resumed(workdir, config, network, **changes):
     run = start(workdir, config, **changes)
     try:
-        networks, what = checkpoint.resume_or_start(run, {"model": network})
+        networks, what = runs.resume_or_start(run, {"model": network})
     finally:
         run.close()
     return networks["model"], what
@@ -141,7 +141,7 @@ def test_init_from_begins_a_critic_and_an_average_that_were_not_there(base, tmp_
     averages = {"real": jnp.asarray(2.0)}
     run = start(tmp_path / "new", config)
     try:
-        found, _ = checkpoint.resume_or_start(
+        found, _ = runs.resume_or_start(
             run, {"model": blank(network), "critic": critic, "averages": averages}
         )
     finally:
@@ -162,10 +162,10 @@ def test_steps_to_keep_and_steps_to_forget(base, tmp_path):
     run.wait()
     folder = tmp_path / checkpoint.FOLDER
     steps = lambda: sorted(int(s.name) for s in folder.iterdir() if s.name.isdigit())  # noqa: E731
-    assert steps() == [2, 3, 5] and checkpoint.latest(run) == 5
-    assert checkpoint.metrics(run, 2) == {"l2": 0.8} and checkpoint.metrics(run, 4) == {}
-    checkpoint.drop_after(run, 2)
-    assert steps() == [2] and checkpoint.latest(run) == 2
+    assert steps() == [2, 3, 5] and runs.latest(run) == 5
+    assert runs.metrics(run, 2) == {"l2": 0.8} and runs.metrics(run, 4) == {}
+    runs.drop_after(run, 2)
+    assert steps() == [2] and runs.latest(run) == 2
     run.save({"model": network.replace(step=jnp.asarray(3, jnp.int32))}, {"l2": 0.6})
     run.close()
     assert steps() == [2, 3] and resumed(tmp_path, config, blank(network))[0].step == 3
@@ -208,7 +208,7 @@ def loaded_or_refused(step, network):
     wanted = {f"model/{path}": leaf for path, leaf in states.paths(network).items()}
     try:
         meta = checkpoint.read_meta(step)
-        leaves = checkpoint._restore(step, wanted, meta)
+        leaves = checkpoint.restore(step, wanted, meta)
     except interfaces.UserError as error:
         assert str(step) in str(error) and "\n  File" not in str(error)
         return None
@@ -346,8 +346,8 @@ def test_other_data_are_refused(base, change, words):
 
 HOLD = """
 import pathlib, sys, time
-from tokgen import checkpoint
-with checkpoint.lock(pathlib.Path(sys.argv[1])):
+from tokgen import runs
+with runs.lock(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -364,22 +364,22 @@ def test_one_process_at_a_time_and_a_killed_one_lets_go(tmp_path):
     try:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(interfaces.UserError, match=f"in use by process {holder.pid} "):
-            with checkpoint.lock(workdir):
+            with runs.lock(workdir):
                 pass
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         holder.stdout.close()
-    with checkpoint.lock(workdir):
+    with runs.lock(workdir):
         pass
-    with checkpoint.lock(workdir):  # and it was released
+    with runs.lock(workdir):  # and it was released
         pass
 
 
 def test_a_work_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(interfaces.UserError, match="cannot write to the work directory"):
-        with checkpoint.lock(tmp_path / "file" / "run"):
+        with runs.lock(tmp_path / "file" / "run"):
             pass
 
 

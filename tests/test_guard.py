@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 import train_tokenizer
-from tokgen import checkpoint, config, guard, interfaces, launch, manifest, report, sharding
+from tokgen import checkpoint, config, guard, interfaces, launch, manifest, report, runs, sharding
 
 # ---------------------------------------------------------------- the meter
 
@@ -181,14 +181,14 @@ def train(workdir, *overrides, **guards):
     settings = config.load("configs/tokenizer/shapes.py:vq", (*SMALL, *overrides))
     with settings.unlocked():
         settings.guard.update(guards)
-    with checkpoint.lock(workdir):
+    with runs.lock(workdir):
         train_tokenizer.main(settings, workdir)
 
 
 def killed(monkeypatch, workdir, *overrides, function, at, module=sharding, **guards):
     """A run that ends before the call number `at` of a function; saves under way are finished."""
-    calls, runs = [], []
-    whole, start = getattr(module, function), checkpoint.start
+    calls, begun = [], []
+    whole, start = getattr(module, function), runs.start
 
     def counted(*arguments, **options):
         calls.append(1)
@@ -197,16 +197,16 @@ def killed(monkeypatch, workdir, *overrides, function, at, module=sharding, **gu
         return whole(*arguments, **options)
 
     def started(*arguments, **options):
-        runs.append(start(*arguments, **options))
-        return runs[-1]
+        begun.append(start(*arguments, **options))
+        return begun[-1]
 
     with monkeypatch.context() as patch:
         patch.setattr(module, function, counted)
-        patch.setattr(checkpoint, "start", started)
+        patch.setattr(runs, "start", started)
         with pytest.raises(Killed):
             train(workdir, *overrides, **guards)
-    runs[-1].manager.wait_until_finished()
-    runs[-1].manager.close()
+    begun[-1].manager.wait_until_finished()
+    begun[-1].manager.close()
 
 
 def steps_of(workdir):
@@ -257,7 +257,7 @@ def test_a_bad_game_ends_without_its_critic(returned):
 
 def test_a_run_killed_on_its_way_back_ends_with_the_same_bits(returned, tmp_path, monkeypatch):
     """Noted, not yet undone: the next start undoes it."""
-    killed(monkeypatch, tmp_path, *BAD, function="drop_after", at=2, module=checkpoint, returns=2)
+    killed(monkeypatch, tmp_path, *BAD, function="drop_after", at=2, module=runs, returns=2)
     assert json.loads((tmp_path / guard.RETURNS).read_text()) == {"returns": 2, "settled": False}
     assert steps_of(tmp_path)[-1] == 4
     train(tmp_path, *BAD, returns=2)
@@ -283,7 +283,7 @@ def test_a_return_across_a_boundary_of_stages(tmp_path):
         settings.optimizer.weight_decay = 0.1
         second = dict(share=3 / 7, train="decoder/.*", optimizer=dict(clip=0.0, weight_decay=0.0))
         settings.stages = (dict(share=4 / 7), second)
-    with checkpoint.lock(tmp_path):
+    with runs.lock(tmp_path):
         train_tokenizer.main(settings, tmp_path)
     assert steps_of(tmp_path) == [3, 5, 7] and guard.returned(tmp_path) == 1
     before, after = entries(tmp_path, 5), entries(tmp_path, 7)

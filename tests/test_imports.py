@@ -26,7 +26,7 @@ PICTURE = {
     ),
     ENTRY: (
         *("train_tokenizer", "train_generator", "cli", "commands", "launch", "judge"),
-        *("stages", "guard", "adversary", "painter", "imports", "families"),
+        *("stages", "guard", "adversary", "painter", "imports", "families", "runs", "finetuning"),
     ),
 }
 RANK = {unit: rank for rank, units in PICTURE.items() for unit in units}

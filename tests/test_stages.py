@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 import train_tokenizer
-from tokgen import checkpoint, config, interfaces, launch, painter, report, sharding, stages
+from tokgen import checkpoint, config, interfaces, launch, painter, report, runs, sharding, stages
 from tokgen import state as states
 from tokgen.nn import precision
 from tokgen.quantizers import vq
@@ -151,7 +151,7 @@ def one_device():
 
 
 def train(workdir, settings):
-    with checkpoint.lock(workdir):
+    with runs.lock(workdir):
         train_tokenizer.main(settings, workdir)
 
 
@@ -202,7 +202,7 @@ def state_of(workdir, step, *names):
         for path, entry in meta["manifest"].items()
         if any(name in path for name in names)
     }
-    return jax.device_get(checkpoint._restore(folder, wanted, meta))
+    return jax.device_get(checkpoint.restore(folder, wanted, meta))
 
 
 def test_the_optimizer_restarts_at_a_boundary(whole):
@@ -231,8 +231,8 @@ def test_a_run_killed_near_a_boundary_ends_with_the_same_bits(
     whole, step, tmp_path, monkeypatch, capfd
 ):
     """Before it, at it, and after it, where a checkpoint has another optimizer's state."""
-    calls, runs, laid = [], [], sharding.global_batch
-    start = checkpoint.start
+    calls, begun, laid = [], [], sharding.global_batch
+    start = runs.start
 
     def batch(*arguments):
         calls.append(1)
@@ -241,16 +241,16 @@ def test_a_run_killed_near_a_boundary_ends_with_the_same_bits(
         return laid(*arguments)
 
     def started(*arguments, **options):
-        runs.append(start(*arguments, **options))
-        return runs[-1]
+        begun.append(start(*arguments, **options))
+        return begun[-1]
 
     with monkeypatch.context() as patch:
         patch.setattr(sharding, "global_batch", batch)
-        patch.setattr(checkpoint, "start", started)
+        patch.setattr(runs, "start", started)
         with pytest.raises(Killed):
             train(tmp_path, settings_of(*TWO))
-    runs[-1].manager.wait_until_finished()
-    runs[-1].manager.close()
+    begun[-1].manager.wait_until_finished()
+    begun[-1].manager.close()
     assert manifest(tmp_path, step) == manifest(whole, step)
     train(tmp_path, settings_of(*TWO))
     assert f"resumed step {step}" in capfd.readouterr().err

@@ -1,28 +1,23 @@
-"""Save, verify, resume; load a tokenizer or a generator by path.
+"""A step on disk: find it, read and verify it, load the network inside.
 
-A run keeps its checkpoints in `WORKDIR/checkpoints/STEP`. A step holds the arrays of its
-TrainStates and a `meta` record in JSON: kind, config, layout, classes, tokenizer, metrics, and the
-manifest. Orbax commits a step whole or not at all, but returns flipped bytes and casts dtypes
-without a word; the manifest (a checksum, shape and dtype per leaf) is compared on every restore.
+A step holds the arrays of its TrainStates and a `meta` record in JSON: kind, config, layout,
+classes, tokenizer, metrics, and the manifest. Orbax commits a step whole or not at all, but returns
+flipped bytes and casts dtypes without a word; the manifest (a checksum, shape and dtype per leaf)
+is compared on every restore.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import pathlib
-import socket
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
@@ -36,300 +31,6 @@ from tokgen.interfaces import PyTree, TokenLayout, UserError
 FORMAT = 1
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)  # of damaged files
 FOLDER = "checkpoints"
-
-# Fields of a config that may change between a run and its continuation; all others decide what
-# is trained, and a change is refused. Data may move: their fingerprint is compared.
-FREE = (
-    *("steps", "report.", "keep.", "mesh.", "strategy", "held_out.", "max_bad", "init_from"),
-    *("data.path", "data.data_dir", "data.tokens", "data.tokenizer", "data.images", "data.text"),
-)
-
-
-# ---------------------------------------------------------------- the work directory
-
-
-@contextlib.contextmanager
-def lock(workdir: pathlib.Path) -> Iterator[None]:
-    """Hold the work directory. The system releases it when the process ends, however it ends."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / "lock", "a+")  # noqa: SIM115  (held while the run lasts)
-    except OSError as error:
-        raise UserError(f"cannot write to the work directory {workdir}: {error}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise UserError(
-                f"the work directory {workdir} is in use by {file.read().strip() or 'a process'}; "
-                "wait for it, stop it, or use another --workdir"
-            ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n")
-        file.flush()
-        yield
-
-
-# ---------------------------------------------------------------- a run
-
-
-@dataclasses.dataclass
-class Run:
-    """The checkpoints of one work directory."""
-
-    workdir: pathlib.Path
-    manager: ocp.CheckpointManager
-    config: ml_collections.ConfigDict
-    meta: dict
-
-    def save(self, states_by_name: dict[str, states.TrainState], metrics: dict[str, float]) -> None:
-        """Begin to save; the previous save is committed and announced first."""
-        self.wait()
-        leaves = states.paths(states_by_name)
-        step = int(jax.device_get(states_by_name["model"].step))
-        meta = {
-            **self.meta,
-            "format": FORMAT,
-            "step": step,
-            "config": configs.plain(self.config),
-            "metrics": metrics,
-            "versions": versions(),
-            "manifest": manifest.of(leaves),
-        }
-        meta["digest"] = manifest.digest(meta)
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_named(leaves)), meta=ocp.args.JsonSave(meta)
-            ),
-            metrics=metrics,
-        )
-
-    def wait(self) -> None:
-        """Until the last save is committed; raises what went wrong in the background."""
-        self.manager.wait_until_finished()
-        if jax.process_index() == 0:
-            for step in self.manager.all_steps():
-                manifest.seal(self.workdir / FOLDER / str(step))
-
-    def close(self) -> None:
-        """Commit what is under way."""
-        self.wait()
-        self.manager.close()
-
-
-def start(
-    workdir: pathlib.Path,
-    config: ml_collections.ConfigDict,
-    *,
-    kind: str,
-    layout: TokenLayout | None,
-    classes: tuple[str, ...],
-    best: str,
-    data: str,
-    tokenizer: dict | None = None,
-    tokens: dict | None = None,
-    source: dict | None = None,
-    kept: tuple[int, ...] = (),
-) -> Run:
-    """Open the checkpoints of a work directory; `best` is the metric of which less is better.
-
-    `data` is the fingerprint of the training data. `tokenizer` and `tokens` say what a generator
-    was trained with and on, see `reference`; `source` where imported weights come from. Steps of
-    `kept` are never deleted to make room.
-    """
-    # an imported config may describe a network and no training
-    keep = config.get("keep", {"latest": 1, "best": 1})
-    policy = ocp.checkpoint_managers.AnyPreservationPolicy(
-        [
-            ocp.checkpoint_managers.LatestN(n=max(1, keep["latest"])),
-            # max_to_keep with best_fn would delete the newest step
-            ocp.checkpoint_managers.BestN(
-                get_metric_fn=lambda metrics: metrics[best],
-                n=max(1, keep["best"]),
-                reverse=True,
-            ),
-            ocp.checkpoint_managers.CustomSteps(kept),
-        ]
-    )
-    manager = ocp.CheckpointManager(
-        (workdir / FOLDER).absolute(),
-        options=ocp.CheckpointManagerOptions(
-            preservation_policy=policy, enable_async_checkpointing=True, create=True
-        ),
-    )
-    meta = {
-        "kind": kind,
-        "layout": layout.to_json() if layout else None,
-        "classes": list(classes),
-        "data": data,
-        "tokenizer": tokenizer,
-        "tokens": tokens,
-        "best": best,
-        "source": source,
-    }
-    return Run(workdir, manager, config, meta)
-
-
-def resume_or_start(
-    run: Run, states_by_name: dict[str, states.TrainState]
-) -> tuple[dict[str, states.TrainState], str]:
-    """(states, what was done). The whole policy, in this order:
-
-    1. a checkpoint in the work directory: resume it, everything included;
-    2. `config.init_from`: take its parameters (and average), fresh optimizer, step 0; a generator's
-       class table may have other classes, and begins anew but for "no class";
-    3. neither: the states as they were made.
-    """
-    steps = sorted(run.manager.all_steps())
-    if steps:
-        step = run.workdir / FOLDER / str(steps[-1])
-        meta = read_meta(step)
-        _same_run(meta, run, step)
-        leaves = _restore(step, states.paths(states_by_name), meta)
-        return _unflatten(states_by_name, leaves), f"resumed step {steps[-1]} of {run.workdir}"
-    if run.config.init_from:
-        return _begun_from(find(run.config.init_from), run, states_by_name)
-    return states_by_name, f"started a new run in {run.workdir}"
-
-
-def _begun_from(
-    step: pathlib.Path, run: Run, states_by_name: dict[str, states.TrainState]
-) -> tuple[dict[str, states.TrainState], str]:
-    """The states with the parameters of another run's step, or of an import."""
-    meta = read_meta(step)
-    notes = _same_tokens(meta, run, step)
-    wanted = states.paths(states_by_name)
-    there = {path.split("/")[0] for path in meta["manifest"]}
-    # a critic that was not there begins as it was made
-    taken = {
-        path: leaf
-        for path, leaf in wanted.items()
-        if path.split("/")[0] in {"model", *there}
-        and path.split("/")[1] in ("params", "ema", "stats")
-    }
-    if not any(path.startswith("model/ema/") for path in meta["manifest"]):
-        # imported weights may have no average: it begins as the parameters
-        taken = {p: leaf for p, leaf in taken.items() if p.split("/")[1] != "ema"}
-    missing = sorted(set(taken) - set(meta["manifest"]))
-    if missing:
-        raise UserError(
-            f"init_from {step} does not fit this config: it lacks {', '.join(missing[:5])}"
-            f"{' ...' if len(missing) > 5 else ''}"
-        )
-    # a class table of another length, or a bias that counts classes, is read as it is there
-    tables = {
-        path: jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
-        for path, leaf in taken.items()
-        if run.meta["kind"] == "generator" and path.endswith(("/labels/table", "/head/bias"))
-        for shape in [tuple(meta["manifest"][path]["shape"])]
-        if shape[0] != leaf.shape[0] and shape[1:] == leaf.shape[1:]
-    }
-    restored = _restore(step, taken | tables, meta)
-    for path in tables:
-        # codes before the classes, "no class" or the mask after them, where there are any
-        before = TokenLayout.from_json(meta["layout"]).absent if path.endswith("/bias") else 0
-        after = len(restored[path]) - before - len(meta["classes"])
-        kept = jnp.r_[:before, len(restored[path]) - after : len(restored[path])]
-        here = jnp.r_[:before, len(taken[path]) - after : len(taken[path])]
-        mixed = taken[path].at[here].set(restored[path][kept])
-        restored[path] = jax.device_put(mixed, taken[path].sharding)
-    leaves = {**wanted, **restored}
-    for path in set(wanted) - set(taken):
-        name, part, *rest = path.split("/")
-        if part == "ema":
-            # a copy: a training step donates both
-            leaves[path] = jnp.copy(leaves["/".join((name, "params", *rest))]).astype(jnp.float32)
-    what = "; ".join([f"started from the parameters of {step}", *notes])
-    return _unflatten(states_by_name, leaves), what
-
-
-def _same_tokens(meta: dict, run: Run, step: pathlib.Path) -> list[str]:
-    """What is to be told of tokens and classes; refuses a generator of other tokens."""
-    if meta["kind"] != run.meta["kind"]:
-        raise UserError(
-            f"init_from {step} holds a {meta['kind']}; this program trains a {run.meta['kind']}"
-        )
-    if meta["kind"] != "generator":
-        return []
-    notes = []
-    if meta["layout"] != run.meta["layout"]:
-        raise UserError(
-            f"init_from {step} writes tokens of {TokenLayout.from_json(meta['layout'])}; these "
-            f"are of {TokenLayout.from_json(run.meta['layout'])}: pretokenize with the tokenizer "
-            "of that model"
-        )
-    old, new = meta["tokenizer"], run.meta["tokenizer"]
-    if old is None or new is None:
-        notes.append("its tokenizer is not recorded, only the layouts were compared")
-    elif old["fingerprint"] != new["fingerprint"]:
-        raise UserError(
-            f"init_from {step} was made with another tokenizer: need the fingerprint "
-            f"{old['fingerprint'][:16]} ({old['path']}), found {new['fingerprint'][:16]} "
-            f"({new['path']}); run tokgen pretokenize with the tokenizer of the imported model"
-        )
-    there, here = meta["classes"], run.meta["classes"]
-    if len(there) != len(here):
-        notes.append(f"the class table is new: {len(there)} classes there, {len(here)} here")
-    elif there != here:
-        names = [", ".join(classes[:3]) for classes in (there, here)]
-        notes.append(f"the class table is kept, by number: {names[0]} ... are now {names[1]} ...")
-    return notes
-
-
-def latest(run: Run) -> int | None:
-    """The last step that a run has saved."""
-    return max(run.manager.all_steps(), default=None)
-
-
-def metrics(run: Run, step: int) -> dict[str, float]:
-    """The figures that were saved with a step; none where it is gone."""
-    folder = run.workdir / FOLDER / str(step)
-    return read_meta(folder)["metrics"] if folder.exists() else {}
-
-
-def drop_after(run: Run, step: int) -> None:
-    """Forget all later steps, the last first: a kill in between leaves a run to go on from."""
-    run.wait()
-    for later in sorted(run.manager.all_steps(), reverse=True):
-        if later > step:
-            run.manager.delete(later)
-
-
-def _same_run(meta: dict, run: Run, step: pathlib.Path) -> None:
-    """Refuse to go on with another model, data set, batch size or seed."""
-    if meta["kind"] != run.meta["kind"]:
-        raise UserError(
-            f"{step} holds a {meta['kind']}; this program trains a {run.meta['kind']}: use another "
-            "--workdir"
-        )
-    old = configs.flat(json.loads(json.dumps(meta["config"])))
-    new = configs.flat(json.loads(json.dumps(configs.plain(run.config))))
-    changes = [
-        f"  {name}: {old.get(name, 'absent')!r} there, {new.get(name, 'absent')!r} here"
-        for name in sorted({*old, *new})
-        if old.get(name) != new.get(name) and not name.startswith(FREE)
-    ]
-    for name in ("layout", "classes", "data", "tokenizer"):
-        a, b = (json.loads(json.dumps(m[name])) for m in (meta, run.meta))
-        if name == "tokenizer" and a and b:
-            a, b = a["fingerprint"], b["fingerprint"]
-        if a != b:
-            changes.append(f"  {name}: {str(a)[:200]} there, {str(b)[:200]} here")
-    if changes:
-        raise UserError(
-            "\n".join(
-                [
-                    f"{run.workdir} holds a run with another config; use its values, or another "
-                    "--workdir:",
-                    *changes,
-                ]
-            )
-        )
-
-
-# ---------------------------------------------------------------- reading
 
 
 def find(path: str | os.PathLike) -> pathlib.Path:
@@ -409,7 +110,7 @@ def _damaged(step: pathlib.Path, what: str) -> UserError:
     return UserError(f"checkpoint {step} is damaged: {what}; {other}, or restore it from a copy")
 
 
-def _restore(step: pathlib.Path, wanted: dict[str, Any], meta: dict) -> dict[str, jax.Array]:
+def restore(step: pathlib.Path, wanted: dict[str, Any], meta: dict) -> dict[str, jax.Array]:
     """Leaves of a step, verified, with the shapes, dtypes and shardings of `wanted`."""
     if wrong := manifest.misfit(step):
         raise _damaged(step, wrong)
@@ -428,7 +129,7 @@ def _restore(step: pathlib.Path, wanted: dict[str, Any], meta: dict) -> dict[str
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
         for path, leaf in wanted.items()
     }
-    names = _named(target)
+    names = named(target)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         found = ocp.PyTreeCheckpointer().restore(
@@ -461,18 +162,20 @@ def verify(step: pathlib.Path) -> None:
         path: jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"], sharding=whole)
         for path, entry in meta["manifest"].items()
     }
-    _restore(step, wanted, meta)
+    restore(step, wanted, meta)
 
 
 def _name(path: str) -> str:
     return path.replace("/", ".")  # a slash would become a folder in the store
 
 
-def _named(leaves: dict[str, Any]) -> dict[str, Any]:
+def named(leaves: dict[str, Any]) -> dict[str, Any]:
+    """Leaves under the names that they have in the store."""
     return {_name(path): leaf for path, leaf in leaves.items()}
 
 
-def _unflatten(tree: PyTree, leaves: dict[str, jax.Array]) -> PyTree:
+def unflatten(tree: PyTree, leaves: dict[str, jax.Array]) -> PyTree:
+    """A tree like `tree` of leaves by path."""
     ordered = [leaves[path] for path in states.paths(tree)]
     return jax.tree.unflatten(jax.tree.structure(tree), ordered)
 
@@ -593,9 +296,9 @@ def load(path: str | os.PathLike, kind: str = "", *, compute: str = "", which: s
         p: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
         for p, leaf in wanted.items()
     }
-    leaves = _restore(step, wanted, meta)
+    leaves = restore(step, wanted, meta)
     params, stats = (
-        _unflatten(tree, {p: leaves[f"model/{name}/{p}"] for p in states.paths(tree)})
+        unflatten(tree, {p: leaves[f"model/{name}/{p}"] for p in states.paths(tree)})
         for tree, name in ((params, which), (stats, "stats"))
     )
     return Loaded(

@@ -12,7 +12,7 @@ import pathlib
 import jax.numpy as jnp
 import optax
 
-from tokgen import checkpoint
+from tokgen import checkpoint, runs
 from tokgen import state as states
 from tokgen.pretrained import reader, transfer, writer
 
@@ -38,8 +38,8 @@ def save_imported(
     average = None if imported.average is None else states.split(imported.average)[1]
     zero = jnp.zeros((), jnp.int32)
     state = states.TrainState(zero, zero, params, stats, optax.EmptyState(), average)
-    with checkpoint.lock(workdir):
-        run = checkpoint.start(
+    with runs.lock(workdir):
+        run = runs.start(
             workdir,
             imported.config,
             kind=imported.kind,

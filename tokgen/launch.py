@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import jax
 import ml_collections
 
-from tokgen import checkpoint, cli, config, report
+from tokgen import cli, config, report, runs
 
 
 def cache_folder() -> pathlib.Path:
@@ -87,7 +87,7 @@ def run(story: Callable[[ml_collections.ConfigDict, pathlib.Path], None], descri
     def told() -> None:
         settings, workdir = parse(sys.argv[1:], description)
         devices(settings.batch_size)
-        with checkpoint.lock(workdir):
+        with runs.lock(workdir):
             story(settings, workdir)
 
     sys.exit(cli.call(pathlib.Path(sys.argv[0]).name, told))

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from tokgen import checkpoint, cli, imports, interfaces, launch, sharding
+from tokgen import checkpoint, cli, imports, interfaces, launch, runs, sharding
 from tokgen import config as configs
 from tokgen import state as states
 from tokgen.pretrained import parity, system, table, transfer, writer
@@ -237,7 +237,7 @@ def began(workdir, init_from, layout, tokenizer, classes=CLASSES, ema=0.0, **cha
     )
     zero = jax.device_put(jnp.zeros((), jnp.int32), whole)
     model = states.TrainState(zero, zero, params, stats, (), params if ema else None)
-    run = checkpoint.start(
+    run = runs.start(
         workdir,
         config,
         kind="generator",
@@ -249,7 +249,7 @@ def began(workdir, init_from, layout, tokenizer, classes=CLASSES, ema=0.0, **cha
         | {"fingerprint": tokenizer.fingerprint},
     )
     try:
-        networks, what = checkpoint.resume_or_start(run, {"model": model})
+        networks, what = runs.resume_or_start(run, {"model": model})
     finally:
         run.close()
     return networks["model"], what

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from tokgen import checkpoint, cli, launch
+from tokgen import checkpoint, cli, launch, runs
 from tokgen import config as configs
 from tokgen import state as states
 from tokgen.data import shapes, tokens
@@ -38,7 +38,7 @@ def saved(folder, quantizer, compute="float32"):
         lambda leaf: jnp.asarray(0.1 * draw(size=leaf.shape), leaf.dtype), (params, stats)
     )
     zero = jnp.zeros((), jnp.int32)
-    run = checkpoint.start(
+    run = runs.start(
         folder, config, kind="tokenizer", layout=module.layout, classes=(), best="l2", data=""
     )
     run.save({"model": states.TrainState(zero, zero, params, stats, (), None)}, {"l2": 0.5})

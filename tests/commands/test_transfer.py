@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from tokgen import checkpoint, cli, interfaces, launch, report, sharding
+from tokgen import checkpoint, cli, interfaces, launch, report, runs, sharding
 from tokgen import config as configs
 from tokgen import state as states
 from tokgen.commands import import_
@@ -245,11 +245,11 @@ def beginning(settings, workdir, **others):
         lambda leaf, at: jax.device_put(jnp.full(leaf.shape, 7, leaf.dtype), at), abstract, laid
     )
     model = model.replace(step=zero)
-    run = checkpoint.start(
+    run = runs.start(
         workdir, settings, kind="tokenizer", layout=module.layout, classes=(), best="l2", data=""
     )
     try:
-        return checkpoint.resume_or_start(run, {"model": model, **others})
+        return runs.resume_or_start(run, {"model": model, **others})
     finally:
         run.close()
 

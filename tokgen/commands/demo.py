@@ -19,7 +19,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from tokgen import checkpoint, config, families, judge, launch, report
+from tokgen import checkpoint, config, families, judge, launch, report, runs
 from tokgen.commands import evaluate, pretokenize, sample
 from tokgen.data import shapes, tokens
 from tokgen.interfaces import UserError
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--samples must be at least 10, one per class; found {args.samples}")
     started, out = time.monotonic(), pathlib.Path(args.out)
     launch.devices(judge.BATCH)
-    with checkpoint.lock(out):
+    with runs.lock(out):
         fresh = out / "next"
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()

@@ -1,0 +1,99 @@
+"""Beginning from another's parameters: of a run, or of imported weights (`init_from`)."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from tokgen import checkpoint
+from tokgen import state as states
+from tokgen.interfaces import TokenLayout, UserError
+
+
+def begun_from(
+    step: pathlib.Path, here: dict, states_by_name: dict[str, states.TrainState]
+) -> tuple[dict[str, states.TrainState], str]:
+    """(states with the parameters of another run's step or of an import, what was done).
+
+    `here` is the record of the run that begins: its kind, layout, tokenizer and classes.
+    """
+    meta = checkpoint.read_meta(step)
+    notes = _same_tokens(meta, here, step)
+    wanted = states.paths(states_by_name)
+    there = {path.split("/")[0] for path in meta["manifest"]}
+    # a critic that was not there begins as it was made
+    taken = {
+        path: leaf
+        for path, leaf in wanted.items()
+        if path.split("/")[0] in {"model", *there}
+        and path.split("/")[1] in ("params", "ema", "stats")
+    }
+    if not any(path.startswith("model/ema/") for path in meta["manifest"]):
+        # imported weights may have no average: it begins as the parameters
+        taken = {p: leaf for p, leaf in taken.items() if p.split("/")[1] != "ema"}
+    missing = sorted(set(taken) - set(meta["manifest"]))
+    if missing:
+        raise UserError(
+            f"init_from {step} does not fit this config: it lacks {', '.join(missing[:5])}"
+            f"{' ...' if len(missing) > 5 else ''}"
+        )
+    # a class table of another length, or a bias that counts classes, is read as it is there
+    tables = {
+        path: jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+        for path, leaf in taken.items()
+        if here["kind"] == "generator" and path.endswith(("/labels/table", "/head/bias"))
+        for shape in [tuple(meta["manifest"][path]["shape"])]
+        if shape[0] != leaf.shape[0] and shape[1:] == leaf.shape[1:]
+    }
+    restored = checkpoint.restore(step, taken | tables, meta)
+    for path in tables:
+        # codes before the classes, "no class" or the mask after them, where there are any
+        before = TokenLayout.from_json(meta["layout"]).absent if path.endswith("/bias") else 0
+        after = len(restored[path]) - before - len(meta["classes"])
+        kept = jnp.r_[:before, len(restored[path]) - after : len(restored[path])]
+        rows = jnp.r_[:before, len(taken[path]) - after : len(taken[path])]
+        mixed = taken[path].at[rows].set(restored[path][kept])
+        restored[path] = jax.device_put(mixed, taken[path].sharding)
+    leaves = {**wanted, **restored}
+    for path in set(wanted) - set(taken):
+        name, part, *rest = path.split("/")
+        if part == "ema":
+            # a copy: a training step donates both
+            leaves[path] = jnp.copy(leaves["/".join((name, "params", *rest))]).astype(jnp.float32)
+    what = "; ".join([f"started from the parameters of {step}", *notes])
+    return checkpoint.unflatten(states_by_name, leaves), what
+
+
+def _same_tokens(meta: dict, here: dict, step: pathlib.Path) -> list[str]:
+    """What is to be told of tokens and classes; refuses a generator of other tokens."""
+    if meta["kind"] != here["kind"]:
+        raise UserError(
+            f"init_from {step} holds a {meta['kind']}; this program trains a {here['kind']}"
+        )
+    if meta["kind"] != "generator":
+        return []
+    notes = []
+    if meta["layout"] != here["layout"]:
+        raise UserError(
+            f"init_from {step} writes tokens of {TokenLayout.from_json(meta['layout'])}; these "
+            f"are of {TokenLayout.from_json(here['layout'])}: pretokenize with the tokenizer "
+            "of that model"
+        )
+    old, new = meta["tokenizer"], here["tokenizer"]
+    if old is None or new is None:
+        notes.append("its tokenizer is not recorded, only the layouts were compared")
+    elif old["fingerprint"] != new["fingerprint"]:
+        raise UserError(
+            f"init_from {step} was made with another tokenizer: need the fingerprint "
+            f"{old['fingerprint'][:16]} ({old['path']}), found {new['fingerprint'][:16]} "
+            f"({new['path']}); run tokgen pretokenize with the tokenizer of the imported model"
+        )
+    old, new = meta["classes"], here["classes"]
+    if len(old) != len(new):
+        notes.append(f"the class table is new: {len(old)} classes there, {len(new)} here")
+    elif old != new:
+        names = [", ".join(classes[:3]) for classes in (old, new)]
+        notes.append(f"the class table is kept, by number: {names[0]} ... are now {names[1]} ...")
+    return notes
