@@ -15,8 +15,8 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from tokgen import checkpoint, config, launch, report, rng, runs, sharding, state
-from tokgen.commands import evaluate, sample
+from tokgen import checkpoint, config, heldout, launch, report, rng, runs, sharding, state
+from tokgen.commands import sample
 from tokgen.data import stream, tokens
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
 from tokgen.nn import precision, transformer
@@ -44,7 +44,7 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
     shapes = nnx.eval_shape(make)  # built abstractly, before any work
     _, sampler = presets.prepare(shapes, presets.named(settings.presets.to_dict(), "default"))
-    evaluate.check_text(shapes, settings.data.get("text", ""), "config.data.text")
+    heldout.check_text(shapes, settings.data.get("text", ""), "config.data.text")
     if sampler.guidance and getattr(shapes, "cond", "label") == "label":
         shapes.null(np.zeros(1, np.int32))  # one without "no class" cannot be guided: said now
     if sampler.guidance and classes and not shapes.label_drop:
@@ -116,7 +116,7 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 def read(data):
     """(training, held-out source, tokenizer): token shards, or images that are encoded here."""
     if data.tokens:
-        source, held_out = (evaluate.generator_source(data, s) for s in tokens.SPLITS)
+        source, held_out = (heldout.generator_source(data, s) for s in tokens.SPLITS)
         made_by = source.header["tokenizer"]
         tokenizer = checkpoint.load_tokenizer(data.tokenizer or made_by["path"])
         checkpoint.check_tokenizer(tokenizer, made_by["fingerprint"], f"token set {source.path}")
@@ -129,7 +129,7 @@ def read(data):
         )
     # in float32, as shards are made
     tokenizer = checkpoint.load_tokenizer(data.tokenizer, compute="float32")
-    return *(evaluate.generator_source(data, s, tokenizer) for s in tokens.SPLITS), tokenizer
+    return *(heldout.generator_source(data, s, tokenizer) for s in tokens.SPLITS), tokenizer
 
 
 def train_step(settings, graph, optimizer):
@@ -138,7 +138,7 @@ def train_step(settings, graph, optimizer):
     @functools.partial(jax.jit, donate_argnums=0)
     def step(network, batch, codec):
         key = rng.key(settings.seed, "train", network.step)
-        batch = TokenBatch(batch["tokens"], evaluate.condition(batch))
+        batch = TokenBatch(batch["tokens"], heldout.condition(batch))
 
         def loss(params):
             generator = state.merge(graph, params, network.stats)
@@ -167,7 +167,7 @@ def save(run, network, graph, with_what, log) -> None:
     step, settings = int(jax.device_get(network.step)), run.config
     generator = state.merge(graph, state.averaged(network), network.stats)
     codec = tokenizer.module.quantizer
-    figures = evaluate.likelihood(generator, codec, held_out, count=settings.held_out.images)
+    figures = heldout.likelihood(generator, codec, held_out, count=settings.held_out.images)
     report.say(f"step {step}: held out {report.figures(figures, ('nats_per_token', 'nats_error'))}")
     log.scalars(step, figures, split="held_out")
     if settings.held_out.samples:
@@ -192,7 +192,7 @@ def grid(generator, preset, classes, with_what, settings) -> np.ndarray:
     columns = settings.held_out.samples
     if getattr(generator, "cond", "label") == "text":
         ten = np.arange(min(10, len(held_out)))
-        shown = evaluate.condition(next(stream.once(held_out, batch_size=len(ten), indices=ten)))
+        shown = heldout.condition(next(stream.once(held_out, batch_size=len(ten), indices=ten)))
     else:
         shown = np.arange(min(max(len(classes), 1), 10), dtype=np.int32)
     cond = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf), columns, axis=0), shown)

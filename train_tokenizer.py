@@ -17,6 +17,7 @@ from tokgen import (
     adversary,
     config,
     guard,
+    heldout,
     launch,
     painter,
     report,
@@ -25,7 +26,6 @@ from tokgen import (
     stages,
     state,
 )
-from tokgen.commands import evaluate
 from tokgen.data import images, stream
 from tokgen.interfaces import UserError
 from tokgen.nn import precision
@@ -171,11 +171,11 @@ def save(run, networks, graph, held_out, log, settings) -> float:
     model = networks["model"]
     step = int(jax.device_get(model.step))
     tokenizer = state.merge(graph, state.averaged(model), model.stats)
-    figures, (image, painted) = evaluate.reconstruction(
-        tokenizer, held_out, evaluate.view_of(settings), count=settings.held_out.images
+    figures, (image, painted) = heldout.reconstruction(
+        tokenizer, held_out, heldout.view_of(settings), count=settings.held_out.images
     )
     report.say(
-        f"step {step}: held out {report.figures(figures, evaluate.PIXEL_METRICS)} "
+        f"step {step}: held out {report.figures(figures, heldout.PIXEL_METRICS)} "
         f"({figures['images']} images)"
     )
     log.scalars(step, figures, split="held_out")

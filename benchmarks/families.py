@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import machine
 import numpy as np
 
-from tokgen import checkpoint, cli, judge, launch, report, rng, state
-from tokgen.commands import evaluate, sample
+from tokgen import checkpoint, cli, heldout, judge, launch, report, rng, state
+from tokgen.commands import sample
 from tokgen.data import folder, stream, tokens
 from tokgen.interfaces import UserError
 from tokgen.sampling import presets
@@ -77,13 +77,13 @@ def main() -> None:
 def examine(examiner, tokenizer, arguments) -> None:
     """What the judge makes of real images, and of what the tokenizer keeps of them."""
     source = folder.Source(arguments.data, split="held_out")
-    chosen = evaluate.spread(len(source), arguments.images)
-    view = evaluate.view_of(tokenizer.config)
+    chosen = heldout.spread(len(source), arguments.images)
+    view = heldout.view_of(tokenizer.config)
     seen, repainted = [], []
     for part in stream.once(source, view, batch_size=arguments.batch, indices=chosen):
         image_BHW3, missing = part["image"], arguments.batch - len(part["image"])
         padded = np.concatenate([image_BHW3, np.repeat(image_BHW3[-1:], missing, axis=0)])
-        painted = sample.paint(tokenizer.module, evaluate.encode(tokenizer.module, padded))
+        painted = sample.paint(tokenizer.module, heldout.encode(tokenizer.module, padded))
         repainted.append(
             judge.predictions(examiner, np.asarray(painted)[: len(image_BHW3)]) == part["label"]
         )
@@ -108,7 +108,7 @@ def measure(name: str, path: str, known: tuple, arguments) -> None:
             f"the judge knows the classes {', '.join(classes)}; {loaded.step} those of "
             f"{', '.join(loaded.classes) or 'none'}: give the folder that its tokens were made of"
         )
-    figures = evaluate.likelihood(
+    figures = heldout.likelihood(
         loaded.module, tokenizer.module.quantizer, held_out, count=arguments.images
     )
     settings = presets.named(loaded.config.presets.to_dict(), arguments.preset)

@@ -183,6 +183,20 @@ def test_families(tmp_path, monkeypatch):
         assert grid.size[0] > grid.size[1] > 2 * 64
 
 
+def test_metrics():
+    """Either version of a figure says the same; the peak holds what was there first."""
+    header, titles, _, *rows = quick("metrics")
+    check_header(header)
+    cells = {row.split("|")[1].strip(): row.split("|")[1:-1] for row in rows}
+    assert all(len(row) == titles.count("|") - 1 for row in cells.values())
+    for case in ("fid", "recall"):
+        values = [figures(cells[name][2]) for name in (case, f"{case}_plain")]
+        assert min(values[0]) > 0 and values[0] == pytest.approx(values[1], rel=1e-4)
+    for row in cells.values():
+        peak, first = (float(cell) for cell in row[-2:])
+        assert peak >= first > 10
+
+
 def test_every_benchmark_is_run_here_and_told_in_the_results():
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     results = (FOLDER / "RESULTS.md").read_text(encoding="utf-8")

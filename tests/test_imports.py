@@ -19,7 +19,7 @@ GROUND, LAYERS, MODELS, MACHINERY, ENTRY = range(5)
 PICTURE = {
     GROUND: ("interfaces", "rng", "sharding"),
     LAYERS: ("nn", "sampling"),
-    MODELS: ("tokenizers", "quantizers", "generators", "critics"),
+    MODELS: ("tokenizers", "quantizers", "generators", "critics", "features"),
     MACHINERY: (
         *("state", "manifest", "checkpoint", "data", "losses", "metrics", "report", "config"),
         "pretrained",
@@ -27,6 +27,8 @@ PICTURE = {
     ENTRY: (
         *("train_tokenizer", "train_generator", "cli", "commands", "launch", "judge"),
         *("stages", "guard", "adversary", "painter", "imports", "families", "runs", "finetuning"),
+        *("heldout", "protocols", "extractors", "references", "samples", "supplies"),
+        *("scoring", "evaluation", "assess", "page"),
     ),
 }
 RANK = {unit: rank for rank, units in PICTURE.items() for unit in units}
@@ -36,6 +38,9 @@ EXCEPTIONS = {
     ("checkpoint", "manifest"): "what a checkpoint is compared with",
     ("checkpoint", "state"): "a checkpoint holds TrainStates",
     ("checkpoint", "config"): "the config inside a checkpoint rebuilds its module",
+    ("features", "critics"): "both read published arrays by one form",
+    ("pretrained", "features"): "a fixture of a feature network",
+    ("pretrained", "metrics"): "a fixture of figures",
     ("pretrained", "losses"): "a fixture holds losses, too",
     ("pretrained", "state"): "a published checkpoint becomes a tokgen one",
     ("pretrained", "checkpoint"): "a published checkpoint becomes a tokgen one",

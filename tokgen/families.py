@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tokgen import checkpoint, judge, report
-from tokgen.commands import evaluate, sample
+from tokgen import checkpoint, heldout, judge, report
+from tokgen.commands import sample
 from tokgen.data import shapes, tokens
 from tokgen.sampling import presets
 
@@ -22,8 +22,8 @@ FAMILIES = {
     "masked": ("masked", "tokenizer", "tokens", "many tokens at a time, the surest first"),
     "next_scale": ("next_scale", "pyramid", "pyramid_tokens", "one grid at a time, coarse to fine"),
 }
-STEPS = {"random": 1200, "masked": 1200, "next_scale": 1200}  # so that all fit into 20 minutes
-PYRAMID_STEPS = 2500
+STEPS = {"random": 1200, "masked": 1200, "next_scale": 1000}  # so that all fit into 20 minutes
+PYRAMID_STEPS = 2000
 COLUMNS = 6  # samples of a class in a family's picture
 
 
@@ -63,9 +63,9 @@ def _measured(folder, family: str, examiner, number: int, seed: int) -> tuple[di
     painter = checkpoint.load_tokenizer_of(loaded, str(folder / tokenizer)).module
     held_out = tokens.Source(folder / token_set, split="held_out")
     codec = painter.quantizer
-    likelihood = evaluate.likelihood(loaded.module, codec, held_out, count=1000)
+    likelihood = heldout.likelihood(loaded.module, codec, held_out, count=1000)
     train_set = tokens.Source(folder / token_set)
-    unigram = evaluate.unigram(train_set, held_out, loaded.layout)
+    unigram = heldout.unigram(train_set, held_out, loaded.layout)
     chosen = presets.named(loaded.config.presets.to_dict(), "default")
     module, sampler = presets.prepare(loaded.module, chosen)
     wanted = np.repeat(np.arange(len(shapes.CLASSES), dtype=np.int32), number // 10)

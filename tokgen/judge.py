@@ -35,6 +35,7 @@ WIDTHS = (48, 96, 96, 96)
 STRIDES = (1, 2, 1, 2)
 
 SHIFT = 2  # pixels, either way
+SPATIAL = 7  # channels of the map that `spatial` keeps
 VIEWS = ((1, 1), (0, 0), (0, 2), (2, 0), (2, 2))  # corners in an image with a pixel around it
 
 
@@ -95,11 +96,23 @@ class PhotographJudge(nnx.Module):
 
     def __call__(self, image_BHW3: jax.Array) -> jax.Array:
         """Logits [B, classes] of images in [0, 1]."""
+        return self.features(image_BHW3)["logits"]
+
+    def features(self, image_BHW3: jax.Array) -> dict[str, jax.Array]:
+        """What is seen in images in [0, 1]: `pooled` [B, C], `logits` [B, classes], `spatial`.
+
+        The last are the first seven channels of the last map, flat, as sFID has it of Inception.
+        """
         x_BHWC = conv.space_to_depth(4 * image_BHW3 - 2, 2)
         for block in self.blocks:
             x_BHWC = block(x_BHWC)
-        x_B11C = self.norm_out(x_BHWC).mean((1, 2), keepdims=True)
-        return self.conv_out(x_B11C)[:, 0, 0]
+        x_BHWC = self.norm_out(x_BHWC)
+        x_B11C = x_BHWC.mean((1, 2), keepdims=True)
+        return {
+            "pooled": x_B11C[:, 0, 0],
+            "spatial": x_BHWC[..., :SPATIAL].reshape(len(x_BHWC), -1),
+            "logits": self.conv_out(x_B11C)[:, 0, 0],
+        }
 
     def classes(self, image_BHW3: jax.Array) -> jax.Array:
         """[B] the likeliest class by ten views: in place and a pixel aside, each also mirrored."""
@@ -148,23 +161,59 @@ def of_photographs(
     seed: int = 1,
     recipe: Recipe = PHOTOGRAPHS,
 ) -> PhotographJudge:
-    """The judge of a folder's classes, trained on its `train` split: from the cache, or now.
+    """The judge of a folder's classes, trained on its `train` split: from the cache, or now."""
+    return of_images(folder.Source(path, split="train"), size, channels, seed=seed, recipe=recipe)
 
-    All its images are held in memory.
+
+def of_images(
+    source,
+    size: tuple[int, int],
+    channels: int = 3,
+    *,
+    seed: int = 1,
+    recipe: Recipe = PHOTOGRAPHS,
+) -> PhotographJudge:
+    """The judge of a source's classes; of one without classes, of which way is up.
+
+    Which quarter turn an image was given is learned in the place of classes (arXiv:1803.07728).
+    All images are held in memory.
     """
-    source = folder.Source(path, split="train")
+    classes = len(source.classes) or turns_of(size)
 
     def make():
-        rngs = nnx.Rngs(rng.key(seed, "init"))
-        return PhotographJudge(channels, len(source.classes), rngs=rngs)
+        return PhotographJudge(channels, classes, rngs=nnx.Rngs(rng.key(seed, "init")))
 
     def train():
         view = images.fixed("center", size, channels)
+        look = _shifted if source.classes else _moved
         with contextlib.closing(_shuffled(source, view, recipe.batch, seed)) as batches:
-            return _trained(make, batches, recipe, _shifted, seed)
+            told = batches if source.classes else _upright(batches, classes, seed)
+            return _trained(make, told, recipe, look, seed)
 
     what = (size, channels, seed, recipe, source.fingerprint)
     return _kept((folder, images, conv, linear), what, make, train)
+
+
+def turns_of(size: tuple[int, int]) -> int:
+    """How many turns leave an image its size."""
+    return 4 if size[0] == size[1] else 2
+
+
+def turned(image_BHW3: np.ndarray, way_B: np.ndarray, ways: int) -> np.ndarray:
+    """Each image turned `way` times by a quarter, or by a half where there are two ways."""
+    found = image_BHW3.copy()
+    for way in range(1, ways):
+        rows = way_B == way
+        found[rows] = np.rot90(image_BHW3[rows], way * 4 // ways, axes=(1, 2))
+    return found
+
+
+def _upright(batches: Iterator[dict], ways: int, seed: int) -> Iterator[dict]:
+    """The batches, each image turned; the label is how."""
+    for step, batch in enumerate(batches):
+        way_B = np.random.default_rng([seed, step]).integers(0, ways, len(batch["label"]))
+        turned_BHW3 = turned(batch["image"], way_B, ways)
+        yield {"image": turned_BHW3, "label": way_B.astype(np.int32)}
 
 
 def _kept(modules: tuple, what: tuple, make: Callable, train: Callable) -> nnx.Module:
@@ -248,7 +297,11 @@ def _shifted(image_BHW3: jax.Array, key: jax.Array) -> jax.Array:
     """Each image mirrored or not; the whole batch moved by up to SHIFT pixels, edges reflected."""
     flip, move = jax.random.split(key)
     flip_B111 = jax.random.bernoulli(flip, shape=(len(image_BHW3), 1, 1, 1))
-    image_BHW3 = jnp.where(flip_B111, image_BHW3[:, :, ::-1], image_BHW3)
+    return _moved(jnp.where(flip_B111, image_BHW3[:, :, ::-1], image_BHW3), move)
+
+
+def _moved(image_BHW3: jax.Array, move: jax.Array) -> jax.Array:
+    """The whole batch moved by up to SHIFT pixels, edges reflected; a mirror would turn a turn."""
     sides = ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0))
     wider_BHW3 = jnp.pad(image_BHW3, sides, mode="reflect")
     row, column = jax.random.randint(move, (2,), 0, 2 * SHIFT + 1)

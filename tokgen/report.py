@@ -17,11 +17,14 @@ from PIL import Image
 LOG = "metrics.jsonl"
 
 
-def bar(total: int, *, initial: int = 0, unit: str = "step", what: str = "") -> tqdm.tqdm:
+def bar(
+    total: int, *, initial: int = 0, unit: str = "step", what: str = "", shown: bool = True
+) -> tqdm.tqdm:
     """A progress bar with speed and time to go; on a pipe, a line every half minute."""
     terminal = sys.stderr.isatty()
     return tqdm.tqdm(
         total=total,
+        disable=not shown,
         initial=initial,
         unit=unit,
         desc=what,

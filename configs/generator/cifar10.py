@@ -68,7 +68,10 @@ def get_config(variant="raster"):
         clip=1.0,
     )
     config.ema = 0.998
-    config.presets = dict(default=dict(temperature=1.0, guidance="constant", weight=1.5))
+    default = dict(temperature=1.0, guidance="constant", weight=1.5)
+    if variant == "masked":  # without noise the surest tokens alone are kept, the same every time
+        default |= dict(temperature=1.0, noise=4.5)
+    config.presets = dict(default=default)
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.strategy = "data"
     config.held_out = dict(images=1000, samples=8)

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import interfaces, rng
-from tokgen.commands import evaluate
+from tokgen import heldout, interfaces, rng
 from tokgen.generators import autoregressive
 from tokgen.nn import precision
 
@@ -63,14 +62,14 @@ def test_the_chances_of_all_images_add_up_to_one(order):
     for label in (0, 1):
         batch = {"tokens": tokens_NLG, "label": np.full(len(tokens_NLG), label, np.int32)}
         keys_B = jax.random.split(jax.random.key(0), len(tokens_NLG))
-        order_of = evaluate._order(generator(), order) if order else None
-        nats_B = np.asarray(evaluate._exact(generator(), None, batch, keys_B, order=order_of))
+        order_of = heldout._order(generator(), order) if order else None
+        nats_B = np.asarray(heldout._exact(generator(), None, batch, keys_B, order=order_of))
         np.testing.assert_allclose(np.exp(-nats_B.astype(np.float64)).sum(), 1, rtol=1e-4)
         nats[label] = nats_B
     assert np.abs(nats[0] - nats[1]).max() > 0.1
     chosen = np.arange(3, 1296, 97)
     source = Tokens(tokens_NLG[chosen], np.ones(len(chosen), np.int32))
-    found = evaluate.likelihood(generator(), None, source, count=50, batch=6, order=order)
+    found = heldout.likelihood(generator(), None, source, count=50, batch=6, order=order)
     per_token = nats[1][chosen].astype(np.float64) / 4
     np.testing.assert_allclose(found["nats_per_token"], per_token.mean(), rtol=1e-5)
     error = per_token.std(ddof=1) / math.sqrt(len(chosen))
@@ -85,8 +84,8 @@ def test_random_orders_are_those_of_the_images():
     count = len(tokens_NLG)
     source = Tokens(tokens_NLG, np.zeros(count, np.int32))
     options = dict(count=50, order="random", draws=2)
-    found = evaluate.likelihood(generator(), None, source, batch=6, **options)
-    again = evaluate.likelihood(generator(), None, source, batch=count, **options)
+    found = heldout.likelihood(generator(), None, source, batch=6, **options)
+    again = heldout.likelihood(generator(), None, source, batch=count, **options)
     for name in ("nats_per_token", "nats_error", "nats_orders_error"):
         np.testing.assert_allclose(found[name], again[name], rtol=1e-4)
     assert found["orders"] == 2 and found["nats_orders_error"] > 0
@@ -116,8 +115,8 @@ def test_a_bound_is_the_mean_of_its_draws_with_both_errors():
     tokens_NLG = np.random.default_rng(0).integers(0, 9, (20, 3, 1)).astype(np.int32)
     label_N = np.arange(20, dtype=np.int32) % 2
     source = Tokens(tokens_NLG, label_N, Noisy.layout)
-    found = evaluate.likelihood(Noisy(), None, source, count=20, batch=6, draws=5, seed=3)
-    other = evaluate.likelihood(Noisy(), None, source, count=20, batch=11, draws=5, seed=3)
+    found = heldout.likelihood(Noisy(), None, source, count=20, batch=6, draws=5, seed=3)
+    other = heldout.likelihood(Noisy(), None, source, count=20, batch=11, draws=5, seed=3)
     np.testing.assert_allclose(found["nats_per_token"], other["nats_per_token"], rtol=1e-5)
     nats_NR = np.empty((20, 5))
     for index, draw in np.ndindex(20, 5):
@@ -132,7 +131,7 @@ def test_a_bound_is_the_mean_of_its_draws_with_both_errors():
     expected = np.sqrt((nats_NR.var(1, ddof=1) / 5).sum()) / 20
     np.testing.assert_allclose(found["nats_orders_error"], expected, rtol=1e-4)
     assert found["orders"] == 5
-    one = evaluate.likelihood(Noisy(), None, source, count=20, batch=6, draws=1, seed=3)
+    one = heldout.likelihood(Noisy(), None, source, count=20, batch=6, draws=1, seed=3)
     assert one["nats_orders_error"] == 0 and one["orders"] == 1
 
 
@@ -159,7 +158,7 @@ def test_the_condition_is_the_text_where_there_is_one(masked):
             return [a | b for a, b in zip(super().__getitems__(indices), more, strict=True)]
 
     source = Texts(np.zeros((11, 3, 1), np.int32), np.zeros(11, np.int32), Reader.layout)
-    found = evaluate.likelihood(Reader(), None, source, count=11, batch=4)
+    found = heldout.likelihood(Reader(), None, source, count=11, batch=4)
     valid_NT = mask_NT if masked else np.ones_like(mask_NT)
     expected = (text_NTE.astype(np.float64) * valid_NT[..., None]).sum((1, 2)).mean()
     np.testing.assert_allclose(found["nats_per_token"], expected, rtol=1e-4)
@@ -170,7 +169,7 @@ def test_what_a_model_pays_without_context_sums_its_symbols():
     train, held = (np.stack([draw.integers(0, 3, (40, 4)), draw.integers(0, 2, (40, 4))], -1)
                    for _ in range(2))  # fmt: skip
     zeros = np.zeros(40, np.int32)
-    found = evaluate.unigram(Tokens(train, zeros), Tokens(held, zeros), LAYOUT)
+    found = heldout.unigram(Tokens(train, zeros), Tokens(held, zeros), LAYOUT)
     expected = np.zeros(40)
     for symbol, size in enumerate(LAYOUT.vocab):
         count = np.bincount(train[..., symbol].ravel(), minlength=size) + 0.5
@@ -191,4 +190,4 @@ def test_orders_that_do_not_fit_are_said():
         (Pyramid(), "columns", "no order of"),
     ):
         with pytest.raises(interfaces.UserError, match=message):
-            evaluate._order(model, order)
+            heldout._order(model, order)

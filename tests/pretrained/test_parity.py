@@ -32,6 +32,9 @@ GENERATORS = {
     "test_var_generator.py": ("var", "var_shared_aln"),
 }
 
+# Held in files of their own, too: what measures images, and figures.
+MEASURES = {"test_inception.py": "inception_fid", "test_metrics.py": "metrics"}
+
 # What the descriptions of the fixtures call inputs: nothing else may pass for given.
 INPUTS = {
     *("image", "image0", "image1", "image_fake", "real", "fake", "text"),
@@ -425,7 +428,11 @@ def test_every_system_is_held_somewhere():
     generators = {name for name, found in known.items() if found.tokens is not None}
     assert generators == {name for names in GENERATORS.values() for name in names}
     # an encoder of titok_onestage_vae with a decoder of tatitok_vq: no fixture of its own
-    assert set(known) - generators - {"tatitok_vae"} == {*SHARED, *OWN.values()}
+    held = {*SHARED, *OWN.values(), *MEASURES.values()}
+    assert set(known) - generators - {"tatitok_vae"} == held
+    for file, name in MEASURES.items():
+        text = (pathlib.Path(__file__).parent / file).read_text()
+        assert f'"{name}"' in text, (file, name)
     for file, names in GENERATORS.items():
         text = (pathlib.Path(__file__).parent / file).read_text()
         for name in names:

@@ -19,8 +19,8 @@ import time
 import numpy as np
 from PIL import Image
 
-from tokgen import checkpoint, config, families, judge, launch, report, runs
-from tokgen.commands import evaluate, pretokenize, sample
+from tokgen import checkpoint, config, families, heldout, judge, launch, report, runs
+from tokgen.commands import pretokenize, sample
 from tokgen.data import shapes, tokens
 from tokgen.interfaces import UserError
 from tokgen.sampling import decode, presets
@@ -129,8 +129,8 @@ def measure(folder: pathlib.Path, examiner, number: int) -> tuple[dict, dict, di
     real = held_out.batch(range(1000))
     label_N = np.arange(1000) % len(shapes.CLASSES)
 
-    view = evaluate.view_of(settings)
-    figures, _ = evaluate.reconstruction(tokenizer.module, held_out, view, count=1000)
+    view = heldout.view_of(settings)
+    figures, _ = heldout.reconstruction(tokenizer.module, held_out, view, count=1000)
     coded, repainted = [], []
     for start in range(0, len(real), 100):
         part = np.asarray(pretokenize.encode(tokenizer.module, real[start : start + 100]))
@@ -140,8 +140,8 @@ def measure(folder: pathlib.Path, examiner, number: int) -> tuple[dict, dict, di
 
     held_tokens = tokens.Source(folder / "tokens", split="held_out")
     codec = tokenizer.module.quantizer
-    likelihood = evaluate.likelihood(loaded.module, codec, held_tokens, count=1000)
-    unigram = evaluate.unigram(tokens.Source(folder / "tokens"), held_tokens, loaded.layout)
+    likelihood = heldout.likelihood(loaded.module, codec, held_tokens, count=1000)
+    unigram = heldout.unigram(tokens.Source(folder / "tokens"), held_tokens, loaded.layout)
 
     chosen = presets.named(loaded.config.presets.to_dict(), "default")
     sampler = presets.sampler(chosen, decode.steps(loaded.module))

@@ -8,12 +8,11 @@ import math
 import jax
 import numpy as np
 
-from tokgen import checkpoint, launch, report, sharding
-from tokgen.commands import evaluate
+from tokgen import checkpoint, heldout, launch, report, sharding
 from tokgen.data import images, stream, tokens
 from tokgen.interfaces import UserError
 
-encode = evaluate.encode  # one program, also for those who encode while they train
+encode = heldout.encode  # one program, also for those who encode while they train
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
             "discrete quantizer (vq, fsq, lfq, bsq, multiscale)"
         )
     settings, mesh = loaded.config, sharding.make_mesh()
-    sources = {s: evaluate.image_source(settings, args.data, s) for s in tokens.SPLITS}
+    sources = {s: heldout.image_source(settings, args.data, s) for s in tokens.SPLITS}
     if not args.data and settings.data.name == "shapes":
         described = settings.data.to_dict()
     else:

@@ -6,8 +6,7 @@ import argparse
 import json
 import pathlib
 
-from tokgen import checkpoint, config, launch, report
-from tokgen.commands import evaluate
+from tokgen import checkpoint, config, heldout, launch, report
 from tokgen.data import captioned
 from tokgen.interfaces import UserError
 
@@ -50,10 +49,10 @@ def run(args: argparse.Namespace) -> None:
             f"this tokenizer's decoder reads text: --text must name a folder with all.npy, "
             f"features [images, {length}, {channels}] in the order of the images; found none"
         )
-    figures, (image, painted) = evaluate.reconstruction(
+    figures, (image, painted) = heldout.reconstruction(
         loaded.module,
         source,
-        evaluate.view_of(loaded.config),
+        heldout.view_of(loaded.config),
         count=args.number,
         what="reconstruct",
         batch=max(min(args.shown, len(source)), min(50, len(source))),

@@ -46,12 +46,14 @@ def draw(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens [N, L, G], uint8 images [N, H, W, 3]) of conditions, numbered from `first`.
 
+    `what` names the job on a progress bar; there is none without a name.
+
     `cond` is label_N, or a tree of arrays that lead with the images, such as a Text. Image i
     depends on (seed, i, its condition) only: not on the batch, nor on its neighbours.
     """
     N = len(jax.tree.leaves(cond)[0])
     tokens, images = [], []
-    with report.bar(N, unit="image", what=what) as bar:
+    with report.bar(N, unit="image", what=what, shown=bool(what)) as bar:
         for start in range(0, N, batch):
             # the last batch is filled up, so that one program serves all
             index_B = np.minimum(np.arange(start, start + batch), N - 1)
@@ -171,6 +173,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--number", type=int, default=8, help="images per class or text (default 8)"
     )
+    drawing(parser)
+    parser.add_argument("--tokenizer", default="", help="where the tokenizer lies now, if moved")
+    parser.add_argument("--no-png", action="store_true", help="only the grid and the .npz")
+
+
+def drawing(parser) -> None:
+    """How images are drawn: the options of every command that draws."""
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--preset", default="default", help="sampling settings of the checkpoint")
     parser.add_argument("--temperature", type=float, help="in the place of the preset's")
@@ -187,8 +196,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16"),
         help="of the networks; default: the preset's",
     )
-    parser.add_argument("--tokenizer", default="", help="where the tokenizer lies now, if moved")
-    parser.add_argument("--no-png", action="store_true", help="only the grid and the .npz")
 
 
 def prepared(args: argparse.Namespace, loaded) -> tuple:
@@ -215,8 +222,10 @@ def prepared(args: argparse.Namespace, loaded) -> tuple:
     return settings, generator, sampler
 
 
-def _precision(args: argparse.Namespace) -> str:
-    """What the preset says, read before the networks are loaded."""
+def precision_of(args: argparse.Namespace) -> str:
+    """What is asked for, or what the preset says; read before the networks are loaded."""
+    if args.precision:
+        return args.precision
     meta = checkpoint.read_meta(checkpoint.find(args.checkpoint))
     if meta["kind"] != "generator":  # said when it is loaded
         return presets.LOADING["precision"]
@@ -232,7 +241,7 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed must lie in [0, 2**32); found {args.seed}")
     launch.devices()
-    precision = args.precision or _precision(args)
+    precision = precision_of(args)
     loaded = checkpoint.load_generator(args.checkpoint, compute=precision)
     tokenizer = checkpoint.load_tokenizer_of(loaded, args.tokenizer)
     cond, kind_N, classes = conditions(args, loaded)

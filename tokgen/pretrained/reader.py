@@ -1,8 +1,9 @@
 """Weight files into numpy arrays, executing nothing.
 
 `.safetensors`; what `torch.save` writes (`.pth`, `.pt`, `.bin`, `.ckpt`): the zip form of PyTorch
-1.6 and later, and the older form of consecutive pickles; and the msgpack of `flax.serialization`.
-The form is told from the file's first bytes. PyTorch is not needed.
+1.6 and later, and the older form of consecutive pickles; the msgpack of `flax.serialization`; and
+the constants of a frozen TensorFlow graph (`.pb`). The form is told from the file's first bytes.
+Neither PyTorch nor TensorFlow is needed.
 
 What a file claims is never allocated before it is compared with the bytes that are there; the
 pickles within are inspected before they run (`pickles`).
@@ -21,7 +22,7 @@ import numpy as np
 import safetensors
 
 from tokgen import interfaces
-from tokgen.pretrained import msgpack, pickles
+from tokgen.pretrained import graphdef, msgpack, pickles
 
 DEEPEST = 64  # dicts within dicts
 MOST_ENTRIES = 10**6
@@ -121,11 +122,13 @@ def _form(start: bytes, path: str) -> str:
         return "legacy"
     if msgpack.looks_so(start):
         return "flax"
+    if start[:1] == b"\n" and path.endswith(".pb"):
+        return "graphdef"
     if start[8:9] == b"{" or path.endswith(".safetensors"):
         return "safetensors"
     raise interfaces.UserError(
-        "it is neither safetensors, nor written by torch.save or flax.serialization: it begins "
-        f"with {start[:9]!r}"
+        "it is neither safetensors, nor written by torch.save or flax.serialization, nor a "
+        f"TensorFlow graph (.pb): it begins with {start[:9]!r}"
     )
 
 
@@ -153,6 +156,11 @@ def _read_safetensors(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetc
 def _read_flax(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch | None]:
     del policy
     return msgpack.read(file.name), None
+
+
+def _read_graphdef(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch | None]:
+    del policy
+    return graphdef.read(file.name), None
 
 
 def _read_zip(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch | None]:
@@ -241,6 +249,7 @@ _FORMS = {
     "zip": _read_zip,
     "legacy": _read_legacy,
     "flax": _read_flax,
+    "graphdef": _read_graphdef,
 }
 
 # What a leaf of a tree may be.

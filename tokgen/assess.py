@@ -1,0 +1,319 @@
+"""`tokgen evaluate --protocol`: from a command line to supply, network, figures and a page."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from tokgen import (
+    checkpoint,
+    evaluation,
+    extractors,
+    heldout,
+    launch,
+    protocols,
+    references,
+    report,
+    runs,
+    samples,
+    scoring,
+    supplies,
+)
+from tokgen.commands import sample
+from tokgen.critics import perceptual
+from tokgen.interfaces import UserError
+from tokgen.pretrained import reader
+
+SAMPLES = 1000  # where neither the protocol nor --samples says
+
+
+def run(args: argparse.Namespace) -> None:
+    """Score what the command line names, and write everything that says how."""
+    check(args)
+    launch.devices()
+    protocol = protocols.named(args.protocol)
+    out = pathlib.Path(args.out)
+    with runs.lock(out):
+        reference = None
+        if args.reference:
+            reference = references.read(args.reference, args.assume)
+        supply, classes = supply_of(args, protocol, out)
+        count = count_of(args, protocol, supply)
+        extractor = extractor_of(args, protocol, reference)
+        if reference is not None:
+            references.check(reference, args.protocol, extractor, size=supply.size, count=count)
+            reference = with_features(reference, extractor)
+        line, found = scored(args, supply, extractor, reference, count, classes, out)
+        evaluation.append(out, line)
+        print(table(line))
+        drawn = isinstance(supply, supplies.Drawn)
+        where = evaluation.archive(supply, out, count) if drawn else None
+        report.say(
+            f"{out / evaluation.RESULTS}: the same as a line of JSON"
+            + (f"; {where}: the images" if where else "")
+        )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Errors of the command line, before anything is loaded."""
+    protocol = protocols.named(args.protocol)
+    if not args.out:
+        raise UserError(
+            "a score needs --out DIR: what was seen is kept there, to go on after a kill"
+        )
+    if pathlib.Path(args.out).is_file():
+        raise UserError(f"--out names the folder of a score; {args.out} is a file")
+    if args.samples < 0 or args.batch < 1 or not 0 <= args.seed < 2**32:
+        raise UserError(
+            "--samples must be at least 0, --batch at least 1, --seed in [0, 2**32); found "
+            f"{args.samples}, {args.batch}, {args.seed}"
+        )
+    if not args.reference and not (protocol.paired or args.reconstruction):
+        raise UserError(
+            f"--protocol {args.protocol} compares with a reference: --reference FILE.npz, which "
+            "tokgen reference DATA --out FILE.npz writes"
+        )
+    if not args.reference and protocol.extractor == "local":
+        raise UserError(
+            "the local network lies in a reference: --reference FILE.npz, which tokgen reference "
+            "DATA --out FILE.npz writes"
+        )
+
+
+def supply_of(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[object, int]:
+    """(the images to be scored, how many classes their labels have)."""
+    path = pathlib.Path(args.checkpoint)
+    kind = _kind(args.checkpoint)
+    if not kind:
+        if protocol.paired or args.reconstruction:
+            raise UserError(
+                f"--protocol {args.protocol} scores a tokenizer's reconstructions; {path} holds "
+                "samples: give the tokenizer's checkpoint"
+            )
+        given = samples.given(path)
+        return given, classes_of(given)
+    if kind == "tokenizer":
+        return repainted(args), 0
+    if protocol.paired or args.reconstruction:
+        raise UserError(f"reconstructions are a tokenizer's; {path} holds a {kind}")
+    return drawn(args, protocol, out)
+
+
+def _kind(path: str) -> str:
+    """ "tokenizer" or "generator" of a checkpoint; "" of samples."""
+    place = pathlib.Path(path)
+    if place.is_file() or (place.is_dir() and (place / "samples.npz").exists()):
+        return ""
+    try:
+        step = checkpoint.find(path)
+    except UserError:
+        if place.is_dir():
+            return ""
+        raise
+    return checkpoint.read_meta(step)["kind"]
+
+
+def classes_of(given) -> int:
+    """How many classes the labels of given samples may be of."""
+    if isinstance(given, samples.Archive):
+        return 0 if given.label_N is None else int(given.label_N.max()) + 1
+    return len(given.source.classes)
+
+
+def drawn(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[supplies.Drawn, int]:
+    """A generator's samples, as many of each class."""
+    loaded = checkpoint.load_generator(args.checkpoint, compute=sample.precision_of(args))
+    tokenizer = checkpoint.load_tokenizer_of(loaded, args.tokenizer)
+    settings, *prepared = sample.prepared(args, loaded)
+    count = args.samples or protocol.samples or SAMPLES
+    if getattr(loaded.module, "cond", "label") == "text":
+        if not args.text:
+            raise UserError("the generator reads text: --text FILE.npz, as tokgen sample takes it")
+        text = sample.captions(args.text)
+        rows_N = np.arange(count) % len(text.mask_BT)
+        cond = jax.tree.map(lambda leaf: leaf[rows_N], text)
+    else:
+        cond = supplies.balanced(count, len(loaded.classes), args.seed)
+    supply = supplies.Drawn(
+        loaded,
+        tokenizer,
+        tuple(prepared),
+        cond,
+        settings=settings,
+        preset=args.preset,
+        seed=args.seed,
+        batch=min(args.batch, evaluation.PART),
+        folder=out / "images",
+    )
+    return supply, len(loaded.classes)
+
+
+def repainted(args: argparse.Namespace) -> supplies.Repainted:
+    """A tokenizer's reconstructions of held-out images."""
+    loaded = checkpoint.load_tokenizer(args.checkpoint)
+    source = heldout.image_source(loaded.config, args.data, args.split)
+    protocol = protocols.named(args.protocol)
+    count = args.samples or protocol.samples or len(source)
+    distances = {}
+    if args.lpips:
+        weights = {}
+        for file in args.lpips:
+            weights |= reader.read(file)
+        network = perceptual.from_weights(weights)
+        distances[f"lpips_{trunk_of(network)}"] = network
+    return supplies.Repainted(loaded, source, count=count, distances=distances)
+
+
+def trunk_of(network) -> str:
+    """ "vgg" or "alex", by the trunk of an LPIPS."""
+    return "alex" if "alex" in type(network.trunk).__name__.lower() else "vgg"
+
+
+def count_of(args: argparse.Namespace, protocol, supply) -> int:
+    """How many images are scored: what --samples says, the protocol's number, or all."""
+    wanted = args.samples or protocol.samples or len(supply)
+    if wanted > len(supply):
+        raise UserError(
+            f"{args.protocol} scores {wanted} images; found {len(supply)}: give more, or score "
+            f"them under another protocol or with --samples {len(supply)}"
+        )
+    return wanted
+
+
+def extractor_of(args: argparse.Namespace, protocol, reference) -> extractors.Extractor:
+    """The protocol's feature network: of the file that --weights names, or of the reference."""
+    if protocol.extractor == "local":
+        if args.weights:
+            raise UserError(
+                "the local protocol's network lies in its reference; leave --weights out"
+            )
+        if not reference.network:
+            raise UserError(
+                f"{args.reference} holds no local network: it is of the protocol "
+                f"{reference.record['protocol']}, not {args.protocol}"
+            )
+        return extractors.from_arrays(reference.network, reference.record["extractor"])
+    found = extractors.from_file(protocol.extractor, args.weights)
+    report.say(extractors.described(found))
+    return found
+
+
+def with_features(reference, extractor) -> references.Reference:
+    """ADM's references hold images in the place of features: they are seen now."""
+    if reference.features or not reference.record.get("assumed"):
+        return reference
+    images = references.images_of(reference.path)
+    if images is None:
+        return reference
+    count = min(len(images), references.KEPT)
+    layers = tuple(name for name in extractor.layers if not name.startswith("logits"))
+    parts = []
+    with report.bar(count, unit="image", what="reference") as bar:
+        for start in range(0, count, evaluation.PART):
+            stop = min(start + evaluation.PART, count)
+            part = images.part(start, stop)["image"]
+            parts.append(extractors.features(extractor, part, layers))
+            bar.update(stop - start)
+    found = {name: np.concatenate([part[name] for part in parts]) for name in layers}
+    return references.replaced(reference, found)
+
+
+def scored(
+    args, supply, extractor, reference, count: int, classes: int, out: pathlib.Path
+) -> tuple[dict, evaluation.Found]:
+    """(the result as a line, what was seen)."""
+    protocol = protocols.named(args.protocol)
+    identity = {
+        "protocol": args.protocol,
+        "samples": count,
+        "supply": supply.identity,
+        "size": list(supply.size),
+        "extractor": extractor.record,
+        "reference": described(reference),
+        "seed": args.seed,
+    }
+    evaluation.claim(out, identity)
+    found = evaluation.collect(supply, extractor, out, count)
+    samples.check(samples.suspicious(found.digest_N, found.constant_N), count, args.accept)
+    known = extractor.record.get("classes", ())
+    names = getattr(supply, "classes", ()) or ()
+    agree = (
+        classes
+        and (not known or len(known) == classes)
+        and (not names or not known or tuple(known) == tuple(names))
+    )
+    compared = evaluation.compared(
+        found,
+        extractor,
+        protocol,
+        reference,
+        classes=classes if agree else 0,
+        accepted=args.accept,
+        seed=args.seed,
+    )
+    figures, absent = scoring.score(compared)
+    figures = evaluation.of_pairs(found, args.seed) | figures
+    return evaluation.record(identity, figures, absent, found), found
+
+
+def described(reference) -> dict:
+    """What a result says of its reference."""
+    if reference is None:
+        return {"dataset": "the originals themselves"}
+    kept = ("dataset", "split", "count", "size", "crop", "assumed", "digest")
+    record = {name: reference.record[name] for name in kept if name in reference.record}
+    return {"path": str(reference.path), **record}
+
+
+def table(line: Mapping) -> str:
+    """A result for the terminal: every figure with its interval and what it stands beside."""
+    reference = line["reference"]
+    rows = [
+        f"protocol {line['protocol']}, {line['samples']} images, {line['extractor']['name']} "
+        f"{line['extractor']['fingerprint'][:12]}, reference {reference['dataset']} "
+        f"{reference.get('split', '')} ({reference.get('count', line['samples'])})"
+    ]
+    for name, figure in line["figures"].items():
+        rows.append(f"{shown(name):<28} {row(name, figure)}")
+    for name, why in line["absent"].items():
+        rows.append(f"{shown(name):<28} none: {why}")
+    return "\n".join(rows)
+
+
+def shown(name: str) -> str:
+    """A figure's name as people read it."""
+    return scoring.METRICS[name].title if name in scoring.METRICS else name.replace("_", " ")
+
+
+def row(name: str, figure: Mapping) -> str:
+    """`12.34 (11.9 to 12.8); bias 1.2` of a figure."""
+    percent = name in scoring.METRICS and scoring.METRICS[name].percent
+    factor, unit = (100, " %") if percent else (1, "")
+
+    def number(value: float) -> str:
+        return f"{factor * value:.4g}"
+
+    text = number(figure["value"]) + unit
+    if "low" in figure:
+        text += f" ({number(figure['low'])} to {number(figure['high'])})"
+    elif "error" in figure:
+        text += f" ± {number(figure['error'])}"
+    beside = {
+        "bias": "of which the number of samples makes {}",
+        "std": "std {}",
+        "real": "real images {}",
+        "expected": "{} expected of equal sets",
+        "k": "k = {}",
+        "axes": "{} axes",
+        "divergence": "KL of the classes {}",
+    }
+    notes = [form.format(_plain(figure[key])) for key, form in beside.items() if key in figure]
+    return "; ".join([text, *notes])
+
+
+def _plain(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

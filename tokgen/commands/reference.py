@@ -1,0 +1,234 @@
+"""Reference statistics of a set of images, to be scored against under a protocol."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from tokgen import checkpoint, config, extractors, judge, launch, protocols, references, report
+from tokgen import samples as supplied
+from tokgen.data import images, stream
+from tokgen.interfaces import UserError
+from tokgen.metrics import moments
+
+PART = 256  # images at a time
+SIZE = 256  # pixels of the published protocols' images
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", help="image folder, an .npz of images, or tfds:NAME")
+    parser.add_argument("--out", required=True, help="the reference to write, an .npz")
+    parser.add_argument(
+        "--protocol", default="local", help=f"{', '.join(protocols.PROTOCOLS)} (default local)"
+    )
+    parser.add_argument("--weights", default="", help="weight file of a published network")
+    parser.add_argument(
+        "--network", default="", help="another reference whose local network is to be used"
+    )
+    parser.add_argument("--split", default="", help="train, held_out or all; default: the protocol")
+    parser.add_argument(
+        "--splits", default="train,test", help="a TFDS set's names of the first two"
+    )
+    parser.add_argument("--data-dir", default="", help="where TFDS keeps its sets")
+    parser.add_argument(
+        "--size", type=int, nargs="*", default=[], help="pixels, or rows and columns, of the images"
+    )
+    parser.add_argument("--images", type=int, default=0, help="at most so many; default: all")
+    parser.add_argument(
+        "--steps", type=int, default=judge.PHOTOGRAPHS.steps, help="to train the local network"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure the images and write what they are like."""
+    protocol = protocols.named(args.protocol)
+    out = pathlib.Path(args.out)
+    if out.suffix != ".npz":
+        raise UserError(f"--out names an .npz file; found {args.out}")
+    if args.images < 0 or args.steps < 1 or not 0 <= args.seed < 2**32:
+        raise UserError(
+            "--images and --seed must be at least 0 and --steps at least 1; found "
+            f"{args.images}, {args.seed}, {args.steps}"
+        )
+    launch.devices()
+    split = args.split or protocol.split or "train"
+    source = source_of(args, split)
+    size = size_of(source, args)
+    extractor = extractor_of(args, protocol, source, size)
+    count = min(len(source), args.images or len(source))
+    index_N = evenly(len(source), count)
+    found = measured(extractor, passing(source, size, index_N), count, args.seed)
+    layers, sums, features, order_n, label_n = found
+    kept = extractors.arrays(extractor) if extractor.name == "local" else {}
+    record = {
+        "protocol": args.protocol,
+        "dataset": args.data,
+        "fingerprint": source.fingerprint,
+        "split": split,
+        "count": count,
+        "size": list(size),
+        "crop": protocol.crop,
+        "resize": "halvings by box, then bicubic to the shorter side (ADM)",
+        "classes": list(source.classes),
+        "extractor": extractor.record,
+        "layers": layers,
+        "seed": args.seed,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": checkpoint.versions(),
+    }
+    references.save(out, record, sums, features, index_N[order_n], label_n, kept)
+    widths = ", ".join(f"{name} {width}" for name, width in layers.items())
+    report.say(
+        f"{out}: {count} images of {args.data} ({split}), {size[0]} x {size[1]}, seen by "
+        f"{extractor.name} ({widths}); compare with it: tokgen evaluate SAMPLES --protocol "
+        f"{args.protocol} --reference {out}"
+    )
+
+
+class Kept:
+    """An archive of images as a source, already cut to size."""
+
+    classes: tuple[str, ...] = ()
+
+    def __init__(self, path: str):
+        self.archive = supplied.Archive(path)
+        self.size, self.fingerprint = self.archive.size, _hash(path)
+        if self.archive.label_N is not None:
+            self.classes = tuple(map(str, range(int(self.archive.label_N.max()) + 1)))
+
+    def __len__(self) -> int:
+        return len(self.archive)
+
+    def __getitem__(self, index: int) -> dict:
+        part = self.archive.part(int(index), int(index) + 1)
+        return {"image": part["image"][0], "label": int(part.get("label", [0])[0])}
+
+    def __getitems__(self, indices) -> list[dict]:
+        """The records of many: read in one piece where they lie beside each other."""
+        first, last = int(min(indices)), int(max(indices)) + 1
+        if last - first > 4 * len(indices):
+            return [self[index] for index in indices]
+        part = self.archive.part(first, last)
+        labels = part.get("label", np.zeros(last - first, np.int32))
+        return [
+            {"image": part["image"][index - first], "label": int(labels[index - first])}
+            for index in indices
+        ]
+
+    def name(self, index: int) -> str:
+        """What an image is called in messages."""
+        return f"{self.archive.path}[{index}]"
+
+
+def source_of(args: argparse.Namespace, split: str):
+    """The images that DATA names."""
+    if args.data.startswith("tfds:"):
+        return config.build(
+            {
+                "name": "tfds",
+                "dataset": args.data.removeprefix("tfds:"),
+                "splits": tuple(args.splits.split(",")),
+                "data_dir": args.data_dir,
+            },
+            "data",
+            split=split,
+        )
+    if args.data.endswith(".npz") and pathlib.Path(args.data).is_file():
+        return Kept(args.data)
+    return config.build({"name": "folder", "path": args.data}, "data", split=split)
+
+
+def size_of(source, args: argparse.Namespace) -> tuple[int, int]:
+    """(rows, columns): what --size says, or 256; of the local protocol, the first image's."""
+    if args.size:
+        if len(args.size) > 2 or min(args.size) < 8:
+            raise UserError(f"--size is one number or two, at least 8; found {args.size}")
+        return (args.size * 2)[0], (args.size * 2)[1]
+    if isinstance(source, Kept):
+        return source.size
+    if protocols.named(args.protocol).extractor != "local":
+        return SIZE, SIZE
+    first = source[0]["image"]
+    first = images.decode(first, 3) if isinstance(first, bytes) else first
+    return tuple(first.shape[:2])
+
+
+def extractor_of(args, protocol, source, size) -> extractors.Extractor:
+    """The protocol's feature network: from a file, of another reference, or trained now."""
+    if protocol.extractor != "local":
+        found = extractors.from_file(protocol.extractor, args.weights)
+        report.say(extractors.described(found))
+        return found
+    if args.weights:
+        raise UserError("the local protocol trains its own network; leave --weights out")
+    if args.network:
+        other = references.read(args.network)
+        if not other.network:
+            raise UserError(f"{args.network} holds no local network: it is of another protocol")
+        return extractors.from_arrays(other.network, other.record["extractor"])
+    recipe = dataclasses.replace(judge.PHOTOGRAPHS, steps=args.steps)
+    taught = source
+    if hasattr(source, "split") and not isinstance(source, Kept):
+        taught = source_of(args, "train")
+    found = extractors.trained(taught, size, seed=args.seed + 1, recipe=recipe)
+    known = dict(zip(("images", "accuracy"), _accuracy(args, found, source, size), strict=True))
+    what = "classes" if source.classes else "which way is up"
+    report.say(
+        f"the local network tells {what} on {100 * known['accuracy']:.1f} % of {known['images']}"
+    )
+    return dataclasses.replace(found, record={**found.record, **known})
+
+
+def _accuracy(args, extractor, source, size) -> tuple[str, float]:
+    """(of which images, the network's accuracy on them): held-out ones where there are any."""
+    try:
+        held_out, which = source_of(args, "held_out"), "held-out images"
+    except UserError:
+        held_out, which = source, "its own images"
+    if isinstance(source, Kept):
+        which = "its own images"
+    return which, extractors.accuracy(extractor, held_out, size)
+
+
+def evenly(length: int, count: int) -> np.ndarray:
+    """`count` of so many indices, evenly over a set that may be sorted by class."""
+    return np.arange(count) * length // count
+
+
+def passing(source, size: tuple[int, int], index_N: np.ndarray) -> Iterator[dict]:
+    """The images in parts, by ADM's centre crop."""
+    view = images.fixed("center", size, 3)
+    return stream.once(source, view, batch_size=PART, indices=index_N)
+
+
+def measured(extractor, parts: Iterator[dict], count: int, seed: int) -> tuple:
+    """(widths of the layers, their moments, features of some images, which these are, labels)."""
+    kept_n = np.sort(np.random.default_rng(seed).permutation(count)[: references.KEPT])
+    names = [name for name in extractor.layers if not name.startswith("logits")]
+    sums = {name: moments.Accumulator() for name in names}
+    kept, labels, first = {name: [] for name in names}, [], 0
+    with report.bar(count, unit="image", what="reference") as bar:
+        for part in parts:
+            found = extractors.features(extractor, part["image"], tuple(names))
+            rows_n = kept_n[(kept_n >= first) & (kept_n < first + len(part["image"]))] - first
+            for name, feature_ND in found.items():
+                sums[name].add(feature_ND)
+                kept[name].append(feature_ND[rows_n])
+            labels.append(part["label"][rows_n])
+            first += len(part["image"])
+            bar.update(len(part["image"]))
+    order_n = np.random.default_rng(seed + 1).permutation(len(kept_n))
+    features = {name: np.concatenate(found)[order_n] for name, found in kept.items()}
+    widths = {name: features[name].shape[1] for name in names}
+    statistics = {name: found.moments() for name, found in sums.items()}
+    return widths, statistics, features, kept_n[order_n], np.concatenate(labels)[order_n]
+
+
+def _hash(path: str) -> str:
+    return extractors.sha256(path)

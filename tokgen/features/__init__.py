@@ -1,0 +1,1 @@
+"""Frozen networks that images are measured by."""

@@ -1,0 +1,299 @@
+"""Figures of held-out images: reconstruction by a tokenizer, likelihood under a generator."""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokgen import checkpoint, config, report, rng
+from tokgen.data import captioned, coded, images, stream, tokens
+from tokgen.generators import orders
+from tokgen.interfaces import PyTree, Text, TokenBatch, UserError
+from tokgen.metrics import codebook
+from tokgen.metrics import reconstruction as quality
+
+PIXEL_METRICS = ("psnr_db", "ssim", "codebook_usage", "codebook_perplexity")
+
+
+def spread(length: int, count: int) -> np.ndarray:
+    """At most `count` indices, evenly over a set that may be sorted by class, in a mixed order.
+
+    The first few are what a picture shows: they shouldn't be of one class.
+    """
+    count = min(count, length)
+    return np.random.default_rng(0).permutation(np.arange(count) * length // count)
+
+
+@jax.jit
+def _reconstruct(tokenizer, image_BHW3, text_BTE, distances):
+    latents_BPC = tokenizer.latents(image_BHW3)
+    if tokenizer.layout is None:  # continuous: the most likely latents in the place of codes
+        tokens_BLG, codes_BPC = None, tokenizer.quantizer.mode(latents_BPC)
+    else:
+        tokens_BLG = tokenizer.quantizer.encode(latents_BPC)
+        codes_BPC = tokenizer.quantizer.decode(tokens_BLG)
+    painted = tokenizer.decode_latents(codes_BPC, cond=text_BTE)
+    # through bytes: the figures are those of the files that a user would get
+    painted = quality.from_uint8(quality.to_uint8(painted))
+    measured = {"psnr_db": quality.psnr(image_BHW3, painted)}
+    if min(image_BHW3.shape[1:3]) >= quality.WINDOW:
+        measured["ssim"] = quality.ssim(image_BHW3, painted)
+    for name, distance in distances.items():
+        measured[name] = distance(2 * image_BHW3 - 1, 2 * painted - 1)
+    return tokens_BLG, quality.to_uint8(painted), measured
+
+
+def repaint(
+    tokenizer, part: dict, distances: Mapping = types.MappingProxyType({}), *, batch: int = 0
+) -> tuple[np.ndarray | None, np.ndarray, dict[str, np.ndarray]]:
+    """(tokens_BLG or None, uint8 reconstructions, {measure: its value for each image}).
+
+    `distances` are further measures of pairs of images in [-1, 1], such as LPIPS. A part shorter
+    than `batch` is filled up, so that one program serves all.
+    """
+    rows = len(part["image"])
+    image, text = (
+        None if a is None else np.concatenate([a, np.repeat(a[-1:], max(0, batch - rows), axis=0)])
+        for a in (part["image"], part.get("text"))
+    )
+    given = jax.device_put((quality.from_uint8(image), text))
+    found = jax.device_get(_reconstruct(tokenizer, *given, dict(distances)))
+    tokens_BLG, painted, values = jax.tree.map(lambda leaf: leaf[:rows], found)
+    return tokens_BLG, painted, values
+
+
+def watched(batches, total: int, what: str):
+    """The batches, with a progress bar where `what` names the job; none inside a training run."""
+    if not what:
+        yield from batches
+        return
+    with report.bar(total, unit="image", what=what) as bar:
+        for part in batches:
+            yield part
+            bar.update(len(part["label"]))
+
+
+def reconstruction(
+    tokenizer, source, view, *, count: int, batch: int = 50, what: str = ""
+) -> tuple[dict, tuple]:
+    """(figures, (originals, reconstructions) of the first batch, uint8) over `count` images."""
+    measured, counts, shown = {}, None, None
+    chosen = spread(len(source), count)
+    passing = stream.once(source, view, batch_size=batch, indices=chosen)
+    for part in watched(passing, len(chosen), what):
+        tokens_BLG, painted, values = repaint(tokenizer, part, batch=batch)
+        for name, value_B in values.items():
+            measured.setdefault(name, []).append(value_B)
+        if tokens_BLG is not None:
+            found = codebook.counts(tokens_BLG, tokenizer.layout)
+            counts = found if counts is None else tuple(map(np.add, counts, found))
+        if shown is None:
+            shown = part["image"], painted
+    figures = {}
+    for name, parts in measured.items():
+        value_B = np.concatenate(parts).astype(np.float64)
+        figures[name] = float(value_B.mean())
+        figures[f"{name}_error"] = standard_error(value_B)
+    if counts is not None:
+        figures["codebook_usage"] = float(np.mean([codebook.usage(c) for c in counts]))
+        figures["codebook_perplexity"] = float(np.mean([codebook.perplexity(c) for c in counts]))
+    figures["images"] = len(chosen)
+    return figures, shown
+
+
+def standard_error(value_B: np.ndarray) -> float:
+    """Of the mean."""
+    return float(np.std(value_B, ddof=1) / math.sqrt(len(value_B))) if len(value_B) > 1 else 0.0
+
+
+def condition(batch: dict) -> PyTree:
+    """What a generator is told of a batch of the stream: its text where it has one, or labels."""
+    if "text" not in batch:
+        return batch["label"]
+    mask_BT = batch.get("mask")
+    mask_BT = jnp.ones(batch["text"].shape[:2], bool) if mask_BT is None else mask_BT
+    return Text(batch["text"], mask_BT)
+
+
+@jax.jit
+def encode(tokenizer, image_BHW3):
+    """Tokens of uint8 images."""
+    return tokenizer.encode(quality.from_uint8(image_BHW3))
+
+
+@functools.partial(jax.jit, static_argnames="order")
+def _exact(generator, codec, batch, keys_B, order=None):
+    """[B] nats of the images, under the generator's own order or each under one of its key."""
+    order_BL = None
+    if order is not None:
+        order_BL = jax.vmap(lambda key: order(generator.layout, key))(keys_B)
+    batch = TokenBatch(batch["tokens"], condition(batch), order_BL)
+    return generator.nats(batch, codec).sum(-1)
+
+
+@jax.jit
+def _bound(generator, codec, batch, keys_B):
+    """[B] nats of the images, each by a draw of its own key: it depends on nothing beside it."""
+
+    def of(one, key):
+        one = jax.tree.map(lambda leaf: leaf[None], one)
+        return generator.nats(one, codec, key=key)[0].sum()
+
+    return jax.vmap(of)(TokenBatch(batch["tokens"], condition(batch)), keys_B)
+
+
+def likelihood(
+    generator,
+    codec,
+    source,
+    *,
+    count: int,
+    batch: int = 50,
+    what: str = "",
+    order: str = "",
+    draws: int = 8,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Held-out nats and bits per token, summed over the symbols of a token.
+
+    Images are the sample of which `nats_error` is the standard error. Exact, but for a generator
+    that says otherwise (`exact`): then the mean of an upper bound over `draws` random orders for
+    each image, and `nats_orders_error` is the share of the error that more draws would mend. An
+    `order` by name is for generators that go in any; under "random" each of the draws is exact.
+    """
+    exact, order_of = getattr(generator, "exact", True), None
+    if order:
+        order_of = _order(generator, order)
+    draws = draws if order == "random" or not exact else 1
+    program = functools.partial(_exact, order=order_of) if exact else _bound
+    total, chosen = [], spread(len(source), count)
+    for part in watched(stream.once(source, batch_size=batch, indices=chosen), len(chosen), what):
+        rows = len(part["label"])
+        # padded, so that one program serves all batches
+        padded = {
+            name: np.concatenate([a, np.repeat(a[-1:], batch - rows, axis=0)])
+            for name, a in part.items()
+        }
+        if "image" in padded:
+            padded["tokens"] = source.encode(padded.pop("image"))
+        first = sum(len(nats_BR) for nats_BR in total)
+        index_B = np.resize(chosen[first : first + rows], batch)
+        keys_B = rng.per_image(seed, "eval", jnp.asarray(index_B))
+        padded, nats_RB = jax.device_put(padded), []
+        for draw in range(draws):
+            own_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, draw)
+            nats_RB.append(jax.device_get(program(generator, codec, padded, own_B))[:rows])
+        total.append(np.stack(nats_RB, axis=1))
+    nats_NR = np.concatenate(total).astype(np.float64) / generator.layout.length
+    nats_N = nats_NR.mean(axis=1)
+    figures = {
+        "nats_per_token": float(nats_N.mean()),
+        "nats_error": standard_error(nats_N),
+        "bits_per_token": float(nats_N.mean() / math.log(2)),
+        "images": len(chosen),
+    }
+    if draws > 1 or not exact:
+        figures |= {"nats_orders_error": draw_error(nats_NR), "orders": draws}
+    return figures
+
+
+def draw_error(value_NR: np.ndarray) -> float:
+    """Standard error of the mean over R draws for each of N fixed images; 0 for one draw."""
+    images, draws = value_NR.shape
+    if draws < 2:
+        return 0.0
+    return float(np.sqrt((value_NR.var(axis=1, ddof=1) / draws).sum()) / images)
+
+
+def _order(generator, name: str):
+    """The order of that name, or the error of a generator that has none."""
+    try:
+        found = orders.named(name)
+        found(generator.layout, jax.random.key(0))
+    except ValueError as error:
+        raise UserError(
+            f"--order {name} is no order of {generator.layout.grids}: {error}"
+        ) from error
+    if not getattr(generator, "exact", True) or not hasattr(generator, "order"):
+        raise UserError(
+            f"--order needs a generator that goes through its tokens one by one; found one of "
+            f"{type(generator).__module__.rpartition('.')[2]}: leave it out"
+        )
+    return found
+
+
+def unigram(train, held_out, layout, *, count: int = 20_000) -> dict[str, float]:
+    """What a model pays that knows only how often each token occurs in training, in nats."""
+    seen = [np.full(size, 0.5) for size in layout.vocab]  # half a count: nothing is impossible
+    for part in stream.once(train, batch_size=1000, indices=spread(len(train), count)):
+        for total, found in zip(seen, codebook.counts(part["tokens"], layout), strict=True):
+            total += found
+    logs = [np.log(total / total.sum()) for total in seen]
+    costs = []
+    for part in stream.once(held_out, batch_size=1000):
+        token_BLG = part["tokens"]
+        costs.append(-sum(logs[g][token_BLG[..., g]] for g in range(len(logs))).mean(-1))
+    costs = np.concatenate(costs)
+    return {"unigram_nats": float(costs.mean()), "unigram_error": standard_error(costs)}
+
+
+def view_of(settings) -> images.View:
+    """The centre view of the pixels that a tokenizer's config names."""
+    return images.fixed("center", tuple(settings.view.size), settings.view.channels)
+
+
+def generator_source(data, split: str, tokenizer: checkpoint.Loaded | None = None):
+    """What a config's `data` gives to a generator: token shards, or images to encode; with text.
+
+    `tokenizer` is for images; it should compute in float32, as pretokenizing does.
+    """
+    text = data.get("text", "")
+    if data.get("tokens", ""):
+        shards = tokens.Source(data["tokens"], split=split)
+        return captioned.Tokens(shards, text) if text else shards
+    if tokenizer.layout is None:
+        raise UserError(
+            f"{tokenizer.step} holds a continuous tokenizer, which writes no tokens; need one with "
+            "a discrete quantizer (vq, fsq, lfq, bsq, multiscale)"
+        )
+    pictures = image_source(tokenizer.config, data.get("images", ""), split)
+    if isinstance(pictures, captioned.Source):  # what the tokenizer's decoder reads
+        pictures = pictures.images
+    return coded.Source(
+        captioned.Source(pictures, text, split=split) if text else pictures,
+        images.stored(data.get("views", "center,flip")),
+        size=tuple(tokenizer.config.view.size),
+        channels=tokenizer.config.view.channels,
+        layout=tokenizer.layout.to_json(),
+        tokenizer=tokenizer.fingerprint,
+        encode=functools.partial(encode, tokenizer.module),
+    )
+
+
+def check_text(generator, text: str, option: str) -> None:
+    """An error where a generator reads text and there is none, or the other way round."""
+    cond = getattr(generator, "cond", "label")
+    if (cond == "text") != bool(text):
+        raise UserError(
+            "a generator whose condition is text needs features, and no other one reads them: "
+            f"{option}={text!r}, and the generator's condition is a {cond}; it is the folder of "
+            "train.npy, train_mask.npy, held_out.npy and held_out_mask.npy"
+        )
+
+
+def image_source(settings, path: str, split: str):
+    """The images of a folder, or of the data set that the config names."""
+    if not path and "data" not in settings:
+        raise UserError(
+            "an imported tokenizer has no data set of its own; name a folder of images: --data DIR "
+            "in commands, --config.data.images=DIR in training"
+        )
+    if path:
+        return config.build({"name": "folder", "path": path}, "data", split=split)
+    return config.build(settings.data, "data", split=split)

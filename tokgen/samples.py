@@ -1,0 +1,222 @@
+"""Images to be scored, part by part: of an .npz archive or of a folder; what is wrong with them.
+
+A supply has a length, a `size` (rows, columns), an `identity` in plain JSON, and
+`part(start, stop)`, which gives {"image": uint8 [N, H, W, 3]} and, where they are known,
+{"label": int32 [N]}. A part is a function of its bounds: whoever is stopped may ask again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from tokgen.data import folder, images
+from tokgen.interfaces import UserError
+
+LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
+SHARE = 0.01  # of images that may be equal to another one, or of one colour, without a word
+_NAMED = 5
+
+
+class Archive:
+    """The images of an .npz: `arr_0` uint8 [N, H, W, 3], and `arr_1` labels [N] where it is there.
+
+    Read from the archive part by part: the published sets have ten gigabytes (ADM).
+    """
+
+    def __init__(self, path: str | pathlib.Path):
+        self.path = pathlib.Path(path)
+        self.label_N = None
+        with self._opened() as archive:
+            names = set(archive.namelist())
+            if "arr_0.npy" not in names:
+                raise UserError(_no_images(self.path, names))
+            shape, dtype = self._shape(archive)
+            if "arr_1.npy" in names:
+                with archive.open("arr_1.npy") as member:
+                    self.label_N = np.lib.format.read_array(member, allow_pickle=False)
+        check_pixels(shape, dtype, str(self.path))
+        if self.label_N is not None and (
+            self.label_N.shape != shape[:1] or self.label_N.dtype.kind not in "iu"
+        ):
+            raise UserError(
+                f"arr_1 of {self.path} must hold a whole number per image of arr_0, {shape[:1]}; "
+                f"found {self.label_N.dtype} {self.label_N.shape}"
+            )
+        self.shape, self.size = shape, tuple(shape[1:3])
+        status = self.path.stat()
+        self.identity = {
+            "samples": str(self.path.resolve()),
+            "bytes": status.st_size,
+            "changed": status.st_mtime_ns,
+        }
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def part(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Images and labels `start` to `stop`."""
+        step = int(np.prod(self.shape[1:]))
+        with self._opened() as archive, archive.open("arr_0.npy") as member:
+            self._header(member)
+            try:
+                member.seek(start * step, 1)
+                data = member.read((stop - start) * step)
+            except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                raise self._damaged(error) from error
+        if len(data) != (stop - start) * step:
+            raise self._damaged(f"it ends before image {stop}")
+        image_NHW3 = np.frombuffer(data, np.uint8).reshape(-1, *self.shape[1:])
+        if self.label_N is None:
+            return {"image": image_NHW3}
+        return {"image": image_NHW3, "label": self.label_N[start:stop].astype(np.int32)}
+
+    def _opened(self) -> zipfile.ZipFile:
+        try:
+            return zipfile.ZipFile(self.path)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(
+                f"cannot read {self.path} as .npz: {error}; need an archive as numpy.savez writes"
+            ) from error
+
+    def _shape(self, archive: zipfile.ZipFile) -> tuple[tuple[int, ...], np.dtype]:
+        with archive.open("arr_0.npy") as member:
+            return self._header(member)
+
+    def _header(self, member) -> tuple[tuple[int, ...], np.dtype]:
+        try:
+            version = np.lib.format.read_magic(member)
+            read = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            shape, fortran, dtype = read(member)
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise self._damaged(error) from error
+        if fortran and len(shape) > 1:
+            raise UserError(f"arr_0 of {self.path} is in column order; save it again in row order")
+        return shape, dtype
+
+    def _damaged(self, why) -> UserError:
+        return UserError(f"{self.path} is damaged: {why}; make it again or restore a copy")
+
+
+def _no_images(path: pathlib.Path, names: Iterable[str]) -> str:
+    there = sorted(name.removesuffix(".npy") for name in names)
+    if {"mu", "sigma"} <= set(there) or "record" in there:
+        return (
+            f"{path} holds reference statistics ({', '.join(there[:_NAMED])}), not samples: were "
+            "samples and --reference swapped?"
+        )
+    return f"{path} has no array arr_0 of images; found {', '.join(there[:_NAMED]) or 'nothing'}"
+
+
+def check_pixels(shape: Sequence[int], dtype, what: str) -> None:
+    """An error where an array cannot be bytes of images [N, H, W, 3]."""
+    if np.dtype(dtype) != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
+        raise UserError(
+            f"{what} must hold images uint8 [N, H, W, 3], 0 to 255; found {np.dtype(dtype)} "
+            f"{tuple(shape)}: save the bytes that a PNG would hold"
+        )
+
+
+class Pictures:
+    """The images of a folder, lossless and of one size; class folders are labels."""
+
+    def __init__(self, path: str | pathlib.Path):
+        self.source = folder.Source(path, split="all")
+        lossy = [
+            name
+            for name in map(self.source.name, range(len(self.source)))
+            if name.lower().endswith(LOSSY)
+        ]
+        if lossy:
+            raise UserError(
+                f"{path} holds {len(lossy)} images in a lossy form ({lossy[0]}, ...), which "
+                "changes every distance though no eye sees it; score the images as they were "
+                "drawn: PNG or .npz"
+            )
+        first = images.decode(self.source[0]["image"], 3)
+        self.size = tuple(first.shape[:2])
+        self.identity = {"samples": str(path), "fingerprint": self.source.fingerprint}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def part(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Images and labels `start` to `stop`, in the order of their paths."""
+        found, labels = [], []
+        for index in range(start, stop):
+            record, name = self.source[index], self.source.name(index)
+            try:
+                image_HW3 = images.decode(record["image"], 3)
+            except images.BrokenImage as error:
+                raise UserError(f"cannot read {name} of {self.source.path}: {error}") from error
+            if image_HW3.shape[:2] != self.size:
+                raise UserError(
+                    f"the images of {self.source.path} must be of one size: "
+                    f"{self.source.name(0)} is {_by(self.size)}, {name} is "
+                    f"{_by(image_HW3.shape[:2])}; resizing samples would change what is measured"
+                )
+            found.append(image_HW3)
+            labels.append(record["label"])
+        part = {"image": np.stack(found)}
+        return part | {"label": np.asarray(labels, np.int32)} if self.source.classes else part
+
+
+def _by(size: Sequence[int]) -> str:
+    return " x ".join(map(str, size))
+
+
+def given(path: str | pathlib.Path) -> Archive | Pictures:
+    """The supply of a path: an .npz, a folder with `samples.npz` inside, or one of images."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        inside = path / "samples.npz"
+        return Archive(inside) if inside.exists() else Pictures(path)
+    if not path.exists():
+        raise UserError(f"no samples at {path}: there is no such path")
+    if path.suffix != ".npz":
+        raise UserError(f"samples are an .npz or a folder of images; found {path}")
+    return Archive(path)
+
+
+def digests(image_NHW3: np.ndarray) -> np.ndarray:
+    """[N] a hash of each image's bytes, as 16 bytes."""
+    found = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in image_NHW3]
+    return np.array(found, "S16")
+
+
+def constants(image_NHW3: np.ndarray) -> np.ndarray:
+    """[N] whether an image is of one colour."""
+    first_N113 = image_NHW3[:, :1, :1]
+    return (image_NHW3 == first_N113).all(axis=(1, 2, 3))
+
+
+def suspicious(digest_N: np.ndarray, constant_N: np.ndarray) -> dict[str, int]:
+    """How many images are copies of another one, and how many of one colour."""
+    return {
+        "duplicates": int(len(digest_N) - len(np.unique(digest_N))),
+        "constant": int(np.sum(constant_N)),
+    }
+
+
+def check(found: dict[str, int], count: int, accepted: Sequence[str] = ()) -> None:
+    """An error where more than SHARE of the images are copies or of one colour."""
+    wrong = {
+        name: number
+        for name, number in found.items()
+        if number > SHARE * count and name not in accepted
+    }
+    if wrong:
+        listed = " and ".join(f"{number} {name}" for name, number in wrong.items())
+        options = " ".join(f"--accept {name}" for name in wrong)
+        raise UserError(
+            f"{listed} among {count} images: a score of them would be of a broken sampler; look "
+            f"at them, and say {options} if they are meant"
+        )

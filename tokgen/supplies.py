@@ -1,0 +1,160 @@
+"""Images to be scored that are made while they are scored: drawn by a generator, or reconstructed.
+
+Supplies, as those of samples.py. What was made is kept part by part, so that a run that is killed
+goes on to the very images that it would have made.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from tokgen import checkpoint, heldout
+from tokgen.commands import sample
+from tokgen.data import stream
+from tokgen.interfaces import PyTree, UserError
+from tokgen.metrics import codebook
+
+LABELS = 5  # a stream of numpy's, for the order of the classes
+
+
+def balanced(count: int, classes: int, seed: int) -> np.ndarray:
+    """[count] labels, every class as often as the others, in a mixed order."""
+    order = np.random.default_rng([seed, LABELS]).permutation(count)
+    return (np.arange(count) % max(classes, 1))[order].astype(np.int32)
+
+
+class Drawn:
+    """Images of a generator; number i depends on (seed, i, its condition) only.
+
+    `cond` leads with the images: labels [N], or a Text. Parts are kept in `folder`.
+    """
+
+    def __init__(
+        self,
+        loaded: checkpoint.Loaded,
+        tokenizer: checkpoint.Loaded,
+        prepared: tuple,
+        cond: PyTree,
+        *,
+        settings: Mapping,
+        preset: str,
+        seed: int,
+        batch: int,
+        folder: pathlib.Path,
+    ):
+        self.generator, self.sampler = prepared
+        self.tokenizer, self.cond = tokenizer.module, cond
+        self.seed, self.batch, self.folder = seed, batch, folder
+        self.size = tuple(tokenizer.config.view.size)
+        self.classes = loaded.classes
+        self.identity = {
+            "checkpoint": str(loaded.step),
+            "fingerprint": loaded.fingerprint,
+            "tokenizer": tokenizer.fingerprint,
+            "step": loaded.meta["step"],
+            "preset": preset,
+            "settings": dict(settings),
+            "precision": loaded.config.precision.compute,
+            "seed": seed,
+        }
+
+    def __len__(self) -> int:
+        return len(jax.tree.leaves(self.cond)[0])
+
+    def part(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Images and labels `start` to `stop`: drawn now, or as they were kept."""
+        file = self.folder / f"{start:07d}-{stop:07d}.npz"
+        if (kept := loaded_part(file)) is not None:
+            return kept
+        cond = jax.tree.map(lambda leaf: leaf[start:stop], self.cond)
+        _, image_NHWC = sample.draw(
+            *(self.generator, self.tokenizer, cond, self.sampler),
+            seed=self.seed,
+            batch=self.batch,
+            first=start,
+            what="",
+        )
+        part = {"image": coloured(image_NHWC)}
+        if isinstance(self.cond, np.ndarray) and self.classes:
+            part["label"] = self.cond[start:stop]
+        save_part(file, part)
+        return part
+
+
+class Repainted:
+    """Reconstructions of a source's images, beside the originals and what was measured of each."""
+
+    def __init__(self, loaded: checkpoint.Loaded, source, *, count: int, distances: Mapping):
+        self.tokenizer, self.source = loaded.module, source
+        self.view = heldout.view_of(loaded.config)
+        self.size, self.count = tuple(loaded.config.view.size), min(count, len(source))
+        self.index_N = heldout.spread(len(source), self.count)
+        self.distances = distances  # name -> LPIPS over images in [-1, 1]
+        self.layout = loaded.layout
+        self.identity = {
+            "checkpoint": str(loaded.step),
+            "fingerprint": loaded.fingerprint,
+            "step": loaded.meta["step"],
+            "images": source.fingerprint,
+            "distances": sorted(distances),
+        }
+
+    def __len__(self) -> int:
+        return self.count
+
+    def part(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Images, their originals, and a value per image of each measure."""
+        passing = stream.once(
+            self.source,
+            self.view,
+            batch_size=stop - start,
+            indices=self.index_N[start:stop],
+        )
+        given = next(iter(passing))
+        tokens_BLG, painted, values = heldout.repaint(self.tokenizer, given, self.distances)
+        part = {
+            "image": coloured(painted),
+            "original": coloured(given["image"]),
+            **{f"values/{name}": value_B for name, value_B in values.items()},
+        }
+        if self.source.classes:
+            part["label"] = given["label"]
+        if tokens_BLG is not None:
+            counts = codebook.counts(tokens_BLG, self.layout)
+            part |= {f"counts/{g}": count_V for g, count_V in enumerate(counts)}
+        return part
+
+
+def coloured(image_NHWC: np.ndarray) -> np.ndarray:
+    """[N, H, W, 3] of images with one channel or three."""
+    image_NHWC = np.asarray(image_NHWC)
+    return np.repeat(image_NHWC, 3, axis=3) if image_NHWC.shape[3] == 1 else image_NHWC
+
+
+def save_part(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays under a name that appears whole or not at all, also when the machine dies."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    with open(part, "wb") as out:
+        np.savez(out, **arrays)
+        out.flush()
+        os.fsync(out.fileno())
+    part.replace(file)
+
+
+def loaded_part(file: pathlib.Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a part; none where there is none. The archive's checksums are compared."""
+    if not file.exists():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{file} is damaged: {error}; remove it, and it is made again") from error
