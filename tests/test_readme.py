@@ -24,7 +24,7 @@ from tokgen.interfaces import TokenLayout
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOTEBOOK = json.loads((ROOT / "colab" / "quickstart.ipynb").read_text(encoding="utf-8"))
-TEXTS = ("architecture", "checkpoints", "data", "generators", "tokenizers")
+TEXTS = ("architecture", "checkpoints", "data", "evaluation", "generators", "tokenizers")
 DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in TEXTS), "benchmarks/RESULTS.md"]
 TOKENIZER, GENERATOR = "configs/tokenizer/shapes.py", "configs/generator/shapes.py"
 

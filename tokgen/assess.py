@@ -13,6 +13,7 @@ from tokgen import (
     checkpoint,
     evaluation,
     extractors,
+    gallery,
     heldout,
     launch,
     protocols,
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace) -> None:
             f"{out / evaluation.RESULTS}: the same as a line of JSON"
             + (f"; {where}: the images" if where else "")
         )
+        shown = gallery.write(out, line, found, supply, extractor, reference)
+        report.say(f"{shown}: a page to look at")
 
 
 def check(args: argparse.Namespace) -> None:

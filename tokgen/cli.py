@@ -25,6 +25,8 @@ COMMANDS = {
     "reconstruct": "put images through a tokenizer and show them beside the originals",
     "evaluate": "measure reconstructions or held-out likelihood; score samples under a protocol",
     "reference": "make the statistics that samples are scored against",
+    "compare": "put scored runs side by side: a table, plots, samples of the same seeds",
+    "sweep": "score guidance, temperature and steps on shared seeds; the best, with error bars",
     "import": "turn published weights into a checkpoint",
     "export": "write a checkpoint as safetensors, and in the form of its published system",
     "parity": "hold published weights and outputs against our model, array by array",

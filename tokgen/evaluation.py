@@ -134,7 +134,7 @@ def compared(
     logits = next((name for name in extractor.layers if name.startswith("logits")), "")
     if reference is None:
         real = {name: found.original[name] for name in layers}
-        kept = np.random.default_rng(seed).permutation(len(found.label_N or real[layers[0]]))
+        kept = np.random.default_rng(seed).permutation(len(real[layers[0]]))
         kept = kept[: references.KEPT]
         moments = {name: moments_.Moments.of(rows) for name, rows in real.items()}
         real = {name: rows[kept] for name, rows in real.items()}

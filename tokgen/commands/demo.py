@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
 import html
-import io
 import json
 import os
 import pathlib
@@ -20,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from tokgen import checkpoint, config, families, heldout, judge, launch, report, runs
+from tokgen import page as pages
 from tokgen.commands import pretokenize, sample
 from tokgen.data import shapes, tokens
 from tokgen.interfaces import UserError
@@ -227,7 +226,7 @@ def page(summary: dict, pictures: dict, told: dict) -> str:
     """The whole page, pictures inside: one file that can be sent to somebody."""
 
     def picture(name: str, text: str) -> str:
-        return f'<img src="{_data_uri(pictures[name])}" alt="{html.escape(text)}">'
+        return f'<img src="{pages.data_uri(pictures[name])}" alt="{html.escape(text)}">'
 
     percent = {k: f"{100 * summary[k]:.1f} %" for k in KEYS if "accuracy" in k or "judge" in k}
     rows = [
@@ -310,12 +309,6 @@ paints it; the lower half drawn anew by the generator.</p>
 {picture("generator_curves", "curves of the generator").replace("<img", '<img class="curve"')}
 </html>
 """
-
-
-def _data_uri(image_HW3: np.ndarray) -> str:
-    stream = io.BytesIO()
-    Image.fromarray(image_HW3).save(stream, format="PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def _parameters(meta: dict) -> str:
