@@ -265,3 +265,13 @@ def test_directions_of_figures():
     assert [page.better(n) for n in ("fid", "recall", "psnr_db", "lpips_vgg", "x")] == [
         *("lower", "higher", "higher", "lower", "")
     ]
+
+
+def test_names_of_a_network_of_other_classes_are_not_used():
+    line = result()
+    assert gallery.names_of(line, np.arange(3)) == ("cat", EVIL, "dog")
+    assert gallery.names_of(line, np.arange(4)) == ()
+    own = Supply(4)
+    own.classes = ("a", "b", "c", "d")
+    assert gallery.names_of(line, np.arange(4), own) == own.classes
+    assert gallery.class_name(3, ()) == "class 3" and gallery.class_name(0, ("a",)) == "a"

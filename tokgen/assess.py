@@ -97,10 +97,11 @@ def supply_of(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[ob
                 f"--protocol {args.protocol} scores a tokenizer's reconstructions; {path} holds "
                 "samples: give the tokenizer's checkpoint"
             )
-        given = samples.given(path)
+        given = samples.given(path, args.accept)
         return given, classes_of(given)
     if kind == "tokenizer":
-        return repainted(args), 0
+        supply = repainted(args)
+        return supply, len(supply.source.classes)
     if protocol.paired or args.reconstruction:
         raise UserError(f"reconstructions are a tokenizer's; {path} holds a {kind}")
     return drawn(args, protocol, out)
@@ -179,10 +180,15 @@ def trunk_of(network) -> str:
 def count_of(args: argparse.Namespace, protocol, supply) -> int:
     """How many images are scored: what --samples says, the protocol's number, or all."""
     wanted = args.samples or protocol.samples or len(supply)
+    if protocol.samples and wanted != protocol.samples:
+        raise UserError(
+            f"{args.protocol} is defined for {protocol.samples} samples; --samples asks for "
+            f"{wanted}: leave it out, or score under the protocol local or cmmd"
+        )
     if wanted > len(supply):
         raise UserError(
-            f"{args.protocol} scores {wanted} images; found {len(supply)}: give more, or score "
-            f"them under another protocol or with --samples {len(supply)}"
+            f"{args.protocol} needs {wanted} images; found {len(supply)}: give more"
+            + ("" if protocol.samples else f", or say --samples {len(supply)}")
         )
     return wanted
 

@@ -82,15 +82,18 @@ def class_name(label: int, names: Sequence[str]) -> str:
     return names[label] if label < len(names) else f"class {label}"
 
 
-def names_of(line: Mapping, supply=None) -> tuple[str, ...]:
-    """The names of the classes, where the supply or the network knows them."""
-    known = getattr(supply, "classes", None) or line["extractor"].get("classes") or ()
-    return tuple(map(str, known))
+def names_of(line: Mapping, label_N: np.ndarray, supply=None) -> tuple[str, ...]:
+    """The names of the classes: the supply's; or the network's, where it has as many."""
+    own = getattr(supply, "classes", ()) or getattr(getattr(supply, "source", None), "classes", ())
+    known = line["extractor"].get("classes") or ()
+    as_many = len(label_N) and len(known) == int(np.max(label_N)) + 1
+    return tuple(map(str, own or (known if as_many else ())))
 
 
 def _samples(line: Mapping, found: evaluation.Found, supply) -> str:
     """A sheet of each class."""
-    rows, names = rows_of(found.label_N, line["samples"]), names_of(line, supply)
+    rows = rows_of(found.label_N, line["samples"])
+    names = names_of(line, found.label_N, supply)
     shown = gathered(supply, np.concatenate(list(rows.values())), line["samples"])
     parts, start = [], 0
     for label, index_n in rows.items():

@@ -32,6 +32,8 @@ BESIDE = {
     "axes": "{} axes",
     "divergence": "KL of the classes {}",
 }
+# What a word means beside one figure only
+OWN = {"codebook_usage": {"expected": "{} expected of as many tokens at random"}}
 STYLE = """
 :root { color-scheme: light dark; --ink: #222; --ground: #fff; --faint: #666; --line: #ddd;
   --best: #dff3e0; --tie: #f0f6ea; --alarm: #fdecd8; }
@@ -48,7 +50,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .3rem 1rem .3rem .3rem;
   border-bottom: 1px solid var(--line); }
 .long td { overflow-wrap: anywhere; min-width: 11rem; font-size: .9rem; }
-.cells td { white-space: pre-line; }
+.notes td:last-child { min-width: 10rem; } .cells td { white-space: pre-line; }
 .best { background: var(--best); font-weight: 600; } .tie { background: var(--tie); }
 figure { margin: .6rem 0; } img { max-width: 100%; height: auto; display: block; }
 """
@@ -203,10 +205,10 @@ def better(name: str) -> str:
     return "higher" if name in HIGHER else "lower" if name.startswith("lpips") else ""
 
 
-def number(name: str, value: float) -> str:
-    """Four digits of a value, in percent where it is a share."""
+def number(name: str, value: float, digits: int = 4) -> str:
+    """Some digits of a value, in percent where it is a share."""
     percent = name in scoring.METRICS and scoring.METRICS[name].percent
-    return f"{100 * value:.4g}\u00a0%" if percent else f"{value:.4g}"
+    return f"{100 * value:.{digits}g}\u00a0%" if percent else f"{value:.{digits}g}"
 
 
 def cells(name: str, figure: Mapping) -> tuple[str, str, str]:
@@ -216,7 +218,8 @@ def cells(name: str, figure: Mapping) -> tuple[str, str, str]:
         interval = f"{number(name, figure['low'])} to {number(name, figure['high'])}"
     elif "error" in figure:
         interval = f"standard error {number(name, figure['error'])}"
-    notes = [form.format(plain(figure[key])) for key, form in BESIDE.items() if key in figure]
+    forms = BESIDE | OWN.get(name, {})
+    notes = [form.format(plain(figure[key])) for key, form in forms.items() if key in figure]
     return number(name, figure["value"]), interval, "; ".join(notes)
 
 
@@ -227,7 +230,7 @@ def figures(line: Mapping) -> str:
         value, interval, notes = cells(name, figure)
         rows.append((title_of(name), value, interval, better(name), notes))
     rows += [(title_of(name), "none", "", "", why) for name, why in line["absent"].items()]
-    return table(("figure", "value", "95 % interval", "better is", "read beside"), rows)
+    return table(("figure", "value", "95 % interval", "better is", "read beside"), rows, "notes")
 
 
 def plain(value) -> str:

@@ -87,17 +87,18 @@ def read(path: str | pathlib.Path, assume: str = "") -> Reference:
     try:
         with np.load(path, allow_pickle=False) as archive:
             names = set(archive.files)
-            if "record" in names:
-                arrays = {name: archive[name] for name in names}
-            elif not {"mu", "sigma"} <= names:
-                raise UserError(_not_statistics(path, names))
-            else:
-                arrays = {name: archive[name] for name in names - {"arr_0", "arr_1"}}
+            # images of ADM's references are read when they are needed
+            skipped = set() if "record" in names else {"arr_0", "arr_1"}
+            arrays = {name: archive[name] for name in names - skipped}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
             f"the reference {path} is damaged or no .npz: {error}; make it again or restore a copy"
         ) from error
-    return _plain(path, arrays, assume) if "record" not in arrays else _ours(path, arrays, assume)
+    if "record" in arrays:
+        return _ours(path, arrays, assume)
+    if not {"mu", "sigma"} <= names:
+        raise UserError(_not_statistics(path, names))
+    return _plain(path, arrays, assume)
 
 
 def _not_statistics(path: pathlib.Path, names: set[str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,11 @@ from tokgen.interfaces import UserError
 
 LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
 SHARE = 0.01  # of images that may be equal to another one, or of one colour, without a word
+# What zipfile, zlib and numpy raise on damaged archives
+DAMAGE = (
+    *(OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, MemoryError, OverflowError),
+    *(struct.error, zipfile.BadZipFile, zlib.error),
+)
 _NAMED = 5
 
 
@@ -31,22 +37,25 @@ class Archive:
 
     def __init__(self, path: str | pathlib.Path):
         self.path = pathlib.Path(path)
-        self.label_N = None
+        self.label_N, self._member, self._next = None, None, 0
         with self._opened() as archive:
             names = set(archive.namelist())
             if "arr_0.npy" not in names:
                 raise UserError(_no_images(self.path, names))
-            shape, dtype = self._shape(archive)
+            with self._named(archive, "arr_0.npy") as member:
+                shape, dtype = self._header(member)
             if "arr_1.npy" in names:
-                with archive.open("arr_1.npy") as member:
-                    self.label_N = np.lib.format.read_array(member, allow_pickle=False)
+                self.label_N = self._labels(archive)
         check_pixels(shape, dtype, str(self.path))
         if self.label_N is not None and (
-            self.label_N.shape != shape[:1] or self.label_N.dtype.kind not in "iu"
+            self.label_N.shape != shape[:1]
+            or self.label_N.dtype.kind not in "iu"
+            or self.label_N.min() < 0
         ):
             raise UserError(
-                f"arr_1 of {self.path} must hold a whole number per image of arr_0, {shape[:1]}; "
-                f"found {self.label_N.dtype} {self.label_N.shape}"
+                f"arr_1 of {self.path} must hold a class, 0 or above, for each image of arr_0, "
+                f"{shape[:1]}; found {self.label_N.dtype} {self.label_N.shape}"
+                + (f", least {self.label_N.min()}" if self.label_N.dtype.kind in "iuf" else "")
             )
         self.shape, self.size = shape, tuple(shape[1:3])
         status = self.path.stat()
@@ -62,13 +71,12 @@ class Archive:
     def part(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Images and labels `start` to `stop`."""
         step = int(np.prod(self.shape[1:]))
-        with self._opened() as archive, archive.open("arr_0.npy") as member:
-            self._header(member)
-            try:
-                member.seek(start * step, 1)
-                data = member.read((stop - start) * step)
-            except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-                raise self._damaged(error) from error
+        try:
+            data = self._at(start, step).read((stop - start) * step)
+        except DAMAGE as error:
+            self._member = None
+            raise self._damaged(error) from error
+        self._next = stop
         if len(data) != (stop - start) * step:
             raise self._damaged(f"it ends before image {stop}")
         image_NHW3 = np.frombuffer(data, np.uint8).reshape(-1, *self.shape[1:])
@@ -76,17 +84,42 @@ class Archive:
             return {"image": image_NHW3}
         return {"image": image_NHW3, "label": self.label_N[start:stop].astype(np.int32)}
 
+    def _at(self, start: int, step: int):
+        """The bytes from image `start` on: where the last part ended, or found anew.
+
+        To go anywhere in a member of an archive, all before it is read: for every part of a long
+        one that would be most of it. Read to its end in one go, its checksum is compared as well.
+        """
+        if self._member is None or start != self._next:
+            if self._member is not None:
+                self._member.close()
+            self._member = self._named(self._opened(), "arr_0.npy")
+            self._header(self._member)
+            self._member.seek(start * step, 1)
+        return self._member
+
     def _opened(self) -> zipfile.ZipFile:
         try:
             return zipfile.ZipFile(self.path)
-        except (OSError, zipfile.BadZipFile) as error:
+        except DAMAGE as error:
             raise UserError(
                 f"cannot read {self.path} as .npz: {error}; need an archive as numpy.savez writes"
             ) from error
 
-    def _shape(self, archive: zipfile.ZipFile) -> tuple[tuple[int, ...], np.dtype]:
-        with archive.open("arr_0.npy") as member:
-            return self._header(member)
+    def _named(self, archive: zipfile.ZipFile, name: str):
+        try:
+            return archive.open(name)
+        except DAMAGE as error:
+            raise self._damaged(error) from error
+
+    def _labels(self, archive: zipfile.ZipFile) -> np.ndarray:
+        with self._named(archive, "arr_1.npy") as member:
+            try:
+                return np.lib.format.read_array(member, allow_pickle=False)
+            except DAMAGE as error:
+                raise UserError(
+                    f"cannot read arr_1, the labels, of {self.path}: {error}"
+                ) from error
 
     def _header(self, member) -> tuple[tuple[int, ...], np.dtype]:
         try:
@@ -96,7 +129,7 @@ class Archive:
                 (2, 0): np.lib.format.read_array_header_2_0,
             }[version]
             shape, fortran, dtype = read(member)
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except DAMAGE as error:
             raise self._damaged(error) from error
         if fortran and len(shape) > 1:
             raise UserError(f"arr_0 of {self.path} is in column order; save it again in row order")
@@ -128,22 +161,30 @@ def check_pixels(shape: Sequence[int], dtype, what: str) -> None:
 class Pictures:
     """The images of a folder, lossless and of one size; class folders are labels."""
 
-    def __init__(self, path: str | pathlib.Path):
+    def __init__(self, path: str | pathlib.Path, accepted: Sequence[str] = ()):
         self.source = folder.Source(path, split="all")
         lossy = [
             name
             for name in map(self.source.name, range(len(self.source)))
             if name.lower().endswith(LOSSY)
         ]
-        if lossy:
+        if lossy and "lossy" not in accepted:
             raise UserError(
                 f"{path} holds {len(lossy)} images in a lossy form ({lossy[0]}, ...), which "
-                "changes every distance though no eye sees it; score the images as they were "
-                "drawn: PNG or .npz"
+                "changes every distance though no eye sees it; score samples as they were drawn, "
+                "PNG or .npz; --accept lossy is for photographs that never were anything else"
             )
-        first = images.decode(self.source[0]["image"], 3)
-        self.size = tuple(first.shape[:2])
-        self.identity = {"samples": str(path), "fingerprint": self.source.fingerprint}
+        self.classes = self.source.classes
+        self.size = self._seen(0)[0].shape[:2]
+        place = pathlib.Path(path).resolve()
+        names = map(self.source.name, range(len(self.source)))
+        # other bytes under the same names, and as many of them, are other samples
+        changed = max((place / name).stat().st_mtime_ns for name in names)
+        self.identity = {
+            "samples": str(place),
+            "fingerprint": self.source.fingerprint,
+            "changed": changed,
+        }
 
     def __len__(self) -> int:
         return len(self.source)
@@ -152,11 +193,7 @@ class Pictures:
         """Images and labels `start` to `stop`, in the order of their paths."""
         found, labels = [], []
         for index in range(start, stop):
-            record, name = self.source[index], self.source.name(index)
-            try:
-                image_HW3 = images.decode(record["image"], 3)
-            except images.BrokenImage as error:
-                raise UserError(f"cannot read {name} of {self.source.path}: {error}") from error
+            name, image_HW3, label = self.source.name(index), *self._seen(index)
             if image_HW3.shape[:2] != self.size:
                 raise UserError(
                     f"the images of {self.source.path} must be of one size: "
@@ -164,21 +201,30 @@ class Pictures:
                     f"{_by(image_HW3.shape[:2])}; resizing samples would change what is measured"
                 )
             found.append(image_HW3)
-            labels.append(record["label"])
+            labels.append(label)
         part = {"image": np.stack(found)}
-        return part | {"label": np.asarray(labels, np.int32)} if self.source.classes else part
+        return part | {"label": np.asarray(labels, np.int32)} if self.classes else part
+
+    def _seen(self, index: int) -> tuple[np.ndarray, int]:
+        """Pixels and label of one image."""
+        try:
+            record = self.source[index]
+            return images.decode(record["image"], 3), record["label"]
+        except (OSError, images.BrokenImage) as error:
+            name = self.source.name(index)
+            raise UserError(f"cannot read {name} of {self.source.path}: {error}") from error
 
 
 def _by(size: Sequence[int]) -> str:
     return " x ".join(map(str, size))
 
 
-def given(path: str | pathlib.Path) -> Archive | Pictures:
+def given(path: str | pathlib.Path, accepted: Sequence[str] = ()) -> Archive | Pictures:
     """The supply of a path: an .npz, a folder with `samples.npz` inside, or one of images."""
     path = pathlib.Path(path)
     if path.is_dir():
         inside = path / "samples.npz"
-        return Archive(inside) if inside.exists() else Pictures(path)
+        return Archive(inside) if inside.exists() else Pictures(path, accepted)
     if not path.exists():
         raise UserError(f"no samples at {path}: there is no such path")
     if path.suffix != ".npz":

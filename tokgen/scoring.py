@@ -209,7 +209,8 @@ def is_(compared: Compared) -> dict:
     order_N = np.random.default_rng(compared.seed if seed is None else seed).permutation(count)
     parts = [order_N[rows] for rows in inception_score.consecutive(count, size or count)]
     found = inception_score.score(logits_NK, parts)
-    return {"value": found.mean, "std": found.std, "parts": len(parts), "part": size or count}
+    spread = {"std": found.std} if len(parts) > 1 else {}
+    return {"value": found.mean, **spread, "parts": len(parts), "part": size or count}
 
 
 def is_infinity(compared: Compared) -> dict:

@@ -275,7 +275,7 @@ def sheets(lines: Mapping[str, Mapping], folders: Mapping[str, pathlib.Path]) ->
         )
         for name, index_n in ((n, np.concatenate(list(r.values()))) for n, r in rows.items())
     }
-    names = gallery.names_of(next(iter(lines.values())))
+    names = gallery.names_of(next(iter(lines.values())), first)
     parts = [page.text(told, "faint")]
     for label in rows[next(iter(opened))]:
         made = []

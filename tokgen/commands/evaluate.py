@@ -52,8 +52,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--accept",
         action="append",
         default=[],
-        choices=("duplicates", "constant", "few"),
-        help="score although there are copies, images of one colour, or few samples",
+        choices=("duplicates", "constant", "few", "lossy"),
+        help="score although there are copies, images of one colour, few samples, or JPEGs",
     )
     sample.drawing(score)
 

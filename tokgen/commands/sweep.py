@@ -230,7 +230,7 @@ def marks(summary: Mapping) -> dict[str, str]:
 
 def cell(metric: str, figure: Mapping) -> str:
     """`12.3 ± 0.4` of a figure over seeds."""
-    spread = f" ± {page.number(metric, figure['std'])}" if "std" in figure else ""
+    spread = f" ± {page.number(metric, figure['std'], digits=2)}" if "std" in figure else ""
     return page.number(metric, figure["mean"]) + spread
 
 
@@ -246,24 +246,22 @@ def listed(summary: Mapping) -> str:
 
 def shown(summary: Mapping, lines: Mapping[str, Sequence[Mapping]]) -> str:
     """The page of a sweep."""
-    names, marked = list(summary["settings"]), marks(summary)
-    figures = dict.fromkeys(m for row in summary["settings"].values() for m in row["figures"])
+    by, marked = summary["by"], marks(summary)
+    figures = [by]
+    for row in summary["settings"].values():
+        figures += [metric for metric in row["figures"] if metric not in figures]
     rows = []
-    for metric in figures:
-        cells = []
-        for name in names:
-            found = summary["settings"][name]["figures"].get(metric)
-            mark = marked.get(name, "") if metric == summary["by"] else ""
-            words = cell(metric, found) if found else "none"
-            cells.append((f"{words} {mark}".rstrip(), mark))
-        rows.append((page.title_of(metric), *cells))
+    for name, row in summary["settings"].items():
+        cells = [cell(m, row["figures"][m]) if m in row["figures"] else "none" for m in figures]
+        mark = marked.get(name, "")
+        rows.append((name or "preset", (f"{cells[0]} {mark}".rstrip(), mark), *cells[1:]))
     told = (
         f"Mean ± standard deviation over the seeds {page.plain(summary['seeds'])}, the same for "
-        f"every setting. Best is the best mean of {page.title_of(summary['by'])}; a tie differs "
+        f"every setting. Best is the best mean of {page.title_of(by)}; a tie differs "
         "from it by no more than the seeds explain (95 %, differences taken seed by seed)."
     )
     first = next(iter(lines.values()))[0]
-    head = ("figure", *(name or "preset" for name in names))
+    head = ("setting", *map(page.title_of, figures))
     parts = [
         page.text(RULE, "alarm"),
         page.section("Figures", page.text(told, "faint"), page.table(head, rows)),
@@ -289,7 +287,11 @@ def plots(summary: Mapping) -> list[str]:
                 series.setdefault(", ".join(rest) or page.title_of(by), []).append(point)
         if any(len(points) > 1 for points in series.values()):
             address = page.lines(series, axis, page.title_of(by))
-            found.append(page.picture(address, f"{page.title_of(by)} against {axis}"))
+            found.append(
+                page.picture(
+                    address, f"{page.title_of(by)} against {axis}; bars: a standard deviation"
+                )
+            )
     if all({"precision", "recall"} <= set(row["figures"]) for row in rows.values()):
         pairs = {}
         for name, row in rows.items():
