@@ -6,12 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 from PIL import Image
 
-from tokgen import judge
+from tokgen import judge, sharding
 from tokgen.data import folder, images, shapes
 
 WAYS = ((0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1))
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """A mesh of one device compiles fastest."""
+    device = np.asarray(jax.devices()[:1]).reshape(1, 1, 1)
+    mesh = Mesh(device, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    monkeypatch.setattr(sharding, "make_mesh", lambda: mesh)
 
 
 @pytest.fixture
