@@ -41,7 +41,7 @@ from jax.sharding import Mesh
 
 # Tracing makes many objects and little garbage: python's searches for it are 5 % of a run.
 gc.freeze()
-gc.set_threshold(50_000, 20, 20)
+gc.set_threshold(20_000, 10, 10)
 
 jax.config.update("jax_num_cpu_devices", DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
