@@ -4,6 +4,7 @@ The settings stand above the first use of jax, which reads them once. Those that
 `jax.config` stay in this process: a program that a test starts sees one device, as a user's does.
 """
 
+import gc
 import os
 import pathlib
 import sys
@@ -24,6 +25,11 @@ if sys.prefix != sys.base_prefix:
 # Tests compile far longer than they compute: without optimizations in half the time. Programs that
 # tests start inherit it; `optimized` turns it back on.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# XLA's older emitters compile a small program in half the time, a large one in nine tenths (jax
+# 0.10.2). What must be compiled as for users asks for the newer ones in `compiler_options`.
+EMITTERS = "xla_cpu_use_fusion_emitters"
+if EMITTERS not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{EMITTERS}=false".strip()
 # Tests compile many small programs, each below the default of one second. Not 0: with every program
 # kept, a worker of 3,233 tests ended in a segmentation fault once (jax 0.10.2), at no great gain.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
@@ -32,6 +38,10 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+
+# Tracing makes many objects and little garbage: python's searches for it are 5 % of a run.
+gc.freeze()
+gc.set_threshold(20_000, 10, 10)
 
 jax.config.update("jax_num_cpu_devices", DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")

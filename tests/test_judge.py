@@ -6,12 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 from PIL import Image
 
-from tokgen import judge
+from tokgen import judge, sharding
 from tokgen.data import folder, images, shapes
 
 WAYS = ((0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1))
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """A mesh of one device compiles fastest."""
+    device = np.asarray(jax.devices()[:1]).reshape(1, 1, 1)
+    mesh = Mesh(device, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    monkeypatch.setattr(sharding, "make_mesh", lambda: mesh)
 
 
 @pytest.fixture
@@ -81,7 +90,8 @@ def test_photograph_is_judged_by_ten_views():
     wider = np.pad(image_NHW3, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
     moved = [wider[:, 1 + y : 17 + y, 1 + x : 17 + x] for y, x in WAYS]
     views = np.concatenate([*moved, *(view[:, :, ::-1] for view in moved)]).astype(np.float32)
-    logits_NV = np.asarray(network(jnp.asarray(views / 255)), np.float64).reshape(10, 40, 10)
+    logits_NV = jax.jit(lambda network, views: network(views))(network, views / 255)
+    logits_NV = np.asarray(logits_NV, np.float64).reshape(10, 40, 10)
     ranked_NV = np.sort(logits_NV.sum(0), axis=-1)
     clear_N = ranked_NV[:, -1] - ranked_NV[:, -2] > 1e-4
     wanted_N = logits_NV.sum(0).argmax(-1)
@@ -99,22 +109,22 @@ def test_a_shift_of_colour_changes_nothing():
 
 
 def test_turns_are_the_eight_symmetries_of_the_square():
-    image_BHW3 = jax.random.uniform(jax.random.key(0), (1, 8, 8, 3))
+    image_BHW3 = np.random.default_rng(0).random((1, 8, 8, 3), np.float32)
     ways = [
         np.rot90(flipped, k, (1, 2))
         for flipped in (image_BHW3, image_BHW3[:, :, ::-1])
         for k in range(4)
     ]
-    seen = set()
+    seen, turn = set(), jax.jit(judge._turned)
     for seed in range(60):
-        turned = np.asarray(judge._turned(image_BHW3, jax.random.key(seed)))
+        turned = np.asarray(turn(image_BHW3, jax.random.key(seed)))
         (match,) = [i for i, way in enumerate(ways) if np.array_equal(way, turned)]
         seen.add(match)
     assert seen == set(range(8))
 
 
 def test_photographs_are_mirrored_one_by_one_and_moved_together():
-    image_BHW3 = np.asarray(jax.random.uniform(jax.random.key(0), (3, 8, 8, 3)))
+    image_BHW3 = np.random.default_rng(0).random((3, 8, 8, 3), np.float32)
     sides = ((0, 0), (judge.SHIFT,) * 2, (judge.SHIFT,) * 2, (0, 0))
     places = range(2 * judge.SHIFT + 1)
     ways = {}

@@ -322,7 +322,7 @@ def test_a_file_trains_two_steps(reference, tmp_path):
     teacher = None
     if "teacher" in settings:
         small = shrunk("maskgit_vqgan")
-        teacher = configs.tokenizer(small, rngs=nnx.Rngs(1))
+        teacher = jax.jit(lambda: configs.tokenizer(small, rngs=nnx.Rngs(1)))()
     played = []
     for stage, playing, before, after, scalars in steps_of(settings, tmp_path, teacher):
         assert all(np.isfinite(value).all() for value in scalars.values()), scalars

@@ -76,10 +76,10 @@ def trained(params, graph, batch, codec):
     return nnx.merge(graph, params).loss(batch, codec, step=0, key=jax.random.key(1))
 
 
-def sampled(generator, codec, label_B, guided, observe=None):
+def sampled(generator, codec, label_B, guided):
     sampler = filters.Sampler(guidance=(2.0,) * decode.steps(generator) if guided else ())
     keys_B = jax.random.split(jax.random.key(2), B)
-    state = decode.generate(generator, codec, label_B, sampler, keys_B=keys_B, observe=observe)
+    state = decode.generate(generator, codec, label_B, sampler, keys_B=keys_B)
     return state.tokens_BLG, state.invalid_B
 
 
@@ -99,10 +99,10 @@ def test_a_pair_has_a_gradient_and_samples_of_its_shape(kind, tokens):
 def test_a_pair_trains_and_samples(kind, tokens, classes):
     generator, codec, batch = made(kind, tokens, classes)
     graph, params = nnx.split(generator)
-    loss, scalars = trained(params, graph, batch, codec)
+    loss, scalars = jax.jit(trained)(params, graph, batch, codec)
     assert np.isfinite(loss) and np.isfinite(scalars["nats_per_token"])
-    # uncompiled: quicker for a single tiny decode
-    drawn, invalid = sampled(generator, codec, batch.cond, classes > 0, lambda state, index: None)
+    draw = jax.jit(functools.partial(sampled, guided=classes > 0))
+    drawn, invalid = draw(generator, codec, batch.cond)
     assert drawn.shape == batch.tokens_BLG.shape and not np.asarray(invalid).any()
     assert np.min(drawn) >= 0 and (np.asarray(drawn) < np.asarray(codec.layout.vocab)).all()
 

@@ -80,11 +80,12 @@ def encodes_as_published(tokenizer, fixture):
         image_BHW3 = convolutional.nhwc(image_BHW3)
     low, high = tokenizer.pixels
     if fixture.name.startswith("titok"):  # published on [0, 1], with the networks' range inside
-        latents_BPC = tokenizer.latents(image_BHW3)
+        latents_of = tokenizer.latents
     else:
         assert low <= image_BHW3.min() and image_BHW3.max() <= high
-        latents_BPC = tokenizer.encoder(image_BHW3)
-    tokens = np.asarray(tokenizer.quantizer.encode(latents_BPC))
+        latents_of = tokenizer.encoder
+    encode = jax.jit(lambda image_BHW3: tokenizer.quantizer.encode(latents_of(image_BHW3)))
+    tokens = np.asarray(encode(image_BHW3))
     arrays = fixture.arrays
     scales = [name for name in arrays if name.startswith("indices_") and name[-1].isdigit()]
     wanted = np.concatenate([arrays[s] for s in scales], 1) if scales else arrays["indices"]
@@ -242,7 +243,7 @@ def beginning(settings, workdir, **others):
     abstract = jax.eval_shape(whole, params, stats)
     laid = states.shardings(abstract, sharding.make_mesh(), "data")
     model = jax.tree.map(
-        lambda leaf, at: jax.device_put(jnp.full(leaf.shape, 7, leaf.dtype), at), abstract, laid
+        lambda leaf, at: jax.device_put(np.full(leaf.shape, 7, leaf.dtype), at), abstract, laid
     )
     model = model.replace(step=zero)
     run = runs.start(

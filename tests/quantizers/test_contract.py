@@ -4,6 +4,8 @@ A new file needs constructor arguments in ARGUMENTS below, and for the straight-
 smooth map that its rounding stands on.
 """
 
+import ast
+import functools
 import importlib
 import math
 import pathlib
@@ -22,6 +24,7 @@ from tokgen import state as states
 # Codes and gradients must survive what a user's compiler makes of them (BSQ was finite when it ran,
 # and not when it was compiled so); for the rest any compiler will do.
 AS_COMPILED = pytest.mark.usefixtures("optimized")
+compiled = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": True})
 
 FOLDER = pathlib.Path(tokgen.__file__).parent / "quantizers"
 FILES = sorted(file.stem for file in FOLDER.glob("*.py") if "\nclass Quantizer" in file.read_text())
@@ -117,8 +120,14 @@ def cases(fits):
 
 
 def build(name, arguments):
+    """A quantizer of its own, of numbers that are drawn once."""
+    return nnx.clone(_built(name, repr(arguments)))
+
+
+@functools.cache
+def _built(name, written):
     module = importlib.import_module(f"tokgen.quantizers.{name}")
-    return module.Quantizer(**arguments, grid=GRID, rngs=nnx.Rngs(3))
+    return module.Quantizer(**ast.literal_eval(written), grid=GRID, rngs=nnx.Rngs(3))
 
 
 contract = cases(lambda layout: True)
@@ -126,9 +135,10 @@ discrete = cases(lambda layout: layout is not None)
 flat = cases(lambda layout: layout is not None and len(layout.grids) == 1)
 
 
-def latents(quantizer, key):
+def latents(quantizer, seed=20):
     # one shape for all tests: what is compiled for one serves the others
-    return jax.random.normal(key, (16, math.prod(GRID), quantizer.inputs))
+    shape = (16, math.prod(GRID), quantizer.inputs)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def equations(jaxpr):
@@ -146,17 +156,24 @@ def test_has_arguments(name):
     assert ARGUMENTS.get(name), f"give tokgen/quantizers/{name}.py a line in ARGUMENTS of this file"
 
 
+def has_preimage(quantizer) -> bool:
+    """Whether what is encoded to a code is another thing than what it is decoded to."""
+    return hasattr(quantizer, "preimage")
+
+
 def trip(quantizer):
     """Every code of a flat quantizer to latents and back."""
     vocab = quantizer.layout.vocab
-    codes = jnp.arange(min(math.prod(vocab), 2**18))
+    codes = np.arange(min(math.prod(vocab), 2**18), dtype=np.int32)
     places = [math.prod(vocab[:g]) for g in range(len(vocab))]
     symbols = [codes // place % size for place, size in zip(places, vocab, strict=True)]
-    tokens_BLG = jnp.stack(symbols, -1)[None]
-    back = getattr(quantizer, "preimage", quantizer.decode)
-    np.testing.assert_array_equal(quantizer.encode(back(tokens_BLG)), tokens_BLG)
+    tokens_BLG = np.stack(symbols, -1)[None]
+    encode, decode = compiled(quantizer.encode), compiled(quantizer.decode)
+    codes_BPC = decode(tokens_BLG)
+    back_BPC = compiled(quantizer.preimage)(tokens_BLG) if has_preimage(quantizer) else codes_BPC
+    np.testing.assert_array_equal(encode(back_BPC), tokens_BLG)
     # and all of them are different
-    codes_nC = np.asarray(quantizer.decode(tokens_BLG))[0]
+    codes_nC = np.asarray(codes_BPC)[0]
     assert len({row.tobytes() for row in codes_nC}) == len(codes)
 
 
@@ -176,18 +193,20 @@ def test_all_codes_of_large_alphabets_make_the_round_trip(name, arguments):
 
 @AS_COMPILED
 @flat
-def test_quantizing_a_code_changes_nothing(name, arguments, smooth, key):
+def test_quantizing_a_code_changes_nothing(name, arguments, smooth):
     quantizer = build(name, arguments)
-    tokens_BLG = quantizer.encode(latents(quantizer, key))
-    out = quantizer(getattr(quantizer, "preimage", quantizer.decode)(tokens_BLG))
+    tokens_BLG = compiled(quantizer.encode)(latents(quantizer))
+    codes_BPC = compiled(quantizer.decode)(tokens_BLG)
+    back_BPC = compiled(quantizer.preimage)(tokens_BLG) if has_preimage(quantizer) else codes_BPC
+    out = compiled(quantizer)(back_BPC)
     np.testing.assert_array_equal(out.tokens_BLG, tokens_BLG)
-    np.testing.assert_allclose(out.latents_BPC, quantizer.decode(tokens_BLG), atol=1e-5)
+    np.testing.assert_allclose(out.latents_BPC, codes_BPC, atol=1e-5)
 
 
 @discrete
-def test_layout_shapes_and_values(name, arguments, smooth, key):
+def test_layout_shapes_and_values(name, arguments, smooth):
     quantizer = build(name, arguments)
-    latents_BPC = latents(quantizer, key)
+    latents_BPC = latents(quantizer)
     layout = quantizer.layout
 
     @jax.jit
@@ -211,12 +230,12 @@ def test_layout_shapes_and_values(name, arguments, smooth, key):
 
 
 @contract
-def test_straight_through_gradient(name, arguments, smooth, key):
+def test_straight_through_gradient(name, arguments, smooth):
     """d out / d latents is that of the smooth map: the rounding itself is the identity."""
     quantizer = build(name, arguments)
-    latents_BPC = latents(quantizer, key)
+    latents_BPC = latents(quantizer)
     shape = (*latents_BPC.shape[:2], quantizer.channels)
-    cotangent = jax.random.normal(jax.random.fold_in(key, 1), shape)
+    cotangent = np.random.default_rng(1).normal(size=shape).astype(np.float32)
 
     @jax.jit
     def pulled(latents_BPC):
@@ -233,12 +252,12 @@ def test_straight_through_gradient(name, arguments, smooth, key):
 
 
 @contract
-def test_no_gradient_reaches_the_codes_through_the_latents(name, arguments, smooth, key):
+def test_no_gradient_reaches_the_codes_through_the_latents(name, arguments, smooth):
     graph, params, stats = states.split(build(name, arguments))
 
     def painted(params, stats):
         quantizer = states.merge(graph, params, stats)
-        return jnp.sum(quantizer(latents(quantizer, key)).latents_BPC ** 3)
+        return jnp.sum(quantizer(latents(quantizer)).latents_BPC ** 3)
 
     gradients = jax.jit(jax.grad(painted, (0, 1), allow_int=True))(params, stats)
     reached = [
@@ -253,19 +272,19 @@ def test_no_gradient_reaches_the_codes_through_the_latents(name, arguments, smoo
 @contract
 def test_deterministic_with_and_without_jit(name, arguments, smooth, key):
     quantizer = build(name, arguments)
-    latents_BPC = latents(quantizer, key)
+    latents_BPC = latents(quantizer)
     first, second = (quantizer(latents_BPC, key=key) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
-    compiled = jax.jit(lambda q, z: q(z, key=key))(quantizer, latents_BPC)
-    np.testing.assert_allclose(first.latents_BPC, compiled.latents_BPC, atol=1e-5)
-    jax.tree.map(np.testing.assert_array_equal, first.tokens_BLG, compiled.tokens_BLG)
+    whole = compiled(lambda q, z: q(z, key=key))(quantizer, latents_BPC)
+    np.testing.assert_allclose(first.latents_BPC, whole.latents_BPC, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, first.tokens_BLG, whole.tokens_BLG)
 
 
 @contract
-def test_float32_inside(name, arguments, smooth, key):
+def test_float32_inside(name, arguments, smooth):
     quantizer = build(name, arguments)
-    half_BPC = latents(quantizer, key).astype(jnp.bfloat16)
-    whole_BPC = half_BPC.astype(jnp.float32)
+    half_BPC = np.asarray(latents(quantizer)).astype(jnp.bfloat16)
+    whole_BPC = half_BPC.astype(np.float32)
     work = jax.jit(
         lambda z: (quantizer(z), None if quantizer.layout is None else quantizer.encode(z))
     )
@@ -278,11 +297,11 @@ def test_float32_inside(name, arguments, smooth, key):
         jnp.dtype("float32")
     }
     if quantizer.layout is not None:
-        assert quantizer.decode(low.tokens_BLG).dtype == jnp.float32
+        assert jax.eval_shape(quantizer.decode, low.tokens_BLG).dtype == jnp.float32
 
 
 @contract
-def test_no_device_rounds_a_product(name, arguments, smooth, key):
+def test_no_device_rounds_a_product(name, arguments, smooth):
     """Given the same latents, no setting of the compute precision changes a token or a loss."""
     quantizer = build(name, arguments)
 
@@ -291,7 +310,7 @@ def test_no_device_rounds_a_product(name, arguments, smooth, key):
         return jnp.sum(out.latents_BPC) + sum(out.losses.values())
 
     with jax.default_matmul_precision("bfloat16"):
-        program = jax.make_jaxpr(jax.grad(everything))(latents(quantizer, key))
+        program = jax.make_jaxpr(jax.grad(everything))(latents(quantizer))
     for equation in equations(program.jaxpr):
         if equation.primitive.name in ("dot_general", "conv_general_dilated"):
             assert set(equation.params["precision"]) == {jax.lax.Precision.HIGHEST}
@@ -314,7 +333,7 @@ def test_eight_devices_compute_what_one_does(name, arguments, smooth, key):
     assert mesh.size == 8
     one = many = (params, stats)
     for step in range(3):  # enough for the averages to move and for codes to be revived
-        latents_BPC = latents(quantizer, jax.random.fold_in(key, step))
+        latents_BPC = latents(quantizer, step)
         out, *one = work(*one, latents_BPC)
         spread_BPC = jax.device_put(latents_BPC, sharding.of_batch(mesh))
         many = jax.device_put(many, sharding.replicated(mesh))
@@ -359,21 +378,20 @@ def test_a_mixture_far_from_the_codes_comes_to_use_all_of_them(name, key):
     arguments, weights = TOYS[name]
     quantizer = build(name, arguments)
     graph, params, stats = states.split(quantizer)
-    centres = 3 + 2 * jnp.stack(jnp.meshgrid(*4 * [jnp.asarray([-1.0, 1.0])]), -1).reshape(16, 4)
-    eye = jnp.eye(4, quantizer.channels)
+    corners = np.stack(np.meshgrid(*4 * [np.asarray([-1.0, 1.0])]), -1).reshape(16, 4)
+    random = np.random.default_rng(20)
+    noise = 0.3 * random.normal(size=(151, 32, 16, 4))
+    # a batch for every step, and one to look at
+    x_NBPC = (3 + 2 * corners[random.integers(0, 16, noise.shape[:3])] + noise).astype(np.float32)
+    eye = np.eye(4, quantizer.channels, dtype=np.float32)
     # FSQ's bound of two levels has its edge at -3.8; far from it there is no gradient to start from
     bias = -3.8 if name == "fsq" else 0.0
     params = {
         "quantizer": params,
-        "encoder": (eye, jnp.full((1, quantizer.channels), bias)),
-        "decoder": (eye.T, jnp.zeros((1, 4))),
+        "encoder": (eye, np.full((1, quantizer.channels), bias, np.float32)),
+        "decoder": (eye.T, np.zeros((1, 4), np.float32)),
     }
     chain = optax.adam(0.05)
-
-    def drawn(key):
-        which, noise = jax.random.split(key)
-        chosen = jax.random.randint(which, (32, 16), 0, 16)
-        return centres[chosen] + 0.3 * jax.random.normal(noise, (32, 16, 4))
 
     def mapped(layer, x):
         return jnp.einsum("BPI,IC->BPC", x, layer[0]) + layer[1][None]
@@ -386,42 +404,47 @@ def test_a_mixture_far_from_the_codes_comes_to_use_all_of_them(name, key):
         total = error + sum(weights.get(name, 0) * loss for name, loss in out.losses.items())
         return total, (latents_BPC, out.tokens_BLG, error)
 
-    @jax.jit
-    def step(params, stats, moments, key):
-        gradients, (latents_BPC, _, _) = jax.grad(forward, has_aux=True)(params, stats, drawn(key))
+    def step(carry, given):
+        (params, stats, moments), (x, number) = carry, given
+        gradients, (latents_BPC, _, _) = jax.grad(forward, has_aux=True)(params, stats, x)
         updates, moments = chain.update(gradients, moments, params)
         params = optax.apply_updates(params, updates)
         quantizer = states.merge(graph, params["quantizer"], stats)
-        quantizer.maintain(latents_BPC, key=jax.random.fold_in(key, 1))
+        quantizer.maintain(latents_BPC, key=jax.random.fold_in(key, number))
         _, inner, stats = states.split(quantizer)
-        return params | {"quantizer": inner}, stats, moments
+        return (params | {"quantizer": inner}, stats, moments), None
+
+    @compiled
+    def train(params, stats):
+        carry = params, stats, chain.init(params)
+        given = jnp.asarray(x_NBPC[:-1]), jnp.arange(len(x_NBPC) - 1)
+        (params, stats, _), _ = jax.lax.scan(step, carry, given)
+        return params, stats
+
+    look = compiled(forward)
 
     def used(params, stats):
-        x = drawn(jax.random.fold_in(key, 999))
-        _, (_, tokens_BLG, error) = jax.jit(forward)(params, stats, x)
+        _, (_, tokens_BLG, error) = look(params, stats, x_NBPC[-1])
         return len(np.unique(tokens_BLG)), float(error)
 
     before, far = used(params, stats)
     size = math.prod(quantizer.layout.vocab)
     assert before < size
-    moments = chain.init(params)
-    for number in range(150):
-        params, stats, moments = step(params, stats, moments, jax.random.fold_in(key, number))
-    after, near = used(params, stats)
+    after, near = used(*train(params, stats))
     assert after == size, (before, after, far, near)
     assert near < far / 4
 
 
 @AS_COMPILED
 @contract
-def test_losses_and_gradients_are_finite_when_compiled(name, arguments, smooth, key):
+def test_losses_and_gradients_are_finite_when_compiled(name, arguments, smooth):
     """BSQ's entropies were not: compiled, 1 - sigmoid(x) fell below zero."""
     quantizer = build(name, arguments)
     if name in ("lfq", "bsq", "ibq", "vq"):
         quantizer.temperature = 0.01
-    z_BPC = jax.random.normal(key, (16, 16, quantizer.inputs))
+    z_BPC = np.asarray(latents(quantizer))
 
-    @jax.jit
+    @compiled
     def descend(z_BPC):
         def total(z_BPC):
             out = quantizer(jnp.tanh(z_BPC) * 3)
@@ -430,4 +453,4 @@ def test_losses_and_gradients_are_finite_when_compiled(name, arguments, smooth, 
         return jax.value_and_grad(total)(z_BPC)
 
     for scale in (0.0, 1e-3, 1.0, 30.0):
-        assert all(np.isfinite(part).all() for part in descend(scale * z_BPC)), scale
+        assert all(np.isfinite(part).all() for part in descend(np.float32(scale) * z_BPC)), scale

@@ -405,13 +405,13 @@ def test_each_symbol_is_drawn_at_its_own_temperature():
     # per step and symbol; step 1 is read
     sampler = filters.Sampler(temperature=(1.0, (0.6, 1.7)), top_k=9)
     tokens, _ = draw(sampler, logits, keys, 1)
+    drawn_in_turn = jax.jit(sampler.draw, static_argnames=("step", "symbol"))
     for symbol, temperature in enumerate((0.6, 1.7)):
         own, other = (_reference(LOGITS_V, t, 9, 1.0) for t in (temperature, 2.3 - temperature))
         assert _chi_square(tokens[..., symbol], own) > 1e-4
         assert _chi_square(tokens[..., symbol], other) < 1e-4
-        in_turn, _ = sampler.draw(
-            logits[:50, :, :1], keys_B=keys[:50], step=1, symbol=symbol
-        )  # outside jit: the same numbers
+        # by Python numbers: the same tokens
+        in_turn, _ = drawn_in_turn(logits[:50, :, :1], keys_B=keys[:50], step=1, symbol=symbol)
         np.testing.assert_array_equal(in_turn[..., 0], tokens[:50, :, symbol])
     greedy, _ = draw(filters.Sampler(temperature=((0.0, 1.7),) * 2, top_k=9), logits, keys, 1)
     np.testing.assert_array_equal(greedy[..., 0], np.argmax(LOGITS_V))
