@@ -5,11 +5,11 @@
 
 REF is a `local` reference of DATA's train split. Scored against it are DATA's held-out images as
 they are, put through the tokenizer, and damaged along ladders: blur (sigma in pixels), Gaussian
-noise (standard deviation in grey levels), JPEG (quality), and pure noise in the end. The JPEG ladder
-begins far below the quality of usual photographs: re-encoded near their own quality, images show
-the marks of a second quantization, which come and go with it. Printed is the table of all figures,
-then whether the order of sets holds and which figures rise along every ladder; OUT gets the plot
-and the table as JSON.
+noise (standard deviation in grey levels), JPEG (quality), and pure noise in the end. The JPEG
+ladder begins far below the quality of usual photographs: re-encoded near their own quality, images
+show the marks of a second quantization, which come and go with it. Printed is the table of all
+figures, then whether the order of sets holds and which figures rise along every ladder; OUT gets
+the plot and the table as JSON.
 """
 
 import argparse

@@ -16,6 +16,7 @@ from tokgen import (
     gallery,
     heldout,
     launch,
+    page,
     protocols,
     references,
     report,
@@ -49,16 +50,20 @@ def run(args: argparse.Namespace) -> None:
             references.check(reference, args.protocol, extractor, size=supply.size, count=count)
             reference = with_features(reference, extractor)
         line, found = scored(args, supply, extractor, reference, count, classes, out)
-        evaluation.append(out, line)
         print(table(line))
-        drawn = isinstance(supply, supplies.Drawn)
-        where = evaluation.archive(supply, out, count) if drawn else None
-        report.say(
-            f"{out / evaluation.RESULTS}: the same as a line of JSON"
-            + (f"; {where}: the images" if where else "")
-        )
-        shown = gallery.write(out, line, found, supply, extractor, reference)
-        report.say(f"{shown}: a page to look at")
+        finish(out, line, found, supply, extractor, reference, count)
+
+
+def finish(out: pathlib.Path, line: dict, found, supply, extractor, reference, count: int) -> None:
+    """Write the images, the page, and last the result: a folder that has one is finished."""
+    if isinstance(supply, supplies.Drawn):
+        if supply.archive is None:
+            supply.keep(evaluation.archive(supply, out, count))
+        report.say(f"{supply.archive.path}: the images")
+    shown = gallery.write(out, line, found, supply, extractor, reference)
+    report.say(f"{shown}: a page to look at")
+    evaluation.append(out, line)
+    report.say(f"{out / evaluation.RESULTS}: the same as a line of JSON")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -287,42 +292,9 @@ def table(line: Mapping) -> str:
         f"{reference.get('split', '')} ({reference.get('count', line['samples'])})"
     ]
     for name, figure in line["figures"].items():
-        rows.append(f"{shown(name):<28} {row(name, figure)}")
+        value, interval, notes = page.cells(name, figure)
+        told = f" ({interval})" if interval else ""
+        rows.append(f"{page.title_of(name):<28} {value}{told}{'; ' if notes else ''}{notes}")
     for name, why in line["absent"].items():
-        rows.append(f"{shown(name):<28} none: {why}")
+        rows.append(f"{page.title_of(name):<28} none: {why}")
     return "\n".join(rows)
-
-
-def shown(name: str) -> str:
-    """A figure's name as people read it."""
-    return scoring.METRICS[name].title if name in scoring.METRICS else name.replace("_", " ")
-
-
-def row(name: str, figure: Mapping) -> str:
-    """`12.34 (11.9 to 12.8); bias 1.2` of a figure."""
-    percent = name in scoring.METRICS and scoring.METRICS[name].percent
-    factor, unit = (100, " %") if percent else (1, "")
-
-    def number(value: float) -> str:
-        return f"{factor * value:.4g}"
-
-    text = number(figure["value"]) + unit
-    if "low" in figure:
-        text += f" ({number(figure['low'])} to {number(figure['high'])})"
-    elif "error" in figure:
-        text += f" ± {number(figure['error'])}"
-    beside = {
-        "bias": "of which the number of samples makes {}",
-        "std": "std {}",
-        "real": "real images {}",
-        "expected": "{} expected of equal sets",
-        "k": "k = {}",
-        "axes": "{} axes",
-        "divergence": "KL of the classes {}",
-    }
-    notes = [form.format(_plain(figure[key])) for key, form in beside.items() if key in figure]
-    return "; ".join([text, *notes])
-
-
-def _plain(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -13,7 +13,6 @@ import hashlib
 import json
 import pathlib
 import zipfile
-import zlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -90,7 +89,7 @@ def read(path: str | pathlib.Path, assume: str = "") -> Reference:
             # images of ADM's references are read when they are needed
             skipped = set() if "record" in names else {"arr_0", "arr_1"}
             arrays = {name: archive[name] for name in names - skipped}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except samples.DAMAGE as error:
         raise UserError(
             f"the reference {path} is damaged or no .npz: {error}; make it again or restore a copy"
         ) from error
@@ -172,12 +171,14 @@ def _plain(path: pathlib.Path, arrays: dict, assume: str) -> Reference:
         if not (np.isfinite(mean_D).all() and np.isfinite(covariance_DD).all()):
             raise UserError(f"{mean} or {covariance} of {path} is not finite: it is damaged")
         moments[layer] = moments_.Moments.from_covariance(mean_D, covariance_DD, IMAGENET)
+    images = images_of(path)
     record = {
         "protocol": assume,
         "assumed": True,
         "dataset": path.name,
         "layers": {layer: len(found.mean_D) for layer, found in moments.items()},
         "count": IMAGENET,
+        **({} if images is None else {"size": list(images.size)}),
         "digest": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
     none = np.zeros(0, np.int64)
@@ -223,12 +224,13 @@ def check(
         if extractor.name == theirs["name"]:
             mine = extractor.record["fingerprint"][:16]
             differ(f"weights of {extractor.name}", mine, theirs["fingerprint"][:16])
-        differ("size of the images", "x".join(map(str, size)), "x".join(map(str, record["size"])))
         differ("crop", protocol.crop, record["crop"])
         if protocol.split:
             differ("split", protocol.split, record["split"])
         if protocol.reference:
             differ("images of the reference", protocol.reference, record["count"])
+    if "size" in record:
+        differ("size of the images", "x".join(map(str, size)), "x".join(map(str, record["size"])))
     if not reference.moments:
         wrong.append("layers: it has none")
     for layer, width in record["layers"].items():

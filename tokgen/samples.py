@@ -20,6 +20,7 @@ from tokgen.data import folder, images
 from tokgen.interfaces import UserError
 
 LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
+JPEG = b"\xff\xd8\xff"  # how such a file begins, whatever its name
 SHARE = 0.01  # of images that may be equal to another one, or of one colour, without a word
 # What zipfile, zlib and numpy raise on damaged archives
 DAMAGE = (
@@ -55,7 +56,11 @@ class Archive:
             raise UserError(
                 f"arr_1 of {self.path} must hold a class, 0 or above, for each image of arr_0, "
                 f"{shape[:1]}; found {self.label_N.dtype} {self.label_N.shape}"
-                + (f", least {self.label_N.min()}" if self.label_N.dtype.kind in "iuf" else "")
+                + (
+                    f", least {self.label_N.min(initial=0)}"
+                    if self.label_N.dtype.kind == "i"
+                    else ""
+                )
             )
         self.shape, self.size = shape, tuple(shape[1:3])
         status = self.path.stat()
@@ -71,8 +76,9 @@ class Archive:
     def part(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Images and labels `start` to `stop`."""
         step = int(np.prod(self.shape[1:]))
+        member = self._at(start, step)
         try:
-            data = self._at(start, step).read((stop - start) * step)
+            data = member.read((stop - start) * step)
         except DAMAGE as error:
             self._member = None
             raise self._damaged(error) from error
@@ -95,7 +101,11 @@ class Archive:
                 self._member.close()
             self._member = self._named(self._opened(), "arr_0.npy")
             self._header(self._member)
-            self._member.seek(start * step, 1)
+            try:
+                self._member.seek(start * step, 1)
+            except DAMAGE as error:
+                self._member = None
+                raise self._damaged(error) from error
         return self._member
 
     def _opened(self) -> zipfile.ZipFile:
@@ -163,21 +173,13 @@ class Pictures:
 
     def __init__(self, path: str | pathlib.Path, accepted: Sequence[str] = ()):
         self.source = folder.Source(path, split="all")
-        lossy = [
-            name
-            for name in map(self.source.name, range(len(self.source)))
-            if name.lower().endswith(LOSSY)
-        ]
-        if lossy and "lossy" not in accepted:
-            raise UserError(
-                f"{path} holds {len(lossy)} images in a lossy form ({lossy[0]}, ...), which "
-                "changes every distance though no eye sees it; score samples as they were drawn, "
-                "PNG or .npz; --accept lossy is for photographs that never were anything else"
-            )
-        self.classes = self.source.classes
+        self.classes, self.lossy = self.source.classes, "lossy" in accepted
+        names = [self.source.name(index) for index in range(len(self.source))]
+        lossy = [name for name in names if name.lower().endswith(LOSSY)]
+        if lossy and not self.lossy:
+            raise UserError(self._is_lossy(lossy))
         self.size = self._seen(0)[0].shape[:2]
         place = pathlib.Path(path).resolve()
-        names = map(self.source.name, range(len(self.source)))
         # other bytes under the same names, and as many of them, are other samples
         changed = max((place / name).stat().st_mtime_ns for name in names)
         self.identity = {
@@ -209,10 +211,20 @@ class Pictures:
         """Pixels and label of one image."""
         try:
             record = self.source[index]
-            return images.decode(record["image"], 3), record["label"]
+            image_HW3 = images.decode(record["image"], 3)
         except (OSError, images.BrokenImage) as error:
             name = self.source.name(index)
             raise UserError(f"cannot read {name} of {self.source.path}: {error}") from error
+        if record["image"].startswith(JPEG) and not self.lossy:
+            raise UserError(self._is_lossy([self.source.name(index)]))
+        return image_HW3, record["label"]
+
+    def _is_lossy(self, names: Sequence[str]) -> str:
+        return (
+            f"{self.source.path} holds {len(names)} images in a lossy form ({names[0]}, ...), "
+            "which changes every distance though no eye sees it; score samples as they were "
+            "drawn, PNG or .npz; --accept lossy is for photographs that never were anything else"
+        )
 
 
 def _by(size: Sequence[int]) -> str:

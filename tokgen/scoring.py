@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -79,7 +80,7 @@ class Compared:
         k = min(self.protocol.neighbours, len(rows_ND) - 1)
         about = {"k": k, "images": len(rows_ND)}
         precise, recalled = neighbours.precision_recall(real_nD, rows_ND, k)
-        return {"value": precise, **about}, {"value": recalled, **about}
+        return share(precise, about), share(recalled, about)
 
     @functools.cached_property
     def density_coverage(self) -> tuple[dict, dict]:
@@ -88,7 +89,12 @@ class Compared:
         k = min(5, len(rows_ND) - 1)
         about = {"k": k, "images": len(rows_ND)}
         dense, covered = neighbours.density_coverage(real_nD, rows_ND, k)
-        return {"value": dense, **about}, {"value": covered, **about, "expected": 1 - 0.5**k}
+        return {"value": dense, **about}, share(covered, about | {"expected": 1 - 0.5**k})
+
+
+def share(value: float, about: dict) -> dict:
+    """A share of images, with its standard error: the other set's balls are taken as they are."""
+    return {"value": value, "error": math.sqrt(value * (1 - value) / about["images"]), **about}
 
 
 def score(compared: Compared, *, what: str = "score") -> tuple[dict[str, dict], dict[str, str]]:

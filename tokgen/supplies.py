@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from tokgen import checkpoint, heldout
+from tokgen import checkpoint, heldout, samples
 from tokgen.commands import sample
 from tokgen.data import stream
 from tokgen.interfaces import PyTree, UserError
@@ -54,6 +55,8 @@ class Drawn:
         self.seed, self.batch, self.folder = seed, batch, folder
         self.size = tuple(tokenizer.config.view.size)
         self.classes = loaded.classes
+        whole = folder.parent / "samples.npz"
+        self.archive = samples.Archive(whole) if whole.exists() else None
         self.identity = {
             "checkpoint": str(loaded.step),
             "fingerprint": loaded.fingerprint,
@@ -70,6 +73,8 @@ class Drawn:
 
     def part(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Images and labels `start` to `stop`: drawn now, or as they were kept."""
+        if self.archive is not None:
+            return self.archive.part(start, stop)
         file = self.folder / f"{start:07d}-{stop:07d}.npz"
         if (kept := loaded_part(file)) is not None:
             return kept
@@ -86,6 +91,11 @@ class Drawn:
             part["label"] = self.cond[start:stop]
         save_part(file, part)
         return part
+
+    def keep(self, path: pathlib.Path) -> None:
+        """Take the images from the archive at `path` from now on: parts would keep them twice."""
+        self.archive = samples.Archive(path)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Repainted:

@@ -19,7 +19,6 @@ from tokgen import (
     assess,
     checkpoint,
     evaluation,
-    gallery,
     launch,
     page,
     protocols,
@@ -55,7 +54,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     score.add_argument("--assume", default="", help="the protocol of a reference without a record")
     score.add_argument("--weights", default="", help="weight file of a published feature network")
     score.add_argument(
-        "--accept", action="append", default=[], choices=("duplicates", "constant", "few")
+        "--accept", action="append", default=[], choices=("duplicates", "constant", "few", "lossy")
     )
     score.add_argument("--preset", default="default", help="what is not swept is as in it")
     score.add_argument("--top-k", type=int, help="in the place of the preset's; 0 keeps all")
@@ -167,10 +166,7 @@ def evaluated(args: argparse.Namespace, extractor, reference: references.Referen
         count = assess.count_of(args, protocol, supply)
         references.check(reference, args.protocol, extractor, size=supply.size, count=count)
         line, found = assess.scored(args, supply, extractor, reference, count, classes, out)
-        evaluation.archive(supply, out, count)
-        gallery.write(out, line, found, supply, extractor, reference)
-        # last: the line says that all of it is there
-        evaluation.append(out, line)
+        assess.finish(out, line, found, supply, extractor, reference, count)
     return line
 
 
