@@ -40,7 +40,7 @@ from tokgen.data import folder, images, stream
 
 PACKAGES = ("jax", "flax", "numpy", "scipy", "pillow")
 BLUR, NOISE, JPEG = (0.5, 1.0, 2.0), (8, 16, 32, 64), (30, 20, 10, 5)
-DISTANCES = ("fid", "sfid", "kid", "cmmd", "fid_infinity", "classwise")
+DISTANCES = ("fid", "sfid", "kid", "cmmd", "fid_infinity", "mifid", "classwise")
 ORDER = ("real", "reconstructed", "blur 1.0", "noise")
 PART = 500
 
@@ -144,16 +144,14 @@ def table(rows: dict[str, dict]) -> str:
 
 
 def conclude(rows: dict[str, dict]) -> None:
-    """Whether the order of sets holds, and which figures rise along every ladder."""
+    """How every figure goes along the ladders; of distances, whether the order of sets holds."""
     for key in next(iter(rows.values())):
-        values = [rows[name][key]["value"] for name in ORDER]
-        rising = all(a < b for a, b in zip(values, values[1:], strict=False))
-        falls = {kind: climbs(rows, key, kind) for kind in ("blur", "noise", "jpeg")}
-        what = "distance" if key in DISTANCES else "figure"
-        ladders = ", ".join(f"{kind} {said}" for kind, said in falls.items())
-        print(
-            f"{what} {key}: {' < '.join(ORDER)} {'holds' if rising else 'does not hold'}; {ladders}"
-        )
+        said = ", ".join(f"{kind} {climbs(rows, key, kind)}" for kind in ("blur", "noise", "jpeg"))
+        if key in DISTANCES:
+            values = [rows[name][key]["value"] for name in ORDER]
+            rising = all(a < b for a, b in zip(values, values[1:], strict=False))
+            said += f"; {' < '.join(ORDER)}: {'yes' if rising else 'no'}"
+        print(f"{key}: {said}")
 
 
 def climbs(rows: dict[str, dict], key: str, kind: str) -> str:

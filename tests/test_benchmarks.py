@@ -1,5 +1,6 @@
 """Every benchmark runs; what it would print on an idle machine is not a test's affair."""
 
+import json
 import os
 import pathlib
 import re
@@ -93,11 +94,12 @@ def test_data_loading():
     assert len(rates) == 5
 
 
-def pictures(folder: pathlib.Path, *names: str) -> pathlib.Path:
-    """Eight pictures of noise, six of them to train on, in the folders of `names`."""
-    drawn = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+def pictures(folder: pathlib.Path, *names: str, count: int = 8) -> pathlib.Path:
+    """Pictures of noise, three of four to train on, in the folders of `names`."""
+    drawn = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
     for number, image_HW3 in enumerate(drawn):
-        place = folder / ("train" if number < 6 else "test") / names[number % len(names)]
+        split = "train" if 4 * number < 3 * count else "test"
+        place = folder / split / names[number % len(names)]
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image_HW3).save(place / f"{number}.png")
     return folder
@@ -181,6 +183,39 @@ def test_families(tmp_path, monkeypatch):
     assert min(float(cell.split()[0]) for cell in cells[5:]) > 0
     with Image.open(tmp_path / "grids" / "raster.png") as grid:
         assert grid.size[0] > grid.size[1] > 2 * 64
+
+
+@pytest.mark.long
+def test_ladders(tmp_path, monkeypatch):
+    """A row per set, a figure per column; a plot; every distance is said to rise or not."""
+    monkeypatch.setattr(launch, "devices", lambda batch_size=0: None)
+    monkeypatch.setenv("TOKGEN_CACHE", str(tmp_path / "cache"))
+    data, reference = tmp_path / "images", tmp_path / "reference.npz"
+    pictures(data, "bird", "cat", count=64)
+    words = ["reference", str(data), "--out", str(reference), "--steps", "2", "--split", "all"]
+    assert cli.main(words) == 0
+    narrow = ["encoder.widths=(16,)", "decoder.widths=(16,)", "encoder.blocks=1"]
+    settings, tokenizer = config.load(PAIR[0], narrow), tmp_path / "tokenizer"
+    recipes.save(
+        tokenizer,
+        settings,
+        lambda: config.tokenizer(settings, rngs=nnx.Rngs(0)),
+        kind="tokenizer",
+        layout=recipes.square(8, 240),
+        best="l2",
+    )
+    words = ["--data", str(data), "--reference", str(reference), "--tokenizer", str(tokenizer)]
+    header, *lines = quick("ladders", *words, "--out", str(tmp_path / "plots"))
+    check_header(header)
+    rows = [line for line in lines if line.startswith("|")]
+    found = json.loads((tmp_path / "plots" / "ladders.json").read_text())
+    assert len(rows) == len(found) + 2 and "blur 2.0" in found
+    columns = [row.count("|") for row in rows]
+    assert len(set(columns)) == 1 and "| fid |" in rows[0]
+    (said,) = [line for line in lines if line.startswith("fid:")]
+    assert "real < reconstructed < blur 1.0 < noise" in said
+    with Image.open(tmp_path / "plots" / "ladders.png") as plot:
+        assert min(plot.size) > 300
 
 
 def test_metrics():

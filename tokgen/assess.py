@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 
@@ -75,6 +76,12 @@ def check(args: argparse.Namespace) -> None:
         )
     if pathlib.Path(args.out).is_file():
         raise UserError(f"--out names the folder of a score; {args.out} is a file")
+    place, out = (pathlib.Path(path).resolve() for path in (args.checkpoint, args.out))
+    if place.is_dir() and (out == place or (place in out.parents and _is_pictures(place))):
+        raise UserError(
+            f"--out must not lie in what is scored, where it would be taken for a part of it; "
+            f"found {args.out} in {args.checkpoint}"
+        )
     if args.samples < 0 or args.batch < 1 or not 0 <= args.seed < 2**32:
         raise UserError(
             "--samples must be at least 0, --batch at least 1, --seed in [0, 2**32); found "
@@ -96,6 +103,8 @@ def supply_of(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[ob
     """(the images to be scored, how many classes their labels have)."""
     path = pathlib.Path(args.checkpoint)
     kind = _kind(args.checkpoint)
+    if args.lpips and kind != "tokenizer":
+        raise UserError("--lpips compares originals with reconstructions: give a tokenizer's")
     if not kind:
         if protocol.paired or args.reconstruction:
             raise UserError(
@@ -110,6 +119,10 @@ def supply_of(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[ob
     if protocol.paired or args.reconstruction:
         raise UserError(f"reconstructions are a tokenizer's; {path} holds a {kind}")
     return drawn(args, protocol, out)
+
+
+def _is_pictures(place: pathlib.Path) -> bool:
+    return not _kind(str(place)) and not (place / "samples.npz").exists()
 
 
 def _kind(path: str) -> str:
@@ -250,22 +263,18 @@ def scored(
         "reference": described(reference),
         "seed": args.seed,
     }
+    if reference is not None:
+        check_enough(args, reference, extractor.layers[0], count)
     evaluation.claim(out, identity)
     found = evaluation.collect(supply, extractor, out, count)
     samples.check(samples.suspicious(found.digest_N, found.constant_N), count, args.accept)
-    known = extractor.record.get("classes", ())
-    names = getattr(supply, "classes", ()) or ()
-    agree = (
-        classes
-        and (not known or len(known) == classes)
-        and (not names or not known or tuple(known) == tuple(names))
-    )
+    label_N, classes = labels_of(found.label_N, supply, classes, extractor, reference)
     compared = evaluation.compared(
-        found,
+        dataclasses.replace(found, label_N=label_N),
         extractor,
         protocol,
         reference,
-        classes=classes if agree else 0,
+        classes=classes,
         accepted=args.accept,
         seed=args.seed,
     )
@@ -274,13 +283,46 @@ def scored(
     return evaluation.record(identity, figures, absent, found), found
 
 
+def check_enough(args, reference, layer: str, count: int) -> None:
+    """An error where a Frechet distance would be refused, before any image is seen."""
+    if "fid" not in protocols.named(args.protocol).metrics or "few" in args.accept:
+        return
+    found = reference.moments[layer]
+    if min(count, found.count) <= found.width:
+        raise UserError(
+            f"a Frechet distance of {found.width} features needs more images than that of either "
+            f"set, better ten times as many; found {count} samples and {found.count:g} of the "
+            "reference: give more, or say --accept few"
+        )
+
+
+def labels_of(
+    label_N: np.ndarray, supply, classes: int, extractor, reference
+) -> tuple[np.ndarray, int]:
+    """(labels as the network and the reference count them, how many classes); 0: of others.
+
+    Classes agree by name; numbers, which .npz files have, agree with anything that has as many.
+    """
+    known = tuple(extractor.record.get("classes", ()))
+    if not classes or not known:
+        return label_N, classes
+    real = tuple(known if reference is None else reference.record.get("classes", ()))
+    names = tuple(getattr(supply, "classes", ()))
+    if real not in ((), known) or (not names and classes > len(known)):
+        return label_N, 0
+    if names and set(names) <= set(known):
+        return np.array([known.index(name) for name in names], np.int32)[label_N], len(known)
+    numbers = tuple(map(str, range(len(known))))
+    return label_N, len(known) if not names or numbers in (names, known) else 0
+
+
 def described(reference) -> dict:
     """What a result says of its reference."""
     if reference is None:
         return {"dataset": "the originals themselves"}
     kept = ("dataset", "split", "count", "size", "crop", "assumed", "digest")
     record = {name: reference.record[name] for name in kept if name in reference.record}
-    return {"path": str(reference.path), **record}
+    return {"path": str(reference.path.resolve()), **record}
 
 
 def table(line: Mapping) -> str:

@@ -47,6 +47,12 @@ def claim(out: pathlib.Path, identity: Mapping) -> None:
     file = out / "run.json"
     text = json.dumps(identity, indent=2, sort_keys=True)
     if not file.exists():
+        strangers = [name for name in ("parts", "images", "samples.npz") if (out / name).exists()]
+        if strangers:
+            raise UserError(
+                f"{out} holds {' and '.join(strangers)} of something else, and no run.json that "
+                "says of what; use another --out"
+            )
         part = file.with_name(".run.json.part")
         part.write_text(text + "\n")
         part.replace(file)
@@ -55,7 +61,7 @@ def claim(out: pathlib.Path, identity: Mapping) -> None:
         before = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"{file} is damaged: {error}; use another --out") from error
-    now = json.loads(text)
+    now, before = _flat(json.loads(text)), _flat(before)
     changed = [
         f"{name}: {before.get(name, 'absent')} there, {now.get(name, 'absent')} here"
         for name in sorted({*before, *now})
@@ -66,6 +72,13 @@ def claim(out: pathlib.Path, identity: Mapping) -> None:
             f"{out} holds another evaluation; use another --out, or its values:\n  "
             + "\n  ".join(text[:300] for text in changed)
         )
+
+
+def _flat(tree, path: str = "") -> dict:
+    """Every value of a tree by its path, so that a difference is named alone."""
+    if not isinstance(tree, dict):
+        return {path.removesuffix("."): tree}
+    return {k: v for name, one in tree.items() for k, v in _flat(one, f"{path}{name}.").items()}
 
 
 def collect(supply, extractor: extractors.Extractor, out: pathlib.Path, count: int) -> Found:
@@ -199,9 +212,12 @@ def _rounded(figure: Mapping) -> dict:
 
 
 def append(out: pathlib.Path, line: Mapping) -> None:
-    """Add a result to the folder's results."""
-    with open(out / RESULTS, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    """Add a result to the folder's results, whole or not at all."""
+    file = out / RESULTS
+    before = file.read_text() if file.exists() else ""
+    part = file.with_name(f".{RESULTS}.part")
+    part.write_text(before + json.dumps(line) + "\n")
+    part.replace(file)
 
 
 def results(path: pathlib.Path) -> list[dict]:

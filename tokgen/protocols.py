@@ -27,6 +27,8 @@ class Protocol:
         paired: whether the reference is the very images that were reconstructed.
         neighbours: k of precision, recall, density and coverage.
         compared: reference images that neighbours are looked for among, at most.
+        against: samples of precision and recall; 0 is as many as those. ADM's are all 50,000
+            against 10,000: radii, and so both figures, depend on the numbers.
         splits: (images of a split, seed of the shuffle or None) of the Inception Score; 0 is all.
         about: who measures so.
     """
@@ -41,6 +43,7 @@ class Protocol:
     paired: bool = False
     neighbours: int = 3
     compared: int = 10_000
+    against: int = 0
     splits: tuple[int, int | None] = (5000, None)
 
 
@@ -53,6 +56,7 @@ PROTOCOLS = {
         "50,000 samples against the training set (guided-diffusion evaluator; DiT, VAR, LlamaGen)",
         samples=50_000,
         split="train",
+        against=50_000,
     ),
     "val-centercrop-rfid": Protocol(
         "inception",

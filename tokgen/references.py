@@ -162,7 +162,11 @@ def _plain(path: pathlib.Path, arrays: dict, assume: str) -> Reference:
     for layer, (mean, covariance) in ADM.items():
         if mean not in arrays or covariance not in arrays:
             continue
-        mean_D, covariance_DD = (arrays[name].astype(np.float64) for name in (mean, covariance))
+        found = [arrays[name] for name in (mean, covariance)]
+        if any(array.dtype.kind not in "fiu" for array in found):
+            kinds = " and ".join(str(array.dtype) for array in found)
+            raise UserError(f"{mean} and {covariance} of {path} must hold numbers; found {kinds}")
+        mean_D, covariance_DD = (array.astype(np.float64) for array in found)
         if mean_D.ndim != 1 or covariance_DD.shape != 2 * mean_D.shape:
             raise UserError(
                 f"{mean} and {covariance} of {path} must be [D] and [D, D]; found "

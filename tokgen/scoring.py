@@ -59,12 +59,14 @@ class Compared:
     least: int | None
     seed: int
 
-    def pair(self) -> tuple[np.ndarray, np.ndarray]:
-        """(samples, real images) as features of equal number, in a mixed order."""
+    def pair(self, most: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """(samples, real images) as features, in a mixed order: as many, or `most` samples."""
         if self.layer not in self.reference:
             raise UserError(f"the reference holds no features of {self.layer}")
         order_N = np.random.default_rng(self.seed).permutation(len(self.features[self.layer]))
         real_nD = self.reference[self.layer][: self.protocol.compared]
+        if most:
+            return self.features[self.layer][order_N[:most]], real_nD
         count = min(len(order_N), len(real_nD))
         return self.features[self.layer][order_N[:count]], real_nD[:count]
 
@@ -76,11 +78,11 @@ class Compared:
     @functools.cached_property
     def precision_recall(self) -> tuple[dict, dict]:
         """Share of samples inside a ball of the real images, and the other way round."""
-        rows_ND, real_nD = self.pair()
-        k = min(self.protocol.neighbours, len(rows_ND) - 1)
-        about = {"k": k, "images": len(rows_ND)}
+        rows_ND, real_nD = self.pair(self.protocol.against)
+        k = min(self.protocol.neighbours, len(rows_ND) - 1, len(real_nD) - 1)
         precise, recalled = neighbours.precision_recall(real_nD, rows_ND, k)
-        return share(precise, about), share(recalled, about)
+        precision = share(precise, {"k": k, "images": len(rows_ND)})
+        return precision, share(recalled, {"k": k, "images": len(real_nD)})
 
     @functools.cached_property
     def density_coverage(self) -> tuple[dict, dict]:
@@ -115,18 +117,39 @@ def score(compared: Compared, *, what: str = "score") -> tuple[dict[str, dict], 
 def lacking(name: str, compared: Compared) -> str:
     """Why a metric cannot be measured, or nothing."""
     for need in METRICS[name].needs:
-        if need == "spatial" and "spatial" not in compared.moments:
-            return "the reference has no moments of the layer spatial"
+        if need == "spatial" and (why := _lacking_spatial(compared)):
+            return why
         if need == "reference" and compared.layer not in compared.reference:
             return "the reference holds no features of single images"
         if need == "logits" and compared.logits not in compared.features:
             return "the feature network has no classes"
         if need == "labels" and not (compared.classes and len(compared.label_N)):
-            return "the samples have no labels"
-        if need == "classes" and not len(compared.label_n):
-            return "the reference has no classes"
+            return "the samples have no labels, or those of other classes than the reference"
+        if need == "classes" and (why := _lacking_classes(compared)):
+            return why
         if need == "many" and len(compared.features[compared.layer]) < 200:
             return "it needs 200 samples"
+    return ""
+
+
+def _lacking_spatial(compared: Compared) -> str:
+    if "spatial" not in compared.moments:
+        return "the reference has no moments of the layer spatial"
+    real = compared.moments["spatial"]
+    fewest = min(len(compared.features["spatial"]), real.count)
+    if compared.least is None and fewest <= real.width:
+        return f"its {real.width} features need more images than that; found {fewest:g}"
+    return ""
+
+
+def _lacking_classes(compared: Compared) -> str:
+    if not len(compared.label_n):
+        return "the reference has no classes"
+    labels = {"samples": compared.label_N, "kept reference images": compared.label_n}
+    for name, label_N in labels.items():
+        poor = int(np.sum(np.bincount(label_N, minlength=compared.classes) < 2))
+        if poor:
+            return f"{poor} of {compared.classes} classes have no two {name}"
     return ""
 
 

@@ -6,17 +6,16 @@ goes on to the very images that it would have made.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pathlib
 import shutil
-import zipfile
-import zlib
 from collections.abc import Mapping
 
 import jax
 import numpy as np
 
-from tokgen import checkpoint, heldout, samples
+from tokgen import checkpoint, extractors, heldout, samples
 from tokgen.commands import sample
 from tokgen.data import stream
 from tokgen.interfaces import PyTree, UserError
@@ -29,6 +28,16 @@ def balanced(count: int, classes: int, seed: int) -> np.ndarray:
     """[count] labels, every class as often as the others, in a mixed order."""
     order = np.random.default_rng([seed, LABELS]).permutation(count)
     return (np.arange(count) % max(classes, 1))[order].astype(np.int32)
+
+
+def conditions(cond: PyTree) -> str:
+    """A hash of what images are asked to be: of labels, or of every number of their texts."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(cond):
+        digest.update(
+            f"{leaf.dtype} {leaf.shape}\n".encode() + np.ascontiguousarray(leaf).tobytes()
+        )
+    return digest.hexdigest()[:16]
 
 
 class Drawn:
@@ -58,13 +67,14 @@ class Drawn:
         whole = folder.parent / "samples.npz"
         self.archive = samples.Archive(whole) if whole.exists() else None
         self.identity = {
-            "checkpoint": str(loaded.step),
+            "checkpoint": str(loaded.step.resolve()),
             "fingerprint": loaded.fingerprint,
             "tokenizer": tokenizer.fingerprint,
             "step": loaded.meta["step"],
             "preset": preset,
             "settings": dict(settings),
             "precision": loaded.config.precision.compute,
+            "conditions": conditions(cond),
             "seed": seed,
         }
 
@@ -107,13 +117,15 @@ class Repainted:
         self.size, self.count = tuple(loaded.config.view.size), min(count, len(source))
         self.index_N = heldout.spread(len(source), self.count)
         self.distances = distances  # name -> LPIPS over images in [-1, 1]
-        self.layout = loaded.layout
+        self.layout, self.classes = loaded.layout, tuple(source.classes)
         self.identity = {
-            "checkpoint": str(loaded.step),
+            "checkpoint": str(loaded.step.resolve()),
             "fingerprint": loaded.fingerprint,
             "step": loaded.meta["step"],
             "images": source.fingerprint,
-            "distances": sorted(distances),
+            "distances": {
+                n: extractors.fingerprint(n, distances[n])[:16] for n in sorted(distances)
+            },
         }
 
     def __len__(self) -> int:
@@ -166,5 +178,5 @@ def loaded_part(file: pathlib.Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except samples.DAMAGE as error:
         raise UserError(f"{file} is damaged: {error}; remove it, and it is made again") from error

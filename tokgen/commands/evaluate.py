@@ -67,10 +67,10 @@ def run(args: argparse.Namespace) -> None:
     if args.protocol:
         assess.run(args)
         return
-    if args.reference or args.weights or args.assume or args.samples:
+    if args.reference or args.weights or args.assume or args.samples or args.lpips:
         raise UserError(
-            "--reference, --weights, --assume and --samples are of a score: name its --protocol, "
-            f"one of {', '.join(protocols.PROTOCOLS)}"
+            "--reference, --weights, --assume, --samples and --lpips are of a score: name its "
+            f"--protocol, one of {', '.join(protocols.PROTOCOLS)}"
         )
     launch.devices()
     step = checkpoint.find(args.checkpoint)

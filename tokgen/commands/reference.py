@@ -56,6 +56,12 @@ def run(args: argparse.Namespace) -> None:
             "--images and --seed must be at least 0 and --steps at least 1; found "
             f"{args.images}, {args.seed}, {args.steps}"
         )
+    if args.network and protocol.extractor != "local":
+        raise UserError(f"--network is of the local protocol; {args.protocol} has --weights")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}; name another --out") from error
     launch.devices()
     split = args.split or protocol.split or "train"
     source = source_of(args, split)
@@ -63,7 +69,13 @@ def run(args: argparse.Namespace) -> None:
     extractor = extractor_of(args, protocol, source, size)
     count = min(len(source), args.images or len(source))
     index_N = evenly(len(source), count)
-    found = measured(extractor, passing(source, size, index_N), count, args.seed)
+    batches = passing(source, size, index_N)
+    found = measured(extractor, batches, count, args.seed)
+    if batches.bad:
+        report.say(
+            f"{batches.bad} images cannot be read, and their neighbours were counted twice in "
+            f"their place: {', '.join(batches.broken)}"
+        )
     layers, sums, features, order_n, label_n = found
     kept = extractors.arrays(extractor) if extractor.name == "local" else {}
     record = {
@@ -72,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
         "fingerprint": source.fingerprint,
         "split": split,
         "count": count,
+        "replaced": batches.bad,
         "size": list(size),
         "crop": protocol.crop,
         "resize": "halvings by box, then bicubic to the shorter side (ADM)",
@@ -154,8 +167,14 @@ def size_of(source, args: argparse.Namespace) -> tuple[int, int]:
         return source.size
     if protocols.named(args.protocol).extractor != "local":
         return SIZE, SIZE
-    first = source[0]["image"]
-    first = images.decode(first, 3) if isinstance(first, bytes) else first
+    try:
+        first = source[0]["image"]
+        first = images.decode(first, 3) if isinstance(first, bytes) else first
+    except (OSError, images.BrokenImage) as error:
+        raise UserError(
+            f"the size is that of the first image, which cannot be read: {error}; "
+            "repair it, or say --size"
+        ) from error
     return tuple(first.shape[:2])
 
 
@@ -201,7 +220,7 @@ def evenly(length: int, count: int) -> np.ndarray:
     return np.arange(count) * length // count
 
 
-def passing(source, size: tuple[int, int], index_N: np.ndarray) -> Iterator[dict]:
+def passing(source, size: tuple[int, int], index_N: np.ndarray) -> stream.Batches:
     """The images in parts, by ADM's centre crop."""
     view = images.fixed("center", size, 3)
     return stream.once(source, view, batch_size=PART, indices=index_N)
