@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> None:
 def finish(out: pathlib.Path, line: dict, found, supply, extractor, reference, count: int) -> None:
     """Write the images, the page, and last the result: a folder that has one is finished."""
     if isinstance(supply, supplies.Drawn):
-        if supply.archive is None:
-            supply.keep(evaluation.archive(supply, out, count))
+        kept = supply.archive
+        supply.keep(evaluation.archive(supply, out, count) if kept is None else kept.path)
         report.say(f"{supply.archive.path}: the images")
     shown = gallery.write(out, line, found, supply, extractor, reference)
     report.say(f"{shown}: a page to look at")

@@ -229,7 +229,7 @@ def results(path: pathlib.Path) -> list[dict]:
         found = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
     except ValueError as error:
         raise UserError(f"{file} is damaged: {error}; remove its last line") from error
-    if not found or any(one.get("format") != FORMAT for one in found):
+    if not found or any(not isinstance(x, dict) or x.get("format") != FORMAT for x in found):
         raise UserError(f"{file} holds no results of this version of tokgen evaluate")
     return found
 
