@@ -5,6 +5,7 @@ The settings stand above the first use of jax, which reads them once. Those that
 """
 
 import gc
+import importlib.metadata
 import os
 import pathlib
 import sys
@@ -26,9 +27,11 @@ if sys.prefix != sys.base_prefix:
 # tests start inherit it; `optimized` turns it back on.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # XLA's older emitters compile a small program in half the time, a large one in nine tenths (jax
-# 0.10.2). What must be compiled as for users asks for the newer ones in `compiler_options`.
+# 0.10.2). What must be compiled as for users asks for the newer ones in `compiler_options`. jax 0.12
+# has none but these, and ends a process that names a flag it does not know.
 EMITTERS = "xla_cpu_use_fusion_emitters"
-if EMITTERS not in os.environ.get("XLA_FLAGS", ""):
+CHOICE = importlib.metadata.version("jaxlib").split(".")[:2] == ["0", "10"]
+if CHOICE and EMITTERS not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{EMITTERS}=false".strip()
 # Tests compile many small programs, each below the default of one second. Not 0: with every program
 # kept, a worker of 3,233 tests ended in a segmentation fault once (jax 0.10.2), at no great gain.

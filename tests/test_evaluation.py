@@ -65,6 +65,7 @@ def fakes() -> list[tuple]:
         (checkpoint, "load_tokenizer_of", lambda loaded, path="": tokenizer),
         (protocols, "PROTOCOLS", protocols.PROTOCOLS | {"local": local}),
         (evaluation, "PART", PART),
+        (extractors, "EACH", 1),
     ]
 
 
@@ -112,7 +113,9 @@ def write_reference(path: pathlib.Path, seed: int = 0) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> pathlib.Path:
-    return write_reference(tmp_path_factory.mktemp("reference") / "dice.npz")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extractors, "EACH", 1)
+        return write_reference(tmp_path_factory.mktemp("reference") / "dice.npz")
 
 
 @pytest.fixture(scope="module")
@@ -246,8 +249,7 @@ def test_the_result_says_what_was_measured(whole, reference):
 def test_given_as_an_archive_the_same_images_score_the_same(tmp_path, die, reference, whole):
     """From a file, and in parts of another size: to the last digit that is written."""
     words = (whole / "samples.npz", "--protocol", "local", "--reference", reference, "--seed", 5)
-    monkey = pytest.MonkeyPatch()
-    with monkey.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "PART", 20)
         assess.run(parsed(*words, "--out", tmp_path, "--accept", "few"))
     once = last(tmp_path)

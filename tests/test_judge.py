@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from PIL import Image
 
+from tests import test_extractors
 from tokgen import judge, sharding
 from tokgen.data import folder, images, shapes
 
@@ -144,3 +145,44 @@ def test_photographs_are_mirrored_one_by_one_and_moved_together():
         moves.add(which[0][1:])
         mirrors.add(tuple(mirrored for mirrored, _, _ in which))
     assert len(mirrors) == 8 and len(moves) == len(places) ** 2
+
+
+# ---------------------------------------------------------------- which way is up
+
+
+@pytest.mark.parametrize(("size", "ways"), [((6, 6), 4), ((4, 6), 2)])
+def test_an_image_is_turned_as_its_label_says(size, ways):
+    """By quarters, or where those would change its size by halves; the given ones stay."""
+    image_BHW3 = np.random.default_rng(0).integers(0, 256, (8, *size, 3), np.uint8)
+    assert judge.turns_of(size) == ways
+    way_B, before = np.arange(8) % ways, image_BHW3.copy()
+    turned_BHW3 = judge.turned(image_BHW3, way_B, ways)
+    for image_HW3, found_HW3, way in zip(image_BHW3, turned_BHW3, way_B, strict=True):
+        np.testing.assert_array_equal(found_HW3, np.rot90(image_HW3, way * 4 // ways))
+    np.testing.assert_array_equal(image_BHW3, before)
+
+
+def test_turns_of_a_batch_are_those_of_its_number():
+    image_BHW3 = np.random.default_rng(0).integers(0, 256, (40, 6, 6, 3), np.uint8)
+    batches = [{"image": image_BHW3, "label": np.zeros(40, int)}] * 2
+    first, second = judge._upright(iter(batches), 4, seed=3)
+    again = next(judge._upright(iter(batches), 4, seed=3))
+    other = next(judge._upright(iter(batches), 4, seed=4))
+    np.testing.assert_array_equal(first["label"], again["label"])
+    assert set(first["label"]) == {0, 1, 2, 3} and first["label"].dtype == np.int32
+    for differs in (second, other):
+        assert (first["label"] != differs["label"]).any()
+    np.testing.assert_array_equal(first["image"], judge.turned(image_BHW3, first["label"], 4))
+
+
+def test_features_are_the_mean_of_the_last_map_its_first_channels_and_what_is_read_from_it():
+    network = test_extractors.local(5).network.network
+    image_BHW3 = np.random.default_rng(0).random((4, 16, 16, 3), np.float32)
+    look = jax.jit(lambda network, image_BHW3: network.features(image_BHW3))
+    found = {name: np.asarray(rows, np.float64) for name, rows in look(network, image_BHW3).items()}
+    map_BHWc = found["spatial"].reshape(4, 2, 2, judge.SPATIAL)
+    np.testing.assert_allclose(
+        map_BHWc.mean((1, 2)), found["pooled"][:, : judge.SPATIAL], atol=1e-6
+    )
+    kernel_CK = np.asarray(network.conv_out.kernel[...], np.float64)[0, 0]
+    np.testing.assert_allclose(found["logits"], found["pooled"] @ kernel_CK, rtol=1e-4, atol=1e-5)

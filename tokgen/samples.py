@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import pathlib
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -25,7 +26,7 @@ SHARE = 0.01  # of images that may be equal to another one, or of one colour, wi
 # What zipfile, zlib and numpy raise on damaged archives
 DAMAGE = (
     *(OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, MemoryError, OverflowError),
-    *(struct.error, zipfile.BadZipFile, zlib.error),
+    *(struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
 )
 _NAMED = 5
 

@@ -76,6 +76,8 @@ class Drawn:
             "precision": loaded.config.precision.compute,
             "conditions": conditions(cond),
             "seed": seed,
+            # programs of other sizes round otherwise, now and then by a grey level
+            "batch": batch,
         }
 
     def __len__(self) -> int:

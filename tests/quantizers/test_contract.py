@@ -6,6 +6,7 @@ smooth map that its rounding stands on.
 
 import ast
 import functools
+import os
 import importlib
 import math
 import pathlib
@@ -24,7 +25,9 @@ from tokgen import state as states
 # Codes and gradients must survive what a user's compiler makes of them (BSQ was finite when it ran,
 # and not when it was compiled so); for the rest any compiler will do.
 AS_COMPILED = pytest.mark.usefixtures("optimized")
-compiled = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": True})
+EMITTERS = "xla_cpu_use_fusion_emitters"  # conftest turns them off where jax has a choice
+OPTIONS = {EMITTERS: True} if EMITTERS in os.environ.get("XLA_FLAGS", "") else {}
+compiled = functools.partial(jax.jit, compiler_options=OPTIONS)
 
 FOLDER = pathlib.Path(tokgen.__file__).parent / "quantizers"
 FILES = sorted(file.stem for file in FOLDER.glob("*.py") if "\nclass Quantizer" in file.read_text())

@@ -1,0 +1,236 @@
+"""`tokgen reference`: statistics as numpy has them, beside the network that they were seen by."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import test_extractors
+from tokgen import cli, extractors, interfaces, judge, protocols, references, sharding
+from tokgen.commands import reference
+
+ONE = test_extractors.mesh_of(1)
+WORDS = ("--steps", 24, "--images", 30)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Eight devices of two cores would each take the same step."""
+    monkeypatch.setattr(sharding, "make_mesh", lambda: ONE)
+
+
+def folder_of(path: pathlib.Path, classes: tuple[str, ...], count: int = 12) -> pathlib.Path:
+    """Images that are dark or light by class, and darker below than above; two held out of each."""
+    draw = np.random.default_rng(0)
+    for label, name in enumerate(classes or ("",)):
+        for split, number in (("train", count), ("test", 4)):
+            place = path / split / name
+            place.mkdir(parents=True)
+            for index in range(number):
+                image_HW3 = draw.integers(0, 60, (16, 16, 3)) + 120 * label
+                image_HW3[:8] += 70
+                Image.fromarray(image_HW3.astype(np.uint8)).save(place / f"{index:02d}.png")
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> pathlib.Path:
+    """Two folders of images and a reference of each.
+
+    The network of the one without classes is trained for a few steps; the other's, which
+    tests/test_judge.py trains, is drawn.
+    """
+    folder = tmp_path_factory.mktemp("reference")
+    folder_of(folder / "named", ("dark", "light"), 16)
+    folder_of(folder / "plain", (), 24)
+    recipe = dataclasses.replace(judge.PHOTOGRAPHS, batch=8, ema=0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKGEN_CACHE", str(folder / "cache"))
+        patch.setattr(judge, "PHOTOGRAPHS", recipe)
+        patch.setattr(sharding, "make_mesh", lambda: ONE)
+        make(folder / "plain", folder / "plain.npz", *WORDS)
+        drawn = test_extractors.local(2).network.network
+        patch.setattr(judge, "of_images", lambda *words, **options: drawn)
+        make(folder / "named", folder / "named.npz", *WORDS)
+    return folder
+
+
+def make(data, out, *words) -> int:
+    return cli.main(["reference", str(data), "--out", str(out), *map(str, words)])
+
+
+def seen(network: extractors.Extractor, image_NHW3) -> dict[str, np.ndarray]:
+    return extractors.features(network, np.asarray(image_NHW3))
+
+
+def pixels(folder: pathlib.Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(file)) for file in sorted(folder.rglob("*.png"))])
+
+
+@pytest.mark.parametrize("name", ["named", "plain"])
+def test_statistics_are_numpys_and_the_network_comes_back_to_the_bit(place, name):
+    found = references.read(place / f"{name}.npz")
+    network = extractors.from_arrays(found.network, found.record["extractor"])
+    assert network.record["fingerprint"] == found.record["extractor"]["fingerprint"]
+    image_NHW3 = pixels(place / name / "train")
+    chosen = np.arange(found.record["count"]) * len(image_NHW3) // found.record["count"]
+    features = seen(network, image_NHW3[chosen])
+    assert sorted(found.index_n) == chosen.tolist() and (np.diff(found.index_n) < 0).any()
+    row_n = np.searchsorted(chosen, found.index_n)
+    for layer, width in (("pooled", 192), ("spatial", 28)):
+        rows_ND = features[layer]
+        assert found.record["layers"][layer] == width == rows_ND.shape[1]
+        np.testing.assert_array_equal(found.features[layer], rows_ND[row_n])
+        rows_ND = rows_ND.astype(np.float64)
+        mean_D, covariance_DD = rows_ND.mean(0), np.cov(rows_ND, rowvar=False)
+        for ours, numpys in (
+            (found.moments[layer].mean_D, mean_D),
+            (found.moments[layer].covariance_DD, covariance_DD),
+        ):
+            np.testing.assert_allclose(ours, numpys, rtol=0, atol=1e-12 * np.abs(numpys).max())
+    label_n = found.index_n >= 16 if name == "named" else 0 * found.index_n
+    np.testing.assert_array_equal(found.label_n, label_n)
+
+
+@pytest.mark.parametrize("name", ["named", "plain"])
+def test_the_network_says_how_well_it_does_on_held_out_images(place, name):
+    """In classes; of a folder without any, it learned which way is up."""
+    found = references.read(place / f"{name}.npz")
+    told = found.record["extractor"]
+    assert told["images"] == "held-out images"
+    network = extractors.from_arrays(found.network, told)
+    image_NHW3 = pixels(place / name / "test")
+    logits_NK = seen(network, image_NHW3)["logits"]
+    if name == "named":
+        assert told["classes"] == ["dark", "light"] == found.record["classes"]
+        assert told["accuracy"] == np.mean(logits_NK.argmax(1) == np.repeat([0, 1], 4))
+        return
+    assert told["accuracy"] > 0.45 and told["classes"] == [] and logits_NK.shape[1] == 4
+    turned = [seen(network, np.rot90(image_NHW3, way, (1, 2)))["logits"] for way in range(4)]
+    right = np.mean([logits.argmax(1) == way for way, logits in enumerate(turned)])
+    assert abs(told["accuracy"] - right) < 0.5 and right > 0.45
+
+
+def test_record_says_what_must_agree(place):
+    record = references.read(place / "named.npz").record
+    wanted = {"protocol": "local", "split": "train", "count": 30, "size": [16, 16], "replaced": 0}
+    assert {name: record[name] for name in wanted} == wanted
+    assert record["crop"] == "center" and record["dataset"] == str(place / "named")
+    assert record["extractor"]["trained_on"] == record["fingerprint"]
+
+
+def test_another_references_network_is_used_again(place, tmp_path, monkeypatch):
+    """Of the held-out images, an archive of them: the same features from either."""
+    monkeypatch.setattr(judge, "of_images", None)  # training would fail
+    network = ("--network", place / "named.npz")
+    assert make(place / "named", tmp_path / "a.npz", *network, "--split", "held_out") == 0
+    np.savez(
+        tmp_path / "data.npz",
+        arr_0=pixels(place / "named" / "test"),
+        arr_1=np.repeat([0, 1], 4),
+    )
+    assert make(tmp_path / "data.npz", tmp_path / "b.npz", *network, "--split", "held_out") == 0
+    first, folder, archive = (
+        references.read(file)
+        for file in (place / "named.npz", tmp_path / "a.npz", tmp_path / "b.npz")
+    )
+    for other in (folder, archive):
+        extractor = other.record["extractor"]
+        assert extractor["fingerprint"] == first.record["extractor"]["fingerprint"]
+        assert other.record["count"] == 8 and other.record["split"] == "held_out"
+    for layer in ("pooled", "spatial"):
+        np.testing.assert_array_equal(folder.features[layer], archive.features[layer])
+    np.testing.assert_array_equal(folder.label_n, archive.label_n)
+    assert archive.record["classes"] == ["0", "1"] and folder.digest != archive.digest
+
+
+def test_an_archive_is_a_source_in_any_order(tmp_path):
+    image_NHW3 = test_extractors.pictures(30)
+    np.savez(tmp_path / "a.npz", arr_0=image_NHW3, arr_1=np.arange(30) % 4)
+    source = reference.Kept(str(tmp_path / "a.npz"))
+    assert len(source) == 30 and source.classes == ("0", "1", "2", "3")
+    for indices in ([3, 1, 2], [0, 29], np.arange(5, 20), [7]):
+        records = source.__getitems__(indices)
+        for index, record in zip(indices, records, strict=True):
+            np.testing.assert_array_equal(record["image"], image_NHW3[index])
+            assert record["label"] == index % 4
+    np.testing.assert_array_equal(source[11]["image"], image_NHW3[11])
+
+
+def test_a_published_network_sees_all_images_once(tmp_path, monkeypatch):
+    """Of 30 images, read in parts of 8, 12 are kept; larger ones are cut to the size."""
+    published = extractors.Published(
+        lambda arrays: test_extractors.Means(), extractors.INCEPTION, "It is from nowhere."
+    )
+    monkeypatch.setitem(extractors.PUBLISHED, "inception", published)
+    monkeypatch.setattr(extractors.reader, "read", lambda path: {})
+    for module, name, value in (
+        (reference, "PART", 8),
+        (references, "KEPT", 12),
+        (extractors, "EACH", 1),
+    ):
+        monkeypatch.setattr(module, name, value)
+    image_NHW3 = test_extractors.pictures(30, (16, 24))
+    np.savez(tmp_path / "data.npz", arr_0=image_NHW3)
+    (tmp_path / "weights").touch()
+    words = ("--protocol", "adm-50k", "--weights", tmp_path / "weights", "--size", 16)
+    assert make(tmp_path / "data.npz", tmp_path / "a.npz", *words) == 0
+    found = references.read(tmp_path / "a.npz")
+    x_NHW3 = image_NHW3[:, :, 4:20].astype(np.float64)
+    rows_ND = np.concatenate([x_NHW3.mean((1, 2)), x_NHW3.std((1, 2))], axis=1)
+    assert found.moments["pool3"].count == 30 and found.record["size"] == [16, 16]
+    np.testing.assert_allclose(found.moments["pool3"].mean_D, rows_ND.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(
+        found.moments["pool3"].covariance_DD, np.cov(rows_ND, rowvar=False), rtol=1e-3, atol=1e-3
+    )
+    assert len(found.index_n) == 12 == len(set(found.index_n)) and not found.network
+    np.testing.assert_allclose(found.features["pool3"], rows_ND[found.index_n], rtol=1e-4)
+    assert found.record["extractor"]["name"] == "inception" and found.record["split"] == "train"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("named", "--out", "a.txt"), "--out names an .npz file; found a.txt"),
+        (("named", "--out", "named.npz/a.npz"), "cannot write"),
+        (("nothing", "--out", "a.npz"), "an image folder is needed at nothing"),
+        (("nothing.npz", "--out", "a.npz"), "nothing.npz"),
+        (("named", "--out", "a.npz", "--protocol", "fid"), "protocols are"),
+        (("named", "--out", "a.npz", "--protocol", "adm-50k"), "needs its weight file"),
+        (("named", "--out", "a.npz", "--weights", "w"), "leave --weights out"),
+        (("named", "--out", "a.npz", "--protocol", "adm-50k", "--network", "n"), "--network is of"),
+        (("named", "--out", "a.npz", "--network", "data.npz"), "holds images (arr_0)"),
+        (("named", "--out", "a.npz", "--size", "4"), "at least 8"),
+        (("named", "--out", "a.npz", "--images", "-1"), "at least 0"),
+        (("named", "--out", "a.npz", "--split", "some"), "split must be one of"),
+        (("damaged", "--out", "a.npz"), "first image, which cannot be read"),
+    ],
+)
+def test_command_lines_that_cannot_be_meant(place, tmp_path, monkeypatch, capsys, words, told):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(judge, "of_images", None)
+    np.savez(place / "data.npz", arr_0=test_extractors.pictures(2))
+    for name in ("a.png", "b.png"):
+        (place / "damaged").mkdir(exist_ok=True)
+        (place / "damaged" / name).write_bytes(b"no picture")
+    capsys.readouterr()
+    assert cli.main(["reference", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tokgen reference: error: ") and told in error
+    assert len(error.splitlines()) == 1 and not (place / "a.npz").exists()
+
+
+def test_images_that_cannot_be_read_are_counted_and_named(place, tmp_path, capsys):
+    folder = folder_of(tmp_path / "some", ("dark", "light"))
+    (folder / "train" / "dark" / "03.png").write_bytes(b"no picture")
+    assert make(folder, tmp_path / "a.npz", "--network", place / "named.npz") == 0
+    assert references.read(tmp_path / "a.npz").record["replaced"] == 1
+    assert "1 images cannot be read" in (said := capsys.readouterr().err) and "03.png" in said
+
+
+def test_protocols_are_known_by_name():
+    assert protocols.named("local").extractor == "local"
+    with pytest.raises(interfaces.UserError, match="did you mean 'fd-dinov2'"):
+        protocols.named("fd-dino")
