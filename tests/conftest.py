@@ -27,8 +27,8 @@ if sys.prefix != sys.base_prefix:
 # tests start inherit it; `optimized` turns it back on.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # XLA's older emitters compile a small program in half the time, a large one in nine tenths (jax
-# 0.10.2). What must be compiled as for users asks for the newer ones in `compiler_options`. jax 0.12
-# has none but these, and ends a process that names a flag it does not know.
+# 0.10.2). What must be compiled as for users asks for the newer ones in `compiler_options`. Later
+# versions have none but these, and end a process that names a flag they do not know.
 EMITTERS = "xla_cpu_use_fusion_emitters"
 CHOICE = importlib.metadata.version("jaxlib").split(".")[:2] == ["0", "10"]
 if CHOICE and EMITTERS not in os.environ.get("XLA_FLAGS", ""):

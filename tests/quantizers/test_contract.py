@@ -6,9 +6,9 @@ smooth map that its rounding stands on.
 
 import ast
 import functools
-import os
 import importlib
 import math
+import os
 import pathlib
 
 import jax
