@@ -164,6 +164,7 @@ def test_a_reference_of_the_same_kind_is_taken(tmp_path):
         ({"protocol": "adm-50k"}, {}, "protocol: need local, found adm-50k"),
         ({}, {"name": "few"}, "protocol: need few, found local"),
         ({"protocol": "few", "count": 39}, {"name": "few"}, "reference: need 40, found 39"),
+        ({"protocol": "few", "available": 50}, {"name": "few"}, "its split: need 50, found 40"),
         ({"protocol": "few", "split": "all"}, {"name": "few"}, "split: need train, found all"),
         ({"protocol": "few"}, {"name": "few", "count": 10}, "samples: need 9, found 10"),
     ],

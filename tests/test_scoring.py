@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tokgen import protocols, scoring
+from tokgen import measures, protocols, scoring
 from tokgen.interfaces import UserError
 from tokgen.metrics import (
     accuracy,
@@ -40,7 +40,7 @@ def sets() -> tuple[dict, dict, np.ndarray, np.ndarray]:
     return *single, label_N, label_n
 
 
-def compared(**more) -> scoring.Compared:
+def compared(**more) -> measures.Compared:
     found, real, label_N, label_n = sets()
     given = {
         "protocol": EVERY,
@@ -55,7 +55,7 @@ def compared(**more) -> scoring.Compared:
         "least": None,
         "seed": SEED,
     }
-    return scoring.Compared(**(given | more))
+    return measures.Compared(**(given | more))
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +86,11 @@ def test_the_bias_shown_is_that_of_so_many_images():
     for seed in range(6):
         rows_ND = np.random.default_rng(seed).normal(size=(400, D)).astype(np.float32)
         one = compared(features={"pooled": rows_ND}, moments={"pooled": exact})
-        shown.append(scoring.fid(one)["bias"])
+        shown.append(measures.fid(one)["bias"])
         few = compared(features={"pooled": rows_ND[:14]}, moments={"pooled": exact})
         closed = frechet.between(moments.Moments.of(rows_ND[:14]), exact)
-        assert scoring.fid(few)["bias"] == pytest.approx(closed.bias)  # seven chunks are too few
-        assert "low" not in scoring.fid(few)
+        assert measures.fid(few)["bias"] == pytest.approx(closed.bias)  # seven chunks are too few
+        assert "low" not in measures.fid(few)
     assert np.mean(shown) == pytest.approx(frechet.bias(D, 400), rel=0.25)
 
 
@@ -122,12 +122,12 @@ def test_neighbours_under_adm_are_of_all_samples_against_the_kept_images():
     one = compared(protocol=protocol)
     order_N = np.random.default_rng(SEED).permutation(N)[:200]
     wanted = neighbours.precision_recall(real["pooled"][:60], found["pooled"][order_N], 3)
-    shown = scoring.precision(one), scoring.recall(one)
+    shown = measures.precision(one), measures.recall(one)
     assert tuple(figure["value"] for figure in shown) == wanted
     assert [figure["images"] for figure in shown] == [200, 60]
     equal = compared(protocol=dataclasses.replace(EVERY, compared=60))
-    assert scoring.recall(equal)["images"] == scoring.density(equal)["images"] == 60
-    assert scoring.recall(equal)["value"] != shown[1]["value"]
+    assert measures.recall(equal)["images"] == measures.density(equal)["images"] == 60
+    assert measures.recall(equal)["value"] != shown[1]["value"]
 
 
 def test_figures_of_all_images(figures):
@@ -176,16 +176,16 @@ def test_inception_score_does_not_depend_on_the_order_of_samples():
         for order in (np.arange(N), np.random.default_rng(3).permutation(N))
     )
     plain = inception_score.score(logits_NK, inception_score.consecutive(N, size)).mean
-    shown = scoring.is_(sorted_)
+    shown = measures.is_(sorted_)
     assert (shown["parts"], shown["part"]) == (8, size) and shown["std"] > 0
-    assert shown["value"] == pytest.approx(scoring.is_(mixed)["value"], rel=0.05)
+    assert shown["value"] == pytest.approx(measures.is_(mixed)["value"], rel=0.05)
     assert plain < 0.85 * shown["value"]
     whole = inception_score.score(logits_NK, [np.arange(N)]).mean
     for one in (sorted_, mixed):  # the local protocol: all in one part
         one = dataclasses.replace(one, protocol=EVERY)
-        assert scoring.is_(one)["value"] == pytest.approx(whole, rel=1e-12)
+        assert measures.is_(one)["value"] == pytest.approx(whole, rel=1e-12)
     seeded = dataclasses.replace(EVERY, splits=(size, 2020))
-    seeds = [scoring.is_(compared(protocol=seeded, seed=seed))["value"] for seed in (0, 1)]
+    seeds = [measures.is_(compared(protocol=seeded, seed=seed))["value"] for seed in (0, 1)]
     assert seeds[0] == seeds[1]
 
 
@@ -194,8 +194,8 @@ def test_nearest_images_are_those_of_the_largest_cosine():
     a, b = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in
             (found["pooled"].astype(np.float64), real["pooled"].astype(np.float64)))  # fmt: skip
     cosine_Nn = a @ b.T
-    sample_N, real_N, similarity_N = scoring.nearest(compared())
-    order_N = np.argsort(-cosine_Nn.max(1))[: scoring.NEAREST]
+    sample_N, real_N, similarity_N = measures.nearest(compared())
+    order_N = np.argsort(-cosine_Nn.max(1))[: measures.NEAREST]
     np.testing.assert_array_equal(sample_N, order_N)
     np.testing.assert_array_equal(real_N, cosine_Nn.argmax(1)[order_N])
     np.testing.assert_allclose(similarity_N, cosine_Nn.max(1)[order_N], rtol=1e-9)
@@ -250,7 +250,7 @@ def test_fewer_images_than_features():
     few = {name: rows[:5] for name, rows in found.items()}
     one = compared(features=few, label_N=label_N[:5])
     with pytest.raises(UserError, match="6 features needs at least 7 images.*found 5 generated"):
-        scoring.fid(one)
+        measures.fid(one)
     assert scoring.lacking("sfid", one) == ""  # it has four
     assert "4 features need more images than that; found 4" in scoring.lacking(
         "sfid", compared(features={name: rows[:4] for name, rows in found.items()})
@@ -259,7 +259,7 @@ def test_fewer_images_than_features():
         assert scoring.lacking(metric, one) == "it needs 200 samples"
     accepted = compared(features=few, label_N=label_N[:5], least=2)
     wanted = frechet.from_features(few["pooled"], real["pooled"])
-    assert scoring.fid(accepted)["value"] == pytest.approx(wanted, rel=1e-6)
+    assert measures.fid(accepted)["value"] == pytest.approx(wanted, rel=1e-6)
     names = tuple(name for name in scoring.METRICS if name != "fid_infinity")
     figures, absent = scoring.score(
         dataclasses.replace(accepted, protocol=dataclasses.replace(EVERY, metrics=names)), what=""
@@ -271,7 +271,7 @@ def test_features_of_another_width_are_named():
     found, _, _, _ = sets()
     wide = {**found, "pooled": np.concatenate([found["pooled"]] * 2, axis=1)}
     with pytest.raises(UserError, match="pooled of the samples has 12 features.*reference 6"):
-        scoring.fid(compared(features=wide))
+        measures.fid(compared(features=wide))
 
 
 def test_intervals_cover_other_draws_of_the_samples():
@@ -282,7 +282,7 @@ def test_intervals_cover_other_draws_of_the_samples():
     target = moments.Moments.of(real["pooled"])
     for _ in range(20):
         rows_ND = truth_ND[draw.choice(len(truth_ND), 500, replace=False)]
-        figure = scoring.fid(compared(features={"pooled": rows_ND}, moments={"pooled": target}))
+        figure = measures.fid(compared(features={"pooled": rows_ND}, moments={"pooled": target}))
         wanted = frechet.between(moments.Moments.of(truth_ND), target).value + figure["bias"]
         out += not figure["low"] <= wanted <= figure["high"]
     assert out <= 4

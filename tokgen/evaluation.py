@@ -16,7 +16,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tokgen import checkpoint, extractors, protocols, references, report, samples, scoring, supplies
+from tokgen import (
+    checkpoint,
+    extractors,
+    measures,
+    protocols,
+    references,
+    report,
+    samples,
+    supplies,
+)
 from tokgen.interfaces import UserError
 from tokgen.metrics import bootstrap, codebook
 from tokgen.metrics import moments as moments_
@@ -141,7 +150,7 @@ def compared(
     classes: int,
     accepted: Sequence[str],
     seed: int,
-) -> scoring.Compared:
+) -> measures.Compared:
     """What figures are made of; without a reference, the originals are it."""
     layers = [name for name in extractor.layers if not name.startswith("logits")]
     logits = next((name for name in extractor.layers if name.startswith("logits")), "")
@@ -155,7 +164,7 @@ def compared(
     else:
         real, moments = reference.features, reference.moments
         label_n = reference.label_n if reference.record.get("classes") else np.zeros(0, np.int32)
-    return scoring.Compared(
+    return measures.Compared(
         protocol,
         layers[0],
         logits,
@@ -212,12 +221,18 @@ def _rounded(figure: Mapping) -> dict:
 
 
 def append(out: pathlib.Path, line: Mapping) -> None:
-    """Add a result to the folder's results, whole or not at all."""
+    """Add a result to the folder's results, whole or not at all; measured again, it stays one."""
     file = out / RESULTS
     before = file.read_text() if file.exists() else ""
+    if before and _untimed(json.loads(before.splitlines()[-1])) == _untimed(dict(line)):
+        return
     part = file.with_name(f".{RESULTS}.part")
     part.write_text(before + json.dumps(line) + "\n")
     part.replace(file)
+
+
+def _untimed(line: dict) -> str:
+    return json.dumps({n: v for n, v in line.items() if n != "time"}, sort_keys=True)
 
 
 def results(path: pathlib.Path) -> list[dict]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tokgen import evaluation, page, protocols, references, scoring
+from tokgen import evaluation, measures, page, protocols, references
 from tokgen.commands import reference as reference_
 from tokgen.data import images
 from tokgen.interfaces import UserError
@@ -119,7 +119,7 @@ def _nearest(line: Mapping, found, supply, extractor, reference) -> str:
         accepted=(),
         seed=line["seed"],
     )
-    sample_n, real_n, similarity_n = scoring.nearest(compared)
+    sample_n, real_n, similarity_n = measures.nearest(compared)
     told = (
         f"The {len(sample_n)} samples most like one of {len(compared.reference[compared.layer])} "
         "real images, most alike first: the sample on the left, the real image on the right. "

@@ -176,6 +176,7 @@ def test_a_published_network_sees_all_images_once(tmp_path, monkeypatch):
     np.savez(tmp_path / "data.npz", arr_0=image_NHW3)
     (tmp_path / "weights").touch()
     words = ("--protocol", "adm-50k", "--weights", tmp_path / "weights", "--size", 16)
+    words += ("--split", "train")  # an archive does not say
     assert make(tmp_path / "data.npz", tmp_path / "a.npz", *words) == 0
     found = references.read(tmp_path / "a.npz")
     x_NHW3 = image_NHW3[:, :, 4:20].astype(np.float64)

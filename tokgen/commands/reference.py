@@ -63,7 +63,9 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"cannot write {out}: {error}; name another --out") from error
     launch.devices()
-    split = args.split or protocol.split or "train"
+    # an archive does not say what it is of
+    unsaid = "all" if args.data.endswith(".npz") else protocol.split or "train"
+    split = args.split or unsaid
     source = source_of(args, split)
     size = size_of(source, args)
     extractor = extractor_of(args, protocol, source, size)
@@ -84,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
         "fingerprint": source.fingerprint,
         "split": split,
         "count": count,
+        "available": len(source),
         "replaced": batches.bad,
         "size": list(size),
         "crop": protocol.crop,
