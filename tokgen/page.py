@@ -27,7 +27,7 @@ BESIDE = {
     "std": "std {}",
     "real": "real images {}",
     "expected": "{} expected of equal sets",
-    "parts": "{} parts",
+    "parts": "number of parts {}",
     "k": "k = {}",
     "axes": "{} axes",
     "divergence": "KL of the classes {}",
