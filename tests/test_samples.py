@@ -182,3 +182,18 @@ def test_copies_and_images_of_one_colour_are_counted_and_refused_above_a_percent
     with pytest.raises(UserError, match="^5 constant among"):
         samples.check(both, 300, ["duplicates"])
     samples.check(both, 300, ["duplicates", "constant"])
+
+
+def test_fewer_images_are_taken_from_all_over_a_set(tmp_path):
+    """Sorted by class, the first ones would be of one class."""
+    image_NHW3 = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), np.uint8)
+    label_N = np.repeat(np.arange(5), 10)
+    np.savez(tmp_path / "a.npz", arr_0=image_NHW3, arr_1=label_N)
+    spread = samples.Spread(samples.given(tmp_path / "a.npz"), 20)
+    parts = [spread.part(start, start + 5) for start in (0, 5, 10, 15, 0)]
+    wanted_N = np.arange(20) * 50 // 20
+    found = np.concatenate([part["image"] for part in parts])
+    np.testing.assert_array_equal(found, image_NHW3[np.r_[wanted_N, wanted_N[:5]]])
+    labels = np.concatenate([part["label"] for part in parts[:4]])
+    assert np.bincount(labels).tolist() == [4] * 5 and len(spread) == 20
+    assert spread.identity != samples.given(tmp_path / "a.npz").identity

@@ -112,6 +112,8 @@ def supply_of(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[ob
                 "samples: give the tokenizer's checkpoint"
             )
         given = samples.given(path, args.accept)
+        if 0 < args.samples < len(given):
+            return samples.Spread(given, args.samples), classes_of(given)
         return given, classes_of(given)
     if kind == "tokenizer":
         supply = repainted(args)
@@ -132,10 +134,10 @@ def _kind(path: str) -> str:
         return ""
     try:
         step = checkpoint.find(path)
-    except UserError:
+    except UserError as error:
         if place.is_dir():
             return ""
-        raise
+        raise UserError(f"{error}; need that, an .npz of images or a folder of images") from error
     return checkpoint.read_meta(step)["kind"]
 
 

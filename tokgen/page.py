@@ -230,7 +230,9 @@ def figures(line: Mapping) -> str:
         value, interval, notes = cells(name, figure)
         rows.append((title_of(name), value, interval, better(name), notes))
     rows += [(title_of(name), "none", "", "", why) for name, why in line["absent"].items()]
-    return table(("figure", "value", "95 % interval", "better is", "read beside"), rows, "notes")
+    return table(
+        ("figure", "value", "interval or error", "better is", "read beside"), rows, "notes"
+    )
 
 
 def plain(value) -> str:

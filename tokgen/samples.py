@@ -97,13 +97,15 @@ class Archive:
         To go anywhere in a member of an archive, all before it is read: for every part of a long
         one that would be most of it. Read to its end in one go, its checksum is compared as well.
         """
-        if self._member is None or start != self._next:
+        if self._member is None or start < self._next:
             if self._member is not None:
                 self._member.close()
             self._member = self._named(self._opened(), "arr_0.npy")
             self._header(self._member)
+            self._next = 0
+        if start > self._next:
             try:
-                self._member.seek(start * step, 1)
+                self._member.seek((start - self._next) * step, 1)
             except DAMAGE as error:
                 self._member = None
                 raise self._damaged(error) from error
@@ -243,6 +245,24 @@ def given(path: str | pathlib.Path, accepted: Sequence[str] = ()) -> Archive | P
     if path.suffix != ".npz":
         raise UserError(f"samples are an .npz or a folder of images; found {path}")
     return Archive(path)
+
+
+class Spread:
+    """So many images of a supply, evenly over it: it may be sorted by class."""
+
+    def __init__(self, supply, count: int):
+        self.supply, self.size = supply, supply.size
+        self.index_N = np.arange(count) * len(supply) // count
+        self.classes = getattr(supply, "classes", ())
+        self.identity = {**supply.identity, "spread": [count, len(supply)]}
+
+    def __len__(self) -> int:
+        return len(self.index_N)
+
+    def part(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Images and labels `start` to `stop`; of an archive, read from the first to the last."""
+        found = [self.supply.part(int(n), int(n) + 1) for n in self.index_N[start:stop]]
+        return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
 def digests(image_NHW3: np.ndarray) -> np.ndarray:

@@ -143,6 +143,8 @@ def marks(lines: Mapping[str, Mapping], metric: str) -> dict[str, str]:
     better = page.better(metric)
     if not better or len(figures) < 2:
         return {}
+    if len({figure.get("axes") for figure in figures.values()}) > 1:
+        return {}  # of other features
     sign = 1 if better == "lower" else -1
     best = min(figures, key=lambda name: sign * figures[name]["value"])
     top, found = figures[best], {best: "best"}

@@ -47,10 +47,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     score.add_argument(
         "--lpips", nargs="*", default=[], metavar="FILE", help="LPIPS weights: trunk and heads"
     )
-    score.add_argument("--samples", type=int, default=0, help="default: the protocol's, or 1000")
+    score.add_argument(
+        "--samples",
+        type=int,
+        default=0,
+        help="default: the protocol's; all that are given; of a generator 1000",
+    )
     score.add_argument(
         "--accept",
-        action="append",
+        action="extend",
+        nargs="+",
         default=[],
         choices=("duplicates", "constant", "few", "lossy"),
         help="score although there are copies, images of one colour, few samples, or JPEGs",

@@ -17,6 +17,7 @@ from tokgen.interfaces import UserError
 from tokgen.metrics import moments
 
 PART = 256  # images at a time
+EXAMINED = 10_000  # images that the local network's accuracy is of, at most
 SIZE = 256  # pixels of the published protocols' images
 
 
@@ -199,23 +200,26 @@ def extractor_of(args, protocol, source, size) -> extractors.Extractor:
     if hasattr(source, "split") and not isinstance(source, Kept):
         taught = source_of(args, "train")
     found = extractors.trained(taught, size, seed=args.seed + 1, recipe=recipe)
-    known = dict(zip(("images", "accuracy"), _accuracy(args, found, source, size), strict=True))
+    names = ("images", "examined", "accuracy")
+    known = dict(zip(names, _accuracy(args, found, source, size), strict=True))
     what = "classes" if source.classes else "which way is up"
     report.say(
-        f"the local network tells {what} on {100 * known['accuracy']:.1f} % of {known['images']}"
+        f"the local network tells {what} on {100 * known['accuracy']:.1f} % of "
+        f"{known['examined']} {known['images']}"
     )
     return dataclasses.replace(found, record={**found.record, **known})
 
 
-def _accuracy(args, extractor, source, size) -> tuple[str, float]:
-    """(of which images, the network's accuracy on them): held-out ones where there are any."""
+def _accuracy(args, extractor, source, size) -> tuple[str, int, float]:
+    """(which images, how many, the network's accuracy on them); held-out ones if there are any."""
     try:
         held_out, which = source_of(args, "held_out"), "held-out images"
     except UserError:
         held_out, which = source, "its own images"
     if isinstance(source, Kept):
         which = "its own images"
-    return which, extractors.accuracy(extractor, held_out, size)
+    count = min(len(held_out), EXAMINED)
+    return which, count, extractors.accuracy(extractor, held_out, size, count=count)
 
 
 def evenly(length: int, count: int) -> np.ndarray:

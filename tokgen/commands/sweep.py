@@ -54,7 +54,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     score.add_argument("--assume", default="", help="the protocol of a reference without a record")
     score.add_argument("--weights", default="", help="weight file of a published feature network")
     score.add_argument(
-        "--accept", action="append", default=[], choices=("duplicates", "constant", "few", "lossy")
+        "--accept",
+        action="extend",
+        nargs="+",
+        default=[],
+        choices=("duplicates", "constant", "few", "lossy"),
     )
     score.add_argument("--preset", default="default", help="what is not swept is as in it")
     score.add_argument("--top-k", type=int, help="in the place of the preset's; 0 keeps all")
