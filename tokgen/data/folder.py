@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tokgen import interfaces
+from tokgen import interfaces, ranges
 
 EXTENSIONS = (
     ".jpg",
@@ -45,7 +45,9 @@ class Source:
 
     classes: tuple[str, ...]
 
-    def __init__(self, path: str | os.PathLike, *, split: str = "train", held_out: float = 0.02):
+    def __init__(
+        self, path: str | os.PathLike, *, split: str = "train", held_out: ranges.Rate = 0.02
+    ):
         self.path = os.fspath(path)
         self.split = split
         if split not in SPLITS:

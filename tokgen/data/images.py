@@ -15,11 +15,12 @@ import io
 import math
 import struct
 import zlib
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
 
-from tokgen import interfaces
+from tokgen import interfaces, ranges
 
 # Raster formats only: PIL would hand an EPS file to ghostscript, and a few others to plug-ins that
 # nobody looks after.
@@ -74,6 +75,10 @@ class BrokenImage(ValueError):
     """Bytes that do not decode to pixels; the stream replaces and counts them."""
 
 
+# a batch of such images is refused by its bytes, long before any exists
+Pixels = Annotated[int, ranges.Range(1, 2**14)]
+
+
 @dataclasses.dataclass(frozen=True)
 class View:
     """What the model gets to see of an image: a function of the image and a generator.
@@ -91,7 +96,7 @@ class View:
       decoder: `pil`, or `simplejpeg` (extra `fastdata`): the same pixels of JPEGs, sooner.
     """
 
-    size: tuple[int, int]
+    size: tuple[Pixels, Pixels]
     channels: int = 3
     crop: str = "center"
     zoom: float = 1.25
