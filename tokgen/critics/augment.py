@@ -8,12 +8,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from tokgen import rng
+
 
 def augment(
     image_BHW3: jax.Array, key: jax.Array, *, translation: float = 0.125, cutout: float = 0.2
 ) -> jax.Array:
     """Colour, translation and cutout in the published order; shares of the image's size."""
-    color, shift, cut = jax.random.split(key, 3)
+    uses = (rng.COLOR, rng.TRANSLATION, rng.CUTOUT)
+    color, shift, cut = (rng.use(key, what) for what in uses)
     image_BHW3 = translated(colored(image_BHW3, color), shift, translation)
     return cut_out(image_BHW3, cut, cutout)
 
@@ -31,7 +34,7 @@ def colored(image_BHW3: jax.Array, key: jax.Array) -> jax.Array:
 
 def translated(image_BHW3: jax.Array, key: jax.Array, share: float) -> jax.Array:
     """Moved by up to `share` of each side; what comes into view is zero."""
-    for axis, each in zip((1, 2), jax.random.split(key), strict=True):
+    for axis, each in zip((1, 2), rng.numbered(key, 2), strict=True):
         size = image_BHW3.shape[axis]
         most = int(size * share + 0.5)
         shift_B1 = jax.random.randint(each, (len(image_BHW3), 1), -most, most + 1)
@@ -45,7 +48,7 @@ def translated(image_BHW3: jax.Array, key: jax.Array, share: float) -> jax.Array
 def cut_out(image_BHW3: jax.Array, key: jax.Array, share: float) -> jax.Array:
     """A rectangle of `share` of each side is zero; at the border a part of it lies outside."""
     hidden = jnp.ones((len(image_BHW3), 1, 1, 1), bool)
-    for axis, each in zip((1, 2), jax.random.split(key), strict=True):
+    for axis, each in zip((1, 2), rng.numbered(key, 2), strict=True):
         size = image_BHW3.shape[axis]
         length = int(size * share + 0.5)
         centre_B1 = jax.random.randint(each, (len(image_BHW3), 1), 0, size + 1 - length % 2)
