@@ -13,7 +13,7 @@ from flax import nnx
 
 from tokgen import adversary, interfaces, judge, losses, rng
 from tokgen import state as states
-from tokgen.critics import features
+from tokgen.critics import augment, features
 from tokgen.generators import autoregressive, masked, next_scale
 from tokgen.nn import transformer
 from tokgen.nn.precision import FLOAT32
@@ -281,7 +281,7 @@ def _critic():
 def test_no_two_draws_of_a_game_share_a_key(recorder):
     graph, critic, optimizer = _critic()
     game = adversary.Game(
-        weight=1.0, augmented=True, consistency=1.0, network=dict(name="features")
+        weight=1.0, augmented=augment.KINDS, consistency=1.0, network=dict(name="features")
     )
     image_BHW3 = jnp.asarray(np.random.default_rng(0).uniform(size=(B, 12, 12, 3)), jnp.float32)
     moves = rng.use(rng.key(0, "train", 5), rng.CRITIC)
@@ -294,12 +294,12 @@ def test_no_two_draws_of_a_game_share_a_key(recorder):
         losses.adversarial(look, image_BHW3)
 
     recorder.watch(played, critic, moves)
-    crop, augment = 3, 1 + 2 + 2
+    crop, change = 3, 1 + 2 + 2
     # real and painted, each twice; the painter's; upkeep crops only
-    assert len(recorder.eaten) == 5 * (crop + augment) + 2 * crop
+    assert len(recorder.eaten) == 5 * (crop + change) + 2 * crop
     # where the first look is compared with the second it is the same one, taken once more
     assert sorted(set(recorder.eaten.values())) == [1, 2]
-    assert sum(times == 2 for times in recorder.eaten.values()) == 2 * (crop + augment)
+    assert sum(times == 2 for times in recorder.eaten.values()) == 2 * (crop + change)
 
 
 def test_no_two_draws_of_a_tokenizers_step_share_a_key(recorder):

@@ -5,20 +5,35 @@ Images are in [-1, 1], as critics see them; every image of a batch is changed by
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from tokgen import rng
 
+KINDS = ("color", "translation", "cutout")  # in the paper's order
+
 
 def augment(
-    image_BHW3: jax.Array, key: jax.Array, *, translation: float = 0.125, cutout: float = 0.2
+    image_BHW3: jax.Array,
+    key: jax.Array,
+    *,
+    kinds: tuple[str, ...] = KINDS,
+    translation: float = 0.125,
+    cutout: float = 0.2,
 ) -> jax.Array:
-    """Colour, translation and cutout in the published order; shares of the image's size."""
-    uses = (rng.COLOR, rng.TRANSLATION, rng.CUTOUT)
-    color, shift, cut = (rng.use(key, what) for what in uses)
-    image_BHW3 = translated(colored(image_BHW3, color), shift, translation)
-    return cut_out(image_BHW3, cut, cutout)
+    """The kinds that are named, one after another; shares of the image's size."""
+    change = dict(
+        color=functools.partial(colored, key=rng.use(key, rng.COLOR)),
+        translation=functools.partial(
+            translated, key=rng.use(key, rng.TRANSLATION), share=translation
+        ),
+        cutout=functools.partial(cut_out, key=rng.use(key, rng.CUTOUT), share=cutout),
+    )
+    for kind in kinds:
+        image_BHW3 = change[kind](image_BHW3)
+    return image_BHW3
 
 
 def colored(image_BHW3: jax.Array, key: jax.Array) -> jax.Array:
