@@ -23,6 +23,7 @@ LAST_LAYER = ("conv_out", "kernel")  # of the decoder: where the adaptive weight
 def create(settings, stage, game, mesh):
     """(states by name, structures by name, the critic's optimizer), as they start."""
     seed, steps = settings.seed, settings.steps
+    state.average_of(settings.get("average", "muse"))
     graph, model = state.create(
         lambda: config.tokenizer(settings, rngs=nnx.Rngs(rng.key(seed, "init"))),
         stages.optimizer(settings, stage),
@@ -204,7 +205,10 @@ def together(game, strength, pull, step, total):
 
 def improved(settings, stage, model, gradients, optimizer):
     """(model, scalars) after the optimizer; what the stage does not train stays."""
-    return state.apply_gradients(model, gradients, optimizer, ema=settings.ema, trained=stage.train)
+    average = settings.get("average", "muse")
+    return state.apply_gradients(
+        model, gradients, optimizer, ema=settings.ema, average=average, trained=stage.train
+    )
 
 
 def upkept(stage, graph, model, latents_BPC, key):
