@@ -48,7 +48,8 @@ def matched(
     classes found, and `whose` those that are known.
     """
     if not known:  # whoever knows no classes reads no labels
-        return np.zeros(max(len(found), 1), np.int32), ""
+        said = f"{whose} has no classes: those of {what} are not used" if found else ""
+        return np.zeros(max(len(found), 1), np.int32), said
     number = {name: label for label, name in enumerate(known)}
     if found and set(found) <= set(number):
         return np.array([number[name] for name in found], np.int32), ""
@@ -119,9 +120,10 @@ def told(what: str, sources: Mapping[str, object]) -> str:
     """The classes and counts of each split, and what the sources have to say, in a few lines.
 
     `sources` are by split, as `train` and `held_out`. A source may have `counts`, images by class,
-    `unread`, files that were passed over by where they lie and how they end, and `notes`.
+    `unread`, files that were passed over by where they lie and how they end, and `notes`; one
+    around another source has that as `inner`.
     """
-    sources = {split: source for split, source in sources.items() if source is not None}
+    sources = {split: _innermost(source) for split, source in sources.items()}
     names = next((tuple(s.classes) for s in sources.values()), ())
     counts = [getattr(source, "counts", None) for source in sources.values()]
     if not names:
@@ -156,6 +158,12 @@ def told(what: str, sources: Mapping[str, object]) -> str:
     if endings:
         lines.append(f"{unread_files(endings)}")
     return "\n".join(dict.fromkeys(lines))
+
+
+def _innermost(source):
+    while hasattr(source, "inner"):
+        source = source.inner
+    return source
 
 
 def unread_files(endings: Mapping[str, int]) -> str:

@@ -36,7 +36,8 @@ HELD_OUT = (
 TRAIN = ("train", "training", "trainval")
 UNLABELED = ("unlabeled",)  # images for other methods (STL-10): passed over, and said
 OTHER = ("extra",)  # named as a part of a set, without a meaning that is certain
-LABELS = ("needed", "outer", "optional", "none")
+LABELS = ("folders", "outer", "none")
+DOUBTFUL = ("refuse", "drop")
 # As parts of sets are called: train2017, train_64x64, test-images, valSet
 _PART = re.compile(
     r"(held_?out|validation|valid|val|dev|evaluation|eval|testing|test|train_?val|training|train|"
@@ -66,8 +67,9 @@ class Source:
       split: `train`, `held_out` or `all`.
       held_out: the share of the files that is held out where the folder has no split folders; of 0
         the held-out part is empty.
-      labels: `needed`; `outer`, and whatever lies below an outer folder is of that class;
-        `optional`, none where the splits do not agree in their classes; or `none`.
+      labels: `folders`; `outer`, and whatever lies below an outer folder is of that class; or
+        `none`.
+      doubtful: classes in which the splits do not agree: `refuse` or `drop` all of them.
       order: of the classes, as it was recorded; used where it is one of the same classes.
     """
 
@@ -79,8 +81,9 @@ class Source:
         *,
         split: str = "train",
         held_out: float = 0.02,
-        labels: str = "needed",
+        labels: str = "folders",
         order: Sequence[str] = (),
+        doubtful: str = "refuse",
     ):
         self.path = os.fspath(path)
         self.split = split
@@ -91,9 +94,10 @@ class Source:
                 f"held_out is the share of the images that is kept aside, at least 0 and below 1; "
                 f"found {held_out}"
             )
-        if labels not in LABELS:
+        if labels not in LABELS or doubtful not in DOUBTFUL:
             raise interfaces.UserError(
-                f"labels must be one of {', '.join(LABELS)}; found {labels!r}"
+                f"labels must be one of {', '.join(LABELS)}, doubtful one of "
+                f"{', '.join(DOUBTFUL)}; found {labels!r}, {doubtful!r}"
             )
         if not self.path:
             raise interfaces.UserError(
@@ -110,7 +114,9 @@ class Source:
         self.unread: dict[str, dict[str, int]] = {}  # where, and by ending: files passed over
         self.path, split_folders, notes = _understood(self.path, labels)
         if split_folders:
-            self.classes, files, told = self._read_splits(split_folders, split, labels, order)
+            classes, labels, told = self._agreed(split_folders, labels, order, doubtful)
+            self.classes, files, more = self._read_splits(split_folders, split, labels, classes)
+            told += more
             notes += told
         else:
             self.classes, files, told = _read(self.path, labels, order, self.unread)
@@ -138,29 +144,34 @@ class Source:
         """The path below the folder."""
         return self._names[index]
 
-    def _read_splits(self, split_folders: tuple[str, str], split: str, labels: str, order):
-        """Classes, files and what is to be said of them, of folders that are splits."""
-        parts = {}
-        for name in split_folders:
-            below, told = _unwrapped(os.path.join(self.path, name), labels)
-            parts[name] = os.path.relpath(below, self.path).replace(os.sep, "/"), told
+    def _agreed(self, split_folders, labels: str, order, doubtful: str):
+        """(classes of the splits, how their labels are to be read, what is to be said)."""
+        train, held_out = (
+            _unwrapped(os.path.join(self.path, name), labels)[0] for name in split_folders
+        )
+        if labels == "none":
+            return (), labels, []
+        classes = names_.recorded(names_.ordered(_folders(train)), order)
+        if doubtful == "refuse" or _agree(_folders(held_out), classes):
+            return classes, labels, []
+        return (
+            (),
+            "none",
+            [
+                f"{' and '.join(split_folders)} of {self.path} do not have the same classes: the "
+                "images are read without any"
+            ],
+        )
+
+    def _read_splits(self, split_folders, split: str, labels: str, classes: tuple[str, ...]):
+        """(classes, files, what is to be said) of folders that are splits."""
         train, held_out = split_folders
-        below = os.path.join(self.path, parts[train][0])
-        flat = labels == "none" or not _folders(below)
-        classes = () if flat else names_.recorded(names_.ordered(_folders(below)), order)
-        beside = _folders(os.path.join(self.path, parts[held_out][0]))
         notes, files = [], []
-        if labels == "optional" and not _agree(beside, classes):
-            notes.append(
-                f"{train} and {held_out} of {self.path} do not have the same classes: the images "
-                "are read without any"
-            )
-            classes, labels = (), "none"
         for name in {"train": (train,), "held_out": (held_out,), "all": split_folders}[split]:
-            inner, told = parts[name]
-            there = os.path.join(self.path, inner)
+            there, told = _unwrapped(os.path.join(self.path, name), labels)
+            inner = os.path.relpath(there, self.path).replace(os.sep, "/")
             found, part, more = _read(there, labels, classes, self.unread)
-            if not found and classes and name == held_out:
+            if classes and not found:
                 raise interfaces.UserError(
                     f"the class folders of {there} must be among those of {train}; found images "
                     f"without classes, and {train} has {names_.listed(classes)}; sort them into "
@@ -312,7 +323,9 @@ def _read(
         )
     notes = []
     if labels != "outer":
-        inside = [f"{name}: {names_.listed(_folders(os.path.join(path, name)), 3)}" for name in deep]
+        inside = [
+            f"{name}: {names_.listed(_folders(os.path.join(path, name)), 3)}" for name in deep
+        ]
         if len(deep) == len(classes):
             raise interfaces.UserError(
                 f"the {len(classes)} folders of {path} hold no images but only folders "
