@@ -212,7 +212,7 @@ def turned(image_BHW3: np.ndarray, way_B: np.ndarray, ways: int) -> np.ndarray:
 def _upright(batches: Iterator[dict], ways: int, seed: int) -> Iterator[dict]:
     """The batches, each image turned; the label is how."""
     for step, batch in enumerate(batches):
-        way_B = np.random.default_rng([seed, step]).integers(0, ways, len(batch["label"]))
+        way_B = np.random.default_rng([seed, step, rng.TURN]).integers(0, ways, len(batch["label"]))
         turned_BHW3 = turned(batch["image"], way_B, ways)
         yield {"image": turned_BHW3, "label": way_B.astype(np.int32)}
 
@@ -293,7 +293,8 @@ def _shuffled(source, view: images.View, batch: int, seed: int) -> Iterator[dict
 
 def _turned(image_BHW3: jax.Array, key: jax.Array) -> jax.Array:
     """The whole batch flipped or not, and turned by quarters where the image is square."""
-    flip, turns = jax.random.bernoulli(key), jax.random.randint(key, (), 0, 4)
+    flip = jax.random.bernoulli(rng.use(key, rng.FLIP))
+    turns = jax.random.randint(rng.use(key, rng.TURN), (), 0, 4)
     image_BHW3 = jnp.where(flip, image_BHW3[:, :, ::-1], image_BHW3)
     if image_BHW3.shape[1] != image_BHW3.shape[2]:
         return image_BHW3
@@ -303,16 +304,16 @@ def _turned(image_BHW3: jax.Array, key: jax.Array) -> jax.Array:
 
 def _shifted(image_BHW3: jax.Array, key: jax.Array) -> jax.Array:
     """Each image mirrored or not; the whole batch moved by up to SHIFT pixels, edges reflected."""
-    flip, move = jax.random.split(key)
-    flip_B111 = jax.random.bernoulli(flip, shape=(len(image_BHW3), 1, 1, 1))
-    return _moved(jnp.where(flip_B111, image_BHW3[:, :, ::-1], image_BHW3), move)
+    flip_key = rng.use(key, rng.FLIP)
+    flip_B111 = jax.random.bernoulli(flip_key, shape=(len(image_BHW3), 1, 1, 1))
+    return _moved(jnp.where(flip_B111, image_BHW3[:, :, ::-1], image_BHW3), key)
 
 
-def _moved(image_BHW3: jax.Array, move: jax.Array) -> jax.Array:
+def _moved(image_BHW3: jax.Array, key: jax.Array) -> jax.Array:
     """The whole batch moved by up to SHIFT pixels, edges reflected; a mirror would turn a turn."""
     sides = ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0))
     wider_BHW3 = jnp.pad(image_BHW3, sides, mode="reflect")
-    row, column = jax.random.randint(move, (2,), 0, 2 * SHIFT + 1)
+    row, column = jax.random.randint(rng.use(key, rng.MOVE), (2,), 0, 2 * SHIFT + 1)
     return jax.lax.dynamic_slice(wider_BHW3, (0, row, column, 0), image_BHW3.shape)
 
 
