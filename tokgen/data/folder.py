@@ -19,6 +19,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from typing import BinaryIO
 
 import numpy as np
 
@@ -137,8 +138,12 @@ class Source:
         return len(self._names)
 
     def __getitem__(self, index: int) -> dict:
-        with open(os.path.join(self.path, self._names[index]), "rb") as file:
+        with self.open(index) as file:
             return {"image": file.read(), "label": int(self._label_B[index])}
+
+    def open(self, index: int) -> BinaryIO:
+        """The file of an image, for its header: to be closed."""
+        return open(os.path.join(self.path, self._names[index]), "rb")
 
     def name(self, index: int) -> str:
         """The path below the folder."""
