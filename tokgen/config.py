@@ -28,7 +28,7 @@ from tokgen.interfaces import TokenLayout, UserError
 
 # Sections that name a class: the package, the class, and the arguments that come from elsewhere.
 CLASSES = {
-    "data": ("data", "Source", ("split",)),
+    "data": ("data", "Source", ("split", "order", "doubtful")),
     "encoder": ("tokenizers", "Encoder", ("channels", "latent", "size", "precision", "rngs")),
     "quantizer": ("quantizers", "Quantizer", ("grid", "rngs")),
     "decoder": (
@@ -171,7 +171,7 @@ def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> Non
         if section is None:
             continue
         here = isinstance(section, ml_collections.ConfigDict)
-        if not here or (last not in section and name not in needed):
+        if not here or not (last in section or name in needed or _taken(config, name)):
             problems.append(_unknown(name, config))
             continue
         if isinstance(section.get(last), ml_collections.ConfigDict):
@@ -210,6 +210,19 @@ def _kind(path: str, config: Any) -> str:
     if kind == "data" and path == kind and "name" not in (_at(config, path) or {}):
         return ""  # of a generator: a folder of token shards
     return kind
+
+
+def _taken(config: Any, name: str) -> bool:
+    """Whether a section's constructor has an argument that the section leaves to its default."""
+    path, _, last = name.rpartition(".")
+    kind = _kind(path, config)
+    if not kind:
+        return False
+    try:
+        target = named(_at(config, path), kind)
+    except UserError:
+        return False
+    return last in _parameters(target) and last not in CLASSES[kind][2]
 
 
 def _hint(config: Any, name: str) -> Any:
