@@ -7,13 +7,15 @@ A supply has a length, a `size` (rows, columns), an `identity` in plain JSON, an
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import pathlib
 import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -263,6 +265,51 @@ class Spread:
         """Images and labels `start` to `stop`; of an archive, read from the first to the last."""
         found = [self.supply.part(int(n), int(n) + 1) for n in self.index_N[start:stop]]
         return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path, shape: Sequence[int], label_N: np.ndarray | None = None):
+    """A function that adds images to a new `path`, an archive of `shape` [N, H, W, C] in the end.
+
+    It appears whole or not at all. Equal images make equal files.
+    """
+    part = path.with_name(f".{path.name}.part")
+    with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as target:
+        # a date of its own would make equal images unequal files
+        with target.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+            header = {
+                "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
+                "fortran_order": False,
+                "shape": tuple(map(int, shape)),
+            }
+            np.lib.format.write_array_header_1_0(member, header)
+            yield lambda image_BHWC: member.write(np.ascontiguousarray(image_BHWC).tobytes())
+        if label_N is not None:
+            with target.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
+                np.lib.format.write_array(member, label_N.astype(np.int64), allow_pickle=False)
+    part.replace(path)
+
+
+def save_part(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays under a name that appears whole or not at all, also when the machine dies."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    with open(part, "wb") as out:
+        np.savez(out, **arrays)
+        out.flush()
+        os.fsync(out.fileno())
+    part.replace(file)
+
+
+def loaded_part(file: pathlib.Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a part; none where there is none. The archive's checksums are compared."""
+    if not file.exists():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except DAMAGE as error:
+        raise UserError(f"{file} is damaged: {error}; remove it, and it is made again") from error
 
 
 def digests(image_NHW3: np.ndarray) -> np.ndarray:
