@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import pathlib
 import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -288,28 +287,6 @@ def writing(path: pathlib.Path, shape: Sequence[int], label_N: np.ndarray | None
             with target.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
                 np.lib.format.write_array(member, label_N.astype(np.int64), allow_pickle=False)
     part.replace(path)
-
-
-def save_part(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays under a name that appears whole or not at all, also when the machine dies."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    with open(part, "wb") as out:
-        np.savez(out, **arrays)
-        out.flush()
-        os.fsync(out.fileno())
-    part.replace(file)
-
-
-def loaded_part(file: pathlib.Path) -> dict[str, np.ndarray] | None:
-    """The arrays of a part; none where there is none. The archive's checksums are compared."""
-    if not file.exists():
-        return None
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except DAMAGE as error:
-        raise UserError(f"{file} is damaged: {error}; remove it, and it is made again") from error
 
 
 def digests(image_NHW3: np.ndarray) -> np.ndarray:

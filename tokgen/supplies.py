@@ -6,6 +6,8 @@ goes on to the very images that it would have made.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -16,7 +18,7 @@ import numpy as np
 from tokgen import checkpoint, extractors, heldout, samples
 from tokgen.commands import sample
 from tokgen.data import stream
-from tokgen.interfaces import PyTree
+from tokgen.interfaces import PyTree, UserError
 from tokgen.metrics import codebook
 
 LABELS = 5  # a stream of numpy's, for the order of the classes
@@ -28,8 +30,14 @@ def balanced(count: int, classes: int, seed: int) -> np.ndarray:
     return (np.arange(count) % max(classes, 1))[order].astype(np.int32)
 
 
-conditions = sample.digest  # what tells images that are asked for from others
-save_part, loaded_part = samples.save_part, samples.loaded_part
+def conditions(cond: PyTree) -> str:
+    """A hash of what images are asked to be: of labels, or of every number of their texts."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(cond):
+        digest.update(
+            f"{leaf.dtype} {leaf.shape}\n".encode() + np.ascontiguousarray(leaf).tobytes()
+        )
+    return digest.hexdigest()[:16]
 
 
 class Drawn:
@@ -156,3 +164,25 @@ def coloured(image_NHWC: np.ndarray) -> np.ndarray:
     """[N, H, W, 3] of images with one channel or three."""
     image_NHWC = np.asarray(image_NHWC)
     return np.repeat(image_NHWC, 3, axis=3) if image_NHWC.shape[3] == 1 else image_NHWC
+
+
+def save_part(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays under a name that appears whole or not at all, also when the machine dies."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    with open(part, "wb") as out:
+        np.savez(out, **arrays)
+        out.flush()
+        os.fsync(out.fileno())
+    part.replace(file)
+
+
+def loaded_part(file: pathlib.Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a part; none where there is none. The archive's checksums are compared."""
+    if not file.exists():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except samples.DAMAGE as error:
+        raise UserError(f"{file} is damaged: {error}; remove it, and it is made again") from error

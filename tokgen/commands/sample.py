@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 import pathlib
 import re
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokgen import checkpoint, launch, output, report, rng, samples
+from tokgen import checkpoint, launch, output, report, rng, samples, supplies
 from tokgen.interfaces import PyTree, Text, UserError
 from tokgen.metrics import reconstruction
 from tokgen.sampling import decode, presets
@@ -172,14 +171,6 @@ def captions(path: str) -> Text:
     return Text(features_NTE.astype(np.float32), mask_NT)
 
 
-def digest(cond: PyTree) -> str:
-    """A hash of what images are asked to be: of labels, or of every number of their texts."""
-    found = hashlib.sha256()
-    for leaf in jax.tree.leaves(cond):
-        found.update(f"{leaf.dtype} {leaf.shape}\n".encode() + np.ascontiguousarray(leaf).tobytes())
-    return found.hexdigest()[:16]
-
-
 def conditions(args: argparse.Namespace, loaded) -> tuple[PyTree, np.ndarray, list[str]]:
     """(the condition of every image, the number of its class or text [N], names of the classes)."""
     kind = getattr(loaded.module, "cond", "label")
@@ -308,7 +299,7 @@ def _sampled(args: argparse.Namespace, out: output.Folder) -> str:
         "versions": checkpoint.versions(),
     }
     parts = out.path / "parts"
-    out.claim(record | {"conditions": digest(cond), "png": not args.no_png})
+    out.claim(record | {"conditions": supplies.conditions(cond), "png": not args.no_png})
     done = sum(len(image_BHW3) for _, image_BHW3 in _kept(parts))
     kind = "text" if args.text else "class"
     for tokens_BLG, image_BHW3 in drawn(
@@ -320,7 +311,7 @@ def _sampled(args: argparse.Namespace, out: output.Folder) -> str:
                 report.save_png(out.path / name, image_HW3)
         # last: what is in a part has its pictures
         part = {"tokens": tokens_BLG, "image": image_BHW3}
-        samples.save_part(parts / f"{done:07d}.npz", part)
+        supplies.save_part(parts / f"{done:07d}.npz", part)
         done += len(image_BHW3)
     shown = _written(out.path, parts, kind_N, args.number)
     shutil.rmtree(parts)
@@ -334,7 +325,7 @@ def _sampled(args: argparse.Namespace, out: output.Folder) -> str:
 def _kept(parts: pathlib.Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The tokens and images of the parts that were made, from the first on without a gap."""
     start = 0
-    while (found := samples.loaded_part(parts / f"{start:07d}.npz")) is not None:
+    while (found := supplies.loaded_part(parts / f"{start:07d}.npz")) is not None:
         yield found["tokens"], found["image"]
         start += len(found["image"])
 
