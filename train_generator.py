@@ -55,6 +55,7 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
     mesh = config.call(sharding.make_mesh, settings.mesh, "mesh")
     jax.set_mesh(mesh)
+    state.average_of(settings.get("average", "muse"))
     graph, network = state.create(
         make, optimizer, mesh=mesh, strategy=settings.strategy, ema=settings.ema
     )
@@ -134,6 +135,7 @@ def read(data):
 
 def train_step(settings, graph, optimizer):
     """(network, batch, codec) -> (network, scalars)."""
+    average = settings.get("average", "muse")
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(network, batch, codec):
@@ -145,7 +147,9 @@ def train_step(settings, graph, optimizer):
             return generator.loss(batch, codec, step=network.step, key=key)
 
         gradients, terms = jax.grad(loss, has_aux=True)(network.params)
-        network, scalars = state.apply_gradients(network, gradients, optimizer, ema=settings.ema)
+        network, scalars = state.apply_gradients(
+            network, gradients, optimizer, ema=settings.ema, average=average
+        )
         return network, terms | scalars
 
     return step

@@ -196,7 +196,7 @@ def likelihood(
         keys_B = rng.per_image(seed, "eval", jnp.asarray(index_B))
         padded, nats_RB = jax.device_put(padded), []
         for draw in range(draws):
-            own_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, draw)
+            own_B = jax.vmap(rng.number, (0, None))(keys_B, draw)
             nats_RB.append(jax.device_get(program(generator, codec, padded, own_B))[:rows])
         total.append(np.stack(nats_RB, axis=1))
     nats_NR = np.concatenate(total).astype(np.float64) / generator.layout.length

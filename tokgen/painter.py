@@ -23,6 +23,7 @@ LAST_LAYER = ("conv_out", "kernel")  # of the decoder: where the adaptive weight
 def create(settings, stage, game, mesh):
     """(states by name, structures by name, the critic's optimizer), as they start."""
     seed, steps = settings.seed, settings.steps
+    state.average_of(settings.get("average", "muse"))
     graph, model = state.create(
         lambda: config.tokenizer(settings, rngs=nnx.Rngs(rng.key(seed, "init"))),
         stages.optimizer(settings, stage),
@@ -52,7 +53,7 @@ def pixels(settings, weights, tokenizer, batch, frozen, step):
     """(weighted loss, (latents, image painted, terms, tokens)): the image itself."""
     image_BHW3 = reconstruction.from_uint8(batch["image"])
     latents_BPC = tokenizer.latents(image_BHW3)
-    key = jax.random.fold_in(rng.key(settings.seed, "train", step), rng.QUANTIZER)
+    key = rng.use(rng.key(settings.seed, "train", step), rng.QUANTIZER)
     quantized = tokenizer.quantizer(latents_BPC, key=key)
     painted_BHW3 = tokenizer.paint(quantized.latents_BPC, cond=batch.get("text"))
     terms = losses.reconstruction(image_BHW3, painted_BHW3) | quantized.losses
@@ -66,7 +67,7 @@ def codes(settings, weights, tokenizer, batch, frozen, step):
     """The same of TiTok's first stage: what another tokenizer writes for the image."""
     image_BHW3 = reconstruction.from_uint8(batch["image"])
     latents_BPC = tokenizer.latents(image_BHW3)
-    key = jax.random.fold_in(rng.key(settings.seed, "train", step), rng.QUANTIZER)
+    key = rng.use(rng.key(settings.seed, "train", step), rng.QUANTIZER)
     quantized = tokenizer.quantizer(latents_BPC, key=key)
     logits_BPV = tokenizer.decoder.logits(quantized.latents_BPC)
     target_BP1 = frozen["teacher"].encode(image_BHW3)
@@ -159,7 +160,7 @@ def adversarial_step(settings, game, graphs, critic_optimizer, stage, *, strengt
         model, critic, averages = (networks[n] for n in ("model", "critic", "averages"))
         image_BHW3 = reconstruction.from_uint8(batch["image"])
         key = rng.key(settings.seed, "train", model.step)
-        moves = jax.random.fold_in(key, rng.CRITIC)
+        moves = rng.use(key, rng.CRITIC)
 
         def painted(params):
             tokenizer = state.merge(graph, params, model.stats)
@@ -170,7 +171,7 @@ def adversarial_step(settings, game, graphs, critic_optimizer, stage, *, strengt
             painted_BHW3 = painted(model.params)[1][1]
             critic, averages, seen = move_critic(critic, averages, image_BHW3, painted_BHW3, moves)
         judge = state.merge(graphs["critic"], critic.params, critic.stats)
-        _, look = adversary.views(judge, game, jax.random.fold_in(moves, 1))
+        _, look = adversary.views(judge, game, rng.use(moves, rng.PAINTER))
 
         def pair(params):
             total, aux = painted(params)
@@ -204,7 +205,10 @@ def together(game, strength, pull, step, total):
 
 def improved(settings, stage, model, gradients, optimizer):
     """(model, scalars) after the optimizer; what the stage does not train stays."""
-    return state.apply_gradients(model, gradients, optimizer, ema=settings.ema, trained=stage.train)
+    average = settings.get("average", "muse")
+    return state.apply_gradients(
+        model, gradients, optimizer, ema=settings.ema, average=average, trained=stage.train
+    )
 
 
 def upkept(stage, graph, model, latents_BPC, key):

@@ -12,8 +12,14 @@ import optax
 from flax import nnx, struct
 
 from tokgen import rng, sharding
-from tokgen.interfaces import Array, PyTree, Statistic
+from tokgen.interfaces import Array, PyTree, Statistic, UserError
 
+# How an average begins: its decay at step s, from 0, until that is `ema`. The first step copies, as
+# in open-muse; VAR's trainer counts in pairs of steps and begins at a tenth.
+AVERAGES: dict[str, Callable[[Array], Array]] = {
+    "muse": lambda step: step / (9.0 + step),
+    "var": lambda step: (step / 2.0 + 1) / (step / 2.0 + 10),
+}
 PATIENCE = 10  # non-finite steps in a row after which a run stops
 KERNELS = r"(.*/)?kernel"
 
@@ -134,6 +140,13 @@ def _check_schedule(
         raise ValueError(
             f"restarts must be shares of the steps between 0 and 1, rising; found {restarts}"
         )
+
+
+def average_of(name: str) -> Callable[[Array], Array]:
+    """How an average begins, by the name that a config gives as `average`."""
+    if name not in AVERAGES:
+        raise UserError(f"config.average must be one of {', '.join(AVERAGES)}; found {name!r}")
+    return AVERAGES[name]
 
 
 def half_cosine(
@@ -337,11 +350,13 @@ def apply_gradients(
     optimizer: Optimizer,
     *,
     ema: float = 0.0,
+    average: str = "muse",
     trained: str = ".*",
 ) -> tuple[TrainState, dict[str, Array]]:
     """(the next state, scalars). A step whose gradient is not finite changes nothing but `step`.
 
-    Parameters whose path does not match `trained` stay as they are, and out of the norm.
+    Parameters whose path does not match `trained` stay as they are, and out of the norm. `ema` is
+    the decay of their average, `average` a name of `AVERAGES`: how it begins.
     """
     moving = matching(state.params, trained)
     gradients = jax.tree.map(
@@ -359,11 +374,10 @@ def apply_gradients(
         updates,
         moving,
     )
-    average = state.ema
-    if average is not None:
-        # warm-up as in open-muse: the first step copies
-        decay = jnp.minimum(ema, state.step / (9.0 + state.step))
-        average = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), average, _float32(params))
+    averages = state.ema
+    if averages is not None:
+        decay = jnp.minimum(ema, average_of(average)(state.step))
+        averages = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), averages, _float32(params))
 
     def keep(new, old):
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -373,7 +387,7 @@ def apply_gradients(
         skipped=jnp.where(finite, 0, state.skipped + 1),
         params=keep(params, state.params),
         opt_state=keep(opt_state, state.opt_state),
-        ema=None if average is None else keep(average, state.ema),
+        ema=None if averages is None else keep(averages, state.ema),
     )
     return state, {"gradient_norm": norm, "learning_rate": rate, "skipped": state.skipped}
 
@@ -398,7 +412,7 @@ def maintained(
     otherwise hold the dead code for thousands of steps. A skipped step is not counted.
     """
     module = merge(graph, state.params, state.stats)
-    key = jax.random.fold_in(key, rng.MAINTAIN)
+    key = rng.use(key, rng.MAINTAIN)
     module.quantizer.maintain(jax.lax.stop_gradient(latents_BPC), key=key)
     _, params, stats = split(module)
 

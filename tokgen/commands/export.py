@@ -6,11 +6,11 @@ import argparse
 import json
 import pathlib
 
-from tokgen import config, imports, launch, output, report, state
+from tokgen import archives, config, imports, launch, output, report, state
 from tokgen.pretrained import system, transfer, writer
 
-OURS = "model.safetensors"
-RECORDS = {"config.json": ("config", "layout", "fingerprint")}
+OURS, CONFIG = "model.safetensors", "config.json"
+RECORDS = {CONFIG: ("config", "layout", "fingerprint")}
 SUFFIXES = {"torch": ".bin", "safetensors": ".safetensors", "flax": ".msgpack"}
 
 
@@ -56,13 +56,12 @@ def _exported(args: argparse.Namespace, out: pathlib.Path) -> list[str]:
         "source": source,
     }
     writer.write(out / OURS, arrays, form="safetensors")
-    (out / "config.json").write_text(json.dumps(record, indent=2) + "\n")
-    told = [f"{args.out}: {OURS} ({len(arrays)} arrays) and config.json"]
+    (out / CONFIG).write_text(json.dumps(record, indent=2) + "\n")
+    told = [f"{args.out}: {OURS} ({len(arrays)} arrays) and {CONFIG}"]
     if name:
         found = system.named(name)
-        file = source.get("file", "") if name == source.get("system") else ""
-        file = out / (file or f"{name}{SUFFIXES[found.form]}")
-        if file.name == OURS:
+        file = out / _name(source, name, f"{name}{SUFFIXES[found.form]}")
+        if file.name.lower() == OURS:
             file = out / name / file.name
             file.parent.mkdir(exist_ok=True)
         form = "safetensors" if file.suffix == ".safetensors" else found.form
@@ -73,3 +72,14 @@ def _exported(args: argparse.Namespace, out: pathlib.Path) -> list[str]:
         place = pathlib.Path(args.out) / file.relative_to(out)
         told.append(f"{place}: {len(published)} arrays under the keys of {name}")
     return told
+
+
+def _name(source: dict, system: str, default: str) -> str:
+    """What the published file is called: as the one that was imported, if that is a mere name."""
+    name = source.get("file") or default
+    if system != source.get("system"):
+        return default
+    if isinstance(name, str) and archives.is_plain(name) and name.lower() != CONFIG:
+        return name
+    report.say(f"the record names its file {name!r:.100}, which is not used: written as {default}")
+    return default
