@@ -89,13 +89,17 @@ def bounded(view: images.View, count: int, batch: int = 0) -> int:
 def reconstruction(
     tokenizer, source, view, *, count: int, batch: int = 0, shown: int = 32, what: str = ""
 ) -> tuple[dict, tuple]:
-    """(figures, (originals, reconstructions) of the first `shown`, uint8) over `count` images."""
-    measured, counts, pairs = {}, None, []
+    """(figures, (originals, reconstructions) of the first `shown`, uint8) over `count` images.
+
+    `images` counts those that were measured: what cannot be read is told and left out.
+    """
+    measured, counts, pairs, images_ = {}, None, [], 0
     chosen = spread(len(source), count)
     batch = bounded(view, len(chosen), batch)
     passing = stream.once(source, view, batch_size=batch, indices=chosen)
     for part in watched(passing, len(chosen), what):
         tokens_BLG, painted, values = repaint(tokenizer, part, batch=batch)
+        images_ += len(part["label"])
         for name, value_B in values.items():
             measured.setdefault(name, []).append(value_B)
         if tokens_BLG is not None:
@@ -111,8 +115,13 @@ def reconstruction(
     if counts is not None:
         figures["codebook_usage"] = float(np.mean([codebook.usage(c) for c in counts]))
         figures["codebook_perplexity"] = float(np.mean([codebook.perplexity(c) for c in counts]))
-    figures["images"] = len(chosen)
-    return figures, tuple(np.concatenate(parts)[:shown] for parts in zip(*pairs, strict=True))
+    pairs = tuple(np.concatenate(parts)[:shown] for parts in zip(*pairs, strict=True))
+    return figures | numbers(images_, len(chosen)), pairs
+
+
+def numbers(images_: int, wanted: int) -> dict[str, int]:
+    """How many images figures are of; and how many more they should be of, if any is unreadable."""
+    return {"images": images_} | ({"unreadable": wanted - images_} if images_ < wanted else {})
 
 
 def standard_error(value_B: np.ndarray) -> float:
@@ -180,10 +189,10 @@ def likelihood(
         order_of = _order(generator, order)
     draws = draws if order == "random" or not exact else 1
     program = functools.partial(_exact, order=order_of) if exact else _bound
-    total, chosen = [], spread(len(source), count)
+    total, chosen = [], spread(len(source), count)  # of which some may not be readable
     batch = min(batch, len(chosen))
     for part in watched(stream.once(source, batch_size=batch, indices=chosen), len(chosen), what):
-        rows = len(part["label"])
+        rows, index_B = len(part["label"]), np.resize(part.pop("index"), batch)
         # padded, so that one program serves all batches
         padded = {
             name: np.concatenate([a, np.repeat(a[-1:], batch - rows, axis=0)])
@@ -191,8 +200,6 @@ def likelihood(
         }
         if "image" in padded:
             padded["tokens"] = source.encode(padded.pop("image"))
-        first = sum(len(nats_BR) for nats_BR in total)
-        index_B = np.resize(chosen[first : first + rows], batch)
         keys_B = rng.per_image(seed, "eval", jnp.asarray(index_B))
         padded, nats_RB = jax.device_put(padded), []
         for draw in range(draws):
@@ -205,7 +212,7 @@ def likelihood(
         "nats_per_token": float(nats_N.mean()),
         "nats_error": standard_error(nats_N),
         "bits_per_token": float(nats_N.mean() / math.log(2)),
-        "images": len(chosen),
+        **numbers(len(nats_N), len(chosen)),
     }
     if draws > 1 or not exact:
         figures |= {"nats_orders_error": draw_error(nats_NR), "orders": draws}

@@ -16,11 +16,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from tokgen import archives
-from tokgen.data import folder, images
+from tokgen.data import folder, images, reader
 from tokgen.interfaces import UserError
 
 LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
-JPEG = b"\xff\xd8\xff"  # how such a file begins, whatever its name
 SHARE = 0.01  # of images that may be equal to another one, or of one colour, without a word
 _NAMED = 5
 
@@ -180,15 +179,14 @@ class Pictures:
 
     def _seen(self, index: int) -> tuple[np.ndarray, int]:
         """Pixels and label of one image."""
+        name = self.source.name(index)
         try:
-            record = self.source[index]
-            image_HW3 = images.decode(record["image"], 3)
-        except (OSError, images.BrokenImage) as error:
-            name = self.source.name(index)
+            if not self.lossy and reader.header(self.source, index)[0] == "JPEG":
+                raise UserError(self._is_lossy([name]))
+            record = reader.read(self.source, index, 3)
+        except images.BrokenImage as error:
             raise UserError(f"cannot read {name} of {self.source.path}: {error}") from error
-        if record["image"].startswith(JPEG) and not self.lossy:
-            raise UserError(self._is_lossy([self.source.name(index)]))
-        return image_HW3, record["label"]
+        return record["image"], record["label"]
 
     def _is_lossy(self, names: Sequence[str]) -> str:
         return (

@@ -7,7 +7,7 @@ import json
 import pathlib
 
 from tokgen import checkpoint, config, heldout, launch, output, report
-from tokgen.data import captioned
+from tokgen.data import captioned, reader
 from tokgen.interfaces import UserError
 
 RECORDS = {"figures.json": ("checkpoint", "images")}
@@ -79,6 +79,8 @@ def _reconstructed(args: argparse.Namespace, out: output.Folder) -> dict:
     scale = max(1, 96 // image.shape[1])
     report.save_png(out.path / "pairs.png", report.beside(image, painted, scale=scale))
     record = {"checkpoint": str(loaded.step), "images": str(path), **figures}
+    if "unreadable" in figures:
+        record["unreadable_files"] = reader.unreadable(source).record()["files"]
     (out.path / "figures.json").write_text(json.dumps(record, indent=2) + "\n")
     return figures
 
