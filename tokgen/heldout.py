@@ -87,9 +87,11 @@ def bounded(view: images.View, count: int, batch: int = 0) -> int:
 
 
 def reconstruction(
-    tokenizer, source, view, *, count: int, batch: int = 0, shown: int = 32, what: str = ""
+    tokenizer, source, view, *, count: int, batch: int = 0, shown: int = 0, what: str = ""
 ) -> tuple[dict, tuple]:
     """(figures, (originals, reconstructions) of the first `shown`, uint8) over `count` images.
+
+    Of the first batch, where `shown` is 0.
 
     `images` counts those that were measured: what cannot be read is told and left out.
     """
@@ -105,7 +107,7 @@ def reconstruction(
         if tokens_BLG is not None:
             found = codebook.counts(tokens_BLG, tokenizer.layout)
             counts = found if counts is None else tuple(map(np.add, counts, found))
-        if sum(len(image) for image, _ in pairs) < shown:
+        if not pairs or sum(len(image) for image, _ in pairs) < shown:
             pairs.append((part["image"], painted))
     figures = {}
     for name, parts in measured.items():
@@ -115,7 +117,7 @@ def reconstruction(
     if counts is not None:
         figures["codebook_usage"] = float(np.mean([codebook.usage(c) for c in counts]))
         figures["codebook_perplexity"] = float(np.mean([codebook.perplexity(c) for c in counts]))
-    pairs = tuple(np.concatenate(parts)[:shown] for parts in zip(*pairs, strict=True))
+    pairs = tuple(np.concatenate(parts)[: shown or None] for parts in zip(*pairs, strict=True))
     return figures | numbers(images_, len(chosen)), pairs
 
 

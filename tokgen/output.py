@@ -373,7 +373,8 @@ def _reserved(path: str | os.PathLike, option: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(described(error, path, option)) from error
+        plain = OSError(error.errno, error.strerror or str(error))
+        raise UserError(described(plain, path, option)) from error
 
 
 def described(error: OSError, path: str | os.PathLike = "", option: str = "--out") -> str:

@@ -10,6 +10,7 @@ from tokgen import checkpoint, config, heldout, launch, output, report
 from tokgen.data import captioned, reader
 from tokgen.interfaces import UserError
 
+PIXELS = 2**26  # of pairs.png, at most
 RECORDS = {"figures.json": ("checkpoint", "images")}
 
 
@@ -67,16 +68,20 @@ def _reconstructed(args: argparse.Namespace, out: output.Folder) -> dict:
             f"this tokenizer's decoder reads text: --text must name a folder with all.npy, "
             f"features [images, {length}, {channels}] in the order of the images; found none"
         )
+    view = heldout.view_of(loaded.config)
+    scale = max(1, 96 // view.size[0])
+    fitting = max(1, PIXELS // (2 * scale**2 * view.size[0] * view.size[1]))
+    if fitting < min(args.shown, args.number, len(source)):
+        report.say(f"pairs.png shows {fitting} pairs of {view.size} pixels; no program opens more")
     figures, (image, painted) = heldout.reconstruction(
         loaded.module,
         source,
-        heldout.view_of(loaded.config),
+        view,
         count=args.number,
         what="reconstruct",
         batch=args.batch,
-        shown=args.shown,
+        shown=min(args.shown, fitting),
     )
-    scale = max(1, 96 // image.shape[1])
     report.save_png(out.path / "pairs.png", report.beside(image, painted, scale=scale))
     record = {"checkpoint": str(loaded.step), "images": str(path), **figures}
     if "unreadable" in figures:
