@@ -7,12 +7,15 @@ traceback is always a bug. Nothing heavy is imported before a subcommand is chos
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import importlib.metadata
 import itertools
 import keyword
+import os
 import platform
+import signal
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -65,7 +68,10 @@ def call(program: str, run: Callable[[], None]) -> int:
     The training programs end through here too, so that every program fails in the same words.
     """
     try:
-        run()
+        try:
+            run()
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
@@ -88,7 +94,36 @@ def call(program: str, run: Callable[[], None]) -> int:
             raise
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        _unheard()
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        from tokgen import output
+
+        if error.errno not in output.ENVIRONMENT:
+            raise
+        print(f"{program}: error: {output.described(error, option='')}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = (str(error).strip() or "memory cannot be allocated").splitlines()[0][:300]
+        option = "--batch" if program.startswith("tokgen ") else "--config.batch_size"
+        print(
+            f"{program}: error: this needs more memory than there is ({said}); remedy: fewer images"
+            f" at a time with a smaller {option}, smaller images, or a machine with more",
+            file=sys.stderr,
+        )
+        return 2
     return 0
+
+
+def _unheard() -> None:
+    """Nobody reads on, as in `tokgen matrix | head -1`: what is still to be said goes nowhere."""
+    with contextlib.suppress(OSError, ValueError):  # streams that are no files
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
 
 
 def versions() -> str:
