@@ -21,6 +21,7 @@ from typing import Any
 
 import ml_collections
 import numpy as np
+from flax import nnx
 from ml_collections import config_dict
 
 from tokgen import ranges
@@ -443,9 +444,19 @@ def _mismatches(target: Callable, arguments: Any, context: Any, kind: str) -> li
     for name in free:
         if parameters[name].default is inspect.Parameter.empty and name not in arguments:
             problems.append(f"{kind} needs {name!r}")
-    given = {name: _plain(value) for name, value in arguments.items() if name in free}
+    stated = ranges.hints(target)
+    given = {
+        name: _plain(value)
+        for name, value in arguments.items()
+        # a section of its own becomes the module that is asked for
+        if name in free and not (_is_named(value) and _is_module(stated.get(name)))
+    }
     prefix = "" if kind == "config" else f"{kind}."
     return problems + ranges.problems(target, given, prefix)
+
+
+def _is_module(hint: Any) -> bool:
+    return inspect.isclass(hint) and issubclass(hint, nnx.Module)
 
 
 def call(function: Callable, section: Any, name: str, **context: Any) -> Any:

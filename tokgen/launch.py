@@ -111,11 +111,19 @@ class Stop:
         return self.asked
 
 
-def run(story: Callable[[ml_collections.ConfigDict, pathlib.Path], None], description: str) -> None:
-    """A training program: a user's mistake ends in one message and exit code 2."""
+def run(
+    story: Callable[[ml_collections.ConfigDict, pathlib.Path], None],
+    check: Callable[[ml_collections.ConfigDict], None],
+    description: str,
+) -> None:
+    """A training program: a user's mistake ends in one message and exit code 2.
+
+    `check` looks at the config before a work directory or a device is touched.
+    """
 
     def told() -> None:
         settings, workdir = parse(sys.argv[1:], description)
+        check(settings)
         with runs.lock(workdir):
             devices(settings.batch_size)
             story(settings, workdir)

@@ -26,13 +26,15 @@ from tokgen.critics import perceptual
 from tokgen.data import images
 from tokgen.interfaces import PyTree, Text, TokenLayout, UserError
 from tokgen.nn import precision, transformer
-from tokgen.sampling import decode, presets
+from tokgen.sampling import decode, filters, presets
 
 # What a tokenizer's step may compute: the weights of all of them are looked up by name
 TERMS = (
     *("l1", "l2", "codes", "codebook", "commitment", "index", "sample_entropy", "batch_entropy"),
     *("kl", *perceptual.NAMES),
 )
+
+ENTROPIES = ("sample_entropy", "batch_entropy")  # what training may raise as well as lower
 
 
 # ---------------------------------------------------------------- the fields of a config
@@ -133,16 +135,18 @@ SHARED = dict(
 
 
 def tokenizer_fields(settings) -> None:
-    """Every field of a tokenizer's config, and what they ask of each other; no device is touched."""
+    """Every field of a tokenizer's config, alone and together; no device is touched."""
     critic = settings.get("critic")
-    rival = {"critic__optimizer": (state.optimizer, ("steps", "begin"))}
+    # also of a critic that is off: it may be turned on
+    has_rival = hasattr(critic, "items") and (critic.get("weight") or critic.get("optimizer"))
+    rival = {"critic__optimizer": (state.optimizer, ("steps", "begin"))} if has_rival else {}
     config.check(
         settings,
         TokenizerFields,
         view=(images.View, ()),
         optimizer=(state.optimizer, ("steps", "begin")),
         critic=(adversary.Game, ()),
-        **(rival if hasattr(critic, "items") and critic.get("weight") else {}),
+        **rival,
         guard=(guard.Limits, ()),
         **SHARED,
     )
@@ -151,13 +155,15 @@ def tokenizer_fields(settings) -> None:
     game = config.call(adversary.Game, settings.critic, "critic")
     config.call(guard.Limits, settings.get("guard", {}), "guard")
     config.call(images.View, settings.view, "view")
-    if game.weight:
+    if rival:
         _optimizer(game.optimizer, "critic.optimizer", settings.steps)
-        if "name" not in game.network:
-            raise UserError(
-                f"critic.weight={game.weight:g} needs a critic: give critic.network a name, such "
-                "as patchgan, or set critic.weight=0"
-            )
+    if game.weight and "name" not in game.network:
+        raise UserError(
+            f"critic.weight={game.weight:g} needs a critic: give critic.network a name, such as "
+            "patchgan, or set critic.weight=0"
+        )
+    for number, stage in enumerate(plan):
+        _check_aim(stage, {**settings.loss, **stage.loss}, f"stages[{number}]")
     painter.check_frozen(settings, plan)
 
 
@@ -184,6 +190,23 @@ def generator_fields(settings) -> None:
     presets.named(settings.presets.to_dict(), "default")
 
 
+def _check_aim(stage: stages.Stage, weights: Mapping[str, float], name: str) -> None:
+    """A stage descends something, and no distance upwards."""
+    negative = [term for term, w in weights.items() if w < 0 and term not in ENTROPIES]
+    if negative:
+        told = ", ".join(f"loss.{term}={weights[term]:g}" for term in negative)
+        raise UserError(
+            f"a weight of config.loss is at least 0, but for {' and '.join(ENTROPIES)}; found "
+            f"{told}"
+        )
+    aims = ("codes",) if stage.objective == "codes" else ("l1", "l2", *perceptual.NAMES)
+    if not any(weights.get(term) for term in aims):
+        raise UserError(
+            f"{name} compares nothing with the image: one of the weights {', '.join(aims)} of "
+            "config.loss must be above 0"
+        )
+
+
 def _optimizer(section, name: str, steps: int) -> None:
     config.call(state.optimizer, section, name, steps=steps)
 
@@ -196,6 +219,12 @@ def _shared(settings) -> list[str]:
         near = difflib.get_close_matches(settings.strategy, sharding.STRATEGIES, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         found.append(f"strategy must be one of {names}; found {settings.strategy!r}{hint}")
+    sizes = [settings.mesh.get(axis, 1) for axis in sharding.AXES]
+    if 0 in sizes or sizes.count(-1) > 1:
+        found.append(
+            f"the sizes of the mesh are at least 1, but for one that may be -1, all that are "
+            f"left; found {sizes}"
+        )
     config.call(precision.Precision, settings.precision, "precision")
     state.average_of(settings.get("average", "muse"))
     return found
@@ -261,8 +290,8 @@ def generator(
     *,
     text: tuple[int, int] | None = None,
     memory: int | None = None,
-) -> nnx.Module:
-    """The same of a Generator, and of the decode by its default preset.
+) -> tuple[nnx.Module, filters.Sampler]:
+    """The same of a Generator, and of the decode by its default preset, whose Sampler comes too.
 
     `train_step` gives (settings, structure, optimizer) -> step; `codec` is the tokenizer's
     quantizer, as arrays or as shapes.
@@ -295,7 +324,13 @@ def generator(
         jax.eval_shape(
             functools.partial(_decoded, samplers["default"][1]), samplers["default"][0], codec, cond
         )
-    return shapes
+    return shapes, samplers["default"][1]
+
+
+def text_of(source) -> tuple[int, int] | None:
+    """The shape of the text features of an image, where a source of the stream has any."""
+    features = getattr(getattr(source, "pictures", source), "features", None)
+    return None if features is None else features[0]["text"].shape
 
 
 def _decoded(sampler, generator, codec, cond):
