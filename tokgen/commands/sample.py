@@ -18,6 +18,10 @@ from tokgen.metrics import reconstruction
 from tokgen.sampling import decode, presets
 
 
+# Without --classes: all of so many, or some of them evenly over all
+FEW, SOME = 16, 8
+
+
 @functools.partial(jax.jit, static_argnames="sampler")
 def draw_tokens(generator, codec, cond, keys_B, sampler, given=None):
     """(tokens_BLG, invalid_B): one program per sampler and batch size."""
@@ -76,25 +80,37 @@ def draw(
 
 
 def chosen(text: str, classes: tuple[str, ...]) -> list[int]:
-    """Labels of `--classes`: names, numbers or ranges (`0-9`), comma between; "" is all."""
+    """Labels of `--classes`: names, numbers or ranges (`0-9`), comma between, or `all`.
+
+    Without any: all where they are few, else some evenly over them. Where the names are numbers
+    themselves, numbers and ranges are of names.
+    """
     count = max(len(classes), 1)
-    if not text:
+    if not text and count > FEW:
+        return [n * count // SOME for n in range(SOME)]
+    if not text or (text.strip() == "all" and "all" not in classes):
         return list(range(count))
+    label_of = {number: number for number in range(count)}
+    if names_.numbered(classes):
+        label_of = {int(name): label for label, name in enumerate(classes)}
     labels = []
     for part in text.split(","):
         part = part.strip()
-        span = re.fullmatch(r"(-?\d+)(?:-(\d+))?", part)
+        span = re.fullmatch(r"(-?[0-9]{1,18})(?:-([0-9]{1,18}))?", part)
         if part in classes:
             labels.append(classes.index(part))
         elif span:
             low = int(span[1])
             high = low if span[2] is None else int(span[2])
-            if not 0 <= low <= high < count:
+            if not low <= high <= low + count or not all(
+                number in label_of for number in range(low, high + 1)
+            ):
+                ids = f"{min(label_of)} to {max(label_of)}"
+                if len(label_of) <= max(label_of) - min(label_of):
+                    ids = f"among {ids}"
                 named = f" ({', '.join(classes[:10])}{' ...' if count > 10 else ''})"
-                raise UserError(
-                    f"class ids are 0 to {count - 1}{named if classes else ''}; found {part}"
-                )
-            labels.extend(range(low, high + 1))
+                raise UserError(f"class ids are {ids}{named if classes else ''}; found {part}")
+            labels.extend(label_of[number] for number in range(low, high + 1))
         else:
             raise UserError(
                 f"unknown class {part!r}; need ids 0 to {count - 1} or names: "
@@ -148,6 +164,12 @@ def conditions(args: argparse.Namespace, loaded) -> tuple[PyTree, np.ndarray, li
         )
     if kind == "label":
         labels = chosen(args.classes, loaded.classes)
+        if not args.classes and len(labels) < len(loaded.classes):
+            report.say(
+                f"{len(labels)} of {len(loaded.classes)} classes are drawn, evenly over them: "
+                f"{names_.listed([loaded.classes[i] for i in labels])}; --classes chooses others, "
+                f"--classes all draws {len(loaded.classes) * args.number:,} images"
+            )
         label_N = np.repeat(np.asarray(labels, np.int32), args.number)
         return label_N, label_N, [loaded.classes[i] if loaded.classes else "" for i in labels]
     if args.classes or not args.text:
@@ -163,7 +185,11 @@ def conditions(args: argparse.Namespace, loaded) -> tuple[PyTree, np.ndarray, li
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="of a generator: a work directory, or one step of it")
     parser.add_argument("--out", required=True, help="folder for the images")
-    parser.add_argument("--classes", default="", help="names, ids or ranges, as 0-9,cat; all")
+    parser.add_argument(
+        "--classes",
+        default="",
+        help=f"names, ids or ranges, as 0-9,cat; or all (default: all of {FEW} or fewer, else {SOME})",
+    )
     parser.add_argument(
         "--text", default="", help=".npz with features [N, T, E] and mask [N, T], for text models"
     )
@@ -250,8 +276,9 @@ def run(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if not args.no_png:
         for i, image_HW3 in enumerate(image_NHW3):
-            name = f"seed{args.seed}-{i:05d}-{'text' if args.text else 'class'}{kind_N[i]}.png"
-            report.save_png(out / name, image_HW3)
+            kind = names_.file_name(int(kind_N[i]), loaded.classes)
+            kind = f"text{kind_N[i]}" if args.text else kind
+            report.save_png(out / f"seed{args.seed}-{i:05d}-{kind}.png", image_HW3)
     columns = min(args.number, 16)
     scale = max(1, 64 // image_NHW3.shape[1])
     report.save_png(out / "grid.png", report.grid(image_NHW3, columns, scale=scale))
@@ -265,6 +292,8 @@ def run(args: argparse.Namespace) -> None:
         "preset": args.preset,
         "settings": settings,
         "classes": classes,
+        # what the numbers of samples.npz are called
+        "names": list(loaded.classes),
         "text": args.text,
         "number": args.number,
         "precision": precision,
