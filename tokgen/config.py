@@ -400,12 +400,18 @@ def build(section: Any, kind: str, **context: Any) -> Any:
             arguments[key] = build(value, kind, **own)
     wanted = _parameters(target)
     context = {name: value for name, value in context.items() if name in wanted}
+    return _constructed(target, kind, arguments, context)
+
+
+def _constructed(target: Callable, name: str, arguments: dict, context: dict) -> Any:
+    """`target` called; only what it raises on purpose is told as a mistake in the section."""
     try:
         return target(**arguments, **context)
-    except UserError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise UserError(f"config section {kind!r}: {error}") from error
+    except UserError as error:
+        # commands build sources of folders that no config names
+        if name == "data" or str(error).startswith("config section"):
+            raise
+        raise UserError(f"config section {name!r}: {error}") from error
 
 
 def _is_named(value: Any) -> bool:
@@ -440,10 +446,7 @@ def call(function: Callable, section: Any, name: str, **context: Any) -> Any:
     """`function` with a section as its keyword arguments, problems told as of `build`."""
     arguments = {key: _plain(value) for key, value in section.items()}
     _raise(_mismatches(function, arguments, context, name))
-    try:
-        return function(**arguments, **context)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"config section {name!r}: {error}") from error
+    return _constructed(function, name, arguments, context)
 
 
 def _plain(value: Any) -> Any:
@@ -477,10 +480,9 @@ def tokenizer(config: Any, *, rngs):
     at = call(precision.Precision, config["precision"], "precision")
     size, channels = tuple(config["view"]["size"]), config["view"]["channels"]
     encoder = named(config["encoder"], "encoder")
-    try:
-        grid = encoder.grid(size, **_plain(config["encoder"]))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"config section 'encoder': {error}") from error
+    arguments = {key: _plain(value) for key, value in config["encoder"].items() if key != "name"}
+    _raise(_mismatches(encoder, arguments, CLASSES["encoder"][2], "encoder"))
+    grid = _constructed(encoder.grid, "encoder", dict(arguments, size=size), {})
     quantizer = build(config["quantizer"], "quantizer", grid=grid, rngs=rngs)
     context = dict(channels=channels, size=size, precision=at, rngs=rngs)
     return tokenizers.Tokenizer(

@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from tokgen import interfaces
+from tokgen import interfaces, ranges
 from tokgen.data import classes as names_
 from tokgen.data import images
 
@@ -81,7 +81,7 @@ class Source:
         path: str | os.PathLike,
         *,
         split: str = "train",
-        held_out: float = 0.02,
+        held_out: ranges.Rate = 0.02,
         labels: str = "folders",
         order: Sequence[str] = (),
         doubtful: str = "refuse",

@@ -16,12 +16,12 @@ import math
 import struct
 import warnings
 import zlib
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
-from tokgen import interfaces
+from tokgen import interfaces, ranges
 
 # By format the endings of its files. Raster formats only: PIL would hand an EPS file to
 # ghostscript, and a few others to plug-ins that nobody looks after.
@@ -91,6 +91,10 @@ class BrokenImage(ValueError):
     """Bytes that do not decode to pixels; the stream replaces and counts them."""
 
 
+# a batch of such images is refused by its bytes, long before any exists
+Pixels = Annotated[int, ranges.Range(1, 2**14)]
+
+
 @dataclasses.dataclass(frozen=True)
 class View:
     """What the model gets to see of an image: a function of the image and a generator.
@@ -108,7 +112,7 @@ class View:
       decoder: `pil`, or `simplejpeg` (extra `fastdata`): the same pixels of JPEGs, sooner.
     """
 
-    size: tuple[int, int]
+    size: tuple[Pixels, Pixels]
     channels: int = 3
     crop: str = "center"
     zoom: float = 1.25
