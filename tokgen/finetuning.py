@@ -80,9 +80,10 @@ def _before(path: str, meta: dict) -> int:
 def _moved(old: Sequence[str], new: Sequence[str]) -> tuple[list[int], list[int]] | None:
     """(rows there, rows here) of the classes that both have; None where all stay, by number."""
     numbers = [classes.counted(names) for names in (old, new)]
-    if old == new or (len(old) == len(new) and any(numbers)):
+    same = sorted(old) == sorted(new)
+    if old == new or (len(old) == len(new) and any(numbers) and not same):
         return None
-    common = [] if all(numbers) else [name for name in new if name in set(old)]
+    common = [] if all(numbers) and not same else [name for name in new if name in set(old)]
     return [old.index(name) for name in common], [new.index(name) for name in common]
 
 

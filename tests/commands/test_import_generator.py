@@ -227,9 +227,7 @@ def test_images_of_other_classes_and_texts_are_not_scored(made, tmp_path, capfd)
 # ---------------------------------------------------------------- fine-tuning
 
 
-def began(
-    workdir, init_from, layout, tokenizer, classes=CLASSES, ema=0.0, names=None, **changes
-):
+def began(workdir, init_from, layout, tokenizer, classes=CLASSES, ema=0.0, names=None, **changes):
     """(model, what was done) as a training of a generator begins, with sevens everywhere."""
     names = names or tuple(f"class {i}" for i in range(classes))
     config = settings({"dim": 16}, {})

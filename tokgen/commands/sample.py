@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokgen import archives, checkpoint, launch, report, rng
+from tokgen.data import classes as names_
 from tokgen.interfaces import PyTree, Text, UserError
 from tokgen.metrics import reconstruction
 from tokgen.sampling import decode, presets
-
 
 # Without --classes: all of so many, or some of them evenly over all
 FEW, SOME = 16, 8
@@ -188,7 +188,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes",
         default="",
-        help=f"names, ids or ranges, as 0-9,cat; or all (default: all of {FEW} or fewer, else {SOME})",
+        help="names, ids or ranges, as 0-9,cat; or all "
+        f"(default: all of {FEW} or fewer, else {SOME} evenly over them)",
     )
     parser.add_argument(
         "--text", default="", help=".npz with features [N, T, E] and mask [N, T], for text models"
