@@ -144,8 +144,10 @@ def train_step(settings, graph, optimizer):
             generator = state.merge(graph, params, network.stats)
             return generator.loss(batch, codec, step=network.step, key=key)
 
-        gradients, terms = jax.grad(loss, has_aux=True)(network.params)
-        network, scalars = state.apply_gradients(network, gradients, optimizer, ema=settings.ema)
+        (total, terms), gradients = jax.value_and_grad(loss, has_aux=True)(network.params)
+        network, scalars = state.apply_gradients(
+            network, gradients, optimizer, ema=settings.ema, loss=total
+        )
         return network, terms | scalars
 
     return step
