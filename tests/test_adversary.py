@@ -12,7 +12,7 @@ from flax import nnx
 
 from tokgen import adversary, config, interfaces, losses, painter, stages
 from tokgen import state as states
-from tokgen.critics import features, patchgan, stylegan
+from tokgen.critics import augment, features, patchgan, stylegan
 
 RATE = 0.1
 # Gradients as they are.
@@ -100,6 +100,9 @@ def test_the_critic_is_the_one_that_is_named(capfd):
         built(dict(name="patchgam"))
     with pytest.raises(interfaces.UserError, match="no argument 'widths'"):
         built(dict(name="patchgan", widths=(4,)))
+    for wrong in (True, "color", ("colour",), ("color", "color")):
+        with pytest.raises(interfaces.UserError, match="critic.augmented must be different ones"):
+            adversary.Game(augmented=wrong)
 
 
 # ---------------------------------------------------------------- the critic's step
@@ -183,8 +186,8 @@ def test_penalties_are_added_with_their_weights(key):
     _, same, _, found, _ = stepped(key, consistency=0.5)
     assert found["consistency"] == 0
     np.testing.assert_allclose(same, plain, atol=1e-6)
-    _, through, _, _, _ = stepped(key, augmented=True)
-    _, change, _, found, _ = stepped(key, augmented=True, consistency=0.5)
+    _, through, _, _, _ = stepped(key, augmented=augment.KINDS)
+    _, change, _, found, _ = stepped(key, augmented=augment.KINDS, consistency=0.5)
     assert 0 < found["consistency"] < np.inf
     assert np.abs(through - plain).max() > 1e-3 and np.abs(change - through).max() > 1e-3
 

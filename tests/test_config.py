@@ -246,6 +246,100 @@ def test_an_override_changes_only_its_field():
     assert {name for name in before if before[name] != after[name]} == {"keep.best"}
 
 
+# ---------------------------------------------------------------- another name of a section
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("reference", "section", "overrides", "expected"),
+    [
+        (
+            "tokenizer/cifar10_f4",
+            "data",
+            ("name=tfds", "dataset=cifar10", "splits=('train[:90%]', 'test')"),
+            dict(name="tfds", dataset="cifar10", splits=("train[:90%]", "test"), data_dir=""),
+        ),
+        (
+            "tokenizer/shapes",
+            "data",
+            ("name=folder", "path=123", "held_out=0"),
+            dict(name="folder", path="123", held_out=0.0),
+        ),
+        (
+            "tokenizer/shapes",
+            "quantizer",
+            ("name=bsq", "bits=12", "groups=[6, 6]"),
+            dict(name="bsq", bits=12, groups=(6, 6), order="little", temperature=0.0),
+        ),
+        (
+            "tokenizer/ablation:vq",
+            "quantizer",
+            ("name=ibq", "temperature=1"),  # codes and channels stay: ibq has no default for them
+            dict(name="ibq", codes=1024, channels=8, temperature=1.0, entropy="shifted"),
+        ),
+        (
+            "tokenizer/cifar10_f4:gan",
+            "critic.network",
+            ("name=blur", "stages=2"),
+            dict(name="blur", width=128, stages=2, down="blur4", activation="leaky_relu"),
+        ),
+    ],
+)
+def test_another_name_brings_the_arguments_of_its_constructor(
+    reference, section, overrides, expected, turned
+):
+    """In any order of the overrides; those of the constructor before are gone."""
+    overrides = [f"{section}.{text}" for text in overrides]
+    config = load(reference, *(reversed(overrides) if turned else overrides))
+    found = configs.plain(config)
+    for name in section.split("."):
+        found = found[name]
+    assert found == expected
+    assert all(type(found[name]) is type(value) for name, value in expected.items())
+
+
+def test_another_name_keeps_sizes_and_builds():
+    config = load("generator/shapes", "generator.name=masked", "generator.head=bare")
+    before = load("generator/shapes").generator
+    for name in ("width", "depth", "heads"):
+        assert config.generator[name] == before[name]
+    assert config.generator.rates == before.rates
+    layout = interfaces.TokenLayout((240,), ((8, 8),))
+    module = nnx.eval_shape(lambda: configs.generator(config, layout, 10, rngs=nnx.Rngs(0)))
+    assert module.knobs
+
+
+def test_a_section_inside_another_may_be_named_anew():
+    config = load(
+        "tokenizer/cifar10_f4",
+        *("quantizer.quantizer.codes=64", "quantizer.quantizer.channels=4"),
+        *("quantizer.quantizer.name=vq", "quantizer.scales=(1, 2, 8)", "quantizer.name=multiscale"),
+    )
+    assert config.quantizer.scales == (1, 2, 8) and config.quantizer.quantizer.codes == 64
+    module = nnx.eval_shape(lambda: configs.tokenizer(config, rngs=nnx.Rngs(0)))
+    assert module.layout.vocab == (64,) and len(module.layout.grids) == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (("quantizer.name=vq", "quantizer.codes=8"), ("quantizer.channels", "=VALUE")),
+        (("quantizer.name=vqq",), ("quantizer.name must be one of", "did you mean 'vq'")),
+        (("data.name=folder", "data.count=3"), ("unknown config key 'data.count'", "data.path")),
+        (
+            ("data.name=folder", "data.path=x", "data.held_out=no"),
+            ("data.held_out=no", "needs float"),
+        ),
+        (("encoder.inner.name=conv",), ("unknown config key",)),
+        (("optimizer.inner.name=conv",), ("unknown config key 'optimizer.inner'",)),
+    ],
+)
+def test_another_name_that_does_not_fit_is_told(overrides, parts):
+    message = refused(*overrides)
+    for part in parts:
+        assert part in message
+
+
 # ---------------------------------------------------------------- building what is named
 
 

@@ -211,6 +211,22 @@ def test_files_named_are_there(document):
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 
+@pytest.mark.parametrize("kind", ["tokenizer", "generator"])
+def test_tables_of_recipes_say_what_the_recipes_say(kind):
+    """Every published recipe is listed, with its paper and figures that its docstring has too."""
+    text = (ROOT / "docs" / f"{kind}s.md").read_text(encoding="utf-8")
+    rows = re.findall(rf"^\| `(configs/{kind}/\w+\.py)` \|(.*)\|$", text, re.MULTILINE)
+    files = {str(file.relative_to(ROOT)) for file in (ROOT / "configs" / kind).glob("*.py")}
+    small = {f"configs/{kind}/{name}.py" for name in ("shapes", "cifar10", "cifar10_f4")}
+    assert files - small == {path for path, _ in rows}
+    for path, cells in rows:
+        told = ast.get_docstring(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+        assert "arXiv" in told or "arXiv" not in cells, path
+        figures = re.findall(r"\d+\.\d+(?![\d.]*[MB])", cells.split("arXiv:")[-1])
+        missing = [figure for figure in figures if figure not in told]
+        assert not missing, (path, missing)
+
+
 @pytest.mark.parametrize("document", [*DOCUMENTS, "colab/quickstart.ipynb"])
 def test_no_document_knows_a_machine(document):
     text = (ROOT / document).read_text(encoding="utf-8")

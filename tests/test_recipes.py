@@ -94,7 +94,7 @@ CRITIC = {
     "titok": (1_020_000, 1_500_000),
     "titok_onestage": (200_000, 650_000),
     "tatitok": (200_000, 650_000),
-    "var_vqvae": (91_740, 417_000),
+    "var_vqvae": (83_400, 417_000),
     "openmagvit2": (0, 1_351_080),
     "ibq": (0, 1_651_320),
 }
@@ -233,7 +233,8 @@ SHRUNK = {
     "var_vqvae": dict(
         HIDDEN,
         quantizer=dict(scales=(1, 3, 32), phi=2, **FEW),
-        critic=EARLY,
+        critic=dict(EARLY, optimizer=dict(warmup=0)),
+        optimizer=dict(warmup=0),
         view=dict(size=(32, 32)),
     ),
     "vqgan_plus": dict(CONV, **FEW, critic=dict(EARLY, network=BLURS)),

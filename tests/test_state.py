@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from tokgen import sharding
+from tokgen import interfaces, sharding
 from tokgen import state as states
 from tokgen.quantizers import vq
 
@@ -224,10 +224,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(poison, key):
     for times in (1, 2):
         after, scalars = step(after, broken)
         assert scalars["skipped"] == after.skipped == times
-    assert after.step == state.step + 2
-    equal(after.replace(step=0, skipped=0), state.replace(step=0, skipped=0))
+    assert after.step == state.step + 2 and scalars["skips"] == after.skips == 2
+    equal(after.replace(step=0, skipped=0, skips=0), state.replace(step=0, skipped=0, skips=0))
     after, _ = step(after, gradients)  # and the run goes on, with the rate of its global step
-    assert after.skipped == 0 and after.step == 4
+    assert after.skipped == 0 and after.skips == 2 and after.step == 4
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
     assert np.abs(after.params["conv_in"]["bias"] - state.params["conv_in"]["bias"]).min() > 0
 
@@ -249,6 +249,26 @@ def test_the_average_follows_its_formula(key):
     assert 4 / (9 + 4) > 0.3 > 3 / (9 + 3)  # both sides of the minimum were taken
     assert states.averaged(state) is state.ema
     assert states.averaged(state.replace(ema=None)) is state.params
+
+
+@pytest.mark.parametrize(
+    ("name", "decays"), [("muse", (0, 1 / 10, 2 / 11)), ("var", (1 / 10, 1.5 / 10.5, 2 / 11))]
+)
+def test_averages_begin_as_their_systems_do(name, decays):
+    """Of a parameter that is 1, then 0: what is left is the decay of that step."""
+    one, plain = {"kernel": jnp.ones(())}, states.optimizer(steps=9, learning_rate=1.0, clip=0.0)
+    state = states.TrainState(
+        jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), one, {}, plain.chain.init(one), one
+    )
+    for step, decay in enumerate(decays):
+        begun = state.replace(step=jnp.asarray(step, jnp.int32))
+        after, _ = states.apply_gradients(begun, one, plain, ema=0.9999, average=name)
+        moved = 1 - after.params["kernel"]
+        np.testing.assert_allclose(after.ema["kernel"], 1 - (1 - decay) * moved, rtol=1e-5)
+    after, _ = states.apply_gradients(begun, one, plain, ema=0.05, average=name)
+    np.testing.assert_allclose(after.ema["kernel"], 1 - 0.95 * (1 - after.params["kernel"]))
+    with pytest.raises(interfaces.UserError, match="config.average must be one of muse, var"):
+        states.average_of("mean")
 
 
 def test_weight_decay_is_for_kernels_only():

@@ -37,8 +37,10 @@ class Game:
         critic_weight: of the critic's loss (LlamaGen multiplies it too).
         lecam, lecam_form: weight and form of LeCam.
         r1: weight of the gradient penalty on real images.
-        augmented: whether both sides are seen through differentiable augmentation.
-        consistency: weight of agreement between two augmentations of an image.
+        augmented: differentiable augmentations that both sides are seen through, names of
+            `critics.augment.KINDS` in the order in which they are done; none: ().
+        consistency: weight of agreement between two augmentations of an image, of the sum over
+            real and painted ones.
         first: who moves first in a step, "painter" or "critic".
         features: weight file of the frozen feature network, for `network.name="features"`.
         network, optimizer: sections of their own.
@@ -57,7 +59,7 @@ class Game:
     lecam: float = 0.0
     lecam_form: str = "means"
     r1: float = 0.0
-    augmented: bool = False
+    augmented: tuple[str, ...] = ()
     consistency: float = 0.0
     first: str = "painter"
     features: str = ""
@@ -70,6 +72,12 @@ class Game:
         losses.named(losses.LECAM, self.lecam_form, "critic.lecam_form")
         if self.first not in ("painter", "critic"):
             raise UserError(f"critic.first must be painter or critic; found {self.first!r}")
+        kinds = list(self.augmented) if isinstance(self.augmented, tuple) else [None]
+        if [kind for kind in kinds if kind not in augment.KINDS or kinds.count(kind) > 1]:
+            raise UserError(
+                f"critic.augmented must be different ones of {', '.join(augment.KINDS)} in the "
+                f"order in which they are done, as {augment.KINDS!r}; found {self.augmented!r}"
+            )
 
     def steps(self, total: int) -> tuple[int, int]:
         """(step at which the critic begins to learn, step at which the painter begins to play)."""
@@ -105,7 +113,9 @@ def views(judge, game: Game, key: Array) -> tuple[Callable, Callable]:
         learning = functools.partial(judge, key=jax.random.fold_in(key, 0))
         judging = functools.partial(judge.evaluated, key=jax.random.fold_in(key, 0))
     if game.augmented:
-        changed = functools.partial(augment.augment, key=jax.random.fold_in(key, 1))
+        changed = functools.partial(
+            augment.augment, kinds=game.augmented, key=jax.random.fold_in(key, 1)
+        )
         learning, judging = (
             functools.partial(_through, look, changed) for look in (learning, judging)
         )
@@ -146,14 +156,10 @@ def critic_step(game: Game, graph, optimizer: states.Optimizer) -> Callable:
         (total, seen), gradients = jax.value_and_grad(loss, has_aux=True)(critic.params)
         # of logits that are infinite the hinge may still be finite; the averages would not be
         looked = total + seen["critic_real"] + seen["critic_fake"]
-        critic, scalars = states.apply_gradients(
-            critic, gradients, optimizer, trained=TRUNK, loss=looked
-        )
+        critic, _ = states.apply_gradients(critic, gradients, optimizer, trained=TRUNK, loss=looked)
         after = losses.moved(averages, seen["critic_real"], seen["critic_fake"])
         averages = states.kept(critic.skipped == 0, after, averages)
-        counts = {f"critic_{n}": scalars[n] for n in ("skipped", "skips") if n in scalars}
-        critic = _maintained(graph, critic, image_BHW3, painted_BHW3, key)
-        return critic, averages, seen | counts
+        return _maintained(graph, critic, image_BHW3, painted_BHW3, key), averages, seen
 
     return step
 

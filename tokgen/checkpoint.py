@@ -174,7 +174,9 @@ def _damaged(step: pathlib.Path, what: str) -> UserError:
     earlier = [name for name in whole if step.name.isdigit() and int(name) < int(step.name)]
     other = f"use another step ({', '.join(whole)})" if whole else "train it again"
     if earlier:
-        other = f"use an earlier step ({', '.join(whole)}): give CKPT as {step.parent}/{earlier[-1]}"
+        other = (
+            f"use an earlier step ({', '.join(whole)}): give CKPT as {step.parent}/{earlier[-1]}"
+        )
         other += f", or train on from it with --from {earlier[-1]}, which sets the later ones aside"
     return UserError(f"checkpoint {step} is damaged: {what}; {other}, or restore it from a copy")
 

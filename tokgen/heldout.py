@@ -42,6 +42,8 @@ def _reconstruct(tokenizer, image_BHW3, text_BTE, distances):
     # through bytes: the figures are those of the files that a user would get
     painted = quality.from_uint8(quality.to_uint8(painted))
     measured = {"psnr_db": quality.psnr(image_BHW3, painted)}
+    # on the scale of the loss, [-1, 1]
+    measured["l2"] = 4 * jnp.mean(jnp.square(image_BHW3 - painted), (1, 2, 3))
     if min(image_BHW3.shape[1:3]) >= quality.WINDOW:
         measured["ssim"] = quality.ssim(image_BHW3, painted)
     for name, distance in distances.items():

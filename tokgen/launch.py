@@ -15,7 +15,6 @@ import ml_collections
 
 from tokgen import cli, config, report, runs
 
-
 REPEAT = 2.0  # seconds in which a signal that comes again is the same request
 
 
@@ -53,7 +52,8 @@ def parse(
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s --config=PATH[:variant] --workdir=DIR [--from=STEP] [--config.FIELD=VALUE ...]",
+        usage="%(prog)s --config=PATH[:variant] --workdir=DIR [--from=STEP] "
+        "[--config.FIELD=VALUE ...]",
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="a config file, as configs/tokenizer/x.py")
@@ -94,7 +94,9 @@ class Stop:
             os.kill(os.getpid(), number)
         elif not self.number:
             self.number, self.at = number, now
-            report.say("stopping after this step; a checkpoint is being saved (again: stop at once)")
+            report.say(
+                "stopping after this step; a checkpoint is being saved (again: stop at once)"
+            )
 
     def agreed(self) -> bool:
         """Whether to end after this step. Asked once a step: where many processes train one model,

@@ -23,6 +23,7 @@ LAST_LAYER = ("conv_out", "kernel")  # of the decoder: where the adaptive weight
 def create(settings, stage, game, mesh):
     """(states by name, structures by name, the critic's optimizer), as they start."""
     seed, steps = settings.seed, settings.steps
+    state.average_of(settings.get("average", "muse"))
     graph, model = state.create(
         lambda: config.tokenizer(settings, rngs=nnx.Rngs(rng.key(seed, "init"))),
         stages.optimizer(settings, stage),
@@ -191,6 +192,8 @@ def adversarial_step(settings, game, graphs, critic_optimizer, stage, *, strengt
             "averages": state.kept(moved, averages, networks["averages"]),
         }
         scalars = terms | scalars | seen | {"adversarial_weight": weight}
+        scalars |= {"critic_skipped": critic.skipped}
+        scalars |= {} if critic.skips is None else {"critic_skips": critic.skips}
         return networks, scalars, tokens_BLG
 
     return step
@@ -210,8 +213,15 @@ def together(game, strength, pull, step, total):
 
 def improved(settings, stage, model, gradients, optimizer, loss):
     """(model, scalars) after the optimizer; what the stage does not train stays."""
+    average = settings.get("average", "muse")
     return state.apply_gradients(
-        model, gradients, optimizer, ema=settings.ema, trained=stage.train, loss=loss
+        model,
+        gradients,
+        optimizer,
+        ema=settings.ema,
+        average=average,
+        trained=stage.train,
+        loss=loss,
     )
 
 

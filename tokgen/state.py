@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,14 @@ import optax
 from flax import nnx, struct
 
 from tokgen import rng, sharding
-from tokgen.interfaces import Array, PyTree, Statistic
+from tokgen.interfaces import Array, PyTree, Statistic, UserError
 
+# How an average begins: its decay at step s, from 0, until that is `ema`. The first step copies, as
+# in open-muse; VAR's trainer counts in pairs of steps and begins at a tenth.
+AVERAGES: dict[str, Callable[[Array], Array]] = {
+    "muse": lambda step: step / (9.0 + step),
+    "var": lambda step: (step / 2.0 + 1) / (step / 2.0 + 10),
+}
 PATIENCE = 10  # non-finite steps in a row after which a run stops
 KERNELS = r"(.*/)?kernel"
 
@@ -135,6 +141,13 @@ def _check_schedule(
         raise ValueError(
             f"restarts must be shares of the steps between 0 and 1, rising; found {restarts}"
         )
+
+
+def average_of(name: str) -> Callable[[Array], Array]:
+    """How an average begins, by the name that a config gives as `average`."""
+    if name not in AVERAGES:
+        raise UserError(f"config.average must be one of {', '.join(AVERAGES)}; found {name!r}")
+    return AVERAGES[name]
 
 
 def half_cosine(
@@ -339,13 +352,15 @@ def apply_gradients(
     optimizer: Optimizer,
     *,
     ema: float = 0.0,
+    average: str = "muse",
     trained: str = ".*",
     loss: Array | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """(the next state, scalars). A step that is not finite changes nothing but `step` and counts.
 
     Looked at are `loss`, the gradients, the rate, and what the parameters would move by. Parameters
-    whose path does not match `trained` stay as they are, and out of the norm.
+    whose path does not match `trained` stay as they are, and out of the norm. `ema` is the decay of
+    their average, `average` a name of `AVERAGES`: how it begins.
     """
     moving = matching(state.params, trained)
     gradients = jax.tree.map(
@@ -353,9 +368,7 @@ def apply_gradients(
     )
     norm = optax.tree.norm(gradients)
     rate = optimizer.rate(state.step)
-    updates, opt_state = optimizer.chain.update(
-        gradients, state.opt_state, _float32(state.params)
-    )
+    updates, opt_state = optimizer.chain.update(gradients, state.opt_state, _float32(state.params))
     if optimizer.weight_decay is not None:
         updates = _decayed(updates, state, optimizer)
     changes = jax.tree.map(
@@ -371,12 +384,11 @@ def apply_gradients(
         changes,
         moving,
     )
-    average = state.ema
-    if average is not None:
-        # warm-up as in open-muse: the first step copies
-        decay = jnp.minimum(ema, state.step / (9.0 + state.step))
-        average = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), average, _float32(params))
-    moved = state.replace(params=params, opt_state=opt_state, ema=average)
+    averages = state.ema
+    if averages is not None:
+        decay = jnp.minimum(ema, average_of(average)(state.step))
+        averages = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), averages, _float32(params))
+    moved = state.replace(params=params, opt_state=opt_state, ema=averages)
     after = kept(finite, moved, state).replace(
         step=state.step + 1,
         skipped=jnp.where(finite, 0, state.skipped + 1),
@@ -384,6 +396,17 @@ def apply_gradients(
     )
     scalars = {"gradient_norm": norm, "learning_rate": rate, "skipped": after.skipped}
     return after, scalars | ({} if after.skips is None else {"skips": after.skips})
+
+
+def give_up(figures: Mapping[str, float], step: int) -> None:
+    """Stop a run that computes nothing any more; `figures` are scalars of its last step."""
+    for name, whose in (("skipped", ""), ("critic_skipped", "critic's ")):
+        if figures.get(name, 0) >= PATIENCE:
+            raise UserError(
+                f"{int(figures[name])} steps in a row up to step {step} were skipped: the {whose}"
+                "loss, gradients or update were not finite; lower config.optimizer.learning_rate "
+                "in another --workdir, or go back to an earlier checkpoint with --from STEP"
+            )
 
 
 def kept(moved: Array, new: PyTree, old: PyTree) -> PyTree:
@@ -439,6 +462,9 @@ def averaged(state: TrainState) -> PyTree:
     """
     if state.ema is None:
         return state.params
+    same = jax.tree.map(lambda e, p: e.dtype == p.dtype, state.ema, state.params)
+    if all(jax.tree.leaves(same)):
+        return state.ema
     return jax.tree.map(lambda e, p: e.astype(p.dtype), state.ema, state.params)
 
 

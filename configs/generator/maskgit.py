@@ -21,8 +21,9 @@ Measured here: not trained at full size.
 
 The training program was never released. Its configuration counts 2,000,000 steps, the paper 300
 epochs: these. Shares of masked tokens are cos(pi r / 2) at a uniform r, the paper's; the
-configuration also names a least share of 0.5. Not published, and chosen here: what decays (all),
-no clipping, the learning rate after its warm-up (constant), the crops.
+configuration also names a least share of 0.5. The constant rate after the warm-up and the average
+of 0.999 are those of the configuration that both models build on. Not published, and chosen here:
+what decays (all), no clipping, the crops.
 """
 
 from ml_collections import ConfigDict

@@ -55,6 +55,22 @@ def test_cutout_hides_a_rectangle(key):
     assert hidden[:, 0].any() and hidden[:, -1].any()
 
 
+def test_augmentations_come_in_the_order_that_is_named(key):
+    """By hand from the parts; what is drawn for each does not depend on the order."""
+    image = _image(4, 8, 8, 3)
+    color, shift, cut = jax.random.split(key, 3)
+    moved = augment.translated(image, shift, 0.125)
+    kinds = ("translation", "color", "cutout")  # VAR's trainer
+    expected = augment.cut_out(augment.colored(moved, color), cut, 0.2)
+    np.testing.assert_array_equal(augment.augment(image, key, kinds=kinds), expected)
+    other = augment.augment(image, key)
+    expected = augment.translated(augment.colored(image, color), shift, 0.125)
+    np.testing.assert_array_equal(other, augment.cut_out(expected, cut, 0.2))
+    # what a translation leaves black a later change of colour lights up
+    assert not np.allclose(other, augment.augment(image, key, kinds=kinds))
+    np.testing.assert_array_equal(augment.augment(image, key, kinds=("translation",)), moved)
+
+
 def test_gradients_pass_and_keys_decide(key):
     image = _image(2, 8, 8, 3)
     gradient = jax.grad(lambda image: augment.augment(image, key).sum())(image)

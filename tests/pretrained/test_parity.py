@@ -15,7 +15,8 @@ from tokgen import cli, launch
 from tokgen.interfaces import Statistic, UserError
 from tokgen.pretrained import parity, system, table
 
-HERE = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+HERE = ROOT / "tests" / "fixtures"
 SHARED = (
     *("maskgit_vqgan", "maskgit_tokenizer", "llamagen_vq", "maskbit_tokenizer"),
     *("maskbit_vqganplus", "titok_legacy", "titok_onestage_vq", "titok_onestage_vae"),
@@ -447,3 +448,20 @@ def test_every_system_says_where_its_weights_come_from():
         assert (found.settings is None) == (found.rows is None), name
     with pytest.raises(UserError, match="must be one of"):
         system.named("")
+
+
+@pytest.mark.parametrize("document", ["tokenizers", "generators"])
+def test_documents_say_where_the_weights_of_every_system_are(document):
+    """The table of `--system` says what the systems say, and names each once."""
+    text = (ROOT / "docs" / f"{document}.md").read_text(encoding="utf-8")
+    table = text.split("| `--system` |")[1].split("\n\n")[0].splitlines()[2:]
+    kind = {"tokenizers": True, "generators": False}[document]
+    importable = {n: s for n, s in system.known().items() if s.settings is not None}
+    expected = []
+    for name, found in importable.items():
+        files = ", ".join(f"`{file}`" for file in found.files) or "none are published"
+        cells = [f"`{name}`", files, found.home or "-", *([] if kind else [found.licence])]
+        if (found.tokens is None) == kind:
+            expected.append("| " + " | ".join(cells) + " |")
+        assert bool(found.files) == bool(found.home)
+    assert sorted(table) == sorted(expected)

@@ -60,6 +60,13 @@ def run(args: argparse.Namespace) -> None:
             f"--system must be one of {', '.join(importable())}; found {args.system!r}{hint}"
         )
     found, tokenizer = system.named(args.system), None
+    if not file.exists():
+        raise UserError(
+            f"no file {file}; the published ones of {args.system} are {', '.join(found.files)} "
+            f"at {found.home}"
+            if found.home
+            else f"no file {file}; of {args.system} no weights are published"
+        )
     if args.tokenizer and found.tokens is None:
         raise UserError(f"--tokenizer is for generators; {args.system} is a tokenizer itself")
     if args.tokenizer:

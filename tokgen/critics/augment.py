@@ -5,17 +5,32 @@ Images are in [-1, 1], as critics see them; every image of a batch is changed by
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+KINDS = ("color", "translation", "cutout")  # in the paper's order
+
 
 def augment(
-    image_BHW3: jax.Array, key: jax.Array, *, translation: float = 0.125, cutout: float = 0.2
+    image_BHW3: jax.Array,
+    key: jax.Array,
+    *,
+    kinds: tuple[str, ...] = KINDS,
+    translation: float = 0.125,
+    cutout: float = 0.2,
 ) -> jax.Array:
-    """Colour, translation and cutout in the published order; shares of the image's size."""
-    color, shift, cut = jax.random.split(key, 3)
-    image_BHW3 = translated(colored(image_BHW3, color), shift, translation)
-    return cut_out(image_BHW3, cut, cutout)
+    """The kinds that are named, one after another; shares of the image's size."""
+    draws = dict(zip(KINDS, jax.random.split(key, 3), strict=True))
+    change = dict(
+        color=colored,
+        translation=functools.partial(translated, share=translation),
+        cutout=functools.partial(cut_out, share=cutout),
+    )
+    for kind in kinds:
+        image_BHW3 = change[kind](image_BHW3, draws[kind])
+    return image_BHW3
 
 
 def colored(image_BHW3: jax.Array, key: jax.Array) -> jax.Array:

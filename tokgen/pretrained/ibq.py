@@ -138,7 +138,9 @@ SYSTEMS = {
         wrap=("state_dict",),
         aside=(r"loss\..*", r"model_ema\.loss.*", r"model_ema\.(decay|num_updates)"),
         average=taming.average,
-        home="huggingface.co/TencentARC (IBQ-Tokenizer-*)",
+        home="huggingface.co/TencentARC/IBQ-Tokenizer-{1024,8192,16384,262144}; of the others "
+        "huggingface.co/TencentARC/IBQ-Tokenizer-{16384,262144}-Pretrain",
+        files=("imagenet256_{1024,8192,16384,262144}.ckpt", "IBQ_pretrain_{16384,262144}.ckpt"),
         licence="Apache-2.0",
     ),
     "ibq_generator": System(
@@ -150,7 +152,8 @@ SYSTEMS = {
         wrap=("state_dict",),
         aside=(r"(first|cond)_stage_model\..*",),  # the tokenizer
         beside="ibq",
-        home="huggingface.co/TencentARC (IBQ-AR-*)",
+        home="huggingface.co/TencentARC/IBQ-AR-{B,L,XL,XXL}",
+        files=("AR_256_{B,L,XL,XXL}.ckpt",),
         licence="Apache-2.0",
     ),
 }

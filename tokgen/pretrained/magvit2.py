@@ -199,7 +199,9 @@ SYSTEMS = {
         wrap=("state_dict",),
         aside=(r"loss\..*", r"model_ema\.loss.*", r"model_ema\.(decay|num_updates)"),
         average=taming.average,
-        home="huggingface.co/TencentARC/Open-MAGVIT2-Tokenizer-256-resolution (and others)",
+        home="huggingface.co/TencentARC/Open-MAGVIT2-Tokenizer-{128,256}-resolution; of the others "
+        "huggingface.co/TencentARC/Open-MAGVIT2-Tokenizer-{16384,262144}-Pretrain",
+        files=("imagenet_{128,256}_L.ckpt", "pretrain256_{16384,262144}.ckpt"),
         licence="Apache-2.0",
     ),
     "openmagvit2_generator": System(
@@ -211,7 +213,8 @@ SYSTEMS = {
         wrap=("state_dict",),
         aside=(r"(first|cond)_stage_model\..*",),  # the tokenizer
         beside="openmagvit2",
-        home="huggingface.co/TencentARC (Open-MAGVIT2-AR-*-256-resolution)",
+        home="huggingface.co/TencentARC/Open-MAGVIT2-AR-{B,L,XL}-256-resolution",
+        files=("AR_256_{B,L,XL}.ckpt",),
         licence="Apache-2.0",
     ),
 }

@@ -281,7 +281,8 @@ def _system(layout_of, rows, normed, **options) -> System:
 BITS = dict(
     aside=("bits_to_indices",),
     derived=bit_values,
-    home="huggingface.co/markweber/maskbit_generator_14bit (and 10, 12, 16, 18)",
+    home="huggingface.co/markweber/maskbit_generator_{10,12,14,16,18}bit",
+    files=("maskbit_generator_{10,12,14,16,18}bit.bin",),
 )
 OLDER = dict(key="token_emb")
 

@@ -255,6 +255,7 @@ SYSTEMS = {
         beside="maskgit_tokenizer",
         form="flax",
         home="storage.googleapis.com/maskgit-public/checkpoints",
+        files=("maskgit_imagenet{256,512}_checkpoint",),
         licence="Apache-2.0",
     ),
 }

@@ -44,7 +44,9 @@ class System:
         average: a live key -> the name of its moving average in the file, where one is published.
         form: how the published file is written, a form of `writer.py`.
         wrap: the entry around the state dict when exporting.
-        home, licence: where the weights are published; the terms of the code that made them.
+        home, files: where the weights are published, the one source of what docs/tokenizers.md and
+            docs/generators.md say; alternatives are written as a shell expands them.
+        licence: the terms of the code that made them.
     """
 
     parity: Callable[[Any], dict[str, np.ndarray]]
@@ -57,6 +59,7 @@ class System:
     form: str = "torch"
     wrap: tuple[str, ...] = ()
     home: str = ""
+    files: tuple[str, ...] = ()
     licence: str = "not stated by its authors"
     tokens: Callable[[dict, Mapping[str, np.ndarray]], tuple[TokenLayout, int]] | None = None
     beside: str = ""

@@ -236,7 +236,8 @@ SYSTEMS = {
         unwrap=("state_dict",),
         wrap=("state_dict",),
         aside=(r"loss\..*",),  # LPIPS and the discriminator
-        home="heibox.uni-heidelberg.de (links in github.com/CompVis/taming-transformers)",
+        home="github.com/CompVis/taming-transformers (links to heibox.uni-heidelberg.de)",
+        files=("last.ckpt",),
         licence="MIT",
     ),
     "llamagen_vq": System(
@@ -247,7 +248,8 @@ SYSTEMS = {
         wrap=("model",),
         aside=(r"quantize\.codebook_used",),
         derived=meter,
-        home="huggingface.co/FoundationVision/LlamaGen",
+        home="huggingface.co/FoundationVision/LlamaGen; huggingface.co/peizesun/llamagen_t2i",
+        files=("vq_ds{8,16}_c2i.pt", "vq_ds16_t2i.pt"),
         licence="MIT",
     ),
 }

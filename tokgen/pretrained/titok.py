@@ -373,16 +373,43 @@ def continuous(folder) -> dict[str, jax.Array]:
 
 def _system(name: str, home: str, **options) -> system.System:
     options |= dict(settings=_settings_of(name), rows=rows, licence="Apache-2.0")
-    return system.System(home=f"huggingface.co/fun-research/{home}", **options)
+    return system.System(home=f"huggingface.co/{home}", **options)
 
 
+HUB = "model.safetensors"
 SYSTEMS = {
-    "titok_legacy": _system("titok_legacy", "TiTok", parity=legacy),
-    "titok_onestage_vq": _system("titok_onestage_vq", "TiTok", parity=codes, form="safetensors"),
-    "titok_onestage_vae": _system(
-        "titok_onestage_vae", "TiTok", parity=continuous, form="safetensors"
+    "titok_legacy": _system(
+        "titok_legacy",
+        "fun-research/TiTok",
+        files=("tokenizer_titok_{l32,b64,s128}.bin",),
+        parity=legacy,
     ),
-    # a running share of every code, kept by training with clustering
-    "tatitok_vq": _system("tatitok_vq", "TA-TiTok", parity=codes, aside=(r"quantize\.embed_prob",)),
-    "tatitok_vae": _system("tatitok_vae", "TA-TiTok", parity=continuous),
+    "titok_onestage_vq": _system(
+        "titok_onestage_vq",
+        "yucornetto/tokenizer_titok_{bl64,bl128,sl256}_vq8k_imagenet",
+        files=(HUB,),
+        parity=codes,
+        form="safetensors",
+    ),
+    "titok_onestage_vae": _system(
+        "titok_onestage_vae",
+        "yucornetto/tokenizer_titok_{ll32,bl64,bl128}_vae_c16_imagenet",
+        files=(HUB,),
+        parity=continuous,
+        form="safetensors",
+    ),
+    "tatitok_vq": _system(
+        "tatitok_vq",
+        "turkeyju/tokenizer_tatitok_{bl32,bl64,bl128}_vq",
+        files=(HUB,),
+        parity=codes,
+        # a running share of every code, kept by training with clustering
+        aside=(r"quantize\.embed_prob",),
+    ),
+    "tatitok_vae": _system(
+        "tatitok_vae",
+        "turkeyju/tokenizer_tatitok_{bl32_vae,bl64_vae,sl128_vae}",
+        files=(HUB,),
+        parity=continuous,
+    ),
 }

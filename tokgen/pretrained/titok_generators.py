@@ -222,6 +222,11 @@ def _system(form: str, rows, **options) -> System:
 
 SYSTEMS = {
     # a constant buffer that some versions of its library write
-    "titok_imagebert": _system(BERT, bert_rows, aside=(r"model\.embeddings\.position_ids",)),
-    "titok_uvit": _system(UVIT, uvit_rows),
+    "titok_imagebert": _system(
+        BERT,
+        bert_rows,
+        files=("generator_titok_{l32,b64}.bin",),
+        aside=(r"model\.embeddings\.position_ids",),
+    ),
+    "titok_uvit": _system(UVIT, uvit_rows, files=("generator_titok_s128.bin",)),
 }

@@ -98,6 +98,7 @@ SYSTEMS = {
         settings,
         rows,
         home="huggingface.co/FoundationVision/var",
+        files=("vae_ch160v4096z32.pth",),
         licence="MIT",
     ),
 }

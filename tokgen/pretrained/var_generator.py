@@ -260,4 +260,7 @@ PUBLISHED = dict(
     beside="var_vqvae",
 )
 
-SYSTEMS = {name: system.System(**PUBLISHED) for name in ("var", "var_shared_aln")}
+SYSTEMS = {
+    "var": system.System(files=("var_d{16,20,24,30}.pth",), **PUBLISHED),
+    "var_shared_aln": system.System(files=("var_d36.pth",), **PUBLISHED),
+}
