@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from tokgen import config as configs
-from tokgen import losses, report
+from tokgen import losses, report, rng
 from tokgen import state as states
 from tokgen.critics import augment, features
 from tokgen.interfaces import Array, UserError
@@ -110,11 +110,12 @@ def views(judge, game: Game, key: Array) -> tuple[Callable, Callable]:
     learning, judging = judge, judge
     if isinstance(judge, features.Discriminator):
         # running statistics for the painter: its image is judged alone
-        learning = functools.partial(judge, key=jax.random.fold_in(key, 0))
-        judging = functools.partial(judge.evaluated, key=jax.random.fold_in(key, 0))
+        crop = rng.use(key, rng.CROP)
+        learning = functools.partial(judge, key=crop)
+        judging = functools.partial(judge.evaluated, key=crop)
     if game.augmented:
         changed = functools.partial(
-            augment.augment, kinds=game.augmented, key=jax.random.fold_in(key, 1)
+            augment.augment, kinds=game.augmented, key=rng.use(key, rng.AUGMENT)
         )
         learning, judging = (
             functools.partial(_through, look, changed) for look in (learning, judging)
@@ -134,22 +135,26 @@ def critic_step(game: Game, graph, optimizer: states.Optimizer) -> Callable:
 
         def loss(params):
             judge = states.merge(graph, params, critic.stats)
-            look, _ = views(judge, game, key)
+            look, _ = views(judge, game, rng.use(key, rng.REAL))
+            other, _ = views(judge, game, rng.use(key, rng.PAINTED))
             total, seen = losses.critic_loss(
                 look,
                 image_BHW3,
                 painted_BHW3,
                 averages,
+                painted_critic=other,
                 loss=game.loss,
                 lecam=game.lecam_form,
                 lecam_weight=game.lecam,
                 r1_weight=game.r1,
             )
             if game.consistency > 0:
-                again, _ = views(judge, game, jax.random.fold_in(key, 2))
-                pair = [2 * image_BHW3 - 1, 2 * painted_BHW3 - 1]
-                apart = [losses.consistency(look(image), again(image)) for image in pair]
-                seen["consistency"] = sum(apart)
+                seen["consistency"] = 0.0
+                sides = (look, rng.REAL, image_BHW3), (other, rng.PAINTED, painted_BHW3)
+                for once, side, image in sides:
+                    again, _ = views(judge, game, rng.use(rng.use(key, rng.AGAIN), side))
+                    apart = losses.consistency(once(2 * image - 1), again(2 * image - 1))
+                    seen["consistency"] += apart
                 total = total + game.consistency * seen["consistency"]
             return game.critic_weight * total, seen
 
@@ -169,8 +174,9 @@ def _maintained(graph, critic: states.TrainState, image_BHW3, painted_BHW3, key)
     judge = states.merge(graph, critic.params, critic.stats)
     if not isinstance(judge, features.Discriminator):
         return critic
-    for image in (image_BHW3, painted_BHW3):
-        judge.maintain(2 * image - 1, key=jax.random.fold_in(key, 0))
+    for side, image in ((rng.REAL, image_BHW3), (rng.PAINTED, painted_BHW3)):
+        crop = rng.use(rng.use(rng.use(key, rng.UPKEEP), side), rng.CROP)
+        judge.maintain(2 * image - 1, key=crop)
     moved = critic.skipped == 0
     return critic.replace(stats=states.kept(moved, states.statistics(judge), critic.stats))
 

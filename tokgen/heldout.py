@@ -84,12 +84,16 @@ def watched(batches, total: int, what: str):
 def reconstruction(
     tokenizer, source, view, *, count: int, batch: int = 50, what: str = ""
 ) -> tuple[dict, tuple]:
-    """(figures, (originals, reconstructions) of the first batch, uint8) over `count` images."""
-    measured, counts, shown = {}, None, None
+    """(figures, (originals, reconstructions) of the first batch, uint8) over `count` images.
+
+    `images` counts those that were measured: what cannot be read is told and left out.
+    """
+    measured, counts, shown, images_ = {}, None, None, 0
     chosen = spread(len(source), count)
     passing = stream.once(source, view, batch_size=batch, indices=chosen)
     for part in watched(passing, len(chosen), what):
         tokens_BLG, painted, values = repaint(tokenizer, part, batch=batch)
+        images_ += len(part["label"])
         for name, value_B in values.items():
             measured.setdefault(name, []).append(value_B)
         if tokens_BLG is not None:
@@ -105,8 +109,12 @@ def reconstruction(
     if counts is not None:
         figures["codebook_usage"] = float(np.mean([codebook.usage(c) for c in counts]))
         figures["codebook_perplexity"] = float(np.mean([codebook.perplexity(c) for c in counts]))
-    figures["images"] = len(chosen)
-    return figures, shown
+    return figures | numbers(images_, len(chosen)), shown
+
+
+def numbers(images_: int, wanted: int) -> dict[str, int]:
+    """How many images figures are of; and how many more they should be of, if any is unreadable."""
+    return {"images": images_} | ({"unreadable": wanted - images_} if images_ < wanted else {})
 
 
 def standard_error(value_B: np.ndarray) -> float:
@@ -174,9 +182,9 @@ def likelihood(
         order_of = _order(generator, order)
     draws = draws if order == "random" or not exact else 1
     program = functools.partial(_exact, order=order_of) if exact else _bound
-    total, chosen = [], spread(len(source), count)
+    total, chosen = [], spread(len(source), count)  # of which some may not be readable
     for part in watched(stream.once(source, batch_size=batch, indices=chosen), len(chosen), what):
-        rows = len(part["label"])
+        rows, index_B = len(part["label"]), np.resize(part.pop("index"), batch)
         # padded, so that one program serves all batches
         padded = {
             name: np.concatenate([a, np.repeat(a[-1:], batch - rows, axis=0)])
@@ -184,12 +192,10 @@ def likelihood(
         }
         if "image" in padded:
             padded["tokens"] = source.encode(padded.pop("image"))
-        first = sum(len(nats_BR) for nats_BR in total)
-        index_B = np.resize(chosen[first : first + rows], batch)
         keys_B = rng.per_image(seed, "eval", jnp.asarray(index_B))
         padded, nats_RB = jax.device_put(padded), []
         for draw in range(draws):
-            own_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, draw)
+            own_B = jax.vmap(rng.number, (0, None))(keys_B, draw)
             nats_RB.append(jax.device_get(program(generator, codec, padded, own_B))[:rows])
         total.append(np.stack(nats_RB, axis=1))
     nats_NR = np.concatenate(total).astype(np.float64) / generator.layout.length
@@ -198,7 +204,7 @@ def likelihood(
         "nats_per_token": float(nats_N.mean()),
         "nats_error": standard_error(nats_N),
         "bits_per_token": float(nats_N.mean() / math.log(2)),
-        "images": len(chosen),
+        **numbers(len(nats_N), len(chosen)),
     }
     if draws > 1 or not exact:
         figures |= {"nats_orders_error": draw_error(nats_NR), "orders": draws}

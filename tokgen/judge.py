@@ -16,7 +16,7 @@ import hashlib
 import inspect
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from tokgen import launch, report, rng, sharding, state
+from tokgen import archives, launch, report, rng, sharding, state
 from tokgen.data import folder, images, shapes, stream
+from tokgen.interfaces import UserError
 from tokgen.metrics import reconstruction
 from tokgen.nn import conv, linear
 from tokgen.nn.precision import Precision
@@ -211,7 +212,7 @@ def turned(image_BHW3: np.ndarray, way_B: np.ndarray, ways: int) -> np.ndarray:
 def _upright(batches: Iterator[dict], ways: int, seed: int) -> Iterator[dict]:
     """The batches, each image turned; the label is how."""
     for step, batch in enumerate(batches):
-        way_B = np.random.default_rng([seed, step]).integers(0, ways, len(batch["label"]))
+        way_B = np.random.default_rng([seed, step, rng.TURN]).integers(0, ways, len(batch["label"]))
         turned_BHW3 = turned(batch["image"], way_B, ways)
         yield {"image": turned_BHW3, "label": way_B.astype(np.int32)}
 
@@ -224,8 +225,7 @@ def _kept(modules: tuple, what: tuple, make: Callable, train: Callable) -> nnx.M
     file = launch.cache_folder() / name
     graph, params, stats = state.split(nnx.eval_shape(make))
     if file.exists():
-        with np.load(file, allow_pickle=False) as saved:
-            leaves = [jnp.asarray(saved[path]) for path in state.paths(params)]
+        leaves = _cached(file, {p: leaf.shape for p, leaf in state.paths(params).items()})
         report.say(f"judge: read from {file}")
         return state.merge(graph, jax.tree.unflatten(jax.tree.structure(params), leaves), stats)
     params = train()
@@ -235,6 +235,14 @@ def _kept(modules: tuple, what: tuple, make: Callable, train: Callable) -> nnx.M
         np.savez(out, **{path: np.asarray(leaf) for path, leaf in state.paths(params).items()})
     part.replace(file)
     return state.merge(graph, params, stats)
+
+
+def _cached(file: pathlib.Path, wanted: Mapping[str, tuple[int, ...]]) -> list[jax.Array]:
+    """Parameters in the order of `wanted`, their shapes by path."""
+    saved = archives.arrays(file)
+    if any(path not in saved or saved[path].shape != shape for path, shape in wanted.items()):
+        raise UserError(f"{file} is damaged: it is not what was kept; remove it")
+    return [jnp.asarray(saved[path]) for path in wanted]
 
 
 def _trained(make, batches, recipe: Recipe, look: Callable, seed: int):
@@ -285,7 +293,8 @@ def _shuffled(source, view: images.View, batch: int, seed: int) -> Iterator[dict
 
 def _turned(image_BHW3: jax.Array, key: jax.Array) -> jax.Array:
     """The whole batch flipped or not, and turned by quarters where the image is square."""
-    flip, turns = jax.random.bernoulli(key), jax.random.randint(key, (), 0, 4)
+    flip = jax.random.bernoulli(rng.use(key, rng.FLIP))
+    turns = jax.random.randint(rng.use(key, rng.TURN), (), 0, 4)
     image_BHW3 = jnp.where(flip, image_BHW3[:, :, ::-1], image_BHW3)
     if image_BHW3.shape[1] != image_BHW3.shape[2]:
         return image_BHW3
@@ -295,16 +304,16 @@ def _turned(image_BHW3: jax.Array, key: jax.Array) -> jax.Array:
 
 def _shifted(image_BHW3: jax.Array, key: jax.Array) -> jax.Array:
     """Each image mirrored or not; the whole batch moved by up to SHIFT pixels, edges reflected."""
-    flip, move = jax.random.split(key)
-    flip_B111 = jax.random.bernoulli(flip, shape=(len(image_BHW3), 1, 1, 1))
-    return _moved(jnp.where(flip_B111, image_BHW3[:, :, ::-1], image_BHW3), move)
+    flip_key = rng.use(key, rng.FLIP)
+    flip_B111 = jax.random.bernoulli(flip_key, shape=(len(image_BHW3), 1, 1, 1))
+    return _moved(jnp.where(flip_B111, image_BHW3[:, :, ::-1], image_BHW3), key)
 
 
-def _moved(image_BHW3: jax.Array, move: jax.Array) -> jax.Array:
+def _moved(image_BHW3: jax.Array, key: jax.Array) -> jax.Array:
     """The whole batch moved by up to SHIFT pixels, edges reflected; a mirror would turn a turn."""
     sides = ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0))
     wider_BHW3 = jnp.pad(image_BHW3, sides, mode="reflect")
-    row, column = jax.random.randint(move, (2,), 0, 2 * SHIFT + 1)
+    row, column = jax.random.randint(rng.use(key, rng.MOVE), (2,), 0, 2 * SHIFT + 1)
     return jax.lax.dynamic_slice(wider_BHW3, (0, row, column, 0), image_BHW3.shape)
 
 

@@ -123,6 +123,7 @@ def critic_loss(
     painted_BHW3: Array,
     averages: Mapping[str, Array] | None = None,
     *,
+    painted_critic: Callable | None = None,
     loss: str = "hinge",
     lecam: str = "means",
     lecam_weight: float = 0.0,
@@ -131,10 +132,11 @@ def critic_loss(
     """What the critic descends. The painter gets no gradient: it is cut here, in the interface.
 
     `averages` are those before the step; the caller moves them by `moved(averages,
-    seen["critic_real"], seen["critic_fake"])`. A weight of zero leaves its term out.
+    seen["critic_real"], seen["critic_fake"])`. A weight of zero leaves its term out. Where the
+    critic looks at random, `painted_critic` is its look at the painted images.
     """
     painted_BHW3 = jax.lax.stop_gradient(painted_BHW3)
-    real, fake = critic(2 * image_BHW3 - 1), critic(2 * painted_BHW3 - 1)
+    real, fake = critic(2 * image_BHW3 - 1), (painted_critic or critic)(2 * painted_BHW3 - 1)
     total = named(DISCRIMINATOR, loss, "loss of the critic")(real, fake)
     seen = {"critic_real": jnp.mean(real), "critic_fake": jnp.mean(fake)}
     if lecam_weight > 0:

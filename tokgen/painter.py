@@ -53,7 +53,7 @@ def pixels(settings, weights, tokenizer, batch, frozen, step):
     """(weighted loss, (latents, image painted, terms, tokens)): the image itself."""
     image_BHW3 = reconstruction.from_uint8(batch["image"])
     latents_BPC = tokenizer.latents(image_BHW3)
-    key = jax.random.fold_in(rng.key(settings.seed, "train", step), rng.QUANTIZER)
+    key = rng.use(rng.key(settings.seed, "train", step), rng.QUANTIZER)
     quantized = tokenizer.quantizer(latents_BPC, key=key)
     painted_BHW3 = tokenizer.paint(quantized.latents_BPC, cond=batch.get("text"))
     terms = losses.reconstruction(image_BHW3, painted_BHW3) | quantized.losses
@@ -67,7 +67,7 @@ def codes(settings, weights, tokenizer, batch, frozen, step):
     """The same of TiTok's first stage: what another tokenizer writes for the image."""
     image_BHW3 = reconstruction.from_uint8(batch["image"])
     latents_BPC = tokenizer.latents(image_BHW3)
-    key = jax.random.fold_in(rng.key(settings.seed, "train", step), rng.QUANTIZER)
+    key = rng.use(rng.key(settings.seed, "train", step), rng.QUANTIZER)
     quantized = tokenizer.quantizer(latents_BPC, key=key)
     logits_BPV = tokenizer.decoder.logits(quantized.latents_BPC)
     target_BP1 = frozen["teacher"].encode(image_BHW3)
@@ -161,7 +161,7 @@ def adversarial_step(settings, game, graphs, critic_optimizer, stage, *, strengt
         model, critic, averages = (networks[n] for n in ("model", "critic", "averages"))
         image_BHW3 = reconstruction.from_uint8(batch["image"])
         key = rng.key(settings.seed, "train", model.step)
-        moves = jax.random.fold_in(key, rng.CRITIC)
+        moves = rng.use(key, rng.CRITIC)
 
         def painted(params):
             tokenizer = state.merge(graph, params, model.stats)
@@ -172,7 +172,7 @@ def adversarial_step(settings, game, graphs, critic_optimizer, stage, *, strengt
             painted_BHW3 = painted(model.params)[1][1]
             critic, averages, seen = move_critic(critic, averages, image_BHW3, painted_BHW3, moves)
         judge = state.merge(graphs["critic"], critic.params, critic.stats)
-        _, look = adversary.views(judge, game, jax.random.fold_in(moves, 1))
+        _, look = adversary.views(judge, game, rng.use(moves, rng.PAINTER))
 
         def pair(params):
             total, aux = painted(params)

@@ -1,7 +1,16 @@
-"""Randomness: every key is a pure function of (seed, stream, step).
+"""Randomness: every key is a pure function of (seed, stream, step), and of what it is used for.
 
 No key is kept in a module or a checkpoint: a run that is resumed at step n draws exactly what it
-would have drawn. Inside a step, `fold_in` one of the constants below per use.
+would have drawn. Below a step there are three ways on, and each key goes one of them only:
+
+    a sampler of jax.random eats it;
+    `use(key, USE)`, one of the table below: what the draw is for;
+    `number(key, n)`, `numbered(key, count)`: which of many of a kind (the images of a batch, the
+    layers of a stack, the symbols of a position, the scales of a pyramid).
+
+`jax.random.split` and `fold_in` are called nowhere else, since `split(key, n)[1]` is
+`fold_in(key, 1)`: two uses that never heard of each other would draw the same mask. Numbers lie
+below 2^24 and uses above, so that not even a key that went both ways would draw twice.
 """
 
 from __future__ import annotations
@@ -9,11 +18,47 @@ from __future__ import annotations
 import zlib
 
 import jax
+import jax.numpy as jnp
 
 STREAMS = ("init", "train", "sample", "eval")
+NUMBERS = 2**24  # what `number` may be given lies below, where it is not a step or an image
 
-# Uses of randomness inside one step.
-DROPOUT, LABEL_DROP, ORDER, MASK, QUANTIZER, MAINTAIN, CRITIC, SHUFFLE = range(8)
+
+def _letters(word: str) -> int:
+    return int.from_bytes(word.encode("ascii"), "big")
+
+
+# ---------------------------------------------------------------- the table: one constant per use
+
+# a training step of a generator, per step or per image of it
+DROPOUT = _letters("drop")  # all that its networks leave out
+LABEL_DROP = _letters("labl")  # which conditions are dropped
+MASK = _letters("mask")  # masked models: below it, per image, TIME and SLOTS
+TIME, SLOTS = _letters("time"), _letters("slot")
+ORDER = 2  # of the tokens. Not a word: the images that a seed draws in random order depend on it
+SHUFFLE, CHANCE = _letters("shuf"), _letters("chan")  # another order, and whether it is taken
+
+# below DROPOUT: the parts of a network, and of a block below the number of its layer
+INPUTS, TRUNK, HEAD = _letters("inpt"), _letters("trnk"), _letters("head")
+ATTENTION, ATTENDED = _letters("attn"), _letters("attd")  # its weights; its residual branch
+HIDDEN, MAPPED = _letters("hidn"), _letters("mapd")  # of the MLP; its residual branch
+RESIDUAL, PATH = _letters("resi"), _letters("path")  # entries of a branch; a branch as a whole
+
+# a training step of a tokenizer
+QUANTIZER, MAINTAIN = _letters("quan"), _letters("main")
+CRITIC = _letters("crit")  # below it, whose look: at real images, at painted ones, ...
+REAL, PAINTED = _letters("real"), _letters("pain")
+AGAIN = _letters("agai")  # ... of each a second look, to compare; ...
+PAINTER, UPKEEP = _letters("play"), _letters("upke")  # ... what the painter sees; statistics
+CROP, AUGMENT = _letters("crop"), _letters("augm")  # below a look; then what each draws:
+CHOSEN, ROW, COLUMN = _letters("chos"), _letters("row_"), _letters("colm")
+COLOR, TRANSLATION, CUTOUT = _letters("colr"), _letters("tran"), _letters("cuto")
+
+# a training step of a judge
+FLIP, TURN, MOVE = _letters("flip"), _letters("turn"), _letters("move")
+
+# an image that is drawn: below it the number of the step, then of the symbol; and ORDER
+DRAW, JITTER = _letters("draw"), _letters("jitt")
 
 
 def key(seed: int, stream: str, step: int | jax.Array = 0) -> jax.Array:
@@ -28,3 +73,22 @@ def key(seed: int, stream: str, step: int | jax.Array = 0) -> jax.Array:
 def per_image(seed: int, stream: str, indices_B: jax.Array) -> jax.Array:
     """One key per image index: an image depends on (seed, index) and on nothing beside it."""
     return jax.vmap(lambda index: key(seed, stream, index))(indices_B)
+
+
+def use(key: jax.Array | None, what: int) -> jax.Array | None:
+    """The key of one use, a constant of the table; none of none."""
+    return None if key is None else jax.random.fold_in(key, what)
+
+
+def number(key: jax.Array | None, n: int | jax.Array) -> jax.Array | None:
+    """The key of number n of many of a kind; none of none."""
+    return None if key is None else jax.random.fold_in(key, n)
+
+
+def numbered(key: jax.Array | None, count: int) -> jax.Array | None:
+    """[count] keys, of numbers 0 to count - 1; none of none."""
+    if key is None:
+        return None
+    if count >= NUMBERS:
+        raise ValueError(f"at most {NUMBERS - 1} of a kind have keys of their own; found {count}")
+    return jax.vmap(lambda n: number(key, n))(jnp.arange(count))

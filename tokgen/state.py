@@ -439,7 +439,7 @@ def maintained(
     otherwise hold the dead code for thousands of steps. A skipped step is not counted.
     """
     module = merge(graph, state.params, state.stats)
-    key = jax.random.fold_in(key, rng.MAINTAIN)
+    key = rng.use(key, rng.MAINTAIN)
     module.quantizer.maintain(jax.lax.stop_gradient(latents_BPC), key=key)
     _, params, stats = split(module)
     moved = state.skipped == 0

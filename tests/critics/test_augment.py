@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokgen import rng
 from tokgen.critics import augment
 
 
@@ -58,7 +59,8 @@ def test_cutout_hides_a_rectangle(key):
 def test_augmentations_come_in_the_order_that_is_named(key):
     """By hand from the parts; what is drawn for each does not depend on the order."""
     image = _image(4, 8, 8, 3)
-    color, shift, cut = jax.random.split(key, 3)
+    uses = (rng.COLOR, rng.TRANSLATION, rng.CUTOUT)
+    color, shift, cut = (rng.use(key, what) for what in uses)
     moved = augment.translated(image, shift, 0.125)
     kinds = ("translation", "color", "cutout")  # VAR's trainer
     expected = augment.cut_out(augment.colored(moved, color), cut, 0.2)

@@ -7,7 +7,7 @@ import json
 import pathlib
 
 from tokgen import checkpoint, config, heldout, launch, report
-from tokgen.data import captioned
+from tokgen.data import captioned, reader
 from tokgen.interfaces import UserError
 
 
@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> None:
     pairs = report.beside(image[: args.shown], painted[: args.shown], scale=scale)
     report.save_png(out / "pairs.png", pairs)
     record = {"checkpoint": str(loaded.step), "images": str(path), **figures}
+    if "unreadable" in figures:
+        record["unreadable_files"] = reader.unreadable(source).record()["files"]
     (out / "figures.json").write_text(json.dumps(record, indent=2) + "\n")
     for name, value in figures.items():
         print(f"{name:<20} {value:.4f}" if isinstance(value, float) else f"{name:<20} {value}")

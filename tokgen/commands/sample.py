@@ -7,13 +7,12 @@ import functools
 import json
 import pathlib
 import re
-import zipfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokgen import checkpoint, launch, report, rng
+from tokgen import archives, checkpoint, launch, report, rng
 from tokgen.interfaces import PyTree, Text, UserError
 from tokgen.metrics import reconstruction
 from tokgen.sampling import decode, presets
@@ -107,15 +106,13 @@ def chosen(text: str, classes: tuple[str, ...]) -> list[int]:
 def captions(path: str) -> Text:
     """The conditions of `--text`: features [N, T, E], and a mask [N, T] that is true to the end."""
     try:
-        with np.load(path) as arrays:
-            missing = {"features", "mask"} - set(arrays.files)
-            found = {name: arrays[name] for name in ("features", "mask") if name not in missing}
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        found = archives.arrays(path)
+    except UserError as error:
         raise UserError(
             f"--text needs an .npz file of arrays; found {path}: {error}; save features and mask "
             "with numpy.savez"
         ) from error
-    if missing:
+    if missing := {"features", "mask"} - set(found):
         raise UserError(
             f"--text needs arrays features [N, T, E] and mask [N, T]; {path} has no "
             f"{' and no '.join(sorted(missing))}"

@@ -10,6 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from tokgen import rng
+
 KINDS = ("color", "translation", "cutout")  # in the paper's order
 
 
@@ -22,14 +24,15 @@ def augment(
     cutout: float = 0.2,
 ) -> jax.Array:
     """The kinds that are named, one after another; shares of the image's size."""
-    draws = dict(zip(KINDS, jax.random.split(key, 3), strict=True))
     change = dict(
-        color=colored,
-        translation=functools.partial(translated, share=translation),
-        cutout=functools.partial(cut_out, share=cutout),
+        color=functools.partial(colored, key=rng.use(key, rng.COLOR)),
+        translation=functools.partial(
+            translated, key=rng.use(key, rng.TRANSLATION), share=translation
+        ),
+        cutout=functools.partial(cut_out, key=rng.use(key, rng.CUTOUT), share=cutout),
     )
     for kind in kinds:
-        image_BHW3 = change[kind](image_BHW3, draws[kind])
+        image_BHW3 = change[kind](image_BHW3)
     return image_BHW3
 
 
@@ -46,7 +49,7 @@ def colored(image_BHW3: jax.Array, key: jax.Array) -> jax.Array:
 
 def translated(image_BHW3: jax.Array, key: jax.Array, share: float) -> jax.Array:
     """Moved by up to `share` of each side; what comes into view is zero."""
-    for axis, each in zip((1, 2), jax.random.split(key), strict=True):
+    for axis, each in zip((1, 2), rng.numbered(key, 2), strict=True):
         size = image_BHW3.shape[axis]
         most = int(size * share + 0.5)
         shift_B1 = jax.random.randint(each, (len(image_BHW3), 1), -most, most + 1)
@@ -60,7 +63,7 @@ def translated(image_BHW3: jax.Array, key: jax.Array, share: float) -> jax.Array
 def cut_out(image_BHW3: jax.Array, key: jax.Array, share: float) -> jax.Array:
     """A rectangle of `share` of each side is zero; at the border a part of it lies outside."""
     hidden = jnp.ones((len(image_BHW3), 1, 1, 1), bool)
-    for axis, each in zip((1, 2), jax.random.split(key), strict=True):
+    for axis, each in zip((1, 2), rng.numbered(key, 2), strict=True):
         size = image_BHW3.shape[axis]
         length = int(size * share + 0.5)
         centre_B1 = jax.random.randint(each, (len(image_BHW3), 1), 0, size + 1 - length % 2)

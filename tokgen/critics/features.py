@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import interfaces
+from tokgen import interfaces, rng
 from tokgen.critics import dino, trunks, weights
 from tokgen.nn import resample
 
@@ -183,9 +183,9 @@ class Discriminator(nnx.Module):
         whole_BHW3 = resample.resize(image_BHW3, size, matrix)
         if key is None or min(height, width) <= self.size:
             return whole_BHW3
-        chosen, row, column = jax.random.split(key, 3)
-        row = jax.random.randint(row, (), 0, height - self.size + 1)
-        column = jax.random.randint(column, (), 0, width - self.size + 1)
+        row = jax.random.randint(rng.use(key, rng.ROW), (), 0, height - self.size + 1)
+        column = jax.random.randint(rng.use(key, rng.COLUMN), (), 0, width - self.size + 1)
+        chosen = jax.random.bernoulli(rng.use(key, rng.CHOSEN))
         shape = (len(image_BHW3), *size, self.channels)
         crop_BHW3 = jax.lax.dynamic_slice(image_BHW3, (0, row, column, 0), shape)
-        return jnp.where(jax.random.bernoulli(chosen), crop_BHW3.astype(jnp.float32), whole_BHW3)
+        return jnp.where(chosen, crop_BHW3.astype(jnp.float32), whole_BHW3)

@@ -12,6 +12,7 @@ the folder. A file that is added moves no other one, and two machines agree with
 import hashlib
 import os
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 
@@ -82,8 +83,12 @@ class Source:
         return len(self._names)
 
     def __getitem__(self, index: int) -> dict:
-        with open(os.path.join(self.path, self._names[index]), "rb") as file:
+        with self.open(index) as file:
             return {"image": file.read(), "label": int(self._label_B[index])}
+
+    def open(self, index: int) -> BinaryIO:
+        """The file of an image, for its header: to be closed."""
+        return open(os.path.join(self.path, self._names[index]), "rb")
 
     def name(self, index: int) -> str:
         """The path below the folder."""

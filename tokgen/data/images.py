@@ -14,10 +14,12 @@ import dataclasses
 import io
 import math
 import struct
+import warnings
 import zlib
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from tokgen import interfaces
 
@@ -68,6 +70,10 @@ _DAMAGE = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
+MAX_PIXELS = 64_000_000
+# PIL warns of large images and odd metadata without saying of which file: the limit above is ours,
+# and what does not decode is told by name.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BrokenImage(ValueError):
@@ -157,7 +163,7 @@ def stored(text: str) -> tuple[str, ...]:
 
 
 def decode(
-    data: bytes, channels: int, *, max_pixels: int = 64_000_000, decoder: str = "pil"
+    data: bytes, channels: int, *, max_pixels: int = MAX_PIXELS, decoder: str = "pil"
 ) -> np.ndarray:
     """uint8 [H, W, channels] of an image file, or BrokenImage.
 
@@ -165,17 +171,50 @@ def decode(
     """
     _check_channels(channels)
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            columns, rows = image.size
-            if columns * rows > max_pixels:
-                raise BrokenImage(
-                    f"{columns} x {rows} pixels, more than the {max_pixels} that are allowed"
-                )
+        with _opened(io.BytesIO(data), max_pixels) as image:
             return _pixels(_upright(DECODERS[decoder](image, data)), channels)
     except BrokenImage:
         raise
     except _DAMAGE as error:
-        raise BrokenImage(f"{type(error).__name__}: {error}") from error
+        raise BrokenImage(_why(error)) from error
+
+
+def header(file: BinaryIO | bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[str, tuple[int, int]]:
+    """(format, (rows, columns)) as the header says, or BrokenImage; nothing is decoded."""
+    file = io.BytesIO(file) if isinstance(file, bytes) else file
+    try:
+        with _opened(file, max_pixels) as image:
+            return image.format, (image.height, image.width)
+    except BrokenImage:
+        raise
+    except _DAMAGE as error:
+        raise BrokenImage(_why(error)) from error
+
+
+def _opened(file: BinaryIO, max_pixels: int) -> Image.Image:
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        file.seek(0)
+        begin = file.read(12)
+        if not begin:
+            raise BrokenImage("the file is empty (0 bytes)") from error
+        raise BrokenImage(
+            f"no image of a format that is read, or cut off in its header: it begins with {begin!r}"
+        ) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BrokenImage(
+            f"more than the {max_pixels} pixels that are allowed ({error})"
+        ) from error
+    columns, rows = image.size
+    if columns * rows > max_pixels:
+        image.close()
+        raise BrokenImage(f"{columns} x {rows} pixels, more than the {max_pixels} that are allowed")
+    return image
+
+
+def _why(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _with_pil(image: Image.Image, data: bytes) -> Image.Image:

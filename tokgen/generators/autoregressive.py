@@ -105,8 +105,7 @@ class Generator(nnx.Module):
 
     def orders(self, keys_B: jax.Array) -> jax.Array:
         """[B, L] the position handled at each place, per image."""
-        keys_B = jax.vmap(lambda key: jax.random.fold_in(key, rng.ORDER))(keys_B)
-        return jax.vmap(lambda key: self.order(self.layout, key))(keys_B)
+        return jax.vmap(lambda key: self.order(self.layout, rng.use(key, rng.ORDER)))(keys_B)
 
     def logits(self, batch: TokenBatch, codec: Quantizer | None = None, *, key=None) -> jax.Array:
         """Teacher-forced logits [B, L, G, V]; row j is place j of the order."""
@@ -115,17 +114,14 @@ class Generator(nnx.Module):
         sequence_BLG = jnp.take_along_axis(batch.tokens_BLG, order_BL[..., None], axis=1)
         inputs_BlD = self.symbols(sequence_BLG[:, :-1])
         hidden_BLD, cond = self._taught(inputs_BlD, order_BL, batch.cond, self.places, key)
-        key = None if key is None else jax.random.fold_in(key, 1)
-        return self._ended(hidden_BLD, cond, sequence_BLG[..., :-1], key)
+        return self._ended(hidden_BLD, cond, sequence_BLG[..., :-1], rng.use(key, rng.HEAD))
 
     def loss(
         self, batch: TokenBatch, codec: Quantizer | None = None, *, step, key
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(mean nats per position, scalars). The condition is dropped with its stated rate."""
         B = len(batch.tokens_BLG)
-        drop_B = jax.random.bernoulli(
-            jax.random.fold_in(key, rng.LABEL_DROP), self.label_drop, (B,)
-        )
+        drop_B = jax.random.bernoulli(rng.use(key, rng.LABEL_DROP), self.label_drop, (B,))
         cond = jax.tree.map(
             lambda null, cond: jnp.where(drop_B.reshape(-1, *(1,) * (cond.ndim - 1)), null, cond),
             self.null(batch.cond),
@@ -133,7 +129,7 @@ class Generator(nnx.Module):
         )
         if batch.order_BL is None:
             batch = batch.replace(order_BL=self.training_orders(step, key, B))
-        batch, key = batch.replace(cond=cond), jax.random.fold_in(key, rng.DROPOUT)
+        batch, key = batch.replace(cond=cond), rng.use(key, rng.DROPOUT)
         sides = [side for side, _ in self.groups]
         ends = jnp.asarray([end for _, end in self.groups], jnp.int32)
         # stages have other shapes: one program holds all of them, and a step runs its own
@@ -225,18 +221,19 @@ class Generator(nnx.Module):
 
     def training_orders(self, step, key, B: int) -> jax.Array:
         """[B, L] orders of a training step: the generator's own, or shuffled ones for a share."""
-        keys_B = jax.random.split(jax.random.fold_in(key, rng.ORDER), B)
+        keys_B = rng.numbered(rng.use(key, rng.ORDER), B)
         order_BL = self.orders(keys_B)
         if self.shuffle is None:
             return order_BL
         begin, end = self.shuffle
         share = jnp.clip((end - jnp.asarray(step, jnp.float32)) / max(end - begin, 1), 0, 1)
-        both_B2 = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, rng.SHUFFLE)))(
-            keys_B
-        )
-        shuffled_BL = jax.vmap(lambda key: orders.random(self.layout, key))(both_B2[:, 0])
-        chosen_B = jax.vmap(jax.random.uniform)(both_B2[:, 1]) < share
-        return jnp.where(chosen_B[:, None], shuffled_BL, order_BL)
+
+        def drawn(key):
+            shuffled_L = orders.random(self.layout, rng.use(key, rng.SHUFFLE))
+            return shuffled_L, jax.random.uniform(rng.use(key, rng.CHANCE))
+
+        shuffled_BL, chance_B = jax.vmap(drawn)(keys_B)
+        return jnp.where((chance_B < share)[:, None], shuffled_BL, order_BL)
 
     def _plain(self, batch: TokenBatch, key) -> tuple[jax.Array, jax.Array]:
         """(mean nats per position, share of likeliest tokens that are right)."""
@@ -273,11 +270,13 @@ class Generator(nnx.Module):
         """(outputs [B, L, D] that predict the places of an order, what adaptive heads are told)."""
         L = order_BL.shape[1]
         inputs_BlD = jnp.concatenate([self.prefix(cond), inputs_BlD], axis=1)
-        keys = (None, None) if key is None else jax.random.split(key)
-        inputs_BlD = attention.dropout(inputs_BlD, self.transformer.rates.token, keys[0])
+        rate, inputs_key = self.transformer.rates.token, rng.use(key, rng.INPUTS)
+        inputs_BlD = attention.dropout(inputs_BlD, rate, inputs_key)
         slots_l = jnp.arange(inputs_BlD.shape[1])
         hidden_BlD, _ = self.hidden(
-            inputs_BlD, order_BL, slots_l, cond, places, slots=len(slots_l), key=keys[1]
+            *(inputs_BlD, order_BL, slots_l, cond, places),
+            slots=len(slots_l),
+            key=rng.use(key, rng.TRUNK),
         )
         return hidden_BlD[:, -L:], self.prefix.adapt(cond, slots_l[-L:])
 

@@ -184,11 +184,10 @@ class Generator(nnx.Module):
         del step, codec
         B = len(batch.tokens_BLG)
         if self.label_drop:
-            drop_key = jax.random.fold_in(key, rng.LABEL_DROP)
-            drop_B = jax.random.bernoulli(drop_key, self.label_drop, (B,))
+            drop_B = jax.random.bernoulli(rng.use(key, rng.LABEL_DROP), self.label_drop, (B,))
             batch = batch.replace(cond=jnp.where(drop_B, self.null(batch.cond), batch.cond))
-        mask_BLG = self.masks(jax.random.split(jax.random.fold_in(key, rng.MASK), B))
-        return self.masked_loss(batch, mask_BLG, key=jax.random.fold_in(key, rng.DROPOUT))
+        mask_BLG = self.masks(rng.numbered(rng.use(key, rng.MASK), B))
+        return self.masked_loss(batch, mask_BLG, key=rng.use(key, rng.DROPOUT))
 
     def masked_loss(
         self, batch: TokenBatch, mask_BLG: jax.Array, *, key=None
@@ -219,11 +218,11 @@ class Generator(nnx.Module):
         key = jax.random.key(0) if key is None else key
 
         def one(key):
-            number_key, order_key = jax.random.split(key)
+            number_key, order_key = rng.numbered(key, 2)
             number = jax.random.randint(number_key, (), 1, slots + 1)
             return jax.random.permutation(order_key, slots) < number, slots / number
 
-        mask_BN, weight_B = jax.vmap(one)(jax.random.split(key, B))
+        mask_BN, weight_B = jax.vmap(one)(rng.numbered(key, B))
         mask_BLG = mask_BN.reshape(batch.tokens_BLG.shape)
         seen_BLG = jnp.where(mask_BLG, self.layout.absent, batch.tokens_BLG)
         logits_BLGV = self.logits(batch.replace(tokens_BLG=seen_BLG))
@@ -275,8 +274,8 @@ class Generator(nnx.Module):
         slots = self.layout.length * self.layout.groups
 
         def one(key):
-            time_key, slots_key = jax.random.split(key)
-            return jax.random.uniform(time_key), jax.random.uniform(slots_key, (slots,))
+            time = jax.random.uniform(rng.use(key, rng.TIME))
+            return time, jax.random.uniform(rng.use(key, rng.SLOTS), (slots,))
 
         return self.hidden_slots(*jax.vmap(one)(keys_B))
 
@@ -296,9 +295,9 @@ class Generator(nnx.Module):
         x_BlD = jnp.concatenate([self.labels(cond)[:, None], self.symbols(tokens_BLG)], axis=1)
         order_1L = jnp.arange(L)[None]
         x_BlD = self.entry(x_BlD + self.places(order_1L, jnp.arange(1 + L))[0])
-        keys = (None, None) if key is None else jax.random.split(key)
-        x_BlD = attention.dropout(x_BlD, self.transformer.rates.token, keys[0])
-        x_BlD, _ = self.transformer(x_BlD, key=keys[1])
+        rate, inputs_key = self.transformer.rates.token, rng.use(key, rng.INPUTS)
+        x_BlD = attention.dropout(x_BlD, rate, inputs_key)
+        x_BlD, _ = self.transformer(x_BlD, key=rng.use(key, rng.TRUNK))
         return x_BlD if self.closing is None else self.closing(x_BlD)
 
     def costs(self, columns_BLGX: jax.Array, tokens_BLG: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -102,12 +102,12 @@ class Generator(nnx.Module):
         cond_B1D = self.labels(batch.cond)[:, None]
         x_BLD = jnp.concatenate([self._begin(cond_B1D), self.embed(known_BlC)], axis=1)
         x_BLD = x_BLD + self._places(0, self.layout.length)
-        keys = (None, None) if key is None else jax.random.split(key)
+        rate, inputs_key = self.transformer.rates.token, rng.use(key, rng.INPUTS)
         hidden_BLD, _ = self.transformer(
-            attention.dropout(x_BLD, self.transformer.rates.token, keys[0]),
+            attention.dropout(x_BLD, rate, inputs_key),
             cond=cond_B1D,
             mask=self._mask(),
-            key=keys[1],
+            key=rng.use(key, rng.TRUNK),
         )
         return self.head(hidden_BLD.astype(jnp.float32), cond=cond_B1D)
 
@@ -120,10 +120,10 @@ class Generator(nnx.Module):
         """
         del step
         drop_B = jax.random.bernoulli(
-            jax.random.fold_in(key, rng.LABEL_DROP), self.label_drop, batch.cond.shape
+            rng.use(key, rng.LABEL_DROP), self.label_drop, batch.cond.shape
         )
         batch = batch.replace(cond=jnp.where(drop_B, self.null(batch.cond), batch.cond))
-        logits_BLGV = self.logits(batch, codec, key=jax.random.fold_in(key, rng.DROPOUT))
+        logits_BLGV = self.logits(batch, codec, key=rng.use(key, rng.DROPOUT))
         nats_BLG, even_BLG = self._nats(logits_BLGV, batch.tokens_BLG)
         loss_BLG = (1 - self.smoothing) * nats_BLG + self.smoothing * even_BLG
         hits_BLG = logits_BLGV.argmax(-1) == batch.tokens_BLG

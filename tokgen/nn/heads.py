@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen import sharding
+from tokgen import rng, sharding
 from tokgen.interfaces import TokenLayout
 from tokgen.nn import linear, parts, positions, prefixes, transformer
 from tokgen.nn.precision import Precision
@@ -257,7 +257,7 @@ class Factor(nnx.Module):
         def make(key):
             return linear.Linear(width, V, std=None, precision=precision, rngs=nnx.Rngs(key))
 
-        self.logits = jax.vmap(make)(jax.random.split(rngs.params(), G))
+        self.logits = jax.vmap(make)(rng.numbered(rngs.params(), G))
 
     def __call__(self, x_BlD, *, given: jax.Array, symbols: jax.Array, key=None, **_) -> jax.Array:
         """[B, l, D], t symbols [B, l, t] and their rows [G, V, D] -> logits [B, l, t + 1, V]."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen import sharding
+from tokgen import rng, sharding
 from tokgen.nn import attention, linear
 from tokgen.nn.precision import Precision
 
@@ -227,13 +227,14 @@ def _layers(width: int, heads: int, hidden: int, parts: Parts, **options) -> tup
 
 def _branches(rates, path, key) -> tuple[Callable, tuple]:
     """(what becomes of a residual branch, keys of attention, its branch, MLP, its branch)."""
-    keys = (None,) * 4 if key is None else jax.random.split(key, 4)
+    uses = (rng.ATTENTION, rng.ATTENDED, rng.HIDDEN, rng.MAPPED)
+    keys = tuple(rng.use(key, what) for what in uses)
 
     def after(y_BlD, key):
-        y_BlD = attention.dropout(y_BlD, rates.residual, key)
+        y_BlD = attention.dropout(y_BlD, rates.residual, rng.use(key, rng.RESIDUAL))
         if rates.path == 0.0 or key is None:
             return y_BlD
-        return attention.drop_path(y_BlD, path, jax.random.fold_in(key, 1))
+        return attention.drop_path(y_BlD, path, rng.use(key, rng.PATH))
 
     return after, keys
 

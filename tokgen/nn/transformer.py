@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tokgen import rng
 from tokgen.nn import attention, linear
 from tokgen.nn.parts import Parts
 from tokgen.nn.precision import Precision
@@ -94,7 +95,7 @@ class Transformer(nnx.Module):
         Adaptive blocks read `cond` [B, l, D], or the `modulation` computed of it beforehand.
         """
         x_BlD = x_BlD.astype(self.precision.compute_dtype)
-        keys = None if key is None else jax.random.split(key, self.depth)
+        keys = rng.numbered(key, self.depth)
         paths_Y = self.rates.path * jnp.arange(self.depth) / max(self.depth - 1, 1)
         base = None if cond is None else self._base(cond)
 
@@ -167,7 +168,7 @@ class UShaped(nnx.Module):
             options = dict(std=parts.std, precision=precision, rngs=nnx.Rngs(key))
             return linear.Linear(2 * width, width, bias=True, **options)
 
-        self.skips = jax.vmap(make)(jax.random.split(rngs.params(), self.half))
+        self.skips = jax.vmap(make)(rng.numbered(rngs.params(), self.half))
         self.rates, self.remat, self.unroll, self.precision = rates, remat, unroll, precision
 
     def unstacked(self) -> UShaped:
@@ -179,7 +180,7 @@ class UShaped(nnx.Module):
     ) -> tuple[jax.Array, None]:
         """(outputs [B, l, D], no cache)."""
         x_BlD = x_BlD.astype(self.precision.compute_dtype)
-        keys = None if key is None else jax.random.split(key, self.depth)
+        keys = rng.numbered(key, self.depth)
         half = self.half
 
         def part(tree, begin, end):
@@ -216,7 +217,7 @@ def _stacked(width, depth, heads, hidden, parts: Parts, precision, rngs) -> nnx.
     def make(key):
         return parts.block(width, heads, hidden, parts, precision=precision, rngs=nnx.Rngs(key))
 
-    return jax.vmap(make)(jax.random.split(rngs.params(), depth))
+    return jax.vmap(make)(rng.numbered(rngs.params(), depth))
 
 
 def _apart(transformer: Transformer) -> Transformer:

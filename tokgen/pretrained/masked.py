@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokgen import rng
 from tokgen.generators import masked
 from tokgen.interfaces import TokenBatch, UserError
 from tokgen.pretrained import table
@@ -124,7 +125,7 @@ def run(generator: masked.Generator, labels_B, sampler, *, given=None):
         None,
         jnp.asarray(labels_B),
         recorder,
-        keys_B=jax.random.split(jax.random.key(0), len(labels_B)),
+        keys_B=rng.numbered(jax.random.key(0), len(labels_B)),
         given=given,
         observe=lambda state, index: grids.append(np.asarray(state.tokens_BLG)),
     )

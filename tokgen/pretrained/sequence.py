@@ -153,7 +153,7 @@ def stepped(generator, tokens_BLG, cond) -> np.ndarray:
     recorder, tokens_BLG = Recorder(), jnp.asarray(tokens_BLG)
     B, L, G = tokens_BLG.shape
     given = tokens_BLG, jnp.ones((B, L, G), bool)
-    keys_B = jax.random.split(jax.random.key(0), B)
+    keys_B = rng.numbered(jax.random.key(0), B)
     jax.block_until_ready(
         _generate(generator, None, cond, recorder, keys_B=keys_B, given=given).tokens_BLG
     )
@@ -167,7 +167,7 @@ def greedy(generator, cond, weights) -> np.ndarray:
 
     -1 where decoding through the cache and without one differ.
     """
-    keys_B = jax.random.split(jax.random.key(0), len(jax.tree.leaves(cond)[0]))
+    keys_B = rng.numbered(jax.random.key(0), len(jax.tree.leaves(cond)[0]))
     sampler = filters.Sampler(temperature=0.0, guidance=tuple(weights))
     cached = _generate(generator, None, cond, sampler, keys_B=keys_B)
     plain_BLG = _uncached(generator, cond, np.asarray(weights, np.float32))

@@ -8,6 +8,7 @@ import ml_collections
 import numpy as np
 
 from tokgen import config as configs
+from tokgen import rng
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
 from tokgen.nn import transformer
 from tokgen.pretrained import convolutional, parity, system, table
@@ -204,7 +205,7 @@ def _greedy(generator, tokenizer, label_B, weights: tuple[float, ...]):
     @jax.jit
     def run(generator, codec):
         sampler = Recorder(weights)
-        keys_B = jax.random.split(jax.random.key(0), len(label_B))
+        keys_B = rng.numbered(jax.random.key(0), len(label_B))
         state = decode.generate(generator, codec, label_B, sampler, keys_B=keys_B)
         return state.tokens_BLG, jnp.concatenate(sampler.seen, axis=1), state.latents_BPC
 

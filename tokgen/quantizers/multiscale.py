@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tokgen import rng
 from tokgen.interfaces import Quantized, Statistic, TokenLayout
 from tokgen.nn import conv, precision, resample
 
@@ -82,7 +83,7 @@ class Quantizer(nnx.Module):
         fixed_BPC, seen, tokens, losses = jax.lax.stop_gradient(latents_BPC), [], [], []
 
         def choose(rest_BlC, scale):
-            seen.append(self.inner(rest_BlC, key=key))
+            seen.append(self.inner(rest_BlC, key=rng.number(key, scale)))
             return seen[-1].tokens_BLG
 
         for tokens_BlG, known_BPC in self._walk(latents_BPC, choose):

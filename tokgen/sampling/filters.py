@@ -22,12 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokgen import interfaces
+from tokgen import interfaces, rng
 from tokgen.sampling import settings
-
-# Folded into an image's key before step and symbol; far from the small numbers of tokgen.rng, so
-# that a generator's own uses of the key never meet the draw's.
-DRAW, JITTER = 0x64726177, 0x6A697474
 
 SETTINGS = ("temperature", "top_k", "top_p", "guidance", "jitter", "confidence_temperature")
 
@@ -55,7 +51,7 @@ def per_image_uniform(
 
     `symbol` is the first of the G symbols: drawn in turn or at once, they see the same numbers.
     """
-    return _uniform(keys_B, DRAW, step, symbol, shape)
+    return _uniform(keys_B, rng.DRAW, step, symbol, shape)
 
 
 def per_image_gumbel(
@@ -65,7 +61,7 @@ def per_image_gumbel(
     shape: tuple[int, int, int],
 ) -> interfaces.Array:
     """[B, l, G] draws of Gumbel(0, 1), as `per_image_uniform` and independent of it."""
-    uniform_BlG = _uniform(keys_B, JITTER, step, symbol, shape)
+    uniform_BlG = _uniform(keys_B, rng.JITTER, step, symbol, shape)
     # one uniform in eight million is 0; the bound is TiTok's. The largest is 1 - 2^-23
     return -jnp.log(-jnp.log(jnp.maximum(uniform_BlG, 1e-20)))
 
@@ -74,9 +70,9 @@ def _uniform(keys_B, use, step, symbol, shape):
     _, places, groups = shape
 
     def one_image(key):
-        key = jax.random.fold_in(jax.random.fold_in(key, use), step)
+        key = rng.number(rng.use(key, use), step)
         symbols_G = symbol + jnp.arange(groups)
-        keys_G = jax.vmap(lambda g: jax.random.fold_in(key, g))(symbols_G)
+        keys_G = jax.vmap(lambda g: rng.number(key, g))(symbols_G)
         return jax.vmap(lambda k: jax.random.uniform(k, (places,)), out_axes=1)(keys_G)
 
     return jax.vmap(one_image)(keys_B)
