@@ -176,14 +176,14 @@ def measure(networks, graph, held_out, log, settings) -> dict[str, float]:
     step = int(jax.device_get(model.step))
     tokenizer = state.merge(graph, state.averaged(model), model.stats)
     figures, (image, painted) = heldout.reconstruction(
-        tokenizer, held_out, heldout.view_of(settings), count=settings.held_out.images
+        *(tokenizer, held_out, heldout.view_of(settings)), count=settings.held_out.images, shown=32
     )
     report.say(
         f"step {step}: held out {report.figures(figures, heldout.PIXEL_METRICS)} "
         f"({figures['images']} images)"
     )
     log.scalars(step, figures, split="held_out")
-    log.image(step, "reconstructions", report.beside(image[:32], painted[:32]))
+    log.image(step, "reconstructions", report.beside(image, painted))
     return figures
 
 

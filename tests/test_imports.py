@@ -26,7 +26,17 @@ PICTURE = {
     ),
     ENTRY: (
         *("train_tokenizer", "train_generator", "cli", "commands", "launch", "judge"),
-        *("stages", "guard", "adversary", "painter", "imports", "families", "runs", "finetuning"),
+        *(
+            "stages",
+            "guard",
+            "adversary",
+            "painter",
+            "imports",
+            "families",
+            "runs",
+            "finetuning",
+            "output",
+        ),
         *("heldout", "protocols", "extractors", "references", "samples", "supplies"),
         *("scoring", "measures", "evaluation", "assess", "page", "gallery"),
     ),

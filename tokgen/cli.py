@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import errno
 import importlib
 import importlib.metadata
 import itertools
 import keyword
+import os
 import platform
 import signal
 import sys
@@ -44,8 +44,6 @@ EXTRAS = {"simplejpeg": "fastdata", "huggingface_hub": "hub"}
 
 # By convention of shells, 128 and the number of the signal.
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
-# What a write fails with when there is no room, no quota, or a file may not grow.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Stopped(BaseException):
@@ -84,8 +82,11 @@ def call(program: str, run: Callable[[], None]) -> int:
     The training programs end through here too, so that every program fails in the same words.
     """
     try:
-        with _terminable():
-            run()
+        try:
+            with _terminable():
+                run()
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return CODES[signal.SIGINT]
@@ -111,13 +112,24 @@ def call(program: str, run: Callable[[], None]) -> int:
             raise
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        _unheard()
+        return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno not in FULL:
+        from tokgen import output
+
+        if error.errno not in output.ENVIRONMENT:
             raise
-        where = f" at {error.filename}" if error.filename else ""
+        print(f"{program}: error: {output.described(error, option='')}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = (str(error).strip() or "memory cannot be allocated").splitlines()[0][:300]
+        option = "--batch" if program.startswith("tokgen ") else "--config.batch_size"
         print(
-            f"{program}: error: the disk is full{where} ({error.strerror}); make room and run the "
-            "same command again",
+            f"{program}: error: this needs more memory than there is ({said}); remedy: fewer images"
+            f" at a time with a smaller {option}, smaller images, or a machine with more",
             file=sys.stderr,
         )
         return 2
@@ -141,6 +153,14 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _unheard() -> None:
+    """Nobody reads on, as in `tokgen matrix | head -1`: what is still to be said goes nowhere."""
+    with contextlib.suppress(OSError, ValueError):  # streams that are no files
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
 
 
 def versions() -> str:

@@ -14,6 +14,7 @@ import jax
 import ml_collections
 
 from tokgen import cli, config, report, runs
+from tokgen.interfaces import UserError
 
 REPEAT = 2.0  # seconds in which a signal that comes again is the same request
 
@@ -43,6 +44,35 @@ def devices(batch_size: int = 0) -> None:
         # XLA sizes its thread pool by NPROC. With one thread per device, programs with collectives
         # that are in flight together take each other's threads and wait for ever (jax 0.10.2).
         os.environ.setdefault("NPROC", str(max(4 * count, cores)))
+    check_platform()
+
+
+def check_platform() -> None:
+    """An error where the platform that was asked for, or a device that is here, cannot be used.
+
+    This starts jax: the next computation would, and would end in jax's own words.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # an assertion where no CUDA plugin is there
+        asked = jax.config.jax_platforms or ""
+        said = str(error).partition(" (set JAX_PLATFORMS")[0] or "jax has no plugin for it"
+        need = f"JAX_PLATFORMS={asked} needs such a device" if asked else "a device cannot be used"
+        raise UserError(f"{need}; found: {said.splitlines()[0]}; {_remedy(asked, said)}") from error
+
+
+def _remedy(asked: str, said: str) -> str:
+    """What helps against a platform that cannot be used."""
+    other = "unset JAX_PLATFORMS to take what is there, or set it to cpu"
+    if "in use" in said or "lockfile" in said:
+        return "stop the process that has it, or set JAX_PLATFORMS=cpu for this one"
+    if "libtpu" in said:
+        return f"on a TPU host pip install 'tokgen[tpu]'; else {other}"
+    if not {"cuda", "gpu"} & set(asked.split(",")):
+        return other
+    if "plugin" in said or "known backends" in said:
+        return f"for an NVIDIA GPU pip install 'tokgen[cuda13]' (or cuda12); else {other}"
+    return f"see with nvidia-smi whether a GPU and its driver are there; else {other}"
 
 
 def parse(
@@ -116,10 +146,10 @@ def run(story: Callable[[ml_collections.ConfigDict, pathlib.Path], None], descri
 
     def told() -> None:
         settings, arguments = parse(sys.argv[1:], description)
-        devices(settings.batch_size)
         with runs.lock(arguments.workdir):
             if arguments.start is not None:
                 runs.go_back(arguments.workdir, arguments.start)
+            devices(settings.batch_size)
             story(settings, arguments.workdir)
 
     sys.exit(cli.call(pathlib.Path(sys.argv[0]).name, told))

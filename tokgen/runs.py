@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import itertools
 import json
 import logging
 import math
-import os
 import pathlib
 import shutil
-import socket
-import time
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -24,7 +20,7 @@ import ml_collections
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from tokgen import checkpoint, finetuning, manifest, records, report
+from tokgen import checkpoint, finetuning, manifest, output, records, report
 from tokgen import config as configs
 from tokgen import state as states
 from tokgen.interfaces import TokenLayout, UserError
@@ -44,23 +40,7 @@ ASIDE = "set_aside"  # steps that a run went back behind
 @contextlib.contextmanager
 def lock(workdir: pathlib.Path) -> Iterator[None]:
     """Hold the work directory. The system releases it when the process ends, however it ends."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / "lock", "a+")  # noqa: SIM115  (held while the run lasts)
-    except OSError as error:
-        raise UserError(f"cannot write to the work directory {workdir}: {error}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise UserError(
-                f"the work directory {workdir} is in use by {file.read().strip() or 'a process'}; "
-                "wait for it, stop it, or use another --workdir"
-            ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n")
-        file.flush()
+    with output.workdir(workdir):
         yield
 
 
