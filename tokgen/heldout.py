@@ -353,6 +353,6 @@ def check_filled(source, split: str) -> None:
     """An error where there is nothing to measure."""
     if not len(source):
         raise UserError(
-            f"there are no images in the part {split!r}: nothing was held out (data.held_out=0); "
+            f"there are no images in the part {split!r}: nothing was held out; "
             "measure others, --split train or --data DIR"
         )
