@@ -17,7 +17,7 @@ FILES = sorted([*(ROOT / "tokgen").rglob("*.py"), *ROOT.glob("train_*.py")])
 # is below it. A new file in tokgen needs a place here.
 GROUND, LAYERS, MODELS, MACHINERY, ENTRY = range(5)
 PICTURE = {
-    GROUND: ("interfaces", "rng", "ranges", "sharding"),
+    GROUND: ("interfaces", "boundary", "rng", "ranges", "sharding"),
     LAYERS: ("nn", "sampling"),
     MODELS: ("tokenizers", "quantizers", "generators", "critics", "features"),
     MACHINERY: (
