@@ -18,7 +18,7 @@ FILES = sorted([*(ROOT / "tokgen").rglob("*.py"), *ROOT.glob("train_*.py")])
 GROUND, LAYERS, MODELS, MACHINERY, ENTRY = range(5)
 PICTURE = {
     GROUND: ("interfaces", "boundary", "rng", "ranges", "sharding"),
-    LAYERS: ("nn", "sampling"),
+    LAYERS: ("nn", "sampling", "archives"),
     MODELS: ("tokenizers", "quantizers", "generators", "critics", "features"),
     MACHINERY: (
         *("state", "manifest", "checkpoint", "data", "losses", "metrics", "report", "config"),

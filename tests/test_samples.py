@@ -85,7 +85,7 @@ def test_a_damaged_archive_is_named(tmp_path, save):
         ({"arr_0": pictures(), "arr_1": np.zeros(19, int)}, r"arr_1.*\(20,\).*\(19,\)"),
         ({"arr_0": pictures(), "arr_1": np.zeros(20)}, "arr_1.*found float64"),
         ({"arr_0": pictures(), "arr_1": np.arange(20) - 1}, "0 or above.*least -1"),
-        ({"arr_0": pictures(), "arr_1": np.array(["cat"] * 20, object)}, "cannot read arr_1"),
+        ({"arr_0": pictures(), "arr_1": np.array(["cat"] * 20, object)}, "arr_1.*found object"),
     ],
 )
 def test_archives_that_are_no_samples(tmp_path, arrays, words):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokgen import checkpoint, config, report, rng
+from tokgen import boundary, checkpoint, config, report, rng
 from tokgen.data import captioned, coded, images, stream, tokens
 from tokgen.generators import orders
 from tokgen.interfaces import PyTree, Text, TokenBatch, UserError
@@ -33,29 +33,37 @@ def spread(length: int, count: int) -> np.ndarray:
 @jax.jit
 def _reconstruct(tokenizer, image_BHW3, text_BTE, distances):
     latents_BPC = tokenizer.latents(image_BHW3)
+    invalid_B = boundary.not_finite(latents_BPC) | boundary.damaged(tokenizer.quantizer)
     if tokenizer.layout is None:  # continuous: the most likely latents in the place of codes
         tokens_BLG, codes_BPC = None, tokenizer.quantizer.mode(latents_BPC)
     else:
         tokens_BLG = tokenizer.quantizer.encode(latents_BPC)
         codes_BPC = tokenizer.quantizer.decode(tokens_BLG)
     painted = tokenizer.decode_latents(codes_BPC, cond=text_BTE)
+    bytes_BHW3, unpainted_B = quality.bytes_of(painted)
     # through bytes: the figures are those of the files that a user would get
-    painted = quality.from_uint8(quality.to_uint8(painted))
+    painted = quality.from_uint8(bytes_BHW3)
     measured = {"psnr_db": quality.psnr(image_BHW3, painted)}
     if min(image_BHW3.shape[1:3]) >= quality.WINDOW:
         measured["ssim"] = quality.ssim(image_BHW3, painted)
     for name, distance in distances.items():
         measured[name] = distance(2 * image_BHW3 - 1, 2 * painted - 1)
-    return tokens_BLG, quality.to_uint8(painted), measured
+    return tokens_BLG, bytes_BHW3, measured, invalid_B | unpainted_B
 
 
 def repaint(
-    tokenizer, part: dict, distances: Mapping = types.MappingProxyType({}), *, batch: int = 0
+    tokenizer,
+    part: dict,
+    distances: Mapping = types.MappingProxyType({}),
+    *,
+    batch: int = 0,
+    named: Callable[[int], str] | None = None,
 ) -> tuple[np.ndarray | None, np.ndarray, dict[str, np.ndarray]]:
     """(tokens_BLG or None, uint8 reconstructions, {measure: its value for each image}).
 
     `distances` are further measures of pairs of images in [-1, 1], such as LPIPS. A part shorter
-    than `batch` is filled up, so that one program serves all.
+    than `batch` is filled up, so that one program serves all. What is not finite on the way is an
+    error that says which images, by `named` of their rows.
     """
     rows = len(part["image"])
     image, text = (
@@ -64,7 +72,10 @@ def repaint(
     )
     given = jax.device_put((quality.from_uint8(image), text))
     found = jax.device_get(_reconstruct(tokenizer, *given, dict(distances)))
-    tokens_BLG, painted, values = jax.tree.map(lambda leaf: leaf[:rows], found)
+    tokens_BLG, painted, values, invalid_B = jax.tree.map(lambda leaf: leaf[:rows], found)
+    boundary.refuse(invalid_B, "what encoder and decoder make of an image", named)
+    for name, value_B in values.items():
+        boundary.refuse(~np.isfinite(value_B), name, named)
     return tokens_BLG, painted, values
 
 

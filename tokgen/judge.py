@@ -16,7 +16,7 @@ import hashlib
 import inspect
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from tokgen import launch, report, rng, sharding, state
+from tokgen import archives, launch, report, rng, sharding, state
 from tokgen.data import folder, images, shapes, stream
+from tokgen.interfaces import UserError
 from tokgen.metrics import reconstruction
 from tokgen.nn import conv, linear
 from tokgen.nn.precision import Precision
@@ -224,8 +225,7 @@ def _kept(modules: tuple, what: tuple, make: Callable, train: Callable) -> nnx.M
     file = launch.cache_folder() / name
     graph, params, stats = state.split(nnx.eval_shape(make))
     if file.exists():
-        with np.load(file, allow_pickle=False) as saved:
-            leaves = [jnp.asarray(saved[path]) for path in state.paths(params)]
+        leaves = _cached(file, {p: leaf.shape for p, leaf in state.paths(params).items()})
         report.say(f"judge: read from {file}")
         return state.merge(graph, jax.tree.unflatten(jax.tree.structure(params), leaves), stats)
     params = train()
@@ -235,6 +235,14 @@ def _kept(modules: tuple, what: tuple, make: Callable, train: Callable) -> nnx.M
         np.savez(out, **{path: np.asarray(leaf) for path, leaf in state.paths(params).items()})
     part.replace(file)
     return state.merge(graph, params, stats)
+
+
+def _cached(file: pathlib.Path, wanted: Mapping[str, tuple[int, ...]]) -> list[jax.Array]:
+    """Parameters in the order of `wanted`, their shapes by path."""
+    saved = archives.arrays(file)
+    if any(path not in saved or saved[path].shape != shape for path, shape in wanted.items()):
+        raise UserError(f"{file} is damaged: it is not what was kept; remove it")
+    return [jnp.asarray(saved[path]) for path in wanted]
 
 
 def _trained(make, batches, recipe: Recipe, look: Callable, seed: int):

@@ -12,12 +12,11 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import zipfile
 from collections.abc import Mapping
 
 import numpy as np
 
-from tokgen import extractors, protocols, samples
+from tokgen import archives, extractors, protocols, samples
 from tokgen.interfaces import UserError
 from tokgen.metrics import moments as moments_
 
@@ -84,15 +83,12 @@ def read(path: str | pathlib.Path, assume: str = "") -> Reference:
     if not path.is_file():
         raise UserError(f"no reference at {path}: make one with tokgen reference DATA --out {path}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            names = set(archive.files)
-            # images of ADM's references are read when they are needed
-            skipped = set() if "record" in names else {"arr_0", "arr_1"}
-            arrays = {name: archive[name] for name in names - skipped}
-    except samples.DAMAGE as error:
-        raise UserError(
-            f"the reference {path} is damaged or no .npz: {error}; make it again or restore a copy"
-        ) from error
+        with archives.opened(path) as archive:
+            names = set(archives.names(archive))
+        # images of ADM's references are read when they are needed
+        arrays = archives.arrays(path, () if "record" in names else ("arr_0", "arr_1"))
+    except UserError as error:
+        raise UserError(f"the reference {path} is damaged or no .npz: {error}") from error
     if "record" in arrays:
         return _ours(path, arrays, assume)
     if not {"mu", "sigma"} <= names:
@@ -121,7 +117,7 @@ def _ours(path: pathlib.Path, arrays: dict, assume: str) -> Reference:
         if record["format"] != FORMAT:
             raise UserError(f"{path} has format {record['format']}; this tokgen reads {FORMAT}")
         record["digest"] = digest
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
@@ -133,16 +129,21 @@ def _ours(path: pathlib.Path, arrays: dict, assume: str) -> Reference:
             f"--assume is for files without a record; {path} says that it is of the protocol "
             f"{record['protocol']}, not {assume}"
         )
-    layers = list(record["layers"])
-    return Reference(
-        path,
-        record,
-        {n: moments_.Moments.from_arrays(below(f"moments/{n}/", arrays)) for n in layers},
-        {n: arrays[f"features/{n}"] for n in layers if f"features/{n}" in arrays},
-        arrays["index"],
-        arrays["label"],
-        below("network/", arrays),
-    )
+    try:
+        layers = list(record["layers"])
+        return Reference(
+            path,
+            record,
+            {n: moments_.Moments.from_arrays(below(f"moments/{n}/", arrays)) for n in layers},
+            {n: arrays[f"features/{n}"] for n in layers if f"features/{n}" in arrays},
+            arrays["index"],
+            arrays["label"],
+            below("network/", arrays),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"the reference {path} is not whole ({error!r:.200}); make it again"
+        ) from error
 
 
 def _plain(path: pathlib.Path, arrays: dict, assume: str) -> Reference:
@@ -176,6 +177,8 @@ def _plain(path: pathlib.Path, arrays: dict, assume: str) -> Reference:
             raise UserError(f"{mean} or {covariance} of {path} is not finite: it is damaged")
         moments[layer] = moments_.Moments.from_covariance(mean_D, covariance_DD, IMAGENET)
     images = images_of(path)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     record = {
         "protocol": assume,
         "assumed": True,
@@ -183,7 +186,7 @@ def _plain(path: pathlib.Path, arrays: dict, assume: str) -> Reference:
         "layers": {layer: len(found.mean_D) for layer, found in moments.items()},
         "count": IMAGENET,
         **({} if images is None else {"size": list(images.size)}),
-        "digest": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "digest": digest,
     }
     none = np.zeros(0, np.int64)
     return Reference(path, record, moments, {}, none, none, {})
@@ -196,8 +199,8 @@ def replaced(reference: Reference, features: Mapping[str, np.ndarray]) -> Refere
 
 def images_of(path: pathlib.Path) -> samples.Archive | None:
     """The images that ADM's references hold beside their statistics."""
-    with zipfile.ZipFile(path) as archive:
-        return samples.Archive(path) if "arr_0.npy" in archive.namelist() else None
+    with archives.opened(path) as archive:
+        return samples.Archive(path) if "arr_0" in archives.names(archive) else None
 
 
 def _with_inception() -> list[str]:

@@ -9,25 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
-import struct
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from tokgen import archives
 from tokgen.data import folder, images
 from tokgen.interfaces import UserError
 
 LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
 JPEG = b"\xff\xd8\xff"  # how such a file begins, whatever its name
 SHARE = 0.01  # of images that may be equal to another one, or of one colour, without a word
-# What zipfile, zlib and numpy raise on damaged archives
-DAMAGE = (
-    *(OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, MemoryError, OverflowError),
-    *(struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
-)
 _NAMED = 5
 
 
@@ -40,28 +33,22 @@ class Archive:
     def __init__(self, path: str | pathlib.Path):
         self.path = pathlib.Path(path)
         self.label_N, self._member, self._next = None, None, 0
-        with self._opened() as archive:
-            names = set(archive.namelist())
-            if "arr_0.npy" not in names:
+        with archives.opened(self.path) as archive:
+            names = set(archives.names(archive))
+            if "arr_0" not in names:
                 raise UserError(_no_images(self.path, names))
-            with self._named(archive, "arr_0.npy") as member:
-                shape, dtype = self._header(member)
-            if "arr_1.npy" in names:
-                self.label_N = self._labels(archive)
-        check_pixels(shape, dtype, str(self.path))
-        if self.label_N is not None and (
-            self.label_N.shape != shape[:1]
-            or self.label_N.dtype.kind not in "iu"
-            or self.label_N.min() < 0
-        ):
-            raise UserError(
-                f"arr_1 of {self.path} must hold a class, 0 or above, for each image of arr_0, "
-                f"{shape[:1]}; found {self.label_N.dtype} {self.label_N.shape}"
-                + (
-                    f", least {self.label_N.min(initial=0)}"
-                    if self.label_N.dtype.kind == "i"
-                    else ""
+            shape, fortran, dtype = archives.described(archive, "arr_0", self.path)
+            if fortran and len(shape) > 1:
+                raise UserError(
+                    f"arr_0 of {self.path} is in column order; save it again in row order"
                 )
+            check_pixels(shape, dtype, str(self.path))
+            if "arr_1" in names:
+                self.label_N = self._labels(archive, shape[:1])
+        if self.label_N is not None and self.label_N.min() < 0:
+            raise UserError(
+                f"arr_1 of {self.path} must hold a class, 0 or above, for each image; found "
+                f"{self.label_N.dtype} {self.label_N.shape}, least {self.label_N.min()}"
             )
         self.shape, self.size = shape, tuple(shape[1:3])
         status = self.path.stat()
@@ -80,7 +67,7 @@ class Archive:
         member = self._at(start, step)
         try:
             data = member.read((stop - start) * step)
-        except DAMAGE as error:
+        except archives.DAMAGE as error:
             self._member = None
             raise self._damaged(error) from error
         self._next = stop
@@ -100,60 +87,40 @@ class Archive:
         if self._member is None or start < self._next:
             if self._member is not None:
                 self._member.close()
-            self._member = self._named(self._opened(), "arr_0.npy")
-            self._header(self._member)
-            self._next = 0
+            self._member, self._next = self._images(), 0
         if start > self._next:
             try:
                 self._member.seek((start - self._next) * step, 1)
-            except DAMAGE as error:
+            except archives.DAMAGE as error:
                 self._member = None
                 raise self._damaged(error) from error
         return self._member
 
-    def _opened(self) -> zipfile.ZipFile:
+    def _images(self):
+        """The member with the images, at the first of them."""
         try:
-            return zipfile.ZipFile(self.path)
-        except DAMAGE as error:
-            raise UserError(
-                f"cannot read {self.path} as .npz: {error}; need an archive as numpy.savez writes"
-            ) from error
-
-    def _named(self, archive: zipfile.ZipFile, name: str):
-        try:
-            return archive.open(name)
-        except DAMAGE as error:
-            raise self._damaged(error) from error
-
-    def _labels(self, archive: zipfile.ZipFile) -> np.ndarray:
-        with self._named(archive, "arr_1.npy") as member:
-            try:
-                return np.lib.format.read_array(member, allow_pickle=False)
-            except DAMAGE as error:
-                raise UserError(
-                    f"cannot read arr_1, the labels, of {self.path}: {error}"
-                ) from error
-
-    def _header(self, member) -> tuple[tuple[int, ...], np.dtype]:
-        try:
+            member = archives.opened(self.path).open("arr_0.npy")
             version = np.lib.format.read_magic(member)
-            read = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
-            shape, fortran, dtype = read(member)
-        except DAMAGE as error:
+            archives.HEADERS[version](member)
+        except archives.DAMAGE as error:
             raise self._damaged(error) from error
-        if fortran and len(shape) > 1:
-            raise UserError(f"arr_0 of {self.path} is in column order; save it again in row order")
-        return shape, dtype
+        return member
+
+    def _labels(self, archive: zipfile.ZipFile, count: tuple[int, ...]) -> np.ndarray:
+        shape, _, dtype = archives.described(archive, "arr_1", self.path)
+        if shape != count or dtype.kind not in "iu":
+            raise UserError(
+                f"arr_1 of {self.path} must hold a class, 0 or above, for each image of arr_0, "
+                f"{count}; found {dtype} {shape}"
+            )
+        return archives.array(archive, "arr_1", self.path)
 
     def _damaged(self, why) -> UserError:
         return UserError(f"{self.path} is damaged: {why}; make it again or restore a copy")
 
 
 def _no_images(path: pathlib.Path, names: Iterable[str]) -> str:
-    there = sorted(name.removesuffix(".npy") for name in names)
+    there = sorted(names)
     if {"mu", "sigma"} <= set(there) or "record" in there:
         return (
             f"{path} holds reference statistics ({', '.join(there[:_NAMED])}), not samples: were "

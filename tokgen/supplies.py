@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from tokgen import checkpoint, extractors, heldout, samples
+from tokgen import archives, checkpoint, extractors, heldout, samples
 from tokgen.commands import sample
 from tokgen.data import stream
 from tokgen.interfaces import PyTree, UserError
@@ -178,7 +178,6 @@ def loaded_part(file: pathlib.Path) -> dict[str, np.ndarray] | None:
     if not file.exists():
         return None
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except samples.DAMAGE as error:
+        return archives.arrays(file)
+    except UserError as error:
         raise UserError(f"{file} is damaged: {error}; remove it, and it is made again") from error

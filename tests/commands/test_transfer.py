@@ -1,7 +1,9 @@
 """Import, use, fine-tune, export: a published file through the commands and back."""
 
+import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 
@@ -12,10 +14,10 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from tokgen import checkpoint, cli, interfaces, launch, report, runs, sharding
+from tokgen import checkpoint, cli, imports, interfaces, launch, report, runs, sharding
 from tokgen import config as configs
 from tokgen import state as states
-from tokgen.commands import import_
+from tokgen.commands import export, import_
 from tokgen.pretrained import convolutional, parity, system, transfer, writer
 
 HERE = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
@@ -300,3 +302,35 @@ def test_an_export_of_a_moved_checkpoint_is_the_same(taming, tmp_path):
     assert set(found) == set(weights)
     for key in weights:
         assert found[key].tobytes() == weights[key].tobytes(), key
+
+
+def test_a_record_does_not_say_where_an_export_writes(taming, tmp_path, monkeypatch, capfd):
+    """A name that is more than a name is told, and not used."""
+    load, root, name = imports.load_imported, tmp_path / "deep" / "down", "../../x.bin"
+
+    def told(path):
+        loaded, imported = load(path)
+        meta = {**loaded.meta, "source": {**loaded.meta["source"], "file": name}}
+        return dataclasses.replace(loaded, meta=meta), imported
+
+    monkeypatch.setattr(imports, "load_imported", told)
+    assert command("export", taming[0], "--out", root / "out") == 0
+    assert "is not used" in capfd.readouterr().err
+    files = {str(f.relative_to(root)) for f in tmp_path.rglob("*") if f.is_file()}
+    assert files == {"out/model.safetensors", "out/config.json", "out/taming_vqgan.bin"}
+    for name in ("/tmp/x.bin", "..", "a/b.bin", "config.json", "Config.JSON", 7, ["x"]):
+        assert export._name({"file": name, "system": "ibq"}, "ibq", "ibq.bin") == "ibq.bin"
+        assert "is not used" in capfd.readouterr().err
+    assert export._name({"file": "x.pt", "system": "ibq"}, "ibq", "ibq.bin") == "x.pt"
+
+
+def test_others_may_read_what_is_written_if_the_mask_says_so(taming, tmp_path):
+    before = os.umask(0o027)
+    try:
+        words = ("import", taming[1], "--system", "taming_vqgan", "--config", taming[2])
+        assert command(*words, "--out", tmp_path / "run") == 0
+        assert command("export", taming[0], "--out", tmp_path / "out") == 0
+    finally:
+        os.umask(before)
+    modes = {f: oct(f.stat().st_mode & 0o777) for f in tmp_path.rglob("*") if f.is_file()}
+    assert len(modes) > 5 and set(modes.values()) == {"0o640"}, modes

@@ -1,4 +1,5 @@
 import io
+import os
 import pathlib
 import pickletools
 import zipfile
@@ -6,7 +7,7 @@ import zipfile
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors
+import safetensors.numpy
 from flax import serialization, traverse_util
 
 from tokgen import interfaces
@@ -57,6 +58,27 @@ def test_round_trip_is_exact(form, path):
     writer.write(path, arrays, form=form)
     assert path.read_bytes() == first
     assert [file.name for file in path.parent.iterdir()] == ["weights"]
+
+
+@pytest.mark.parametrize("form", writer.FORMS)
+def test_the_mask_says_who_may_read(form, path):
+    before = os.umask(0o022)
+    try:
+        for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
+            os.umask(mask)
+            writer.write(path, {"a": np.ones(3)}, form=form)
+            assert path.stat().st_mode & 0o777 == mode
+    finally:
+        os.umask(before)
+
+
+def test_the_package_reads_safetensors(path):
+    arrays = {name: np.ascontiguousarray(a) for name, a in _arrays("safetensors").items()}
+    arrays["big_endian"] = arrays["big_endian"].astype("<f4")
+    writer.write(path, arrays, form="safetensors", metadata={"b": "ä", "a": "1"})
+    _assert_same(safetensors.numpy.load_file(path), arrays)
+    with safetensors.safe_open(path, "numpy") as file:
+        assert file.metadata() == {"a": "1", "b": "ä"}
 
 
 @pytest.mark.parametrize("form", ["torch", "flax"])

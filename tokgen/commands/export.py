@@ -6,10 +6,10 @@ import argparse
 import json
 import pathlib
 
-from tokgen import config, imports, launch, report, state
+from tokgen import archives, config, imports, launch, report, state
 from tokgen.pretrained import system, transfer, writer
 
-OURS = "model.safetensors"
+OURS, CONFIG = "model.safetensors", "config.json"
 SUFFIXES = {"torch": ".bin", "safetensors": ".safetensors", "flax": ".msgpack"}
 
 
@@ -47,13 +47,12 @@ def run(args: argparse.Namespace) -> None:
         "source": source,
     }
     writer.write(out / OURS, arrays, form="safetensors")
-    (out / "config.json").write_text(json.dumps(record, indent=2) + "\n")
-    report.say(f"{out}: {OURS} ({len(arrays)} arrays) and config.json")
+    (out / CONFIG).write_text(json.dumps(record, indent=2) + "\n")
+    report.say(f"{out}: {OURS} ({len(arrays)} arrays) and {CONFIG}")
     if name:
         found = system.named(name)
-        file = source.get("file", "") if name == source.get("system") else ""
-        file = out / (file or f"{name}{SUFFIXES[found.form]}")
-        if file.name == OURS:
+        file = out / _name(source, name, f"{name}{SUFFIXES[found.form]}")
+        if file.name.lower() == OURS:
             file = out / name / file.name
             file.parent.mkdir(exist_ok=True)
         form = "safetensors" if file.suffix == ".safetensors" else found.form
@@ -62,3 +61,14 @@ def run(args: argparse.Namespace) -> None:
         wrap = () if form == "safetensors" else found.wrap
         writer.write(file, published, form=form, wrap=wrap)
         report.say(f"{file}: {len(published)} arrays under the keys of {name}")
+
+
+def _name(source: dict, system: str, default: str) -> str:
+    """What the published file is called: as the one that was imported, if that is a mere name."""
+    name = source.get("file") or default
+    if system != source.get("system"):
+        return default
+    if isinstance(name, str) and archives.is_plain(name) and name.lower() != CONFIG:
+        return name
+    report.say(f"the record names its file {name!r:.100}, which is not used: written as {default}")
+    return default

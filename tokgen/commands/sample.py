@@ -7,13 +7,12 @@ import functools
 import json
 import pathlib
 import re
-import zipfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokgen import checkpoint, launch, report, rng
+from tokgen import archives, boundary, checkpoint, launch, report, rng
 from tokgen.interfaces import PyTree, Text, UserError
 from tokgen.metrics import reconstruction
 from tokgen.sampling import decode, presets
@@ -28,8 +27,8 @@ def draw_tokens(generator, codec, cond, keys_B, sampler, given=None):
 
 @jax.jit
 def paint(tokenizer, tokens_BLG):
-    """uint8 images of tokens."""
-    return reconstruction.to_uint8(tokenizer.decode(tokens_BLG))
+    """(uint8 images of tokens, [B] true where a pixel was not finite)."""
+    return reconstruction.bytes_of(tokenizer.decode(tokens_BLG))
 
 
 def draw(
@@ -63,17 +62,18 @@ def draw(
             tokens_BLG, invalid_B = draw_tokens(
                 generator, tokenizer.quantizer, cond_B, keys_B, sampler, held
             )
-            kept = min(batch, N - start)
-            if np.asarray(invalid_B)[:kept].any():
-                raise UserError(
-                    f"image {first + start + int(np.asarray(invalid_B).argmax())} has logits that "
-                    "are not finite; the checkpoint's weights are damaged or its run diverged: use "
-                    "an earlier step"
-                )
+            kept, number = min(batch, N - start), functools.partial(_number, first + start)
+            boundary.refuse(np.asarray(invalid_B)[:kept], "logits", number)
+            painted_BHW3, unpainted_B = paint(tokenizer, tokens_BLG)
+            boundary.refuse(np.asarray(unpainted_B)[:kept], "what the decoder paints", number)
             tokens.append(np.asarray(tokens_BLG)[:kept])
-            images.append(np.asarray(paint(tokenizer, tokens_BLG))[:kept])
+            images.append(np.asarray(painted_BHW3)[:kept])
             bar.update(kept)
     return np.concatenate(tokens), np.concatenate(images)
+
+
+def _number(first: int, row: int) -> str:
+    return f"number {first + row}"
 
 
 def chosen(text: str, classes: tuple[str, ...]) -> list[int]:
@@ -107,15 +107,13 @@ def chosen(text: str, classes: tuple[str, ...]) -> list[int]:
 def captions(path: str) -> Text:
     """The conditions of `--text`: features [N, T, E], and a mask [N, T] that is true to the end."""
     try:
-        with np.load(path) as arrays:
-            missing = {"features", "mask"} - set(arrays.files)
-            found = {name: arrays[name] for name in ("features", "mask") if name not in missing}
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        found = archives.arrays(path)
+    except UserError as error:
         raise UserError(
             f"--text needs an .npz file of arrays; found {path}: {error}; save features and mask "
             "with numpy.savez"
         ) from error
-    if missing:
+    if missing := {"features", "mask"} - set(found):
         raise UserError(
             f"--text needs arrays features [N, T, E] and mask [N, T]; {path} has no "
             f"{' and no '.join(sorted(missing))}"

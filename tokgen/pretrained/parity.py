@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from tokgen import archives
 from tokgen import state as states
 from tokgen.interfaces import UserError
 from tokgen.pretrained import system as systems
@@ -43,12 +43,11 @@ class Folder:
         try:
             file = self.path / "config.json"
             self.config = json.loads(file.read_text()) if file.is_file() else {}
-            with np.load(self.path / "case.npz", allow_pickle=False) as arrays:
-                self.arrays = {name: arrays[name] for name in arrays}
-        except (ValueError, OSError, zipfile.BadZipFile) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise UserError(f"the fixture {self.path} cannot be read: {error}") from error
         if not isinstance(self.config, dict):
             raise UserError(f"{file} must hold a table of names and values")
+        self.arrays = archives.arrays(self.path / "case.npz")
         self.inputs: set[str] = set()
 
     def given(self, name: str) -> np.ndarray:

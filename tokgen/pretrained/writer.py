@@ -7,6 +7,7 @@ appears under its name when it is whole.
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import struct
@@ -15,7 +16,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
-import safetensors.numpy
 
 from tokgen import interfaces
 from tokgen.pretrained import msgpack, pickles
@@ -23,10 +23,12 @@ from tokgen.pretrained import msgpack, pickles
 FLAX_CHUNK = 2**30  # bytes; Flax writes longer arrays in pieces of this
 ALIGNMENT = 64  # bytes, of a storage within the file: PyTorch maps it into memory
 
-_SAFETENSORS = """
-    float64 float32 float16 bfloat16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool
-    complex64
-    """.split()
+_SAFETENSORS = {
+    **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"},
+    **{"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8"},
+    **{"uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8"},
+    **{"bool": "BOOL", "complex64": "C64"},
+}
 _STORAGES = {dtype.name: name for name, dtype in pickles.STORAGES.items()}
 
 
@@ -87,7 +89,24 @@ def _put_safetensors(
         )
     if any(not isinstance(text, str) for pair in metadata.items() for text in pair):
         raise interfaces.UserError(f"the metadata of safetensors must be texts, is {metadata}")
-    safetensors.numpy.save_file(arrays, file.name, metadata or None)
+    # The largest items first, then by name, as the package safetensors has it: numbers are aligned.
+    # The package itself would replace the file by one that nobody else may read.
+    ordered = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    place = 0
+    for name in ordered:
+        end = place + arrays[name].nbytes
+        header[name] = {
+            "dtype": _SAFETENSORS[arrays[name].dtype.name],
+            "shape": list(arrays[name].shape),
+            "data_offsets": [place, end],
+        }
+        place = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for name in ordered:
+        file.write(arrays[name].reshape(-1).view(np.uint8).data)
 
 
 def _put_torch(
@@ -236,7 +255,7 @@ def _no_metadata(metadata: dict[str, str]) -> None:
 
 # A form: what writes it, and the dtypes it has.
 FORMS = {
-    "safetensors": (_put_safetensors, _SAFETENSORS),
+    "safetensors": (_put_safetensors, list(_SAFETENSORS)),
     "torch": (_put_torch, list(_STORAGES)),
     "flax": (_put_flax, list(msgpack.DTYPES)),
 }
