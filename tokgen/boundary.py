@@ -9,7 +9,7 @@ a token or a figure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,8 +54,9 @@ def refuse(invalid_B: Array, what: str, named: Callable[[int], str] | None = Non
     more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
     raise UserError(
         f"{what} must be finite; found values that are not in {len(rows)} of {np.size(invalid_B)} "
-        f"images: {listed}{more}; either those images hold such values, or the checkpoint's weights "
-        "do, since its run diverged or its file is damaged: use an earlier step, or import it again"
+        f"images: {listed}{more}; either those images hold such values, or the checkpoint's "
+        "weights do, since its run diverged or its file is damaged: use an earlier step, or import "
+        "it again"
     )
 
 
@@ -75,7 +76,7 @@ def images(
             f"made for; found {found}: cut or resize them to it"
         )
     if ranged and image.size and known(image):
-        least, most = (float(f(image)) for f in _extremes(image))
+        least, most = _extremes(image)
         if least < -SLACK or most > 1 + SLACK:
             raise UserError(
                 f"{what} must lie in [0, 1]; found {least:.4g} to {most:.4g}: divide by 255 what "
@@ -122,11 +123,11 @@ def tokens(
             "those of its tokenizer"
         )
     if tokens_BLG.size and known(tokens_BLG):
+        values_BLG = _values(tokens_BLG)
+        if absent:  # what is not there belongs to no alphabet
+            values_BLG = np.where(values_BLG == layout.absent, 0, values_BLG)
         for symbol, size in enumerate(layout.vocab):
-            column = tokens_BLG[..., symbol]
-            if absent:  # what is not there belongs to no alphabet
-                column = np.where(np.asarray(column) == layout.absent, 0, np.asarray(column))
-            least, most = (int(f(column)) for f in _extremes(column))
+            least, most = _extremes(values_BLG[..., symbol])
             if least < 0 or most >= size:
                 raise UserError(
                     f"{what} must lie in 0 to {size - 1}, the alphabet of symbol {symbol}; found "
@@ -141,7 +142,7 @@ def labels(label_B: Any, classes: int, nulls: int = 1) -> Array:
     _ranked(label_B, 1, "labels", "[images]", "one label: label[None]")
     _typed(label_B, jnp.integer, "labels", "integers", "names: their numbers")
     if label_B.size and known(label_B):
-        least, most = (int(f(label_B)) for f in _extremes(label_B))
+        least, most = _extremes(label_B)
         if least < 0 or most >= classes + nulls:
             known_as = f"0 to {classes - 1}" if classes else "0, the model is unconditional"
             raise UserError(
@@ -157,7 +158,7 @@ def orders(order_BL: Any, layout: TokenLayout) -> None:
     _typed(order_BL, jnp.integer, "orders", "integers", "positions: their numbers")
     good = order_BL.shape[1] == layout.length
     if good and known(order_BL):
-        good = (np.sort(np.asarray(order_BL), axis=1) == np.arange(layout.length)).all()
+        good = (np.sort(_values(order_BL), axis=1) == np.arange(layout.length)[None]).all()
     if not good:
         raise UserError(
             f"orders must be permutations of the {layout.length} positions; found rows of "
@@ -165,14 +166,14 @@ def orders(order_BL: Any, layout: TokenLayout) -> None:
         )
 
 
-def rows(**counted: tuple[str, Any]) -> None:
-    """Arrays, or trees of them, that must lead with as many images: name=(what it is, array)."""
-    found = {
-        what: len(leaf) for what, tree in counted.values() for leaf in jax.tree.leaves(tree)[:1]
-    }
+def rows(**trees: Any) -> None:
+    """An error where arrays, or trees of them, do not lead with as many images; None is no tree."""
+    found = {what: len(leaf) for what, tree in trees.items() for leaf in jax.tree.leaves(tree)}
     if len(set(found.values())) > 1:
         listed = ", ".join(f"{what} of {count}" for what, count in found.items())
-        raise UserError(f"all must be of as many images; found {listed}: give one of each per image")
+        raise UserError(
+            f"all must be of as many images; found {listed}: give one of each per image"
+        )
 
 
 def _ranked(array: Any, rank: int, what: str, form: str, remedy: str) -> None:
@@ -188,7 +189,11 @@ def _typed(array: Any, kind: Any, what: str, need: str, remedy: str) -> None:
         raise UserError(f"{what} must be {need}; found {array.dtype}; of {remedy}")
 
 
-def _extremes(array: Any) -> Sequence[Callable]:
-    """Least and largest where the array lies: on the host, or on its device."""
-    library = jnp if isinstance(array, jax.Array) else np
-    return (lambda x: library.min(x)), (lambda x: library.max(x))
+def _values(array: Any) -> np.ndarray:
+    # on the host: in the middle of a trace even the sum of known numbers is traced
+    return np.asarray(jax.device_get(array))
+
+
+def _extremes(array: Any) -> tuple[Any, Any]:
+    values = _values(array)
+    return values.min(), values.max()

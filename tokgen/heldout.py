@@ -94,11 +94,13 @@ def reconstruction(
     tokenizer, source, view, *, count: int, batch: int = 50, what: str = ""
 ) -> tuple[dict, tuple]:
     """(figures, (originals, reconstructions) of the first batch, uint8) over `count` images."""
-    measured, counts, shown = {}, None, None
+    measured, counts, shown, done = {}, None, None, 0
     chosen = spread(len(source), count)
     passing = stream.once(source, view, batch_size=batch, indices=chosen)
     for part in watched(passing, len(chosen), what):
-        tokens_BLG, painted, values = repaint(tokenizer, part, batch=batch)
+        named = _named(source, chosen[done : done + len(part["label"])])
+        done += len(part["label"])
+        tokens_BLG, painted, values = repaint(tokenizer, part, batch=batch, named=named)
         for name, value_B in values.items():
             measured.setdefault(name, []).append(value_B)
         if tokens_BLG is not None:
@@ -118,9 +120,15 @@ def reconstruction(
     return figures, shown
 
 
-def standard_error(value_B: np.ndarray) -> float:
-    """Of the mean."""
-    return float(np.std(value_B, ddof=1) / math.sqrt(len(value_B))) if len(value_B) > 1 else 0.0
+def _named(source, index_B: np.ndarray) -> Callable[[int], str]:
+    """What the images of a batch are called in messages: by file where the source knows them."""
+    name = getattr(source, "name", lambda index: f"number {index}")
+    return lambda row: str(name(int(index_B[row])))
+
+
+def standard_error(value_B: np.ndarray) -> float | None:
+    """Of the mean; one value says nothing of it."""
+    return float(np.std(value_B, ddof=1) / math.sqrt(len(value_B))) if len(value_B) > 1 else None
 
 
 def condition(batch: dict) -> PyTree:
@@ -134,7 +142,7 @@ def condition(batch: dict) -> PyTree:
 
 @jax.jit
 def encode(tokenizer, image_BHW3):
-    """Tokens of uint8 images."""
+    """Tokens of uint8 images; -1 where something was not finite."""
     return tokenizer.encode(quality.from_uint8(image_BHW3))
 
 
@@ -183,7 +191,7 @@ def likelihood(
         order_of = _order(generator, order)
     draws = draws if order == "random" or not exact else 1
     program = functools.partial(_exact, order=order_of) if exact else _bound
-    total, chosen = [], spread(len(source), count)
+    total, chosen, done = [], spread(len(source), count), 0
     for part in watched(stream.once(source, batch_size=batch, indices=chosen), len(chosen), what):
         rows = len(part["label"])
         # padded, so that one program serves all batches
@@ -193,13 +201,21 @@ def likelihood(
         }
         if "image" in padded:
             padded["tokens"] = source.encode(padded.pop("image"))
+        index_n = part["index"] if "index" in part else chosen[done : done + rows]
+        done, named = done + rows, _named(source, index_n)
+        seen_BLG = np.asarray(padded["tokens"])
+        boundary.refuse((seen_BLG < 0).any((1, 2))[:rows], "what the encoder sees", named)
+        boundary.tokens(seen_BLG, generator.layout)
+        generator.check(condition(part))
         first = sum(len(nats_BR) for nats_BR in total)
         index_B = np.resize(chosen[first : first + rows], batch)
         keys_B = rng.per_image(seed, "eval", jnp.asarray(index_B))
         padded, nats_RB = jax.device_put(padded), []
         for draw in range(draws):
             own_B = jax.vmap(rng.number, (0, None))(keys_B, draw)
-            nats_RB.append(jax.device_get(program(generator, codec, padded, own_B))[:rows])
+            nats_B = jax.device_get(program(generator, codec, padded, own_B))[:rows]
+            boundary.refuse(~np.isfinite(nats_B), "nats of an image", named)
+            nats_RB.append(nats_B)
         total.append(np.stack(nats_RB, axis=1))
     nats_NR = np.concatenate(total).astype(np.float64) / generator.layout.length
     nats_N = nats_NR.mean(axis=1)
@@ -214,11 +230,11 @@ def likelihood(
     return figures
 
 
-def draw_error(value_NR: np.ndarray) -> float:
-    """Standard error of the mean over R draws for each of N fixed images; 0 for one draw."""
+def draw_error(value_NR: np.ndarray) -> float | None:
+    """Standard error of the mean over R draws for each of N fixed images; none of one draw."""
     images, draws = value_NR.shape
     if draws < 2:
-        return 0.0
+        return None
     return float(np.sqrt((value_NR.var(axis=1, ddof=1) / draws).sum()) / images)
 
 

@@ -58,7 +58,8 @@ class Log:
 
     def scalars(self, step: int, values: Mapping[str, Any], *, split: str = "train") -> None:
         """One line of numbers; not finite ones become null, so that every reader copes."""
-        numbers = {name: float(value) for name, value in values.items()}
+        # None: a figure that there is none of, as the standard error of one image
+        numbers = {n: math.nan if value is None else float(value) for n, value in values.items()}
         kept = {n: (round(v, 6) if math.isfinite(v) else None) for n, v in numbers.items()}
         seconds = round(time.monotonic() - self.started, 1)
         record = {"step": step, "split": split, "seconds": seconds, **kept}
@@ -195,4 +196,4 @@ def table(leaves: Mapping[str, Any]) -> str:
 
 def figures(values: Mapping[str, float], names: Sequence[str]) -> str:
     """`psnr_db 25.31, codebook_usage 0.998` of those that are there."""
-    return ", ".join(f"{name} {values[name]:.4g}" for name in names if name in values)
+    return ", ".join(f"{name} {values[name]:.4g}" for name in names if values.get(name) is not None)

@@ -51,6 +51,7 @@ def draw(
     depends on (seed, i, its condition) only: not on the batch, nor on its neighbours.
     """
     N = len(jax.tree.leaves(cond)[0])
+    generator.check(cond)
     tokens, images = [], []
     with report.bar(N, unit="image", what=what, shown=bool(what)) as bar:
         for start in range(0, N, batch):

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from array_record.python import array_record_module
 
-from tokgen import interfaces
+from tokgen import boundary, interfaces
 
 FORMAT = 1  # the version of all of the above
 HEADER = "layout.json"
@@ -148,6 +148,12 @@ class Writer:
 
     def write(self, shard: Shard, tokens_BXLG: np.ndarray, label_B: np.ndarray) -> None:
         """One shard: its tokens [images, views, L, G] and its labels."""
+        invalid_B = (np.asarray(tokens_BXLG) < 0).any((1, 2, 3))
+        boundary.refuse(
+            invalid_B,
+            "what the encoder sees in an image",
+            lambda row: f"number {shard.start + row} of {shard.split}",
+        )
         record_BU = self._packing.records(tokens_BXLG, label_B)
         if len(record_BU) != shard.stop - shard.start:
             raise ValueError(

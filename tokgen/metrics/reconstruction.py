@@ -29,16 +29,16 @@ def to_uint8(image_BHW3: Array) -> Array:
             "inside a compiled program NaN would become a colour: use reconstruction.bytes_of, "
             "and ask boundary.refuse for its flags outside"
         )
-    image_BHW3 = jnp.asarray(image_BHW3)
-    flat_BX = image_BHW3.reshape(len(image_BHW3) if image_BHW3.ndim > 3 else 1, -1)
-    boundary.refuse(boundary.not_finite(flat_BX), "pixels")
-    outside = jnp.mean((flat_BX < -0.05) | (flat_BX > 1.05)) if flat_BX.size else 0.0
+    values_BHW3 = np.asarray(jax.device_get(image_BHW3))
+    flat_BX = values_BHW3.reshape(len(values_BHW3) if values_BHW3.ndim > 3 else 1, -1)
+    boundary.refuse(~np.isfinite(flat_BX).all(1), "pixels")
+    outside = np.mean((flat_BX < -0.05) | (flat_BX > 1.05)) if flat_BX.size else 0.0
     if outside > 0.5:
         raise UserError(
             f"to_uint8 takes images in [0, 1]; found {float(outside):.0%} of the numbers outside, "
             f"from {float(flat_BX.min()):.4g} to {float(flat_BX.max()):.4g}: scale them first"
         )
-    return _bytes(image_BHW3)
+    return _bytes(jnp.asarray(image_BHW3))
 
 
 def bytes_of(image_BHW3: Array) -> tuple[Array, Array]:

@@ -45,7 +45,7 @@ class Tokenizer(nnx.Module):
         boundary.images(image_BHW3, self.size)
         low, high = self.pixels
         latents_BPC = self.encoder(image_BHW3 * (high - low) + low)
-        if self.layout is not None:
+        if self.layout is not None and latents_BPC.ndim == 3:
             what = f"latents of images {tuple(image_BHW3.shape[1:])}"
             places = self.layout.spans[-1][1]
             boundary.latents(latents_BPC, places, self.quantizer.inputs, what)
