@@ -28,7 +28,7 @@ PICTURE = {
         *("train_tokenizer", "train_generator", "cli", "commands", "launch", "judge"),
         *("stages", "guard", "adversary", "painter", "imports", "families", "runs", "finetuning"),
         *("heldout", "protocols", "extractors", "references", "samples", "supplies"),
-        *("scoring", "measures", "evaluation", "assess", "page", "gallery"),
+        *("scoring", "measures", "evaluation", "assess", "page", "gallery", "scan"),
     ),
 }
 RANK = {unit: rank for rank, units in PICTURE.items() for unit in units}

@@ -19,7 +19,7 @@ import jax
 import ml_collections
 import orbax.checkpoint as ocp
 
-from tokgen import checkpoint, finetuning, manifest
+from tokgen import checkpoint, finetuning, manifest, report
 from tokgen import config as configs
 from tokgen import state as states
 from tokgen.interfaces import TokenLayout, UserError
@@ -63,6 +63,8 @@ class Run:
     manager: ocp.CheckpointManager
     config: ml_collections.ConfigDict
     meta: dict
+    earlier: tuple[str, ...] = ()  # fingerprints that earlier versions gave the same data
+    accept: tuple[str, ...] = ()  # what may differ from the run that is resumed: "data"
 
     def save(self, states_by_name: dict[str, states.TrainState], metrics: dict[str, float]) -> None:
         """Begin to save; the previous save is committed and announced first."""
@@ -113,10 +115,13 @@ def start(
     tokens: dict | None = None,
     source: dict | None = None,
     kept: tuple[int, ...] = (),
+    earlier: tuple[str, ...] = (),
+    accept: tuple[str, ...] = (),
 ) -> Run:
     """Open the checkpoints of a work directory; `best` is the metric of which less is better.
 
-    `data` is the fingerprint of the training data. `tokenizer` and `tokens` say what a generator
+    `data` is the fingerprint of the training data, `earlier` those that earlier versions gave it;
+    `accept` says what may have changed all the same. `tokenizer` and `tokens` say what a generator
     was trained with and on, see `checkpoint.reference`; `source` where imported weights come from.
     Steps of `kept` are never deleted to make room.
     """
@@ -150,7 +155,7 @@ def start(
         "best": best,
         "source": source,
     }
-    return Run(workdir, manager, config, meta)
+    return Run(workdir, manager, config, meta, earlier=earlier, accept=accept)
 
 
 def resume_or_start(
@@ -215,8 +220,20 @@ def _same_run(meta: dict, run: Run, step: pathlib.Path) -> None:
         a, b = (json.loads(json.dumps(m[name])) for m in (meta, run.meta))
         if name == "tokenizer" and a and b:
             a, b = a["fingerprint"], b["fingerprint"]
-        if a != b:
+        if a != b and not (name == "data" and (a in run.earlier or "data" in run.accept)):
             changes.append(f"  {name}: {str(a)[:200]} there, {str(b)[:200]} here")
+    run.meta["data_changes"] = list(meta.get("data_changes", ()))
+    if meta["data"] not in (run.meta["data"], *run.earlier) and "data" in run.accept:
+        change = {"step": meta["step"], "from": meta["data"], "to": run.meta["data"]}
+        run.meta["data_changes"].append(change)
+        report.say(f"from step {meta['step']} on {run.workdir} is trained on changed data")
+    if changes and all(line.startswith("  data: ") for line in changes):
+        raise UserError(
+            f"{run.workdir} holds a run on other images than these (names, labels, sizes or "
+            "contents differ). If you repaired, removed or added some, go on with them by "
+            "--accept-data; else give the images it began with, or another --workdir:\n"
+            + "\n".join(changes)
+        )
     if changes:
         raise UserError(
             "\n".join(
