@@ -53,7 +53,7 @@ def parse(argv: Sequence[str], description: str) -> tuple[ml_collections.ConfigD
 
 
 def accepted(argv: Sequence[str], description: str) -> tuple[str, ...]:
-    """What may have changed since a run was stopped, as its command line says: "data" or nothing."""
+    """What may have changed since a run was stopped, by its command line: "data" or nothing."""
     return ("data",) if _arguments(argv, description)[0].accept_data else ()
 
 

@@ -62,11 +62,7 @@ def before(source, held_out, measured: np.ndarray, *, channels: int, max_bad: fl
     """
     seen = pictures(held_out)
     if seen is not None and len(measured):
-        if not len(readable(held_out, measured, channels)):
-            raise UserError(
-                f"none of the {len(measured)} held-out images can be read, so nothing could be "
-                f"measured; repair them:\n{reader.unreadable(seen).listed()}"
-            )
+        readable(held_out, measured, channels)
     for part in (source, held_out):
         _tokens_told(part, reader.REPLACED if part is source else reader.LEFT_OUT)
     taught = pictures(source)
@@ -99,7 +95,10 @@ def _tokens_told(source, fate: str) -> None:
 
 
 def readable(source, index_N: np.ndarray, channels: int = 3) -> np.ndarray:
-    """Those of some indices whose images can be read: all of them are decoded. The rest is told."""
+    """Those of some indices whose images can be read: all are decoded, and the others told.
+
+    None at all is an error: nothing could be measured.
+    """
     inner = pictures(source)
     if inner is None:
         return index_N
@@ -111,7 +110,13 @@ def readable(source, index_N: np.ndarray, channels: int = 3) -> np.ndarray:
     _kept(inner, f"some {channels} {which}", look)
     record = reader.unreadable(inner)
     record.tell(reader.LEFT_OUT)
-    return index_N[[int(index) not in record for index in index_N]]
+    found = index_N[[int(index) not in record for index in index_N]]
+    if len(index_N) and not len(found):
+        raise UserError(
+            f"none of the {len(index_N)} images that are to be measured can be read; repair them, "
+            f"or give others:\n{record.listed()}"
+        )
+    return found
 
 
 def full(source, channels: int = 3) -> Found:

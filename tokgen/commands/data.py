@@ -6,14 +6,11 @@ The headers of all files are read; with --scan full every image is decoded, on a
 from __future__ import annotations
 
 import argparse
-import collections
 import pathlib
 
 from tokgen import config, report, scan
-from tokgen.data import reader, tokens
+from tokgen.data import classes, reader, tokens
 from tokgen.interfaces import UserError
-
-SHOWN = 20  # classes, sizes and files of a list
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,14 +39,18 @@ def run(args: argparse.Namespace) -> None:
     if (pathlib.Path(args.data) / tokens.HEADER).exists():
         _shards(args.data)
         return
-    sources = {split: source_of(args, split) for split in tokens.SPLITS}
+    sources = {"train": source_of(args, "train")}
+    try:
+        sources["held_out"] = source_of(args, "held_out")
+    except UserError as error:  # a set without such a part can be looked at all the same
+        report.say(str(error))
+    print(classes.told(args.data, sources))
     total, broken = 0, {}
     for split, source in sources.items():
         found = _scanned(source, args)
         unreadable = reader.unreadable(source)
         total, broken = total + len(source), broken | unreadable.files()
         print(f"{split:<9} {len(source):,} images, {len(unreadable)} unreadable")
-        _classes(source)
         if found.sizes:
             print(f"{'':9} rows x columns: {_sizes(found.sizes)}")
             forms = sorted(found.forms.items(), key=lambda item: -item[1])
@@ -85,16 +86,6 @@ def _scanned(source, args: argparse.Namespace) -> scan.Found:
     if args.scan == "full":
         return scan.full(source, args.channels)
     return scan.headers(source)
-
-
-def _classes(source) -> None:
-    if not source.classes:
-        print(f"{'':9} no classes")
-        return
-    counts = collections.Counter(source.labels.tolist())
-    shown = [f"{name} {counts[label]:,}" for label, name in enumerate(source.classes)]
-    more = f", and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
-    print(f"{'':9} {len(shown)} classes: {', '.join(shown[:SHOWN])}{more}")
 
 
 def _sizes(sizes: dict[tuple[int, int], int]) -> str:

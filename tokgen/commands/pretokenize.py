@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
         data=described | {"fingerprint": {s: sources[s].fingerprint for s in sources}},
         views=views,
         classes=sources["train"].classes,
+        earlier={s: getattr(sources[s], "earlier", ()) for s in sources},
     )
     for split, source in sources.items():  # of shards that an earlier run wrote
         record = reader.unreadable(source)
