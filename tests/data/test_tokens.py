@@ -193,7 +193,7 @@ def test_a_split_without_a_readable_image_is_refused(tmp_path):
     writer = tokens.Writer(tmp_path, **plan())
     for shard in writer.shards():
         numbers = range(shard.start, shard.stop) if shard.split == "held_out" else ()
-        missing = {number: ("a", "b") for number in numbers}
+        missing = dict.fromkeys(numbers, ("a", "b"))
         writer.write(shard, *content(shard.split, shard.start, shard.stop), missing)
     with pytest.raises(interfaces.UserError, match="none of the .* images of held_out"):
         writer.finish()
