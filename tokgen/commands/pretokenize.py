@@ -49,7 +49,9 @@ def run(args: argparse.Namespace) -> None:
             "discrete quantizer (vq, fsq, lfq, bsq, multiscale)"
         )
     settings, mesh = loaded.config, sharding.make_mesh()
-    sources = {s: heldout.image_source(settings, args.data, s) for s in tokens.SPLITS}
+    order = tokens.recorded_classes(args.out)
+    sources = {s: heldout.image_source(settings, args.data, s, order=order) for s in tokens.SPLITS}
+    heldout.tell(heldout.called(settings.get("data", {}), args.data), **sources)
     if not args.data and settings.data.name == "shapes":
         described = settings.data.to_dict()
     else:
@@ -113,7 +115,7 @@ def _shard(tokenizer, source, shard, views, batch, mesh, bar) -> tuple:
     Those that could not be read keep their places, with zeros.
     """
     count = shard.stop - shard.start
-    tokens_BXLG, label_B = None, np.zeros(count, np.int32)
+    tokens_BXLG, label_B, views_B = None, *np.zeros((2, count), np.int32)
     for number, view in enumerate(views):
         passing = stream.once(
             source, view, batch_size=batch, indices=np.arange(shard.start, shard.stop), least=0
@@ -127,9 +129,11 @@ def _shard(tokenizer, source, shard, views, batch, mesh, bar) -> tuple:
                 shape = (count, len(views), *found_BLG.shape[1:])
                 tokens_BXLG = np.zeros(shape, found_BLG.dtype)
             tokens_BXLG[rows, number], label_B[rows] = found_BLG, part["label"]
+            views_B[rows] += 1
             if number == 0:
                 bar.update(len(image))
     if tokens_BXLG is None:  # not one of them
         length, symbols = tokenizer.layout.length, len(tokenizer.layout.vocab)
         tokens_BXLG = np.zeros((count, len(views), length, symbols), np.int32)
-    return tokens_BXLG, label_B, reader.unreadable(source).between(shard.start, shard.stop)
+    broken = shard.start + np.flatnonzero(views_B < len(views))
+    return tokens_BXLG, label_B, reader.unreadable(source).among(broken)

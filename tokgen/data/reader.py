@@ -6,6 +6,7 @@ of such an image is the caller's: training puts another one into its place, meas
 """
 
 import itertools
+from collections.abc import Iterable
 
 from tokgen import interfaces, report
 from tokgen.data import images
@@ -83,13 +84,9 @@ class Unreadable:
         )
         self._told = len(self)
 
-    def between(self, start: int, stop: int) -> dict[int, tuple[str, str]]:
-        """{index: (name, reason)} of those from `start` to `stop`."""
-        return {
-            index: (name_of(self._source, index), reason)
-            for index, reason in self._reasons.items()
-            if start <= index < stop
-        }
+    def among(self, indices: Iterable[int]) -> dict[int, tuple[str, str]]:
+        """{index: (name, reason)} of those of some indices, all of which could not be read."""
+        return {int(i): (name_of(self._source, i), self._reasons[int(i)]) for i in indices}
 
     def check(self, max_bad: float, option: str = "--config.max_bad") -> None:
         """An error where more images than the share `max_bad` of those looked at are unreadable."""
