@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tqdm
 from flax import nnx
 
-from tokgen import heldout, interfaces
+from tokgen import heldout, interfaces, sharding
 from tokgen.commands import pretokenize, sample
 from tokgen.data import images, tokens
 from tokgen.generators import autoregressive
@@ -89,18 +90,12 @@ def test_one_value_has_no_standard_error():
     np.testing.assert_allclose(heldout.standard_error(np.array([1.0, 3.0])), 1.0)
 
 
-def test_token_shards_hold_tokens_or_nothing(tmp_path):
-    """What the compiled program marked as no token is not written."""
+def test_what_is_marked_as_no_token_is_not_written():
     found, source = made(encoder=np.nan), Source()
-    coded = np.asarray(pretokenize.encode(found, source.image_NHW3))
-    assert (coded == -1).all()
-    about = dict(tokenizer={"path": "", "fingerprint": ""}, data={}, views=("center",))
-    writer = tokens.Writer(
-        tmp_path, images={"train": 5}, layout=found.layout.to_json(), classes=CLASSES, **about
-    )
-    (shard,) = writer.shards()
-    with pytest.raises(interfaces.UserError, match="5 of 5 images: number 0 of train, number 1"):
-        writer.write(shard, coded[:, None], np.zeros(5, np.int32))
+    assert (np.asarray(pretokenize.encode(found, source.image_NHW3)) == -1).all()
+    shard = tokens.Shard("train", 1, 5, "none")
+    with pytest.raises(interfaces.UserError, match="encoder sees .* 3 of 3 images: 1.png, 2.png"):
+        pretokenize._shard(found, source, shard, [VIEW], 3, sharding.make_mesh(1), tqdm.tqdm())
 
 
 def generator(**options):

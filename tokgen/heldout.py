@@ -5,19 +5,20 @@ from __future__ import annotations
 import functools
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tokgen import boundary, checkpoint, config, report, rng
-from tokgen.data import captioned, coded, images, stream, tokens
+from tokgen.data import captioned, classes, coded, images, stream, tokens
 from tokgen.generators import orders
 from tokgen.interfaces import PyTree, Text, TokenBatch, UserError
 from tokgen.metrics import codebook
 from tokgen.metrics import reconstruction as quality
 
+PIXELS = 50 * 256 * 256  # of the images that are put through a tokenizer at a time
 PIXEL_METRICS = ("psnr_db", "ssim", "codebook_usage", "codebook_perplexity")
 
 
@@ -44,6 +45,8 @@ def _reconstruct(tokenizer, image_BHW3, text_BTE, distances):
     # through bytes: the figures are those of the files that a user would get
     painted = quality.from_uint8(bytes_BHW3)
     measured = {"psnr_db": quality.psnr(image_BHW3, painted)}
+    # on the scale of the loss, [-1, 1]
+    measured["l2"] = 4 * jnp.mean(jnp.square(image_BHW3 - painted), (1, 2, 3))
     if min(image_BHW3.shape[1:3]) >= quality.WINDOW:
         measured["ssim"] = quality.ssim(image_BHW3, painted)
     for name, distance in distances.items():
@@ -90,24 +93,36 @@ def watched(batches, total: int, what: str):
             bar.update(len(part["label"]))
 
 
+def bounded(view: images.View, count: int, batch: int = 0) -> int:
+    """Images at a time: `batch`, or by default fewer of larger ones; no more than there are."""
+    rows, columns = view.size
+    return min(batch or max(1, min(50, PIXELS // (rows * columns))), count)
+
+
 def reconstruction(
-    tokenizer, source, view, *, count: int, batch: int = 50, what: str = ""
+    tokenizer, source, view, *, count: int, batch: int = 0, shown: int = 0, what: str = ""
 ) -> tuple[dict, tuple]:
-    """(figures, (originals, reconstructions) of the first batch, uint8) over `count` images."""
-    measured, counts, shown, done = {}, None, None, 0
+    """(figures, (originals, reconstructions) of the first `shown`, uint8) over `count` images.
+
+    Of the first batch, where `shown` is 0.
+
+    `images` counts those that were measured: what cannot be read is told and left out.
+    """
+    measured, counts, pairs, images_ = {}, None, [], 0
     chosen = spread(len(source), count)
+    batch = bounded(view, len(chosen), batch)
     passing = stream.once(source, view, batch_size=batch, indices=chosen)
     for part in watched(passing, len(chosen), what):
-        named = _named(source, chosen[done : done + len(part["label"])])
-        done += len(part["label"])
-        tokens_BLG, painted, values = repaint(tokenizer, part, batch=batch, named=named)
+        naming = named(source, part["index"])
+        tokens_BLG, painted, values = repaint(tokenizer, part, batch=batch, named=naming)
+        images_ += len(part["label"])
         for name, value_B in values.items():
             measured.setdefault(name, []).append(value_B)
         if tokens_BLG is not None:
             found = codebook.counts(tokens_BLG, tokenizer.layout)
             counts = found if counts is None else tuple(map(np.add, counts, found))
-        if shown is None:
-            shown = part["image"], painted
+        if not pairs or sum(len(image) for image, _ in pairs) < shown:
+            pairs.append((part["image"], painted))
     figures = {}
     for name, parts in measured.items():
         value_B = np.concatenate(parts).astype(np.float64)
@@ -116,11 +131,16 @@ def reconstruction(
     if counts is not None:
         figures["codebook_usage"] = float(np.mean([codebook.usage(c) for c in counts]))
         figures["codebook_perplexity"] = float(np.mean([codebook.perplexity(c) for c in counts]))
-    figures["images"] = len(chosen)
-    return figures, shown
+    pairs = tuple(np.concatenate(parts)[: shown or None] for parts in zip(*pairs, strict=True))
+    return figures | numbers(images_, len(chosen)), pairs
 
 
-def _named(source, index_B: np.ndarray) -> Callable[[int], str]:
+def numbers(images_: int, wanted: int) -> dict[str, int]:
+    """How many images figures are of; and how many more they should be of, if any is unreadable."""
+    return {"images": images_} | ({"unreadable": wanted - images_} if images_ < wanted else {})
+
+
+def named(source, index_B: np.ndarray) -> Callable[[int], str]:
     """What the images of a batch are called in messages: by file where the source knows them."""
     name = getattr(source, "name", lambda index: f"number {index}")
     return lambda row: str(name(int(index_B[row])))
@@ -178,6 +198,7 @@ def likelihood(
     order: str = "",
     draws: int = 8,
     seed: int = 0,
+    label_C: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Held-out nats and bits per token, summed over the symbols of a token.
 
@@ -185,36 +206,38 @@ def likelihood(
     that says otherwise (`exact`): then the mean of an upper bound over `draws` random orders for
     each image, and `nats_orders_error` is the share of the error that more draws would mend. An
     `order` by name is for generators that go in any; under "random" each of the draws is exact.
+    `label_C` has the generator's number of each class of the source, where these differ.
     """
     exact, order_of = getattr(generator, "exact", True), None
     if order:
         order_of = _order(generator, order)
     draws = draws if order == "random" or not exact else 1
     program = functools.partial(_exact, order=order_of) if exact else _bound
-    total, chosen, done = [], spread(len(source), count), 0
+    total, chosen = [], spread(len(source), count)  # of which some may not be readable
+    batch = min(batch, len(chosen))
     for part in watched(stream.once(source, batch_size=batch, indices=chosen), len(chosen), what):
-        rows = len(part["label"])
+        rows, index_B = len(part["label"]), np.resize(part.pop("index"), batch)
         # padded, so that one program serves all batches
         padded = {
             name: np.concatenate([a, np.repeat(a[-1:], batch - rows, axis=0)])
             for name, a in part.items()
         }
+        if label_C is not None:
+            padded["label"] = label_C[padded["label"]]
         if "image" in padded:
             padded["tokens"] = source.encode(padded.pop("image"))
-        index_n = part["index"] if "index" in part else chosen[done : done + rows]
-        done, named = done + rows, _named(source, index_n)
+        naming = named(source, index_B)
         seen_BLG = np.asarray(padded["tokens"])
-        boundary.refuse((seen_BLG < 0).any((1, 2))[:rows], "what the encoder sees", named)
+        boundary.refuse((seen_BLG < 0).any((1, 2))[:rows], "what the encoder sees", naming)
         boundary.tokens(seen_BLG, generator.layout)
-        generator.check(condition(part))
-        first = sum(len(nats_BR) for nats_BR in total)
-        index_B = np.resize(chosen[first : first + rows], batch)
+        if hasattr(generator, "check"):
+            generator.check(jax.tree.map(np.asarray, condition(padded)))
         keys_B = rng.per_image(seed, "eval", jnp.asarray(index_B))
         padded, nats_RB = jax.device_put(padded), []
         for draw in range(draws):
             own_B = jax.vmap(rng.number, (0, None))(keys_B, draw)
             nats_B = jax.device_get(program(generator, codec, padded, own_B))[:rows]
-            boundary.refuse(~np.isfinite(nats_B), "nats of an image", named)
+            boundary.refuse(~np.isfinite(nats_B), "nats of an image", naming)
             nats_RB.append(nats_B)
         total.append(np.stack(nats_RB, axis=1))
     nats_NR = np.concatenate(total).astype(np.float64) / generator.layout.length
@@ -223,7 +246,7 @@ def likelihood(
         "nats_per_token": float(nats_N.mean()),
         "nats_error": standard_error(nats_N),
         "bits_per_token": float(nats_N.mean() / math.log(2)),
-        "images": len(chosen),
+        **numbers(len(nats_N), len(chosen)),
     }
     if draws > 1 or not exact:
         figures |= {"nats_orders_error": draw_error(nats_NR), "orders": draws}
@@ -275,21 +298,26 @@ def view_of(settings) -> images.View:
     return images.fixed("center", tuple(settings.view.size), settings.view.channels)
 
 
-def generator_source(data, split: str, tokenizer: checkpoint.Loaded | None = None):
+def generator_source(
+    data, split: str, tokenizer: checkpoint.Loaded | None = None, order: Sequence[str] = ()
+):
     """What a config's `data` gives to a generator: token shards, or images to encode; with text.
 
-    `tokenizer` is for images; it should compute in float32, as pretokenizing does.
+    `tokenizer` is for images; it should compute in float32, as pretokenizing does. `order` is that
+    of the classes, where one was recorded.
     """
     text = data.get("text", "")
     if data.get("tokens", ""):
         shards = tokens.Source(data["tokens"], split=split)
-        return captioned.Tokens(shards, text) if text else shards
+        return captioned.Tokens(shards, text) if text and len(shards) else shards
     if tokenizer.layout is None:
         raise UserError(
             f"{tokenizer.step} holds a continuous tokenizer, which writes no tokens; need one with "
             "a discrete quantizer (vq, fsq, lfq, bsq, multiscale)"
         )
-    pictures = image_source(tokenizer.config, data.get("images", ""), split)
+    pictures = image_source(tokenizer.config, data.get("images", ""), split, order=order)
+    if not len(pictures):
+        return pictures  # nothing is held out
     if isinstance(pictures, captioned.Source):  # what the tokenizer's decoder reads
         pictures = pictures.images
     return coded.Source(
@@ -314,13 +342,43 @@ def check_text(generator, text: str, option: str) -> None:
         )
 
 
-def image_source(settings, path: str, split: str):
-    """The images of a folder, or of the data set that the config names."""
+def image_source(settings, path: str, split: str, **context):
+    """The images of a folder, or of the data set that the config names.
+
+    `context` are arguments that a source may take: `order` and `doubtful` of classes.
+    """
     if not path and "data" not in settings:
         raise UserError(
             "an imported tokenizer has no data set of its own; name a folder of images: --data DIR "
             "in commands, --config.data.images=DIR in training"
         )
+    if not path:
+        return config.build(settings.data, "data", split=split, **context)
+    section = {"name": "folder", "path": path}
+    own = settings.get("data", {})
+    if own.get("name") == "folder" and "labels" in own:  # what its folders mean
+        section["labels"] = own["labels"]
+    return config.build(section, "data", split=split, **context)
+
+
+def called(data, path: str = "") -> str:
+    """What a data set is called in messages."""
+    names = ("path", "tokens", "images", "dataset", "name")
     if path:
-        return config.build({"name": "folder", "path": path}, "data", split=split)
-    return config.build(settings.data, "data", split=split)
+        return path
+    found = next((data[name] for name in names if data.get(name)), "data")
+    return found if isinstance(found, str) else called(found)
+
+
+def tell(what: str, **sources) -> None:
+    """Say the classes and counts of each split, before anything is done with them."""
+    report.say(classes.told(what, sources))
+
+
+def check_filled(source, split: str) -> None:
+    """An error where there is nothing to measure."""
+    if not len(source):
+        raise UserError(
+            f"there are no images in the part {split!r}: nothing was held out (data.held_out=0); "
+            "measure others, --split train or --data DIR"
+        )

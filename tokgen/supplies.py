@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from tokgen import archives, checkpoint, extractors, heldout, samples
+from tokgen import archives, checkpoint, extractors, heldout, samples, scan
 from tokgen.commands import sample
 from tokgen.data import stream
 from tokgen.interfaces import PyTree, UserError
@@ -91,6 +91,10 @@ class Drawn:
         if (kept := loaded_part(file)) is not None:
             return kept
         cond = jax.tree.map(lambda leaf: leaf[start:stop], self.cond)
+        # filled up to the batch of the other parts, so that one program serves all
+        rows = max(stop - start, min(self.batch, len(self)))
+        index_B = np.minimum(np.arange(rows), stop - start - 1)
+        cond = jax.tree.map(lambda leaf: leaf[index_B], cond)
         _, image_NHWC = sample.draw(
             *(self.generator, self.tokenizer, cond, self.sampler),
             seed=self.seed,
@@ -98,7 +102,7 @@ class Drawn:
             first=start,
             what="",
         )
-        part = {"image": coloured(image_NHWC)}
+        part = {"image": coloured(image_NHWC[: stop - start])}
         if isinstance(self.cond, np.ndarray) and self.classes:
             part["label"] = self.cond[start:stop]
         save_part(file, part)
@@ -116,8 +120,11 @@ class Repainted:
     def __init__(self, loaded: checkpoint.Loaded, source, *, count: int, distances: Mapping):
         self.tokenizer, self.source = loaded.module, source
         self.view = heldout.view_of(loaded.config)
-        self.size, self.count = tuple(loaded.config.view.size), min(count, len(source))
-        self.index_N = heldout.spread(len(source), self.count)
+        self.size = tuple(loaded.config.view.size)
+        # seen to before anything is measured: a part has as many images as its bounds say
+        wanted = heldout.spread(len(source), count)
+        self.index_N = scan.readable(source, wanted, loaded.config.view.channels)
+        self.count, self.unreadable = len(self.index_N), len(wanted) - len(self.index_N)
         self.distances = distances  # name -> LPIPS over images in [-1, 1]
         self.layout, self.classes = loaded.layout, tuple(source.classes)
         self.identity = {
@@ -141,7 +148,13 @@ class Repainted:
             batch_size=stop - start,
             indices=self.index_N[start:stop],
         )
-        given = next(iter(passing))
+        given = next(passing)
+        if len(given["label"]) != stop - start:
+            raise UserError(
+                f"{stop - start - len(given['label'])} images became unreadable while they were "
+                f"measured; put them back, and run the same command again:\n"
+                f"{passing.unreadable.listed()}"
+            )
         tokens_BLG, painted, values = heldout.repaint(self.tokenizer, given, self.distances)
         part = {
             "image": coloured(painted),

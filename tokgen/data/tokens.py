@@ -8,6 +8,9 @@
 A record is the label as a little-endian uint32, then views x L x G tokens in the smallest unsigned
 integer that holds the alphabet, little-endian. The header is written last: a folder without it was
 not finished, and `Writer` goes on where it was stopped.
+
+An image that could not be read has a record all the same, of zeros, so that record i belongs to
+image i; the header lists these (`unreadable` of a shard, if it has any), and no reader sees them.
 """
 
 import bisect
@@ -16,12 +19,13 @@ import hashlib
 import json
 import math
 import os
+import types
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from array_record.python import array_record_module
 
-from tokgen import boundary, interfaces
+from tokgen import interfaces
 
 FORMAT = 1  # the version of all of the above
 HEADER = "layout.json"
@@ -63,6 +67,7 @@ class Writer:
       data: JSON that describes the source, with its "fingerprint".
       views: their names, in the order in which they are written.
       classes: the names of the labels; empty if there are none.
+      earlier: fingerprints that earlier versions gave the same source, by split.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class Writer:
         views: Sequence[str] = ("center",),
         classes: Sequence[str] = (),
         shard_images: int = SHARD,
+        earlier: Mapping[str, Sequence[str]] = types.MappingProxyType({}),
     ):
         self.path = os.fspath(path)
         plan = {
@@ -95,13 +101,15 @@ class Writer:
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise interfaces.UserError(f"token shards need a folder; {self.path} is a file")
         os.makedirs(self.path, exist_ok=True)
-        self._resume()
+        self._resume(earlier)
 
-    def _resume(self) -> None:
+    def _resume(self, earlier: Mapping[str, Sequence[str]]) -> None:
         """Take up the plan that is there if it is this one; refuse any other."""
         for name in (HEADER, PLAN):
             if os.path.exists(os.path.join(self.path, name)):
                 found = (_read_header if name == HEADER else _read_plan)(self.path)
+                if _is_known(self._plan["data"], found.get("data"), earlier):
+                    self._plan["data"] = found["data"]  # as it was written
                 differences = _differences(self._plan, _plan_of(found))
                 if differences:
                     raise interfaces.UserError(
@@ -133,27 +141,41 @@ class Writer:
         part, parts = process
         return [shard for shard in self.shards()[part::parts] if self._note(shard) is None]
 
+    def written(self, split: str) -> list[tuple[Shard, dict[int, tuple[str, str]]]]:
+        """The shards of a split that are there, and {index: (name, why)} of their unreadable."""
+        found = [(s, self._noted(s)) for s in self.shards() if s.split == split]
+        return [(shard, _missing(note)) for shard, note in found if note is not None]
+
     def _note(self, shard: Shard) -> dict | None:
         """What was written of a shard; None where the file doesn't bear it out."""
-        note = self._finished.get(shard.file)
-        path = os.path.join(self.path, shard.file)
-        if note is None and os.path.exists(_beside(path)):
-            try:
-                note = _read_json(self.path, os.path.basename(_beside(path)))
-            except interfaces.UserError:  # cut off: the shard is written again
-                return None
+        note, path = self._noted(shard), os.path.join(self.path, shard.file)
         if note is None or not os.path.exists(path) or _sha256(path) != note.get("sha256"):
             return None
         return note
 
-    def write(self, shard: Shard, tokens_BXLG: np.ndarray, label_B: np.ndarray) -> None:
-        """One shard: its tokens [images, views, L, G] and its labels."""
-        invalid_B = (np.asarray(tokens_BXLG) < 0).any((1, 2, 3))
-        boundary.refuse(
-            invalid_B,
-            "what the encoder sees in an image",
-            lambda row: f"number {shard.start + row} of {shard.split}",
-        )
+    def _noted(self, shard: Shard) -> dict | None:
+        """What is said of a shard that was written."""
+        note, beside = self._finished.get(shard.file), _beside(os.path.join(self.path, shard.file))
+        if note is None and os.path.exists(beside):
+            try:
+                note = _read_json(self.path, os.path.basename(beside))
+                _missing(note)
+            except (ValueError, TypeError):  # cut off: the shard is written again
+                return None
+        return note
+
+    def write(
+        self,
+        shard: Shard,
+        tokens_BXLG: np.ndarray,
+        label_B: np.ndarray,
+        unreadable: Mapping[int, tuple[str, str]] = types.MappingProxyType({}),
+    ) -> None:
+        """One shard: its tokens [images, views, L, G] and its labels.
+
+        `unreadable` has (name, reason) of the images, by their numbers in the split, whose tokens
+        are none because they could not be read.
+        """
         record_BU = self._packing.records(tokens_BXLG, label_B)
         if len(record_BU) != shard.stop - shard.start:
             raise ValueError(
@@ -173,6 +195,8 @@ class Writer:
                 f"{path} could not be written: {error}; make room, then run the same command again"
             ) from error
         note = {"file": shard.file, "images": len(record_BU), "sha256": _sha256(temporary)}
+        if unreadable:
+            note["unreadable"] = [[int(index), *unreadable[index]] for index in sorted(unreadable)]
         _commit(temporary, path)
         # The note comes second: a shard without one is written again, which costs time only.
         _write_json(self.path, os.path.basename(_beside(path)), note)
@@ -186,16 +210,17 @@ class Writer:
                 f"{len(missing)} shards of {self.path} are missing, {missing[0]} the first: run "
                 "the same command again; it writes only these"
             )
-        splits = {
-            split: {
-                "images": count,
-                "shards": [
-                    notes[shard.file]
-                    for shard in _planned(split, count, self._plan["shard_images"])
-                ],
-            }
-            for split, count in self._plan["images"].items()
-        }
+        splits = {}
+        for split, count in self._plan["images"].items():
+            own = [notes[s.file] for s in _planned(split, count, self._plan["shard_images"])]
+            splits[split] = {"images": count, "shards": own}
+            if unreadable := sum(len(note.get("unreadable", [])) for note in own):
+                if unreadable == count:
+                    raise interfaces.UserError(
+                        f"none of the {count} images of {split} could be read: no tokens; "
+                        "repair them, or give other images"
+                    )
+                splits[split]["unreadable"] = unreadable
         header = {key: value for key, value in self._plan.items() if key != "images"}
         _write_json(self.path, HEADER, {**header, "splits": splits})
         self._finished = notes
@@ -218,7 +243,9 @@ class Source:
         self.path = os.fspath(path)
         self.split = split
         self.header = _read_header(self.path)
-        if split not in self.header["splits"]:
+        # a set of which nothing was held out has an empty part
+        parts = {"held_out": {"images": 0, "shards": []}} | self.header["splits"]
+        if split not in parts:
             raise interfaces.UserError(
                 f"{self.path} has no split {split!r}, only {', '.join(self.header['splits'])}; "
                 f"choose one of these, or {_REMEDY}"
@@ -226,13 +253,21 @@ class Source:
         self.layout: dict = self.header["layout"]
         self.classes: tuple[str, ...] = tuple(self.header["classes"])
         self.views: tuple[str, ...] = tuple(self.header["views"])
+        # of images that could not be read; the stream reads none of these
+        self.missing: dict[int, tuple[str, str]] = {}
+        for shard in parts[split]["shards"]:
+            self.missing |= _missing(shard)
         self._packing = _Packing(self.header)
-        shards = self.header["splits"][split]["shards"]
+        shards = parts[split]["shards"]
         self._files = [os.path.join(self.path, shard["file"]) for shard in shards]
         self._ends = np.cumsum([shard["images"] for shard in shards]).tolist()
         self._readers: list = [None] * len(shards)
+        # images of each class, where all were looked at
+        self.counts = np.zeros(self._packing.labels, np.int64) if verify else None
         for shard in shards:
             self._check(shard, verify)
+        if verify:
+            self.counts[0] -= len(self.missing)
         # Where the tokenizer lies is no part of what the tokens are.
         what = {**self.header, "tokenizer": {**self.header["tokenizer"], "path": ""}}
         canonical = json.dumps([split, what], sort_keys=True)
@@ -259,9 +294,12 @@ class Source:
                 raise _damage(
                     path, f"records of {self._packing.width} bytes are needed; found {len(record)}"
                 )
-        problem = self._packing.range_problem(*self._packing.unpack(records))
+        tokens_BXLG, label_B = self._packing.unpack(records)
+        problem = self._packing.range_problem(tokens_BXLG, label_B)
         if problem:
             raise _damage(path, problem)
+        if verify:
+            self.counts += np.bincount(label_B, minlength=self._packing.labels)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -294,7 +332,9 @@ class Source:
             raise _damage(self._files[shard], str(error)) from error
 
     def name(self, index: int) -> str:
-        """Folder, split and number."""
+        """That of an image that could not be read; of others folder, split and number."""
+        if index in self.missing:
+            return self.missing[index][0]
         return f"{self.path}/{self.split}/{index}"
 
     def __getstate__(self) -> dict:
@@ -405,12 +445,40 @@ def _planned(split: str, count: int, shard_images: int) -> list[Shard]:
     ]
 
 
+def recorded_classes(path: str | os.PathLike) -> tuple[str, ...]:
+    """The classes, in their order, of a folder of shards, finished or begun; none without one."""
+    path = os.fspath(path)
+    for name in (HEADER, PLAN):
+        if os.path.exists(os.path.join(path, name)):
+            found = _read_json(path, name).get("classes")
+            named = isinstance(found, list) and all(isinstance(name, str) for name in found)
+            return tuple(found) if named else ()
+    return ()
+
+
 def _plan_of(header: dict) -> dict:
     """The plan that a finished header came from; a plan as it is."""
     if "splits" not in header:
         return header
     plan = {key: value for key, value in header.items() if key != "splits"}
     return {**plan, "images": {name: part["images"] for name, part in header["splits"].items()}}
+
+
+def _is_known(data: dict, found, earlier: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a header's `data` are the same but for fingerprints of an earlier version."""
+    if not isinstance(found, dict) or not isinstance(data.get("fingerprint"), dict):
+        return False
+    known = {
+        s: (fingerprint, *earlier.get(s, ())) for s, fingerprint in data["fingerprint"].items()
+    }
+    there = found.get("fingerprint")
+    same = isinstance(there, dict) and there.keys() == known.keys()
+    rest = {name: value for name, value in found.items() if name != "fingerprint"}
+    return (
+        same
+        and all(there[split] in known[split] for split in known)
+        and rest == {name: value for name, value in data.items() if name != "fingerprint"}
+    )
 
 
 def _header_shards(header: dict) -> dict[str, dict]:
@@ -482,6 +550,12 @@ def _header_problem(header: dict) -> str:
             ]
             if need != found:
                 return f"{count} images of {split} are {len(need)} shards; found {found[:3]} ..."
+            for shard, there in zip(planned, header["splits"][split]["shards"], strict=True):
+                for index, told in _missing(there).items():
+                    if not isinstance(index, int) or not shard.start <= index < shard.stop:
+                        return f"{index!r} is no image of {shard.file}"
+                    if not all(isinstance(text, str) for text in told):
+                        return f"image {index} of {split} needs a name and why it is unreadable"
             if not all(isinstance(s["sha256"], str) for s in header["splits"][split]["shards"]):
                 return f"a shard of {split} has no checksum"
     except KeyError as error:
@@ -489,6 +563,11 @@ def _header_problem(header: dict) -> str:
     except (TypeError, ValueError, AttributeError) as error:
         return f"it does not have the form of a header ({error})"
     return ""
+
+
+def _missing(note: Mapping) -> dict[int, tuple[str, str]]:
+    """{index: (name, why)} of the images of a shard that could not be read."""
+    return {index: (name, why) for index, name, why in note.get("unreadable", [])}
 
 
 def _damage(path: str, problem: str) -> interfaces.UserError:

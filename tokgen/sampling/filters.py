@@ -9,9 +9,9 @@ cumulative distribution at one uniform number per image, position and symbol. Be
 draw has a confidence, for generators that keep the surest.
 
 Ties stay together. Every token as large as the k-th is kept, as in LlamaGen and VAR, and every
-token as likely as the one that reaches p. So a filter never asks in which order tokens stand. Where
-one token is asked for there is nothing to draw: temperature 0, top-k 1 and a p that the likeliest of
-V tokens always reaches alone (1 / V) are one program, the first of the largest.
+token as likely as the one that reaches p. So a filter never asks in which order tokens stand.
+Where one token is asked for there is nothing to draw: temperature 0, top-k 1 and a p that the
+likeliest of V tokens always reaches alone (1 / V) are one program, the first of the largest.
 """
 
 from __future__ import annotations

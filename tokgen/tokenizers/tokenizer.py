@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen import boundary
-from tokgen.interfaces import Quantized, Quantizer, TokenLayout
+from tokgen import boundary, ranges
+from tokgen.interfaces import Quantized, Quantizer, TokenLayout, UserError
 
 
 class Tokenizer(nnx.Module):
@@ -19,18 +19,19 @@ class Tokenizer(nnx.Module):
     carry a flag for each image out.
     """
 
+    @ranges.checked
     def __init__(
         self,
         encoder: nnx.Module,
         quantizer: Quantizer,
         decoder: nnx.Module,
         *,
-        pixels: tuple[float, float] = (-1.0, 1.0),
-        size: tuple[int, int, int] | None = None,
+        pixels: tuple[ranges.Weight, ranges.Weight] = (-1.0, 1.0),
+        size: tuple[ranges.Side, ranges.Side, int] | None = None,
     ):
         low, high = pixels
         if not low < high:
-            raise ValueError(f"pixels must be (low, high) with low < high; found {pixels}")
+            raise UserError(f"pixels must be (low, high) with low < high; found {pixels}")
         self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
         self.pixels = (float(low), float(high))
         self.size = None if size is None else tuple(map(int, size))
