@@ -20,6 +20,7 @@ from tokgen.tokenizers import tokenizer
 
 VIEW = images.fixed("center", (2, 4), 3)
 CLASSES = ("cat", "dog")
+ONE = jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
 
 
 class Patches(nnx.Module):
@@ -93,9 +94,9 @@ def test_one_value_has_no_standard_error():
 def test_what_is_marked_as_no_token_is_not_written():
     found, source = made(encoder=np.nan), Source()
     assert (np.asarray(pretokenize.encode(found, source.image_NHW3)) == -1).all()
-    shard = tokens.Shard("train", 1, 5, "none")
+    shard = tokens.Shard("train", "none", 1, 4)
     with pytest.raises(interfaces.UserError, match="encoder sees .* 3 of 3 images: 1.png, 2.png"):
-        pretokenize._shard(found, source, shard, [VIEW], 3, sharding.make_mesh(1), tqdm.tqdm())
+        pretokenize._shard(found, source, shard, [VIEW], 3, ONE, tqdm.tqdm())
 
 
 def generator(**options):

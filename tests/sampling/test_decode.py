@@ -376,7 +376,7 @@ def test_what_is_given_must_be_of_the_layout():
     mask = np.zeros((7, L, 1), bool)
     mask[:, 2] = True
     for tokens, where, words in (
-        (np.full((7, L, 1), V), mask, "found 16 to 16"),  # held, and no token
+        (np.full((7, L, 1), V), mask, "found 0 to 16"),  # held, and no token
         (np.zeros((7, L, 1), np.int32), mask.astype(np.int32), "need a mask"),
         (np.zeros((7, L, 1), np.int32), mask[:, :3], "need a mask"),
         (np.zeros((7, L - 1, 1), np.int32), mask[:, 1:], "found 8 of 1"),

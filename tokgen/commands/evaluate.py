@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     figures, title, source = (_tokenizer if kind == "tokenizer" else _generator)(step, args)
     for name, value in figures.items():
         name = title if name == "nats_per_token" else name
-        print(f"{name:<20} {value:.4f}" if isinstance(value, float) else f"{name:<20} {value}")
+        print(report.row(name, value))
     if args.out:
         record = {
             "checkpoint": str(step),

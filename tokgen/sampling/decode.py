@@ -145,11 +145,10 @@ def _held(given: tuple[Array, Array], layout) -> tuple[Array, Array]:
             "given tokens need a mask of their shape, true where they are held; found "
             f"{mask_BLG.dtype} {tuple(mask_BLG.shape)} for tokens {tuple(tokens_BLG.shape)}"
         )
-    absent = boundary.known(tokens_BLG) and boundary.known(mask_BLG)
-    held_BLG = (
-        np.where(*map(np.asarray, (mask_BLG, tokens_BLG)), layout.absent) if absent else tokens_BLG
-    )
-    return boundary.tokens(held_BLG, layout, absent=absent, what="given tokens"), mask_BLG
+    known = boundary.known(tokens_BLG) and boundary.known(mask_BLG)
+    held_BLG = np.where(mask_BLG, tokens_BLG, 0) if known else tokens_BLG
+    boundary.tokens(held_BLG, layout, what="given tokens")
+    return jnp.asarray(tokens_BLG, jnp.int32), mask_BLG
 
 
 def _guidance(generator: Generator, sampler: filters.Sampler) -> tuple[Any, int]:
