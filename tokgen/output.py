@@ -158,6 +158,7 @@ def growing(
     records: Mapping[str, Sequence[str]],
     record: str = RECORD,
     what: str = "another result",
+    lock: str = LOCK,
     option: str = "--out",
     overwrite: bool = False,
     inputs: Sequence[str | os.PathLike] = (),
@@ -177,14 +178,13 @@ def growing(
         else:
             if names and not _is_result(target, records):
                 raise UserError(
-                    f"{option} {path} is not empty: it holds {_some(names)}, and no result of this "
-                    "command to go on with; name a new folder"
+                    f"{option} {path} is not empty: it holds {_some(names)} of something else, and "
+                    f"no {' or '.join(records)} that says of what; use another {option}"
                 )
             found = Folder(pathlib.Path(path), target, option, record, what, staged=False)
         with _reserved(path, option):
             _made(target, stack)
-            stack.callback(_unlink_alone, target)
-            stack.enter_context(hold(target / LOCK, _in_use(target, option)))
+            stack.enter_context(_passing(target / lock, _in_use(target, option)))
         with told(path, option):
             yield found
 

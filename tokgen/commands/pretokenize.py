@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import pathlib
 
 import jax
 import numpy as np
 
-from tokgen import checkpoint, heldout, launch, report, sharding
+from tokgen import checkpoint, heldout, launch, output, report, sharding
 from tokgen.data import images, reader, stream, tokens
 from tokgen.interfaces import UserError
 
@@ -19,6 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", required=True, help="checkpoint of the tokenizer")
     parser.add_argument("--data", default="", help="image folder; default: the tokenizer's data")
     parser.add_argument("--out", required=True, help="folder of the token shards")
+    output.arguments(parser)
     parser.add_argument(
         "--views",
         default="center,flip",
@@ -41,6 +43,13 @@ def run(args: argparse.Namespace) -> None:
     views = images.stored(args.views)
     if args.batch < 1:
         raise UserError(f"--batch must be at least 1; found {args.batch}")
+    given = dict(overwrite=args.overwrite, inputs=(args.tokenizer, args.data))
+    with output.growing(args.out, records=tokens.RECORDS, lock=".lock", **given) as out:
+        _filled(args, views, out.path)
+
+
+def _filled(args: argparse.Namespace, views: tuple[str, ...], out: pathlib.Path) -> None:
+    """Encode what a folder does not have yet."""
     launch.devices(args.batch)
     loaded = checkpoint.load_tokenizer(args.tokenizer, compute=args.precision)
     if loaded.layout is None:
@@ -55,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         described = {"path": args.data} if args.data else settings.data.to_dict()
     writer = tokens.Writer(
-        args.out,
+        out,
         images={split: len(source) for split, source in sources.items() if len(source)},
         layout=loaded.layout.to_json(),
         tokenizer={

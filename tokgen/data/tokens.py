@@ -30,6 +30,7 @@ from tokgen import interfaces
 FORMAT = 1  # the version of all of the above
 HEADER = "layout.json"
 PLAN = "plan.json"  # the header before there are shards; what a resumed writer compares
+RECORDS = {HEADER: ("format", "layout"), PLAN: ("format", "layout")}
 SHARD = 8192  # images of a shard
 SPLITS = ("train", "held_out")
 
