@@ -55,7 +55,7 @@ def check_platform() -> None:
         asked = jax.config.jax_platforms or ""
         said = str(error).partition(" (set JAX_PLATFORMS")[0] or "jax has no plugin for it"
         need = f"JAX_PLATFORMS={asked} needs such a device" if asked else "a device cannot be used"
-        raise UserError(f"{need}; found: {said.splitlines()[0]}; {_remedy(asked, said)}") from error
+        raise UserError(f"{need}; found: {said.splitlines()[0].rstrip(".")}; {_remedy(asked, said)}") from error
 
 
 def _remedy(asked: str, said: str) -> str:

@@ -176,7 +176,7 @@ def growing(
             found = stack.enter_context(folder(path, **given))
             found.record = record
         else:
-            if names and not _is_result(target, records):
+            if names and not set(names) & set(records):
                 raise UserError(
                     f"{option} {path} is not empty: it holds {_some(names)} of something else, and "
                     f"no {' or '.join(records)} that says of what; use another {option}"
@@ -380,7 +380,7 @@ def _reserved(path: str | os.PathLike, option: str) -> Iterator[None]:
 def described(error: OSError, path: str | os.PathLike = "", option: str = "--out") -> str:
     """What went wrong with a place, and what mends it."""
     inner = os.fspath(error.filename) if isinstance(error.filename, str | os.PathLike) else ""
-    where = os.fspath(path) or inner or "the output"
+    where = os.fspath(path) or inner or "what it says"
     if inner and pathlib.Path(where).name not in inner:
         where, option = inner, ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -107,7 +107,7 @@ def test_failed_training_is_told_and_keeps_the_old_page(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="train_tokenizer.py ended with exit code 2"):
         demo.run(arguments)
     assert (tmp_path / "index.html").read_text() == "old"
-    assert [file.name for file in tmp_path.parent.iterdir() if file.name[0] == "."] == []
+    assert list(tmp_path.parent.glob(f".{tmp_path.name}.*")) == []
 
 
 def test_too_few_samples_are_refused(tmp_path):

@@ -36,7 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--orders", type=int, default=8, help="draws per image, where orders are drawn (default 8)"
     )
     parser.add_argument(
-        "--out", default="", help="append the figures to this JSONL file; of a score: its folder"
+        "--out", default=None, help="append the figures to this JSONL file; of a score: its folder"
     )
     parser.add_argument("--tokenizer", default="", help="where the generator's tokenizer lies now")
     parser.add_argument(
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     if args.overwrite:
         raise UserError("--overwrite is of a score; without --protocol figures are added to --out")
     inputs = (args.checkpoint, args.data, args.text, args.tokenizer)
-    place = output.lines(args.out, inputs=inputs) if args.out else contextlib.nullcontext([])
+    place = output.lines(args.out, inputs=inputs) if args.out is not None else contextlib.nullcontext([])
     with place as lines:
         record, shown = _measured(args)
         lines.append(record)

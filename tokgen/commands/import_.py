@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.tokenizer and found.tokens is None:
         raise UserError(f"--tokenizer is for generators; {args.system} is a tokenizer itself")
-    inputs = (args.file, args.tokenizer, args.config)
+    inputs = (file if file.is_file() else "", args.tokenizer, args.config)
     with output.folder(args.out, records={}, inputs=inputs) as place:
         told = _imported(args, found, place)
     for line in told:
