@@ -54,6 +54,7 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         )
 
     mesh = config.call(sharding.make_mesh, settings.mesh, "mesh")
+    sharding.check_batch(settings.batch_size, mesh)
     jax.set_mesh(mesh)
     state.average_of(settings.get("average", "muse"))
     graph, network = state.create(

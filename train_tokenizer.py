@@ -61,6 +61,7 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     begin, play = game.steps(steps)
 
     mesh = config.call(sharding.make_mesh, settings.mesh, "mesh")
+    sharding.check_batch(settings.batch_size, mesh)
     jax.set_mesh(mesh)
     run = runs.start(
         workdir,

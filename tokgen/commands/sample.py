@@ -9,10 +9,9 @@ import pathlib
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from tokgen import archives, checkpoint, launch, report, rng
+from tokgen import archives, checkpoint, launch, report, rng, sharding
 from tokgen.interfaces import PyTree, Text, UserError
 from tokgen.metrics import reconstruction
 from tokgen.sampling import decode, presets
@@ -51,14 +50,16 @@ def draw(
     depends on (seed, i, its condition) only: not on the batch, nor on its neighbours.
     """
     N = len(jax.tree.leaves(cond)[0])
-    tokens, images = [], []
-    with report.bar(N, unit="image", what=what, shown=bool(what)) as bar:
+    tokens, images, mesh = [], [], sharding.current()
+    batch = max(min(batch, N), 1)
+    # the mesh is set, so that the networks can say how their activations lie
+    with jax.set_mesh(mesh), report.bar(N, unit="image", what=what, shown=bool(what)) as bar:
         for start in range(0, N, batch):
-            # the last batch is filled up, so that one program serves all
-            index_B = np.minimum(np.arange(start, start + batch), N - 1)
-            keys_B = rng.per_image(seed, "sample", jnp.asarray(first + index_B))
-            held = None if given is None else tuple(jnp.asarray(g[index_B]) for g in given)
-            cond_B = jax.tree.map(lambda leaf, index=index_B: jnp.asarray(leaf[index]), cond)
+            rows = slice(start, min(start + batch, N))
+            asked = jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf[rows]), (cond, given))
+            index_B = first + np.arange(rows.start, rows.stop)
+            (cond_B, held), index_B = sharding.filled((asked, index_B), batch, mesh)
+            keys_B = rng.per_image(seed, "sample", index_B)
             tokens_BLG, invalid_B = draw_tokens(
                 generator, tokenizer.quantizer, cond_B, keys_B, sampler, held
             )
