@@ -220,7 +220,7 @@ def entries(workdir, step):
 
 def test_a_collapsed_run_stops_after_its_grace_and_is_saved(tmp_path):
     with pytest.raises(interfaces.UserError, match="step 3: of the codes"):
-        train(tmp_path, "steps=4", "report.save=9", "guard.usage=9.0", grace=0.5)
+        train(tmp_path, "steps=4", "report.save=9", "guard.usage=1.0", grace=0.5)
     assert steps_of(tmp_path) == [3]
     assert [record["step"] for record in report.read(tmp_path) if record["split"] == "train"] == [
         *(1, 2, 3)

@@ -306,7 +306,7 @@ def test_weight_decay_follows_a_half_cosine_of_the_global_step():
         moved = states.paths(after.params)["conv_in/kernel"]
         np.testing.assert_allclose(moved, factor * make().conv_in.kernel[...], rtol=1e-5)
         equal(old.params["norm"], after.params["norm"])
-    with pytest.raises(ValueError, match="weight_decay_end=-1"):
+    with pytest.raises(ValueError, match="weight_decay_end must be .*-1.0"):
         states.optimizer(5, learning_rate=1.0, weight_decay_end=-1.0)
 
 
@@ -455,7 +455,7 @@ def test_muon_turns_the_matrices_of_the_blocks(key):
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        (dict(learning_rate=0.0), "learning_rate > 0"),
+        (dict(learning_rate=0.0), "learning_rate must be a finite number above 0"),
         (dict(learning_rate=1.0, clip=-1.0), "clip"),
         (dict(learning_rate=1.0, name="adamm"), "adamw"),
     ],

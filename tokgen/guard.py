@@ -7,10 +7,12 @@ import dataclasses
 import json
 import math
 import pathlib
+from typing import Annotated
 
 import jax
 import numpy as np
 
+from tokgen import ranges
 from tokgen.interfaces import TokenLayout
 from tokgen.metrics import codebook
 
@@ -31,10 +33,13 @@ class Limits:
         returns: so many times, at half the critic's weight each; then the critic is left out.
     """
 
-    usage: float = 0.0
-    grace: float = 0.1
-    worse: float = 0.0
-    returns: int = 3
+    usage: ranges.Share = 0.0
+    grace: ranges.Share = 0.1
+    worse: ranges.Amount = 0.0
+    returns: Annotated[int, ranges.Range(0, 1000)] = 3
+
+    def __post_init__(self):
+        ranges.check(self)
 
 
 class Meter:

@@ -148,7 +148,7 @@ class Pictures:
         if lossy and not self.lossy:
             raise UserError(self._is_lossy(lossy))
         self.size = self._seen(0)[0].shape[:2]
-        place = pathlib.Path(path).resolve()
+        place = pathlib.Path(self.source.path).resolve()
         # other bytes under the same names, and as many of them, are other samples
         changed = max((place / name).stat().st_mtime_ns for name in names)
         self.identity = {

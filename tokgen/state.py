@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 
-from tokgen import rng, sharding
+from tokgen import ranges, rng, sharding
 from tokgen.interfaces import Array, PyTree, Statistic, UserError
 
 # How an average begins: its decay at step s, from 0, until that is `ema`. The first step copies, as
@@ -129,15 +129,15 @@ def _check_schedule(
     decay: str, start: float | None, hold: float, restarts: tuple[float, ...]
 ) -> None:
     if decay not in ("cosine", "linear", "constant"):
-        raise ValueError(f"decay must be cosine, linear or constant; found {decay!r}")
+        raise UserError(f"decay must be cosine, linear or constant; found {decay!r}")
     if not 0 <= (start or 0) <= 1 or not 0 <= hold < 1 or (hold and decay != "linear"):
-        raise ValueError(
+        raise UserError(
             "start must lie in [0, 1], hold in [0, 1), above 0 with decay='linear' only; found "
             f"start={start}, hold={hold}, decay={decay!r}"
         )
     shares = (0, *restarts, 1)
     if any(a >= b for a, b in zip(shares[:-1], shares[1:], strict=True)):
-        raise ValueError(
+        raise UserError(
             f"restarts must be shares of the steps between 0 and 1, rising; found {restarts}"
         )
 
@@ -182,44 +182,39 @@ class Optimizer:
     decayed: str = struct.field(pytree_node=False, default=KERNELS)
 
 
+@ranges.checked
 def optimizer(
     steps: int,
     *,
-    learning_rate: float,
+    learning_rate: ranges.Positive,
     name: str = "adamw",
-    warmup: int = 0,
-    start: float | None = None,
+    warmup: ranges.Whole = 0,
+    start: ranges.Share | None = None,
     decay: str = "cosine",
-    final: float = 0.0,
-    hold: float = 0.0,
-    drops: tuple[float, ...] = (),
-    restarts: tuple[float, ...] = (),
+    final: ranges.Share = 0.0,
+    hold: ranges.Rate = 0.0,
+    drops: tuple[ranges.Share, ...] = (),
+    restarts: tuple[ranges.Fraction, ...] = (),
     begin: int = 0,
-    b1: float = 0.9,
-    b2: float = 0.95,
-    weight_decay: float = 0.0,
-    weight_decay_end: float | None = None,
+    b1: ranges.Rate = 0.9,
+    b2: ranges.Rate = 0.95,
+    weight_decay: ranges.Amount = 0.0,
+    weight_decay_end: ranges.Amount | None = None,
     decayed: str = KERNELS,
-    clip: float = 1.0,
+    clip: ranges.Amount = 1.0,
 ) -> Optimizer:
     """Clip, AdamW or Muon, decay of the parameters whose path matches `decayed`.
 
     By default these are the matrices: no norms, biases, embeddings, codebooks. With
     `weight_decay_end` the decay goes there in half a cosine over all steps.
     """
-    if learning_rate <= 0 or min(clip, weight_decay, weight_decay_end or 0.0) < 0:
-        raise ValueError(
-            "optimizer needs learning_rate > 0, clip >= 0 (0: off), weight_decay >= 0 and its end "
-            f"too; found learning_rate={learning_rate}, clip={clip}, weight_decay={weight_decay}, "
-            f"weight_decay_end={weight_decay_end}"
-        )
     moments = {"adamw": _adam, "muon": _muon}
     if name not in moments:
-        raise ValueError(f"optimizer must be one of {sorted(moments)}; found {name!r}")
+        raise UserError(f"optimizer must be one of {sorted(moments)}; found {name!r}")
     try:
         re.compile(decayed)
     except re.error as error:
-        raise ValueError(
+        raise UserError(
             f"decayed must be a pattern of paths; found {decayed!r}: {error}"
         ) from error
     links = [optax.clip_by_global_norm(clip)] if clip else []

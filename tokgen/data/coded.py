@@ -28,7 +28,7 @@ class Drawn:
     def __post_init__(self):
         forms = {(view.size, view.channels, view.decoder) for view in self.views}
         if len(forms) != 1:
-            raise ValueError(
+            raise interfaces.UserError(
                 f"views to draw from must be of one size, channels and decoder; found {forms}"
             )
 
