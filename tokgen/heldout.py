@@ -18,6 +18,7 @@ from tokgen.interfaces import PyTree, Text, TokenBatch, UserError
 from tokgen.metrics import codebook
 from tokgen.metrics import reconstruction as quality
 
+PIXELS = 50 * 256 * 256  # of the images that are put through a tokenizer at a time
 PIXEL_METRICS = ("psnr_db", "ssim", "codebook_usage", "codebook_perplexity")
 
 
@@ -42,6 +43,8 @@ def _reconstruct(tokenizer, image_BHW3, text_BTE, distances):
     # through bytes: the figures are those of the files that a user would get
     painted = quality.from_uint8(quality.to_uint8(painted))
     measured = {"psnr_db": quality.psnr(image_BHW3, painted)}
+    # on the scale of the loss, [-1, 1]
+    measured["l2"] = 4 * jnp.mean(jnp.square(image_BHW3 - painted), (1, 2, 3))
     if min(image_BHW3.shape[1:3]) >= quality.WINDOW:
         measured["ssim"] = quality.ssim(image_BHW3, painted)
     for name, distance in distances.items():
@@ -75,15 +78,24 @@ def watched(batches, total: int, what: str):
             bar.update(len(part["label"]))
 
 
+def bounded(view: images.View, count: int, batch: int = 0) -> int:
+    """Images at a time: `batch`, or by default fewer of larger ones; no more than there are."""
+    rows, columns = view.size
+    return min(batch or max(1, min(50, PIXELS // (rows * columns))), count)
+
+
 def reconstruction(
-    tokenizer, source, view, *, count: int, batch: int = 50, what: str = ""
+    tokenizer, source, view, *, count: int, batch: int = 0, shown: int = 0, what: str = ""
 ) -> tuple[dict, tuple]:
-    """(figures, (originals, reconstructions) of the first batch, uint8) over `count` images.
+    """(figures, (originals, reconstructions) of the first `shown`, uint8) over `count` images.
+
+    Of the first batch, where `shown` is 0.
 
     `images` counts those that were measured: what cannot be read is told and left out.
     """
-    measured, counts, shown, images_ = {}, None, None, 0
+    measured, counts, pairs, images_ = {}, None, [], 0
     chosen = spread(len(source), count)
+    batch = bounded(view, len(chosen), batch)
     passing = stream.once(source, view, batch_size=batch, indices=chosen)
     for part in watched(passing, len(chosen), what):
         tokens_BLG, painted, values = repaint(tokenizer, part, batch=batch)
@@ -93,8 +105,8 @@ def reconstruction(
         if tokens_BLG is not None:
             found = codebook.counts(tokens_BLG, tokenizer.layout)
             counts = found if counts is None else tuple(map(np.add, counts, found))
-        if shown is None:
-            shown = part["image"], painted
+        if not pairs or sum(len(image) for image, _ in pairs) < shown:
+            pairs.append((part["image"], painted))
     figures = {}
     for name, parts in measured.items():
         value_B = np.concatenate(parts).astype(np.float64)
@@ -103,7 +115,8 @@ def reconstruction(
     if counts is not None:
         figures["codebook_usage"] = float(np.mean([codebook.usage(c) for c in counts]))
         figures["codebook_perplexity"] = float(np.mean([codebook.perplexity(c) for c in counts]))
-    return figures | numbers(images_, len(chosen)), shown
+    pairs = tuple(np.concatenate(parts)[: shown or None] for parts in zip(*pairs, strict=True))
+    return figures | numbers(images_, len(chosen)), pairs
 
 
 def numbers(images_: int, wanted: int) -> dict[str, int]:
@@ -176,8 +189,8 @@ def likelihood(
         order_of = _order(generator, order)
     draws = draws if order == "random" or not exact else 1
     program = functools.partial(_exact, order=order_of) if exact else _bound
-    mesh, total = sharding.current(), []
-    chosen = spread(len(source), count)  # of which some may not be readable
+    total, chosen = [], spread(len(source), count)  # of which some may not be readable
+    batch, mesh = min(batch, len(chosen)), sharding.current()
     for part in watched(stream.once(source, batch_size=batch, indices=chosen), len(chosen), what):
         rows = len(part["label"])
         padded = sharding.filled(part, batch, mesh)

@@ -7,6 +7,7 @@ A supply has a length, a `size` (rows, columns), an `identity` in plain JSON, an
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import pathlib
 import zipfile
@@ -228,6 +229,29 @@ class Spread:
         """Images and labels `start` to `stop`; of an archive, read from the first to the last."""
         found = [self.supply.part(int(n), int(n) + 1) for n in self.index_N[start:stop]]
         return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path, shape: Sequence[int], label_N: np.ndarray | None = None):
+    """A function that adds images to a new `path`, an archive of `shape` [N, H, W, C] in the end.
+
+    It appears whole or not at all. Equal images make equal files.
+    """
+    part = path.with_name(f".{path.name}.part")
+    with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as target:
+        # a date of its own would make equal images unequal files
+        with target.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+            header = {
+                "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
+                "fortran_order": False,
+                "shape": tuple(map(int, shape)),
+            }
+            np.lib.format.write_array_header_1_0(member, header)
+            yield lambda image_BHWC: member.write(np.ascontiguousarray(image_BHWC).tobytes())
+        if label_N is not None:
+            with target.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
+                np.lib.format.write_array(member, label_N.astype(np.int64), allow_pickle=False)
+    part.replace(path)
 
 
 def digests(image_NHW3: np.ndarray) -> np.ndarray:
