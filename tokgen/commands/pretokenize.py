@@ -49,7 +49,9 @@ def run(args: argparse.Namespace) -> None:
             "discrete quantizer (vq, fsq, lfq, bsq, multiscale)"
         )
     settings, mesh = loaded.config, sharding.make_mesh()
-    sources = {s: heldout.image_source(settings, args.data, s) for s in tokens.SPLITS}
+    order = tokens.recorded_classes(args.out)
+    sources = {s: heldout.image_source(settings, args.data, s, order=order) for s in tokens.SPLITS}
+    heldout.tell(heldout.called(settings.get("data", {}), args.data), **sources)
     if not args.data and settings.data.name == "shapes":
         described = settings.data.to_dict()
     else:

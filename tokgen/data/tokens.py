@@ -242,7 +242,9 @@ class Source:
         self.path = os.fspath(path)
         self.split = split
         self.header = _read_header(self.path)
-        if split not in self.header["splits"]:
+        # a set of which nothing was held out has an empty part
+        parts = {"held_out": {"images": 0, "shards": []}} | self.header["splits"]
+        if split not in parts:
             raise interfaces.UserError(
                 f"{self.path} has no split {split!r}, only {', '.join(self.header['splits'])}; "
                 f"choose one of these, or {_REMEDY}"
@@ -252,15 +254,19 @@ class Source:
         self.views: tuple[str, ...] = tuple(self.header["views"])
         # of images that could not be read; the stream reads none of these
         self.missing: dict[int, tuple[str, str]] = {}
-        for shard in self.header["splits"][split]["shards"]:
+        for shard in parts[split]["shards"]:
             self.missing |= _missing(shard)
         self._packing = _Packing(self.header)
-        shards = self.header["splits"][split]["shards"]
+        shards = parts[split]["shards"]
         self._files = [os.path.join(self.path, shard["file"]) for shard in shards]
         self._ends = np.cumsum([shard["images"] for shard in shards]).tolist()
         self._readers: list = [None] * len(shards)
+        # images of each class, where all were looked at
+        self.counts = np.zeros(self._packing.labels, np.int64) if verify else None
         for shard in shards:
             self._check(shard, verify)
+        if verify:
+            self.counts[0] -= len(self.missing)
         self._check_folder()
         canonical = json.dumps([split, _told(self.header)], sort_keys=True)
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
@@ -298,9 +304,12 @@ class Source:
                 raise _damage(
                     path, f"records of {self._packing.width} bytes are needed; found {len(record)}"
                 )
-        problem = self._packing.range_problem(*self._packing.unpack(records))
+        tokens_BXLG, label_B = self._packing.unpack(records)
+        problem = self._packing.range_problem(tokens_BXLG, label_B)
         if problem:
             raise _damage(path, problem)
+        if verify:
+            self.counts += np.bincount(label_B, minlength=self._packing.labels)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -444,6 +453,17 @@ def _planned(split: str, count: int, shard_images: int) -> list[Shard]:
         )
         for shard in range(number)
     ]
+
+
+def recorded_classes(path: str | os.PathLike) -> tuple[str, ...]:
+    """The classes, in their order, of a folder of shards, finished or begun; none without one."""
+    path = os.fspath(path)
+    for name in (HEADER, PLAN):
+        if os.path.exists(os.path.join(path, name)):
+            found = _read_json(path, name).get("classes")
+            named = isinstance(found, list) and all(isinstance(name, str) for name in found)
+            return tuple(found) if named else ()
+    return ()
 
 
 def _plan_of(header: dict) -> dict:
