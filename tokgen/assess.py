@@ -29,8 +29,9 @@ from tokgen import (
 from tokgen.commands import sample
 from tokgen.critics import perceptual
 from tokgen.data import classes as names_
+from tokgen.data import reader
 from tokgen.interfaces import UserError
-from tokgen.pretrained import reader
+from tokgen.pretrained import reader as weights_
 
 SAMPLES = 1000  # where neither the protocol nor --samples says
 
@@ -191,7 +192,7 @@ def repainted(args: argparse.Namespace) -> supplies.Repainted:
     if args.lpips:
         weights = {}
         for file in args.lpips:
-            weights |= reader.read(file)
+            weights |= weights_.read(file)
         network = perceptual.from_weights(weights)
         distances[f"lpips_{trunk_of(network)}"] = network
     return supplies.Repainted(loaded, source, count=count, distances=distances)
@@ -205,6 +206,8 @@ def trunk_of(network) -> str:
 def count_of(args: argparse.Namespace, protocol, supply) -> int:
     """How many images are scored: what --samples says, the protocol's number, or all."""
     wanted = args.samples or protocol.samples or len(supply)
+    if not protocol.samples and getattr(supply, "unreadable", 0):
+        wanted = min(wanted, len(supply))  # the others are told, and left out
     if protocol.samples and wanted != protocol.samples:
         raise UserError(
             f"{args.protocol} is defined for {protocol.samples} samples; --samples asks for "
@@ -287,7 +290,10 @@ def scored(
     )
     figures, absent = scoring.score(compared)
     figures = evaluation.of_pairs(found, args.seed) | figures
-    return evaluation.record(identity, figures, absent, found), found
+    line = evaluation.record(identity, figures, absent, found)
+    if getattr(supply, "unreadable", 0):
+        line["unreadable"] = reader.unreadable(supply.source).record()
+    return line, found
 
 
 def check_enough(args, reference, layer: str, count: int) -> None:

@@ -168,6 +168,51 @@ def test_a_stopped_writer_writes_only_what_is_missing(tmp_path, folder):
     assert tokens.Writer(path, **plan()).remaining() == []
 
 
+def test_images_that_could_not_be_read_are_listed_and_have_no_tokens(tmp_path):
+    path = tmp_path / "tokens"
+    writer = tokens.Writer(path, **plan())
+    first, *others = writer.shards()
+    missing = {1: ("daisy/1.png", "cut off"), 3: ("rose/3.png", "empty")}
+    writer.write(first, *content(first.split, first.start, first.stop), missing)
+    assert writer.written("train") == [(first, missing)]
+    writer = tokens.Writer(path, **plan())  # stopped, and begun again
+    assert writer.written("train") == [(first, missing)]
+    fill(writer, writer.remaining())
+    writer.finish()
+    source = tokens.Source(path)
+    assert source.missing == missing and source.name(3) == "rose/3.png"
+    assert source.header["splits"]["train"]["unreadable"] == 2
+    assert tokens.Source(path, split="held_out").missing == {}
+    assert tokens.Source(write(tmp_path / "whole")).missing == {}
+    for wrong in ([[99, "a", "b"]], [[1, "a"]], [["1", "a", "b"]], 5, [[1, None, "b"]]):
+        edit(path, lambda h, w=wrong: h["splits"]["train"]["shards"][0].update(unreadable=w))
+        with pytest.raises(interfaces.UserError, match="cannot be used"):
+            tokens.Source(path)
+
+
+def test_a_split_without_a_readable_image_is_refused(tmp_path):
+    writer = tokens.Writer(tmp_path, **plan())
+    for shard in writer.shards():
+        numbers = range(shard.start, shard.stop) if shard.split == "held_out" else ()
+        missing = dict.fromkeys(numbers, ("a", "b"))
+        writer.write(shard, *content(shard.split, shard.start, shard.stop), missing)
+    with pytest.raises(interfaces.UserError, match="none of the .* images of held_out"):
+        writer.finish()
+
+
+def test_a_fingerprint_of_before_is_known(tmp_path):
+    new = {"source": "folder", "fingerprint": {"train": "n", "held_out": "m"}}
+    old = {**new, "fingerprint": {"train": "o", "held_out": "p"}}
+    write(tmp_path / "old", data=old)
+    earlier = {"train": ("o",), "held_out": ("p",)}
+    assert tokens.Writer(tmp_path / "old", **plan(data=new), earlier=earlier).remaining() == []
+    for changed in ({"earlier": {}}, {"earlier": {"train": ("o",)}}):
+        with pytest.raises(interfaces.UserError, match="something else"):
+            tokens.Writer(tmp_path / "old", **plan(data=new), **changed)
+    with pytest.raises(interfaces.UserError, match="something else"):
+        tokens.Writer(tmp_path / "old", **plan(data={**new, "source": "x"}), earlier=earlier)
+
+
 class Killed(BaseException):
     """Not an Exception: nothing may catch it to tidy up, as nothing can after a kill."""
 
@@ -509,6 +554,7 @@ def test_what_is_no_folder_of_tokens_is_refused(tmp_path, folder):
     with pytest.raises(interfaces.UserError, match="'test'"):
         tokens.Source(folder, split="test")
     edit(folder, lambda h: h["splits"].pop("held_out"))
+    (folder / "held_out-00000-of-00001.array_record").unlink()
     assert len(tokens.Source(folder, split="held_out")) == 0  # nothing was held out
 
 

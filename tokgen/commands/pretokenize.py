@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
         data=described | {"fingerprint": {s: sources[s].fingerprint for s in sources}},
         views=views,
         classes=sources["train"].classes,
+        earlier={s: getattr(sources[s], "earlier", ()) for s in sources},
     )
     for split, source in sources.items():  # of shards that an earlier run wrote
         record = reader.unreadable(source)
@@ -116,7 +117,7 @@ def _shard(tokenizer, source, shard, views, batch, mesh, bar) -> tuple:
     count = shard.stop - shard.start
     layout = tokenizer.layout
     tokens_BXLG = np.zeros((count, len(views), layout.length, layout.groups), np.int32)
-    label_B = np.zeros(count, np.int32)
+    label_B, seen_B = np.zeros(count, np.int32), np.zeros(count, bool)
     passing = stream.once(
         source,
         images.Every(tuple(views)),
@@ -128,9 +129,10 @@ def _shard(tokenizer, source, shard, views, batch, mesh, bar) -> tuple:
     with passing:
         for part in passing:
             rows = part["index"] - shard.start
-            label_B[rows] = part["label"]
+            label_B[rows], seen_B[rows] = part["label"], True
             for number in range(len(views)):
                 laid = sharding.filled(part["image"][:, number], batch, mesh)
                 tokens_BXLG[rows, number] = jax.device_get(encode(tokenizer, laid))[: len(rows)]
             bar.update(len(rows))
-    return tokens_BXLG, label_B, reader.unreadable(source).between(shard.start, shard.stop)
+    broken = shard.start + np.flatnonzero(~seen_B)
+    return tokens_BXLG, label_B, reader.unreadable(source).among(broken)

@@ -69,6 +69,7 @@ class Writer:
       data: JSON that describes the source, with its "fingerprint".
       views: their names, in the order in which they are written.
       classes: the names of the labels; empty if there are none.
+      earlier: fingerprints that earlier versions gave the same source, by split.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Writer:
         views: Sequence[str] = ("center",),
         classes: Sequence[str] = (),
         shard_images: int = SHARD,
+        earlier: Mapping[str, Sequence[str]] = types.MappingProxyType({}),
     ):
         self.path = os.fspath(path)
         plan = {
@@ -101,13 +103,15 @@ class Writer:
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise interfaces.UserError(f"token shards need a folder; {self.path} is a file")
         os.makedirs(self.path, exist_ok=True)
-        self._resume()
+        self._resume(earlier)
 
-    def _resume(self) -> None:
+    def _resume(self, earlier: Mapping[str, Sequence[str]]) -> None:
         """Take up the plan that is there if it is this one; refuse any other."""
         for name in (HEADER, PLAN):
             if os.path.exists(os.path.join(self.path, name)):
                 found = (_read_header if name == HEADER else _read_plan)(self.path)
+                if _is_known(self._plan["data"], found.get("data"), earlier):
+                    self._plan["data"] = found["data"]  # as it was written
                 differences = _differences(self._plan, _plan_of(found))
                 if differences:
                     raise interfaces.UserError(
@@ -472,6 +476,23 @@ def _plan_of(header: dict) -> dict:
         return header
     plan = {key: value for key, value in header.items() if key not in ("splits", "digest")}
     return {**plan, "images": {name: part["images"] for name, part in header["splits"].items()}}
+
+
+def _is_known(data: dict, found, earlier: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a header's `data` are the same but for fingerprints of an earlier version."""
+    if not isinstance(found, dict) or not isinstance(data.get("fingerprint"), dict):
+        return False
+    known = {
+        s: (fingerprint, *earlier.get(s, ())) for s, fingerprint in data["fingerprint"].items()
+    }
+    there = found.get("fingerprint")
+    same = isinstance(there, dict) and there.keys() == known.keys()
+    rest = {name: value for name, value in found.items() if name != "fingerprint"}
+    return (
+        same
+        and all(there[split] in known[split] for split in known)
+        and rest == {name: value for name, value in data.items() if name != "fingerprint"}
+    )
 
 
 def _header_shards(header: dict) -> dict[str, dict]:
