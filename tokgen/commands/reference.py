@@ -14,6 +14,7 @@ from tokgen import (
     checkpoint,
     config,
     extractors,
+    heldout,
     judge,
     launch,
     output,
@@ -85,6 +86,7 @@ def _written(args: argparse.Namespace, protocol: protocols.Protocol, file: pathl
     split = args.split or unsaid
     source = source_of(args, split)
     size = size_of(source, args)
+    heldout.tell(args.data, **{split: source})
     extractor = extractor_of(args, protocol, source, size)
     count = min(len(source), args.images or len(source))
     index_N = evenly(len(source), count)
