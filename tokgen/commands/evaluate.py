@@ -84,7 +84,9 @@ def run(args: argparse.Namespace) -> None:
     if args.overwrite:
         raise UserError("--overwrite is of a score; without --protocol figures are added to --out")
     inputs = (args.checkpoint, args.data, args.text, args.tokenizer)
-    place = output.lines(args.out, inputs=inputs) if args.out is not None else contextlib.nullcontext([])
+    place = contextlib.nullcontext([])
+    if args.out is not None:
+        place = output.lines(args.out, inputs=inputs)
     with place as lines:
         record, shown = _measured(args)
         lines.append(record)
