@@ -359,7 +359,7 @@ def edit(path, change):
 
 def before_digests(path):
     header = json.loads((path / tokens.HEADER).read_text())
-    del header["digest"]
+    header.pop("digest", None)
     (path / tokens.HEADER).write_text(json.dumps({**header, "format": 1}))
 
 
