@@ -17,11 +17,11 @@ from tokgen import (
     gallery,
     heldout,
     launch,
+    output,
     page,
     protocols,
     references,
     report,
-    runs,
     samples,
     scoring,
     supplies,
@@ -29,8 +29,9 @@ from tokgen import (
 from tokgen.commands import sample
 from tokgen.critics import perceptual
 from tokgen.data import classes as names_
+from tokgen.data import reader
 from tokgen.interfaces import UserError
-from tokgen.pretrained import reader
+from tokgen.pretrained import reader as weights_
 
 SAMPLES = 1000  # where neither the protocol nor --samples says
 
@@ -38,11 +39,10 @@ SAMPLES = 1000  # where neither the protocol nor --samples says
 def run(args: argparse.Namespace) -> None:
     """Score what the command line names, and write everything that says how."""
     check(args)
-    launch.devices()
     protocol = protocols.named(args.protocol)
-    out = pathlib.Path(args.out)
-    with runs.lock(out):
-        reference = None
+    with opened(args) as place:
+        launch.devices()
+        reference, out = None, place.path
         if args.reference:
             reference = references.read(args.reference, args.assume)
         supply, classes = supply_of(args, protocol, out)
@@ -51,21 +51,36 @@ def run(args: argparse.Namespace) -> None:
         if reference is not None:
             references.check(reference, args.protocol, extractor, size=supply.size, count=count)
             reference = with_features(reference, extractor)
-        line, found = scored(args, supply, extractor, reference, count, classes, out)
-        print(table(line))
-        finish(out, line, found, supply, extractor, reference, count)
+        line, found = scored(args, supply, extractor, reference, count, classes, place)
+        finish(place, line, found, supply, extractor, reference, count)
+    print(table(line))
 
 
-def finish(out: pathlib.Path, line: dict, found, supply, extractor, reference, count: int) -> None:
+def opened(args: argparse.Namespace):
+    """The folder of the score, reserved; gone on with where it is of this command line."""
+    return output.growing(
+        args.out,
+        records=evaluation.RECORDS,
+        record=evaluation.RUN,
+        what="another evaluation",
+        overwrite=args.overwrite,
+        inputs=(args.reference, args.weights, args.data, args.tokenizer, *args.lpips),
+    )
+
+
+def finish(
+    place: output.Folder, line: dict, found, supply, extractor, reference, count: int
+) -> None:
     """Write the images, the page, and last the result: a folder that has one is finished."""
+    out = place.path
     if isinstance(supply, supplies.Drawn):
         kept = supply.archive
         supply.keep(evaluation.archive(supply, out, count) if kept is None else kept.path)
-        report.say(f"{supply.archive.path}: the images")
+        report.say(f"{place.target / supply.archive.path.name}: the images")
     shown = gallery.write(out, line, found, supply, extractor, reference)
-    report.say(f"{shown}: a page to look at")
+    report.say(f"{place.target / shown.name}: a page to look at")
     evaluation.append(out, line)
-    report.say(f"{out / evaluation.RESULTS}: the same as a line of JSON")
+    report.say(f"{place.target / evaluation.RESULTS}: the same as a line of JSON")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -191,7 +206,7 @@ def repainted(args: argparse.Namespace) -> supplies.Repainted:
     if args.lpips:
         weights = {}
         for file in args.lpips:
-            weights |= reader.read(file)
+            weights |= weights_.read(file)
         network = perceptual.from_weights(weights)
         distances[f"lpips_{trunk_of(network)}"] = network
     return supplies.Repainted(loaded, source, count=count, distances=distances)
@@ -205,6 +220,8 @@ def trunk_of(network) -> str:
 def count_of(args: argparse.Namespace, protocol, supply) -> int:
     """How many images are scored: what --samples says, the protocol's number, or all."""
     wanted = args.samples or protocol.samples or len(supply)
+    if not protocol.samples and getattr(supply, "unreadable", 0):
+        wanted = min(wanted, len(supply))  # the others are told, and left out
     if protocol.samples and wanted != protocol.samples:
         raise UserError(
             f"{args.protocol} is defined for {protocol.samples} samples; --samples asks for "
@@ -257,7 +274,7 @@ def with_features(reference, extractor) -> references.Reference:
 
 
 def scored(
-    args, supply, extractor, reference, count: int, classes: int, out: pathlib.Path
+    args, supply, extractor, reference, count: int, classes: int, place: output.Folder
 ) -> tuple[dict, evaluation.Found]:
     """(the result as a line, what was seen)."""
     protocol = protocols.named(args.protocol)
@@ -272,8 +289,8 @@ def scored(
     }
     if reference is not None:
         check_enough(args, reference, extractor.layers[0], count)
-    evaluation.claim(out, identity)
-    found = evaluation.collect(supply, extractor, out, count)
+    place.claim(identity)
+    found = evaluation.collect(supply, extractor, place.path, count)
     samples.check(samples.suspicious(found.digest_N, found.constant_N), count, args.accept)
     label_N, classes = labels_of(found.label_N, supply, classes, extractor, reference)
     compared = evaluation.compared(
@@ -287,7 +304,10 @@ def scored(
     )
     figures, absent = scoring.score(compared)
     figures = evaluation.of_pairs(found, args.seed) | figures
-    return evaluation.record(identity, figures, absent, found), found
+    line = evaluation.record(identity, figures, absent, found)
+    if getattr(supply, "unreadable", 0):
+        line["unreadable"] = reader.unreadable(supply.source).record()
+    return line, found
 
 
 def check_enough(args, reference, layer: str, count: int) -> None:

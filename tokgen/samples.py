@@ -161,7 +161,7 @@ class Pictures:
         changed = max((place / name).stat().st_mtime_ns for name in names)
         self.identity = {
             "samples": str(place),
-            "fingerprint": self.source.fingerprint,
+            "fingerprint": self.source.earlier[0],  # of names and sizes: `changed` is of contents
             "changed": changed,
         }
 
