@@ -24,6 +24,7 @@ from tokgen import (
     report,
     rng,
     runs,
+    scan,
     sharding,
     state,
 )
@@ -33,11 +34,20 @@ from tokgen.interfaces import TokenBatch, TokenLayout, UserError
 from tokgen.sampling import presets
 
 
-def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Train until `settings.steps`, from wherever the work directory stands."""
-    seed, steps, every = settings.seed, settings.steps, settings.report
+def main(
+    settings: ml_collections.ConfigDict, workdir: pathlib.Path, accept: tuple[str, ...] = ()
+) -> None:
+    """Train until `settings.steps`, from wherever the work directory stands.
+
+    `accept`: what may differ from the run that stands there, "data" or nothing.
+    """
     rehearsal.generator_fields(settings)
-    source, held_out, tokenizer = read(settings.data)
+    seed, steps, every = settings.seed, settings.steps, settings.report
+    source, held_out, tokenizer = read(settings.data, runs.classes(workdir))
+    told = settings.data if settings.data.tokens else tokenizer.config.get("data", {})
+    heldout.tell(
+        heldout.called(told, settings.data.get("images", "")), train=source, held_out=held_out
+    )
     layout, classes = TokenLayout.from_json(source.layout), source.classes
     codec = tokenizer.module.quantizer
     optimizer = config.call(state.optimizer, settings.optimizer, "optimizer", steps=steps)
@@ -69,6 +79,8 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         classes=classes,
         best="nats_per_token",
         data=source.fingerprint,
+        earlier=getattr(source, "earlier", ()),
+        accept=accept,
         tokenizer=checkpoint.reference(tokenizer.step, workdir)
         | {"fingerprint": tokenizer.fingerprint},
         tokens=checkpoint.reference(source.path, workdir) if settings.data.tokens else None,
@@ -79,50 +91,75 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     report.say(f"{what}; {len(source)} images of {layout.length} tokens, {dict(mesh.shape)}")
     step_of = train_step(settings, graph, optimizer)
 
-    start = int(jax.device_get(network.step))
-    log, stop = report.Log(workdir, step=start), launch.Stop()
+    if jax.process_index() == 0:  # once per job
+        scan.before(
+            source,
+            held_out,
+            heldout.spread(len(held_out), settings.held_out.images),
+            channels=tokenizer.config.view.channels,
+            max_bad=settings.get("max_bad", 1e-3),
+        )
+
+    start = done = int(jax.device_get(network.step))
+    measured = runs.is_measured(run, start)
+    log, stop = report.Log(workdir, step=start, measured=measured), launch.Stop()
+    with_what = held_out, tokenizer
+
+    def due(step: int) -> bool:
+        return step % every.save == 0 or step == steps
+
     if what.startswith("started from") and settings.held_out.samples:
-        show_imported(settings, (held_out, tokenizer), log)
+        show_imported(settings, with_what, log)
+    if start and due(start) and not measured:  # it was saved, and the run ended while measuring
+        run.note(start, measure(network, graph, with_what, log, settings))
     batches = stream.batches(
         source,
         seed=seed,
         batch_size=settings.batch_size,
         start=start,
         process=(jax.process_index(), jax.process_count()),
+        max_bad=settings.get("max_bad", 1e-3),
     )
     with batches, report.bar(steps, initial=start, what="generator") as bar:
-        for step in range(start, steps):
-            batch = sharding.global_batch(next(batches), mesh)
+        while done < steps:
+            with run.rescuing({"model": network}):
+                batch = sharding.global_batch(next(batches), mesh)
             with jax.transfer_guard("disallow"):
                 if "image" in batch:
                     batch["tokens"] = source.encode(batch.pop("image"))
                 network, scalars = step_of(network, batch, codec)
             bar.update()
-            done = step + 1
+            done += 1
             if done % every.scalars == 0 or done == steps:
                 values = jax.device_get(scalars)
                 log.scalars(done, values | {"images_seen": done * settings.batch_size})
                 bar.set_postfix_str(report.figures(values, ("nats_per_token", "token_accuracy")))
-                give_up(values, done)
-            last = done == steps or bool(stop)
-            if done % every.save == 0 or last:
-                save(run, network, graph, (held_out, tokenizer), log)
-            if stop:
+                state.give_up(values, done)
+            asked = stop.agreed()
+            if due(done) or asked:
+                run.save({"model": network})
+            if asked:
                 break
+            if due(done):
+                with run.rescuing({"model": network}):
+                    figures = measure(network, graph, with_what, log, settings)
+                run.note(done, figures)
     run.close()
     log.close()
-    done = done if start < steps else start
     seen = f"{done * settings.batch_size:,} images seen"
-    report.say(f"step {done} of {steps} ({seen}) is saved in {workdir}")
+    stop.end(f"step {done} of {steps} ({seen}) is saved in {workdir}")
 
 
-def read(data):
-    """(training, held-out source, tokenizer): token shards, or images that are encoded here."""
+def read(data, order):
+    """(training, held-out source, tokenizer): token shards, or images that are encoded here.
+
+    The classes of images are in `order`, where they are the same: that of the run that goes on.
+    """
     if data.tokens:
         source, held_out = (heldout.generator_source(data, s) for s in tokens.SPLITS)
         made_by = source.header["tokenizer"]
         tokenizer = checkpoint.load_tokenizer(data.tokenizer or made_by["path"])
-        checkpoint.check_tokenizer(tokenizer, made_by["fingerprint"], f"token set {source.path}")
+        checkpoint.check_tokens(tokenizer, source.header, source.path)
         return source, held_out, tokenizer
     if not data.tokenizer:
         raise UserError(
@@ -132,7 +169,8 @@ def read(data):
         )
     # in float32, as shards are made
     tokenizer = checkpoint.load_tokenizer(data.tokenizer, compute="float32")
-    return *(heldout.generator_source(data, s, tokenizer) for s in tokens.SPLITS), tokenizer
+    parts = (heldout.generator_source(data, s, tokenizer, order) for s in tokens.SPLITS)
+    return *parts, tokenizer
 
 
 def train_step(settings, graph, optimizer):
@@ -148,39 +186,37 @@ def train_step(settings, graph, optimizer):
             generator = state.merge(graph, params, network.stats)
             return generator.loss(batch, codec, step=network.step, key=key)
 
-        gradients, terms = jax.grad(loss, has_aux=True)(network.params)
+        (total, terms), gradients = jax.value_and_grad(loss, has_aux=True)(network.params)
         network, scalars = state.apply_gradients(
-            network, gradients, optimizer, ema=settings.ema, average=average
+            network, gradients, optimizer, ema=settings.ema, average=average, loss=total
         )
         return network, terms | scalars
 
     return step
 
 
-def give_up(values, step: int) -> None:
-    """Stop a run that computes nothing any more."""
-    if values["skipped"] >= state.PATIENCE:
-        raise UserError(
-            f"{int(values['skipped'])} steps in a row up to step {step} had gradients that are not "
-            "finite and were skipped; lower config.optimizer.learning_rate, or go back to an "
-            "earlier checkpoint"
-        )
+def measure(network, graph, with_what, log, settings) -> dict[str, float]:
+    """Held-out nats and a sample grid from the averaged weights of a step that is saved.
 
-
-def save(run, network, graph, with_what, log) -> None:
-    """Held-out nats and a sample grid from the averaged weights, then a checkpoint."""
+    No nats where nothing is held out: then the latest step is the best.
+    """
     held_out, tokenizer = with_what
-    step, settings = int(jax.device_get(network.step)), run.config
+    step = int(jax.device_get(network.step))
     generator = state.merge(graph, state.averaged(network), network.stats)
     codec = tokenizer.module.quantizer
-    figures = heldout.likelihood(generator, codec, held_out, count=settings.held_out.images)
-    report.say(f"step {step}: held out {report.figures(figures, ('nats_per_token', 'nats_error'))}")
-    log.scalars(step, figures, split="held_out")
-    if settings.held_out.samples:
+    figures = {}
+    if len(held_out):
+        count = settings.held_out.images
+        figures = heldout.likelihood(generator, codec, held_out, count=count)
+        shown = report.figures(figures, ("nats_per_token", "nats_error"))
+        report.say(f"step {step}: held out {shown}")
+        log.scalars(step, figures, split="held_out")
+    text = getattr(generator, "cond", "label") == "text"  # whose samples are of held-out texts
+    if settings.held_out.samples and (len(held_out) or not text):
         preset = presets.named(settings.presets.to_dict(), "default")
         image_HW3 = grid(generator, preset, held_out.classes, with_what, settings)
         log.image(step, "samples", image_HW3)
-    run.save({"model": network}, figures)
+    return figures
 
 
 def show_imported(settings, with_what, log) -> None:

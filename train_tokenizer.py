@@ -6,6 +6,7 @@ python train_tokenizer.py --config configs/tokenizer/shapes.py --workdir runs/to
 from __future__ import annotations
 
 import functools
+import math
 import pathlib
 import sys
 
@@ -22,6 +23,7 @@ from tokgen import (
     rehearsal,
     report,
     runs,
+    scan,
     sharding,
     stages,
     state,
@@ -32,19 +34,28 @@ from tokgen.interfaces import UserError
 SHOWN = ("l1", "l2", "codes", "lpips", "critic", "usage")
 
 
-def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Train until `settings.steps`, from wherever the work directory stands."""
-    seed, steps, every = settings.seed, settings.steps, settings.report
+def main(
+    settings: ml_collections.ConfigDict, workdir: pathlib.Path, accept: tuple[str, ...] = ()
+) -> None:
+    """Train until `settings.steps`, from wherever the work directory stands.
+
+    `accept`: what may differ from the run that stands there, "data" or nothing.
+    """
     rehearsal.tokenizer_fields(settings)
+    seed, steps, every = settings.seed, settings.steps, settings.report
     plan = stages.plan(settings)
     game = config.call(adversary.Game, settings.critic, "critic")
     limits = config.call(guard.Limits, settings.get("guard", {}), "guard")
-    source = config.build(settings.data, "data", split="train")
-    held_out = config.build(settings.data, "data", split="held_out")
+    # classes in the order of the run that goes on; a tokenizer needs none
+    known = dict(order=runs.classes(workdir), doubtful="drop")
+    source = config.build(settings.data, "data", split="train", **known)
+    held_out = config.build(settings.data, "data", split="held_out", **known)
+    heldout.tell(heldout.called(settings.data), train=source, held_out=held_out)
     view = config.call(images.View, settings.view, "view")
     begin, play = game.steps(steps)
 
     mesh = config.call(sharding.make_mesh, settings.mesh, "mesh")
+    sharding.check_batch(settings.batch_size, mesh)
     jax.set_mesh(mesh)
     frozen = painter.load_frozen(settings, plan)
     # all that will run is traced with shapes, before any work
@@ -57,6 +68,8 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         classes=source.classes,
         best="l2",
         data=source.fingerprint,
+        earlier=getattr(source, "earlier", ()),
+        accept=accept,
         kept=(play,),
     )
     returns = guard.returned(workdir)
@@ -76,8 +89,18 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     length = f"{layout.length} tokens" if layout else "continuous latents"
     report.say(f"{what}; {len(source)} images, {length} each, {dict(mesh.shape)}")
 
+    if jax.process_index() == 0:  # once per job
+        scan.before(
+            source,
+            held_out,
+            heldout.spread(len(held_out), settings.held_out.images),
+            channels=view.channels,
+            max_bad=settings.max_bad,
+        )
+
     start = step = int(jax.device_get(networks["model"].step))
-    log, stop = report.Log(workdir, step=start), launch.Stop()
+    measured = runs.is_measured(run, start)
+    log, stop = report.Log(workdir, step=start, measured=measured), launch.Stop()
     meter = guard.Meter(layout) if layout else None
     step_of = painter.Steps(settings, game, limits, graphs, critic_optimizer, returns)
     passing = functools.partial(
@@ -89,6 +112,12 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         process=(jax.process_index(), jax.process_count()),
         max_bad=settings.max_bad,
     )
+
+    def due(step: int) -> bool:
+        return step % every.save == 0 or step == steps or (step == play < steps)
+
+    if start and due(start) and not measured:  # it was saved, and the run ended while measuring
+        run.note(start, measure(networks, graph, held_out, log, settings))
     with report.bar(steps, initial=start, what="tokenizer") as bar:
         batches = passing(start=start)
         while step < steps:
@@ -101,7 +130,8 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
                     mesh=mesh,
                     strategy=settings.strategy,
                 )
-            batch = sharding.global_batch(next(batches), mesh)
+            with run.rescuing(networks):
+                batch = sharding.global_batch(next(batches), mesh)
             with jax.transfer_guard("disallow"):
                 networks, scalars, tokens_BLG = step_of(stage, step >= begin)(
                     networks, batch, frozen
@@ -109,18 +139,23 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
             bar.update()
             step += 1
             if meter:
-                meter.add(tokens_BLG)
+                meter.add(tokens_BLG, scalars["skipped"])
             collapsed = ""
             if step % every.scalars == 0 or step == steps:
                 values = jax.device_get(scalars) | (meter.figures() if meter else {})
                 log.scalars(step, values | {"broken_images": batches.bad})
                 bar.set_postfix_str(report.figures(values, SHOWN))
-                give_up(values, step)
+                state.give_up(values, step)
                 collapsed = guard.collapsed(limits, values, step, steps)
-            last = step == steps or bool(stop or collapsed)
-            if step % every.save == 0 or last or (step == play < steps):
-                error = save(run, networks, graph, held_out, log, settings)
-                if step > play and worse(run, play, error, limits, returns):
+            asked = stop.agreed()
+            if due(step) or asked or collapsed:
+                run.save(networks)
+            if asked:
+                break
+            if due(step):
+                with run.rescuing(networks):
+                    figures = measure(networks, graph, held_out, log, settings)
+                if figures and step > play and worse(run, play, figures["l2"], limits, returns):
                     networks, returns = go_back(run, networks, settings, plan, play, mesh)
                     step_of = painter.Steps(
                         settings, game, limits, graphs, critic_optimizer, returns
@@ -132,29 +167,24 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
                     collapsed = ""
                     batches.close()
                     batches, log = passing(start=step), report.Log(workdir, step=step)
+                elif not collapsed:  # without its figures it pushes out no step to go back to
+                    run.note(step, figures)
             if collapsed:
                 run.close()
                 raise UserError(collapsed)
-            if stop:
-                break
         batches.close()
     run.close()
     log.close()
-    report.say(f"step {step} of {steps} is saved in {workdir}")
+    stop.end(f"step {step} of {steps} is saved in {workdir}")
 
 
-def give_up(values, step: int) -> None:
-    """Stop a run that computes nothing any more."""
-    if values["skipped"] >= state.PATIENCE:
-        raise UserError(
-            f"{int(values['skipped'])} steps in a row up to step {step} had gradients that are not "
-            "finite and were skipped; lower config.optimizer.learning_rate, or go back to an "
-            "earlier checkpoint"
-        )
+def measure(networks, graph, held_out, log, settings) -> dict[str, float]:
+    """Held-out figures and a grid from the averaged weights of a step that is saved.
 
-
-def save(run, networks, graph, held_out, log, settings) -> float:
-    """Held-out figures and a grid from the averaged weights, then a checkpoint; squared error."""
+    None where nothing is held out: then the latest step is the best.
+    """
+    if not len(held_out):
+        return {}
     model = networks["model"]
     step = int(jax.device_get(model.step))
     tokenizer = state.merge(graph, state.averaged(model), model.stats)
@@ -167,10 +197,7 @@ def save(run, networks, graph, held_out, log, settings) -> float:
     )
     log.scalars(step, figures, split="held_out")
     log.image(step, "reconstructions", report.beside(image, painted))
-    # on the scale of the loss: what the best checkpoint is chosen by
-    error = 4 * 10 ** (-figures["psnr_db"] / 10)
-    run.save(networks, figures | {"l2": error})
-    return error
+    return figures
 
 
 def worse(run, play: int, error: float, limits, returns: int) -> bool:
@@ -178,7 +205,7 @@ def worse(run, play: int, error: float, limits, returns: int) -> bool:
     if limits.worse == 0 or returns >= limits.returns:
         return False
     before = runs.metrics(run, play).get("l2")
-    if before is None or error <= limits.worse * before:
+    if before is None or not math.isfinite(before) or error <= limits.worse * before:
         return False
     report.say(
         f"held-out squared error {error:.4g} is {error / before:.2f} times that of step {play}, "

@@ -58,8 +58,7 @@ def main() -> None:
     print(machine.header(PACKAGES, machine.devices()), flush=True)
     tokenizer = checkpoint.load_tokenizer(arguments.tokenizer)
     held_out = tokens.Source(arguments.tokens, split="held_out")
-    made_by = held_out.header["tokenizer"]["fingerprint"]
-    checkpoint.check_tokenizer(tokenizer, made_by, f"token set {held_out.path}")
+    checkpoint.check_tokens(tokenizer, held_out.header, held_out.path)
     size, channels = tuple(tokenizer.config.view.size), tokenizer.config.view.channels
     examiner = judge.of_photographs(arguments.data, size, channels, recipe=recipe)
     examine(examiner, tokenizer, arguments)
@@ -83,7 +82,7 @@ def examine(examiner, tokenizer, arguments) -> None:
     for part in stream.once(source, view, batch_size=arguments.batch, indices=chosen):
         image_BHW3, missing = part["image"], arguments.batch - len(part["image"])
         padded = np.concatenate([image_BHW3, np.repeat(image_BHW3[-1:], missing, axis=0)])
-        painted = sample.paint(tokenizer.module, heldout.encode(tokenizer.module, padded))
+        painted, _ = sample.paint(tokenizer.module, heldout.encode(tokenizer.module, padded))
         repainted.append(
             judge.predictions(examiner, np.asarray(painted)[: len(image_BHW3)]) == part["label"]
         )

@@ -224,10 +224,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(poison, key):
     for times in (1, 2):
         after, scalars = step(after, broken)
         assert scalars["skipped"] == after.skipped == times
-    assert after.step == state.step + 2
-    equal(after.replace(step=0, skipped=0), state.replace(step=0, skipped=0))
+    assert after.step == state.step + 2 and scalars["skips"] == after.skips == 2
+    equal(after.replace(step=0, skipped=0, skips=0), state.replace(step=0, skipped=0, skips=0))
     after, _ = step(after, gradients)  # and the run goes on, with the rate of its global step
-    assert after.skipped == 0 and after.step == 4
+    assert after.skipped == 0 and after.skips == 2 and after.step == 4
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
     assert np.abs(after.params["conv_in"]["bias"] - state.params["conv_in"]["bias"]).min() > 0
 

@@ -159,23 +159,27 @@ def critic_step(game: Game, graph, optimizer: states.Optimizer) -> Callable:
                 total = total + game.consistency * seen["consistency"]
             return game.critic_weight * total, seen
 
-        gradients, seen = jax.grad(loss, has_aux=True)(critic.params)
-        critic, _ = states.apply_gradients(critic, gradients, optimizer, trained=TRUNK)
-        averages = losses.moved(averages, seen["critic_real"], seen["critic_fake"])
+        (total, seen), gradients = jax.value_and_grad(loss, has_aux=True)(critic.params)
+        # of logits that are infinite the hinge may still be finite; the averages would not be
+        looked = total + seen["critic_real"] + seen["critic_fake"]
+        critic, _ = states.apply_gradients(critic, gradients, optimizer, trained=TRUNK, loss=looked)
+        after = losses.moved(averages, seen["critic_real"], seen["critic_fake"])
+        averages = states.kept(critic.skipped == 0, after, averages)
         return _maintained(graph, critic, image_BHW3, painted_BHW3, key), averages, seen
 
     return step
 
 
 def _maintained(graph, critic: states.TrainState, image_BHW3, painted_BHW3, key):
-    """The critic after its upkeep: running statistics, spectral directions."""
+    """The critic after its upkeep: running statistics, spectral directions. A skip moves none."""
     judge = states.merge(graph, critic.params, critic.stats)
     if not isinstance(judge, features.Discriminator):
         return critic
     for side, image in ((rng.REAL, image_BHW3), (rng.PAINTED, painted_BHW3)):
         crop = rng.use(rng.use(rng.use(key, rng.UPKEEP), side), rng.CROP)
         judge.maintain(2 * image - 1, key=crop)
-    return critic.replace(stats=states.statistics(judge))
+    moved = critic.skipped == 0
+    return critic.replace(stats=states.kept(moved, states.statistics(judge), critic.stats))
 
 
 def weight(

@@ -1,7 +1,8 @@
 """The `tokgen` program: subcommands, help, exit codes.
 
-Exit codes: 0 done, 2 something the user can mend (one message, no traceback), 130 interrupted. A
-traceback is always a bug. Nothing heavy is imported before a subcommand is chosen.
+Exit codes: 0 done, 2 something the user can mend (one message, no traceback), 130 interrupted
+(Ctrl-C, SIGINT), 143 ended by SIGTERM. A traceback is always a bug. Nothing heavy is imported
+before a subcommand is chosen.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import os
 import platform
 import signal
 import sys
+import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 # Name of the file in tokgen/commands -> its line in the help, which is shown without importing it.
 COMMANDS = {
     "demo": "train a tokenizer and a generator on procedural shapes; write a page to look at",
+    "data": "show what is understood of a set of images, and which cannot be read",
     "pretokenize": "turn images into token shards with a trained tokenizer",
     "sample": "draw images with a trained generator",
     "reconstruct": "put images through a tokenizer and show them beside the originals",
@@ -39,6 +42,18 @@ COMMANDS = {
 
 # Import name of an optional package -> the extra in pyproject.toml that installs it.
 EXTRAS = {"simplejpeg": "fastdata", "huggingface_hub": "hub"}
+
+# By convention of shells, 128 and the number of the signal.
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+class Stopped(BaseException):
+    """A signal has ended the work; says how far it came. No error: nothing is to be mended."""
+
+    def __init__(self, number: int, said: str):
+        super().__init__(said)
+        self.number = signal.Signals(number)
+
 
 # What the figures of a run may depend on.
 REPORTED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -69,12 +84,16 @@ def call(program: str, run: Callable[[], None]) -> int:
     """
     try:
         try:
-            run()
+            with _terminable():
+                run()
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
-        return 130
+        return CODES[signal.SIGINT]
+    except Stopped as stopped:
+        print(f"{program}: {stopped}", file=sys.stderr)
+        return CODES[stopped.number]
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
@@ -116,6 +135,25 @@ def call(program: str, run: Callable[[], None]) -> int:
         )
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends what runs inside as Ctrl-C does: files are closed, one line is said."""
+    default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not default or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        signal.signal(number, signal.SIG_DFL)  # the second time at once
+        raise Stopped(number, "terminated")
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _unheard() -> None:

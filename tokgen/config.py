@@ -508,6 +508,7 @@ def tokenizer(config: Any, *, rngs):
         quantizer,
         build(config["decoder"], "decoder", latent=quantizer.channels, grid=grid, **context),
         pixels=_plain(config.get("pixels", (-1.0, 1.0))),
+        size=(*size, channels),
     )
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokgen import checkpoint, config, report, rng
-from tokgen.data import captioned, coded, images, stream, tokens
+from tokgen import boundary, checkpoint, config, report, rng, sharding
+from tokgen.data import captioned, classes, coded, images, stream, tokens
 from tokgen.generators import orders
 from tokgen.interfaces import PyTree, Text, TokenBatch, UserError
 from tokgen.metrics import codebook
@@ -34,38 +34,47 @@ def spread(length: int, count: int) -> np.ndarray:
 @jax.jit
 def _reconstruct(tokenizer, image_BHW3, text_BTE, distances):
     latents_BPC = tokenizer.latents(image_BHW3)
+    invalid_B = boundary.not_finite(latents_BPC) | boundary.damaged(tokenizer.quantizer)
     if tokenizer.layout is None:  # continuous: the most likely latents in the place of codes
         tokens_BLG, codes_BPC = None, tokenizer.quantizer.mode(latents_BPC)
     else:
         tokens_BLG = tokenizer.quantizer.encode(latents_BPC)
         codes_BPC = tokenizer.quantizer.decode(tokens_BLG)
     painted = tokenizer.decode_latents(codes_BPC, cond=text_BTE)
+    bytes_BHW3, unpainted_B = quality.bytes_of(painted)
     # through bytes: the figures are those of the files that a user would get
-    painted = quality.from_uint8(quality.to_uint8(painted))
+    painted = quality.from_uint8(bytes_BHW3)
     measured = {"psnr_db": quality.psnr(image_BHW3, painted)}
+    # on the scale of the loss, [-1, 1]
+    measured["l2"] = 4 * jnp.mean(jnp.square(image_BHW3 - painted), (1, 2, 3))
     if min(image_BHW3.shape[1:3]) >= quality.WINDOW:
         measured["ssim"] = quality.ssim(image_BHW3, painted)
     for name, distance in distances.items():
         measured[name] = distance(2 * image_BHW3 - 1, 2 * painted - 1)
-    return tokens_BLG, quality.to_uint8(painted), measured
+    return tokens_BLG, bytes_BHW3, measured, invalid_B | unpainted_B
 
 
 def repaint(
-    tokenizer, part: dict, distances: Mapping = types.MappingProxyType({}), *, batch: int = 0
+    tokenizer,
+    part: dict,
+    distances: Mapping = types.MappingProxyType({}),
+    *,
+    batch: int = 0,
+    named: Callable[[int], str] | None = None,
 ) -> tuple[np.ndarray | None, np.ndarray, dict[str, np.ndarray]]:
     """(tokens_BLG or None, uint8 reconstructions, {measure: its value for each image}).
 
     `distances` are further measures of pairs of images in [-1, 1], such as LPIPS. A part shorter
-    than `batch` is filled up, so that one program serves all.
+    than `batch` is filled up, so that one program serves all. What is not finite on the way is an
+    error that says which images, by `named` of their rows.
     """
-    rows = len(part["image"])
-    image, text = (
-        None if a is None else np.concatenate([a, np.repeat(a[-1:], max(0, batch - rows), axis=0)])
-        for a in (part["image"], part.get("text"))
-    )
-    given = jax.device_put((quality.from_uint8(image), text))
+    rows, mesh = len(part["image"]), sharding.current()
+    given = sharding.filled((quality.from_uint8(part["image"]), part.get("text")), batch, mesh)
     found = jax.device_get(_reconstruct(tokenizer, *given, dict(distances)))
-    tokens_BLG, painted, values = jax.tree.map(lambda leaf: leaf[:rows], found)
+    tokens_BLG, painted, values, invalid_B = jax.tree.map(lambda leaf: leaf[:rows], found)
+    boundary.refuse(invalid_B, "what encoder and decoder make of an image", named)
+    for name, value_B in values.items():
+        boundary.refuse(~np.isfinite(value_B), name, named)
     return tokens_BLG, painted, values
 
 
@@ -100,7 +109,8 @@ def reconstruction(
     batch = bounded(view, len(chosen), batch)
     passing = stream.once(source, view, batch_size=batch, indices=chosen)
     for part in watched(passing, len(chosen), what):
-        tokens_BLG, painted, values = repaint(tokenizer, part, batch=batch)
+        naming = named(source, part["index"])
+        tokens_BLG, painted, values = repaint(tokenizer, part, batch=batch, named=naming)
         images_ += len(part["label"])
         for name, value_B in values.items():
             measured.setdefault(name, []).append(value_B)
@@ -126,9 +136,15 @@ def numbers(images_: int, wanted: int) -> dict[str, int]:
     return {"images": images_} | ({"unreadable": wanted - images_} if images_ < wanted else {})
 
 
-def standard_error(value_B: np.ndarray) -> float:
-    """Of the mean."""
-    return float(np.std(value_B, ddof=1) / math.sqrt(len(value_B))) if len(value_B) > 1 else 0.0
+def named(source, index_B: np.ndarray) -> Callable[[int], str]:
+    """What the images of a batch are called in messages: by file where the source knows them."""
+    name = getattr(source, "name", lambda index: f"number {index}")
+    return lambda row: str(name(int(index_B[row])))
+
+
+def standard_error(value_B: np.ndarray) -> float | None:
+    """Of the mean; one value says nothing of it."""
+    return float(np.std(value_B, ddof=1) / math.sqrt(len(value_B))) if len(value_B) > 1 else None
 
 
 def condition(batch: dict) -> PyTree:
@@ -142,7 +158,7 @@ def condition(batch: dict) -> PyTree:
 
 @jax.jit
 def encode(tokenizer, image_BHW3):
-    """Tokens of uint8 images."""
+    """Tokens of uint8 images; -1 where something was not finite."""
     return tokenizer.encode(quality.from_uint8(image_BHW3))
 
 
@@ -178,6 +194,7 @@ def likelihood(
     order: str = "",
     draws: int = 8,
     seed: int = 0,
+    label_C: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Held-out nats and bits per token, summed over the symbols of a token.
 
@@ -185,6 +202,7 @@ def likelihood(
     that says otherwise (`exact`): then the mean of an upper bound over `draws` random orders for
     each image, and `nats_orders_error` is the share of the error that more draws would mend. An
     `order` by name is for generators that go in any; under "random" each of the draws is exact.
+    `label_C` has the generator's number of each class of the source, where these differ.
     """
     exact, order_of = getattr(generator, "exact", True), None
     if order:
@@ -192,21 +210,26 @@ def likelihood(
     draws = draws if order == "random" or not exact else 1
     program = functools.partial(_exact, order=order_of) if exact else _bound
     total, chosen = [], spread(len(source), count)  # of which some may not be readable
-    batch = min(batch, len(chosen))
+    batch, mesh = min(batch, len(chosen)), sharding.current()
     for part in watched(stream.once(source, batch_size=batch, indices=chosen), len(chosen), what):
-        rows, index_B = len(part["label"]), np.resize(part.pop("index"), batch)
-        # padded, so that one program serves all batches
-        padded = {
-            name: np.concatenate([a, np.repeat(a[-1:], batch - rows, axis=0)])
-            for name, a in part.items()
-        }
+        rows = len(part["label"])
+        if label_C is not None:
+            part["label"] = label_C[part["label"]]
+        padded = sharding.filled(part, batch, mesh)
+        keys_B, nats_RB = rng.per_image(seed, "eval", padded.pop("index")), []
         if "image" in padded:
             padded["tokens"] = source.encode(padded.pop("image"))
-        keys_B = rng.per_image(seed, "eval", jnp.asarray(index_B))
-        padded, nats_RB = jax.device_put(padded), []
+        naming = named(source, part["index"])
+        seen_BLG = np.asarray(jax.device_get(padded["tokens"]))[:rows]
+        boundary.refuse((seen_BLG < 0).any((1, 2)), "what the encoder sees", naming)
+        boundary.tokens(seen_BLG, generator.layout)
+        if hasattr(generator, "check"):
+            generator.check(condition(part))
         for draw in range(draws):
             own_B = jax.vmap(rng.number, (0, None))(keys_B, draw)
-            nats_RB.append(jax.device_get(program(generator, codec, padded, own_B))[:rows])
+            nats_B = jax.device_get(program(generator, codec, padded, own_B))[:rows]
+            boundary.refuse(~np.isfinite(nats_B), "nats of an image", naming)
+            nats_RB.append(nats_B)
         total.append(np.stack(nats_RB, axis=1))
     nats_NR = np.concatenate(total).astype(np.float64) / generator.layout.length
     nats_N = nats_NR.mean(axis=1)
@@ -221,11 +244,11 @@ def likelihood(
     return figures
 
 
-def draw_error(value_NR: np.ndarray) -> float:
-    """Standard error of the mean over R draws for each of N fixed images; 0 for one draw."""
+def draw_error(value_NR: np.ndarray) -> float | None:
+    """Standard error of the mean over R draws for each of N fixed images; none of one draw."""
     images, draws = value_NR.shape
     if draws < 2:
-        return 0.0
+        return None
     return float(np.sqrt((value_NR.var(axis=1, ddof=1) / draws).sum()) / images)
 
 
@@ -266,21 +289,26 @@ def view_of(settings) -> images.View:
     return images.fixed("center", tuple(settings.view.size), settings.view.channels)
 
 
-def generator_source(data, split: str, tokenizer: checkpoint.Loaded | None = None):
+def generator_source(
+    data, split: str, tokenizer: checkpoint.Loaded | None = None, order: Sequence[str] = ()
+):
     """What a config's `data` gives to a generator: token shards, or images to encode; with text.
 
-    `tokenizer` is for images; it should compute in float32, as pretokenizing does.
+    `tokenizer` is for images; it should compute in float32, as pretokenizing does. `order` is that
+    of the classes, where one was recorded.
     """
     text = data.get("text", "")
     if data.get("tokens", ""):
         shards = tokens.Source(data["tokens"], split=split)
-        return captioned.Tokens(shards, text) if text else shards
+        return captioned.Tokens(shards, text) if text and len(shards) else shards
     if tokenizer.layout is None:
         raise UserError(
             f"{tokenizer.step} holds a continuous tokenizer, which writes no tokens; need one with "
             "a discrete quantizer (vq, fsq, lfq, bsq, multiscale)"
         )
-    pictures = image_source(tokenizer.config, data.get("images", ""), split)
+    pictures = image_source(tokenizer.config, data.get("images", ""), split, order=order)
+    if not len(pictures):
+        return pictures  # nothing is held out
     if isinstance(pictures, captioned.Source):  # what the tokenizer's decoder reads
         pictures = pictures.images
     return coded.Source(
@@ -305,13 +333,43 @@ def check_text(generator, text: str, option: str) -> None:
         )
 
 
-def image_source(settings, path: str, split: str):
-    """The images of a folder, or of the data set that the config names."""
+def image_source(settings, path: str, split: str, **context):
+    """The images of a folder, or of the data set that the config names.
+
+    `context` are arguments that a source may take: `order` and `doubtful` of classes.
+    """
     if not path and "data" not in settings:
         raise UserError(
             "an imported tokenizer has no data set of its own; name a folder of images: --data DIR "
             "in commands, --config.data.images=DIR in training"
         )
+    if not path:
+        return config.build(settings.data, "data", split=split, **context)
+    section = {"name": "folder", "path": path}
+    own = settings.get("data", {})
+    if own.get("name") == "folder" and "labels" in own:  # what its folders mean
+        section["labels"] = own["labels"]
+    return config.build(section, "data", split=split, **context)
+
+
+def called(data, path: str = "") -> str:
+    """What a data set is called in messages."""
+    names = ("path", "tokens", "images", "dataset", "name")
     if path:
-        return config.build({"name": "folder", "path": path}, "data", split=split)
-    return config.build(settings.data, "data", split=split)
+        return path
+    found = next((data[name] for name in names if data.get(name)), "data")
+    return found if isinstance(found, str) else called(found)
+
+
+def tell(what: str, **sources) -> None:
+    """Say the classes and counts of each split, before anything is done with them."""
+    report.say(classes.told(what, sources))
+
+
+def check_filled(source, split: str) -> None:
+    """An error where there is nothing to measure."""
+    if not len(source):
+        raise UserError(
+            f"there are no images in the part {split!r}: nothing was held out; "
+            "measure others, --split train or --data DIR"
+        )

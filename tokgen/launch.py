@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -15,11 +16,19 @@ import ml_collections
 from tokgen import cli, config, report, runs
 from tokgen.interfaces import UserError
 
+REPEAT = 2.0  # seconds in which a signal that comes again is the same request
+
 
 def cache_folder() -> pathlib.Path:
     """Where compiled programs and the demo's judge are kept between runs."""
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(os.environ.get("TOKGEN_CACHE") or pathlib.Path(base) / "tokgen")
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def devices(batch_size: int = 0) -> None:
@@ -30,17 +39,15 @@ def devices(batch_size: int = 0) -> None:
     """
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     count = int(os.environ.get("JAX_NUM_CPU_DEVICES") or 8 * asked)
     if batch_size and not count:
-        count = max(n for n in range(1, min(cores, 8) + 1) if batch_size % n == 0)
+        count = max(n for n in range(1, min(cores(), 8) + 1) if batch_size % n == 0)
         jax.config.update("jax_num_cpu_devices", count)
     if count > 1:
         # XLA sizes its thread pool by NPROC. With one thread per device, programs with collectives
         # that are in flight together take each other's threads and wait for ever (jax 0.10.2).
-        os.environ.setdefault("NPROC", str(max(4 * count, cores)))
+        os.environ.setdefault("NPROC", str(max(4 * count, cores())))
     check_platform()
 
 
@@ -54,8 +61,9 @@ def check_platform() -> None:
     except (RuntimeError, AssertionError) as error:  # an assertion where no CUDA plugin is there
         asked = jax.config.jax_platforms or ""
         said = str(error).partition(" (set JAX_PLATFORMS")[0] or "jax has no plugin for it"
+        found = said.splitlines()[0].rstrip(".")
         need = f"JAX_PLATFORMS={asked} needs such a device" if asked else "a device cannot be used"
-        raise UserError(f"{need}; found: {said.splitlines()[0]}; {_remedy(asked, said)}") from error
+        raise UserError(f"{need}; found: {found}; {_remedy(asked, said)}") from error
 
 
 def _remedy(asked: str, said: str) -> str:
@@ -72,16 +80,31 @@ def _remedy(asked: str, said: str) -> str:
     return f"see with nvidia-smi whether a GPU and its driver are there; else {other}"
 
 
-def parse(argv: Sequence[str], description: str) -> tuple[ml_collections.ConfigDict, pathlib.Path]:
-    """(config with its overrides, work directory) of a training program's command line."""
+def parse(
+    argv: Sequence[str], description: str
+) -> tuple[ml_collections.ConfigDict, argparse.Namespace]:
+    """(config with its overrides, options) of a training program's command line."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s --config=PATH[:variant] --workdir=DIR [--config.FIELD=VALUE ...]",
+        usage="%(prog)s --config=PATH[:variant] --workdir=DIR [--from=STEP] "
+        "[--config.FIELD=VALUE ...]",
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="a config file, as configs/tokenizer/x.py")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="where the run is kept")
+    parser.add_argument(
+        "--accept-data",
+        action="store_true",
+        help="go on with images that were repaired, removed or added since the run was stopped",
+    )
+    parser.add_argument(
+        "--from",
+        dest="start",
+        type=int,
+        metavar="STEP",
+        help="resume at this step of the work directory; later ones are set aside, not deleted",
+    )
     arguments, rest = parser.parse_known_args(argv)
     overrides, iterator = [], iter(rest)
     for text in iterator:
@@ -89,43 +112,64 @@ def parse(argv: Sequence[str], description: str) -> tuple[ml_collections.ConfigD
             parser.error(f"unknown argument {text!r}; fields of the config are --config.NAME=VALUE")
         name = text.removeprefix("--config.")
         overrides.append(name if "=" in name else f"{name}={next(iterator, '')}")
-    return config.load(arguments.config, overrides), arguments.workdir
+    return config.load(arguments.config, overrides), arguments
 
 
 class Stop:
-    """True once the process was asked to end: the loop finishes its step, saves, and returns."""
+    """Hears SIGTERM and SIGINT: the loop then finishes its step, saves it, and ends.
+
+    A terminal and a wrapper may both pass on one request, so what repeats it within two seconds is
+    the same one. A later repetition ends the process at once; the previous checkpoint stands.
+    """
 
     def __init__(self):
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self.number, self.at = 0, 0.0
+        for number in cli.CODES:
             signal.signal(number, self._ask)
 
     def _ask(self, number, frame):
-        if self.asked:  # the second time: at once, the previous checkpoint stands
+        now = time.monotonic()
+        if self.number and now - self.at > REPEAT:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        report.say("stopping after this step; a checkpoint is being saved (again: stop at once)")
-        self.asked = True
+        elif not self.number:
+            self.number, self.at = number, now
+            report.say(
+                "stopping after this step; a checkpoint is being saved (again: stop at once)"
+            )
 
-    def __bool__(self) -> bool:
-        return self.asked
+    def agreed(self) -> bool:
+        """Whether to end after this step. Asked once a step: where many processes train one model,
+        this is the place where all must come to the same answer.
+        """
+        return bool(self.number)
+
+    def end(self, said: str) -> None:
+        """Where a run ends: says how far it came; a `cli.Stopped` when it was asked to end."""
+        if self.number:
+            raise cli.Stopped(self.number, f"{said}; the same command goes on from there")
+        report.say(said)
 
 
 def run(
-    story: Callable[[ml_collections.ConfigDict, pathlib.Path], None],
+    story: Callable[..., None],
     check: Callable[[ml_collections.ConfigDict], None],
     description: str,
 ) -> None:
     """A training program: a user's mistake ends in one message and exit code 2.
 
-    `check` looks at the config before a work directory or a device is touched.
+    Its `story` is told the config, the work directory, and what may have changed. `check` looks at
+    the config before a work directory or a device is touched.
     """
 
     def told() -> None:
-        settings, workdir = parse(sys.argv[1:], description)
+        settings, arguments = parse(sys.argv[1:], description)
         check(settings)
-        with runs.lock(workdir):
+        with runs.lock(arguments.workdir):
+            if arguments.start is not None:
+                runs.go_back(arguments.workdir, arguments.start)
             devices(settings.batch_size)
-            story(settings, workdir)
+            accept = ("data",) if arguments.accept_data else ()
+            story(settings, arguments.workdir, accept)
 
     sys.exit(cli.call(pathlib.Path(sys.argv[0]).name, told))

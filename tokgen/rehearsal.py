@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -265,7 +264,7 @@ def tokenizer(
     plan = stages.plan(settings)
     game = config.call(adversary.Game, settings.critic, "critic")
     limits = config.call(guard.Limits, settings.get("guard", {}), "guard")
-    check_batch(settings.batch_size, mesh)
+    sharding.check_batch(settings.batch_size, mesh)
     shapes = nnx.eval_shape(lambda: config.tokenizer(settings, rngs=nnx.Rngs(0)))
     stages.check(plan, shapes)
     begin, _ = game.steps(settings.steps)
@@ -297,7 +296,7 @@ def generator(
     quantizer, as arrays or as shapes.
     """
     generator_fields(settings)
-    check_batch(settings.batch_size, mesh)
+    sharding.check_batch(settings.batch_size, mesh)
     optimizer = config.call(state.optimizer, settings.optimizer, "optimizer", steps=settings.steps)
 
     def make():
@@ -409,18 +408,6 @@ def _created(create: Callable[[], tuple[Any, PyTree]]) -> tuple[Any, PyTree]:
 
 
 # ---------------------------------------------------------------- sizes
-
-
-def check_batch(batch_size: int, mesh: jax.sharding.Mesh) -> None:
-    """A batch lies over the devices of a mesh in equal parts."""
-    ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
-    if batch_size % ways:
-        below, above = batch_size // ways * ways, -(-batch_size // ways) * ways
-        fitting = f"{below} or {above}" if below else f"{above}"
-        raise UserError(
-            f"batch_size must be a multiple of {ways}, the devices that it lies over "
-            f"(data x fsdp of the mesh); found {batch_size}: {fitting} would do"
-        )
 
 
 def check_memory(networks: PyTree, batch: PyTree, memory: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import datetime
-import json
 import math
 import pathlib
 import sys
@@ -15,6 +14,8 @@ from typing import Any
 import numpy as np
 import tqdm
 from PIL import Image
+
+from tokgen import records
 
 LOG = "metrics.jsonl"
 EVERY, MINUTE = 30, 60  # seconds between lines in a log file, and those that a rate is of
@@ -89,7 +90,7 @@ class Lines:
 
     def close(self) -> None:
         """The last line: what was done, in which time."""
-        if self.shown:
+        if self.shown and self.did:
             now = self.clock()
             rate = self.did / max(now - self.started, 1e-9)
             say(f"{self.name}{self._done()} in {_span(now - self.started)}, {self._speed(rate)}")
@@ -129,22 +130,24 @@ def say(text: str) -> None:
 class Log:
     """The metrics of one run: lines of JSON and TensorBoard events in its work directory."""
 
-    def __init__(self, workdir: pathlib.Path, *, step: int = 0):
+    def __init__(self, workdir: pathlib.Path, *, step: int = 0, measured: bool = True):
+        """Lines after `step` are taken again; its held-out figures too where not `measured`."""
         from tensorboardX import SummaryWriter
 
         workdir.mkdir(parents=True, exist_ok=True)
         self.workdir, self.started = workdir, time.monotonic()
-        _drop_after(workdir / LOG, step)
+        _drop_after(workdir / LOG, step, measured)
         self.file = open(workdir / LOG, "a", buffering=1)  # noqa: SIM115  (closed by close)
         self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step)
 
     def scalars(self, step: int, values: Mapping[str, Any], *, split: str = "train") -> None:
         """One line of numbers; not finite ones become null, so that every reader copes."""
-        numbers = {name: float(value) for name, value in values.items()}
-        kept = {n: (round(v, 6) if math.isfinite(v) else None) for n, v in numbers.items()}
+        # None: a figure that there is none of, as the standard error of one image
+        numbers = {n: math.nan if value is None else float(value) for n, value in values.items()}
+        kept = {name: significant(value) for name, value in numbers.items()}
         seconds = round(time.monotonic() - self.started, 1)
         record = {"step": step, "split": split, "seconds": seconds, **kept}
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(records.text(record) + "\n")
         for name, value in numbers.items():
             self.events.add_scalar(f"{split}/{name}", value, step)
 
@@ -163,19 +166,24 @@ class Log:
         curves(self.workdir)
 
 
-def _drop_after(file: pathlib.Path, step: int) -> None:
+def significant(value: float) -> float:
+    """Seven significant digits, and counts whole: a rate of 1e-7 is not 0."""
+    return value if value.is_integer() else float(f"{value:.7g}")
+
+
+def _drop_after(file: pathlib.Path, step: int, measured: bool) -> None:
     """Forget lines of steps that a resumed run takes again, and a line that was cut off."""
     if not file.exists():
         return
-    kept = []
-    for line in file.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record["step"] <= step:
-            kept.append(line)
-    file.write_text("".join(f"{line}\n" for line in kept))
+    kept = [
+        record
+        for record in read(file.parent)
+        if record["step"] < step
+        or (record["step"] == step and (measured or record["split"] != "held_out"))
+    ]
+    part = file.with_name(f".{file.name}.part")
+    part.write_text("".join(f"{records.text(record)}\n" for record in kept))
+    part.replace(file)
 
 
 def read(workdir: pathlib.Path) -> list[dict]:
@@ -183,7 +191,8 @@ def read(workdir: pathlib.Path) -> list[dict]:
     file = workdir / LOG
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    remedy = "move it away: the run begins another one"
+    return records.lines(file, "the log of a run", remedy, say=say, step=int, split=str)
 
 
 def curves(workdir: pathlib.Path) -> pathlib.Path | None:
@@ -196,7 +205,9 @@ def curves(workdir: pathlib.Path) -> pathlib.Path | None:
     lines: dict[str, dict[str, list]] = {}
     for record in read(workdir):
         for name, value in record.items():
-            if name in ("step", "split", "seconds") or name.endswith("_error") or value is None:
+            if name in ("step", "split", "seconds") or name.endswith("_error"):
+                continue
+            if not isinstance(value, int | float) or not math.isfinite(value):
                 continue
             lines.setdefault(name, {}).setdefault(record["split"], []).append(
                 (record["step"], value)
@@ -275,6 +286,14 @@ def table(leaves: Mapping[str, Any]) -> str:
     )
 
 
+def row(name: str, value: float | int | None) -> str:
+    """A figure for the terminal; what there is none of is none, and what is small is not 0."""
+    if not isinstance(value, float):
+        return f"{name:<20} {'none' if value is None else value}"
+    digits = f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.3g}"
+    return f"{name:<20} {digits}"
+
+
 def figures(values: Mapping[str, float], names: Sequence[str]) -> str:
     """`psnr_db 25.31, codebook_usage 0.998` of those that are there."""
-    return ", ".join(f"{name} {values[name]:.4g}" for name in names if name in values)
+    return ", ".join(f"{name} {values[name]:.4g}" for name in names if values.get(name) is not None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ class TrainState:
     stats: PyTree  # everything else a module owns (codebook counts)
     opt_state: optax.OptState
     ema: PyTree | None  # float32 average of params
+    skips: Array | None = None  # non-finite steps of the whole run; None: not counted
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, PyTree, PyTree]:
@@ -299,8 +300,10 @@ def create(
             skipped=jnp.zeros((), jnp.int32),
             params=params,
             stats=stats,
-            opt_state=optimizer.chain.init(params),
+            # moments are float32 whatever the parameters are: bfloat16 ones stop moving
+            opt_state=optimizer.chain.init(_float32(params)),
             ema=_float32(params) if ema else None,
+            skips=jnp.zeros((), jnp.int32),
         )
 
     layout = shardings(jax.eval_shape(init), mesh, strategy)
@@ -311,9 +314,8 @@ def from_average(state: TrainState) -> TrainState:
     """The state with its average as its parameters: what was evaluated is built on."""
     if state.ema is None:
         return state
-    params = jax.tree.map(lambda e, p: e.astype(p.dtype), state.ema, state.params)
     # a copy: the training step donates both
-    return state.replace(params=jax.tree.map(jnp.copy, params))
+    return state.replace(params=jax.tree.map(jnp.copy, averaged(state)))
 
 
 def restarted(
@@ -322,7 +324,7 @@ def restarted(
     """The state with the moments of a new optimizer, as a stage of training begins."""
 
     def init(state: TrainState) -> TrainState:
-        return state.replace(opt_state=optimizer.chain.init(state.params))
+        return state.replace(opt_state=optimizer.chain.init(_float32(state.params)))
 
     layout = shardings(jax.eval_shape(init, state), mesh, strategy)
     return jax.jit(init, out_shardings=layout)(state)
@@ -347,44 +349,69 @@ def apply_gradients(
     ema: float = 0.0,
     average: str = "muse",
     trained: str = ".*",
+    loss: Array | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """(the next state, scalars). A step whose gradient is not finite changes nothing but `step`.
+    """(the next state, scalars). A step that is not finite changes nothing but `step` and counts.
 
-    Parameters whose path does not match `trained` stay as they are, and out of the norm. `ema` is
-    the decay of their average, `average` a name of `AVERAGES`: how it begins.
+    Looked at are `loss`, the gradients, the rate, and what the parameters would move by. Parameters
+    whose path does not match `trained` stay as they are, and out of the norm. `ema` is the decay of
+    their average, `average` a name of `AVERAGES`: how it begins.
     """
     moving = matching(state.params, trained)
     gradients = jax.tree.map(
         lambda g, moves: g if moves else jnp.zeros_like(g), _float32(gradients), moving
     )
     norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(norm)
     rate = optimizer.rate(state.step)
-    updates, opt_state = optimizer.chain.update(gradients, state.opt_state, state.params)
+    updates, opt_state = optimizer.chain.update(gradients, state.opt_state, _float32(state.params))
     if optimizer.weight_decay is not None:
         updates = _decayed(updates, state, optimizer)
+    changes = jax.tree.map(
+        lambda u, moves: rate * u if moves else jnp.zeros_like(u), updates, moving
+    )
+    # of a relu's gradient a NaN is gone, of an Adam whose moments overflowed the gradient is fine
+    finite = jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(changes))
+    if loss is not None:
+        finite &= jnp.isfinite(loss)
     params = jax.tree.map(
-        lambda p, u, moves: (p.astype(jnp.float32) - rate * u).astype(p.dtype) if moves else p,
+        lambda p, c, moves: (p.astype(jnp.float32) - c).astype(p.dtype) if moves else p,
         state.params,
-        updates,
+        changes,
         moving,
     )
     averages = state.ema
     if averages is not None:
         decay = jnp.minimum(ema, average_of(average)(state.step))
         averages = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), averages, _float32(params))
-
-    def keep(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
-    state = state.replace(
+    moved = state.replace(params=params, opt_state=opt_state, ema=averages)
+    after = kept(finite, moved, state).replace(
         step=state.step + 1,
         skipped=jnp.where(finite, 0, state.skipped + 1),
-        params=keep(params, state.params),
-        opt_state=keep(opt_state, state.opt_state),
-        ema=None if averages is None else keep(averages, state.ema),
+        skips=None if state.skips is None else state.skips + jnp.where(finite, 0, 1),
     )
-    return state, {"gradient_norm": norm, "learning_rate": rate, "skipped": state.skipped}
+    scalars = {"gradient_norm": norm, "learning_rate": rate, "skipped": after.skipped}
+    return after, scalars | ({} if after.skips is None else {"skips": after.skips})
+
+
+def give_up(figures: Mapping[str, float], step: int) -> None:
+    """Stop a run that computes nothing any more; `figures` are scalars of its last step."""
+    for name, whose in (("skipped", ""), ("critic_skipped", "critic's ")):
+        if figures.get(name, 0) >= PATIENCE:
+            raise UserError(
+                f"{int(figures[name])} steps in a row up to step {step} were skipped: the {whose}"
+                "loss, gradients or update were not finite; lower config.optimizer.learning_rate "
+                "in another --workdir, or go back to an earlier checkpoint with --from STEP"
+            )
+
+
+def kept(moved: Array, new: PyTree, old: PyTree) -> PyTree:
+    """`new` where a step moved something, else `old`, leaf by leaf."""
+    return jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, old)
+
+
+def held_back(moved: Array, new: TrainState, old: TrainState) -> TrainState:
+    """`new`, or `old` with the numbers of `new`, where another network's step was not finite."""
+    return kept(moved, new, old).replace(step=new.step, skipped=new.skipped, skips=new.skips)
 
 
 def _decayed(updates: PyTree, state: TrainState, optimizer: Optimizer) -> PyTree:
@@ -410,11 +437,8 @@ def maintained(
     key = rng.use(key, rng.MAINTAIN)
     module.quantizer.maintain(jax.lax.stop_gradient(latents_BPC), key=key)
     _, params, stats = split(module)
-
-    def keep(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(state.skipped == 0, n, o), new, old)
-
-    params, stats = keep(params, state.params), keep(stats, state.stats)
+    moved = state.skipped == 0
+    params, stats = kept(moved, params, state.params), kept(moved, stats, state.stats)
     average = state.ema
     if average is not None:
         average = jax.tree.map(
@@ -427,8 +451,16 @@ def maintained(
 
 
 def averaged(state: TrainState) -> PyTree:
-    """The parameters to evaluate, sample and pretokenize with: the average when there is one."""
-    return state.params if state.ema is None else state.ema
+    """The parameters to evaluate, sample and pretokenize with: the average when there is one.
+
+    In the dtype of the parameters, as `checkpoint.load` reads it.
+    """
+    if state.ema is None:
+        return state.params
+    same = jax.tree.map(lambda e, p: e.dtype == p.dtype, state.ema, state.params)
+    if all(jax.tree.leaves(same)):
+        return state.ema
+    return jax.tree.map(lambda e, p: e.astype(p.dtype), state.ema, state.params)
 
 
 def count(params: PyTree) -> int:

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     with output.folder(args.out, records=RECORDS, **given) as out:
         figures = _reconstructed(args, out)
     for name, value in figures.items():
-        print(f"{name:<20} {value:.4f}" if isinstance(value, float) else f"{name:<20} {value}")
+        print(report.row(name, value))
     pairs = pathlib.Path(args.out) / "pairs.png"
     report.say(f"{pairs}: each original with its reconstruction to the right")
 
@@ -59,7 +59,9 @@ def _reconstructed(args: argparse.Namespace, out: output.Folder) -> dict:
     if path.is_file():
         source = OneImage(path)
     else:
-        source = config.build({"name": "folder", "path": str(path)}, "data", split="all")
+        section = {"name": "folder", "path": str(path), "labels": "none"}  # of any folder
+        source = config.build(section, "data", split="all")
+        heldout.tell(str(path), all=source)
     if args.text:
         source = captioned.Source(source, args.text, split="all")
     elif loaded.config.decoder.get("text"):
