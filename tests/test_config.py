@@ -343,7 +343,7 @@ def test_another_name_brings_the_arguments_of_its_constructor(
         found = found[name]
     assert found.items() >= expected.items()
     assert all(type(found[name]) is type(value) for name, value in expected.items())
-    taken = inspect.signature(configs.named(found, section)).parameters
+    taken = inspect.signature(configs.named(found, section).__init__).parameters
     assert set(found) <= {"name", *taken}
 
 

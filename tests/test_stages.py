@@ -79,7 +79,7 @@ def test_shares_are_of_the_run(steps, shares, ends):
     ("sections", "words"),
     [
         ((dict(share=0.5), dict(share=0.4)), "add up to 1; found 0.5, 0.4"),
-        ((dict(share=1.5), dict(share=-0.5)), "positive"),
+        ((dict(share=1.5), dict(share=-0.5)), "share must be .* above 0"),
         ((dict(share=0.99), dict(share=0.01)), "positive"),  # of 6 steps none
         ((dict(shares=1.0),), r"stages\[0\] has no argument 'shares'; did you mean 'share'"),
         ((dict(), dict(objective="pixel")), r"stages\[1\].objective must be one of pixels, codes"),

@@ -359,7 +359,10 @@ def check(
     for kind in CLASSES:
         section = _at(settings, kind)
         # data may be a folder of token shards, an empty network that of no critic
-        if section and (kind not in ("data", "critic.network") or "name" in section):
+        free = kind in ("data", "critic.network")
+        if free and hasattr(section, "items") and "name" not in section:
+            continue
+        if section is not None:
             problems += _section_problems(section, kind)
     for path, (function, context) in functions.items():
         path = path.replace("__", ".")
