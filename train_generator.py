@@ -59,6 +59,7 @@ def main(
         )
 
     mesh = config.call(sharding.make_mesh, settings.mesh, "mesh")
+    sharding.check_batch(settings.batch_size, mesh)
     jax.set_mesh(mesh)
     state.average_of(settings.get("average", "muse"))
     graph, network = state.create(
@@ -149,7 +150,7 @@ def read(data):
         source, held_out = (heldout.generator_source(data, s) for s in tokens.SPLITS)
         made_by = source.header["tokenizer"]
         tokenizer = checkpoint.load_tokenizer(data.tokenizer or made_by["path"])
-        checkpoint.check_tokenizer(tokenizer, made_by["fingerprint"], f"token set {source.path}")
+        checkpoint.check_tokens(tokenizer, source.header, source.path)
         return source, held_out, tokenizer
     if not data.tokenizer:
         raise UserError(

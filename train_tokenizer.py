@@ -68,6 +68,7 @@ def main(
     begin, play = game.steps(steps)
 
     mesh = config.call(sharding.make_mesh, settings.mesh, "mesh")
+    sharding.check_batch(settings.batch_size, mesh)
     jax.set_mesh(mesh)
     run = runs.start(
         workdir,

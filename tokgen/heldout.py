@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokgen import checkpoint, config, report, rng
+from tokgen import checkpoint, config, report, rng, sharding
 from tokgen.data import captioned, classes, coded, images, stream, tokens
 from tokgen.generators import orders
 from tokgen.interfaces import PyTree, Text, TokenBatch, UserError
@@ -60,12 +60,8 @@ def repaint(
     `distances` are further measures of pairs of images in [-1, 1], such as LPIPS. A part shorter
     than `batch` is filled up, so that one program serves all.
     """
-    rows = len(part["image"])
-    image, text = (
-        None if a is None else np.concatenate([a, np.repeat(a[-1:], max(0, batch - rows), axis=0)])
-        for a in (part["image"], part.get("text"))
-    )
-    given = jax.device_put((quality.from_uint8(image), text))
+    rows, mesh = len(part["image"]), sharding.current()
+    given = sharding.filled((quality.from_uint8(part["image"]), part.get("text")), batch, mesh)
     found = jax.device_get(_reconstruct(tokenizer, *given, dict(distances)))
     tokens_BLG, painted, values = jax.tree.map(lambda leaf: leaf[:rows], found)
     return tokens_BLG, painted, values
@@ -196,20 +192,15 @@ def likelihood(
     draws = draws if order == "random" or not exact else 1
     program = functools.partial(_exact, order=order_of) if exact else _bound
     total, chosen = [], spread(len(source), count)  # of which some may not be readable
-    batch = min(batch, len(chosen))
+    batch, mesh = min(batch, len(chosen)), sharding.current()
     for part in watched(stream.once(source, batch_size=batch, indices=chosen), len(chosen), what):
-        rows, index_B = len(part["label"]), np.resize(part.pop("index"), batch)
-        # padded, so that one program serves all batches
-        padded = {
-            name: np.concatenate([a, np.repeat(a[-1:], batch - rows, axis=0)])
-            for name, a in part.items()
-        }
+        rows = len(part["label"])
         if label_C is not None:
-            padded["label"] = label_C[padded["label"]]
+            part["label"] = label_C[part["label"]]
+        padded = sharding.filled(part, batch, mesh)
+        keys_B, nats_RB = rng.per_image(seed, "eval", padded.pop("index")), []
         if "image" in padded:
             padded["tokens"] = source.encode(padded.pop("image"))
-        keys_B = rng.per_image(seed, "eval", jnp.asarray(index_B))
-        padded, nats_RB = jax.device_put(padded), []
         for draw in range(draws):
             own_B = jax.vmap(rng.number, (0, None))(keys_B, draw)
             nats_RB.append(jax.device_get(program(generator, codec, padded, own_B))[:rows])

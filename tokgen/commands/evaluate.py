@@ -127,8 +127,7 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     heldout.check_text(loaded.module, data["text"], "--text")
     if data["tokens"]:
         source = heldout.generator_source(data, args.split)
-        made_by = source.header["tokenizer"]["fingerprint"]
-        checkpoint.check_tokenizer(tokenizer, made_by, f"token set {source.path}")
+        checkpoint.check_tokens(tokenizer, source.header, source.path)
     else:
         encoder = checkpoint.load_tokenizer(tokenizer.step, compute="float32")
         source = heldout.generator_source(data, args.split, encoder)

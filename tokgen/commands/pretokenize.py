@@ -115,25 +115,24 @@ def _shard(tokenizer, source, shard, views, batch, mesh, bar) -> tuple:
     Those that could not be read keep their places, with zeros.
     """
     count = shard.stop - shard.start
-    tokens_BXLG, label_B, views_B = None, *np.zeros((2, count), np.int32)
-    for number, view in enumerate(views):
-        passing = stream.once(
-            source, view, batch_size=batch, indices=np.arange(shard.start, shard.stop), least=0
-        )
+    layout = tokenizer.layout
+    tokens_BXLG = np.zeros((count, len(views), layout.length, layout.groups), np.int32)
+    label_B, seen_B = np.zeros(count, np.int32), np.zeros(count, bool)
+    passing = stream.once(
+        source,
+        images.Every(tuple(views)),
+        batch_size=batch,
+        indices=np.arange(shard.start, shard.stop),
+        least=0,
+        threads=stream.THREADS,
+    )
+    with passing:
         for part in passing:
-            image, rows = part["image"], part["index"] - shard.start
-            padded = np.concatenate([image, np.repeat(image[-1:], batch - len(image), axis=0)])
-            laid = sharding.global_batch({"image": padded}, mesh)["image"]
-            found_BLG = jax.device_get(encode(tokenizer, laid))[: len(image)]
-            if tokens_BXLG is None:
-                shape = (count, len(views), *found_BLG.shape[1:])
-                tokens_BXLG = np.zeros(shape, found_BLG.dtype)
-            tokens_BXLG[rows, number], label_B[rows] = found_BLG, part["label"]
-            views_B[rows] += 1
-            if number == 0:
-                bar.update(len(image))
-    if tokens_BXLG is None:  # not one of them
-        length, symbols = tokenizer.layout.length, len(tokenizer.layout.vocab)
-        tokens_BXLG = np.zeros((count, len(views), length, symbols), np.int32)
-    broken = shard.start + np.flatnonzero(views_B < len(views))
+            rows = part["index"] - shard.start
+            label_B[rows], seen_B[rows] = part["label"], True
+            for number in range(len(views)):
+                laid = sharding.filled(part["image"][:, number], batch, mesh)
+                tokens_BXLG[rows, number] = jax.device_get(encode(tokenizer, laid))[: len(rows)]
+            bar.update(len(rows))
+    broken = shard.start + np.flatnonzero(~seen_B)
     return tokens_BXLG, label_B, reader.unreadable(source).among(broken)

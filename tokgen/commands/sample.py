@@ -11,10 +11,19 @@ import shutil
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from tokgen import archives, checkpoint, launch, output, report, rng, samples, supplies
+from tokgen import (
+    archives,
+    checkpoint,
+    launch,
+    output,
+    report,
+    rng,
+    samples,
+    sharding,
+    supplies,
+)
 from tokgen.data import classes as names_
 from tokgen.interfaces import PyTree, Text, UserError
 from tokgen.metrics import reconstruction
@@ -81,17 +90,18 @@ def drawn(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """What `draw` gives, batch by batch, but for the `done` first."""
     N = len(jax.tree.leaves(cond)[0])
-    batch = even(N - done, batch)
+    batch, mesh = even(N - done, batch), sharding.current()
     with report.bar(N, initial=done, unit="image", what=what, shown=bool(what)) as bar:
         for start in range(done, N, batch):
-            # the last batch is filled up, so that one program serves all
-            index_B = np.minimum(np.arange(start, start + batch), N - 1)
-            keys_B = rng.per_image(seed, "sample", jnp.asarray(first + index_B))
-            held = None if given is None else tuple(jnp.asarray(g[index_B]) for g in given)
-            cond_B = jax.tree.map(lambda leaf, index=index_B: jnp.asarray(leaf[index]), cond)
-            tokens_BLG, invalid_B = draw_tokens(
-                generator, tokenizer.quantizer, cond_B, keys_B, sampler, held
-            )
+            index_B = np.arange(start, min(start + batch, N))
+            asked = jax.tree.map(lambda leaf, index=index_B: np.asarray(leaf)[index], (cond, given))
+            (cond_B, held), laid_B = sharding.filled((asked, first + index_B), batch, mesh)
+            keys_B = rng.per_image(seed, "sample", laid_B)
+            with jax.set_mesh(mesh):  # so that the networks can say how their activations lie
+                tokens_BLG, invalid_B = draw_tokens(
+                    generator, tokenizer.quantizer, cond_B, keys_B, sampler, held
+                )
+                image_BHW3 = paint(tokenizer, tokens_BLG)
             kept = min(batch, N - start)
             if np.asarray(invalid_B)[:kept].any():
                 raise UserError(
@@ -99,7 +109,7 @@ def drawn(
                     "are not finite; the checkpoint's weights are damaged or its run diverged: use "
                     "an earlier step"
                 )
-            yield np.asarray(tokens_BLG)[:kept], np.asarray(paint(tokenizer, tokens_BLG))[:kept]
+            yield np.asarray(tokens_BLG)[:kept], np.asarray(image_BHW3)[:kept]
             bar.update(kept)
 
 

@@ -7,7 +7,8 @@
 
 A record is the label as a little-endian uint32, then views x L x G tokens in the smallest unsigned
 integer that holds the alphabet, little-endian. The header is written last: a folder without it was
-not finished, and `Writer` goes on where it was stopped.
+not finished, and `Writer` goes on where it was stopped. It holds the checksum of every shard and a
+digest of itself, so that what it says of the tokens cannot be changed without being noticed.
 
 An image that could not be read has a record all the same, of zeros, so that record i belongs to
 image i; the header lists these (`unreadable` of a shard, if it has any), and no reader sees them.
@@ -27,7 +28,8 @@ from array_record.python import array_record_module
 
 from tokgen import interfaces
 
-FORMAT = 1  # the version of all of the above
+FORMAT = 2  # the version of all of the above
+FORMATS = (1, FORMAT)  # that are read; 1 knew no digest of the header
 HEADER = "layout.json"
 PLAN = "plan.json"  # the header before there are shards; what a resumed writer compares
 SHARD = 8192  # images of a shard
@@ -222,7 +224,8 @@ class Writer:
                     )
                 splits[split]["unreadable"] = unreadable
         header = {key: value for key, value in self._plan.items() if key != "images"}
-        _write_json(self.path, HEADER, {**header, "splits": splits})
+        header["splits"] = splits
+        _write_json(self.path, HEADER, {**header, "digest": _digest(header)})
         self._finished = notes
         for name in os.listdir(self.path):
             if name == PLAN or (name.startswith(".") and name.endswith((".note", ".part"))):
@@ -268,10 +271,21 @@ class Source:
             self._check(shard, verify)
         if verify:
             self.counts[0] -= len(self.missing)
-        # Where the tokenizer lies is no part of what the tokens are.
-        what = {**self.header, "tokenizer": {**self.header["tokenizer"], "path": ""}}
-        canonical = json.dumps([split, what], sort_keys=True)
+        self._check_folder()
+        canonical = json.dumps([split, _told(self.header)], sort_keys=True)
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+
+    def _check_folder(self) -> None:
+        """An error where shards lie in the folder of which the header knows nothing."""
+        named = _header_shards(self.header)
+        there = (name for name in os.listdir(self.path) if name.endswith(".array_record"))
+        other = sorted(name for name in there if name not in named and name[0] != ".")
+        if other:
+            listed = ", ".join(other[:5]) + (f" and {len(other) - 5} more" if other[5:] else "")
+            raise interfaces.UserError(
+                f"{self.path} holds shards that its {HEADER} does not name: {listed}; move what is "
+                f"of another token set away, or {_REMEDY}"
+            )
 
     def _check(self, shard: dict, verify: bool) -> None:
         path = os.path.join(self.path, shard["file"])
@@ -460,7 +474,7 @@ def _plan_of(header: dict) -> dict:
     """The plan that a finished header came from; a plan as it is."""
     if "splits" not in header:
         return header
-    plan = {key: value for key, value in header.items() if key != "splits"}
+    plan = {key: value for key, value in header.items() if key not in ("splits", "digest")}
     return {**plan, "images": {name: part["images"] for name, part in header["splits"].items()}}
 
 
@@ -487,7 +501,8 @@ def _header_shards(header: dict) -> dict[str, dict]:
 
 def _differences(need: dict, found: dict) -> list[str]:
     lines = []
-    for key in sorted(need.keys() | found.keys()):
+    # not the format: one that can be read can be gone on with
+    for key in sorted((need.keys() | found.keys()) - {"format"}):
         left, right = need.get(key), found.get(key)
         if key == "tokenizer" and isinstance(left, dict) and isinstance(right, dict):
             left, right = ({**side, "path": ""} for side in (left, right))
@@ -526,7 +541,7 @@ def _read_header(path: str) -> dict:
 
 def _header_problem(header: dict) -> str:
     """What is wrong with a header; empty if it can be used."""
-    if header.get("format") != FORMAT:
+    if header.get("format") not in FORMATS:
         return f"format {FORMAT} is needed; found {header.get('format')}"
     try:
         if header["layout"] != _plain_layout(header["layout"]):
@@ -558,11 +573,27 @@ def _header_problem(header: dict) -> str:
                         return f"image {index} of {split} needs a name and why it is unreadable"
             if not all(isinstance(s["sha256"], str) for s in header["splits"][split]["shards"]):
                 return f"a shard of {split} has no checksum"
+        if (header["format"] > 1 or "digest" in header) and header["digest"] != _digest(header):
+            return "it was changed since it was written: it does not have the digest that it states"
     except KeyError as error:
         return f"{error} is missing"
     except (TypeError, ValueError, AttributeError) as error:
         return f"it does not have the form of a header ({error})"
     return ""
+
+
+def _told(header: dict) -> dict:
+    """What a header says of the tokens, in every format alike.
+
+    Where the tokenizer lies is no part of it: that may change without changing a token.
+    """
+    told = {key: value for key, value in header.items() if key != "digest"}
+    return {**told, "format": 1, "tokenizer": {**header["tokenizer"], "path": ""}}
+
+
+def _digest(header: dict) -> str:
+    what = {**_told(header), "format": header["format"]}
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def _missing(note: Mapping) -> dict[int, tuple[str, str]]:
