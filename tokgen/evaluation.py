@@ -23,6 +23,7 @@ from tokgen import (
     references,
     report,
     samples,
+    scoring,
     supplies,
 )
 from tokgen.interfaces import UserError
@@ -32,6 +33,8 @@ from tokgen.metrics import moments as moments_
 FORMAT = 1
 PART = 64  # images that a kill can cost
 RESULTS = "results.jsonl"
+RUN = "run.json"  # what a folder is an evaluation of
+RECORDS = {RUN: ("protocol", "supply")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,45 +51,6 @@ class Found:
     label_N: np.ndarray
     digest_N: np.ndarray
     constant_N: np.ndarray
-
-
-def claim(out: pathlib.Path, identity: Mapping) -> None:
-    """Make the folder that of one evaluation, or an error where it is another one's."""
-    file = out / "run.json"
-    text = json.dumps(identity, indent=2, sort_keys=True)
-    if not file.exists():
-        strangers = [name for name in ("parts", "images", "samples.npz") if (out / name).exists()]
-        if strangers:
-            raise UserError(
-                f"{out} holds {' and '.join(strangers)} of something else, and no run.json that "
-                "says of what; use another --out"
-            )
-        part = file.with_name(".run.json.part")
-        part.write_text(text + "\n")
-        part.replace(file)
-        return
-    try:
-        before = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}; use another --out") from error
-    now, before = _flat(json.loads(text)), _flat(before)
-    changed = [
-        f"{name}: {before.get(name, 'absent')} there, {now.get(name, 'absent')} here"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    ]
-    if changed:
-        raise UserError(
-            f"{out} holds another evaluation; use another --out, or its values:\n  "
-            + "\n  ".join(text[:300] for text in changed)
-        )
-
-
-def _flat(tree, path: str = "") -> dict:
-    """Every value of a tree by its path, so that a difference is named alone."""
-    if not isinstance(tree, dict):
-        return {path.removesuffix("."): tree}
-    return {k: v for name, one in tree.items() for k, v in _flat(one, f"{path}{name}.").items()}
 
 
 def collect(supply, extractor: extractors.Extractor, out: pathlib.Path, count: int) -> Found:
@@ -182,6 +146,9 @@ def of_pairs(found: Found, seed: int) -> dict[str, dict]:
     """Figures of single reconstructions, their means with intervals; and of the codebook."""
     figures = {}
     for name, value_N in found.values.items():
+        if len(value_N) < 2:  # one image has no interval
+            figures[name] = {"value": float(np.mean(value_N))}
+            continue
         interval = bootstrap.of_mean(value_N, seed=seed)
         figures[name] = {"value": interval.value, "low": interval.low, "high": interval.high}
     counts = [found.counts[name] for name in sorted(found.counts, key=int)]
@@ -245,7 +212,16 @@ def results(path: pathlib.Path) -> list[dict]:
         raise UserError(f"{file} is damaged: {error}; remove its last line") from error
     if not found or any(not isinstance(x, dict) or x.get("format") != FORMAT for x in found):
         raise UserError(f"{file} holds no results of this version of tokgen evaluate")
-    return found
+    # results of earlier versions may hold what JSON has no word for
+    return [line | _settled(line) for line in found]
+
+
+def _settled(line: Mapping) -> dict:
+    """Figures of a line and why others are absent, where some aren't finite."""
+    figures, absent = scoring.settled(line.get("figures", {}), line.get("absent", {}))
+    if figures == line.get("figures", {}):
+        return {}
+    return {"figures": figures, "absent": absent}
 
 
 def archive(supply, out: pathlib.Path, count: int) -> pathlib.Path:
