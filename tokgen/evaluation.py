@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from tokgen import (
     extractors,
     measures,
     protocols,
+    records,
     references,
     report,
     samples,
@@ -32,6 +34,7 @@ from tokgen.metrics import moments as moments_
 FORMAT = 1
 PART = 64  # images that a kill can cost
 RESULTS = "results.jsonl"
+NOT_FINITE = "it is not finite"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +69,7 @@ def claim(out: pathlib.Path, identity: Mapping) -> None:
         part.replace(file)
         return
     try:
-        before = json.loads(file.read_text())
+        before = records.load(file)
     except ValueError as error:
         raise UserError(f"{file} is damaged: {error}; use another --out") from error
     now, before = _flat(json.loads(text)), _flat(before)
@@ -198,11 +201,11 @@ def of_pairs(found: Found, seed: int) -> dict[str, dict]:
 
 def record(identity: Mapping, figures: Mapping, absent: Mapping, found: Found) -> dict:
     """One finished evaluation, as a line of JSON."""
+    rounded = {name: _rounded(figure) for name, figure in figures.items()}
     return {
         "format": FORMAT,
         **identity,
-        "figures": {name: _rounded(figure) for name, figure in figures.items()},
-        "absent": dict(absent),
+        **told(rounded, absent),
         "suspicious": samples.suspicious(found.digest_N, found.constant_N),
         "images_sha256": images_hash(found.digest_N),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -219,14 +222,36 @@ def _rounded(figure: Mapping) -> dict:
     return {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in figure.items()}
 
 
+def told(figures: Mapping[str, Mapping], absent: Mapping[str, str]) -> dict[str, dict]:
+    """{figures, absent} of a result: a figure that is no finite number is absent, and says so.
+
+    So no reader meets one, and none is ever the best. A part of a figure that is not finite, such
+    as an end of its interval, is left out.
+    """
+    found, missing = {}, dict(absent)
+    for name, figure in figures.items():
+        kept = {
+            key: value
+            for key, value in figure.items()
+            if not (value is None or (isinstance(value, float) and not math.isfinite(value)))
+        }
+        if not {"low", "high"} <= set(kept):  # half an interval is none
+            kept.pop("low", None), kept.pop("high", None)
+        if "value" in kept:
+            found[name] = kept
+        else:
+            missing[name] = NOT_FINITE
+    return {"figures": found, "absent": missing}
+
+
 def append(out: pathlib.Path, line: Mapping) -> None:
     """Add a result to the folder's results, whole or not at all; measured again, it stays one."""
     file = out / RESULTS
-    before = file.read_text() if file.exists() else ""
-    if before and _untimed(json.loads(before.splitlines()[-1])) == _untimed(dict(line)):
+    before = _lines(file) if file.exists() else []
+    if before and _untimed(before[-1]) == _untimed(json.loads(records.text(line))):
         return
     part = file.with_name(f".{RESULTS}.part")
-    part.write_text(before + json.dumps(line) + "\n")
+    part.write_text("".join(f"{records.text(each)}\n" for each in [*before, line]))
     part.replace(file)
 
 
@@ -234,18 +259,42 @@ def _untimed(line: dict) -> str:
     return json.dumps({n: v for n, v in line.items() if n != "time"}, sort_keys=True)
 
 
+def _lines(file: pathlib.Path) -> list[dict]:
+    remedy = "remove the line, or measure again into another --out"
+    return records.lines(file, "results of tokgen evaluate", remedy, say=report.say)
+
+
 def results(path: pathlib.Path) -> list[dict]:
     """The results of a folder, or of a file."""
     file = path / RESULTS if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"no results at {path}: need a folder that tokgen evaluate wrote")
-    try:
-        found = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-    except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}; remove its last line") from error
-    if not found or any(not isinstance(x, dict) or x.get("format") != FORMAT for x in found):
+    found = _lines(file)
+    if not found or any(line.get("format") != FORMAT for line in found):
         raise UserError(f"{file} holds no results of this version of tokgen evaluate")
-    return found
+    try:
+        return [_checked(line) for line in found]
+    except ValueError as error:
+        raise UserError(f"{file} holds no results of tokgen evaluate: {error}") from error
+
+
+def _checked(line: dict) -> dict:
+    """A result whose parts have the types that readers count on; ValueError otherwise."""
+    records.checked(
+        line,
+        **{"protocol": str, "samples": int, "size": list, "seed": (int, type(None)), "time": str},
+        **{"supply": dict, "reference": dict, "extractor": dict, "figures": dict, "absent": dict},
+        **{"suspicious": dict, "images_sha256": str, "versions": dict},
+    )
+    records.checked(line["reference"], dataset=str)
+    records.checked(line["extractor"], name=str, fingerprint=str)
+    settings = {"settings": dict} if "settings" in line["supply"] else {}
+    records.checked(line["supply"], **settings)
+    number = (int, float, type(None))
+    for figure in line["figures"].values():
+        parts = {"low", "high", "error", "features"} & set(records.checked(figure, value=number))
+        records.checked(figure, **dict.fromkeys(parts, number))
+    return line | told(line["figures"], line["absent"])
 
 
 def archive(supply, out: pathlib.Path, count: int) -> pathlib.Path:
