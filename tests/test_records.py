@@ -1,6 +1,5 @@
 """Records on disk: bounded before they are read; what is none is one message."""
 
-import json
 import math
 import os
 
