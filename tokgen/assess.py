@@ -28,8 +28,10 @@ from tokgen import (
 )
 from tokgen.commands import sample
 from tokgen.critics import perceptual
+from tokgen.data import classes as names_
+from tokgen.data import reader
 from tokgen.interfaces import UserError
-from tokgen.pretrained import reader
+from tokgen.pretrained import reader as weights_
 
 SAMPLES = 1000  # where neither the protocol nor --samples says
 
@@ -112,6 +114,7 @@ def supply_of(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[ob
                 "samples: give the tokenizer's checkpoint"
             )
         given = samples.given(path, args.accept)
+        heldout.tell(str(path), all=getattr(given, "source", given))
         if 0 < args.samples < len(given):
             return samples.Spread(given, args.samples), classes_of(given)
         return given, classes_of(given)
@@ -143,9 +146,9 @@ def _kind(path: str) -> str:
 
 def classes_of(given) -> int:
     """How many classes the labels of given samples may be of."""
-    if isinstance(given, samples.Archive):
+    if isinstance(given, samples.Archive) and not given.classes:
         return 0 if given.label_N is None else int(given.label_N.max()) + 1
-    return len(given.source.classes)
+    return len(given.classes)
 
 
 def drawn(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[supplies.Drawn, int]:
@@ -179,14 +182,17 @@ def drawn(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[suppli
 def repainted(args: argparse.Namespace) -> supplies.Repainted:
     """A tokenizer's reconstructions of held-out images."""
     loaded = checkpoint.load_tokenizer(args.checkpoint)
-    source = heldout.image_source(loaded.config, args.data, args.split)
+    source = heldout.image_source(loaded.config, args.data, args.split, doubtful="drop")
+    what = heldout.called(loaded.config.get("data", {}), args.data)
+    heldout.tell(what, **{args.split: source})
+    heldout.check_filled(source, args.split)
     protocol = protocols.named(args.protocol)
     count = args.samples or protocol.samples or len(source)
     distances = {}
     if args.lpips:
         weights = {}
         for file in args.lpips:
-            weights |= reader.read(file)
+            weights |= weights_.read(file)
         network = perceptual.from_weights(weights)
         distances[f"lpips_{trunk_of(network)}"] = network
     return supplies.Repainted(loaded, source, count=count, distances=distances)
@@ -200,6 +206,8 @@ def trunk_of(network) -> str:
 def count_of(args: argparse.Namespace, protocol, supply) -> int:
     """How many images are scored: what --samples says, the protocol's number, or all."""
     wanted = args.samples or protocol.samples or len(supply)
+    if not protocol.samples and getattr(supply, "unreadable", 0):
+        wanted = min(wanted, len(supply))  # the others are told, and left out
     if protocol.samples and wanted != protocol.samples:
         raise UserError(
             f"{args.protocol} is defined for {protocol.samples} samples; --samples asks for "
@@ -282,7 +290,10 @@ def scored(
     )
     figures, absent = scoring.score(compared)
     figures = evaluation.of_pairs(found, args.seed) | figures
-    return evaluation.record(identity, figures, absent, found), found
+    line = evaluation.record(identity, figures, absent, found)
+    if getattr(supply, "unreadable", 0):
+        line["unreadable"] = reader.unreadable(supply.source).record()
+    return line, found
 
 
 def check_enough(args, reference, layer: str, count: int) -> None:
@@ -306,16 +317,23 @@ def labels_of(
     Classes agree by name; numbers, which .npz files have, agree with anything that has as many.
     """
     known = tuple(extractor.record.get("classes", ()))
-    if not classes or not known:
+    real = () if reference is None else tuple(reference.record.get("classes", ()))
+    target = known or real
+    if not classes or not target:
         return label_N, classes
-    real = tuple(known if reference is None else reference.record.get("classes", ()))
     names = tuple(getattr(supply, "classes", ()))
-    if real not in ((), known) or (not names and classes > len(known)):
+    if (known and real and real != known) or (not names and classes > len(target)):
         return label_N, 0
-    if names and set(names) <= set(known):
-        return np.array([known.index(name) for name in names], np.int32)[label_N], len(known)
-    numbers = tuple(map(str, range(len(known))))
-    return label_N, len(known) if not names or numbers in (names, known) else 0
+    if not names:
+        return label_N, len(target)
+    try:
+        label_C, said = names_.matched(names, target, "the samples", "the reference")
+    except UserError as error:
+        report.say(f"no figures by class: {error}")
+        return label_N, 0
+    if said:
+        report.say(said)
+    return label_C[label_N], len(target)
 
 
 def described(reference) -> dict:

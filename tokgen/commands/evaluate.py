@@ -12,7 +12,7 @@ import time
 
 from tokgen import assess, checkpoint, heldout, launch, protocols, report
 from tokgen.commands import sample
-from tokgen.data import reader, tokens
+from tokgen.data import classes, reader, tokens
 from tokgen.interfaces import UserError
 
 
@@ -107,7 +107,10 @@ def run(args: argparse.Namespace) -> None:
 def _tokenizer(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     """(figures, what their first is called, the source that they are of)."""
     loaded = checkpoint.load_tokenizer(step)
-    source = heldout.image_source(loaded.config, args.data, args.split)
+    source = heldout.image_source(loaded.config, args.data, args.split, doubtful="drop")
+    what = heldout.called(loaded.config.get("data", {}), args.data)
+    heldout.tell(what, **{args.split: source})
+    heldout.check_filled(source, args.split)
     report.say(f"{min(args.images, len(source))} of {len(source)} images, step {step.name}")
     view = heldout.view_of(loaded.config)
     count, what = args.images, "reconstruct"
@@ -124,16 +127,18 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     heldout.check_text(loaded.module, data["text"], "--text")
     if data["tokens"]:
         source = heldout.generator_source(data, args.split)
-        made_by = source.header["tokenizer"]["fingerprint"]
-        checkpoint.check_tokenizer(tokenizer, made_by, f"token set {source.path}")
+        checkpoint.check_tokens(tokenizer, source.header, source.path)
     else:
         encoder = checkpoint.load_tokenizer(tokenizer.step, compute="float32")
         source = heldout.generator_source(data, args.split, encoder)
-    if not data["text"] and loaded.classes and len(source.classes) != len(loaded.classes):
-        raise UserError(
-            f"labels must be those of the generator, which knows {len(loaded.classes)} classes; "
-            f"the images have {len(source.classes)}: give images of its own classes, --data DIR"
-        )
+    heldout.tell(heldout.called(data, args.data), **{args.split: source})
+    heldout.check_filled(source, args.split)
+    label_C = None
+    if not data["text"] and loaded.classes:
+        where = args.data or "the data"
+        label_C, said = classes.matched(source.classes, loaded.classes, where, "the generator")
+        if said:
+            report.say(said)
     report.say(f"{min(args.images, len(source))} of {len(source)} images, step {step.name}")
     figures = heldout.likelihood(
         *(loaded.module, tokenizer.module.quantizer, source),
@@ -141,6 +146,7 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
         what="likelihood",
         order=args.order,
         draws=args.orders,
+        label_C=label_C,
     )
     how = [] if getattr(loaded.module, "exact", True) else ["upper bound"]
     how += [f"order {args.order}"] if args.order else []

@@ -104,8 +104,13 @@ def _tokens(imported: transfer.Imported) -> str:
 def _next(imported: transfer.Imported, out: pathlib.Path, tokenizer) -> str:
     """What can be done with it."""
     if imported.kind == "generator":
-        where = "" if tokenizer else " --tokenizer CKPT (its tokenizer, which must be named)"
-        return f"tokgen sample {out} --out DIR{where}"
+        where = "" if tokenizer else " --tokenizer CKPT"
+        named = "" if tokenizer else " (its tokenizer must be named)"
+        # a few images: a thousand classes would take hours
+        few = f" --classes 0-{min(4, imported.classes) - 1}" if imported.classes else ""
+        if getattr(imported.module, "cond", "label") == "text":
+            few = " --text FILE.npz"
+        return f"tokgen sample {out} --out DIR{where}{few} --number 2{named}"
     text = " --text DIR" if imported.config.decoder.get("text") else ""
     return f"tokgen reconstruct {out} IMAGES{text} --out DIR"
 

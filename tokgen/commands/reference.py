@@ -10,7 +10,17 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tokgen import checkpoint, config, extractors, judge, launch, protocols, references, report
+from tokgen import (
+    checkpoint,
+    config,
+    extractors,
+    heldout,
+    judge,
+    launch,
+    protocols,
+    references,
+    report,
+)
 from tokgen import samples as supplied
 from tokgen.data import images, reader, stream
 from tokgen.interfaces import UserError
@@ -69,6 +79,7 @@ def run(args: argparse.Namespace) -> None:
     split = args.split or unsaid
     source = source_of(args, split)
     size = size_of(source, args)
+    heldout.tell(args.data, **{split: source})
     extractor = extractor_of(args, protocol, source, size)
     count = min(len(source), args.images or len(source))
     index_N = evenly(len(source), count)
