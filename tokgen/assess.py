@@ -17,11 +17,11 @@ from tokgen import (
     gallery,
     heldout,
     launch,
+    output,
     page,
     protocols,
     references,
     report,
-    runs,
     samples,
     scoring,
     supplies,
@@ -39,11 +39,10 @@ SAMPLES = 1000  # where neither the protocol nor --samples says
 def run(args: argparse.Namespace) -> None:
     """Score what the command line names, and write everything that says how."""
     check(args)
-    launch.devices()
     protocol = protocols.named(args.protocol)
-    out = pathlib.Path(args.out)
-    with runs.lock(out):
-        reference = None
+    with opened(args) as place:
+        launch.devices()
+        reference, out = None, place.path
         if args.reference:
             reference = references.read(args.reference, args.assume)
         supply, classes = supply_of(args, protocol, out)
@@ -52,21 +51,36 @@ def run(args: argparse.Namespace) -> None:
         if reference is not None:
             references.check(reference, args.protocol, extractor, size=supply.size, count=count)
             reference = with_features(reference, extractor)
-        line, found = scored(args, supply, extractor, reference, count, classes, out)
-        print(table(line))
-        finish(out, line, found, supply, extractor, reference, count)
+        line, found = scored(args, supply, extractor, reference, count, classes, place)
+        finish(place, line, found, supply, extractor, reference, count)
+    print(table(line))
 
 
-def finish(out: pathlib.Path, line: dict, found, supply, extractor, reference, count: int) -> None:
+def opened(args: argparse.Namespace):
+    """The folder of the score, reserved; gone on with where it is of this command line."""
+    return output.growing(
+        args.out,
+        records=evaluation.RECORDS,
+        record=evaluation.RUN,
+        what="another evaluation",
+        overwrite=args.overwrite,
+        inputs=(args.reference, args.weights, args.data, args.tokenizer, *args.lpips),
+    )
+
+
+def finish(
+    place: output.Folder, line: dict, found, supply, extractor, reference, count: int
+) -> None:
     """Write the images, the page, and last the result: a folder that has one is finished."""
+    out = place.path
     if isinstance(supply, supplies.Drawn):
         kept = supply.archive
         supply.keep(evaluation.archive(supply, out, count) if kept is None else kept.path)
-        report.say(f"{supply.archive.path}: the images")
+        report.say(f"{place.target / supply.archive.path.name}: the images")
     shown = gallery.write(out, line, found, supply, extractor, reference)
-    report.say(f"{shown}: a page to look at")
+    report.say(f"{place.target / shown.name}: a page to look at")
     evaluation.append(out, line)
-    report.say(f"{out / evaluation.RESULTS}: the same as a line of JSON")
+    report.say(f"{place.target / evaluation.RESULTS}: the same as a line of JSON")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -260,7 +274,7 @@ def with_features(reference, extractor) -> references.Reference:
 
 
 def scored(
-    args, supply, extractor, reference, count: int, classes: int, out: pathlib.Path
+    args, supply, extractor, reference, count: int, classes: int, place: output.Folder
 ) -> tuple[dict, evaluation.Found]:
     """(the result as a line, what was seen)."""
     protocol = protocols.named(args.protocol)
@@ -275,8 +289,8 @@ def scored(
     }
     if reference is not None:
         check_enough(args, reference, extractor.layers[0], count)
-    evaluation.claim(out, identity)
-    found = evaluation.collect(supply, extractor, out, count)
+    place.claim(identity)
+    found = evaluation.collect(supply, extractor, place.path, count)
     samples.check(samples.suspicious(found.digest_N, found.constant_N), count, args.accept)
     label_N, classes = labels_of(found.label_N, supply, classes, extractor, reference)
     compared = evaluation.compared(

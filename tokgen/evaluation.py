@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from tokgen import (
     references,
     report,
     samples,
+    scoring,
     supplies,
 )
 from tokgen.interfaces import UserError
@@ -34,7 +34,8 @@ from tokgen.metrics import moments as moments_
 FORMAT = 1
 PART = 64  # images that a kill can cost
 RESULTS = "results.jsonl"
-NOT_FINITE = "it is not finite"
+RUN = "run.json"  # what a folder is an evaluation of
+RECORDS = {RUN: ("protocol", "supply")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,45 +52,6 @@ class Found:
     label_N: np.ndarray
     digest_N: np.ndarray
     constant_N: np.ndarray
-
-
-def claim(out: pathlib.Path, identity: Mapping) -> None:
-    """Make the folder that of one evaluation, or an error where it is another one's."""
-    file = out / "run.json"
-    text = json.dumps(identity, indent=2, sort_keys=True)
-    if not file.exists():
-        strangers = [name for name in ("parts", "images", "samples.npz") if (out / name).exists()]
-        if strangers:
-            raise UserError(
-                f"{out} holds {' and '.join(strangers)} of something else, and no run.json that "
-                "says of what; use another --out"
-            )
-        part = file.with_name(".run.json.part")
-        part.write_text(text + "\n")
-        part.replace(file)
-        return
-    try:
-        before = records.load(file)
-    except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}; use another --out") from error
-    now, before = _flat(json.loads(text)), _flat(before)
-    changed = [
-        f"{name}: {before.get(name, 'absent')} there, {now.get(name, 'absent')} here"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    ]
-    if changed:
-        raise UserError(
-            f"{out} holds another evaluation; use another --out, or its values:\n  "
-            + "\n  ".join(text[:300] for text in changed)
-        )
-
-
-def _flat(tree, path: str = "") -> dict:
-    """Every value of a tree by its path, so that a difference is named alone."""
-    if not isinstance(tree, dict):
-        return {path.removesuffix("."): tree}
-    return {k: v for name, one in tree.items() for k, v in _flat(one, f"{path}{name}.").items()}
 
 
 def collect(supply, extractor: extractors.Extractor, out: pathlib.Path, count: int) -> Found:
@@ -185,6 +147,9 @@ def of_pairs(found: Found, seed: int) -> dict[str, dict]:
     """Figures of single reconstructions, their means with intervals; and of the codebook."""
     figures = {}
     for name, value_N in found.values.items():
+        if len(value_N) < 2:  # one image has no interval
+            figures[name] = {"value": float(np.mean(value_N))}
+            continue
         interval = bootstrap.of_mean(value_N, seed=seed)
         figures[name] = {"value": interval.value, "low": interval.low, "high": interval.high}
     counts = [found.counts[name] for name in sorted(found.counts, key=int)]
@@ -201,11 +166,11 @@ def of_pairs(found: Found, seed: int) -> dict[str, dict]:
 
 def record(identity: Mapping, figures: Mapping, absent: Mapping, found: Found) -> dict:
     """One finished evaluation, as a line of JSON."""
-    rounded = {name: _rounded(figure) for name, figure in figures.items()}
     return {
         "format": FORMAT,
         **identity,
-        **told(rounded, absent),
+        "figures": {name: _rounded(figure) for name, figure in figures.items()},
+        "absent": dict(absent),
         "suspicious": samples.suspicious(found.digest_N, found.constant_N),
         "images_sha256": images_hash(found.digest_N),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -220,28 +185,6 @@ def images_hash(digest_N: np.ndarray) -> str:
 
 def _rounded(figure: Mapping) -> dict:
     return {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in figure.items()}
-
-
-def told(figures: Mapping[str, Mapping], absent: Mapping[str, str]) -> dict[str, dict]:
-    """{figures, absent} of a result: a figure that is no finite number is absent, and says so.
-
-    So no reader meets one, and none is ever the best. A part of a figure that is not finite, such
-    as an end of its interval, is left out.
-    """
-    found, missing = {}, dict(absent)
-    for name, figure in figures.items():
-        kept = {
-            key: value
-            for key, value in figure.items()
-            if not (value is None or (isinstance(value, float) and not math.isfinite(value)))
-        }
-        if not {"low", "high"} <= set(kept):  # half an interval is none
-            kept.pop("low", None), kept.pop("high", None)
-        if "value" in kept:
-            found[name] = kept
-        else:
-            missing[name] = NOT_FINITE
-    return {"figures": found, "absent": missing}
 
 
 def append(out: pathlib.Path, line: Mapping) -> None:
@@ -294,7 +237,9 @@ def _checked(line: dict) -> dict:
     for figure in line["figures"].values():
         parts = {"low", "high", "error", "features"} & set(records.checked(figure, value=number))
         records.checked(figure, **dict.fromkeys(parts, number))
-    return line | told(line["figures"], line["absent"])
+    # results of earlier versions may hold what JSON has no word for
+    figures, absent = scoring.settled(line["figures"], line["absent"])
+    return line | {"figures": figures, "absent": absent}
 
 
 def archive(supply, out: pathlib.Path, count: int) -> pathlib.Path:

@@ -61,8 +61,9 @@ def check_platform() -> None:
     except (RuntimeError, AssertionError) as error:  # an assertion where no CUDA plugin is there
         asked = jax.config.jax_platforms or ""
         said = str(error).partition(" (set JAX_PLATFORMS")[0] or "jax has no plugin for it"
+        found = said.splitlines()[0].rstrip(".")
         need = f"JAX_PLATFORMS={asked} needs such a device" if asked else "a device cannot be used"
-        raise UserError(f"{need}; found: {said.splitlines()[0]}; {_remedy(asked, said)}") from error
+        raise UserError(f"{need}; found: {found}; {_remedy(asked, said)}") from error
 
 
 def _remedy(asked: str, said: str) -> str:

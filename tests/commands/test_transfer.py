@@ -216,7 +216,7 @@ def test_a_decoder_of_text_reconstructs_with_features(shared, tmp_path, capfd):
     painted = []
     for number in (0.0, 1.0):
         np.save(text / "all.npy", np.full((1, *shape), number, np.float32))
-        assert command(*words, "--text", text) == 0
+        assert command(*words, "--text", text, "--overwrite") == 0
         painted.append((tmp_path / "look" / "pairs.png").read_bytes())
     assert painted[0] != painted[1]
 

@@ -6,11 +6,11 @@ With --protocol, scores: of samples, of a generator's, of a tokenizer's reconstr
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import pathlib
 import time
 
-from tokgen import assess, checkpoint, heldout, launch, protocols, report
+from tokgen import assess, checkpoint, heldout, launch, output, protocols, report
 from tokgen.commands import sample
 from tokgen.data import classes, reader, tokens
 from tokgen.interfaces import UserError
@@ -36,9 +36,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--orders", type=int, default=8, help="draws per image, where orders are drawn (default 8)"
     )
     parser.add_argument(
-        "--out", default="", help="append the figures to this JSONL file; of a score: its folder"
+        "--out", default=None, help="append the figures to this JSONL file; of a score: its folder"
     )
     parser.add_argument("--tokenizer", default="", help="where the generator's tokenizer lies now")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier score at --out, as a whole"
+    )
     score = parser.add_argument_group("scores of samples or reconstructions against a reference")
     score.add_argument("--protocol", default="", help=", ".join(protocols.PROTOCOLS))
     score.add_argument("--reference", default="", help="what tokgen reference wrote, or ADM's .npz")
@@ -78,30 +81,39 @@ def run(args: argparse.Namespace) -> None:
             "--reference, --weights, --assume, --samples and --lpips are of a score: name its "
             f"--protocol, one of {', '.join(protocols.PROTOCOLS)}"
         )
+    if args.overwrite:
+        raise UserError("--overwrite is of a score; without --protocol figures are added to --out")
+    inputs = (args.checkpoint, args.data, args.text, args.tokenizer)
+    place = contextlib.nullcontext([])
+    if args.out is not None:
+        place = output.lines(args.out, inputs=inputs)
+    with place as lines:
+        record, shown = _measured(args)
+        lines.append(record)
+    for name, value in shown.items():
+        print(report.row(name, value))
+
+
+def _measured(args: argparse.Namespace) -> tuple[dict, dict]:
+    """(the figures with what they are of, the figures by the names that people read)."""
     launch.devices()
     step = checkpoint.find(args.checkpoint)
     kind = checkpoint.read_meta(step)["kind"]
     if args.reconstruction and kind != "tokenizer":
         raise UserError(f"--reconstruction needs a tokenizer; {step} holds a {kind}")
     figures, title, source = (_tokenizer if kind == "tokenizer" else _generator)(step, args)
-    for name, value in figures.items():
-        name = title if name == "nats_per_token" else name
-        print(f"{name:<20} {value:.4f}" if isinstance(value, float) else f"{name:<20} {value}")
-    if args.out:
-        record = {
-            "checkpoint": str(step),
-            "split": args.split,
-            "data": args.data,
-            "order": args.order,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            **figures,
-        }
-        if "unreadable" in figures:
-            record["unreadable_files"] = reader.unreadable(source).record()["files"]
-        out = pathlib.Path(args.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(out, "a") as file:
-            file.write(json.dumps(record) + "\n")
+    record = {
+        "checkpoint": str(step),
+        "split": args.split,
+        "data": args.data,
+        "order": args.order,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **figures,
+    }
+    if "unreadable" in figures:
+        record["unreadable_files"] = reader.unreadable(source).record()["files"]
+    named = {title if name == "nats_per_token" else name: v for name, v in figures.items()}
+    return record, named
 
 
 def _tokenizer(step: pathlib.Path, args: argparse.Namespace) -> tuple:

@@ -9,7 +9,7 @@ import pathlib
 
 import yaml
 
-from tokgen import checkpoint, imports, launch, report
+from tokgen import checkpoint, imports, launch, output, report
 from tokgen.interfaces import UserError
 from tokgen.pretrained import system, transfer
 
@@ -49,7 +49,6 @@ def importable() -> list[str]:
 
 def run(args: argparse.Namespace) -> None:
     """Write a checkpoint of step 0, with licence and hash of its source."""
-    launch.devices()
     out, file = pathlib.Path(args.out), pathlib.Path(args.file)
     if (out / checkpoint.FOLDER).exists():
         raise UserError(f"{out} already holds checkpoints; choose a new --out")
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"--system must be one of {', '.join(importable())}; found {args.system!r}{hint}"
         )
-    found, tokenizer = system.named(args.system), None
+    found = system.named(args.system)
     if not file.exists():
         raise UserError(
             f"no file {file}; the published ones of {args.system} are {', '.join(found.files)} "
@@ -69,6 +68,17 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.tokenizer and found.tokens is None:
         raise UserError(f"--tokenizer is for generators; {args.system} is a tokenizer itself")
+    inputs = (file if file.is_file() else "", args.tokenizer, args.config)
+    with output.folder(args.out, records={}, inputs=inputs) as place:
+        told = _imported(args, found, place)
+    for line in told:
+        report.say(line)
+
+
+def _imported(args: argparse.Namespace, found: system.System, place: output.Folder) -> list[str]:
+    """Read the file and write the checkpoint; what is to be said."""
+    launch.devices()
+    file, tokenizer = pathlib.Path(args.file), None
     if args.tokenizer:
         tokenizer = checkpoint.load_tokenizer(args.tokenizer)
     published = _read(args.config) if args.config else {}
@@ -82,15 +92,16 @@ def run(args: argparse.Namespace) -> None:
         "home": found.home,
         "licence": found.licence,
     }
-    step = imports.save_imported(out, imported, source, tokenizer)
+    step = imports.save_imported(place.path, imported, source, tokenizer)
     count = transfer.parameters(imported.module)
     average = "; the moving average is used" if imported.average is not None else ""
-    report.say(f"{args.system}: {count:,} parameters, {_tokens(imported)}{average}")
-    for name in ("sha256", "licence", "home"):
-        report.say(f"{name}: {source[name]}")
+    told = [f"{args.system}: {count:,} parameters, {_tokens(imported)}{average}"]
+    told += [f"{name}: {source[name]}" for name in ("sha256", "licence", "home")]
     if imported.aside:
-        report.say(f"set aside, given back by an export: {', '.join(sorted(imported.aside)[:6])}")
-    report.say(f"saved as {step}; try: {_next(imported, out, tokenizer)}")
+        told.append(f"set aside, given back by an export: {', '.join(sorted(imported.aside)[:6])}")
+    step = place.target / step.relative_to(place.path)
+    told.append(f"saved as {step}; try: {_next(imported, place.target, tokenizer)}")
+    return told
 
 
 def _tokens(imported: transfer.Imported) -> str:

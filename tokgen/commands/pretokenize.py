@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import pathlib
 
 import jax
 import numpy as np
 
-from tokgen import checkpoint, heldout, launch, report, sharding
+from tokgen import boundary, checkpoint, heldout, launch, output, report, sharding
 from tokgen.data import images, reader, stream, tokens
 from tokgen.interfaces import UserError
 
@@ -19,6 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", required=True, help="checkpoint of the tokenizer")
     parser.add_argument("--data", default="", help="image folder; default: the tokenizer's data")
     parser.add_argument("--out", required=True, help="folder of the token shards")
+    output.arguments(parser)
     parser.add_argument(
         "--views",
         default="center,flip",
@@ -41,6 +43,13 @@ def run(args: argparse.Namespace) -> None:
     views = images.stored(args.views)
     if args.batch < 1:
         raise UserError(f"--batch must be at least 1; found {args.batch}")
+    given = dict(overwrite=args.overwrite, inputs=(args.tokenizer, args.data))
+    with output.growing(args.out, records=tokens.RECORDS, lock=".lock", **given) as out:
+        _filled(args, views, out.path)
+
+
+def _filled(args: argparse.Namespace, views: tuple[str, ...], out: pathlib.Path) -> None:
+    """Encode what a folder does not have yet."""
     launch.devices(args.batch)
     loaded = checkpoint.load_tokenizer(args.tokenizer, compute=args.precision)
     if loaded.layout is None:
@@ -57,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         described = {"path": args.data} if args.data else settings.data.to_dict()
     writer = tokens.Writer(
-        args.out,
+        out,
         images={split: len(source) for split, source in sources.items() if len(source)},
         layout=loaded.layout.to_json(),
         tokenizer={
@@ -128,11 +137,14 @@ def _shard(tokenizer, source, shard, views, batch, mesh, bar) -> tuple:
     )
     with passing:
         for part in passing:
-            rows = part["index"] - shard.start
+            rows, named = part["index"] - shard.start, heldout.named(source, part["index"])
             label_B[rows], seen_B[rows] = part["label"], True
             for number in range(len(views)):
                 laid = sharding.filled(part["image"][:, number], batch, mesh)
-                tokens_BXLG[rows, number] = jax.device_get(encode(tokenizer, laid))[: len(rows)]
+                found_BLG = jax.device_get(encode(tokenizer, laid))[: len(rows)]
+                invalid_B = (found_BLG < 0).any((1, 2))
+                boundary.refuse(invalid_B, "what the encoder sees in an image", named)
+                tokens_BXLG[rows, number] = found_BLG
             bar.update(len(rows))
     broken = shard.start + np.flatnonzero(~seen_B)
     return tokens_BXLG, label_B, reader.unreadable(source).among(broken)

@@ -34,6 +34,7 @@ FORMAT = 2  # the version of all of the above
 FORMATS = (1, FORMAT)  # that are read; 1 knew no digest of the header
 HEADER = "layout.json"
 PLAN = "plan.json"  # the header before there are shards; what a resumed writer compares
+RECORDS = {HEADER: ("format", "layout"), PLAN: ("format", "layout")}
 SHARD = 8192  # images of a shard
 SPLITS = ("train", "held_out")
 
