@@ -19,6 +19,7 @@ they cross an interface; the range that a network sees belongs to its tokenizer.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -31,8 +32,17 @@ Array = jax.Array
 PyTree = Any
 
 
+_ADDRESS = re.compile(r"( object)? at 0x[0-9a-fA-F]+")
+
+
 class UserError(ValueError):
-    """Something the user gave cannot be used: the message says need, found and remedy."""
+    """Something the user gave cannot be used: the message says need, found and remedy.
+
+    Where an object lies in memory, which messages of others tell, helps nobody and is left out.
+    """
+
+    def __init__(self, message: str = ""):
+        super().__init__(_ADDRESS.sub("", message))
 
 
 class Statistic(nnx.Variable):
