@@ -184,10 +184,11 @@ class Run:
             yield
         except UserError as error:
             step = int(jax.device_get(states_by_name["model"].step))
-            if step == 0 or step in self.manager.all_steps():
+            if step == 0:
                 raise
-            self.save(states_by_name)
-            self.wait()
+            if step not in self.manager.all_steps():
+                self.save(states_by_name)
+                self.wait()
             raise UserError(f"{error}; step {step} is saved in {self.workdir}") from error
 
     def close(self) -> None:
