@@ -7,7 +7,6 @@ hyper-parameters, and `case.npz` with inputs and the outputs that the system's o
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from tokgen import archives
+from tokgen import archives, records
 from tokgen import state as states
 from tokgen.interfaces import UserError
 from tokgen.pretrained import system as systems
@@ -42,8 +41,8 @@ class Folder:
         self.system = systems.named(self.name)
         try:
             file = self.path / "config.json"
-            self.config = json.loads(file.read_text()) if file.is_file() else {}
-        except (ValueError, OSError, RecursionError) as error:
+            self.config = records.load(file) if file.is_file() else {}
+        except (ValueError, OSError) as error:
             raise UserError(f"the fixture {self.path} cannot be read: {error}") from error
         if not isinstance(self.config, dict):
             raise UserError(f"{file} must hold a table of names and values")
