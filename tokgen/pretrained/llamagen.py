@@ -171,6 +171,7 @@ _COMMON = dict(
     rows=rows,
     tokens=tokens,
     unwrap=("model", "module"),
+    averaged="ema",
     wrap=("model",),
     aside=(STALE,),
     beside="llamagen_vq",

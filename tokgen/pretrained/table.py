@@ -158,6 +158,14 @@ def norm(key: str, path: str) -> list[Row]:
     return [row(f"{key}.weight", f"{path}/scale"), row(f"{key}.bias", f"{path}/bias")]
 
 
+class Misfit(UserError):
+    """Arrays that a table does not account for, or that do not fit; `problems` of them."""
+
+    def __init__(self, message: str, problems: int):
+        super().__init__(message)
+        self.problems = problems
+
+
 def _flat(module: nnx.Module) -> tuple[dict, tuple]:
     graph, params, stats = states.split(module)
     return {**states.paths(params), **states.paths(stats)}, (graph, params, stats)
@@ -165,8 +173,8 @@ def _flat(module: nnx.Module) -> tuple[dict, tuple]:
 
 def _problems(
     places: dict[str, Shape], rows: Iterable[Row], weights: dict[str, np.ndarray]
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """(our arrays by path, everything that does not fit)."""
+) -> tuple[dict[str, np.ndarray], list[str], int]:
+    """(our arrays by path, everything that does not fit, how many arrays that is)."""
     filled: dict[str, np.ndarray] = {}
     layers: dict[str, dict[int, np.ndarray]] = {}
     missing, wrong, used = [], [], set()
@@ -202,7 +210,7 @@ def _problems(
     for what, names in (("missing", missing), ("left over", left)):
         if names:
             problems.append(f"{len(names)} {what}: {', '.join(names)}")
-    return filled, [*problems, *wrong]
+    return filled, [*problems, *wrong], len(missing) + len(left) + len(wrong)
 
 
 def fill(
@@ -214,13 +222,16 @@ def fill(
     """
     rows = list(rows)
     leaves, (graph, params, stats) = _flat(module)
-    filled, problems = _problems({path: leaf.shape for path, leaf in leaves.items()}, rows, weights)
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    filled, problems, count = _problems(shapes, rows, weights)
     unset = sorted(set(states.paths(params)) - set(filled))
     if unset and not problems:
         problems.append(f"no key for {len(unset)} of our parameters: {', '.join(unset)}")
     if problems:
         problems.append("are --system and the sizes (--config) those of the file?")
-        raise UserError("\n  ".join([f"{source} does not fit this system and sizes:", *problems]))
+        lines = [f"{source} does not fit this system and sizes:", *problems]
+        raise Misfit("\n  ".join(lines), count)
+    check_numbers({entry.key: weights[entry.key] for entry in rows}, source)
 
     def value(path, leaf):
         # writable copies: views of a file's bytes would be shared between runs
@@ -231,6 +242,24 @@ def fill(
 
     params, stats = (jax.tree_util.tree_map_with_path(value, tree) for tree in (params, stats))
     return states.merge(graph, params, stats)
+
+
+def check_numbers(weights: dict[str, np.ndarray], source: str) -> None:
+    """An error that names the arrays with numbers that are none, or that float32 does not hold."""
+    wrong = []
+    for key, array in weights.items():
+        if array.dtype.kind in "cb":
+            raise UserError(f"{key} of {source} holds {array.dtype}, which no weight is")
+        with np.errstate(over="ignore"):
+            fine = np.isfinite(array.astype(np.float32, copy=False))
+        if not fine.all():
+            wrong.append(f"{key} ({fine.size - np.count_nonzero(fine)} of {fine.size})")
+    if wrong:
+        shown = ", ".join(wrong[:6]) + (f" and {len(wrong) - 6} more" if len(wrong) > 6 else "")
+        raise UserError(
+            f"{source} holds numbers that are not finite in {len(wrong)} arrays: {shown}; a network "
+            "of them gives nothing of use: fetch the file again, or take an earlier checkpoint"
+        )
 
 
 def publish(module: nnx.Module, rows: Iterable[Row]) -> dict[str, np.ndarray]:
