@@ -77,10 +77,18 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     report.say(f"{what}; {len(source)} images of {layout.length} tokens, {dict(mesh.shape)}")
     step_of = train_step(settings, graph, optimizer)
 
-    start = int(jax.device_get(network.step))
-    log, stop = report.Log(workdir, step=start), launch.Stop()
+    start = done = int(jax.device_get(network.step))
+    measured = runs.is_measured(run, start)
+    log, stop = report.Log(workdir, step=start, measured=measured), launch.Stop()
+    with_what = held_out, tokenizer
+
+    def due(step: int) -> bool:
+        return step % every.save == 0 or step == steps
+
     if what.startswith("started from") and settings.held_out.samples:
-        show_imported(settings, (held_out, tokenizer), log)
+        show_imported(settings, with_what, log)
+    if start and due(start) and not measured:  # it was saved, and the run ended while measuring
+        run.note(start, measure(network, graph, with_what, log, settings))
     batches = stream.batches(
         source,
         seed=seed,
@@ -89,29 +97,33 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         process=(jax.process_index(), jax.process_count()),
     )
     with batches, report.bar(steps, initial=start, what="generator") as bar:
-        for step in range(start, steps):
-            batch = sharding.global_batch(next(batches), mesh)
+        while done < steps:
+            with run.rescuing({"model": network}):
+                batch = sharding.global_batch(next(batches), mesh)
             with jax.transfer_guard("disallow"):
                 if "image" in batch:
                     batch["tokens"] = source.encode(batch.pop("image"))
                 network, scalars = step_of(network, batch, codec)
             bar.update()
-            done = step + 1
+            done += 1
             if done % every.scalars == 0 or done == steps:
                 values = jax.device_get(scalars)
                 log.scalars(done, values | {"images_seen": done * settings.batch_size})
                 bar.set_postfix_str(report.figures(values, ("nats_per_token", "token_accuracy")))
-                give_up(values, done)
-            last = done == steps or bool(stop)
-            if done % every.save == 0 or last:
-                save(run, network, graph, (held_out, tokenizer), log)
-            if stop:
+                state.give_up(values, done)
+            asked = stop.agreed()
+            if due(done) or asked:
+                run.save({"model": network})
+            if asked:
                 break
+            if due(done):
+                with run.rescuing({"model": network}):
+                    figures = measure(network, graph, with_what, log, settings)
+                run.note(done, figures)
     run.close()
     log.close()
-    done = done if start < steps else start
     seen = f"{done * settings.batch_size:,} images seen"
-    report.say(f"step {done} of {steps} ({seen}) is saved in {workdir}")
+    stop.end(f"step {done} of {steps} ({seen}) is saved in {workdir}")
 
 
 def read(data):
@@ -146,29 +158,19 @@ def train_step(settings, graph, optimizer):
             generator = state.merge(graph, params, network.stats)
             return generator.loss(batch, codec, step=network.step, key=key)
 
-        gradients, terms = jax.grad(loss, has_aux=True)(network.params)
+        (total, terms), gradients = jax.value_and_grad(loss, has_aux=True)(network.params)
         network, scalars = state.apply_gradients(
-            network, gradients, optimizer, ema=settings.ema, average=average
+            network, gradients, optimizer, ema=settings.ema, average=average, loss=total
         )
         return network, terms | scalars
 
     return step
 
 
-def give_up(values, step: int) -> None:
-    """Stop a run that computes nothing any more."""
-    if values["skipped"] >= state.PATIENCE:
-        raise UserError(
-            f"{int(values['skipped'])} steps in a row up to step {step} had gradients that are not "
-            "finite and were skipped; lower config.optimizer.learning_rate, or go back to an "
-            "earlier checkpoint"
-        )
-
-
-def save(run, network, graph, with_what, log) -> None:
-    """Held-out nats and a sample grid from the averaged weights, then a checkpoint."""
+def measure(network, graph, with_what, log, settings) -> dict[str, float]:
+    """Held-out nats and a sample grid from the averaged weights of a step that is saved."""
     held_out, tokenizer = with_what
-    step, settings = int(jax.device_get(network.step)), run.config
+    step = int(jax.device_get(network.step))
     generator = state.merge(graph, state.averaged(network), network.stats)
     codec = tokenizer.module.quantizer
     figures = heldout.likelihood(generator, codec, held_out, count=settings.held_out.images)
@@ -178,7 +180,7 @@ def save(run, network, graph, with_what, log) -> None:
         preset = presets.named(settings.presets.to_dict(), "default")
         image_HW3 = grid(generator, preset, held_out.classes, with_what, settings)
         log.image(step, "samples", image_HW3)
-    run.save({"model": network}, figures)
+    return figures
 
 
 def show_imported(settings, with_what, log) -> None:

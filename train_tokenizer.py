@@ -6,6 +6,7 @@ python train_tokenizer.py --config configs/tokenizer/shapes.py --workdir runs/to
 from __future__ import annotations
 
 import functools
+import math
 import pathlib
 import sys
 
@@ -90,7 +91,8 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     report.say(f"{what}; {len(source)} images, {length} each, {dict(mesh.shape)}")
 
     start = step = int(jax.device_get(networks["model"].step))
-    log, stop = report.Log(workdir, step=start), launch.Stop()
+    measured = runs.is_measured(run, start)
+    log, stop = report.Log(workdir, step=start, measured=measured), launch.Stop()
     meter = guard.Meter(layout) if layout else None
     step_of = painter.Steps(settings, game, limits, graphs, critic_optimizer, returns)
     passing = functools.partial(
@@ -102,6 +104,12 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         process=(jax.process_index(), jax.process_count()),
         max_bad=settings.max_bad,
     )
+
+    def due(step: int) -> bool:
+        return step % every.save == 0 or step == steps or (step == play < steps)
+
+    if start and due(start) and not measured:  # it was saved, and the run ended while measuring
+        run.note(start, measure(networks, graph, held_out, log, settings))
     with report.bar(steps, initial=start, what="tokenizer") as bar:
         batches = passing(start=start)
         while step < steps:
@@ -114,7 +122,8 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
                     mesh=mesh,
                     strategy=settings.strategy,
                 )
-            batch = sharding.global_batch(next(batches), mesh)
+            with run.rescuing(networks):
+                batch = sharding.global_batch(next(batches), mesh)
             with jax.transfer_guard("disallow"):
                 networks, scalars, tokens_BLG = step_of(stage, step >= begin)(
                     networks, batch, frozen
@@ -122,18 +131,23 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
             bar.update()
             step += 1
             if meter:
-                meter.add(tokens_BLG)
+                meter.add(tokens_BLG, scalars["skipped"])
             collapsed = ""
             if step % every.scalars == 0 or step == steps:
                 values = jax.device_get(scalars) | (meter.figures() if meter else {})
                 log.scalars(step, values | {"broken_images": batches.bad})
                 bar.set_postfix_str(report.figures(values, SHOWN))
-                give_up(values, step)
+                state.give_up(values, step)
                 collapsed = guard.collapsed(limits, values, step, steps)
-            last = step == steps or bool(stop or collapsed)
-            if step % every.save == 0 or last or (step == play < steps):
-                error = save(run, networks, graph, held_out, log, settings)
-                if step > play and worse(run, play, error, limits, returns):
+            asked = stop.agreed()
+            if due(step) or asked or collapsed:
+                run.save(networks)
+            if asked:
+                break
+            if due(step):
+                with run.rescuing(networks):
+                    figures = measure(networks, graph, held_out, log, settings)
+                if step > play and worse(run, play, figures["l2"], limits, returns):
                     networks, returns = go_back(run, networks, settings, plan, play, mesh)
                     step_of = painter.Steps(
                         settings, game, limits, graphs, critic_optimizer, returns
@@ -145,45 +159,32 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
                     collapsed = ""
                     batches.close()
                     batches, log = passing(start=step), report.Log(workdir, step=step)
+                elif not collapsed:  # without its figures it pushes out no step to go back to
+                    run.note(step, figures)
             if collapsed:
                 run.close()
                 raise UserError(collapsed)
-            if stop:
-                break
         batches.close()
     run.close()
     log.close()
-    report.say(f"step {step} of {steps} is saved in {workdir}")
+    stop.end(f"step {step} of {steps} is saved in {workdir}")
 
 
-def give_up(values, step: int) -> None:
-    """Stop a run that computes nothing any more."""
-    if values["skipped"] >= state.PATIENCE:
-        raise UserError(
-            f"{int(values['skipped'])} steps in a row up to step {step} had gradients that are not "
-            "finite and were skipped; lower config.optimizer.learning_rate, or go back to an "
-            "earlier checkpoint"
-        )
-
-
-def save(run, networks, graph, held_out, log, settings) -> float:
-    """Held-out figures and a grid from the averaged weights, then a checkpoint; squared error."""
+def measure(networks, graph, held_out, log, settings) -> dict[str, float]:
+    """Held-out figures and a grid from the averaged weights of a step that is saved."""
     model = networks["model"]
     step = int(jax.device_get(model.step))
     tokenizer = state.merge(graph, state.averaged(model), model.stats)
     figures, (image, painted) = heldout.reconstruction(
-        tokenizer, held_out, heldout.view_of(settings), count=settings.held_out.images
+        *(tokenizer, held_out, heldout.view_of(settings)), count=settings.held_out.images, shown=32
     )
     report.say(
         f"step {step}: held out {report.figures(figures, heldout.PIXEL_METRICS)} "
         f"({figures['images']} images)"
     )
     log.scalars(step, figures, split="held_out")
-    log.image(step, "reconstructions", report.beside(image[:32], painted[:32]))
-    # on the scale of the loss: what the best checkpoint is chosen by
-    error = 4 * 10 ** (-figures["psnr_db"] / 10)
-    run.save(networks, figures | {"l2": error})
-    return error
+    log.image(step, "reconstructions", report.beside(image, painted))
+    return figures
 
 
 def worse(run, play: int, error: float, limits, returns: int) -> bool:
@@ -191,7 +192,7 @@ def worse(run, play: int, error: float, limits, returns: int) -> bool:
     if limits.worse == 0 or returns >= limits.returns:
         return False
     before = runs.metrics(run, play).get("l2")
-    if before is None or error <= limits.worse * before:
+    if before is None or not math.isfinite(before) or error <= limits.worse * before:
         return False
     report.say(
         f"held-out squared error {error:.4g} is {error / before:.2f} times that of step {play}, "

@@ -257,13 +257,14 @@ def test_an_override_changes_only_its_field():
             "tokenizer/cifar10_f4",
             "data",
             ("name=tfds", "dataset=cifar10", "splits=('train[:90%]', 'test')"),
-            dict(name="tfds", dataset="cifar10", splits=("train[:90%]", "test"), data_dir=""),
+            dict(name="tfds", dataset="cifar10", splits=("train[:90%]", "test"), data_dir="")
+            | dict(label="", count=0, labels="feature"),
         ),
         (
             "tokenizer/shapes",
             "data",
             ("name=folder", "path=123", "held_out=0"),
-            dict(name="folder", path="123", held_out=0.0),
+            dict(name="folder", path="123", held_out=0.0, labels="folders"),
         ),
         (
             "tokenizer/shapes",

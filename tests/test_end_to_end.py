@@ -1,9 +1,10 @@
 """The two programs and the commands on a folder of small pictures, from images to images.
 
-Training runs in processes of its own, as a user starts it: killed, and started again. The commands
-run in this process, where starting costs nothing.
+Runs that are killed have processes of their own, as a user starts them. All else runs in this
+process, where starting costs nothing.
 """
 
+import importlib
 import json
 import os
 import pathlib
@@ -19,9 +20,10 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from jax.sharding import AxisType, Mesh
 from PIL import Image
 
-from tokgen import checkpoint, cli, launch, report
+from tokgen import checkpoint, cli, launch, report, sharding
 from tokgen import state as states
 from tokgen.data import tokens
 
@@ -91,9 +93,35 @@ def get_config():
 """
 
 
-def program(name, *words, wait=True):
+def mesh(data=-1, fsdp=1, tensor=1):
+    """Two devices, as many as the processes have."""
+    return jax.make_mesh(
+        (2, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:2]
+    )
+
+
+def story(name, *words):
+    """A training program in this process, on two devices: its exit code."""
+    module = importlib.import_module(f"train_{name}")
+    # a run sets its mesh for good: what it leaves must not meet the next one
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(Mesh(np.empty((), object), ())):
+        patch.setattr(sys, "argv", [f"train_{name}.py", *map(str, words)])
+        patch.setattr(sharding, "make_mesh", mesh)
+        # signals stay those of the tests
+        patch.setattr(launch.signal, "signal", lambda number, handler: None)
+        with pytest.raises(SystemExit) as caught:
+            launch.run(module.main, module.__doc__)
+    return caught.value.code
+
+
+def program(name, *words):
+    """The same to its end."""
+    assert not story(name, *words)
+
+
+def started(name, *words):
     """A training program in a process of its own, on two devices."""
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, str(ROOT / f"train_{name}.py"), *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -101,16 +129,11 @@ def program(name, *words, wait=True):
         env=os.environ
         | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2", "TOKGEN_CACHE": str(CACHE)},
     )
-    if not wait:
-        return process
-    said = process.communicate(timeout=250)[0]
-    assert process.returncode == 0, said
-    return said
 
 
 def killed(name, *words, workdir):
     """The program, killed at a random moment after it has saved for the first time."""
-    process = program(name, *words, wait=False)
+    process = started(name, *words)
     try:
         first = workdir / checkpoint.FOLDER / str(EVERY)
         until = time.monotonic() + 250
@@ -242,35 +265,37 @@ def test_both_networks_of_the_game_move(tokenizer):
     assert (tokenizer / "curves.png").stat().st_size > 1000
 
 
-def test_a_killed_tokenizer_run_goes_on_to_the_same_bits(place, tokenizer):
+def test_a_killed_tokenizer_run_goes_on_to_the_same_bits(place, tokenizer, capfd):
     workdir = place / "killed_tokenizer"
     words = tokenizer_words(place, workdir)
     killed("tokenizer", *words, workdir=workdir)
-    said = program("tokenizer", *words)
-    assert "resumed step" in said
+    program("tokenizer", *words)
+    assert "resumed step" in capfd.readouterr().err
     assert manifest(workdir) == manifest(tokenizer)
     seen = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in seen if line["split"] == "train"] == [2, 4, 5]
 
 
-def test_a_killed_generator_run_goes_on_to_the_same_bits(place, generator):
+def test_a_killed_generator_run_goes_on_to_the_same_bits(place, generator, capfd):
     workdir = place / "killed_generator"
     words = generator_words(place, workdir)
     killed("generator", *words, workdir=workdir)
-    assert "resumed step" in program("generator", *words)
+    program("generator", *words)
+    assert "resumed step" in capfd.readouterr().err
     assert manifest(workdir) == manifest(generator)
     first, last = manifest(generator, EVERY), manifest(generator)
     paths = [path for path in last if path.startswith("model/params/")]
     assert sum(first[p]["checksum"] != last[p]["checksum"] for p in paths) > 0.8 * len(paths)
 
 
-def test_tokens_made_while_training_lead_to_the_same_bits(place, tokenizer, generator):
+def test_tokens_made_while_training_lead_to_the_same_bits(place, tokenizer, generator, capfd):
     """Images in the place of shards: the same batches, the same held-out figures."""
     workdir = place / "on_the_fly"
     words = ("--config", f"{place}/generator.py", "--workdir", workdir,
              f"--config.data.tokenizer={tokenizer}",
              f"--config.data.images={place / 'pictures'}")  # fmt: skip
-    assert "step 5 of 5 (20 images seen) is saved" in program("generator", *words)
+    program("generator", *words)
+    assert "step 5 of 5 (20 images seen) is saved" in capfd.readouterr().err
     assert manifest(workdir) == manifest(generator)
     logs = []
     for folder in (workdir, generator):
@@ -280,10 +305,11 @@ def test_tokens_made_while_training_lead_to_the_same_bits(place, tokenizer, gene
     assert [line["images_seen"] for line in logs[0] if line["split"] == "train"] == [8, 16, 20]
 
 
-def test_a_run_that_starts_from_a_model_shows_what_that_could_do(place, generator):
+def test_a_run_that_starts_from_a_model_shows_what_that_could_do(place, generator, capfd):
     words = (*generator_words(place, place / "tuned"), f"--config.init_from={generator}",
              "--config.held_out.samples=2")  # fmt: skip
-    assert "started from the parameters of" in program("generator", *words)
+    program("generator", *words)
+    assert "started from the parameters of" in capfd.readouterr().err
     sheets = []
     for name in ("imported-0000000", "samples-0000005"):
         with Image.open(place / "tuned" / "images" / f"{name}.png") as image:
@@ -296,9 +322,10 @@ def test_a_run_that_starts_from_a_model_shows_what_that_could_do(place, generato
     np.testing.assert_array_equal(sheets[0], again)
 
 
-def test_gray_pictures_without_classes(place, capsys):
+def test_gray_pictures_without_classes(place, capfd):
     """One channel from the folder to the sampled picture; an unconditional generator."""
-    said = program("tokenizer", *tokenizer_words(place, place / "g_tokenizer", "gray", "gray"))
+    program("tokenizer", *tokenizer_words(place, place / "g_tokenizer", "gray", "gray"))
+    said = capfd.readouterr().err
     loaded = checkpoint.load_tokenizer(place / "g_tokenizer")
     total = f"{states.count(states.split(loaded.module)[1]):,}"
     assert said.split("total")[1].split()[0] == total  # the table at the start
@@ -419,25 +446,14 @@ def told(capfd, run):
     return said.err
 
 
-def story(name, words, monkeypatch):
-    """A training program's beginning, in this process: an error comes before anything is built."""
-    import importlib
-
-    module = importlib.import_module(f"train_{name}")
-    monkeypatch.setattr(sys, "argv", [f"train_{name}.py", *map(str, words)])
-    with pytest.raises(SystemExit) as caught:
-        launch.run(module.main, module.__doc__)
-    return caught.value.code
-
-
-def test_usage_errors_of_training(place, tokenizer, generator, shards, capfd, monkeypatch):
+def test_usage_errors_of_training(place, tokenizer, generator, shards, capfd):
     before = contents(place)
 
     def tokenizer_error(*words):
-        return told(capfd, lambda: story("tokenizer", words, monkeypatch))
+        return told(capfd, lambda: story("tokenizer", *words))
 
     def generator_error(*words):
-        return told(capfd, lambda: story("generator", words, monkeypatch))
+        return told(capfd, lambda: story("generator", *words))
 
     words = tokenizer_words(place, tokenizer)
     said = tokenizer_error(*words, "--config.optimizer.learning_rat=1")
@@ -462,13 +478,13 @@ def test_usage_errors_of_training(place, tokenizer, generator, shards, capfd, mo
     }
 
 
-def test_tokens_of_another_tokenizer(place, tokenizer, shards, generator, capfd, monkeypatch):
+def test_tokens_of_another_tokenizer(place, tokenizer, shards, generator, capfd):
     """Refused before training, before sampling, and before they are mixed with others."""
     other = place / "other"
     shutil.copytree(tokenizer / "checkpoints" / str(EVERY), other / "checkpoints" / str(EVERY))
     before = contents(place)
     words = (*generator_words(place, place / "generator"), f"--config.data.tokenizer={other}")
-    said = told(capfd, lambda: story("generator", words, monkeypatch))
+    said = told(capfd, lambda: story("generator", *words))
     assert "another tokenizer" in said and "pretokenize" in said
     words = ["pretokenize", "--tokenizer", other, "--data", place / "pictures", "--out", shards]
     said = told(capfd, lambda: cli.main([*map(str, words), "--batch", "8"]))

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 import train_tokenizer
-from tokgen import checkpoint, config, guard, interfaces, launch, manifest, report, runs, sharding
+from tokgen import checkpoint, config, guard, interfaces, launch, report, runs, sharding
 
 # ---------------------------------------------------------------- the meter
 
@@ -129,21 +129,20 @@ def test_returns_are_counted_and_settled(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [guard.RETURNS]
 
 
-def test_worse_compares_with_the_step_at_which_the_game_began(tmp_path):
-    meta = {"format": checkpoint.FORMAT, "metrics": {"l2": 0.2}}
-    meta["digest"] = manifest.digest(meta)
-    folder = tmp_path / checkpoint.FOLDER / "4" / "meta"
-    folder.mkdir(parents=True)
-    (folder / "metadata").write_text(json.dumps(meta))
-    run = types.SimpleNamespace(workdir=tmp_path)
+def test_worse_compares_with_the_step_at_which_the_game_began(tmp_path, monkeypatch):
+    figures = {4: {"l2": 0.2}, 5: {"l2": None}}
+    monkeypatch.setattr(runs, "metrics", lambda run, step: figures.get(step, {}))
 
     def worse(error, returns=0, play=4, **limits):
+        run = types.SimpleNamespace(workdir=tmp_path)
         return train_tokenizer.worse(run, play, error, guard.Limits(**limits), returns)
 
     assert worse(0.41, worse=2.0) and not worse(0.39, worse=2.0)
     assert not worse(100.0, worse=0.0)  # off
     assert worse(0.41, 2, worse=2.0) and not worse(0.41, 3, worse=2.0)  # as often as allowed
-    assert not worse(0.41, play=5, worse=2.0)  # nothing to compare with
+    for play in (5, 6):  # nothing to compare with
+        assert not worse(0.41, play=play, worse=2.0)
+    assert worse(math.nan, worse=2.0)  # no number is worse than any
 
 
 # ---------------------------------------------------------------- whole runs, of a few steps
@@ -170,7 +169,7 @@ def one_device():
     mesh = Mesh(device, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda data=-1, fsdp=1, tensor=1: mesh)
-        patch.setattr(launch, "Stop", list)
+        patch.setattr(launch.signal, "signal", lambda number, handler: None)
         patch.setattr(report, "curves", lambda workdir: None)
         # a run sets its mesh for good: what this module leaves must not meet the next one
         with jax.set_mesh(Mesh(np.empty((), object), ())):
@@ -220,7 +219,7 @@ def entries(workdir, step):
 
 def test_a_collapsed_run_stops_after_its_grace_and_is_saved(tmp_path):
     with pytest.raises(interfaces.UserError, match="step 3: of the codes"):
-        train(tmp_path, "steps=4", "report.save=9", "guard.usage=9.0", grace=0.5)
+        train(tmp_path, "steps=4", "report.save=9", "guard.usage=1.0", grace=0.5)
     assert steps_of(tmp_path) == [3]
     assert [record["step"] for record in report.read(tmp_path) if record["split"] == "train"] == [
         *(1, 2, 3)

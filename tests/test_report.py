@@ -108,3 +108,55 @@ def test_the_table_ends_in_the_sum():
 def test_figures_name_what_is_there():
     values = {"psnr_db": 25.3149, "ssim": np.float32(0.5)}
     assert report.figures(values, ("psnr_db", "lpips", "ssim")) == "psnr_db 25.31, ssim 0.5"
+
+
+def test_progress_in_a_log_file_is_a_line_per_half_minute(capsys):
+    """The rate is that of the last minute: what was slow before does not stay in it."""
+    now = [0.0]
+    bar = report.Lines(1000, initial=100, what="tokenizer", clock=lambda: now[0])
+    for second in range(1, 241):
+        now[0] = float(second)
+        if second <= 120:
+            if second % 10 == 0:
+                bar.update()
+        else:
+            bar.update(3)
+        bar.set_postfix_str(f"l1 {second}")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 240 // 30
+    assert said[0] == "tokenizer: 103/1000 steps, 10 s/step, 2:29:30 left, l1 29"
+    assert said[3].startswith("tokenizer: 112/1000 steps, 10 s/step, 2:28:00 left")
+    assert said[-1] == "tokenizer: 472/1000 steps, 3 steps/s, 0:02:56 left, l1 239"
+    now[0] = 250
+    bar.close()
+    bar.close()
+    assert capsys.readouterr().err == "tokenizer: 472/1000 steps in 0:04:10, 1.49 steps/s\n"
+
+
+def test_progress_that_is_taken_back_has_the_rate_of_what_is_done_again(capsys):
+    now = [0.0]
+    bar = report.Lines(1000, unit="image", clock=lambda: now[0])
+    for second in range(1, 30):
+        now[0] = float(second)
+        bar.update(10)
+    bar.n = 100
+    for second in range(30, 61):
+        now[0] = float(second)
+        bar.update(2)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in said] == ["102/1000 images", "162/1000 images"]
+    assert "2 images/s" in said[1]
+    silent = report.Lines(9, shown=False, clock=lambda: now[0])
+    now[0] = 200
+    silent.update(9)
+    silent.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bar_without_a_terminal_is_lines(capsys):
+    with report.bar(3, what="draw", unit="image") as bar:
+        for _ in range(3):
+            bar.update()
+            bar.set_postfix_str("loss 1")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("draw: 3/3 images in 0:00:00")

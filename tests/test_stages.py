@@ -143,7 +143,7 @@ def one_device():
     mesh = Mesh(device, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda data=-1, fsdp=1, tensor=1: mesh)
-        patch.setattr(launch, "Stop", list)
+        patch.setattr(launch.signal, "signal", lambda number, handler: None)
         patch.setattr(report, "curves", lambda workdir: None)
         # a run sets its mesh for good: what this module leaves must not meet the next one
         with jax.set_mesh(Mesh(np.empty((), object), ())):
@@ -286,12 +286,13 @@ def test_every_term_needs_a_weight():
         total({"kl": 1.0, "mass": 1.0, "l1": 1.0}, {"l1": 1.0})
 
 
-def test_a_run_gives_up_when_nothing_is_finite_any_more():
-    train_tokenizer.give_up({"skipped": np.int32(states.PATIENCE - 1)}, 40)
+@pytest.mark.parametrize("whose", ["skipped", "critic_skipped"])
+def test_a_run_gives_up_when_nothing_is_finite_any_more(whose):
+    states.give_up({"skipped": np.int32(0), whose: np.int32(states.PATIENCE - 1)}, 40)
     with pytest.raises(
-        interfaces.UserError, match="10 steps in a row up to step 40.*learning_rate"
+        interfaces.UserError, match="10 steps in a row up to step 40.*learning_rate.*--from"
     ):
-        train_tokenizer.give_up({"skipped": np.int32(states.PATIENCE)}, 40)
+        states.give_up({"skipped": np.int32(0), whose: np.int32(states.PATIENCE)}, 40)
 
 
 def test_features_without_weights_are_said_and_left_out(capfd):

@@ -224,10 +224,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(poison, key):
     for times in (1, 2):
         after, scalars = step(after, broken)
         assert scalars["skipped"] == after.skipped == times
-    assert after.step == state.step + 2
-    equal(after.replace(step=0, skipped=0), state.replace(step=0, skipped=0))
+    assert after.step == state.step + 2 and scalars["skips"] == after.skips == 2
+    equal(after.replace(step=0, skipped=0, skips=0), state.replace(step=0, skipped=0, skips=0))
     after, _ = step(after, gradients)  # and the run goes on, with the rate of its global step
-    assert after.skipped == 0 and after.step == 4
+    assert after.skipped == 0 and after.skips == 2 and after.step == 4
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
     assert np.abs(after.params["conv_in"]["bias"] - state.params["conv_in"]["bias"]).min() > 0
 
@@ -306,7 +306,7 @@ def test_weight_decay_follows_a_half_cosine_of_the_global_step():
         moved = states.paths(after.params)["conv_in/kernel"]
         np.testing.assert_allclose(moved, factor * make().conv_in.kernel[...], rtol=1e-5)
         equal(old.params["norm"], after.params["norm"])
-    with pytest.raises(ValueError, match="weight_decay_end=-1"):
+    with pytest.raises(ValueError, match="weight_decay_end must be .*-1.0"):
         states.optimizer(5, learning_rate=1.0, weight_decay_end=-1.0)
 
 
@@ -455,7 +455,7 @@ def test_muon_turns_the_matrices_of_the_blocks(key):
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        (dict(learning_rate=0.0), "learning_rate > 0"),
+        (dict(learning_rate=0.0), "learning_rate must be a finite number above 0"),
         (dict(learning_rate=1.0, clip=-1.0), "clip"),
         (dict(learning_rate=1.0, name="adamm"), "adamw"),
     ],

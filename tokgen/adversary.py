@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from tokgen import config as configs
-from tokgen import losses, report, rng
+from tokgen import losses, ranges, report, rng
 from tokgen import state as states
 from tokgen.critics import augment, features
 from tokgen.interfaces import Array, UserError
@@ -46,27 +46,28 @@ class Game:
         network, optimizer: sections of their own.
     """
 
-    weight: float = 0.0
-    limit: float = 1e4
-    floor: float = 0.0
-    epsilon: float = 1e-4
-    start: float = 0.0
-    warmup: float = 0.0
-    ramp: float = 0.0
+    weight: ranges.Amount = 0.0
+    limit: ranges.Amount = 1e4
+    floor: ranges.Amount = 0.0
+    epsilon: ranges.Amount = 1e-4
+    start: ranges.Share = 0.0
+    warmup: ranges.Share = 0.0
+    ramp: ranges.Share = 0.0
     loss: str = "hinge"
     painter: str = "hinge"
-    critic_weight: float = 1.0
-    lecam: float = 0.0
+    critic_weight: ranges.Amount = 1.0
+    lecam: ranges.Amount = 0.0
     lecam_form: str = "means"
-    r1: float = 0.0
+    r1: ranges.Amount = 0.0
     augmented: tuple[str, ...] = ()
-    consistency: float = 0.0
+    consistency: ranges.Amount = 0.0
     first: str = "painter"
     features: str = ""
     network: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
+        ranges.check(self)
         losses.named(losses.DISCRIMINATOR, self.loss, "critic.loss")
         losses.named(losses.GENERATOR, self.painter, "critic.painter")
         losses.named(losses.LECAM, self.lecam_form, "critic.lecam_form")
@@ -158,23 +159,27 @@ def critic_step(game: Game, graph, optimizer: states.Optimizer) -> Callable:
                 total = total + game.consistency * seen["consistency"]
             return game.critic_weight * total, seen
 
-        gradients, seen = jax.grad(loss, has_aux=True)(critic.params)
-        critic, _ = states.apply_gradients(critic, gradients, optimizer, trained=TRUNK)
-        averages = losses.moved(averages, seen["critic_real"], seen["critic_fake"])
+        (total, seen), gradients = jax.value_and_grad(loss, has_aux=True)(critic.params)
+        # of logits that are infinite the hinge may still be finite; the averages would not be
+        looked = total + seen["critic_real"] + seen["critic_fake"]
+        critic, _ = states.apply_gradients(critic, gradients, optimizer, trained=TRUNK, loss=looked)
+        after = losses.moved(averages, seen["critic_real"], seen["critic_fake"])
+        averages = states.kept(critic.skipped == 0, after, averages)
         return _maintained(graph, critic, image_BHW3, painted_BHW3, key), averages, seen
 
     return step
 
 
 def _maintained(graph, critic: states.TrainState, image_BHW3, painted_BHW3, key):
-    """The critic after its upkeep: running statistics, spectral directions."""
+    """The critic after its upkeep: running statistics, spectral directions. A skip moves none."""
     judge = states.merge(graph, critic.params, critic.stats)
     if not isinstance(judge, features.Discriminator):
         return critic
     for side, image in ((rng.REAL, image_BHW3), (rng.PAINTED, painted_BHW3)):
         crop = rng.use(rng.use(rng.use(key, rng.UPKEEP), side), rng.CROP)
         judge.maintain(2 * image - 1, key=crop)
-    return critic.replace(stats=states.statistics(judge))
+    moved = critic.skipped == 0
+    return critic.replace(stats=states.kept(moved, states.statistics(judge), critic.stats))
 
 
 def weight(

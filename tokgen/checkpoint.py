@@ -18,13 +18,14 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
 from tokgen import config as configs
-from tokgen import manifest, rng, sharding
+from tokgen import manifest, records, rng, sharding
 from tokgen import state as states
 from tokgen.interfaces import PyTree, TokenLayout, UserError
 
@@ -75,38 +76,108 @@ def _is_step(folder: pathlib.Path) -> bool:
 
 
 def _best(steps: list[pathlib.Path]) -> pathlib.Path:
-    """The step of the lowest held-out figure; the latest where none was measured."""
+    """The step of the lowest held-out figure; the latest where no figure is finite.
+
+    Of steps without a finite figure, one that was not measured goes before one that was: a figure
+    that is no number tells of weights that are none.
+    """
 
     def rank(step):
         meta = read_meta(step)
-        value = meta["metrics"].get(meta["best"], float("inf"))
-        return (value if np.isfinite(value) else float("inf"), -meta["step"])
+        value = figure(meta)
+        return (value is None, bool(meta["metrics"]), value or 0.0, -meta["step"])
 
     return min(steps, key=rank)
 
 
+def figure(meta: dict) -> float | None:
+    """The held-out figure of which less is better; None where it is absent or not finite."""
+    value = meta["metrics"].get(meta["best"])
+    return float(value) if isinstance(value, int | float) and np.isfinite(value) else None
+
+
 def read_meta(step: pathlib.Path) -> dict:
-    """The JSON record of a step."""
+    """The JSON record of a step, with the figures that were noted since (`measured`: if they were).
+
+    UserError when it cannot be read, or is none.
+    """
     try:
-        meta = json.loads((step / "meta" / "metadata").read_text())
-        if meta["format"] != FORMAT:
-            raise UserError(
-                f"checkpoint {step} has format {meta['format']}; this tokgen reads {FORMAT}"
-            )
-        if meta.pop("digest") != manifest.digest(meta):
-            raise ValueError("it does not match its digest")
-        return meta
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _record(step)
+    except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise _damaged(step, f"its record cannot be read ({error})") from error
 
 
-def _damaged(step: pathlib.Path, what: str) -> UserError:
-    siblings = sorted(
-        (s.name for s in step.parent.iterdir() if s.name.isdigit() and s != step), key=int
+def _record(step: pathlib.Path) -> dict:
+    meta = records.checked(
+        records.load(step / "meta" / "metadata"),
+        **{"format": int, "digest": str, "kind": str, "step": int, "config": dict},
+        **{"layout": (dict, type(None)), "classes": list, "best": str, "manifest": dict},
+        metrics=(dict, type(None)),
     )
-    other = f"use an earlier step ({', '.join(siblings)})" if siblings else "train it again"
+    if meta["format"] != FORMAT:
+        raise UserError(
+            f"checkpoint {step} has format {meta['format']}; this tokgen reads {FORMAT}"
+        )
+    if meta.pop("digest") != manifest.digest(meta):
+        raise ValueError("it does not match its digest")
+    for path, entry in meta["manifest"].items():
+        try:
+            records.checked(entry, shape=list, dtype=str, checksum=str)
+            jnp.dtype(entry["dtype"])
+            if not all(type(size) is int and 0 <= size < 2**40 for size in entry["shape"]):
+                raise ValueError(f"a shape of {records.shown(entry['shape'])}")
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} of its manifest: {error}") from error
+    if meta["layout"] is not None:
+        TokenLayout.from_json(meta["layout"])  # its bounds are checked here, before any work
+    noted = _noted(step) if meta["metrics"] is None else meta["metrics"]
+    return meta | {"metrics": noted or {}, "measured": noted is not None}
+
+
+def note(step: pathlib.Path, figures: dict[str, float]) -> None:
+    """Write the held-out figures of a step that is saved already."""
+    figures = records.finite(figures)
+    content = {"figures": figures, "digest": manifest.digest(figures)}
+    # beside the step: a part that is left over is none of its files
+    part = step.parent / f".{step.name}.{manifest.FIGURES}"
+    part.write_text(records.text(content))
+    part.replace(step / manifest.FIGURES)
+
+
+def _noted(step: pathlib.Path) -> dict | None:
+    file = step / manifest.FIGURES
+    if not file.exists():
+        return None
+    try:
+        content = records.checked(records.load(file), figures=dict, digest=str)
+        if content["digest"] != manifest.digest(content["figures"]):
+            raise ValueError("they do not match their digest")
+    except (OSError, ValueError) as error:
+        raise _damaged(step, f"its figures in {file.name} cannot be read ({error})") from error
+    return content["figures"]
+
+
+def is_whole(step: pathlib.Path) -> bool:
+    """Whether the record can be read, and every file has the size that it was saved with."""
+    try:
+        _record(step)
+    except (OSError, ValueError):
+        return False
+    return not manifest.misfit(step)
+
+
+def _damaged(step: pathlib.Path, what: str) -> UserError:
+    siblings = [s for s in step.parent.iterdir() if s.name.isdigit() and s != step]
+    whole = sorted((s.name for s in siblings if is_whole(s)), key=int)
+    earlier = [name for name in whole if step.name.isdigit() and int(name) < int(step.name)]
+    other = f"use another step ({', '.join(whole)})" if whole else "train it again"
+    if earlier:
+        other = (
+            f"use an earlier step ({', '.join(whole)}): give CKPT as {step.parent}/{earlier[-1]}"
+        )
+        other += f", or train on from it with --from {earlier[-1]}, which sets the later ones aside"
     return UserError(f"checkpoint {step} is damaged: {what}; {other}, or restore it from a copy")
 
 
@@ -132,6 +203,11 @@ def restore(step: pathlib.Path, wanted: dict[str, Any], meta: dict) -> dict[str,
     names = named(target)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
+        # the store cuts and fills arrays to any size that is asked for, without a word
+        stored = ocp.PyTreeCheckpointer().metadata((step / "state").absolute()).item_metadata
+        for path, leaf in wanted.items():
+            if tuple(stored[_name(path)].shape) != tuple(leaf.shape):
+                raise ValueError(f"{path} is {stored[_name(path)].shape} there, not {leaf.shape}")
         found = ocp.PyTreeCheckpointer().restore(
             (step / "state").absolute(),
             args=ocp.args.PyTreeRestore(
@@ -152,6 +228,32 @@ def restore(step: pathlib.Path, wanted: dict[str, Any], meta: dict) -> dict[str,
     if wrong:
         raise _damaged(step, f"the checksum of {', '.join(wrong[:3])} does not match its manifest")
     return leaves
+
+
+def resumed(step: pathlib.Path, wanted: dict[str, Any], meta: dict) -> dict[str, jax.Array]:
+    """As `restore`, of a whole training state that an older version may have written.
+
+    Moments and averages are cast to the dtype that they have now; a count that was not kept there
+    begins as it is in `wanted`.
+    """
+    record = meta["manifest"]
+    there = {p: a for p, a in wanted.items() if p in record or not p.endswith("/skips")}
+    cast = {
+        path: _as_recorded(leaf, record.get(path))
+        for path, leaf in there.items()
+        if path.split("/")[1:2] in (["opt_state"], ["ema"])
+    }
+    leaves = restore(step, there | cast, meta)
+    leaves |= {path: leaves[path].astype(there[path].dtype) for path in cast}
+    return wanted | leaves
+
+
+def _as_recorded(leaf: Any, entry: dict | None) -> Any:
+    """A leaf to be read in the dtype that it was saved with, where both are floating."""
+    kinds = (leaf.dtype, jnp.dtype(entry["dtype"]) if entry else leaf.dtype)
+    if not all(jnp.issubdtype(kind, jnp.floating) for kind in kinds):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, kinds[1], sharding=leaf.sharding)
 
 
 def verify(step: pathlib.Path) -> None:
@@ -290,7 +392,13 @@ def load(path: str | os.PathLike, kind: str = "", *, compute: str = "", which: s
     which = which or ("ema" if averaged else "params")
     mesh = sharding.make_mesh()
     whole = sharding.replicated(mesh)
-    wanted = {f"model/{which}/{p}": leaf for p, leaf in states.paths(params).items()}
+    # averages are float32 whatever the parameters are
+    wanted = {
+        f"model/{which}/{p}": _as_recorded(leaf, meta["manifest"].get(f"model/{which}/{p}"))
+        if which == "ema"
+        else leaf
+        for p, leaf in states.paths(params).items()
+    }
     wanted.update({f"model/stats/{p}": leaf for p, leaf in states.paths(stats).items()})
     wanted = {
         p: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
@@ -298,7 +406,10 @@ def load(path: str | os.PathLike, kind: str = "", *, compute: str = "", which: s
     }
     leaves = restore(step, wanted, meta)
     params, stats = (
-        unflatten(tree, {p: leaves[f"model/{name}/{p}"] for p in states.paths(tree)})
+        unflatten(
+            tree,
+            {p: leaves[f"model/{name}/{p}"].astype(a.dtype) for p, a in states.paths(tree).items()},
+        )
         for tree, name in ((params, which), (stats, "stats"))
     )
     return Loaded(

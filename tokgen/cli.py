@@ -1,21 +1,26 @@
 """The `tokgen` program: subcommands, help, exit codes.
 
-Exit codes: 0 done, 2 something the user can mend (one message, no traceback), 130 interrupted. A
-traceback is always a bug. Nothing heavy is imported before a subcommand is chosen.
+Exit codes: 0 done, 2 something the user can mend (one message, no traceback), 130 interrupted
+(Ctrl-C, SIGINT), 143 ended by SIGTERM. A traceback is always a bug. Nothing heavy is imported
+before a subcommand is chosen.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import importlib.metadata
 import itertools
 import keyword
+import os
 import platform
+import signal
 import sys
+import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 # Name of the file in tokgen/commands -> its line in the help, which is shown without importing it.
 COMMANDS = {
@@ -36,6 +41,18 @@ COMMANDS = {
 
 # Import name of an optional package -> the extra in pyproject.toml that installs it.
 EXTRAS = {"simplejpeg": "fastdata", "huggingface_hub": "hub"}
+
+# By convention of shells, 128 and the number of the signal.
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+class Stopped(BaseException):
+    """A signal has ended the work; says how far it came. No error: nothing is to be mended."""
+
+    def __init__(self, number: int, said: str):
+        super().__init__(said)
+        self.number = signal.Signals(number)
+
 
 # What the figures of a run may depend on.
 REPORTED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -65,10 +82,17 @@ def call(program: str, run: Callable[[], None]) -> int:
     The training programs end through here too, so that every program fails in the same words.
     """
     try:
-        run()
+        try:
+            with _terminable():
+                run()
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
-        return 130
+        return CODES[signal.SIGINT]
+    except Stopped as stopped:
+        print(f"{program}: {stopped}", file=sys.stderr)
+        return CODES[stopped.number]
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
@@ -88,7 +112,55 @@ def call(program: str, run: Callable[[], None]) -> int:
             raise
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        _unheard()
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        from tokgen import output
+
+        if error.errno not in output.ENVIRONMENT:
+            raise
+        print(f"{program}: error: {output.described(error, option='')}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = (str(error).strip() or "memory cannot be allocated").splitlines()[0][:300]
+        option = "--batch" if program.startswith("tokgen ") else "--config.batch_size"
+        print(
+            f"{program}: error: this needs more memory than there is ({said}); remedy: fewer images"
+            f" at a time with a smaller {option}, smaller images, or a machine with more",
+            file=sys.stderr,
+        )
+        return 2
     return 0
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends what runs inside as Ctrl-C does: files are closed, one line is said."""
+    default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not default or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        signal.signal(number, signal.SIG_DFL)  # the second time at once
+        raise Stopped(number, "terminated")
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _unheard() -> None:
+    """Nobody reads on, as in `tokgen matrix | head -1`: what is still to be said goes nowhere."""
+    with contextlib.suppress(OSError, ValueError):  # streams that are no files
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
 
 
 def versions() -> str:

@@ -28,7 +28,7 @@ from tokgen.interfaces import TokenLayout, UserError
 
 # Sections that name a class: the package, the class, and the arguments that come from elsewhere.
 CLASSES = {
-    "data": ("data", "Source", ("split",)),
+    "data": ("data", "Source", ("split", "order", "doubtful")),
     "encoder": ("tokenizers", "Encoder", ("channels", "latent", "size", "precision", "rngs")),
     "quantizer": ("quantizers", "Quantizer", ("grid", "rngs")),
     "decoder": (
@@ -171,7 +171,7 @@ def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> Non
         if section is None:
             continue
         here = isinstance(section, ml_collections.ConfigDict)
-        if not here or (last not in section and name not in needed):
+        if not here or not (last in section or name in needed or _taken(config, name)):
             problems.append(_unknown(name, config))
             continue
         if isinstance(section.get(last), ml_collections.ConfigDict):
@@ -210,6 +210,19 @@ def _kind(path: str, config: Any) -> str:
     if kind == "data" and path == kind and "name" not in (_at(config, path) or {}):
         return ""  # of a generator: a folder of token shards
     return kind
+
+
+def _taken(config: Any, name: str) -> bool:
+    """Whether a section's constructor has an argument that the section leaves to its default."""
+    path, _, last = name.rpartition(".")
+    kind = _kind(path, config)
+    if not kind:
+        return False
+    try:
+        target = named(_at(config, path), kind)
+    except UserError:
+        return False
+    return last in _parameters(target) and last not in CLASSES[kind][2]
 
 
 def _hint(config: Any, name: str) -> Any:
@@ -387,12 +400,18 @@ def build(section: Any, kind: str, **context: Any) -> Any:
             arguments[key] = build(value, kind, **own)
     wanted = _parameters(target)
     context = {name: value for name, value in context.items() if name in wanted}
+    return _constructed(target, kind, arguments, context)
+
+
+def _constructed(target: Callable, name: str, arguments: dict, context: dict) -> Any:
+    """`target` called; only what it raises on purpose is told as a mistake in the section."""
     try:
         return target(**arguments, **context)
-    except UserError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise UserError(f"config section {kind!r}: {error}") from error
+    except UserError as error:
+        # commands build sources of folders that no config names
+        if name == "data" or str(error).startswith("config section"):
+            raise
+        raise UserError(f"config section {name!r}: {error}") from error
 
 
 def _is_named(value: Any) -> bool:
@@ -427,10 +446,7 @@ def call(function: Callable, section: Any, name: str, **context: Any) -> Any:
     """`function` with a section as its keyword arguments, problems told as of `build`."""
     arguments = {key: _plain(value) for key, value in section.items()}
     _raise(_mismatches(function, arguments, context, name))
-    try:
-        return function(**arguments, **context)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"config section {name!r}: {error}") from error
+    return _constructed(function, name, arguments, context)
 
 
 def _plain(value: Any) -> Any:
@@ -464,10 +480,9 @@ def tokenizer(config: Any, *, rngs):
     at = call(precision.Precision, config["precision"], "precision")
     size, channels = tuple(config["view"]["size"]), config["view"]["channels"]
     encoder = named(config["encoder"], "encoder")
-    try:
-        grid = encoder.grid(size, **_plain(config["encoder"]))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"config section 'encoder': {error}") from error
+    arguments = {key: _plain(value) for key, value in config["encoder"].items() if key != "name"}
+    _raise(_mismatches(encoder, arguments, CLASSES["encoder"][2], "encoder"))
+    grid = _constructed(encoder.grid, "encoder", dict(arguments, size=size), {})
     quantizer = build(config["quantizer"], "quantizer", grid=grid, rngs=rngs)
     context = dict(channels=channels, size=size, precision=at, rngs=rngs)
     return tokenizers.Tokenizer(

@@ -11,7 +11,6 @@ import hashlib
 import json
 import pathlib
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -251,29 +250,12 @@ def results(path: pathlib.Path) -> list[dict]:
 
 def archive(supply, out: pathlib.Path, count: int) -> pathlib.Path:
     """All images of a supply as `samples.npz` (arr_0, arr_1: ADM's form), written part by part."""
-    file = out / "samples.npz"
-    part = file.with_name(".samples.npz.part")
     first = supply.part(0, min(PART, count))
-    with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as target:
-        # a date of its own would make equal images unequal files
-        with target.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
-            header = {
-                "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
-                "fortran_order": False,
-                "shape": (count, *first["image"].shape[1:]),
-            }
-            np.lib.format.write_array_header_1_0(member, header)
-            for start in range(0, count, PART):
-                images = supply.part(start, min(start + PART, count))["image"]
-                member.write(np.ascontiguousarray(images).tobytes())
-        if "label" in first:
-            label_N = np.concatenate(
-                [
-                    supply.part(start, min(start + PART, count))["label"]
-                    for start in range(0, count, PART)
-                ]
-            )
-            with target.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
-                np.lib.format.write_array(member, label_N.astype(np.int64), allow_pickle=False)
-    part.replace(file)
-    return file
+    bounds = [(start, min(start + PART, count)) for start in range(0, count, PART)]
+    label_N = None
+    if "label" in first:
+        label_N = np.concatenate([supply.part(*bound)["label"] for bound in bounds])
+    with samples.writing(out / "samples.npz", (count, *first["image"].shape[1:]), label_N) as add:
+        for bound in bounds:
+            add(supply.part(*bound)["image"])
+    return out / "samples.npz"

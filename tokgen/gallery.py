@@ -11,7 +11,7 @@ import numpy as np
 
 from tokgen import evaluation, measures, page, protocols, references
 from tokgen.commands import reference as reference_
-from tokgen.data import images
+from tokgen.data import images, reader
 from tokgen.interfaces import UserError
 
 CLASSES, SHOWN = 10, 8  # rows of classes, images of a row
@@ -159,11 +159,13 @@ def _real(reference: references.Reference) -> tuple:
 
 
 def _pixels(source, index: int, size: tuple[int, int]) -> np.ndarray:
-    """An image of the reference as it was seen; gray where it cannot be read."""
-    found = source[index]["image"]
+    """An image of the reference as it was seen; gray, and told, where it cannot be read now."""
     try:
-        found = images.decode(found, 3) if isinstance(found, bytes) else found
-    except images.BrokenImage:
+        found = reader.read(source, index, 3)["image"]
+    except images.BrokenImage as error:
+        unreadable = reader.unreadable(source)
+        unreadable.add(index, str(error))
+        unreadable.tell("the page shows them gray")
         return np.full((*size, 3), 128, np.uint8)
     return images.fixed("center", size, 3)(found, np.random.default_rng(0))
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import math
 import pathlib
+from typing import Annotated
 
 import jax
 import numpy as np
 
+from tokgen import ranges, records
 from tokgen.interfaces import TokenLayout
 from tokgen.metrics import codebook
 
@@ -31,10 +32,13 @@ class Limits:
         returns: so many times, at half the critic's weight each; then the critic is left out.
     """
 
-    usage: float = 0.0
-    grace: float = 0.1
-    worse: float = 0.0
-    returns: int = 3
+    usage: ranges.Share = 0.0
+    grace: ranges.Share = 0.1
+    worse: ranges.Amount = 0.0
+    returns: Annotated[int, ranges.Range(0, 1000)] = 3
+
+    def __post_init__(self):
+        ranges.check(self)
 
 
 class Meter:
@@ -46,10 +50,10 @@ class Meter:
     def __init__(self, layout: TokenLayout):
         self.layout, self.kept = layout, collections.deque()
 
-    def add(self, tokens_BLG: jax.Array) -> None:
-        """Remember the tokens of a step."""
-        self.kept.append(tokens_BLG)
-        while sum(tokens.size for tokens in self.kept) > KEPT and len(self.kept) > 1:
+    def add(self, tokens_BLG: jax.Array, skipped: jax.Array | int = 0) -> None:
+        """Remember the tokens of a step; one that was skipped is told by `skipped`, and is none."""
+        self.kept.append((tokens_BLG, skipped))
+        while sum(tokens.size for tokens, _ in self.kept) > KEPT and len(self.kept) > 1:
             self.kept.popleft()
 
     def figures(self) -> dict[str, float]:
@@ -57,9 +61,13 @@ class Meter:
 
         `reached` compares usage with what as many uniform draws would reach. Where all codes of an
         alphabet are words of bits, `idle_bits` are those with one value in 99 % of the tokens.
+        None of these where every step was skipped.
         """
-        tokens_BLG = np.concatenate(jax.device_get(list(self.kept)))
+        kept = [tokens for tokens, skipped in jax.device_get(list(self.kept)) if not skipped]
         self.kept.clear()
+        if not kept:
+            return {}
+        tokens_BLG = np.concatenate(kept)
         found = measured(tokens_BLG, self.layout)
         if len(self.layout.grids) == 1:
             return found
@@ -112,13 +120,13 @@ def collapsed(limits: Limits, figures: dict[str, float], step: int, steps: int) 
 def returned(workdir: pathlib.Path) -> int:
     """How often a run went back to before its critic."""
     file = workdir / RETURNS
-    return json.loads(file.read_text())["returns"] if file.exists() else 0
+    return _noted(file)["returns"] if file.exists() else 0
 
 
 def unsettled(workdir: pathlib.Path) -> bool:
     """Whether a return was begun whose later steps are still to be forgotten."""
     file = workdir / RETURNS
-    return file.exists() and not json.loads(file.read_text())["settled"]
+    return file.exists() and not _noted(file)["settled"]
 
 
 def note_return(workdir: pathlib.Path) -> int:
@@ -133,7 +141,13 @@ def settle(workdir: pathlib.Path) -> None:
     _write(workdir, returned(workdir), settled=True)
 
 
+def _noted(file: pathlib.Path) -> dict:
+    remedy = (
+        'write {"returns": N, "settled": true} with the number of times that the run said "back at '
+        'step", or remove it to begin to count anew'
+    )
+    return records.read(file, "how often a run went back", remedy, returns=int, settled=bool)
+
+
 def _write(workdir: pathlib.Path, count: int, settled: bool) -> None:
-    part = workdir / f".{RETURNS}"
-    part.write_text(json.dumps({"returns": count, "settled": settled}))
-    part.replace(workdir / RETURNS)
+    records.write(workdir / RETURNS, {"returns": count, "settled": settled})

@@ -18,6 +18,7 @@ from tokgen.interfaces import PyTree, Text, TokenBatch, UserError
 from tokgen.metrics import codebook
 from tokgen.metrics import reconstruction as quality
 
+PIXELS = 50 * 256 * 256  # of the images that are put through a tokenizer at a time
 PIXEL_METRICS = ("psnr_db", "ssim", "codebook_usage", "codebook_perplexity")
 
 
@@ -42,6 +43,8 @@ def _reconstruct(tokenizer, image_BHW3, text_BTE, distances):
     # through bytes: the figures are those of the files that a user would get
     painted = quality.from_uint8(quality.to_uint8(painted))
     measured = {"psnr_db": quality.psnr(image_BHW3, painted)}
+    # on the scale of the loss, [-1, 1]
+    measured["l2"] = 4 * jnp.mean(jnp.square(image_BHW3 - painted), (1, 2, 3))
     if min(image_BHW3.shape[1:3]) >= quality.WINDOW:
         measured["ssim"] = quality.ssim(image_BHW3, painted)
     for name, distance in distances.items():
@@ -79,22 +82,35 @@ def watched(batches, total: int, what: str):
             bar.update(len(part["label"]))
 
 
+def bounded(view: images.View, count: int, batch: int = 0) -> int:
+    """Images at a time: `batch`, or by default fewer of larger ones; no more than there are."""
+    rows, columns = view.size
+    return min(batch or max(1, min(50, PIXELS // (rows * columns))), count)
+
+
 def reconstruction(
-    tokenizer, source, view, *, count: int, batch: int = 50, what: str = ""
+    tokenizer, source, view, *, count: int, batch: int = 0, shown: int = 0, what: str = ""
 ) -> tuple[dict, tuple]:
-    """(figures, (originals, reconstructions) of the first batch, uint8) over `count` images."""
-    measured, counts, shown = {}, None, None
+    """(figures, (originals, reconstructions) of the first `shown`, uint8) over `count` images.
+
+    Of the first batch, where `shown` is 0.
+
+    `images` counts those that were measured: what cannot be read is told and left out.
+    """
+    measured, counts, pairs, images_ = {}, None, [], 0
     chosen = spread(len(source), count)
+    batch = bounded(view, len(chosen), batch)
     passing = stream.once(source, view, batch_size=batch, indices=chosen)
     for part in watched(passing, len(chosen), what):
         tokens_BLG, painted, values = repaint(tokenizer, part, batch=batch)
+        images_ += len(part["label"])
         for name, value_B in values.items():
             measured.setdefault(name, []).append(value_B)
         if tokens_BLG is not None:
             found = codebook.counts(tokens_BLG, tokenizer.layout)
             counts = found if counts is None else tuple(map(np.add, counts, found))
-        if shown is None:
-            shown = part["image"], painted
+        if not pairs or sum(len(image) for image, _ in pairs) < shown:
+            pairs.append((part["image"], painted))
     figures = {}
     for name, parts in measured.items():
         value_B = np.concatenate(parts).astype(np.float64)
@@ -103,8 +119,13 @@ def reconstruction(
     if counts is not None:
         figures["codebook_usage"] = float(np.mean([codebook.usage(c) for c in counts]))
         figures["codebook_perplexity"] = float(np.mean([codebook.perplexity(c) for c in counts]))
-    figures["images"] = len(chosen)
-    return figures, shown
+    pairs = tuple(np.concatenate(parts)[: shown or None] for parts in zip(*pairs, strict=True))
+    return figures | numbers(images_, len(chosen)), pairs
+
+
+def numbers(images_: int, wanted: int) -> dict[str, int]:
+    """How many images figures are of; and how many more they should be of, if any is unreadable."""
+    return {"images": images_} | ({"unreadable": wanted - images_} if images_ < wanted else {})
 
 
 def standard_error(value_B: np.ndarray) -> float:
@@ -172,9 +193,10 @@ def likelihood(
         order_of = _order(generator, order)
     draws = draws if order == "random" or not exact else 1
     program = functools.partial(_exact, order=order_of) if exact else _bound
-    total, chosen = [], spread(len(source), count)
+    total, chosen = [], spread(len(source), count)  # of which some may not be readable
+    batch = min(batch, len(chosen))
     for part in watched(stream.once(source, batch_size=batch, indices=chosen), len(chosen), what):
-        rows = len(part["label"])
+        rows, index_B = len(part["label"]), np.resize(part.pop("index"), batch)
         # padded, so that one program serves all batches
         padded = {
             name: np.concatenate([a, np.repeat(a[-1:], batch - rows, axis=0)])
@@ -182,8 +204,6 @@ def likelihood(
         }
         if "image" in padded:
             padded["tokens"] = source.encode(padded.pop("image"))
-        first = sum(len(nats_BR) for nats_BR in total)
-        index_B = np.resize(chosen[first : first + rows], batch)
         keys_B = rng.per_image(seed, "eval", jnp.asarray(index_B))
         padded, nats_RB = jax.device_put(padded), []
         for draw in range(draws):
@@ -196,7 +216,7 @@ def likelihood(
         "nats_per_token": float(nats_N.mean()),
         "nats_error": standard_error(nats_N),
         "bits_per_token": float(nats_N.mean() / math.log(2)),
-        "images": len(chosen),
+        **numbers(len(nats_N), len(chosen)),
     }
     if draws > 1 or not exact:
         figures |= {"nats_orders_error": draw_error(nats_NR), "orders": draws}

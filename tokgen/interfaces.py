@@ -55,9 +55,9 @@ class TokenLayout:
         object.__setattr__(self, "vocab", tuple(int(v) for v in self.vocab))
         object.__setattr__(self, "grids", tuple((int(r), int(c)) for r, c in self.grids))
         if not self.vocab or min(self.vocab) < 2:
-            raise ValueError(f"a layout needs alphabets of at least 2 symbols; found {self.vocab}")
+            raise UserError(f"a layout needs alphabets of at least 2 symbols; found {self.vocab}")
         if not self.grids or min(min(grid) for grid in self.grids) < 1:
-            raise ValueError(f"a layout needs grids of at least 1 x 1; found {self.grids}")
+            raise UserError(f"a layout needs grids of at least 1 x 1; found {self.grids}")
 
     @property
     def groups(self) -> int:

@@ -7,12 +7,16 @@ import os
 import pathlib
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 import jax
 import ml_collections
 
 from tokgen import cli, config, report, runs
+from tokgen.interfaces import UserError
+
+REPEAT = 2.0  # seconds in which a signal that comes again is the same request
 
 
 def cache_folder() -> pathlib.Path:
@@ -40,18 +44,57 @@ def devices(batch_size: int = 0) -> None:
         # XLA sizes its thread pool by NPROC. With one thread per device, programs with collectives
         # that are in flight together take each other's threads and wait for ever (jax 0.10.2).
         os.environ.setdefault("NPROC", str(max(4 * count, cores)))
+    check_platform()
 
 
-def parse(argv: Sequence[str], description: str) -> tuple[ml_collections.ConfigDict, pathlib.Path]:
-    """(config with its overrides, work directory) of a training program's command line."""
+def check_platform() -> None:
+    """An error where the platform that was asked for, or a device that is here, cannot be used.
+
+    This starts jax: the next computation would, and would end in jax's own words.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # an assertion where no CUDA plugin is there
+        asked = jax.config.jax_platforms or ""
+        said = str(error).partition(" (set JAX_PLATFORMS")[0] or "jax has no plugin for it"
+        need = f"JAX_PLATFORMS={asked} needs such a device" if asked else "a device cannot be used"
+        raise UserError(f"{need}; found: {said.splitlines()[0]}; {_remedy(asked, said)}") from error
+
+
+def _remedy(asked: str, said: str) -> str:
+    """What helps against a platform that cannot be used."""
+    other = "unset JAX_PLATFORMS to take what is there, or set it to cpu"
+    if "in use" in said or "lockfile" in said:
+        return "stop the process that has it, or set JAX_PLATFORMS=cpu for this one"
+    if "libtpu" in said:
+        return f"on a TPU host pip install 'tokgen[tpu]'; else {other}"
+    if not {"cuda", "gpu"} & set(asked.split(",")):
+        return other
+    if "plugin" in said or "known backends" in said:
+        return f"for an NVIDIA GPU pip install 'tokgen[cuda13]' (or cuda12); else {other}"
+    return f"see with nvidia-smi whether a GPU and its driver are there; else {other}"
+
+
+def parse(
+    argv: Sequence[str], description: str
+) -> tuple[ml_collections.ConfigDict, argparse.Namespace]:
+    """(config with its overrides, options) of a training program's command line."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s --config=PATH[:variant] --workdir=DIR [--config.FIELD=VALUE ...]",
+        usage="%(prog)s --config=PATH[:variant] --workdir=DIR [--from=STEP] "
+        "[--config.FIELD=VALUE ...]",
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="a config file, as configs/tokenizer/x.py")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="where the run is kept")
+    parser.add_argument(
+        "--from",
+        dest="start",
+        type=int,
+        metavar="STEP",
+        help="resume at this step of the work directory; later ones are set aside, not deleted",
+    )
     arguments, rest = parser.parse_known_args(argv)
     overrides, iterator = [], iter(rest)
     for text in iterator:
@@ -59,35 +102,54 @@ def parse(argv: Sequence[str], description: str) -> tuple[ml_collections.ConfigD
             parser.error(f"unknown argument {text!r}; fields of the config are --config.NAME=VALUE")
         name = text.removeprefix("--config.")
         overrides.append(name if "=" in name else f"{name}={next(iterator, '')}")
-    return config.load(arguments.config, overrides), arguments.workdir
+    return config.load(arguments.config, overrides), arguments
 
 
 class Stop:
-    """True once the process was asked to end: the loop finishes its step, saves, and returns."""
+    """Hears SIGTERM and SIGINT: the loop then finishes its step, saves it, and ends.
+
+    A terminal and a wrapper may both pass on one request, so what repeats it within two seconds is
+    the same one. A later repetition ends the process at once; the previous checkpoint stands.
+    """
 
     def __init__(self):
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self.number, self.at = 0, 0.0
+        for number in cli.CODES:
             signal.signal(number, self._ask)
 
     def _ask(self, number, frame):
-        if self.asked:  # the second time: at once, the previous checkpoint stands
+        now = time.monotonic()
+        if self.number and now - self.at > REPEAT:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        report.say("stopping after this step; a checkpoint is being saved (again: stop at once)")
-        self.asked = True
+        elif not self.number:
+            self.number, self.at = number, now
+            report.say(
+                "stopping after this step; a checkpoint is being saved (again: stop at once)"
+            )
 
-    def __bool__(self) -> bool:
-        return self.asked
+    def agreed(self) -> bool:
+        """Whether to end after this step. Asked once a step: where many processes train one model,
+        this is the place where all must come to the same answer.
+        """
+        return bool(self.number)
+
+    def end(self, said: str) -> None:
+        """Where a run ends: says how far it came; a `cli.Stopped` when it was asked to end."""
+        if self.number:
+            raise cli.Stopped(self.number, f"{said}; the same command goes on from there")
+        report.say(said)
 
 
 def run(story: Callable[[ml_collections.ConfigDict, pathlib.Path], None], description: str) -> None:
     """A training program: a user's mistake ends in one message and exit code 2."""
 
     def told() -> None:
-        settings, workdir = parse(sys.argv[1:], description)
-        devices(settings.batch_size)
-        with runs.lock(workdir):
-            story(settings, workdir)
+        settings, arguments = parse(sys.argv[1:], description)
+        with runs.lock(arguments.workdir):
+            if arguments.start is not None:
+                runs.go_back(arguments.workdir, arguments.start)
+            devices(settings.batch_size)
+            story(settings, arguments.workdir)
 
     sys.exit(cli.call(pathlib.Path(sys.argv[0]).name, told))

@@ -13,7 +13,10 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
+from tokgen import records
+
 SIZES = "sizes.json"
+FIGURES = "figures.json"  # comes after the seal, and has a digest of its own
 
 
 @jax.jit
@@ -67,7 +70,8 @@ def seal(step: pathlib.Path) -> None:
 
 
 def _sizes(step: pathlib.Path) -> dict[str, int]:
-    files = [file for file in sorted(step.rglob("*")) if file.is_file() and file.name != SIZES]
+    outside = (step / SIZES, step / FIGURES)
+    files = [file for file in sorted(step.rglob("*")) if file.is_file() and file not in outside]
     return {str(file.relative_to(step)): file.stat().st_size for file in files}
 
 
@@ -79,7 +83,7 @@ def misfit(step: pathlib.Path) -> str:
     if not (step / SIZES).exists():
         return ""
     try:
-        noted = json.loads((step / SIZES).read_text())
+        noted = records.load(step / SIZES)
         found = _sizes(step)
         wrong = [f"{name} ({found.get(name, 'missing')} bytes, {size} needed)"
                  for name, size in noted.items() if found.get(name) != size]  # fmt: skip

@@ -136,9 +136,9 @@ def plain_step(settings, game, graphs, critic_optimizer, stage):
             tokenizer = state.merge(graph, params, model.stats)
             return objective(settings, weights, tokenizer, batch, frozen, model.step)
 
-        gradients, aux = jax.grad(loss, has_aux=True)(model.params)
+        (total, aux), gradients = jax.value_and_grad(loss, has_aux=True)(model.params)
         latents_BPC, _, terms, tokens_BLG = aux
-        model, scalars = improved(settings, stage, model, gradients, optimizer)
+        model, scalars = improved(settings, stage, model, gradients, optimizer, total)
         model = upkept(stage, graph, model, latents_BPC, key)
         return networks | {"model": model}, terms | scalars, tokens_BLG
 
@@ -149,7 +149,8 @@ def adversarial_step(settings, game, graphs, critic_optimizer, stage, *, strengt
     """A step against the critic. Until the game begins only the critic learns from it.
 
     Two pure losses and two states: the critic's gradient stops at the image, the tokenizer's loss
-    closes over the critic's parameters.
+    closes over the critic's parameters. Where the step of either is not finite, neither moves: an
+    opinion that is no number has no weight, and a painter without one would play another game.
     """
     optimizer, objective = stages.optimizer(settings, stage), OBJECTIVES[stage.objective]
     weights, graph = {**settings.loss, **stage.loss}, graphs["model"]
@@ -177,15 +178,22 @@ def adversarial_step(settings, game, graphs, critic_optimizer, stage, *, strengt
             total, aux = painted(params)
             return (total, losses.adversarial(look, aux[1], loss=game.painter)), aux
 
-        _, pull, aux = jax.vjp(pair, model.params, has_aux=True)
+        (total, opinion), pull, aux = jax.vjp(pair, model.params, has_aux=True)
         latents_BPC, painted_BHW3, terms, tokens_BLG = aux
         gradients, weight = together(game, strength, pull, model.step, settings.steps)
-        model, scalars = improved(settings, stage, model, gradients, optimizer)
+        model, scalars = improved(settings, stage, model, gradients, optimizer, total + opinion)
         model = upkept(stage, graph, model, latents_BPC, key)
         if game.first == "painter":
             critic, averages, seen = move_critic(critic, averages, image_BHW3, painted_BHW3, moves)
-        networks = networks | {"model": model, "critic": critic, "averages": averages}
+        moved = (model.skipped == 0) & (critic.skipped == 0)
+        networks = networks | {
+            "model": state.held_back(moved, model, networks["model"]),
+            "critic": state.held_back(moved, critic, networks["critic"]),
+            "averages": state.kept(moved, averages, networks["averages"]),
+        }
         scalars = terms | scalars | seen | {"adversarial_weight": weight}
+        scalars |= {"critic_skipped": critic.skipped}
+        scalars |= {} if critic.skips is None else {"critic_skips": critic.skips}
         return networks, scalars, tokens_BLG
 
     return step
@@ -203,11 +211,17 @@ def together(game, strength, pull, step, total):
     return jax.tree.map(lambda a, b: a + weight * b, faithful, pleasing), weight
 
 
-def improved(settings, stage, model, gradients, optimizer):
+def improved(settings, stage, model, gradients, optimizer, loss):
     """(model, scalars) after the optimizer; what the stage does not train stays."""
     average = settings.get("average", "muse")
     return state.apply_gradients(
-        model, gradients, optimizer, ema=settings.ema, average=average, trained=stage.train
+        model,
+        gradients,
+        optimizer,
+        ema=settings.ema,
+        average=average,
+        trained=stage.train,
+        loss=loss,
     )
 
 

@@ -45,6 +45,20 @@ class Range:
         return f"{low} and {'below' if self.below else 'at most'} {_short(self.high)}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """Rows of `low` to `high` entries."""
+
+    low: int
+    high: int
+
+    def __contains__(self, value: tuple) -> bool:
+        return self.low <= len(value) <= self.high
+
+    def __str__(self) -> str:
+        return f"with {self.low} to {self.high} entries"
+
+
 INT32 = 2**31 - 1  # steps and tokens are int32 on every device
 LARGE = 1e9  # weights and factors beyond it leave no digits of what they are added to
 
@@ -63,7 +77,13 @@ Batch = Annotated[int, Range(1, 2**20)]
 # Counts
 Count = Annotated[int, Range(1, INT32)]
 Whole = Annotated[int, Range(0, INT32)]
-Seed = Annotated[int, Range(0, 2**63 - 1)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+Steps = Annotated[int, Range(1, 2**16)]  # of decoding
+Axis = Annotated[int, Range(-1, 2**20)]
+
+# Sizes where 0 means none, or that of something else
+Optional = Annotated[int, Range(0, 2**17)]
+Widths = Annotated[tuple[Width, ...], Length(1, 16)]
 
 # Shares and rates
 Share = Annotated[float, Range(0, 1)]
@@ -142,6 +162,8 @@ def problem(name: str, value: Any, hint: Any) -> str:
 
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value is of a type; what is no number, text or row of these is not looked into."""
+    if hint is Any:  # which is a class, of a kind, from Python 3.11 on
+        return True
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         base, *ranges = inner

@@ -2,38 +2,121 @@
 
 from __future__ import annotations
 
-import json
+import collections
+import datetime
 import math
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tqdm
 from PIL import Image
 
+from tokgen import records
+
 LOG = "metrics.jsonl"
+EVERY, MINUTE = 30, 60  # seconds between lines in a log file, and those that a rate is of
 
 
 def bar(
     total: int, *, initial: int = 0, unit: str = "step", what: str = "", shown: bool = True
-) -> tqdm.tqdm:
-    """A progress bar with speed and time to go; on a pipe, a line every half minute."""
-    terminal = sys.stderr.isatty()
+) -> tqdm.tqdm | Lines:
+    """A progress bar with speed and time to go; where there is no terminal, a line now and then."""
+    if not sys.stderr.isatty():
+        return Lines(total, initial=initial, unit=unit, what=what, shown=shown)
     return tqdm.tqdm(
         total=total,
         disable=not shown,
         initial=initial,
         unit=unit,
         desc=what,
-        dynamic_ncols=terminal,
-        mininterval=0.2 if terminal else 30,
-        maxinterval=1 if terminal else 30,
+        dynamic_ncols=True,
+        mininterval=0.2,
+        maxinterval=1,
         smoothing=0.05,
-        bar_format=None if terminal else "{desc}: {n_fmt}/{total_fmt} {rate_fmt} ETA {remaining}\n",
     )
+
+
+class Lines:
+    """Progress in a log file: what tqdm's bars offer, as a line every EVERY seconds and at the end.
+
+    `generator: 1200/8000 steps, 14.2 steps/s, 0:07:59 left, loss 5.31`; the rate is that of the
+    last minute. `n` may be set: work that is taken back.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        initial: int = 0,
+        unit: str = "step",
+        what: str = "",
+        shown: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.total, self.unit, self.shown, self.clock = total, unit, shown, clock
+        self.name = f"{what}: " if what else ""
+        self.n, self.postfix = initial, ""
+        self.started = self.told = clock()
+        self.did = 0
+        self.seen = collections.deque([(self.started, initial)])  # about one a second, of a minute
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def update(self, n: int = 1) -> None:
+        """So much more is done."""
+        now, self.n, self.did = self.clock(), self.n + n, self.did + n
+        if self.n - n < self.seen[-1][1]:  # taken back: what was before is no part of the rate
+            self.seen.clear()
+            self.seen.append((now, self.n))
+        if now - self.seen[-1][0] >= 1:
+            self.seen.append((now, self.n))
+        while len(self.seen) > 1 and self.seen[1][0] <= now - MINUTE:
+            self.seen.popleft()
+        if self.shown and now - self.told >= EVERY:
+            self.told = now
+            say(f"{self.name}{self._done()}, {self._ahead(now)}{self._more()}")
+
+    def set_postfix_str(self, text: str) -> None:
+        """What the next line ends in."""
+        self.postfix = text
+
+    def close(self) -> None:
+        """The last line: what was done, in which time."""
+        if self.shown:
+            now = self.clock()
+            rate = self.did / max(now - self.started, 1e-9)
+            say(f"{self.name}{self._done()} in {_span(now - self.started)}, {self._speed(rate)}")
+        self.shown = False
+
+    def _done(self) -> str:
+        return f"{self.n}/{self.total} {self.unit}s"
+
+    def _more(self) -> str:
+        return f", {self.postfix}" if self.postfix else ""
+
+    def _ahead(self, now: float) -> str:
+        then, done = self.seen[0]
+        rate = (self.n - done) / max(now - then, 1e-9)
+        left = _span((self.total - self.n) / rate) if rate > 0 else "no end in sight"
+        return f"{self._speed(rate)}, {left} left" if rate > 0 else left
+
+    def _speed(self, rate: float) -> str:
+        if 0 < rate < 1:
+            return f"{1 / rate:.3g} s/{self.unit}"
+        return f"{rate:.3g} {self.unit}s/s"
+
+
+def _span(seconds: float) -> str:
+    """`1:02:03`, with days where there are any."""
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def say(text: str) -> None:
@@ -47,22 +130,23 @@ def say(text: str) -> None:
 class Log:
     """The metrics of one run: lines of JSON and TensorBoard events in its work directory."""
 
-    def __init__(self, workdir: pathlib.Path, *, step: int = 0):
+    def __init__(self, workdir: pathlib.Path, *, step: int = 0, measured: bool = True):
+        """Lines after `step` are taken again; its held-out figures too where not `measured`."""
         from tensorboardX import SummaryWriter
 
         workdir.mkdir(parents=True, exist_ok=True)
         self.workdir, self.started = workdir, time.monotonic()
-        _drop_after(workdir / LOG, step)
+        _drop_after(workdir / LOG, step, measured)
         self.file = open(workdir / LOG, "a", buffering=1)  # noqa: SIM115  (closed by close)
         self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step)
 
     def scalars(self, step: int, values: Mapping[str, Any], *, split: str = "train") -> None:
         """One line of numbers; not finite ones become null, so that every reader copes."""
         numbers = {name: float(value) for name, value in values.items()}
-        kept = {n: (round(v, 6) if math.isfinite(v) else None) for n, v in numbers.items()}
+        kept = {name: significant(value) for name, value in numbers.items()}
         seconds = round(time.monotonic() - self.started, 1)
         record = {"step": step, "split": split, "seconds": seconds, **kept}
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(records.text(record) + "\n")
         for name, value in numbers.items():
             self.events.add_scalar(f"{split}/{name}", value, step)
 
@@ -81,19 +165,24 @@ class Log:
         curves(self.workdir)
 
 
-def _drop_after(file: pathlib.Path, step: int) -> None:
+def significant(value: float) -> float:
+    """Seven significant digits, and counts whole: a rate of 1e-7 is not 0."""
+    return value if value.is_integer() else float(f"{value:.7g}")
+
+
+def _drop_after(file: pathlib.Path, step: int, measured: bool) -> None:
     """Forget lines of steps that a resumed run takes again, and a line that was cut off."""
     if not file.exists():
         return
-    kept = []
-    for line in file.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record["step"] <= step:
-            kept.append(line)
-    file.write_text("".join(f"{line}\n" for line in kept))
+    kept = [
+        record
+        for record in read(file.parent)
+        if record["step"] < step
+        or (record["step"] == step and (measured or record["split"] != "held_out"))
+    ]
+    part = file.with_name(f".{file.name}.part")
+    part.write_text("".join(f"{records.text(record)}\n" for record in kept))
+    part.replace(file)
 
 
 def read(workdir: pathlib.Path) -> list[dict]:
@@ -101,7 +190,8 @@ def read(workdir: pathlib.Path) -> list[dict]:
     file = workdir / LOG
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    remedy = "move it away: the run begins another one"
+    return records.lines(file, "the log of a run", remedy, say=say, step=int, split=str)
 
 
 def curves(workdir: pathlib.Path) -> pathlib.Path | None:
@@ -114,7 +204,9 @@ def curves(workdir: pathlib.Path) -> pathlib.Path | None:
     lines: dict[str, dict[str, list]] = {}
     for record in read(workdir):
         for name, value in record.items():
-            if name in ("step", "split", "seconds") or name.endswith("_error") or value is None:
+            if name in ("step", "split", "seconds") or name.endswith("_error"):
+                continue
+            if not isinstance(value, int | float) or not math.isfinite(value):
                 continue
             lines.setdefault(name, {}).setdefault(record["split"], []).append(
                 (record["step"], value)

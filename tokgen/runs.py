@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
+import itertools
 import json
-import os
+import logging
+import math
 import pathlib
-import socket
-import time
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 
 import jax
 import ml_collections
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from tokgen import checkpoint, finetuning, manifest
+from tokgen import checkpoint, finetuning, manifest, output, records, report
 from tokgen import config as configs
 from tokgen import state as states
 from tokgen.interfaces import TokenLayout, UserError
@@ -29,30 +30,41 @@ from tokgen.interfaces import TokenLayout, UserError
 FREE = (
     *("steps", "report.", "keep.", "mesh.", "strategy", "held_out.", "max_bad", "init_from"),
     *("data.path", "data.data_dir", "data.tokens", "data.tokenizer", "data.images", "data.text"),
+    *("guard.usage", "guard.grace"),
 )
+
+
+ASIDE = "set_aside"  # steps that a run went back behind
 
 
 @contextlib.contextmanager
 def lock(workdir: pathlib.Path) -> Iterator[None]:
     """Hold the work directory. The system releases it when the process ends, however it ends."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / "lock", "a+")  # noqa: SIM115  (held while the run lasts)
-    except OSError as error:
-        raise UserError(f"cannot write to the work directory {workdir}: {error}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise UserError(
-                f"the work directory {workdir} is in use by {file.read().strip() or 'a process'}; "
-                "wait for it, stop it, or use another --workdir"
-            ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n")
-        file.flush()
+    with output.workdir(workdir):
         yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What retention knows of a step: what its record on disk says, and nothing of how it came."""
+
+    step: int
+    figure: float | None  # held-out, less is better; None: not measured, or not finite
+    stated: bool = False  # kept on purpose
+
+
+def staying(found: Iterable[Saved], *, latest: int, best: int) -> set[int]:
+    """The steps that stay: the latest, the best of those with a finite figure, the stated ones.
+
+    A function of what is on disk alone, so that any number of restarts comes to the same. Of equal
+    figures the later one is better.
+    """
+    found = list(found)
+    newest = sorted((each.step for each in found), reverse=True)[: max(1, latest)]
+    finite = [s for s in found if s.figure is not None and math.isfinite(s.figure)]
+    leading = sorted(finite, key=lambda each: (each.figure, -each.step))[: max(1, best)]
+    stated = {each.step for each in found if each.stated}
+    return {*newest, *(each.step for each in leading), *stated}
 
 
 @dataclasses.dataclass
@@ -63,9 +75,20 @@ class Run:
     manager: ocp.CheckpointManager
     config: ml_collections.ConfigDict
     meta: dict
+    stated: tuple[int, ...] = ()  # steps that are kept on purpose
+    told: set[int] = dataclasses.field(default_factory=set)  # steps said to be damaged
 
-    def save(self, states_by_name: dict[str, states.TrainState], metrics: dict[str, float]) -> None:
-        """Begin to save; the previous save is committed and announced first."""
+    def folder(self, step: int) -> pathlib.Path:
+        """Where a step lies."""
+        return self.workdir / checkpoint.FOLDER / str(step)
+
+    def save(
+        self, states_by_name: dict[str, states.TrainState], metrics: dict[str, float] | None = None
+    ) -> None:
+        """Save a step; it is on disk when this returns. Without `metrics` they come later, `note`.
+
+        UserError when it could not be written; the steps before it stand.
+        """
         self.wait()
         leaves = states.paths(states_by_name)
         step = int(jax.device_get(states_by_name["model"].step))
@@ -74,30 +97,111 @@ class Run:
             "format": checkpoint.FORMAT,
             "step": step,
             "config": configs.plain(self.config),
-            "metrics": metrics,
+            "metrics": None if metrics is None else records.finite(metrics),
             "versions": checkpoint.versions(),
             "manifest": manifest.of(leaves),
         }
         meta["digest"] = manifest.digest(meta)
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(checkpoint.named(leaves)), meta=ocp.args.JsonSave(meta)
-            ),
-            metrics=metrics,
+        # told below in one message, and not in Orbax's traceback besides
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        try:
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(checkpoint.named(leaves)),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+            )
+            self.manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            # the store tells of the disk in a ValueError
+            if not isinstance(error, OSError) and "os_error_code" not in str(error):
+                raise
+            _clear(self.workdir)
+            raise UserError(self._not_saved(step, error)) from error
+
+    def _not_saved(self, step: int, error: Exception) -> str:
+        before = ", ".join(map(str, sorted(self.manager.all_steps()))) or "none"
+        reason = error.strerror if isinstance(error, OSError) else str(error).rpartition(": ")[2]
+        return (
+            f"step {step} could not be saved in {self.workdir / checkpoint.FOLDER}: "
+            f"{(reason or str(error)).partition(' [')[0]}; steps saved before: {before}. Make room "
+            "or mend the disk; the same command then goes on from the last of them"
         )
 
-    def wait(self) -> None:
-        """Until the last save is committed; raises what went wrong in the background."""
-        self.manager.wait_until_finished()
+    def note(self, step: int, figures: dict[str, float]) -> None:
+        """Add its held-out figures to the record of a saved step; then others may make room."""
+        self.wait()
         if jax.process_index() == 0:
-            for step in self.manager.all_steps():
-                manifest.seal(self.workdir / checkpoint.FOLDER / str(step))
+            checkpoint.note(self.folder(step), figures)
+        self.wait()
+
+    def wait(self) -> None:
+        """Until the last save is committed and sealed; then what need not stay is deleted.
+
+        Nothing is deleted while the latest step has no figures: measuring may refuse it, and the
+        step before must be there to go back to.
+        """
+        self.manager.wait_until_finished()
+        steps = sorted(self.manager.all_steps())
+        if jax.process_index() == 0:
+            for step in steps:
+                manifest.seal(self.folder(step))
+        _together("sealed")
+        keep = self.config.get("keep", {"latest": 1, "best": 1})  # an import may not train
+        found, metas = [], {step: self._record(step) for step in steps}
+        for step, meta in metas.items():
+            figure = None if meta is None else checkpoint.figure(meta)
+            # what cannot be read is nobody's to delete
+            found.append(Saved(step, figure, step in self.stated or meta is None))
+        if not steps or metas[steps[-1]] is None or not metas[steps[-1]]["measured"]:
+            return
+        stay = staying(found, latest=keep["latest"], best=keep["best"])
+        _together("chosen")
+        for step in steps:
+            if step not in stay:
+                self.manager.delete(step)
+
+    def _record(self, step: int) -> dict | None:
+        """The record of a step; None where it cannot be read, which is said once."""
+        try:
+            return checkpoint.read_meta(self.folder(step))
+        except UserError as error:
+            if step not in self.told:
+                self.told.add(step)
+                report.say(f"{error}; it stays where it is")
+            return None
+
+    @contextlib.contextmanager
+    def rescuing(self, states_by_name: dict[str, states.TrainState]) -> Iterator[None]:
+        """What the user has to mend costs no step that was made: it is saved, then told."""
+        try:
+            yield
+        except UserError as error:
+            step = int(jax.device_get(states_by_name["model"].step))
+            if step == 0 or step in self.manager.all_steps():
+                raise
+            self.save(states_by_name)
+            self.wait()
+            raise UserError(f"{error}; step {step} is saved in {self.workdir}") from error
 
     def close(self) -> None:
         """Commit what is under way."""
         self.wait()
         self.manager.close()
+
+
+def _together(what: str) -> None:
+    """All processes wait here for each other: each decides from the same files."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def _clear(workdir: pathlib.Path) -> None:
+    """Remove what saves left behind that never ended: it is no step, and takes the room of one."""
+    if jax.process_index() == 0:
+        for part in (workdir / checkpoint.FOLDER).glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def start(
@@ -120,24 +224,13 @@ def start(
     was trained with and on, see `checkpoint.reference`; `source` where imported weights come from.
     Steps of `kept` are never deleted to make room.
     """
-    # an imported config may describe a network and no training
-    keep = config.get("keep", {"latest": 1, "best": 1})
-    policy = ocp.checkpoint_managers.AnyPreservationPolicy(
-        [
-            ocp.checkpoint_managers.LatestN(n=max(1, keep["latest"])),
-            # max_to_keep with best_fn would delete the newest step
-            ocp.checkpoint_managers.BestN(
-                get_metric_fn=lambda metrics: metrics[best],
-                n=max(1, keep["best"]),
-                reverse=True,
-            ),
-            ocp.checkpoint_managers.CustomSteps(kept),
-        ]
-    )
+    _clear(workdir)
+    # it deletes nothing: its policies know the figures of this process alone, and a figure that is
+    # not finite pushes out a better one
     manager = ocp.CheckpointManager(
         (workdir / checkpoint.FOLDER).absolute(),
         options=ocp.CheckpointManagerOptions(
-            preservation_policy=policy, enable_async_checkpointing=True, create=True
+            max_to_keep=None, enable_async_checkpointing=True, create=True
         ),
     )
     meta = {
@@ -150,7 +243,7 @@ def start(
         "best": best,
         "source": source,
     }
-    return Run(workdir, manager, config, meta)
+    return Run(workdir, manager, config, meta, kept)
 
 
 def resume_or_start(
@@ -162,13 +255,17 @@ def resume_or_start(
     2. `config.init_from`: take its parameters (and average), fresh optimizer, step 0; a generator's
        class table may have other classes, and begins anew but for "no class";
     3. neither: the states as they were made.
+
+    UserError when the disk has no room for one more checkpoint.
     """
     steps = sorted(run.manager.all_steps())
+    if max(steps, default=0) < run.config.get("steps", 0):
+        _room(run, sum(leaf.nbytes for leaf in jax.tree.leaves(states_by_name)))
     if steps:
         step = run.workdir / checkpoint.FOLDER / str(steps[-1])
         meta = checkpoint.read_meta(step)
         _same_run(meta, run, step)
-        leaves = checkpoint.restore(step, states.paths(states_by_name), meta)
+        leaves = checkpoint.resumed(step, states.paths(states_by_name), meta)
         return checkpoint.unflatten(
             states_by_name, leaves
         ), f"resumed step {steps[-1]} of {run.workdir}"
@@ -178,6 +275,55 @@ def resume_or_start(
     return states_by_name, f"started a new run in {run.workdir}"
 
 
+def _room(run: Run, size: int) -> None:
+    """Tell, before any work, when the disk cannot hold the checkpoints that are to be kept."""
+    keep = run.config.get("keep", {"latest": 1, "best": 1})
+    # one more than stay: the new one is whole before another goes
+    count = max(1, keep["latest"]) + max(1, keep["best"]) + len(run.stated) + 1
+    missing = max(1, count - len(run.manager.all_steps()))
+    free = shutil.disk_usage(run.workdir).free
+    if free >= missing * size:
+        return
+    said = (
+        f"a checkpoint of this run takes {_bytes(size)}, and up to {missing} more are kept at a "
+        f"time (config.keep): {_bytes(missing * size)}; found {_bytes(free)} free in {run.workdir}"
+    )
+    if free < size:
+        raise UserError(f"{said}, not enough for one; make room, or use another --workdir")
+    report.say(f"warning: {said}; make room, or keep fewer")
+
+
+def _bytes(size: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.4g} {unit}"
+        size /= 1000
+    return f"{size:,.4g} GB"
+
+
+def go_back(workdir: pathlib.Path, step: int) -> None:
+    """Set aside all steps after `step`, so that a run resumes there; nothing is deleted.
+
+    They lie in `WORKDIR/set_aside` from then on. UserError when `step` is not there, or not whole.
+    """
+    folder = workdir / checkpoint.FOLDER
+    steps = sorted(int(s.name) for s in folder.glob("*") if s.name.isdigit() and s.is_dir())
+    if step not in steps or not checkpoint.is_whole(folder / str(step)):
+        whole = [str(s) for s in steps if checkpoint.is_whole(folder / str(s))]
+        found = "is damaged" if step in steps else "is not there"
+        raise UserError(
+            f"--from {step} needs a whole step of {folder}; it {found}, whole are "
+            f"{', '.join(whole) or 'none'}"
+        )
+    aside = workdir / ASIDE
+    for later in reversed([s for s in steps if s > step]):  # the last first: a kill leaves a run
+        aside.mkdir(exist_ok=True)
+        names = (f"{later}{'' if n == 1 else f'.{n}'}" for n in itertools.count(1))
+        target = next(aside / name for name in names if not (aside / name).exists())
+        (folder / str(later)).rename(target)
+        report.say(f"step {later} is set aside: {target}")
+
+
 def latest(run: Run) -> int | None:
     """The last step that a run has saved."""
     return max(run.manager.all_steps(), default=None)
@@ -185,8 +331,14 @@ def latest(run: Run) -> int | None:
 
 def metrics(run: Run, step: int) -> dict[str, float]:
     """The figures that were saved with a step; none where it is gone."""
-    folder = run.workdir / checkpoint.FOLDER / str(step)
+    folder = run.folder(step)
     return checkpoint.read_meta(folder)["metrics"] if folder.exists() else {}
+
+
+def is_measured(run: Run, step: int) -> bool:
+    """Whether a step is there, and its figures were noted."""
+    folder = run.folder(step)
+    return folder.exists() and checkpoint.read_meta(folder)["measured"]
 
 
 def drop_after(run: Run, step: int) -> None:

@@ -7,6 +7,7 @@ A supply has a length, a `size` (rows, columns), an `identity` in plain JSON, an
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import pathlib
 import zipfile
@@ -15,11 +16,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from tokgen import archives
-from tokgen.data import folder, images
+from tokgen.data import folder, images, reader
 from tokgen.interfaces import UserError
 
 LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
-JPEG = b"\xff\xd8\xff"  # how such a file begins, whatever its name
 SHARE = 0.01  # of images that may be equal to another one, or of one colour, without a word
 _NAMED = 5
 
@@ -149,7 +149,7 @@ class Pictures:
         if lossy and not self.lossy:
             raise UserError(self._is_lossy(lossy))
         self.size = self._seen(0)[0].shape[:2]
-        place = pathlib.Path(path).resolve()
+        place = pathlib.Path(self.source.path).resolve()
         # other bytes under the same names, and as many of them, are other samples
         changed = max((place / name).stat().st_mtime_ns for name in names)
         self.identity = {
@@ -179,15 +179,14 @@ class Pictures:
 
     def _seen(self, index: int) -> tuple[np.ndarray, int]:
         """Pixels and label of one image."""
+        name = self.source.name(index)
         try:
-            record = self.source[index]
-            image_HW3 = images.decode(record["image"], 3)
-        except (OSError, images.BrokenImage) as error:
-            name = self.source.name(index)
+            if not self.lossy and reader.header(self.source, index)[0] == "JPEG":
+                raise UserError(self._is_lossy([name]))
+            record = reader.read(self.source, index, 3)
+        except images.BrokenImage as error:
             raise UserError(f"cannot read {name} of {self.source.path}: {error}") from error
-        if record["image"].startswith(JPEG) and not self.lossy:
-            raise UserError(self._is_lossy([self.source.name(index)]))
-        return image_HW3, record["label"]
+        return record["image"], record["label"]
 
     def _is_lossy(self, names: Sequence[str]) -> str:
         return (
@@ -230,6 +229,29 @@ class Spread:
         """Images and labels `start` to `stop`; of an archive, read from the first to the last."""
         found = [self.supply.part(int(n), int(n) + 1) for n in self.index_N[start:stop]]
         return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path, shape: Sequence[int], label_N: np.ndarray | None = None):
+    """A function that adds images to a new `path`, an archive of `shape` [N, H, W, C] in the end.
+
+    It appears whole or not at all. Equal images make equal files.
+    """
+    part = path.with_name(f".{path.name}.part")
+    with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as target:
+        # a date of its own would make equal images unequal files
+        with target.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+            header = {
+                "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
+                "fortran_order": False,
+                "shape": tuple(map(int, shape)),
+            }
+            np.lib.format.write_array_header_1_0(member, header)
+            yield lambda image_BHWC: member.write(np.ascontiguousarray(image_BHWC).tobytes())
+        if label_N is not None:
+            with target.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
+                np.lib.format.write_array(member, label_N.astype(np.int64), allow_pickle=False)
+    part.replace(path)
 
 
 def digests(image_NHW3: np.ndarray) -> np.ndarray:

@@ -15,6 +15,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from tokgen import ranges
+from tokgen.interfaces import UserError
+
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
@@ -60,14 +63,17 @@ ACTIVATIONS: Mapping[str, str | tuple[str, ...]] = {
 LARGE = 1_000_000  # elements: a larger parameter may not stay whole by accident
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+@ranges.checked
+def make_mesh(
+    data: ranges.Axis = -1, fsdp: ranges.Axis = 1, tensor: ranges.Axis = 1
+) -> jax.sharding.Mesh:
     """A mesh over all devices; one size may be -1, "all that are left"."""
     sizes, devices = [data, fsdp, tensor], jax.device_count()
     if sizes.count(-1) == 1:
         rest = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = max(devices // max(rest, 1), 1)
     if min(sizes) < 1 or math.prod(sizes) != devices:
-        raise ValueError(
+        raise UserError(
             f"the mesh must use all devices: data x fsdp x tensor = {data} x {fsdp} x {tensor}, "
             f"devices = {devices}; set one of them to -1 to take what is left"
         )
@@ -91,7 +97,7 @@ def spec(path: str, shape: tuple[int, ...], strategy: str, mesh) -> PartitionSpe
     divide passes the axis on to the next dimension of the same parameter that does.
     """
     if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {sorted(STRATEGIES)}; found {strategy!r}")
+        raise UserError(f"strategy must be one of {sorted(STRATEGIES)}; found {strategy!r}")
     axes = letters(path)
     named = dict(
         zip(range(len(shape) - 1, -1, -1), reversed(axes), strict=False)
@@ -109,7 +115,7 @@ def spec(path: str, shape: tuple[int, ...], strategy: str, mesh) -> PartitionSpe
                 break
     whole = not any(parts) and math.prod(shape) > LARGE and axes.strip(".")
     if whole and any(mesh.shape[axis] > 1 for axis in rules.values()):
-        raise ValueError(
+        raise UserError(
             f"parameter {path} of shape {shape} stays whole under strategy {strategy!r} on mesh "
             f"{dict(mesh.shape)}; choose axis sizes that divide one of its dimensions"
         )

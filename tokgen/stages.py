@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokgen import config as configs
+from tokgen import ranges
 from tokgen import state as states
 from tokgen.interfaces import UserError
 
@@ -33,10 +34,10 @@ class Stage:
         begin, end: its steps; set by `plan`.
     """
 
-    share: float = 1.0
+    share: ranges.Fraction = 1.0
     objective: str = "pixels"
     train: str = ".*"
-    loss: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    loss: Mapping[str, ranges.Weight] = dataclasses.field(default_factory=dict)
     optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     begin: int = 0
     end: int = 0

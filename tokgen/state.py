@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 
-from tokgen import rng, sharding
+from tokgen import ranges, rng, sharding
 from tokgen.interfaces import Array, PyTree, Statistic, UserError
 
 # How an average begins: its decay at step s, from 0, until that is `ema`. The first step copies, as
@@ -34,6 +34,7 @@ class TrainState:
     stats: PyTree  # everything else a module owns (codebook counts)
     opt_state: optax.OptState
     ema: PyTree | None  # float32 average of params
+    skips: Array | None = None  # non-finite steps of the whole run; None: not counted
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, PyTree, PyTree]:
@@ -129,15 +130,15 @@ def _check_schedule(
     decay: str, start: float | None, hold: float, restarts: tuple[float, ...]
 ) -> None:
     if decay not in ("cosine", "linear", "constant"):
-        raise ValueError(f"decay must be cosine, linear or constant; found {decay!r}")
+        raise UserError(f"decay must be cosine, linear or constant; found {decay!r}")
     if not 0 <= (start or 0) <= 1 or not 0 <= hold < 1 or (hold and decay != "linear"):
-        raise ValueError(
+        raise UserError(
             "start must lie in [0, 1], hold in [0, 1), above 0 with decay='linear' only; found "
             f"start={start}, hold={hold}, decay={decay!r}"
         )
     shares = (0, *restarts, 1)
     if any(a >= b for a, b in zip(shares[:-1], shares[1:], strict=True)):
-        raise ValueError(
+        raise UserError(
             f"restarts must be shares of the steps between 0 and 1, rising; found {restarts}"
         )
 
@@ -182,44 +183,39 @@ class Optimizer:
     decayed: str = struct.field(pytree_node=False, default=KERNELS)
 
 
+@ranges.checked
 def optimizer(
     steps: int,
     *,
-    learning_rate: float,
+    learning_rate: ranges.Positive,
     name: str = "adamw",
-    warmup: int = 0,
-    start: float | None = None,
+    warmup: ranges.Whole = 0,
+    start: ranges.Share | None = None,
     decay: str = "cosine",
-    final: float = 0.0,
-    hold: float = 0.0,
-    drops: tuple[float, ...] = (),
-    restarts: tuple[float, ...] = (),
+    final: ranges.Share = 0.0,
+    hold: ranges.Rate = 0.0,
+    drops: tuple[ranges.Share, ...] = (),
+    restarts: tuple[ranges.Fraction, ...] = (),
     begin: int = 0,
-    b1: float = 0.9,
-    b2: float = 0.95,
-    weight_decay: float = 0.0,
-    weight_decay_end: float | None = None,
+    b1: ranges.Rate = 0.9,
+    b2: ranges.Rate = 0.95,
+    weight_decay: ranges.Amount = 0.0,
+    weight_decay_end: ranges.Amount | None = None,
     decayed: str = KERNELS,
-    clip: float = 1.0,
+    clip: ranges.Amount = 1.0,
 ) -> Optimizer:
     """Clip, AdamW or Muon, decay of the parameters whose path matches `decayed`.
 
     By default these are the matrices: no norms, biases, embeddings, codebooks. With
     `weight_decay_end` the decay goes there in half a cosine over all steps.
     """
-    if learning_rate <= 0 or min(clip, weight_decay, weight_decay_end or 0.0) < 0:
-        raise ValueError(
-            "optimizer needs learning_rate > 0, clip >= 0 (0: off), weight_decay >= 0 and its end "
-            f"too; found learning_rate={learning_rate}, clip={clip}, weight_decay={weight_decay}, "
-            f"weight_decay_end={weight_decay_end}"
-        )
     moments = {"adamw": _adam, "muon": _muon}
     if name not in moments:
-        raise ValueError(f"optimizer must be one of {sorted(moments)}; found {name!r}")
+        raise UserError(f"optimizer must be one of {sorted(moments)}; found {name!r}")
     try:
         re.compile(decayed)
     except re.error as error:
-        raise ValueError(
+        raise UserError(
             f"decayed must be a pattern of paths; found {decayed!r}: {error}"
         ) from error
     links = [optax.clip_by_global_norm(clip)] if clip else []
@@ -304,8 +300,10 @@ def create(
             skipped=jnp.zeros((), jnp.int32),
             params=params,
             stats=stats,
-            opt_state=optimizer.chain.init(params),
+            # moments are float32 whatever the parameters are: bfloat16 ones stop moving
+            opt_state=optimizer.chain.init(_float32(params)),
             ema=_float32(params) if ema else None,
+            skips=jnp.zeros((), jnp.int32),
         )
 
     layout = shardings(jax.eval_shape(init), mesh, strategy)
@@ -316,9 +314,8 @@ def from_average(state: TrainState) -> TrainState:
     """The state with its average as its parameters: what was evaluated is built on."""
     if state.ema is None:
         return state
-    params = jax.tree.map(lambda e, p: e.astype(p.dtype), state.ema, state.params)
     # a copy: the training step donates both
-    return state.replace(params=jax.tree.map(jnp.copy, params))
+    return state.replace(params=jax.tree.map(jnp.copy, averaged(state)))
 
 
 def restarted(
@@ -327,7 +324,7 @@ def restarted(
     """The state with the moments of a new optimizer, as a stage of training begins."""
 
     def init(state: TrainState) -> TrainState:
-        return state.replace(opt_state=optimizer.chain.init(state.params))
+        return state.replace(opt_state=optimizer.chain.init(_float32(state.params)))
 
     layout = shardings(jax.eval_shape(init, state), mesh, strategy)
     return jax.jit(init, out_shardings=layout)(state)
@@ -352,44 +349,69 @@ def apply_gradients(
     ema: float = 0.0,
     average: str = "muse",
     trained: str = ".*",
+    loss: Array | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """(the next state, scalars). A step whose gradient is not finite changes nothing but `step`.
+    """(the next state, scalars). A step that is not finite changes nothing but `step` and counts.
 
-    Parameters whose path does not match `trained` stay as they are, and out of the norm. `ema` is
-    the decay of their average, `average` a name of `AVERAGES`: how it begins.
+    Looked at are `loss`, the gradients, the rate, and what the parameters would move by. Parameters
+    whose path does not match `trained` stay as they are, and out of the norm. `ema` is the decay of
+    their average, `average` a name of `AVERAGES`: how it begins.
     """
     moving = matching(state.params, trained)
     gradients = jax.tree.map(
         lambda g, moves: g if moves else jnp.zeros_like(g), _float32(gradients), moving
     )
     norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(norm)
     rate = optimizer.rate(state.step)
-    updates, opt_state = optimizer.chain.update(gradients, state.opt_state, state.params)
+    updates, opt_state = optimizer.chain.update(gradients, state.opt_state, _float32(state.params))
     if optimizer.weight_decay is not None:
         updates = _decayed(updates, state, optimizer)
+    changes = jax.tree.map(
+        lambda u, moves: rate * u if moves else jnp.zeros_like(u), updates, moving
+    )
+    # of a relu's gradient a NaN is gone, of an Adam whose moments overflowed the gradient is fine
+    finite = jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(changes))
+    if loss is not None:
+        finite &= jnp.isfinite(loss)
     params = jax.tree.map(
-        lambda p, u, moves: (p.astype(jnp.float32) - rate * u).astype(p.dtype) if moves else p,
+        lambda p, c, moves: (p.astype(jnp.float32) - c).astype(p.dtype) if moves else p,
         state.params,
-        updates,
+        changes,
         moving,
     )
     averages = state.ema
     if averages is not None:
         decay = jnp.minimum(ema, average_of(average)(state.step))
         averages = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), averages, _float32(params))
-
-    def keep(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
-    state = state.replace(
+    moved = state.replace(params=params, opt_state=opt_state, ema=averages)
+    after = kept(finite, moved, state).replace(
         step=state.step + 1,
         skipped=jnp.where(finite, 0, state.skipped + 1),
-        params=keep(params, state.params),
-        opt_state=keep(opt_state, state.opt_state),
-        ema=None if averages is None else keep(averages, state.ema),
+        skips=None if state.skips is None else state.skips + jnp.where(finite, 0, 1),
     )
-    return state, {"gradient_norm": norm, "learning_rate": rate, "skipped": state.skipped}
+    scalars = {"gradient_norm": norm, "learning_rate": rate, "skipped": after.skipped}
+    return after, scalars | ({} if after.skips is None else {"skips": after.skips})
+
+
+def give_up(figures: Mapping[str, float], step: int) -> None:
+    """Stop a run that computes nothing any more; `figures` are scalars of its last step."""
+    for name, whose in (("skipped", ""), ("critic_skipped", "critic's ")):
+        if figures.get(name, 0) >= PATIENCE:
+            raise UserError(
+                f"{int(figures[name])} steps in a row up to step {step} were skipped: the {whose}"
+                "loss, gradients or update were not finite; lower config.optimizer.learning_rate "
+                "in another --workdir, or go back to an earlier checkpoint with --from STEP"
+            )
+
+
+def kept(moved: Array, new: PyTree, old: PyTree) -> PyTree:
+    """`new` where a step moved something, else `old`, leaf by leaf."""
+    return jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, old)
+
+
+def held_back(moved: Array, new: TrainState, old: TrainState) -> TrainState:
+    """`new`, or `old` with the numbers of `new`, where another network's step was not finite."""
+    return kept(moved, new, old).replace(step=new.step, skipped=new.skipped, skips=new.skips)
 
 
 def _decayed(updates: PyTree, state: TrainState, optimizer: Optimizer) -> PyTree:
@@ -415,11 +437,8 @@ def maintained(
     key = rng.use(key, rng.MAINTAIN)
     module.quantizer.maintain(jax.lax.stop_gradient(latents_BPC), key=key)
     _, params, stats = split(module)
-
-    def keep(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(state.skipped == 0, n, o), new, old)
-
-    params, stats = keep(params, state.params), keep(stats, state.stats)
+    moved = state.skipped == 0
+    params, stats = kept(moved, params, state.params), kept(moved, stats, state.stats)
     average = state.ema
     if average is not None:
         average = jax.tree.map(
@@ -432,8 +451,16 @@ def maintained(
 
 
 def averaged(state: TrainState) -> PyTree:
-    """The parameters to evaluate, sample and pretokenize with: the average when there is one."""
-    return state.params if state.ema is None else state.ema
+    """The parameters to evaluate, sample and pretokenize with: the average when there is one.
+
+    In the dtype of the parameters, as `checkpoint.load` reads it.
+    """
+    if state.ema is None:
+        return state.params
+    same = jax.tree.map(lambda e, p: e.dtype == p.dtype, state.ema, state.params)
+    if all(jax.tree.leaves(same)):
+        return state.ema
+    return jax.tree.map(lambda e, p: e.astype(p.dtype), state.ema, state.params)
 
 
 def count(params: PyTree) -> int:

@@ -91,6 +91,10 @@ class Drawn:
         if (kept := loaded_part(file)) is not None:
             return kept
         cond = jax.tree.map(lambda leaf: leaf[start:stop], self.cond)
+        # filled up to the batch of the other parts, so that one program serves all
+        rows = max(stop - start, min(self.batch, len(self)))
+        index_B = np.minimum(np.arange(rows), stop - start - 1)
+        cond = jax.tree.map(lambda leaf: leaf[index_B], cond)
         _, image_NHWC = sample.draw(
             *(self.generator, self.tokenizer, cond, self.sampler),
             seed=self.seed,
@@ -98,7 +102,7 @@ class Drawn:
             first=start,
             what="",
         )
-        part = {"image": coloured(image_NHWC)}
+        part = {"image": coloured(image_NHWC[: stop - start])}
         if isinstance(self.cond, np.ndarray) and self.classes:
             part["label"] = self.cond[start:stop]
         save_part(file, part)

@@ -115,7 +115,7 @@ def test_the_network_says_how_well_it_does_on_held_out_images(place, name):
 
 def test_record_says_what_must_agree(place):
     record = references.read(place / "named.npz").record
-    wanted = {"protocol": "local", "split": "train", "count": 30, "size": [16, 16], "replaced": 0}
+    wanted = {"protocol": "local", "split": "train", "count": 30, "size": [16, 16]}
     assert {name: record[name] for name in wanted} == wanted
     assert record["crop"] == "center" and record["dataset"] == str(place / "named")
     assert record["extractor"]["trained_on"] == record["fingerprint"]
@@ -206,7 +206,7 @@ def test_a_published_network_sees_all_images_once(tmp_path, monkeypatch):
         (("named", "--out", "a.npz", "--size", "4"), "at least 8"),
         (("named", "--out", "a.npz", "--images", "-1"), "at least 0"),
         (("named", "--out", "a.npz", "--split", "some"), "split must be one of"),
-        (("damaged", "--out", "a.npz"), "first image, which cannot be read"),
+        (("damaged", "--out", "a.npz"), "first image, and a.png cannot be read"),
     ],
 )
 def test_command_lines_that_cannot_be_meant(place, tmp_path, monkeypatch, capsys, words, told):
@@ -227,8 +227,12 @@ def test_images_that_cannot_be_read_are_counted_and_named(place, tmp_path, capsy
     folder = folder_of(tmp_path / "some", ("dark", "light"))
     (folder / "train" / "dark" / "03.png").write_bytes(b"no picture")
     assert make(folder, tmp_path / "a.npz", "--network", place / "named.npz") == 0
-    assert references.read(tmp_path / "a.npz").record["replaced"] == 1
-    assert "1 images cannot be read" in (said := capsys.readouterr().err) and "03.png" in said
+    made = references.read(tmp_path / "a.npz")
+    assert made.record["count"] == 23 == len(made.index_n) and 3 not in made.index_n
+    told = made.record["unreadable"]
+    assert (told["count"], told["of"]) == (1, 24) and "train/dark/03.png" in told["files"]
+    said = capsys.readouterr().err
+    assert "1 of 24 images cannot be read" in said and said.count("03.png") == 1
 
 
 def test_protocols_are_known_by_name():

@@ -102,7 +102,7 @@ def test_the_smallest_image_leaves_one_logit():
 def test_wrong_arguments_are_named():
     with pytest.raises(interfaces.UserError, match="batch, group, none.*spectral"):
         _made(norm="spectral")
-    with pytest.raises(interfaces.UserError, match="layers=0"):
+    with pytest.raises(interfaces.UserError, match="layers must be .*found 0"):
         _made(layers=0)
 
 

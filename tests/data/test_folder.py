@@ -184,9 +184,135 @@ def test_impossible_splits_are_refused(tmp_path):
         folder.Source(tmp_path, split="test")
     with pytest.raises(interfaces.UserError, match="held_out"):
         folder.Source(tmp_path, held_out=1.5)
-    with pytest.raises(interfaces.UserError, match="nothing is held out"):
-        folder.Source(tmp_path, split="held_out", held_out=0.0)
+    with pytest.raises(interfaces.UserError, match="labels must be one of"):
+        folder.Source(tmp_path, labels="some")
+
+
+def test_nothing_needs_to_be_held_out(tmp_path):
+    write(tmp_path, "1.png", "2.png")
     assert len(folder.Source(tmp_path, held_out=0.0)) == 2
+    assert len(folder.Source(tmp_path, split="held_out", held_out=0.0)) == 0
+
+
+def test_one_image_is_not_enough_to_hold_one_out(tmp_path):
+    write(tmp_path, "1.png")
+    with pytest.raises(interfaces.UserError, match="nothing is held out.*data.held_out=0"):
+        folder.Source(tmp_path, split="held_out")
+
+
+@pytest.mark.parametrize(
+    ("layout", "train", "held_out", "classes"),
+    [
+        (("train/cat/1.png", "train/cat/2.png", "train/dog/3.png"), 2, 1, ("cat", "dog")),
+        (("Train/1.png", "Train/2.png"), 1, 1, ()),
+        (("training/cat/1.png", "testing/cat/2.png"), 1, 1, ("cat",)),
+        (("train/a/1.png", "val/a/2.png", "unlabeled/3.png"), 1, 1, ("a",)),
+        (("train/a/1.png", "train/a/2.png", "unlabelled/3.png"), 1, 1, ("a",)),
+        (("train2017/1.png", "val2017/2.png"), 1, 1, ()),
+        (("flowers/rose/1.png", "flowers/rose/2.png", "flowers/daisy/3.png"), 2, 1, None),
+        (("train/set/a/1.png", "train/set/b/2.png", "val/set/b/3.png"), 2, 1, ("a", "b")),
+        (("__MACOSX/a/1.png", "a/2.png", "a/3.png", "b/4.png"), 2, 1, ("a", "b")),
+        (("a/2.png", "a/3.png", ".ipynb_checkpoints/a.png", "a/@eaDir/t.png"), 1, 1, ("a",)),
+        (("train/Cat/1.png", "train/dog/2.png", "val/cat/3.png", "val/DOG/4.png"), 2, 2, None),
+        (("dev/a/1.png", "dev/a/2.png"), 1, 1, ("a",)),
+    ],
+)
+def test_layouts_that_are_understood(tmp_path, layout, train, held_out, classes):
+    write(tmp_path, *layout)
+    parts = [folder.Source(tmp_path, split=split) for split in ("train", "held_out")]
+    assert [len(part) for part in parts] == [train, held_out]
+    known = classes or tuple(sorted(parts[0].classes))
+    assert parts[0].classes == parts[1].classes == (known if classes is None else classes)
+    for part in parts:
+        for index in range(len(part)):
+            images.decode(part[index]["image"], 3)
+            if part.classes:
+                own = part.classes[part[index]["label"]].lower()
+                assert own in part.name(index).lower().split("/")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("train/1.png", "training/2.png"),
+        ("train/a/1.png", "extra/a/2.png"),
+        ("val/a/1.png", "test/a/2.png"),
+        ("train/a/1.png", "val/a/2.png", "roses/3.png"),
+        ("train/a/1.png", "car/2.png"),
+        ("train/1.png", "annotations/2.png"),
+        ("images/1.png", "masks/1.png"),
+        ("JPEGImages/1.jpg", "Annotations/1.png", "ImageSets/2.png"),
+        ("train/images/1.png", "train/labels/1.png", "val/images/2.png"),
+        ("animals/cat/1.png", "animals/dog/2.png", "plants/rose/3.png"),
+    ],
+)
+def test_what_is_not_certain_is_refused_with_what_was_understood(tmp_path, layout):
+    write(tmp_path, *layout)
+    with pytest.raises(interfaces.UserError, match="understood") as error:
+        folder.Source(tmp_path)
+    assert f"{tmp_path}{os.sep}" in str(error.value)  # a right path
+
+
+def test_an_outer_folder_may_be_the_class_of_all_below(tmp_path):
+    write(tmp_path, "ann/2019/1.png", "ann/2020/2.png", "bob/2019/3.png")
+    source = folder.Source(tmp_path, split="all", labels="outer")
+    assert source.classes == ("ann", "bob") and source.counts.tolist() == [2, 1]
+
+
+def test_classes_that_are_numbers_are_in_their_order(tmp_path):
+    write(tmp_path, *(f"{n}/1.png" for n in range(12)))
+    source = folder.Source(tmp_path, split="all")
+    assert source.classes == tuple(map(str, range(12)))
+    assert all(str(source[n]["label"]) == source.name(n).split("/")[0] for n in range(12))
+    old = folder.Source(tmp_path, split="all", order=sorted(source.classes))
+    assert old.classes[:4] == ("0", "1", "10", "11")
+    assert all(old.classes[old[n]["label"]] == old.name(n).split("/")[0] for n in range(12))
+    assert folder.Source(tmp_path, split="all", order=("a", "b")).classes == source.classes
+
+
+def test_other_files_are_counted_and_known_endings_are_read(tmp_path):
+    write(tmp_path, "a/1.png", "a/2.jfif", "a/3.PNG", "b/4.jpe")
+    for name in ("a/5.heic", "b/6.HEIC", "b/7.txt", "list.csv", "a/Thumbs.db", "b/.DS_Store"):
+        (tmp_path / name).write_text("")
+    source = folder.Source(tmp_path, split="all")
+    assert len(source) == 4
+    (found,) = source.unread.values()
+    assert found == {".heic": 2, ".txt": 1, ".csv": 1}
+
+
+def test_a_folder_of_archives_says_so(tmp_path):
+    (tmp_path / "flowers.zip").write_text("")
+    with pytest.raises(interfaces.UserError, match="1 .zip: unpack"):
+        folder.Source(tmp_path)
+
+
+def test_holding_out_leaves_every_class_an_image(tmp_path):
+    write(tmp_path, *(f"{n}/{m}.png" for n in range(30) for m in range(1 + (n == 7))))
+    train = folder.Source(tmp_path, held_out=0.3)
+    assert set(train._label_B) == set(range(30))
+    other = folder.Source(tmp_path, split="held_out", held_out=0.3)
+    assert names(other) in (["7/0.png"], ["7/1.png"])
+    (tmp_path / "7" / "1.png").unlink()
+    with pytest.raises(interfaces.UserError, match="one of each of 30 classes"):
+        folder.Source(tmp_path, split="held_out")
+
+
+def test_held_out_images_are_those_of_before(tmp_path):
+    write(tmp_path, *(f"c{n % 3}/{n}.png" for n in range(60)))
+    place = {f"c{n % 3}/{n}.png": folder._place(f"c{n % 3}/{n}.png") for n in range(60)}
+    wanted = {name for name, where in place.items() if where < 0.1} | {min(place, key=place.get)}
+    assert set(names(folder.Source(tmp_path, split="held_out", held_out=0.1))) == wanted
+
+
+@pytest.mark.parametrize("layout", [("val/2.png",), ("val/stranger/2.png", "val/a/3.png")])
+def test_doubtful_classes_can_be_left_out(tmp_path, layout):
+    write(tmp_path, "train/a/1.png", *layout)
+    for split, count in (("train", 1), ("held_out", len(layout))):
+        source = folder.Source(tmp_path, split=split, doubtful="drop")
+        assert source.classes == () and len(source) == count and "same classes" in source.notes[-1]
+    with pytest.raises(interfaces.UserError, match="must be among those of train"):
+        folder.Source(tmp_path, split="held_out")
+    assert len(folder.Source(tmp_path, split="all", labels="none")) == 1 + len(layout)
 
 
 def test_labels_of_a_split_cover_the_classes_of_the_folder(tmp_path):

@@ -225,14 +225,16 @@ def test_the_centre_of_a_square_is_adms(shape):
     np.testing.assert_array_equal(images.centre(image, (32, 32)), adm(image, 32))
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+SHAPES = [(100, 150), (150, 100), (5, 5), (1, 1), (1, 3000), (33, 48)]
+
+
 @pytest.mark.parametrize("crop", images.CROPS)
-@pytest.mark.parametrize("size", [(32, 48), (48, 32), (7, 64)])
-@pytest.mark.parametrize("shape", [(100, 150), (150, 100), (5, 5), (1, 1), (1, 3000), (33, 48)])
-def test_any_image_becomes_the_size_that_was_asked_for(shape, size, crop, channels):
-    view = images.View(size, channels, crop=crop)
-    out = view(noise(*shape, channels), np.random.default_rng(0))
-    assert out.shape == (*size, channels) and out.dtype == np.uint8
+def test_any_image_becomes_the_size_that_was_asked_for(crop):
+    for channels, size in ((1, (32, 48)), (3, (32, 48)), (3, (48, 32)), (3, (7, 64))):
+        view = images.View(size, channels, crop=crop)
+        for shape in SHAPES:
+            out = view(noise(*shape, channels), np.random.default_rng(0))
+            assert out.shape == (*size, channels) and out.dtype == np.uint8, (shape, size)
 
 
 def test_a_rectangle_shows_the_middle_undistorted():

@@ -131,7 +131,7 @@ def test_a_broken_image_is_replaced_by_the_next_of_its_permutation_and_moves_no_
         Numbered(20, broken=broken), view, seed=2, batch_size=10, max_bad=1.0
     ) as batches:
         found = [next(batches) for _ in range(6)]
-        assert (batches.seen, batches.bad, batches.step) == (60, 9, 6)
+        assert (batches.seen, batches.bad, batches.step) == (60, 3, 6)  # files, not how often met
         assert set(batches.broken) == {f"picture-{index}" for index in broken}
     labels = np.concatenate([batch["label"] for batch in found])
     np.testing.assert_array_equal(labels, expected.ravel())
@@ -149,13 +149,36 @@ def test_counts_are_of_what_was_handed_out_and_not_of_what_was_loaded_ahead():
         assert batches.seen == 8 and batches.bad <= 8
 
 
-def test_the_allowed_rate_is_judged_over_ten_thousand():
-    source = Numbered(50, broken=(7,))
+def test_distinct_files_are_allowed_however_often_they_are_met():
+    source = Numbered(50, broken=(7, 9))
+    with stream.batches(source, RANDOM, seed=0, batch_size=50, threads=0) as batches:
+        for _ in range(30):  # 60 elements
+            next(batches)
+        assert batches.bad == 2 and batches.seen == 1500
+    source = Numbered(50, broken=range(0, 44, 4))
     with stream.batches(source, RANDOM, seed=0, batch_size=50) as batches:
-        for _ in range(10):  # ten of ten thousand are allowed
-            next(batches)
-        with pytest.raises(interfaces.UserError, match="picture-7"):
-            next(batches)
+        with pytest.raises(interfaces.UserError, match="11 of 50 images.*max_bad=SHARE") as error:
+            next(batches)  # ten of ten thousand are allowed
+    assert "picture-" in str(error.value)
+
+
+def test_what_is_unreadable_is_told_once_by_name(capfd):
+    source = Numbered(20, broken=(3, 8))
+    for _ in range(2):
+        with stream.once(source, images.View((12, 18)), batch_size=5) as batches:
+            assert [len(batch["label"]) for batch in batches] == [5, 5, 5, 3]
+    with stream.batches(source, RANDOM, seed=0, batch_size=20, max_bad=1.0) as batches:
+        next(batches)
+    said = capfd.readouterr().err
+    assert said.count("picture-3: ") == said.count("picture-8: ") == 1
+    assert "of 20 images cannot be read" in said and " at 0x" not in said
+
+
+def test_a_wall_of_broken_files_is_a_few_lines(capfd):
+    source = Numbered(250, broken=range(1, 250, 2))
+    list(stream.once(source, images.View((12, 18)), batch_size=10))
+    said = capfd.readouterr().err
+    assert "125 of 250 images cannot be read" in said and len(said.splitlines()) < 50
 
 
 def test_a_set_without_one_sound_image_stops_at_once():
@@ -198,14 +221,20 @@ def test_drawn_images_come_in_batches_and_are_the_same_as_one_by_one():
 def test_one_pass_is_in_order_and_whole():
     source = Numbered(11, broken=(3, 10))
     view = images.View((12, 18))
-    with stream.once(source, view, batch_size=4, max_bad=1.0) as batches:
+    with stream.once(source, view, batch_size=4) as batches:
         found = list(batches)
-        assert batches.bad == 2 and batches.seen == 11
-    assert [len(batch["label"]) for batch in found] == [4, 4, 3]
-    labels = np.concatenate([batch["label"] for batch in found])
-    np.testing.assert_array_equal(labels, [0, 1, 2, 4, 4, 5, 6, 7, 8, 9, 0])
-    some = stream.once(source, view, batch_size=2, indices=[9, 4, 6])
+        assert batches.bad == 2 and batches.seen == 9
+    assert [len(batch["label"]) for batch in found] == [4, 4, 1]
+    for name in ("label", "index"):  # what cannot be read is left out, and nothing in its place
+        values = np.concatenate([batch[name] for batch in found])
+        np.testing.assert_array_equal(values, [0, 1, 2, 4, 5, 6, 7, 8, 9])
+    pixels = np.concatenate([batch["image"] for batch in found])
+    np.testing.assert_array_equal(pixels[:, -1, -1, 0], values)
+    some = stream.once(source, view, batch_size=2, indices=[9, 3, 4, 6])
     np.testing.assert_array_equal(np.concatenate([b["label"] for b in some]), [9, 4, 6])
+    with pytest.raises(interfaces.UserError, match="0 images can be read.*(\n.*)*picture-10"):
+        list(stream.once(source, view, batch_size=4, indices=[10, 3]))
+    assert not list(stream.once(source, view, batch_size=4, indices=[10, 3], least=0))
     with pytest.raises(interfaces.UserError, match="random"):
         stream.once(source, RANDOM, batch_size=2)
 
@@ -245,6 +274,29 @@ def test_token_shards_are_streamed_with_one_of_their_views(shards):
             same({key: left[key][part * 5 : part * 5 + 5] for key in left}, right)
     passed = list(stream.once(shards, batch_size=4))
     np.testing.assert_array_equal(np.concatenate(passed_tokens(passed))[:, 0, 0], np.arange(10))
+
+
+def test_images_without_tokens_are_broken_elements_of_shards(shards, capfd):
+    """The order stays that of all images; another one stands in, or it is left out."""
+    order = take(4, shards, seed=0, batch_size=5)
+    shards.missing = {4: ("cat/4.png", "cut off"), 5: ("cat/5.png", "cut off")}
+    with stream.batches(shards, seed=0, batch_size=5, max_bad=0.0) as batches:
+        found = [next(batches) for _ in range(4)]
+    before, after = (
+        np.concatenate(passed_tokens(part))[:, 0, 0].reshape(2, 10) % 50 for part in (order, found)
+    )
+    for left, right in zip(before, after, strict=True):
+        expected = left.copy()
+        for place in range(10):
+            n = place
+            while left[n % 10] in (4, 5):
+                n += 1
+            expected[place] = left[n % 10]
+        np.testing.assert_array_equal(right, expected)
+    passed = list(stream.once(shards, batch_size=4))
+    kept = np.concatenate(passed_tokens(passed))[:, 0, 0]
+    np.testing.assert_array_equal(kept, [0, 1, 2, 3, 6, 7, 8, 9])
+    assert capfd.readouterr().err.count("cat/4.png: cut off") == 1
 
 
 def passed_tokens(batches):

@@ -436,9 +436,9 @@ def test_nats_are_an_unbiased_estimate_of_the_mean_over_orders():
 @pytest.mark.parametrize(
     "options, said",
     [
-        (dict(steps=0), "steps >= 1"),
-        (dict(visible=-0.1), "visible >= 0"),
-        (dict(smoothing=1.0), "smoothing in"),
+        (dict(steps=0), "steps must be"),
+        (dict(visible=-0.1), "visible must be"),
+        (dict(smoothing=1.0), "smoothing must be"),
         (dict(schedule="arcos"), "schedule must be one of"),
         (dict(masking="all"), "masking must be one of .*counted.*found 'all'"),
         (dict(mean="batch"), "mean must be one of .*samples.*found 'batch'"),

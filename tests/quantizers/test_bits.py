@@ -162,14 +162,14 @@ def test_no_temperature_no_entropies(package, key):
 @pytest.mark.parametrize(
     ("package", "arguments", "word"),
     [
-        (lfq, dict(bits=19), "1..18"),
-        (lfq, dict(bits=0), "1..18"),
+        (lfq, dict(bits=19), "from 1 to 18"),
+        (lfq, dict(bits=0), "from 1 to 18"),
         (lfq, dict(bits=8, groups=(4, 3)), "sum to"),
         (lfq, dict(bits=8, order="middle"), "middle"),
         (lfq, dict(bits=8, entropy="none"), "none"),
         (lfq, dict(bits=8, temperature=-1.0), "temperature"),
         (bsq, dict(bits=32), "16, 16"),
-        (bsq, dict(bits=0), "at least 1"),
+        (bsq, dict(bits=0), "bits must be a whole number from 1"),
     ],
 )
 def test_wrong_settings_are_named(package, arguments, word):

@@ -67,5 +67,5 @@ def test_it_has_no_tokens():
     for method in (quantizer.encode, quantizer.decode):
         with pytest.raises(UserError, match="no tokens"):
             method(jnp.zeros((1, 1, 6)))
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="channels must be a whole number from 1"):
         gaussian.Quantizer(0)

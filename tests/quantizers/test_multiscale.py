@@ -239,9 +239,10 @@ def test_any_discrete_quantizer_inside(inner, key):
     ("options", "word"),
     [
         (dict(scales=(1, 2)), "latent grid"),
-        (dict(scales=()), "latent grid"),
+        (dict(scales=()), "1 to 64 entries"),
         (dict(phi=-1), "phi"),
         (dict(ratio=1.5), "ratio"),
+        (dict(scales=(1, (5, 1), 4)), "larger than"),
         (dict(inner=dict(name="magic")), "magic"),
         (dict(inner=dict(name="entropy")), "entropy"),
         (dict(inner=gaussian.Quantizer(3)), "discrete"),

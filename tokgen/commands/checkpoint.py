@@ -16,13 +16,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the record of a step."""
-    launch.devices()
     step = checkpoint.find(args.checkpoint)
     meta = checkpoint.read_meta(step)
     if args.config:
         print(json.dumps(meta["config"], indent=2))
         return
     if args.verify:
+        launch.devices()  # for nothing else: another process may have an accelerator for itself
         checkpoint.verify(step)
     parameters = sum(
         _size(entry["shape"])

@@ -12,7 +12,7 @@ import time
 
 from tokgen import assess, checkpoint, heldout, launch, protocols, report
 from tokgen.commands import sample
-from tokgen.data import tokens
+from tokgen.data import reader, tokens
 from tokgen.interfaces import UserError
 
 
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     kind = checkpoint.read_meta(step)["kind"]
     if args.reconstruction and kind != "tokenizer":
         raise UserError(f"--reconstruction needs a tokenizer; {step} holds a {kind}")
-    figures, title = (_tokenizer if kind == "tokenizer" else _generator)(step, args)
+    figures, title, source = (_tokenizer if kind == "tokenizer" else _generator)(step, args)
     for name, value in figures.items():
         name = title if name == "nats_per_token" else name
         print(f"{name:<20} {value:.4f}" if isinstance(value, float) else f"{name:<20} {value}")
@@ -96,22 +96,27 @@ def run(args: argparse.Namespace) -> None:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             **figures,
         }
+        if "unreadable" in figures:
+            record["unreadable_files"] = reader.unreadable(source).record()["files"]
         out = pathlib.Path(args.out)
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(out, "a") as file:
             file.write(json.dumps(record) + "\n")
 
 
-def _tokenizer(step: pathlib.Path, args: argparse.Namespace) -> tuple[dict, str]:
+def _tokenizer(step: pathlib.Path, args: argparse.Namespace) -> tuple:
+    """(figures, what their first is called, the source that they are of)."""
     loaded = checkpoint.load_tokenizer(step)
     source = heldout.image_source(loaded.config, args.data, args.split)
     report.say(f"{min(args.images, len(source))} of {len(source)} images, step {step.name}")
     view = heldout.view_of(loaded.config)
     count, what = args.images, "reconstruct"
-    return heldout.reconstruction(loaded.module, source, view, count=count, what=what)[0], ""
+    found, _ = heldout.reconstruction(loaded.module, source, view, count=count, what=what)
+    return found, "", source
 
 
-def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple[dict, str]:
+def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
+    """(figures, what their first is called, the source that they are of)."""
     loaded = checkpoint.load_generator(step)
     tokenizer = checkpoint.load_tokenizer_of(loaded, args.tokenizer)
     data = _data_of(loaded, args.data)
@@ -143,7 +148,7 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple[dict, str]
     title = f"nats_per_token ({', '.join(how)})" if how else "nats_per_token"
     if data["tokens"]:  # images would all have to be encoded for it
         figures |= heldout.unigram(tokens.Source(data["tokens"]), source, loaded.layout)
-    return figures, title
+    return figures, title, source
 
 
 def _data_of(loaded: checkpoint.Loaded, path: str) -> dict:

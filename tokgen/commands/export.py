@@ -6,16 +6,18 @@ import argparse
 import json
 import pathlib
 
-from tokgen import archives, config, imports, launch, report, state
+from tokgen import archives, config, imports, launch, output, report, state
 from tokgen.pretrained import system, transfer, writer
 
 OURS, CONFIG = "model.safetensors", "config.json"
+RECORDS = {CONFIG: ("config", "layout", "fingerprint")}
 SUFFIXES = {"torch": ".bin", "safetensors": ".safetensors", "flax": ".msgpack"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a work directory, or one step of it")
-    parser.add_argument("--out", required=True, help="folder to write to")
+    parser.add_argument("--out", required=True, help="folder to write to; must be new or empty")
+    output.arguments(parser)
     parser.add_argument(
         "--system",
         default="",
@@ -25,14 +27,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """model.safetensors (our names, the weights that are used), config.json, the published file."""
+    given = dict(overwrite=args.overwrite, inputs=(args.checkpoint,))
+    with output.folder(args.out, records=RECORDS, **given) as out:
+        told = _exported(args, out.path)
+    for line in told:
+        report.say(line)
+
+
+def _exported(args: argparse.Namespace, out: pathlib.Path) -> list[str]:
+    """Write all of it; what is to be said."""
     launch.devices()
     loaded, imported = imports.load_imported(args.checkpoint)
     source = loaded.meta.get("source") or {}
     name = args.system or source.get("system", "")
     # before anything is written: the form may not fit
     published = transfer.publish(imported, name) if name else {}
-    out = pathlib.Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     _, params, stats = state.split(loaded.module)
     arrays = {
         f"{name}.{path.replace('/', '.')}": leaf
@@ -48,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     }
     writer.write(out / OURS, arrays, form="safetensors")
     (out / CONFIG).write_text(json.dumps(record, indent=2) + "\n")
-    report.say(f"{out}: {OURS} ({len(arrays)} arrays) and {CONFIG}")
+    told = [f"{args.out}: {OURS} ({len(arrays)} arrays) and {CONFIG}"]
     if name:
         found = system.named(name)
         file = out / _name(source, name, f"{name}{SUFFIXES[found.form]}")
@@ -60,7 +69,9 @@ def run(args: argparse.Namespace) -> None:
             form = "torch"
         wrap = () if form == "safetensors" else found.wrap
         writer.write(file, published, form=form, wrap=wrap)
-        report.say(f"{file}: {len(published)} arrays under the keys of {name}")
+        place = pathlib.Path(args.out) / file.relative_to(out)
+        told.append(f"{place}: {len(published)} arrays under the keys of {name}")
+    return told
 
 
 def _name(source: dict, system: str, default: str) -> str:

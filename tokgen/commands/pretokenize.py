@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from tokgen import checkpoint, heldout, launch, report, sharding
-from tokgen.data import images, stream, tokens
+from tokgen.data import images, reader, stream, tokens
 from tokgen.interfaces import UserError
 
 encode = heldout.encode  # one program, also for those who encode while they train
@@ -25,6 +25,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="stored views, of: center, flip (default both), ten (LlamaGen's and RAR's ten crops)",
     )
     parser.add_argument("--batch", type=int, default=100, help="images encoded together")
+    parser.add_argument(
+        "--max-bad",
+        type=float,
+        default=1e-3,
+        help="share of the images that may be unreadable (default 0.001; up to 10 always may)",
+    )
     parser.add_argument(
         "--precision", default="float32", choices=("float32", "bfloat16"), help="of the encoder"
     )
@@ -61,6 +67,12 @@ def run(args: argparse.Namespace) -> None:
         views=views,
         classes=sources["train"].classes,
     )
+    for split, source in sources.items():  # of shards that an earlier run wrote
+        record = reader.unreadable(source)
+        for shard, missing in writer.written(split):
+            record.looked += shard.stop - shard.start
+            for index, (_, reason) in missing.items():
+                record.add(index, reason)
     process = jax.process_index(), jax.process_count()
     remaining = writer.remaining(process)
     total = sum(shard.stop - shard.start for shard in remaining)
@@ -71,12 +83,22 @@ def run(args: argparse.Namespace) -> None:
     ]
     with report.bar(total, unit="image", what="pretokenize") as bar:
         for shard in remaining:
-            tokens_BXLG, label_B = _shard(
-                loaded.module, sources[shard.split], shard, fixed, args.batch, mesh, bar
+            source = sources[shard.split]
+            tokens_BXLG, label_B, unreadable = _shard(
+                loaded.module, source, shard, fixed, args.batch, mesh, bar
             )
-            writer.write(shard, tokens_BXLG, label_B)
+            # before it is written: what is there stays, and the next run may allow more
+            record = reader.unreadable(source)
+            record.looked += shard.stop - shard.start
+            record.check(args.max_bad, "--max-bad")
+            writer.write(shard, tokens_BXLG, label_B, unreadable)
     writer.finish()
-    counts = ", ".join(f"{len(source)} {split}" for split, source in sources.items())
+    counts = ", ".join(
+        f"{len(source) - len(reader.unreadable(source))} {split}"
+        for split, source in sources.items()
+    )
+    for source in sources.values():
+        reader.unreadable(source).tell(reader.LEFT_OUT)
     bits = math.ceil(math.log2(loaded.layout.absent))
     report.say(
         f"{args.out}: {counts} images, {len(views)} views of {loaded.layout.length} tokens "
@@ -84,21 +106,29 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def _shard(tokenizer, source, shard, views, batch, mesh, bar) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [images, views, L, G], labels) of one shard."""
-    per_view = []
-    for view in views:
-        parts, labels = [], []
+def _shard(tokenizer, source, shard, views, batch, mesh, bar) -> tuple:
+    """(tokens [images, views, L, G], labels, {index: (name, reason)} of the unreadable) of a shard.
+
+    Those that could not be read keep their places, with zeros.
+    """
+    count = shard.stop - shard.start
+    tokens_BXLG, label_B = None, np.zeros(count, np.int32)
+    for number, view in enumerate(views):
         passing = stream.once(
-            source, view, batch_size=batch, indices=np.arange(shard.start, shard.stop)
+            source, view, batch_size=batch, indices=np.arange(shard.start, shard.stop), least=0
         )
         for part in passing:
-            image = part["image"]
+            image, rows = part["image"], part["index"] - shard.start
             padded = np.concatenate([image, np.repeat(image[-1:], batch - len(image), axis=0)])
             laid = sharding.global_batch({"image": padded}, mesh)["image"]
-            parts.append(jax.device_get(encode(tokenizer, laid))[: len(image)])
-            labels.append(part["label"])
-            if view is views[0]:
+            found_BLG = jax.device_get(encode(tokenizer, laid))[: len(image)]
+            if tokens_BXLG is None:
+                shape = (count, len(views), *found_BLG.shape[1:])
+                tokens_BXLG = np.zeros(shape, found_BLG.dtype)
+            tokens_BXLG[rows, number], label_B[rows] = found_BLG, part["label"]
+            if number == 0:
                 bar.update(len(image))
-        per_view.append(np.concatenate(parts))
-    return np.stack(per_view, axis=1), np.concatenate(labels)
+    if tokens_BXLG is None:  # not one of them
+        length, symbols = tokenizer.layout.length, len(tokenizer.layout.vocab)
+        tokens_BXLG = np.zeros((count, len(views), length, symbols), np.int32)
+    return tokens_BXLG, label_B, reader.unreadable(source).between(shard.start, shard.stop)

@@ -6,9 +6,12 @@ import argparse
 import json
 import pathlib
 
-from tokgen import checkpoint, config, heldout, launch, report
-from tokgen.data import captioned
+from tokgen import checkpoint, config, heldout, launch, output, report
+from tokgen.data import captioned, reader
 from tokgen.interfaces import UserError
+
+PIXELS = 2**26  # of pairs.png, at most
+RECORDS = {"figures.json": ("checkpoint", "images")}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +24,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="for a decoder that reads text: folder with all.npy, a row of features per image in "
         "the order of their paths",
     )
+    output.arguments(parser)
     parser.add_argument("--number", type=int, default=1000, help="at most so many images")
     parser.add_argument("--shown", type=int, default=32, help="pairs in the picture")
+    parser.add_argument(
+        "--batch", type=int, default=0, help="images at a time; default: by their size"
+    )
     parser.add_argument(
         "--precision", default="float32", choices=("float32", "bfloat16"), help="of the networks"
     )
@@ -30,10 +37,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the pairs, print the figures."""
-    if args.number < 1 or args.shown < 1:
+    if args.number < 1 or args.shown < 1 or args.batch < 0:
         raise UserError(
-            f"--number and --shown must be at least 1; found {args.number}, {args.shown}"
+            "--number and --shown must be at least 1 and --batch at least 0; found "
+            f"{args.number}, {args.shown}, {args.batch}"
         )
+    given = dict(overwrite=args.overwrite, inputs=(args.checkpoint, args.images, args.text))
+    with output.folder(args.out, records=RECORDS, **given) as out:
+        figures = _reconstructed(args, out)
+    for name, value in figures.items():
+        print(f"{name:<20} {value:.4f}" if isinstance(value, float) else f"{name:<20} {value}")
+    pairs = pathlib.Path(args.out) / "pairs.png"
+    report.say(f"{pairs}: each original with its reconstruction to the right")
+
+
+def _reconstructed(args: argparse.Namespace, out: output.Folder) -> dict:
+    """The figures, after all is written."""
     launch.devices()
     loaded = checkpoint.load_tokenizer(args.checkpoint, compute=args.precision)
     path = pathlib.Path(args.images)
@@ -49,24 +68,26 @@ def run(args: argparse.Namespace) -> None:
             f"this tokenizer's decoder reads text: --text must name a folder with all.npy, "
             f"features [images, {length}, {channels}] in the order of the images; found none"
         )
+    view = heldout.view_of(loaded.config)
+    scale = max(1, 96 // view.size[0])
+    fitting = max(1, PIXELS // (2 * scale**2 * view.size[0] * view.size[1]))
+    if fitting < min(args.shown, args.number, len(source)):
+        report.say(f"pairs.png shows {fitting} pairs of {view.size} pixels; no program opens more")
     figures, (image, painted) = heldout.reconstruction(
         loaded.module,
         source,
-        heldout.view_of(loaded.config),
+        view,
         count=args.number,
         what="reconstruct",
-        batch=max(min(args.shown, len(source)), min(50, len(source))),
+        batch=args.batch,
+        shown=min(args.shown, fitting),
     )
-    out = pathlib.Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    scale = max(1, 96 // image.shape[1])
-    pairs = report.beside(image[: args.shown], painted[: args.shown], scale=scale)
-    report.save_png(out / "pairs.png", pairs)
+    report.save_png(out.path / "pairs.png", report.beside(image, painted, scale=scale))
     record = {"checkpoint": str(loaded.step), "images": str(path), **figures}
-    (out / "figures.json").write_text(json.dumps(record, indent=2) + "\n")
-    for name, value in figures.items():
-        print(f"{name:<20} {value:.4f}" if isinstance(value, float) else f"{name:<20} {value}")
-    report.say(f"{out / 'pairs.png'}: each original with its reconstruction to the right")
+    if "unreadable" in figures:
+        record["unreadable_files"] = reader.unreadable(source).record()["files"]
+    (out.path / "figures.json").write_text(json.dumps(record, indent=2) + "\n")
+    return figures
 
 
 class OneImage:

@@ -12,7 +12,7 @@ import numpy as np
 
 from tokgen import checkpoint, config, extractors, judge, launch, protocols, references, report
 from tokgen import samples as supplied
-from tokgen.data import images, stream
+from tokgen.data import images, reader, stream
 from tokgen.interfaces import UserError
 from tokgen.metrics import moments
 
@@ -73,13 +73,8 @@ def run(args: argparse.Namespace) -> None:
     count = min(len(source), args.images or len(source))
     index_N = evenly(len(source), count)
     batches = passing(source, size, index_N)
-    found = measured(extractor, batches, count, args.seed)
-    if batches.bad:
-        report.say(
-            f"{batches.bad} images cannot be read, and their neighbours were counted twice in "
-            f"their place: {', '.join(batches.broken)}"
-        )
-    layers, sums, features, order_n, label_n = found
+    found = measured(extractor, batches, index_N, args.seed)
+    layers, sums, features, kept_n, label_n, count = found
     kept = extractors.arrays(extractor) if extractor.name == "local" else {}
     record = {
         "protocol": args.protocol,
@@ -88,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
         "split": split,
         "count": count,
         "available": len(source),
-        "replaced": batches.bad,
+        "unreadable": batches.unreadable.record(),
         "size": list(size),
         "crop": protocol.crop,
         "resize": "halvings by box, then bicubic to the shorter side (ADM)",
@@ -99,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": checkpoint.versions(),
     }
-    references.save(out, record, sums, features, index_N[order_n], label_n, kept)
+    references.save(out, record, sums, features, kept_n, label_n, kept)
     widths = ", ".join(f"{name} {width}" for name, width in layers.items())
     report.say(
         f"{out}: {count} images of {args.data} ({split}), {size[0]} x {size[1]}, seen by "
@@ -172,14 +167,12 @@ def size_of(source, args: argparse.Namespace) -> tuple[int, int]:
     if protocols.named(args.protocol).extractor != "local":
         return SIZE, SIZE
     try:
-        first = source[0]["image"]
-        first = images.decode(first, 3) if isinstance(first, bytes) else first
-    except (OSError, images.BrokenImage) as error:
+        return tuple(reader.read(source, 0, 3)["image"].shape[:2])
+    except images.BrokenImage as error:
         raise UserError(
-            f"the size is that of the first image, which cannot be read: {error}; "
-            "repair it, or say --size"
+            f"the size is that of the first image, and {reader.name_of(source, 0)} cannot be read: "
+            f"{error}; repair it, or say --size"
         ) from error
-    return tuple(first.shape[:2])
 
 
 def extractor_of(args, protocol, source, size) -> extractors.Extractor:
@@ -233,27 +226,34 @@ def passing(source, size: tuple[int, int], index_N: np.ndarray) -> stream.Batche
     return stream.once(source, view, batch_size=PART, indices=index_N)
 
 
-def measured(extractor, parts: Iterator[dict], count: int, seed: int) -> tuple:
-    """(widths of the layers, their moments, features of some images, which these are, labels)."""
-    kept_n = np.sort(np.random.default_rng(seed).permutation(count)[: references.KEPT])
+def measured(extractor, parts: Iterator[dict], index_N: np.ndarray, seed: int) -> tuple:
+    """(widths of the layers, moments, features of some images, which these are, labels, count).
+
+    Of those of `index_N` that could be read: `count` is how many.
+    """
+    count = len(index_N)
+    kept_n = index_N[np.random.default_rng(seed).permutation(count)[: references.KEPT]]
     names = [name for name in extractor.layers if not name.startswith("logits")]
     sums = {name: moments.Accumulator() for name in names}
-    kept, labels, first = {name: [] for name in names}, [], 0
+    kept, labels, which, measured_ = {name: [] for name in names}, [], [], 0
     with report.bar(count, unit="image", what="reference") as bar:
         for part in parts:
             found = extractors.features(extractor, part["image"], tuple(names))
-            rows_n = kept_n[(kept_n >= first) & (kept_n < first + len(part["image"]))] - first
+            rows_n = np.flatnonzero(np.isin(part["index"], kept_n))
             for name, feature_ND in found.items():
                 sums[name].add(feature_ND)
                 kept[name].append(feature_ND[rows_n])
             labels.append(part["label"][rows_n])
-            first += len(part["image"])
+            which.append(part["index"][rows_n])
+            measured_ += len(part["image"])
             bar.update(len(part["image"]))
-    order_n = np.random.default_rng(seed + 1).permutation(len(kept_n))
+    which_n = np.concatenate(which)
+    order_n = np.random.default_rng(seed + 1).permutation(len(which_n))
     features = {name: np.concatenate(found)[order_n] for name, found in kept.items()}
     widths = {name: features[name].shape[1] for name in names}
     statistics = {name: found.moments() for name, found in sums.items()}
-    return widths, statistics, features, kept_n[order_n], np.concatenate(labels)[order_n]
+    label_n = np.concatenate(labels)[order_n]
+    return widths, statistics, features, which_n[order_n], label_n, measured_
 
 
 def _hash(path: str) -> str:

@@ -7,15 +7,21 @@ import functools
 import json
 import pathlib
 import re
+import shutil
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokgen import archives, checkpoint, launch, report, rng
+from tokgen import archives, checkpoint, launch, output, report, rng, samples, supplies
 from tokgen.interfaces import PyTree, Text, UserError
 from tokgen.metrics import reconstruction
 from tokgen.sampling import decode, presets
+
+RECORDS = {"samples.json": ("checkpoint", "settings")}
+COLUMNS = 16  # images of a row of grid.png
+PIXELS, SIDE = 2**26, 2**14  # of grid.png, at most; SIDE is its height
 
 
 @functools.partial(jax.jit, static_argnames="sampler")
@@ -50,10 +56,31 @@ def draw(
     `cond` is label_N, or a tree of arrays that lead with the images, such as a Text. Image i
     depends on (seed, i, its condition) only: not on the batch, nor on its neighbours.
     """
+    found = drawn(
+        *(generator, tokenizer, cond, sampler),
+        **dict(seed=seed, batch=batch, first=first, given=given, what=what),
+    )
+    return tuple(map(np.concatenate, zip(*found, strict=True)))
+
+
+def drawn(
+    generator,
+    tokenizer,
+    cond: PyTree,
+    sampler,
+    *,
+    seed: int,
+    batch: int,
+    first: int = 0,
+    done: int = 0,
+    given: tuple[np.ndarray, np.ndarray] | None = None,
+    what: str = "sample",
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What `draw` gives, batch by batch, but for the `done` first."""
     N = len(jax.tree.leaves(cond)[0])
-    tokens, images = [], []
-    with report.bar(N, unit="image", what=what, shown=bool(what)) as bar:
-        for start in range(0, N, batch):
+    batch = even(N - done, batch)
+    with report.bar(N, initial=done, unit="image", what=what, shown=bool(what)) as bar:
+        for start in range(done, N, batch):
             # the last batch is filled up, so that one program serves all
             index_B = np.minimum(np.arange(start, start + batch), N - 1)
             keys_B = rng.per_image(seed, "sample", jnp.asarray(first + index_B))
@@ -69,10 +96,13 @@ def draw(
                     "are not finite; the checkpoint's weights are damaged or its run diverged: use "
                     "an earlier step"
                 )
-            tokens.append(np.asarray(tokens_BLG)[:kept])
-            images.append(np.asarray(paint(tokenizer, tokens_BLG))[:kept])
+            yield np.asarray(tokens_BLG)[:kept], np.asarray(paint(tokenizer, tokens_BLG))[:kept]
             bar.update(kept)
-    return np.concatenate(tokens), np.concatenate(images)
+
+
+def even(count: int, batch: int) -> int:
+    """The batch, at most as asked for, by which `count` images are drawn with least filling up."""
+    return max(1, -(-count // max(1, -(-count // batch))))
 
 
 def chosen(text: str, classes: tuple[str, ...]) -> list[int]:
@@ -162,7 +192,8 @@ def conditions(args: argparse.Namespace, loaded) -> tuple[PyTree, np.ndarray, li
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="of a generator: a work directory, or one step of it")
-    parser.add_argument("--out", required=True, help="folder for the images")
+    parser.add_argument("--out", required=True, help="folder for the images; must be new or empty")
+    output.arguments(parser)
     parser.add_argument("--classes", default="", help="names, ids or ranges, as 0-9,cat; all")
     parser.add_argument(
         "--text", default="", help=".npz with features [N, T, E] and mask [N, T], for text models"
@@ -237,30 +268,24 @@ def run(args: argparse.Namespace) -> None:
         )
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed must lie in [0, 2**32); found {args.seed}")
+    given = dict(overwrite=args.overwrite, inputs=(args.checkpoint, args.tokenizer, args.text))
+    with output.folder(args.out, records=RECORDS, **given) as out:
+        told = _sampled(args, out)
+    report.say(told)
+
+
+def _sampled(args: argparse.Namespace, out: output.Folder) -> str:
+    """Draw what an unfinished result does not have yet, and write all; what is to be said."""
     launch.devices()
     precision = precision_of(args)
     loaded = checkpoint.load_generator(args.checkpoint, compute=precision)
     tokenizer = checkpoint.load_tokenizer_of(loaded, args.tokenizer)
     cond, kind_N, classes = conditions(args, loaded)
     settings, generator, sampler = prepared(args, loaded)
-    tokens_NLG, image_NHW3 = draw(
-        generator, tokenizer.module, cond, sampler, seed=args.seed, batch=args.batch
-    )
-    out = pathlib.Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if not args.no_png:
-        for i, image_HW3 in enumerate(image_NHW3):
-            name = f"seed{args.seed}-{i:05d}-{'text' if args.text else 'class'}{kind_N[i]}.png"
-            report.save_png(out / name, image_HW3)
-    columns = min(args.number, 16)
-    scale = max(1, 64 // image_NHW3.shape[1])
-    report.save_png(out / "grid.png", report.grid(image_NHW3, columns, scale=scale))
-    with open(out / "samples.npz.part", "wb") as file:
-        np.savez(file, arr_0=image_NHW3, arr_1=kind_N.astype(np.int64))
-    (out / "samples.npz.part").replace(out / "samples.npz")
-    np.save(out / "tokens.npy", tokens_NLG)
     record = {
         "checkpoint": str(loaded.step),
+        "fingerprint": loaded.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
         "seed": args.seed,
         "preset": args.preset,
         "settings": settings,
@@ -270,8 +295,76 @@ def run(args: argparse.Namespace) -> None:
         "precision": precision,
         "versions": checkpoint.versions(),
     }
-    (out / "samples.json").write_text(json.dumps(record, indent=2) + "\n")
-    report.say(
-        f"{len(kind_N)} images in {out}: grid.png (a row per class or text), samples.npz (arr_0 "
-        "images, arr_1 labels), samples.json (settings)"
+    parts = out.path / "parts"
+    out.claim(record | {"conditions": supplies.conditions(cond), "png": not args.no_png})
+    done = sum(len(image_BHW3) for _, image_BHW3 in _kept(parts))
+    kind = "text" if args.text else "class"
+    for tokens_BLG, image_BHW3 in drawn(
+        *(generator, tokenizer.module, cond, sampler), seed=args.seed, batch=args.batch, done=done
+    ):
+        for i, image_HW3 in enumerate(image_BHW3, done):
+            if not args.no_png:
+                name = f"seed{args.seed}-{i:05d}-{kind}{kind_N[i]}.png"
+                report.save_png(out.path / name, image_HW3)
+        # last: what is in a part has its pictures
+        part = {"tokens": tokens_BLG, "image": image_BHW3}
+        supplies.save_part(parts / f"{done:07d}.npz", part)
+        done += len(image_BHW3)
+    shown = _written(out.path, parts, kind_N, args.number)
+    shutil.rmtree(parts)
+    (out.path / "samples.json").write_text(json.dumps(record, indent=2) + "\n")
+    return (
+        f"{len(kind_N)} images in {args.out}: grid.png ({shown}), samples.npz (arr_0 images, "
+        "arr_1 labels), samples.json (settings)"
     )
+
+
+def _kept(parts: pathlib.Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The tokens and images of the parts that were made, from the first on without a gap."""
+    start = 0
+    while (found := supplies.loaded_part(parts / f"{start:07d}.npz")) is not None:
+        yield found["tokens"], found["image"]
+        start += len(found["image"])
+
+
+def _written(out: pathlib.Path, parts: pathlib.Path, kind_N: np.ndarray, number: int) -> str:
+    """samples.npz, tokens.npy and grid.png of the parts, read one by one; what the grid shows."""
+    first_BHW3 = next(_kept(parts))[1]
+    rows, columns, colours = first_BHW3.shape[1:]
+    scale = max(1, 64 // rows)
+    layout_RX, told = sheet(len(kind_N), number, (scale * rows, scale * columns))
+    wanted = dict.fromkeys(layout_RX[layout_RX >= 0].tolist())
+    shape = (len(kind_N), *first_BHW3.shape[1:])
+    with samples.writing(out / "samples.npz", shape, kind_N) as add:
+        tokens, start = [], 0
+        for tokens_BLG, image_BHW3 in _kept(parts):
+            add(image_BHW3)
+            tokens.append(tokens_BLG)
+            stop = start + len(image_BHW3)
+            wanted |= {i: image_BHW3[i - start] for i in wanted if start <= i < stop}
+            start = stop
+    np.save(out / "tokens.npy", np.concatenate(tokens))
+    blank = np.full((rows, columns, colours), 255, np.uint8)
+    shown = np.stack([wanted[i] if i >= 0 else blank for i in layout_RX.reshape(-1).tolist()])
+    report.save_png(out / "grid.png", report.grid(shown, layout_RX.shape[1], scale=scale))
+    return told
+
+
+def sheet(count: int, number: int, size: tuple[int, int]) -> tuple[np.ndarray, str]:
+    """(which image stands where [rows, columns], -1 for none; in words) of `grid.png`.
+
+    A class, of which there are `number` images of `size` pixels, begins a row. A picture of more
+    than PIXELS pixels no program opens: then only some of the images stand in it.
+    """
+    columns = min(number, COLUMNS)
+    room = max(1, PIXELS // (columns * size[0] * size[1]))
+    room = min(room, max(1, SIDE // size[0]))
+    kinds = count // number
+    chosen = np.arange(min(kinds, room)) * kinds // min(kinds, room)
+    each = max(1, min(-(-number // columns), room // len(chosen)))
+    index_KX = np.arange(each * columns)
+    index_KX = np.where(index_KX < number, chosen[:, None] * number + index_KX, -1)
+    told = "a row per class or text" if each == 1 else f"{each} rows per class or text"
+    left = count - int((index_KX >= 0).sum())
+    told += f", {count - left} of {count} images" if left else ""
+    return index_KX.reshape(-1, columns), told

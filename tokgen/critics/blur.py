@@ -7,12 +7,13 @@ and the largest values of 16 x 16 areas are judged.
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen import interfaces
+from tokgen import interfaces, ranges
 from tokgen.critics import pooling
 
 GRID = 16  # rows and columns of logits, whatever the size of the image
@@ -55,11 +56,12 @@ class Discriminator(nnx.Module):
     judged in repeated areas.
     """
 
+    @ranges.checked
     def __init__(
         self,
         channels: int = 3,
-        width: int = 128,
-        stages: int = 3,
+        width: ranges.Width = 128,
+        stages: Annotated[int, ranges.Range(1, 12)] = 3,
         down: str = "blur4",
         activation: str = "leaky_relu",
         *,
@@ -70,10 +72,6 @@ class Discriminator(nnx.Module):
                 raise interfaces.UserError(
                     f"{name} of the blur critic must be one of {', '.join(known)}; found {value!r}"
                 )
-        if stages < 1:
-            raise interfaces.UserError(
-                f"a blur critic needs at least one stage; found stages={stages}: try stages=3"
-            )
         self.channels, self.smallest = channels, 2**stages
         self.activation = ACTIVATIONS[activation]
         self.first = _conv(channels, width, 5, rngs=rngs)

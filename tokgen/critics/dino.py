@@ -122,10 +122,14 @@ class ViT(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if size % patch or width % heads or not all(0 <= level < depth for level in levels):
-            raise ValueError(
+            raise interfaces.UserError(
                 "a ViT needs a size of whole patches, a width of whole heads and levels below its "
                 f"depth; found size={size}, patch={patch}, width={width}, heads={heads}, "
                 f"depth={depth}, levels={tuple(levels)}"
+            )
+        if list(levels) != sorted(set(levels)):
+            raise interfaces.UserError(
+                f"levels are numbers of blocks, each once and rising; found {tuple(levels)}"
             )
         self.size, self.levels = size, tuple(levels)
         self.patches = Patches(patch, width, rngs=rngs)

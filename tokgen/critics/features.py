@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import interfaces, rng
+from tokgen import interfaces, ranges, rng
 from tokgen.critics import dino, trunks, weights
 from tokgen.nn import resample
 
@@ -128,16 +128,17 @@ class Discriminator(nnx.Module):
     trunk is drawn at random until `load` fills it.
     """
 
+    @ranges.checked
     def __init__(
         self,
         channels: int = 3,
-        size: int = 224,
-        patch: int = 16,
-        width: int = 384,
-        depth: int = 12,
-        heads: int = 6,
-        levels: Sequence[int] = (2, 5, 8, 11),
-        kernel: int = 9,
+        size: ranges.Side = 224,
+        patch: ranges.Side = 16,
+        width: ranges.Width = 384,
+        depth: ranges.Depth = 12,
+        heads: ranges.Heads = 6,
+        levels: Sequence[ranges.Whole] = (2, 5, 8, 11),
+        kernel: ranges.Kernel = 9,
         *,
         rngs: nnx.Rngs,
     ):

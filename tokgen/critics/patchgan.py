@@ -5,12 +5,13 @@ train: 4x4 convolutions, each but the first and the last followed by a normalisa
 """
 
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen import interfaces
+from tokgen import interfaces, ranges
 
 SLOPE = 0.2  # of the leaky ReLU
 EPSILON = 1e-5  # of both normalisations; PyTorch's default, which published weights assume
@@ -70,11 +71,12 @@ class Discriminator(nnx.Module):
     `"none"` is for gradient penalties, and gives every convolution a bias.
     """
 
+    @ranges.checked
     def __init__(
         self,
         channels: int = 3,
-        width: int = 64,
-        layers: int = 3,
+        width: ranges.Width = 64,
+        layers: Annotated[int, ranges.Range(1, 12)] = 3,
         norm: str = "batch",
         *,
         rngs: nnx.Rngs,
@@ -82,10 +84,6 @@ class Discriminator(nnx.Module):
         if norm not in NORMS:
             raise interfaces.UserError(
                 f"norm of the discriminator must be one of {', '.join(NORMS)}: norm={norm!r}"
-            )
-        if layers < 1:
-            raise interfaces.UserError(
-                f"a discriminator needs at least one layer: layers={layers}; try layers=3"
             )
         self.channels, self.layers = channels, layers
         widths = [width * min(2**n, WIDEST) for n in range(layers + 1)]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen import interfaces
+from tokgen import interfaces, ranges
 from tokgen.critics import pooling
 
 SLOPE = 0.2
@@ -95,12 +96,13 @@ class Discriminator(nnx.Module):
     ones, times `multiplier` above 32 pixels.
     """
 
+    @ranges.checked
     def __init__(
         self,
         channels: int = 3,
         size: int = 256,
-        widths: Sequence[int] = (),
-        multiplier: int = 1,
+        widths: Sequence[ranges.Width] = (),
+        multiplier: Annotated[int, ranges.Range(1, 64)] = 1,
         form: str = "blur",
         *,
         rngs: nnx.Rngs,

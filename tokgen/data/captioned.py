@@ -58,6 +58,7 @@ class Source:
 
     def __init__(self, images, features: str | os.PathLike, *, split: str = "train"):
         self.images, self.classes = images, images.classes
+        self.inner = images  # whose images they are: what cannot be read is counted there
         self.features = Features(features, split, len(images))
         self.fingerprint = self.features.fingerprint(images.fingerprint)
 
@@ -80,6 +81,8 @@ class Tokens:
         self.shards, self.features = shards, Features(features, shards.split, len(shards))
         self.path, self.split, self.header = shards.path, shards.split, shards.header
         self.layout, self.classes, self.views = shards.layout, shards.classes, shards.views
+        self.missing = shards.missing
+        self.inner = shards
         self.fingerprint = self.features.fingerprint(shards.fingerprint)
 
     def __len__(self) -> int:

@@ -2,7 +2,6 @@
 
 A drop-in for `tokens.Source`: the stream draws the same element and the same view for it as from
 shards of the same images and views, and gives its pixels; whoever reads the stream encodes them.
-Where an image is broken, shards and stream may put different neighbours into its place.
 """
 
 import dataclasses
@@ -29,7 +28,7 @@ class Drawn:
     def __post_init__(self):
         forms = {(view.size, view.channels, view.decoder) for view in self.views}
         if len(forms) != 1:
-            raise ValueError(
+            raise interfaces.UserError(
                 f"views to draw from must be of one size, channels and decoder; found {forms}"
             )
 
@@ -79,6 +78,7 @@ class Source:
         if not len(pictures):
             raise interfaces.UserError("the source of images is empty: there is nothing to encode")
         self.pictures, self.classes = pictures, pictures.classes
+        self.inner = pictures  # whose images they are: what cannot be read is counted there
         self.views = tuple(views)
         self.view = Drawn(tuple(images.fixed(name, tuple(size), channels) for name in views))
         self.layout, self.encode = layout, encode

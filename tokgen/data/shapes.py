@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tokgen import interfaces
+from tokgen import interfaces, ranges
 
 # Ten that stay apart at 32 pixels and under any rotation. No star and no plus: generators of this
 # size break them into fragments. No rhombus, hexagon or ellipse: these turn into a square or disc.
@@ -103,8 +103,8 @@ class Source:
         channels: int = 3,
         *,
         split: str = "train",
-        seed: int = 0,
-        count: int = 20_000,
+        seed: ranges.Seed = 0,
+        count: ranges.Count = 20_000,
         form: str | Freedom = "easy",
     ):
         self.size = tuple(int(side) for side in size)

@@ -7,10 +7,12 @@ of n loads the p-th contiguous n-th of it: the rows that its devices hold when t
 assembled process by process. So n processes see the same global batches as one, row by row, and a
 run may be resumed on another number of them.
 
-Nothing is ever filtered, for that would shift what follows. An element that cannot be decoded is
-replaced by the next one of the same permutation that can be, and counted; see `Batches`.
+Nothing is ever filtered, for that would shift what follows. An element that cannot be read is
+replaced by the next one of the same permutation that can be. One pass in order, `once`, is for
+measuring: it leaves out what cannot be read. Either way it is counted and told by `reader`.
 """
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 
@@ -18,59 +20,63 @@ import grain
 import numpy as np
 
 from tokgen import interfaces
-from tokgen.data import images
+from tokgen.data import images, reader
 
 _PATIENCE = 16  # neighbours tried for one broken element; so many in a row are no accident
-_ENOUGH = 10_000  # elements over which the allowed rate is judged at least
-_NAMED = 5  # broken files that an error names
 # Streams of random numbers from one seed: grain takes the first for itself.
 _VIEW_STREAM = 1
 
 
 class Batches:
-    """An iterator over batches, which counts what it had to replace.
+    """An iterator over batches; close it, or use `with`.
 
-    `seen` and `bad` count the elements that were handed out and those of them that stand in for
-    a broken one. More broken ones than `max_bad` of all seen (or of the first 10,000) are a
-    UserError that names some. `step` is the number of the next batch. Close it, or use `with`.
+    `seen` counts the elements that were handed out, `step` is the number of the next batch, and
+    `unreadable` the record of the distinct images of the source that could not be read, `bad` their
+    number. Of the distinct images seen, or of 10,000 where these are more, a share of `max_bad` may
+    be so: one more is a UserError that names some.
     """
 
-    def __init__(self, loaded, source, *, step: int, max_bad: float):
+    def __init__(self, loaded, source, *, step: int, max_bad: float, fate: str):
         self._loaded = iter(loaded)
-        self._source = source
+        self._length = len(source)
         self._max_bad = max_bad
-        self._broken: dict[int, str] = {}  # index to reason, the first few
+        self._fate = fate
+        self.unreadable = reader.unreadable(source)
         self.step = step
         self.seen = 0
-        self.bad = 0
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
         # Counted here and not where it is loaded: threads run ahead, and the counts would too.
-        batch, broken = next(self._loaded)
+        try:
+            batch, broken = next(self._loaded)
+        except StopIteration:
+            self.unreadable.tell(self._fate)
+            raise
         self.step += 1
         self.seen += len(batch["label"])
-        self.bad += len(broken)
         for index, reason in broken:
-            if len(self._broken) < _NAMED:
-                self._broken.setdefault(index, reason)
-        if self.bad > self._max_bad * max(self.seen, _ENOUGH):
-            raise interfaces.UserError(
-                f"{self.bad} of {self.seen} elements cannot be decoded, and max_bad="
-                f"{self._max_bad:g} allows fewer; repair or remove them, among others\n"
-                + _list(self._source, self._broken.items())
-            )
+            self.unreadable.add(index, reason)
+        self.unreadable.looked = max(self.unreadable.looked, min(self.seen, self._length))
+        self.unreadable.check(self._max_bad)
+        self.unreadable.tell(self._fate, last=False)
         return batch
 
     @property
+    def bad(self) -> int:
+        """How many distinct images of the source could not be read so far."""
+        return len(self.unreadable)
+
+    @property
     def broken(self) -> tuple[str, ...]:
-        """Names of the first few broken elements that were replaced."""
-        return tuple(_name(self._source, index) for index in self._broken)
+        """Their names."""
+        return self.unreadable.names()
 
     def close(self) -> None:
         """Stop the threads. Batches that were loaded ahead are dropped."""
+        self.unreadable.tell(self._fate)
         close = getattr(self._loaded, "close", None)
         if close is not None:
             close()
@@ -106,6 +112,7 @@ def batches(
       process: (p, n), which of how many.
       threads: batches loaded at the same time; 0 loads them when they are asked for.
       prefetch: batches kept ready, at least `threads`.
+      max_bad: the share of images that may be unreadable; token shards were judged when made.
     """
     part, parts = process
     if batch_size < 1 or parts < 1 or batch_size % parts or not 0 <= part < parts:
@@ -138,7 +145,13 @@ def batches(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))
         )
     )
-    return Batches(loaded, source, step=start, max_bad=max_bad)
+    return Batches(
+        loaded,
+        source,
+        step=start,
+        max_bad=1.0 if hasattr(source, "missing") else max_bad,
+        fate=reader.REPLACED,
+    )
 
 
 def once(
@@ -147,12 +160,13 @@ def once(
     *,
     batch_size: int,
     indices: Sequence[int] | None = None,
-    max_bad: float = 1e-3,
+    least: int = 1,
 ) -> Batches:
-    """One pass in order, of all elements or of `indices`; the last batch may be shorter.
+    """One pass in order, over all elements or `indices`, of those that can be read.
 
-    For evaluation: nothing is random, so views and token views are the first of what they might
-    be. A broken image is replaced by the next of the pass and counted, so that counts agree.
+    For measuring: nothing is random, so views and token views are the first of what they might be.
+    What cannot be read is left out and told; batches are full but for the last. `"index"`, int64
+    [B], says which elements of the source they hold. Fewer than `least` are a UserError.
     """
     if batch_size < 1:
         raise interfaces.UserError(f"batch_size must be at least 1; found {batch_size}")
@@ -162,18 +176,41 @@ def once(
             "flip=False"
         )
     index_N = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
-    load = _loader(source, view)
+    load, record = _loader(source, view), reader.unreadable(source)
 
     def passing():
+        held = None
         for first in range(0, len(index_N), batch_size):
             part = index_N[first : first + batch_size]
+            batch, broken = load(part, [None] * len(part), None)
+            for index, reason in broken:
+                record.add(index, reason)
+            if not broken and not held:
+                yield batch, ()
+            elif batch:
+                held = batch if not held else {k: np.concatenate([held[k], batch[k]]) for k in held}
+                if len(held["label"]) >= batch_size:
+                    yield {k: array[:batch_size] for k, array in held.items()}, ()
+                    held = {k: array[batch_size:] for k, array in held.items()}
+                    held = held if len(held["label"]) else None
+        if held:
+            yield held, ()
 
-            def neighbours(row: int, first=first):
-                return (index_N[(first + row + n) % len(index_N)] for n in range(1, len(index_N)))
+    found = _enough(passing(), record, min(least, len(index_N)))
+    return Batches(found, source, step=0, max_bad=1.0, fate=reader.LEFT_OUT)
 
-            yield load(part, [None] * len(part), neighbours)
 
-    return Batches(passing(), source, step=0, max_bad=max_bad)
+def _enough(passing, record: reader.Unreadable, least: int):
+    """What passes; an error at its end where it was too little."""
+    count = 0
+    for batch, broken in passing:
+        count += len(batch["label"])
+        yield batch, broken
+    if count < least:
+        raise interfaces.UserError(
+            f"{count} images can be read, of {least} at least that are needed; is this a set of "
+            f"images?\n{record.listed()}"
+        )
 
 
 def _order(length: int, seed: int) -> grain.MapDataset:
@@ -202,7 +239,10 @@ def _epoch_neighbours(order, elements: np.ndarray, source) -> Callable:
 
 
 def _loader(source, view: images.View | None) -> Callable:
-    """(indices, rngs, neighbours) -> (batch, [(index, reason) of the broken]), for this source."""
+    """(indices, rngs, neighbours) -> (batch, [(index, reason) of the broken]), for this source.
+
+    Without neighbours the broken are left out, and a batch of nothing is empty.
+    """
     view = getattr(source, "view", None) if view is None else view
     if view is not None:
         return lambda *which: _load_images(source, view, *which)
@@ -212,62 +252,79 @@ def _loader(source, view: images.View | None) -> Callable:
 
 
 def _load_tokens(source, index_B, rngs, neighbours) -> tuple[dict, list]:
-    records = source.__getitems__(index_B)
+    missing, places, broken = getattr(source, "missing", {}), [], []
+    for row, index in enumerate(index_B):
+        if int(index) in missing:
+            broken.append((int(index), missing[int(index)][1]))
+            if neighbours is None:
+                continue
+            index = _readable_tokens(source, missing, int(index), neighbours, row)
+        places.append((int(index), rngs[row]))
+    if not places:
+        return {}, broken
+    records = source.__getitems__([index for index, _ in places])
     view_B = [
         0 if rng is None else int(rng.integers(len(record["tokens"])))
-        for record, rng in zip(records, rngs, strict=True)
+        for record, (_, rng) in zip(records, places, strict=True)
     ]
     tokens_BLG = np.stack(
         [record["tokens"][view] for record, view in zip(records, view_B, strict=True)]
     )
-    return {"tokens": tokens_BLG, "label": _labels(records), **_texts(records)}, []
+    return {"tokens": tokens_BLG, **_told(records, places, neighbours)}, broken
+
+
+def _readable_tokens(source, missing, index: int, neighbours, row: int) -> int:
+    """The next index in the order whose image could be read when the tokens were made."""
+    for neighbour in itertools.islice(neighbours(row), _PATIENCE):
+        if int(neighbour) not in missing:
+            return int(neighbour)
+    raise _hopeless(source, [(index, missing[index][1])], _PATIENCE + 1)
 
 
 def _load_images(source, view, index_B, rngs, neighbours) -> tuple[dict, list]:
-    image_BHWC = np.empty((len(index_B), *view.size, view.channels), np.uint8)
     # A source that draws its images draws many at the price of few.
     drawn = source.__getitems__(index_B) if hasattr(source, "__getitems__") else None
-    records, broken = [], []
+    places, records, pixels, broken = [], [], [], []
     for row, (index, rng) in enumerate(zip(index_B, rngs, strict=True)):
         record = drawn[row] if drawn else {"image": b""}
         if isinstance(record["image"], bytes):
-            record = _readable(source, view, index, neighbours, row, broken)
-        image_BHWC[row] = view(_checked(record["image"], view), rng)
-        records.append(record)
-    return {"image": image_BHWC, "label": _labels(records), **_texts(records)}, broken
+            record, failures = _readable(source, view, int(index), neighbours, row)
+            broken += failures
+        if record is None:
+            continue
+        pixels.append(view(_checked(record["image"], view), rng))
+        # kept without its pixels: those of a photograph are many times those of its view
+        records.append({name: value for name, value in record.items() if name != "image"})
+        places.append((int(index), rng))
+    if not places:
+        return {}, broken
+    return {"image": np.stack(pixels), **_told(records, places, neighbours)}, broken
 
 
-def _readable(source, view, index, neighbours, row: int, broken: list) -> dict:
-    """The record at `index`, or the next one in the order that decodes; its image as pixels."""
+def _readable(source, view, index: int, neighbours, row: int) -> tuple[dict | None, list]:
+    """(record at `index`, or the next one in the order that can be read; what could not be).
+
+    Its image as pixels. None where it cannot be read and there are no neighbours.
+    """
     failures = []
-    record = _attempt(source, view, int(index), failures)
-    if record is not None:
-        return record
-    for n, neighbour in enumerate(neighbours(row), 1):
-        if n > _PATIENCE:
-            break
-        record = _attempt(source, view, int(neighbour), failures)
-        if record is not None:
-            broken.append(failures[0])
-            return record
-    raise interfaces.UserError(
-        f"none of {len(failures)} elements in a row can be decoded; is this a set of images?\n"
-        + _list(source, failures[:_NAMED])
+    following = itertools.islice(neighbours(row), _PATIENCE) if neighbours else ()
+    for place in itertools.chain((index,), following):
+        try:
+            return reader.read(source, int(place), view.channels, view.decoder), failures
+        except images.BrokenImage as error:
+            failures.append((int(place), str(error)))
+    if neighbours:
+        raise _hopeless(source, failures, len(failures))
+    return None, failures
+
+
+def _hopeless(source, failures: list, count: int) -> interfaces.UserError:
+    named = "\n".join(
+        f"  {reader.name_of(source, index)}: {reason}" for index, reason in failures[: reader.NAMED]
     )
-
-
-def _attempt(source, view, index: int, failures: list) -> dict | None:
-    try:
-        record = source[index]
-        if isinstance(record["image"], bytes):
-            record = {
-                **record,
-                "image": images.decode(record["image"], view.channels, decoder=view.decoder),
-            }
-        return record
-    except (images.BrokenImage, OSError) as error:
-        failures.append((index, str(error)))
-        return None
+    return interfaces.UserError(
+        f"none of {count} images in a row can be read; is this a set of images?\n{named}"
+    )
 
 
 def _checked(image_HWC: np.ndarray, view: images.View) -> np.ndarray:
@@ -279,19 +336,12 @@ def _checked(image_HWC: np.ndarray, view: images.View) -> np.ndarray:
     return image_HWC
 
 
-def _labels(records: list[dict]) -> np.ndarray:
-    return np.array([record["label"] for record in records], np.int32)
-
-
-def _texts(records: list[dict]) -> dict[str, np.ndarray]:
-    """Text and its mask, where the records have them."""
-    found = [name for name in ("text", "mask") if name in records[0]]
-    return {name: np.stack([record[name] for record in records]) for name in found}
-
-
-def _name(source, index: int) -> str:
-    return source.name(index) if hasattr(source, "name") else f"element {index}"
-
-
-def _list(source, failures) -> str:
-    return "\n".join(f"  {_name(source, index)}: {reason}" for index, reason in failures)
+def _told(records: list[dict], places: list, neighbours) -> dict[str, np.ndarray]:
+    """Labels; text and its mask, where the records have them; in one pass, which these are."""
+    told = {"label": np.array([record["label"] for record in records], np.int32)}
+    for name in ("text", "mask"):
+        if name in records[0]:
+            told[name] = np.stack([record[name] for record in records])
+    if neighbours is None:
+        told["index"] = np.array([index for index, _ in places], np.int64)
+    return told

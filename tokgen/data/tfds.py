@@ -8,11 +8,15 @@ environment of its own.
 
 import hashlib
 
+import numpy as np
 import tensorflow_datasets
 
 from tokgen import interfaces
 
 SPLITS = ("train", "held_out", "all")
+LABELS = ("feature", "none")
+DOUBTFUL = ("refuse", "drop")
+_LOOKED = 16  # records whose labels are looked at before anything is done
 
 
 class Source:
@@ -24,6 +28,10 @@ class Source:
       splits: the names that the set has for its train and held-out parts; slices such as
         `train[:90%]` are names too.
       data_dir: where the set was prepared; empty for TFDS's own place.
+      label: the feature that is the label; empty for `label`, where there is one.
+      count: how many classes a label has that says neither their names nor their number.
+      labels: `feature`, or `none`.
+      doubtful: labels that are there and cannot be read: `refuse` or `drop` them.
     """
 
     classes: tuple[str, ...]
@@ -35,6 +43,10 @@ class Source:
         split: str = "train",
         splits: tuple[str, str] = ("train", "test"),
         data_dir: str = "",
+        label: str = "",
+        count: int = 0,
+        labels: str = "feature",
+        doubtful: str = "refuse",
     ):
         if split not in SPLITS:
             raise interfaces.UserError(f"split must be one of {', '.join(SPLITS)}; found {split!r}")
@@ -42,18 +54,30 @@ class Source:
             raise interfaces.UserError(
                 f"splits names two parts of the set, train and held-out; found {tuple(splits)}"
             )
+        if labels not in LABELS or doubtful not in DOUBTFUL or count < 0:
+            raise interfaces.UserError(
+                f"labels must be one of {', '.join(LABELS)}, doubtful one of "
+                f"{', '.join(DOUBTFUL)} and count at least 0; found {labels!r}, {doubtful!r}, "
+                f"{count}"
+            )
         self.dataset = dataset
         self.split = {"train": splits[0], "held_out": splits[1], "all": "+".join(splits)}[split]
         builder = _builder(dataset, data_dir)
         features = builder.info.features
-        if "image" not in features:
+        if not hasattr(features, "keys") or "image" not in features:
+            found = ", ".join(sorted(features)) if hasattr(features, "keys") else str(features)
             raise interfaces.UserError(
-                f"the TFDS set {dataset} must have a feature named image; found "
-                f"{', '.join(sorted(features))}; choose a set of images"
+                f"the TFDS set {dataset} must have a feature named image; found {found}; choose a "
+                "set of images"
             )
-        labels = features["label"] if "label" in features else None
-        self.classes = tuple(getattr(labels, "names", None) or ())
-        self._labelled = bool(self.classes)
+        self.notes: tuple[str, ...] = ()
+        try:
+            self._label, self.classes = _classes(dataset, features, label, count, labels)
+        except interfaces.UserError as error:
+            if doubtful != "drop":
+                raise
+            self._label, self.classes = "", ()
+            self.notes = (f"the images are read without classes: {error}",)
         try:
             self._records = builder.as_data_source(
                 split=self.split,
@@ -68,18 +92,93 @@ class Source:
             ) from error
         if not self._length:
             raise interfaces.UserError(f"no images in the split {self.split!r} of {dataset}")
+        self._look(doubtful)
         self.fingerprint = _fingerprint(builder.info, self.split)
+
+    def _look(self, doubtful: str) -> None:
+        """Refuse a split without labels before anything is made of it, or leave them out."""
+        if not self._label:
+            return
+        count = min(_LOOKED, self._length)
+        try:
+            for n in range(count):
+                self[n * self._length // count]
+        except interfaces.UserError as error:
+            if doubtful != "drop":
+                raise
+            self._label, self.classes = "", ()
+            self.notes = (f"the images are read without classes: {error}",)
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> dict:
         record = self._records[range(self._length)[index]]
-        return {"image": record["image"], "label": int(record["label"]) if self._labelled else 0}
+        return {"image": record["image"], "label": self._label_of(record, index)}
+
+    def _label_of(self, record: dict, index: int) -> int:
+        if not self._label:
+            return 0
+        label = int(record[self._label])
+        if 0 <= label < len(self.classes):
+            return label
+        what = "that is, none" if label == -1 else f"and has {len(self.classes)} classes"
+        raise interfaces.UserError(
+            f"{self.name(index)} has the {self._label} {label}, {what}: name other splits "
+            "(data.splits), or say that classes do not matter, data.labels=none"
+        )
 
     def name(self, index: int) -> str:
         """Set, split and number."""
         return f"{self.dataset}/{self.split}/{index}"
+
+
+def _classes(
+    dataset: str, features, label: str, count: int, labels: str
+) -> tuple[str, tuple[str, ...]]:
+    """(the feature that is the label, its classes); "" and none where there are no labels."""
+    if labels == "none":
+        return "", ()
+    named = {
+        name: feature
+        for name, feature in sorted(features.items())
+        if isinstance(feature, tensorflow_datasets.features.ClassLabel)
+    }
+    if not label and "label" not in features:
+        if not named:
+            return "", ()
+        raise interfaces.UserError(
+            f"the TFDS set {dataset} has no feature named label; found the labels "
+            f"{', '.join(named)}: choose one, data.label={next(iter(named))}, or say that classes "
+            "do not matter, data.labels=none"
+        )
+    label = label or "label"
+    if label not in features:
+        raise interfaces.UserError(
+            f"the TFDS set {dataset} has no feature named {label}; it has "
+            f"{', '.join(sorted(features))}: name one of them as data.label"
+        )
+    feature = features[label]
+    names = tuple(getattr(feature, "names", None) or ())
+    if names:
+        return label, names
+    shape = getattr(feature, "shape", None)
+    kind = np.dtype(getattr(feature, "np_dtype", object))
+    if isinstance(feature, tensorflow_datasets.features.FeaturesDict) or shape != ():
+        kind = np.dtype(object)
+    if kind.kind not in "iu":
+        raise interfaces.UserError(
+            f"the feature {label} of the TFDS set {dataset} must be one whole number, the class; "
+            f"found {feature}; choose another one as data.label, or say data.labels=none"
+        )
+    count = count or int(getattr(feature, "num_classes", None) or 0)
+    if not count:
+        raise interfaces.UserError(
+            f"the feature {label} of the TFDS set {dataset} is a number ({kind}) without names, "
+            "and nothing says how many classes there are: data.count=N says that they are 0 to "
+            "N - 1, data.labels=none that classes do not matter"
+        )
+    return label, tuple(map(str, range(count)))
 
 
 def _builder(dataset: str, data_dir: str):

@@ -8,6 +8,9 @@
 A record is the label as a little-endian uint32, then views x L x G tokens in the smallest unsigned
 integer that holds the alphabet, little-endian. The header is written last: a folder without it was
 not finished, and `Writer` goes on where it was stopped.
+
+An image that could not be read has a record all the same, of zeros, so that record i belongs to
+image i; the header lists these (`unreadable` of a shard, if it has any), and no reader sees them.
 """
 
 import bisect
@@ -16,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import types
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -133,21 +137,41 @@ class Writer:
         part, parts = process
         return [shard for shard in self.shards()[part::parts] if self._note(shard) is None]
 
+    def written(self, split: str) -> list[tuple[Shard, dict[int, tuple[str, str]]]]:
+        """The shards of a split that are there, and {index: (name, why)} of their unreadable."""
+        found = [(s, self._noted(s)) for s in self.shards() if s.split == split]
+        return [(shard, _missing(note)) for shard, note in found if note is not None]
+
     def _note(self, shard: Shard) -> dict | None:
         """What was written of a shard; None where the file doesn't bear it out."""
-        note = self._finished.get(shard.file)
-        path = os.path.join(self.path, shard.file)
-        if note is None and os.path.exists(_beside(path)):
-            try:
-                note = _read_json(self.path, os.path.basename(_beside(path)))
-            except interfaces.UserError:  # cut off: the shard is written again
-                return None
+        note, path = self._noted(shard), os.path.join(self.path, shard.file)
         if note is None or not os.path.exists(path) or _sha256(path) != note.get("sha256"):
             return None
         return note
 
-    def write(self, shard: Shard, tokens_BXLG: np.ndarray, label_B: np.ndarray) -> None:
-        """One shard: its tokens [images, views, L, G] and its labels."""
+    def _noted(self, shard: Shard) -> dict | None:
+        """What is said of a shard that was written."""
+        note, beside = self._finished.get(shard.file), _beside(os.path.join(self.path, shard.file))
+        if note is None and os.path.exists(beside):
+            try:
+                note = _read_json(self.path, os.path.basename(beside))
+                _missing(note)
+            except (ValueError, TypeError):  # cut off: the shard is written again
+                return None
+        return note
+
+    def write(
+        self,
+        shard: Shard,
+        tokens_BXLG: np.ndarray,
+        label_B: np.ndarray,
+        unreadable: Mapping[int, tuple[str, str]] = types.MappingProxyType({}),
+    ) -> None:
+        """One shard: its tokens [images, views, L, G] and its labels.
+
+        `unreadable` has (name, reason) of the images, by their numbers in the split, whose tokens
+        are none because they could not be read.
+        """
         record_BU = self._packing.records(tokens_BXLG, label_B)
         if len(record_BU) != shard.stop - shard.start:
             raise ValueError(
@@ -167,6 +191,8 @@ class Writer:
                 f"{path} could not be written: {error}; make room, then run the same command again"
             ) from error
         note = {"file": shard.file, "images": len(record_BU), "sha256": _sha256(temporary)}
+        if unreadable:
+            note["unreadable"] = [[int(index), *unreadable[index]] for index in sorted(unreadable)]
         _commit(temporary, path)
         # The note comes second: a shard without one is written again, which costs time only.
         _write_json(self.path, os.path.basename(_beside(path)), note)
@@ -180,16 +206,17 @@ class Writer:
                 f"{len(missing)} shards of {self.path} are missing, {missing[0]} the first: run "
                 "the same command again; it writes only these"
             )
-        splits = {
-            split: {
-                "images": count,
-                "shards": [
-                    notes[shard.file]
-                    for shard in _planned(split, count, self._plan["shard_images"])
-                ],
-            }
-            for split, count in self._plan["images"].items()
-        }
+        splits = {}
+        for split, count in self._plan["images"].items():
+            own = [notes[s.file] for s in _planned(split, count, self._plan["shard_images"])]
+            splits[split] = {"images": count, "shards": own}
+            if unreadable := sum(len(note.get("unreadable", [])) for note in own):
+                if unreadable == count:
+                    raise interfaces.UserError(
+                        f"none of the {count} images of {split} could be read: no tokens; "
+                        "repair them, or give other images"
+                    )
+                splits[split]["unreadable"] = unreadable
         header = {key: value for key, value in self._plan.items() if key != "images"}
         _write_json(self.path, HEADER, {**header, "splits": splits})
         self._finished = notes
@@ -220,6 +247,10 @@ class Source:
         self.layout: dict = self.header["layout"]
         self.classes: tuple[str, ...] = tuple(self.header["classes"])
         self.views: tuple[str, ...] = tuple(self.header["views"])
+        # of images that could not be read; the stream reads none of these
+        self.missing: dict[int, tuple[str, str]] = {}
+        for shard in self.header["splits"][split]["shards"]:
+            self.missing |= _missing(shard)
         self._packing = _Packing(self.header)
         shards = self.header["splits"][split]["shards"]
         self._files = [os.path.join(self.path, shard["file"]) for shard in shards]
@@ -288,7 +319,9 @@ class Source:
             raise _damage(self._files[shard], str(error)) from error
 
     def name(self, index: int) -> str:
-        """Folder, split and number."""
+        """That of an image that could not be read; of others folder, split and number."""
+        if index in self.missing:
+            return self.missing[index][0]
         return f"{self.path}/{self.split}/{index}"
 
     def __getstate__(self) -> dict:
@@ -476,6 +509,12 @@ def _header_problem(header: dict) -> str:
             ]
             if need != found:
                 return f"{count} images of {split} are {len(need)} shards; found {found[:3]} ..."
+            for shard, there in zip(planned, header["splits"][split]["shards"], strict=True):
+                for index, told in _missing(there).items():
+                    if not isinstance(index, int) or not shard.start <= index < shard.stop:
+                        return f"{index!r} is no image of {shard.file}"
+                    if not all(isinstance(text, str) for text in told):
+                        return f"image {index} of {split} needs a name and why it is unreadable"
             if not all(isinstance(s["sha256"], str) for s in header["splits"][split]["shards"]):
                 return f"a shard of {split} has no checksum"
     except KeyError as error:
@@ -483,6 +522,11 @@ def _header_problem(header: dict) -> str:
     except (TypeError, ValueError, AttributeError) as error:
         return f"it does not have the form of a header ({error})"
     return ""
+
+
+def _missing(note: Mapping) -> dict[int, tuple[str, str]]:
+    """{index: (name, why)} of the images of a shard that could not be read."""
+    return {index: (name, why) for index, name, why in note.get("unreadable", [])}
 
 
 def _damage(path: str, problem: str) -> interfaces.UserError:

@@ -10,15 +10,16 @@ order; NPP (arXiv:2412.15321) trains on groups of tokens first.
 from __future__ import annotations
 
 import functools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from tokgen import rng
+from tokgen import ranges, rng
 from tokgen.generators import orders
-from tokgen.interfaces import DecodeState, Phase, Quantizer, TokenBatch, TokenLayout
+from tokgen.interfaces import DecodeState, Phase, Quantizer, TokenBatch, TokenLayout, UserError
 from tokgen.nn import attention, positions, prefixes, symbols, transformer
 from tokgen.nn import heads as head_names
 from tokgen.nn import parts as part_names
@@ -43,39 +44,41 @@ class Generator(nnx.Module):
     exact = True
     knobs = ()
 
+    @ranges.checked
     def __init__(
         self,
         layout: TokenLayout,
         classes: int,
         *,
-        width: int,
-        depth: int,
-        heads: int,
-        hidden: int | None = None,
+        width: ranges.Width,
+        depth: ranges.Depth,
+        heads: ranges.Heads,
+        hidden: ranges.Hidden | None = None,
         order: str = "raster",
-        shuffle: tuple[int, int] | None = None,
-        groups: tuple[tuple[int, int], ...] = (),
+        shuffle: tuple[ranges.Whole, ranges.Whole] | None = None,
+        groups: tuple[tuple[ranges.Side, ranges.Count], ...] = (),
         prefix: str = "label",
-        texts: tuple[int, int] | None = None,
-        unused: int = 0,
+        texts: tuple[ranges.Places, ranges.Width] | None = None,
+        unused: ranges.Optional = 0,
         places: str = "rotary",
         parts: str = "llama",
         head: str = "linear",
-        factor: int = 0,
+        factor: Annotated[int, ranges.Range(0, 512)] = 0,
         rates: transformer.Rates | None = None,
-        label_drop: float = 0.1,
-        window: int = 64,
-        budget: int = 2**31,
+        label_drop: ranges.Share = 0.1,
+        window: ranges.Places = 64,
+        budget: Annotated[int, ranges.Range(0, 2**62)] = 2**31,
         remat: bool = False,
-        unroll: int = 1,
+        unroll: ranges.Depth = 1,
         precision: Precision,
         rngs: nnx.Rngs,
     ):
         kit = part_names.named(parts)
         _check_parts(kit, parts, prefix, head)
+        _check_options(prefix, texts, head, factor, shuffle)
         options = dict(precision=precision, rngs=rngs)
         self.layout, self.classes = layout, classes
-        self.label_drop = symbols.check_drop(label_drop)
+        self.label_drop = label_drop
         self.window, self.budget = window, budget
         self.order, self.shuffle, self.groups = orders.named(order), shuffle, groups
         jax.eval_shape(lambda key: self.order(layout, key), jax.random.key(0))  # raises here
@@ -334,19 +337,35 @@ class Generator(nnx.Module):
         grids, sides = self.layout.grids, [side for side, _ in self.groups]
         fits = len(grids) == 1 and all(n % side == 0 for n in grids[0] for side in sides)
         if not fits or places != "rotary" or self.layout.groups != 1:
-            raise ValueError(
+            raise UserError(
                 "groups of tokens need rotary places and one grid of single symbols that their "
                 f"sides divide; found places={places!r}, {self.layout}, sides {sides}"
             )
+        ends = [end for _, end in self.groups]
+        if ends != sorted(set(ends)):
+            raise UserError(f"groups are in the order of their last steps; found {self.groups}")
+
+
+def _check_options(prefix: str, texts, head: str, factor: int, shuffle) -> None:
+    """What only one prefix or head takes; the rest would be read by nobody."""
+    if texts is not None and prefix != "captions":
+        raise UserError(f"texts are for prefix='captions'; found prefix={prefix!r}, texts={texts}")
+    if (head == "factor") != (factor > 0):
+        raise UserError(
+            "factor is the depth of the head 'factor', at least 1 there and 0 with all others; "
+            f"found head={head!r}, factor={factor}"
+        )
+    if shuffle is not None and shuffle[0] > shuffle[1]:
+        raise UserError(f"shuffle is (first, last) step of its fall; found {tuple(shuffle)}")
 
 
 def _check_parts(kit: part_names.Parts, parts: str, prefix: str, head: str) -> None:
     told = prefix in prefixes.TELLING
     if kit.adaptive != told or (head in head_names.ADAPTIVE and not told):
-        raise ValueError(
+        raise UserError(
             "adaptive parts need a prefix that tells them a condition, no others can be told one, "
             f"and an adaptive head needs it too; found parts={parts!r}, prefix={prefix!r}, "
             f"head={head!r}: prefixes that tell are {' and '.join(prefixes.TELLING)}"
         )
     if head in head_names.TIED:
-        raise ValueError(f"head {head!r} is for masked generators; use 'linear', for example")
+        raise UserError(f"head {head!r} is for masked generators; use 'linear', for example")

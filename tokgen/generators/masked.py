@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import rng
+from tokgen import ranges, rng
 from tokgen.generators import schedules
-from tokgen.interfaces import DecodeState, Phase, Quantizer, TokenBatch, TokenLayout
+from tokgen.interfaces import DecodeState, Phase, Quantizer, TokenBatch, TokenLayout, UserError
 from tokgen.nn import attention, linear, positions, symbols, transformer
 from tokgen.nn import heads as head_names
 from tokgen.nn import parts as part_names
@@ -99,21 +99,22 @@ class Generator(nnx.Module):
     cond = "label"
     knobs = ("steps", "schedule", "exponent")
 
+    @ranges.checked
     def __init__(
         self,
         layout: TokenLayout,
         classes: int,
         *,
-        width: int,
-        depth: int,
-        heads: int,
-        hidden: int | None = None,
-        steps: int = 8,
+        width: ranges.Width,
+        depth: ranges.Depth,
+        heads: ranges.Heads,
+        hidden: ranges.Hidden | None = None,
+        steps: ranges.Steps = 8,
         schedule: str = "arccos",
-        exponent: float = 2.0,
+        exponent: ranges.Amount = 2.0,
         masking: str = "counted",
-        visible: float = 0.0,
-        smoothing: float = 0.0,
+        visible: ranges.Amount = 0.0,
+        smoothing: ranges.Rate = 0.0,
         mean: str = "slots",
         inputs: str = "symbols",
         entry: str = "plain",
@@ -121,9 +122,9 @@ class Generator(nnx.Module):
         parts: str = "vit",
         head: str = "linear",
         rates: transformer.Rates | None = None,
-        label_drop: float | None = 0.1,
+        label_drop: ranges.Share | None = 0.1,
         remat: bool = False,
-        unroll: int = 1,
+        unroll: ranges.Depth = 1,
         precision: Precision,
         rngs: nnx.Rngs,
     ):
@@ -131,19 +132,14 @@ class Generator(nnx.Module):
         options = dict(precision=precision, rngs=rngs)
         schedules.named(schedule)
         if kit.adaptive or head in (*head_names.ADAPTIVE, "factor"):
-            raise ValueError(
+            raise UserError(
                 "masked has no condition for adaptive parts or heads, nor symbols in turn; "
                 f"found parts={parts!r}, head={head!r}: use 'vit' or 'bert', 'linear' or 'bare'"
             )
         if head in head_names.TIED and inputs != "symbols":
-            raise ValueError(f"head {head!r} needs inputs='symbols'; found inputs={inputs!r}")
-        if steps < 1 or visible < 0 or not 0 <= smoothing < 1:
-            raise ValueError(
-                "masked needs steps >= 1, visible >= 0 and smoothing in [0, 1); found "
-                f"steps={steps}, visible={visible}, smoothing={smoothing}"
-            )
+            raise UserError(f"head {head!r} needs inputs='symbols'; found inputs={inputs!r}")
         self.layout, self.classes = layout, classes
-        self.label_drop = None if label_drop is None else symbols.check_drop(label_drop)
+        self.label_drop = label_drop
         self.steps, self.schedule, self.exponent = steps, schedule, exponent
         self.masking = _named(MASKINGS, masking, "masking")
         self.visible, self.smoothing = visible, smoothing
@@ -323,5 +319,5 @@ class Generator(nnx.Module):
 
 def _named(found: dict, name: str, what: str):
     if name not in found:
-        raise ValueError(f"{what} must be one of {sorted(found)}; found {name!r}")
+        raise UserError(f"{what} must be one of {sorted(found)}; found {name!r}")
     return found[name]

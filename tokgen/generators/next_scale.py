@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import rng
+from tokgen import ranges, rng
 from tokgen.interfaces import (
     DecodeState,
     Phase,
@@ -44,31 +44,32 @@ class Generator(nnx.Module):
     knobs = ()
     cond = "label"
 
+    @ranges.checked
     def __init__(
         self,
         layout: TokenLayout,
         classes: int,
         *,
-        channels: int,
-        width: int,
-        depth: int,
-        heads: int,
-        hidden: int | None = None,
+        channels: ranges.Width,
+        width: ranges.Width,
+        depth: ranges.Depth,
+        heads: ranges.Heads,
+        hidden: ranges.Hidden | None = None,
         parts: str = "var",
-        gates: float = 1e-3,
-        smoothing: float = 0.0,
-        label_drop: float = 0.1,
+        gates: ranges.Amount = 1e-3,
+        smoothing: ranges.Rate = 0.0,
+        label_drop: ranges.Share = 0.1,
         rates: transformer.Rates | None = None,
         remat: bool = False,
-        unroll: int = 1,
+        unroll: ranges.Depth = 1,
         precision: Precision,
         rngs: nnx.Rngs,
     ):
         kit = part_names.named(parts)
-        _check(layout, kit, parts, smoothing)
+        _check(layout, kit, parts)
         options = dict(std=kit.std, precision=precision, rngs=rngs)
         self.layout, self.classes, self.channels = layout, classes, channels
-        self.smoothing, self.label_drop = smoothing, symbols.check_drop(label_drop)
+        self.smoothing, self.label_drop = smoothing, label_drop
         self.labels = symbols.Labels(classes, width, **options)
         self.token = nnx.Param(jnp.zeros((layout.spans[0][1], width), precision.params_dtype))
         self.embed = linear.Linear(channels, width, bias=True, **options)
@@ -223,19 +224,17 @@ class Generator(nnx.Module):
             )
 
 
-def _check(layout: TokenLayout, kit: part_names.Parts, parts: str, smoothing: float) -> None:
+def _check(layout: TokenLayout, kit: part_names.Parts, parts: str) -> None:
     if len(layout.grids) < 2:
-        raise ValueError(
+        raise UserError(
             f"next-scale needs a pyramid; found one grid, {layout.grids[0]}: use a tokenizer with "
             "a multiscale quantizer, or another generator"
         )
     if not kit.adaptive:
-        raise ValueError(
+        raise UserError(
             "next-scale needs parts whose norms follow a condition, as 'var' or 'var_shared'; "
             f"found {parts!r}"
         )
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing must lie in [0, 1); found {smoothing}")
 
 
 def _rescale(generator: Generator, width: int, gates: float, rngs: nnx.Rngs) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from tokgen.interfaces import TokenLayout
+from tokgen.interfaces import TokenLayout, UserError
 
 
 def raster(layout: TokenLayout, key: jax.Array | None = None) -> jax.Array:
@@ -21,7 +21,7 @@ def columns(layout: TokenLayout, key: jax.Array | None = None) -> jax.Array:
     """[L] column by column, from the upper left corner; needs a single grid."""
     del key
     if len(layout.grids) != 1:
-        raise ValueError(f"columns need one grid; found {layout.grids}: use raster or random")
+        raise UserError(f"columns need one grid; found {layout.grids}: use raster or random")
     ((rows, columns),) = layout.grids
     return jnp.arange(rows * columns).reshape(rows, columns).T.reshape(-1)
 
@@ -39,5 +39,5 @@ def named(name: str) -> Callable:
         if inspect.isfunction(value) and key != "named" and value.__module__ == __name__
     }
     if name not in found:
-        raise ValueError(f"order must be one of {sorted(found)}; found {name!r}")
+        raise UserError(f"order must be one of {sorted(found)}; found {name!r}")
     return found[name]

@@ -14,6 +14,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from tokgen.interfaces import UserError
+
 LEAST = 1e-6
 Count = jax.Array | int
 
@@ -76,5 +78,5 @@ def named(name: str) -> Callable:
         if inspect.isfunction(value) and key not in ("named", "share")
     }
     if name not in found:
-        raise ValueError(f"schedule must be one of {sorted(found)}; found {name!r}")
+        raise UserError(f"schedule must be one of {sorted(found)}; found {name!r}")
     return found[name]

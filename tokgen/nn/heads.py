@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokgen import rng, sharding
-from tokgen.interfaces import TokenLayout
+from tokgen.interfaces import TokenLayout, UserError
 from tokgen.nn import linear, parts, positions, prefixes, transformer
 from tokgen.nn.precision import Precision
 
@@ -201,7 +201,7 @@ class TiedToAll(nnx.Module):
         rngs,
     ):
         if layout.groups != 1:
-            raise ValueError(f"MaskGIT's head needs one symbol per position; found {layout.vocab}")
+            raise UserError(f"MaskGIT's head needs one symbol per position; found {layout.vocab}")
         options = dict(precision=precision, rngs=rngs)
         self.dense = linear.Linear(width, width, bias=True, std=kit.std, **options)
         self.norm = parts.bert_norm(width, **options)
@@ -244,7 +244,7 @@ class Factor(nnx.Module):
         del classes
         G, V = layout.groups, layout.absent
         if G < 2:
-            raise ValueError(f"factors need two symbols per position or more; found {layout.vocab}")
+            raise UserError(f"factors need two symbols per position or more; found {layout.vocab}")
         self.turns, self.layout = tuple(range(G)), layout
         row = TokenLayout(layout.vocab, ((1, G),))
         some = dict(precision=precision, rngs=rngs)
@@ -308,5 +308,5 @@ TIED = ("tied_per_place", "tied_to_all")  # they read the rows of symbols, and o
 def named(name: str):
     """The kind of head that a config names."""
     if name not in HEADS:
-        raise ValueError(f"head must be one of {sorted(HEADS)}; found {name!r}")
+        raise UserError(f"head must be one of {sorted(HEADS)}; found {name!r}")
     return HEADS[name]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tokgen.interfaces import UserError
 from tokgen.nn.precision import Precision
 
 
@@ -129,7 +130,7 @@ class GroupNorm(nnx.Module):
     ):
         del rngs
         if width % groups:
-            raise ValueError(f"groups must divide width: width={width}, groups={groups}")
+            raise UserError(f"groups must divide width: width={width}, groups={groups}")
         self.groups, self.eps = groups, eps
         self.scale = nnx.Param(jnp.ones(width, precision.params_dtype))
         self.bias = nnx.Param(jnp.zeros(width, precision.params_dtype))

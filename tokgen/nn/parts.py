@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokgen import rng, sharding
+from tokgen.interfaces import UserError
 from tokgen.nn import attention, linear
 from tokgen.nn.precision import Precision
 
@@ -341,5 +342,5 @@ def named(name: str) -> Parts:
     """The constant of this file that a config names, in lower case."""
     found = {key.lower(): value for key, value in globals().items() if isinstance(value, Parts)}
     if name not in found:
-        raise ValueError(f"parts must be one of {sorted(found)}; found {name!r}")
+        raise UserError(f"parts must be one of {sorted(found)}; found {name!r}")
     return found[name]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tokgen.interfaces import UserError
 from tokgen.nn.precision import Precision
 
 Rotary = tuple[jax.Array, jax.Array]  # cos and sin, each [B or 1, 1, l, K/2]
@@ -18,7 +19,7 @@ def rotary_angles(grid: tuple[int, int], size: int, base: float = 10000.0) -> np
     Frequencies base^(-2j / (K/2)), j < K/4, as in LlamaGen (arXiv:2406.06525) and its code.
     """
     if size % 4:
-        raise ValueError(f"2-D rotary positions need a head size divisible by 4; found {size}")
+        raise UserError(f"2-D rotary positions need a head size divisible by 4; found {size}")
     frequencies = base ** (-2 * np.arange(size // 4) / (size // 2))
     rows, columns = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
     return np.concatenate([np.outer(rows, frequencies), np.outer(columns, frequencies)], -1)
@@ -41,7 +42,7 @@ class Rotary2D(nnx.Module):
     def __init__(self, layout, prefix: int, width: int, heads: int, *, precision, rngs):
         del precision, rngs
         if len(layout.grids) != 1:
-            raise ValueError(f"rotary positions need one grid; the layout has {layout.grids}")
+            raise UserError(f"rotary positions need one grid; the layout has {layout.grids}")
         self.prefix, self.grid, self.size = prefix, layout.grids[0], width // heads
         rotary_angles(self.grid, self.size)  # raises here, at construction
 
@@ -132,5 +133,5 @@ PLACES = {"rotary": Rotary2D, "learned": Learned, "target_aware": TargetAware, "
 def named(name: str):
     """The kind of places that a config names."""
     if name not in PLACES:
-        raise ValueError(f"places must be one of {sorted(PLACES)}; found {name!r}")
+        raise UserError(f"places must be one of {sorted(PLACES)}; found {name!r}")
     return PLACES[name]

@@ -7,6 +7,8 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from tokgen.interfaces import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
@@ -22,7 +24,7 @@ class Precision:
     def __post_init__(self):
         for name in (self.params, self.compute):
             if name not in ("float32", "bfloat16"):
-                raise ValueError(f"precision must be float32 or bfloat16; found {name!r}")
+                raise UserError(f"precision must be float32 or bfloat16; found {name!r}")
 
     @property
     def params_dtype(self) -> np.dtype:

@@ -183,5 +183,5 @@ TELLING = ("told_label", "cls_label")  # their condition reaches adaptive blocks
 def named(name: str):
     """The kind of prefix that a config names."""
     if name not in PREFIXES:
-        raise ValueError(f"prefix must be one of {sorted(PREFIXES)}; found {name!r}")
+        raise UserError(f"prefix must be one of {sorted(PREFIXES)}; found {name!r}")
     return PREFIXES[name]

@@ -53,7 +53,7 @@ class Bits(nnx.Module):
         self.rows = None  # nothing that a head could be tied to
         self.widths = tuple(int(size).bit_length() - 1 for size in layout.vocab)
         if tuple(2**bits for bits in self.widths) != layout.vocab:
-            raise ValueError(f"bits need alphabets that are powers of two; found {layout.vocab}")
+            raise UserError(f"bits need alphabets that are powers of two; found {layout.vocab}")
         self.absent = layout.absent
         self.embed = linear.Linear(
             sum(self.widths), width, bias=True, std=std, precision=precision, rngs=rngs
@@ -75,15 +75,8 @@ INPUTS = {"symbols": Symbols, "bits": Bits}
 def named(name: str):
     """The kind of input vectors that a config names."""
     if name not in INPUTS:
-        raise ValueError(f"inputs must be one of {sorted(INPUTS)}; found {name!r}")
+        raise UserError(f"inputs must be one of {sorted(INPUTS)}; found {name!r}")
     return INPUTS[name]
-
-
-def check_drop(rate: float) -> float:
-    """A rate at which conditions are dropped in training, checked."""
-    if not isinstance(rate, float | int) or not 0 <= rate <= 1:
-        raise ValueError(f"label_drop must be a rate from 0 to 1; found {rate!r}")
-    return rate
 
 
 class Labels(nnx.Module):
@@ -96,7 +89,7 @@ class Labels(nnx.Module):
         self, classes: int, width: int, *, nulls: int = 1, std, precision: Precision, rngs
     ):
         if classes + nulls < 1:
-            raise ValueError(
+            raise UserError(
                 "an unconditional model needs the row of no class; found neither classes nor that "
                 "row: set label_drop=0.0 in the place of None"
             )

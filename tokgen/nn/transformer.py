@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen import rng
+from tokgen import ranges, rng
+from tokgen.interfaces import UserError
 from tokgen.nn import attention, linear
 from tokgen.nn.parts import Parts
 from tokgen.nn.precision import Precision
@@ -21,16 +22,14 @@ class Rates:
     of the MLPs, and of whole branches (`path`, rising from 0 at the first block to it at the last).
     """
 
-    token: float = 0.0
-    attention: float = 0.0
-    residual: float = 0.0
-    hidden: float = 0.0
-    path: float = 0.0
+    token: ranges.Rate = 0.0
+    attention: ranges.Rate = 0.0
+    residual: ranges.Rate = 0.0
+    hidden: ranges.Rate = 0.0
+    path: ranges.Rate = 0.0
 
     def __post_init__(self):
-        for name, rate in dataclasses.asdict(self).items():
-            if not 0 <= rate < 1:
-                raise ValueError(f"dropout rate {name!r} must lie in [0, 1); found {rate}")
+        ranges.check(self)
 
 
 class Transformer(nnx.Module):
@@ -159,7 +158,9 @@ class UShaped(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if rates.path:
-            raise ValueError(f"a U-shaped stack drops no whole branches; found path={rates.path}")
+            raise UserError(f"a U-shaped stack drops no whole branches; found path={rates.path}")
+        if depth < 2:
+            raise UserError(f"a U-shaped stack needs a depth of at least 2; found depth={depth}")
         self.half = depth // 2
         self.depth = 2 * self.half + 1
         self.blocks = _stacked(width, self.depth, heads, hidden, parts, precision, rngs)
@@ -211,7 +212,7 @@ class UShaped(nnx.Module):
 def _stacked(width, depth, heads, hidden, parts: Parts, precision, rngs) -> nnx.Module:
     """`depth` blocks in one, their parameters stacked."""
     if width % heads:
-        raise ValueError(f"heads must divide width: width={width}, heads={heads}")
+        raise UserError(f"heads must divide width: width={width}, heads={heads}")
     hidden = parts.hidden(width) if hidden is None else hidden
 
     def make(key):

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokgen.interfaces import UserError
+
 ORDERS = ("little", "big")
 LARGEST = 18  # bits of one symbol
 
@@ -18,11 +20,11 @@ def checked(bits: int, groups: tuple[int, ...] | None, order: str) -> tuple[int,
     """The channels of each group; all of them in one group when `groups` is None."""
     groups = (bits,) if groups is None else tuple(int(size) for size in groups)
     if order not in ORDERS:
-        raise ValueError(f"order must be one of {ORDERS}; found {order!r}")
+        raise UserError(f"order must be one of {ORDERS}; found {order!r}")
     if sum(groups) != bits or not groups or min(groups) < 1:
-        raise ValueError(f"groups must be positive and sum to bits={bits}; found groups={groups}")
+        raise UserError(f"groups must be positive and sum to bits={bits}; found groups={groups}")
     if max(groups) > LARGEST:
-        raise ValueError(
+        raise UserError(
             f"a symbol has at most {LARGEST} bits; found {max(groups)}: split bits={bits} into "
             f"groups, such as groups={(bits // 2, bits - bits // 2)}"
         )

@@ -6,10 +6,13 @@ error is bounded however many bits there are. Infinity (arXiv:2412.04431) packs 
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tokgen import ranges
 from tokgen.interfaces import Quantized, TokenLayout
 from tokgen.quantizers import bits as words
 from tokgen.quantizers import entropy as entropies
@@ -27,19 +30,18 @@ class Quantizer(nnx.Module):
             batch entropy is the sum over bits of the entropy of their mean, an upper bound.
     """
 
+    @ranges.checked
     def __init__(
         self,
-        bits: int,
+        bits: Annotated[int, ranges.Range(1, 1024)],
         *,
         grid: tuple[int, int],
-        groups: tuple[int, ...] | None = None,
+        groups: tuple[ranges.Count, ...] | None = None,
         order: str = "little",
-        temperature: float = 0.0,
+        temperature: ranges.Amount = 0.0,
         rngs: nnx.Rngs | None = None,
     ):
         del rngs
-        if bits < 1:
-            raise ValueError(f"bits must be at least 1; found bits={bits}")
         entropies.check(temperature, entropies.FORMS[0])
         self.groups, self.order = words.checked(bits, groups, order), order
         self.inputs = self.channels = bits

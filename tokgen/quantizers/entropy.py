@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokgen.interfaces import UserError
+
 FORMS = ("shifted", "clamped")
 GUARD = 1e-5
 
@@ -21,9 +23,9 @@ GUARD = 1e-5
 def check(temperature: float, form: str) -> None:
     """Refuse what no published loss is."""
     if temperature < 0:
-        raise ValueError(f"temperature must be 0 (no entropies) or more; found {temperature}")
+        raise UserError(f"temperature must be 0 (no entropies) or more; found {temperature}")
     if form not in FORMS:
-        raise ValueError(f"entropy must be one of {FORMS}; found {form!r}")
+        raise UserError(f"entropy must be one of {FORMS}; found {form!r}")
 
 
 def of_affinities(affinities: jax.Array, temperature: float, form: str) -> dict[str, jax.Array]:

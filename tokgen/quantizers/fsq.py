@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen.interfaces import Quantized, TokenLayout
+from tokgen import ranges
+from tokgen.interfaces import Quantized, TokenLayout, UserError
 
+Level = Annotated[int, ranges.Range(2, 2**16)]
+Levels = Annotated[tuple[Level, ...], ranges.Length(1, 24)]
+MOST = 2**24  # codes; whoever counts them has a number for each
 MARGIN = 1e-3  # widens the bound a little, so that the outer levels can be reached
 
 
 class Quantizer(nnx.Module):
     """prod(levels) codes, all of them used by construction; no parameters, no losses."""
 
+    @ranges.checked
     def __init__(
         self,
-        levels: tuple[int, ...],
+        levels: Levels,
         *,
         grid: tuple[int, int],
         rngs: nnx.Rngs | None = None,
     ):
         del rngs
         levels = tuple(int(level) for level in levels)
-        if not levels or min(levels) < 2:
-            raise ValueError(f"levels need at least 2 values each; found levels={levels}")
+        if math.prod(levels) > MOST:
+            raise UserError(
+                f"levels must have at most {MOST:,} codes, their product; found levels={levels}"
+            )
         self.levels = levels
         self.inputs = self.channels = len(levels)
         self.layout = TokenLayout((math.prod(levels),), (grid,))

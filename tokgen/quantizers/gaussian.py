@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tokgen import ranges
 from tokgen.interfaces import Quantized, UserError
 
 BOUNDS = (-30.0, 20.0)  # of the log-variance
@@ -20,12 +21,15 @@ BOUNDS = (-30.0, 20.0)  # of the log-variance
 class Quantizer(nnx.Module):
     """`inputs` = 2 `channels`: all means first, then all log-variances."""
 
+    @ranges.checked
     def __init__(
-        self, channels: int, *, grid: tuple[int, int] | None = None, rngs: nnx.Rngs | None = None
+        self,
+        channels: ranges.Width,
+        *,
+        grid: tuple[int, int] | None = None,
+        rngs: nnx.Rngs | None = None,
     ):
         del grid, rngs
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1; found channels={channels}")
         self.channels, self.inputs, self.layout = channels, 2 * channels, None
 
     def __call__(self, latents_BPC: jax.Array, *, key: jax.Array | None = None) -> Quantized:

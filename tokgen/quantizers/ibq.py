@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tokgen import ranges
 from tokgen.interfaces import Quantized, TokenLayout
 from tokgen.quantizers import entropy as entropies
 
@@ -17,13 +18,14 @@ from tokgen.quantizers import entropy as entropies
 class Quantizer(nnx.Module):
     """`codes` rows of `channels` numbers; `temperature` of the entropies as in `lfq.py`."""
 
+    @ranges.checked
     def __init__(
         self,
-        codes: int,
-        channels: int,
+        codes: ranges.Codes,
+        channels: ranges.Width,
         *,
         grid: tuple[int, int],
-        temperature: float = 0.0,
+        temperature: ranges.Amount = 0.0,
         entropy: str = "shifted",
         rngs: nnx.Rngs,
     ):

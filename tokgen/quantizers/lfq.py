@@ -6,10 +6,13 @@ learn and nothing to look up: entropies keep the bits decided and the codes even
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tokgen import ranges
 from tokgen.interfaces import Quantized, TokenLayout
 from tokgen.quantizers import bits as words
 from tokgen.quantizers import entropy as entropies
@@ -30,21 +33,20 @@ class Quantizer(nnx.Module):
             "clamped" one.
     """
 
+    @ranges.checked
     def __init__(
         self,
-        bits: int,
+        bits: Annotated[int, ranges.Range(1, words.LARGEST)],
         *,
         grid: tuple[int, int],
-        groups: tuple[int, ...] | None = None,
+        groups: tuple[ranges.Count, ...] | None = None,
         order: str = "little",
-        temperature: float = 0.0,
+        temperature: ranges.Amount = 0.0,
         entropy: str = "clamped",
-        whole: int = WHOLE,
+        whole: Annotated[int, ranges.Range(0, words.LARGEST)] = WHOLE,
         rngs: nnx.Rngs | None = None,
     ):
         del rngs
-        if not 1 <= bits <= words.LARGEST:
-            raise ValueError(f"bits must lie in 1..{words.LARGEST}; found bits={bits}")
         entropies.check(temperature, entropy)
         self.groups, self.order = words.checked(bits, groups, order), order
         self.inputs = self.channels = bits

@@ -11,14 +11,15 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import rng
-from tokgen.interfaces import Quantized, Statistic, TokenLayout
+from tokgen import ranges, rng
+from tokgen.interfaces import Quantized, Statistic, TokenLayout, UserError
 from tokgen.nn import conv, precision, resample
 
 # Sides of the grids that VAR published for stride 16 at 256, 512 and 1024 pixels.
@@ -26,6 +27,8 @@ VAR_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 VAR_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 VAR_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 
+Scale = ranges.Side | tuple[ranges.Side, ranges.Side]
+Scales = Annotated[tuple[Scale, ...], ranges.Length(1, 64)]
 USED = 0.08  # of the fair share of the hits that makes a code count as used
 
 
@@ -39,27 +42,30 @@ class Quantizer(nnx.Module):
         ratio: share of the convolution in phi.
     """
 
+    @ranges.checked
     def __init__(
         self,
         quantizer: dict | nnx.Module,
-        scales: tuple[int | tuple[int, int], ...],
-        phi: int | None = 4,
-        ratio: float = 0.5,
+        scales: Scales,
+        phi: Annotated[int, ranges.Range(0, 64)] | None = 4,
+        ratio: ranges.Share = 0.5,
         *,
         grid: tuple[int, int],
         rngs: nnx.Rngs,
     ):
         grids = tuple((s, s) if isinstance(s, int) else tuple(s) for s in scales)
         if not grids or grids[-1] != tuple(grid):
-            raise ValueError(
+            raise UserError(
                 f"the last of the scales must be the latent grid {tuple(grid)}; found {grids}"
             )
+        if any(rows > grid[0] or columns > grid[1] for rows, columns in grids):
+            raise UserError(
+                f"no scale may be larger than the latent grid {tuple(grid)}; found {grids}"
+            )
         count = len(grids) if phi is None else phi
-        if count < 0 or not 0 <= ratio <= 1:
-            raise ValueError(f"needs phi >= 0 and 0 <= ratio <= 1; found phi={phi}, ratio={ratio}")
         self.inner = _built(quantizer, grid, rngs) if isinstance(quantizer, dict) else quantizer
         if self.inner.layout is None or len(self.inner.layout.grids) != 1:
-            raise ValueError("the quantizer of every scale must be discrete and of a single grid")
+            raise UserError("the quantizer of every scale must be discrete and of a single grid")
         self.inputs = self.channels = self.inner.channels
         self.layout = TokenLayout(self.inner.layout.vocab, grids)
         self.phi, self.ratio, self.which = phi, ratio, shared(len(grids), count)
@@ -220,7 +226,7 @@ def _built(section: dict, grid: tuple[int, int], rngs: nnx.Rngs) -> nnx.Module:
     files = sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__))
     module = importlib.import_module(f"{package}.{name}") if name in files else None
     if not hasattr(module, "Quantizer"):
-        raise ValueError(
+        raise UserError(
             f"quantizer.name must be the name of a quantizer, such as 'vq'; found {name!r}"
         )
     return module.Quantizer(**section, grid=grid, rngs=rngs)

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen.interfaces import Quantized, Statistic, TokenLayout
+from tokgen import ranges
+from tokgen.interfaces import Quantized, Statistic, TokenLayout, UserError
 from tokgen.quantizers import entropy as entropies
 
 UPDATES = ("gradient", "ema", "frozen")
@@ -39,36 +40,33 @@ class Quantizer(nnx.Module):
         entropy: the form of their logarithms, see `entropy.py`.
     """
 
+    @ranges.checked
     def __init__(
         self,
-        codes: int,
-        channels: int,
+        codes: ranges.Codes,
+        channels: ranges.Width,
         *,
         grid: tuple[int, int],
         normalize: bool = True,
         match: str = "distance",
         update: str = "gradient",
-        decay: float = 0.99,
-        revive: float = 0.05,
+        decay: ranges.Rate = 0.99,
+        revive: ranges.Rate = 0.05,
         revival: str = "random",
         init: str = "sphere",
-        temperature: float = 0.0,
+        temperature: ranges.Amount = 0.0,
         entropy: str = "shifted",
         rngs: nnx.Rngs,
     ):
         if match not in MATCHES:
-            raise ValueError(f"match must be one of {tuple(MATCHES)}; found {match!r}")
+            raise UserError(f"match must be one of {tuple(MATCHES)}; found {match!r}")
         if update not in UPDATES:
-            raise ValueError(f"update must be one of {UPDATES}; found {update!r}")
+            raise UserError(f"update must be one of {UPDATES}; found {update!r}")
         if revival not in REVIVALS:
-            raise ValueError(f"revival must be one of {REVIVALS}; found {revival!r}")
+            raise UserError(f"revival must be one of {REVIVALS}; found {revival!r}")
         if init not in STARTS:
-            raise ValueError(f"init must be one of {tuple(STARTS)}; found {init!r}")
+            raise UserError(f"init must be one of {tuple(STARTS)}; found {init!r}")
         entropies.check(temperature, entropy)
-        if not 0 <= decay < 1 or not 0 <= revive < 1:
-            raise ValueError(
-                f"decay and revive must lie in [0, 1); found decay={decay}, revive={revive}"
-            )
         self.layout = TokenLayout((codes,), (grid,))
         self.codes, self.normalize, self.match = codes, normalize, match
         self.inputs = self.channels = channels

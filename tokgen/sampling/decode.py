@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen.interfaces import Array, DecodeState, Generator, Phase, PyTree, Quantizer
+from tokgen.interfaces import Array, DecodeState, Generator, Phase, PyTree, Quantizer, UserError
 from tokgen.sampling import filters, guidance, settings
 
 # Carried through a loop; everything else of a state stays outside, so that it isn't copied.
@@ -137,7 +137,7 @@ def _guidance(generator: Generator, sampler: filters.Sampler) -> tuple[Any, int]
     """The weights, and the number of the first step after the last guided one."""
     total = steps(generator)
     if sampler.steps not in (None, total):
-        raise ValueError(
+        raise UserError(
             f"settings per step need one entry for each: the plan has {total} steps, the sampler "
             f"has entries for {sampler.steps}"
         )
@@ -145,7 +145,7 @@ def _guidance(generator: Generator, sampler: filters.Sampler) -> tuple[Any, int]
         return None, 0
     weights = np.asarray(sampler.guidance, np.float32)
     if weights.ndim == 2 and weights.shape[1] != generator.layout.groups:
-        raise ValueError(
+        raise UserError(
             f"guidance per symbol needs {generator.layout.groups} weights in every entry, one per "
             f"symbol of a position; found {weights.shape[1]}"
         )

@@ -75,7 +75,7 @@ def prepare(generator: Generator, settings: Mapping[str, Any]) -> tuple[Generato
     rest = {name: value for name, value in settings.items() if name not in KNOBS}
     try:
         steps = decode.steps(generator)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"sampling settings: {error}") from error
     return generator, sampler(rest, steps, generator.layout.groups)
 
@@ -109,7 +109,7 @@ def sampler(settings: Mapping[str, Any], steps: int, symbols: int = 1) -> filter
             jitter=jitter if settings["noise"] else 0.0,
             confidence_temperature=softening if set(softening) != {1.0} else 1.0,
         )
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"sampling settings: {error}") from error
 
 

@@ -6,11 +6,18 @@ once; then one level per width, each but the last halving the grid.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import jax
 from flax import nnx
 
+from tokgen import ranges
+from tokgen.interfaces import UserError
 from tokgen.nn import conv
 from tokgen.nn.precision import Precision
+
+Stem = Annotated[int, ranges.Range(1, 256)]
+Blocks = Annotated[int, ranges.Range(0, 256)]
 
 
 class Encoder(nnx.Module):
@@ -22,18 +29,19 @@ class Encoder(nnx.Module):
     the levels `attend` (0 the finest; None: the coarsest alone).
     """
 
+    @ranges.checked
     def __init__(
         self,
         *,
         channels: int,
         latent: int,
-        widths: tuple[int, ...],
-        start: int = 0,
-        blocks: int = 2,
-        stem: int = 1,
-        attend: tuple[int, ...] | None = None,
-        hidden: int = 0,
-        projection: int = 1,
+        widths: ranges.Widths,
+        start: ranges.Optional = 0,
+        blocks: Blocks = 2,
+        stem: Stem = 1,
+        attend: tuple[ranges.Whole, ...] | None = None,
+        hidden: ranges.Optional = 0,
+        projection: ranges.Kernel = 1,
         parts: str = "vqgan",
         precision: Precision,
         rngs: nnx.Rngs,
@@ -42,6 +50,7 @@ class Encoder(nnx.Module):
         self.stem, self.blocks, self.levels = stem, blocks, len(widths)
         self.attended = _attended(kit, attend, len(widths))
         stages, width = [], start or widths[0]
+        _check_blocks(blocks, (width, *widths))
         self.conv_in = conv.Conv(
             channels * stem**2, width, kit.first, bias=kit.first_bias, **options
         )
@@ -60,11 +69,12 @@ class Encoder(nnx.Module):
         self.conv_latent = conv.Conv(hidden, latent, projection, **options) if hidden else None
 
     @staticmethod
-    def grid(size: tuple[int, int], *, widths: tuple[int, ...], stem: int = 1, **_) -> tuple:
+    @ranges.checked
+    def grid(size: tuple[int, int], *, widths: ranges.Widths, stem: Stem = 1, **_) -> tuple:
         """(rows, columns) of the latents of an image of `size`."""
         stride = stem * 2 ** (len(widths) - 1)
         if size[0] % stride or size[1] % stride:
-            raise ValueError(
+            raise UserError(
                 f"the image must be divisible by the tokenizer's stride: size={tuple(size)}, "
                 f"stride={stride} (stem {stem} and {len(widths)} widths)"
             )
@@ -84,18 +94,20 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latents [B, P, C] to images [B, H, W, 3]; widths are given from fine to coarse, as above."""
 
+    @ranges.checked
     def __init__(
         self,
         *,
         channels: int,
         latent: int,
-        grid: tuple[int, int],
-        widths: tuple[int, ...],
-        blocks: int = 2,
-        stem: int = 1,
-        attend: tuple[int, ...] | None = None,
-        hidden: int = 0,
-        projection: int = 1,
+        grid: tuple[ranges.Side, ranges.Side],
+        size: tuple[int, int] | None = None,
+        widths: ranges.Widths,
+        blocks: Blocks = 2,
+        stem: Stem = 1,
+        attend: tuple[ranges.Whole, ...] | None = None,
+        hidden: ranges.Optional = 0,
+        projection: ranges.Kernel = 1,
         parts: str = "vqgan",
         precision: Precision,
         rngs: nnx.Rngs,
@@ -103,6 +115,8 @@ class Decoder(nnx.Module):
         kit, options = conv.named(parts), dict(precision=precision, rngs=rngs)
         self.stem, self.grid = stem, tuple(grid)
         self.blocks, self.levels = blocks + kit.more, len(widths)
+        _check_blocks(self.blocks, widths)
+        _check_size(size, self.grid, stem, len(widths))
         self.attended = _attended(kit, attend, len(widths))
         self.conv_latent = conv.Conv(latent, hidden, projection, **options) if hidden else None
         self.conv_in = conv.Conv(hidden or latent, widths[-1], **options)
@@ -140,4 +154,28 @@ class Decoder(nnx.Module):
 def _attended(kit: conv.Parts, attend: tuple[int, ...] | None, levels: int) -> tuple[int, ...]:
     if kit.attention is None:
         return ()
+    if attend is not None and not all(level < levels for level in attend):
+        raise UserError(
+            f"attend names levels, of which there are {levels}, 0 to {levels - 1}; found {attend}"
+        )
     return (levels - 1,) if attend is None else tuple(attend)
+
+
+def _check_blocks(blocks: int, widths: tuple[int, ...]) -> None:
+    """Only blocks change the width; and only blocks have attention behind them."""
+    if not blocks and len(set(widths)) > 1:
+        raise UserError(
+            f"without blocks every level has the same width; found blocks={blocks}, widths={widths}"
+        )
+
+
+def _check_size(size: tuple[int, int] | None, grid: tuple[int, int], stem: int, levels: int):
+    """What is painted must be as large as the image."""
+    stride = stem * 2 ** (levels - 1)
+    painted = tuple(side * stride for side in grid)
+    if size is not None and tuple(size) != painted:
+        raise UserError(
+            f"the decoder must paint images of {tuple(size)}; from a grid of {grid} with stem "
+            f"{stem} and {levels} widths, a stride of {stride}, it paints {painted}: give it the "
+            "stem and the number of widths of the encoder"
+        )

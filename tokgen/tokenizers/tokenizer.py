@@ -6,23 +6,25 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen.interfaces import Quantized, Quantizer, TokenLayout
+from tokgen import ranges
+from tokgen.interfaces import Quantized, Quantizer, TokenLayout, UserError
 
 
 class Tokenizer(nnx.Module):
     """Images in [0, 1] to tokens and back; `pixels` is the range that its networks see."""
 
+    @ranges.checked
     def __init__(
         self,
         encoder: nnx.Module,
         quantizer: Quantizer,
         decoder: nnx.Module,
         *,
-        pixels: tuple[float, float] = (-1.0, 1.0),
+        pixels: tuple[ranges.Weight, ranges.Weight] = (-1.0, 1.0),
     ):
         low, high = pixels
         if not low < high:
-            raise ValueError(f"pixels must be (low, high) with low < high; found {pixels}")
+            raise UserError(f"pixels must be (low, high) with low < high; found {pixels}")
         self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
         self.pixels = (float(low), float(high))
 

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tokgen import ranges
+from tokgen.interfaces import UserError
 from tokgen.nn.precision import Precision
 
 
@@ -23,19 +25,25 @@ class Decoder(nnx.Module):
         codebook: (V', C') of that codebook.
     """
 
+    @ranges.checked
     def __init__(
         self,
         *,
         codes: nnx.Module,
         pixels: nnx.Module,
-        codebook: tuple[int, int],
+        codebook: tuple[ranges.Codes, ranges.Width],
         precision: Precision,
         rngs: nnx.Rngs,
     ):
         if codes.channels != codebook[0]:
-            raise ValueError(
+            raise UserError(
                 f"codes must give a logit per row of the codebook: codebook={tuple(codebook)}, "
                 f"codes.channels={codes.channels}"
+            )
+        if codes.grid != pixels.grid:
+            raise UserError(
+                f"pixels must read the positions that codes predicts, a grid of {codes.grid}; "
+                f"found pixels.grid={pixels.grid}"
             )
         self.codes, self.pixels = codes, pixels
         # the first state of MaskGIT's codebook, for which its weights are to be put

@@ -9,11 +9,13 @@ what stands at the masks is painted. Both begin with a class token that nobody r
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tokgen import ranges
 from tokgen.interfaces import UserError
 from tokgen.nn import conv, linear, transformer
 from tokgen.nn import parts as part_names
@@ -22,8 +24,8 @@ from tokgen.nn.precision import Precision
 
 def cells(size: tuple[int, int], patch: int) -> tuple[int, int]:
     """(rows, columns) of the patches of an image."""
-    if patch < 1 or size[0] % patch or size[1] % patch:
-        raise ValueError(
+    if size[0] % patch or size[1] % patch:
+        raise UserError(
             f"the image must be divisible by its patches: size={tuple(size)}, patch={patch}"
         )
     return size[0] // patch, size[1] // patch
@@ -62,6 +64,7 @@ def reinterpreted(x_BPD: jax.Array) -> jax.Array:
     return jnp.swapaxes(x_BPD.reshape(B, D, P), 1, 2)
 
 
+Patch = Annotated[int, ranges.Range(1, 1024)]
 READOUTS = {"in_order": in_order, "reinterpreted": reinterpreted}
 
 
@@ -73,17 +76,18 @@ class Encoder(nnx.Module):
         readout: how the outputs of the last block are read, one of READOUTS.
     """
 
+    @ranges.checked
     def __init__(
         self,
         *,
         channels: int,
         latent: int,
         size: tuple[int, int],
-        tokens: int,
-        width: int,
-        depth: int,
-        heads: int,
-        patch: int = 16,
+        tokens: ranges.Places,
+        width: ranges.Width,
+        depth: ranges.Depth,
+        heads: ranges.Heads,
+        patch: Patch = 16,
         readout: str = "in_order",
         parts: str = "vit",
         remat: bool = False,
@@ -107,7 +111,10 @@ class Encoder(nnx.Module):
         self.readout = linear.Linear(width, latent, bias=True, std=kit.std, **options)
 
     @staticmethod
-    def grid(size: tuple[int, int], *, tokens: int, patch: int = 16, **others) -> tuple[int, int]:
+    @ranges.checked
+    def grid(
+        size: tuple[int, int], *, tokens: ranges.Places, patch: Patch = 16, **others
+    ) -> tuple[int, int]:
         """(rows, columns) of the latents: a single row."""
         del others
         cells(size, patch)  # raises here, at construction
@@ -196,19 +203,21 @@ class Decoder(nnx.Module):
         text: (length, channels) of the text features that it is given; None without.
     """
 
+    @ranges.checked
     def __init__(
         self,
         *,
         channels: int,
         latent: int,
         size: tuple[int, int],
-        tokens: int,
-        width: int,
-        depth: int,
-        heads: int,
-        patch: int = 16,
+        grid: tuple[int, int] | None = None,
+        tokens: ranges.Places,
+        width: ranges.Width,
+        depth: ranges.Depth,
+        heads: ranges.Heads,
+        patch: Patch = 16,
         head: str = "pixels",
-        text: tuple[int, int] | None = None,
+        text: tuple[ranges.Places, ranges.Width] | None = None,
         parts: str = "vit",
         remat: bool = False,
         precision: Precision,
@@ -216,6 +225,11 @@ class Decoder(nnx.Module):
     ):
         kit, options = part_names.named(parts), dict(precision=precision, rngs=rngs)
         self.grid, self.channels = cells(size, patch), channels
+        if grid is not None and grid[0] * grid[1] != tokens:
+            raise UserError(
+                f"the decoder must read as many tokens as the latents have positions, "
+                f"{grid[0] * grid[1]}; found tokens={tokens}"
+            )
         self.embed = linear.Linear(latent, width, bias=True, std=kit.std, **options)
         self.first = Table(1, width, **options)
         self.mask = Table(1, width, **options)
@@ -243,5 +257,5 @@ class Decoder(nnx.Module):
 
 def _named(choices: dict[str, Callable], name: str, argument: str) -> Callable:
     if name not in choices:
-        raise ValueError(f"{argument} must be one of {sorted(choices)}; found {name!r}")
+        raise UserError(f"{argument} must be one of {sorted(choices)}; found {name!r}")
     return choices[name]

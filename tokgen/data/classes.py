@@ -1,0 +1,174 @@
+"""Names of classes: their order, how those of two sets meet, and what is told of a data set.
+
+A label is a number, and means nothing without the names that it counts. Wherever labels cross from
+one set to another they are matched by name, here.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tokgen import interfaces
+
+LISTED = 8  # names that a line of text holds
+_WHOLE = re.compile(r"[0-9]+")
+_LONGEST = 40  # characters of a name in a file's name or a line of text
+
+
+def ordered(names: Sequence[str]) -> list[str]:
+    """The names in order; as integers where all of them are: 2 comes before 10."""
+    if numbered(names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+def numbered(names: Sequence[str]) -> bool:
+    """Whether all names are whole numbers."""
+    return bool(names) and all(_WHOLE.fullmatch(name) for name in names)
+
+
+def counted(names: Sequence[str]) -> bool:
+    """Whether the names are 0, 1, 2, ...: numbers in the place of names."""
+    return bool(names) and tuple(names) == tuple(map(str, range(len(names))))
+
+
+def recorded(names: Sequence[str], order: Sequence[str]) -> tuple[str, ...]:
+    """The names in a recorded order, if that is one of the same names; else as they are."""
+    return tuple(order if sorted(order) == sorted(names) else names)
+
+
+def matched(
+    found: Sequence[str], known: Sequence[str], what: str, whose: str
+) -> tuple[np.ndarray, str]:
+    """(the number among `known` of each class found, what is to be said of it).
+
+    By name; if need be by the same name in other case. Numbers stand for names where one side has
+    nothing else and both agree in how many there are. Anything else is an error: `what` has the
+    classes found, and `whose` those that are known.
+    """
+    if not known:  # whoever knows no classes reads no labels
+        said = f"{whose} has no classes: those of {what} are not used" if found else ""
+        return np.zeros(max(len(found), 1), np.int32), said
+    number = {name: label for label, name in enumerate(known)}
+    if found and set(found) <= set(number):
+        return np.array([number[name] for name in found], np.int32), ""
+    folded = {}
+    for name in known:
+        folded.setdefault(name.casefold(), []).append(name)
+    near = [folded.get(name.casefold(), ()) for name in found]
+    if found and all(len(names) == 1 for names in near):
+        label_C = np.array([number[names[0]] for names in near], np.int32)
+        if len(set(label_C.tolist())) == len(found):
+            changed = [
+                f"{shown(name)} as {shown(names[0])}"
+                for name, names in zip(found, near, strict=True)
+                if name != names[0]
+            ]
+            return label_C, f"classes of {what} are read in other case: {listed(changed)}"
+    same = len(found) == len(known)
+    if same and counted(known) and not numbered(found):
+        return np.arange(len(found), dtype=np.int32), (
+            f"the classes of {whose} are numbers: those of {what} are taken in their order, "
+            f"{shown(found[0])} as 0 to {shown(found[-1])} as {len(found) - 1}"
+        )
+    if same and counted(found) and not numbered(known):
+        return np.arange(len(found), dtype=np.int32), (
+            f"the classes of {what} are numbers: they are taken as those of {whose}, 0 as "
+            f"{shown(known[0])} to {len(found) - 1} as {shown(known[-1])}"
+        )
+    unknown = [name for name in found if name not in number]
+    absent = [name for name in known if name not in set(found)]
+    raise interfaces.UserError(
+        f"the classes of {what} must be among those of {whose}; "
+        + (
+            f"found {listed(unknown)}, and {whose} has {listed(absent or known)} besides"
+            if found
+            else f"found images without classes, and {whose} has {listed(known)}"
+        )
+        + "; rename or remove them, or give a set with these classes"
+    )
+
+
+def shown(name: str) -> str:
+    """A name that any terminal can print, shortened."""
+    name = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in name)
+    name = name.encode("utf-8", "backslashreplace").decode()
+    return name if len(name) <= _LONGEST else name[: _LONGEST - 3] + "..."
+
+
+def listed(names: Sequence[str], most: int = LISTED) -> str:
+    """`cat, dog ... (998 more)`"""
+    names = list(names)
+    text = ", ".join(shown(name) for name in names[:most])
+    return f"{text} ... ({len(names) - most} more)" if len(names) > most else text
+
+
+def file_name(label: int, names: Sequence[str]) -> str:
+    """`class3-cat`: number and name, as a part of a file's name on any system."""
+    number = f"class{label}"
+    if not 0 <= label < len(names) or names[label] == str(label):
+        return number
+    # the number tells names apart that become equal here
+    name = re.sub(r"[^\w.+-]+", "_", names[label]).strip("._")
+    # 255 bytes is what file systems allow, and a letter may take four
+    name = name.encode("utf-8", "ignore")[:_LONGEST].decode("utf-8", "ignore")
+    return f"{number}-{name}" if name else number
+
+
+def told(what: str, sources: Mapping[str, object]) -> str:
+    """The classes and counts of each split, and what the sources have to say, in a few lines.
+
+    `sources` are by split, as `train` and `held_out`. A source may have `counts`, images by class,
+    `unread`, files that were passed over by where they lie and how they end, and `notes`; one
+    around another source has that as `inner`.
+    """
+    sources = {split: _innermost(source) for split, source in sources.items()}
+    names = next((tuple(s.classes) for s in sources.values()), ())
+    counts = [getattr(source, "counts", None) for source in sources.values()]
+    if not names:
+        kinds = "no classes"
+    else:
+        labels = names
+        if all(count is not None for count in counts):
+            count_C = np.sum(counts, axis=0)
+            labels = [f"{shown(name)} {n}" for name, n in zip(names, count_C, strict=True)]
+        kinds = f"{len(names)} class{'es' * (len(names) > 1)} ({listed(labels)})"
+    parts = ", ".join(f"{split.replace('_', ' ')} {len(s)}" for split, s in sources.items())
+    lines = [f"{what}: {kinds}; {parts}"]
+    for split, count_C in zip(sources, counts, strict=True):
+        if names and count_C is not None and len(sources[split]):
+            none = [name for name, n in zip(names, count_C, strict=True) if n == 0]
+            if none:
+                lines.append(
+                    f"{split.replace('_', ' ')} has no image of {len(none)} "
+                    f"class{'es' * (len(none) > 1)}: {listed(none, 4)}"
+                )
+    if "held_out" in sources and not len(sources["held_out"]):
+        lines.append("nothing is held out: there are no held-out figures")
+    for source in sources.values():
+        lines += getattr(source, "notes", ())
+    unread = {}
+    for source in sources.values():
+        unread |= getattr(source, "unread", {})
+    endings = {}
+    for found in unread.values():
+        for ending, number in found.items():
+            endings[ending] = endings.get(ending, 0) + number
+    if endings:
+        lines.append(f"{unread_files(endings)}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _innermost(source):
+    while hasattr(source, "inner"):
+        source = source.inner
+    return source
+
+
+def unread_files(endings: Mapping[str, int]) -> str:
+    """`12 files were not read: 10 .heic, 2 .txt`"""
+    total = sum(endings.values())
+    most = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
+    text = listed([f"{number} {ending}" for ending, number in most])
+    return f"{total} file{'s were' if total > 1 else ' was'} not read: {text}"

@@ -1,0 +1,138 @@
+"""One reader of images: whoever wants the pixels of a source asks here, and what fails is told.
+
+A source has one record of its images that could not be read, `unreadable(source)`: whoever reads
+the source adds to it, and each image is told once, by name, however often it is met. What becomes
+of such an image is the caller's: training puts another one into its place, measuring leaves it out.
+"""
+
+import itertools
+
+from tokgen import interfaces, report
+from tokgen.data import images
+
+ENOUGH = 10_000  # images over which an allowed share is judged at least
+NAMED = 5  # images that a message names
+_RECORDED = 20  # images that a record names
+REPLACED, LEFT_OUT = "others stand in", "left out"
+
+
+class Unreadable:
+    """The distinct images of a source that could not be read: their indices, each with a reason.
+
+    `looked` is the number of distinct images that were looked at.
+    """
+
+    def __init__(self, source):
+        self._source = source
+        self._reasons: dict[int, str] = {}
+        self._told = 0
+        self.looked = 0
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+    def __contains__(self, index: int) -> bool:
+        return int(index) in self._reasons
+
+    def add(self, index: int, reason: str) -> None:
+        """Note an image; the first reason stands."""
+        self._reasons.setdefault(int(index), reason)
+
+    def names(self) -> tuple[str, ...]:
+        """Of all of them, in the order in which they were met."""
+        return tuple(name_of(self._source, index) for index in self._reasons)
+
+    def files(self) -> dict[str, str]:
+        """{name: reason} of all of them."""
+        return dict(zip(self.names(), self._reasons.values(), strict=True))
+
+    def record(self) -> dict:
+        """How many, of how many, and the first of them by name, as plain JSON."""
+        first = dict(itertools.islice(self.files().items(), _RECORDED))
+        return {"count": len(self), "of": len(self._source), "files": first}
+
+    def listed(self, first: int = 0) -> str:
+        """A line each of those after the `first`; no more than NAMED."""
+        left = list(self._reasons.items())[first:]
+        lines = [f"  {name_of(self._source, i)}: {reason}" for i, reason in left[:NAMED]]
+        if len(left) > NAMED:
+            lines.append(f"  and {len(left) - NAMED} more (tokgen data DIR --scan full names all)")
+        return "\n".join(lines)
+
+    def tell(self, fate: str, *, last: bool = True) -> None:
+        """Say those that were not told yet, and what becomes of them.
+
+        Before the `last` time only the first few are told as they come, later ones when their
+        number has doubled: a folder full of text files shall not be a wall of text.
+        """
+        new = len(self) - self._told
+        if not new or (not last and self._told >= NAMED and len(self) < 2 * self._told):
+            return
+        report.say(
+            f"{len(self)} of {len(self._source)} images cannot be read ({fate}"
+            f"{f'; {new} of them new' if self._told else ''}):\n{self.listed(self._told)}"
+        )
+        self._told = len(self)
+
+    def between(self, start: int, stop: int) -> dict[int, tuple[str, str]]:
+        """{index: (name, reason)} of those from `start` to `stop`."""
+        return {
+            index: (name_of(self._source, index), reason)
+            for index, reason in self._reasons.items()
+            if start <= index < stop
+        }
+
+    def check(self, max_bad: float, option: str = "--config.max_bad") -> None:
+        """An error where more images than the share `max_bad` of those looked at are unreadable."""
+        allowed = int(max_bad * max(self.looked, ENOUGH))
+        if len(self) > allowed:
+            raise interfaces.UserError(
+                f"{len(self)} of {max(self.looked, len(self))} images cannot be read, and "
+                f"{max_bad:g} of them, {allowed}, may be; repair or remove them, or allow more by "
+                f"{option}=SHARE:\n{self.listed()}"
+            )
+
+
+def unreadable(source) -> Unreadable:
+    """The record of a source, or of the images inside it where it adds something to them."""
+    while hasattr(source, "inner"):
+        source = source.inner
+    if not hasattr(source, "unreadable"):
+        source.unreadable = Unreadable(source)
+    return source.unreadable
+
+
+def read(source, index: int, channels: int, decoder: str = "pil") -> dict:
+    """The record at `index`, its image as pixels uint8 [H, W, channels]; or BrokenImage, why not.
+
+    Images that a source draws are given as they are.
+    """
+    try:
+        record = source[index]
+    except OSError as error:  # gone, not allowed, a disk that fails
+        raise images.BrokenImage(f"{type(error).__name__}: {error.strerror or error}") from error
+    classes = len(getattr(source, "classes", ()))
+    if classes and not 0 <= record["label"] < classes:
+        raise images.BrokenImage(f"its label is {record['label']}, and there are {classes} classes")
+    if not isinstance(record["image"], bytes):
+        return record
+    return {**record, "image": images.decode(record["image"], channels, decoder=decoder)}
+
+
+def header(source, index: int) -> tuple[str, tuple[int, int]]:
+    """(format, (rows, columns)) as the header of an image says; or BrokenImage, why it does not.
+
+    Nothing is decoded, and of a file no more is read than that takes.
+    """
+    try:
+        if hasattr(source, "open"):
+            with source.open(index) as file:
+                return images.header(file)
+        return images.header(source[index]["image"])
+    except OSError as error:
+        raise images.BrokenImage(f"{type(error).__name__}: {error.strerror or error}") from error
+
+
+def name_of(source, index: int) -> str:
+    """What messages call an image."""
+    return source.name(index) if hasattr(source, "name") else f"image {index}"
