@@ -103,7 +103,7 @@ def test_an_order_names_every_chunk_once(order):
 def test_rows_that_do_not_fill_their_places_are_a_misfit(shape):
     places = {"symbols/table": (1, 5, 2), "labels/table": (4, 2)}
     rows = [table.Row("embed.weight", tuple(places), table.rows_apart())]
-    _, problems = table._problems(places, rows, {"embed.weight": np.zeros(shape)})
+    _, problems, _ = table._problems(places, rows, {"embed.weight": np.zeros(shape)})
     (problem,) = problems
     assert "embed.weight" in problem and "(1, 5, 2)" in problem and str(shape) in problem
 

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
         "classes": f"{len(meta['classes'])}: {', '.join(meta['classes'][:12])}",
         "metrics": ", ".join(f"{k} {v:.4g}" for k, v in meta["metrics"].items()),
         "tokenizer": (meta["tokenizer"] or {}).get("path", "itself"),
-        "source": ", ".join(f"{k} {v}" for k, v in (meta.get("source") or {}).items()) or "trained",
+        "source": _source(meta.get("source") or {}) or "trained",
         "versions": ", ".join(f"{k} {v}" for k, v in meta["versions"].items()),
         "arrays": f"{len(meta['manifest'])}{', all verified' if args.verify else ''}",
     }
@@ -51,3 +51,12 @@ def _size(shape: list[int]) -> int:
     for n in shape:
         size *= n
     return size
+
+
+def _source(source: dict) -> str:
+    """Where an import is from; of the dtypes of single arrays only how many there are."""
+    named = {
+        name: f"{sum(map(len, value.values()))} arrays" if isinstance(value, dict) else value
+        for name, value in source.items()
+    }
+    return ", ".join(f"{name} {value}" for name, value in named.items())

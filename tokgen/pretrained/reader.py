@@ -13,7 +13,6 @@ pickles within are inspected before they run (`pickles`).
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -26,7 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import safetensors
 
-from tokgen import archives, interfaces
+from tokgen import archives, interfaces, records
 from tokgen.pretrained import graphdef, msgpack, pickles
 
 DEEPEST = 64  # dicts within dicts
@@ -35,7 +34,6 @@ MOST_ENTRIES = 10**6
 LONGEST_NAMES = 2**26  # characters, of all names together: a dict may be mentioned many times
 OVERLAP = 4  # times the file's size that all arrays may take: tied weights are stored once
 LONGEST_MESSAGE = 900
-LARGEST_INDEX = 2**26  # bytes; that of a model of a million arrays
 INDEX = ".index.json"
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack")
 
@@ -155,10 +153,8 @@ def files(path: str) -> list[str]:
 def _index(path: str) -> dict[str, str]:
     """Which part holds which array, of `....index.json` as Hugging Face's programs write it."""
     try:
-        if os.path.getsize(path) > LARGEST_INDEX:
-            raise ValueError(f"it has more than {LARGEST_INDEX} bytes")
-        found = json.loads(pathlib.Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        found = records.load(pathlib.Path(path))
+    except (OSError, ValueError) as error:
         raise interfaces.UserError(f"the index {path} cannot be read: {error}") from error
     names = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(names, dict) or not names:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from tokgen import archives
 from tokgen import state as states
 from tokgen.interfaces import UserError
 
@@ -231,7 +232,7 @@ def fill(
         problems.append("are --system and the sizes (--config) those of the file?")
         lines = [f"{source} does not fit this system and sizes:", *problems]
         raise Misfit("\n  ".join(lines), count)
-    check_numbers({entry.key: weights[entry.key] for entry in rows}, source)
+    archives.check_numbers({entry.key: weights[entry.key] for entry in rows}, source)
 
     def value(path, leaf):
         # writable copies: views of a file's bytes would be shared between runs
@@ -242,24 +243,6 @@ def fill(
 
     params, stats = (jax.tree_util.tree_map_with_path(value, tree) for tree in (params, stats))
     return states.merge(graph, params, stats)
-
-
-def check_numbers(weights: dict[str, np.ndarray], source: str) -> None:
-    """An error that names the arrays with numbers that are none, or that float32 does not hold."""
-    wrong = []
-    for key, array in weights.items():
-        if array.dtype.kind in "cb":
-            raise UserError(f"{key} of {source} holds {array.dtype}, which no weight is")
-        with np.errstate(over="ignore"):
-            fine = np.isfinite(array.astype(np.float32, copy=False))
-        if not fine.all():
-            wrong.append(f"{key} ({fine.size - np.count_nonzero(fine)} of {fine.size})")
-    if wrong:
-        shown = ", ".join(wrong[:6]) + (f" and {len(wrong) - 6} more" if len(wrong) > 6 else "")
-        raise UserError(
-            f"{source} holds numbers that are not finite in {len(wrong)} arrays: {shown}; a network "
-            "of them gives nothing of use: fetch the file again, or take an earlier checkpoint"
-        )
 
 
 def publish(module: nnx.Module, rows: Iterable[Row]) -> dict[str, np.ndarray]:

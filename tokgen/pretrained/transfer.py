@@ -99,9 +99,7 @@ def weights_of(path: str | pathlib.Path, system: systems.System, **options) -> s
     return held(path, system, **options).weights
 
 
-def held(
-    path: str | pathlib.Path, system: systems.System, *, entry: str = "", **options
-) -> Held:
+def held(path: str | pathlib.Path, system: systems.System, *, entry: str = "", **options) -> Held:
     """What a published file holds of a system; `entry` says which of its entries is meant."""
     outline = reader.outline(path, **options)
     chosen, average = _chosen(path, outline, system, entry)
@@ -232,7 +230,7 @@ def fit(
     source: str,
     overrides: Sequence[str] = (),
     average: systems.Weights | None = None,
-    form: Form = Form(),  # noqa: B008  (frozen)
+    form: Form = Form(),
     notes: Sequence[str] = (),
 ) -> Imported:
     """The model of published arrays; `source` names them in errors.
@@ -298,19 +296,8 @@ def _fit(
     average: systems.Weights,
     form: Form,
 ) -> Imported:
-    layout, classes = None, 0
-    try:
-        config = system.settings(published, weights)
-        configs.override(config, overrides)
-        if system.tokens is not None:
-            layout, classes = system.tokens(published, weights)
-    except UserError:
-        raise
-    except _MISFITS as error:
-        raise UserError(
-            f"{source} and its configuration do not look like {name} ({error!r:.300}): is --system "
-            f"right? It holds {', '.join(list(weights)[:5])} ..."
-        ) from error
+    config, layout, classes = sizes(weights, system, name, published, source=source)
+    configs.override(config, overrides)
     if layout is None:
         make = nnx.eval_shape(lambda: configs.tokenizer(config, rngs=nnx.Rngs(0)))
         layout = make.layout
@@ -334,6 +321,27 @@ def _fit(
         # what has no average (usage counts) stays as it is
         averaged = table.fill(make, rows, weights | average, source=f"{source} (moving averages)")
     return Imported(config, module, averaged, aside, form, layout, classes)
+
+
+def sizes(
+    weights: systems.Weights, system: systems.System, name: str, published: dict, *, source: str
+) -> tuple[ml_collections.ConfigDict, TokenLayout | None, int]:
+    """(config, layout of the tokens of a generator, its classes), from shapes and what is said."""
+    layout, classes = None, 0
+    try:
+        config = system.settings(published, weights)
+        if system.tokens is not None:
+            layout, classes = system.tokens(published, weights)
+    except UserError:
+        raise
+    except _MISFITS as error:
+        raise UserError(
+            f"{source} and its configuration do not look like {name} ({error!r:.300}): is --system "
+            f"right? It holds {', '.join(list(weights)[:5])} ..."
+        ) from error
+    if classes < 0:
+        raise UserError(f"{source} has a table of classes without a row: is --system right?")
+    return config, layout, classes
 
 
 def _dtypes(weights: systems.Weights) -> tuple[str, dict[str, str]]:
