@@ -4,13 +4,16 @@ What is changed are the arrays that the sizes of a model are read from; all othe
 table, which compares their shapes.
 """
 
+import pathlib
+
 import numpy as np
 import pytest
 
 from tokgen.interfaces import UserError
 from tokgen.pretrained import parity, system, transfer
 
-SHARED = sorted(name for name, found in system.known().items() if found.settings is not None)
+HERE = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
+SYSTEMS = sorted(name for name, found in system.known().items() if found.settings is not None)
 
 
 class Watched(dict):
@@ -64,10 +67,10 @@ def told_sizes(name, published, weights):
 
 @pytest.fixture(scope="module")
 def folder_of(request):
-    shared = request.getfixturevalue("shared")
-
     def of(name):
-        path = shared / "parity" / name
+        path = HERE / name
+        if not path.is_dir():
+            path = request.getfixturevalue("shared") / "parity" / name
         if not path.is_dir():
             pytest.skip(f"there is no fixture of {name}")
         return parity.Folder(path, name)
@@ -75,9 +78,9 @@ def folder_of(request):
     return of
 
 
-@pytest.mark.parametrize("name", SHARED)
-def test_sizes_are_read_with_care(name, folder_of, monkeypatch):
-    """Up to the network, which is made of a few sizes only in the other test."""
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_sizes_are_read_with_care(name, folder_of):
+    """Up to the network, which the other test makes."""
     folder = folder_of(name)
     weights, published = folder.weights(), folder.config
     keys = told_sizes(name, published, weights)
@@ -100,7 +103,7 @@ def test_sizes_are_read_with_care(name, folder_of, monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", SYSTEMS)
 def test_no_shape_ends_in_a_traceback(name, folder_of):
     folder = folder_of(name)
     weights, published = folder.weights(), folder.config
