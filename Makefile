@@ -34,7 +34,7 @@ demo test test-all:
 	$(MAKE) -s ENV="$$name" $@-in-env
 
 demo-in-env: $(ENV)/demo.stamp
-	$(ENV)/bin/tokgen demo --out "$(OUT)" $(ARGS)
+	$(ENV)/bin/tokgen demo --overwrite --out "$(OUT)" $(ARGS)
 
 test-in-env: $(ENV)/test.stamp
 	$(ENV)/bin/ruff format --check .

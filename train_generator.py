@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from tokgen import checkpoint, config, heldout, launch, report, rng, runs, sharding, state
+from tokgen import checkpoint, config, heldout, launch, report, rng, runs, scan, sharding, state
 from tokgen.commands import sample
 from tokgen.data import stream, tokens
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
@@ -23,8 +23,13 @@ from tokgen.nn import precision, transformer
 from tokgen.sampling import presets
 
 
-def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Train until `settings.steps`, from wherever the work directory stands."""
+def main(
+    settings: ml_collections.ConfigDict, workdir: pathlib.Path, accept: tuple[str, ...] = ()
+) -> None:
+    """Train until `settings.steps`, from wherever the work directory stands.
+
+    `accept`: what may differ from the run that stands there, "data" or nothing.
+    """
     seed, steps, every = settings.seed, settings.steps, settings.report
     config.check(
         settings,
@@ -54,6 +59,7 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         )
 
     mesh = config.call(sharding.make_mesh, settings.mesh, "mesh")
+    sharding.check_batch(settings.batch_size, mesh)
     jax.set_mesh(mesh)
     state.average_of(settings.get("average", "muse"))
     graph, network = state.create(
@@ -67,6 +73,8 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         classes=classes,
         best="nats_per_token",
         data=source.fingerprint,
+        earlier=getattr(source, "earlier", ()),
+        accept=accept,
         tokenizer=checkpoint.reference(tokenizer.step, workdir)
         | {"fingerprint": tokenizer.fingerprint},
         tokens=checkpoint.reference(source.path, workdir) if settings.data.tokens else None,
@@ -76,6 +84,15 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     report.say(report.table(state.paths(network.params)))
     report.say(f"{what}; {len(source)} images of {layout.length} tokens, {dict(mesh.shape)}")
     step_of = train_step(settings, graph, optimizer)
+
+    if jax.process_index() == 0:  # once per job
+        scan.before(
+            source,
+            held_out,
+            heldout.spread(len(held_out), settings.held_out.images),
+            channels=tokenizer.config.view.channels,
+            max_bad=settings.get("max_bad", 1e-3),
+        )
 
     start = done = int(jax.device_get(network.step))
     measured = runs.is_measured(run, start)
@@ -95,6 +112,7 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         batch_size=settings.batch_size,
         start=start,
         process=(jax.process_index(), jax.process_count()),
+        max_bad=settings.get("max_bad", 1e-3),
     )
     with batches, report.bar(steps, initial=start, what="generator") as bar:
         while done < steps:
@@ -132,7 +150,7 @@ def read(data):
         source, held_out = (heldout.generator_source(data, s) for s in tokens.SPLITS)
         made_by = source.header["tokenizer"]
         tokenizer = checkpoint.load_tokenizer(data.tokenizer or made_by["path"])
-        checkpoint.check_tokenizer(tokenizer, made_by["fingerprint"], f"token set {source.path}")
+        checkpoint.check_tokens(tokenizer, source.header, source.path)
         return source, held_out, tokenizer
     if not data.tokenizer:
         raise UserError(

@@ -23,6 +23,7 @@ from tokgen import (
     painter,
     report,
     runs,
+    scan,
     sharding,
     stages,
     state,
@@ -34,8 +35,13 @@ from tokgen.nn import precision
 SHOWN = ("l1", "l2", "codes", "lpips", "critic", "usage")
 
 
-def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Train until `settings.steps`, from wherever the work directory stands."""
+def main(
+    settings: ml_collections.ConfigDict, workdir: pathlib.Path, accept: tuple[str, ...] = ()
+) -> None:
+    """Train until `settings.steps`, from wherever the work directory stands.
+
+    `accept`: what may differ from the run that stands there, "data" or nothing.
+    """
     seed, steps, every = settings.seed, settings.steps, settings.report
     rival = {"critic__optimizer": (state.optimizer, ("steps", "begin"))}
     config.check(
@@ -62,6 +68,7 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     begin, play = game.steps(steps)
 
     mesh = config.call(sharding.make_mesh, settings.mesh, "mesh")
+    sharding.check_batch(settings.batch_size, mesh)
     jax.set_mesh(mesh)
     run = runs.start(
         workdir,
@@ -71,6 +78,8 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         classes=source.classes,
         best="l2",
         data=source.fingerprint,
+        earlier=getattr(source, "earlier", ()),
+        accept=accept,
         kept=(play,),
     )
     returns = guard.returned(workdir)
@@ -89,6 +98,15 @@ def main(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     report.say(report.table(state.paths(networks["model"].params)))
     length = f"{layout.length} tokens" if layout else "continuous latents"
     report.say(f"{what}; {len(source)} images, {length} each, {dict(mesh.shape)}")
+
+    if jax.process_index() == 0:  # once per job
+        scan.before(
+            source,
+            held_out,
+            heldout.spread(len(held_out), settings.held_out.images),
+            channels=view.channels,
+            max_bad=settings.max_bad,
+        )
 
     start = step = int(jax.device_get(networks["model"].step))
     measured = runs.is_measured(run, start)

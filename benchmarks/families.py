@@ -58,8 +58,7 @@ def main() -> None:
     print(machine.header(PACKAGES, machine.devices()), flush=True)
     tokenizer = checkpoint.load_tokenizer(arguments.tokenizer)
     held_out = tokens.Source(arguments.tokens, split="held_out")
-    made_by = held_out.header["tokenizer"]["fingerprint"]
-    checkpoint.check_tokenizer(tokenizer, made_by, f"token set {held_out.path}")
+    checkpoint.check_tokens(tokenizer, held_out.header, held_out.path)
     size, channels = tuple(tokenizer.config.view.size), tokenizer.config.view.channels
     examiner = judge.of_photographs(arguments.data, size, channels, recipe=recipe)
     examine(examiner, tokenizer, arguments)

@@ -342,6 +342,28 @@ def test_other_data_are_refused(base, change, words):
         resumed(workdir, config, network, **change)
 
 
+def test_changed_data_are_accepted_on_request_and_the_record_says_so(base, tmp_path):
+    config, network, workdir = base
+    with pytest.raises(interfaces.UserError, match="other images.*--accept-data"):
+        resumed(workdir, config, network, data="new")
+    assert resumed(workdir, config, network, data="new", earlier=("abc",))[0].step == 5
+    folder = shutil.copytree(workdir, tmp_path / "run")
+    run = start(folder, config, data="new", accept=("data",))
+    networks, _ = runs.resume_or_start(run, {"model": network})
+    later = networks["model"].replace(step=jnp.asarray(6, jnp.int32))
+    run.save({"model": later}, {"l2": 0.4})
+    # the record knows both, and needs no request any more; what was left is known, what is new not
+    run.close()
+    meta = checkpoint.read_meta(folder / "checkpoints" / "6")
+    assert meta["data"] == "new"
+    assert meta["data_changes"] == [{"step": 5, "from": "abc", "to": "new"}]
+    assert resumed(folder, config, network, data="new")[0].step == 6
+    with pytest.raises(interfaces.UserError, match="data: new there, abc here"):
+        resumed(folder, config, network)
+    with pytest.raises(interfaces.UserError, match="classes"):  # another model all the same
+        resumed(folder, config, network, accept=("data",), classes=("a", "c"))
+
+
 # ---------------------------------------------------------------- the lock
 
 HOLD = """

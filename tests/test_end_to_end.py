@@ -394,7 +394,7 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(place, generator):
     with np.load(out["first"] / "samples.npz") as arrays:
         assert arrays["arr_0"].shape == (6, 32, 48, 3) and arrays["arr_0"].dtype == np.uint8
         np.testing.assert_array_equal(arrays["arr_1"], [0, 0, 0, 1, 1, 1])
-        with Image.open(out["first"] / "seed1-00004-class1.png") as image:
+        with Image.open(out["first"] / "seed1-00004-class1-cat.png") as image:
             np.testing.assert_array_equal(np.asarray(image), arrays["arr_0"][4])
 
 

@@ -25,6 +25,7 @@ from tokgen import (
     gallery,
     protocols,
     references,
+    runs,
     scoring,
     supplies,
 )
@@ -307,7 +308,7 @@ def test_a_damaged_part_is_named_and_made_again_once_removed(tmp_path, die, refe
 
 
 def test_a_second_run_in_the_same_folder_waits_its_turn(tmp_path, die, reference):
-    with assess.runs.lock(tmp_path), pytest.raises(UserError, match="is in use by process"):
+    with runs.lock(tmp_path), pytest.raises(UserError, match="is in use by process"):
         assess.run(scoring_of(reference, tmp_path))
 
 

@@ -38,7 +38,7 @@ PICTURE = {
             "output",
         ),
         *("heldout", "protocols", "extractors", "references", "samples", "supplies"),
-        *("scoring", "measures", "evaluation", "assess", "page", "gallery"),
+        *("scoring", "measures", "evaluation", "assess", "page", "gallery", "scan"),
     ),
 }
 RANK = {unit: rank for rank, units in PICTURE.items() for unit in units}

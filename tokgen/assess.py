@@ -17,19 +17,21 @@ from tokgen import (
     gallery,
     heldout,
     launch,
+    output,
     page,
     protocols,
     references,
     report,
-    runs,
     samples,
     scoring,
     supplies,
 )
 from tokgen.commands import sample
 from tokgen.critics import perceptual
+from tokgen.data import classes as names_
+from tokgen.data import reader
 from tokgen.interfaces import UserError
-from tokgen.pretrained import reader
+from tokgen.pretrained import reader as weights_
 
 SAMPLES = 1000  # where neither the protocol nor --samples says
 
@@ -37,11 +39,10 @@ SAMPLES = 1000  # where neither the protocol nor --samples says
 def run(args: argparse.Namespace) -> None:
     """Score what the command line names, and write everything that says how."""
     check(args)
-    launch.devices()
     protocol = protocols.named(args.protocol)
-    out = pathlib.Path(args.out)
-    with runs.lock(out):
-        reference = None
+    with opened(args) as place:
+        launch.devices()
+        reference, out = None, place.path
         if args.reference:
             reference = references.read(args.reference, args.assume)
         supply, classes = supply_of(args, protocol, out)
@@ -50,21 +51,36 @@ def run(args: argparse.Namespace) -> None:
         if reference is not None:
             references.check(reference, args.protocol, extractor, size=supply.size, count=count)
             reference = with_features(reference, extractor)
-        line, found = scored(args, supply, extractor, reference, count, classes, out)
-        print(table(line))
-        finish(out, line, found, supply, extractor, reference, count)
+        line, found = scored(args, supply, extractor, reference, count, classes, place)
+        finish(place, line, found, supply, extractor, reference, count)
+    print(table(line))
 
 
-def finish(out: pathlib.Path, line: dict, found, supply, extractor, reference, count: int) -> None:
+def opened(args: argparse.Namespace):
+    """The folder of the score, reserved; gone on with where it is of this command line."""
+    return output.growing(
+        args.out,
+        records=evaluation.RECORDS,
+        record=evaluation.RUN,
+        what="another evaluation",
+        overwrite=args.overwrite,
+        inputs=(args.reference, args.weights, args.data, args.tokenizer, *args.lpips),
+    )
+
+
+def finish(
+    place: output.Folder, line: dict, found, supply, extractor, reference, count: int
+) -> None:
     """Write the images, the page, and last the result: a folder that has one is finished."""
+    out = place.path
     if isinstance(supply, supplies.Drawn):
         kept = supply.archive
         supply.keep(evaluation.archive(supply, out, count) if kept is None else kept.path)
-        report.say(f"{supply.archive.path}: the images")
+        report.say(f"{place.target / supply.archive.path.name}: the images")
     shown = gallery.write(out, line, found, supply, extractor, reference)
-    report.say(f"{shown}: a page to look at")
+    report.say(f"{place.target / shown.name}: a page to look at")
     evaluation.append(out, line)
-    report.say(f"{out / evaluation.RESULTS}: the same as a line of JSON")
+    report.say(f"{place.target / evaluation.RESULTS}: the same as a line of JSON")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -112,6 +128,7 @@ def supply_of(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[ob
                 "samples: give the tokenizer's checkpoint"
             )
         given = samples.given(path, args.accept)
+        heldout.tell(str(path), all=getattr(given, "source", given))
         if 0 < args.samples < len(given):
             return samples.Spread(given, args.samples), classes_of(given)
         return given, classes_of(given)
@@ -143,9 +160,9 @@ def _kind(path: str) -> str:
 
 def classes_of(given) -> int:
     """How many classes the labels of given samples may be of."""
-    if isinstance(given, samples.Archive):
+    if isinstance(given, samples.Archive) and not given.classes:
         return 0 if given.label_N is None else int(given.label_N.max()) + 1
-    return len(given.source.classes)
+    return len(given.classes)
 
 
 def drawn(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[supplies.Drawn, int]:
@@ -179,14 +196,17 @@ def drawn(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[suppli
 def repainted(args: argparse.Namespace) -> supplies.Repainted:
     """A tokenizer's reconstructions of held-out images."""
     loaded = checkpoint.load_tokenizer(args.checkpoint)
-    source = heldout.image_source(loaded.config, args.data, args.split)
+    source = heldout.image_source(loaded.config, args.data, args.split, doubtful="drop")
+    what = heldout.called(loaded.config.get("data", {}), args.data)
+    heldout.tell(what, **{args.split: source})
+    heldout.check_filled(source, args.split)
     protocol = protocols.named(args.protocol)
     count = args.samples or protocol.samples or len(source)
     distances = {}
     if args.lpips:
         weights = {}
         for file in args.lpips:
-            weights |= reader.read(file)
+            weights |= weights_.read(file)
         network = perceptual.from_weights(weights)
         distances[f"lpips_{trunk_of(network)}"] = network
     return supplies.Repainted(loaded, source, count=count, distances=distances)
@@ -200,6 +220,8 @@ def trunk_of(network) -> str:
 def count_of(args: argparse.Namespace, protocol, supply) -> int:
     """How many images are scored: what --samples says, the protocol's number, or all."""
     wanted = args.samples or protocol.samples or len(supply)
+    if not protocol.samples and getattr(supply, "unreadable", 0):
+        wanted = min(wanted, len(supply))  # the others are told, and left out
     if protocol.samples and wanted != protocol.samples:
         raise UserError(
             f"{args.protocol} is defined for {protocol.samples} samples; --samples asks for "
@@ -252,7 +274,7 @@ def with_features(reference, extractor) -> references.Reference:
 
 
 def scored(
-    args, supply, extractor, reference, count: int, classes: int, out: pathlib.Path
+    args, supply, extractor, reference, count: int, classes: int, place: output.Folder
 ) -> tuple[dict, evaluation.Found]:
     """(the result as a line, what was seen)."""
     protocol = protocols.named(args.protocol)
@@ -267,8 +289,8 @@ def scored(
     }
     if reference is not None:
         check_enough(args, reference, extractor.layers[0], count)
-    evaluation.claim(out, identity)
-    found = evaluation.collect(supply, extractor, out, count)
+    place.claim(identity)
+    found = evaluation.collect(supply, extractor, place.path, count)
     samples.check(samples.suspicious(found.digest_N, found.constant_N), count, args.accept)
     label_N, classes = labels_of(found.label_N, supply, classes, extractor, reference)
     compared = evaluation.compared(
@@ -282,7 +304,10 @@ def scored(
     )
     figures, absent = scoring.score(compared)
     figures = evaluation.of_pairs(found, args.seed) | figures
-    return evaluation.record(identity, figures, absent, found), found
+    line = evaluation.record(identity, figures, absent, found)
+    if getattr(supply, "unreadable", 0):
+        line["unreadable"] = reader.unreadable(supply.source).record()
+    return line, found
 
 
 def check_enough(args, reference, layer: str, count: int) -> None:
@@ -306,16 +331,23 @@ def labels_of(
     Classes agree by name; numbers, which .npz files have, agree with anything that has as many.
     """
     known = tuple(extractor.record.get("classes", ()))
-    if not classes or not known:
+    real = () if reference is None else tuple(reference.record.get("classes", ()))
+    target = known or real
+    if not classes or not target:
         return label_N, classes
-    real = tuple(known if reference is None else reference.record.get("classes", ()))
     names = tuple(getattr(supply, "classes", ()))
-    if real not in ((), known) or (not names and classes > len(known)):
+    if (known and real and real != known) or (not names and classes > len(target)):
         return label_N, 0
-    if names and set(names) <= set(known):
-        return np.array([known.index(name) for name in names], np.int32)[label_N], len(known)
-    numbers = tuple(map(str, range(len(known))))
-    return label_N, len(known) if not names or numbers in (names, known) else 0
+    if not names:
+        return label_N, len(target)
+    try:
+        label_C, said = names_.matched(names, target, "the samples", "the reference")
+    except UserError as error:
+        report.say(f"no figures by class: {error}")
+        return label_N, 0
+    if said:
+        report.say(said)
+    return label_C[label_N], len(target)
 
 
 def described(reference) -> dict:

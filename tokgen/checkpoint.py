@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -328,6 +329,7 @@ def load_tokenizer_of(generator: Loaded, path: str = "") -> Loaded:
         )
     tokenizer = load_tokenizer(place)
     check_tokenizer(tokenizer, wanted["fingerprint"], f"generator {generator.step}")
+    check_layout(tokenizer, generator.layout, f"generator {generator.step}")
     return tokenizer
 
 
@@ -351,6 +353,13 @@ def check_tokenizer(tokenizer: Loaded, fingerprint: str, whose: str) -> None:
             f"{fingerprint[:16]}, that of {tokenizer.step} is {tokenizer.fingerprint[:16]}; use "
             "the tokenizer that made it, or run tokgen pretokenize and train again"
         )
+
+
+def check_tokens(tokenizer: Loaded, header: Mapping, path: str) -> None:
+    """An error when a token set is not of this tokenizer: of its weights, and in form."""
+    whose = f"token set {path}"
+    check_tokenizer(tokenizer, header["tokenizer"]["fingerprint"], whose)
+    check_layout(tokenizer, TokenLayout.from_json(header["layout"]), whose)
 
 
 def check_layout(tokenizer: Loaded, layout: TokenLayout, whose: str) -> None:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 # Name of the file in tokgen/commands -> its line in the help, which is shown without importing it.
 COMMANDS = {
     "demo": "train a tokenizer and a generator on procedural shapes; write a page to look at",
+    "data": "show what is understood of a set of images, and which cannot be read",
     "pretokenize": "turn images into token shards with a trained tokenizer",
     "sample": "draw images with a trained generator",
     "reconstruct": "put images through a tokenizer and show them beside the originals",

@@ -32,6 +32,8 @@ from tokgen.metrics import moments as moments_
 FORMAT = 1
 PART = 64  # images that a kill can cost
 RESULTS = "results.jsonl"
+RUN = "run.json"  # what a folder is an evaluation of
+RECORDS = {RUN: ("protocol", "supply")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,45 +50,6 @@ class Found:
     label_N: np.ndarray
     digest_N: np.ndarray
     constant_N: np.ndarray
-
-
-def claim(out: pathlib.Path, identity: Mapping) -> None:
-    """Make the folder that of one evaluation, or an error where it is another one's."""
-    file = out / "run.json"
-    text = json.dumps(identity, indent=2, sort_keys=True)
-    if not file.exists():
-        strangers = [name for name in ("parts", "images", "samples.npz") if (out / name).exists()]
-        if strangers:
-            raise UserError(
-                f"{out} holds {' and '.join(strangers)} of something else, and no run.json that "
-                "says of what; use another --out"
-            )
-        part = file.with_name(".run.json.part")
-        part.write_text(text + "\n")
-        part.replace(file)
-        return
-    try:
-        before = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}; use another --out") from error
-    now, before = _flat(json.loads(text)), _flat(before)
-    changed = [
-        f"{name}: {before.get(name, 'absent')} there, {now.get(name, 'absent')} here"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    ]
-    if changed:
-        raise UserError(
-            f"{out} holds another evaluation; use another --out, or its values:\n  "
-            + "\n  ".join(text[:300] for text in changed)
-        )
-
-
-def _flat(tree, path: str = "") -> dict:
-    """Every value of a tree by its path, so that a difference is named alone."""
-    if not isinstance(tree, dict):
-        return {path.removesuffix("."): tree}
-    return {k: v for name, one in tree.items() for k, v in _flat(one, f"{path}{name}.").items()}
 
 
 def collect(supply, extractor: extractors.Extractor, out: pathlib.Path, count: int) -> Found:

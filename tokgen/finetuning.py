@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tokgen import checkpoint
 from tokgen import state as states
+from tokgen.data import classes
 from tokgen.interfaces import TokenLayout, UserError
 
 
@@ -39,13 +42,14 @@ def begun_from(
             f"init_from {step} does not fit this config: it lacks {', '.join(missing[:5])}"
             f"{' ...' if len(missing) > 5 else ''}"
         )
-    # a class table of another length, or a bias that counts classes, is read as it is there
+    # a class table of other classes, or a bias that counts them, is read as it is there
+    moved = _moved(meta["classes"], here["classes"]) if here["kind"] == "generator" else None
     tables = {
         path: jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
         for path, leaf in taken.items()
-        if here["kind"] == "generator" and path.endswith(("/labels/table", "/head/bias"))
+        if moved is not None and path.endswith(("/labels/table", "/head/bias"))
         for shape in [tuple(meta["manifest"][path]["shape"])]
-        if shape[0] != leaf.shape[0] and shape[1:] == leaf.shape[1:]
+        if shape[0] >= _before(path, meta) + len(meta["classes"]) and shape[1:] == leaf.shape[1:]
     }
     restored = checkpoint.restore(step, taken | tables, meta)
     fine = jax.device_get({path: jnp.isfinite(leaf).all() for path, leaf in restored.items()})
@@ -56,10 +60,12 @@ def begun_from(
         )
     for path in tables:
         # codes before the classes, "no class" or the mask after them, where there are any
-        before = TokenLayout.from_json(meta["layout"]).absent if path.endswith("/bias") else 0
+        before, (old, new) = _before(path, meta), moved
         after = len(restored[path]) - before - len(meta["classes"])
-        kept = jnp.r_[:before, len(restored[path]) - after : len(restored[path])]
-        rows = jnp.r_[:before, len(taken[path]) - after : len(taken[path])]
+        kept, rows = (
+            np.r_[:before, before + np.array(own, int), total - after : total]
+            for own, total in ((old, len(restored[path])), (new, len(taken[path])))
+        )
         mixed = taken[path].at[rows].set(restored[path][kept])
         restored[path] = jax.device_put(mixed, taken[path].sharding)
     leaves = {**wanted, **restored}
@@ -70,6 +76,21 @@ def begun_from(
             leaves[path] = jnp.copy(leaves["/".join((name, "params", *rest))]).astype(jnp.float32)
     what = "; ".join([f"started from the parameters of {step}", *notes])
     return checkpoint.unflatten(states_by_name, leaves), what
+
+
+def _before(path: str, meta: dict) -> int:
+    """The rows of an array before those of the classes."""
+    return TokenLayout.from_json(meta["layout"]).absent if path.endswith("/bias") else 0
+
+
+def _moved(old: Sequence[str], new: Sequence[str]) -> tuple[list[int], list[int]] | None:
+    """(rows there, rows here) of the classes that both have; None where all stay, by number."""
+    numbers = [classes.counted(names) for names in (old, new)]
+    same = sorted(old) == sorted(new)
+    if old == new or (len(old) == len(new) and any(numbers) and not same):
+        return None
+    common = [] if all(numbers) and not same else [name for name in new if name in set(old)]
+    return [old.index(name) for name in common], [new.index(name) for name in common]
 
 
 def _same_tokens(meta: dict, here: dict, step: pathlib.Path) -> list[str]:
@@ -97,9 +118,15 @@ def _same_tokens(meta: dict, here: dict, step: pathlib.Path) -> list[str]:
             f"({new['path']}); run tokgen pretokenize with the tokenizer of the imported model"
         )
     old, new = meta["classes"], here["classes"]
-    if len(old) != len(new):
-        notes.append(f"the class table is new: {len(old)} classes there, {len(new)} here")
-    elif old != new:
-        names = [", ".join(classes[:3]) for classes in (old, new)]
+    moved = _moved(old, new)
+    if moved is None and old != new:
+        names = [", ".join(names[:3]) for names in (old, new)]
         notes.append(f"the class table is kept, by number: {names[0]} ... are now {names[1]} ...")
+    elif moved and moved[0]:
+        what = "all" if len(moved[1]) == len(new) else f"{len(moved[1])} of {len(new)}"
+        notes.append(f"the class table is kept by name: {what} classes; the order is another one")
+        if what != "all":
+            notes[-1] = f"the class table is kept by name: {what} classes, the others begin anew"
+    elif moved:
+        notes.append(f"the class table is new: {len(old)} classes there, {len(new)} here")
     return notes

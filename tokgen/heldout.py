@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokgen import checkpoint, config, report, rng
-from tokgen.data import captioned, coded, images, stream, tokens
+from tokgen import checkpoint, config, report, rng, sharding
+from tokgen.data import captioned, classes, coded, images, stream, tokens
 from tokgen.generators import orders
 from tokgen.interfaces import PyTree, Text, TokenBatch, UserError
 from tokgen.metrics import codebook
@@ -60,12 +60,8 @@ def repaint(
     `distances` are further measures of pairs of images in [-1, 1], such as LPIPS. A part shorter
     than `batch` is filled up, so that one program serves all.
     """
-    rows = len(part["image"])
-    image, text = (
-        None if a is None else np.concatenate([a, np.repeat(a[-1:], max(0, batch - rows), axis=0)])
-        for a in (part["image"], part.get("text"))
-    )
-    given = jax.device_put((quality.from_uint8(image), text))
+    rows, mesh = len(part["image"]), sharding.current()
+    given = sharding.filled((quality.from_uint8(part["image"]), part.get("text")), batch, mesh)
     found = jax.device_get(_reconstruct(tokenizer, *given, dict(distances)))
     tokens_BLG, painted, values = jax.tree.map(lambda leaf: leaf[:rows], found)
     return tokens_BLG, painted, values
@@ -180,6 +176,7 @@ def likelihood(
     order: str = "",
     draws: int = 8,
     seed: int = 0,
+    label_C: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Held-out nats and bits per token, summed over the symbols of a token.
 
@@ -187,6 +184,7 @@ def likelihood(
     that says otherwise (`exact`): then the mean of an upper bound over `draws` random orders for
     each image, and `nats_orders_error` is the share of the error that more draws would mend. An
     `order` by name is for generators that go in any; under "random" each of the draws is exact.
+    `label_C` has the generator's number of each class of the source, where these differ.
     """
     exact, order_of = getattr(generator, "exact", True), None
     if order:
@@ -194,18 +192,15 @@ def likelihood(
     draws = draws if order == "random" or not exact else 1
     program = functools.partial(_exact, order=order_of) if exact else _bound
     total, chosen = [], spread(len(source), count)  # of which some may not be readable
-    batch = min(batch, len(chosen))
+    batch, mesh = min(batch, len(chosen)), sharding.current()
     for part in watched(stream.once(source, batch_size=batch, indices=chosen), len(chosen), what):
-        rows, index_B = len(part["label"]), np.resize(part.pop("index"), batch)
-        # padded, so that one program serves all batches
-        padded = {
-            name: np.concatenate([a, np.repeat(a[-1:], batch - rows, axis=0)])
-            for name, a in part.items()
-        }
+        rows = len(part["label"])
+        if label_C is not None:
+            part["label"] = label_C[part["label"]]
+        padded = sharding.filled(part, batch, mesh)
+        keys_B, nats_RB = rng.per_image(seed, "eval", padded.pop("index")), []
         if "image" in padded:
             padded["tokens"] = source.encode(padded.pop("image"))
-        keys_B = rng.per_image(seed, "eval", jnp.asarray(index_B))
-        padded, nats_RB = jax.device_put(padded), []
         for draw in range(draws):
             own_B = jax.vmap(rng.number, (0, None))(keys_B, draw)
             nats_RB.append(jax.device_get(program(generator, codec, padded, own_B))[:rows])
@@ -268,21 +263,26 @@ def view_of(settings) -> images.View:
     return images.fixed("center", tuple(settings.view.size), settings.view.channels)
 
 
-def generator_source(data, split: str, tokenizer: checkpoint.Loaded | None = None):
+def generator_source(
+    data, split: str, tokenizer: checkpoint.Loaded | None = None, order: Sequence[str] = ()
+):
     """What a config's `data` gives to a generator: token shards, or images to encode; with text.
 
-    `tokenizer` is for images; it should compute in float32, as pretokenizing does.
+    `tokenizer` is for images; it should compute in float32, as pretokenizing does. `order` is that
+    of the classes, where one was recorded.
     """
     text = data.get("text", "")
     if data.get("tokens", ""):
         shards = tokens.Source(data["tokens"], split=split)
-        return captioned.Tokens(shards, text) if text else shards
+        return captioned.Tokens(shards, text) if text and len(shards) else shards
     if tokenizer.layout is None:
         raise UserError(
             f"{tokenizer.step} holds a continuous tokenizer, which writes no tokens; need one with "
             "a discrete quantizer (vq, fsq, lfq, bsq, multiscale)"
         )
-    pictures = image_source(tokenizer.config, data.get("images", ""), split)
+    pictures = image_source(tokenizer.config, data.get("images", ""), split, order=order)
+    if not len(pictures):
+        return pictures  # nothing is held out
     if isinstance(pictures, captioned.Source):  # what the tokenizer's decoder reads
         pictures = pictures.images
     return coded.Source(
@@ -307,13 +307,43 @@ def check_text(generator, text: str, option: str) -> None:
         )
 
 
-def image_source(settings, path: str, split: str):
-    """The images of a folder, or of the data set that the config names."""
+def image_source(settings, path: str, split: str, **context):
+    """The images of a folder, or of the data set that the config names.
+
+    `context` are arguments that a source may take: `order` and `doubtful` of classes.
+    """
     if not path and "data" not in settings:
         raise UserError(
             "an imported tokenizer has no data set of its own; name a folder of images: --data DIR "
             "in commands, --config.data.images=DIR in training"
         )
+    if not path:
+        return config.build(settings.data, "data", split=split, **context)
+    section = {"name": "folder", "path": path}
+    own = settings.get("data", {})
+    if own.get("name") == "folder" and "labels" in own:  # what its folders mean
+        section["labels"] = own["labels"]
+    return config.build(section, "data", split=split, **context)
+
+
+def called(data, path: str = "") -> str:
+    """What a data set is called in messages."""
+    names = ("path", "tokens", "images", "dataset", "name")
     if path:
-        return config.build({"name": "folder", "path": path}, "data", split=split)
-    return config.build(settings.data, "data", split=split)
+        return path
+    found = next((data[name] for name in names if data.get(name)), "data")
+    return found if isinstance(found, str) else called(found)
+
+
+def tell(what: str, **sources) -> None:
+    """Say the classes and counts of each split, before anything is done with them."""
+    report.say(classes.told(what, sources))
+
+
+def check_filled(source, split: str) -> None:
+    """An error where there is nothing to measure."""
+    if not len(source):
+        raise UserError(
+            f"there are no images in the part {split!r}: nothing was held out (data.held_out=0); "
+            "measure others, --split train or --data DIR"
+        )

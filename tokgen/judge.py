@@ -254,7 +254,7 @@ def _trained(make, batches, recipe: Recipe, look: Callable, seed: int):
         b2=0.99,
         weight_decay=recipe.weight_decay,
     )
-    mesh = sharding.make_mesh()
+    mesh = sharding.dividing(recipe.batch)
     graph, network = state.create(make, optimizer, mesh=mesh, ema=recipe.ema)
 
     @functools.partial(jax.jit, donate_argnums=0)

@@ -25,6 +25,12 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("TOKGEN_CACHE") or pathlib.Path(base) / "tokgen")
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def devices(batch_size: int = 0) -> None:
     """Set jax up before its first computation; on a CPU, a device per core that divides the batch.
 
@@ -33,17 +39,15 @@ def devices(batch_size: int = 0) -> None:
     """
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     count = int(os.environ.get("JAX_NUM_CPU_DEVICES") or 8 * asked)
     if batch_size and not count:
-        count = max(n for n in range(1, min(cores, 8) + 1) if batch_size % n == 0)
+        count = max(n for n in range(1, min(cores(), 8) + 1) if batch_size % n == 0)
         jax.config.update("jax_num_cpu_devices", count)
     if count > 1:
         # XLA sizes its thread pool by NPROC. With one thread per device, programs with collectives
         # that are in flight together take each other's threads and wait for ever (jax 0.10.2).
-        os.environ.setdefault("NPROC", str(max(4 * count, cores)))
+        os.environ.setdefault("NPROC", str(max(4 * count, cores())))
     check_platform()
 
 
@@ -57,8 +61,9 @@ def check_platform() -> None:
     except (RuntimeError, AssertionError) as error:  # an assertion where no CUDA plugin is there
         asked = jax.config.jax_platforms or ""
         said = str(error).partition(" (set JAX_PLATFORMS")[0] or "jax has no plugin for it"
+        found = said.splitlines()[0].rstrip(".")
         need = f"JAX_PLATFORMS={asked} needs such a device" if asked else "a device cannot be used"
-        raise UserError(f"{need}; found: {said.splitlines()[0]}; {_remedy(asked, said)}") from error
+        raise UserError(f"{need}; found: {found}; {_remedy(asked, said)}") from error
 
 
 def _remedy(asked: str, said: str) -> str:
@@ -88,6 +93,11 @@ def parse(
     )
     parser.add_argument("--config", required=True, help="a config file, as configs/tokenizer/x.py")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="where the run is kept")
+    parser.add_argument(
+        "--accept-data",
+        action="store_true",
+        help="go on with images that were repaired, removed or added since the run was stopped",
+    )
     parser.add_argument(
         "--from",
         dest="start",
@@ -141,8 +151,11 @@ class Stop:
         report.say(said)
 
 
-def run(story: Callable[[ml_collections.ConfigDict, pathlib.Path], None], description: str) -> None:
-    """A training program: a user's mistake ends in one message and exit code 2."""
+def run(story: Callable[..., None], description: str) -> None:
+    """A training program: a user's mistake ends in one message and exit code 2.
+
+    Its `story` is told the config, the work directory, and what may have changed.
+    """
 
     def told() -> None:
         settings, arguments = parse(sys.argv[1:], description)
@@ -150,6 +163,7 @@ def run(story: Callable[[ml_collections.ConfigDict, pathlib.Path], None], descri
             if arguments.start is not None:
                 runs.go_back(arguments.workdir, arguments.start)
             devices(settings.batch_size)
-            story(settings, arguments.workdir)
+            accept = ("data",) if arguments.accept_data else ()
+            story(settings, arguments.workdir, accept)
 
     sys.exit(cli.call(pathlib.Path(sys.argv[0]).name, told))

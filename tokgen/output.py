@@ -158,6 +158,7 @@ def growing(
     records: Mapping[str, Sequence[str]],
     record: str = RECORD,
     what: str = "another result",
+    lock: str = LOCK,
     option: str = "--out",
     overwrite: bool = False,
     inputs: Sequence[str | os.PathLike] = (),
@@ -175,16 +176,15 @@ def growing(
             found = stack.enter_context(folder(path, **given))
             found.record = record
         else:
-            if names and not _is_result(target, records):
+            if names and not set(names) & set(records):
                 raise UserError(
-                    f"{option} {path} is not empty: it holds {_some(names)}, and no result of this "
-                    "command to go on with; name a new folder"
+                    f"{option} {path} is not empty: it holds {_some(names)} of something else, and "
+                    f"no {' or '.join(records)} that says of what; use another {option}"
                 )
             found = Folder(pathlib.Path(path), target, option, record, what, staged=False)
         with _reserved(path, option):
             _made(target, stack)
-            stack.callback(_unlink_alone, target)
-            stack.enter_context(hold(target / LOCK, _in_use(target, option)))
+            stack.enter_context(_passing(target / lock, _in_use(target, option)))
         with told(path, option):
             yield found
 
@@ -380,7 +380,7 @@ def _reserved(path: str | os.PathLike, option: str) -> Iterator[None]:
 def described(error: OSError, path: str | os.PathLike = "", option: str = "--out") -> str:
     """What went wrong with a place, and what mends it."""
     inner = os.fspath(error.filename) if isinstance(error.filename, str | os.PathLike) else ""
-    where = os.fspath(path) or inner or "the output"
+    where = os.fspath(path) or inner or "what it says"
     if inner and pathlib.Path(where).name not in inner:
         where, option = inner, ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

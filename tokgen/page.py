@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from tokgen import protocols, report, scoring
+from tokgen import output, protocols, report, scoring
 
 NAME = "index.html"
 SMALLEST, LARGEST = 64, 160  # pixels of a side that is shown
@@ -73,10 +73,7 @@ def document(title: str, parts: Sequence[str]) -> str:
 
 def save(file: pathlib.Path, text: str) -> pathlib.Path:
     """Write a file that appears whole or not at all."""
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
-    return file
+    return output.save_text(file, text)
 
 
 def section(title: str, *parts: str) -> str:

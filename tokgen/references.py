@@ -96,6 +96,15 @@ def read(path: str | pathlib.Path, assume: str = "") -> Reference:
     return _plain(path, arrays, assume)
 
 
+def is_one(path: pathlib.Path) -> bool:
+    """Whether a file is a reference of ours, by its members."""
+    try:
+        with archives.opened(path) as archive:
+            return {"record", "index"} <= set(archives.names(archive))
+    except UserError:
+        return False
+
+
 def _not_statistics(path: pathlib.Path, names: set[str]) -> str:
     there = ", ".join(sorted(names)[:5]) or "nothing"
     if "arr_0" in names:

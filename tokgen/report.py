@@ -90,7 +90,7 @@ class Lines:
 
     def close(self) -> None:
         """The last line: what was done, in which time."""
-        if self.shown:
+        if self.shown and self.did:
             now = self.clock()
             rate = self.did / max(now - self.started, 1e-9)
             say(f"{self.name}{self._done()} in {_span(now - self.started)}, {self._speed(rate)}")

@@ -77,6 +77,8 @@ class Run:
     meta: dict
     stated: tuple[int, ...] = ()  # steps that are kept on purpose
     told: set[int] = dataclasses.field(default_factory=set)  # steps said to be damaged
+    earlier: tuple[str, ...] = ()  # fingerprints that earlier versions gave the same data
+    accept: tuple[str, ...] = ()  # what may differ from the run that is resumed: "data"
 
     def folder(self, step: int) -> pathlib.Path:
         """Where a step lies."""
@@ -217,10 +219,13 @@ def start(
     tokens: dict | None = None,
     source: dict | None = None,
     kept: tuple[int, ...] = (),
+    earlier: tuple[str, ...] = (),
+    accept: tuple[str, ...] = (),
 ) -> Run:
     """Open the checkpoints of a work directory; `best` is the metric of which less is better.
 
-    `data` is the fingerprint of the training data. `tokenizer` and `tokens` say what a generator
+    `data` is the fingerprint of the training data, `earlier` those that earlier versions gave it;
+    `accept` says what may have changed all the same. `tokenizer` and `tokens` say what a generator
     was trained with and on, see `checkpoint.reference`; `source` where imported weights come from.
     Steps of `kept` are never deleted to make room.
     """
@@ -243,7 +248,7 @@ def start(
         "best": best,
         "source": source,
     }
-    return Run(workdir, manager, config, meta, kept)
+    return Run(workdir, manager, config, meta, kept, earlier=earlier, accept=accept)
 
 
 def resume_or_start(
@@ -363,12 +368,21 @@ def _same_run(meta: dict, run: Run, step: pathlib.Path) -> None:
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name) and not name.startswith(FREE)
     ]
+    # data that this run began with, and was told to leave, are still its own: it may go back there
+    own = {run.meta["data"], *run.earlier, *(c["from"] for c in run.meta.get("data_changes", ()))}
     for name in ("layout", "classes", "data", "tokenizer"):
         a, b = (json.loads(json.dumps(m[name])) for m in (meta, run.meta))
         if name == "tokenizer" and a and b:
             a, b = a["fingerprint"], b["fingerprint"]
-        if a != b:
+        if a != b and not (name == "data" and (a in own or "data" in run.accept)):
             changes.append(f"  {name}: {str(a)[:200]} there, {str(b)[:200]} here")
+    if changes and all(line.startswith("  data: ") for line in changes):
+        raise UserError(
+            f"{run.workdir} holds a run on other images than these (names, labels, sizes or "
+            "contents differ). If you repaired, removed or added some, go on with them by "
+            "--accept-data; else give the images it began with, or another --workdir:\n"
+            + "\n".join(changes)
+        )
     if changes:
         raise UserError(
             "\n".join(
@@ -379,3 +393,8 @@ def _same_run(meta: dict, run: Run, step: pathlib.Path) -> None:
                 ]
             )
         )
+    run.meta["data_changes"] = list(meta.get("data_changes", ()))
+    if meta["data"] not in (run.meta["data"], *run.earlier):
+        change = {"step": meta["step"], "from": meta["data"], "to": run.meta["data"]}
+        run.meta["data_changes"].append(change)
+        report.say(f"from step {meta['step']} on {run.workdir} is trained on changed data")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import pathlib
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -27,11 +28,13 @@ _NAMED = 5
 class Archive:
     """The images of an .npz: `arr_0` uint8 [N, H, W, 3], and `arr_1` labels [N] where it is there.
 
-    Read from the archive part by part: the published sets have ten gigabytes (ADM).
+    `classes` are names of the labels, if somebody says them. Read from the archive part by part:
+    the published sets have ten gigabytes (ADM).
     """
 
-    def __init__(self, path: str | pathlib.Path):
+    def __init__(self, path: str | pathlib.Path, classes: Sequence[str] = ()):
         self.path = pathlib.Path(path)
+        self.classes, self.notes = (), ()
         self.label_N, self._member, self._next = None, None, 0
         with archives.opened(self.path) as archive:
             names = set(archives.names(archive))
@@ -50,6 +53,10 @@ class Archive:
                 f"arr_1 of {self.path} must hold a class, 0 or above, for each image; found "
                 f"{self.label_N.dtype} {self.label_N.shape}, least {self.label_N.min()}"
             )
+        if self.label_N is not None and self.label_N.max() < len(classes):
+            self.classes = tuple(classes)
+        elif self.label_N is not None:
+            self.notes = (f"labels 0 to {self.label_N.max()}, without names",)
         self.shape, self.size = shape, tuple(shape[1:3])
         status = self.path.stat()
         self.identity = {
@@ -154,7 +161,7 @@ class Pictures:
         changed = max((place / name).stat().st_mtime_ns for name in names)
         self.identity = {
             "samples": str(place),
-            "fingerprint": self.source.fingerprint,
+            "fingerprint": self.source.earlier[0],  # of names and sizes: `changed` is of contents
             "changed": changed,
         }
 
@@ -205,12 +212,24 @@ def given(path: str | pathlib.Path, accepted: Sequence[str] = ()) -> Archive | P
     path = pathlib.Path(path)
     if path.is_dir():
         inside = path / "samples.npz"
-        return Archive(inside) if inside.exists() else Pictures(path, accepted)
+        if inside.exists():
+            return Archive(inside, _names(path / "samples.json"))
+        return Pictures(path, accepted)
     if not path.exists():
         raise UserError(f"no samples at {path}: there is no such path")
     if path.suffix != ".npz":
         raise UserError(f"samples are an .npz or a folder of images; found {path}")
     return Archive(path)
+
+
+def _names(record: pathlib.Path) -> tuple[str, ...]:
+    """The names of the classes that `tokgen sample` wrote beside its images."""
+    try:
+        found = json.loads(record.read_text())["names"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ()
+    named = isinstance(found, list) and all(isinstance(name, str) for name in found)
+    return tuple(found) if named else ()
 
 
 class Spread:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tokgen import ranges
-from tokgen.interfaces import UserError
+from tokgen.interfaces import PyTree, UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -137,9 +137,64 @@ def of_batch(mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def ways(mesh) -> int:
+    """Over how many devices a batch lies."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def check_batch(batch: int, mesh, name: str = "config.batch_size") -> None:
+    """An error with the numbers that fit where a batch does not lie evenly over its devices.
+
+    For training, where another number of images would be another run; `filled` is for the rest.
+    """
+    over = ways(mesh)
+    if batch % over:
+        fitting = [n for n in (batch // over * over, -(-batch // over) * over) if n]
+        raise UserError(
+            f"a batch lies evenly over the {over} devices of the mesh {dict(mesh.shape)}; found "
+            f"{name}={batch}: give {' or '.join(map(str, fitting))}, or a number of devices that "
+            f"divides {batch} (config.mesh, CUDA_VISIBLE_DEVICES)"
+        )
+
+
+def current() -> jax.sharding.Mesh:
+    """The mesh that is set, or one of all devices over which batches lie."""
+    mesh = jax.sharding.get_mesh()
+    return make_mesh() if mesh.empty else mesh
+
+
+def dividing(batch: int) -> jax.sharding.Mesh:
+    """A mesh of as many devices as divide a batch, for what trains with a fixed one."""
+    mesh = make_mesh()
+    if batch % ways(mesh) == 0 or jax.process_count() > 1:
+        return mesh
+    count = max(n for n in range(1, ways(mesh)) if batch % n == 0)
+    axis_types = (AxisType.Auto,) * 3
+    return jax.make_mesh((count, 1, 1), AXES, axis_types=axis_types, devices=jax.devices()[:count])
+
+
+def filled(tree: PyTree, rows: int, mesh) -> PyTree:
+    """Arrays that lead with images, laid over the devices of a batch.
+
+    Filled up by their last row, to `rows` and on to a number that the devices divide: one program
+    serves all, and each device does its share. Callers take as many rows as they gave.
+    """
+    alone = jax.process_count() == 1  # of many, each would have to hold the others' images, too
+    over = ways(mesh) if alone else 1
+
+    def fill(array):
+        missing = -(-max(rows, len(array)) // over) * over - len(array)
+        return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
+
+    where = of_batch(mesh) if alone else replicated(mesh)
+    return jax.device_put(jax.tree.map(fill, tree), where)
+
+
 def global_batch(batch: Mapping[str, np.ndarray], mesh) -> dict[str, jax.Array]:
     """One global array per entry, from this process's slice of the batch."""
     sharding = of_batch(mesh)
+    for array in batch.values():
+        check_batch(len(array) * jax.process_count(), mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, array)
         for name, array in batch.items()

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from tokgen import archives, checkpoint, extractors, heldout, samples
+from tokgen import archives, checkpoint, extractors, heldout, samples, scan
 from tokgen.commands import sample
 from tokgen.data import stream
 from tokgen.interfaces import PyTree, UserError
@@ -120,8 +120,11 @@ class Repainted:
     def __init__(self, loaded: checkpoint.Loaded, source, *, count: int, distances: Mapping):
         self.tokenizer, self.source = loaded.module, source
         self.view = heldout.view_of(loaded.config)
-        self.size, self.count = tuple(loaded.config.view.size), min(count, len(source))
-        self.index_N = heldout.spread(len(source), self.count)
+        self.size = tuple(loaded.config.view.size)
+        # seen to before anything is measured: a part has as many images as its bounds say
+        wanted = heldout.spread(len(source), count)
+        self.index_N = scan.readable(source, wanted, loaded.config.view.channels)
+        self.count, self.unreadable = len(self.index_N), len(wanted) - len(self.index_N)
         self.distances = distances  # name -> LPIPS over images in [-1, 1]
         self.layout, self.classes = loaded.layout, tuple(source.classes)
         self.identity = {
@@ -145,7 +148,13 @@ class Repainted:
             batch_size=stop - start,
             indices=self.index_N[start:stop],
         )
-        given = next(iter(passing))
+        given = next(passing)
+        if len(given["label"]) != stop - start:
+            raise UserError(
+                f"{stop - start - len(given['label'])} images became unreadable while they were "
+                f"measured; put them back, and run the same command again:\n"
+                f"{passing.unreadable.listed()}"
+            )
         tokens_BLG, painted, values = heldout.repaint(self.tokenizer, given, self.distances)
         part = {
             "image": coloured(painted),

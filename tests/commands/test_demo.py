@@ -91,31 +91,23 @@ def test_freedom_in_words():
     assert "any two distinct colours" in demo.describe(shapes.HARD)
 
 
-def test_replace_leaves_nothing_old_and_nothing_unfinished(tmp_path):
-    old, fresh = tmp_path / "out", tmp_path / "out" / "next"
-    (old / "tokenizer").mkdir(parents=True)
-    (old / "tokenizer" / "stale").write_text("old")
-    (old / "index.html").write_text("old")
-    (fresh / "tokenizer").mkdir(parents=True)
-    (fresh / "tokenizer" / "new").write_text("new")
-    (fresh / "index.html").write_text("new")
-    demo._replace(fresh, old)
-    assert (old / "index.html").read_text() == "new"
-    assert [p.name for p in (old / "tokenizer").iterdir()] == ["new"]
-    assert not fresh.exists()
-
-
 def test_failed_training_is_told_and_keeps_the_old_page(tmp_path, monkeypatch):
     (tmp_path / "index.html").write_text("old")
+    (tmp_path / "summary.json").write_text('{"psnr_db": 1, "judged_samples": 1}')
     monkeypatch.setattr(demo.judge, "load_or_train", lambda: None)
     monkeypatch.setattr(demo.launch, "devices", lambda batch: None)
     monkeypatch.setattr(demo, "TOKENIZER", "configs/tokenizer/absent.py")
     arguments = argparse.Namespace(
         out=str(tmp_path), tokenizer_steps=1, generator_steps=1, samples=10, all=False
     )
+    arguments.overwrite = False
+    with pytest.raises(UserError, match="not empty: it holds index.html.*--overwrite"):
+        demo.run(arguments)
+    arguments.overwrite = True
     with pytest.raises(UserError, match="train_tokenizer.py ended with exit code 2"):
         demo.run(arguments)
     assert (tmp_path / "index.html").read_text() == "old"
+    assert list(tmp_path.parent.glob(f".{tmp_path.name}.*")) == []
 
 
 def test_too_few_samples_are_refused(tmp_path):

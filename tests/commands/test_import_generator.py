@@ -166,7 +166,8 @@ def test_an_export_gives_the_file_back(made, which, tmp_path):
 def test_an_import_without_its_tokenizer_asks_for_it(made, tmp_path, capfd):
     folder, words, _, tokenizer = made
     assert command(*words, "--out", tmp_path / "out") == 0
-    assert f"tokgen sample {tmp_path / 'out'} --out DIR --tokenizer CKPT" in capfd.readouterr().err
+    hint = f"tokgen sample {tmp_path / 'out'} --out DIR --tokenizer CKPT --classes 0-3 --number 2"
+    assert hint in capfd.readouterr().err
     loaded = checkpoint.load_generator(folder / "alone")
     with pytest.raises(interfaces.UserError, match="imported without its tokenizer.*--tokenizer"):
         checkpoint.load_tokenizer_of(loaded)
@@ -217,15 +218,18 @@ def test_images_of_other_classes_and_texts_are_not_scored(made, tmp_path, capfd)
             (tmp_path / "flowers" / name).mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / f"flowers/{name}/{i}.png")
     words = ("evaluate", folder / "run", "--data", tmp_path / "flowers", "--split", "all")
-    assert "which knows 6 classes; the images have 2" in told(capfd, *words)
+    refused = told(capfd, *words)
+    assert "must be among those of the generator; found daisy, rose" in refused
+    assert "flowers: 2 classes (daisy 3, rose 3); all 6" in refused
     assert "the generator's condition is a label" in told(capfd, *words, "--text", tmp_path)
 
 
 # ---------------------------------------------------------------- fine-tuning
 
 
-def began(workdir, init_from, layout, tokenizer, classes=CLASSES, ema=0.0, **changes):
+def began(workdir, init_from, layout, tokenizer, classes=CLASSES, ema=0.0, names=None, **changes):
     """(model, what was done) as a training of a generator begins, with sevens everywhere."""
+    names = names or tuple(f"class {i}" for i in range(classes))
     config = settings({"dim": 16}, {})
     config.init_from = str(init_from)
     config.generator.update(changes)
@@ -242,7 +246,7 @@ def began(workdir, init_from, layout, tokenizer, classes=CLASSES, ema=0.0, **cha
         config,
         kind="generator",
         layout=layout,
-        classes=tuple(f"class {i}" for i in range(classes)),
+        classes=names,
         best="nats_per_token",
         data="",
         tokenizer=checkpoint.reference(tokenizer.step, workdir)
@@ -277,6 +281,28 @@ def test_other_classes_begin_anew_but_for_no_class(made, tmp_path, classes, ema)
                 np.testing.assert_array_equal(found[path][-1], array[-1])
             else:
                 np.testing.assert_array_equal(found[path], array, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("names", "rows"),
+    [
+        (("5", "4", "3", "2", "1", "0"), [5, 4, 3, 2, 1, 0]),
+        (("cat", "3", "dog", "1"), [7, 3, 7, 1]),
+        (("0", "1", "2"), [7, 7, 7]),  # numbers in the place of names, and of other sets
+    ],
+)
+def test_classes_keep_their_rows_by_name(made, tmp_path, names, rows):
+    folder, _, _, tokenizer = made
+    there = arrays(states.split(checkpoint.load_generator(folder / "run").module)[1])
+    model, what = began(
+        tmp_path, folder / "run", tokenizer.layout, tokenizer, classes=len(names), names=names
+    )
+    (path,) = [path for path in there if path.endswith("labels/table")]
+    found = arrays(model.params)[path]
+    for row, old in zip(found, rows, strict=False):
+        np.testing.assert_array_equal(row, np.full(16, 7.0) if old == 7 else there[path][old])
+    np.testing.assert_array_equal(found[-1], there[path][-1])
+    assert ("by name" in what) == (7 not in rows or "cat" in names)
 
 
 def test_a_head_that_counts_classes_keeps_its_codes_and_its_mask(made, tmp_path, monkeypatch):

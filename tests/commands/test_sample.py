@@ -31,6 +31,31 @@ def test_classes_out_of_range_are_refused(text):
         sample.chosen(text, CLASSES)
 
 
+def test_names_that_are_numbers_are_names():
+    """In the order of an older checkpoint, and where the first one is 1."""
+    old = tuple(sorted(map(str, range(12))))  # 0, 1, 10, 11, 2, ...
+    for text in ("2", "0-2", "all", "11"):
+        names = [old[label] for label in sample.chosen(text, old)]
+        assert names == {"2": ["2"], "0-2": ["0", "1", "2"], "11": ["11"]}.get(text, list(old))
+    assert sample.chosen("1-3", ("1", "2", "3")) == [0, 1, 2]
+    with pytest.raises(UserError, match="class ids are 1 to 3"):
+        sample.chosen("0", ("1", "2", "3"))
+    with pytest.raises(UserError, match="class ids are among 1 to 9"):
+        sample.chosen("1-9", ("1", "2", "9"))
+
+
+def test_of_many_classes_a_few_are_drawn(capfd):
+    many = tuple(map(str, range(1000)))
+    assert sample.chosen("", many) == [0, 125, 250, 375, 500, 625, 750, 875]
+    assert sample.chosen("all", many) == list(range(1000))
+    assert sample.chosen("all", ("one", "all")) == [1]
+    labelled = types.SimpleNamespace(cond="label", layout=Reader.layout)
+    _, label_N, _ = sample.conditions(_args("--number", "2"), _loaded(labelled, many))
+    assert len(label_N) == 16
+    told = capfd.readouterr().err
+    assert "8 of 1000 classes" in told and "--classes all draws 2,000 images" in told
+
+
 def test_unconditional_model_has_one_label():
     assert sample.chosen("", ()) == [0]
     with pytest.raises(UserError, match="unconditional"):

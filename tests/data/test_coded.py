@@ -134,6 +134,8 @@ def test_the_fingerprint_knows_images_views_and_tokenizer(both):
     ]  # fmt: skip
     assert len(set(found)) == len(found)
     assert found[0] == source_of(parts, "train").fingerprint
+    earlier = source_of(parts, "train").earlier
+    assert len(earlier) == len(getattr(parts["train"], "earlier", ())) and found[0] not in earlier
 
 
 def test_a_mask_that_does_not_fit_is_said(tmp_path):
@@ -159,3 +161,22 @@ def test_a_broken_image_is_replaced_and_counted(tmp_path):
         seen = next(batches)["image"][:, 0, 0, 0]
         assert batches.bad == 1 and batches.broken == ("2.png",)
     assert sorted(set(seen.tolist())) == [0, 1, 3, 4, 5]
+
+
+def test_images_without_tokens_are_replaced_by_the_same_ones_as_broken_images(tmp_path):
+    """A run on the fly and one from shards see the same elements also where images are broken."""
+    pictures(tmp_path / "images")
+    sound = {s: folder.Source(tmp_path / "images", split=s, held_out=0.3) for s in tokens.SPLITS}
+    shards(tmp_path / "tokens", sound)
+    packed, flying = tokens.Source(tmp_path / "tokens"), source_of(sound, "train")
+    for index in (3, 4, 9):
+        name = sound["train"].name(index)
+        (tmp_path / "images" / name).write_text("no image any more")
+        packed.missing[index] = (name, "no image any more")
+    options = dict(seed=3, batch_size=6)
+    with stream.batches(packed, **options) as left, stream.batches(flying, **options) as right:
+        for _ in range(9):
+            expected, found = next(left), next(right)
+            np.testing.assert_array_equal(encode(found["image"]), expected["tokens"])
+            np.testing.assert_array_equal(found["label"], expected["label"])
+        assert left.bad == right.bad == 3

@@ -1,5 +1,6 @@
 """Layouts of folders: what is read, how it is split, and what is refused by name."""
 
+import hashlib
 import os
 import pickle
 
@@ -97,6 +98,37 @@ def test_fingerprints_follow_names_and_sizes_and_not_the_place(tmp_path):
     assert folder.Source(tmp_path / "y", split="all").fingerprint != first.fingerprint
     os.rename(tmp_path / "x" / "b" / "3.png", tmp_path / "x" / "b" / "4.png")
     assert folder.Source(tmp_path / "x", split="all").fingerprint != first.fingerprint
+
+
+def test_fingerprints_see_contents_of_the_same_size_and_those_of_before_are_known(tmp_path):
+    write(tmp_path, "a/1.png", "b/2.png")
+    for number in range(2):  # only the middle of a large file differs
+        (tmp_path / "a" / f"{number}.png").write_bytes(b"x" * 50_000)
+    first = folder.Source(tmp_path, split="all")
+    assert first.fingerprint != first.earlier[0]
+    found = ("a/0.png", "a/1.png", "b/2.png")
+    listed = [(name, name[0] == "b", os.path.getsize(tmp_path / name)) for name in found]
+    digest = hashlib.sha256(b"a\0b")
+    for name, label, size in listed:
+        digest.update(f"{name}\0{int(label)}\0{size}\n".encode())
+    assert first.earlier == (digest.hexdigest(),)  # what earlier versions wrote into their records
+    with open(tmp_path / "a" / "1.png", "r+b") as file:
+        file.seek(25_000)
+        file.write(b"y")
+    second = folder.Source(tmp_path, split="all")
+    assert second.earlier == first.earlier and second.fingerprint != first.fingerprint
+    assert second.changed > first._label_B.size  # nanoseconds
+    os.remove(tmp_path / "a" / "0.png")
+    assert len(second.fingerprint) == 64
+
+
+def test_a_large_set_is_hashed_in_part(tmp_path, monkeypatch):
+    write(tmp_path, *(f"{n}.png" for n in range(10)))
+    monkeypatch.setattr(folder, "_HASHED", 5)
+    source, opened = folder.Source(tmp_path, split="all"), []
+    by_name = source.open
+    monkeypatch.setattr(source, "open", lambda index: opened.append(index) or by_name(index))
+    assert source.fingerprint and sorted(opened) == [0, 2, 4, 6, 8]
 
 
 def test_links_are_followed_and_loops_end(tmp_path):

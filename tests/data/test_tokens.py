@@ -1,5 +1,6 @@
 """Token shards come back as they were written, or are refused; a killed writer goes on."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -167,6 +168,51 @@ def test_a_stopped_writer_writes_only_what_is_missing(tmp_path, folder):
     assert tokens.Writer(path, **plan()).remaining() == []
 
 
+def test_images_that_could_not_be_read_are_listed_and_have_no_tokens(tmp_path):
+    path = tmp_path / "tokens"
+    writer = tokens.Writer(path, **plan())
+    first, *others = writer.shards()
+    missing = {1: ("daisy/1.png", "cut off"), 3: ("rose/3.png", "empty")}
+    writer.write(first, *content(first.split, first.start, first.stop), missing)
+    assert writer.written("train") == [(first, missing)]
+    writer = tokens.Writer(path, **plan())  # stopped, and begun again
+    assert writer.written("train") == [(first, missing)]
+    fill(writer, writer.remaining())
+    writer.finish()
+    source = tokens.Source(path)
+    assert source.missing == missing and source.name(3) == "rose/3.png"
+    assert source.header["splits"]["train"]["unreadable"] == 2
+    assert tokens.Source(path, split="held_out").missing == {}
+    assert tokens.Source(write(tmp_path / "whole")).missing == {}
+    for wrong in ([[99, "a", "b"]], [[1, "a"]], [["1", "a", "b"]], 5, [[1, None, "b"]]):
+        edit(path, lambda h, w=wrong: h["splits"]["train"]["shards"][0].update(unreadable=w))
+        with pytest.raises(interfaces.UserError, match="cannot be used"):
+            tokens.Source(path)
+
+
+def test_a_split_without_a_readable_image_is_refused(tmp_path):
+    writer = tokens.Writer(tmp_path, **plan())
+    for shard in writer.shards():
+        numbers = range(shard.start, shard.stop) if shard.split == "held_out" else ()
+        missing = dict.fromkeys(numbers, ("a", "b"))
+        writer.write(shard, *content(shard.split, shard.start, shard.stop), missing)
+    with pytest.raises(interfaces.UserError, match="none of the .* images of held_out"):
+        writer.finish()
+
+
+def test_a_fingerprint_of_before_is_known(tmp_path):
+    new = {"source": "folder", "fingerprint": {"train": "n", "held_out": "m"}}
+    old = {**new, "fingerprint": {"train": "o", "held_out": "p"}}
+    write(tmp_path / "old", data=old)
+    earlier = {"train": ("o",), "held_out": ("p",)}
+    assert tokens.Writer(tmp_path / "old", **plan(data=new), earlier=earlier).remaining() == []
+    for changed in ({"earlier": {}}, {"earlier": {"train": ("o",)}}):
+        with pytest.raises(interfaces.UserError, match="something else"):
+            tokens.Writer(tmp_path / "old", **plan(data=new), **changed)
+    with pytest.raises(interfaces.UserError, match="something else"):
+        tokens.Writer(tmp_path / "old", **plan(data={**new, "source": "x"}), earlier=earlier)
+
+
 class Killed(BaseException):
     """Not an Exception: nothing may catch it to tidy up, as nothing can after a kill."""
 
@@ -304,9 +350,17 @@ def label_beyond_the_classes(path):
 
 
 def edit(path, change):
+    """Change a header as it was before headers had digests: what else is wrong with it is told."""
+    before_digests(path)
     header = json.loads((path / tokens.HEADER).read_text())
     change(header)
     (path / tokens.HEADER).write_text(json.dumps(header))
+
+
+def before_digests(path):
+    header = json.loads((path / tokens.HEADER).read_text())
+    header.pop("digest", None)
+    (path / tokens.HEADER).write_text(json.dumps({**header, "format": 1}))
 
 
 def edited(change):
@@ -334,7 +388,7 @@ BODIES = (
 HEADERS = {
     "no json": no_json,
     "a list": lambda path: (path / tokens.HEADER).write_text("[]"),
-    "other version": edited(lambda h: h.update(format=2)),
+    "other version": edited(lambda h: h.update(format=3)),
     "smaller alphabet": edited(lambda h: h["layout"].update(vocab=[200, 16])),
     "alphabet beyond the integer": edited(lambda h: h["layout"].update(vocab=[70_000, 16])),
     "other grids": edited(lambda h: h["layout"].update(grids=[[2, 2]])),
@@ -376,6 +430,112 @@ def test_damaged_headers_are_refused_by_name(folder, damage):
     assert str(folder) in str(error.value)
 
 
+def shards_of(header, split="train"):
+    return header["splits"][split]["shards"]
+
+
+def swap(items, first=0, second=1):
+    items[first], items[second] = items[second], items[first]
+
+
+def swap_shards(header):
+    """The files of two shards of one length, each under the other's name."""
+    first, second = shards_of(header)[:2]
+    first["sha256"], second["sha256"] = second["sha256"], first["sha256"]
+
+
+# Whatever a header says: none of it can be changed, well-formed or not.
+TAMPERED = {
+    "a larger alphabet": lambda h: h["layout"].update(vocab=[310, 16]),
+    "a smaller alphabet that holds them": lambda h: h["layout"].update(vocab=[300, 17]),
+    "alphabets swapped": lambda h: swap(h["layout"]["vocab"]),
+    "a grid turned": lambda h: h["layout"].update(grids=[[1, 1], [1, 4]]),
+    "one grid of two": lambda h: h["layout"].update(grids=[[1, 5]]),
+    "grids swapped": lambda h: swap(h["layout"]["grids"]),
+    "views swapped": lambda h: swap(h["views"]),
+    "a view renamed": lambda h: h["views"].__setitem__(1, "top_left"),
+    "a view and its tokens made classes": lambda h: h.update(views=["center"]),
+    "classes swapped": lambda h: swap(h["classes"]),
+    "a class renamed": lambda h: h["classes"].__setitem__(0, "tulip"),
+    "a class more": lambda h: h["classes"].append("tulip"),
+    "no classes": lambda h: h.update(classes=[]),
+    "another tokenizer": lambda h: h["tokenizer"].update(fingerprint="abd"),
+    "another precision": lambda h: h["tokenizer"].update(precision="bfloat16"),
+    "other images": lambda h: h["data"].update(fingerprint="dee"),
+    "a field of the data more": lambda h: h["data"].update(path="elsewhere"),
+    "a wider integer": lambda h: h.update(dtype="uint32"),
+    "larger shards": lambda h: h.update(shard_images=11),
+    "a split less": lambda h: h["splits"].pop("held_out"),
+    "a split as another": lambda h: h["splits"].update(held_out=h["splits"]["train"]),
+    "shards swapped": lambda h: swap(shards_of(h)),
+    "shards under each other's names": swap_shards,
+    "a checksum": lambda h: shards_of(h)[0].update(sha256=64 * "0"),
+    "an image called unreadable": lambda h: shards_of(h)[0].update(unreadable=[[1, "a", "b"]]),
+    "an older format": lambda h: h.update(format=1),
+    "no digest": lambda h: h.pop("digest"),
+    "another digest": lambda h: h.update(digest=64 * "0"),
+    "a field more": lambda h: h.update(note="mine"),
+}
+
+
+@pytest.mark.parametrize("kind", TAMPERED)
+def test_a_header_that_was_changed_is_refused(folder, kind):
+    header = json.loads((folder / tokens.HEADER).read_text())
+    TAMPERED[kind](header)
+    (folder / tokens.HEADER).write_text(json.dumps(header))
+    for split in tokens.SPLITS:
+        with pytest.raises(interfaces.UserError, match="tokgen pretokenize") as error:
+            tokens.Source(folder, split=split, verify=False)
+        assert str(folder) in str(error.value)
+
+
+def test_where_the_tokenizer_lies_may_change(folder):
+    before = tokens.Source(folder).fingerprint
+    header = json.loads((folder / tokens.HEADER).read_text())
+    header["tokenizer"]["path"] = "moved"
+    (folder / tokens.HEADER).write_text(json.dumps(header, indent=3))
+    assert tokens.Source(folder).fingerprint == before
+
+
+def test_token_sets_without_a_digest_are_the_same_token_sets(folder):
+    """As they were written before: read, with the fingerprint that runs know; and finished anew."""
+    before, kept = tokens.Source(folder), contents(folder)
+    before_digests(folder)
+    header = json.loads((folder / tokens.HEADER).read_text())
+    assert header["format"] == 1 and "digest" not in header
+    header["tokenizer"]["path"] = ""
+    written = hashlib.sha256(json.dumps(["train", header], sort_keys=True).encode()).hexdigest()
+    assert tokens.Source(folder).fingerprint == written == before.fingerprint
+    again = tokens.Writer(folder, **plan())
+    assert not again.remaining()
+    again.finish()
+    assert contents(folder) == kept
+
+
+def test_shards_of_which_the_header_knows_nothing_are_named(folder, tmp_path):
+    other = write(tmp_path / "other", shard_images=2)
+    for name in ("train-00005-of-00006.array_record", "held_out-00001-of-00002.array_record"):
+        shutil.copy(other / name, folder / name)
+    for split in tokens.SPLITS:
+        with pytest.raises(interfaces.UserError, match="does not name: held_out-00001.*, train-00"):
+            tokens.Source(folder, split=split)
+
+
+def test_a_shard_of_another_set_is_refused(folder, tmp_path):
+    """Of as many images, as wide, within the alphabet."""
+    other = write(tmp_path / "other", classes=("rose", "daisy"))
+    rng = np.random.default_rng(1)
+    writer = tokens.Writer(tmp_path / "third", **plan())
+    for shard in writer.shards():
+        count = shard.stop - shard.start
+        writer.write(shard, rng.integers(0, 16, (count, 2, 5, 2)), np.zeros(count, int))
+    writer.finish()
+    assert (other / SHARD).read_bytes() == (folder / SHARD).read_bytes()  # records alone
+    shutil.copy(tmp_path / "third" / SHARD, folder / SHARD)
+    with pytest.raises(interfaces.UserError, match=f"{SHARD}.*checksum"):
+        tokens.Source(folder)
+
+
 @pytest.mark.parametrize("damage", [truncate, empty, remove, fewer_records])
 def test_what_costs_nothing_is_checked_even_without_verification(folder, damage):
     damage(folder)
@@ -394,8 +554,8 @@ def test_what_is_no_folder_of_tokens_is_refused(tmp_path, folder):
     with pytest.raises(interfaces.UserError, match="'test'"):
         tokens.Source(folder, split="test")
     edit(folder, lambda h: h["splits"].pop("held_out"))
-    with pytest.raises(interfaces.UserError, match="no split 'held_out'"):
-        tokens.Source(folder, split="held_out")
+    (folder / "held_out-00000-of-00001.array_record").unlink()
+    assert len(tokens.Source(folder, split="held_out")) == 0  # nothing was held out
 
 
 @pytest.mark.parametrize(

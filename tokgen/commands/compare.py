@@ -15,9 +15,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tokgen import evaluation, gallery, page, report, samples
+from tokgen import evaluation, gallery, output, page, report, samples
 from tokgen.interfaces import UserError
 
+COMPARED = "compare.json"
+RECORDS = {COMPARED: ("runs", "marks")}
 DEVIATES = 1.96  # half of a 95 % interval, in standard errors
 # What must agree, and where a result says it
 SAME = {
@@ -36,6 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "results", nargs="+", metavar="DIR", help="two folders of tokgen evaluate, or more"
     )
     parser.add_argument("--out", required=True, help="folder of the page and of compare.json")
+    output.arguments(parser)
     parser.add_argument(
         "--all", action="store_true", help="every result of each folder; default: its last"
     )
@@ -47,18 +50,25 @@ def run(args: argparse.Namespace) -> None:
     if len(lines) < 2:
         raise UserError(f"a comparison needs two results or more; found {len(lines)}")
     check(lines)
-    out = pathlib.Path(args.out)
-    if out.is_file():
-        raise UserError(f"--out names a folder; {args.out} is a file")
-    out.mkdir(parents=True, exist_ok=True)
-    first = next(iter(lines.values()))
+    given = dict(overwrite=getattr(args, "overwrite", False), inputs=args.results)
+    with output.folder(args.out, records=RECORDS, **given) as out:
+        write(lines, folders, out.path)
     print(listed(lines))
+    where, same = (pathlib.Path(args.out) / name for name in (page.NAME, COMPARED))
+    report.say(f"{where}: a page to look at; {same}: the same as JSON")
+
+
+def write(
+    lines: Mapping[str, Mapping], folders: Mapping[str, pathlib.Path], out: pathlib.Path
+) -> None:
+    """The page, and all of it as JSON."""
+    first = next(iter(lines.values()))
     record = {
         **{name: of(first) for name, of in SAME.items()},
         "runs": {name: {"folder": str(folders[name]), **line} for name, line in lines.items()},
         "marks": {metric: marks(lines, metric) for metric in metrics(lines)},
     }
-    page.save(out / "compare.json", json.dumps(record, indent=2) + "\n")
+    page.save(out / COMPARED, json.dumps(record, indent=2) + "\n")
     about = "; ".join(f"{name} {of(first)}" for name, of in SAME.items())
     parts = [
         page.text(about, "faint"),
@@ -68,8 +78,7 @@ def run(args: argparse.Namespace) -> None:
         page.section("The runs", runs_table(lines)),
     ]
     title = f"{len(lines)} runs under {first['protocol']}"
-    where = page.save(out / page.NAME, page.document(title, parts))
-    report.say(f"{where}: a page to look at; {out / 'compare.json'}: the same as JSON")
+    page.save(out / page.NAME, page.document(title, parts))
 
 
 LEGEND = (

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import html
 import json
 import os
 import pathlib
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -17,13 +15,14 @@ import time
 import numpy as np
 from PIL import Image
 
-from tokgen import checkpoint, config, families, heldout, judge, launch, report, runs
+from tokgen import checkpoint, config, families, heldout, judge, launch, output, report
 from tokgen import page as pages
 from tokgen.commands import pretokenize, sample
 from tokgen.data import shapes, tokens
 from tokgen.interfaces import UserError
 from tokgen.sampling import decode, presets
 
+RECORDS = {"summary.json": ("psnr_db", "judged_samples")}
 TOKENIZER, GENERATOR = "configs/tokenizer/shapes.py", "configs/generator/shapes.py"
 SHOWN = 12  # samples of a class on the page
 # Which samples are drawn; the settings were chosen on other seeds.
@@ -32,6 +31,7 @@ SEED = 1000
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="runs/demo", help="folder of the page (runs/demo)")
+    output.arguments(parser)
     parser.add_argument("--tokenizer-steps", type=int, help="fewer: a shorter, poorer demo")
     parser.add_argument("--generator-steps", type=int, help="fewer: a shorter, poorer demo")
     parser.add_argument(
@@ -41,15 +41,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train in `OUT/next`; only a complete page takes the place of an earlier one."""
+    """Train beside OUT; only a complete page takes the place of an earlier one."""
     if args.samples < 10:
         raise UserError(f"--samples must be at least 10, one per class; found {args.samples}")
     started, out = time.monotonic(), pathlib.Path(args.out)
-    launch.devices(judge.BATCH)
-    with runs.lock(out):
-        fresh = out / "next"
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir()
+    with output.folder(args.out, records=RECORDS, overwrite=args.overwrite) as place:
+        fresh = place.path
+        launch.devices(judge.BATCH)
         cpu = os.times()
         examiner = judge.load_or_train()
         train("train_tokenizer.py", TOKENIZER, fresh / "tokenizer", args.tokenizer_steps)
@@ -71,7 +69,6 @@ def run(args: argparse.Namespace) -> None:
         summary["versions"] = checkpoint.versions()
         (fresh / "index.html").write_text(page(summary, pictures, told))
         (fresh / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        _replace(fresh, out)
     for name in KEYS:
         print(f"{name:<26} {summary[name]}")
     report.say(f"open {out / 'index.html'}")
@@ -324,14 +321,3 @@ def _cpu_seconds(before) -> float:
     """CPU seconds of this process and of those it has waited for."""
     now = os.times()
     return sum(now[:4]) - sum(before[:4])
-
-
-def _replace(fresh: pathlib.Path, out: pathlib.Path) -> None:
-    """Move what is new over what is old; the page comes last."""
-    names = sorted(p.name for p in fresh.iterdir() if p.name != "index.html")
-    for name in [*names, "index.html"]:
-        with contextlib.suppress(FileNotFoundError):
-            old = out / name
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        (fresh / name).replace(out / name)
-    fresh.rmdir()

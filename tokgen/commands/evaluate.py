@@ -6,13 +6,13 @@ With --protocol, scores: of samples, of a generator's, of a tokenizer's reconstr
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import pathlib
 import time
 
-from tokgen import assess, checkpoint, heldout, launch, protocols, report
+from tokgen import assess, checkpoint, heldout, launch, output, protocols, report
 from tokgen.commands import sample
-from tokgen.data import reader, tokens
+from tokgen.data import classes, reader, tokens
 from tokgen.interfaces import UserError
 
 
@@ -36,9 +36,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--orders", type=int, default=8, help="draws per image, where orders are drawn (default 8)"
     )
     parser.add_argument(
-        "--out", default="", help="append the figures to this JSONL file; of a score: its folder"
+        "--out", default=None, help="append the figures to this JSONL file; of a score: its folder"
     )
     parser.add_argument("--tokenizer", default="", help="where the generator's tokenizer lies now")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier score at --out, as a whole"
+    )
     score = parser.add_argument_group("scores of samples or reconstructions against a reference")
     score.add_argument("--protocol", default="", help=", ".join(protocols.PROTOCOLS))
     score.add_argument("--reference", default="", help="what tokgen reference wrote, or ADM's .npz")
@@ -78,36 +81,48 @@ def run(args: argparse.Namespace) -> None:
             "--reference, --weights, --assume, --samples and --lpips are of a score: name its "
             f"--protocol, one of {', '.join(protocols.PROTOCOLS)}"
         )
+    if args.overwrite:
+        raise UserError("--overwrite is of a score; without --protocol figures are added to --out")
+    inputs = (args.checkpoint, args.data, args.text, args.tokenizer)
+    place = contextlib.nullcontext([])
+    if args.out is not None:
+        place = output.lines(args.out, inputs=inputs)
+    with place as lines:
+        record, shown = _measured(args)
+        lines.append(record)
+    for name, value in shown.items():
+        print(f"{name:<20} {value:.4f}" if isinstance(value, float) else f"{name:<20} {value}")
+
+
+def _measured(args: argparse.Namespace) -> tuple[dict, dict]:
+    """(the figures with what they are of, the figures by the names that people read)."""
     launch.devices()
     step = checkpoint.find(args.checkpoint)
     kind = checkpoint.read_meta(step)["kind"]
     if args.reconstruction and kind != "tokenizer":
         raise UserError(f"--reconstruction needs a tokenizer; {step} holds a {kind}")
     figures, title, source = (_tokenizer if kind == "tokenizer" else _generator)(step, args)
-    for name, value in figures.items():
-        name = title if name == "nats_per_token" else name
-        print(f"{name:<20} {value:.4f}" if isinstance(value, float) else f"{name:<20} {value}")
-    if args.out:
-        record = {
-            "checkpoint": str(step),
-            "split": args.split,
-            "data": args.data,
-            "order": args.order,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            **figures,
-        }
-        if "unreadable" in figures:
-            record["unreadable_files"] = reader.unreadable(source).record()["files"]
-        out = pathlib.Path(args.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(out, "a") as file:
-            file.write(json.dumps(record) + "\n")
+    record = {
+        "checkpoint": str(step),
+        "split": args.split,
+        "data": args.data,
+        "order": args.order,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **figures,
+    }
+    if "unreadable" in figures:
+        record["unreadable_files"] = reader.unreadable(source).record()["files"]
+    named = {title if name == "nats_per_token" else name: v for name, v in figures.items()}
+    return record, named
 
 
 def _tokenizer(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     """(figures, what their first is called, the source that they are of)."""
     loaded = checkpoint.load_tokenizer(step)
-    source = heldout.image_source(loaded.config, args.data, args.split)
+    source = heldout.image_source(loaded.config, args.data, args.split, doubtful="drop")
+    what = heldout.called(loaded.config.get("data", {}), args.data)
+    heldout.tell(what, **{args.split: source})
+    heldout.check_filled(source, args.split)
     report.say(f"{min(args.images, len(source))} of {len(source)} images, step {step.name}")
     view = heldout.view_of(loaded.config)
     count, what = args.images, "reconstruct"
@@ -124,16 +139,18 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     heldout.check_text(loaded.module, data["text"], "--text")
     if data["tokens"]:
         source = heldout.generator_source(data, args.split)
-        made_by = source.header["tokenizer"]["fingerprint"]
-        checkpoint.check_tokenizer(tokenizer, made_by, f"token set {source.path}")
+        checkpoint.check_tokens(tokenizer, source.header, source.path)
     else:
         encoder = checkpoint.load_tokenizer(tokenizer.step, compute="float32")
         source = heldout.generator_source(data, args.split, encoder)
-    if not data["text"] and loaded.classes and len(source.classes) != len(loaded.classes):
-        raise UserError(
-            f"labels must be those of the generator, which knows {len(loaded.classes)} classes; "
-            f"the images have {len(source.classes)}: give images of its own classes, --data DIR"
-        )
+    heldout.tell(heldout.called(data, args.data), **{args.split: source})
+    heldout.check_filled(source, args.split)
+    label_C = None
+    if not data["text"] and loaded.classes:
+        where = args.data or "the data"
+        label_C, said = classes.matched(source.classes, loaded.classes, where, "the generator")
+        if said:
+            report.say(said)
     report.say(f"{min(args.images, len(source))} of {len(source)} images, step {step.name}")
     figures = heldout.likelihood(
         *(loaded.module, tokenizer.module.quantizer, source),
@@ -141,6 +158,7 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
         what="likelihood",
         order=args.order,
         draws=args.orders,
+        label_C=label_C,
     )
     how = [] if getattr(loaded.module, "exact", True) else ["upper bound"]
     how += [f"order {args.order}"] if args.order else []

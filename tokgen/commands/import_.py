@@ -8,10 +8,9 @@ import pathlib
 
 import yaml
 
-from tokgen import checkpoint, imports, launch, records, report
+from tokgen import checkpoint, imports, launch, output, records, report
 from tokgen.interfaces import UserError
 from tokgen.pretrained import reader, system, transfer
-
 
 LARGEST_YAML = 2**20  # characters; it is slow to read
 
@@ -66,20 +65,27 @@ def importable() -> list[str]:
 
 def run(args: argparse.Namespace) -> None:
     """Write a checkpoint of step 0, with licence and hash of its source."""
-    launch.devices()
-    out, file = pathlib.Path(args.out), pathlib.Path(args.file)
-    if (out / checkpoint.FOLDER).exists():
-        raise UserError(f"{out} already holds checkpoints; choose a new --out")
-    if not args.system and imports.is_export(file):
-        _import_export(args, file, out)
-        return
+    file = pathlib.Path(args.file)
+    exported = not args.system and imports.is_export(file)
+    if not exported:
+        _check(args, file)
+    inputs = (file if file.is_file() else "", args.tokenizer, args.config)
+    with output.folder(args.out, records={}, inputs=inputs) as place:
+        launch.devices()
+        told = _of_export(args, place) if exported else _imported(args, place)
+    for line in told:
+        report.say(line)
+
+
+def _check(args: argparse.Namespace, file: pathlib.Path) -> None:
+    """Refuse what cannot be imported, before anything is read."""
     if args.system not in importable():
         near = difflib.get_close_matches(args.system, importable(), 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(
             f"--system must be one of {', '.join(importable())}; found {args.system!r}{hint}"
         )
-    found, tokenizer = system.named(args.system), None
+    found = system.named(args.system)
     if not file.exists():
         raise UserError(
             f"no file {file}; the published ones of {args.system} are {', '.join(found.files)} "
@@ -89,13 +95,17 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.tokenizer and found.tokens is None:
         raise UserError(f"--tokenizer is for generators; {args.system} is a tokenizer itself")
-    if args.tokenizer:
-        tokenizer = checkpoint.load_tokenizer(args.tokenizer)
-    if not args.config and (file.is_dir() or file.name.endswith(reader.INDEX)):
-        beside = (file if file.is_dir() else file.parent) / "config.json"
-        args.config = str(beside) if beside.is_file() else ""
-        report.say(f"the configuration is {beside}" if args.config else "no config.json beside it")
-    published = _read(args.config) if args.config else {}
+
+
+def _imported(args: argparse.Namespace, place: output.Folder) -> list[str]:
+    """Read the file and write the checkpoint; what is to be said."""
+    file, found = pathlib.Path(args.file), system.named(args.system)
+    tokenizer = checkpoint.load_tokenizer(args.tokenizer) if args.tokenizer else None
+    config, told = args.config, []
+    beside = (file if file.is_dir() else file.parent) / "config.json"
+    if not config and (file.is_dir() or file.name.endswith(reader.INDEX)) and beside.is_file():
+        config, told = str(beside), [f"the configuration is {beside}"]
+    published = _read(config) if config else {}
     options = {"unknown": "opaque"} if args.opaque else {}
     imported = transfer.read(
         file, args.system, published, overrides=args.set, entry=args.entry, **options
@@ -107,37 +117,40 @@ def run(args: argparse.Namespace) -> None:
         "home": found.home,
         "licence": found.licence,
     }
-    step = imports.save_imported(out, imported, source, tokenizer)
-    count = transfer.parameters(imported.module)
     average = "; the moving average is used" if imported.average is not None else ""
-    report.say(f"{args.system}: {count:,} parameters, {_tokens(imported)}{average}")
-    for name in ("sha256", "licence", "home"):
-        report.say(f"{name}: {source[name]}")
-    for note in imported.notes:
-        report.say(note)
+    count = transfer.parameters(imported.module)
+    told.append(f"{args.system}: {count:,} parameters, {_tokens(imported)}{average}")
+    told += [f"{name}: {source[name]}" for name in ("sha256", "licence", "home")]
+    told += imported.notes
     if imported.aside:
-        report.say(f"set aside, given back by an export: {', '.join(sorted(imported.aside)[:6])}")
-    report.say(f"saved as {step}; try: {_next(imported, out, tokenizer)}")
+        told.append(f"set aside, given back by an export: {', '.join(sorted(imported.aside)[:6])}")
+    return [*told, _saved(place, imported, source, tokenizer)]
 
 
-def _import_export(args: argparse.Namespace, file: pathlib.Path, out: pathlib.Path) -> None:
-    """A checkpoint of what `tokgen export` wrote."""
+def _of_export(args: argparse.Namespace, place: output.Folder) -> list[str]:
+    """A checkpoint of what `tokgen export` wrote; what is to be said."""
     given = [name for name in ("config", "entry", "set", "opaque") if getattr(args, name)]
     if given:
         raise UserError(
-            f"{file} is an export of tokgen, which says all of itself: leave out --{given[0]}, or "
-            "name the published file in it with --system"
+            f"{args.file} is an export of tokgen, which says all of itself: leave out "
+            f"--{given[0]}, or name the published file in it with --system"
         )
-    imported, record = imports.of_export(file)
+    imported, record = imports.of_export(pathlib.Path(args.file))
+    if args.tokenizer and imported.kind != "generator":
+        raise UserError(f"--tokenizer is for generators; {args.file} is a tokenizer itself")
     tokenizer = checkpoint.load_tokenizer(args.tokenizer) if args.tokenizer else None
-    if tokenizer is not None and imported.kind != "generator":
-        raise UserError(f"--tokenizer is for generators; {file} is a tokenizer itself")
     source = record.get("source")
     source = source if isinstance(source, dict) else {}
-    step = imports.save_imported(out, imported, source, tokenizer, tuple(record["classes"]))
     count = transfer.parameters(imported.module)
-    report.say(f"{imported.kind} of tokgen: {count:,} parameters, {_tokens(imported)}")
-    report.say(f"saved as {step}; try: {_next(imported, out, tokenizer)}")
+    told = f"{imported.kind} of tokgen: {count:,} parameters, {_tokens(imported)}"
+    return [told, _saved(place, imported, source, tokenizer, tuple(record["classes"]))]
+
+
+def _saved(place: output.Folder, imported: transfer.Imported, *rest) -> str:
+    """Write the checkpoint; where it is and what can be done with it."""
+    step = imports.save_imported(place.path, imported, *rest)
+    step = place.target / step.relative_to(place.path)
+    return f"saved as {step}; try: {_next(imported, place.target, rest[1])}"
 
 
 def _tokens(imported: transfer.Imported) -> str:
@@ -151,8 +164,13 @@ def _tokens(imported: transfer.Imported) -> str:
 def _next(imported: transfer.Imported, out: pathlib.Path, tokenizer) -> str:
     """What can be done with it."""
     if imported.kind == "generator":
-        where = "" if tokenizer else " --tokenizer CKPT (its tokenizer, which must be named)"
-        return f"tokgen sample {out} --out DIR{where}"
+        where = "" if tokenizer else " --tokenizer CKPT"
+        named = "" if tokenizer else " (its tokenizer must be named)"
+        # a few images: a thousand classes would take hours
+        few = f" --classes 0-{min(4, imported.classes) - 1}" if imported.classes else ""
+        if getattr(imported.module, "cond", "label") == "text":
+            few = " --text FILE.npz"
+        return f"tokgen sample {out} --out DIR{where}{few} --number 2{named}"
     text = " --text DIR" if imported.config.decoder.get("text") else ""
     return f"tokgen reconstruct {out} IMAGES{text} --out DIR"
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import pathlib
 import sys
 
 import numpy as np
 
-from tokgen import report
+from tokgen import launch, output, report
 from tokgen.interfaces import UserError
 from tokgen.pretrained import parity
 
@@ -22,22 +23,40 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per array")
     parser.add_argument("--arrays", default="", help="save what our model computed to this .npz")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier file of --arrays"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Print a line per array; an error when one fails or is not covered."""
+    place = contextlib.nullcontext()
+    if args.arrays:
+        given = dict(option="--arrays", overwrite=args.overwrite)
+        place = output.file(args.arrays, **given)
+    with place as file:
+        folder, lines = _held(args, file)
+    _tell(args, folder, lines)
+
+
+def _held(args: argparse.Namespace, file: pathlib.Path | None) -> tuple[parity.Folder, list]:
+    """(the fixture, a line per array); with a file, what our model computed goes there."""
+    launch.check_platform()
     unknown = "opaque" if args.opaque else "refuse"
     folder = parity.Folder(args.folder, args.system, unknown)
     lines, computed = parity.hold(folder)
+    if file is not None:
+        with open(file, "wb") as opened:
+            np.savez_compressed(opened, **computed)
+    return folder, lines
+
+
+def _tell(args: argparse.Namespace, folder: parity.Folder, lines: list) -> None:
+    """Print them; an error where one fails."""
     if not args.json:
         print(f"{'array':<28} {'max abs':>9} {'max rel':>9} {'tolerance':>9}  verdict")
     for line in lines:
         print(json.dumps(record(line)) if args.json else text(line))
-    if args.arrays:
-        path = pathlib.Path(args.arrays)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as file:
-            np.savez_compressed(file, **computed)
     counts = {
         verdict: sum(line.verdict == verdict for line in lines) for verdict in parity.VERDICTS
     }

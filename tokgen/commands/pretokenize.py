@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import pathlib
 
 import jax
 import numpy as np
 
-from tokgen import checkpoint, heldout, launch, report, sharding
+from tokgen import checkpoint, heldout, launch, output, report, sharding
 from tokgen.data import images, reader, stream, tokens
 from tokgen.interfaces import UserError
 
@@ -19,6 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", required=True, help="checkpoint of the tokenizer")
     parser.add_argument("--data", default="", help="image folder; default: the tokenizer's data")
     parser.add_argument("--out", required=True, help="folder of the token shards")
+    output.arguments(parser)
     parser.add_argument(
         "--views",
         default="center,flip",
@@ -41,6 +43,13 @@ def run(args: argparse.Namespace) -> None:
     views = images.stored(args.views)
     if args.batch < 1:
         raise UserError(f"--batch must be at least 1; found {args.batch}")
+    given = dict(overwrite=args.overwrite, inputs=(args.tokenizer, args.data))
+    with output.growing(args.out, records=tokens.RECORDS, lock=".lock", **given) as out:
+        _filled(args, views, out.path)
+
+
+def _filled(args: argparse.Namespace, views: tuple[str, ...], out: pathlib.Path) -> None:
+    """Encode what a folder does not have yet."""
     launch.devices(args.batch)
     loaded = checkpoint.load_tokenizer(args.tokenizer, compute=args.precision)
     if loaded.layout is None:
@@ -49,13 +58,15 @@ def run(args: argparse.Namespace) -> None:
             "discrete quantizer (vq, fsq, lfq, bsq, multiscale)"
         )
     settings, mesh = loaded.config, sharding.make_mesh()
-    sources = {s: heldout.image_source(settings, args.data, s) for s in tokens.SPLITS}
+    order = tokens.recorded_classes(args.out)
+    sources = {s: heldout.image_source(settings, args.data, s, order=order) for s in tokens.SPLITS}
+    heldout.tell(heldout.called(settings.get("data", {}), args.data), **sources)
     if not args.data and settings.data.name == "shapes":
         described = settings.data.to_dict()
     else:
         described = {"path": args.data} if args.data else settings.data.to_dict()
     writer = tokens.Writer(
-        args.out,
+        out,
         images={split: len(source) for split, source in sources.items() if len(source)},
         layout=loaded.layout.to_json(),
         tokenizer={
@@ -66,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
         data=described | {"fingerprint": {s: sources[s].fingerprint for s in sources}},
         views=views,
         classes=sources["train"].classes,
+        earlier={s: getattr(sources[s], "earlier", ()) for s in sources},
     )
     for split, source in sources.items():  # of shards that an earlier run wrote
         record = reader.unreadable(source)
@@ -112,23 +124,24 @@ def _shard(tokenizer, source, shard, views, batch, mesh, bar) -> tuple:
     Those that could not be read keep their places, with zeros.
     """
     count = shard.stop - shard.start
-    tokens_BXLG, label_B = None, np.zeros(count, np.int32)
-    for number, view in enumerate(views):
-        passing = stream.once(
-            source, view, batch_size=batch, indices=np.arange(shard.start, shard.stop), least=0
-        )
+    layout = tokenizer.layout
+    tokens_BXLG = np.zeros((count, len(views), layout.length, layout.groups), np.int32)
+    label_B, seen_B = np.zeros(count, np.int32), np.zeros(count, bool)
+    passing = stream.once(
+        source,
+        images.Every(tuple(views)),
+        batch_size=batch,
+        indices=np.arange(shard.start, shard.stop),
+        least=0,
+        threads=stream.THREADS,
+    )
+    with passing:
         for part in passing:
-            image, rows = part["image"], part["index"] - shard.start
-            padded = np.concatenate([image, np.repeat(image[-1:], batch - len(image), axis=0)])
-            laid = sharding.global_batch({"image": padded}, mesh)["image"]
-            found_BLG = jax.device_get(encode(tokenizer, laid))[: len(image)]
-            if tokens_BXLG is None:
-                shape = (count, len(views), *found_BLG.shape[1:])
-                tokens_BXLG = np.zeros(shape, found_BLG.dtype)
-            tokens_BXLG[rows, number], label_B[rows] = found_BLG, part["label"]
-            if number == 0:
-                bar.update(len(image))
-    if tokens_BXLG is None:  # not one of them
-        length, symbols = tokenizer.layout.length, len(tokenizer.layout.vocab)
-        tokens_BXLG = np.zeros((count, len(views), length, symbols), np.int32)
-    return tokens_BXLG, label_B, reader.unreadable(source).between(shard.start, shard.stop)
+            rows = part["index"] - shard.start
+            label_B[rows], seen_B[rows] = part["label"], True
+            for number in range(len(views)):
+                laid = sharding.filled(part["image"][:, number], batch, mesh)
+                tokens_BXLG[rows, number] = jax.device_get(encode(tokenizer, laid))[: len(rows)]
+            bar.update(len(rows))
+    broken = shard.start + np.flatnonzero(~seen_B)
+    return tokens_BXLG, label_B, reader.unreadable(source).among(broken)

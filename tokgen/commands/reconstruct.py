@@ -59,7 +59,9 @@ def _reconstructed(args: argparse.Namespace, out: output.Folder) -> dict:
     if path.is_file():
         source = OneImage(path)
     else:
-        source = config.build({"name": "folder", "path": str(path)}, "data", split="all")
+        section = {"name": "folder", "path": str(path), "labels": "none"}  # of any folder
+        source = config.build(section, "data", split="all")
+        heldout.tell(str(path), all=source)
     if args.text:
         source = captioned.Source(source, args.text, split="all")
     elif loaded.config.decoder.get("text"):

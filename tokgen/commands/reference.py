@@ -10,7 +10,18 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tokgen import checkpoint, config, extractors, judge, launch, protocols, references, report
+from tokgen import (
+    checkpoint,
+    config,
+    extractors,
+    heldout,
+    judge,
+    launch,
+    output,
+    protocols,
+    references,
+    report,
+)
 from tokgen import samples as supplied
 from tokgen.data import images, reader, stream
 from tokgen.interfaces import UserError
@@ -24,6 +35,7 @@ SIZE = 256  # pixels of the published protocols' images
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help="image folder, an .npz of images, or tfds:NAME")
     parser.add_argument("--out", required=True, help="the reference to write, an .npz")
+    output.arguments(parser)
     parser.add_argument(
         "--protocol", default="local", help=f"{', '.join(protocols.PROTOCOLS)} (default local)"
     )
@@ -59,16 +71,22 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.network and protocol.extractor != "local":
         raise UserError(f"--network is of the local protocol; {args.protocol} has --weights")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error}; name another --out") from error
+    data = () if args.data.startswith("tfds:") else (args.data,)
+    given = dict(overwrite=args.overwrite, inputs=(*data, args.weights, args.network))
+    with output.file(args.out, own=references.is_one, **given) as file:
+        told = _written(args, protocol, file)
+    report.say(told)
+
+
+def _written(args: argparse.Namespace, protocol: protocols.Protocol, file: pathlib.Path) -> str:
+    """Measure the images and write the reference; what is to be said."""
     launch.devices()
     # an archive does not say what it is of
     unsaid = "all" if args.data.endswith(".npz") else protocol.split or "train"
     split = args.split or unsaid
     source = source_of(args, split)
     size = size_of(source, args)
+    heldout.tell(args.data, **{split: source})
     extractor = extractor_of(args, protocol, source, size)
     count = min(len(source), args.images or len(source))
     index_N = evenly(len(source), count)
@@ -94,12 +112,12 @@ def run(args: argparse.Namespace) -> None:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": checkpoint.versions(),
     }
-    references.save(out, record, sums, features, kept_n, label_n, kept)
+    references.save(file, record, sums, features, kept_n, label_n, kept)
     widths = ", ".join(f"{name} {width}" for name, width in layers.items())
-    report.say(
-        f"{out}: {count} images of {args.data} ({split}), {size[0]} x {size[1]}, seen by "
+    return (
+        f"{args.out}: {count} images of {args.data} ({split}), {size[0]} x {size[1]}, seen by "
         f"{extractor.name} ({widths}); compare with it: tokgen evaluate SAMPLES --protocol "
-        f"{args.protocol} --reference {out}"
+        f"{args.protocol} --reference {args.out}"
     )
 
 

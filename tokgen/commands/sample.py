@@ -11,14 +11,26 @@ import shutil
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from tokgen import archives, checkpoint, launch, output, report, rng, samples, supplies
+from tokgen import (
+    archives,
+    checkpoint,
+    launch,
+    output,
+    report,
+    rng,
+    samples,
+    sharding,
+    supplies,
+)
+from tokgen.data import classes as names_
 from tokgen.interfaces import PyTree, Text, UserError
 from tokgen.metrics import reconstruction
 from tokgen.sampling import decode, presets
 
+# Without --classes: all of so many, or some of them evenly over all
+FEW, SOME = 16, 8
 RECORDS = {"samples.json": ("checkpoint", "settings")}
 COLUMNS = 16  # images of a row of grid.png
 PIXELS, SIDE = 2**26, 2**14  # of grid.png, at most; SIDE is its height
@@ -78,17 +90,18 @@ def drawn(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """What `draw` gives, batch by batch, but for the `done` first."""
     N = len(jax.tree.leaves(cond)[0])
-    batch = even(N - done, batch)
+    batch, mesh = even(N - done, batch), sharding.current()
     with report.bar(N, initial=done, unit="image", what=what, shown=bool(what)) as bar:
         for start in range(done, N, batch):
-            # the last batch is filled up, so that one program serves all
-            index_B = np.minimum(np.arange(start, start + batch), N - 1)
-            keys_B = rng.per_image(seed, "sample", jnp.asarray(first + index_B))
-            held = None if given is None else tuple(jnp.asarray(g[index_B]) for g in given)
-            cond_B = jax.tree.map(lambda leaf, index=index_B: jnp.asarray(leaf[index]), cond)
-            tokens_BLG, invalid_B = draw_tokens(
-                generator, tokenizer.quantizer, cond_B, keys_B, sampler, held
-            )
+            index_B = np.arange(start, min(start + batch, N))
+            asked = jax.tree.map(lambda leaf, index=index_B: np.asarray(leaf)[index], (cond, given))
+            (cond_B, held), laid_B = sharding.filled((asked, first + index_B), batch, mesh)
+            keys_B = rng.per_image(seed, "sample", laid_B)
+            with jax.set_mesh(mesh):  # so that the networks can say how their activations lie
+                tokens_BLG, invalid_B = draw_tokens(
+                    generator, tokenizer.quantizer, cond_B, keys_B, sampler, held
+                )
+                image_BHW3 = paint(tokenizer, tokens_BLG)
             kept = min(batch, N - start)
             if np.asarray(invalid_B)[:kept].any():
                 raise UserError(
@@ -96,7 +109,7 @@ def drawn(
                     "are not finite; the checkpoint's weights are damaged or its run diverged: use "
                     "an earlier step"
                 )
-            yield np.asarray(tokens_BLG)[:kept], np.asarray(paint(tokenizer, tokens_BLG))[:kept]
+            yield np.asarray(tokens_BLG)[:kept], np.asarray(image_BHW3)[:kept]
             bar.update(kept)
 
 
@@ -106,25 +119,37 @@ def even(count: int, batch: int) -> int:
 
 
 def chosen(text: str, classes: tuple[str, ...]) -> list[int]:
-    """Labels of `--classes`: names, numbers or ranges (`0-9`), comma between; "" is all."""
+    """Labels of `--classes`: names, numbers or ranges (`0-9`), comma between, or `all`.
+
+    Without any: all where they are few, else some evenly over them. Where the names are numbers
+    themselves, numbers and ranges are of names.
+    """
     count = max(len(classes), 1)
-    if not text:
+    if not text and count > FEW:
+        return [n * count // SOME for n in range(SOME)]
+    if not text or (text.strip() == "all" and "all" not in classes):
         return list(range(count))
+    label_of = {number: number for number in range(count)}
+    if names_.numbered(classes):
+        label_of = {int(name): label for label, name in enumerate(classes)}
     labels = []
     for part in text.split(","):
         part = part.strip()
-        span = re.fullmatch(r"(-?\d+)(?:-(\d+))?", part)
+        span = re.fullmatch(r"(-?[0-9]{1,18})(?:-([0-9]{1,18}))?", part)
         if part in classes:
             labels.append(classes.index(part))
         elif span:
             low = int(span[1])
             high = low if span[2] is None else int(span[2])
-            if not 0 <= low <= high < count:
+            if not low <= high <= low + count or not all(
+                number in label_of for number in range(low, high + 1)
+            ):
+                ids = f"{min(label_of)} to {max(label_of)}"
+                if len(label_of) <= max(label_of) - min(label_of):
+                    ids = f"among {ids}"
                 named = f" ({', '.join(classes[:10])}{' ...' if count > 10 else ''})"
-                raise UserError(
-                    f"class ids are 0 to {count - 1}{named if classes else ''}; found {part}"
-                )
-            labels.extend(range(low, high + 1))
+                raise UserError(f"class ids are {ids}{named if classes else ''}; found {part}")
+            labels.extend(label_of[number] for number in range(low, high + 1))
         else:
             raise UserError(
                 f"unknown class {part!r}; need ids 0 to {count - 1} or names: "
@@ -178,6 +203,12 @@ def conditions(args: argparse.Namespace, loaded) -> tuple[PyTree, np.ndarray, li
         )
     if kind == "label":
         labels = chosen(args.classes, loaded.classes)
+        if not args.classes and len(labels) < len(loaded.classes):
+            report.say(
+                f"{len(labels)} of {len(loaded.classes)} classes are drawn, evenly over them: "
+                f"{names_.listed([loaded.classes[i] for i in labels])}; --classes chooses others, "
+                f"--classes all draws {len(loaded.classes) * args.number:,} images"
+            )
         label_N = np.repeat(np.asarray(labels, np.int32), args.number)
         return label_N, label_N, [loaded.classes[i] if loaded.classes else "" for i in labels]
     if args.classes or not args.text:
@@ -194,7 +225,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="of a generator: a work directory, or one step of it")
     parser.add_argument("--out", required=True, help="folder for the images; must be new or empty")
     output.arguments(parser)
-    parser.add_argument("--classes", default="", help="names, ids or ranges, as 0-9,cat; all")
+    parser.add_argument(
+        "--classes",
+        default="",
+        help="names, ids or ranges, as 0-9,cat; or all "
+        f"(default: all of {FEW} or fewer, else {SOME} evenly over them)",
+    )
     parser.add_argument(
         "--text", default="", help=".npz with features [N, T, E] and mask [N, T], for text models"
     )
@@ -290,6 +326,7 @@ def _sampled(args: argparse.Namespace, out: output.Folder) -> str:
         "preset": args.preset,
         "settings": settings,
         "classes": classes,
+        "names": list(loaded.classes),  # what the numbers of samples.npz are called
         "text": args.text,
         "number": args.number,
         "precision": precision,
@@ -298,14 +335,15 @@ def _sampled(args: argparse.Namespace, out: output.Folder) -> str:
     parts = out.path / "parts"
     out.claim(record | {"conditions": supplies.conditions(cond), "png": not args.no_png})
     done = sum(len(image_BHW3) for _, image_BHW3 in _kept(parts))
-    kind = "text" if args.text else "class"
     for tokens_BLG, image_BHW3 in drawn(
         *(generator, tokenizer.module, cond, sampler), seed=args.seed, batch=args.batch, done=done
     ):
         for i, image_HW3 in enumerate(image_BHW3, done):
             if not args.no_png:
-                name = f"seed{args.seed}-{i:05d}-{kind}{kind_N[i]}.png"
-                report.save_png(out.path / name, image_HW3)
+                kind = f"text{kind_N[i]}"
+                if not args.text:
+                    kind = names_.file_name(int(kind_N[i]), loaded.classes)
+                report.save_png(out.path / f"seed{args.seed}-{i:05d}-{kind}.png", image_HW3)
         # last: what is in a part has its pictures
         part = {"tokens": tokens_BLG, "image": image_BHW3}
         supplies.save_part(parts / f"{done:07d}.npz", part)

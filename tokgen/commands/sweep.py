@@ -20,17 +20,18 @@ from tokgen import (
     checkpoint,
     evaluation,
     launch,
+    output,
     page,
     protocols,
     references,
     report,
-    runs,
 )
 from tokgen.commands import compare, evaluate, sample
 from tokgen.interfaces import UserError
 
 # Options that are swept -> their letter in a folder's name
 AXES = {"guidance": "g", "temperature": "t", "steps": "s"}
+RECORDS = {evaluation.RUN: ("sweep of",)}
 RULE = (
     "The best setting was chosen on these seeds, which flatters it: report a figure of other seeds "
     "(tokgen evaluate with another --seed), with the spread over three or more."
@@ -42,6 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", required=True, help=", ".join(protocols.PROTOCOLS))
     parser.add_argument("--reference", required=True, help="what tokgen reference wrote")
     parser.add_argument("--out", required=True, help="folder of the evaluations and the page")
+    output.arguments(parser)
     swept = parser.add_argument_group("what is swept: every combination is scored")
     swept.add_argument("--guidance", type=float, nargs="+", default=[], help="weights; 1 is off")
     swept.add_argument("--temperature", type=float, nargs="+", default=[])
@@ -74,13 +76,16 @@ def run(args: argparse.Namespace) -> None:
     """Score every setting with every seed, and say which is the best, and how surely."""
     grid = settings_of(args)
     check(args)
-    launch.devices()
-    out, protocol = pathlib.Path(args.out), protocols.named(args.protocol)
-    with runs.lock(out):
+    protocol = protocols.named(args.protocol)
+    given = dict(overwrite=args.overwrite, inputs=(args.reference, args.weights, args.tokenizer))
+    about = dict(records=RECORDS, record=evaluation.RUN, what="another sweep")
+    with output.growing(args.out, **about, **given) as place:
+        launch.devices()
+        out = place.path
         try_out(args, grid)
         reference = references.read(args.reference, args.assume)
         extractor = assess.extractor_of(args, protocol, reference)
-        evaluation.claim(out, identity(args, reference, extractor))
+        place.claim(identity(args, reference, extractor))
         reference = assess.with_features(reference, extractor)
         jobs, lines = [], {}
         for name, setting in grid.items():
@@ -95,9 +100,10 @@ def run(args: argparse.Namespace) -> None:
         compare.check({f"{n} {line['seed']}": line for n, found in lines.items() for line in found})
         summary = summarised(args, grid, lines)
         page.save(out / "sweep.json", json.dumps(summary, indent=2) + "\n")
-        where = page.save(out / page.NAME, shown(summary, lines))
-        print(listed(summary))
-        report.say(f"{where}: a page to look at; {out / 'sweep.json'}: the same as JSON. {RULE}")
+        page.save(out / page.NAME, shown(summary, lines))
+    print(listed(summary))
+    where, same = place.target / page.NAME, place.target / "sweep.json"
+    report.say(f"{where}: a page to look at; {same}: the same as JSON. {RULE}")
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, dict]:
@@ -135,7 +141,8 @@ def one(
     made = vars(parser.parse_args([args.checkpoint]))
     given = {name: value for name, value in vars(args).items() if name in made}
     swept = dict.fromkeys(AXES) | dict(setting)
-    return argparse.Namespace(**made | given | swept | {"seed": seed, "out": str(folder)})
+    own = {"seed": seed, "out": str(folder), "overwrite": False}
+    return argparse.Namespace(**made | given | swept | own)
 
 
 def try_out(args: argparse.Namespace, grid: Mapping[str, Mapping]) -> None:
@@ -162,15 +169,15 @@ def identity(args: argparse.Namespace, reference: references.Reference, extracto
 
 def evaluated(args: argparse.Namespace, extractor, reference: references.Reference) -> dict:
     """The result of one evaluation: made now, or found finished."""
-    out, protocol = pathlib.Path(args.out), protocols.named(args.protocol)
-    if (out / evaluation.RESULTS).exists():
-        return evaluation.results(out)[-1]
-    with runs.lock(out):
-        supply, classes = assess.supply_of(args, protocol, out)
+    protocol = protocols.named(args.protocol)
+    if (pathlib.Path(args.out) / evaluation.RESULTS).exists():
+        return evaluation.results(pathlib.Path(args.out))[-1]
+    with assess.opened(args) as place:
+        supply, classes = assess.supply_of(args, protocol, place.path)
         count = assess.count_of(args, protocol, supply)
         references.check(reference, args.protocol, extractor, size=supply.size, count=count)
-        line, found = assess.scored(args, supply, extractor, reference, count, classes, out)
-        assess.finish(out, line, found, supply, extractor, reference, count)
+        line, found = assess.scored(args, supply, extractor, reference, count, classes, place)
+        assess.finish(place, line, found, supply, extractor, reference, count)
     return line
 
 

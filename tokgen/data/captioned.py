@@ -61,6 +61,7 @@ class Source:
         self.inner = images  # whose images they are: what cannot be read is counted there
         self.features = Features(features, split, len(images))
         self.fingerprint = self.features.fingerprint(images.fingerprint)
+        self.earlier = tuple(map(self.features.fingerprint, getattr(images, "earlier", ())))
 
     def __len__(self) -> int:
         return len(self.images)

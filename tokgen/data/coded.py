@@ -84,8 +84,12 @@ class Source:
         self.layout, self.encode = layout, encode
         if hasattr(pictures, "__getitems__"):
             self.__getitems__ = pictures.__getitems__  # images that are drawn come in batches
-        what = [pictures.fingerprint, self.views, list(self.view.size), channels, tokenizer]
-        self.fingerprint = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        what = [self.views, list(self.view.size), channels, tokenizer]
+        self.fingerprint, *earlier = (
+            hashlib.sha256(json.dumps([of_images, *what]).encode()).hexdigest()
+            for of_images in (pictures.fingerprint, *getattr(pictures, "earlier", ()))
+        )
+        self.earlier = tuple(earlier)
 
     def __len__(self) -> int:
         return len(self.pictures)

@@ -156,6 +156,34 @@ class View:
         return image_HWC[:, ::-1] if mirrored else image_HWC
 
 
+@dataclasses.dataclass(frozen=True)
+class Every:
+    """Several fixed views of an image at once: uint8 [views, rows, columns, channels].
+
+    What views are cut from is resized once for all of them.
+    """
+
+    views: tuple[View, ...]
+    crop, flip = "center", False  # nothing is random
+
+    @property
+    def channels(self) -> int:
+        return self.views[0].channels
+
+    @property
+    def decoder(self) -> str:
+        return self.views[0].decoder
+
+    def __call__(self, image_HWC: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        resized, seen = {}, []
+        for view in self.views:
+            size = _wider(view.size, view.zoom) if view.crop in TEN else view.size
+            if size not in resized:
+                resized[size] = centre(image_HWC, size)
+            seen.append(view(resized[size], rng))  # which finds the right size already
+        return np.stack(seen)
+
+
 def fixed(name: str, size: tuple[int, int], channels: int = 3) -> View:
     """The view that pretokenizing stores under a name, one of STORED."""
     if name not in STORED:
@@ -429,13 +457,17 @@ def _random_crop(
 def _one_of_ten(image_HWC: np.ndarray, size: tuple[int, int], zoom: float, crop: str) -> np.ndarray:
     # mirrored before the cut: where the room is odd, the middle is not its own mirror image
     rows, columns = size
-    image_HWC = centre(image_HWC, (int(rows * zoom), int(columns * zoom)))
+    image_HWC = centre(image_HWC, _wider(size, zoom))
     if crop.startswith("mirrored_"):
         image_HWC = image_HWC[:, ::-1]
     down, right = CORNERS[crop.removeprefix("mirrored_")]
     top = round(down * (image_HWC.shape[0] - rows))
     left = round(right * (image_HWC.shape[1] - columns))
     return image_HWC[top : top + rows, left : left + columns]
+
+
+def _wider(size: tuple[int, int], zoom: float) -> tuple[int, int]:
+    return int(size[0] * zoom), int(size[1] * zoom)
 
 
 def _cover(image_HWC: np.ndarray, size: tuple[float, float]) -> np.ndarray:

@@ -6,6 +6,7 @@ of such an image is the caller's: training puts another one into its place, meas
 """
 
 import itertools
+from collections.abc import Iterable
 
 from tokgen import interfaces, report
 from tokgen.data import images
@@ -16,17 +17,22 @@ _RECORDED = 20  # images that a record names
 REPLACED, LEFT_OUT = "others stand in", "left out"
 
 
+class Unavailable(images.BrokenImage):
+    """A file that cannot be read at all: gone, not allowed, a disk that fails."""
+
+
 class Unreadable:
     """The distinct images of a source that could not be read: their indices, each with a reason.
 
-    `looked` is the number of distinct images that were looked at.
+    `looked` is the number of distinct images that were looked at; `unavailable` of those that were
+    not even bytes.
     """
 
     def __init__(self, source):
         self._source = source
         self._reasons: dict[int, str] = {}
         self._told = 0
-        self.looked = 0
+        self.looked = self.unavailable = 0
 
     def __len__(self) -> int:
         return len(self._reasons)
@@ -45,6 +51,10 @@ class Unreadable:
     def files(self) -> dict[str, str]:
         """{name: reason} of all of them."""
         return dict(zip(self.names(), self._reasons.values(), strict=True))
+
+    def listing(self) -> list[tuple[int, str]]:
+        """Index and reason of all of them."""
+        return list(self._reasons.items())
 
     def record(self) -> dict:
         """How many, of how many, and the first of them by name, as plain JSON."""
@@ -74,13 +84,9 @@ class Unreadable:
         )
         self._told = len(self)
 
-    def between(self, start: int, stop: int) -> dict[int, tuple[str, str]]:
-        """{index: (name, reason)} of those from `start` to `stop`."""
-        return {
-            index: (name_of(self._source, index), reason)
-            for index, reason in self._reasons.items()
-            if start <= index < stop
-        }
+    def among(self, indices: Iterable[int]) -> dict[int, tuple[str, str]]:
+        """{index: (name, reason)} of those of some indices, all of which could not be read."""
+        return {int(i): (name_of(self._source, i), self._reasons[int(i)]) for i in indices}
 
     def check(self, max_bad: float, option: str = "--config.max_bad") -> None:
         """An error where more images than the share `max_bad` of those looked at are unreadable."""
@@ -107,16 +113,26 @@ def read(source, index: int, channels: int, decoder: str = "pil") -> dict:
 
     Images that a source draws are given as they are.
     """
+    return pixels(record(source, index), channels, decoder)
+
+
+def record(source, index: int) -> dict:
+    """The record at `index` as the source has it, its label checked; or BrokenImage."""
     try:
-        record = source[index]
-    except OSError as error:  # gone, not allowed, a disk that fails
-        raise images.BrokenImage(f"{type(error).__name__}: {error.strerror or error}") from error
+        found = source[index]
+    except OSError as error:
+        raise _unavailable(error) from error
     classes = len(getattr(source, "classes", ()))
-    if classes and not 0 <= record["label"] < classes:
-        raise images.BrokenImage(f"its label is {record['label']}, and there are {classes} classes")
-    if not isinstance(record["image"], bytes):
-        return record
-    return {**record, "image": images.decode(record["image"], channels, decoder=decoder)}
+    if classes and not 0 <= found["label"] < classes:
+        raise images.BrokenImage(f"its label is {found['label']}, and there are {classes} classes")
+    return found
+
+
+def pixels(found: dict, channels: int, decoder: str = "pil") -> dict:
+    """A record with pixels in the place of the bytes of its image; or BrokenImage."""
+    if not isinstance(found["image"], bytes):
+        return found
+    return {**found, "image": images.decode(found["image"], channels, decoder=decoder)}
 
 
 def header(source, index: int) -> tuple[str, tuple[int, int]]:
@@ -130,7 +146,11 @@ def header(source, index: int) -> tuple[str, tuple[int, int]]:
                 return images.header(file)
         return images.header(source[index]["image"])
     except OSError as error:
-        raise images.BrokenImage(f"{type(error).__name__}: {error.strerror or error}") from error
+        raise _unavailable(error) from error
+
+
+def _unavailable(error: OSError) -> Unavailable:
+    return Unavailable(f"{type(error).__name__}: {error.strerror or error}")
 
 
 def name_of(source, index: int) -> str:

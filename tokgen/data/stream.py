@@ -12,9 +12,11 @@ replaced by the next one of the same permutation that can be. One pass in order,
 measuring: it leaves out what cannot be read. Either way it is counted and told by `reader`.
 """
 
+import collections
+import concurrent.futures
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import grain
 import numpy as np
@@ -23,6 +25,7 @@ from tokgen import interfaces
 from tokgen.data import images, reader
 
 _PATIENCE = 16  # neighbours tried for one broken element; so many in a row are no accident
+THREADS = min(4, os.cpu_count() or 1)
 # Streams of random numbers from one seed: grain takes the first for itself.
 _VIEW_STREAM = 1
 
@@ -96,7 +99,7 @@ def batches(
     batch_size: int,
     start: int = 0,
     process: tuple[int, int] = (0, 1),
-    threads: int = min(4, os.cpu_count() or 1),
+    threads: int = THREADS,
     prefetch: int = 4,
     max_bad: float = 1e-3,
 ) -> Batches:
@@ -161,12 +164,14 @@ def once(
     batch_size: int,
     indices: Sequence[int] | None = None,
     least: int = 1,
+    threads: int = 0,
 ) -> Batches:
     """One pass in order, over all elements or `indices`, of those that can be read.
 
     For measuring: nothing is random, so views and token views are the first of what they might be.
     What cannot be read is left out and told; batches are full but for the last. `"index"`, int64
-    [B], says which elements of the source they hold. Fewer than `least` are a UserError.
+    [B], says which elements of the source they hold. Fewer than `least` are a UserError. `threads`
+    load the next batch while the last one is used; 0 loads it when it is asked for.
     """
     if batch_size < 1:
         raise interfaces.UserError(f"batch_size must be at least 1; found {batch_size}")
@@ -180,9 +185,10 @@ def once(
 
     def passing():
         held = None
-        for first in range(0, len(index_N), batch_size):
-            part = index_N[first : first + batch_size]
-            batch, broken = load(part, [None] * len(part), None)
+        parts = (index_N[f : f + batch_size] for f in range(0, len(index_N), batch_size))
+        for batch, broken in _ahead(
+            lambda part: load(part, [None] * len(part), None), parts, threads
+        ):
             for index, reason in broken:
                 record.add(index, reason)
             if not broken and not held:
@@ -198,6 +204,32 @@ def once(
 
     found = _enough(passing(), record, min(least, len(index_N)))
     return Batches(found, source, step=0, max_bad=1.0, fate=reader.LEFT_OUT)
+
+
+def _ahead(load: Callable, parts: Iterable[np.ndarray], threads: int):
+    """What is loaded of each part, in order: by threads, a part ahead, each a piece of it."""
+    if not threads:
+        yield from map(load, parts)
+        return
+    pool, waiting = concurrent.futures.ThreadPoolExecutor(threads), collections.deque()
+    try:
+        for part in parts:
+            pieces = np.array_split(part, min(threads, len(part)))
+            waiting.append([pool.submit(load, piece) for piece in pieces])
+            if len(waiting) > 1:
+                yield _joined([piece.result() for piece in waiting.popleft()])
+        for pieces in waiting:
+            yield _joined([piece.result() for piece in pieces])
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _joined(pieces: list[tuple[dict, list]]) -> tuple[dict, list]:
+    """One batch of its pieces, of which some may be empty."""
+    full = [batch for batch, _ in pieces if batch]
+    names = full[0] if full else ()
+    batch = {name: np.concatenate([piece[name] for piece in full]) for name in names}
+    return batch, [failure for _, broken in pieces for failure in broken]
 
 
 def _enough(passing, record: reader.Unreadable, least: int):

@@ -7,7 +7,8 @@
 
 A record is the label as a little-endian uint32, then views x L x G tokens in the smallest unsigned
 integer that holds the alphabet, little-endian. The header is written last: a folder without it was
-not finished, and `Writer` goes on where it was stopped.
+not finished, and `Writer` goes on where it was stopped. It holds the checksum of every shard and a
+digest of itself, so that what it says of the tokens cannot be changed without being noticed.
 
 An image that could not be read has a record all the same, of zeros, so that record i belongs to
 image i; the header lists these (`unreadable` of a shard, if it has any), and no reader sees them.
@@ -27,9 +28,11 @@ from array_record.python import array_record_module
 
 from tokgen import interfaces
 
-FORMAT = 1  # the version of all of the above
+FORMAT = 2  # the version of all of the above
+FORMATS = (1, FORMAT)  # that are read; 1 knew no digest of the header
 HEADER = "layout.json"
 PLAN = "plan.json"  # the header before there are shards; what a resumed writer compares
+RECORDS = {HEADER: ("format", "layout"), PLAN: ("format", "layout")}
 SHARD = 8192  # images of a shard
 SPLITS = ("train", "held_out")
 
@@ -67,6 +70,7 @@ class Writer:
       data: JSON that describes the source, with its "fingerprint".
       views: their names, in the order in which they are written.
       classes: the names of the labels; empty if there are none.
+      earlier: fingerprints that earlier versions gave the same source, by split.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class Writer:
         views: Sequence[str] = ("center",),
         classes: Sequence[str] = (),
         shard_images: int = SHARD,
+        earlier: Mapping[str, Sequence[str]] = types.MappingProxyType({}),
     ):
         self.path = os.fspath(path)
         plan = {
@@ -99,13 +104,15 @@ class Writer:
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise interfaces.UserError(f"token shards need a folder; {self.path} is a file")
         os.makedirs(self.path, exist_ok=True)
-        self._resume()
+        self._resume(earlier)
 
-    def _resume(self) -> None:
+    def _resume(self, earlier: Mapping[str, Sequence[str]]) -> None:
         """Take up the plan that is there if it is this one; refuse any other."""
         for name in (HEADER, PLAN):
             if os.path.exists(os.path.join(self.path, name)):
                 found = (_read_header if name == HEADER else _read_plan)(self.path)
+                if _is_known(self._plan["data"], found.get("data"), earlier):
+                    self._plan["data"] = found["data"]  # as it was written
                 differences = _differences(self._plan, _plan_of(found))
                 if differences:
                     raise interfaces.UserError(
@@ -218,7 +225,8 @@ class Writer:
                     )
                 splits[split]["unreadable"] = unreadable
         header = {key: value for key, value in self._plan.items() if key != "images"}
-        _write_json(self.path, HEADER, {**header, "splits": splits})
+        header["splits"] = splits
+        _write_json(self.path, HEADER, {**header, "digest": _digest(header)})
         self._finished = notes
         for name in os.listdir(self.path):
             if name == PLAN or (name.startswith(".") and name.endswith((".note", ".part"))):
@@ -239,7 +247,9 @@ class Source:
         self.path = os.fspath(path)
         self.split = split
         self.header = _read_header(self.path)
-        if split not in self.header["splits"]:
+        # a set of which nothing was held out has an empty part
+        parts = {"held_out": {"images": 0, "shards": []}} | self.header["splits"]
+        if split not in parts:
             raise interfaces.UserError(
                 f"{self.path} has no split {split!r}, only {', '.join(self.header['splits'])}; "
                 f"choose one of these, or {_REMEDY}"
@@ -249,19 +259,34 @@ class Source:
         self.views: tuple[str, ...] = tuple(self.header["views"])
         # of images that could not be read; the stream reads none of these
         self.missing: dict[int, tuple[str, str]] = {}
-        for shard in self.header["splits"][split]["shards"]:
+        for shard in parts[split]["shards"]:
             self.missing |= _missing(shard)
         self._packing = _Packing(self.header)
-        shards = self.header["splits"][split]["shards"]
+        shards = parts[split]["shards"]
         self._files = [os.path.join(self.path, shard["file"]) for shard in shards]
         self._ends = np.cumsum([shard["images"] for shard in shards]).tolist()
         self._readers: list = [None] * len(shards)
+        # images of each class, where all were looked at
+        self.counts = np.zeros(self._packing.labels, np.int64) if verify else None
         for shard in shards:
             self._check(shard, verify)
-        # Where the tokenizer lies is no part of what the tokens are.
-        what = {**self.header, "tokenizer": {**self.header["tokenizer"], "path": ""}}
-        canonical = json.dumps([split, what], sort_keys=True)
+        if verify:
+            self.counts[0] -= len(self.missing)
+        self._check_folder()
+        canonical = json.dumps([split, _told(self.header)], sort_keys=True)
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+
+    def _check_folder(self) -> None:
+        """An error where shards lie in the folder of which the header knows nothing."""
+        named = _header_shards(self.header)
+        there = (name for name in os.listdir(self.path) if name.endswith(".array_record"))
+        other = sorted(name for name in there if name not in named and name[0] != ".")
+        if other:
+            listed = ", ".join(other[:5]) + (f" and {len(other) - 5} more" if other[5:] else "")
+            raise interfaces.UserError(
+                f"{self.path} holds shards that its {HEADER} does not name: {listed}; move what is "
+                f"of another token set away, or {_REMEDY}"
+            )
 
     def _check(self, shard: dict, verify: bool) -> None:
         path = os.path.join(self.path, shard["file"])
@@ -284,9 +309,12 @@ class Source:
                 raise _damage(
                     path, f"records of {self._packing.width} bytes are needed; found {len(record)}"
                 )
-        problem = self._packing.range_problem(*self._packing.unpack(records))
+        tokens_BXLG, label_B = self._packing.unpack(records)
+        problem = self._packing.range_problem(tokens_BXLG, label_B)
         if problem:
             raise _damage(path, problem)
+        if verify:
+            self.counts += np.bincount(label_B, minlength=self._packing.labels)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -432,12 +460,40 @@ def _planned(split: str, count: int, shard_images: int) -> list[Shard]:
     ]
 
 
+def recorded_classes(path: str | os.PathLike) -> tuple[str, ...]:
+    """The classes, in their order, of a folder of shards, finished or begun; none without one."""
+    path = os.fspath(path)
+    for name in (HEADER, PLAN):
+        if os.path.exists(os.path.join(path, name)):
+            found = _read_json(path, name).get("classes")
+            named = isinstance(found, list) and all(isinstance(name, str) for name in found)
+            return tuple(found) if named else ()
+    return ()
+
+
 def _plan_of(header: dict) -> dict:
     """The plan that a finished header came from; a plan as it is."""
     if "splits" not in header:
         return header
-    plan = {key: value for key, value in header.items() if key != "splits"}
+    plan = {key: value for key, value in header.items() if key not in ("splits", "digest")}
     return {**plan, "images": {name: part["images"] for name, part in header["splits"].items()}}
+
+
+def _is_known(data: dict, found, earlier: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a header's `data` are the same but for fingerprints of an earlier version."""
+    if not isinstance(found, dict) or not isinstance(data.get("fingerprint"), dict):
+        return False
+    known = {
+        s: (fingerprint, *earlier.get(s, ())) for s, fingerprint in data["fingerprint"].items()
+    }
+    there = found.get("fingerprint")
+    same = isinstance(there, dict) and there.keys() == known.keys()
+    rest = {name: value for name, value in found.items() if name != "fingerprint"}
+    return (
+        same
+        and all(there[split] in known[split] for split in known)
+        and rest == {name: value for name, value in data.items() if name != "fingerprint"}
+    )
 
 
 def _header_shards(header: dict) -> dict[str, dict]:
@@ -446,7 +502,8 @@ def _header_shards(header: dict) -> dict[str, dict]:
 
 def _differences(need: dict, found: dict) -> list[str]:
     lines = []
-    for key in sorted(need.keys() | found.keys()):
+    # not the format: one that can be read can be gone on with
+    for key in sorted((need.keys() | found.keys()) - {"format"}):
         left, right = need.get(key), found.get(key)
         if key == "tokenizer" and isinstance(left, dict) and isinstance(right, dict):
             left, right = ({**side, "path": ""} for side in (left, right))
@@ -485,7 +542,7 @@ def _read_header(path: str) -> dict:
 
 def _header_problem(header: dict) -> str:
     """What is wrong with a header; empty if it can be used."""
-    if header.get("format") != FORMAT:
+    if header.get("format") not in FORMATS:
         return f"format {FORMAT} is needed; found {header.get('format')}"
     try:
         if header["layout"] != _plain_layout(header["layout"]):
@@ -521,11 +578,27 @@ def _header_problem(header: dict) -> str:
                         return f"image {index} of {split} needs a name and why it is unreadable"
             if not all(isinstance(s["sha256"], str) for s in header["splits"][split]["shards"]):
                 return f"a shard of {split} has no checksum"
+        if (header["format"] > 1 or "digest" in header) and header["digest"] != _digest(header):
+            return "it was changed since it was written: it does not have the digest that it states"
     except KeyError as error:
         return f"{error} is missing"
     except (TypeError, ValueError, AttributeError) as error:
         return f"it does not have the form of a header ({error})"
     return ""
+
+
+def _told(header: dict) -> dict:
+    """What a header says of the tokens, in every format alike.
+
+    Where the tokenizer lies is no part of it: that may change without changing a token.
+    """
+    told = {key: value for key, value in header.items() if key != "digest"}
+    return {**told, "format": 1, "tokenizer": {**header["tokenizer"], "path": ""}}
+
+
+def _digest(header: dict) -> str:
+    what = {**_told(header), "format": header["format"]}
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def _missing(note: Mapping) -> dict[int, tuple[str, str]]:

@@ -192,8 +192,12 @@ def _problems(
         array = weights[entry.key]
         try:
             parts = entry.rule.ours(array, shapes)
+            # as many numbers in another order would be other weights
+            blank = [np.broadcast_to(np.int8(0), part.shape) for part in parts]
+            if entry.rule.published(blank).shape != array.shape:
+                parts = [np.empty(0)] * len(shapes)
         except (ValueError, IndexError):
-            parts = [array] * len(shapes)
+            parts = [np.empty(0)] * len(shapes)
         if any(part.shape != tuple(shape) for part, shape in zip(parts, shapes, strict=True)):
             need = f"for {', '.join(paths)} {', '.join(str(tuple(s)) for s in shapes)}"
             wrong.append(f"{entry.key} has the shape {array.shape}, which does not fit {need}")

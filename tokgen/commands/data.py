@@ -1,0 +1,119 @@
+"""What is understood of a set of images: splits, classes, counts, sizes, and what cannot be read.
+
+The headers of all files are read; with --scan full every image is decoded, on all cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+from tokgen import config, report, scan
+from tokgen.data import classes, reader, tokens
+from tokgen.interfaces import UserError
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", help="image folder, tfds:NAME, or a folder of token shards")
+    parser.add_argument(
+        "--scan",
+        default="headers",
+        choices=("headers", "full"),
+        help="headers (default): names, sizes and headers; full: every image is decoded",
+    )
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        default=0.02,
+        help="share that is kept aside of a folder without splits (default 0.02, as in configs)",
+    )
+    parser.add_argument(
+        "--splits", default="train,test", help="a TFDS set's names of its two parts"
+    )
+    parser.add_argument("--data-dir", default="", help="where TFDS keeps its sets")
+    parser.add_argument("--channels", type=int, default=3, choices=(1, 3), help="1 or 3 (default)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print it; all files that cannot be read by name."""
+    if (pathlib.Path(args.data) / tokens.HEADER).exists():
+        _shards(args.data)
+        return
+    sources = {"train": source_of(args, "train")}
+    try:
+        sources["held_out"] = source_of(args, "held_out")
+    except UserError as error:  # a set without such a part can be looked at all the same
+        report.say(str(error))
+    print(classes.told(args.data, sources))
+    total, broken = 0, {}
+    for split, source in sources.items():
+        found = _scanned(source, args)
+        unreadable = reader.unreadable(source)
+        total, broken = total + len(source), broken | unreadable.files()
+        print(f"{split:<9} {len(source):,} images, {len(unreadable)} unreadable")
+        if found.sizes:
+            print(f"{'':9} rows x columns: {_sizes(found.sizes)}")
+            forms = sorted(found.forms.items(), key=lambda item: -item[1])
+            print(f"{'':9} formats: {', '.join(f'{form} {count:,}' for form, count in forms)}")
+        print(f"{'':9} fingerprint {source.fingerprint[:16]}", end="")
+        print(f", all bytes {found.sha256[:16]}" if found.sha256 else "")
+    for name, reason in broken.items():
+        print(f"unreadable  {name}: {reason}")
+    if args.scan == "full":
+        print(f"{total:,} images decoded, {len(broken)} of them cannot be read")
+    else:
+        print(
+            f"{total:,} headers read, {len(broken)} of them cannot be; --scan full decodes every "
+            "image"
+        )
+
+
+def source_of(args: argparse.Namespace, split: str):
+    """A part of the images that DATA names."""
+    if args.data.startswith("tfds:"):
+        section = {
+            "name": "tfds",
+            "dataset": args.data.removeprefix("tfds:"),
+            "splits": tuple(args.splits.split(",")),
+            "data_dir": args.data_dir,
+        }
+    else:
+        section = {"name": "folder", "path": args.data, "held_out": args.held_out}
+    return config.build(section, "data", split=split)
+
+
+def _scanned(source, args: argparse.Namespace) -> scan.Found:
+    if args.scan == "full":
+        return scan.full(source, args.channels)
+    return scan.headers(source)
+
+
+def _sizes(sizes: dict[tuple[int, int], int]) -> str:
+    most = sorted(sizes.items(), key=lambda item: -item[1])
+    told = [f"{rows} x {columns} ({count:,})" for (rows, columns), count in most[:5]]
+    if len(most) > 5:
+        least, largest = (
+            min(sizes, key=lambda s: s[0] * s[1]),
+            max(sizes, key=lambda s: s[0] * s[1]),
+        )
+        told.append(
+            f"and {len(most) - 5} others, from {least[0]} x {least[1]} to {largest[0]} x "
+            f"{largest[1]}"
+        )
+    return ", ".join(told)
+
+
+def _shards(path: str) -> None:
+    """What the header of a token set says."""
+    for split in tokens.SPLITS:
+        try:
+            source = tokens.Source(path, split=split, verify=False)
+        except UserError as error:
+            report.say(str(error))
+            continue
+        print(
+            f"{split:<9} {len(source):,} images in {len(source.views)} views, "
+            f"{len(source.missing)} without tokens"
+        )
+        for name, reason in source.missing.values():
+            print(f"unreadable  {name}: {reason}")
