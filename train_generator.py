@@ -38,7 +38,11 @@ def main(
         optimizer=(state.optimizer, ("steps",)),
         mesh=(sharding.make_mesh, ()),
     )
-    source, held_out, tokenizer = read(settings.data)
+    source, held_out, tokenizer = read(settings.data, runs.classes(workdir))
+    told = settings.data if settings.data.tokens else tokenizer.config.get("data", {})
+    heldout.tell(
+        heldout.called(told, settings.data.get("images", "")), train=source, held_out=held_out
+    )
     layout, classes = TokenLayout.from_json(source.layout), source.classes
     codec = tokenizer.module.quantizer
     optimizer = config.call(state.optimizer, settings.optimizer, "optimizer", steps=steps)
@@ -144,8 +148,11 @@ def main(
     stop.end(f"step {done} of {steps} ({seen}) is saved in {workdir}")
 
 
-def read(data):
-    """(training, held-out source, tokenizer): token shards, or images that are encoded here."""
+def read(data, order):
+    """(training, held-out source, tokenizer): token shards, or images that are encoded here.
+
+    The classes of images are in `order`, where they are the same: that of the run that goes on.
+    """
     if data.tokens:
         source, held_out = (heldout.generator_source(data, s) for s in tokens.SPLITS)
         made_by = source.header["tokenizer"]
@@ -160,7 +167,8 @@ def read(data):
         )
     # in float32, as shards are made
     tokenizer = checkpoint.load_tokenizer(data.tokenizer, compute="float32")
-    return *(heldout.generator_source(data, s, tokenizer) for s in tokens.SPLITS), tokenizer
+    parts = (heldout.generator_source(data, s, tokenizer, order) for s in tokens.SPLITS)
+    return *parts, tokenizer
 
 
 def train_step(settings, graph, optimizer):
@@ -186,15 +194,23 @@ def train_step(settings, graph, optimizer):
 
 
 def measure(network, graph, with_what, log, settings) -> dict[str, float]:
-    """Held-out nats and a sample grid from the averaged weights of a step that is saved."""
+    """Held-out nats and a sample grid from the averaged weights of a step that is saved.
+
+    No nats where nothing is held out: then the latest step is the best.
+    """
     held_out, tokenizer = with_what
     step = int(jax.device_get(network.step))
     generator = state.merge(graph, state.averaged(network), network.stats)
     codec = tokenizer.module.quantizer
-    figures = heldout.likelihood(generator, codec, held_out, count=settings.held_out.images)
-    report.say(f"step {step}: held out {report.figures(figures, ('nats_per_token', 'nats_error'))}")
-    log.scalars(step, figures, split="held_out")
-    if settings.held_out.samples:
+    figures = {}
+    if len(held_out):
+        count = settings.held_out.images
+        figures = heldout.likelihood(generator, codec, held_out, count=count)
+        shown = report.figures(figures, ("nats_per_token", "nats_error"))
+        report.say(f"step {step}: held out {shown}")
+        log.scalars(step, figures, split="held_out")
+    text = getattr(generator, "cond", "label") == "text"  # whose samples are of held-out texts
+    if settings.held_out.samples and (len(held_out) or not text):
         preset = presets.named(settings.presets.to_dict(), "default")
         image_HW3 = grid(generator, preset, held_out.classes, with_what, settings)
         log.image(step, "samples", image_HW3)

@@ -57,8 +57,11 @@ def main(
     plan = stages.plan(settings)
     game = config.call(adversary.Game, settings.critic, "critic")
     limits = config.call(guard.Limits, settings.get("guard", {}), "guard")
-    source = config.build(settings.data, "data", split="train")
-    held_out = config.build(settings.data, "data", split="held_out")
+    # classes in the order of the run that goes on; a tokenizer needs none
+    known = dict(order=runs.classes(workdir), doubtful="drop")
+    source = config.build(settings.data, "data", split="train", **known)
+    held_out = config.build(settings.data, "data", split="held_out", **known)
+    heldout.tell(heldout.called(settings.data), train=source, held_out=held_out)
     view = config.call(images.View, settings.view, "view")
 
     # the whole config is built abstractly, before any work
@@ -165,7 +168,7 @@ def main(
             if due(step):
                 with run.rescuing(networks):
                     figures = measure(networks, graph, held_out, log, settings)
-                if step > play and worse(run, play, figures["l2"], limits, returns):
+                if figures and step > play and worse(run, play, figures["l2"], limits, returns):
                     networks, returns = go_back(run, networks, settings, plan, play, mesh)
                     step_of = painter.Steps(
                         settings, game, limits, graphs, critic_optimizer, returns
@@ -189,7 +192,12 @@ def main(
 
 
 def measure(networks, graph, held_out, log, settings) -> dict[str, float]:
-    """Held-out figures and a grid from the averaged weights of a step that is saved."""
+    """Held-out figures and a grid from the averaged weights of a step that is saved.
+
+    None where nothing is held out: then the latest step is the best.
+    """
+    if not len(held_out):
+        return {}
     model = networks["model"]
     step = int(jax.device_get(model.step))
     tokenizer = state.merge(graph, state.averaged(model), model.stats)

@@ -82,7 +82,7 @@ def examine(examiner, tokenizer, arguments) -> None:
     for part in stream.once(source, view, batch_size=arguments.batch, indices=chosen):
         image_BHW3, missing = part["image"], arguments.batch - len(part["image"])
         padded = np.concatenate([image_BHW3, np.repeat(image_BHW3[-1:], missing, axis=0)])
-        painted = sample.paint(tokenizer.module, heldout.encode(tokenizer.module, padded))
+        painted, _ = sample.paint(tokenizer.module, heldout.encode(tokenizer.module, padded))
         repainted.append(
             judge.predictions(examiner, np.asarray(painted)[: len(image_BHW3)]) == part["label"]
         )

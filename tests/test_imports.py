@@ -17,7 +17,7 @@ FILES = sorted([*(ROOT / "tokgen").rglob("*.py"), *ROOT.glob("train_*.py")])
 # is below it. A new file in tokgen needs a place here.
 GROUND, LAYERS, MODELS, MACHINERY, ENTRY = range(5)
 PICTURE = {
-    GROUND: ("interfaces", "rng", "ranges", "sharding", "records"),
+    GROUND: ("interfaces", "boundary", "rng", "ranges", "sharding", "records"),
     LAYERS: ("nn", "sampling", "archives"),
     MODELS: ("tokenizers", "quantizers", "generators", "critics", "features"),
     MACHINERY: (
@@ -47,6 +47,7 @@ RANK = {unit: rank for rank, units in PICTURE.items() for unit in units}
 EXCEPTIONS = {
     ("records", "interfaces"): "a file that is no record is an error that the user can mend",
     ("ranges", "interfaces"): "what it raises",
+    ("boundary", "interfaces"): "what it raises, and the layouts that it holds tokens against",
     ("sharding", "interfaces"): "what it raises",
     ("sharding", "ranges"): "the ranges of a mesh",
     ("checkpoint", "manifest"): "what a checkpoint is compared with",

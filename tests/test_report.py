@@ -160,3 +160,15 @@ def test_a_bar_without_a_terminal_is_lines(capsys):
             bar.set_postfix_str("loss 1")
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith("draw: 3/3 images in 0:00:00")
+
+
+def test_a_figure_that_there_is_none_of_is_none_everywhere(tmp_path):
+    assert report.row("psnr_db_error", None).split() == ["psnr_db_error", "none"]
+    assert report.row("usage", 0.00002).split()[1] == "2e-05"
+    assert report.row("psnr_db", 25.31).split()[1] == "25.3100"
+    assert report.row("images", 3).split()[1] == "3"
+    assert report.figures({"nats": 1.5, "nats_error": None}, ("nats", "nats_error")) == "nats 1.5"
+    log = report.Log(tmp_path)
+    log.scalars(1, {"nats": 1.5, "nats_error": None}, split="held_out")
+    log.close()
+    assert report.read(tmp_path)[0]["nats_error"] is None

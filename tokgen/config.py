@@ -490,6 +490,7 @@ def tokenizer(config: Any, *, rngs):
         quantizer,
         build(config["decoder"], "decoder", latent=quantizer.channels, grid=grid, **context),
         pixels=tuple(config["pixels"]),
+        size=(*size, channels),
     )
 
 

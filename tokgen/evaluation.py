@@ -23,6 +23,7 @@ from tokgen import (
     references,
     report,
     samples,
+    scoring,
     supplies,
 )
 from tokgen.interfaces import UserError
@@ -145,6 +146,9 @@ def of_pairs(found: Found, seed: int) -> dict[str, dict]:
     """Figures of single reconstructions, their means with intervals; and of the codebook."""
     figures = {}
     for name, value_N in found.values.items():
+        if len(value_N) < 2:  # one image has no interval
+            figures[name] = {"value": float(np.mean(value_N))}
+            continue
         interval = bootstrap.of_mean(value_N, seed=seed)
         figures[name] = {"value": interval.value, "low": interval.low, "high": interval.high}
     counts = [found.counts[name] for name in sorted(found.counts, key=int)]
@@ -208,7 +212,16 @@ def results(path: pathlib.Path) -> list[dict]:
         raise UserError(f"{file} is damaged: {error}; remove its last line") from error
     if not found or any(not isinstance(x, dict) or x.get("format") != FORMAT for x in found):
         raise UserError(f"{file} holds no results of this version of tokgen evaluate")
-    return found
+    # results of earlier versions may hold what JSON has no word for
+    return [line | _settled(line) for line in found]
+
+
+def _settled(line: Mapping) -> dict:
+    """Figures of a line and why others are absent, where some aren't finite."""
+    figures, absent = scoring.settled(line.get("figures", {}), line.get("absent", {}))
+    if figures == line.get("figures", {}):
+        return {}
+    return {"figures": figures, "absent": absent}
 
 
 def archive(supply, out: pathlib.Path, count: int) -> pathlib.Path:

@@ -83,7 +83,7 @@ def _measured(folder, family: str, examiner, number: int, seed: int) -> tuple[di
     return {
         "tokens": length,
         "nats_per_token": round(likelihood["nats_per_token"], 4),
-        "nats_error": round(likelihood["nats_error"], 4),
+        "nats_error": likelihood["nats_error"] and round(likelihood["nats_error"], 4),
         "nats_per_image": round(likelihood["nats_per_token"] * length, 2),
         "bound": not loaded.module.exact,
         "unigram_nats": round(unigram["unigram_nats"], 4),

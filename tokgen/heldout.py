@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokgen import checkpoint, config, report, rng, sharding
+from tokgen import boundary, checkpoint, config, report, rng, sharding
 from tokgen.data import captioned, classes, coded, images, stream, tokens
 from tokgen.generators import orders
 from tokgen.interfaces import PyTree, Text, TokenBatch, UserError
@@ -34,14 +34,16 @@ def spread(length: int, count: int) -> np.ndarray:
 @jax.jit
 def _reconstruct(tokenizer, image_BHW3, text_BTE, distances):
     latents_BPC = tokenizer.latents(image_BHW3)
+    invalid_B = boundary.not_finite(latents_BPC) | boundary.damaged(tokenizer.quantizer)
     if tokenizer.layout is None:  # continuous: the most likely latents in the place of codes
         tokens_BLG, codes_BPC = None, tokenizer.quantizer.mode(latents_BPC)
     else:
         tokens_BLG = tokenizer.quantizer.encode(latents_BPC)
         codes_BPC = tokenizer.quantizer.decode(tokens_BLG)
     painted = tokenizer.decode_latents(codes_BPC, cond=text_BTE)
+    bytes_BHW3, unpainted_B = quality.bytes_of(painted)
     # through bytes: the figures are those of the files that a user would get
-    painted = quality.from_uint8(quality.to_uint8(painted))
+    painted = quality.from_uint8(bytes_BHW3)
     measured = {"psnr_db": quality.psnr(image_BHW3, painted)}
     # on the scale of the loss, [-1, 1]
     measured["l2"] = 4 * jnp.mean(jnp.square(image_BHW3 - painted), (1, 2, 3))
@@ -49,21 +51,30 @@ def _reconstruct(tokenizer, image_BHW3, text_BTE, distances):
         measured["ssim"] = quality.ssim(image_BHW3, painted)
     for name, distance in distances.items():
         measured[name] = distance(2 * image_BHW3 - 1, 2 * painted - 1)
-    return tokens_BLG, quality.to_uint8(painted), measured
+    return tokens_BLG, bytes_BHW3, measured, invalid_B | unpainted_B
 
 
 def repaint(
-    tokenizer, part: dict, distances: Mapping = types.MappingProxyType({}), *, batch: int = 0
+    tokenizer,
+    part: dict,
+    distances: Mapping = types.MappingProxyType({}),
+    *,
+    batch: int = 0,
+    named: Callable[[int], str] | None = None,
 ) -> tuple[np.ndarray | None, np.ndarray, dict[str, np.ndarray]]:
     """(tokens_BLG or None, uint8 reconstructions, {measure: its value for each image}).
 
     `distances` are further measures of pairs of images in [-1, 1], such as LPIPS. A part shorter
-    than `batch` is filled up, so that one program serves all.
+    than `batch` is filled up, so that one program serves all. What is not finite on the way is an
+    error that says which images, by `named` of their rows.
     """
     rows, mesh = len(part["image"]), sharding.current()
     given = sharding.filled((quality.from_uint8(part["image"]), part.get("text")), batch, mesh)
     found = jax.device_get(_reconstruct(tokenizer, *given, dict(distances)))
-    tokens_BLG, painted, values = jax.tree.map(lambda leaf: leaf[:rows], found)
+    tokens_BLG, painted, values, invalid_B = jax.tree.map(lambda leaf: leaf[:rows], found)
+    boundary.refuse(invalid_B, "what encoder and decoder make of an image", named)
+    for name, value_B in values.items():
+        boundary.refuse(~np.isfinite(value_B), name, named)
     return tokens_BLG, painted, values
 
 
@@ -98,7 +109,8 @@ def reconstruction(
     batch = bounded(view, len(chosen), batch)
     passing = stream.once(source, view, batch_size=batch, indices=chosen)
     for part in watched(passing, len(chosen), what):
-        tokens_BLG, painted, values = repaint(tokenizer, part, batch=batch)
+        naming = named(source, part["index"])
+        tokens_BLG, painted, values = repaint(tokenizer, part, batch=batch, named=naming)
         images_ += len(part["label"])
         for name, value_B in values.items():
             measured.setdefault(name, []).append(value_B)
@@ -124,9 +136,15 @@ def numbers(images_: int, wanted: int) -> dict[str, int]:
     return {"images": images_} | ({"unreadable": wanted - images_} if images_ < wanted else {})
 
 
-def standard_error(value_B: np.ndarray) -> float:
-    """Of the mean."""
-    return float(np.std(value_B, ddof=1) / math.sqrt(len(value_B))) if len(value_B) > 1 else 0.0
+def named(source, index_B: np.ndarray) -> Callable[[int], str]:
+    """What the images of a batch are called in messages: by file where the source knows them."""
+    name = getattr(source, "name", lambda index: f"number {index}")
+    return lambda row: str(name(int(index_B[row])))
+
+
+def standard_error(value_B: np.ndarray) -> float | None:
+    """Of the mean; one value says nothing of it."""
+    return float(np.std(value_B, ddof=1) / math.sqrt(len(value_B))) if len(value_B) > 1 else None
 
 
 def condition(batch: dict) -> PyTree:
@@ -140,7 +158,7 @@ def condition(batch: dict) -> PyTree:
 
 @jax.jit
 def encode(tokenizer, image_BHW3):
-    """Tokens of uint8 images."""
+    """Tokens of uint8 images; -1 where something was not finite."""
     return tokenizer.encode(quality.from_uint8(image_BHW3))
 
 
@@ -201,9 +219,17 @@ def likelihood(
         keys_B, nats_RB = rng.per_image(seed, "eval", padded.pop("index")), []
         if "image" in padded:
             padded["tokens"] = source.encode(padded.pop("image"))
+        naming = named(source, part["index"])
+        seen_BLG = np.asarray(jax.device_get(padded["tokens"]))[:rows]
+        boundary.refuse((seen_BLG < 0).any((1, 2)), "what the encoder sees", naming)
+        boundary.tokens(seen_BLG, generator.layout)
+        if hasattr(generator, "check"):
+            generator.check(condition(part))
         for draw in range(draws):
             own_B = jax.vmap(rng.number, (0, None))(keys_B, draw)
-            nats_RB.append(jax.device_get(program(generator, codec, padded, own_B))[:rows])
+            nats_B = jax.device_get(program(generator, codec, padded, own_B))[:rows]
+            boundary.refuse(~np.isfinite(nats_B), "nats of an image", naming)
+            nats_RB.append(nats_B)
         total.append(np.stack(nats_RB, axis=1))
     nats_NR = np.concatenate(total).astype(np.float64) / generator.layout.length
     nats_N = nats_NR.mean(axis=1)
@@ -218,11 +244,11 @@ def likelihood(
     return figures
 
 
-def draw_error(value_NR: np.ndarray) -> float:
-    """Standard error of the mean over R draws for each of N fixed images; 0 for one draw."""
+def draw_error(value_NR: np.ndarray) -> float | None:
+    """Standard error of the mean over R draws for each of N fixed images; none of one draw."""
     images, draws = value_NR.shape
     if draws < 2:
-        return 0.0
+        return None
     return float(np.sqrt((value_NR.var(axis=1, ddof=1) / draws).sum()) / images)
 
 
@@ -344,6 +370,6 @@ def check_filled(source, split: str) -> None:
     """An error where there is nothing to measure."""
     if not len(source):
         raise UserError(
-            f"there are no images in the part {split!r}: nothing was held out (data.held_out=0); "
+            f"there are no images in the part {split!r}: nothing was held out; "
             "measure others, --split train or --data DIR"
         )

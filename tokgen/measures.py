@@ -95,6 +95,8 @@ class Compared:
 
 def share(value: float, about: dict) -> dict:
     """A share of images, with its standard error: the other set's balls are taken as they are."""
+    if about["images"] < 2:
+        return {"value": value, **about}
     return {"value": value, "error": math.sqrt(value * (1 - value) / about["images"]), **about}
 
 
@@ -198,7 +200,7 @@ def is_infinity(compared: Compared) -> dict:
 def class_accuracy(compared: Compared) -> dict:
     """Share of the samples in which the network sees the class that was asked for."""
     found = accuracy.top(compared.features[compared.logits], compared.label_N)
-    return {"value": found.value, "error": found.error}
+    return {"value": found.value} | ({} if found.error is None else {"error": found.error})
 
 
 def classwise(compared: Compared) -> dict:

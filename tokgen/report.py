@@ -142,7 +142,8 @@ class Log:
 
     def scalars(self, step: int, values: Mapping[str, Any], *, split: str = "train") -> None:
         """One line of numbers; not finite ones become null, so that every reader copes."""
-        numbers = {name: float(value) for name, value in values.items()}
+        # None: a figure that there is none of, as the standard error of one image
+        numbers = {n: math.nan if value is None else float(value) for n, value in values.items()}
         kept = {name: significant(value) for name, value in numbers.items()}
         seconds = round(time.monotonic() - self.started, 1)
         record = {"step": step, "split": split, "seconds": seconds, **kept}
@@ -285,6 +286,14 @@ def table(leaves: Mapping[str, Any]) -> str:
     )
 
 
+def row(name: str, value: float | int | None) -> str:
+    """A figure for the terminal; what there is none of is none, and what is small is not 0."""
+    if not isinstance(value, float):
+        return f"{name:<20} {'none' if value is None else value}"
+    digits = f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.3g}"
+    return f"{name:<20} {digits}"
+
+
 def figures(values: Mapping[str, float], names: Sequence[str]) -> str:
     """`psnr_db 25.31, codebook_usage 0.998` of those that are there."""
-    return ", ".join(f"{name} {values[name]:.4g}" for name in names if name in values)
+    return ", ".join(f"{name} {values[name]:.4g}" for name in names if values.get(name) is not None)

@@ -334,6 +334,18 @@ def latest(run: Run) -> int | None:
     return max(run.manager.all_steps(), default=None)
 
 
+def classes(workdir: pathlib.Path) -> tuple[str, ...]:
+    """The classes, in their order, of the last step that is saved; none where there is none."""
+    folder = workdir / checkpoint.FOLDER
+    steps = [int(s.name) for s in folder.glob("*") if s.name.isdigit() and s.is_dir()]
+    if not steps:
+        return ()
+    try:
+        return tuple(checkpoint.read_meta(folder / str(max(steps)))["classes"])
+    except UserError:  # it is told when the step is read to go on from
+        return ()
+
+
 def metrics(run: Run, step: int) -> dict[str, float]:
     """The figures that were saved with a step; none where it is gone."""
     folder = run.folder(step)

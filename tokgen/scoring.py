@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -35,7 +36,31 @@ def score(
             else:
                 figures[name] = METRICS[name].measure(compared)
             bar.update()
-    return figures, absent
+    return settled(figures, absent)
+
+
+def settled(
+    figures: Mapping[str, Mapping], absent: Mapping[str, str]
+) -> tuple[dict[str, dict], dict[str, str]]:
+    """The same without what is not finite: such a figure is none, such an error is left out."""
+    kept, without = {}, dict(absent)
+    for name, figure in figures.items():
+        value = figure.get("value")
+        if not _finite(value):
+            without[name] = f"it is not finite: found {value}"
+            continue
+        kept[name] = {
+            key: part
+            for key, part in figure.items()
+            if key not in ("low", "high", "error", "std", "bias") or _finite(part)
+        }
+        if not {"low", "high"} <= kept[name].keys():  # half of an interval is none
+            kept[name] = {k: v for k, v in kept[name].items() if k not in ("low", "high")}
+    return kept, without
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def lacking(name: str, compared: measures.Compared) -> str:

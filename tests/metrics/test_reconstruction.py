@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tokgen import interfaces
 from tokgen.metrics import reconstruction
 
 
@@ -74,3 +75,34 @@ def test_bytes_survive_the_round_trip():
     image = reconstruction.from_uint8(all_bytes)
     assert image.dtype == jnp.float32 and image.min() == 0 and image.max() == 1
     np.testing.assert_array_equal(reconstruction.to_uint8(image), all_bytes)
+
+
+def test_bytes_are_made_of_numbers_and_of_nothing_else():
+    image = np.full((3, 2, 2, 1), 0.5, np.float32)
+    image[1, 0, 0] = np.nan
+    for wrong in (image, jnp.asarray(image), np.where(np.isnan(image), np.inf, image)):
+        with pytest.raises(interfaces.UserError, match="pixels must be finite.* images: 1;"):
+            reconstruction.to_uint8(wrong)
+    with pytest.raises(interfaces.UserError, match="found uint8"):
+        reconstruction.to_uint8(np.full((1, 2, 2, 1), 7, np.uint8))
+    with pytest.raises(interfaces.UserError, match=r"100% of the numbers outside, from 127"):
+        reconstruction.to_uint8(np.full((1, 2, 2, 1), 127.0, np.float32))
+    with pytest.raises(ValueError, match="bytes_of"):
+        jax.jit(reconstruction.to_uint8)(image)
+    painted, invalid_B = jax.jit(reconstruction.bytes_of)(image)
+    assert invalid_B.tolist() == [False, True, False] and painted.dtype == jnp.uint8
+    with pytest.raises(interfaces.UserError, match="from_uint8 takes bytes; found float32"):
+        reconstruction.from_uint8(image)
+
+
+@pytest.mark.parametrize("measure", [reconstruction.psnr, reconstruction.ssim])
+def test_what_is_compared_is_of_one_shape_type_and_range(measure):
+    image = np.full((1, 12, 12, 3), 0.5, np.float32)
+    for other, words in (
+        (image[:, :, :, :1], "of one shape"),  # it would broadcast
+        ((image * 255).astype(np.uint8), "reconstructions must be float32"),
+        (image * 255, "reconstructions must lie in"),
+        (image[0], "reconstructions must be an array"),
+    ):
+        with pytest.raises(interfaces.UserError, match=words):
+            measure(image, other)

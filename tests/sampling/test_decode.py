@@ -357,3 +357,42 @@ def test_what_a_loop_does_not_carry_is_not_needed_in_it():
     # a state must hold what CARRIED names, else a loop would lose it without a word
     fields = {field.name for field in interfaces.DecodeState.__dataclass_fields__.values()}
     assert set(decode.CARRIED) < fields
+
+
+@pytest.mark.parametrize("weight", [1.0, 4.0])
+def test_one_token_is_the_greedy_one_under_guidance_too(weight):
+    generator, alone = _make(), []
+    for options in (dict(temperature=0.0), dict(top_k=1), dict(top_p=1e-6)):
+        state = _draw(filters.Sampler(guidance=(weight,) * L, **options), generator)
+        alone.append(np.asarray(state.tokens_BLG))
+    np.testing.assert_array_equal(alone[0], alone[1])
+    np.testing.assert_array_equal(alone[0], alone[2])
+    if weight == 1:  # no guidance, to the bit
+        plain = _draw(filters.Sampler(temperature=0.0), generator)
+        np.testing.assert_array_equal(alone[0], plain.tokens_BLG)
+
+
+def test_what_is_given_must_be_of_the_layout():
+    mask = np.zeros((7, L, 1), bool)
+    mask[:, 2] = True
+    for tokens, where, words in (
+        (np.full((7, L, 1), V), mask, "found 0 to 16"),  # held, and no token
+        (np.zeros((7, L, 1), np.int32), mask.astype(np.int32), "need a mask"),
+        (np.zeros((7, L, 1), np.int32), mask[:, :3], "need a mask"),
+        (np.zeros((7, L - 1, 1), np.int32), mask[:, 1:], "found 8 of 1"),
+        (np.zeros((6, L, 1), np.int32), mask[1:], "given of 6"),
+    ):
+        with pytest.raises(interfaces.UserError, match=words):
+            decode.generate(
+                *(_make(), None, jnp.asarray(LABELS), filters.Sampler()),
+                keys_B=rng.per_image(0, "sample", jnp.arange(7)),
+                given=(tokens, where),
+            )
+
+
+def test_conditions_must_be_as_many_as_keys():
+    with pytest.raises(interfaces.UserError, match="keys of 6, conditions of 7"):
+        decode.generate(
+            *(_make(), None, jnp.asarray(LABELS), filters.Sampler()),
+            keys_B=rng.per_image(0, "sample", jnp.arange(6)),
+        )

@@ -265,6 +265,31 @@ def test_greedy_is_the_first_of_the_largest_and_cold_is_greedy():
     np.testing.assert_array_equal(cold, greedy[:1])
 
 
+def test_asked_for_one_token_there_is_nothing_to_draw():
+    """Temperature 0, one token and hardly any probability: one answer, also among equal logits."""
+    logits = np.random.default_rng(0).integers(-2, 3, (4, 3, 2, 8)).astype(np.float32)
+    logits[:, :, 1, 6:] = -np.inf  # a smaller alphabet
+    logits, keys_B = jnp.asarray(logits), jax.random.split(jax.random.key(3), 4)
+    weights = (3.0, 1.0)
+    greedy, sure = filters.Sampler(temperature=0.0, jitter=2.0).draw(logits, keys_B=keys_B, step=1)
+    np.testing.assert_array_equal(greedy, jnp.argmax(logits, -1))
+    for options in (
+        dict(top_k=1),
+        dict(top_p=1 / 8),
+        dict(top_p=1e-30),
+        dict(top_k=1, temperature=(5.0, 0.1)),
+        dict(top_k=(3, 1)),
+        dict(top_p=(1.0, 1e-6)),
+        dict(temperature=(1.0, 0.0)),
+        dict(temperature=((0.0, 0.0), (0.0, 0.0)), guidance=weights),
+    ):
+        sampler = filters.Sampler(jitter=2.0, **options)
+        for step in (1, jnp.asarray(1)):
+            tokens, confidence = sampler.draw(logits, keys_B=keys_B, step=step)
+            np.testing.assert_array_equal(tokens, greedy, err_msg=str(options))
+            np.testing.assert_array_equal(confidence, sure, err_msg=str(options))
+
+
 def test_half_precision_logits_are_drawn_in_float32():
     logits = jnp.asarray(_rows(), jnp.bfloat16)
     keys = jax.random.split(jax.random.key(13), len(logits))

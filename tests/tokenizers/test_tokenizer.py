@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from tokgen import config as configs
+from tokgen import interfaces
 from tokgen import state as states
 from tokgen.nn import conv as kits
 from tokgen.nn import precision
@@ -275,3 +276,96 @@ def test_an_indivisible_size_names_the_stride(size, stem, widths, stride):
 def test_an_empty_range_is_refused():
     with pytest.raises(ValueError, match="low < high"):
         nnx.eval_shape(lambda: build(pixels=(1.0, 1.0)))
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A tokenizer of 8 x 8 pixels that knows its size; called without compiling."""
+    made = filled(lambda: build((8, 8), widths=(8,), blocks=0, stem=4))
+    made.size = (8, 8, 3)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (np.zeros((2, 8, 8, 3), np.uint8), "found uint8.*from_uint8"),
+        (np.zeros((8, 8, 3), np.float32), r"found the shape \(8, 8, 3\)"),
+        (np.zeros((1, 8, 16, 3), np.float32), "8 x 8 x 3 .*found 8 x 16 x 3"),
+        (np.zeros((1, 8, 8, 1), np.float32), "found 8 x 8 x 1"),
+        (np.full((1, 8, 8, 3), 200, np.float32), "found 200 to 200"),
+    ],
+)
+@pytest.mark.parametrize("method", ["encode", "encoded", "latents", "reconstruct"])
+def test_images_of_another_form_are_refused(small, method, image, words):
+    with pytest.raises(interfaces.UserError, match=words):
+        getattr(small, method)(image)
+
+
+def test_a_layout_is_not_left_where_the_size_is_not_known():
+    made = nnx.eval_shape(lambda: build((8, 8), widths=(8,), blocks=0, stem=4))
+    with pytest.raises(interfaces.UserError, match=r"images \(8, 16, 3\) must have 4 places"):
+        jax.eval_shape(lambda made, image: made.encode(image), made, jnp.zeros((1, 8, 16, 3)))
+
+
+def test_tokens_of_another_form_are_refused(small):
+    for tokens, words in (
+        (np.zeros((1, 4), np.int32), "found the shape"),
+        (np.zeros((1, 5, 1), np.int32), "found 5 of 1"),
+        (np.zeros((1, 4, 1), np.float32), "integers; found float32"),
+        (np.full((1, 4, 1), 240), "0 to 239"),
+        (np.full((1, 4, 1), -1), "found -1"),
+    ):
+        with pytest.raises(interfaces.UserError, match=words):
+            small.decode(tokens)
+    # arithmetic on 8 bits would wrap around
+    tokens = np.full((1, 4, 1), 200)
+    np.testing.assert_array_equal(small.decode(tokens.astype(np.uint8)), small.decode(tokens))
+
+
+def replaced(made, path, index, value):
+    """A copy with one number of one array in its place."""
+    graph, params, stats = states.split(made)
+    owner = params
+    for name in path[:-1]:
+        owner = owner[name]
+    owner[path[-1]] = owner[path[-1]].at[index].set(value)
+    made = states.merge(graph, params, stats)
+    made.size = (8, 8, 3)
+    return made
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_neither_token_nor_pixel(small, value, key):
+    image = images(key, (8, 8))
+    tokens = small.encode(image)
+    by_image = image.at[1, 2, 3, 0].set(np.nan)
+    with pytest.raises(interfaces.UserError, match="encoder sees .* 1 of 2 images: 1;"):
+        small.encode(by_image)
+    found, invalid_B = jax.jit(lambda made, image: made.encoded(image))(small, by_image)
+    assert invalid_B.tolist() == [False, True]
+    np.testing.assert_array_equal(found[0], tokens[0])
+    # a mark that is no token is carried out of programs that keep no flag
+    marked = jax.jit(lambda made, image: made.encode(image))(small, by_image)
+    assert (marked[1] == -1).all() and (marked[0] >= 0).all()
+    broken = replaced(small, ("encoder", "conv_out", "bias"), 0, value)
+    with pytest.raises(interfaces.UserError, match="2 of 2 images: 0, 1;"):
+        broken.encode(image)
+    # one sample of a pixel is infinite: it is not white
+    broken = replaced(small, ("decoder", "conv_out", "bias"), 0, value)
+    with pytest.raises(interfaces.UserError, match="decoder paints must be finite"):
+        broken.decode(tokens)
+    painted, invalid_B = jax.jit(lambda made, tokens: made.decoded(tokens))(broken, tokens)
+    assert invalid_B.all() and np.isnan(painted).any()
+
+
+def test_a_codebook_that_is_not_finite_writes_no_tokens(key):
+    options = dict(widths=(8,), blocks=0, stem=4)
+    codes = vq.Quantizer(8, 3, grid=(2, 2), rngs=nnx.Rngs(0))
+    codes.codebook[...] = codes.codebook[...].at[5, 0].set(np.nan)
+    made = build((8, 8), quantizer=codes, **options)
+    with pytest.raises(interfaces.UserError, match="2 of 2 images"):
+        made.encode(images(key, (8, 8)))

@@ -131,7 +131,7 @@ def measure(folder: pathlib.Path, examiner, number: int) -> tuple[dict, dict, di
     for start in range(0, len(real), 100):
         part = np.asarray(pretokenize.encode(tokenizer.module, real[start : start + 100]))
         coded.append(part)
-        repainted.append(np.asarray(sample.paint(tokenizer.module, part)))
+        repainted.append(np.asarray(sample.paint(tokenizer.module, part)[0]))
     coded, repainted = np.concatenate(coded), np.concatenate(repainted)
 
     held_tokens = tokens.Source(folder / "tokens", split="held_out")

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
         record, shown = _measured(args)
         lines.append(record)
     for name, value in shown.items():
-        print(f"{name:<20} {value:.4f}" if isinstance(value, float) else f"{name:<20} {value}")
+        print(report.row(name, value))
 
 
 def _measured(args: argparse.Namespace) -> tuple[dict, dict]:

@@ -9,7 +9,7 @@ import pathlib
 import jax
 import numpy as np
 
-from tokgen import checkpoint, heldout, launch, output, report, sharding
+from tokgen import boundary, checkpoint, heldout, launch, output, report, sharding
 from tokgen.data import images, reader, stream, tokens
 from tokgen.interfaces import UserError
 
@@ -137,11 +137,14 @@ def _shard(tokenizer, source, shard, views, batch, mesh, bar) -> tuple:
     )
     with passing:
         for part in passing:
-            rows = part["index"] - shard.start
+            rows, named = part["index"] - shard.start, heldout.named(source, part["index"])
             label_B[rows], seen_B[rows] = part["label"], True
             for number in range(len(views)):
                 laid = sharding.filled(part["image"][:, number], batch, mesh)
-                tokens_BXLG[rows, number] = jax.device_get(encode(tokenizer, laid))[: len(rows)]
+                found_BLG = jax.device_get(encode(tokenizer, laid))[: len(rows)]
+                invalid_B = (found_BLG < 0).any((1, 2))
+                boundary.refuse(invalid_B, "what the encoder sees in an image", named)
+                tokens_BXLG[rows, number] = found_BLG
             bar.update(len(rows))
     broken = shard.start + np.flatnonzero(~seen_B)
     return tokens_BXLG, label_B, reader.unreadable(source).among(broken)

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     with output.folder(args.out, records=RECORDS, **given) as out:
         figures = _reconstructed(args, out)
     for name, value in figures.items():
-        print(f"{name:<20} {value:.4f}" if isinstance(value, float) else f"{name:<20} {value}")
+        print(report.row(name, value))
     pairs = pathlib.Path(args.out) / "pairs.png"
     report.say(f"{pairs}: each original with its reconstruction to the right")
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from tokgen import (
     archives,
+    boundary,
     checkpoint,
     launch,
     output,
@@ -45,8 +46,8 @@ def draw_tokens(generator, codec, cond, keys_B, sampler, given=None):
 
 @jax.jit
 def paint(tokenizer, tokens_BLG):
-    """uint8 images of tokens."""
-    return reconstruction.to_uint8(tokenizer.decode(tokens_BLG))
+    """(uint8 images of tokens, [B] true where a pixel was not finite)."""
+    return reconstruction.bytes_of(tokenizer.decode(tokens_BLG))
 
 
 def draw(
@@ -90,6 +91,8 @@ def drawn(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """What `draw` gives, batch by batch, but for the `done` first."""
     N = len(jax.tree.leaves(cond)[0])
+    if hasattr(generator, "check"):  # before any work on the devices
+        generator.check(cond)
     batch, mesh = even(N - done, batch), sharding.current()
     with report.bar(N, initial=done, unit="image", what=what, shown=bool(what)) as bar:
         for start in range(done, N, batch):
@@ -101,14 +104,10 @@ def drawn(
                 tokens_BLG, invalid_B = draw_tokens(
                     generator, tokenizer.quantizer, cond_B, keys_B, sampler, held
                 )
-                image_BHW3 = paint(tokenizer, tokens_BLG)
-            kept = min(batch, N - start)
-            if np.asarray(invalid_B)[:kept].any():
-                raise UserError(
-                    f"image {first + start + int(np.asarray(invalid_B).argmax())} has logits that "
-                    "are not finite; the checkpoint's weights are damaged or its run diverged: use "
-                    "an earlier step"
-                )
+                image_BHW3, unpainted_B = paint(tokenizer, tokens_BLG)
+            kept, number = min(batch, N - start), functools.partial(_number, first + start)
+            boundary.refuse(np.asarray(invalid_B)[:kept], "logits", number)
+            boundary.refuse(np.asarray(unpainted_B)[:kept], "what the decoder paints", number)
             yield np.asarray(tokens_BLG)[:kept], np.asarray(image_BHW3)[:kept]
             bar.update(kept)
 
@@ -116,6 +115,10 @@ def drawn(
 def even(count: int, batch: int) -> int:
     """The batch, at most as asked for, by which `count` images are drawn with least filling up."""
     return max(1, -(-count // max(1, -(-count // batch))))
+
+
+def _number(first: int, row: int) -> str:
+    return f"number {first + row}"
 
 
 def chosen(text: str, classes: tuple[str, ...]) -> list[int]:

@@ -127,6 +127,8 @@ class Source:
             files, aside = _share(files, split, held_out, self.path, len(self.classes))
             notes += [*told, *aside]
         files.sort()
+        if list(self.classes) != names_.ordered(self.classes):
+            notes.append(f"classes keep their recorded order: {names_.listed(self.classes)}")
         self.notes = tuple(notes)
         self._names = [name for name, _, _ in files]
         self._label_B = np.array([label for _, label, _ in files], np.int32)
@@ -464,11 +466,12 @@ def _share(
             _keep_classes(aside, files, place)
     if split == "train":
         return [file for file in files if file[0] not in aside], []
+    if not aside and held_out > 0 and len(files) == classes > 1:
+        return [], [f"each of the {classes} classes of {path} has one image, to be trained on"]
     if not aside and held_out > 0:
-        single = f", one of each of {classes} classes," if len(files) == classes > 1 else ""
         raise interfaces.UserError(
-            f"nothing is held out of {path}: it has {len(files)} image(s){single} and "
-            f"held_out={held_out}; two images of a class and a share above 0 are needed; or say "
+            f"nothing is held out of {path}: it has {len(files)} image(s) and "
+            f"held_out={held_out}; two images and a share above 0 are needed; or say "
             "data.held_out=0 (--config.data.held_out=0) to train without held-out figures"
         )
     return [file for file in files if file[0] in aside], []

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from tokgen import ranges, rng
+from tokgen import boundary, ranges, rng
 from tokgen.generators import orders
 from tokgen.interfaces import DecodeState, Phase, Quantizer, TokenBatch, TokenLayout, UserError
 from tokgen.nn import attention, positions, prefixes, symbols, transformer
@@ -102,6 +102,10 @@ class Generator(nnx.Module):
         """What its condition is: "label" or "text"."""
         return self.prefix.cond
 
+    def check(self, cond) -> None:
+        """An error where a condition is none of this generator's."""
+        self.prefix.check(cond)
+
     def null(self, cond):
         """The conditions that stand for none."""
         return self.prefix.null(cond)
@@ -113,6 +117,7 @@ class Generator(nnx.Module):
     def logits(self, batch: TokenBatch, codec: Quantizer | None = None, *, key=None) -> jax.Array:
         """Teacher-forced logits [B, L, G, V]; row j is place j of the order."""
         del codec
+        batch = self._checked(batch)
         order_BL = self._order_of(batch)
         sequence_BLG = jnp.take_along_axis(batch.tokens_BLG, order_BL[..., None], axis=1)
         inputs_BlD = self.symbols(sequence_BLG[:, :-1])
@@ -123,7 +128,7 @@ class Generator(nnx.Module):
         self, batch: TokenBatch, codec: Quantizer | None = None, *, step, key
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(mean nats per position, scalars). The condition is dropped with its stated rate."""
-        B = len(batch.tokens_BLG)
+        batch, B = self._checked(batch), len(batch.tokens_BLG)
         drop_B = jax.random.bernoulli(rng.use(key, rng.LABEL_DROP), self.label_drop, (B,))
         cond = jax.tree.map(
             lambda null, cond: jnp.where(drop_B.reshape(-1, *(1,) * (cond.ndim - 1)), null, cond),
@@ -147,6 +152,7 @@ class Generator(nnx.Module):
     def nats(self, batch: TokenBatch, codec: Quantizer | None = None, *, key=None) -> jax.Array:
         """[B, L] nats of the tokens, place by place: exact, nothing dropped."""
         del key
+        batch = self._checked(batch)
         batch = batch.replace(order_BL=self._order_of(batch))
         logits_BLGV = self.logits(batch, codec)
         targets_BLG = jnp.take_along_axis(batch.tokens_BLG, batch.order_BL[..., None], axis=1)
@@ -163,6 +169,7 @@ class Generator(nnx.Module):
 
     def start(self, cond, codec: Quantizer | None = None, *, keys_B, given) -> DecodeState:
         """The state before the first step."""
+        self.check(cond)
         tokens_BLG, given_BLG = given
         return DecodeState(
             tokens_BLG=tokens_BLG,
@@ -214,6 +221,15 @@ class Generator(nnx.Module):
         """Logits of the symbols that the head gives at once, `given_Blt` known."""
         symbols = self.symbols.table[...]
         return self.head(hidden_BlD, cond=cond, given=given_Blt, symbols=symbols, key=key)
+
+    def _checked(self, batch: TokenBatch) -> TokenBatch:
+        """The batch, its tokens as int32; an error where it is none of this generator's."""
+        tokens_BLG = boundary.tokens(batch.tokens_BLG, self.layout)
+        self.check(batch.cond)
+        if batch.order_BL is not None:
+            boundary.orders(batch.order_BL, self.layout)
+        boundary.rows(tokens=tokens_BLG, conditions=batch.cond, orders=batch.order_BL)
+        return batch.replace(tokens_BLG=tokens_BLG)
 
     def _order_of(self, batch: TokenBatch) -> jax.Array:
         """The orders that a batch states, or the generator's own; of a random one, one for all."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import ranges, rng
+from tokgen import boundary, ranges, rng
 from tokgen.generators import schedules
 from tokgen.interfaces import DecodeState, Phase, Quantizer, TokenBatch, TokenLayout, UserError
 from tokgen.nn import attention, linear, positions, symbols, transformer
@@ -163,6 +163,10 @@ class Generator(nnx.Module):
         self.closing = kit.closing(width, **options) if kit.closing else None
         self.head = head_names.named(head)(layout, width, classes=classes, kit=kit, **options)
 
+    def check(self, cond: jax.Array) -> None:
+        """An error where a condition is none of this generator's."""
+        self.labels.check(cond)
+
     def null(self, cond: jax.Array) -> jax.Array:
         """The labels that stand for no class."""
         return self.labels.null(cond)
@@ -170,6 +174,7 @@ class Generator(nnx.Module):
     def logits(self, batch: TokenBatch, codec: Quantizer | None = None, *, key=None) -> jax.Array:
         """Logits [B, L, G, V] of all slots, where `batch` says V for those that are unknown."""
         del codec
+        batch = self._checked(batch, absent=True)
         columns_BLGX = self.columns(batch.tokens_BLG, batch.cond, key=key)
         return columns_BLGX[..., : self.layout.absent]
 
@@ -178,7 +183,7 @@ class Generator(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(smoothed, weighted cross-entropy of slots, scalars); label and slots drop at random."""
         del step, codec
-        B = len(batch.tokens_BLG)
+        batch, B = self._checked(batch), len(batch.tokens_BLG)
         if self.label_drop:
             drop_B = jax.random.bernoulli(rng.use(key, rng.LABEL_DROP), self.label_drop, (B,))
             batch = batch.replace(cond=jnp.where(drop_B, self.null(batch.cond), batch.cond))
@@ -189,6 +194,7 @@ class Generator(nnx.Module):
         self, batch: TokenBatch, mask_BLG: jax.Array, *, key=None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss with slots masked as given and nothing else dropped at random but by `key`."""
+        batch = self._checked(batch)
         seen_BLG = jnp.where(mask_BLG, self.layout.absent, batch.tokens_BLG)
         columns_BLGX = self.columns(seen_BLG, batch.cond, key=key)
         cost_BLG, nats_BLG = self.costs(columns_BLGX, batch.tokens_BLG)
@@ -210,6 +216,7 @@ class Generator(nnx.Module):
         of the mixture of all orders (arXiv:2110.02037, equation 2).
         """
         del codec
+        batch = self._checked(batch)
         B, slots = len(batch.tokens_BLG), self.layout.length * self.layout.groups
         key = jax.random.key(0) if key is None else key
 
@@ -232,6 +239,7 @@ class Generator(nnx.Module):
 
     def start(self, cond, codec: Quantizer | None = None, *, keys_B, given) -> DecodeState:
         """The state before the first step."""
+        self.check(cond)
         tokens_BLG, given_BLG = given
         order_BL = jnp.broadcast_to(jnp.arange(self.layout.length), tokens_BLG.shape[:2])
         return DecodeState(tokens_BLG, given_BLG, order_BL, cond, keys_B)
@@ -309,6 +317,13 @@ class Generator(nnx.Module):
     def read_out(self, x_BlD: jax.Array) -> jax.Array:
         """The head's columns; a tied one reads the rows of symbols and labels."""
         return self.head(x_BlD, symbols=self.symbols.rows, labels=self.labels.table[...])
+
+    def _checked(self, batch: TokenBatch, *, absent: bool = False) -> TokenBatch:
+        """The batch, its tokens as int32; an error where it is none of this generator's."""
+        tokens_BLG = boundary.tokens(batch.tokens_BLG, self.layout, absent=absent)
+        self.check(batch.cond)
+        boundary.rows(tokens=tokens_BLG, conditions=batch.cond)
+        return batch.replace(tokens_BLG=tokens_BLG)
 
     def _least(self, confidence_BLG: jax.Array, left_B: jax.Array) -> jax.Array:
         """[B, L, G] true for the `left_B` least confident slots."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import ranges, rng
+from tokgen import boundary, ranges, rng
 from tokgen.interfaces import (
     DecodeState,
     Phase,
@@ -92,6 +92,10 @@ class Generator(nnx.Module):
         self.head = head_names.Adaptive(layout, width, kit=kit, precision=wide, rngs=rngs)
         _rescale(self, width, gates, rngs)
 
+    def check(self, label_B: jax.Array) -> None:
+        """An error where a condition is none of this generator's."""
+        self.labels.check(label_B)
+
     def null(self, label_B: jax.Array) -> jax.Array:
         """The labels that stand for no class."""
         return self.labels.null(label_B)
@@ -99,6 +103,7 @@ class Generator(nnx.Module):
     def logits(self, batch: TokenBatch, codec: Quantizer, *, key=None) -> jax.Array:
         """Teacher-forced logits [B, L, G, V]; the order is coarse to fine, always."""
         self._check_codec(codec)
+        batch = self._checked(batch)
         known_BlC = codec.known_before(batch.tokens_BLG)
         cond_B1D = self.labels(batch.cond)[:, None]
         x_BLD = jnp.concatenate([self._begin(cond_B1D), self.embed(known_BlC)], axis=1)
@@ -120,6 +125,7 @@ class Generator(nnx.Module):
         The condition is dropped with its stated rate.
         """
         del step
+        batch = self._checked(batch)
         drop_B = jax.random.bernoulli(
             rng.use(key, rng.LABEL_DROP), self.label_drop, batch.cond.shape
         )
@@ -136,6 +142,7 @@ class Generator(nnx.Module):
     def nats(self, batch: TokenBatch, codec: Quantizer, *, key=None) -> jax.Array:
         """[B, L] nats of the tokens, coarse to fine: exact, nothing dropped."""
         del key
+        batch = self._checked(batch)
         return self._nats(self.logits(batch, codec), batch.tokens_BLG)[0].sum(-1)
 
     def plan(self) -> tuple[Phase, ...]:
@@ -148,6 +155,7 @@ class Generator(nnx.Module):
     def start(self, cond, codec: Quantizer, *, keys_B, given) -> DecodeState:
         """The state before the first step."""
         self._check_codec(codec)
+        self.check(cond)
         tokens_BLG, given_BLG = given
         B, L, _ = tokens_BLG.shape
         return DecodeState(
@@ -209,6 +217,13 @@ class Generator(nnx.Module):
         shares_GV = (valid_GV / sizes_G1).astype(np.float32)
         valid_BLGV = jnp.where(valid_GV[None, None], logs_BLGV, 0)
         return nats_BLG, -jnp.sum(valid_BLGV * shares_GV[None, None], axis=-1)
+
+    def _checked(self, batch: TokenBatch) -> TokenBatch:
+        """The batch, its tokens as int32; an error where it is none of this generator's."""
+        tokens_BLG = boundary.tokens(batch.tokens_BLG, self.layout)
+        self.check(batch.cond)
+        boundary.rows(tokens=tokens_BLG, conditions=batch.cond)
+        return batch.replace(tokens_BLG=tokens_BLG)
 
     def _check_codec(self, codec: Quantizer | None) -> None:
         if not hasattr(codec, "known_before"):

@@ -11,10 +11,10 @@ from tokgen import interfaces
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """Share of the images whose label is among the k likeliest, and its standard error."""
+    """Share of the images whose label is among the k likeliest; its standard error, none of one."""
 
     value: float
-    error: float
+    error: float | None
 
 
 def top(logits_NV: np.ndarray, label_N: np.ndarray, k: int = 1) -> Accuracy:
@@ -28,15 +28,16 @@ def top(logits_NV: np.ndarray, label_N: np.ndarray, k: int = 1) -> Accuracy:
     classes = logits_NV.shape[1]
     if not 1 <= k <= classes:
         raise interfaces.UserError(f"top-{k} needs at least {k} classes, and k 1; found {classes}")
-    fine_N = ~np.isnan(logits_NV).any(axis=1) & (label_N >= 0) & (label_N < classes)
+    fine_N = np.isfinite(logits_NV).all(axis=1) & (label_N >= 0) & (label_N < classes)
     if not fine_N.all():
         row = int(np.argmin(fine_N))
         raise interfaces.UserError(
-            f"accuracy needs labels of 0 to {classes - 1} and no NaN; row {row} has the label "
-            f"{label_N[row]} and logits from {logits_NV[row].min()} to {logits_NV[row].max()}"
+            f"accuracy needs labels of 0 to {classes - 1} and finite logits; row {row} has the "
+            f"label {label_N[row]}, logits from {logits_NV[row].min()} to {logits_NV[row].max()}"
         )
     own_N1 = np.take_along_axis(logits_NV, label_N[:, None], axis=1)
     earlier_NV = np.arange(classes)[None] < label_N[:, None]
     before_N = np.sum((logits_NV > own_N1) | ((logits_NV == own_N1) & earlier_NV), axis=1)
     share = float(np.mean(before_N < k))
-    return Accuracy(share, float(np.sqrt(share * (1 - share) / len(label_N))))
+    error = float(np.sqrt(share * (1 - share) / len(label_N))) if len(label_N) > 1 else None
+    return Accuracy(share, error)

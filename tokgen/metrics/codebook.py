@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from tokgen import boundary
 from tokgen.interfaces import TokenLayout
 
 
 def counts(tokens_BLG: np.ndarray, layout: TokenLayout) -> tuple[np.ndarray, ...]:
     """How often every symbol occurs, one array [alphabet] per symbol of a position."""
+    # a symbol of another alphabet would be counted as one of this one's
+    boundary.tokens(np.asarray(tokens_BLG), layout)
     return tuple(
         np.bincount(np.asarray(tokens_BLG)[..., g].reshape(-1), minlength=size)
         for g, size in enumerate(layout.vocab)

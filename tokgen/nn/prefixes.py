@@ -27,6 +27,10 @@ class Label(nnx.Module):
         """[B] -> [B, 1, D]."""
         return self.labels(label_B)[:, None]
 
+    def check(self, label_B: jax.Array) -> None:
+        """An error where they are no labels of these classes."""
+        self.labels.check(label_B)
+
     def null(self, label_B: jax.Array) -> jax.Array:
         """The labels that stand for no class."""
         return self.labels.null(label_B)
@@ -54,6 +58,10 @@ class ToldLabel(nnx.Module):
     def __call__(self, label_B: jax.Array) -> jax.Array:
         """[B] -> [B, 1, D]."""
         return self.labels(label_B)[:, None]
+
+    def check(self, label_B: jax.Array) -> None:
+        """An error where they are no labels of these classes."""
+        self.labels.check(label_B)
 
     def null(self, label_B: jax.Array) -> jax.Array:
         """The labels that stand for no class."""
@@ -92,6 +100,10 @@ class ClsLabel(nnx.Module):
         label_B1D = self.labels(label_B)[:, None]
         token_11D = self.token[...].astype(label_B1D.dtype)[None, None]
         return jnp.concatenate([jnp.broadcast_to(token_11D, label_B1D.shape), label_B1D], axis=1)
+
+    def check(self, label_B: jax.Array) -> None:
+        """An error where they are no labels of these classes."""
+        self.labels.check(label_B)
 
     def null(self, label_B: jax.Array) -> jax.Array:
         """The labels that stand for no class."""
@@ -135,12 +147,12 @@ class Captions(nnx.Module):
 
     def __call__(self, text: Text) -> jax.Array:
         """[B, T, E] -> [B, T, D]."""
-        self._check(text)
+        self.check(text)
         return self.dense(parts.tanh_gelu(self.hidden(text.features_BTE)))
 
     def null(self, text: Text) -> Text:
         """The texts that stand for none, padded alike."""
-        self._check(text)
+        self.check(text)
         absent_BTE = jnp.broadcast_to(self.absent[...][None], text.features_BTE.shape)
         return text.replace(features_BTE=absent_BTE.astype(text.features_BTE.dtype))
 
@@ -154,7 +166,18 @@ class Captions(nnx.Module):
         valid_B1lS = valid_BS[:, None, None, :slots] | own_lS[None, None]
         return causal(slots_l, slots) & valid_B1lS
 
-    def _check(self, text: Text) -> None:
+    def check(self, text: Text) -> None:
+        """An error where they are no texts of this encoder's features."""
+        if not isinstance(text, Text):
+            raise UserError(
+                "the generator reads text: its condition is interfaces.Text(features [B, T, E], "
+                f"mask [B, T]); found {type(text).__name__}"
+            )
+        if text.features_BTE.ndim != 3 or text.mask_BT.shape != text.features_BTE.shape[:2]:
+            raise UserError(
+                "texts are features [B, T, E] with a mask [B, T]; found "
+                f"{tuple(text.features_BTE.shape)} and {tuple(text.mask_BT.shape)}"
+            )
         need, found = self.absent.shape, text.features_BTE.shape[1:]
         if found != need:
             raise UserError(

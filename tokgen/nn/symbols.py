@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tokgen import boundary
 from tokgen.interfaces import TokenLayout, UserError
 from tokgen.nn import linear
 from tokgen.nn.precision import Precision
@@ -106,11 +107,18 @@ class Labels(nnx.Module):
                 'guidance needs a model that knows "no class"; this one was trained without: '
                 "sample it with --preset no_guidance, or train it with a preset of weight 1"
             )
-        return jnp.full_like(label_B, self.classes)
+        return jnp.full_like(self.check(label_B), self.classes)
+
+    def check(self, label_B: jax.Array) -> jax.Array:
+        """The labels as int32, or an error that says which there are."""
+        return boundary.labels(label_B, self.classes, self.nulls)
 
     def __call__(self, label_B: jax.Array) -> jax.Array:
-        """[B] labels -> [B, D]."""
-        return self.table[...][label_B]
+        """[B] labels -> [B, D]; of one that is none the vector is NaN, as far as it is traced."""
+        label_B = self.check(label_B)
+        # an index beyond the table would read its last row, which is "no class"
+        row_B = jnp.where(label_B < 0, len(self.table[...]), label_B)
+        return self.table[...].at[row_B].get(mode="fill", fill_value=jnp.nan)
 
 
 class Table(nnx.Module):

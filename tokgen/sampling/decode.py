@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tokgen import boundary
 from tokgen.interfaces import Array, DecodeState, Generator, Phase, PyTree, Quantizer, UserError
 from tokgen.sampling import filters, guidance, settings
 
@@ -58,9 +59,12 @@ def generate(
     """
     weights, guided = _guidance(generator, sampler)
     B, layout = len(keys_B), generator.layout
+    boundary.rows(keys=keys_B, conditions=cond, given=given)
     if given is None:
         shape = (B, layout.length, layout.groups)
         given = jnp.full(shape, layout.absent, jnp.int32), jnp.zeros(shape, bool)
+    else:
+        given = _held(given, layout)
     given = jnp.where(given[1], given[0], layout.absent).astype(jnp.int32), given[1]
 
     generator = _unstacked(generator)
@@ -131,6 +135,20 @@ def generate(
         carry, _ = jax.lax.scan(body, (_carried(state), _carried(weak)), indices)
         state, weak = (_insert(*pair) for pair in zip((state, weak), carry, strict=True))
     return _first(state, B)
+
+
+def _held(given: tuple[Array, Array], layout) -> tuple[Array, Array]:
+    """The tokens that are held and where, checked: what is not held may be anything."""
+    tokens_BLG, mask_BLG = given
+    if mask_BLG.dtype != bool or tuple(mask_BLG.shape) != tuple(tokens_BLG.shape):
+        raise UserError(
+            "given tokens need a mask of their shape, true where they are held; found "
+            f"{mask_BLG.dtype} {tuple(mask_BLG.shape)} for tokens {tuple(tokens_BLG.shape)}"
+        )
+    known = boundary.known(tokens_BLG) and boundary.known(mask_BLG)
+    held_BLG = np.where(mask_BLG, tokens_BLG, 0) if known else tokens_BLG
+    boundary.tokens(held_BLG, layout, what="given tokens")
+    return jnp.asarray(tokens_BLG, jnp.int32), mask_BLG
 
 
 def _guidance(generator: Generator, sampler: filters.Sampler) -> tuple[Any, int]:

@@ -10,11 +10,14 @@ draw has a confidence, for generators that keep the surest.
 
 Ties stay together. Every token as large as the k-th is kept, as in LlamaGen and VAR, and every
 token as likely as the one that reaches p. So a filter never asks in which order tokens stand.
+Where one token is asked for there is nothing to draw: temperature 0, top-k 1 and a p that the
+likeliest of V tokens always reaches alone (1 / V) are one program, the first of the largest.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import chex
@@ -140,19 +143,19 @@ class Sampler:
         temperature = settings.at(self.temperature, step)
         temperature = settings.of_symbols(temperature, symbol, logits_BlGV.shape[2])
 
+        top_k, top_p = settings.at(self.top_k, step), settings.at(self.top_p, step)
+        # Python numbers decide here, and what is traced in the program
+        alone = (temperature == 0, top_k == 1, top_p * logits_BlGV.shape[-1] <= 1)
+
         tokens_BlG = jnp.argmax(logits_BlGV, axis=-1).astype(jnp.int32)
-        if not (isinstance(temperature, float) and temperature == 0):
-            mass_BlGV = masses(
-                logits_BlGV,
-                temperature=temperature,
-                top_k=settings.at(self.top_k, step),
-                top_p=settings.at(self.top_p, step),
-            )
+        if not any(one is True for one in alone):
+            mass_BlGV = masses(logits_BlGV, temperature=temperature, top_k=top_k, top_p=top_p)
             uniform_BlG = self.noise(keys_B, step, symbol, tokens_BlG.shape)
             chex.assert_shape(uniform_BlG, tokens_BlG.shape)
             drawn_BlG = inverse_cdf(mass_BlGV, uniform_BlG)
-            warm_BlG = jnp.broadcast_to(jnp.asarray(temperature) > 0, tokens_BlG.shape)
-            tokens_BlG = jnp.where(warm_BlG, drawn_BlG, tokens_BlG)
+            greedy = functools.reduce(jnp.logical_or, map(jnp.asarray, alone))
+            greedy_BlG = jnp.broadcast_to(greedy, tokens_BlG.shape)
+            tokens_BlG = jnp.where(greedy_BlG, tokens_BlG, drawn_BlG)
         return tokens_BlG, self._confidence(logits_BlGV, tokens_BlG, keys_B, step, symbol)
 
     def _confidence(self, logits_BlGV, tokens_BlG, keys_B, step, symbol):
