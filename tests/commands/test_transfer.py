@@ -287,6 +287,24 @@ def test_an_import_without_an_average_is_fine_tuned_with_one(taming, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, without["model"].params, model.params)
 
 
+def test_weights_that_are_not_finite_are_neither_imported_nor_begun_from(taming, tmp_path, capfd):
+    _, file, config, weights = taming
+    wrong = weights["decoder.conv_in.bias"].copy()
+    wrong[1] = np.nan
+    broken = tmp_path / "broken.ckpt"
+    writer.write(broken, weights | {"decoder.conv_in.bias": wrong}, form="torch")
+    words = ("import", broken, "--system", "taming_vqgan", "--config", config)
+    said = told(capfd, *words, "--out", tmp_path / "out")
+    assert "not finite in 1 arrays: decoder.conv_in.bias (1 of" in said
+    assert not (tmp_path / "out").exists()
+    # an import of an earlier version may hold them
+    imported = parity.Folder(HERE / "taming_vqgan", "taming_vqgan").imported()
+    imported.module.decoder.conv_in.bias[...] = jnp.asarray(wrong)
+    imports.save_imported(tmp_path / "old", imported, {})
+    with pytest.raises(interfaces.UserError, match="not finite, in model/params/decoder/conv_in/b"):
+        beginning(settings_of(tmp_path / "old"), tmp_path / "run")
+
+
 def test_a_model_of_other_sizes_is_not_started_from_an_import(taming, tmp_path):
     settings = settings_of(taming[0])
     settings.quantizer.codes = 64
