@@ -132,7 +132,10 @@ def _record(step: pathlib.Path) -> dict:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} of its manifest: {error}") from error
     if meta["layout"] is not None:
-        TokenLayout.from_json(meta["layout"])  # its bounds are checked here, before any work
+        try:
+            TokenLayout.from_json(meta["layout"])  # its bounds are checked here, before any work
+        except UserError as error:
+            raise ValueError(str(error)) from error
     noted = _noted(step) if meta["metrics"] is None else meta["metrics"]
     return meta | {"metrics": noted or {}, "measured": noted is not None}
 

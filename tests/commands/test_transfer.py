@@ -157,7 +157,7 @@ def test_a_second_import_into_one_folder_is_refused(taming, capfd):
     out, file, config, _ = taming
     before = checkpoint.read_meta(checkpoint.find(out))
     words = ("import", file, "--system", "taming_vqgan", "--config", config, "--out", out)
-    assert "already holds checkpoints; choose a new --out" in told(capfd, *words)
+    assert "it holds checkpoints; name a new folder" in told(capfd, *words)
     assert checkpoint.read_meta(checkpoint.find(out)) == before
 
 

@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> None:
         "layout": json.dumps(meta["layout"]),
         "classes": f"{len(meta['classes'])}: {', '.join(meta['classes'][:12])}",
         "metrics": ", ".join(f"{k} {v:.4g}" for k, v in meta["metrics"].items()),
+        "data": ", ".join([meta["data"][:16], *map(_change, meta.get("data_changes", ()))])
+        or "none",
         "tokenizer": (meta["tokenizer"] or {}).get("path", "itself"),
         "source": _source(meta.get("source") or {}) or "trained",
         "versions": ", ".join(f"{k} {v}" for k, v in meta["versions"].items()),
@@ -44,6 +46,10 @@ def run(args: argparse.Namespace) -> None:
     for name, value in rows.items():
         print(f"{name:<11} {value}")
     report.say("the config inside: tokgen checkpoint CKPT --config")
+
+
+def _change(change: dict) -> str:
+    return f"{change['from'][:16]} up to step {change['step']}"
 
 
 def _size(shape: list[int]) -> int:

@@ -140,7 +140,8 @@ def _array(path: str) -> np.ndarray:
             "length, channels] with numpy.save, in the order of the images"
         )
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        with np.errstate(over="ignore"):  # of sizes that no file has
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
     except archives.DAMAGE as error:
         raise interfaces.UserError(f"{path} is no .npy file of numbers: {error}") from error
     if not isinstance(found, np.ndarray):

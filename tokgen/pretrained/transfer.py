@@ -296,6 +296,12 @@ def _fit(
     average: systems.Weights,
     form: Form,
 ) -> Imported:
+    empty = [key for key, array in table.split(weights, system.aside)[0].items() if not array.size]
+    if empty:
+        raise UserError(
+            f"{source} has no numbers in {', '.join(empty[:5])}: it was not saved whole, or its "
+            "weights were shared out among processes; fetch or gather it again"
+        )
     config, layout, classes = sizes(weights, system, name, published, source=source)
     configs.override(config, overrides)
     if layout is None:
