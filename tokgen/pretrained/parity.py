@@ -7,11 +7,8 @@ hyper-parameters, and `case.npz` with inputs and the outputs that the system's o
 from __future__ import annotations
 
 import dataclasses
-<<<<<<< HEAD
 import math
 import operator
-=======
->>>>>>> main
 import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Sequence
