@@ -105,7 +105,7 @@ def of(reference: str, count: int, kinds: tuple[str, ...] = KINDS) -> Iterator[M
             new = changed(value, kind)
             if kind in ("drop", "rename") or new is not None:
                 found[kind].append(Mutant(reference, field, kind, new))
-    for section in {field.split(".")[0] for field in fields if "." in field}:
+    for section in sorted({field.split(".")[0] for field in fields if "." in field}):
         found["drop"].append(Mutant(reference, section, "drop"))
         found["retype"].append(Mutant(reference, section, "retype", 5))
     for each in found.values():
