@@ -17,6 +17,7 @@ from tokgen import (
     gallery,
     heldout,
     launch,
+    options,
     output,
     page,
     protocols,
@@ -86,6 +87,8 @@ def finish(
 def check(args: argparse.Namespace) -> None:
     """Errors of the command line, before anything is loaded."""
     protocol = protocols.named(args.protocol)
+    modes = {"": options.SAMPLES, "tokenizer": options.REPAINTED, "generator": options.DRAWN}
+    options.check_mode(args, options.EVALUATE, modes[_kind(args.checkpoint)])
     if not args.out:
         raise UserError(
             "a score needs --out DIR: what was seen is kept there, to go on after a kill"
@@ -177,6 +180,11 @@ def drawn(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[suppli
         text = sample.captions(args.text)
         rows_N = np.arange(count) % len(text.mask_BT)
         cond = jax.tree.map(lambda leaf: leaf[rows_N], text)
+    elif args.text:
+        raise UserError(
+            "--text is for a generator that reads text; found one of "
+            f"{len(loaded.classes)} classes: leave it out"
+        )
     else:
         cond = supplies.balanced(count, len(loaded.classes), args.seed)
     supply = supplies.Drawn(
@@ -195,7 +203,7 @@ def drawn(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[suppli
 
 def repainted(args: argparse.Namespace) -> supplies.Repainted:
     """A tokenizer's reconstructions of held-out images."""
-    loaded = checkpoint.load_tokenizer(args.checkpoint)
+    loaded = checkpoint.load_tokenizer(args.checkpoint, compute=args.precision or "")
     source = heldout.image_source(loaded.config, args.data, args.split, doubtful="drop")
     what = heldout.called(loaded.config.get("data", {}), args.data)
     heldout.tell(what, **{args.split: source})
@@ -209,7 +217,10 @@ def repainted(args: argparse.Namespace) -> supplies.Repainted:
             weights |= weights_.read(file)
         network = perceptual.from_weights(weights)
         distances[f"lpips_{trunk_of(network)}"] = network
-    return supplies.Repainted(loaded, source, count=count, distances=distances)
+    supply = supplies.Repainted(loaded, source, count=count, distances=distances)
+    if args.precision:  # what was begun without a word of it goes on
+        supply.identity["precision"] = args.precision
+    return supply
 
 
 def trunk_of(network) -> str:

@@ -258,14 +258,22 @@ def _as_recorded(leaf: Any, entry: dict | None) -> Any:
 
 
 def verify(step: pathlib.Path) -> None:
-    """Read every array of a step and compare it with the manifest."""
+    """Read every array of a step, compare it with the manifest, and look for what is not finite."""
     meta = read_meta(step)
     whole = sharding.replicated(sharding.make_mesh())
     wanted = {
         path: jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"], sharding=whole)
         for path, entry in meta["manifest"].items()
     }
-    restore(step, wanted, meta)
+    leaves = restore(step, wanted, meta)
+    floats = {path: a for path, a in leaves.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+    broken = [path for path, a in floats.items() if not np.isfinite(jax.device_get(a)).all()]
+    if broken:
+        raise UserError(
+            f"{step} is what was saved, but {len(broken)} of its {len(leaves)} arrays hold numbers "
+            f"that are not finite: {', '.join(broken[:5])}; its run diverged, or the file that it "
+            "was imported from is damaged: use an earlier step, or import it again"
+        )
 
 
 def _name(path: str) -> str:

@@ -17,6 +17,7 @@ from tokgen import (
     heldout,
     judge,
     launch,
+    options,
     output,
     protocols,
     references,
@@ -71,6 +72,14 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.network and protocol.extractor != "local":
         raise UserError(f"--network is of the local protocol; {args.protocol} has --weights")
+    idle = {}
+    if not args.data.startswith("tfds:"):
+        idle |= dict.fromkeys(("splits", "data_dir"), "sets of TFDS, as tfds:NAME")
+    if args.data.endswith(".npz"):
+        idle["split"] = "a folder or a set of TFDS: an archive has no parts"
+    if args.network or protocol.extractor != "local":
+        idle["steps"] = "the local protocol, whose network is trained now"
+    options.check(args, idle)
     data = () if args.data.startswith("tfds:") else (args.data,)
     given = dict(overwrite=args.overwrite, inputs=(*data, args.weights, args.network))
     with output.file(args.out, own=references.is_one, **given) as file:
