@@ -87,8 +87,6 @@ def finish(
 def check(args: argparse.Namespace) -> None:
     """Errors of the command line, before anything is loaded."""
     protocol = protocols.named(args.protocol)
-    modes = {"": options.SAMPLES, "tokenizer": options.REPAINTED, "generator": options.DRAWN}
-    options.check_mode(args, options.EVALUATE, modes[_kind(args.checkpoint)])
     if not args.out:
         raise UserError(
             "a score needs --out DIR: what was seen is kept there, to go on after a kill"
@@ -130,16 +128,19 @@ def supply_of(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[ob
                 f"--protocol {args.protocol} scores a tokenizer's reconstructions; {path} holds "
                 "samples: give the tokenizer's checkpoint"
             )
+        options.check_mode(args, options.EVALUATE, options.SAMPLES)
         given = samples.given(path, args.accept)
         heldout.tell(str(path), all=getattr(given, "source", given))
         if 0 < args.samples < len(given):
             return samples.Spread(given, args.samples), classes_of(given)
         return given, classes_of(given)
     if kind == "tokenizer":
+        options.check_mode(args, options.EVALUATE, options.REPAINTED)
         supply = repainted(args)
         return supply, len(supply.source.classes)
     if protocol.paired or args.reconstruction:
         raise UserError(f"reconstructions are a tokenizer's; {path} holds a {kind}")
+    options.check_mode(args, options.EVALUATE, options.DRAWN)
     return drawn(args, protocol, out)
 
 

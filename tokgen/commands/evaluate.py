@@ -69,10 +69,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the figures and, with --out, append them to a file; with --protocol, score."""
-    if args.images < 1 or args.orders < 1 or args.batch < 1 or not 0 <= args.seed < 2**32:
+    if args.images < 1 or args.orders < 1:
         raise UserError(
-            "--images, --orders and --batch must be at least 1 and --seed lie in [0, 2**32); found "
-            f"{args.images}, {args.orders}, {args.batch}, {args.seed}"
+            f"--images and --orders must be at least 1; found {args.images}, {args.orders}"
         )
     if args.protocol:
         assess.run(args)
@@ -81,6 +80,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             "--reference, --weights, --assume, --samples and --lpips are of a score: name its "
             f"--protocol, one of {', '.join(protocols.PROTOCOLS)}"
+        )
+    if args.batch < 1 or not 0 <= args.seed < 2**32:
+        raise UserError(
+            f"--batch must be at least 1, --seed in [0, 2**32); found {args.batch}, {args.seed}"
         )
     if args.overwrite:
         raise UserError("--overwrite is of a score; without --protocol figures are added to --out")

@@ -75,11 +75,9 @@ def run(args: argparse.Namespace) -> None:
     idle = {}
     if not args.data.startswith("tfds:"):
         idle |= dict.fromkeys(("splits", "data_dir"), "sets of TFDS, as tfds:NAME")
-    if args.data.endswith(".npz"):
-        idle["split"] = "a folder or a set of TFDS: an archive has no parts"
-    if args.network or protocol.extractor != "local":
-        idle["steps"] = "the local protocol, whose network is trained now"
     options.check(args, idle)
+    if options.is_given(args, "steps") and (args.network or protocol.extractor != "local"):
+        report.say("--steps has no effect: no network is trained, it is there already")
     data = () if args.data.startswith("tfds:") else (args.data,)
     given = dict(overwrite=args.overwrite, inputs=(*data, args.weights, args.network))
     with output.file(args.out, own=references.is_one, **given) as file:
