@@ -69,9 +69,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the figures and, with --out, append them to a file; with --protocol, score."""
-    if args.images < 1 or args.orders < 1:
+    if args.images < 1 or args.orders < 1 or args.batch < 1:
         raise UserError(
-            f"--images and --orders must be at least 1; found {args.images}, {args.orders}"
+            "--images, --orders and --batch must be at least 1; found "
+            f"{args.images}, {args.orders}, {args.batch}"
         )
     if args.protocol:
         assess.run(args)
@@ -139,8 +140,10 @@ def _tokenizer(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     heldout.check_filled(source, args.split)
     report.say(f"{min(args.images, len(source))} of {len(source)} images, step {step.name}")
     view = heldout.view_of(loaded.config)
-    asked = dict(count=args.images, batch=_batch(args, 0), what="reconstruct")
-    found, _ = heldout.reconstruction(loaded.module, source, view, **asked)
+    batch = min(args.batch, heldout.bounded(view, args.images))
+    found, _ = heldout.reconstruction(
+        *(loaded.module, source, view), count=args.images, batch=batch, what="reconstruct"
+    )
     return found, "", source, loaded.config.precision.compute
 
 
@@ -172,6 +175,7 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     figures = heldout.likelihood(
         *(loaded.module, tokenizer.module.quantizer, source),
         count=args.images,
+        batch=args.batch,
         what="likelihood",
         order=args.order,
         draws=args.orders,
