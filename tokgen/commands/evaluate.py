@@ -180,7 +180,6 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
         order=args.order,
         draws=args.orders,
         seed=args.seed,
-        batch=_batch(args, 50),
         label_C=label_C,
     )
     how = [] if getattr(loaded.module, "exact", True) else ["upper bound"]
@@ -190,11 +189,6 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     if data["tokens"]:  # images would all have to be encoded for it
         figures |= heldout.unigram(tokens.Source(data["tokens"]), source, loaded.layout)
     return figures, title, source, loaded.config.precision.compute
-
-
-def _batch(args: argparse.Namespace, default: int) -> int:
-    """Images at a time: those that were asked for, or as many as is usual here."""
-    return args.batch if options.is_given(args, "batch") else default
 
 
 def _data_of(loaded: checkpoint.Loaded, path: str) -> dict:
