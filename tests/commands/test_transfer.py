@@ -173,6 +173,9 @@ def test_misfits_are_one_message_and_leave_nothing(taming, tmp_path, capfd):
     said = told(capfd, *words)
     for part in ("1 missing: decoder.conv_in.bias", "1 left over: decoder.surplus", "(7,)", "(8,)"):
         assert part in said, said
+    strange = tmp_path / "\x1b[2J"
+    said = told(capfd, "import", strange, "--system", "taming_vqgan", "--out", out)
+    assert "?[2J" in said and "\x1b" not in said
     other.with_suffix(".bin").write_bytes(b"")
     words = ("import", file, "--out", out)
     assert "did you mean 'taming_vqgan'" in told(capfd, *words, "--system", "taming_vqgam")
@@ -407,8 +410,11 @@ def test_a_record_of_an_older_import_or_of_a_stranger(taming):
     assert imports._form({"dtype": "bfloat16"}, "x") == transfer.Form("bfloat16")
     form = transfer.Form("float16", {"a": "float32", "b": "int64"}, "model", "ema", "float32")
     assert imports._form(imports._recorded(form), "x") == form
-    for odd in ({"dtype": 7}, {"entry": []}, {"dtypes": "x"}, {"dtypes": {"a": 7}},
-                {"dtypes": {"float32": [["x"]]}}, {"average_dtypes": [1]}):  # fmt: skip
+    odd_ones = [
+        *({"dtype": 7}, {"entry": []}, {"entry": "a\ud800"}, {"average_dtypes": [1]}),
+        *({"dtypes": "x"}, {"dtypes": {"a": 7}}, {"dtypes": {"float32": [["x"]]}}),
+    ]
+    for odd in odd_ones:
         with pytest.raises(interfaces.UserError, match="does not say how its file was written"):
             imports._form(odd, "x")
 
