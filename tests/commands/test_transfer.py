@@ -304,6 +304,8 @@ def test_weights_that_are_not_finite_are_neither_imported_nor_begun_from(taming,
     imported = parity.Folder(HERE / "taming_vqgan", "taming_vqgan").imported()
     imported.module.decoder.conv_in.bias[...] = jnp.asarray(wrong)
     imports.save_imported(tmp_path / "old", imported, {})
+    said = told(capfd, "checkpoint", tmp_path / "old", "--verify")
+    assert "not finite, in model/params/decoder/conv_in/bias: it was read as" in said
     with pytest.raises(interfaces.UserError, match="not finite, in model/params/decoder/conv_in/b"):
         beginning(settings_of(tmp_path / "old"), tmp_path / "run")
 
