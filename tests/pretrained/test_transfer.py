@@ -211,7 +211,9 @@ def test_what_all_names_begin_with_is_left_away_and_told(prefix, told, tmp_path)
     more = {f"{prefix}loss.logvar": np.zeros((), np.float32)}
     path = written(tmp_path / "x.safetensors", prefix=prefix, form="safetensors", more=more)
     imported = imported_from(path)
-    assert (f"{told!r}, with which its names begin" in " ".join(imported.notes)) == bool(told)
+    said = " ".join(imported.notes)
+    assert (f"{told!r}, with which its names begin" in said) == bool(told)
+    assert ("_orig_mod. within its names" in said) == ("_orig_mod." in prefix)
     same(
         transfer.publish(imported, "taming_vqgan"), {**small()[0], "loss.logvar": more.popitem()[1]}
     )
