@@ -402,6 +402,7 @@ def test_an_export_is_imported_again(taming, tmp_path, capfd):
     words = ("import", out, "--out", tmp_path / "more")
     assert "is an export of tokgen" in told(capfd, *words, "--entry", "ema")
     assert "is a tokenizer itself" in told(capfd, *words, "--tokenizer", taming[0])
+    assert "leave out --system" in told(capfd, *words, "--system", "taming_vqgan")
     for record in ("", "[]", '{"config": {}}', '{"config": {"view": 1}, "fingerprint": "a"}'):
         (out / "config.json").write_text(record)
         assert "error:" in told(capfd, *words)
