@@ -47,9 +47,11 @@ def test_a_work_directory_is_none_of_what_the_run_reads(tmp_path, capsys):
     (tmp_path / "cat.png").write_text("")
     for inside in (tmp_path, tmp_path / "run"):
         with pytest.raises(UserError, match="--workdir"):
-            with runs.lock(inside, launch._read_by(settings)):
+            with runs.lock(inside, launch._pictures(settings, inside)):
                 pass
     assert [file.name for file in tmp_path.iterdir()] == ["cat.png"]
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)  # one that began before this was said
+    assert launch._pictures(settings, tmp_path / "run") == []
     with pytest.raises(SystemExit) as end:
         launch.parse(["--config", "a.py", "--workdir="], "")
     assert end.value.code == 2 and "--workdir: it is empty" in capsys.readouterr().err
