@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import judge, sharding, state
+from tokgen import archives, judge, sharding, state
 from tokgen.data import images, stream
 from tokgen.features import clip, dinov2, inception
 from tokgen.interfaces import UserError
@@ -145,6 +145,7 @@ def from_arrays(kept: Mapping[str, np.ndarray], about: Mapping) -> Extractor:
         raise UserError(
             "the arrays are not those of a local network of this version; make them again"
         )
+    archives.check_numbers(kept, "the local network of a reference")
     leaves = [jnp.asarray(kept[path]) for path in wanted]
     params = jax.tree.unflatten(jax.tree.structure(params), leaves)
     network = state.merge(graph, params, stats).network

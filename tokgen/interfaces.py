@@ -42,7 +42,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str = ""):
-        super().__init__(_ADDRESS.sub("", message))
+        super().__init__(_ADDRESS.sub("", str(message)))
 
 
 class Statistic(nnx.Variable):

@@ -14,7 +14,7 @@ import math
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import ml_collections
@@ -39,9 +39,12 @@ ASIDE = "set_aside"  # steps that a run went back behind
 
 
 @contextlib.contextmanager
-def lock(workdir: pathlib.Path) -> Iterator[None]:
-    """Hold the work directory. The system releases it when the process ends, however it ends."""
-    with output.workdir(workdir):
+def lock(workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Iterator[None]:
+    """Hold the work directory. The system releases it when the process ends, however it ends.
+
+    It lies in none of the `inputs`, which the run reads.
+    """
+    with output.workdir(workdir, inputs):
         yield
 
 

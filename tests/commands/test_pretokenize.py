@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, Mesh
 from PIL import Image
 
-from tokgen import checkpoint, cli, launch, runs
+from tokgen import checkpoint, cli, launch, runs, sharding
 from tokgen import config as configs
 from tokgen import state as states
 from tokgen.data import folder as folder_
-from tokgen.data import reader, shapes, tokens
+from tokgen.data import images, reader, shapes, tokens
 
 SMALL = (
     *("data.size=(16, 16)", "data.count=12", "view.size=(16, 16)", "encoder.widths=(16,)"),
@@ -76,6 +77,41 @@ def test_it_encodes_in_float32_unless_told_otherwise_and_records_it(tmp_path):
         sort = lambda array: sorted(row.astype(np.int64).tobytes() for row in array)  # noqa: E731
         assert sort(stored[precision]) == sort(expected[precision]), precision
     assert (expected["float32"] != expected["bfloat16"]).any()  # it matters
+
+
+def test_any_number_of_devices_writes_the_same_shards_and_decodes_once(tmp_path, monkeypatch):
+    """Eight devices and batches of five; one device and one batch of all."""
+    folder = saved(tmp_path / "tokenizer", dict(name="vq", codes=64, channels=4))
+    rng, decode, decoded = np.random.default_rng(0), images.decode, []
+    (tmp_path / "pictures").mkdir()
+    for number in range(11):
+        picture = rng.integers(0, 256, (20 + number, 24, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / "pictures" / f"{number:02d}.png")
+
+    def counted(*words, **options):
+        decoded.append(1)
+        return decode(*words, **options)
+
+    monkeypatch.setattr(images, "decode", counted)
+    single = Mesh(
+        np.asarray(jax.devices()[:1]).reshape(1, 1, 1),
+        sharding.AXES,
+        axis_types=(AxisType.Auto,) * 3,
+    )
+    written = []
+    for mesh, batch in ((sharding.make_mesh(), 5), (single, 11)):
+        monkeypatch.setattr(sharding, "make_mesh", lambda mesh=mesh: mesh)
+        out = tmp_path / f"tokens{mesh.size}"
+        words = ["--tokenizer", folder, "--data", tmp_path / "pictures", "--out", out]
+        words += ["--batch", batch, "--views", "ten,flip"]
+        assert cli.main(["pretokenize", *map(str, words)]) == 0
+        files = sorted(out.glob("*.array_record"))
+        written.append({file.name: file.read_bytes() for file in files})
+        assert len(decoded) == 11
+        decoded.clear()
+    assert written[0] == written[1] and written[0]
+    tokens_XLG = tokens.Source(out)[0]["tokens"]
+    assert tokens_XLG.shape[0] == 11 and len({view.tobytes() for view in tokens_XLG}) > 6
 
 
 def test_it_reconstructs_by_the_mean(workdir, tmp_path, capfd):

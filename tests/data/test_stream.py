@@ -240,6 +240,27 @@ def test_one_pass_is_in_order_and_whole():
         stream.once(source, RANDOM, batch_size=2)
 
 
+def test_threads_change_nothing_of_one_pass_and_decode_once():
+    """In pieces of a batch, by threads, for several views at once."""
+    source = Numbered(23, broken=(3, 4, 5, 6, 7, 22))
+    names = images.stored("ten,center")
+    every = images.Every(tuple(images.fixed(name, (12, 18)) for name in names))
+    alone = list(stream.once(source, every, batch_size=5))
+    assert sorted(source.read) == list(range(23))
+    for threads in (1, 2, 4, 9):
+        source.read.clear()
+        found = list(stream.once(source, every, batch_size=5, threads=threads))
+        for batch, other in zip(found, alone, strict=True):
+            same(batch, other)
+        assert sorted(source.read) == list(range(23))
+    with stream.once(source, every, batch_size=2, threads=3) as passing:
+        next(passing)  # what was loaded ahead is dropped
+    views = [stream.once(source, view, batch_size=5) for view in every.views]
+    for batch, *singles in zip(alone, *views, strict=True):
+        pixels = np.stack([single["image"] for single in singles], axis=1)
+        np.testing.assert_array_equal(batch["image"], pixels)
+
+
 @pytest.fixture
 def shards(tmp_path):
     writer = tokens.Writer(

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         "data": ", ".join([meta["data"][:16], *map(_change, meta.get("data_changes", ()))])
         or "none",
         "tokenizer": (meta["tokenizer"] or {}).get("path", "itself"),
-        "source": ", ".join(f"{k} {v}" for k, v in (meta.get("source") or {}).items()) or "trained",
+        "source": _source(meta.get("source") or {}) or "trained",
         "versions": ", ".join(f"{k} {v}" for k, v in meta["versions"].items()),
         "arrays": f"{len(meta['manifest'])}{', all verified' if args.verify else ''}",
     }
@@ -57,3 +57,12 @@ def _size(shape: list[int]) -> int:
     for n in shape:
         size *= n
     return size
+
+
+def _source(source: dict) -> str:
+    """Where an import is from; of the dtypes of single arrays only how many there are."""
+    named = {
+        name: f"{sum(map(len, value.values()))} arrays" if isinstance(value, dict) else value
+        for name, value in source.items()
+    }
+    return ", ".join(f"{name} {value}" for name, value in named.items())

@@ -171,7 +171,7 @@ class Source:
                 digest.update(b"unreadable")
         return digest.digest()
 
-    @property
+    @functools.cached_property
     def changed(self) -> int:
         """When one of the files changed last, in nanoseconds: its contents or its permissions."""
         places = (os.path.join(self.path, name) for name in self._names)

@@ -561,6 +561,10 @@ def _header_problem(header: dict) -> str:
         if not isinstance(header["data"], dict):
             return "the data are not described"
         for split, count in plan["images"].items():
+            listed = len(header["splits"][split]["shards"])
+            # before as many are made as it claims
+            if math.ceil(count / header["shard_images"]) != listed:
+                return f"{count} images of {split} do not lie in the {listed} shards that it lists"
             planned = _planned(split, count, header["shard_images"])
             need = [(shard.file, shard.stop - shard.start) for shard in planned]
             found = [
