@@ -89,8 +89,8 @@ def examine(examiner, tokenizer, arguments) -> None:
         seen.append(judge.predictions(examiner, image_BHW3) == part["label"])
     held_out, kept = (share(np.concatenate(parts)) for parts in (seen, repainted))
     print(
-        f"the judge is right on {held_out} of {len(chosen)} held-out images, and on {kept} of "
-        "their reconstructions",
+        f"the judge is right on {held_out} of {sum(map(len, seen))} held-out images, and on {kept} "
+        "of their reconstructions",
         flush=True,
     )
 

@@ -242,6 +242,24 @@ def test_heads_learn_and_the_trunk_does_not(sighted, key):
         assert paths and all(before[path].size == 1 for path in rest), rest
     kernels = [path for path in before if path.startswith("p/heads") and path.endswith("kernel")]
     assert kernels and set(kernels) <= moved
+    # one pixel that is no number: nothing moves, of the averages neither
+    broken, averages, seen = step(
+        after, losses.averages(), real.at[0, 3, 3, 0].set(jnp.nan), fake, key
+    )
+    assert not np.isfinite(seen["critic"]) and broken.skipped == 1 and broken.step == 2
+    same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)  # noqa: E731
+    same((broken.params, broken.stats, averages), (after.params, after.stats, losses.averages()))
+
+
+def test_logits_that_are_infinite_move_no_average(key):
+    """The hinge of an infinite logit is 0, and so is its gradient: neither tells."""
+    graph, critic = state_of(Linear())
+    step = adversary.critic_step(adversary.Game(weight=1.0), graph, PLAIN)
+    real, fake = pair(key)
+    huge = critic.replace(params={**critic.params, "bias": jnp.float32(jnp.inf)})
+    after, averages, _ = step(huge, losses.averages(), real, -fake, key)
+    assert after.skipped == 1
+    assert (averages["real"], averages["fake"]) == (0, 0)
 
 
 def test_the_painter_is_judged_by_running_statistics(sighted, key):
@@ -380,6 +398,67 @@ def test_before_the_painter_plays_only_the_critic_learns_of_the_game(match, monk
     later = copied(networks)
     later["model"] = later["model"].replace(step=jnp.asarray(5, jnp.int32))
     np.testing.assert_allclose(step(later, batch, {})[1]["adversarial_weight"], 0.7, rtol=1e-6)
+
+
+def test_a_step_that_is_not_finite_moves_nothing_of_either(match, monkeypatch):
+    """A pixel that is no number; then a critic alone whose loss is none. Both are counted."""
+    settings, network, graphs, networks, batch = match
+    whole = painter.reconstruction.from_uint8
+
+    def poisoned(image_BHW3):
+        image = whole(image_BHW3)
+        return image.at[0, 2, 2, 0].set(
+            jnp.where(image[0, 0, 0, 0] == 1, jnp.nan, image[0, 2, 2, 0])
+        )
+
+    monkeypatch.setattr(painter.reconstruction, "from_uint8", poisoned)
+    optimizer = states.optimizer(10, learning_rate=0.1)
+    monkeypatch.setattr(stages, "optimizer", lambda settings, stage: optimizer)
+    zero = jnp.zeros((), jnp.int32)
+    start = dict(networks)
+    for name in ("model", "critic"):
+        moments = optimizer.chain.init(networks[name].params)
+        start[name] = networks[name].replace(opt_state=moments, skips=zero)
+    start["model"] = start["model"].replace(ema=start["model"].params)
+    game = adversary.Game(weight=0.7, network=network, lecam=0.1)
+    (stage,) = stages.plan(settings)
+    step = painter.adversarial_step(settings, game, graphs, optimizer, stage, strength=1.0)
+    same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)  # noqa: E731
+    moved = lambda a, b: np.any(np.asarray(a) != np.asarray(b))  # noqa: E731
+
+    def stepped(given, corner, averages=None):
+        image = batch["image"].copy()
+        image[0, 0, 0, 0] = corner
+        given = given if averages is None else {**given, "averages": averages}
+        return *step(copied(given), {"image": image}, {})[:2], given
+
+    def held(after, before):
+        for name in ("model", "critic"):
+            numbers = dict(step=0, skipped=0, skips=0)
+            same(after[name].replace(**numbers), before[name].replace(**numbers))
+            assert after[name].step == before[name].step + 1
+        same(after["averages"], before["averages"])
+
+    good, scalars, _ = stepped(start, 0)
+    counts = ("skipped", "skips", "critic_skipped", "critic_skips")
+    assert [scalars[name] for name in counts] == [0, 0, 0, 0]
+    for name in ("params", "opt_state", "stats"):
+        before, after = (jax.tree.leaves(getattr(n["model"], name)) for n in (start, good))
+        assert any(map(moved, before, after)), name
+    assert moved(good["averages"]["real"], 0.0)
+    bad, scalars, before = stepped(good, 255)
+    held(bad, before)
+    assert [scalars[name] for name in counts] == [1, 1, 1, 1]
+    nan = {"real": jnp.float32(jnp.nan), "fake": jnp.float32(0)}
+    bad, scalars, before = stepped(bad, 0, averages=nan)  # only the critic's loss looks at them
+    held(bad, before)
+    assert [scalars[name] for name in counts] == [0, 1, 2, 2]
+    after, scalars, _ = stepped(bad, 0, averages=good["averages"])  # and the game goes on
+    assert [scalars[name] for name in counts] == [0, 1, 0, 2]
+    for name in ("model", "critic"):
+        before, now = (jax.tree.leaves(n[name].params) for n in (bad, after))
+        assert any(map(moved, before, now))
+        assert all(np.isfinite(leaf).all() for leaf in now)
 
 
 def test_every_return_halves_the_critic_and_the_last_leaves_it_out():

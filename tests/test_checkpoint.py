@@ -19,6 +19,7 @@ from tokgen import config as configs
 from tokgen import state as states
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+KERNEL = "model/ema/encoder/conv_in/kernel"
 SMALL = (
     *("data.size=(16, 16)", "view.size=(16, 16)", "encoder.widths=(16,)", "decoder.widths=(16,)"),
     *("encoder.blocks=1", "decoder.blocks=1", "batch_size=8", "quantizer.codes=32"),
@@ -194,6 +195,42 @@ def test_loading_for_use_takes_the_average(base):
         checkpoint.load_generator(workdir)
 
 
+def test_bfloat16_parameters_come_back(tmp_path):
+    """Their averages and moments are float32; loaded for use they are what the config says."""
+    config = load_config("precision.params=bfloat16")
+    network = filled(config)
+    widened = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf, network
+    )
+    network = widened.replace(params=network.params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(network.params)} == {jnp.dtype("bfloat16")}
+    saved_in(tmp_path, network, config)
+    found, _ = resumed(tmp_path, config, blank(network))
+    equal(found, network.replace(step=5))
+    assert jax.tree.map(lambda a: a.dtype, found) == jax.tree.map(lambda a: a.dtype, network)
+    params = states.split(checkpoint.load_tokenizer(tmp_path).module)[1]
+    equal(params, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), network.ema))
+    # as an older version wrote its moments: they are cast
+    half = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf,
+        network.opt_state,
+    )
+    saved_in(tmp_path / "old", network.replace(opt_state=half), config)
+    found, _ = resumed(tmp_path / "old", config, blank(network))
+    equal(found.opt_state, jax.tree.map(lambda a, b: a.astype(b.dtype), half, network.opt_state))
+    # and other parameters are refused as ever
+    with pytest.raises(interfaces.UserError, match="bfloat16"):
+        resumed(tmp_path, config, blank(widened))
+
+
+def test_a_checkpoint_that_counted_no_skips_begins_to(base, tmp_path):
+    config, network, workdir = base
+    counted = blank(network).replace(skips=jnp.asarray(7, jnp.int32))
+    found, _ = resumed(workdir, config, counted)
+    assert found.skips == 7 and found.step == 5
+    equal(found.params, network.params)
+
+
 @pytest.mark.parametrize("name", ["nowhere", "."])
 def test_a_path_without_a_checkpoint_is_named(tmp_path, name):
     with pytest.raises(interfaces.UserError, match="no checkpoint at"):
@@ -264,6 +301,33 @@ def test_a_truncated_or_missing_file_is_one_message_that_names_the_step(base, co
             resumed(copy, config, network)
         shutil.move(step / "away", step / part)
     equal(resumed(copy, config, blank(network))[0], network)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(dict(manifest=None), dict(manifest={"a": None}), dict(config=None), dict(step="5")),
+        *(dict(layout={"vocab": [10**9], "grids": [[10**9, 10**9]]}), dict(layout=[1])),
+        *(dict(classes=None), dict(metrics=[]), dict(best=None), dict(kind=None)),
+        "shape",
+    ],
+)
+def test_a_record_of_other_types_or_sizes_is_refused_before_work(base, copy, change):
+    """Its digest is right, as that of a record that somebody edited with care."""
+    step = copy / checkpoint.FOLDER / "5"
+    meta = json.loads((step / "meta" / "metadata").read_text())
+    meta.pop("digest")
+    if change == "shape":
+        entry = next(e for p, e in meta["manifest"].items() if p == KERNEL)
+        entry["shape"] = [10**9] * len(entry["shape"])
+    else:
+        meta |= change
+    meta["digest"] = manifest.digest(meta)
+    (step / "meta" / "metadata").write_text(json.dumps(meta))
+    (step / manifest.SIZES).unlink()
+    for read in (checkpoint.load_tokenizer, lambda path: checkpoint.verify(checkpoint.find(path))):
+        with pytest.raises(interfaces.UserError):
+            read(copy)
 
 
 def test_arrays_of_another_kind_are_refused(base):

@@ -481,6 +481,8 @@ def test_usage_errors_of_training(place, tokenizer, generator, shards, capfd):
     assert "unknown config key 'optimizer.learning_rat'; did you mean" in said
     new = tokenizer_words(place, place / "tokenizer", data="no_such_folder")
     assert str(place / "no_such_folder") in tokenizer_error(*new)
+    said = tokenizer_error(*tokenizer_words(place, place / "new"), "--config.batch_size=5")
+    assert "config.batch_size=5: give 4 or 6" in said and "2 devices" in said
     assert "stepz" in tokenizer_error(*words, "--config.stepz", "3")
     assert "no config file" in tokenizer_error("--config", "nowhere.py", "--workdir", tokenizer)
     words = generator_words(place, generator, "no_such_tokens")

@@ -6,6 +6,7 @@ The generator is a die, the tokenizer paints its tokens; the local network is dr
 import argparse
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import signal
@@ -16,7 +17,7 @@ import time
 import numpy as np
 import pytest
 
-from tests import test_extractors, test_supplies
+from tests import test_extractors, test_page, test_supplies
 from tokgen import (
     assess,
     checkpoint,
@@ -312,8 +313,8 @@ def test_a_second_run_in_the_same_folder_waits_its_turn(tmp_path, die, reference
         assess.run(scoring_of(reference, tmp_path))
 
 
-def test_results_are_appended_whole_and_read_back(tmp_path):
-    line = {"format": evaluation.FORMAT, "figures": {}}
+def test_results_are_appended_whole_and_read_back(tmp_path, capfd):
+    line = test_page.result()
     for number in range(3):
         evaluation.append(tmp_path, line | {"number": number})
     # measured once more, it is the same result
@@ -322,13 +323,50 @@ def test_results_are_appended_whole_and_read_back(tmp_path):
     assert evaluation.results(tmp_path / evaluation.RESULTS) == evaluation.results(tmp_path)
     with pytest.raises(UserError, match="no results at"):
         evaluation.results(tmp_path / "nothing")
-    (tmp_path / evaluation.RESULTS).write_text(json.dumps(line)[:-3])
-    with pytest.raises(UserError, match="damaged.*remove its last line"):
+    whole = (tmp_path / evaluation.RESULTS).read_text()
+    (tmp_path / evaluation.RESULTS).write_text(whole + json.dumps(line)[:-3])
+    assert len(evaluation.results(tmp_path)) == 3
+    assert "the last line was cut off" in capfd.readouterr().err
+    evaluation.append(tmp_path, line | {"number": 3})  # in its place
+    assert [one["number"] for one in evaluation.results(tmp_path)] == [0, 1, 2, 3]
+    (tmp_path / evaluation.RESULTS).write_text(json.dumps(line)[:-3] + "\n" + whole)
+    with pytest.raises(UserError, match="line 1: .*remove the line"):
         evaluation.results(tmp_path)
-    for text in ("", '{"loss": 1}\n', "[1]\n"):
+    for text in ("", '{"loss": 1}\n', "[1]\n", "[" * 10**5):
         (tmp_path / evaluation.RESULTS).write_text(text)
-        with pytest.raises(UserError, match="no results of this version"):
+        with pytest.raises(UserError, match="no results of this version|cannot be read as results"):
             evaluation.results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(dict(figures=None), dict(figures={"fid": 3.0}), dict(figures={"fid": {}}), dict(size=3)),
+        *(dict(figures={"fid": {"value": "3"}}), dict(supply=[]), dict(supply={"settings": None})),
+        *(dict(reference={"dataset": None}), dict(extractor=None), dict(absent=7), dict(seed="x")),
+    ],
+)
+def test_a_result_of_other_types_is_one_message(tmp_path, change):
+    evaluation.append(tmp_path, test_page.result(**change))
+    with pytest.raises(UserError, match="holds no results of tokgen evaluate: "):
+        evaluation.results(tmp_path)
+
+
+def test_a_figure_that_is_not_finite_is_absent(tmp_path):
+    """Written by this version, or as NaN by one before: no reader meets it, and it is no best."""
+    figures = {"fid": {"value": math.nan, "low": 1.0, "high": 2.0}, "is": {"value": 3.0}}
+    figures["precision"] = {"value": 0.5, "low": math.nan, "high": 0.7}
+    (tmp_path / evaluation.RESULTS).write_text(json.dumps(test_page.result(figures=figures)) + "\n")
+    evaluation.append(tmp_path, test_page.result(figures=figures) | {"seed": 8})
+    for line in evaluation.results(tmp_path):
+        assert line["figures"] == {"is": {"value": 3.0}, "precision": {"value": 0.5}}
+        assert line["absent"]["fid"].startswith(scoring.NOT_FINITE)
+
+    def refused(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    last_line = (tmp_path / evaluation.RESULTS).read_text().splitlines()[-1]
+    json.loads(last_line, parse_constant=refused)
 
 
 def test_features_that_are_not_finite_name_their_image(tmp_path, monkeypatch):

@@ -128,3 +128,8 @@ def test_writing_never_touches_a_given_token():
     for field in dataclasses.fields(state):
         if field.name != "tokens_BLG":
             assert getattr(after, field.name) is getattr(state, field.name)
+
+
+def test_no_message_says_where_an_object_lies():
+    told = str(interfaces.UserError(f"cannot read {object()} or {(lambda: 0)}"))
+    assert "0x" not in told and "cannot read <object>" in told

@@ -1,8 +1,10 @@
 """The wheel and what it carries; the console program, its help and its exit codes."""
 
 import ast
+import errno
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -161,7 +163,7 @@ def test_no_arguments_print_the_help():
             ["smaple", "runs/x"],
             "tokgen: error: there is no command 'smaple'; did you mean 'sample'?",
         ),
-        (["xyzzy"], "tokgen: error: there is no command 'xyzzy'; choose from demo, pretokenize"),
+        (["xyzzy"], "tokgen: error: there is no command 'xyzzy'; choose from demo, data"),
         (["--verison"], "tokgen: error: unrecognized arguments: --verison"),
     ],
 )
@@ -206,3 +208,74 @@ def test_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)) as caught:
         cli.call("tokgen x", raising(error))
     assert caught.value is error
+
+
+ENDS = {
+    "a full disk": (
+        OSError(errno.ENOSPC, "No space left on device", "/data/a"),
+        "/data/a: no space",
+    ),
+    "a quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), "make room"),
+    "a read-only disk": (
+        PermissionError(errno.EROFS, "Read-only file system", "/a"),
+        "/a: read-only",
+    ),
+    "open files": (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
+    "no memory": (MemoryError("Unable to allocate 8 GiB"), "Unable to allocate 8 GiB"),
+    "no memory, unsaid": (MemoryError(), "more memory than there is"),
+    "a device's memory": (
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"),
+        "smaller --batch",
+    ),
+    "a store's disk": (
+        RuntimeError("RESOURCE_EXHAUSTED: a: No space left on device"),
+        "disk is full",
+    ),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_what_the_machine_lacks_is_one_message(end, capsys):
+    error, words = ENDS[end]
+
+    def run():
+        raise error
+
+    assert cli.call("tokgen sample", run) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1 and said.startswith("tokgen sample: error: ")
+    if "memory" in end:
+        assert "--batch" in said
+        assert cli.call("train_tokenizer.py", run) == 2
+        assert "--config.batch_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "none"),
+        RuntimeError("INTERNAL: ours"),
+        RecursionError("deep"),
+    ],
+)
+def test_errors_of_ours_keep_their_traceback(error):
+    def run():
+        raise error
+
+    with pytest.raises(type(error)):
+        cli.call("tokgen sample", run)
+
+
+def test_a_reader_that_goes_away_ends_a_command_quietly():
+    script = (
+        "import sys; from tokgen import cli; "
+        "sys.exit(cli.call('tokgen matrix', lambda: [print('x' * 9999) for _ in range(99)]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.read(10)
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(60) == 128 + signal.SIGPIPE and said == b""

@@ -101,6 +101,44 @@ def test_drawn_images_need_no_scan():
     assert len(scan.readable(drawn, np.arange(5))) == 5
 
 
+def test_tokens_without_an_image_to_measure_are_refused_before_training(capfd):
+    class Shards:
+        layout, missing = {}, {1: ("cat/1.png", "cut off"), 4: ("cat/4.png", "empty")}
+
+        def __len__(self):
+            return 6
+
+        def __getitems__(self, indices):
+            raise AssertionError("nothing is read")
+
+        def name(self, index):
+            return self.missing[index][0]
+
+    scan.before(Shards(), Shards(), np.array([0, 1]), channels=3, max_bad=0.0)
+    said = capfd.readouterr().err
+    assert "cat/4.png: empty" in said and "others stand in" in said and "left out" in said
+    with pytest.raises(interfaces.UserError, match="none of the 2 held-out.*has tokens"):
+        scan.before(Shards(), Shards(), np.array([4, 1]), channels=3, max_bad=0.0)
+
+
+def test_a_source_of_whole_images_is_not_read_for_its_headers(tmp_path):
+    source = folder.Source(write(tmp_path / "base"), split="all")
+
+    class Whole:
+        classes, read = source.classes, []
+
+        def __len__(self):
+            return len(source)
+
+        def __getitem__(self, index):
+            self.read.append(index)
+            return source[index]
+
+    assert scan.headers(Whole()) == scan.Found() and not Whole.read
+    found = scan.full(Whole())
+    assert found.sizes == {(8, 8): 24} and sorted(Whole.read) == list(range(24))
+
+
 @pytest.mark.parametrize("length", [1, 2, 7, 64, 100])
 def test_every_beginning_of_a_sample_is_spread_evenly(length):
     order = scan.evenly(length)

@@ -14,10 +14,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 import train_generator
 from tests import recipes
-from tokgen import config, interfaces, painter, rng, sharding, stages, state
+from tokgen import config, heldout, interfaces, painter, rng, sharding, stages, state
+from tokgen.commands import sample
 from tokgen.critics import blur, features, patchgan, stylegan
 from tokgen.generators import autoregressive
 from tokgen.nn.precision import FLOAT32
+from tokgen.sampling import filters
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "configs" / "tokenizer").glob("*.py"))
@@ -263,6 +265,36 @@ def test_a_batch_lies_over_data_and_fsdp():
     assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 3)}
 
 
+def test_a_batch_that_does_not_divide_is_filled_up_or_refused():
+    mesh = sharding.make_mesh(4, 2, 1)
+    given = {"rows": np.arange(11), "pairs": np.arange(22).reshape(11, 2), "none": None}
+    for rows, count in ((5, 16), (11, 16), (17, 24)):
+        found = sharding.filled(given, rows, mesh)
+        wanted = np.minimum(np.arange(count), 10)
+        np.testing.assert_array_equal(found["rows"], wanted)
+        np.testing.assert_array_equal(found["pairs"][:, 0], 2 * wanted)
+        each = {shard.data.shape for shard in found["pairs"].addressable_shards}
+        assert each == {(count // 8, 2)} and found["none"] is None
+    sharding.check_batch(16, mesh)
+    for batch, words in ((11, "give 8 or 16, or"), (5, "give 8, or")):
+        with pytest.raises(interfaces.UserError, match=f"8 devices.*batch_size={batch}: {words}"):
+            sharding.check_batch(batch, mesh)
+    with pytest.raises(interfaces.UserError, match="give 8 or 16"):
+        sharding.global_batch({"image": np.zeros((11, 2))}, mesh)
+
+
+def test_what_trains_with_a_batch_of_its_own_takes_the_devices_that_divide_it():
+    assert [sharding.ways(sharding.dividing(batch)) for batch in (64, 12, 7, 22, 11)] == [
+        *(8, 6, 7, 2, 1)
+    ]
+
+
+def test_the_mesh_that_is_set_is_the_current_one():
+    assert sharding.current().size == jax.device_count()
+    with jax.set_mesh(_single()):
+        assert sharding.current().size == 1
+
+
 LAYOUT = interfaces.TokenLayout((64,), ((3, 3),))
 # Gradients as they are: with Adam, rounding of a gradient near 0 turns a whole step over.
 PLAIN = state.Optimizer(optax.identity(), lambda step: jnp.float32(0.1))
@@ -398,3 +430,61 @@ def test_tokenizer_steps_on_eight_devices_equal_those_on_one(monkeypatch):
     counts, found_counts = stats["quantizer"]["counts"], found_stats["quantizer"]["counts"]
     assert len(np.unique(counts)) > 1
     np.testing.assert_allclose(found_counts, counts, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- drawing and measuring
+
+
+class Painter(nnx.Module):
+    """Tokens of LAYOUT as gray images."""
+
+    quantizer = None
+
+    def decode(self, tokens_BLG):
+        gray_BHW1 = tokens_BLG.reshape(-1, 3, 3, 1) / 64
+        return jnp.broadcast_to(gray_BHW1, (*gray_BHW1.shape[:3], 3))
+
+
+class Tokens:
+    """Eleven images of LAYOUT as a source."""
+
+    layout, classes = LAYOUT.to_json(), tuple("abcde")
+    fingerprint = "eleven"
+
+    def __len__(self):
+        return 11
+
+    def __getitems__(self, indices):
+        draws = (np.random.default_rng(index) for index in map(int, indices))
+        return [{"tokens": d.integers(0, 64, (1, 9, 1)), "label": 0} for d in draws]
+
+
+def test_drawing_and_likelihoods_are_shared_by_the_devices_to_the_bit(monkeypatch):
+    """Each device does its part of the work, though 11 images and batches of 5 do not divide."""
+    generator, sampler = _generator(LAYOUT), filters.Sampler(guidance=(2.0,) * 9)
+    work, program = {}, sample.draw_tokens
+
+    def measured(*arguments):
+        compiled = program.lower(*arguments).compile()
+        work.setdefault(sharding.current().size, compiled.cost_analysis()["flops"])
+        return compiled(*arguments[:4], arguments[5])
+
+    monkeypatch.setattr(sample, "draw_tokens", measured)
+    found, nats = {}, {}
+    for mesh in (_single(), sharding.make_mesh()):
+        monkeypatch.setattr(sharding, "make_mesh", lambda mesh=mesh: mesh)
+        module = jax.device_put(generator, sharding.replicated(mesh))
+        label_N = np.arange(11, dtype=np.int32) % 5
+        found[mesh.size] = sample.draw(
+            module, Painter(), label_N, sampler, seed=1, batch=4, what=""
+        )
+        figures = heldout.likelihood(module, None, Tokens(), count=11, batch=5)
+        nats[mesh.size] = figures["nats_per_token"]
+    tokens_NLG, image_NHW3 = found[1]
+    assert tokens_NLG.shape == (11, 9, 1) and image_NHW3.shape == (11, 3, 3, 3)
+    assert len(np.unique(tokens_NLG)) > 20 and nats[1] > 1
+    for ours, alone in zip(found[8], found[1], strict=True):
+        np.testing.assert_array_equal(ours, alone)
+    assert nats[8] == nats[1]
+    # batches of 4 are filled up to 8: an image for each device, of four for one alone
+    assert work[8] < 0.3 * work[1]

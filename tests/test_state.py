@@ -232,6 +232,54 @@ def test_a_gradient_that_is_not_finite_changes_nothing(poison, key):
     assert np.abs(after.params["conv_in"]["bias"] - state.params["conv_in"]["bias"]).min() > 0
 
 
+@pytest.mark.parametrize(
+    ("rate", "b2", "scale", "loss"),
+    [
+        *((math.inf, 0.9, 1.0, 0.0), (math.nan, 0.9, 1.0, 0.0), (1e38, 0.9, 1.0, 0.0)),
+        *((0.1, math.inf, 1.0, 0.0), (0.1, math.nan, 1.0, 0.0)),
+        *((0.1, 0.9, 1e30, 0.0), (0.1, 0.9, 1.0, math.nan), (0.1, 0.9, 1.0, math.inf)),
+    ],
+)
+def test_an_update_that_is_not_finite_is_skipped_and_counted(rate, b2, scale, loss):
+    """Gradients are finite here: the rate, the moments, the loss, or a square is not."""
+    chain = optax.scale_by_adam(b2=b2)
+    optimizer = states.Optimizer(chain, lambda step: jnp.float32(rate))
+    params, zero = {"kernel": jnp.ones((3, 2))}, jnp.zeros((), jnp.int32)
+    state = states.TrainState(zero, zero, params, {}, chain.init(params), params, zero)
+    gradients = {"kernel": jnp.full((3, 2), scale)}
+    after, scalars = states.apply_gradients(
+        state, gradients, optimizer, ema=0.5, loss=jnp.float32(loss)
+    )
+    assert after.skipped == after.skips == scalars["skipped"] == 1 and after.step == 1
+    equal((after.params, after.ema, after.opt_state), (state.params, state.ema, state.opt_state))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_and_average_are_float32_whatever_the_parameters_are(name):
+    """And stay so: a state whose dtypes move is compiled twice, and cannot be resumed."""
+
+    class Half(nnx.Module):
+        def __init__(self):
+            kernel = nnx.Param(jnp.ones((2, 3, 4), jnp.bfloat16))
+            self.blocks = nnx.Dict(mlp=nnx.Dict(up=nnx.Dict(kernel=kernel)))
+            self.bias = nnx.Param(jnp.ones(4, jnp.bfloat16))
+
+    optimizer = states.optimizer(9, name=name, learning_rate=0.1, weight_decay=0.1)
+    _, state = states.create(Half, optimizer, mesh=sharding.make_mesh(), ema=0.9)
+    kinds = lambda state: {p: leaf.dtype for p, leaf in states.paths(state).items()}  # noqa: E731
+    first = kinds(state)
+    for path, kind in first.items():
+        whole = jnp.issubdtype(kind, jnp.integer)
+        assert whole or kind == ("bfloat16" if path.startswith("params/") else "float32"), path
+    for _ in range(2):
+        gradients = jax.tree.map(jnp.ones_like, state.params)
+        state, _ = states.apply_gradients(state, gradients, optimizer, ema=0.9)
+        assert kinds(state) == first and state.skipped == 0
+    assert kinds(states.restarted(state, optimizer, mesh=sharding.make_mesh())) == first
+    used = states.averaged(state)  # as a checkpoint of it is loaded
+    assert {leaf.dtype for leaf in jax.tree.leaves(used)} == {jnp.dtype("bfloat16")}
+
+
 # ---------------------------------------------------------------- average, decay, Muon
 
 

@@ -1,7 +1,8 @@
 """What a file says of itself, held against what it is before anything is done with it.
 
 `arrays` reads an .npz whose members must fit their own headers and the bytes that are there; a few
-hundred bytes may claim a thousand million images. `plain` lets a name that was read from a file
+hundred bytes may claim a thousand million images. `check_numbers` refuses weights that are not
+finite. `plain` lets a name that was read from a file
 become the name of a file of ours, or refuses it.
 """
 
@@ -13,7 +14,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -152,3 +153,21 @@ def arrays(path: str | os.PathLike, without: Collection[str] = ()) -> dict[str, 
                 "times as many: if it is meant, save it uncompressed (numpy.savez)"
             )
         return {name: array(archive, name, path) for name in wanted}
+
+
+def check_numbers(weights: Mapping[str, np.ndarray], source: str) -> None:
+    """An error that names the arrays with numbers that are none, or that float32 does not hold."""
+    wrong = []
+    for key, array in weights.items():
+        if array.dtype.kind in "cb":
+            raise UserError(f"{key} of {source} holds {array.dtype}, which no weight is")
+        with np.errstate(over="ignore"):
+            fine = np.isfinite(array.astype(np.float32, copy=False))
+        if not fine.all():
+            wrong.append(f"{key} ({fine.size - np.count_nonzero(fine)} of {fine.size})")
+    if wrong:
+        shown = ", ".join(wrong[:6]) + (f" and {len(wrong) - 6} more" if len(wrong) > 6 else "")
+        raise UserError(
+            f"{source} holds numbers that are not finite in {len(wrong)} arrays: {shown}; nothing "
+            "of use comes of them: fetch the file again, or take an earlier checkpoint"
+        )

@@ -132,7 +132,10 @@ def _record(step: pathlib.Path) -> dict:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} of its manifest: {error}") from error
     if meta["layout"] is not None:
-        TokenLayout.from_json(meta["layout"])  # its bounds are checked here, before any work
+        try:
+            TokenLayout.from_json(meta["layout"])  # its bounds are checked here, before any work
+        except UserError as error:
+            raise ValueError(str(error)) from error
     noted = _noted(step) if meta["metrics"] is None else meta["metrics"]
     return meta | {"metrics": noted or {}, "measured": noted is not None}
 
@@ -322,7 +325,7 @@ def load_tokenizer_of(generator: Loaded, path: str = "") -> Loaded:
         check_layout(tokenizer, generator.layout, f"generator {generator.step}")
         return tokenizer
     place = pathlib.Path(path) if path else referred(wanted, generator.step)
-    if not place.exists():
+    if not os.path.exists(place):
         raise UserError(
             f"the tokenizer of {generator.step} is not at {place}; say where it is now with "
             "--tokenizer PATH"
@@ -342,7 +345,8 @@ def reference(path: str | os.PathLike, workdir: pathlib.Path) -> dict:
 def referred(record: dict, step: pathlib.Path) -> pathlib.Path:
     """Where a folder lies that a checkpoint refers to: beside the run first, if both moved."""
     near = step.parent.parent / record["relative"]
-    return near if near.exists() else pathlib.Path(record["path"])
+    # os.path: a path out of a record may be none at all
+    return near if os.path.exists(near) else pathlib.Path(record["path"])
 
 
 def check_tokenizer(tokenizer: Loaded, fingerprint: str, whose: str) -> None:

@@ -124,17 +124,26 @@ def call(program: str, run: Callable[[], None]) -> int:
         print(f"{program}: error: {output.described(error, option='')}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        said = _exhausted(program, error)
+        if not said:
             raise
-        said = (str(error).strip() or "memory cannot be allocated").splitlines()[0][:300]
-        option = "--batch" if program.startswith("tokgen ") else "--config.batch_size"
-        print(
-            f"{program}: error: this needs more memory than there is ({said}); remedy: fewer images"
-            f" at a time with a smaller {option}, smaller images, or a machine with more",
-            file=sys.stderr,
-        )
+        print(f"{program}: error: {said}", file=sys.stderr)
         return 2
     return 0
+
+
+def _exhausted(program: str, error: MemoryError | RuntimeError) -> str:
+    """What is to be said of an error that means no memory, or no room; empty for any other."""
+    said = (str(error).strip() or "memory cannot be allocated").splitlines()[0][:300]
+    if "No space left" in str(error):
+        return f"the disk is full ({said}); make room and run the same command again"
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        return ""
+    option = "--batch" if program.startswith("tokgen ") else "--config.batch_size"
+    return (
+        f"this needs more memory than there is ({said}); remedy: fewer images at a time with a "
+        f"smaller {option}, smaller images, or a machine with more"
+    )
 
 
 @contextlib.contextmanager

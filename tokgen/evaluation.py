@@ -20,6 +20,7 @@ from tokgen import (
     extractors,
     measures,
     protocols,
+    records,
     references,
     report,
     samples,
@@ -189,11 +190,11 @@ def _rounded(figure: Mapping) -> dict:
 def append(out: pathlib.Path, line: Mapping) -> None:
     """Add a result to the folder's results, whole or not at all; measured again, it stays one."""
     file = out / RESULTS
-    before = file.read_text() if file.exists() else ""
-    if before and _untimed(json.loads(before.splitlines()[-1])) == _untimed(dict(line)):
+    before = _lines(file) if file.exists() else []
+    if before and _untimed(before[-1]) == _untimed(json.loads(records.text(line))):
         return
     part = file.with_name(f".{RESULTS}.part")
-    part.write_text(before + json.dumps(line) + "\n")
+    part.write_text("".join(f"{records.text(each)}\n" for each in [*before, line]))
     part.replace(file)
 
 
@@ -201,27 +202,44 @@ def _untimed(line: dict) -> str:
     return json.dumps({n: v for n, v in line.items() if n != "time"}, sort_keys=True)
 
 
+def _lines(file: pathlib.Path) -> list[dict]:
+    remedy = "remove the line, or measure again into another --out"
+    return records.lines(file, "results of tokgen evaluate", remedy, say=report.say)
+
+
 def results(path: pathlib.Path) -> list[dict]:
     """The results of a folder, or of a file."""
     file = path / RESULTS if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"no results at {path}: need a folder that tokgen evaluate wrote")
-    try:
-        found = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-    except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}; remove its last line") from error
-    if not found or any(not isinstance(x, dict) or x.get("format") != FORMAT for x in found):
+    found = _lines(file)
+    if not found or any(line.get("format") != FORMAT for line in found):
         raise UserError(f"{file} holds no results of this version of tokgen evaluate")
+    try:
+        return [_checked(line) for line in found]
+    except ValueError as error:
+        raise UserError(f"{file} holds no results of tokgen evaluate: {error}") from error
+
+
+def _checked(line: dict) -> dict:
+    """A result whose parts have the types that readers count on; ValueError otherwise."""
+    records.checked(
+        line,
+        **{"protocol": str, "samples": int, "size": list, "seed": (int, type(None)), "time": str},
+        **{"supply": dict, "reference": dict, "extractor": dict, "figures": dict, "absent": dict},
+        **{"suspicious": dict, "images_sha256": str, "versions": dict},
+    )
+    records.checked(line["reference"], dataset=str)
+    records.checked(line["extractor"], name=str, fingerprint=str)
+    settings = {"settings": dict} if "settings" in line["supply"] else {}
+    records.checked(line["supply"], **settings)
+    number = (int, float, type(None))
+    for figure in line["figures"].values():
+        parts = {"low", "high", "error", "features"} & set(records.checked(figure, value=number))
+        records.checked(figure, **dict.fromkeys(parts, number))
     # results of earlier versions may hold what JSON has no word for
-    return [line | _settled(line) for line in found]
-
-
-def _settled(line: Mapping) -> dict:
-    """Figures of a line and why others are absent, where some aren't finite."""
-    figures, absent = scoring.settled(line.get("figures", {}), line.get("absent", {}))
-    if figures == line.get("figures", {}):
-        return {}
-    return {"figures": figures, "absent": absent}
+    figures, absent = scoring.settled(line["figures"], line["absent"])
+    return line | {"figures": figures, "absent": absent}
 
 
 def archive(supply, out: pathlib.Path, count: int) -> pathlib.Path:

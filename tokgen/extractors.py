@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import judge, sharding, state
+from tokgen import archives, judge, sharding, state
 from tokgen.data import images, stream
 from tokgen.features import clip, dinov2, inception
 from tokgen.interfaces import UserError
@@ -145,14 +145,20 @@ def from_arrays(kept: Mapping[str, np.ndarray], about: Mapping) -> Extractor:
         raise UserError(
             "the arrays are not those of a local network of this version; make them again"
         )
+    archives.check_numbers(kept, "the local network of a reference")
     leaves = [jnp.asarray(kept[path]) for path in wanted]
     params = jax.tree.unflatten(jax.tree.structure(params), leaves)
     network = state.merge(graph, params, stats).network
     return local(network, {k: v for k, v in about.items() if k not in ("name", "fingerprint")})
 
 
-def accuracy(extractor: Extractor, source, size: tuple[int, int], *, count: int = 10_000) -> float:
-    """Share of a source's images whose class a local network sees; or which way is up."""
+def accuracy(
+    extractor: Extractor, source, size: tuple[int, int], *, count: int = 10_000
+) -> tuple[float, int]:
+    """(share of images whose class a local network sees, or which way is up; how many were seen).
+
+    At most `count` of a source.
+    """
     view = images.fixed("center", seen(size), 3)
     hits, step = [], 0
     for batch in stream.once(source, view, batch_size=200, indices=_first(len(source), count)):
@@ -163,7 +169,8 @@ def accuracy(extractor: Extractor, source, size: tuple[int, int], *, count: int 
             image_BHW3, step = judge.turned(image_BHW3, label_B, ways), step + 1
         logits_BK = features(extractor, image_BHW3, ("logits",))["logits"]
         hits.append(logits_BK.argmax(-1) == label_B)
-    return float(np.concatenate(hits).mean())
+    hits = np.concatenate(hits)
+    return float(hits.mean()), len(hits)
 
 
 def _first(length: int, count: int) -> np.ndarray:

@@ -72,7 +72,8 @@ class Meter:
         if len(self.layout.grids) == 1:
             return found
         for scale, (start, size) in enumerate(self.layout.spans):
-            part = measured(tokens_BLG[:, start : start + size], self.layout)
+            grid = TokenLayout(self.layout.vocab, (self.layout.grids[scale],))
+            part = measured(tokens_BLG[:, start : start + size], grid)
             found |= {f"{name}_{scale}": value for name, value in part.items()}
         return found
 

@@ -10,13 +10,18 @@ import os
 import pathlib
 
 import jax.numpy as jnp
+import ml_collections
 import optax
+from flax import nnx
 
-from tokgen import checkpoint, runs
+from tokgen import checkpoint, records, runs
+from tokgen import config as configs
 from tokgen import state as states
-from tokgen.pretrained import reader, transfer, writer
+from tokgen.interfaces import TokenLayout, UserError
+from tokgen.pretrained import reader, table, transfer, writer
 
 ASIDE = "aside.safetensors"
+OURS, CONFIG = "model.safetensors", "config.json"  # of an export
 
 
 def save_imported(
@@ -24,10 +29,12 @@ def save_imported(
     imported: transfer.Imported,
     source: dict,
     tokenizer: checkpoint.Loaded | None = None,
+    classes: tuple[str, ...] = (),
 ) -> pathlib.Path:
     """A checkpoint of step 0; its folder. `tokenizer` is the one that a generator's tokens are of.
 
-    Classes of a generator are named by their numbers: a published file has no names.
+    Classes of a generator are named by their numbers where `classes` has no names for them: a
+    published file has none.
     """
     made_by = None
     if tokenizer is not None:
@@ -44,11 +51,11 @@ def save_imported(
             imported.config,
             kind=imported.kind,
             layout=imported.layout,
-            classes=tuple(str(number) for number in range(imported.classes)),
+            classes=classes or tuple(str(number) for number in range(imported.classes)),
             best="imported",
             data="",
             tokenizer=made_by,
-            source=source,
+            source=source | _recorded(imported.form),
         )
         run.save({"model": state}, {"imported": 0.0})
         run.manager.wait_until_finished()
@@ -67,13 +74,103 @@ def load_imported(path: str | os.PathLike) -> tuple[checkpoint.Loaded, transfer.
     average = loaded.module if "ema" in has else None
     file = loaded.step / ASIDE
     aside = reader.read(file) if file.exists() else {}
-    dtype = (loaded.meta.get("source") or {}).get("dtype", "float32")
     return loaded, transfer.Imported(
         config=loaded.config,
         module=live,
         average=average,
         aside=aside,
-        dtype=dtype,
+        form=_form(loaded.meta.get("source") or {}, str(loaded.step)),
         layout=loaded.layout,
         classes=len(loaded.classes),
     )
+
+
+def _recorded(form: transfer.Form) -> dict:
+    """How the published file was written, for the record: names of arrays by their dtype."""
+    said = {
+        "dtypes": _grouped(form.dtypes),
+        "entry": form.entry,
+        "average": form.average,
+        "average_dtype": form.average_dtype if form.average is not None else "",
+        "average_dtypes": _grouped(form.average_dtypes),
+        "written": form.written,
+    }
+    return {"dtype": form.dtype} | {k: v for k, v in said.items() if v or k == "entry"}
+
+
+def _grouped(dtypes: dict[str, str]) -> dict[str, list[str]]:
+    return {
+        dtype: sorted(key for key, found in dtypes.items() if found == dtype)
+        for dtype in sorted(set(dtypes.values()))
+    }
+
+
+def _form(source: dict, where: str) -> transfer.Form:
+    """The form that a record states; of imports that did not state it, what they did."""
+    fields = {}
+    try:
+        for name in ("dtype", "entry", "average", "average_dtype", "written"):
+            if source.get(name) is not None:
+                fields[name] = records.checked(source, **{name: str})[name]
+        for name in ("dtypes", "average_dtypes"):
+            groups = records.checked(source, **{name: dict})[name] if name in source else {}
+            fields[name] = {key: dtype for dtype, keys in groups.items() for key in keys}
+            if not all(isinstance(key, str) for key in fields[name]):
+                raise ValueError(f"{name} must be names by dtype")
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"the record of {where} does not say how its file was written: {error}"
+        ) from error
+    return transfer.Form(**fields)
+
+
+def is_export(path: pathlib.Path) -> bool:
+    """Whether a path is a folder that `tokgen export` wrote, or its weight file."""
+    folder = path if path.is_dir() else path.parent
+    if not (folder / OURS).is_file() or (path.is_file() and path.name != OURS):
+        return False
+    try:
+        records.checked(records.load(folder / CONFIG), config=dict, fingerprint=str)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def of_export(path: pathlib.Path) -> tuple[transfer.Imported, dict]:
+    """(the network of an export's own file, its record): what was used, so no live weights apart.
+
+    An average stays one, so that the network has the fingerprint that it had.
+    """
+    folder = path if path.is_dir() else path.parent
+    record = records.read(
+        folder / CONFIG, "the config of an export", "export it again", config=dict, classes=list
+    )
+    try:
+        layout = TokenLayout.from_json(record["layout"]) if record.get("layout") else None
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG} states no layout of tokens: {error!r:.200}") from error
+    config, classes = ml_collections.ConfigDict(record["config"]), record["classes"]
+
+    def make():
+        if "generator" in config:
+            return configs.generator(config, layout, len(classes), rngs=nnx.Rngs(0))
+        return configs.tokenizer(config, rngs=nnx.Rngs(0))
+
+    if "generator" in config and layout is None or not all(isinstance(c, str) for c in classes):
+        raise UserError(f"{folder / CONFIG} must state the layout and the classes of a generator")
+    module = nnx.eval_shape(make)
+    _, params, stats = states.split(module)
+    rows = [
+        table.row(f"{name}.{place.replace('/', '.')}", place)
+        for name, tree in (("params", params), ("stats", stats))
+        for place in states.paths(tree)
+    ]
+    weights = reader.read(folder / OURS)
+    network = table.fill(module, rows, weights, source=str(folder / OURS))
+    average = network if record.get("which") == "ema" else None
+    source = record.get("source")
+    form = _form(source if isinstance(source, dict) else {}, str(folder))
+    imported = transfer.Imported(
+        config, network, average, {}, form, layout, len(classes) if "generator" in config else 0
+    )
+    return imported, record

@@ -19,6 +19,7 @@ they cross an interface; the range that a network sees belongs to its tokenizer.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -31,8 +32,17 @@ Array = jax.Array
 PyTree = Any
 
 
+_ADDRESS = re.compile(r"( object)? at 0x[0-9a-fA-F]+")
+
+
 class UserError(ValueError):
-    """Something the user gave cannot be used: the message says need, found and remedy."""
+    """Something the user gave cannot be used: the message says need, found and remedy.
+
+    Where an object lies in memory, which messages of others tell, helps nobody and is left out.
+    """
+
+    def __init__(self, message: str = ""):
+        super().__init__(_ADDRESS.sub("", str(message)))
 
 
 class Statistic(nnx.Variable):
@@ -58,6 +68,13 @@ class TokenLayout:
             raise UserError(f"a layout needs alphabets of at least 2 symbols; found {self.vocab}")
         if not self.grids or min(min(grid) for grid in self.grids) < 1:
             raise UserError(f"a layout needs grids of at least 1 x 1; found {self.grids}")
+        # far above every published one; a record that says more would be believed with memory
+        many = max(len(self.vocab), len(self.grids))
+        if max(self.vocab) > 2**24 or many > 1000 or self.length > 2**20:
+            raise UserError(
+                "a layout has at most 1,000 alphabets and grids, 2^24 symbols and 2^20 tokens; "
+                f"found {str(self.vocab)[:100]}, {str(self.grids)[:100]}"
+            )
 
     @property
     def groups(self) -> int:
@@ -95,8 +112,16 @@ class TokenLayout:
 
     @classmethod
     def from_json(cls, record: dict) -> TokenLayout:
-        """The layout written by `to_json`."""
-        return cls(tuple(record["vocab"]), tuple(map(tuple, record["grids"])))
+        """The layout written by `to_json`; UserError for any other record."""
+        try:
+            vocab, grids = tuple(record["vocab"]), tuple(map(tuple, record["grids"]))
+            if not all(type(n) is int for n in (*vocab, *(n for grid in grids for n in grid))):
+                raise TypeError("numbers that are no integers")
+            if not all(len(grid) == 2 for grid in grids):
+                raise TypeError("a grid is rows and columns")
+        except (KeyError, TypeError) as error:
+            raise UserError(f"no layout of tokens: {str(record)[:100]} ({error})") from error
+        return cls(vocab, grids)
 
 
 @struct.dataclass

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import jax
 import ml_collections
 
-from tokgen import cli, config, report, runs
+from tokgen import checkpoint, cli, config, report, runs
 from tokgen.interfaces import UserError
 
 REPEAT = 2.0  # seconds in which a signal that comes again is the same request
@@ -92,7 +92,7 @@ def parse(
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="a config file, as configs/tokenizer/x.py")
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="where the run is kept")
+    parser.add_argument("--workdir", required=True, type=_named, help="where the run is kept")
     parser.add_argument(
         "--accept-data",
         action="store_true",
@@ -113,6 +113,20 @@ def parse(
         name = text.removeprefix("--config.")
         overrides.append(name if "=" in name else f"{name}={next(iterator, '')}")
     return config.load(arguments.config, overrides), arguments
+
+
+def _named(text: str) -> pathlib.Path:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a folder for the run")
+    return pathlib.Path(text)
+
+
+def _pictures(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[str]:
+    """Folders of images that a new run reads: its own would be taken for a part of them."""
+    if (workdir / checkpoint.FOLDER).exists():
+        return []
+    data = settings.get("data", {})
+    return [str(data.get(name) or "") for name in ("path", "images")]
 
 
 class Stop:
@@ -159,7 +173,7 @@ def run(story: Callable[..., None], description: str) -> None:
 
     def told() -> None:
         settings, arguments = parse(sys.argv[1:], description)
-        with runs.lock(arguments.workdir):
+        with runs.lock(arguments.workdir, _pictures(settings, arguments.workdir)):
             if arguments.start is not None:
                 runs.go_back(arguments.workdir, arguments.start)
             devices(settings.batch_size)

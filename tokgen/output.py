@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from tokgen import records as records_
 from tokgen import report
 from tokgen.interfaces import UserError
 
@@ -87,8 +88,8 @@ class Folder:
             self._write(text)
             return False
         try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
+            before = records_.load(file)
+        except ValueError as error:
             raise UserError(f"{file} is damaged: {error}; use another {self.option}") from error
         now, before = _flat(json.loads(text)), _flat(before)
         changed = [
@@ -497,8 +498,8 @@ def _is_result(target: pathlib.Path, records: Mapping[str, Sequence[str]]) -> bo
         if not keys and found.exists():
             return True
         if found.is_file():
-            with contextlib.suppress(OSError, ValueError, RecursionError):
-                record = json.loads(found.read_text(encoding="utf-8"))
+            with contextlib.suppress(OSError, ValueError):
+                record = records_.load(found)
                 if isinstance(record, dict) and set(keys) <= set(record):
                     return True
     return False
@@ -638,6 +639,6 @@ def _flat(tree, path: str = "") -> dict:
 
 def _is_json(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
+        return isinstance(records_.parsed(line), dict)
+    except ValueError:
         return False

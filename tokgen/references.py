@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from tokgen import archives, extractors, protocols, samples
+from tokgen import archives, extractors, protocols, records, samples
 from tokgen.interfaces import UserError
 from tokgen.metrics import moments as moments_
 
@@ -118,7 +118,7 @@ def _not_statistics(path: pathlib.Path, names: set[str]) -> str:
 
 def _ours(path: pathlib.Path, arrays: dict, assume: str) -> Reference:
     try:
-        record = json.loads(str(arrays.pop("record")))
+        record = records.checked(records.parsed(str(arrays.pop("record"))))
         digest, sums = record.pop("digest"), record["checksums"]
         damaged = [name for name in sums if name not in arrays or _sum(arrays[name]) != sums[name]]
         if digest != _digest(record) or damaged or set(sums) != set(arrays):

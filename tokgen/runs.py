@@ -13,7 +13,7 @@ import logging
 import math
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import ml_collections
@@ -38,9 +38,12 @@ ASIDE = "set_aside"  # steps that a run went back behind
 
 
 @contextlib.contextmanager
-def lock(workdir: pathlib.Path) -> Iterator[None]:
-    """Hold the work directory. The system releases it when the process ends, however it ends."""
-    with output.workdir(workdir):
+def lock(workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Iterator[None]:
+    """Hold the work directory. The system releases it when the process ends, however it ends.
+
+    It lies in none of the `inputs`, which the run reads.
+    """
+    with output.workdir(workdir, inputs):
         yield
 
 
@@ -181,10 +184,11 @@ class Run:
             yield
         except UserError as error:
             step = int(jax.device_get(states_by_name["model"].step))
-            if step == 0 or step in self.manager.all_steps():
+            if step == 0:
                 raise
-            self.save(states_by_name)
-            self.wait()
+            if step not in self.manager.all_steps():
+                self.save(states_by_name)
+                self.wait()
             raise UserError(f"{error}; step {step} is saved in {self.workdir}") from error
 
     def close(self) -> None:

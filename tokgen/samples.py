@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from tokgen import archives
+from tokgen import archives, scan
 from tokgen.data import folder, images, reader
 from tokgen.interfaces import UserError
 
@@ -155,6 +155,11 @@ class Pictures:
         lossy = [name for name in names if name.lower().endswith(LOSSY)]
         if lossy and not self.lossy:
             raise UserError(self._is_lossy(lossy))
+        scan.headers(self.source)
+        if broken := reader.unreadable(self.source).files():  # before anything is measured
+            name, why = next(iter(broken.items()))
+            more = f"; and {len(broken) - 1} others ({', '.join(broken)})" * (len(broken) > 1)
+            raise UserError(f"cannot read {name} of {self.source.path}: {why}{more[:500]}")
         self.size = self._seen(0)[0].shape[:2]
         place = pathlib.Path(self.source.path).resolve()
         # other bytes under the same names, and as many of them, are other samples

@@ -17,7 +17,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -63,19 +63,25 @@ def before(source, held_out, measured: np.ndarray, *, channels: int, max_bad: fl
     seen = pictures(held_out)
     if seen is not None and len(measured):
         readable(held_out, measured, channels)
-    for part in (source, held_out):
-        _tokens_told(part, reader.REPLACED if part is source else reader.LEFT_OUT)
+    _tokens_told(source, reader.REPLACED)
+    _tokens_told(held_out, reader.LEFT_OUT)
+    if len(measured) and set(measured.tolist()) <= getattr(held_out, "missing", {}).keys():
+        raise UserError(
+            f"none of the {len(measured)} held-out images that are to be measured has tokens; "
+            "repair them and run `tokgen pretokenize` again, into an empty folder:\n"
+            f"{reader.unreadable(held_out).listed()}"
+        )
     taught = pictures(source)
     if taught is None:
         return
     found = _kept(taught, f"start {channels}", lambda: _start(taught, channels))
     record = reader.unreadable(taught)
-    record.looked = len(taught)
+    record.looked = max(found.count, found.decoded)
     record.check(max_bad)
     record.tell(reader.REPLACED)
     report.say(
-        f"scanned {len(taught)} training images: the headers of all, {found.decoded} decoded"
-        f"{f'; and {len(measured)} held-out ones' if seen is not None else ''}"
+        f"scanned {len(taught)} training images: {found.count} headers, {found.decoded} decoded"
+        f"{f'; and {len(measured)} held-out ones, decoded' if seen is not None else ''}"
     )
 
 
@@ -123,15 +129,17 @@ def full(source, channels: int = 3) -> Found:
     """Every image in full: its header, its pixels, and a hash of all bytes."""
 
     def look() -> Found:
-        found, digests = headers(source), {}
+        seen, digests = {}, {}
 
         def one(index: int) -> None:
             digests[index] = b"unreadable"
             record = reader.record(source, index)
             digests[index] = hashlib.sha256(record["image"]).digest()
+            seen[index] = images.header(record["image"])
             reader.pixels(record, channels)
 
-        found.decoded = _each(source, range(len(source)), one, what="scan")
+        decoded = _each(source, range(len(source)), one, what="scan")
+        found = _found(len(source), decoded, seen)
         names = (reader.name_of(source, index) for index in range(len(source)))
         digest = hashlib.sha256()
         for index, name in enumerate(names):
@@ -143,7 +151,12 @@ def full(source, channels: int = 3) -> Found:
 
 
 def headers(source) -> Found:
-    """The header of every image; nothing is decoded."""
+    """The header of every image; nothing is decoded.
+
+    Nor looked at, where a source gives whole images only: that would read all of them.
+    """
+    if not hasattr(source, "open"):
+        return Found()
     seen = {}
 
     def one(index: int) -> None:
@@ -151,9 +164,13 @@ def headers(source) -> Found:
 
     # a header is little to decode and long to wait for, on a disk that is far away
     _each(source, range(len(source)), one, what="headers", threads=_WAITING)
+    return _found(len(source), 0, seen)
+
+
+def _found(count: int, decoded: int, seen: Mapping[int, tuple[str, tuple[int, int]]]) -> Found:
     forms = collections.Counter(form for form, _ in seen.values())
     sizes = collections.Counter(size for _, size in seen.values())
-    return Found(len(source), 0, dict(forms), dict(sizes))
+    return Found(count, decoded, dict(forms), dict(sizes))
 
 
 def decode(source, indices: Iterable[int], channels: int, *, seconds: float = math.inf) -> int:

@@ -10,6 +10,8 @@ import numpy as np
 
 from tokgen import measures, report
 
+NOT_FINITE = "it is not finite"  # why a figure is absent that was measured
+
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
@@ -47,7 +49,7 @@ def settled(
     for name, figure in figures.items():
         value = figure.get("value")
         if not _finite(value):
-            without[name] = f"it is not finite: found {value}"
+            without[name] = f"{NOT_FINITE}: found {value}"
             continue
         kept[name] = {
             key: part

@@ -315,7 +315,7 @@ def test_a_head_that_counts_classes_keeps_its_codes_and_its_mask(made, tmp_path,
     config.generator.update(width=16, depth=1, heads=2)
     module = configs.generator(config, tokenizer.layout, CLASSES, rngs=nnx.Rngs(0))
     module.head.bias[...] = jnp.arange(tokenizer.layout.absent + CLASSES + 1.0)
-    imported = transfer.Imported(config, module, None, {}, "float32", tokenizer.layout, CLASSES)
+    imported = transfer.Imported(config, module, None, {}, layout=tokenizer.layout, classes=CLASSES)
     imports.save_imported(tmp_path / "source", imported, {}, tokenizer)
     monkeypatch.setitem(globals(), "settings", lambda published, weights: config)
     model, _ = began(tmp_path / "run", tmp_path / "source", tokenizer.layout, tokenizer, classes=3)

@@ -1,18 +1,21 @@
 """What pretokenize encodes in; and a tokenizer without tokens, which reconstructs all the same."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, Mesh
 from PIL import Image
 
-from tokgen import checkpoint, cli, launch, runs
+from tokgen import checkpoint, cli, launch, runs, sharding
 from tokgen import config as configs
 from tokgen import state as states
-from tokgen.data import shapes, tokens
+from tokgen.data import folder as folder_
+from tokgen.data import images, reader, shapes, tokens
 
 SMALL = (
     *("data.size=(16, 16)", "data.count=12", "view.size=(16, 16)", "encoder.widths=(16,)"),
@@ -76,6 +79,41 @@ def test_it_encodes_in_float32_unless_told_otherwise_and_records_it(tmp_path):
     assert (expected["float32"] != expected["bfloat16"]).any()  # it matters
 
 
+def test_any_number_of_devices_writes_the_same_shards_and_decodes_once(tmp_path, monkeypatch):
+    """Eight devices and batches of five; one device and one batch of all."""
+    folder = saved(tmp_path / "tokenizer", dict(name="vq", codes=64, channels=4))
+    rng, decode, decoded = np.random.default_rng(0), images.decode, []
+    (tmp_path / "pictures").mkdir()
+    for number in range(11):
+        picture = rng.integers(0, 256, (20 + number, 24, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / "pictures" / f"{number:02d}.png")
+
+    def counted(*words, **options):
+        decoded.append(1)
+        return decode(*words, **options)
+
+    monkeypatch.setattr(images, "decode", counted)
+    single = Mesh(
+        np.asarray(jax.devices()[:1]).reshape(1, 1, 1),
+        sharding.AXES,
+        axis_types=(AxisType.Auto,) * 3,
+    )
+    written = []
+    for mesh, batch in ((sharding.make_mesh(), 5), (single, 11)):
+        monkeypatch.setattr(sharding, "make_mesh", lambda mesh=mesh: mesh)
+        out = tmp_path / f"tokens{mesh.size}"
+        words = ["--tokenizer", folder, "--data", tmp_path / "pictures", "--out", out]
+        words += ["--batch", batch, "--views", "ten,flip"]
+        assert cli.main(["pretokenize", *map(str, words)]) == 0
+        files = sorted(out.glob("*.array_record"))
+        written.append({file.name: file.read_bytes() for file in files})
+        assert len(decoded) == 11
+        decoded.clear()
+    assert written[0] == written[1] and written[0]
+    tokens_XLG = tokens.Source(out)[0]["tokens"]
+    assert tokens_XLG.shape[0] == 11 and len({view.tobytes() for view in tokens_XLG}) > 6
+
+
 def test_it_reconstructs_by_the_mean(workdir, tmp_path, capfd):
     pictures = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     (tmp_path / "pictures").mkdir()
@@ -120,3 +158,74 @@ def test_it_has_no_tokens_to_store(workdir, tmp_path, capfd):
     said = capfd.readouterr().err
     assert "continuous tokenizer, which writes no tokens" in said and "Traceback" not in said
     assert said.count("error:") == 1 and str(workdir) in said and not out.exists()
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Twelve pictures in two classes; one is text, one cut off, one too large."""
+    draw = np.random.default_rng(2)
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for number in range(6):
+            pixels = draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "set" / name / f"{number}.png")
+    (tmp_path / "set" / "cat" / "1.png").write_text("a page in the place of a picture")
+    whole = (tmp_path / "set" / "dog" / "2.png").read_bytes()
+    (tmp_path / "set" / "dog" / "2.png").write_bytes(whole[:-200])
+    Image.new("1", (9000, 9000)).save(tmp_path / "set" / "dog" / "4.png")
+    return tmp_path / "set", ("cat/1.png", "dog/2.png", "dog/4.png")
+
+
+def test_what_cannot_be_read_is_told_and_has_no_tokens(broken, tmp_path, capfd):
+    pictures, names = broken
+    quantizer = dict(name="vq", codes=4096, channels=2, normalize=False)
+    folder, out = saved(tmp_path / "tokenizer", quantizer), tmp_path / "tokens"
+    words = ["pretokenize", "--tokenizer", str(folder), "--data", str(pictures), "--out", str(out)]
+    assert cli.main([*words, "--batch", "8", "--max-bad", "0"]) == 2  # none is allowed
+    told = capfd.readouterr().err
+    assert "--max-bad=SHARE" in told and "Traceback" not in told
+    assert cli.main([*words, "--batch", "8"]) == 0
+    told = capfd.readouterr().err
+    assert all(told.count(f"{name}: ") == 1 for name in names) and " at 0x" not in told
+    listed = {}
+    encode = jax.jit(lambda tokenizer, image_BHW3: tokenizer.encode(image_BHW3))
+    tokenizer = checkpoint.load_tokenizer(folder).module
+    for split in tokens.SPLITS:
+        shards, images_ = tokens.Source(out, split=split), folder_.Source(pictures, split=split)
+        assert len(shards) == len(images_)
+        listed |= dict(shards.missing.values())
+        for index in set(range(len(images_))) - set(shards.missing):
+            record = reader.read(images_, index, 3)
+            image_BHW3 = np.asarray(record["image"], np.float32)[None] / 255
+            np.testing.assert_array_equal(
+                shards[index]["tokens"][0], encode(tokenizer, image_BHW3)[0]
+            )
+            assert shards[index]["label"] == record["label"]
+    assert set(listed) == set(names) and "9000 x 9000" in listed["dog/4.png"]
+    header = json.loads((out / "layout.json").read_text())
+    assert sum(part.get("unreadable", 0) for part in header["splits"].values()) == 3
+
+
+def test_figures_leave_out_what_cannot_be_read(workdir, broken, tmp_path, capfd):
+    pictures, names = broken
+    words = ["evaluate", str(workdir), "--data", str(pictures), "--split", "all"]
+    assert cli.main([*words, "--out", str(tmp_path / "figures.jsonl")]) == 0
+    said = capfd.readouterr()
+    assert said.out.split("images ")[1].split()[0] == "9" and "unreadable           3" in said.out
+    assert all(said.err.count(f"{name}: ") == 1 for name in names)
+    record = json.loads((tmp_path / "figures.jsonl").read_text())
+    assert record["images"] == 9 and set(record["unreadable_files"]) == set(names)
+    for name in ("cat", "dog/0.png", "dog/1.png", "dog/2.png", "dog/3.png"):
+        place = pictures / name
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    # one image beside a large one: it is measured once
+    assert (
+        cli.main(["reconstruct", str(workdir), str(pictures), "--out", str(tmp_path / "two")]) == 0
+    )
+    figures = json.loads((tmp_path / "two" / "figures.json").read_text())
+    assert figures["images"] == 1 == figures["unreadable"]
+    assert set(figures["unreadable_files"]) == {"dog/4.png"}
+    capfd.readouterr()
+    alone = pictures / "dog" / "4.png"
+    assert cli.main(["reconstruct", str(workdir), str(alone), "--out", str(tmp_path / "one")]) == 2
+    assert "9000 x 9000" in capfd.readouterr().err

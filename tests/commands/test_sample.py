@@ -187,3 +187,110 @@ def test_steps_and_noise_take_the_presets_place(capsys):
     said = capsys.readouterr()
     assert "departs from preset 'default'" in said.out + said.err
     assert loaded.module.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "expected"), [(8, 32, 8), (40, 32, 20), (64, 32, 32), (1, 1, 1), (0, 5, 1)]
+)
+def test_no_more_is_drawn_than_is_asked_for(count, batch, expected):
+    assert sample.even(count, batch) == expected
+
+
+@pytest.fixture
+def drawing(tmp_path, monkeypatch):
+    """A generator and tokenizer in the place of checkpoints; what was drawn, batch by batch."""
+    np.savez(tmp_path / "text.npz", **_text(5))
+    loaded = _loaded(Reader(), default={"temperature": 2.0})
+    loaded.step, loaded.fingerprint = tmp_path / "G", "f"
+    painter = types.SimpleNamespace(module=Painter(), fingerprint="t")
+    monkeypatch.setattr(sample.launch, "devices", lambda: None)
+    monkeypatch.setattr(sample, "precision_of", lambda args: "float32")
+    monkeypatch.setattr(sample.checkpoint, "load_generator", lambda *_, **more: loaded)
+    monkeypatch.setattr(sample.checkpoint, "load_tokenizer_of", lambda *_: painter)
+    real, batches = sample.sharding.filled, []
+
+    def filled(tree, batch, mesh):
+        batches.append(batch)
+        return real(tree, batch, mesh)
+
+    monkeypatch.setattr(sample.sharding, "filled", filled)
+
+    def run(name, *words):
+        out = ["--out", str(tmp_path / name)]
+        sample.run(_args("--text", str(tmp_path / "text.npz"), *out, *words))
+        return {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+
+    return types.SimpleNamespace(run=run, batches=batches, loaded=loaded)
+
+
+def test_samples_that_were_killed_go_on_to_the_same_images(drawing, monkeypatch, tmp_path):
+    whole = drawing.run("whole", "--number", "3", "--batch", "4")
+    assert drawing.batches == [4, 4, 4, 4]
+    png = [name for name in whole if name.startswith("seed0-")]
+    assert len(png) == 15 and set(whole) - set(png) == {
+        *("samples.npz", "samples.json", "tokens.npy", "grid.png")
+    }
+    save = sample.supplies.save_part
+
+    def dying(file, arrays):
+        if len(drawing.batches) == 2:
+            raise KeyboardInterrupt
+        save(file, arrays)
+
+    drawing.batches.clear()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sample.supplies, "save_part", dying)
+        drawing.run("killed", "--number", "3", "--batch", "4")
+    assert not (tmp_path / "killed").exists()
+    with pytest.raises(UserError, match="seed: 0 there, 1 here"):
+        drawing.run("killed", "--number", "3", "--seed", "1")
+    # in other batches: eleven are left
+    assert drawing.run("killed", "--number", "3", "--batch", "6") == whole
+    assert drawing.batches == [4, 4, 6, 6]
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_samples_are_not_mixed_with_others(drawing, tmp_path):
+    first = drawing.run("out", "--number", "2", "--batch", "32")
+    assert drawing.batches == [10]  # and not 32
+    with pytest.raises(UserError, match="--overwrite"):
+        drawing.run("out", "--number", "1")
+    drawing.loaded.module = None  # noticed before anything is loaded
+    with pytest.raises(UserError, match="--overwrite"):
+        drawing.run("out", "--number", "1")
+    drawing.loaded.module = Reader()
+    second = drawing.run("out", "--number", "1", "--overwrite", "--no-png")
+    assert set(second) == {"samples.npz", "samples.json", "tokens.npy", "grid.png"}
+    with np.load(tmp_path / "out" / "samples.npz") as arrays:
+        assert arrays["arr_0"].shape == (5, 2, 2, 3)
+    assert len(first) == 14
+
+
+def test_an_image_that_is_not_finite_ends_it(drawing, monkeypatch, tmp_path):
+    draw_tokens = sample.draw_tokens
+
+    def invalid(*words):
+        tokens, invalid_B = draw_tokens(*words)
+        return tokens, invalid_B | (len(drawing.batches) > 1)
+
+    monkeypatch.setattr(sample, "draw_tokens", invalid)
+    with pytest.raises(UserError, match="image 2 has logits that are not finite"):
+        drawing.run("out", "--number", "1", "--batch", "2")
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_images_stand_in_the_grid():
+    layout, told = sample.sheet(6, 2, (64, 64))
+    np.testing.assert_array_equal(layout, [[0, 1], [2, 3], [4, 5]])
+    assert told == "a row per class or text"
+    layout, told = sample.sheet(40, 20, (64, 64))  # every class begins a row
+    assert layout.shape == (4, 16) and layout[1].tolist() == [16, 17, 18, 19] + [-1] * 12
+    assert layout[2, 0] == 20 and told == "2 rows per class or text"
+    layout, told = sample.sheet(50_000, 50, (256, 256))  # of 1000 classes, evenly
+    assert layout.shape[1] == 16 and layout.size * 256 * 256 <= sample.PIXELS
+    assert (layout[:, 0] % 50 == 0).all() and layout[-1, 0] > 45_000
+    assert f"{layout.size} of 50000 images" in told
+    layout, told = sample.sheet(50_000, 50_000, (256, 256))  # of one class
+    assert len(layout) > 30 and len(np.unique(layout)) == layout.size
+    layout, _ = sample.sheet(3, 1, (20_000, 20_000))
+    assert layout.tolist() == [[0]]

@@ -121,6 +121,17 @@ def test_missing_and_leftover_keys_are_listed(published):
     assert "left over: lin7.extra." in str(error.value)
 
 
+def test_weights_that_are_not_finite_are_refused(published):
+    trunk, heads = published
+    weights = trunk | heads
+    for key in ("features.3.bias", "lin2.model.1.weight"):
+        wrong = weights[key].copy()
+        wrong.flat[:2] = np.nan, np.inf
+        found = f"LPIPS holds numbers that are not finite in 1 arrays: {key} [(]2 of"
+        with pytest.raises(interfaces.UserError, match=found):
+            perceptual.from_weights(weights | {key: wrong})
+
+
 def test_heads_of_another_trunk_are_refused(published):
     trunk, heads = published
     weights = trunk | heads | {"lin1.model.1.weight": np.zeros((1, 128, 1, 1))}

@@ -120,6 +120,14 @@ def test_what_does_not_fit_is_said(tmp_path, array, message):
 
 
 def test_a_file_that_is_no_array_is_said(tmp_path):
-    (tmp_path / "train.npy").write_bytes(b"nothing of the kind")
-    with pytest.raises(interfaces.UserError, match=r"no \.npy file"):
-        captioned.Source(shapes.Source((8, 8), count=5), tmp_path)
+    shapes_of = ((5, 10**9, 10**9), (5, 2**32, 2**32), (5, 2**70, 1), (5, -1, 3))
+    for shape in (None, *shapes_of):
+        with open(tmp_path / "train.npy", "wb") as file:
+            if shape is None:
+                file.write(b"nothing of the kind")
+            else:  # more than there is
+                header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                file.write(bytes(64))
+        with pytest.raises(interfaces.UserError, match=r"no \.npy file"):
+            captioned.Source(shapes.Source((8, 8), count=5), tmp_path)

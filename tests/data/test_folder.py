@@ -355,3 +355,17 @@ def test_labels_of_a_split_cover_the_classes_of_the_folder(tmp_path):
         [source[i]["label"] for i in range(len(source))],
         [int(name[1]) for name in names(source)],
     )
+
+
+def test_a_folder_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
+    write(tmp_path, "a/1.png", "b/2.png")
+    look = os.scandir
+
+    def refused(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(interfaces.UserError, match="b below .* cannot be read: Permission denied"):
+        folder.Source(tmp_path)

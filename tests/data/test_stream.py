@@ -1,13 +1,14 @@
 """Batches are a function of (seed, step), whoever loads them and wherever they start."""
 
 import io
+import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tokgen import interfaces
-from tokgen.data import folder, images, shapes, stream, tokens
+from tokgen.data import folder, images, reader, shapes, stream, tokens
 
 
 class Numbered:
@@ -178,7 +179,7 @@ def test_a_wall_of_broken_files_is_a_few_lines(capfd):
     source = Numbered(250, broken=range(1, 250, 2))
     list(stream.once(source, images.View((12, 18)), batch_size=10))
     said = capfd.readouterr().err
-    assert "125 of 250 images cannot be read" in said and len(said.splitlines()) < 50
+    assert "125 of 250 images cannot be read" in said and len(said.splitlines()) < 75
 
 
 def test_a_set_without_one_sound_image_stops_at_once():
@@ -237,6 +238,27 @@ def test_one_pass_is_in_order_and_whole():
     assert not list(stream.once(source, view, batch_size=4, indices=[10, 3], least=0))
     with pytest.raises(interfaces.UserError, match="random"):
         stream.once(source, RANDOM, batch_size=2)
+
+
+def test_threads_change_nothing_of_one_pass_and_decode_once():
+    """In pieces of a batch, by threads, for several views at once."""
+    source = Numbered(23, broken=(3, 4, 5, 6, 7, 22))
+    names = images.stored("ten,center")
+    every = images.Every(tuple(images.fixed(name, (12, 18)) for name in names))
+    alone = list(stream.once(source, every, batch_size=5))
+    assert sorted(source.read) == list(range(23))
+    for threads in (1, 2, 4, 9):
+        source.read.clear()
+        found = list(stream.once(source, every, batch_size=5, threads=threads))
+        for batch, other in zip(found, alone, strict=True):
+            same(batch, other)
+        assert sorted(source.read) == list(range(23))
+    with stream.once(source, every, batch_size=2, threads=3) as passing:
+        next(passing)  # what was loaded ahead is dropped
+    views = [stream.once(source, view, batch_size=5) for view in every.views]
+    for batch, *singles in zip(alone, *views, strict=True):
+        pixels = np.stack([single["image"] for single in singles], axis=1)
+        np.testing.assert_array_equal(batch["image"], pixels)
 
 
 @pytest.fixture
@@ -325,3 +347,39 @@ def test_a_view_is_needed_for_images_and_channels_agree():
         stream.batches(Numbered(4), seed=0, batch_size=2)
     with pytest.raises(interfaces.UserError, match="channels"):
         take(1, shapes.Source(), images.View((32, 32), 1), seed=0, batch_size=2)
+
+
+def test_names_of_any_bytes_and_files_that_may_not_be_read_are_told(tmp_path, capfd, monkeypatch):
+    for name in (b"1.png", b"a\xff\nb.png"):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb"):
+            pass
+    source = folder.Source(tmp_path, split="all")
+    read = source.open
+
+    def refused(index):
+        if index == 0:
+            raise PermissionError(13, "Permission denied", "1.png")
+        return read(index)
+
+    monkeypatch.setattr(source, "open", refused)
+    assert not list(stream.once(source, images.View((4, 4)), batch_size=2, least=0))
+    said = capfd.readouterr().err
+    assert "1.png: PermissionError: Permission denied" in said
+    assert "a\\udcff\\nb.png: the file is empty (0 bytes)" in said
+
+
+def test_labels_beyond_the_classes_are_no_labels():
+    source = Numbered(9)
+    source.classes = tuple("abcdefg")
+    with stream.once(source, images.View((12, 18)), batch_size=9) as batches:
+        np.testing.assert_array_equal(next(batches)["label"], np.arange(7))
+        assert batches.broken == ("picture-7", "picture-8")
+
+
+def test_sources_of_one_set_tell_each_image_once(capfd):
+    first, second = Numbered(9, broken=(4,)), Numbered(9, broken=(4, 5))
+    reader.share(first, second)
+    for source in (first, second):
+        list(stream.once(source, images.View((12, 18)), batch_size=9))
+    said = capfd.readouterr().err
+    assert said.count("picture-4: ") == said.count("picture-5: ") == 1

@@ -131,6 +131,15 @@ def test_all_that_does_not_fit_is_said_at_once(publisher):
         dinov2.from_weights(weights)
 
 
+@pytest.mark.parametrize("publisher", ["facebook", "transformers"])
+def test_weights_that_are_not_finite_are_refused(publisher):
+    weights = drawn(publisher)
+    token = next(key for key in weights if "cls" in key)
+    weights[token] = np.full_like(weights[token], np.nan)
+    with pytest.raises(interfaces.UserError, match=f"DINOv2.*not finite in 1 arrays: {token}"):
+        dinov2.from_weights(weights)
+
+
 def test_a_gap_in_the_depth_and_a_table_that_is_no_square():
     weights = drawn("facebook")
     gap = {re.sub(r"^blocks\.1\.", "blocks.7.", key): array for key, array in weights.items()}

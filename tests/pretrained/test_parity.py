@@ -398,7 +398,7 @@ def _left_over(folder):
     ("damage", "words"),
     [
         (_no_case, ("case.npz",)),
-        (_broken_case, ("cannot be read",)),
+        (_broken_case, ("cannot read", "case.npz")),
         (_broken_config, ("cannot be read",)),
         (_no_weights, ("one weight file", "none")),
         (_two_weights, ("one weight file", "a.ckpt, b.ckpt")),

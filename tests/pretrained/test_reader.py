@@ -1,6 +1,12 @@
+import argparse
+import collections
+import datetime
+import json
 import os
+import pathlib
 import pickle
 import struct
+import types
 import warnings
 import zipfile
 
@@ -12,7 +18,7 @@ import safetensors.numpy
 from flax import serialization, traverse_util
 
 from tokgen import interfaces
-from tokgen.pretrained import pickles, reader
+from tokgen.pretrained import pickles, reader, writer
 
 # An assembler for the pickles of torch.save, which is not installed here.
 
@@ -264,12 +270,12 @@ def test_refused_programs(form, path, canary):
         (_call("torch._utils", "_rebuild_tensor_v2.__globals__", command), "refused"),
         (_call("torch", "storage._load_from_bytes", command), "refused"),
         (_call("numpy.core.multiarray", "_reconstruct", command), "refused"),
-        (_call("argparse", "Namespace"), "argparse.Namespace, which is refused"),
+        (_call("functools", "partial"), "functools.partial, which is refused"),
         (_dict(a=_call("builtins", "getattr", table, _text("x"))), "builtins.getattr"),
         (_call("torch", "FloatStorage", _int(9)), "calls a dtype"),
         (b"(" + command + b"ios\nsystem\n", "opcode INST is refused"),
         (b"(" + _name("os", "system") + command + b"o", "opcode OBJ is refused"),
-        (table + b")\x81", "opcode NEWOBJ is refused"),
+        (table + b")\x81", "NEWOBJ class argument"),
         (b"\x82\x01", "opcode EXT1 is refused"),
         # Changing what a name stands for, or a tensor, through their attributes.
         (table + _tuple(b"N", _dict(call=_int(1))) + b"b", "changes a Name is refused"),
@@ -479,12 +485,12 @@ def _lightning(path, **others):
 
 def test_unknown_classes_are_left_out_on_request(path):
     _lightning(path)
-    _refused(path, "NEWOBJ is refused.*--opaque", "state_dict")
+    _refused(path, "lightning.callbacks.Checkpoint, which is refused.*--opaque", "state_dict")
     arrays = reader.read(path, "state_dict", unknown="opaque")
     assert list(arrays) == ["w"]
     np.testing.assert_array_equal(arrays["w"], np.float32([1, 2]), strict=True)
-    _zip(path, _dict(w=_call("argparse", "Namespace")))
-    _refused(path, "argparse.Namespace, which is refused.*--opaque")
+    _zip(path, _dict(w=_call("mine", "Net")))
+    _refused(path, "mine.Net, which is refused.*--opaque")
     with pytest.raises(interfaces.UserError, match="holds no array"):
         reader.read(path, unknown="opaque")
     with pytest.raises(interfaces.UserError, match="give one of refuse, opaque"):
@@ -499,5 +505,119 @@ def test_unknown_classes_of_the_old_form(path):
         w=_dict(a=_tensor(_storage("s", 1, tail=b"N"), 0, (1,), (1,))),
     )
     _legacy(path, value, s=np.float32([5]))
-    _refused(path, "NEWOBJ is refused.*--opaque", "w")
+    _refused(path, "mine.Net, which is refused.*--opaque", "w")
     assert reader.read(path, "w", unknown="opaque")["a"] == 5
+
+
+HARMLESS = {
+    "args": argparse.Namespace(lr=1e-3, out=pathlib.PurePosixPath("a"), size=(1, 2)),
+    "set": {1, "a"},
+    "frozen": frozenset({(1, 2)}),
+    "default": collections.defaultdict(list, {"a": [1, 2]}),
+    "ordered": collections.OrderedDict(a=1),
+    "counter": collections.Counter("abba"),
+    "queue": collections.deque([1, 2], 4),
+    "simple": types.SimpleNamespace(x=1),
+    "bytes": b"abc",
+    "array": bytearray(b"abc"),
+    "scalar": np.float64(0.5),
+    "when": datetime.datetime(2024, 4, 3),
+    "complex": 1j,
+    "range": range(3),
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_harmless_things_beside_weights(protocol, path):
+    """None of them is made; what an attacker could make of them is in test_hostile.py."""
+    for name, value in HARMLESS.items():
+        program = pickle.dumps(value, protocol)[2:-1]
+        # without the frame's length, which says where the program ends
+        program = program[9:] if program[:1] == b"\x95" else program
+        tensor = _tensor(_storage("a", 1), 0, (1,), (1,))
+        _zip(path, _dict(model=_dict(w=tensor), s=program), a=np.float32([3]))
+        assert list(reader.read(path, "model")) == ["w"], name
+        assert reader.outline(path).entries == {"model": ("w",)}, name
+        _zip(path, _dict(w=tensor, s=program), a=np.float32([3]))
+        assert list(reader.read(path)) == ["w"], name
+
+
+def sharded(folder, parts, form="safetensors", name="model.safetensors", **changes):
+    """A file in parts, with its index."""
+    names = {}
+    for i, arrays in enumerate(parts, start=1):
+        stem, _, suffix = name.rpartition(".")
+        file = f"{stem}-{i:05d}-of-{len(parts):05d}.{suffix}"
+        writer.write(folder / file, arrays, form=form)
+        names |= dict.fromkeys(arrays, file)
+    index = {"metadata": {"total_size": 3}, "weight_map": names | changes}
+    (folder / f"{name}.index.json").write_text(json.dumps(index))
+    return folder / f"{name}.index.json"
+
+
+@pytest.mark.parametrize(
+    ("form", "name"), [("safetensors", "model.safetensors"), ("torch", "pytorch_model.bin")]
+)
+def test_a_file_in_parts(form, name, tmp_path):
+    parts = [{"a": np.ones(3, np.float32), "b.c": np.zeros((2, 2))}, {"d": np.arange(4)}]
+    index = sharded(tmp_path, parts, form, name)
+    for path in (index, tmp_path):
+        found = reader.read(path)
+        for key, array in (parts[0] | parts[1]).items():
+            np.testing.assert_array_equal(found[key], array, strict=True)
+        assert reader.outline(path) == reader.Outline(form, {"": ("a", "b.c", "d")})
+    assert reader.located(tmp_path) == str(index)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ("[]", "needs a weight_map"),
+        ('{"weight_map": {}}', "needs a weight_map"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "plain name of a file"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "plain name of a file"),
+        ('{"weight_map": {"a": ["x"]}}', "plain name|not beside it"),
+        ('{"weight_map": {"a": "none.safetensors"}}', "not beside it: fetch all parts"),
+        ('{"weight_map": {"b": "x.safetensors"}}', "differ in a, b"),
+        ('{"weight_map": {"a": "x.safetensors", "b": "x.safetensors"}}', "differ in b"),
+    ],
+)
+def test_an_index_that_is_none(text, message, tmp_path):
+    writer.write(tmp_path / "x.safetensors", {"a": np.ones(3)}, form="safetensors")
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(text)
+    with pytest.raises(interfaces.UserError, match=message):
+        reader.read(path)
+
+
+def test_a_folder_means_its_weight_file(tmp_path):
+    with pytest.raises(interfaces.UserError, match="is a folder: name the file in it, one of none"):
+        reader.read(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    for number, name in enumerate(("pytorch_model.bin", "model.safetensors"), start=1):
+        form = "torch" if name.endswith("bin") else "safetensors"
+        writer.write(tmp_path / name, {"a": np.full(3, number)}, form=form)
+        assert reader.read(tmp_path)["a"][0] == number  # safetensors where there are both
+    writer.write(tmp_path / "second.safetensors", {"a": np.ones(3)}, form="safetensors")
+    with pytest.raises(interfaces.UserError, match="one of model.safetensors, second.safetensors"):
+        reader.read(tmp_path)
+
+
+def test_an_outline_names_what_holds_arrays(path):
+    tensor = _tensor(_storage("a", 1), 0, (1,), (1,))
+    value = _dict(
+        ema=_dict(w=tensor),
+        trainer=_dict(net=_dict(**{"x.y": tensor, "x.z": tensor}), step=_int(3)),
+        loose=tensor,
+    )
+    _zip(path, value, a=np.float32([1]))
+    found = reader.outline(path)
+    assert found.form == "torch"
+    assert found.entries == {"": ("loose",), "ema": ("w",), "trainer.net": ("x.y", "x.z")}
+    assert found.names("trainer.net.x") == ("y", "z") and found.names("model") == ()
+    assert list(reader.read(path, "trainer", "net", "x")) == ["y", "z"]
+    _zip(path, b"]" + tensor + b"a", a=np.float32([1]))
+    assert reader.outline(path).entries == {}

@@ -103,7 +103,7 @@ def test_an_order_names_every_chunk_once(order):
 def test_rows_that_do_not_fill_their_places_are_a_misfit(shape):
     places = {"symbols/table": (1, 5, 2), "labels/table": (4, 2)}
     rows = [table.Row("embed.weight", tuple(places), table.rows_apart())]
-    _, problems = table._problems(places, rows, {"embed.weight": np.zeros(shape)})
+    _, problems, _ = table._problems(places, rows, {"embed.weight": np.zeros(shape)})
     (problem,) = problems
     assert "embed.weight" in problem and "(1, 5, 2)" in problem and str(shape) in problem
 
@@ -115,3 +115,13 @@ def test_norms_are_those_of_the_names_and_of_everything():
     np.testing.assert_allclose(whole, 13.0)
     with pytest.raises(UserError, match="no gradient of d"):
         parity.grad_norms(gradients, ("a", "d"))
+
+
+def test_numbers_in_another_order_are_not_taken():
+    """As many of them do not make the same weights."""
+    rows = [table.row("a", "a", table.LINEAR), table.row("b", "b", table.reshaped(1, -1, 1))]
+    weights = {"a": np.ones((3, 2)), "b": np.ones((6, 1, 1))}
+    _, problems, count = table._problems({"a": (3, 2), "b": (6,)}, rows, weights)
+    assert count == 2 and "a has the shape (3, 2)" in problems[0] and "(6, 1, 1)" in problems[1]
+    weights = {"a": np.ones((2, 3)), "b": np.ones((1, 6, 1))}
+    assert table._problems({"a": (3, 2), "b": (6,)}, rows, weights)[1:] == ([], 0)

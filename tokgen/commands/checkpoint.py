@@ -36,8 +36,10 @@ def run(args: argparse.Namespace) -> None:
         "layout": json.dumps(meta["layout"]),
         "classes": f"{len(meta['classes'])}: {', '.join(meta['classes'][:12])}",
         "metrics": ", ".join(f"{k} {v:.4g}" for k, v in meta["metrics"].items()),
+        "data": ", ".join([meta["data"][:16], *map(_change, meta.get("data_changes", ()))])
+        or "none",
         "tokenizer": (meta["tokenizer"] or {}).get("path", "itself"),
-        "source": ", ".join(f"{k} {v}" for k, v in (meta.get("source") or {}).items()) or "trained",
+        "source": _source(meta.get("source") or {}) or "trained",
         "versions": ", ".join(f"{k} {v}" for k, v in meta["versions"].items()),
         "arrays": f"{len(meta['manifest'])}{', all verified' if args.verify else ''}",
     }
@@ -46,8 +48,21 @@ def run(args: argparse.Namespace) -> None:
     report.say("the config inside: tokgen checkpoint CKPT --config")
 
 
+def _change(change: dict) -> str:
+    return f"{change['from'][:16]} up to step {change['step']}"
+
+
 def _size(shape: list[int]) -> int:
     size = 1
     for n in shape:
         size *= n
     return size
+
+
+def _source(source: dict) -> str:
+    """Where an import is from; of the dtypes of single arrays only how many there are."""
+    named = {
+        name: f"{sum(map(len, value.values()))} arrays" if isinstance(value, dict) else value
+        for name, value in source.items()
+    }
+    return ", ".join(f"{name} {value}" for name, value in named.items())

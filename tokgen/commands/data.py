@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"{total:,} images decoded, {len(broken)} of them cannot be read")
     else:
         print(
-            f"{total:,} headers read, {len(broken)} of them cannot be; --scan full decodes every "
-            "image"
+            f"{total:,} images by their headers, {len(broken)} of them cannot be read; --scan full "
+            "decodes every image"
         )
 
 

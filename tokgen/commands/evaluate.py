@@ -69,9 +69,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the figures and, with --out, append them to a file; with --protocol, score."""
-    if args.images < 1 or args.orders < 1:
+    if args.images < 1 or args.orders < 1 or args.batch < 1:
         raise UserError(
-            f"--images and --orders must be at least 1; found {args.images}, {args.orders}"
+            "--images, --orders and --batch must be at least 1; found "
+            f"{args.images}, {args.orders}, {args.batch}"
         )
     if args.protocol:
         assess.run(args)
@@ -125,8 +126,10 @@ def _tokenizer(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     heldout.check_filled(source, args.split)
     report.say(f"{min(args.images, len(source))} of {len(source)} images, step {step.name}")
     view = heldout.view_of(loaded.config)
-    count, what = args.images, "reconstruct"
-    found, _ = heldout.reconstruction(loaded.module, source, view, count=count, what=what)
+    batch = min(args.batch, heldout.bounded(view, args.images))
+    found, _ = heldout.reconstruction(
+        *(loaded.module, source, view), count=args.images, batch=batch, what="reconstruct"
+    )
     return found, "", source
 
 
@@ -155,6 +158,7 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     figures = heldout.likelihood(
         *(loaded.module, tokenizer.module.quantizer, source),
         count=args.images,
+        batch=args.batch,
         what="likelihood",
         order=args.order,
         draws=args.orders,

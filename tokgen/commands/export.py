@@ -6,10 +6,12 @@ import argparse
 import json
 import pathlib
 
+import numpy as np
+
 from tokgen import archives, config, imports, launch, output, report, state
 from tokgen.pretrained import system, transfer, writer
 
-OURS, CONFIG = "model.safetensors", "config.json"
+OURS, CONFIG = imports.OURS, imports.CONFIG
 RECORDS = {CONFIG: ("config", "layout", "fingerprint")}
 SUFFIXES = {"torch": ".bin", "safetensors": ".safetensors", "flax": ".msgpack"}
 
@@ -41,7 +43,7 @@ def _exported(args: argparse.Namespace, out: pathlib.Path) -> list[str]:
     source = loaded.meta.get("source") or {}
     name = args.system or source.get("system", "")
     # before anything is written: the form may not fit
-    published = transfer.publish(imported, name) if name else {}
+    published = _published(imported, name, source) if name else {}
     _, params, stats = state.split(loaded.module)
     arrays = {
         f"{name}.{path.replace('/', '.')}": leaf
@@ -53,6 +55,7 @@ def _exported(args: argparse.Namespace, out: pathlib.Path) -> list[str]:
         "layout": loaded.layout.to_json() if loaded.layout else None,
         "classes": list(loaded.classes),
         "fingerprint": loaded.fingerprint,
+        "which": "params" if imported.average is None else "ema",
         "source": source,
     }
     writer.write(out / OURS, arrays, form="safetensors")
@@ -67,11 +70,38 @@ def _exported(args: argparse.Namespace, out: pathlib.Path) -> list[str]:
         form = "safetensors" if file.suffix == ".safetensors" else found.form
         if form == "safetensors" and file.suffix in (".bin", ".pt", ".pth", ".ckpt"):
             form = "torch"
-        wrap = () if form == "safetensors" else found.wrap
-        writer.write(file, published, form=form, wrap=wrap)
+        if form == "safetensors":
+            # it has no entries: what is used is what is written
+            published = {(): published.popitem()[1]}
+        writer.write_entries(file, published, form=form)
         place = pathlib.Path(args.out) / file.relative_to(out)
-        told.append(f"{place}: {len(published)} arrays under the keys of {name}")
+        count = sum(map(len, published.values()))
+        told.append(f"{place}: {count} arrays under the keys of {name}{_entries(published)}")
     return told
+
+
+def _published(
+    imported: transfer.Imported, name: str, source: dict
+) -> dict[tuple[str, ...], dict[str, np.ndarray]]:
+    """Arrays under their published names, by the entries that hold them; what is used comes last.
+
+    An import has the entries that its file had, if they lie on its surface.
+    """
+    found, form = system.named(name), imported.form
+    same = name == source.get("system")
+    own = form.entry if same and form.entry is not None and "." not in form.entry else None
+    wrap = found.wrap if own is None else tuple(filter(None, [own]))
+    published = {wrap: transfer.publish(imported, name)}
+    average = transfer.publish_average(imported, name)
+    if average:
+        entry = (same and form.average) or found.averaged
+        published[tuple(entry.split("."))] = average
+    return published
+
+
+def _entries(published: dict[tuple[str, ...], dict]) -> str:
+    named = [".".join(entry) for entry in published if entry]
+    return f", in the entries {' and '.join(named)}" if len(published) > 1 else ""
 
 
 def _name(source: dict, system: str, default: str) -> str:

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import pathlib
 
 import yaml
 
-from tokgen import checkpoint, imports, launch, output, report
+from tokgen import checkpoint, imports, launch, output, records, report
 from tokgen.interfaces import UserError
-from tokgen.pretrained import system, transfer
+from tokgen.pretrained import reader, system, transfer
+
+LARGEST_YAML = 2**20  # characters; it is slow to read
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="the published file (.bin, .pt, .ckpt, .safetensors, msgpack)")
-    parser.add_argument("--system", required=True, help="what it is: " + ", ".join(importable()))
+    parser.add_argument(
+        "file",
+        help="the published file (.bin, .pt, .ckpt, .safetensors, msgpack), the index of one in "
+        "parts (.index.json), a folder that holds one; or a folder that tokgen export wrote",
+    )
+    parser.add_argument(
+        "--system",
+        default="",
+        help=f"what it is: {', '.join(importable())}; needless for what tokgen export wrote",
+    )
+    parser.add_argument(
+        "--entry",
+        default="",
+        metavar="NAME",
+        help="which entry of the file holds the weights, as ema or trainer.var_wo_ddp, where the "
+        "one that is taken by itself is not the one meant",
+    )
     parser.add_argument(
         "--config",
         default="",
@@ -49,9 +65,20 @@ def importable() -> list[str]:
 
 def run(args: argparse.Namespace) -> None:
     """Write a checkpoint of step 0, with licence and hash of its source."""
-    out, file = pathlib.Path(args.out), pathlib.Path(args.file)
-    if (out / checkpoint.FOLDER).exists():
-        raise UserError(f"{out} already holds checkpoints; choose a new --out")
+    file = pathlib.Path(args.file)
+    exported = not args.system and imports.is_export(file)
+    if not exported:
+        _check(args, file)
+    inputs = (file if file.is_file() else "", args.tokenizer, args.config)
+    with output.folder(args.out, records={}, inputs=inputs) as place:
+        launch.devices()
+        told = _of_export(args, place) if exported else _imported(args, place)
+    for line in told:
+        report.say(line)
+
+
+def _check(args: argparse.Namespace, file: pathlib.Path) -> None:
+    """Refuse what cannot be imported, before anything is read."""
     if args.system not in importable():
         near = difflib.get_close_matches(args.system, importable(), 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -68,40 +95,62 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.tokenizer and found.tokens is None:
         raise UserError(f"--tokenizer is for generators; {args.system} is a tokenizer itself")
-    inputs = (file if file.is_file() else "", args.tokenizer, args.config)
-    with output.folder(args.out, records={}, inputs=inputs) as place:
-        told = _imported(args, found, place)
-    for line in told:
-        report.say(line)
 
 
-def _imported(args: argparse.Namespace, found: system.System, place: output.Folder) -> list[str]:
+def _imported(args: argparse.Namespace, place: output.Folder) -> list[str]:
     """Read the file and write the checkpoint; what is to be said."""
-    launch.devices()
-    file, tokenizer = pathlib.Path(args.file), None
-    if args.tokenizer:
-        tokenizer = checkpoint.load_tokenizer(args.tokenizer)
-    published = _read(args.config) if args.config else {}
+    file, found = pathlib.Path(args.file), system.named(args.system)
+    tokenizer = checkpoint.load_tokenizer(args.tokenizer) if args.tokenizer else None
+    config, told = args.config, []
+    beside = (file if file.is_dir() else file.parent) / "config.json"
+    if not config and (file.is_dir() or file.name.endswith(reader.INDEX)) and beside.is_file():
+        config, told = str(beside), [f"the configuration is {beside}"]
+    published = _read(config) if config else {}
     options = {"unknown": "opaque"} if args.opaque else {}
-    imported = transfer.read(file, args.system, published, overrides=args.set, **options)
+    imported = transfer.read(
+        file, args.system, published, overrides=args.set, entry=args.entry, **options
+    )
     source = {
         "system": args.system,
-        "file": file.name,
+        "file": pathlib.Path(reader.located(file)).name.removesuffix(reader.INDEX),
         "sha256": transfer.digest(file),
-        "dtype": imported.dtype,
         "home": found.home,
         "licence": found.licence,
     }
-    step = imports.save_imported(place.path, imported, source, tokenizer)
-    count = transfer.parameters(imported.module)
     average = "; the moving average is used" if imported.average is not None else ""
-    told = [f"{args.system}: {count:,} parameters, {_tokens(imported)}{average}"]
+    count = transfer.parameters(imported.module)
+    told.append(f"{args.system}: {count:,} parameters, {_tokens(imported)}{average}")
     told += [f"{name}: {source[name]}" for name in ("sha256", "licence", "home")]
+    told += imported.notes
     if imported.aside:
         told.append(f"set aside, given back by an export: {', '.join(sorted(imported.aside)[:6])}")
+    return [*told, _saved(place, imported, source, tokenizer)]
+
+
+def _of_export(args: argparse.Namespace, place: output.Folder) -> list[str]:
+    """A checkpoint of what `tokgen export` wrote; what is to be said."""
+    given = [name for name in ("config", "entry", "set", "opaque") if getattr(args, name)]
+    if given:
+        raise UserError(
+            f"{args.file} is an export of tokgen, which says all of itself: leave out "
+            f"--{given[0]}, or name the published file in it with --system"
+        )
+    imported, record = imports.of_export(pathlib.Path(args.file))
+    if args.tokenizer and imported.kind != "generator":
+        raise UserError(f"--tokenizer is for generators; {args.file} is a tokenizer itself")
+    tokenizer = checkpoint.load_tokenizer(args.tokenizer) if args.tokenizer else None
+    source = record.get("source")
+    source = source if isinstance(source, dict) else {}
+    count = transfer.parameters(imported.module)
+    told = f"{imported.kind} of tokgen: {count:,} parameters, {_tokens(imported)}"
+    return [told, _saved(place, imported, source, tokenizer, tuple(record["classes"]))]
+
+
+def _saved(place: output.Folder, imported: transfer.Imported, *rest) -> str:
+    """Write the checkpoint; where it is and what can be done with it."""
+    step = imports.save_imported(place.path, imported, *rest)
     step = place.target / step.relative_to(place.path)
-    told.append(f"saved as {step}; try: {_next(imported, place.target, tokenizer)}")
-    return told
+    return f"saved as {step}; try: {_next(imported, place.target, rest[1])}"
 
 
 def _tokens(imported: transfer.Imported) -> str:
@@ -128,12 +177,12 @@ def _next(imported: transfer.Imported, out: pathlib.Path, tokenizer) -> str:
 
 def _read(path: str) -> dict:
     try:
-        text = pathlib.Path(path).read_text()
         try:
-            published = json.loads(text)
+            published = records.load(pathlib.Path(path))
         except ValueError:  # JSON first: YAML takes its 1e-06 for a word
-            published = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+            with open(path, encoding="utf-8") as file:
+                published = yaml.safe_load(file.read(LARGEST_YAML))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(published, dict):
         raise UserError(f"--config {path} must hold a table of names and values")

@@ -210,6 +210,7 @@ def extractor_of(args, protocol, source, size) -> extractors.Extractor:
     taught = source
     if hasattr(source, "split") and not isinstance(source, Kept):
         taught = source_of(args, "train")
+        reader.share(source, taught)
     found = extractors.trained(taught, size, seed=args.seed + 1, recipe=recipe)
     names = ("images", "examined", "accuracy")
     known = dict(zip(names, _accuracy(args, found, source, size), strict=True))
@@ -229,8 +230,9 @@ def _accuracy(args, extractor, source, size) -> tuple[str, int, float]:
         held_out, which = source, "its own images"
     if isinstance(source, Kept):
         which = "its own images"
-    count = min(len(held_out), EXAMINED)
-    return which, count, extractors.accuracy(extractor, held_out, size, count=count)
+    reader.share(source, held_out)
+    accuracy, count = extractors.accuracy(extractor, held_out, size, count=EXAMINED)
+    return which, count, accuracy
 
 
 def evenly(length: int, count: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -25,6 +26,7 @@ from tokgen import (
     protocols,
     references,
     report,
+    scoring,
 )
 from tokgen.commands import compare, evaluate, sample
 from tokgen.interfaces import UserError
@@ -185,6 +187,8 @@ def value(line: Mapping, metric: str) -> float:
     """A figure of a result, or an error where it has none."""
     if metric not in line["figures"]:
         why = line["absent"].get(metric, "it was not measured")
+        if why.startswith(scoring.NOT_FINITE):
+            return math.nan
         raise UserError(f"--by {metric}: there is no such figure here: {why}; choose another")
     return line["figures"][metric]["value"]
 
@@ -202,8 +206,12 @@ def summarised(args, grid: Mapping[str, Mapping], lines: Mapping[str, Sequence[M
                 figures[metric]["std"] = float(np.std(values, ddof=1))
         rows[name] = {**grid[name], "figures": figures}
     sign = 1 if page.better(args.by) == "lower" else -1
-    best = min(rows, key=lambda name: sign * rows[name]["figures"][args.by]["mean"])
-    ties = [name for name in rows if name != best and tied(lines[name], lines[best], args.by)]
+    # one whose figure is not finite for some seed is not among them
+    chosen = [name for name in rows if args.by in rows[name]["figures"]]
+    if not chosen:
+        raise UserError(f"--by {args.by}: it is finite for no setting; choose another")
+    best = min(chosen, key=lambda name: sign * rows[name]["figures"][args.by]["mean"])
+    ties = [name for name in chosen if name != best and tied(lines[name], lines[best], args.by)]
     first = next(iter(lines.values()))[0]
     return {
         "checkpoint": first["supply"].get("checkpoint", args.checkpoint),
@@ -246,7 +254,8 @@ def listed(summary: Mapping) -> str:
     by, rows = summary["by"], []
     for name, row in summary["settings"].items():
         mark = marks(summary).get(name, "")
-        rows.append(f"{name or 'preset':<20} {cell(by, row['figures'][by]):<24} {mark}".rstrip())
+        told = cell(by, row["figures"][by]) if by in row["figures"] else scoring.NOT_FINITE
+        rows.append(f"{name or 'preset':<20} {told:<24} {mark}".rstrip())
     seeds = len(summary["seeds"])
     return "\n".join([f"{page.title_of(by)}, mean ± standard deviation of {seeds} seeds", *rows])
 
@@ -285,7 +294,7 @@ def plots(summary: Mapping) -> list[str]:
     for axis in AXES:
         series = {}
         for row in rows.values():
-            if axis in row:
+            if axis in row and by in row["figures"]:
                 rest = [
                     f"{other} {row[other]:g}" for other in AXES if other in row and other != axis
                 ]

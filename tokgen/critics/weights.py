@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import interfaces
+from tokgen import archives, interfaces
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 Weights = dict[str, np.ndarray]
@@ -73,6 +73,7 @@ def check(needed: Mapping[str, tuple[int, ...]], weights: Weights, *, what: str,
             problems.append(f"{key} must have the shape {shape}, has {weights[key].shape}")
     if problems:
         raise interfaces.UserError(f"weights for {what}: {'; '.join(problems)}. {source}")
+    archives.check_numbers({key: weights[key] for key in needed}, f"the weight file of {what}")
 
 
 def gather(paths: Sequence[str], read: Callable[[str], Weights], *, source: str) -> Weights:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tokgen import interfaces
+from tokgen import archives, interfaces
 
 _SAMPLED = 1024  # rows that a fingerprint reads: the files may be larger than the images
 
@@ -140,8 +140,9 @@ def _array(path: str) -> np.ndarray:
             "length, channels] with numpy.save, in the order of the images"
         )
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        with np.errstate(over="ignore"):  # of sizes that no file has
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except archives.DAMAGE as error:
         raise interfaces.UserError(f"{path} is no .npy file of numbers: {error}") from error
     if not isinstance(found, np.ndarray):
         raise interfaces.UserError(f"{path} is no .npy file of one array: {type(found).__name__}")

@@ -116,16 +116,13 @@ class Source:
                 "give the folder that holds your class folders or images"
             )
         self.unread: dict[str, dict[str, int]] = {}  # where, and by ending: files passed over
-        self.path, split_folders, notes = _understood(self.path, labels)
-        if split_folders:
-            classes, labels, told = self._agreed(split_folders, labels, order, doubtful)
-            self.classes, files, more = self._read_splits(split_folders, split, labels, classes)
-            told += more
-            notes += told
-        else:
-            self.classes, files, told = _read(self.path, labels, order, self.unread)
-            files, aside = _share(files, split, held_out, self.path, len(self.classes))
-            notes += [*told, *aside]
+        try:
+            files, notes = self._look(split, held_out, labels, order, doubtful)
+        except OSError as error:  # not allowed, or gone while it was walked through
+            raise interfaces.UserError(
+                f"{error.filename or self.path} below {self.path} cannot be read: "
+                f"{error.strerror or error}; mend its permissions, or move it away"
+            ) from error
         files.sort()
         if list(self.classes) != names_.ordered(self.classes):
             notes.append(f"classes keep their recorded order: {names_.listed(self.classes)}")
@@ -134,6 +131,17 @@ class Source:
         self._label_B = np.array([label for _, label, _ in files], np.int32)
         # as earlier versions had it, without contents: what was written then is known by it
         self.earlier = (_fingerprint(self.classes, files),)
+
+    def _look(self, split: str, held_out: float, labels: str, order, doubtful: str):
+        """(files, what is to be said) of the folder; sets the classes."""
+        self.path, split_folders, notes = _understood(self.path, labels)
+        if split_folders:
+            classes, labels, told = self._agreed(split_folders, labels, order, doubtful)
+            self.classes, files, more = self._read_splits(split_folders, split, labels, classes)
+            return files, [*notes, *told, *more]
+        self.classes, files, told = _read(self.path, labels, order, self.unread)
+        files, aside = _share(files, split, held_out, self.path, len(self.classes))
+        return files, [*notes, *told, *aside]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -163,7 +171,7 @@ class Source:
                 digest.update(b"unreadable")
         return digest.digest()
 
-    @property
+    @functools.cached_property
     def changed(self) -> int:
         """When one of the files changed last, in nanoseconds: its contents or its permissions."""
         places = (os.path.join(self.path, name) for name in self._names)

@@ -6,13 +6,13 @@ of such an image is the caller's: training puts another one into its place, meas
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from tokgen import interfaces, report
 from tokgen.data import images
 
 ENOUGH = 10_000  # images over which an allowed share is judged at least
-NAMED = 5  # images that a message names
+NAMED = 10  # images that a message names
 _RECORDED = 20  # images that a record names
 REPLACED, LEFT_OUT = "others stand in", "left out"
 
@@ -31,7 +31,8 @@ class Unreadable:
     def __init__(self, source):
         self._source = source
         self._reasons: dict[int, str] = {}
-        self._told = 0
+        self._heard = 0  # how many there were when they were told last
+        self.told: set[str] = set()  # names of those that were told; shared by sources of one set
         self.looked = self.unavailable = 0
 
     def __len__(self) -> int:
@@ -61,12 +62,16 @@ class Unreadable:
         first = dict(itertools.islice(self.files().items(), _RECORDED))
         return {"count": len(self), "of": len(self._source), "files": first}
 
-    def listed(self, first: int = 0) -> str:
-        """A line each of those after the `first`; no more than NAMED."""
-        left = list(self._reasons.items())[first:]
-        lines = [f"  {name_of(self._source, i)}: {reason}" for i, reason in left[:NAMED]]
-        if len(left) > NAMED:
-            lines.append(f"  and {len(left) - NAMED} more (tokgen data DIR --scan full names all)")
+    def listed(self) -> str:
+        """A line each; no more than NAMED."""
+        return self._lines(self.files())
+
+    def _lines(self, files: Mapping[str, str]) -> str:
+        lines = [f"  {name}: {why}" for name, why in itertools.islice(files.items(), NAMED)]
+        if len(files) > NAMED:
+            place = getattr(self._source, "path", "DIR")
+            more = len(files) - NAMED
+            lines.append(f"  and {more} more (tokgen data {place} --scan full names all)")
         return "\n".join(lines)
 
     def tell(self, fate: str, *, last: bool = True) -> None:
@@ -75,14 +80,18 @@ class Unreadable:
         Before the `last` time only the first few are told as they come, later ones when their
         number has doubled: a folder full of text files shall not be a wall of text.
         """
-        new = len(self) - self._told
-        if not new or (not last and self._told >= NAMED and len(self) < 2 * self._told):
+        if len(self) == self._heard or (
+            not last and self._heard >= NAMED and len(self) < 2 * self._heard
+        ):
             return
-        report.say(
-            f"{len(self)} of {len(self._source)} images cannot be read ({fate}"
-            f"{f'; {new} of them new' if self._told else ''}):\n{self.listed(self._told)}"
-        )
-        self._told = len(self)
+        before, self._heard = self._heard, len(self)
+        new = {name: why for name, why in self.files().items() if name not in self.told}
+        self.told.update(new)
+        if new:
+            report.say(
+                f"{len(self)} of {len(self._source)} images cannot be read ({fate}"
+                f"{f'; {len(new)} of them new' if before else ''}):\n{self._lines(new)}"
+            )
 
     def among(self, indices: Iterable[int]) -> dict[int, tuple[str, str]]:
         """{index: (name, reason)} of those of some indices, all of which could not be read."""
@@ -94,8 +103,9 @@ class Unreadable:
         if len(self) > allowed:
             raise interfaces.UserError(
                 f"{len(self)} of {max(self.looked, len(self))} images cannot be read, and "
-                f"{max_bad:g} of them, {allowed}, may be; repair or remove them, or allow more by "
-                f"{option}=SHARE:\n{self.listed()}"
+                f"{max_bad:g} of them, or {allowed}, may be; repair or remove them (a run that was "
+                f"begun goes on with --accept-data), or allow more by {option}=SHARE:\n"
+                f"{self.listed()}"
             )
 
 
@@ -155,4 +165,13 @@ def _unavailable(error: OSError) -> Unavailable:
 
 def name_of(source, index: int) -> str:
     """What messages call an image."""
-    return source.name(index) if hasattr(source, "name") else f"image {index}"
+    name = str(source.name(index)) if hasattr(source, "name") else f"image {index}"
+    # a line is a name: file names may hold whatever bytes
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def share(*sources) -> None:
+    """Let sources of one set, read for several ends, tell each image once."""
+    told = unreadable(sources[0]).told
+    for source in sources[1:]:
+        unreadable(source).told = told

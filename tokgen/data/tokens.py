@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import pathlib
 import types
 from collections.abc import Mapping, Sequence
 
@@ -27,6 +28,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from tokgen import interfaces
+from tokgen import records as records_
 
 FORMAT = 2  # the version of all of the above
 FORMATS = (1, FORMAT)  # that are read; 1 knew no digest of the header
@@ -559,6 +561,10 @@ def _header_problem(header: dict) -> str:
         if not isinstance(header["data"], dict):
             return "the data are not described"
         for split, count in plan["images"].items():
+            listed = len(header["splits"][split]["shards"])
+            # before as many are made as it claims
+            if math.ceil(count / header["shard_images"]) != listed:
+                return f"{count} images of {split} do not lie in the {listed} shards that it lists"
             planned = _planned(split, count, header["shard_images"])
             need = [(shard.file, shard.stop - shard.start) for shard in planned]
             found = [
@@ -627,9 +633,8 @@ def _temporary(path: str) -> str:
 def _read_json(path: str, name: str) -> dict:
     file = os.path.join(path, name)
     try:
-        with open(file, encoding="utf-8") as stream:
-            content = json.load(stream)
-    except (ValueError, RecursionError) as error:
+        content = records_.load(pathlib.Path(file))
+    except ValueError as error:
         raise _damage(file, f"it is no JSON ({error})") from error
     if not isinstance(content, dict):
         raise _damage(file, "it does not have the form of a header")

@@ -107,7 +107,7 @@ def generator_settings(
     config.precision.compute = "float32"  # whatever the recipe trains in
     config.generator.width = width
     config.generator.depth = sequence.depth(weights, "transformer.blocks")
-    config.generator.heads = found.get("n_head", width // 64)
+    config.generator.heads = sequence.heads(found, "n_head", width)
     config.generator.hidden = len(weights["transformer.blocks.0.feed_forward.w1.weight"])
     return config
 
@@ -134,7 +134,7 @@ SYSTEMS = {
         parity,
         taming.settings_of("configs/tokenizer/ibq.py", 4),
         taming.rows,
-        unwrap=("state_dict",),
+        unwrap=("state_dict.first_stage_model", "state_dict"),  # within a generator's file
         wrap=("state_dict",),
         aside=(r"loss\..*", r"model_ema\.loss.*", r"model_ema\.(decay|num_updates)"),
         average=taming.average,

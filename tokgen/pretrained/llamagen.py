@@ -70,7 +70,7 @@ def tokens(published: dict, weights: Mapping[str, np.ndarray]) -> tuple[TokenLay
 def settings(published: dict, weights: Mapping[str, np.ndarray]) -> ml_collections.ConfigDict:
     """Our config; without a published one, sizes are the weights'."""
     width = weights["output.weight"].shape[1]
-    heads = published.get("n_head", WIDE_HEADS.get(width, width // 64))
+    heads = sequence.heads(published, "n_head", width, WIDE_HEADS.get(width))
     _check(published, heads)
     fine = published.get("block_size", CELLS) != CELLS
     variant = VARIANTS.get(width, "b")
@@ -171,6 +171,7 @@ _COMMON = dict(
     rows=rows,
     tokens=tokens,
     unwrap=("model", "module"),
+    averaged="ema",
     wrap=("model",),
     aside=(STALE,),
     beside="llamagen_vq",

@@ -159,7 +159,7 @@ def generator_settings(
     config.generator.width = width
     config.generator.depth = sequence.depth(weights, "transformer.spatial_blocks")
     config.generator.factor = sequence.depth(weights, "transformer.factorized_blocks")
-    config.generator.heads = found.get("n_head", width // 64)
+    config.generator.heads = sequence.heads(found, "n_head", width)
     config.generator.hidden = len(weights["transformer.spatial_blocks.0.feed_forward.w1.weight"])
     return config
 
@@ -195,7 +195,7 @@ SYSTEMS = {
         parity,
         settings,
         rows,
-        unwrap=("state_dict",),
+        unwrap=("state_dict.first_stage_model", "state_dict"),  # within a generator's file
         wrap=("state_dict",),
         aside=(r"loss\..*", r"model_ema\.loss.*", r"model_ema\.(decay|num_updates)"),
         average=taming.average,

@@ -7,7 +7,8 @@ hyper-parameters, and `case.npz` with inputs and the outputs that the system's o
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
+import operator
 import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from tokgen import archives
+from tokgen import archives, records
 from tokgen import state as states
 from tokgen.interfaces import UserError
 from tokgen.pretrained import system as systems
@@ -26,6 +27,7 @@ from tokgen.pretrained import table, transfer
 TOLERANCE = 1e-4  # of the array's largest magnitude, in float32
 LOOSE = 1e-3  # gradients and entropies: sums with cancellation
 ABSOLUTE = {"fid_self": 1e-6}  # 0 but for rounding, which no two programs share
+MOST = 2**28  # numbers that a fixture may describe instead of storing them
 VERDICTS = ("pass", "fail", "uncovered", "given")
 
 
@@ -42,8 +44,8 @@ class Folder:
         self.system = systems.named(self.name)
         try:
             file = self.path / "config.json"
-            self.config = json.loads(file.read_text()) if file.is_file() else {}
-        except (ValueError, OSError, RecursionError) as error:
+            self.config = records.load(file) if file.is_file() else {}
+        except (ValueError, OSError) as error:
             raise UserError(f"the fixture {self.path} cannot be read: {error}") from error
         if not isinstance(self.config, dict):
             raise UserError(f"{file} must hold a table of names and values")
@@ -78,6 +80,12 @@ class Folder:
                 f"{self.path / 'config.json'} must name its tokenizer's config.json as 'vae' (a "
                 f"path), of a system that has a tokenizer; found {said!r} and {self.name}"
             )
+        up, *inner = pathlib.PurePath(said).parts or ("",)
+        if not all(archives.is_plain(part) for part in ([up] if up != ".." else []) + inner):
+            raise UserError(
+                f"{self.path / 'config.json'} says vae {said!r:.100}; its tokenizer's "
+                "fixture must lie beside this one: ../NAME/config.json"
+            )
         place = (self.path / said).parent
         if not (place / "case.npz").is_file():
             raise UserError(
@@ -102,7 +110,21 @@ class Folder:
         """The arrays of its weight file, or those that `salt` and `keys` of its config describe."""
         if "salt" not in self.config or "keys" not in self.config:
             return transfer.weights_of(self.file(), self.system, unknown=self.unknown)
-        values = self.config.get("values", {})
+        try:
+            records.checked(self.config, salt=str, keys=dict)
+            values = (
+                records.checked(self.config, values=dict)["values"]
+                if "values" in self.config
+                else {}
+            )
+            sizes = [math.prod(map(operator.index, s)) for s in self.config["keys"].values()]
+            if (
+                any(min(s, default=0) < 0 for s in self.config["keys"].values())
+                or sum(sizes) > MOST
+            ):
+                raise ValueError(f"its keys must be shapes of at most {MOST} numbers in all")
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self.path / 'config.json'} describes no weights: {error}") from error
         return {
             key: np.asarray(values[key])
             if key in values

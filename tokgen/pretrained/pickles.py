@@ -125,6 +125,30 @@ class Opaque:
         del value
 
 
+# Module: names of things without consequence, found beside weights; an `Opaque` stands for them.
+_HARMLESS = {
+    "argparse": "Namespace",
+    "types": "SimpleNamespace",
+    "collections": "Counter deque",
+    "datetime": "date datetime time timedelta timezone",
+    "pathlib": "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath",
+    "pathlib._local": "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath",
+    "uuid": "UUID",
+    "decimal": "Decimal",
+    "fractions": "Fraction",
+    "_codecs": "encode",
+    "torch": "device Generator",
+    "torch.torch_version": "TorchVersion",
+    "numpy": "dtype",
+    "numpy.core.multiarray": "scalar",
+    "numpy._core.multiarray": "scalar",
+} | dict.fromkeys(
+    ("builtins", "__builtin__"),
+    "set frozenset list dict tuple int float str bool bytes bytearray complex range slice object"
+    " xrange unicode long",
+)
+
+
 class _Table(dict):
     """An OrderedDict; the attributes PyTorch hangs on it (`_metadata`) are dropped."""
 
@@ -141,9 +165,8 @@ class _Table(dict):
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What becomes of a name that is not known, and the opcodes that this takes."""
+    """What becomes of a name that is not known."""
 
-    opcodes: frozenset[str]
     missing: Callable[[str], Any]
 
 
@@ -159,8 +182,8 @@ def _placeholder(name: str) -> type[Opaque]:
     return Opaque  # the class itself: the unpickler makes objects of nothing but classes
 
 
-REFUSE = Policy(inspection.OPCODES, _refuse)
-OPAQUE = Policy(inspection.OPCODES | inspection.OPCODES_OF_OBJECTS, _placeholder)
+REFUSE = Policy(_refuse)
+OPAQUE = Policy(_placeholder)
 POLICIES = {"refuse": REFUSE, "opaque": OPAQUE}
 
 
@@ -174,7 +197,7 @@ def unpickled(program: bytes, storages: dict[str, Storage], policy: Policy) -> t
 
     The storages it mentions are entered into `storages`.
     """
-    length = inspection.inspected(program, policy.opcodes, _REMEDY)
+    length = inspection.inspected(program)
     unpickler = _Unpickler(io.BytesIO(program[:length]), encoding="utf-8")
     unpickler.storages, unpickler.missing = storages, policy.missing
     return unpickler.load(), length
@@ -189,6 +212,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and (name in STORAGES or name in _DTYPES):
             return Name(name, _no_call)
+        if name in _HARMLESS.get(module, "").split():
+            return Opaque
         if (module, name) not in _NAMES:
             return self.missing(f"{module:.100}.{name:.100}")
         return Name(f"{module}.{name}", _NAMES[module, name])
@@ -258,8 +283,15 @@ def _size(values: Any) -> tuple[int, ...]:
     return values
 
 
+def _defaults(*ignored: Any) -> _Table:
+    """`collections.defaultdict`; what it is made of says what is absent."""
+    del ignored
+    return _Table()
+
+
 _NAMES = {
     ("collections", "OrderedDict"): _Table,
+    ("collections", "defaultdict"): _defaults,
     ("torch", "Size"): _size,
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,

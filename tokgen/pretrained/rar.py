@@ -108,7 +108,7 @@ def settings(published: dict, weights: Mapping[str, np.ndarray]) -> ml_collectio
     config.precision.compute = "float32"  # whatever the recipe trains in
     config.generator.width = width
     config.generator.depth = sequence.depth(weights, "blocks")
-    config.generator.heads = found.get("num_attention_heads", HEADS)
+    config.generator.heads = sequence.heads(found, "num_attention_heads", width, HEADS)
     config.generator.hidden = len(weights["blocks.0.mlp.fc1.weight"])
     config.generator.label_drop = found.get("class_label_dropout", 0.1)
     rate = found.get("dropout", 0.1)

@@ -3,7 +3,8 @@
 `.safetensors`; what `torch.save` writes (`.pth`, `.pt`, `.bin`, `.ckpt`): the zip form of PyTorch
 1.6 and later, and the older form of consecutive pickles; the msgpack of `flax.serialization`; and
 the constants of a frozen TensorFlow graph (`.pb`). The form is told from the file's first bytes.
-Neither PyTorch nor TensorFlow is needed.
+Neither PyTorch nor TensorFlow is needed. A path may also be the index of a file in several parts
+(`model.safetensors.index.json`), or a folder that holds one of all these.
 
 What a file claims is never allocated before it is compared with the bytes that are there; the
 pickles within are inspected before they run (`pickles`).
@@ -11,7 +12,10 @@ pickles within are inspected before they run (`pickles`).
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
+import pathlib
 import pickle
 import struct
 import zipfile
@@ -21,20 +25,26 @@ from typing import Any, BinaryIO
 import numpy as np
 import safetensors
 
-from tokgen import interfaces
+from tokgen import archives, interfaces, records
 from tokgen.pretrained import graphdef, msgpack, pickles
 
 DEEPEST = 64  # dicts within dicts
+SHALLOW = 4  # dicts around a state dict
 MOST_ENTRIES = 10**6
 LONGEST_NAMES = 2**26  # characters, of all names together: a dict may be mentioned many times
 OVERLAP = 4  # times the file's size that all arrays may take: tied weights are stored once
 LONGEST_MESSAGE = 900
+INDEX = ".index.json"
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack")
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 
-# Those of safetensors that numpy and ml_dtypes have.
-_SAFETENSORS = "F64 F32 F16 BF16 I64 I32 I16 I8 U64 U32 U16 U8 BOOL C64"
+# Those of safetensors that numpy and ml_dtypes have, and the bytes of one number.
+_SAFETENSORS = {
+    **dict(F64=8, F32=4, F16=2, BF16=2, I64=8, I32=4, I16=2, I8=1),
+    **dict(U64=8, U32=4, U16=2, U8=1, BOOL=1, C64=8),
+}
 
 # All that damaged or hostile bytes make zipfile, pickletools and the unpickler raise.
 _DAMAGE = (
@@ -60,26 +70,135 @@ def read(
 ) -> dict[str, np.ndarray]:
     """The arrays of a weight file by their names, copied, in the machine's byte order.
 
-    `unwrap` names the entries to descend into: `read(path, "state_dict")`. With `flatten`,
+    `unwrap` names the entries to descend into: `read(path, "state_dict")`; the last may be what the
+    names of an entry begin with. With `flatten`,
     dicts within dicts are joined by dots; without it they are an error. Flax's files are such
     dicts: `read(path, "params", flatten=True)`. `unknown="opaque"` leaves out what is of an unknown
     class (the callbacks and settings of a Lightning file), which is an error otherwise.
     """
+
+    def arrays(form, tree, fetch, size):
+        del form
+        return _arrays(_descended(tree, unwrap), fetch, size, flatten)
+
+    path = located(path)
+    parts = [_opened(part, unknown, arrays) for part in files(path)]
+    found = {name: array for part in parts for name, array in part.items()}
+    if path.endswith(INDEX):
+        _same_names(path, [set(part) for part in parts])
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """What lies in a weight file, without its numbers.
+
+    Attributes:
+        form: how it is written, a name of `writer.FORMS`, or graphdef.
+        entries: the dotted name of every dict that holds arrays, "" for the outermost -> the names
+            of these; Flax's dicts within dicts are one entry.
+    """
+
+    form: str
+    entries: dict[str, tuple[str, ...]]
+
+    def names(self, entry: str) -> tuple[str, ...]:
+        """What an entry holds, or the names of another one that begin with its last part."""
+        if entry in self.entries:
+            return self.entries[entry]
+        outer, _, inner = entry.rpartition(".")
+        names = self.entries.get(outer, ())
+        return tuple(n.removeprefix(f"{inner}.") for n in names if n.startswith(f"{inner}."))
+
+
+def outline(path: str | os.PathLike, unknown: str = "refuse") -> Outline:
+    """What is in a weight file; nothing of its arrays is read."""
+    path = located(path)
+    found = [_opened(part, unknown, _outlined) for part in files(path)]
+    entries: dict[str, tuple[str, ...]] = {}
+    for part in found:
+        for entry, names in part.entries.items():
+            entries[entry] = entries.get(entry, ()) + names
+    return Outline(found[0].form, entries)
+
+
+def located(path: str | os.PathLike) -> str:
+    """The weight file, or the index of several, that a path means: itself, or one in a folder."""
     path = os.fspath(path)
+    if os.path.isfile(path):
+        return path
+    if not os.path.isdir(path):
+        raise interfaces.UserError(f"weight file: there is no file {path}")
+    names = sorted(os.listdir(path))
+    for suffixes in ((f".safetensors{INDEX}",), (INDEX,), (".safetensors",), SUFFIXES):
+        found = [name for name in names if name.endswith(suffixes)]
+        if len(found) == 1:
+            return os.path.join(path, found[0])
+        if found:
+            break
+    raise interfaces.UserError(
+        f"weight file: there is no file {path}, which is a folder: name the file in it, one of "
+        f"{', '.join(found[:5]) or ', '.join(names[:5]) or 'none'}{' ...' if found[5:] else ''}"
+    )
+
+
+def files(path: str) -> list[str]:
+    """The file of a path, or those that an index names, which lie beside it."""
+    if not path.endswith(INDEX):
+        return [path]
+    folder = os.path.dirname(path)
+    return [os.path.join(folder, name) for name in sorted(set(_index(path).values()))]
+
+
+def _index(path: str) -> dict[str, str]:
+    """Which part holds which array, of `....index.json` as Hugging Face's programs write it."""
+    try:
+        found = records.load(pathlib.Path(path))
+    except (OSError, ValueError) as error:
+        raise interfaces.UserError(f"the index {path} cannot be read: {error}") from error
+    names = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise interfaces.UserError(
+            f"the index {path} needs a weight_map, from the name of every array to its file"
+        )
+    if len(names) > MOST_ENTRIES:
+        raise interfaces.UserError(f"the index {path} has more than {MOST_ENTRIES} entries")
+    for name in dict.fromkeys(map(str, names.values())):
+        archives.plain(name, f"a file in the index {path}")
+        if not os.path.isfile(os.path.join(os.path.dirname(path), name)):
+            raise interfaces.UserError(
+                f"the index {path} names {name}, which is not beside it: fetch all parts"
+            )
+    return {name: str(file) for name, file in names.items()}
+
+
+def _same_names(path: str, found: list[set[str]]) -> None:
+    """An error where the parts hold others than the index says."""
+    index = _index(path)
+    for file, names in zip(files(path), found, strict=True):
+        file = os.path.basename(file)
+        wanted = {name for name, part in index.items() if part == file}
+        if wanted != names:
+            raise interfaces.UserError(
+                f"{file} and its index {path} differ in {', '.join(sorted(wanted ^ names)[:5])}: "
+                "fetch both again"
+            )
+
+
+def _opened(path: str, unknown: str, use: Callable) -> Any:
+    """What `use` makes of (form, tree, what fetches numbers, size) of one file."""
     if unknown not in pickles.POLICIES:
         raise interfaces.UserError(
             f"unknown={unknown!r}: give one of {', '.join(pickles.POLICIES)}"
         )
-    if not os.path.isfile(path):
-        folder = ", which is a folder: name the file in it" if os.path.isdir(path) else ""
-        raise interfaces.UserError(f"weight file: there is no file {path}{folder}")
     try:
         with open(path, "rb") as file:
             start = file.read(256)
             if (problem := _no_weights(start)) is not None:
                 raise interfaces.UserError(problem)
-            tree, fetch = _FORMS[_form(start, path)](file, pickles.POLICIES[unknown])
-            return _arrays(_descended(tree, unwrap), fetch, _length(file), flatten)
+            form = _form(start, path)
+            tree, fetch = _FORMS[form](file, pickles.POLICIES[unknown])
+            return use(form, tree, fetch, _length(file))
     except interfaces.UserError as error:
         raise interfaces.UserError(f"weight file {path}: {_printable(error)}") from error
     except (safetensors.SafetensorError, *_DAMAGE) as error:
@@ -89,6 +208,28 @@ def read(
         ) from error
     except OSError as error:
         raise interfaces.UserError(f"weight file {path} can't be read: {error}") from error
+
+
+def _outlined(form: str, tree: Any, fetch: Any, size: int) -> Outline:
+    """Of one file; what holds no array is left out."""
+    del fetch, size
+    if form == "flax":
+        return Outline(form, {"": tuple(_leaves(tree, flatten=True))})
+    form = {"zip": "torch", "legacy": "torch"}.get(form, form)
+    entries: dict[str, tuple[str, ...]] = {}
+    pending, visited = [("", tree, 0)] if isinstance(tree, dict) else [], 0
+    while pending:
+        prefix, value, depth = pending.pop(0)
+        visited += len(value)
+        if visited > MOST_ENTRIES:
+            raise interfaces.UserError(f"it has more than {MOST_ENTRIES} entries")
+        names = [name for name, child in value.items() if isinstance(child, _LEAVES)]
+        if names:
+            entries[prefix] = tuple(map(str, names))
+        if depth < SHALLOW:
+            inner = [(k, v) for k, v in value.items() if isinstance(k, str) and isinstance(v, dict)]
+            pending += [(f"{prefix}.{k}".lstrip("."), v, depth + 1) for k, v in inner]
+    return Outline(form, entries)
 
 
 def _printable(error: Exception) -> str:
@@ -143,14 +284,33 @@ Fetch = Callable[[pickles.Storage], np.ndarray]
 
 def _read_safetensors(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch | None]:
     del policy
+    weights = safetensors.safe_open(file.name, framework="numpy")
     arrays = {}
-    with safetensors.safe_open(file.name, framework="numpy") as weights:
-        for key in sorted(weights.keys()):
-            dtype = weights.get_slice(key).get_dtype()
-            if dtype not in _SAFETENSORS.split():
-                raise interfaces.UserError(f"{key:.100} has the dtype {dtype}, which numpy lacks")
-            arrays[key] = weights.get_tensor(key)
+    for key in sorted(weights.keys()):
+        found = weights.get_slice(key)
+        if found.get_dtype() not in _SAFETENSORS:
+            raise interfaces.UserError(
+                f"{key:.100} has the dtype {found.get_dtype()}, which numpy lacks"
+            )
+        arrays[key] = _Lying(weights, key, _SAFETENSORS[found.get_dtype()], found.get_shape())
     return arrays, None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lying:
+    """An array of safetensors, not read yet."""
+
+    file: Any
+    key: str
+    itemsize: int
+    shape: list[int]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
+
+    def array(self) -> np.ndarray:
+        return self.file.get_tensor(self.key)
 
 
 def _read_flax(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch | None]:
@@ -253,7 +413,7 @@ _FORMS = {
 }
 
 # What a leaf of a tree may be.
-_LEAVES = (np.ndarray, pickles.Tensor, msgpack.Packed)
+_LEAVES = (np.ndarray, pickles.Tensor, msgpack.Packed, _Lying)
 
 
 def _arrays(tree: Any, fetch: Fetch | None, size: int, flatten: bool) -> dict[str, np.ndarray]:
@@ -269,7 +429,7 @@ def _arrays(tree: Any, fetch: Fetch | None, size: int, flatten: bool) -> dict[st
             if key not in storages:
                 storages[key] = fetch(leaf.storage)
             leaf = leaf.view(storages[key])
-        elif isinstance(leaf, msgpack.Packed):
+        elif isinstance(leaf, msgpack.Packed | _Lying):
             leaf = leaf.array()
         arrays[name] = _cleaned(leaf)
     return arrays
@@ -277,9 +437,13 @@ def _arrays(tree: Any, fetch: Fetch | None, size: int, flatten: bool) -> dict[st
 
 def _descended(tree: Any, unwrap: tuple[str, ...]) -> Any:
     for name in unwrap:
-        if not isinstance(tree, dict) or name not in tree:
+        found = tree.get(name) if isinstance(tree, dict) else None
+        if found is None and isinstance(tree, dict) and name == unwrap[-1]:
+            texts = [key for key in tree if isinstance(key, str) and key.startswith(f"{name}.")]
+            found = {key.removeprefix(f"{name}."): tree[key] for key in texts} or None
+        if found is None:
             raise interfaces.UserError(f"it has no entry {name!r}; there is {_contents(tree)}")
-        tree = tree[name]
+        tree = found
     return tree
 
 
@@ -313,7 +477,7 @@ def _leaves(tree: Any, flatten: bool) -> dict[str, Any]:
                 )
             pairs = [(f"{prefix}.{key}" if depth else str(key), value[key]) for key in value]
             pending.extend((name, child, depth + 1) for name, child in reversed(pairs))
-        elif depth > 0 and pickles.is_opaque(value):
+        elif depth > 0 and (pickles.is_opaque(value) or (not flatten and not _holds_any(value))):
             continue
         elif not isinstance(value, _LEAVES) or depth == 0:
             kind = "dict" if isinstance(value, dict) else type(value).__name__
@@ -328,6 +492,19 @@ def _leaves(tree: Any, flatten: bool) -> dict[str, Any]:
     if not leaves:
         raise interfaces.UserError("it holds no array")
     return leaves
+
+
+def _holds_any(value: Any) -> bool:
+    """Whether there is an array somewhere within."""
+    pending, seen = [value], set()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, _LEAVES):
+            return True
+        if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            pending.extend(value.values() if isinstance(value, dict) else value)
+    return False
 
 
 def _cleaned(array: np.ndarray) -> np.ndarray:

@@ -62,6 +62,20 @@ def square(vocab: tuple[int, ...], cells: int) -> TokenLayout:
     return TokenLayout(vocab, ((side(cells), side(cells)),))
 
 
+def heads(published: Mapping, name: str, width: int, known: int | None = None) -> int:
+    """How many heads, which no array shows: as published, or `known`, or of 64 channels each."""
+    found = published.get(name, known)
+    if found is None and width % 64:
+        raise UserError(
+            f"a width of {width} is none of the published ones, whose heads have 64 channels: give "
+            f"the configuration, --config FILE, with {name}"
+        )
+    found = width // 64 if found is None else found
+    if type(found) is not int or found < 1 or width < 1 or width % found:
+        raise UserError(f"{name} must divide the width {width}; found {found!r:.50}: see --config")
+    return found
+
+
 def section(published: dict, *path: str) -> dict:
     """A section of a published configuration; {} where it is not given."""
     for name in path:

@@ -42,6 +42,7 @@ class System:
             export can give them back.
         derived: arrays of the published file that follow from our model (constant buffers).
         average: a live key -> the name of its moving average in the file, where one is published.
+        averaged: the entry beside the live weights in which the moving average is published.
         form: how the published file is written, a form of `writer.py`.
         wrap: the entry around the state dict when exporting.
         home, files: where the weights are published, the one source of what docs/tokenizers.md and
@@ -56,6 +57,7 @@ class System:
     aside: tuple[str, ...] = ()
     derived: Callable[[Any], Weights] | None = None
     average: Callable[[str], str] | None = None
+    averaged: str = ""
     form: str = "torch"
     wrap: tuple[str, ...] = ()
     home: str = ""

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from tokgen import archives
 from tokgen import state as states
 from tokgen.interfaces import UserError
 
@@ -158,6 +159,14 @@ def norm(key: str, path: str) -> list[Row]:
     return [row(f"{key}.weight", f"{path}/scale"), row(f"{key}.bias", f"{path}/bias")]
 
 
+class Misfit(UserError):
+    """Arrays that a table does not account for, or that do not fit; `problems` of them."""
+
+    def __init__(self, message: str, problems: int):
+        super().__init__(message)
+        self.problems = problems
+
+
 def _flat(module: nnx.Module) -> tuple[dict, tuple]:
     graph, params, stats = states.split(module)
     return {**states.paths(params), **states.paths(stats)}, (graph, params, stats)
@@ -165,8 +174,8 @@ def _flat(module: nnx.Module) -> tuple[dict, tuple]:
 
 def _problems(
     places: dict[str, Shape], rows: Iterable[Row], weights: dict[str, np.ndarray]
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """(our arrays by path, everything that does not fit)."""
+) -> tuple[dict[str, np.ndarray], list[str], int]:
+    """(our arrays by path, everything that does not fit, how many arrays that is)."""
     filled: dict[str, np.ndarray] = {}
     layers: dict[str, dict[int, np.ndarray]] = {}
     missing, wrong, used = [], [], set()
@@ -183,8 +192,12 @@ def _problems(
         array = weights[entry.key]
         try:
             parts = entry.rule.ours(array, shapes)
+            # as many numbers in another order would be other weights
+            blank = [np.broadcast_to(np.int8(0), part.shape) for part in parts]
+            if entry.rule.published(blank).shape != array.shape:
+                parts = [np.empty(0)] * len(shapes)
         except (ValueError, IndexError):
-            parts = [array] * len(shapes)
+            parts = [np.empty(0)] * len(shapes)
         if any(part.shape != tuple(shape) for part, shape in zip(parts, shapes, strict=True)):
             need = f"for {', '.join(paths)} {', '.join(str(tuple(s)) for s in shapes)}"
             wrong.append(f"{entry.key} has the shape {array.shape}, which does not fit {need}")
@@ -202,7 +215,7 @@ def _problems(
     for what, names in (("missing", missing), ("left over", left)):
         if names:
             problems.append(f"{len(names)} {what}: {', '.join(names)}")
-    return filled, [*problems, *wrong]
+    return filled, [*problems, *wrong], len(missing) + len(left) + len(wrong)
 
 
 def fill(
@@ -214,13 +227,16 @@ def fill(
     """
     rows = list(rows)
     leaves, (graph, params, stats) = _flat(module)
-    filled, problems = _problems({path: leaf.shape for path, leaf in leaves.items()}, rows, weights)
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    filled, problems, count = _problems(shapes, rows, weights)
     unset = sorted(set(states.paths(params)) - set(filled))
     if unset and not problems:
         problems.append(f"no key for {len(unset)} of our parameters: {', '.join(unset)}")
     if problems:
         problems.append("are --system and the sizes (--config) those of the file?")
-        raise UserError("\n  ".join([f"{source} does not fit this system and sizes:", *problems]))
+        lines = [f"{source} does not fit this system and sizes:", *problems]
+        raise Misfit("\n  ".join(lines), count)
+    archives.check_numbers({entry.key: weights[entry.key] for entry in rows}, source)
 
     def value(path, leaf):
         # writable copies: views of a file's bytes would be shared between runs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -19,9 +20,44 @@ from tokgen.interfaces import TokenLayout, UserError
 from tokgen.pretrained import reader, table
 from tokgen.pretrained import system as systems
 
-_MISFITS = (ValueError, LookupError, TypeError, AttributeError)  # of arrays of another system
+# Of arrays of another system
+_MISFITS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 
-HALVES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {
+    name: np.dtype(name) for name in ("float64", "float32", "float16", "int64", "int32", "int16")
+} | {"bfloat16": np.dtype(ml_dtypes.bfloat16), "int8": np.dtype("i1"), "uint8": np.dtype("u1")}
+
+# Entries around a state dict that trainers write, whatever the system
+CONTAINERS = (
+    *("state_dict", "model", "module", "net", "network", "model_state_dict", "params", "weights"),
+    *("generator", "tokenizer"),
+)
+AVERAGES = ("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "module_ema")
+# Parts of names that torch.compile and those that shard a network put into them
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How a published file keeps what was read of it.
+
+    Attributes:
+        dtype: that of most of its arrays; ours are float32, which holds the smaller ones exactly.
+        dtypes: of the arrays that have another one, by published name.
+        entry, average: the entries with the live weights and with their moving average, dotted;
+            None where the file said nothing (the average: where it has none, or keeps it under
+            names of the same entry).
+        average_dtype, average_dtypes: as `dtype` and `dtypes`.
+        written: safetensors, torch or flax.
+    """
+
+    dtype: str = "float32"
+    dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
+    entry: str | None = None
+    average: str | None = None
+    average_dtype: str = "float32"
+    average_dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
+    written: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +68,10 @@ class Imported:
     module: nnx.Module  # the live weights
     average: nnx.Module | None  # their moving average, where the file has one
     aside: dict[str, np.ndarray]  # arrays of the file that have no place in our model
-    dtype: str = "float32"  # of the file's weights; ours are float32, which holds them exactly
+    form: Form = Form()
     layout: TokenLayout | None = None  # None: a continuous bottleneck
     classes: int = 0  # of a generator
+    notes: tuple[str, ...] = ()  # what is to be told of how the file was read
 
     @property
     def kind(self) -> str:
@@ -47,15 +84,113 @@ class Imported:
         return self.module if self.average is None else self.average
 
 
-def weights_of(path: pathlib.Path, system: systems.System, **options) -> dict[str, np.ndarray]:
-    """The arrays of a published file, unwrapped as the system publishes them."""
-    problem = None
-    for entry in [tuple(name.split(".")) for name in system.unwrap] + [()]:
-        try:
-            return reader.read(path, *entry, flatten=not entry and not system.unwrap, **options)
-        except UserError as error:
-            problem = problem or error
-    raise problem
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """The arrays of a published file that belong to a system."""
+
+    weights: dict[str, np.ndarray]
+    average: dict[str, np.ndarray]  # of an entry of its own; empty where there is none
+    form: Form
+    notes: tuple[str, ...]
+
+
+def weights_of(path: str | pathlib.Path, system: systems.System, **options) -> systems.Weights:
+    """The live arrays of a published file, unwrapped as the system publishes them."""
+    return held(path, system, **options).weights
+
+
+def held(path: str | pathlib.Path, system: systems.System, *, entry: str = "", **options) -> Held:
+    """What a published file holds of a system; `entry` says which of its entries is meant."""
+    outline = reader.outline(path, **options)
+    chosen, average = _chosen(path, outline, system, entry)
+    flatten = outline.form == "flax"
+
+    def read(name):
+        found = reader.read(path, *filter(None, name.split(".")), flatten=flatten, **options)
+        return {k: a for k, a in found.items() if not flatten or isinstance(a, np.ndarray)}
+
+    notes = []
+    if average is not None:
+        notes.append(
+            f"its entries {chosen!r} and {average!r} are both kept; the average {average!r} is "
+            f"used (--entry {chosen} takes the live weights alone)"
+        )
+    elif not entry and chosen not in ("", *system.unwrap):
+        notes.append(f"read from its entry {chosen!r}")
+    notes += _beside(outline, system, chosen, average)
+    return Held(
+        read(chosen),
+        {} if average is None else read(average),
+        Form(entry=chosen, average=average, written=outline.form),
+        tuple(notes),
+    )
+
+
+def _chosen(
+    path: str | pathlib.Path, outline: reader.Outline, system: systems.System, entry: str
+) -> tuple[str, str | None]:
+    """(the entry with the weights, that with their average), or an error that names all."""
+    if entry:
+        if not outline.names(entry):
+            raise UserError(
+                f"weight file {path}: it has no arrays under --entry {entry}; there are "
+                f"{_listed(outline)}"
+            )
+        return entry, None
+    candidates = [name for name in system.unwrap if outline.names(name)]
+    for outer in (*system.unwrap, *CONTAINERS):
+        inside = [f"{outer}.{inner}" for inner in CONTAINERS]
+        candidates += [name for name in (outer, *inside) if name in outline.entries]
+    candidates += [name for name in ("", *AVERAGES) if name in outline.entries]
+    if not candidates and len(outline.entries) == 1:
+        candidates = list(outline.entries)
+    if not candidates:
+        raise UserError(
+            f"weight file {path}: none of its entries is known to hold weights; there are "
+            f"{_listed(outline)}: say which with --entry NAME"
+        )
+    chosen = candidates[0]
+    outer = chosen.split(".")[:-1] if chosen else []
+    for name in AVERAGES:
+        for inner in ([], *([inner] for inner in CONTAINERS)):
+            found = ".".join([*outer, name, *inner])
+            # an average of a few arrays is something else
+            if found != chosen and 2 * len(outline.entries.get(found, ())) >= len(
+                outline.names(chosen)
+            ):
+                return chosen, found
+    return chosen, None
+
+
+def _listed(outline: reader.Outline) -> str:
+    shown = sorted(outline.entries.items(), key=lambda pair: -len(pair[1]))[:6]
+    named = [f"{name or 'the outermost'} ({len(keys)} arrays)" for name, keys in shown]
+    more = f" and {len(outline.entries) - 6} more" if len(outline.entries) > 6 else ""
+    return (", ".join(f"{name:.80}" for name in named) or "no arrays at all") + more
+
+
+def _beside(
+    outline: reader.Outline, system: systems.System, chosen: str, average: str | None
+) -> list[str]:
+    """What else is in the file that someone may want."""
+    known = systems.known()
+    if system.beside in known:
+        for name in known[system.beside].unwrap:
+            # its own entry, or names within the one that was chosen; not what every trainer writes
+            if "." in name and outline.names(name):
+                return [
+                    f"its tokenizer is in the file, too ({name}): import it with --system "
+                    f"{system.beside}"
+                ]
+    enough = len(outline.names(chosen)) / 2
+    others = [
+        name
+        for name, keys in outline.entries.items()
+        if name not in (chosen, average) and len(keys) >= enough
+    ]
+    if not others:
+        return []
+    return [f"also in the file: {', '.join(others[:4])}; --entry NAME takes one of them"]
 
 
 def read(
@@ -64,6 +199,7 @@ def read(
     published: dict | None = None,
     *,
     overrides: Sequence[str] = (),
+    entry: str = "",
     **options,
 ) -> Imported:
     """Import a published file; `published` is its configuration, None where sizes are standard.
@@ -73,33 +209,101 @@ def read(
     system = systems.named(name)
     if system.settings is None:
         raise UserError(f"{name} is no tokenizer or generator: it can be compared, not imported")
-    weights = weights_of(pathlib.Path(path), system, **options)
-    return fit(weights, name, published or {}, source=str(path), overrides=overrides)
+    found = held(path, system, entry=entry, **options)
+    return fit(
+        found.weights,
+        name,
+        published or {},
+        source=str(path),
+        overrides=overrides,
+        average=found.average,
+        form=found.form,
+        notes=found.notes,
+    )
 
 
 def fit(
-    weights: dict[str, np.ndarray],
+    weights: systems.Weights,
     name: str,
     published: dict,
     *,
     source: str,
     overrides: Sequence[str] = (),
+    average: systems.Weights | None = None,
+    form: Form = Form(),
+    notes: Sequence[str] = (),
 ) -> Imported:
-    """The model of published arrays; `source` names them in errors."""
+    """The model of published arrays; `source` names them in errors.
+
+    Where they do not fit by their names, what all names begin with is left away.
+    """
     system = systems.named(name)
-    layout, classes = None, 0
-    try:
-        config = system.settings(published, weights)
-        configs.override(config, overrides)
-        if system.tokens is not None:
-            layout, classes = system.tokens(published, weights)
-    except UserError:
-        raise
-    except _MISFITS as error:
+    weights, average, wrapped = _unwrapped(weights), _unwrapped(average or {}), list(notes)
+    errors = []
+    for prefix in ("", *_prefixes(weights, system.aside)):
+        try:
+            imported = _fit(
+                _shorn(weights, prefix),
+                system,
+                name,
+                published,
+                source=source,
+                overrides=overrides,
+                average=_shorn(average, prefix),
+                form=form,
+            )
+        except UserError as error:
+            errors.append(error)
+            continue
+        if prefix:
+            wrapped.append(f"{prefix!r}, with which its names begin, is left away")
+        return dataclasses.replace(imported, notes=tuple(wrapped))
+    # the attempt that came the farthest says the most
+    raise min(errors, key=lambda e: e.problems if isinstance(e, table.Misfit) else np.inf)
+
+
+def _unwrapped(weights: systems.Weights) -> systems.Weights:
+    """The same arrays without what torch.compile and its like add inside of names."""
+    found = {}
+    for key, array in weights.items():
+        for part in _WRAPPERS:
+            key = key.replace(part, "")
+        found[key] = array
+    return found if len(found) == len(weights) else weights
+
+
+def _prefixes(weights: systems.Weights, aside: Sequence[str]) -> list[str]:
+    """What all names begin with, up to a dot each: "module.", "module.model."."""
+    names = list(table.split(weights, aside)[0])
+    if not names:
+        return []
+    parts = os.path.commonprefix([name.split(".")[:-1] for name in names])
+    return [".".join(parts[:count]) + "." for count in range(1, len(parts) + 1)]
+
+
+def _shorn(weights: systems.Weights, prefix: str) -> systems.Weights:
+    return {key.removeprefix(prefix): array for key, array in weights.items()}
+
+
+def _fit(
+    weights: systems.Weights,
+    system: systems.System,
+    name: str,
+    published: dict,
+    *,
+    source: str,
+    overrides: Sequence[str],
+    average: systems.Weights,
+    form: Form,
+) -> Imported:
+    empty = [key for key, array in table.split(weights, system.aside)[0].items() if not array.size]
+    if empty:
         raise UserError(
-            f"{source} and its configuration do not look like {name} ({error!r}): is --system "
-            f"right? It holds {', '.join(list(weights)[:5])} ..."
-        ) from error
+            f"{source} has no numbers in {', '.join(empty[:5])}: it was not saved whole, or its "
+            "weights were shared out among processes; fetch or gather it again"
+        )
+    config, layout, classes = sizes(weights, system, name, published, source=source)
+    configs.override(config, overrides)
     if layout is None:
         make = nnx.eval_shape(lambda: configs.tokenizer(config, rngs=nnx.Rngs(0)))
         layout = make.layout
@@ -107,47 +311,117 @@ def fit(
         make = nnx.eval_shape(lambda: configs.generator(config, layout, classes, rngs=nnx.Rngs(0)))
     rows = list(system.rows(make))
     weights, aside = table.split(weights, system.aside)
-    kinds = collections.Counter(array.dtype.name for array in weights.values())
-    dtype = kinds.most_common(1)[0][0] if kinds else "float32"
-    averages = {}
-    if system.average is not None:
+    dtype, dtypes = _dtypes(weights)
+    form = dataclasses.replace(form, dtype=dtype, dtypes=dtypes)
+    if average:
+        average, _ = table.split(average, system.aside)
+        dtype, dtypes = _dtypes(average)
+        form = dataclasses.replace(form, average_dtype=dtype, average_dtypes=dtypes)
+    elif system.average is not None:
         names = {entry.key: system.average(entry.key) for entry in rows}
-        averages = {live: weights[ema] for live, ema in names.items() if ema in weights}
+        average = {live: weights[ema] for live, ema in names.items() if ema in weights}
         weights = {k: a for k, a in weights.items() if k not in set(names.values())}
     module = table.fill(make, rows, weights, source=source)
-    average = None
-    if averages:
+    averaged = None
+    if average:
         # what has no average (usage counts) stays as it is
-        average = table.fill(make, rows, weights | averages, source=f"{source} (moving averages)")
-    return Imported(config, module, average, aside, dtype, layout, classes)
+        averaged = table.fill(make, rows, weights | average, source=f"{source} (moving averages)")
+    return Imported(config, module, averaged, aside, form, layout, classes)
+
+
+def sizes(
+    weights: systems.Weights, system: systems.System, name: str, published: dict, *, source: str
+) -> tuple[ml_collections.ConfigDict, TokenLayout | None, int]:
+    """(config, layout of the tokens of a generator, its classes), from shapes and what is said."""
+    layout, classes = None, 0
+    try:
+        config = system.settings(published, weights)
+        if system.tokens is not None:
+            layout, classes = system.tokens(published, weights)
+    except UserError:
+        raise
+    except _MISFITS as error:
+        raise UserError(
+            f"{source} and its configuration do not look like {name} ({error!r:.300}): is --system "
+            f"right? It holds {', '.join(list(weights)[:5])} ..."
+        ) from error
+    if classes < 0:
+        raise UserError(f"{source} has a table of classes without a row: is --system right?")
+    return config, layout, classes
+
+
+def _dtypes(weights: systems.Weights) -> tuple[str, dict[str, str]]:
+    """(the dtype of most arrays, those of the others by name)."""
+    names = {key: array.dtype.name for key, array in weights.items()}
+    most = collections.Counter(names.values()).most_common(1)
+    dtype = most[0][0] if most else "float32"
+    return dtype, {key: name for key, name in names.items() if name != dtype}
 
 
 def publish(imported: Imported, name: str) -> dict[str, np.ndarray]:
-    """The arrays of a model under their published names: the inverse of `read`."""
-    system = systems.named(name)
-    if system.rows is None:
-        raise UserError(f"{name} is no tokenizer or generator: there is nothing to publish")
-    try:
-        rows = list(system.rows(imported.module))
-        weights = table.publish(imported.module, rows)
-    except _MISFITS as error:
-        raise UserError(
-            f"this model has not the form of {name} ({error!r}): need one that its recipe or an "
-            "import made"
-        ) from error
+    """The arrays of a model under their published names: the inverse of `read`.
+
+    Averages are among them where the system keeps them in one table; `publish_average` gives those
+    that have an entry of their own, and where neither can be, the average is what is published.
+    """
+    system = _publishable(name)
+    module = imported.used if _only_used(imported, system) else imported.module
+    weights = _rows_of(module, system, name)
     if imported.average is not None and system.average is not None:
-        averages = table.publish(imported.average, rows)
+        averages = _rows_of(imported.average, system, name)
         weights |= {system.average(key): array for key, array in averages.items()}
-    if imported.dtype in HALVES:
-        weights = {key: array.astype(HALVES[imported.dtype]) for key, array in weights.items()}
+    weights = _as_published(weights, imported.form.dtype, imported.form.dtypes)
     derived = system.derived(imported.module) if system.derived else {}
     return weights | derived | imported.aside
 
 
+def publish_average(imported: Imported, name: str) -> dict[str, np.ndarray]:
+    """The averages of a model, where they have an entry of their own; none where they have not."""
+    system = _publishable(name)
+    if imported.average is None or system.average is not None or _only_used(imported, system):
+        return {}
+    weights = _rows_of(imported.average, system, name)
+    form = imported.form
+    return _as_published(weights, form.average_dtype, form.average_dtypes)
+
+
+def _only_used(imported: Imported, system: systems.System) -> bool:
+    """Whether a published file has room for one set of weights only."""
+    return system.average is None and not system.averaged and imported.form.average is None
+
+
+def _publishable(name: str) -> systems.System:
+    system = systems.named(name)
+    if system.rows is None:
+        raise UserError(f"{name} is no tokenizer or generator: there is nothing to publish")
+    return system
+
+
+def _rows_of(module: nnx.Module, system: systems.System, name: str) -> systems.Weights:
+    try:
+        return table.publish(module, list(system.rows(module)))
+    except _MISFITS as error:
+        raise UserError(
+            f"this model has not the form of {name} ({error!r:.300}): need one that its recipe or "
+            "an import made"
+        ) from error
+
+
+def _as_published(weights: systems.Weights, dtype: str, others: dict[str, str]) -> systems.Weights:
+    """Every array in the dtype that it had."""
+    return {
+        key: array.astype(DTYPES.get(others.get(key, dtype), array.dtype), copy=False)
+        for key, array in weights.items()
+    }
+
+
 def digest(path: str | pathlib.Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file; of one in parts, of the digests of them all."""
+    sums = []
+    for part in reader.files(reader.located(path)):
+        with open(part, "rb") as file:
+            sums.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def parameters(module: nnx.Module) -> int:

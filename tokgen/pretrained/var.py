@@ -97,6 +97,7 @@ SYSTEMS = {
         parity,
         settings,
         rows,
+        unwrap=("trainer.vae_local",),  # of the generator's training checkpoints
         home="huggingface.co/FoundationVision/var",
         files=("vae_ch160v4096z32.pth",),
         licence="MIT",

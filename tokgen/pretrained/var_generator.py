@@ -11,7 +11,7 @@ from tokgen import config as configs
 from tokgen import rng
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
 from tokgen.nn import transformer
-from tokgen.pretrained import convolutional, parity, system, table
+from tokgen.pretrained import convolutional, parity, sequence, system, table
 from tokgen.quantizers import multiscale
 from tokgen.sampling import decode, filters, guidance
 
@@ -116,14 +116,14 @@ def settings(published: dict, weights: system.Weights) -> ml_collections.ConfigD
     cosine, shared = (
         key in weights for key in ("blocks.0.attn.scale_mul_1H11", "shared_ada_lin.1.weight")
     )
-    heads = side(weights, "blocks.0.attn.scale_mul_1H11")[1] if cosine else width // 64
+    heads = side(weights, "blocks.0.attn.scale_mul_1H11")[1] if cosine else None
     config = configs.load(RECIPE)
     config.precision.compute = "float32"  # whatever the recipe trains in
     config.generator.update(
         channels=channels,
         width=width,
         depth=depth,
-        heads=published.get("num_heads", heads),
+        heads=sequence.heads(published, "num_heads", width, heads),
         hidden=side(weights, "blocks.0.ffn.fc1.weight")[0],
         parts="var" + "_shared" * shared + "_plain" * (not cosine),
         label_drop=float(published.get("cond_drop_rate", 0.1)),

@@ -46,19 +46,38 @@ def write(
     form `flax` the dots of a name are dicts, which `reader.read(..., flatten=True)` joins again.
     `metadata` is of safetensors, which in turn can't be wrapped.
     """
+    write_entries(path, {tuple(wrap): arrays}, form=form, metadata=metadata)
+
+
+def write_entries(
+    path: str | os.PathLike,
+    entries: Mapping[tuple[str, ...], Mapping[str, Any]],
+    *,
+    form: str,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write dicts of named arrays, each wrapped as its key says; see `write`."""
     path = pathlib.Path(path)
     if form not in FORMS:
         raise interfaces.UserError(f"weight file {path}: no form {form!r}; {', '.join(FORMS)}")
     if not path.parent.is_dir():
         raise interfaces.UserError(f"weight file {path}: there is no folder {path.parent}")
-    if not arrays:
+    if not all(entries.values()):
         raise interfaces.UserError(f"weight file {path}: there are no arrays to write")
     put, dtypes = FORMS[form]
-    ready = {name: _ready(name, array, dtypes, form) for name, array in arrays.items()}
+    tree: Tree = {}
+    for wrap, arrays in entries.items():
+        branch = tree
+        for name in wrap:
+            branch = branch.setdefault(name, {})
+        for name, array in arrays.items():
+            if name in branch:
+                raise interfaces.UserError(f"weight file {path}: two of its entries are {name!r}")
+            branch[name] = _ready(name, array, dtypes, form)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(temporary, "wb") as file:
-            put(file, ready, tuple(wrap), dict(metadata or {}))
+            put(file, tree, dict(metadata or {}))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -79,10 +98,11 @@ def _ready(name: str, array: Any, dtypes: list[str], form: str) -> np.ndarray:
     return np.array(array, array.dtype.newbyteorder("<"), order="C", copy=None)
 
 
-def _put_safetensors(
-    file: BinaryIO, arrays: dict[str, np.ndarray], wrap: tuple[str, ...], metadata: dict[str, str]
-) -> None:
-    if wrap or "__metadata__" in arrays:
+Tree = dict[str, Any]  # dicts within dicts, of arrays
+
+
+def _put_safetensors(file: BinaryIO, arrays: Tree, metadata: dict[str, str]) -> None:
+    if any(isinstance(a, dict) for a in arrays.values()) or "__metadata__" in arrays:
         raise interfaces.UserError(
             "safetensors hold no dicts within dicts, and no array called __metadata__; write the "
             "form torch"
@@ -109,21 +129,16 @@ def _put_safetensors(
         file.write(arrays[name].reshape(-1).view(np.uint8).data)
 
 
-def _put_torch(
-    file: BinaryIO, arrays: dict[str, np.ndarray], wrap: tuple[str, ...], metadata: dict[str, str]
-) -> None:
+def _put_torch(file: BinaryIO, tree: Tree, metadata: dict[str, str]) -> None:
     _no_metadata(metadata)
-    tensors = [(name, _tensor(str(i), arrays[name])) for i, name in enumerate(arrays)]
-    tree = _global("collections", "OrderedDict") + b")R" + _items(tensors)
-    for name in reversed(wrap):
-        tree = b"}" + _items([(name, tree)])
-    program = b"\x80\x02" + tree + b"."
+    stored: list[np.ndarray] = []
+    program = b"\x80\x02" + _dict(tree, stored) + b"."
     if len(program) > pickles.LARGEST:
         raise interfaces.UserError("the names of the arrays are too many to be read again")
     with zipfile.ZipFile(file, "w") as archive:
         _add(archive, "data.pkl", program)
         _add(archive, "byteorder", b"little")
-        for i, array in enumerate(arrays.values()):
+        for i, array in enumerate(stored):
             _add(archive, f"data/{i}", array.reshape(-1).view(np.uint8).data)
         _add(archive, "version", b"3\n")
 
@@ -164,6 +179,19 @@ def _items(pairs: list[tuple[str, bytes]]) -> bytes:
     return b"(" + b"".join(_text(name) + value for name, value in pairs) + b"u"
 
 
+def _dict(tree: Tree, stored: list[np.ndarray]) -> bytes:
+    """A dict; one of arrays is an OrderedDict, as state dicts are. Arrays go to `stored`."""
+    items, plain = [], False
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            plain = True
+            items.append((name, _dict(value, stored)))
+        else:
+            items.append((name, _tensor(str(len(stored)), value)))
+            stored.append(value)
+    return (b"}" if plain else _global("collections", "OrderedDict") + b")R") + _items(items)
+
+
 def _tensor(key: str, array: np.ndarray) -> bytes:
     """A call of `_rebuild_tensor_v2`: storage, offset, shape, strides, no gradient, no hooks."""
     kind = _global("torch", _STORAGES[array.dtype.name])
@@ -178,12 +206,18 @@ def _tensor(key: str, array: np.ndarray) -> bytes:
     return _global("torch._utils", "_rebuild_tensor_v2") + arguments + b"R"
 
 
-def _put_flax(
-    file: BinaryIO, arrays: dict[str, np.ndarray], wrap: tuple[str, ...], metadata: dict[str, str]
-) -> None:
+def _put_flax(file: BinaryIO, arrays: Tree, metadata: dict[str, str]) -> None:
     _no_metadata(metadata)
-    tree: dict[str, Any] = {}
+    _put_message(file.write, _nested(arrays))
+
+
+def _nested(arrays: Tree) -> Tree:
+    """The same arrays, the dots of their names as dicts."""
+    tree: Tree = {}
     for name, array in arrays.items():
+        if isinstance(array, dict):
+            tree[name] = _nested(array)
+            continue
         *parents, last = name.split(".")
         branch = tree
         for parent in parents:
@@ -193,9 +227,7 @@ def _put_flax(
         if last in branch:
             raise interfaces.UserError(f"{name} is an array and holds others")
         branch[last] = array
-    for name in reversed(wrap):
-        tree = {name: tree}
-    _put_message(file.write, tree)
+    return tree
 
 
 def _put_message(put: Callable[[bytes], Any], value: Any) -> None:

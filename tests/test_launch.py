@@ -1,0 +1,57 @@
+"""From a command line to devices: what cannot be used is one message, before any work."""
+
+import jax
+import ml_collections
+import pytest
+
+from tokgen import launch, runs
+from tokgen.interfaces import UserError
+
+KNOWN = "Backend '{}' is not in the list of known backends: ['cpu', 'tpu']."
+FOUND = {
+    "no plugin": ("cuda", AssertionError(), r"tokgen\[cuda13"),
+    "no plugin, said": ("cuda", RuntimeError(KNOWN.format("cuda")), r"tokgen\[cuda13"),
+    "no GPU": ("cuda", RuntimeError("no supported devices found for platform CUDA"), "nvidia-smi"),
+    "nonsense": ("abc", RuntimeError(KNOWN.format("abc")), "known backends.*unset JAX_PLATFORMS"),
+    "no libtpu": ("tpu", RuntimeError("INTERNAL: Failed to open libtpu.so: none"), "tokgen.tpu."),
+    "a TPU of another process": (
+        *("", RuntimeError("ABORTED: The TPU is already in use by process with pid 7.")),
+        "a device cannot be used.*pid 7; stop the process",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_a_device_that_cannot_be_used_is_one_message(case, monkeypatch):
+    asked, error, words = FOUND[case]
+
+    def devices():
+        if str(error):
+            raise type(error)(
+                f"Unable to initialize backend: {error} (set JAX_PLATFORMS='' to automatically "
+                "choose an available backend)"
+            )
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr(launch.jax, "config", ml_collections.ConfigDict({"jax_platforms": asked}))
+    with pytest.raises(UserError, match=words) as told:
+        launch.check_platform()
+    said = str(told.value)
+    assert "\n" not in said and "automatically" not in said
+    assert f"JAX_PLATFORMS={asked}" in said or not asked
+
+
+def test_a_work_directory_is_none_of_what_the_run_reads(tmp_path, capsys):
+    settings = ml_collections.ConfigDict({"data": {"name": "folder", "path": str(tmp_path)}})
+    (tmp_path / "cat.png").write_text("")
+    for inside in (tmp_path, tmp_path / "run"):
+        with pytest.raises(UserError, match="--workdir"):
+            with runs.lock(inside, launch._pictures(settings, inside)):
+                pass
+    assert [file.name for file in tmp_path.iterdir()] == ["cat.png"]
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)  # one that began before this was said
+    assert launch._pictures(settings, tmp_path / "run") == []
+    with pytest.raises(SystemExit) as end:
+        launch.parse(["--config", "a.py", "--workdir="], "")
+    assert end.value.code == 2 and "--workdir: it is empty" in capsys.readouterr().err

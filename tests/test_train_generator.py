@@ -1,0 +1,76 @@
+"""The generator's program: its step's key and average, and whose figures are measured."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import train_generator
+from tokgen import config, heldout, rng, sharding
+from tokgen import state as states
+
+
+class Telling(nnx.Module):
+    """A generator whose loss tells the key that it was given."""
+
+    def __init__(self):
+        self.scale = nnx.Param(jnp.ones(3))
+
+    def loss(self, batch, codec, *, step, key):
+        drawn = jax.random.uniform(key)
+        return jnp.sum(self.scale[...] * (1 + drawn)), {"drawn": drawn, "at": step}
+
+
+@pytest.fixture
+def step():
+    """(settings, state, its compiled step) with an average."""
+    settings = config.load("configs/generator/shapes.py", ("seed=3", "ema=0.9"))
+    optimizer = states.optimizer(9, learning_rate=0.1, decay="constant")
+    graph, state = states.create(Telling, optimizer, mesh=sharding.make_mesh(), ema=settings.ema)
+    made = train_generator.train_step(settings, graph, optimizer)
+    return settings, state, lambda state: made(jax.tree.map(jnp.copy, state), BATCH, None)
+
+
+BATCH = {"tokens": np.zeros((2, 4, 1), np.int32), "label": np.zeros(2, np.int32)}
+
+
+def test_every_step_has_a_key_of_its_own(step):
+    settings, state, made = step
+    for number in (0, 1, 2, 7):
+        _, scalars = made(state.replace(step=jnp.asarray(number, jnp.int32)))
+        assert scalars["drawn"] == jax.random.uniform(rng.key(3, "train", number))
+        assert scalars["at"] == number
+
+
+def test_the_average_has_the_decay_of_the_config(step):
+    settings, state, made = step
+    kernel = average = np.ones(3)
+    for number in range(12):
+        state, _ = made(state)
+        kernel = np.asarray(state.params["scale"], np.float64)
+        decay = min(0.9, number / (9 + number))
+        average = decay * average + (1 - decay) * kernel
+        np.testing.assert_allclose(state.ema["scale"], average, rtol=1e-5, atol=1e-6)
+    assert np.abs(average - kernel).max() > 0.05
+
+
+def test_held_out_figures_are_those_of_the_average(step, monkeypatch):
+    settings, state, _ = step
+    state = state.replace(ema=jax.tree.map(lambda leaf: leaf + 5, state.params))
+    graph, seen, logged = states.split(Telling())[0], [], []
+
+    def likelihood(generator, codec, source, **options):
+        seen.append(generator.scale[...])
+        return {"nats_per_token": 1.5, "nats_error": 0.1}
+
+    monkeypatch.setattr(heldout, "likelihood", likelihood)
+    with settings.unlocked():
+        settings.held_out.samples = 0
+    tokenizer = types.SimpleNamespace(module=types.SimpleNamespace(quantizer=None))
+    log = types.SimpleNamespace(scalars=lambda *given, **options: logged.append((given, options)))
+    found = train_generator.measure(state, graph, ("held out", tokenizer), log, settings)
+    np.testing.assert_array_equal(seen[0], np.full(3, 6.0))
+    assert found["nats_per_token"] == 1.5 and logged == [((0, found), {"split": "held_out"})]
