@@ -9,8 +9,8 @@ import pytest
 import tensorflow_datasets
 from PIL import Image
 
-from tokgen import interfaces
-from tokgen.data import images, tfds
+from tokgen import config, heldout, interfaces
+from tokgen.data import classes, images, tfds
 
 
 def png(number):
@@ -122,6 +122,21 @@ def test_a_set_without_labels_is_unconditional(prepared):
     assert source.classes == () and source[3]["label"] == 0
 
 
+def test_a_set_is_chosen_on_the_command_line(prepared):
+    """In the place of the folder of a config, with all that its section held."""
+    words = ["name=tfds", "dataset=tokgen_other", "label=coarse_label", f"data_dir={prepared}"]
+    settings = config.load(
+        "configs/tokenizer/cifar10_f4.py", [f"data.{word}" for word in reversed(words)]
+    )
+    config.check(settings)
+    sources = {
+        split: config.build(settings.data, "data", split=split, order=(), doubtful="drop")
+        for split in ("train", "held_out")
+    }
+    told = classes.told(heldout.called(settings.data), sources)
+    assert told == "tokgen_other: 2 classes (0, 1); train 12, held out 5"
+
+
 def test_a_source_travels_to_another_process(prepared):
     source = tfds.Source("tokgen_tiny", data_dir=prepared)
     copy = pickle.loads(pickle.dumps(source))
@@ -148,7 +163,7 @@ def test_a_label_is_named_or_counted(prepared):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({}, "found the labels coarse_label, unknown: choose one, data.label=coarse_label"),
+        ({}, "found the labels coarse_label, unknown: choose one, data.label=coarse_label "),
         ({"label": "number"}, "a number .* without names.*data.count=N"),
         ({"label": "number", "count": 3}, "has the number 3, and has 3 classes"),
         ({"label": "unknown"}, "has the unknown -1, that is, none: name other splits"),
