@@ -15,7 +15,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from tokgen import checkpoint, config, families, heldout, judge, launch, output, report
+from tokgen import checkpoint, config, families, heldout, judge, launch, output, report, sharding
 from tokgen import page as pages
 from tokgen.commands import pretokenize, sample
 from tokgen.data import shapes, tokens
@@ -127,11 +127,12 @@ def measure(folder: pathlib.Path, examiner, number: int) -> tuple[dict, dict, di
 
     view = heldout.view_of(settings)
     figures, _ = heldout.reconstruction(tokenizer.module, held_out, view, count=1000)
-    coded, repainted = [], []
+    coded, repainted, mesh = [], [], sharding.current()
     for start in range(0, len(real), 100):
-        part = np.asarray(pretokenize.encode(tokenizer.module, real[start : start + 100]))
-        coded.append(part)
-        repainted.append(np.asarray(sample.paint(tokenizer.module, part)[0]))
+        part = sharding.filled(real[start : start + 100], 100, mesh)
+        part = pretokenize.encode(tokenizer.module, part)
+        coded.append(np.asarray(part)[:100])
+        repainted.append(np.asarray(sample.paint(tokenizer.module, part)[0])[:100])
     coded, repainted = np.concatenate(coded), np.concatenate(repainted)
 
     held_tokens = tokens.Source(folder / "tokens", split="held_out")
