@@ -114,7 +114,7 @@ def test_splits_and_slices(prepared):
     train = tfds.Source("tokgen_tiny", splits=sliced, data_dir=prepared)
     other = tfds.Source("tokgen_tiny", split="held_out", splits=sliced, data_dir=prepared)
     assert sorted(numbers(train) + numbers(other)) == list(range(12)) and len(other) == 3
-    assert len({train.fingerprint, other.fingerprint}) == 2
+    assert len({train.fingerprint, other.fingerprint, *train.earlier, *other.earlier}) == 4
 
 
 def test_a_set_without_labels_is_unconditional(prepared):
