@@ -162,8 +162,8 @@ def _classes(
             return "", ()
         raise interfaces.UserError(
             f"the TFDS set {dataset} has no feature named label; found the labels "
-            f"{', '.join(named)}: choose one, data.label={next(iter(named))}, or say that classes "
-            "do not matter, data.labels=none"
+            f"{', '.join(named)}: choose one, data.label={next(iter(named))} (in commands "
+            "--label), or say that classes do not matter, data.labels=none"
         )
     label = label or "label"
     if label not in features:
