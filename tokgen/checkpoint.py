@@ -261,7 +261,7 @@ def _as_recorded(leaf: Any, entry: dict | None) -> Any:
 
 
 def verify(step: pathlib.Path) -> None:
-    """Read every array of a step, compare it with the manifest, and look for what is not finite."""
+    """Read every array of a step and compare it with the manifest; its networks are finite."""
     meta = read_meta(step)
     whole = sharding.replicated(sharding.make_mesh())
     wanted = {
@@ -269,14 +269,19 @@ def verify(step: pathlib.Path) -> None:
         for path, entry in meta["manifest"].items()
     }
     leaves = restore(step, wanted, meta)
-    floats = {path: a for path, a in leaves.items() if jnp.issubdtype(a.dtype, jnp.floating)}
-    broken = [path for path, a in floats.items() if not np.isfinite(jax.device_get(a)).all()]
-    if broken:
+    if wrong := not_finite(leaves):
         raise UserError(
-            f"{step} is what was saved, but {len(broken)} of its {len(leaves)} arrays hold numbers "
-            f"that are not finite: {', '.join(broken[:5])}; its run diverged, or the file that it "
-            "was imported from is damaged: use an earlier step, or import it again"
+            f"checkpoint {step} holds numbers that are not finite, in {', '.join(wrong[:5])}"
+            f"{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}: it was read as it was "
+            "written, but nothing of use comes of it; use another step, or import it again"
         )
+
+
+def not_finite(leaves: dict[str, jax.Array]) -> list[str]:
+    """The paths of those parameters, averages and statistics that are not finite throughout."""
+    parts = ("params", "ema", "stats")
+    fine = {p: jnp.isfinite(a).all() for p, a in leaves.items() if p.split("/")[1] in parts}
+    return [path for path, found in jax.device_get(fine).items() if not found]
 
 
 def _name(path: str) -> str:

@@ -107,7 +107,7 @@ def reconstruction(
     measured, counts, pairs, images_ = {}, None, [], 0
     chosen = spread(len(source), count)
     batch = bounded(view, len(chosen), batch)
-    passing = stream.once(source, view, batch_size=batch, indices=chosen)
+    passing = stream.once(source, view, batch_size=batch, indices=chosen, threads=stream.THREADS)
     for part in watched(passing, len(chosen), what):
         naming = named(source, part["index"])
         tokens_BLG, painted, values = repaint(tokenizer, part, batch=batch, named=naming)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import jax
 import ml_collections
 
-from tokgen import cli, config, report, runs
+from tokgen import checkpoint, cli, config, report, runs
 from tokgen.interfaces import UserError
 
 REPEAT = 2.0  # seconds in which a signal that comes again is the same request
@@ -121,10 +121,12 @@ def _named(text: str) -> pathlib.Path:
     return pathlib.Path(text)
 
 
-def _read_by(settings: ml_collections.ConfigDict) -> list[str]:
-    """Folders that a run reads its data from: its own files would be taken for a part of them."""
+def _pictures(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[str]:
+    """Folders of images that a new run reads: its own would be taken for a part of them."""
+    if (workdir / checkpoint.FOLDER).exists():
+        return []
     data = settings.get("data", {})
-    return [str(data.get(name) or "") for name in ("path", "images", "tokens", "text")]
+    return [str(data.get(name) or "") for name in ("path", "images")]
 
 
 class Stop:
@@ -171,7 +173,7 @@ def run(story: Callable[..., None], description: str) -> None:
 
     def told() -> None:
         settings, arguments = parse(sys.argv[1:], description)
-        with runs.lock(arguments.workdir, _read_by(settings)):
+        with runs.lock(arguments.workdir, _pictures(settings, arguments.workdir)):
             if arguments.start is not None:
                 runs.go_back(arguments.workdir, arguments.start)
             devices(settings.batch_size)
