@@ -113,3 +113,10 @@ def test_failed_training_is_told_and_keeps_the_old_page(tmp_path, monkeypatch):
 def test_too_few_samples_are_refused(tmp_path):
     with pytest.raises(UserError, match="at least 10"):
         demo.run(argparse.Namespace(out=str(tmp_path), samples=9))
+
+
+@pytest.mark.parametrize("option", ["tokenizer_steps", "generator_steps"])
+def test_steps_are_looked_at_before_anything_is_trained(tmp_path, option):
+    steps = dict(tokenizer_steps=None, generator_steps=None) | {option: 0}
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} must be at least 1"):
+        demo.run(argparse.Namespace(out=str(tmp_path), samples=10, **steps))

@@ -141,6 +141,7 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     data["text"] = args.text or data.get("text", "")
     heldout.check_text(loaded.module, data["text"], "--text")
     if data["tokens"]:
+        train = tokens.Source(data["tokens"])  # whole, before anything is measured
         source = heldout.generator_source(data, args.split)
         checkpoint.check_tokens(tokenizer, source.header, source.path)
     else:
@@ -169,7 +170,7 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     how += [f"{figures['orders']} orders"] if "orders" in figures else []
     title = f"nats_per_token ({', '.join(how)})" if how else "nats_per_token"
     if data["tokens"]:  # images would all have to be encoded for it
-        figures |= heldout.unigram(tokens.Source(data["tokens"]), source, loaded.layout)
+        figures |= heldout.unigram(train, source, loaded.layout)
     return figures, title, source
 
 
