@@ -111,7 +111,9 @@ def call(program: str, run: Callable[[], None]) -> int:
 
         if not isinstance(error, interfaces.UserError):
             raise
-        print(f"{program}: error: {error}", file=sys.stderr)
+        from tokgen import report
+
+        print(f"{program}: error: {report.printable(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         _unheard()

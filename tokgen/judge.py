@@ -272,8 +272,8 @@ def _trained(make, batches, recipe: Recipe, look: Callable, seed: int):
             costs = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
             return costs.mean()
 
-        gradients = jax.grad(loss)(network.params)
-        return state.apply_gradients(network, gradients, optimizer, ema=recipe.ema)[0]
+        total, gradients = jax.value_and_grad(loss)(network.params)
+        return state.apply_gradients(network, gradients, optimizer, ema=recipe.ema, loss=total)[0]
 
     with report.bar(recipe.steps, what="judge") as bar:
         for _ in range(recipe.steps):

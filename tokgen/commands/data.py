@@ -31,6 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--splits", default="train,test", help="a TFDS set's names of its two parts"
     )
     parser.add_argument("--data-dir", default="", help="where TFDS keeps its sets")
+    parser.add_argument("--label", default="", help="a TFDS set's feature that is the label")
     parser.add_argument("--channels", type=int, default=3, choices=(1, 3), help="1 or 3 (default)")
 
 
@@ -76,6 +77,7 @@ def source_of(args: argparse.Namespace, split: str):
             "dataset": args.data.removeprefix("tfds:"),
             "splits": tuple(args.splits.split(",")),
             "data_dir": args.data_dir,
+            "label": args.label,
         }
     else:
         section = {"name": "folder", "path": args.data, "held_out": args.held_out}

@@ -179,8 +179,9 @@ def _data_of(loaded: checkpoint.Loaded, path: str) -> dict:
     data = {"tokens": "", **dict(loaded.config.get("data", {}))}
     record = loaded.meta["tokens"]
     data["tokens"] = str(checkpoint.referred(record, loaded.step)) if record else ""
-    if path and (record or (pathlib.Path(path) / tokens.HEADER).exists()):
+    shards = any((pathlib.Path(path) / name).exists() for name in (tokens.HEADER, tokens.PLAN))
+    if path and shards:
         data["tokens"] = path
     elif path:
-        data["images"] = path
+        data |= {"tokens": "", "images": path}
     return data

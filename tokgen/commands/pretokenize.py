@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> None:
     views = images.stored(args.views)
     if args.batch < 1:
         raise UserError(f"--batch must be at least 1; found {args.batch}")
+    if not 0.0 <= args.max_bad <= 1.0:
+        raise UserError(f"--max-bad is a share between 0 and 1; found {args.max_bad}")
     given = dict(overwrite=args.overwrite, inputs=(args.tokenizer, args.data))
     with output.growing(args.out, records=tokens.RECORDS, lock=".lock", **given) as out:
         _filled(args, views, out.path)

@@ -48,6 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--splits", default="train,test", help="a TFDS set's names of the first two"
     )
     parser.add_argument("--data-dir", default="", help="where TFDS keeps its sets")
+    parser.add_argument("--label", default="", help="a TFDS set's feature that is the label")
     parser.add_argument(
         "--size", type=int, nargs="*", default=[], help="pixels, or rows and columns, of the images"
     )
@@ -165,6 +166,7 @@ def source_of(args: argparse.Namespace, split: str):
                 "dataset": args.data.removeprefix("tfds:"),
                 "splits": tuple(args.splits.split(",")),
                 "data_dir": args.data_dir,
+                "label": args.label,
             },
             "data",
             split=split,

@@ -243,8 +243,8 @@ def _agree(found: Sequence[str], known: Sequence[str]) -> bool:
     """Whether held-out classes are among those of training, or neither has any."""
     if not found or not known:
         return not found and not known
-    folded = {name.casefold() for name in known}
-    return all(name.casefold() in folded for name in found)
+    folded = {names_.folded(name) for name in known}
+    return all(names_.folded(name) in folded for name in found)
 
 
 def part_of(name: str) -> str:
@@ -375,6 +375,7 @@ def _read(
             f"no images below {len(empty)} class folder(s): "
             f"{', '.join(os.path.join(path, name) for name in empty[:5])}"
             f"{' ...' if len(empty) > 5 else ''}; fill or remove what is empty"
+            f"{f' ({names_.unread_files(passed)})' if passed else ''}"
         )
     notes = []
     if labels != "outer":
