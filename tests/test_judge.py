@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh
 from PIL import Image
 
 from tests import test_extractors
-from tokgen import interfaces, judge, sharding
+from tokgen import interfaces, judge, sharding, state
 from tokgen.data import folder, images, shapes
 
 WAYS = ((0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1))
@@ -205,3 +205,17 @@ def test_weights_that_are_not_finite_have_no_opinion():
     assert judge.predictions(Opinion(1.0), image_NHW3).tolist() == [0, 1]
     with pytest.raises(interfaces.UserError, match="judge's weights must be finite"):
         judge.predictions(Opinion(np.nan), image_NHW3)
+
+
+def test_a_cache_that_cannot_be_written_costs_no_training(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TOKGEN_CACHE", str(tmp_path / "file"))
+
+    def make():
+        return nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+
+    params = state.split(make())[1]
+    found = judge._kept((), ("a test",), make, lambda: params)
+    np.testing.assert_array_equal(found.kernel[...], params["kernel"])
+    said = capsys.readouterr().err
+    assert "not kept for the next time" in said and said.count("\n") == 1

@@ -69,10 +69,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the figures and, with --out, append them to a file; with --protocol, score."""
-    if args.images < 1 or args.orders < 1 or args.batch < 1:
+    if args.images < 1 or args.orders < 1:
         raise UserError(
-            "--images, --orders and --batch must be at least 1; found "
-            f"{args.images}, {args.orders}, {args.batch}"
+            f"--images and --orders must be at least 1; found {args.images}, {args.orders}"
         )
     if args.protocol:
         assess.run(args)
@@ -158,6 +157,7 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     data["text"] = args.text or data.get("text", "")
     heldout.check_text(loaded.module, data["text"], "--text")
     if data["tokens"]:
+        train = tokens.Source(data["tokens"])  # whole, before anything is measured
         source = heldout.generator_source(data, args.split)
         checkpoint.check_tokens(tokenizer, source.header, source.path)
     else:
@@ -187,7 +187,7 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     how += [f"{figures['orders']} orders"] if "orders" in figures else []
     title = f"nats_per_token ({', '.join(how)})" if how else "nats_per_token"
     if data["tokens"]:  # images would all have to be encoded for it
-        figures |= heldout.unigram(tokens.Source(data["tokens"]), source, loaded.layout)
+        figures |= heldout.unigram(train, source, loaded.layout)
     return figures, title, source, loaded.config.precision.compute
 
 
