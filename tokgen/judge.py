@@ -229,11 +229,16 @@ def _kept(modules: tuple, what: tuple, make: Callable, train: Callable) -> nnx.M
         report.say(f"judge: read from {file}")
         return state.merge(graph, jax.tree.unflatten(jax.tree.structure(params), leaves), stats)
     params = train()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = pathlib.Path(f"{file}.part")
-    with open(part, "wb") as out:
-        np.savez(out, **{path: np.asarray(leaf) for path, leaf in state.paths(params).items()})
-    part.replace(file)
+    part = pathlib.Path(f"{file}.{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as out:
+            np.savez(out, **{path: np.asarray(leaf) for path, leaf in state.paths(params).items()})
+        part.replace(file)
+    except OSError as error:  # the cache saves time, and nothing else
+        report.say(f"judge: not kept for the next time: {error}")
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
     return state.merge(graph, params, stats)
 
 
@@ -267,8 +272,8 @@ def _trained(make, batches, recipe: Recipe, look: Callable, seed: int):
             costs = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
             return costs.mean()
 
-        gradients = jax.grad(loss)(network.params)
-        return state.apply_gradients(network, gradients, optimizer, ema=recipe.ema)[0]
+        total, gradients = jax.value_and_grad(loss)(network.params)
+        return state.apply_gradients(network, gradients, optimizer, ema=recipe.ema, loss=total)[0]
 
     with report.bar(recipe.steps, what="judge") as bar:
         for _ in range(recipe.steps):

@@ -13,6 +13,7 @@ import logging
 import math
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
@@ -107,8 +108,9 @@ class Run:
             "manifest": manifest.of(leaves),
         }
         meta["digest"] = manifest.digest(meta)
-        # told below in one message, and not in Orbax's traceback besides
+        # told below in one message, and not in Orbax's and asyncio's tracebacks besides
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        sys.unraisablehook = _unheard
         try:
             self.manager.save(
                 step,
@@ -195,6 +197,12 @@ class Run:
         """Commit what is under way."""
         self.wait()
         self.manager.close()
+
+
+def _unheard(unraisable) -> None:
+    """What a failed save leaves behind: writes that answer a loop that is gone."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _together(what: str) -> None:
