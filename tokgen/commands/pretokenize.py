@@ -104,11 +104,12 @@ def _filled(args: argparse.Namespace, views: tuple[str, ...], out: pathlib.Path)
     fixed = [
         images.fixed(name, tuple(settings.view.size), settings.view.channels) for name in views
     ]
+    batch = min(args.batch, max((shard.stop - shard.start for shard in remaining), default=1))
     with report.bar(total, unit="image", what="pretokenize") as bar:
         for shard in remaining:
             source = sources[shard.split]
             tokens_BXLG, label_B, unreadable = _shard(
-                loaded.module, source, shard, fixed, args.batch, mesh, bar
+                loaded.module, source, shard, fixed, batch, mesh, bar
             )
             # before it is written: what is there stays, and the next run may allow more
             record = reader.unreadable(source)
