@@ -79,6 +79,7 @@ def main(
         classes=classes,
         best="nats_per_token",
         data=source.fingerprint,
+        held_out=held_out.fingerprint,
         earlier=getattr(source, "earlier", ()),
         accept=accept,
         tokenizer=checkpoint.reference(tokenizer.step, workdir)

@@ -68,6 +68,7 @@ def main(
         classes=source.classes,
         best="l2",
         data=source.fingerprint,
+        held_out=held_out.fingerprint,
         earlier=getattr(source, "earlier", ()),
         accept=accept,
         kept=(play,),

@@ -76,6 +76,7 @@ def main() -> None:
 def examine(examiner, tokenizer, arguments) -> None:
     """What the judge makes of real images, and of what the tokenizer keeps of them."""
     source = folder.Source(arguments.data, split="held_out")
+    heldout.tell(arguments.data, held_out=source)
     chosen = heldout.spread(len(source), arguments.images)
     view = heldout.view_of(tokenizer.config)
     seen, repainted = [], []

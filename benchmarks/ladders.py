@@ -61,6 +61,7 @@ def main() -> None:
     reference = references.read(arguments.reference)
     network = extractors.from_arrays(reference.network, reference.record["extractor"])
     source = folder.Source(arguments.data, split="held_out")
+    heldout.tell(arguments.data, held_out=source)
     image_NHW3, label_N = pixels(source, tuple(reference.record["size"]), arguments.images)
     tokenizer = checkpoint.load_tokenizer(arguments.tokenizer)
     rows = {}

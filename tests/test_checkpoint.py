@@ -57,6 +57,7 @@ def filled(config, seed=0):
 def start(workdir, config, **changes):
     layout = interfaces.TokenLayout((32,), ((4, 4),))
     meta = dict(kind="tokenizer", layout=layout, classes=("a", "b"), best="l2", data="abc")
+    meta["held_out"] = "h"
     return runs.start(workdir, config, **(meta | changes))
 
 
@@ -397,6 +398,10 @@ def test_free_fields_may_change(base):
             "layout: .*32.* there, .*33.* here",
         ),
         (dict(data="xyz"), "data: abc there, xyz here"),
+        (
+            dict(held_out="xyz"),
+            "other images.*--accept-data.*(\n.*)*held-out data: h there, xyz here",
+        ),
         (dict(kind="generator"), "holds a tokenizer; this program trains a generator"),
     ],
 )

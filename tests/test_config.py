@@ -537,3 +537,11 @@ def test_a_config_from_a_checkpoint_builds_the_same():
 def test_programs_are_the_checkout():
     root = pathlib.Path(__file__).resolve().parents[1]
     assert configs.programs() == root and (root / "train_tokenizer.py").is_file()
+
+
+def test_arguments_that_a_section_leaves_to_their_defaults_can_be_set():
+    config = load("tokenizer/cifar10_f4", "data.labels=none")
+    assert config.data.labels == "none"
+    for name in ("data.order=a", "data.doubtful=drop", "data.lables=none"):
+        with pytest.raises(interfaces.UserError, match="unknown config key"):
+            load("tokenizer/cifar10_f4", name)

@@ -322,6 +322,27 @@ def test_a_run_that_starts_from_a_model_shows_what_that_could_do(place, generato
     np.testing.assert_array_equal(sheets[0], again)
 
 
+@pytest.mark.long
+def test_runs_of_which_nothing_is_held_out(place, capfd):
+    """Two at a time of the latest steps stay, the last is the best; both programs go on."""
+    data = ("--config.data.held_out=0", "--config.report.save=1", "--config.keep.latest=1")
+    words = (*tokenizer_words(place, place / "all", variant="gray"), data[0])
+    program("tokenizer", *words)
+    said = capfd.readouterr().err
+    assert "pictures: 2 classes (bird 9, cat 9); train 18, held out 0" in said
+    assert "nothing is held out" in said and "step 2: held out" not in said
+    command("pretokenize", "--tokenizer", place / "all", "--out", place / "all_tokens")
+    assert "2 classes (bird 9, cat 9); train 18, held out 0" in capfd.readouterr().err
+    words = (*generator_words(place, place / "all_generator", data="all_tokens"), *data[1:])
+    for steps in (2, 3):
+        program("generator", *words, f"--config.steps={steps}", "--config.held_out.samples=1")
+    step = checkpoint.find(place / "all_generator")
+    assert step.name == "3" and checkpoint.read_meta(step)["metrics"] == {}
+    assert (place / "all_generator" / "images" / "samples-0000003.png").exists()
+    code = cli.main(["evaluate", str(place / "all_generator")])
+    assert code == 2 and "nothing was held out" in capfd.readouterr().err
+
+
 def test_gray_pictures_without_classes(place, capfd):
     """One channel from the folder to the sampled picture; an unconditional generator."""
     program("tokenizer", *tokenizer_words(place, place / "g_tokenizer", "gray", "gray"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import types
 
 import jax
@@ -11,7 +12,18 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 import train_tokenizer
-from tokgen import checkpoint, config, guard, interfaces, launch, report, runs, sharding
+from tokgen import (
+    checkpoint,
+    cli,
+    config,
+    guard,
+    heldout,
+    interfaces,
+    launch,
+    report,
+    runs,
+    sharding,
+)
 
 # ---------------------------------------------------------------- the meter
 
@@ -272,6 +284,97 @@ def test_what_came_after_a_return_is_not_lost_to_a_kill(returned, tmp_path, monk
     train(tmp_path, *BAD, returns=2)
     assert "resumed step 6" in capfd.readouterr().err
     assert entries(tmp_path, 7) == entries(returned, 7)
+
+
+# ---------------------------------------------------------------- where a run ends
+
+
+def held_out_lines(workdir):
+    return [r["step"] for r in report.read(workdir) if r["split"] == "held_out"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(one_device, tmp_path_factory):
+    """Four steps, saved and measured at 2 and 4."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    train(workdir, "steps=4")
+    return workdir
+
+
+def test_a_run_that_is_asked_to_end_saves_its_step_and_goes_on(undisturbed, tmp_path, monkeypatch):
+    class Asked(launch.Stop):
+        times = 0
+
+        def agreed(self):
+            self.times += 1
+            if self.times == 3:
+                self._ask(signal.SIGTERM, None)
+            return super().agreed()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "Stop", Asked)
+        with pytest.raises(cli.Stopped, match="step 3 of 4 is saved in .*goes on from there"):
+            train(tmp_path, "steps=4")
+    assert steps_of(tmp_path) == [2, 3]
+    assert held_out_lines(tmp_path) == [2]  # who ends it has no time for figures
+    assert checkpoint.find(tmp_path).name == "2"
+    train(tmp_path, "steps=4")
+    assert entries(tmp_path, 4) == entries(undisturbed, 4)
+    assert held_out_lines(tmp_path) == held_out_lines(undisturbed) == [2, 4]
+
+
+@pytest.mark.parametrize("failure", [interfaces.UserError("a picture is broken"), Killed()])
+def test_what_fails_while_measuring_costs_no_step(undisturbed, tmp_path, monkeypatch, failure):
+    """It is on disk before; when the run goes on it is measured, and once."""
+
+    def broken(*arguments, **options):
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(heldout, "reconstruction", broken)
+        with pytest.raises(type(failure)) as caught:
+            train(tmp_path, "steps=4")
+    if isinstance(failure, interfaces.UserError):
+        assert str(caught.value) == f"a picture is broken; step 2 is saved in {tmp_path}"
+    assert steps_of(tmp_path) == [2] and held_out_lines(tmp_path) == []
+    train(tmp_path, "steps=4")
+    assert entries(tmp_path, 4) == entries(undisturbed, 4)
+    assert held_out_lines(tmp_path) == [2, 4]
+    for step in (2, 4):
+        figures = [checkpoint.read_meta(w / "checkpoints" / str(step))["metrics"]["l2"]
+                   for w in (tmp_path, undisturbed)]  # fmt: skip
+        assert figures[0] == figures[1]
+
+
+def test_data_that_cannot_be_read_cost_no_step(tmp_path, monkeypatch):
+    whole, calls = sharding.global_batch, []
+
+    def third(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise interfaces.UserError("too many images are broken")
+        return whole(*arguments)
+
+    monkeypatch.setattr(sharding, "global_batch", third)
+    with pytest.raises(interfaces.UserError, match="broken; step 3 is saved in"):
+        train(tmp_path, "steps=4")
+    assert steps_of(tmp_path) == [2, 3]
+
+
+def test_a_held_out_error_is_the_mean_of_squares(undisturbed):
+    """On the scale of the loss, [-1, 1]; a mean of decibels would be that of logarithms."""
+    (line,) = [r for r in report.read(undisturbed) if r["split"] == "held_out" and r["step"] == 4]
+    settings = config.load("configs/tokenizer/shapes.py:vq", SMALL)
+    source = config.build(settings.data, "data", split="held_out")
+    loaded = checkpoint.load_tokenizer(undisturbed / checkpoint.FOLDER / "4")
+    _, (image, painted) = heldout.reconstruction(
+        loaded.module, source, heldout.view_of(settings), count=4, shown=4
+    )
+    error = (np.asarray(image, np.float64) - np.asarray(painted, np.float64)) / 127.5
+    assert abs(line["l2"] - (error**2).mean()) < 1e-6 * line["l2"] + 1e-7
+    assert line["l2"] > 4 * 10 ** (-line["psnr_db"] / 10) * 1.0001
+    spread = np.std((error**2).mean((1, 2, 3)), ddof=1) / 2  # of the mean of four
+    assert math.isclose(line["l2_error"], spread, rel_tol=1e-5)
 
 
 def test_a_return_across_a_boundary_of_stages(tmp_path):

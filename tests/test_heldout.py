@@ -4,14 +4,16 @@ import types
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 import tqdm
 from flax import nnx
+from PIL import Image
 
 from tokgen import heldout, interfaces, sharding
 from tokgen.commands import pretokenize, sample
-from tokgen.data import images, tokens
+from tokgen.data import classes, images, tokens
 from tokgen.generators import autoregressive
 from tokgen.nn.precision import FLOAT32
 from tokgen.quantizers import vq
@@ -184,3 +186,22 @@ def test_batches_of_another_form_are_refused():
         for ask in (network.logits, network.nats, lambda b: network.loss(b, **step)):
             with pytest.raises(interfaces.UserError, match=words):
                 ask(batch)
+
+
+def test_a_folder_of_its_own_means_what_the_tokenizers_data_mean(tmp_path):
+    """Also which order its classes have, and what is told before anything is done."""
+    for n in (2, 10):
+        (tmp_path / "set" / str(n) / "deep").mkdir(parents=True)
+        Image.new("RGB", (4, 4), (n, 0, 0)).save(tmp_path / "set" / str(n) / "deep" / "1.png")
+    path = str(tmp_path / "set")
+    settings = ml_collections.ConfigDict({"data": {"name": "folder", "path": ""}})
+    with pytest.raises(interfaces.UserError, match="understood as the classes 2, 10"):
+        heldout.image_source(settings, path, "all")
+    settings.data.labels = "outer"
+    source = heldout.image_source(settings, path, "all", order=("10", "2"), doubtful="drop")
+    assert source.classes == ("10", "2") and source[0]["label"] == 0
+    assert heldout.image_source(settings, path, "all", labels="none").classes == ()
+    told = classes.told(heldout.called(settings.data, path), {"all": source})
+    assert told.startswith(f"{path}: 2 classes (10 1, 2 1); all 2\nclasses keep their recorded")
+    with pytest.raises(interfaces.UserError, match="nothing was held out"):
+        heldout.check_filled((), "held_out")

@@ -197,3 +197,19 @@ def test_fewer_images_are_taken_from_all_over_a_set(tmp_path):
     labels = np.concatenate([part["label"] for part in parts[:4]])
     assert np.bincount(labels).tolist() == [4] * 5 and len(spread) == 20
     assert spread.identity != samples.given(tmp_path / "a.npz").identity
+
+
+def test_labels_of_samples_have_the_names_that_were_written_beside_them(tmp_path):
+    image_NHW3 = np.zeros((4, 2, 2, 3), np.uint8)
+    np.savez(tmp_path / "samples.npz", arr_0=image_NHW3, arr_1=np.array([0, 2, 1, 2]))
+    assert samples.given(tmp_path).classes == ()
+    assert samples.given(tmp_path).notes == ("labels 0 to 2, without names",)
+    for text, names in (
+        ('{"names": ["a", "b", "c"]}', ("a", "b", "c")),
+        ('{"names": ["a"]}', ()),
+        ('{"names": [1, 2, 3]}', ()),
+        ("[]", ()),
+        ("no record", ()),
+    ):
+        (tmp_path / "samples.json").write_text(text)
+        assert samples.given(tmp_path).classes == names

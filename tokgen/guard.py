@@ -147,7 +147,7 @@ def _noted(file: pathlib.Path) -> dict:
         'write {"returns": N, "settled": true} with the number of times that the run said "back at '
         'step", or remove it to begin to count anew'
     )
-    return records.read(file, "how often a run went back", remedy, returns=int, settled=bool)
+    return records.read(file, "the count of a run's returns", remedy, returns=int, settled=bool)
 
 
 def _write(workdir: pathlib.Path, count: int, settled: bool) -> None:

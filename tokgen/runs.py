@@ -13,6 +13,7 @@ import logging
 import math
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
@@ -107,8 +108,9 @@ class Run:
             "manifest": manifest.of(leaves),
         }
         meta["digest"] = manifest.digest(meta)
-        # told below in one message, and not in Orbax's traceback besides
+        # told below in one message, and not in Orbax's and asyncio's tracebacks besides
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        sys.unraisablehook = _unheard
         try:
             self.manager.save(
                 step,
@@ -197,6 +199,12 @@ class Run:
         self.manager.close()
 
 
+def _unheard(unraisable) -> None:
+    """What a failed save leaves behind: writes that answer a loop that is gone."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def _together(what: str) -> None:
     """All processes wait here for each other: each decides from the same files."""
     if jax.process_count() > 1:
@@ -223,12 +231,13 @@ def start(
     tokens: dict | None = None,
     source: dict | None = None,
     kept: tuple[int, ...] = (),
+    held_out: str = "",
     earlier: tuple[str, ...] = (),
     accept: tuple[str, ...] = (),
 ) -> Run:
     """Open the checkpoints of a work directory; `best` is the metric of which less is better.
 
-    `data` is the fingerprint of the training data, `earlier` those that earlier versions gave it;
+    `data` and `held_out` are fingerprints of the images, `earlier` those of `data` by old versions;
     `accept` says what may have changed all the same. `tokenizer` and `tokens` say what a generator
     was trained with and on, see `checkpoint.reference`; `source` where imported weights come from.
     Steps of `kept` are never deleted to make room.
@@ -247,6 +256,7 @@ def start(
         "layout": layout.to_json() if layout else None,
         "classes": list(classes),
         "data": data,
+        "held_out": held_out,
         "tokenizer": tokenizer,
         "tokens": tokens,
         "best": best,
@@ -392,7 +402,10 @@ def _same_run(meta: dict, run: Run, step: pathlib.Path) -> None:
             a, b = a["fingerprint"], b["fingerprint"]
         if a != b and not (name == "data" and (a in own or "data" in run.accept)):
             changes.append(f"  {name}: {str(a)[:200]} there, {str(b)[:200]} here")
-    if changes and all(line.startswith("  data: ") for line in changes):
+    a, b = meta.get("held_out"), run.meta["held_out"]
+    if a and b and a != b and "data" not in run.accept:  # best steps are those of the same images
+        changes.append(f"  held-out data: {a} there, {b} here")
+    if changes and all(line.startswith(("  data: ", "  held-out data: ")) for line in changes):
         raise UserError(
             f"{run.workdir} holds a run on other images than these (names, labels, sizes or "
             "contents differ). If you repaired, removed or added some, go on with them by "

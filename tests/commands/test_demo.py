@@ -4,12 +4,16 @@ import argparse
 import base64
 import io
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tokgen import families
+from tokgen import cli, families
 from tokgen.commands import demo
 from tokgen.data import shapes
 from tokgen.interfaces import UserError
@@ -113,3 +117,47 @@ def test_failed_training_is_told_and_keeps_the_old_page(tmp_path, monkeypatch):
 def test_too_few_samples_are_refused(tmp_path):
     with pytest.raises(UserError, match="at least 10"):
         demo.run(argparse.Namespace(out=str(tmp_path), samples=9))
+
+
+@pytest.mark.parametrize("option", ["tokenizer_steps", "generator_steps"])
+def test_steps_are_looked_at_before_anything_is_trained(tmp_path, option):
+    steps = dict(tokenizer_steps=None, generator_steps=None) | {option: 0}
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} must be at least 1"):
+        demo.run(argparse.Namespace(out=str(tmp_path), samples=10, **steps))
+
+
+CHILD = """
+import signal, sys, time
+def heard(number, frame):
+    print("saved", flush=True)
+    sys.exit(128 + number)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, heard)
+print("begun", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), cli.Stopped(signal.SIGTERM, "terminated")])
+def test_who_ends_the_demo_ends_its_program_which_saves_first(monkeypatch, tmp_path, error):
+    out, whole = tmp_path / "out", subprocess.Popen.wait
+
+    def wait(child, timeout=None):
+        while not out.read_text():
+            time.sleep(0.01)
+        monkeypatch.setattr(subprocess.Popen, "wait", whole)
+        raise error
+
+    with open(out, "w") as file:
+        monkeypatch.setattr(subprocess.Popen, "wait", wait)
+        with pytest.raises(type(error)):
+            demo.finished([sys.executable, "-c", CHILD], "prog", stdout=file)
+    assert out.read_text() == "begun\nsaved\n"
+
+
+@pytest.mark.parametrize("code", [0, 2, 130, 143])
+def test_a_program_that_fails_fails_the_demo(code):
+    def run():
+        demo.finished([sys.executable, "-c", f"import sys; sys.exit({code})"], "prog")
+
+    assert cli.call("tokgen demo", run) == code

@@ -1,6 +1,8 @@
 """Every tokenizer with every generator that fits it: trained a step and sampled, or refused."""
 
 import functools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from tokgen.commands import matrix
 from tokgen.interfaces import TokenBatch, UserError
 from tokgen.sampling import decode, filters
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 B, SIDE = 2, 2
 # What fits is stated here by itself: an empty reason alone would prove nothing.
 REFUSED = {
@@ -115,6 +118,17 @@ def test_the_table_numbers_its_reasons():
     ]
     assert lines[1].startswith("vq ") and "yes" in lines[1] and "- " in lines[1]
     assert "yes" not in lines[3] and "continuous" in "".join(lines[4:])
+
+
+def test_the_document_shows_this_matrix():
+    """docs/generators.md has the table that `tokgen matrix` prints."""
+    text = (ROOT / "docs" / "generators.md").read_text(encoding="utf-8")
+    lines = text.split("for one tokenizer):\n\n```\n")[1].split("\n```")[0].splitlines()
+    header, *rows = (re.split(r"\s{2,}", line.strip()) for line in lines)
+    assert header == list(matrix.GENERATORS)
+    assert [name for name, *_ in rows] == list(matrix.TOKENIZERS)
+    for name, *cells in rows:
+        assert [cell == "yes" for cell in cells] == [fits(kind, name) for kind in header], name
 
 
 def test_a_continuous_tokenizer_fits_nothing():

@@ -4,13 +4,14 @@ import dataclasses
 import json
 import pathlib
 import re
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests import test_evaluation, test_extractors
-from tokgen import cli, evaluation, extractors, protocols, references
+from tokgen import assess, cli, evaluation, extractors, protocols, references
 from tokgen.commands import sample
 from tokgen.metrics import frechet
 
@@ -249,6 +250,28 @@ def test_labels_are_those_of_the_reference_by_name(place, tmp_path, capsys, smal
     assert values["known"]["figures"]["class_accuracy"]["value"] == pytest.approx(share)
     for name in ("strange", "more.npz"):
         assert "other classes" in values[name]["absent"]["class_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("names", "known", "real", "labels"),
+    [
+        (("dog", "cat"), (), ("cat", "dog"), [1, 0]),  # a published network has no classes
+        (("dog", "wolf"), (), ("cat", "dog"), None),
+        (("cat", "dog"), ("cat", "dog"), ("dog", "cat"), None),
+        (("0", "1"), ("cat", "dog"), ("cat", "dog"), [0, 1]),
+        ((), (), ("cat", "dog"), [0, 1]),
+        (("cat", "dog"), (), (), [0, 1]),
+    ],
+)
+def test_labels_cross_by_name_or_not_at_all(names, known, real, labels, capsys):
+    supply = types.SimpleNamespace(classes=names)
+    extractor = types.SimpleNamespace(record={"classes": known})
+    reference = types.SimpleNamespace(record={"classes": real})
+    label_N, count = assess.labels_of(np.array([0, 1]), supply, 2, extractor, reference)
+    assert count == (0 if labels is None else 2)
+    assert labels is None or label_N.tolist() == labels
+    if labels is None and real != ("dog", "cat"):
+        assert "found wolf" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- a published network

@@ -45,6 +45,17 @@ def test_orientation_is_applied_by_both():
     np.testing.assert_array_equal(found, images.decode(data, 3))
 
 
+def test_broken_metadata_break_no_image_for_either(monkeypatch):
+    data = picture("RGB", "JPEG")
+
+    def broken(image):
+        raise SyntaxError("not a TIFF file")
+
+    monkeypatch.setattr(Image.Image, "getexif", broken)
+    found = images.decode(data, 3, decoder="simplejpeg")
+    np.testing.assert_array_equal(found, images.decode(data, 3))
+
+
 def test_broken_jpeg_is_broken_for_both():
     data = picture("RGB", "JPEG")[:200]
     for decoder in images.DECODERS:

@@ -40,21 +40,19 @@ def cmyk():
     return encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100)
 
 
+def png_chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
 def png(width, height, depth, colour, rows, extra=b""):
     """A PNG written by hand: PIL can't write 16-bit colour."""
-
-    def chunk(kind, body):
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
+        + png_chunk(b"IHDR", header)
         + extra
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
+        + png_chunk(b"IDAT", zlib.compress(rows))
+        + png_chunk(b"IEND", b"")
     )
 
 
@@ -107,6 +105,92 @@ def test_sixteen_bits_are_divided_by_257_and_never_saturate(form):
     pixels = images.decode(encoded(Image.fromarray(ramp), form), 1)
     np.testing.assert_array_equal(pixels[..., 0], np.floor(ramp / 257 + 0.5))
     assert (pixels == 255).mean() < 0.01
+
+
+def wide_png(colour, rows, *, significant=(), clear=()):
+    """A PNG of 16 bits a sample: one row of pixels, with what it states of them."""
+    extra = png_chunk(b"sBIT", bytes(significant)) if significant else b""
+    extra += png_chunk(b"tRNS", struct.pack(f">{len(clear)}H", *clear)) if clear else b""
+    pixels = np.array(rows, ">u2")
+    return png(len(pixels), 1, 16, colour, b"\0" + pixels.tobytes(), extra)
+
+
+def tiff(bits, form, kind, row, largest=0):
+    """A TIFF of one row of two samples, written by hand: little-endian, not compressed."""
+    tags = [(256, 2), (257, 1), (258, bits), (259, 1), (262, kind), (273, 8), (277, 1), (278, 1)]
+    tags += [(279, len(row)), *([(281, largest)] if largest else []), (339, form)]
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    at = struct.pack("<I", 8 + len(row))
+    return b"II*\0" + at + row + struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+
+
+TWELVE = [0, 819, 2048, 4095]
+DEEP = {
+    "12 bits at the lower end": (wide_png(0, TWELVE, significant=[12]), [0, 51, 128, 255]),
+    "12 bits at the upper end": (
+        wide_png(0, [v << 4 for v in TWELVE], significant=[12]),
+        [0, 51, 128, 255],
+    ),
+    "14 bits of a dark image": (
+        wide_png(0, [0, 257 * 4, 64 * 257], significant=[14]),
+        [0, 4, 64],
+    ),
+    "nothing stated": (wide_png(0, TWELVE), [0, 3, 8, 16]),
+    "colour": (
+        wide_png(2, [TWELVE[1:], [0, 0, 4095]], significant=[12] * 3),
+        [[51, 128, 255], [0, 0, 255]],
+    ),
+    "colour and alpha": (
+        wide_png(6, [[0, 819, 2048, 4095], [0, 0, 0, 0]], significant=[12] * 4),
+        [[0, 51, 128], [255] * 3],
+    ),
+    "a transparent colour": (
+        wide_png(2, [[100, 200, 300], [100, 200, 301]], clear=[100, 200, 300]),
+        [[255] * 3, [0, 1, 1]],
+    ),
+    "a transparent gray": (wide_png(0, [257, 514], clear=[257]), [255, 2]),
+    "two bits and a transparent gray": (
+        png(4, 1, 2, 0, b"\0\x1b", png_chunk(b"tRNS", b"\0\1")),
+        [0, 255, 170, 255],
+    ),
+    "12-bit TIFF": (tiff(12, 1, 1, bytes([0x33, 0x3F, 0xFF])), [51, 255]),
+    "white is 0": (tiff(16, 1, 0, struct.pack("<HH", 0, 65535)), [255, 0]),
+    "a largest value": (tiff(16, 1, 1, struct.pack("<HH", 819, 4095), 4095), [51, 255]),
+    "8 of 32 bits": (tiff(32, 2, 1, struct.pack("<ii", 51, 255), 255), [51, 255]),
+    "PGM of 12 bits": (b"P5 2 1 4095\n" + struct.pack(">HH", 819, 4095), [51, 255]),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_the_significant_bits_are_those_that_the_file_states(kind):
+    data, pixels = DEEP[kind]
+    found = images.decode(data, 3 if np.ndim(pixels) == 2 else 1)
+    np.testing.assert_array_equal(found[0].squeeze(-1) if found.shape[2] == 1 else found[0], pixels)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (tiff(32, 2, 1, struct.pack("<ii", 0, 255)), "signed samples of 32 bits"),
+        (tiff(32, 1, 1, struct.pack("<ii", 0, 255)), "integers of 32 bits"),
+        (tiff(16, 2, 1, struct.pack("<hh", 0, 255)), "signed samples of 16 bits"),
+        (tiff(8, 2, 1, bytes([0, 255])), "signed samples of 8 bits"),
+        (tiff(32, 3, 1, struct.pack("<ff", 0, 1)), "floating-point"),
+        (tiff(32, 2, 1, struct.pack("<ii", -1, 255), 255), "stated range"),
+        (wide_png(4, [[4095, 65535]], significant=[12, 16]), "gray with alpha"),
+    ],
+)
+def test_depths_without_a_range_are_broken(data, why):
+    with pytest.raises(images.BrokenImage, match=why):
+        images.decode(data, 3)
+
+
+def test_deep_images_are_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    ramp = np.array([[0, 257, 514]], np.uint16)
+    found = images.decode(encoded(Image.fromarray(ramp), exif=exif), 1)
+    np.testing.assert_array_equal(found[..., 0], [[0], [1], [2]])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

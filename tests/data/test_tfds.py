@@ -9,8 +9,8 @@ import pytest
 import tensorflow_datasets
 from PIL import Image
 
-from tokgen import interfaces
-from tokgen.data import images, tfds
+from tokgen import config, heldout, interfaces
+from tokgen.data import classes, images, tfds
 
 
 def png(number):
@@ -57,10 +57,36 @@ class TokgenPlain(_Generated, tensorflow_datasets.core.GeneratorBasedBuilder):
             yield number, {"image": png(number)}
 
 
+class TokgenOther(_Generated, tensorflow_datasets.core.GeneratorBasedBuilder):
+    """Labels as sets have them: of two kinds, as numbers, unknown ones."""
+
+    VERSION = tensorflow_datasets.core.Version("1.0.0")
+
+    def _info(self):
+        features = tensorflow_datasets.features
+        return self.dataset_info_from_configs(
+            features=features.FeaturesDict(
+                {
+                    "image": features.Image(shape=(None, None, 3)),
+                    "coarse_label": features.ClassLabel(num_classes=2),
+                    "number": np.int64,
+                    "unknown": features.ClassLabel(names=["a", "b"]),
+                    "box": features.BBoxFeature(),
+                }
+            )
+        )
+
+    def _generate_examples(self, count):
+        box = tensorflow_datasets.features.BBox(0.0, 0.0, 1.0, 1.0)
+        for number in range(count):
+            labels = {"coarse_label": number % 2, "number": number % 4, "unknown": -1}
+            yield number, {"image": png(number), "box": box, **labels}
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("tfds"))
-    for builder in (TokgenTiny, TokgenPlain):
+    for builder in (TokgenTiny, TokgenPlain, TokgenOther):
         builder(data_dir=path, file_format="array_record").download_and_prepare()
     return path
 
@@ -88,12 +114,27 @@ def test_splits_and_slices(prepared):
     train = tfds.Source("tokgen_tiny", splits=sliced, data_dir=prepared)
     other = tfds.Source("tokgen_tiny", split="held_out", splits=sliced, data_dir=prepared)
     assert sorted(numbers(train) + numbers(other)) == list(range(12)) and len(other) == 3
-    assert len({train.fingerprint, other.fingerprint}) == 2
+    assert len({train.fingerprint, other.fingerprint, *train.earlier, *other.earlier}) == 4
 
 
 def test_a_set_without_labels_is_unconditional(prepared):
     source = tfds.Source("tokgen_plain", data_dir=prepared)
     assert source.classes == () and source[3]["label"] == 0
+
+
+def test_a_set_is_chosen_on_the_command_line(prepared):
+    """In the place of the folder of a config, with all that its section held."""
+    words = ["name=tfds", "dataset=tokgen_other", "label=coarse_label", f"data_dir={prepared}"]
+    settings = config.load(
+        "configs/tokenizer/cifar10_f4.py", [f"data.{word}" for word in reversed(words)]
+    )
+    config.check(settings)
+    sources = {
+        split: config.build(settings.data, "data", split=split, order=(), doubtful="drop")
+        for split in ("train", "held_out")
+    }
+    told = classes.told(heldout.called(settings.data), sources)
+    assert told == "tokgen_other: 2 classes (0, 1); train 12, held out 5"
 
 
 def test_a_source_travels_to_another_process(prepared):
@@ -105,6 +146,37 @@ def test_a_source_travels_to_another_process(prepared):
 def test_tensorflow_is_never_imported(prepared):
     tfds.Source("tokgen_tiny", data_dir=prepared)
     assert "tensorflow" not in sys.modules
+
+
+def test_a_label_is_named_or_counted(prepared):
+    """By its feature's name; a plain number needs to be told how many there are."""
+    coarse = tfds.Source("tokgen_other", label="coarse_label", data_dir=prepared)
+    assert coarse.classes == ("0", "1") and {coarse[i]["label"] for i in range(12)} == {0, 1}
+    plain = tfds.Source("tokgen_other", label="number", count=4, data_dir=prepared)
+    assert plain.classes == ("0", "1", "2", "3") and {plain[i]["label"] for i in range(12)} == {
+        *range(4)
+    }
+    nothing = tfds.Source("tokgen_other", labels="none", data_dir=prepared)
+    assert nothing.classes == () and nothing[1]["label"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({}, "found the labels coarse_label, unknown: choose one, data.label=coarse_label "),
+        ({"label": "number"}, "a number .* without names.*data.count=N"),
+        ({"label": "number", "count": 3}, "has the number 3, and has 3 classes"),
+        ({"label": "unknown"}, "has the unknown -1, that is, none: name other splits"),
+        ({"label": "box"}, "must be one whole number"),
+        ({"label": "colour"}, "no feature named colour; it has box, coarse_label, image"),
+    ],
+)
+def test_labels_that_cannot_be_read_are_refused_or_dropped(prepared, arguments, named):
+    with pytest.raises(interfaces.UserError, match=named):
+        tfds.Source("tokgen_other", **arguments, data_dir=prepared)
+    source = tfds.Source("tokgen_other", **arguments, doubtful="drop", data_dir=prepared)
+    assert source.classes == () and source[3]["label"] == 0
+    assert source.notes[0].startswith("the images are read without classes: ")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from tokgen import config, report, scan
+from tokgen import config, options, report, scan
 from tokgen.data import classes, reader, tokens
 from tokgen.interfaces import UserError
 
@@ -31,12 +31,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--splits", default="train,test", help="a TFDS set's names of its two parts"
     )
     parser.add_argument("--data-dir", default="", help="where TFDS keeps its sets")
+    parser.add_argument("--label", default="", help="a TFDS set's feature that is the label")
     parser.add_argument("--channels", type=int, default=3, choices=(1, 3), help="1 or 3 (default)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print it; all files that cannot be read by name."""
-    if (pathlib.Path(args.data) / tokens.HEADER).exists():
+    shards = (pathlib.Path(args.data) / tokens.HEADER).exists()
+    idle = {}
+    if not args.data.startswith("tfds:"):
+        idle |= dict.fromkeys(("splits", "data_dir"), "sets of TFDS, as tfds:NAME")
+    else:
+        idle["held_out"] = "folders without splits"
+    if shards:
+        idle |= dict.fromkeys(("scan", "held_out", "channels"), "images, not for token shards")
+    options.check(args, idle)
+    if shards:
         _shards(args.data)
         return
     sources = {"train": source_of(args, "train")}
@@ -76,6 +86,7 @@ def source_of(args: argparse.Namespace, split: str):
             "dataset": args.data.removeprefix("tfds:"),
             "splits": tuple(args.splits.split(",")),
             "data_dir": args.data_dir,
+            "label": args.label,
         }
     else:
         section = {"name": "folder", "path": args.data, "held_out": args.held_out}

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,18 @@ import time
 import numpy as np
 from PIL import Image
 
-from tokgen import checkpoint, config, families, heldout, judge, launch, output, report, sharding
+from tokgen import (
+    checkpoint,
+    cli,
+    config,
+    families,
+    heldout,
+    judge,
+    launch,
+    output,
+    report,
+    sharding,
+)
 from tokgen import page as pages
 from tokgen.commands import pretokenize, sample
 from tokgen.data import shapes, tokens
@@ -44,6 +56,10 @@ def run(args: argparse.Namespace) -> None:
     """Train beside OUT; only a complete page takes the place of an earlier one."""
     if args.samples < 10:
         raise UserError(f"--samples must be at least 10, one per class; found {args.samples}")
+    for option in ("tokenizer_steps", "generator_steps"):
+        steps = getattr(args, option)
+        if steps is not None and steps < 1:
+            raise UserError(f"--{option.replace('_', '-')} must be at least 1; found {steps}")
     started, out = time.monotonic(), pathlib.Path(args.out)
     with output.folder(args.out, records=RECORDS, overwrite=args.overwrite) as place:
         fresh = place.path
@@ -98,15 +114,38 @@ def train(program: str, settings: str, workdir: pathlib.Path, steps: int | None,
         [str(pathlib.Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     )
     report.say(f"\n$ {program} {' '.join(command[2:])}")
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)})
-    if done.returncode:
-        raise UserError(f"{program} ended with exit code {done.returncode}; its message is above")
+    finished(command, program, env=os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)})
+
+
+def finished(command: list[str], program: str, **options) -> None:
+    """Run a program to its end; who ends this process ends that one, which saves its step first.
+
+    UserError when it failed, `cli.Stopped` when a signal to it alone has ended it.
+    """
+    with subprocess.Popen(command, **options) as child:
+        try:
+            code = child.wait()
+        except (KeyboardInterrupt, cli.Stopped) as ended:
+            # a terminal tells both, others this process alone; told twice it is one request
+            number = ended.number if isinstance(ended, cli.Stopped) else signal.SIGINT
+            try:
+                child.wait(timeout=0.5)
+            except subprocess.TimeoutExpired:
+                child.send_signal(number)
+            child.wait()
+            raise
+    for number, its in cli.CODES.items():
+        if code in (its, -number):
+            raise cli.Stopped(number, f"{program} was stopped; the same command goes on")
+    if code:
+        raise UserError(f"{program} ended with exit code {code}; its message is above")
 
 
 def pretokenized(tokenizer: pathlib.Path, out: pathlib.Path) -> None:
     """Token shards of a tokenizer's own images, written in a process of its own."""
     command = [sys.executable, "-m", "tokgen.cli", "pretokenize", "--views", "center"]
-    subprocess.run([*command, "--tokenizer", str(tokenizer), "--out", str(out)], check=True)
+    command += ["--tokenizer", str(tokenizer), "--out", str(out)]
+    finished(command, "tokgen pretokenize")
 
 
 def save(folder: pathlib.Path, pictures: dict[str, np.ndarray]) -> None:

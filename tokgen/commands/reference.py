@@ -17,6 +17,7 @@ from tokgen import (
     heldout,
     judge,
     launch,
+    options,
     output,
     protocols,
     references,
@@ -48,6 +49,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--splits", default="train,test", help="a TFDS set's names of the first two"
     )
     parser.add_argument("--data-dir", default="", help="where TFDS keeps its sets")
+    parser.add_argument("--label", default="", help="a TFDS set's feature that is the label")
     parser.add_argument(
         "--size", type=int, nargs="*", default=[], help="pixels, or rows and columns, of the images"
     )
@@ -71,6 +73,12 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.network and protocol.extractor != "local":
         raise UserError(f"--network is of the local protocol; {args.protocol} has --weights")
+    idle = {}
+    if not args.data.startswith("tfds:"):
+        idle |= dict.fromkeys(("splits", "data_dir"), "sets of TFDS, as tfds:NAME")
+    options.check(args, idle)
+    if options.is_given(args, "steps") and (args.network or protocol.extractor != "local"):
+        report.say("--steps has no effect: no network is trained, it is there already")
     data = () if args.data.startswith("tfds:") else (args.data,)
     given = dict(overwrite=args.overwrite, inputs=(*data, args.weights, args.network))
     with output.file(args.out, own=references.is_one, **given) as file:
@@ -165,6 +173,7 @@ def source_of(args: argparse.Namespace, split: str):
                 "dataset": args.data.removeprefix("tfds:"),
                 "splits": tuple(args.splits.split(",")),
                 "data_dir": args.data_dir,
+                "label": args.label,
             },
             "data",
             split=split,

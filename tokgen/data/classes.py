@@ -5,6 +5,7 @@ one set to another they are matched by name, here.
 """
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -33,6 +34,11 @@ def counted(names: Sequence[str]) -> bool:
     return bool(names) and tuple(names) == tuple(map(str, range(len(names))))
 
 
+def folded(name: str) -> str:
+    """A name without what systems change of it: its case, and how accents are written."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def recorded(names: Sequence[str], order: Sequence[str]) -> tuple[str, ...]:
     """The names in a recorded order, if that is one of the same names; else as they are."""
     return tuple(order if sorted(order) == sorted(names) else names)
@@ -53,10 +59,10 @@ def matched(
     number = {name: label for label, name in enumerate(known)}
     if found and set(found) <= set(number):
         return np.array([number[name] for name in found], np.int32), ""
-    folded = {}
+    alike = {}
     for name in known:
-        folded.setdefault(name.casefold(), []).append(name)
-    near = [folded.get(name.casefold(), ()) for name in found]
+        alike.setdefault(folded(name), []).append(name)
+    near = [alike.get(folded(name), ()) for name in found]
     if found and all(len(names) == 1 for names in near):
         label_C = np.array([number[names[0]] for names in near], np.int32)
         if len(set(label_C.tolist())) == len(found):

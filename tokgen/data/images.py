@@ -277,7 +277,7 @@ def _with_simplejpeg(image: Image.Image, data: bytes) -> Image.Image:
     import simplejpeg
 
     spaces = {"RGB": "RGB", "L": "GRAY"}
-    turned = image.getexif().get(_ORIENTATION, 1) != 1
+    turned = _orientation(image) != 1
     if image.format != "JPEG" or image.mode not in spaces or turned:
         return _with_pil(image, data)
     pixels_HWC = simplejpeg.decode_jpeg(data, colorspace=spaces[image.mode])
@@ -285,12 +285,16 @@ def _with_simplejpeg(image: Image.Image, data: bytes) -> Image.Image:
 
 
 def _upright(image: Image.Image, original: Image.Image) -> Image.Image:
-    try:  # after the pixels were read: in a PNG it may come last
-        orientation = original.getexif().get(_ORIENTATION, 1)
-    except _DAMAGE:  # cameras write broken EXIF beside sound pixels
-        return image
-    turn = _UPRIGHT.get(orientation)
+    # after the pixels were read: in a PNG it may come last
+    turn = _UPRIGHT.get(_orientation(original))
     return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except _DAMAGE:  # cameras write broken EXIF beside sound pixels
+        return 1
 
 
 def _pixels(image: Image.Image, channels: int) -> np.ndarray:

@@ -99,7 +99,8 @@ class Unreadable:
 
     def check(self, max_bad: float, option: str = "--config.max_bad") -> None:
         """An error where more images than the share `max_bad` of those looked at are unreadable."""
-        allowed = int(max_bad * max(self.looked, ENOUGH))
+        # a rate of 0.0003 times 10,000 is 2.9999999999999996
+        allowed = int(max_bad * max(self.looked, ENOUGH) + 1e-6)
         if len(self) > allowed:
             raise interfaces.UserError(
                 f"{len(self)} of {max(self.looked, len(self))} images cannot be read, and "
