@@ -27,6 +27,7 @@ from tokgen import ranges
 from tokgen.interfaces import TokenLayout, UserError
 
 # Sections that name a class: the package, the class, and the arguments that come from elsewhere.
+LARGEST_SIDE = 2**16  # pixels
 CLASSES = {
     "data": ("data", "Source", ("split", "order", "doubtful")),
     "encoder": ("tokenizers", "Encoder", ("channels", "latent", "size", "precision", "rngs")),
@@ -472,13 +473,25 @@ def _raise(problems: list[str]) -> None:
         raise UserError("\n".join([f"{len(problems)} problems:", *(f"  {p}" for p in problems)]))
 
 
+def _view(section: Any) -> tuple[tuple[int, int], int]:
+    """(rows and columns, channels) of the images; they come from files of others, too."""
+    size, channels = section.get("size"), section.get("channels")
+    counts = [*size, channels] if isinstance(size, list | tuple) and len(size) == 2 else []
+    if not counts or not all(type(n) is int and 1 <= n <= LARGEST_SIDE for n in counts):
+        raise UserError(
+            f"view must have a size of two and channels, whole numbers from 1 to {LARGEST_SIDE}; "
+            f"found {size!r:.50} and {channels!r:.50}"
+        )
+    return tuple(size), channels
+
+
 def tokenizer(config: Any, *, rngs):
     """The Tokenizer that a config describes."""
     from tokgen.nn import precision
     from tokgen.tokenizers import tokenizer as tokenizers
 
     at = call(precision.Precision, config["precision"], "precision")
-    size, channels = tuple(config["view"]["size"]), config["view"]["channels"]
+    size, channels = _view(config["view"])
     encoder = named(config["encoder"], "encoder")
     arguments = {key: _plain(value) for key, value in config["encoder"].items() if key != "name"}
     _raise(_mismatches(encoder, arguments, CLASSES["encoder"][2], "encoder"))

@@ -258,7 +258,7 @@ def load_frozen(settings, plan) -> dict:
             )
             continue
         files = tuple(paths.split(","))
-        frozen["perceptual"][name] = perceptual.build({name: (1.0, files)}, read=reader.read)
+        frozen["perceptual"][name] = perceptual.build({name: (1.0, files)}, read=reader.network)
     if any(stage.objective == "codes" for stage in plan):
         if not settings.get("teacher"):
             raise UserError(
