@@ -165,7 +165,7 @@ def test_a_published_network_sees_all_images_once(tmp_path, monkeypatch):
         lambda arrays: test_extractors.Means(), extractors.INCEPTION, "It is from nowhere."
     )
     monkeypatch.setitem(extractors.PUBLISHED, "inception", published)
-    monkeypatch.setattr(extractors.reader, "read", lambda path: {})
+    monkeypatch.setattr(extractors.reader, "network", lambda path: {})
     for module, name, value in (
         (reference, "PART", 8),
         (references, "KEPT", 12),
