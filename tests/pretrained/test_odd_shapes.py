@@ -118,7 +118,7 @@ def test_no_shape_ends_in_a_traceback(name, folder_of):
 @pytest.mark.parametrize("value", [None, 0, -1, 10**12, "64", [], {}, [[1]], 1.5, True])
 def test_odd_sizes_of_images_in_a_configuration(value, folder_of):
     folder = folder_of("taming_vqgan")
-    with pytest.raises(UserError, match="view must have a size|do not look like|view.size"):
+    with pytest.raises(UserError, match="view|do not look like"):
         transfer.fit(
             folder.weights(), "taming_vqgan", folder.config | {"resolution": value}, source="here"
         )
