@@ -37,7 +37,7 @@ PICTURE = {
             "finetuning",
             "output",
         ),
-        *("heldout", "protocols", "extractors", "references", "samples", "supplies"),
+        *("heldout", "options", "protocols", "extractors", "references", "samples", "supplies"),
         *("scoring", "measures", "evaluation", "assess", "page", "gallery", "scan"),
     ),
 }

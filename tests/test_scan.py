@@ -168,3 +168,10 @@ def test_a_cache_that_cannot_be_written_costs_no_scan(tmp_path, monkeypatch, cap
     monkeypatch.setattr(launch, "cache_folder", lambda: tmp_path / "file")
     assert scan.full(folder.Source(write(tmp_path / "base"), split="all")).decoded == 24
     assert "not kept" in capfd.readouterr().err
+
+
+def test_the_latest_scans_are_kept(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(scan, "KEPT", 2)
+    for number in range(4):
+        scan.full(folder.Source(write(tmp_path / f"{number}", 2), split="all"))
+    assert len(list(cache.iterdir())) == 2

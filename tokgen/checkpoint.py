@@ -261,14 +261,27 @@ def _as_recorded(leaf: Any, entry: dict | None) -> Any:
 
 
 def verify(step: pathlib.Path) -> None:
-    """Read every array of a step and compare it with the manifest."""
+    """Read every array of a step and compare it with the manifest; its networks are finite."""
     meta = read_meta(step)
     whole = sharding.replicated(sharding.make_mesh())
     wanted = {
         path: jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"], sharding=whole)
         for path, entry in meta["manifest"].items()
     }
-    restore(step, wanted, meta)
+    leaves = restore(step, wanted, meta)
+    if wrong := not_finite(leaves):
+        raise UserError(
+            f"checkpoint {step} holds numbers that are not finite, in {', '.join(wrong[:5])}"
+            f"{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}: it was read as it was "
+            "written, but nothing of use comes of it; use another step, or import it again"
+        )
+
+
+def not_finite(leaves: dict[str, jax.Array]) -> list[str]:
+    """The paths of those parameters, averages and statistics that are not finite throughout."""
+    parts = ("params", "ema", "stats")
+    fine = {p: jnp.isfinite(a).all() for p, a in leaves.items() if p.split("/")[1] in parts}
+    return [path for path, found in jax.device_get(fine).items() if not found]
 
 
 def _name(path: str) -> str:

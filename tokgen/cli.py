@@ -111,7 +111,9 @@ def call(program: str, run: Callable[[], None]) -> int:
 
         if not isinstance(error, interfaces.UserError):
             raise
-        print(f"{program}: error: {error}", file=sys.stderr)
+        from tokgen import report
+
+        print(f"{program}: error: {report.printable(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         _unheard()
@@ -215,7 +217,12 @@ def _run(name: str, words: Sequence[str]) -> None:
         prog=f"tokgen {name}", description=command.__doc__, allow_abbrev=False
     )
     command.arguments(parser)
-    command.run(parser.parse_args(words))
+    args = parser.parse_args(words)
+    # after the help, which must not wait for jax
+    from tokgen import options
+
+    args.given = options.given(parser, words)
+    command.run(args)
 
 
 def module(name: str) -> types.ModuleType:

@@ -52,8 +52,7 @@ def begun_from(
         if shape[0] >= _before(path, meta) + len(meta["classes"]) and shape[1:] == leaf.shape[1:]
     }
     restored = checkpoint.restore(step, taken | tables, meta)
-    fine = jax.device_get({path: jnp.isfinite(leaf).all() for path, leaf in restored.items()})
-    if wrong := [path for path in fine if not fine[path]]:
+    if wrong := checkpoint.not_finite(restored):
         raise UserError(
             f"init_from {step} holds numbers that are not finite, in {', '.join(wrong[:5])}"
             f"{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}: begin from another step"

@@ -112,6 +112,8 @@ def _form(source: dict, where: str) -> transfer.Form:
         for name in ("dtype", "entry", "average", "average_dtype", "written"):
             if source.get(name) is not None:
                 fields[name] = records.checked(source, **{name: str})[name]
+                if not fields[name].isprintable():
+                    raise ValueError(f"{name} is no name")
         for name in ("dtypes", "average_dtypes"):
             groups = records.checked(source, **{name: dict})[name] if name in source else {}
             fields[name] = {key: dtype for dtype, keys in groups.items() for key in keys}

@@ -229,11 +229,16 @@ def _kept(modules: tuple, what: tuple, make: Callable, train: Callable) -> nnx.M
         report.say(f"judge: read from {file}")
         return state.merge(graph, jax.tree.unflatten(jax.tree.structure(params), leaves), stats)
     params = train()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = pathlib.Path(f"{file}.part")
-    with open(part, "wb") as out:
-        np.savez(out, **{path: np.asarray(leaf) for path, leaf in state.paths(params).items()})
-    part.replace(file)
+    part = pathlib.Path(f"{file}.{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as out:
+            np.savez(out, **{path: np.asarray(leaf) for path, leaf in state.paths(params).items()})
+        part.replace(file)
+    except OSError as error:  # the cache saves time, and nothing else
+        report.say(f"judge: not kept for the next time: {error}")
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
     return state.merge(graph, params, stats)
 
 

@@ -119,8 +119,14 @@ def _span(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
+def printable(text: str) -> str:
+    """A text without what a name out of a file may hold to confuse a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+
+
 def say(text: str) -> None:
     """A line for the person at the terminal, above a progress bar if one runs."""
+    text = printable(text)
     if sys.stderr.isatty():
         tqdm.tqdm.write(text, file=sys.stderr)
     else:  # tqdm would blank out a line that isn't there

@@ -27,6 +27,7 @@ from tokgen.interfaces import UserError
 
 FORMAT = 1
 SECONDS = 60.0  # for the sample of the training images
+KEPT = 1000  # scans whose results are kept, the latest
 SHOWN = 2000  # images from which on a scan shows its progress
 _CHUNK, _WAITING = 64, 16  # images that a thread looks at together; threads that wait for headers
 
@@ -289,5 +290,7 @@ def _write(file: pathlib.Path, found: Found, record: reader.Unreadable) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(content))
         part.replace(file)
+        for old in sorted(file.parent.glob("*.json"), key=os.path.getmtime)[:-KEPT]:
+            old.unlink(missing_ok=True)
     except OSError as error:  # the cache saves time, and nothing else
         report.say(f"what the scan found is not kept: {error}")

@@ -173,6 +173,9 @@ def test_misfits_are_one_message_and_leave_nothing(taming, tmp_path, capfd):
     said = told(capfd, *words)
     for part in ("1 missing: decoder.conv_in.bias", "1 left over: decoder.surplus", "(7,)", "(8,)"):
         assert part in said, said
+    strange = tmp_path / "\x1b[2J"
+    said = told(capfd, "import", strange, "--system", "taming_vqgan", "--out", out)
+    assert "?[2J" in said and "\x1b" not in said
     other.with_suffix(".bin").write_bytes(b"")
     words = ("import", file, "--out", out)
     assert "did you mean 'taming_vqgan'" in told(capfd, *words, "--system", "taming_vqgam")
@@ -301,6 +304,8 @@ def test_weights_that_are_not_finite_are_neither_imported_nor_begun_from(taming,
     imported = parity.Folder(HERE / "taming_vqgan", "taming_vqgan").imported()
     imported.module.decoder.conv_in.bias[...] = jnp.asarray(wrong)
     imports.save_imported(tmp_path / "old", imported, {})
+    said = told(capfd, "checkpoint", tmp_path / "old", "--verify")
+    assert "not finite, in model/params/decoder/conv_in/bias: it was read as" in said
     with pytest.raises(interfaces.UserError, match="not finite, in model/params/decoder/conv_in/b"):
         beginning(settings_of(tmp_path / "old"), tmp_path / "run")
 
@@ -397,6 +402,7 @@ def test_an_export_is_imported_again(taming, tmp_path, capfd):
     words = ("import", out, "--out", tmp_path / "more")
     assert "is an export of tokgen" in told(capfd, *words, "--entry", "ema")
     assert "is a tokenizer itself" in told(capfd, *words, "--tokenizer", taming[0])
+    assert "leave out --system" in told(capfd, *words, "--system", "taming_vqgan")
     for record in ("", "[]", '{"config": {}}', '{"config": {"view": 1}, "fingerprint": "a"}'):
         (out / "config.json").write_text(record)
         assert "error:" in told(capfd, *words)
@@ -407,8 +413,11 @@ def test_a_record_of_an_older_import_or_of_a_stranger(taming):
     assert imports._form({"dtype": "bfloat16"}, "x") == transfer.Form("bfloat16")
     form = transfer.Form("float16", {"a": "float32", "b": "int64"}, "model", "ema", "float32")
     assert imports._form(imports._recorded(form), "x") == form
-    for odd in ({"dtype": 7}, {"entry": []}, {"dtypes": "x"}, {"dtypes": {"a": 7}},
-                {"dtypes": {"float32": [["x"]]}}, {"average_dtypes": [1]}):  # fmt: skip
+    odd_ones = [
+        *({"dtype": 7}, {"entry": []}, {"entry": "a\ud800"}, {"average_dtypes": [1]}),
+        *({"dtypes": "x"}, {"dtypes": {"a": 7}}, {"dtypes": {"float32": [["x"]]}}),
+    ]
+    for odd in odd_ones:
         with pytest.raises(interfaces.UserError, match="does not say how its file was written"):
             imports._form(odd, "x")
 

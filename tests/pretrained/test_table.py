@@ -125,3 +125,11 @@ def test_numbers_in_another_order_are_not_taken():
     assert count == 2 and "a has the shape (3, 2)" in problems[0] and "(6, 1, 1)" in problems[1]
     weights = {"a": np.ones((2, 3)), "b": np.ones((1, 6, 1))}
     assert table._problems({"a": (3, 2), "b": (6,)}, rows, weights)[1:] == ([], 0)
+
+
+def test_a_message_does_not_list_a_million_names():
+    rows = [table.row(f"row{i}", f"a{i}") for i in range(1000)]
+    weights = {f"key{i}": np.ones(3) for i in range(1000)} | {"x" * 10**6: np.ones(3)}
+    _, problems, count = table._problems({f"a{i}": (3,) for i in range(1000)}, rows, weights)
+    assert count == 2001 and "1000 missing: row0" in problems[0] and "and 960 more" in problems[0]
+    assert sum(map(len, problems)) < 5000

@@ -77,6 +77,8 @@ def _exported(args: argparse.Namespace, out: pathlib.Path) -> list[str]:
         place = pathlib.Path(args.out) / file.relative_to(out)
         count = sum(map(len, published.values()))
         told.append(f"{place}: {count} arrays under the keys of {name}{_entries(published)}")
+        if imported.average is not None and len(published) == 1 and found.average is None:
+            told.append(f"they are the averaged weights: files of {name} hold one set")
     return told
 
 

@@ -95,6 +95,10 @@ def _check(args: argparse.Namespace, file: pathlib.Path) -> None:
         )
     if args.tokenizer and found.tokens is None:
         raise UserError(f"--tokenizer is for generators; {args.system} is a tokenizer itself")
+    if imports.is_export(file):
+        raise UserError(
+            f"{file} is an export of tokgen: leave out --system, or name the published file in it"
+        )
 
 
 def _imported(args: argparse.Namespace, place: output.Folder) -> list[str]:

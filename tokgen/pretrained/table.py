@@ -21,6 +21,7 @@ from tokgen import state as states
 from tokgen.interfaces import UserError
 
 Shape = tuple[int, ...]
+SHOWN = 40  # names in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,8 +215,11 @@ def _problems(
     problems = []
     for what, names in (("missing", missing), ("left over", left)):
         if names:
-            problems.append(f"{len(names)} {what}: {', '.join(names)}")
-    return filled, [*problems, *wrong], len(missing) + len(left) + len(wrong)
+            shown = ", ".join(f"{name:.200}" for name in names[:SHOWN])
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            problems.append(f"{len(names)} {what}: {shown}{more}")
+    more = [f"and {len(wrong) - SHOWN} more of another shape"] if len(wrong) > SHOWN else []
+    return filled, [*problems, *wrong[:SHOWN], *more], len(missing) + len(left) + len(wrong)
 
 
 def fill(

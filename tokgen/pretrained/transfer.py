@@ -238,7 +238,11 @@ def fit(
     Where they do not fit by their names, what all names begin with is left away.
     """
     system = systems.named(name)
-    weights, average, wrapped = _unwrapped(weights), _unwrapped(average or {}), list(notes)
+    wrapped = list(notes)
+    inside = [part for part in _WRAPPERS if any(part in key for key in weights)]
+    if inside:
+        wrapped.append(f"{', '.join(inside)} within its names is left away")
+    weights, average = _unwrapped(weights), _unwrapped(average or {})
     errors = []
     for prefix in ("", *_prefixes(weights, system.aside)):
         try:
