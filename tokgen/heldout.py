@@ -279,6 +279,7 @@ def unigram(train, held_out, layout, *, count: int = 20_000) -> dict[str, float]
     costs = []
     for part in stream.once(held_out, batch_size=1000):
         token_BLG = part["tokens"]
+        boundary.tokens(token_BLG, layout)
         costs.append(-sum(logs[g][token_BLG[..., g]] for g in range(len(logs))).mean(-1))
     costs = np.concatenate(costs)
     return {"unigram_nats": float(costs.mean()), "unigram_error": standard_error(costs)}
