@@ -19,7 +19,9 @@ from tokgen import archives, records, scan
 from tokgen.data import folder, images, reader
 from tokgen.interfaces import UserError
 
-LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
+LOSSY = tuple(
+    ending for form in ("JPEG", "WEBP", "GIF", "AVIF") for ending in images.ENDINGS.get(form, ())
+)
 SHARE = 0.01  # of images that may be equal to another one, or of one colour, without a word
 _NAMED = 5
 
