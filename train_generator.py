@@ -244,6 +244,7 @@ def grid(generator, preset, classes, with_what, settings) -> np.ndarray:
         *(generator, tokenizer.module, cond, sampler),
         seed=settings.seed,
         batch=len(jax.tree.leaves(cond)[0]),
+        what="",
     )
     return report.grid(image_NHW3, columns, scale=2)
 

@@ -87,7 +87,7 @@ def at(step):
 
 
 def config(latest=1, best=1):
-    settings = test_checkpoint.load_config("steps=100")
+    settings = test_checkpoint.load_config("steps=100", "report.save=20")
     settings.keep.latest, settings.keep.best = latest, best
     return settings
 

@@ -296,10 +296,13 @@ def resume_or_start(
 
 def _room(run: Run, size: int) -> None:
     """Tell, before any work, when the disk cannot hold the checkpoints that are to be kept."""
-    keep = run.config.get("keep", {"latest": 1, "best": 1})
+    keep, steps = run.config.get("keep", {"latest": 1, "best": 1}), run.config.steps
+    stated = sum(0 < step < steps for step in run.stated)
     # one more than stay: the new one is whole before another goes
-    count = max(1, keep["latest"]) + max(1, keep["best"]) + len(run.stated) + 1
-    missing = max(1, count - len(run.manager.all_steps()))
+    count = max(1, keep["latest"]) + max(1, keep["best"]) + stated + 1
+    there = run.manager.all_steps()
+    saves = math.ceil((steps - max(there, default=0)) / run.config.report.save) + stated
+    missing = max(1, min(count - len(there), saves))
     free = shutil.disk_usage(run.workdir).free
     if free >= missing * size:
         return
