@@ -31,6 +31,7 @@ def walked(generator: np.random.Generator) -> None:
     The disk is a dictionary, and all that is told of it is what `staying` reads.
     """
     disk, stated, step = {}, set(generator.integers(0, 60, 2).tolist()), 0
+    measured = set()
     latest, best = generator.integers(1, 4, 2).tolist()
     kinds = [math.nan, math.inf, -math.inf, None]
     seen = {}  # everything that was ever measured, whatever became of it
@@ -40,7 +41,9 @@ def walked(generator: np.random.Generator) -> None:
         # a few values only, so that some are equal
         figure = kinds[generator.integers(4)] if odd else float(generator.integers(0, 12)) / 4
         disk[step] = seen[step] = figure
-        found = [runs.Saved(s, f, s in stated) for s, f in disk.items()]
+        if figure is not None or generator.random() < 0.5:
+            measured.add(step)
+        found = [runs.Saved(s, f, s in stated, s in measured) for s, f in disk.items()]
         generator.shuffle(found)  # no order of a listing matters
         stay = runs.staying(found, latest=latest, best=best)
         assert stay == runs.staying(
@@ -51,7 +54,8 @@ def walked(generator: np.random.Generator) -> None:
         finite = sorted((f, -s) for s, f in seen.items() if f is not None and math.isfinite(f))
         leading = {-s for _, s in finite[:best]}
         newest = set(sorted(seen)[-latest:])
-        assert set(disk) == leading | newest | (stated & set(seen))
+        before = {max(measured)} if measured else set()
+        assert set(disk) == leading | newest | before | (stated & set(seen))
 
 
 def test_the_best_finite_and_the_latest_stay_and_nothing_else():
@@ -144,6 +148,19 @@ def test_nothing_makes_room_before_the_newest_step_has_its_figures(tmp_path):
     run.note(3, {})  # one that has none, and needs none
     assert steps_of(tmp_path) == [1, 3] and runs.is_measured(run, 3)
     run.close()
+
+
+def test_a_run_that_is_stopped_again_and_again_fills_no_disk(tmp_path):
+    """Each start saves a step that is never measured: only the last of them stays."""
+    run = open_run(tmp_path)
+    for step, figure in ((1, 0.3), (2, 0.4)):
+        run.save(at(step), {"l2": figure})
+    run.close()
+    for step in (3, 4, 5):
+        run = open_run(tmp_path)
+        run.save(at(step))
+        run.close()
+    assert steps_of(tmp_path) == [1, 2, 5]
 
 
 def test_what_cannot_be_read_is_not_deleted(tmp_path, capfd):

@@ -55,20 +55,23 @@ class Saved:
     step: int
     figure: float | None  # held-out, less is better; None: not measured, or not finite
     stated: bool = False  # kept on purpose
+    measured: bool = True  # whether its figures were noted; of a run without held-out images: none
 
 
 def staying(found: Iterable[Saved], *, latest: int, best: int) -> set[int]:
     """The steps that stay: the latest, the best of those with a finite figure, the stated ones.
 
     A function of what is on disk alone, so that any number of restarts comes to the same. Of equal
-    figures the later one is better.
+    figures the later one is better. While the latest is not measured, the last that was stays too:
+    measuring may refuse the latest, and this is the one to go back to.
     """
-    found = list(found)
-    newest = sorted((each.step for each in found), reverse=True)[: max(1, latest)]
+    found = sorted(found, key=lambda each: each.step, reverse=True)
+    newest = [each.step for each in found[: max(1, latest)]]
+    before = [each.step for each in found if each.measured][:1]
     finite = [s for s in found if s.figure is not None and math.isfinite(s.figure)]
     leading = sorted(finite, key=lambda each: (each.figure, -each.step))[: max(1, best)]
     stated = {each.step for each in found if each.stated}
-    return {*newest, *(each.step for each in leading), *stated}
+    return {*newest, *before, *(each.step for each in leading), *stated}
 
 
 @dataclasses.dataclass
@@ -144,11 +147,7 @@ class Run:
         self.wait()
 
     def wait(self) -> None:
-        """Until the last save is committed and sealed; then what need not stay is deleted.
-
-        Nothing is deleted while the latest step has no figures: measuring may refuse it, and the
-        step before must be there to go back to.
-        """
+        """Until the last save is committed and sealed; then what need not stay is deleted."""
         self.manager.wait_until_finished()
         steps = sorted(self.manager.all_steps())
         if jax.process_index() == 0:
@@ -158,10 +157,12 @@ class Run:
         keep = self.config.get("keep", {"latest": 1, "best": 1})  # an import may not train
         found, metas = [], {step: self._record(step) for step in steps}
         for step, meta in metas.items():
-            figure = None if meta is None else checkpoint.figure(meta)
-            # what cannot be read is nobody's to delete
-            found.append(Saved(step, figure, step in self.stated or meta is None))
-        if not steps or metas[steps[-1]] is None or not metas[steps[-1]]["measured"]:
+            if meta is None:  # what cannot be read is nobody's to delete
+                found.append(Saved(step, None, stated=True, measured=False))
+            else:
+                figure, stated = checkpoint.figure(meta), step in self.stated
+                found.append(Saved(step, figure, stated, meta["measured"]))
+        if steps and metas[steps[-1]] is None:
             return
         stay = staying(found, latest=keep["latest"], best=keep["best"])
         _together("chosen")
