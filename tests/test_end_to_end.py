@@ -23,7 +23,7 @@ import safetensors.numpy
 from jax.sharding import AxisType, Mesh
 from PIL import Image
 
-from tokgen import checkpoint, cli, launch, report, sharding
+from tokgen import checkpoint, cli, launch, rehearsal, report, sharding
 from tokgen import state as states
 from tokgen.data import tokens
 
@@ -110,7 +110,7 @@ def story(name, *words):
         # signals stay those of the tests
         patch.setattr(launch.signal, "signal", lambda number, handler: None)
         with pytest.raises(SystemExit) as caught:
-            launch.run(module.main, module.__doc__)
+            launch.run(module.main, getattr(rehearsal, f"{name}_fields"), module.__doc__)
     return caught.value.code
 
 

@@ -180,14 +180,20 @@ class Stop:
         report.say(said)
 
 
-def run(story: Callable[..., None], description: str) -> None:
+def run(
+    story: Callable[..., None],
+    check: Callable[[ml_collections.ConfigDict], None],
+    description: str,
+) -> None:
     """A training program: a user's mistake ends in one message and exit code 2.
 
-    Its `story` is told the config, the work directory, and what may have changed.
+    Its `story` is told the config, the work directory, and what may have changed. `check` looks at
+    the config before a work directory or a device is touched.
     """
 
     def told() -> None:
         settings, arguments = parse(sys.argv[1:], description)
+        check(settings)
         with runs.lock(arguments.workdir, _pictures(settings, arguments.workdir)):
             if arguments.start is not None:
                 runs.go_back(arguments.workdir, arguments.start)

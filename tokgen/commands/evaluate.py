@@ -69,10 +69,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the figures and, with --out, append them to a file; with --protocol, score."""
-    if args.images < 1 or args.orders < 1 or args.batch < 1:
+    if args.images < 1 or args.orders < 1:
         raise UserError(
-            "--images, --orders and --batch must be at least 1; found "
-            f"{args.images}, {args.orders}, {args.batch}"
+            f"--images and --orders must be at least 1; found {args.images}, {args.orders}"
         )
     if args.protocol:
         assess.run(args)
