@@ -169,7 +169,9 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     how += [f"{figures['orders']} orders"] if "orders" in figures else []
     title = f"nats_per_token ({', '.join(how)})" if how else "nats_per_token"
     if data["tokens"]:  # images would all have to be encoded for it
-        figures |= heldout.unigram(tokens.Source(data["tokens"]), source, loaded.layout)
+        known = tokens.Source(data["tokens"])
+        reader.share(source, known)
+        figures |= heldout.unigram(known, source, loaded.layout)
     return figures, title, source
 
 
