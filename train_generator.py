@@ -15,11 +15,22 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from tokgen import checkpoint, config, heldout, launch, report, rng, runs, scan, sharding, state
+from tokgen import (
+    checkpoint,
+    config,
+    heldout,
+    launch,
+    rehearsal,
+    report,
+    rng,
+    runs,
+    scan,
+    sharding,
+    state,
+)
 from tokgen.commands import sample
 from tokgen.data import stream, tokens
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
-from tokgen.nn import precision, transformer
 from tokgen.sampling import presets
 
 
@@ -30,14 +41,8 @@ def main(
 
     `accept`: what may differ from the run that stands there, "data" or nothing.
     """
+    rehearsal.generator_fields(settings)
     seed, steps, every = settings.seed, settings.steps, settings.report
-    config.check(
-        settings,
-        precision=(precision.Precision, ()),
-        generator__rates=(transformer.Rates, ()),
-        optimizer=(state.optimizer, ("steps",)),
-        mesh=(sharding.make_mesh, ()),
-    )
     source, held_out, tokenizer = read(settings.data, runs.classes(workdir))
     told = settings.data if settings.data.tokens else tokenizer.config.get("data", {})
     heldout.tell(
@@ -51,21 +56,18 @@ def main(
         rngs = nnx.Rngs(rng.key(seed, "init"))
         return config.generator(settings, layout, len(classes), rngs=rngs)
 
-    shapes = nnx.eval_shape(make)  # built abstractly, before any work
-    _, sampler = presets.prepare(shapes, presets.named(settings.presets.to_dict(), "default"))
-    heldout.check_text(shapes, settings.data.get("text", ""), "config.data.text")
-    if sampler.guidance and getattr(shapes, "cond", "label") == "label":
-        shapes.null(np.zeros(1, np.int32))  # one without "no class" cannot be guided: said now
+    mesh = config.call(sharding.make_mesh, settings.mesh, "mesh")
+    jax.set_mesh(mesh)
+    # all that will run is traced with shapes, before any work
+    shapes, sampler = rehearsal.generator(
+        *(settings, layout, len(classes), mesh, codec, train_step),
+        text=rehearsal.text_of(source),
+    )
     if sampler.guidance and classes and not shapes.label_drop:
         report.say(
             "the default preset is guided, but generator.label_drop=0 never trains what it is "
             "guided away from: set label_drop=0.1, or the preset's weight to 1"
         )
-
-    mesh = config.call(sharding.make_mesh, settings.mesh, "mesh")
-    sharding.check_batch(settings.batch_size, mesh)
-    jax.set_mesh(mesh)
-    state.average_of(settings.get("average", "muse"))
     graph, network = state.create(
         make, optimizer, mesh=mesh, strategy=settings.strategy, ema=settings.ema
     )
@@ -243,9 +245,10 @@ def grid(generator, preset, classes, with_what, settings) -> np.ndarray:
         *(generator, tokenizer.module, cond, sampler),
         seed=settings.seed,
         batch=len(jax.tree.leaves(cond)[0]),
+        what="",
     )
     return report.grid(image_NHW3, columns, scale=2)
 
 
 if __name__ == "__main__":
-    launch.run(main, sys.modules[__name__].__doc__)
+    launch.run(main, rehearsal.generator_fields, sys.modules[__name__].__doc__)

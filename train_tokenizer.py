@@ -12,7 +12,6 @@ import sys
 
 import jax
 import ml_collections
-from flax import nnx
 
 from tokgen import (
     adversary,
@@ -21,6 +20,7 @@ from tokgen import (
     heldout,
     launch,
     painter,
+    rehearsal,
     report,
     runs,
     scan,
@@ -30,7 +30,6 @@ from tokgen import (
 )
 from tokgen.data import images, stream
 from tokgen.interfaces import UserError
-from tokgen.nn import precision
 
 SHOWN = ("l1", "l2", "codes", "lpips", "critic", "usage")
 
@@ -42,18 +41,8 @@ def main(
 
     `accept`: what may differ from the run that stands there, "data" or nothing.
     """
+    rehearsal.tokenizer_fields(settings)
     seed, steps, every = settings.seed, settings.steps, settings.report
-    rival = {"critic__optimizer": (state.optimizer, ("steps", "begin"))}
-    config.check(
-        settings,
-        precision=(precision.Precision, ()),
-        view=(images.View, ()),
-        optimizer=(state.optimizer, ("steps", "begin")),
-        critic=(adversary.Game, ()),
-        **(rival if settings.critic.weight > 0 else {}),
-        guard=(guard.Limits, ()),
-        mesh=(sharding.make_mesh, ()),
-    )
     plan = stages.plan(settings)
     game = config.call(adversary.Game, settings.critic, "critic")
     limits = config.call(guard.Limits, settings.get("guard", {}), "guard")
@@ -63,16 +52,14 @@ def main(
     held_out = config.build(settings.data, "data", split="held_out", **known)
     heldout.tell(heldout.called(settings.data), train=source, held_out=held_out)
     view = config.call(images.View, settings.view, "view")
-
-    # the whole config is built abstractly, before any work
-    shapes = nnx.eval_shape(lambda: config.tokenizer(settings, rngs=nnx.Rngs(0)))
-    layout = shapes.layout
-    stages.check(plan, shapes)
     begin, play = game.steps(steps)
 
     mesh = config.call(sharding.make_mesh, settings.mesh, "mesh")
     sharding.check_batch(settings.batch_size, mesh)
     jax.set_mesh(mesh)
+    frozen = painter.load_frozen(settings, plan)
+    # all that will run is traced with shapes, before any work
+    layout = rehearsal.tokenizer(settings, mesh, frozen, text=rehearsal.text_of(source)).layout
     run = runs.start(
         workdir,
         settings,
@@ -90,7 +77,7 @@ def main(
     if guard.unsettled(workdir):
         runs.drop_after(run, play)
         guard.settle(workdir)
-    frozen = jax.device_put(painter.load_frozen(settings, plan), sharding.replicated(mesh))
+    frozen = jax.device_put(frozen, sharding.replicated(mesh))
     # what a checkpoint holds is of the stage that made its last step
     made = stages.at(plan, max((runs.latest(run) or 0) - 1, 0))
     networks, graphs, critic_optimizer = painter.create(settings, made, game, mesh)
@@ -240,4 +227,4 @@ def go_back(run, networks, settings, plan, play: int, mesh):
 
 
 if __name__ == "__main__":
-    launch.run(main, sys.modules[__name__].__doc__)
+    launch.run(main, rehearsal.tokenizer_fields, sys.modules[__name__].__doc__)

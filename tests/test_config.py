@@ -1,6 +1,8 @@
 """Configs: overrides are checked, problems told together, every config file builds as stated."""
 
 import functools
+import inspect
+import json
 import pathlib
 import re
 
@@ -15,6 +17,7 @@ from tokgen import interfaces, report
 from tokgen import state as states
 from tokgen.data import images
 from tokgen.nn import precision
+from tokgen.quantizers import fsq
 
 FOLDER = configs.programs() / "configs"
 FILES = sorted(f"{file.parent.name}/{file.stem}" for file in FOLDER.glob("*/*.py"))
@@ -186,6 +189,49 @@ def test_an_unknown_file_is_answered_with_those_that_are_there():
         configs.load("configs/tokenizer/shape.py")
 
 
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("x = 1", ("needs a function get_config",)),
+        ("def get_config(:", ("cannot be run", "SyntaxError", "line")),
+        ("import no_such_package", ("cannot be run", "ModuleNotFoundError: No module")),
+        ("\n\nx = 1 / 0", ("cannot be run", "ZeroDivisionError", "(line 3)")),
+        ("def get_config(): return None", ("must return a ml_collections.ConfigDict", "NoneType")),
+        ("def get_config(): return dict(seed=0)", ("must return", "found dict")),
+        ("def get_config():\n    return undefined", ("failed: NameError", "(line 2)")),
+        ("def get_config(a, b): return a", ("failed: TypeError",)),
+        (
+            "from ml_collections import ConfigDict, config_dict\n"
+            "def get_config():\n"
+            "    return ConfigDict(dict(a=dict(b=config_dict.placeholder(int, required=True))))",
+            ("leaves a.b without a value",),
+        ),
+        ("\0", ("cannot be run",)),
+    ],
+)
+def test_a_file_that_is_no_config_ends_in_one_message(tmp_path, text, parts):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(interfaces.UserError) as caught:
+        configs.load(str(file))
+    for part in (str(file), *parts):
+        assert part in str(caught.value)
+
+
+def test_a_config_may_refer_to_its_own_fields_and_hold_numbers_of_numpy(tmp_path):
+    file = tmp_path / "config"  # whatever its ending
+    file.write_text(
+        "import numpy as np\nfrom ml_collections import ConfigDict\n"
+        "def get_config():\n"
+        "    config = ConfigDict(dict(a=3, c=np.float64(0.5), d=dict(e=(np.int32(1),))))\n"
+        "    config.b = config.get_ref('a') * 2\n"
+        "    return config"
+    )
+    stated = configs.plain(configs.load(str(file), ["a=5"]))
+    assert stated["a"] == 5 and stated["b"] in (6, 10)
+    assert json.loads(json.dumps(stated)) == stated | {"d": {"e": [1]}}
+
+
 # ---------------------------------------------------------------- overrides
 
 
@@ -295,8 +341,10 @@ def test_another_name_brings_the_arguments_of_its_constructor(
     found = configs.plain(config)
     for name in section.split("."):
         found = found[name]
-    assert found == expected
+    assert found.items() >= expected.items()
     assert all(type(found[name]) is type(value) for name, value in expected.items())
+    taken = inspect.signature(configs.named(found, section).__init__).parameters
+    assert set(found) <= {"name", *taken}
 
 
 def test_another_name_keeps_sizes_and_builds():
@@ -420,6 +468,19 @@ def test_problems_of_sections_within_sections_are_told_too():
         "no argument 'token'; did you mean 'tokens'",
     ):
         assert part in message, message
+
+
+@pytest.mark.parametrize("error", [TypeError("ours"), ZeroDivisionError("ours"), ValueError()])
+def test_only_errors_raised_on_purpose_are_mistakes_of_the_config(monkeypatch, error):
+    def broken(*args, **options):
+        raise error
+
+    monkeypatch.setattr(fsq, "TokenLayout", broken)
+    with pytest.raises(type(error)) as caught:
+        configs.build({"name": "fsq", "levels": (4, 4)}, "quantizer", grid=(1, 1))
+    assert caught.value is error
+    with pytest.raises(interfaces.UserError, match="config section 'quantizer': levels must"):
+        configs.build({"name": "fsq", "levels": (4096, 4097)}, "quantizer", grid=(1, 1))
 
 
 def test_an_empty_network_is_that_of_no_critic():

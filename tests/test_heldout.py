@@ -200,6 +200,7 @@ def test_a_folder_of_its_own_means_what_the_tokenizers_data_mean(tmp_path):
     settings.data.labels = "outer"
     source = heldout.image_source(settings, path, "all", order=("10", "2"), doubtful="drop")
     assert source.classes == ("10", "2") and source[0]["label"] == 0
+    assert heldout.image_source(settings, path, "all", labels="none").classes == ()
     told = classes.told(heldout.called(settings.data, path), {"all": source})
     assert told.startswith(f"{path}: 2 classes (10 1, 2 1); all 2\nclasses keep their recorded")
     with pytest.raises(interfaces.UserError, match="nothing was held out"):

@@ -37,7 +37,8 @@ PICTURE = {
             "finetuning",
             "output",
         ),
-        *("heldout", "protocols", "extractors", "references", "samples", "supplies"),
+        *("heldout", "rehearsal", "options", "protocols", "extractors", "references"),
+        *("samples", "supplies"),
         *("scoring", "measures", "evaluation", "assess", "page", "gallery", "scan"),
     ),
 }

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, Mesh
 from PIL import Image
 
 from tests import test_extractors
-from tokgen import judge, sharding
+from tokgen import interfaces, judge, sharding, state
 from tokgen.data import folder, images, shapes
 
 WAYS = ((0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1))
@@ -186,3 +187,35 @@ def test_features_are_the_mean_of_the_last_map_its_first_channels_and_what_is_re
     )
     kernel_CK = np.asarray(network.conv_out.kernel[...], np.float64)[0, 0]
     np.testing.assert_allclose(found["logits"], found["pooled"] @ kernel_CK, rtol=1e-4, atol=1e-5)
+
+
+class Opinion(nnx.Module):
+    """Class 1 where an image is light."""
+
+    def __init__(self, weight):
+        self.weight = nnx.Param(jnp.asarray(weight))
+
+    def classes(self, image_BHW3):
+        light_B = image_BHW3.mean((1, 2, 3)) * self.weight[...]
+        return jnp.stack([0.5 + 0 * light_B, light_B], -1).argmax(-1)
+
+
+def test_weights_that_are_not_finite_have_no_opinion():
+    image_NHW3 = np.stack([np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)])
+    assert judge.predictions(Opinion(1.0), image_NHW3).tolist() == [0, 1]
+    with pytest.raises(interfaces.UserError, match="judge's weights must be finite"):
+        judge.predictions(Opinion(np.nan), image_NHW3)
+
+
+def test_a_cache_that_cannot_be_written_costs_no_training(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TOKGEN_CACHE", str(tmp_path / "file"))
+
+    def make():
+        return nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+
+    params = state.split(make())[1]
+    found = judge._kept((), ("a test",), make, lambda: params)
+    np.testing.assert_array_equal(found.kernel[...], params["kernel"])
+    said = capsys.readouterr().err
+    assert "not kept for the next time" in said and said.count("\n") == 1

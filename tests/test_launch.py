@@ -60,6 +60,33 @@ def test_a_work_directory_is_none_of_what_the_run_reads(tmp_path, capsys):
     assert end.value.code == 2 and "--workdir: it is empty" in capsys.readouterr().err
 
 
+def test_a_user_without_a_home_has_a_cache(monkeypatch, tmp_path):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("TOKGEN_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(launch.pathlib.Path, "home", home)
+    monkeypatch.setattr(launch.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert launch.cache_folder().parent == tmp_path
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert launch.cache_folder() == tmp_path / "tokgen"
+
+
+def test_a_cache_that_cannot_be_written_is_said(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TOKGEN_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(launch, "check_platform", lambda: None)
+    changed = {}
+    monkeypatch.setattr(launch.jax.config, "update", changed.__setitem__)
+    launch.devices()
+    assert "jax_compilation_cache_dir" not in changed
+    assert "compiled programs are not kept" in capsys.readouterr().err
+    monkeypatch.setenv("TOKGEN_CACHE", str(tmp_path / "cache"))
+    launch.devices()
+    assert changed["jax_compilation_cache_dir"] == str(tmp_path / "cache" / "xla")
+
+
 # ---------------------------------------------------------------- how a run hears its end
 
 CONFIG = "configs/tokenizer/shapes.py"

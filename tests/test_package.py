@@ -248,6 +248,8 @@ def test_what_the_machine_lacks_is_one_message(end, capsys):
         assert "--batch" in said
         assert cli.call("train_tokenizer.py", run) == 2
         assert "--config.batch_size" in capsys.readouterr().err
+        assert cli.call("tokgen matrix", run) == 2  # which has no such option
+        assert "--batch" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

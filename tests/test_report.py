@@ -124,9 +124,9 @@ def test_progress_in_a_log_file_is_a_line_per_half_minute(capsys):
         bar.set_postfix_str(f"l1 {second}")
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 240 // 30
-    assert said[0] == "tokenizer: 103/1000 steps, 10 s/step, 2:29:30 left, l1 29"
-    assert said[3].startswith("tokenizer: 112/1000 steps, 10 s/step, 2:28:00 left")
-    assert said[-1] == "tokenizer: 472/1000 steps, 3 steps/s, 0:02:56 left, l1 239"
+    assert said[0] == "tokenizer: 103/1000 steps, 10 s/step, ETA 2:29:30, l1 29"
+    assert said[3].startswith("tokenizer: 112/1000 steps, 10 s/step, ETA 2:28:00")
+    assert said[-1] == "tokenizer: 472/1000 steps, 3 steps/s, ETA 0:02:56, l1 239"
     now[0] = 250
     bar.close()
     bar.close()
@@ -172,3 +172,22 @@ def test_a_figure_that_there_is_none_of_is_none_everywhere(tmp_path):
     log.scalars(1, {"nats": 1.5, "nats_error": None}, split="held_out")
     log.close()
     assert report.read(tmp_path)[0]["nats_error"] is None
+
+
+def test_work_goes_on_when_nobody_listens(monkeypatch):
+    """A closed terminal, a pipe without a reader, a log on a full disk."""
+
+    class Gone:
+        def isatty(self):
+            return False
+
+        def write(self, text):
+            raise BrokenPipeError
+
+        def flush(self):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(report.sys, "stderr", Gone())
+    report.say("lost")
+    with report.bar(2, what="draw") as bar:
+        bar.update(2)

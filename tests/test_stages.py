@@ -79,7 +79,7 @@ def test_shares_are_of_the_run(steps, shares, ends):
     ("sections", "words"),
     [
         ((dict(share=0.5), dict(share=0.4)), "add up to 1; found 0.5, 0.4"),
-        ((dict(share=1.5), dict(share=-0.5)), "positive"),
+        ((dict(share=1.5), dict(share=-0.5)), "share must be .* above 0"),
         ((dict(share=0.99), dict(share=0.01)), "positive"),  # of 6 steps none
         ((dict(shares=1.0),), r"stages\[0\] has no argument 'shares'; did you mean 'share'"),
         ((dict(), dict(objective="pixel")), r"stages\[1\].objective must be one of pixels, codes"),
@@ -295,22 +295,27 @@ def test_a_run_gives_up_when_nothing_is_finite_any_more(whose):
         states.give_up({"skipped": np.int32(0), whose: np.int32(states.PATIENCE)}, 40)
 
 
-def test_features_without_weights_are_said_and_left_out(capfd):
+def test_a_distance_without_its_weights_is_refused(tmp_path):
+    """A recipe without its perceptual loss is another one: left out on request only."""
     settings = settings_of()
     plan = stages.plan(settings)
     assert painter.load_frozen(settings, plan) == {"perceptual": {}}
-    assert capfd.readouterr().err == ""  # its weight is 0: nobody misses it
     settings.loss.lpips = 1.0
-    assert painter.load_frozen(settings, plan) == {"perceptual": {}}
-    assert "lpips: off, since config.perceptual.lpips names no weights" in capfd.readouterr().err
+    need = "--config.perceptual.lpips=FILE .*--config.loss.lpips=0"
+    with pytest.raises(interfaces.UserError, match=need):
+        painter.load_frozen(settings, plan)
+    with settings.unlocked():
+        settings.perceptual = dict(lpips=f"{tmp_path / 'lost'},{tmp_path}")
+    with pytest.raises(interfaces.UserError, match="lost; nothing is there"):
+        painter.check_frozen(settings, plan)
     with settings.unlocked():
         del settings.perceptual
-    assert painter.load_frozen(settings, plan) == {"perceptual": {}}
-    assert "lpips: off" in capfd.readouterr().err
+    with pytest.raises(interfaces.UserError, match=need):
+        painter.check_frozen(settings, plan)
     # also where one stage alone asks for it
     staged = settings_of(TWO[0], TWO[1] | dict(loss=dict(lpips=1.0)))
-    painter.load_frozen(staged, stages.plan(staged))
-    assert "lpips: off" in capfd.readouterr().err
+    with pytest.raises(interfaces.UserError, match=need):
+        painter.check_frozen(staged, stages.plan(staged))
 
 
 def test_a_stage_on_codes_needs_a_teacher(tmp_path):

@@ -17,6 +17,7 @@ from tokgen import (
     gallery,
     heldout,
     launch,
+    options,
     output,
     page,
     protocols,
@@ -127,16 +128,19 @@ def supply_of(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[ob
                 f"--protocol {args.protocol} scores a tokenizer's reconstructions; {path} holds "
                 "samples: give the tokenizer's checkpoint"
             )
+        options.check_mode(args, options.EVALUATE, options.SAMPLES)
         given = samples.given(path, args.accept)
         heldout.tell(str(path), all=getattr(given, "source", given))
         if 0 < args.samples < len(given):
             return samples.Spread(given, args.samples), classes_of(given)
         return given, classes_of(given)
     if kind == "tokenizer":
+        options.check_mode(args, options.EVALUATE, options.REPAINTED)
         supply = repainted(args)
         return supply, len(supply.source.classes)
     if protocol.paired or args.reconstruction:
         raise UserError(f"reconstructions are a tokenizer's; {path} holds a {kind}")
+    options.check_mode(args, options.EVALUATE, options.DRAWN)
     return drawn(args, protocol, out)
 
 
@@ -177,6 +181,11 @@ def drawn(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[suppli
         text = sample.captions(args.text)
         rows_N = np.arange(count) % len(text.mask_BT)
         cond = jax.tree.map(lambda leaf: leaf[rows_N], text)
+    elif args.text:
+        raise UserError(
+            "--text is for a generator that reads text; found one of "
+            f"{len(loaded.classes)} classes: leave it out"
+        )
     else:
         cond = supplies.balanced(count, len(loaded.classes), args.seed)
     supply = supplies.Drawn(
@@ -195,7 +204,7 @@ def drawn(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[suppli
 
 def repainted(args: argparse.Namespace) -> supplies.Repainted:
     """A tokenizer's reconstructions of held-out images."""
-    loaded = checkpoint.load_tokenizer(args.checkpoint)
+    loaded = checkpoint.load_tokenizer(args.checkpoint, compute=args.precision or "")
     source = heldout.image_source(loaded.config, args.data, args.split, doubtful="drop")
     what = heldout.called(loaded.config.get("data", {}), args.data)
     heldout.tell(what, **{args.split: source})
@@ -206,10 +215,13 @@ def repainted(args: argparse.Namespace) -> supplies.Repainted:
     if args.lpips:
         weights = {}
         for file in args.lpips:
-            weights |= weights_.read(file)
+            weights |= weights_.network(file)
         network = perceptual.from_weights(weights)
         distances[f"lpips_{trunk_of(network)}"] = network
-    return supplies.Repainted(loaded, source, count=count, distances=distances)
+    supply = supplies.Repainted(loaded, source, count=count, distances=distances)
+    if args.precision:  # what was begun without a word of it goes on
+        supply.identity["precision"] = args.precision
+    return supply
 
 
 def trunk_of(network) -> str:

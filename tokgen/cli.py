@@ -141,10 +141,13 @@ def _exhausted(program: str, error: MemoryError | RuntimeError) -> str:
         return f"the disk is full ({said}); make room and run the same command again"
     if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
         return ""
-    option = "--batch" if program.startswith("tokgen ") else "--config.batch_size"
+    name, option = program.removeprefix("tokgen "), "--config.batch_size"
+    if name in COMMANDS:
+        option = "--batch" if "--batch " in _parser_of(name).format_help() else ""
+    fewer = f"fewer images at a time with a smaller {option}, " if option else ""
     return (
-        f"this needs more memory than there is ({said}); remedy: fewer images at a time with a "
-        f"smaller {option}, smaller images, or a machine with more"
+        f"this needs more memory than there is ({said}); remedy: {fewer}smaller images, or a "
+        "machine with more"
     )
 
 
@@ -212,12 +215,22 @@ def _unknown(name: str) -> str:
 
 
 def _run(name: str, words: Sequence[str]) -> None:
+    parser = _parser_of(name)
+    args = parser.parse_args(words)
+    # after the help, which must not wait for jax
+    from tokgen import options
+
+    args.given = options.given(parser, words)
+    module(name).run(args)
+
+
+def _parser_of(name: str) -> argparse.ArgumentParser:
     command = module(name)
     parser = argparse.ArgumentParser(
         prog=f"tokgen {name}", description=command.__doc__, allow_abbrev=False
     )
     command.arguments(parser)
-    command.run(parser.parse_args(words))
+    return parser
 
 
 def module(name: str) -> types.ModuleType:

@@ -21,6 +21,7 @@ from typing import Any
 
 import ml_collections
 import numpy as np
+from flax import nnx
 from ml_collections import config_dict
 
 from tokgen import ranges
@@ -346,31 +347,36 @@ def _defines(folder, file: str, attribute: str) -> bool:
     return source.is_file() and f"class {attribute}" in source.read_text()
 
 
-def check(settings: Any, **functions: tuple[Callable, tuple[str, ...]]) -> None:
-    """Bind every section to the constructor that it is for; all problems in one error.
+def check(
+    settings: Any, fields: Callable | None = None, **functions: tuple[Callable, tuple[str, ...]]
+) -> None:
+    """Hold every field against the signature that it is for; all problems in one error.
 
-    `functions` names what else is called with a section, by its path with `__` for a dot, and the
-    arguments that come from elsewhere.
+    `fields` is what takes the whole config. `functions` names what else is called with a section,
+    by its path with `__` for a dot, and the arguments that come from elsewhere. Nothing is called.
     """
-    problems = []
+    problems = [] if fields is None else _mismatches(fields, settings, (), "config")
     for kind in CLASSES:
-        section = settings
-        for name in kind.split("."):
-            section = section.get(name) if section else None
+        section = _at(settings, kind)
         # data may be a folder of token shards, an empty network that of no critic
-        if section and (kind not in ("data", "critic.network") or "name" in section):
+        free = kind in ("data", "critic.network")
+        if free and hasattr(section, "items") and "name" not in section:
+            continue
+        if section is not None:
             problems += _section_problems(section, kind)
     for path, (function, context) in functions.items():
-        section, path = settings, path.replace("__", ".")
-        for name in path.split("."):
-            section = section.get(name, {}) if section is not None else {}
-        problems += _mismatches(function, section, context, path)
-    _raise(problems)
+        path = path.replace("__", ".")
+        section = _at(settings, path)
+        problems += _mismatches(function, {} if section is None else section, context, path)
+    # a section that is none is told once, by what takes the whole
+    _raise(list(dict.fromkeys(problems)))
 
 
 def _section_problems(section: Any, kind: str) -> list[str]:
     """Of a section that names a class, and of the sections with names in it."""
     context = CLASSES[kind][2]
+    if not hasattr(section, "items"):
+        return [f"{kind} must be a section; found {section!r}"]
     try:
         target = named(section, kind)
     except UserError as error:
@@ -427,19 +433,33 @@ def _parameters(target: Callable) -> dict[str, inspect.Parameter]:
 
 
 def _mismatches(target: Callable, arguments: Any, context: Any, kind: str) -> list[str]:
-    """Unknown and missing arguments of one section."""
+    """Unknown and missing arguments of one section, and values out of their type or range."""
+    if not hasattr(arguments, "items"):
+        return [f"{kind} must be a section; found {arguments!r}"]
     parameters = _parameters(target)
     free = [name for name in parameters if name not in context]
     problems = []
     for name in arguments:
         if name not in free:
-            near = difflib.get_close_matches(name, free, 1)
+            near = difflib.get_close_matches(str(name), free, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(free)}"
             problems.append(f"{kind} has no argument {name!r}{hint}")
     for name in free:
         if parameters[name].default is inspect.Parameter.empty and name not in arguments:
             problems.append(f"{kind} needs {name!r}")
-    return problems
+    stated = ranges.hints(target)
+    given = {
+        name: _plain(value)
+        for name, value in arguments.items()
+        # a section of its own becomes the module that is asked for
+        if name in free and not (_is_named(value) and _is_module(stated.get(name)))
+    }
+    prefix = "" if kind == "config" else f"{kind}."
+    return problems + ranges.problems(target, given, prefix)
+
+
+def _is_module(hint: Any) -> bool:
+    return inspect.isclass(hint) and issubclass(hint, nnx.Module)
 
 
 def call(function: Callable, section: Any, name: str, **context: Any) -> Any:
@@ -477,8 +497,9 @@ def tokenizer(config: Any, *, rngs):
     from tokgen.nn import precision
     from tokgen.tokenizers import tokenizer as tokenizers
 
+    _need(config, "precision", "view", "encoder", "quantizer", "decoder")
     at = call(precision.Precision, config["precision"], "precision")
-    size, channels = tuple(config["view"]["size"]), config["view"]["channels"]
+    size, channels = _constructed(_pixels, "view", _plain(config["view"]), {})
     encoder = named(config["encoder"], "encoder")
     arguments = {key: _plain(value) for key, value in config["encoder"].items() if key != "name"}
     _raise(_mismatches(encoder, arguments, CLASSES["encoder"][2], "encoder"))
@@ -489,15 +510,29 @@ def tokenizer(config: Any, *, rngs):
         build(config["encoder"], "encoder", latent=quantizer.inputs, **context),
         quantizer,
         build(config["decoder"], "decoder", latent=quantizer.channels, grid=grid, **context),
-        pixels=tuple(config["pixels"]),
+        pixels=_plain(config.get("pixels", (-1.0, 1.0))),
         size=(*size, channels),
     )
+
+
+def _need(config: Any, *sections: str) -> None:
+    """An error that lists the sections that a config lacks."""
+    lacking = [name for name in sections if not hasattr(config.get(name), "items")]
+    if lacking:
+        raise UserError(f"the config needs {', '.join(lacking)}, each a section; it has none such")
+
+
+@ranges.checked
+def _pixels(size: tuple[ranges.Side, ranges.Side], channels: ranges.Width = 3, **_):
+    """(size, channels): all that a network needs of a view."""
+    return tuple(size), channels
 
 
 def generator(config: Any, layout: TokenLayout, classes: int, *, rngs):
     """The Generator that a config describes, for tokens of a layout."""
     from tokgen.nn import precision, transformer
 
+    _need(config, "precision", "generator")
     at = call(precision.Precision, config["precision"], "precision")
     section = dict(config["generator"].items())
     rates = call(transformer.Rates, section.pop("rates", {}), "generator.rates")

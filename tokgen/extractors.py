@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import archives, judge, sharding, state
+from tokgen import archives, boundary, judge, sharding, state
 from tokgen.data import images, stream
 from tokgen.features import clip, dinov2, inception
 from tokgen.interfaces import UserError
@@ -88,7 +88,7 @@ def from_file(name: str, path: str) -> Extractor:
         )
     if not pathlib.Path(path).is_file():
         raise UserError(f"no weight file at {path}. {published.source}")
-    network = published.make(reader.read(path))
+    network = published.make(reader.network(path))
     record = {
         "name": name,
         "fingerprint": fingerprint(name, network),
@@ -168,6 +168,7 @@ def accuracy(
             label_B = np.random.default_rng([0, step]).integers(0, ways, len(label_B))
             image_BHW3, step = judge.turned(image_BHW3, label_B, ways), step + 1
         logits_BK = features(extractor, image_BHW3, ("logits",))["logits"]
+        boundary.refuse(~np.isfinite(logits_BK).all(1), "the network's opinion of images")
         hits.append(logits_BK.argmax(-1) == label_B)
     hits = np.concatenate(hits)
     return float(hits.mean()), len(hits)

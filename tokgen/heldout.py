@@ -279,6 +279,7 @@ def unigram(train, held_out, layout, *, count: int = 20_000) -> dict[str, float]
     costs = []
     for part in stream.once(held_out, batch_size=1000):
         token_BLG = part["tokens"]
+        boundary.tokens(token_BLG, layout)
         costs.append(-sum(logs[g][token_BLG[..., g]] for g in range(len(logs))).mean(-1))
     costs = np.concatenate(costs)
     return {"unigram_nats": float(costs.mean()), "unigram_error": standard_error(costs)}
@@ -306,7 +307,9 @@ def generator_source(
             f"{tokenizer.step} holds a continuous tokenizer, which writes no tokens; need one with "
             "a discrete quantizer (vq, fsq, lfq, bsq, multiscale)"
         )
-    pictures = image_source(tokenizer.config, data.get("images", ""), split, order=order)
+    # whose condition is a text needs no classes
+    known = dict(order=order, doubtful="drop" if text else "refuse")
+    pictures = image_source(tokenizer.config, data.get("images", ""), split, **known)
     if not len(pictures):
         return pictures  # nothing is held out
     if isinstance(pictures, captioned.Source):  # what the tokenizer's decoder reads
@@ -333,22 +336,25 @@ def check_text(generator, text: str, option: str) -> None:
         )
 
 
-def image_source(settings, path: str, split: str, **context):
+def image_source(settings, path: str, split: str, *, labels: str = "", **context):
     """The images of a folder, or of the data set that the config names.
 
-    `context` are arguments that a source may take: `order` and `doubtful` of classes.
+    `labels` says how they are read in the place of the config; `context` are arguments that a
+    source may take: `order` and `doubtful` of classes.
     """
     if not path and "data" not in settings:
         raise UserError(
             "an imported tokenizer has no data set of its own; name a folder of images: --data DIR "
             "in commands, --config.data.images=DIR in training"
         )
-    if not path:
-        return config.build(settings.data, "data", split=split, **context)
-    section = {"name": "folder", "path": path}
-    own = settings.get("data", {})
-    if own.get("name") == "folder" and "labels" in own:  # what its folders mean
-        section["labels"] = own["labels"]
+    section = dict(settings.get("data", {}))
+    if path:  # whose folders mean what those of the config do
+        kept = {"labels": section["labels"]} if "labels" in section else {}
+        section = {"name": "folder", "path": path} | (
+            kept if section.get("name") == "folder" else {}
+        )
+    if labels:
+        section["labels"] = labels
     return config.build(section, "data", split=split, **context)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from tokgen import archives, launch, report, rng, sharding, state
+from tokgen import archives, boundary, launch, report, rng, sharding, state
 from tokgen.data import folder, images, shapes, stream
 from tokgen.interfaces import UserError
 from tokgen.metrics import reconstruction
@@ -229,11 +229,16 @@ def _kept(modules: tuple, what: tuple, make: Callable, train: Callable) -> nnx.M
         report.say(f"judge: read from {file}")
         return state.merge(graph, jax.tree.unflatten(jax.tree.structure(params), leaves), stats)
     params = train()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = pathlib.Path(f"{file}.part")
-    with open(part, "wb") as out:
-        np.savez(out, **{path: np.asarray(leaf) for path, leaf in state.paths(params).items()})
-    part.replace(file)
+    part = pathlib.Path(f"{file}.{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as out:
+            np.savez(out, **{path: np.asarray(leaf) for path, leaf in state.paths(params).items()})
+        part.replace(file)
+    except OSError as error:  # the cache saves time, and nothing else
+        report.say(f"judge: not kept for the next time: {error}")
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
     return state.merge(graph, params, stats)
 
 
@@ -319,7 +324,8 @@ def _moved(image_BHW3: jax.Array, key: jax.Array) -> jax.Array:
 
 @jax.jit
 def _predict(judge, image_BHW3):
-    return judge.classes(reconstruction.from_uint8(image_BHW3))
+    # of numbers that are no numbers the likeliest class is the first
+    return judge.classes(reconstruction.from_uint8(image_BHW3)), boundary.damaged(judge)
 
 
 def predictions(judge: nnx.Module, image_NHW3: np.ndarray, *, batch: int = 100) -> np.ndarray:
@@ -328,5 +334,11 @@ def predictions(judge: nnx.Module, image_NHW3: np.ndarray, *, batch: int = 100) 
     for start in range(0, len(image_NHW3), batch):
         part = image_NHW3[start : start + batch]
         padded = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
-        found.append(np.asarray(_predict(judge, jnp.asarray(padded)))[: len(part)])
+        class_B, damaged = jax.device_get(_predict(judge, jnp.asarray(padded)))
+        if damaged:
+            raise UserError(
+                "the judge's weights must be finite; found numbers that are not: remove it from "
+                f"{launch.cache_folder()}, and it is trained again"
+            )
+        found.append(class_B[: len(part)])
     return np.concatenate(found)

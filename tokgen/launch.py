@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 
@@ -21,8 +22,13 @@ REPEAT = 2.0  # seconds in which a signal that comes again is the same request
 
 def cache_folder() -> pathlib.Path:
     """Where compiled programs and the demo's judge are kept between runs."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(os.environ.get("TOKGEN_CACHE") or pathlib.Path(base) / "tokgen")
+    if os.environ.get("TOKGEN_CACHE"):
+        return pathlib.Path(os.environ["TOKGEN_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return pathlib.Path(base or pathlib.Path.home() / ".cache") / "tokgen"
+    except RuntimeError:  # a user without a home, as in some containers
+        return pathlib.Path(tempfile.gettempdir()) / f"tokgen-{os.getuid()}"
 
 
 def cores() -> int:
@@ -37,7 +43,16 @@ def devices(batch_size: int = 0) -> None:
     XLA's CPU threads leave a part of a second core idle on small networks: with the batch over a
     device per core, a tokenizer's step takes 0.7 of the time (benchmarks/RESULTS.md).
     """
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+    compiled = cache_folder() / "xla"
+    try:
+        compiled.mkdir(parents=True, exist_ok=True)
+        writable = os.access(compiled, os.W_OK)
+    except OSError:
+        writable = False
+    if writable:
+        jax.config.update("jax_compilation_cache_dir", str(compiled))
+    else:
+        report.say(f"compiled programs are not kept: {compiled} cannot be written (TOKGEN_CACHE)")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     count = int(os.environ.get("JAX_NUM_CPU_DEVICES") or 8 * asked)
@@ -165,14 +180,20 @@ class Stop:
         report.say(said)
 
 
-def run(story: Callable[..., None], description: str) -> None:
+def run(
+    story: Callable[..., None],
+    check: Callable[[ml_collections.ConfigDict], None],
+    description: str,
+) -> None:
     """A training program: a user's mistake ends in one message and exit code 2.
 
-    Its `story` is told the config, the work directory, and what may have changed.
+    Its `story` is told the config, the work directory, and what may have changed. `check` looks at
+    the config before a work directory or a device is touched.
     """
 
     def told() -> None:
         settings, arguments = parse(sys.argv[1:], description)
+        check(settings)
         with runs.lock(arguments.workdir, _pictures(settings, arguments.workdir)):
             if arguments.start is not None:
                 runs.go_back(arguments.workdir, arguments.start)

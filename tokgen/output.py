@@ -233,17 +233,14 @@ def file(
                 raise UserError(
                     f"--overwrite replaces an earlier result; {path} is none: name another {option}"
                 )
-            _made(target.parent, stack)
-            stack.enter_context(_passing(_beside(target, "lock"), _in_use(target, option)))
-            beside = _beside(target, f"part{target.suffix}")
-            beside.unlink(missing_ok=True)
-            beside.touch()
-            stack.callback(beside.unlink, missing_ok=True)
+            beside = _staging(target, {}, option, stack)
+            stack.callback(shutil.rmtree, beside, ignore_errors=True)
+            made = beside / target.name
         with told(path, option):
-            yield beside
-            with open(beside, "rb") as opened:
+            yield made
+            with open(made, "rb") as opened:
                 os.fsync(opened.fileno())
-            beside.replace(target)
+            made.replace(target)
 
 
 @contextlib.contextmanager

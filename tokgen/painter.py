@@ -6,12 +6,13 @@ The painter is the tokenizer as its critic sees it; `adversary.py` is the other 
 from __future__ import annotations
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen import adversary, checkpoint, config, losses, report, rng, sharding, stages, state
+from tokgen import adversary, checkpoint, config, losses, ranges, rng, sharding, stages, state
 from tokgen.critics import perceptual
 from tokgen.interfaces import UserError
 from tokgen.metrics import reconstruction
@@ -243,31 +244,48 @@ def last_layer(gradients):
 # ---------------------------------------------------------------- what is not trained
 
 
-def load_frozen(settings, plan) -> dict:
-    """Feature networks, each when weights are given, said when not; the teacher of a stage."""
-    frozen = {"perceptual": {}}
-    needed = {name for stage in plan for name, w in {**settings.loss, **stage.loss}.items() if w}
-    given = settings.get("perceptual", {})
-    for name in dict.fromkeys((*perceptual.NAMES, *given)):
-        if name not in needed:
-            continue
-        paths = given.get(name, "")
+def check_frozen(settings, plan) -> None:
+    """An error that lists the files that the losses of a plan need and the config does not name."""
+    problems = []
+    for name, paths in _distances(settings, plan).items():
+        lost = [path for path in paths if not os.path.exists(path)]
         if not paths:
-            report.say(
-                f"{name}: off, since config.perceptual.{name} names no weights (docs/data.md)"
+            problems.append(
+                f"loss.{name} has a weight, and perceptual.{name} names no weight files: give "
+                f"--config.perceptual.{name}=FILE (docs/data.md), or train without it, "
+                f"--config.loss.{name}=0"
             )
-            continue
-        files = tuple(paths.split(","))
-        frozen["perceptual"][name] = perceptual.build({name: (1.0, files)}, read=reader.read)
+        elif lost:
+            problems.append(f"perceptual.{name} names {', '.join(lost)}; nothing is there")
+    if any(stage.objective == "codes" for stage in plan) and not settings.get("teacher"):
+        problems.append(
+            "a stage of config.stages learns another tokenizer's codes: config.teacher must "
+            "name its checkpoint; import MaskGIT's VQGAN with tokgen import, or train "
+            "configs/tokenizer/maskgit_vqgan.py"
+        )
+    ranges.refuse(problems)
+
+
+def load_frozen(settings, plan) -> dict:
+    """Feature networks by the name of their loss; the teacher of a stage."""
+    check_frozen(settings, plan)
+    frozen = {"perceptual": {}}
+    for name, files in _distances(settings, plan).items():
+        frozen["perceptual"][name] = perceptual.build({name: (1.0, files)}, read=reader.network)
     if any(stage.objective == "codes" for stage in plan):
-        if not settings.get("teacher"):
-            raise UserError(
-                "a stage of config.stages learns another tokenizer's codes: config.teacher must "
-                "name its checkpoint; import MaskGIT's VQGAN with tokgen import, or train "
-                "configs/tokenizer/maskgit_vqgan.py"
-            )
         frozen["teacher"] = checkpoint.load_tokenizer(settings.teacher).module
     return frozen
+
+
+def _distances(settings, plan) -> dict[str, tuple[str, ...]]:
+    """Weight files of every perceptual distance that some stage gives a weight; () where none."""
+    needed = {name for stage in plan for name, w in {**settings.loss, **stage.loss}.items() if w}
+    given = settings.get("perceptual", {})
+    return {
+        name: tuple(filter(None, given.get(name, "").split(",")))
+        for name in perceptual.NAMES
+        if name in needed
+    }
 
 
 def adopt(graph, model: state.TrainState, teacher) -> state.TrainState:

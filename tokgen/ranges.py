@@ -185,7 +185,7 @@ def fits(value: Any, hint: Any) -> bool:
         kind = numbers.Integral if hint is int else numbers.Real
         # a comparison and not isfinite, which overflows on whole numbers of many digits
         number = isinstance(value, kind) and not isinstance(value, bool)
-        return number and -math.inf < value < math.inf
+        return number and bool(-math.inf < value < math.inf)
     if hint is type(None):
         return value is None
     if hint is dict:

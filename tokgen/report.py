@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import datetime
 import math
 import pathlib
@@ -43,7 +44,7 @@ def bar(
 class Lines:
     """Progress in a log file: what tqdm's bars offer, as a line every EVERY seconds and at the end.
 
-    `generator: 1200/8000 steps, 14.2 steps/s, 0:07:59 left, loss 5.31`; the rate is that of the
+    `generator: 1200/8000 steps, 14.2 steps/s, ETA 0:07:59, loss 5.31`; the rate is that of the
     last minute. `n` may be set: work that is taken back.
     """
 
@@ -55,12 +56,13 @@ class Lines:
         unit: str = "step",
         what: str = "",
         shown: bool = True,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
     ):
-        self.total, self.unit, self.shown, self.clock = total, unit, shown, clock
+        self.total, self.unit, self.shown = total, unit, shown
+        self.clock = clock or time.monotonic
         self.name = f"{what}: " if what else ""
         self.n, self.postfix = initial, ""
-        self.started = self.told = clock()
+        self.started = self.told = self.clock()
         self.did = 0
         self.seen = collections.deque([(self.started, initial)])  # about one a second, of a minute
 
@@ -105,8 +107,9 @@ class Lines:
     def _ahead(self, now: float) -> str:
         then, done = self.seen[0]
         rate = (self.n - done) / max(now - then, 1e-9)
-        left = _span((self.total - self.n) / rate) if rate > 0 else "no end in sight"
-        return f"{self._speed(rate)}, {left} left" if rate > 0 else left
+        if rate <= 0:
+            return "no end in sight"
+        return f"{self._speed(rate)}, ETA {_span((self.total - self.n) / rate)}"
 
     def _speed(self, rate: float) -> str:
         if 0 < rate < 1:
@@ -125,12 +128,16 @@ def printable(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """A line for the person at the terminal, above a progress bar if one runs."""
+    """A line for the person at the terminal, above a progress bar if one runs.
+
+    Where nobody listens any more, the work goes on: a terminal that was closed, a full log disk.
+    """
     text = printable(text)
-    if sys.stderr.isatty():
-        tqdm.tqdm.write(text, file=sys.stderr)
-    else:  # tqdm would blank out a line that isn't there
-        print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        if sys.stderr.isatty():
+            tqdm.tqdm.write(text, file=sys.stderr)
+        else:  # tqdm would blank out a line that isn't there
+            print(text, file=sys.stderr, flush=True)
 
 
 class Log:

@@ -155,7 +155,10 @@ class Repainted:
                 f"measured; put them back, and run the same command again:\n"
                 f"{passing.unreadable.listed()}"
             )
-        tokens_BLG, painted, values = heldout.repaint(self.tokenizer, given, self.distances)
+        tokens_BLG, painted, values = heldout.repaint(
+            *(self.tokenizer, given, self.distances),
+            named=heldout.named(self.source, given["index"]),
+        )
         part = {
             "image": coloured(painted),
             "original": coloured(given["image"]),

@@ -119,6 +119,13 @@ def test_too_few_samples_are_refused(tmp_path):
         demo.run(argparse.Namespace(out=str(tmp_path), samples=9))
 
 
+@pytest.mark.parametrize("option", ["tokenizer_steps", "generator_steps"])
+def test_steps_are_looked_at_before_anything_is_trained(tmp_path, option):
+    steps = dict(tokenizer_steps=None, generator_steps=None) | {option: 0}
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} must be at least 1"):
+        demo.run(argparse.Namespace(out=str(tmp_path), samples=10, **steps))
+
+
 CHILD = """
 import signal, sys, time
 def heard(number, frame):

@@ -16,6 +16,9 @@ def write(root, *names):
     for number, name in enumerate(names):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix in (".json", ".xml"):
+            path.write_text("")
+            continue
         form = {"jpg": "JPEG", "jpeg": "JPEG"}.get(path.suffix[1:].lower(), "PNG")
         Image.new("RGB", (2, 2), (number % 256, 0, 0)).save(path, form)
     return root
@@ -247,6 +250,8 @@ def test_one_image_is_not_enough_to_hold_one_out(tmp_path):
         (("a/2.png", "a/3.png", ".ipynb_checkpoints/a.png", "a/@eaDir/t.png"), 1, 1, ("a",)),
         (("train/Cat/1.png", "train/dog/2.png", "val/cat/3.png", "val/DOG/4.png"), 2, 2, None),
         (("dev/a/1.png", "dev/a/2.png"), 1, 1, ("a",)),
+        (("train/1.png", "val/2.png", "annotations/a.json"), 1, 1, ()),
+        (("train/a/images/1.png", "train/b/images/2.png", "val/b/3.png"), 2, 1, ("a", "b")),
     ],
 )
 def test_layouts_that_are_understood(tmp_path, layout, train, held_out, classes):
@@ -273,6 +278,7 @@ def test_layouts_that_are_understood(tmp_path, layout, train, held_out, classes)
         ("train/a/1.png", "car/2.png"),
         ("train/1.png", "annotations/2.png"),
         ("images/1.png", "masks/1.png"),
+        ("Data/a/1.png", "Annotations/1.xml"),
         ("JPEGImages/1.jpg", "Annotations/1.png", "ImageSets/2.png"),
         ("train/images/1.png", "train/labels/1.png", "val/images/2.png"),
         ("animals/cat/1.png", "animals/dog/2.png", "plants/rose/3.png"),

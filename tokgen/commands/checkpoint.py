@@ -18,12 +18,14 @@ def run(args: argparse.Namespace) -> None:
     """Print the record of a step."""
     step = checkpoint.find(args.checkpoint)
     meta = checkpoint.read_meta(step)
-    if args.config:
-        print(json.dumps(meta["config"], indent=2))
-        return
     if args.verify:
         launch.devices()  # for nothing else: another process may have an accelerator for itself
         checkpoint.verify(step)
+    if args.config:
+        if args.verify:
+            report.say(f"{step}: {len(meta['manifest'])} arrays, all verified")
+        print(json.dumps(meta["config"], indent=2))
+        return
     parameters = sum(
         _size(entry["shape"])
         for path, entry in meta["manifest"].items()
@@ -35,7 +37,9 @@ def run(args: argparse.Namespace) -> None:
         "parameters": f"{parameters:,}",
         "layout": json.dumps(meta["layout"]),
         "classes": f"{len(meta['classes'])}: {', '.join(meta['classes'][:12])}",
-        "metrics": ", ".join(f"{k} {v:.4g}" for k, v in meta["metrics"].items()),
+        "metrics": ", ".join(
+            f"{k} {'none' if v is None else f'{v:.4g}'}" for k, v in meta["metrics"].items()
+        ),
         "data": ", ".join([meta["data"][:16], *map(_change, meta.get("data_changes", ()))])
         or "none",
         "tokenizer": (meta["tokenizer"] or {}).get("path", "itself"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from tokgen import config, report, scan
+from tokgen import config, options, report, scan
 from tokgen.data import classes, reader, tokens
 from tokgen.interfaces import UserError
 
@@ -37,7 +37,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print it; all files that cannot be read by name."""
-    if (pathlib.Path(args.data) / tokens.HEADER).exists():
+    shards = (pathlib.Path(args.data) / tokens.HEADER).exists()
+    idle = {}
+    if not args.data.startswith("tfds:"):
+        idle |= dict.fromkeys(("splits", "data_dir"), "sets of TFDS, as tfds:NAME")
+    else:
+        idle["held_out"] = "folders without splits"
+    if shards:
+        idle |= dict.fromkeys(("scan", "held_out", "channels"), "images, not for token shards")
+    options.check(args, idle)
+    if shards:
         _shards(args.data)
         return
     sources = {"train": source_of(args, "train")}

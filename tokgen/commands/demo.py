@@ -56,6 +56,10 @@ def run(args: argparse.Namespace) -> None:
     """Train beside OUT; only a complete page takes the place of an earlier one."""
     if args.samples < 10:
         raise UserError(f"--samples must be at least 10, one per class; found {args.samples}")
+    for option in ("tokenizer_steps", "generator_steps"):
+        steps = getattr(args, option)
+        if steps is not None and steps < 1:
+            raise UserError(f"--{option.replace('_', '-')} must be at least 1; found {steps}")
     started, out = time.monotonic(), pathlib.Path(args.out)
     with output.folder(args.out, records=RECORDS, overwrite=args.overwrite) as place:
         fresh = place.path

@@ -10,9 +10,9 @@ import contextlib
 import pathlib
 import time
 
-from tokgen import assess, checkpoint, heldout, launch, output, protocols, report
+from tokgen import assess, checkpoint, heldout, launch, options, output, protocols, report
 from tokgen.commands import sample
-from tokgen.data import classes, reader, tokens
+from tokgen.data import captioned, classes, reader, tokens
 from tokgen.interfaces import UserError
 
 
@@ -69,10 +69,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the figures and, with --out, append them to a file; with --protocol, score."""
-    if args.images < 1 or args.orders < 1 or args.batch < 1:
+    if args.images < 1 or args.orders < 1:
         raise UserError(
-            "--images, --orders and --batch must be at least 1; found "
-            f"{args.images}, {args.orders}, {args.batch}"
+            f"--images and --orders must be at least 1; found {args.images}, {args.orders}"
         )
     if args.protocol:
         assess.run(args)
@@ -81,6 +80,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             "--reference, --weights, --assume, --samples and --lpips are of a score: name its "
             f"--protocol, one of {', '.join(protocols.PROTOCOLS)}"
+        )
+    if args.batch < 1 or not 0 <= args.seed < 2**32:
+        raise UserError(
+            f"--batch must be at least 1, --seed in [0, 2**32); found {args.batch}, {args.seed}"
         )
     if args.overwrite:
         raise UserError("--overwrite is of a score; without --protocol figures are added to --out")
@@ -102,12 +105,17 @@ def _measured(args: argparse.Namespace) -> tuple[dict, dict]:
     kind = checkpoint.read_meta(step)["kind"]
     if args.reconstruction and kind != "tokenizer":
         raise UserError(f"--reconstruction needs a tokenizer; {step} holds a {kind}")
-    figures, title, source = (_tokenizer if kind == "tokenizer" else _generator)(step, args)
+    mode = options.TOKENIZER if kind == "tokenizer" else options.GENERATOR
+    options.check_mode(args, options.EVALUATE, mode)
+    measured = _tokenizer if kind == "tokenizer" else _generator
+    figures, title, source, precision = measured(step, args)
     record = {
         "checkpoint": str(step),
         "split": args.split,
         "data": args.data,
         "order": args.order,
+        "seed": args.seed,
+        "precision": precision,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **figures,
     }
@@ -118,9 +126,14 @@ def _measured(args: argparse.Namespace) -> tuple[dict, dict]:
 
 
 def _tokenizer(step: pathlib.Path, args: argparse.Namespace) -> tuple:
-    """(figures, what their first is called, the source that they are of)."""
-    loaded = checkpoint.load_tokenizer(step)
+    """(figures, what their first is called, the source that they are of, the precision)."""
+    loaded = checkpoint.load_tokenizer(step, compute=args.precision or "")
     source = heldout.image_source(loaded.config, args.data, args.split, doubtful="drop")
+    if args.text and not loaded.config.decoder.get("text"):
+        raise UserError("--text is for a tokenizer whose decoder reads text; found another")
+    if args.text:
+        pictures = source.images if isinstance(source, captioned.Source) else source
+        source = captioned.Source(pictures, args.text, split=args.split)
     what = heldout.called(loaded.config.get("data", {}), args.data)
     heldout.tell(what, **{args.split: source})
     heldout.check_filled(source, args.split)
@@ -130,17 +143,21 @@ def _tokenizer(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     found, _ = heldout.reconstruction(
         *(loaded.module, source, view), count=args.images, batch=batch, what="reconstruct"
     )
-    return found, "", source
+    return found, "", source, loaded.config.precision.compute
 
 
 def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
-    """(figures, what their first is called, the source that they are of)."""
-    loaded = checkpoint.load_generator(step)
+    """(figures, what their first is called, the source that they are of, the precision)."""
+    loaded = checkpoint.load_generator(step, compute=args.precision or "")
+    if getattr(loaded.module, "exact", True) and args.order != "random":
+        when = "orders that are drawn: of a masked generator, or with --order random"
+        options.check(args, {"orders": when, "seed": when})
     tokenizer = checkpoint.load_tokenizer_of(loaded, args.tokenizer)
     data = _data_of(loaded, args.data)
     data["text"] = args.text or data.get("text", "")
     heldout.check_text(loaded.module, data["text"], "--text")
     if data["tokens"]:
+        train = tokens.Source(data["tokens"])  # whole, before anything is measured
         source = heldout.generator_source(data, args.split)
         checkpoint.check_tokens(tokenizer, source.header, source.path)
     else:
@@ -162,6 +179,7 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
         what="likelihood",
         order=args.order,
         draws=args.orders,
+        seed=args.seed,
         label_C=label_C,
     )
     how = [] if getattr(loaded.module, "exact", True) else ["upper bound"]
@@ -169,10 +187,9 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     how += [f"{figures['orders']} orders"] if "orders" in figures else []
     title = f"nats_per_token ({', '.join(how)})" if how else "nats_per_token"
     if data["tokens"]:  # images would all have to be encoded for it
-        known = tokens.Source(data["tokens"])
-        reader.share(source, known)
-        figures |= heldout.unigram(known, source, loaded.layout)
-    return figures, title, source
+        reader.share(source, train)
+        figures |= heldout.unigram(train, source, loaded.layout)
+    return figures, title, source, loaded.config.precision.compute
 
 
 def _data_of(loaded: checkpoint.Loaded, path: str) -> dict:

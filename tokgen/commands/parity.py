@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-from tokgen import launch, output, report
+from tokgen import launch, options, output, report
 from tokgen.interfaces import UserError
 from tokgen.pretrained import parity
 
@@ -31,6 +31,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print a line per array; an error when one fails or is not covered."""
     place = contextlib.nullcontext()
+    if not args.arrays:
+        options.check(args, {"overwrite": "the file that --arrays names"})
     if args.arrays:
         given = dict(option="--arrays", overwrite=args.overwrite)
         place = output.file(args.arrays, **given)

@@ -20,6 +20,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", required=True, help="checkpoint of the tokenizer")
     parser.add_argument("--data", default="", help="image folder; default: the tokenizer's data")
     parser.add_argument("--out", required=True, help="folder of the token shards")
+    parser.add_argument(
+        "--labels",
+        default="",
+        choices=("folders", "outer", "none"),
+        help="what class folders mean (docs/data.md); default: as in the tokenizer's config",
+    )
     output.arguments(parser)
     parser.add_argument(
         "--views",
@@ -61,7 +67,10 @@ def _filled(args: argparse.Namespace, views: tuple[str, ...], out: pathlib.Path)
         )
     settings, mesh = loaded.config, sharding.make_mesh()
     order = tokens.recorded_classes(args.out)
-    sources = {s: heldout.image_source(settings, args.data, s, order=order) for s in tokens.SPLITS}
+    sources = {
+        split: heldout.image_source(settings, args.data, split, labels=args.labels, order=order)
+        for split in tokens.SPLITS
+    }
     heldout.tell(heldout.called(settings.get("data", {}), args.data), **sources)
     if not args.data and settings.data.name == "shapes":
         described = settings.data.to_dict()
@@ -95,11 +104,12 @@ def _filled(args: argparse.Namespace, views: tuple[str, ...], out: pathlib.Path)
     fixed = [
         images.fixed(name, tuple(settings.view.size), settings.view.channels) for name in views
     ]
+    batch = min(args.batch, max((shard.stop - shard.start for shard in remaining), default=1))
     with report.bar(total, unit="image", what="pretokenize") as bar:
         for shard in remaining:
             source = sources[shard.split]
             tokens_BXLG, label_B, unreadable = _shard(
-                loaded.module, source, shard, fixed, args.batch, mesh, bar
+                loaded.module, source, shard, fixed, batch, mesh, bar
             )
             # before it is written: what is there stays, and the next run may allow more
             record = reader.unreadable(source)

@@ -62,6 +62,10 @@ def _reconstructed(args: argparse.Namespace, out: output.Folder) -> dict:
         section = {"name": "folder", "path": str(path), "labels": "none"}  # of any folder
         source = config.build(section, "data", split="all")
         heldout.tell(str(path), all=source)
+    if args.text and not loaded.config.decoder.get("text"):
+        raise UserError(
+            "--text is for a tokenizer whose decoder reads text; found another: leave it out"
+        )
     if args.text:
         source = captioned.Source(source, args.text, split="all")
     elif loaded.config.decoder.get("text"):

@@ -17,6 +17,7 @@ from tokgen import (
     heldout,
     judge,
     launch,
+    options,
     output,
     protocols,
     references,
@@ -72,6 +73,12 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.network and protocol.extractor != "local":
         raise UserError(f"--network is of the local protocol; {args.protocol} has --weights")
+    idle = {}
+    if not args.data.startswith("tfds:"):
+        idle |= dict.fromkeys(("splits", "data_dir"), "sets of TFDS, as tfds:NAME")
+    options.check(args, idle)
+    if options.is_given(args, "steps") and (args.network or protocol.extractor != "local"):
+        report.say("--steps has no effect: no network is trained, it is there already")
     data = () if args.data.startswith("tfds:") else (args.data,)
     given = dict(overwrite=args.overwrite, inputs=(*data, args.weights, args.network))
     with output.file(args.out, own=references.is_one, **given) as file:

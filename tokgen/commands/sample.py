@@ -278,6 +278,10 @@ def prepared(args: argparse.Namespace, loaded) -> tuple:
     generator, sampler = presets.prepare(loaded.module, settings)
     labels = getattr(loaded.module, "cond", "label") == "label"
     if sampler.guidance and labels and not loaded.classes:
+        if "weight" in changed:
+            raise UserError(
+                "--guidance needs classes to guide towards; the model has none: leave it out"
+            )
         report.say("guidance is off: the model is unconditional, there is nothing to guide towards")
         settings = presets.unguided(settings)
         generator, sampler = presets.prepare(loaded.module, settings)

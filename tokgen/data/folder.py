@@ -231,7 +231,8 @@ class Source:
                     f"the class folders of {there} must be among those of {train}; found images "
                     f"without classes, and {train} has {names_.listed(classes)}; sort them into "
                     f"class folders, or give {os.path.join(self.path, train)} alone, of which a "
-                    "part is then held out; or leave classes out, data.labels=none"
+                    "part is then held out; or leave classes out, data.labels=none (of tokgen "
+                    "pretokenize --labels none)"
                 )
             label_C, said = names_.matched(found, classes, there, train)
             notes += [*told, *more, *([said] if said else [])]
@@ -267,6 +268,10 @@ def _understood(path: str, labels: str) -> tuple[str, tuple[str, str] | None, li
     folders = _folders(root)
     parts = {name: part for name in folders if (part := part_of(name))}
     others = [name for name in folders if name not in parts]
+    if len(parts) > 1:  # boxes or captions of the splits
+        aside = [name for name in others if _is_beside(root, name)]
+        notes += [f"{name} of {root} is not read: it holds no images" for name in aside]
+        others = [name for name in others if name not in aside]
     if not parts or (len(parts) == 1 and not others):
         return root, None, notes
     only = next(iter(parts))
@@ -333,6 +338,11 @@ def _all_beside(names: Sequence[str]) -> bool:
     return bool(names) and all(name.lower() in _BESIDE | _PICTURES for name in names)
 
 
+def _is_beside(root: str, name: str) -> bool:
+    """Whether a folder holds what belongs to images, and none itself."""
+    return name.lower() in _BESIDE and not any(_images(root, name, nested=True))
+
+
 def _read(
     path: str, labels: str, order: Sequence[str], unread: dict
 ) -> tuple[tuple[str, ...], list[tuple[str, int, int]], list[str]]:
@@ -341,11 +351,7 @@ def _read(
     pictures = [name for name in folders if name.lower() in _PICTURES]
     beside = [name for name in folders if name.lower() in _BESIDE]
     if pictures and beside:
-        raise interfaces.UserError(
-            f"{path} holds {names_.listed(folders)}: understood as images and what belongs to them "
-            f"({names_.listed(beside)}), which are no classes; give the folder of the images, "
-            f"{os.path.join(path, pictures[0])}"
-        )
+        raise _belonging(path, folders, beside, pictures[0])
     if labels == "none":
         files = [(name, 0, size) for name, size in _images(path, "", nested=True, passed=passed)]
         if not files:
@@ -369,7 +375,13 @@ def _read(
         if not found:
             empty.append(name)
         elif all(file.count("/") > 1 for file, _ in found):
-            deep.append(name)
+            inside = _folders(os.path.join(path, name))
+            # each class with its `images` inside it (Tiny ImageNet) has no other meaning
+            if len(inside) > 1 or inside[0].lower() not in _PICTURES:
+                deep.append(name)
+    rest = [name for name in classes if name not in empty]
+    if empty and len(rest) == 1 and set(empty) <= set(beside):
+        raise _belonging(path, folders, empty, rest[0])
     if empty:
         raise interfaces.UserError(
             f"no images below {len(empty)} class folder(s): "
@@ -394,6 +406,16 @@ def _read(
         if deep:
             notes.append(f"classes that hold only folders: {'; '.join(inside[:3])}")
     return classes, files, notes
+
+
+def _belonging(
+    path: str, folders: list[str], beside: list[str], pictures: str
+) -> interfaces.UserError:
+    return interfaces.UserError(
+        f"{path} holds {names_.listed(folders)}: understood as images and what belongs to them "
+        f"({names_.listed(beside)}), which are no classes; give the folder of the images, "
+        f"{os.path.join(path, pictures)}"
+    )
 
 
 def _no_images(path: str, passed: dict[str, int]) -> interfaces.UserError:

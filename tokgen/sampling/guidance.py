@@ -40,7 +40,7 @@ def merge(
 
 def schedule(name: str, weight: float, steps: int, **settings) -> tuple[float, ...]:
     """Weights of the schedule that a config names, by the name of its function in this file."""
-    function = globals().get(name)
+    function = globals().get(name) if isinstance(name, str) else None
     if not _is_schedule(function):
         names = sorted(key for key, value in globals().items() if _is_schedule(value))
         raise interfaces.UserError(

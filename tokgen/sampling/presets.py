@@ -29,6 +29,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from tokgen import ranges
 from tokgen.interfaces import Generator, UserError
 from tokgen.sampling import decode, filters, guidance
 
@@ -142,9 +143,9 @@ def _check(settings: Mapping[str, Any]) -> None:
         if settings[name] not in choices:
             raise UserError(f"{name} must be one of {', '.join(choices)}; found {settings[name]!r}")
     steps = settings["steps"]
-    if not isinstance(steps, numbers.Integral) or isinstance(steps, bool) or steps < 0:
+    if isinstance(steps, bool) or (steps != 0 and not ranges.fits(steps, ranges.Steps)):
         raise UserError(
-            f"steps must be a whole number, 1 or more, or 0 for the generator's own; found "
+            f"steps must be {ranges.described(ranges.Steps)}, or 0 for the generator's own; found "
             f"{steps!r}"
         )
     for name, what in (("noise", "none"), ("exponent", "the generator's own")):

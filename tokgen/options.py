@@ -1,0 +1,70 @@
+"""Options that have no effect: a command says when each of its own has one, and no other is taken.
+
+What was given is what stood on the command line, at whatever value: `--seed 0` asks for something.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection, Mapping, Sequence
+
+from tokgen.interfaces import UserError
+
+# Modes of tokgen evaluate
+TOKENIZER, GENERATOR = "held-out figures of a tokenizer", "the likelihood of a generator"
+SAMPLES, REPAINTED, DRAWN = "a score of samples", "a score of a tokenizer", "a score of a generator"
+SCORES, HELD_OUT = (SAMPLES, REPAINTED, DRAWN), (TOKENIZER, GENERATOR)
+EVALUATE = {
+    "reconstruction": (TOKENIZER, REPAINTED),
+    "data": (*HELD_OUT, REPAINTED),
+    "split": (*HELD_OUT, REPAINTED),
+    "images": HELD_OUT,
+    "text": (*HELD_OUT, DRAWN),
+    "order": (GENERATOR,),
+    "orders": (GENERATOR,),
+    "tokenizer": (GENERATOR, DRAWN),
+    "seed": (GENERATOR, *SCORES),
+    "batch": (*HELD_OUT, DRAWN),
+    "precision": (*HELD_OUT, REPAINTED, DRAWN),
+    "lpips": (REPAINTED,),
+    **dict.fromkeys(("overwrite", "protocol", "reference", "assume", "weights"), SCORES),
+    **dict.fromkeys(("samples", "accept"), SCORES),
+    **dict.fromkeys(("preset", "temperature", "top_k", "top_p"), (DRAWN,)),
+    **dict.fromkeys(("guidance", "steps", "noise"), (DRAWN,)),
+}
+
+
+def given(parser: argparse.ArgumentParser, words: Sequence[str]) -> frozenset[str]:
+    """The names of what stands on a command line, also where it equals the default."""
+    defaults = [(action, action.default) for action in parser._actions]
+    try:
+        for action, _ in defaults:
+            action.default = argparse.SUPPRESS
+        return frozenset(vars(parser.parse_args(words)))
+    finally:
+        for action, default in defaults:
+            action.default = default
+
+
+def is_given(args: argparse.Namespace, name: str) -> bool:
+    """Whether an option stands on the command line; unknown of arguments made by hand."""
+    return name in getattr(args, "given", ())
+
+
+def check(args: argparse.Namespace, idle: Mapping[str, str]) -> None:
+    """One error for all options that were given and are idle; `idle` says when each is not."""
+    wrong = {name: when for name, when in idle.items() if is_given(args, name)}
+    if wrong:
+        told = ", ".join(f"{spelled(name)} (it is for {when})" for name, when in wrong.items())
+        what, which = ("option has", "it") if len(wrong) == 1 else ("options have", "them")
+        raise UserError(f"{len(wrong)} {what} no effect here: {told}: leave {which} out")
+
+
+def check_mode(args: argparse.Namespace, modes: Mapping[str, Collection[str]], mode: str) -> None:
+    """The same of a command with modes: in which of them each option has an effect."""
+    check(args, {name: " and ".join(of) for name, of in modes.items() if mode not in of})
+
+
+def spelled(name: str) -> str:
+    """`top_k` as it is written on a command line."""
+    return f"--{name.replace('_', '-')}"
