@@ -133,7 +133,8 @@ def main(
             done += 1
             if done % every.scalars == 0 or done == steps:
                 values = jax.device_get(scalars)
-                log.scalars(done, values | {"images_seen": done * settings.batch_size})
+                seen = {"images_seen": done * settings.batch_size, "broken_images": batches.bad}
+                log.scalars(done, values | seen)
                 bar.set_postfix_str(report.figures(values, ("nats_per_token", "token_accuracy")))
                 state.give_up(values, done)
             asked = stop.agreed()
@@ -244,6 +245,7 @@ def grid(generator, preset, classes, with_what, settings) -> np.ndarray:
         *(generator, tokenizer.module, cond, sampler),
         seed=settings.seed,
         batch=len(jax.tree.leaves(cond)[0]),
+        what="",
     )
     return report.grid(image_NHW3, columns, scale=2)
 

@@ -172,3 +172,22 @@ def test_a_figure_that_there_is_none_of_is_none_everywhere(tmp_path):
     log.scalars(1, {"nats": 1.5, "nats_error": None}, split="held_out")
     log.close()
     assert report.read(tmp_path)[0]["nats_error"] is None
+
+
+def test_work_goes_on_when_nobody_listens(monkeypatch):
+    """A closed terminal, a pipe without a reader, a log on a full disk."""
+
+    class Gone:
+        def isatty(self):
+            return False
+
+        def write(self, text):
+            raise BrokenPipeError
+
+        def flush(self):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(report.sys, "stderr", Gone())
+    report.say("lost")
+    with report.bar(2, what="draw") as bar:
+        bar.update(2)

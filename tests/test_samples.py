@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tokgen import samples
+from tokgen.data import images
 from tokgen.interfaces import UserError
 
 
@@ -197,6 +198,15 @@ def test_fewer_images_are_taken_from_all_over_a_set(tmp_path):
     labels = np.concatenate([part["label"] for part in parts[:4]])
     assert np.bincount(labels).tolist() == [4] * 5 and len(spread) == 20
     assert spread.identity != samples.given(tmp_path / "a.npz").identity
+
+
+@pytest.mark.parametrize(
+    "ending", [e for e in (".jpe", ".JFIF", ".avif", ".webp") if e.lower() in images.EXTENSIONS]
+)
+def test_forms_that_change_pixels_are_refused_by_every_ending(tmp_path, ending):
+    (tmp_path / f"a{ending}").write_bytes(b"whatever it holds")
+    with pytest.raises(UserError, match="lossy form"):
+        samples.given(tmp_path)
 
 
 def test_labels_of_samples_have_the_names_that_were_written_beside_them(tmp_path):

@@ -307,7 +307,9 @@ def generator_source(
             f"{tokenizer.step} holds a continuous tokenizer, which writes no tokens; need one with "
             "a discrete quantizer (vq, fsq, lfq, bsq, multiscale)"
         )
-    pictures = image_source(tokenizer.config, data.get("images", ""), split, order=order)
+    # whose condition is a text needs no classes
+    known = dict(order=order, doubtful="drop" if text else "refuse")
+    pictures = image_source(tokenizer.config, data.get("images", ""), split, **known)
     if not len(pictures):
         return pictures  # nothing is held out
     if isinstance(pictures, captioned.Source):  # what the tokenizer's decoder reads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import datetime
 import math
 import pathlib
@@ -127,12 +128,16 @@ def printable(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """A line for the person at the terminal, above a progress bar if one runs."""
+    """A line for the person at the terminal, above a progress bar if one runs.
+
+    Where nobody listens any more, the work goes on: a terminal that was closed, a full log disk.
+    """
     text = printable(text)
-    if sys.stderr.isatty():
-        tqdm.tqdm.write(text, file=sys.stderr)
-    else:  # tqdm would blank out a line that isn't there
-        print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        if sys.stderr.isatty():
+            tqdm.tqdm.write(text, file=sys.stderr)
+        else:  # tqdm would blank out a line that isn't there
+            print(text, file=sys.stderr, flush=True)
 
 
 class Log:

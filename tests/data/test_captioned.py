@@ -83,6 +83,13 @@ def test_a_config_names_both_parts(tmp_path):
         config.check(dict(data=dict(section, images=dict(name="shapes", counts=5))))
 
 
+def test_where_nothing_is_held_out_there_are_no_texts(tmp_path):
+    (tmp_path / "1.png").write_bytes(b"")
+    nothing = folder.Source(tmp_path, split="held_out", held_out=0.0)
+    source = captioned.Source(nothing, tmp_path / "none", split="held_out")
+    assert len(source) == 0 and source.classes == () and source.fingerprint == nothing.fingerprint
+
+
 def test_the_fingerprint_knows_images_and_features(tmp_path):
     def fingerprint(count=5, seed=0, change=None, dtype=np.float32):
         features(tmp_path, count, dtype)

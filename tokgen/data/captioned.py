@@ -59,6 +59,9 @@ class Source:
     def __init__(self, images, features: str | os.PathLike, *, split: str = "train"):
         self.images, self.classes = images, images.classes
         self.inner = images  # whose images they are: what cannot be read is counted there
+        if not len(images):  # nothing is held out, and has no texts
+            self.features, self.fingerprint, self.earlier = None, images.fingerprint, ()
+            return
         self.features = Features(features, split, len(images))
         self.fingerprint = self.features.fingerprint(images.fingerprint)
         self.earlier = tuple(map(self.features.fingerprint, getattr(images, "earlier", ())))

@@ -25,7 +25,7 @@ from tokgen import interfaces, ranges
 
 # By format the endings of its files. Raster formats only: PIL would hand an EPS file to
 # ghostscript, and a few others to plug-ins that nobody looks after.
-_ENDINGS = {
+ENDINGS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png", ".apng"),
     "WEBP": (".webp",),
@@ -35,8 +35,8 @@ _ENDINGS = {
     "TIFF": (".tif", ".tiff"),
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
 } | ({"AVIF": (".avif",)} if "avif" in features.get_supported() else {})
-FORMATS = tuple(_ENDINGS)
-EXTENSIONS = tuple(ending for endings in _ENDINGS.values() for ending in endings)
+FORMATS = tuple(ENDINGS)
+EXTENSIONS = tuple(ending for endings in ENDINGS.values() for ending in endings)
 # Where a crop of the ten begins, as shares of the room above and to the left of it.
 CORNERS = {
     "top_left": (0.0, 0.0),
