@@ -265,6 +265,16 @@ def test_both_networks_of_the_game_move(tokenizer):
     assert (tokenizer / "curves.png").stat().st_size > 1000
 
 
+def test_the_average_of_a_run_is_none_of_its_parameters(tokenizer, generator):
+    """A decay that is lost would make it their copy."""
+    for workdir in (tokenizer, generator):
+        found = manifest(workdir)
+        paths = [path for path in found if path.startswith("model/ema/")]
+        pairs = [(found[p], found[p.replace("/ema/", "/params/", 1)]) for p in paths]
+        apart = [a for a, b in pairs if a["checksum"] != b["checksum"]]
+        assert len(apart) > 0.8 * len(paths) > 0
+
+
 def test_a_killed_tokenizer_run_goes_on_to_the_same_bits(place, tokenizer, capfd):
     workdir = place / "killed_tokenizer"
     words = tokenizer_words(place, workdir)
@@ -429,15 +439,23 @@ def test_one_class_by_name(place, generator):
 
 
 def test_evaluate_both_kinds(place, tokenizer, generator, capsys):
-    command("evaluate", tokenizer, "--reconstruction", "--data", place / "pictures",
-            "--out", place / "figures.jsonl")  # fmt: skip
+    command("evaluate", tokenizer, "--reconstruction", "--out", place / "figures.jsonl")
     command("evaluate", generator, "--out", place / "figures.jsonl")
     lines = (place / "figures.jsonl").read_text().splitlines()
     pixels, nats = (json.loads(line) for line in lines)
     assert 3 < pixels["psnr_db"] < 40 and -1 < pixels["ssim"] < 1
     assert 0 < pixels["codebook_usage"] <= 1
-    # five steps from uniform predictions over 32 codes
-    assert abs(nats["nats_per_token"] - np.log(32)) < 0.7
+    # the figures that training measured of this step, and of no other weights
+    for found, workdir, name in ((pixels, tokenizer, "l2"), (nats, generator, "nats_per_token")):
+        best = checkpoint.find(workdir)
+        trained = {step: checkpoint.read_meta(best.with_name(step))["metrics"] for step in "245"}
+        assert all(trained[best.name][name] <= each[name] for each in trained.values())
+        for step, figures in trained.items():
+            near = abs(figures[name] - found[name]) < 1e-5 * abs(found[name])
+            assert near == (step == best.name), (workdir, step)
+    # five steps from uniform predictions over 32 codes: a little has been learned
+    learned = [trained[step]["nats_per_token"] for step in "25"]
+    assert learned[1] < learned[0] - 1e-4 and learned[1] < np.log(32) + 0.7
     np.testing.assert_allclose(nats["bits_per_token"], nats["nats_per_token"] / np.log(2))
     assert 0 < nats["unigram_nats"] < 1.2 * np.log(32)
     assert f"{nats['nats_per_token']:.4f}" in capsys.readouterr().out

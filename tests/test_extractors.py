@@ -135,7 +135,7 @@ def test_published_networks_are_read_from_a_file_that_is_told(tmp_path, monkeypa
     published = extractors.Published(
         lambda arrays: Means(float(arrays["factor"])), ("pool3", "spatial"), "It is from nowhere."
     )
-    monkeypatch.setattr(extractors.reader, "read", lambda path: dict(np.load(path)))
+    monkeypatch.setattr(extractors.reader, "network", lambda path: dict(np.load(path)))
     monkeypatch.setitem(extractors.PUBLISHED, "inception", published)
     found = extractors.from_file("inception", str(file))
     record = found.record

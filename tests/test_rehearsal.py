@@ -111,7 +111,7 @@ def chosen() -> list[mutants.Mutant]:
     assert {f"{name}" for name in test_config.FILES} == {*large, *(r for r in SMALL)}
     return [
         *(mutant for reference in small for mutant in mutants.of(reference, 9)),
-        *(mutant for reference in large for mutant in mutants.of(reference, 4, LARGE_KINDS)),
+        *(mutant for reference in large for mutant in mutants.of(reference, 3, LARGE_KINDS)),
     ]
 
 

@@ -87,7 +87,7 @@ def at(step):
 
 
 def config(latest=1, best=1):
-    settings = test_checkpoint.load_config("steps=100")
+    settings = test_checkpoint.load_config("steps=100", "report.save=20")
     settings.keep.latest, settings.keep.best = latest, best
     return settings
 
@@ -337,3 +337,12 @@ def test_a_full_disk_by_errno_is_told(tmp_path, monkeypatch):
     ):
         run.save(at(1))
     run.close()
+
+
+def test_a_distance_that_had_no_weight_files_was_not_trained():
+    """Such a run goes on by a config that says so itself."""
+    fields = {"loss.l2": 1.0, "loss.lpips": 1.0, "perceptual.lpips": ""}
+    assert runs.as_trained(fields) == fields | {"loss.lpips": 0.0}
+    for other in ({"perceptual.lpips": "vgg.pth"}, {"perceptual.other": ""}):
+        kept = {"loss.lpips": 1.0} | other
+        assert runs.as_trained(kept) == kept

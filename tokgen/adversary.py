@@ -102,7 +102,7 @@ def build(game: Game, settings, *, rngs):
         context["size"] = settings.view.size[0]
     critic = configs.build(section, "critic.network", **context)
     if isinstance(critic, features.Discriminator):
-        critic.load(*game.features.split(","), read=reader.read)
+        critic.load(*game.features.split(","), read=reader.network)
     return critic
 
 

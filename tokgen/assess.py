@@ -215,7 +215,7 @@ def repainted(args: argparse.Namespace) -> supplies.Repainted:
     if args.lpips:
         weights = {}
         for file in args.lpips:
-            weights |= weights_.read(file)
+            weights |= weights_.network(file)
         network = perceptual.from_weights(weights)
         distances[f"lpips_{trunk_of(network)}"] = network
     supply = supplies.Repainted(loaded, source, count=count, distances=distances)

@@ -88,7 +88,7 @@ def from_file(name: str, path: str) -> Extractor:
         )
     if not pathlib.Path(path).is_file():
         raise UserError(f"no weight file at {path}. {published.source}")
-    network = published.make(reader.read(path))
+    network = published.make(reader.network(path))
     record = {
         "name": name,
         "fingerprint": fingerprint(name, network),

@@ -271,7 +271,7 @@ def load_frozen(settings, plan) -> dict:
     check_frozen(settings, plan)
     frozen = {"perceptual": {}}
     for name, files in _distances(settings, plan).items():
-        frozen["perceptual"][name] = perceptual.build({name: (1.0, files)}, read=reader.read)
+        frozen["perceptual"][name] = perceptual.build({name: (1.0, files)}, read=reader.network)
     if any(stage.objective == "codes" for stage in plan):
         frozen["teacher"] = checkpoint.load_tokenizer(settings.teacher).module
     return frozen

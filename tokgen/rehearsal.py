@@ -41,10 +41,17 @@ ENTROPIES = ("sample_entropy", "batch_entropy")  # what training may raise as we
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """The section `held_out`: images measured at a save, pictures of each class in its grid."""
+    """The section `held_out` of a tokenizer's config: images that are measured at a save."""
 
     images: ranges.Count
-    samples: Annotated[int, ranges.Range(0, 256)] = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutAndDrawn:
+    """That of a generator's: also pictures of each class in the grid that is drawn."""
+
+    images: ranges.Count
+    samples: Annotated[int, ranges.Range(0, 256)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,16 +66,16 @@ class Report:
 class Keep:
     """The section `keep`: how many of the latest and of the best steps stay."""
 
-    latest: ranges.Whole = 1
-    best: ranges.Whole = 1
+    latest: ranges.Whole
+    best: ranges.Whole
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """The section `data` of a generator's config."""
 
-    tokens: str = ""
-    tokenizer: str = ""
+    tokens: str
+    tokenizer: str
     images: str = ""
     views: str = "center,flip"
     text: str = ""
@@ -91,7 +98,7 @@ class Fields:
     held_out: dict
     report: dict
     keep: dict
-    init_from: str = ""
+    init_from: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,7 +133,6 @@ class GeneratorFields(Fields):
 
 SHARED = dict(
     precision=(precision.Precision, ()),
-    held_out=(HeldOut, ()),
     report=(Report, ()),
     keep=(Keep, ()),
     mesh=(sharding.make_mesh, ()),
@@ -147,6 +153,7 @@ def tokenizer_fields(settings) -> None:
         critic=(adversary.Game, ()),
         **rival,
         guard=(guard.Limits, ()),
+        held_out=(HeldOut, ()),
         **SHARED,
     )
     ranges.refuse([*_shared(settings), *_weights(settings)])
@@ -172,6 +179,7 @@ def generator_fields(settings) -> None:
         settings,
         GeneratorFields,
         data=(Tokens, ()),
+        held_out=(HeldOutAndDrawn, ()),
         generator__rates=(transformer.Rates, ()),
         optimizer=(state.optimizer, ("steps", "begin")),
         **SHARED,
@@ -210,9 +218,16 @@ def _optimizer(section, name: str, steps: int) -> None:
     config.call(state.optimizer, section, name, steps=steps)
 
 
+# What has a default, and is read by those who are handed a config or a checkpoint
+STATED = ("precision.params", "precision.compute", "view.size", "view.channels")
+
+
 def _shared(settings) -> list[str]:
     """What is wrong between fields that both programs have."""
     found = []
+    for section, name in (field.split(".") for field in STATED):
+        if section in settings and name not in settings[section]:
+            found.append(f"{section} needs {name!r}")
     if settings.strategy not in sharding.STRATEGIES:
         names = ", ".join(sharding.STRATEGIES)
         near = difflib.get_close_matches(settings.strategy, sharding.STRATEGIES, 1)
@@ -314,7 +329,7 @@ def generator(
     )
     check_memory(network, batch, memory or bytes_of(mesh))
     jax.eval_shape(train_step(settings, graph, optimizer), network, batch, codec)
-    if settings.held_out.get("samples", 0):
+    if settings.held_out.samples:
         rows = settings.held_out.samples * min(max(classes, 1), 10)
         cond = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype),
@@ -338,10 +353,11 @@ def _decoded(sampler, generator, codec, cond):
 
 
 def _prepared(settings, shapes: nnx.Module, name: str):
-    """(generator, sampler) of a preset; one without "no class" cannot be guided."""
+    """(generator, sampler) of a preset; one without "no class" cannot be guided by default."""
     try:
         made, sampler = presets.prepare(shapes, presets.named(settings.presets.to_dict(), name))
-        if sampler.guidance and getattr(shapes, "cond", "label") == "label":
+        labels = getattr(shapes, "cond", "label") == "label"
+        if name == "default" and sampler.guidance and labels:
             shapes.null(np.zeros(1, np.int32))
     except UserError as error:
         raise UserError(f"config.presets.{name}: {error}") from error

@@ -296,10 +296,13 @@ def resume_or_start(
 
 def _room(run: Run, size: int) -> None:
     """Tell, before any work, when the disk cannot hold the checkpoints that are to be kept."""
-    keep = run.config.get("keep", {"latest": 1, "best": 1})
+    keep, steps = run.config.get("keep", {"latest": 1, "best": 1}), run.config.steps
+    stated = sum(0 < step < steps for step in run.stated)
     # one more than stay: the new one is whole before another goes
-    count = max(1, keep["latest"]) + max(1, keep["best"]) + len(run.stated) + 1
-    missing = max(1, count - len(run.manager.all_steps()))
+    count = max(1, keep["latest"]) + max(1, keep["best"]) + stated + 1
+    there = run.manager.all_steps()
+    saves = math.ceil((steps - max(there, default=0)) / run.config.report.save) + stated
+    missing = max(1, min(count - len(there), saves))
     free = shutil.disk_usage(run.workdir).free
     if free >= missing * size:
         return
@@ -380,6 +383,19 @@ def drop_after(run: Run, step: int) -> None:
             run.manager.delete(later)
 
 
+def as_trained(fields: dict) -> dict:
+    """Fields of a recorded config, with the weight 0 of distances that were given no weight files.
+
+    They were left out then; now a config says so itself.
+    """
+    off = {
+        f"loss.{n.removeprefix('perceptual.')}"
+        for n, v in fields.items()
+        if v == "" and n.startswith("perceptual.")
+    }
+    return fields | {name: 0.0 for name in off if name in fields}
+
+
 def _same_run(meta: dict, run: Run, step: pathlib.Path) -> None:
     """Refuse to go on with another model, data set, batch size or seed."""
     if meta["kind"] != run.meta["kind"]:
@@ -387,7 +403,7 @@ def _same_run(meta: dict, run: Run, step: pathlib.Path) -> None:
             f"{step} holds a {meta['kind']}; this program trains a {run.meta['kind']}: use another "
             "--workdir"
         )
-    old = configs.flat(json.loads(json.dumps(meta["config"])))
+    old = as_trained(configs.flat(json.loads(json.dumps(meta["config"]))))
     new = configs.flat(json.loads(json.dumps(configs.plain(run.config))))
     changes = [
         f"  {name}: {old.get(name, 'absent')!r} there, {new.get(name, 'absent')!r} here"

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import pathlib
 import zipfile
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from tokgen import archives, scan
+from tokgen import archives, records, scan
 from tokgen.data import folder, images, reader
 from tokgen.interfaces import UserError
 
@@ -232,10 +231,10 @@ def given(path: str | pathlib.Path, accepted: Sequence[str] = ()) -> Archive | P
 def _names(record: pathlib.Path) -> tuple[str, ...]:
     """The names of the classes that `tokgen sample` wrote beside its images."""
     try:
-        found = json.loads(record.read_text())["names"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = records.checked(records.load(record), names=list)["names"]
+    except (OSError, ValueError):
         return ()
-    named = isinstance(found, list) and all(isinstance(name, str) for name in found)
+    named = all(isinstance(name, str) for name in found)
     return tuple(found) if named else ()
 
 

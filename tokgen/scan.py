@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from tokgen import launch, report
+from tokgen import launch, records, report
 from tokgen.data import images, reader
 from tokgen.interfaces import UserError
 
@@ -264,12 +264,12 @@ def _file(source, what: str) -> pathlib.Path | None:
 def _read(file: pathlib.Path, source) -> tuple[Found, list] | None:
     """(what a scan found, the unreadable) of a file; None where it is not there, or damaged."""
     try:
-        kept = json.loads(file.read_text())
+        kept = records.load(file)
         sizes = {(int(r), int(c)): int(n) for r, c, n in kept["sizes"]}
         forms = {str(form): int(count) for form, count in kept["forms"].items()}
         found = Found(int(kept["count"]), int(kept["decoded"]), forms, sizes, str(kept["sha256"]))
         unreadable = [(int(index), str(reason)) for index, reason in kept["unreadable"]]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
     if any(not 0 <= index < len(source) for index, _ in unreadable):
         return None

@@ -288,7 +288,7 @@ def inception(tmp_path, monkeypatch) -> pathlib.Path:
     )
     for name in ("inception", "inception_torch"):
         monkeypatch.setitem(extractors.PUBLISHED, name, published)
-    monkeypatch.setattr(extractors.reader, "read", lambda path: dict(np.load(path)))
+    monkeypatch.setattr(extractors.reader, "network", lambda path: dict(np.load(path)))
     monkeypatch.setattr(references, "WIDTHS", {"inception": {"pool3": 6, "spatial": 4}})
     adm = dataclasses.replace(
         protocols.PROTOCOLS["adm-50k"],

@@ -145,7 +145,7 @@ def test_the_error_of_a_missing_file_says_where_weights_come_from(tmp_path):
             perceptual.load(str(path), read=reader.read)
         assert "torchvision" in str(error.value)
         assert "PerceptualSimilarity" in str(error.value)
-        assert "training works without" in str(error.value)
+        assert "trains without" in str(error.value)
 
 
 @pytest.mark.skipif(not FIXTURE.is_dir(), reason="no parity fixtures")

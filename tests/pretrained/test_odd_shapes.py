@@ -113,3 +113,12 @@ def test_no_shape_ends_in_a_traceback(name, folder_of):
             fits = fitted(weights | {key: array}, name, published)
             # more codes or no classes are another network of the same system
             assert not fits or what in ("longer", "one") or array.shape == weights[key].shape, key
+
+
+@pytest.mark.parametrize("value", [None, 0, -1, 10**12, "64", [], {}, [[1]], 1.5, True])
+def test_odd_sizes_of_images_in_a_configuration(value, folder_of):
+    folder = folder_of("taming_vqgan")
+    with pytest.raises(UserError, match="view|do not look like"):
+        transfer.fit(
+            folder.weights(), "taming_vqgan", folder.config | {"resolution": value}, source="here"
+        )

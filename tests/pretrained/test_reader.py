@@ -606,6 +606,22 @@ def test_a_folder_means_its_weight_file(tmp_path):
         reader.read(tmp_path)
 
 
+def test_a_network_is_found_in_what_trainers_put_around_it(tmp_path):
+    path, arrays = tmp_path / "x.pth", {"a.w": np.ones(3), "a.b": np.zeros(2)}
+    for wrap, prefix in (
+        *(((), ""), (("state_dict",), ""), (("teacher",), "module.")),
+        *((("model",), "_orig_mod.module."), ((), "module.")),
+    ):
+        entries = {wrap: {prefix + key: array for key, array in arrays.items()}}
+        if wrap:
+            entries |= {("optimizer", "state"): {"m": np.ones(9)}, (): {"step": np.ones(1)}}
+        writer.write_entries(path, entries, form="torch")
+        assert set(reader.network(path)) == set(arrays), (wrap, prefix)
+    writer.write_entries(path, {("what", "ever"): arrays}, form="torch")
+    with pytest.raises(interfaces.UserError, match="'what' is a dict, not a tensor"):
+        reader.network(path)
+
+
 def test_an_outline_names_what_holds_arrays(path):
     tensor = _tensor(_storage("a", 1), 0, (1,), (1,))
     value = _dict(

@@ -28,13 +28,12 @@ UNUSED = ("classifier.", "scaling_layer.", "lins.")
 SOURCES = (
     "LPIPS needs a trunk from torchvision (vgg16-397923af.pth, keys features.N.*) and the heads "
     "of the LPIPS repository, github.com/richzhang/PerceptualSimilarity "
-    "(lpips/weights/v0.1/vgg.pth, keys linN.*); training works without them, the perceptual "
-    "loss left out"
+    "(lpips/weights/v0.1/vgg.pth, keys linN.*); config.loss.lpips=0 trains without them"
 )
 
 CLASSIFIER_SOURCES = {
-    name: f"the perceptual loss {name} needs torchvision's {file}; training works without it, "
-    "this loss left out"
+    name: f"the perceptual loss {name} needs torchvision's {file}; config.loss.{name}=0 trains "
+    "without it"
     for name, file in (
         ("resnet50", "ResNet50_Weights.IMAGENET1K_V1 (resnet50-0676ba61.pth)"),
         ("convnext_small", "ConvNeXt_Small_Weights.IMAGENET1K_V1 (convnext_small-0c510722.pth)"),

@@ -35,6 +35,11 @@ LONGEST_NAMES = 2**26  # characters, of all names together: a dict may be mentio
 OVERLAP = 4  # times the file's size that all arrays may take: tied weights are stored once
 LONGEST_MESSAGE = 900
 INDEX = ".index.json"
+# Entries around a state dict that trainers write, whatever the network
+CONTAINERS = (
+    *("state_dict", "model", "module", "net", "network", "model_state_dict", "params", "weights"),
+    *("generator", "tokenizer", "teacher"),
+)
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack")
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -87,6 +92,21 @@ def read(
     if path.endswith(INDEX):
         _same_names(path, [set(part) for part in parts])
     return found
+
+
+def network(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of the one network in a file, out of what trainers put around them.
+
+    The entry of CONTAINERS with the most of them, or the outermost; without "module." before all.
+    """
+    found = outline(path)
+    known = [name for name in ("", *CONTAINERS) if name in found.entries]
+    entry = max(known, key=lambda name: len(found.entries[name]), default="")
+    arrays = read(path, *filter(None, [entry]), flatten=found.form == "flax")
+    for prefix in ("_orig_mod.", "module."):
+        if all(name.startswith(prefix) for name in arrays):
+            arrays = {name.removeprefix(prefix): array for name, array in arrays.items()}
+    return arrays
 
 
 @dataclasses.dataclass(frozen=True)

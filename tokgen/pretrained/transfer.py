@@ -27,11 +27,6 @@ DTYPES = {
     name: np.dtype(name) for name in ("float64", "float32", "float16", "int64", "int32", "int16")
 } | {"bfloat16": np.dtype(ml_dtypes.bfloat16), "int8": np.dtype("i1"), "uint8": np.dtype("u1")}
 
-# Entries around a state dict that trainers write, whatever the system
-CONTAINERS = (
-    *("state_dict", "model", "module", "net", "network", "model_state_dict", "params", "weights"),
-    *("generator", "tokenizer"),
-)
 AVERAGES = ("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "module_ema")
 # Parts of names that torch.compile and those that shard a network put into them
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -138,8 +133,8 @@ def _chosen(
             )
         return entry, None
     candidates = [name for name in system.unwrap if outline.names(name)]
-    for outer in (*system.unwrap, *CONTAINERS):
-        inside = [f"{outer}.{inner}" for inner in CONTAINERS]
+    for outer in (*system.unwrap, *reader.CONTAINERS):
+        inside = [f"{outer}.{inner}" for inner in reader.CONTAINERS]
         candidates += [name for name in (outer, *inside) if name in outline.entries]
     candidates += [name for name in ("", *AVERAGES) if name in outline.entries]
     if not candidates and len(outline.entries) == 1:
@@ -152,7 +147,7 @@ def _chosen(
     chosen = candidates[0]
     outer = chosen.split(".")[:-1] if chosen else []
     for name in AVERAGES:
-        for inner in ([], *([inner] for inner in CONTAINERS)):
+        for inner in ([], *([inner] for inner in reader.CONTAINERS)):
             found = ".".join([*outer, name, *inner])
             # an average of a few arrays is something else
             if found != chosen and 2 * len(outline.entries.get(found, ())) >= len(
