@@ -146,6 +146,17 @@ def test_nothing_makes_room_before_the_newest_step_has_its_figures(tmp_path):
     run.close()
 
 
+def test_the_classes_of_a_run_are_those_of_its_last_step(tmp_path):
+    assert runs.classes(tmp_path) == ()
+    run = open_run(tmp_path)
+    run.meta["classes"] = ["0", "10", "2"]
+    run.save(at(3), {"l2": 0.5})
+    run.close()
+    assert runs.classes(tmp_path) == ("0", "10", "2")
+    (tmp_path / checkpoint.FOLDER / "7").mkdir()  # told when it is read to go on from
+    assert runs.classes(tmp_path) == ()
+
+
 def test_what_cannot_be_read_is_not_deleted(tmp_path, capfd):
     run = open_run(tmp_path)
     run.save(at(1), {"l2": 0.9})
