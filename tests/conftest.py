@@ -33,7 +33,7 @@ EMITTERS = "xla_cpu_use_fusion_emitters"
 CHOICE = importlib.metadata.version("jaxlib").split(".")[:2] == ["0", "10"]
 if CHOICE and EMITTERS not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{EMITTERS}=false".strip()
-# A program is compiled in one piece: cut into 32 for as many cores, it takes an eighth longer on few.
+# Programs are compiled in one piece: in 32, for as many cores, it takes an eighth longer on few.
 PIECES = "xla_cpu_parallel_codegen_split_count"
 if CHOICE and PIECES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{PIECES}=1".strip()
