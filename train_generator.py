@@ -133,7 +133,8 @@ def main(
             done += 1
             if done % every.scalars == 0 or done == steps:
                 values = jax.device_get(scalars)
-                log.scalars(done, values | {"images_seen": done * settings.batch_size})
+                seen = {"images_seen": done * settings.batch_size, "broken_images": batches.bad}
+                log.scalars(done, values | seen)
                 bar.set_postfix_str(report.figures(values, ("nats_per_token", "token_accuracy")))
                 state.give_up(values, done)
             asked = stop.agreed()

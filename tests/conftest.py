@@ -33,6 +33,10 @@ EMITTERS = "xla_cpu_use_fusion_emitters"
 CHOICE = importlib.metadata.version("jaxlib").split(".")[:2] == ["0", "10"]
 if CHOICE and EMITTERS not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{EMITTERS}=false".strip()
+# Programs are compiled in one piece: in 32, for as many cores, it takes an eighth longer on few.
+PIECES = "xla_cpu_parallel_codegen_split_count"
+if CHOICE and PIECES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{PIECES}=1".strip()
 # Tests compile many small programs, each below the default of one second. Not 0: with every program
 # kept, a worker of 3,233 tests ended in a segmentation fault once (jax 0.10.2), at no great gain.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")

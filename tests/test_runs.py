@@ -163,6 +163,17 @@ def test_a_run_that_is_stopped_again_and_again_fills_no_disk(tmp_path):
     assert steps_of(tmp_path) == [1, 2, 5]
 
 
+def test_the_classes_of_a_run_are_those_of_its_last_step(tmp_path):
+    assert runs.classes(tmp_path) == ()
+    run = open_run(tmp_path)
+    run.meta["classes"] = ["0", "10", "2"]
+    run.save(at(3), {"l2": 0.5})
+    run.close()
+    assert runs.classes(tmp_path) == ("0", "10", "2")
+    (tmp_path / checkpoint.FOLDER / "7").mkdir()  # told when it is read to go on from
+    assert runs.classes(tmp_path) == ()
+
+
 def test_what_cannot_be_read_is_not_deleted(tmp_path, capfd):
     run = open_run(tmp_path)
     run.save(at(1), {"l2": 0.9})
@@ -343,3 +354,12 @@ def test_a_full_disk_by_errno_is_told(tmp_path, monkeypatch):
     ):
         run.save(at(1))
     run.close()
+
+
+def test_a_distance_that_had_no_weight_files_was_not_trained():
+    """Such a run goes on by a config that says so itself."""
+    fields = {"loss.l2": 1.0, "loss.lpips": 1.0, "perceptual.lpips": ""}
+    assert runs.as_trained(fields) == fields | {"loss.lpips": 0.0}
+    for other in ({"perceptual.lpips": "vgg.pth"}, {"perceptual.other": ""}):
+        kept = {"loss.lpips": 1.0} | other
+        assert runs.as_trained(kept) == kept

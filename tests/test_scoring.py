@@ -287,3 +287,14 @@ def test_intervals_cover_other_draws_of_the_samples():
         out += not figure["low"] <= wanted <= figure["high"]
     assert out <= 4
     assert bootstrap.of_mean(np.ones(9), seed=0).error == 0
+
+
+def test_figures_that_are_not_finite_are_none_and_say_so():
+    figures = {
+        "fid": {"value": float("nan"), "low": 1.0, "high": 2.0},
+        "kid": {"value": 3.0, "error": float("inf"), "subset": 5},
+        "is": {"value": 2.0, "low": float("nan"), "high": 3.0, "parts": 1},
+    }
+    kept, absent = scoring.settled(figures, {"cmmd": "no"})
+    assert kept == {"kid": {"value": 3.0, "subset": 5}, "is": {"value": 2.0, "parts": 1}}
+    assert absent == {"cmmd": "no", "fid": "it is not finite: found nan"}

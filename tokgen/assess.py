@@ -350,6 +350,13 @@ def labels_of(
     names = tuple(getattr(supply, "classes", ()))
     if (known and real and real != known) or (not names and classes > len(target)):
         return label_N, 0
+    if not names and names_.numbered(target) and not names_.counted(target):
+        report.say(
+            "no figures by class: the labels are numbers without names, and the classes of the "
+            f"reference are numbers in an order of their own, {names_.listed(target)}; give a "
+            "folder with class folders, or one that tokgen sample wrote"
+        )
+        return label_N, 0
     if not names:
         return label_N, len(target)
     try:

@@ -353,10 +353,11 @@ def _decoded(sampler, generator, codec, cond):
 
 
 def _prepared(settings, shapes: nnx.Module, name: str):
-    """(generator, sampler) of a preset; one without "no class" cannot be guided."""
+    """(generator, sampler) of a preset; one without "no class" cannot be guided by default."""
     try:
         made, sampler = presets.prepare(shapes, presets.named(settings.presets.to_dict(), name))
-        if sampler.guidance and getattr(shapes, "cond", "label") == "label":
+        labels = getattr(shapes, "cond", "label") == "label"
+        if name == "default" and sampler.guidance and labels:
             shapes.null(np.zeros(1, np.int32))
     except UserError as error:
         raise UserError(f"config.presets.{name}: {error}") from error

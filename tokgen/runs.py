@@ -384,6 +384,19 @@ def drop_after(run: Run, step: int) -> None:
             run.manager.delete(later)
 
 
+def as_trained(fields: dict) -> dict:
+    """Fields of a recorded config, with the weight 0 of distances that were given no weight files.
+
+    They were left out then; now a config says so itself.
+    """
+    off = {
+        f"loss.{n.removeprefix('perceptual.')}"
+        for n, v in fields.items()
+        if v == "" and n.startswith("perceptual.")
+    }
+    return fields | {name: 0.0 for name in off if name in fields}
+
+
 def _same_run(meta: dict, run: Run, step: pathlib.Path) -> None:
     """Refuse to go on with another model, data set, batch size or seed."""
     if meta["kind"] != run.meta["kind"]:
@@ -391,7 +404,7 @@ def _same_run(meta: dict, run: Run, step: pathlib.Path) -> None:
             f"{step} holds a {meta['kind']}; this program trains a {run.meta['kind']}: use another "
             "--workdir"
         )
-    old = configs.flat(json.loads(json.dumps(meta["config"])))
+    old = as_trained(configs.flat(json.loads(json.dumps(meta["config"]))))
     new = configs.flat(json.loads(json.dumps(configs.plain(run.config))))
     changes = [
         f"  {name}: {old.get(name, 'absent')!r} there, {new.get(name, 'absent')!r} here"

@@ -187,6 +187,7 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     how += [f"{figures['orders']} orders"] if "orders" in figures else []
     title = f"nats_per_token ({', '.join(how)})" if how else "nats_per_token"
     if data["tokens"]:  # images would all have to be encoded for it
+        reader.share(source, train)
         figures |= heldout.unigram(train, source, loaded.layout)
     return figures, title, source, loaded.config.precision.compute
 

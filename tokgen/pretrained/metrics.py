@@ -38,7 +38,9 @@ def metrics(folder) -> Arrays:
             strict=True,
         )
         arrays |= {f"{name}_k{k}": np.asarray(value) for name, value in found.items()}
-    (count_V,) = codebook.counts(folder.given("codes")[..., None], TokenLayout((CODES,), ((1, 1),)))
+    codes_NL = folder.given("codes")
+    layout = TokenLayout((CODES,), ((1, codes_NL.shape[-1]),))
+    (count_V,) = codebook.counts(codes_NL.reshape(-1, layout.length, 1), layout)
     arrays["codebook_usage"] = codebook.usage(count_V)
     arrays["codebook_entropy"] = codebook.entropy(count_V) / np.log(2)  # theirs is in bits
     return {name: np.asarray(value) for name, value in arrays.items() if name in folder.arrays}
