@@ -37,7 +37,7 @@ TOKENIZERS = {
         decoder=dict(
             name="two_stage",
             codes={**VIT, "channels": 24, "head": "codes"},
-            pixels=dict(name="conv", latent=6, grid=(2, 2), widths=(32, 32), blocks=1),
+            pixels=dict(name="conv", latent=6, grid=(2, 2), widths=(32, 32, 32), blocks=1),
             codebook=(24, 6),
         ),
     ),
