@@ -348,7 +348,7 @@ def text_of(source) -> tuple[int, int] | None:
 
 
 def _decoded(sampler, generator, codec, cond):
-    keys_B = jax.random.split(jax.random.key(0), len(jax.tree.leaves(cond)[0]))
+    keys_B = rng.per_image(0, "sample", jnp.arange(len(jax.tree.leaves(cond)[0])))
     return decode.generate(generator, codec, cond, sampler, keys_B=keys_B).tokens_BLG
 
 
