@@ -192,7 +192,10 @@ def test_real_images_that_cannot_be_shown_are_said(tmp_path, real, change, why):
 
 
 def test_broken_real_image_is_gray(tmp_path, real):
-    source = [{"image": b"no image"}]
+    class Broken(list):
+        """A source, which can have a record of what is unreadable."""
+
+    source = Broken([{"image": b"no image"}])
     assert (gallery._pixels(source, 0, (4, 4)) == 128).all()
 
 
