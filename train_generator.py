@@ -82,6 +82,7 @@ def main(
         held_out=held_out.fingerprint,
         earlier=getattr(source, "earlier", ()),
         accept=accept,
+        fields=rehearsal.names(rehearsal.GeneratorFields),
         tokenizer=checkpoint.reference(tokenizer.step, workdir)
         | {"fingerprint": tokenizer.fingerprint},
         tokens=checkpoint.reference(source.path, workdir) if settings.data.tokens else None,
