@@ -211,6 +211,11 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_end(world, capsys):
     found = test_page.parsed(out / "index.html")
     assert "report a figure of other seeds" in " ".join(found.words) and "best" in found.marks
     assert len(found.pictures()) == 2
+    for given in ("checkpoint", "text"):  # what is read lies in what would be replaced
+        words = parsed(*world.words, out, "--overwrite")
+        setattr(words, given, str(out / "g1-seed0" / "run.json"))
+        with pytest.raises(UserError, match="holds what the command reads"):
+            sweep.run(words)
     for name in names:
         test_page.parsed(out / name / "index.html")
 

@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> None:
     grid = settings_of(args)
     check(args)
     protocol = protocols.named(args.protocol)
-    given = dict(overwrite=args.overwrite, inputs=(args.reference, args.weights, args.tokenizer))
+    inputs = (args.checkpoint, args.reference, args.weights, args.tokenizer, args.text)
+    given = dict(overwrite=args.overwrite, inputs=inputs)
     about = dict(records=RECORDS, record=evaluation.RUN, what="another sweep")
     with output.growing(args.out, **about, **given) as place:
         launch.devices()
