@@ -123,18 +123,32 @@ def test_a_folder_that_is_not_ours_is_told(tmp_path):
         made(tmp_path / "out")
 
 
-def test_a_parent_that_cannot_be_written_but_a_folder_that_can(tmp_path, monkeypatch):
+@pytest.mark.parametrize("mounted", [False, True])
+def test_a_parent_that_cannot_be_written_but_a_folder_that_can(tmp_path, monkeypatch, mounted):
     """As a mounted one in a container: filled from within, and not replaced."""
     out = tmp_path / "out"
     out.mkdir()
     before = out.stat().st_ino
-    monkeypatch.setattr(output.os.path, "ismount", lambda path: pathlib.Path(path) == out)
+    real = os.access
+
+    def access(path, how):
+        return pathlib.Path(path) != tmp_path and real(path, how)
+
+    monkeypatch.setattr(output.os, "access", access)
+    with pytest.raises(UserError, match="cannot write .*other: permission denied"):
+        made(tmp_path / "other")
+    if mounted:
+        monkeypatch.setattr(output.os.path, "ismount", lambda path: pathlib.Path(path) == out)
     made(out, "old")
     assert names(tmp_path) == ["out", "out/made.json", "out/old.png"]
     assert out.stat().st_ino == before
     with pytest.raises(UserError, match="mounted"):
         made(out, overwrite=True)
     assert names(out) == ["made.json", "old.png"]
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    with output.lines(tmp_path / "a.jsonl") as records:
+        records.append({"number": 1})
+    assert (tmp_path / "a.jsonl").read_text() == '{}\n{"number": 1}\n'
     monkeypatch.undo()
     monkeypatch.chdir(out)
     with pytest.raises(UserError, match="current folder"):

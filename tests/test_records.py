@@ -2,6 +2,7 @@
 
 import math
 import os
+import pathlib
 
 import pytest
 
@@ -72,13 +73,31 @@ def test_a_last_line_that_was_cut_off_is_left_out_and_said(tmp_path):
 
 def test_what_is_written_is_json_for_every_reader(tmp_path):
     value = {"a": math.nan, "b": [math.inf, -math.inf, 1.5], "c": {"d": (1, None, "x")}}
-    records.write(tmp_path / "x.json", value)
+    assert records.save(tmp_path / "x.json", records.text(value)) == tmp_path / "x.json"
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
     assert records.load(tmp_path / "x.json") == {
         "a": None,
         "b": [None, None, 1.5],
         "c": {"d": [1, None, "x"]},
     }
+
+
+def test_a_text_is_written_whole_in_one_encoding_and_by_many(tmp_path, monkeypatch):
+    file, parts = tmp_path / "page.html", []
+    real = pathlib.Path.replace
+
+    def seen(part, target):
+        parts.append(part)
+        return real(part, target)
+
+    monkeypatch.setattr(pathlib.Path, "replace", seen)
+    for process in (1, 2):
+        monkeypatch.setattr(records.os, "getpid", lambda process=process: process)
+        records.save(file, f"±{process}")
+    assert file.read_bytes() == "±2".encode() and len(set(parts)) == 2
+    with pytest.raises(UnicodeEncodeError):
+        records.save(file, "half \ud800")
+    assert file.read_text(encoding="utf-8") == "±2" and list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,8 @@ def test_a_damaged_archive_is_named(tmp_path, save):
         ({"arr_0": pictures(), "arr_1": np.zeros(19, int)}, r"arr_1.*\(20,\).*\(19,\)"),
         ({"arr_0": pictures(), "arr_1": np.zeros(20)}, "arr_1.*found float64"),
         ({"arr_0": pictures(), "arr_1": np.arange(20) - 1}, "0 or above.*least -1"),
+        ({"arr_0": pictures(), "arr_1": np.arange(20) + 2**40}, "below 1048576.*greatest 1099511"),
+        ({"arr_0": pictures(), "arr_1": np.full(20, 2**20)}, "below 1048576.*greatest 1048576"),
         ({"arr_0": pictures(), "arr_1": np.array(["cat"] * 20, object)}, "arr_1.*found object"),
     ],
 )

@@ -70,7 +70,7 @@ def loaded(module, **more) -> types.SimpleNamespace:
 
 def drawn(folder: pathlib.Path, count: int = 24, seed: int = 5, **more) -> supplies.Drawn:
     cond = supplies.balanced(count, len(CLASSES), seed)
-    options = dict(settings={"weight": 1.0}, preset="default", seed=seed, batch=8) | more
+    options = dict(settings={"weight": 1.0}, preset="default", seed=seed, batch=8, each=24) | more
     prepared = (Dice(), filters.Sampler())
     return supplies.Drawn(
         *(loaded(Dice()), loaded(Painter(), fingerprint="p" * 64), prepared, cond),
@@ -107,6 +107,31 @@ def test_an_image_depends_on_seed_number_and_class_only(tmp_path):
     # images follow their class: gray grows with it
     mean_K = [whole["image"][whole["label"] == k].mean() for k in range(3)]
     assert mean_K[0] < mean_K[1] < mean_K[2]
+
+
+def test_one_program_draws_every_part(tmp_path, monkeypatch):
+    """The last one too, which is longer than a batch and shorter than the others."""
+    real, seen = supplies.sample.draw_tokens, []
+
+    def counted(generator, codec, cond_B, keys_B, *words):
+        seen.append(len(keys_B))
+        return real(generator, codec, cond_B, keys_B, *words)
+
+    monkeypatch.setattr(supplies.sample, "draw_tokens", counted)
+    supply = drawn(tmp_path, count=104, batch=32, each=64)
+    parts = [supply.part(*bounds) for bounds in ((0, 64), (64, 104))]
+    assert seen == [32] * 4 and [len(part["image"]) for part in parts] == [64, 40]
+    one = drawn(tmp_path / "other", count=104, batch=32, each=64)
+    np.testing.assert_array_equal(one.part(64, 104)["image"], parts[1]["image"])
+
+
+def test_a_finished_archive_is_looked_for_when_images_are(tmp_path):
+    """One that another seed left half written is none of this score, which empties the folder."""
+    whole = tmp_path / "samples.npz"
+    whole.write_bytes(b"cut off")
+    supply = drawn(tmp_path)
+    whole.unlink()
+    assert len(supply.part(0, 8)["image"]) == 8 and supply.archive is None
 
 
 def test_what_was_drawn_is_kept_and_not_drawn_again(tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ def opened(args: argparse.Namespace):
         record=evaluation.RUN,
         what="another evaluation",
         overwrite=args.overwrite,
-        inputs=(args.reference, args.weights, args.data, args.tokenizer, *args.lpips),
+        inputs=(args.reference, args.weights, args.data, args.tokenizer, args.text, *args.lpips),
     )
 
 
@@ -98,6 +98,11 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--out must not lie in what is scored, where it would be taken for a part of it; "
             f"found {args.out} in {args.checkpoint}"
+        )
+    if args.overwrite and out in place.parents:
+        raise UserError(
+            f"--overwrite would remove what is scored, {args.checkpoint}, which lies in --out "
+            f"{args.out}; name another place for the score"
         )
     if args.samples < 0 or args.batch < 1 or not 0 <= args.seed < 2**32:
         raise UserError(
@@ -197,6 +202,7 @@ def drawn(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[suppli
         preset=args.preset,
         seed=args.seed,
         batch=min(args.batch, evaluation.PART),
+        each=evaluation.PART,
         folder=out / "images",
     )
     return supply, len(loaded.classes)

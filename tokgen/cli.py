@@ -1,8 +1,8 @@
 """The `tokgen` program: subcommands, help, exit codes.
 
 Exit codes: 0 done, 2 something the user can mend (one message, no traceback), 130 interrupted
-(Ctrl-C, SIGINT), 143 ended by SIGTERM. A traceback is always a bug. Nothing heavy is imported
-before a subcommand is chosen.
+(Ctrl-C, SIGINT), 141 when nobody reads what is printed (a closed pipe), 143 ended by SIGTERM. A
+traceback is always a bug. Nothing heavy is imported before a subcommand is chosen.
 """
 
 from __future__ import annotations

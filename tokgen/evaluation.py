@@ -193,9 +193,7 @@ def append(out: pathlib.Path, line: Mapping) -> None:
     before = _lines(file) if file.exists() else []
     if before and _untimed(before[-1]) == _untimed(json.loads(records.text(line))):
         return
-    part = file.with_name(f".{RESULTS}.part")
-    part.write_text("".join(f"{records.text(each)}\n" for each in [*before, line]))
-    part.replace(file)
+    records.save(file, "".join(f"{records.text(each)}\n" for each in [*before, line]))
 
 
 def _untimed(line: dict) -> str:

@@ -151,4 +151,4 @@ def _noted(file: pathlib.Path) -> dict:
 
 
 def _write(workdir: pathlib.Path, count: int, settled: bool) -> None:
-    records.write(workdir / RETURNS, {"returns": count, "settled": settled})
+    records.save(workdir / RETURNS, records.text({"returns": count, "settled": settled}))

@@ -376,6 +376,6 @@ def check_filled(source, split: str) -> None:
     """An error where there is nothing to measure."""
     if not len(source):
         raise UserError(
-            f"there are no images in the part {split!r}: nothing was held out; "
-            "measure others, --split train or --data DIR"
+            f"there are no images in the part {split!r}: nothing was held out; measure those of "
+            "another part, as by --split train, or give other images"
         )

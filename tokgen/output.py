@@ -110,7 +110,7 @@ class Folder:
 
     def _write(self, text: str) -> None:
         for name in {self.record, RECORD} if self.staged else {self.record}:
-            save_text(self.path / name, text + "\n")
+            records_.save(self.path / name, text + "\n")
 
 
 @contextlib.contextmanager
@@ -253,8 +253,8 @@ def lines(
             target = _place(path, option, inputs)
             if target.is_dir():
                 raise UserError(f"{option} names a file to add a line to; {path} is a folder")
-            _made(target.parent, stack)
-            if not target.exists():
+            if not target.exists():  # one that is there may be added to, whatever it lies in
+                _made(target.parent, stack)
                 stack.callback(_unlink_empty, target)
             opened = stack.enter_context(open(target, "ab"))
             _check_lines(target, option)
@@ -285,14 +285,6 @@ def _check_lines(target: pathlib.Path, option: str) -> None:
             f"{option} names a file of JSON lines to add to; {target} does not end in one: mend "
             "its last line, or name another"
         )
-
-
-def save_text(file: pathlib.Path, text: str) -> pathlib.Path:
-    """Write a text; the file appears whole or not at all."""
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
-    return file
 
 
 # ---------------------------------------------------------------- locks
@@ -480,11 +472,10 @@ def _check_free(
             f"--overwrite replaces the whole of an earlier result; {target} holds {listed}: name "
             "another folder, or empty this one"
         )
-    here = pathlib.Path.cwd()
-    if os.path.ismount(target) or target in (here, *here.parents):
+    if _is_bound(target):
         raise UserError(
-            f"--overwrite cannot replace {target}, which is mounted or in use as the current "
-            f"folder; name a folder inside it, or go elsewhere"
+            f"--overwrite cannot replace {target}, which is mounted, in use as the current folder, "
+            "or in a folder that cannot be written; name a folder inside it, or go elsewhere"
         )
 
 
@@ -515,10 +506,11 @@ def _staging(
     stack: contextlib.ExitStack,
 ) -> pathlib.Path:
     """The folder to write in until the result is whole: made, and locked until the stack closes."""
-    _made(target.parent, stack)
+    # what is bound to its place is filled from within, whatever may be done around it
+    within = target.is_dir() and _is_bound(target)
+    _made(target if within else target.parent, stack)
     beside, lock = _beside(target, "part"), _beside(target, "lock")
-    if target.is_dir() and (_is_bound(target) or not os.access(target.parent, os.W_OK)):
-        # what is mounted, or in use as a current folder, is filled and not replaced
+    if within:
         beside, lock = target / ".part", target / ".lock"
     stack.enter_context(_passing(lock, _in_use(target, option)))
     for left in (beside, _beside(target, "old")):  # by processes that were killed
@@ -539,8 +531,13 @@ def _restored(target: pathlib.Path) -> None:
 
 
 def _is_bound(target: pathlib.Path) -> bool:
+    """Whether a folder cannot be replaced: mounted, in use, or in one that is not ours."""
     here = pathlib.Path.cwd()
-    return os.path.ismount(target) or target in (here, *here.parents)
+    return (
+        os.path.ismount(target)
+        or target in (here, *here.parents)
+        or not os.access(target.parent, os.W_OK | os.X_OK)
+    )
 
 
 def _made(target: pathlib.Path, stack: contextlib.ExitStack) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from tokgen import output, protocols, report, scoring
+from tokgen import protocols, records, report, scoring
 
 NAME = "index.html"
 SMALLEST, LARGEST = 64, 160  # pixels of a side that is shown
@@ -73,7 +73,7 @@ def document(title: str, parts: Sequence[str]) -> str:
 
 def save(file: pathlib.Path, text: str) -> pathlib.Path:
     """Write a file that appears whole or not at all."""
-    return output.save_text(file, text)
+    return records.save(file, text)
 
 
 def section(title: str, *parts: str) -> str:

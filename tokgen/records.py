@@ -142,8 +142,16 @@ def finite(value: Any) -> Any:
     return value
 
 
-def write(file: pathlib.Path, value: Any, **style) -> None:
-    """The record as a file, which appears whole or not at all."""
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text(value, **style))
-    part.replace(file)
+def save(file: pathlib.Path, text: str) -> pathlib.Path:
+    """Write a text; the file appears whole or not at all, also when the machine dies."""
+    # a name of the process's own: others may write the same file
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        with open(part, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+    return file

@@ -162,6 +162,8 @@ class Log:
         record = {"step": step, "split": split, "seconds": seconds, **kept}
         self.file.write(records.text(record) + "\n")
         for name, value in numbers.items():
+            if not math.isfinite(value):  # it would warn, of each
+                continue
             self.events.add_scalar(f"{split}/{name}", value, step)
 
     def image(self, step: int, name: str, image_HW3: np.ndarray) -> None:
@@ -194,9 +196,7 @@ def _drop_after(file: pathlib.Path, step: int, measured: bool) -> None:
         if record["step"] < step
         or (record["step"] == step and (measured or record["split"] != "held_out"))
     ]
-    part = file.with_name(f".{file.name}.part")
-    part.write_text("".join(f"{records.text(record)}\n" for record in kept))
-    part.replace(file)
+    records.save(file, "".join(f"{records.text(record)}\n" for record in kept))
 
 
 def read(workdir: pathlib.Path) -> list[dict]:

@@ -22,6 +22,7 @@ from tokgen.interfaces import UserError
 LOSSY = tuple(
     ending for form in ("JPEG", "WEBP", "GIF", "AVIF") for ending in images.ENDINGS.get(form, ())
 )
+LABELS = 2**20  # classes that labels without names may be of
 SHARE = 0.01  # of images that may be equal to another one, or of one colour, without a word
 _NAMED = 5
 
@@ -49,10 +50,11 @@ class Archive:
             check_pixels(shape, dtype, str(self.path))
             if "arr_1" in names:
                 self.label_N = self._labels(archive, shape[:1])
-        if self.label_N is not None and self.label_N.min() < 0:
+        if self.label_N is not None and not 0 <= self.label_N.min() <= self.label_N.max() < LABELS:
             raise UserError(
-                f"arr_1 of {self.path} must hold a class, 0 or above, for each image; found "
-                f"{self.label_N.dtype} {self.label_N.shape}, least {self.label_N.min()}"
+                f"arr_1 of {self.path} must hold a class, 0 or above and below {LABELS}, for each "
+                f"image; found {self.label_N.dtype} {self.label_N.shape}, least "
+                f"{self.label_N.min()}, greatest {self.label_N.max()}"
             )
         if self.label_N is not None and self.label_N.max() < len(classes):
             self.classes = tuple(classes)

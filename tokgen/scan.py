@@ -285,11 +285,9 @@ def _write(file: pathlib.Path, found: Found, record: reader.Unreadable) -> None:
         "sha256": found.sha256,
         "unreadable": record.listing(),
     }
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(content))
-        part.replace(file)
+        records.save(file, json.dumps(content))
         for old in sorted(file.parent.glob("*.json"), key=os.path.getmtime)[:-KEPT]:
             old.unlink(missing_ok=True)
     except OSError as error:  # the cache saves time, and nothing else

@@ -6,6 +6,7 @@ goes on to the very images that it would have made.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -43,7 +44,8 @@ def conditions(cond: PyTree) -> str:
 class Drawn:
     """Images of a generator; number i depends on (seed, i, its condition) only.
 
-    `cond` leads with the images: labels [N], or a Text. Parts are kept in `folder`.
+    `cond` leads with the images: labels [N], or a Text. Parts, of `each` images but for the last,
+    are kept in `folder`.
     """
 
     def __init__(
@@ -57,15 +59,16 @@ class Drawn:
         preset: str,
         seed: int,
         batch: int,
+        each: int,
         folder: pathlib.Path,
     ):
         self.generator, self.sampler = prepared
         self.tokenizer, self.cond = tokenizer.module, cond
-        self.seed, self.batch, self.folder = seed, batch, folder
+        self.seed, self.folder = seed, folder
+        # one program serves all parts, the last too, which is filled up to a multiple of it
+        self.batch = sample.even(min(each, len(self)), batch)
         self.size = tuple(tokenizer.config.view.size)
         self.classes = loaded.classes
-        whole = folder.parent / "samples.npz"
-        self.archive = samples.Archive(whole) if whole.exists() else None
         self.identity = {
             "checkpoint": str(loaded.step.resolve()),
             "fingerprint": loaded.fingerprint,
@@ -83,6 +86,12 @@ class Drawn:
     def __len__(self) -> int:
         return len(jax.tree.leaves(self.cond)[0])
 
+    @functools.cached_property
+    def archive(self) -> samples.Archive | None:
+        """All images, where they are kept: looked for once the folder is this score's own."""
+        whole = self.folder.parent / "samples.npz"
+        return samples.Archive(whole) if whole.exists() else None
+
     def part(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Images and labels `start` to `stop`: drawn now, or as they were kept."""
         if self.archive is not None:
@@ -91,8 +100,7 @@ class Drawn:
         if (kept := loaded_part(file)) is not None:
             return kept
         cond = jax.tree.map(lambda leaf: leaf[start:stop], self.cond)
-        # filled up to the batch of the other parts, so that one program serves all
-        rows = max(stop - start, min(self.batch, len(self)))
+        rows = -(-(stop - start) // self.batch) * self.batch
         index_B = np.minimum(np.arange(rows), stop - start - 1)
         cond = jax.tree.map(lambda leaf: leaf[index_B], cond)
         _, image_NHWC = sample.draw(

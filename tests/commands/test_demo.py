@@ -111,7 +111,46 @@ def test_failed_training_is_told_and_keeps_the_old_page(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="train_tokenizer.py ended with exit code 2"):
         demo.run(arguments)
     assert (tmp_path / "index.html").read_text() == "old"
-    assert list(tmp_path.parent.glob(f".{tmp_path.name}.*")) == []
+
+
+def test_a_demo_goes_on_where_it_was_stopped_and_of_other_steps_anew(tmp_path, monkeypatch):
+    trained, stops = [], []
+
+    def train(program, settings, workdir, steps, given=()):
+        if stops and workdir.name == stops[-1]:
+            raise stops.pop() and KeyboardInterrupt
+        trained.append((workdir.name, steps, workdir.exists()))
+        workdir.mkdir(exist_ok=True)
+
+    monkeypatch.setattr(demo.judge, "load_or_train", lambda: None)
+    monkeypatch.setattr(demo.launch, "devices", lambda batch: None)
+    monkeypatch.setattr(demo, "train", train)
+    monkeypatch.setattr(demo, "pretokenized", lambda tokenizer, out: out.mkdir(exist_ok=True))
+    monkeypatch.setattr(demo, "measure", lambda *words: measured())
+
+    def run(steps, stop=(), overwrite=False):
+        trained.clear()
+        stops.extend(stop)
+        options = dict(tokenizer_steps=steps, generator_steps=2, samples=10, all=False)
+        demo.run(argparse.Namespace(out=str(tmp_path / "out"), overwrite=overwrite, **options))
+
+    with pytest.raises(KeyboardInterrupt):
+        run(1, ["generator"])
+    with pytest.raises(UserError, match="tokenizer_steps: 1 there, 3 here"):
+        run(3)
+    run(1)
+    assert trained == [("tokenizer", 1, True), ("generator", 2, False)]
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "CPU minutes since it was gone on with" in page
+    with pytest.raises(KeyboardInterrupt):
+        run(3, ["generator"], overwrite=True)
+    assert (tmp_path / "out" / "index.html").read_text() == page
+    run(4, overwrite=True)
+    assert trained == [("tokenizer", 4, False), ("generator", 2, False)]
+    run(4, overwrite=True)  # a finished one is not gone on with
+    assert trained == [("tokenizer", 4, False), ("generator", 2, False)]
+    assert "gone on with" not in (tmp_path / "out" / "index.html").read_text()
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
 def test_too_few_samples_are_refused(tmp_path):

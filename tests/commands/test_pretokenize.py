@@ -14,8 +14,10 @@ from PIL import Image
 from tokgen import checkpoint, cli, launch, runs, sharding
 from tokgen import config as configs
 from tokgen import state as states
+from tokgen.commands import pretokenize
 from tokgen.data import folder as folder_
 from tokgen.data import images, reader, shapes, tokens
+from tokgen.interfaces import UserError
 
 SMALL = (
     *("data.size=(16, 16)", "data.count=12", "view.size=(16, 16)", "encoder.widths=(16,)"),
@@ -204,6 +206,45 @@ def test_what_cannot_be_read_is_told_and_has_no_tokens(broken, tmp_path, capfd):
     assert set(listed) == set(names) and "9000 x 9000" in listed["dog/4.png"]
     header = json.loads((out / "layout.json").read_text())
     assert sum(part.get("unreadable", 0) for part in header["splits"].values()) == 3
+
+
+def test_a_set_that_replaces_another_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    """In an order of classes of its own; what is made of other images is begun anew."""
+    folder = saved(tmp_path / "tokenizer", dict(name="vq", codes=64, channels=4))
+    for name in ("2", "10"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for number in range(6):
+            Image.new("RGB", (16, 16), (number, 0, int(name))).save(
+                tmp_path / "set" / name / f"{number}.png"
+            )
+    out, made, ends = tmp_path / "tokens", [], []
+    out.mkdir()
+    old = json.dumps({"format": 1, "layout": {}, "classes": ["10", "2"]})
+    (out / "layout.json").write_text(old)
+
+    def shard(tokenizer, source, shard, views, *words):
+        if made and ends:
+            raise ends.pop()
+        made.append(shard.split)
+        shape = (shard.stop - shard.start, len(views), tokenizer.layout.length, 1)
+        return np.zeros(shape, np.int32), np.zeros(shape[0], np.int32), {}
+
+    monkeypatch.setattr(pretokenize, "_shard", shard)
+    words = ["pretokenize", "--tokenizer", folder, "--data", tmp_path / "set", "--out", out]
+    words = [*map(str, words), "--overwrite"]
+    for end, code in ((KeyboardInterrupt(), 130), (UserError("too many are unreadable"), 2)):
+        made.clear()
+        ends.append(end)
+        assert cli.main(words) == code and made == ["train"]
+        assert (out / "layout.json").read_text() == old
+        if code == 130:
+            shutil.copy(tmp_path / "set" / "2" / "0.png", tmp_path / "set" / "2" / "one_more.png")
+    made.clear()
+    assert cli.main(words) == 0 and made == ["held_out"]
+    source = tokens.Source(out)
+    assert tuple(source.classes) == ("2", "10")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["set", "tokenizer", "tokens"]
+    assert not [file for file in out.iterdir() if file.name.startswith(".")]
 
 
 def test_figures_leave_out_what_cannot_be_read(workdir, broken, tmp_path, capfd):

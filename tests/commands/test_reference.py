@@ -35,6 +35,14 @@ def folder_of(path: pathlib.Path, classes: tuple[str, ...], count: int = 12) -> 
     return path
 
 
+def single(path: pathlib.Path) -> pathlib.Path:
+    """Two classes of an image each: nothing is held out."""
+    for number, name in enumerate(("dark", "light")):
+        (path / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (90 * number, 30, 60)).save(path / name / "0.png")
+    return path
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> pathlib.Path:
     """Two folders of images and a reference of each.
@@ -113,6 +121,14 @@ def test_the_network_says_how_well_it_does_on_held_out_images(place, name):
     turned = [np.rot90(image_HW3, way) for image_HW3, way in zip(image_NHW3, way_N, strict=True)]
     right = np.mean(seen(network, np.stack(turned))["logits"].argmax(1) == way_N)
     assert told["accuracy"] == right
+
+
+def test_where_nothing_is_held_out_the_network_is_tried_on_its_own_images(tmp_path, monkeypatch):
+    drawn = test_extractors.local(2).network.network
+    monkeypatch.setattr(judge, "of_images", lambda *words, **options: drawn)
+    assert make(single(tmp_path / "single"), tmp_path / "a.npz", "--steps", 1) == 0
+    told = references.read(tmp_path / "a.npz").record["extractor"]
+    assert told["images"] == "its own images" and told["examined"] == 2
 
 
 def test_record_says_what_must_agree(place):
@@ -208,6 +224,8 @@ def test_a_published_network_sees_all_images_once(tmp_path, monkeypatch):
         (("named", "--out", "a.npz", "--size", "4"), "at least 8"),
         (("named", "--out", "a.npz", "--images", "-1"), "at least 0"),
         (("named", "--out", "a.npz", "--split", "some"), "split must be one of"),
+        (("named", "--out", "a.npz", "--label", "fine"), "--label (it is for sets of TFDS"),
+        (("single", "--out", "a.npz", "--split", "held_out"), "nothing was held out"),
         (("damaged", "--out", "a.npz"), "first image, and a.png cannot be read"),
     ],
 )
@@ -215,6 +233,7 @@ def test_command_lines_that_cannot_be_meant(place, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(place)
     monkeypatch.setattr(judge, "of_images", None)
     np.savez(place / "data.npz", arr_0=test_extractors.pictures(2))
+    single(place / "single")
     for name in ("a.png", "b.png"):
         (place / "damaged").mkdir(exist_ok=True)
         (place / "damaged" / name).write_bytes(b"no picture")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import shutil
 import types
 
 import numpy as np
@@ -186,6 +187,23 @@ def test_too_few_images_are_said_before_they_are_seen(place, tmp_path, capsys, i
 def test_command_lines_that_cannot_be_meant(place, capsys, monkeypatch, idle, words, told):
     monkeypatch.chdir(place)
     assert told in refused(capsys, "samples.npz", *words)
+
+
+def test_what_is_scored_is_never_replaced_by_its_score(place, tmp_path, capsys, idle, monkeypatch):
+    out = tmp_path / "scores"
+    out.mkdir()
+    (out / evaluation.RUN).write_text("{}")
+    (out / evaluation.RESULTS).write_text("{}\n")
+    shutil.copy(place / "samples.npz", out)
+    words = ("--protocol", "local", "--reference", place / "reference.npz", "--out", out)
+    (tmp_path / "link").symlink_to(out)
+    for given in (out / "samples.npz", tmp_path / "link" / "samples.npz"):
+        told = refused(capsys, given, *words, "--overwrite")
+        assert "--overwrite would remove what is scored" in told
+    # captions lie in it
+    text = ("--text", out / "samples.npz", "--overwrite")
+    assert "holds what the command reads" in refused(capsys, place / "samples.npz", *words, *text)
+    assert (out / "samples.npz").exists()
 
 
 def test_samples_that_are_none(place, tmp_path, capsys, idle):

@@ -1,7 +1,9 @@
 """A tiny set, prepared without TensorFlow, is read without TensorFlow."""
 
 import io
+import pathlib
 import pickle
+import shutil
 import sys
 
 import numpy as np
@@ -9,8 +11,8 @@ import pytest
 import tensorflow_datasets
 from PIL import Image
 
-from tokgen import config, heldout, interfaces
-from tokgen.data import classes, images, tfds
+from tokgen import cli, config, heldout, interfaces
+from tokgen.data import classes, images, reader, stream, tfds
 
 
 def png(number):
@@ -193,3 +195,62 @@ def test_labels_that_cannot_be_read_are_refused_or_dropped(prepared, arguments, 
 def test_what_is_not_there_is_refused_with_the_remedy(prepared, arguments, named):
     with pytest.raises(interfaces.UserError, match=named):
         tfds.Source(**arguments, data_dir=prepared)
+
+
+@pytest.fixture
+def damaged(prepared, tmp_path, monkeypatch):
+    """A copy of the set, whose training shard is made anew by what it is called with."""
+    monkeypatch.setenv("TOKGEN_CACHE", str(tmp_path / "cache"))
+    place = tmp_path / "set"
+    shutil.copytree(pathlib.Path(prepared) / "tokgen_tiny", place / "tokgen_tiny")
+    (shard,) = place.rglob("*train*array_record*")
+
+    def of(change):
+        content = change(shard.read_bytes())
+        shard.unlink()
+        if content is not None:
+            shard.write_bytes(content)
+        return str(place)
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("change", "why", "lost"),
+    [
+        (lambda whole: bytes(200) + whole[200:], "cannot be read: Corrupted", 1),
+        (lambda whole: whole[: len(whole) // 2], "empty: the shard", 12),
+        (lambda whole: b"", "cannot be read: ", 12),
+        (lambda whole: None, "cannot be read: .*No such file", 12),
+    ],
+)
+def test_a_damaged_shard_is_images_that_cannot_be_read(prepared, damaged, change, why, lost):
+    """To whoever reads it: by name, as damaged files are; the rest of the set is there."""
+    place, view = damaged(change), images.fixed("center", (8, 8), 3)
+    source = tfds.Source("tokgen_tiny", data_dir=place)
+    with pytest.raises(images.BrokenImage, match=why):
+        source[0]
+    assert source.fingerprint != tfds.Source("tokgen_tiny", data_dir=prepared).fingerprint
+    both = tfds.Source("tokgen_tiny", split="all", data_dir=place)
+    (part,) = stream.once(both, view, batch_size=20)
+    assert part["index"].tolist() == list(range(lost, 17))
+    names = reader.unreadable(both).names()
+    assert names == tuple(f"tokgen_tiny/train+test/{number}" for number in range(lost))
+    if lost == len(source):
+        with pytest.raises(interfaces.UserError, match="(?s)0 images can be.*tokgen_tiny/train/0"):
+            list(stream.once(source, view, batch_size=5))
+
+
+def test_the_command_says_whether_it_looked_at_the_images(damaged, capsys):
+    words = ["data", "tfds:tokgen_tiny", "--data-dir", damaged(lambda whole: whole)]
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert "tokgen_tiny: 3 classes (red, green, blue); train 12, held out 5" in said
+    assert "17 images, none of them looked at" in said and "--scan full" in said
+    assert "unreadable" not in said and "0 of them" not in said
+    damaged(lambda whole: b"")
+    assert cli.main([*words, "--scan", "full"]) == 0
+    said = capsys.readouterr().out
+    assert "train     12 images, 12 unreadable" in said
+    assert "17 images decoded, 12 of them cannot be read" in said
+    assert said.count("unreadable  tokgen_tiny/train/") == 12

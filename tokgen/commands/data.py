@@ -1,6 +1,7 @@
 """What is understood of a set of images: splits, classes, counts, sizes, and what cannot be read.
 
-The headers of all files are read; with --scan full every image is decoded, on all cores.
+The headers of all files are read; with --scan full every image is decoded, on all cores, or every
+record of token shards is checked.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--scan",
         default="headers",
         choices=("headers", "full"),
-        help="headers (default): names, sizes and headers; full: every image is decoded",
+        help="headers (default): names, sizes and headers; full: every image is decoded, or every "
+        "record of token shards checked",
     )
     parser.add_argument(
         "--held-out",
@@ -40,14 +42,16 @@ def run(args: argparse.Namespace) -> None:
     shards = (pathlib.Path(args.data) / tokens.HEADER).exists()
     idle = {}
     if not args.data.startswith("tfds:"):
-        idle |= dict.fromkeys(("splits", "data_dir"), "sets of TFDS, as tfds:NAME")
+        idle |= dict.fromkeys(("splits", "data_dir", "label"), "sets of TFDS, as tfds:NAME")
     else:
         idle["held_out"] = "folders without splits"
+    if args.scan != "full":
+        idle["channels"] = "images that are decoded, by --scan full"
     if shards:
-        idle |= dict.fromkeys(("scan", "held_out", "channels"), "images, not for token shards")
+        idle |= dict.fromkeys(("held_out", "channels"), "images, not for token shards")
     options.check(args, idle)
     if shards:
-        _shards(args.data)
+        _shards(args)
         return
     sources = {"train": source_of(args, "train")}
     try:
@@ -55,12 +59,14 @@ def run(args: argparse.Namespace) -> None:
     except UserError as error:  # a set without such a part can be looked at all the same
         report.say(str(error))
     print(classes.told(args.data, sources))
-    total, broken = 0, {}
+    total, looked, broken = 0, 0, {}
     for split, source in sources.items():
         found = _scanned(source, args)
         unreadable = reader.unreadable(source)
-        total, broken = total + len(source), broken | unreadable.files()
-        print(f"{split:<9} {len(source):,} images, {len(unreadable)} unreadable")
+        total, looked = total + len(source), looked + found.count
+        broken |= unreadable.files()
+        told = f", {len(unreadable)} unreadable" if found.count else ""
+        print(f"{split:<9} {len(source):,} images{told}")
         if found.sizes:
             print(f"{'':9} rows x columns: {_sizes(found.sizes)}")
             forms = sorted(found.forms.items(), key=lambda item: -item[1])
@@ -71,6 +77,11 @@ def run(args: argparse.Namespace) -> None:
         print(f"unreadable  {name}: {reason}")
     if args.scan == "full":
         print(f"{total:,} images decoded, {len(broken)} of them cannot be read")
+    elif not looked:
+        print(
+            f"{total:,} images, none of them looked at: the set has no files whose headers could "
+            "be read alone; --scan full decodes every image"
+        )
     else:
         print(
             f"{total:,} images by their headers, {len(broken)} of them cannot be read; --scan full "
@@ -114,14 +125,20 @@ def _sizes(sizes: dict[tuple[int, int], int]) -> str:
     return ", ".join(told)
 
 
-def _shards(path: str) -> None:
-    """What the header of a token set says."""
+def _shards(args: argparse.Namespace) -> None:
+    """What the header of a token set says; with --scan full, what its records hold."""
+    sources, wrong = {}, {}
     for split in tokens.SPLITS:
         try:
-            source = tokens.Source(path, split=split, verify=False)
+            sources[split] = tokens.Source(args.data, split=split, verify=args.scan == "full")
         except UserError as error:
-            report.say(str(error))
-            continue
+            wrong[split] = error
+    if not sources:
+        raise next(iter(wrong.values()))
+    for error in wrong.values():
+        report.say(str(error))
+    print(classes.told(args.data, sources))
+    for split, source in sources.items():
         print(
             f"{split:<9} {len(source):,} images in {len(source.views)} views, "
             f"{len(source.missing)} without tokens"

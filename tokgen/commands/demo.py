@@ -63,6 +63,9 @@ def run(args: argparse.Namespace) -> None:
     started, out = time.monotonic(), pathlib.Path(args.out)
     with output.folder(args.out, records=RECORDS, overwrite=args.overwrite) as place:
         fresh = place.path
+        # each part goes on where it was stopped; of other steps it would be another demo
+        names = ("tokenizer_steps", "generator_steps", "all", "samples")
+        resumed = place.claim({name: getattr(args, name) for name in names})
         launch.devices(judge.BATCH)
         cpu = os.times()
         examiner = judge.load_or_train()
@@ -80,6 +83,7 @@ def run(args: argparse.Namespace) -> None:
             save(fresh, more)
         summary["minutes"] = round((time.monotonic() - started) / 60, 2)
         summary["cpu_minutes"] = round(_cpu_seconds(cpu) / 60, 2)
+        summary["resumed"] = resumed
         summary["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
         summary["date"] = time.strftime("%Y-%m-%d")
         summary["versions"] = checkpoint.versions()
@@ -265,6 +269,7 @@ def page(summary: dict, pictures: dict, told: dict) -> str:
     def picture(name: str, text: str) -> str:
         return f'<img src="{pages.data_uri(pictures[name])}" alt="{html.escape(text)}">'
 
+    since = " since it was gone on with" if summary.get("resumed") else ""
     percent = {k: f"{100 * summary[k]:.1f} %" for k in KEYS if "accuracy" in k or "judge" in k}
     rows = [
         (
@@ -287,7 +292,10 @@ def page(summary: dict, pictures: dict, told: dict) -> str:
         ),
         ("The judge on real shapes", percent["judge_accuracy"]),
         ("The judge on reconstructions", percent["judge_on_reconstructions"]),
-        ("Time", f"{summary['minutes']:.1f} minutes, {summary['cpu_minutes']:.1f} CPU minutes"),
+        (
+            "Time",
+            f"{summary['minutes']:.1f} minutes, {summary['cpu_minutes']:.1f} CPU minutes{since}",
+        ),
         ("Machine", html.escape(f"{summary['machine']}, {summary['date']}")),
         ("Versions", html.escape(", ".join(f"{k} {v}" for k, v in summary["versions"].items()))),
     ]

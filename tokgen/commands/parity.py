@@ -34,7 +34,9 @@ def run(args: argparse.Namespace) -> None:
     if not args.arrays:
         options.check(args, {"overwrite": "the file that --arrays names"})
     if args.arrays:
-        given = dict(option="--arrays", overwrite=args.overwrite)
+        there = sorted(pathlib.Path(args.folder).glob("*"))
+        inputs = [file for file in there if file.suffix != ".npz" or file.name == "case.npz"]
+        given = dict(option="--arrays", overwrite=args.overwrite, inputs=inputs)
         place = output.file(args.arrays, **given)
     with place as file:
         folder, lines = _held(args, file)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import pathlib
 
 import jax
 import numpy as np
@@ -53,10 +52,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--max-bad is a share between 0 and 1; found {args.max_bad}")
     given = dict(overwrite=args.overwrite, inputs=(args.tokenizer, args.data))
     with output.growing(args.out, records=tokens.RECORDS, lock=".lock", **given) as out:
-        _filled(args, views, out.path)
+        _filled(args, views, out)
 
 
-def _filled(args: argparse.Namespace, views: tuple[str, ...], out: pathlib.Path) -> None:
+def _filled(args: argparse.Namespace, views: tuple[str, ...], out: output.Folder) -> None:
     """Encode what a folder does not have yet."""
     launch.devices(args.batch)
     loaded = checkpoint.load_tokenizer(args.tokenizer, compute=args.precision)
@@ -66,7 +65,8 @@ def _filled(args: argparse.Namespace, views: tuple[str, ...], out: pathlib.Path)
             "discrete quantizer (vq, fsq, lfq, bsq, multiscale)"
         )
     settings, mesh = loaded.config, sharding.make_mesh()
-    order = tokens.recorded_classes(args.out)
+    # those who go on keep the order of the classes; what replaces a set has one of its own
+    order = () if out.staged else tokens.recorded_classes(out.path)
     sources = {
         split: heldout.image_source(settings, args.data, split, labels=args.labels, order=order)
         for split in tokens.SPLITS
@@ -76,8 +76,7 @@ def _filled(args: argparse.Namespace, views: tuple[str, ...], out: pathlib.Path)
         described = settings.data.to_dict()
     else:
         described = {"path": args.data} if args.data else settings.data.to_dict()
-    writer = tokens.Writer(
-        out,
+    about = dict(
         images={split: len(source) for split, source in sources.items() if len(source)},
         layout=loaded.layout.to_json(),
         tokenizer={
@@ -88,8 +87,12 @@ def _filled(args: argparse.Namespace, views: tuple[str, ...], out: pathlib.Path)
         data=described | {"fingerprint": {s: sources[s].fingerprint for s in sources}},
         views=views,
         classes=sources["train"].classes,
-        earlier={s: getattr(sources[s], "earlier", ()) for s in sources},
     )
+    if out.staged:  # else the plan of the shards says of what they are
+        made_by = {name: about["tokenizer"][name] for name in ("fingerprint", "precision")}
+        out.claim(about | {"tokenizer": made_by})
+    earlier = {s: getattr(sources[s], "earlier", ()) for s in sources}
+    writer = tokens.Writer(out.path, **about, earlier=earlier)
     for split, source in sources.items():  # of shards that an earlier run wrote
         record = reader.unreadable(source)
         for shard, missing in writer.written(split):

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--network is of the local protocol; {args.protocol} has --weights")
     idle = {}
     if not args.data.startswith("tfds:"):
-        idle |= dict.fromkeys(("splits", "data_dir"), "sets of TFDS, as tfds:NAME")
+        idle |= dict.fromkeys(("splits", "data_dir", "label"), "sets of TFDS, as tfds:NAME")
     options.check(args, idle)
     if options.is_given(args, "steps") and (args.network or protocol.extractor != "local"):
         report.say("--steps has no effect: no network is trained, it is there already")
@@ -93,6 +93,7 @@ def _written(args: argparse.Namespace, protocol: protocols.Protocol, file: pathl
     unsaid = "all" if args.data.endswith(".npz") else protocol.split or "train"
     split = args.split or unsaid
     source = source_of(args, split)
+    heldout.check_filled(source, split)
     size = size_of(source, args)
     heldout.tell(args.data, **{split: source})
     extractor = extractor_of(args, protocol, source, size)
@@ -237,8 +238,8 @@ def _accuracy(args, extractor, source, size) -> tuple[str, int, float]:
         held_out, which = source_of(args, "held_out"), "held-out images"
     except UserError:
         held_out, which = source, "its own images"
-    if isinstance(source, Kept):
-        which = "its own images"
+    if isinstance(source, Kept) or not len(held_out):
+        held_out, which = source, "its own images"
     reader.share(source, held_out)
     accuracy, count = extractors.accuracy(extractor, held_out, size, count=EXAMINED)
     return which, count, accuracy

@@ -6,6 +6,7 @@ does need TensorFlow: the error for a set that isn't there names the command, wh
 environment of its own.
 """
 
+import contextlib
 import functools
 import hashlib
 
@@ -13,6 +14,7 @@ import numpy as np
 import tensorflow_datasets
 
 from tokgen import interfaces
+from tokgen.data import images, reader
 
 SPLITS = ("train", "held_out", "all")
 LABELS = ("feature", "none")
@@ -103,9 +105,11 @@ class Source:
         digest = hashlib.sha256(self.earlier[0].encode())
         count = min(_HASHED, self._length)
         for n in range(count):
-            digest.update(
-                hashlib.sha256(self._records[n * self._length // count]["image"]).digest()
-            )
+            try:
+                record = self._record(n * self._length // count)
+                digest.update(hashlib.sha256(record["image"]).digest())
+            except images.BrokenImage:  # it is told when it is read
+                digest.update(b"unreadable")
         return digest.hexdigest()
 
     def _look(self, doubtful: str) -> None:
@@ -115,7 +119,8 @@ class Source:
         count = min(_LOOKED, self._length)
         try:
             for n in range(count):
-                self[n * self._length // count]
+                with contextlib.suppress(images.BrokenImage):  # it is told when it is read
+                    self[n * self._length // count]
         except interfaces.UserError as error:
             if doubtful != "drop":
                 raise
@@ -126,8 +131,19 @@ class Source:
         return self._length
 
     def __getitem__(self, index: int) -> dict:
-        record = self._records[range(self._length)[index]]
+        record = self._record(range(self._length)[index])
         return {"image": record["image"], "label": self._label_of(record, index)}
+
+    def _record(self, index: int) -> dict:
+        """What lies in the set's shards; Unavailable where one of them is damaged or gone."""
+        try:
+            record = self._records[index]
+        except (RuntimeError, IndexError) as error:  # as array_record says it
+            raise reader.Unavailable(f"its record cannot be read: {error}") from error
+        wanted = ("image", self._label) if self._label else ("image",)
+        if any(record[name] is None for name in wanted):  # a shard that was cut off gives such
+            raise reader.Unavailable("its record is empty: the shard that holds it is damaged")
+        return record
 
     def _label_of(self, record: dict, index: int) -> int:
         if not self._label:

@@ -642,13 +642,8 @@ def _read_json(path: str, name: str) -> dict:
 
 
 def _write_json(path: str, name: str, content: dict) -> None:
-    target = os.path.join(path, name)
     # Several processes may write the plan, all of them the same.
-    temporary = _temporary(f"{target}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-    _commit(temporary, target)
+    records_.save(pathlib.Path(path, name), json.dumps(content, indent=1) + "\n")
 
 
 def _commit(temporary: str, target: str) -> None:

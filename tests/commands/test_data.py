@@ -1,0 +1,44 @@
+"""`tokgen data` of token shards; options that say nothing of what is looked at."""
+
+import pytest
+
+from tests.data import test_tokens
+from tokgen import cli
+
+
+def told(capfd, *words) -> tuple[int, str]:
+    """(exit code, what is printed)."""
+    code = cli.main(["data", *map(str, words)])
+    said = capfd.readouterr()
+    return code, said.out + said.err
+
+
+def test_of_token_shards_classes_and_counts_are_told(tmp_path, capfd):
+    path = test_tokens.write(tmp_path / "tokens")
+    code, said = told(capfd, path)
+    assert code == 0 and f"{path}: 2 classes (daisy, rose); train 11, held out 3" in said
+    assert "train     11 images in 2 views, 0 without tokens" in said
+    label_N = [label for split in ("train", "held_out") for label in test_tokens.content(split)[1]]
+    code, said = told(capfd, path, "--scan", "full")
+    assert code == 0 and f"(daisy {label_N.count(0)}, rose {label_N.count(1)})" in said
+    shard = path / "train-00001-of-00003.array_record"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 255]))
+    code, said = told(capfd, path, "--scan", "full")
+    assert code == 0 and "checksum" in said and "held out 3" in said and "train 11" not in said
+    (path / "layout.json").write_text("{}")
+    code, said = told(capfd, path)
+    assert code == 2 and said.count("layout.json") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--label", "coarse_label"), "--label (it is for sets of TFDS"),
+        (("--splits", "a,b"), "--splits (it is for sets of TFDS"),
+        (("--channels", "1"), "--channels (it is for images that are decoded, by --scan full)"),
+    ],
+)
+def test_options_without_an_effect_are_refused(tmp_path, capfd, words, named):
+    code, said = told(capfd, tmp_path, *words)
+    assert code == 2 and named in said
