@@ -11,6 +11,7 @@ import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
@@ -82,6 +83,7 @@ def main(
         held_out=held_out.fingerprint,
         earlier=getattr(source, "earlier", ()),
         accept=accept,
+        fields=rehearsal.names(rehearsal.GeneratorFields),
         tokenizer=checkpoint.reference(tokenizer.step, workdir)
         | {"fingerprint": tokenizer.fingerprint},
         tokens=checkpoint.reference(source.path, workdir) if settings.data.tokens else None,
@@ -186,7 +188,10 @@ def train_step(settings, graph, optimizer):
 
         def loss(params):
             generator = state.merge(graph, params, network.stats)
-            return generator.loss(batch, codec, step=network.step, key=key)
+            found = generator.loss(batch, codec, step=network.step, key=key)
+            # as an index, the mark of images that were not encoded is the last code
+            marked = jnp.any(batch.tokens_BLG < 0)
+            return jax.tree.map(lambda value: jnp.where(marked, jnp.nan, value), found)
 
         (total, terms), gradients = jax.value_and_grad(loss, has_aux=True)(network.params)
         network, scalars = state.apply_gradients(

@@ -71,6 +71,7 @@ def main(
         held_out=held_out.fingerprint,
         earlier=getattr(source, "earlier", ()),
         accept=accept,
+        fields=rehearsal.names(rehearsal.TokenizerFields),
         kept=(play,),
     )
     returns = guard.returned(workdir)

@@ -174,6 +174,19 @@ def test_a_figure_that_there_is_none_of_is_none_everywhere(tmp_path):
     assert report.read(tmp_path)[0]["nats_error"] is None
 
 
+def test_a_figure_that_is_not_finite_is_no_point_and_no_warning(tmp_path, monkeypatch, caplog):
+    log = report.Log(tmp_path)
+    points = []
+    add = log.events.add_scalar
+    monkeypatch.setattr(
+        log.events, "add_scalar", lambda *point: (points.append(point), add(*point))
+    )
+    log.scalars(1, {"nats": 1.5, "nats_error": None, "worst": np.inf}, split="held_out")
+    log.scalars(2, {"loss": np.float32("nan")})
+    log.close()
+    assert points == [("held_out/nats", 1.5, 1)] and not caplog.records
+
+
 def test_work_goes_on_when_nobody_listens(monkeypatch):
     """A closed terminal, a pipe without a reader, a log on a full disk."""
 

@@ -19,8 +19,9 @@ import pytest
 from flax import nnx
 
 from tests import test_checkpoint
-from tokgen import checkpoint, interfaces, runs
+from tokgen import checkpoint, interfaces, manifest, rehearsal, runs
 from tokgen import state as states
+from tokgen.critics import augment
 
 # ---------------------------------------------------------------- which steps stay
 
@@ -363,3 +364,168 @@ def test_a_distance_that_had_no_weight_files_was_not_trained():
     for other in ({"perceptual.lpips": "vgg.pth"}, {"perceptual.other": ""}):
         kept = {"loss.lpips": 1.0} | other
         assert runs.as_trained(kept) == kept
+
+
+def test_a_config_in_the_words_of_an_earlier_version_is_the_same():
+    kinds = ["color", "translation", "cutout"]
+    for then, now in ((True, kinds), (False, [])):
+        assert runs.as_trained({"critic.augmented": then}) == {"critic.augmented": now}
+    kept = {"critic.augmented": kinds, "average": "var", "optimizer.warmup": 5}
+    assert runs.as_trained(kept) == kept
+    assert runs.as_trained(kept | {"average": "muse", "optimizer.start": None}) == {
+        name: value for name, value in kept.items() if name != "average"
+    }
+
+
+def resumed(workdir, kinds=(), **changes):
+    """The run of a work directory, its critic seen through `kinds`, and what it says."""
+    run = test_checkpoint.start(workdir, augmented(*kinds), **changes)
+    try:
+        return run, runs.resume_or_start(run, at(0))[1]
+    finally:
+        run.close()
+
+
+def rewritten(step: pathlib.Path, change) -> None:
+    """The record of a step as another version would have written it."""
+    file = step / "meta" / "metadata"
+    meta = json.loads(file.read_text())
+    meta.pop("digest")
+    change(meta)
+    file.write_text(json.dumps(meta | {"digest": manifest.digest(meta)}))
+    (step / manifest.SIZES).unlink()
+
+
+def augmented(*kinds):
+    settings = config()
+    with settings.unlocked():
+        settings.critic.augmented = kinds
+    return settings
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Step 5."""
+    run = test_checkpoint.start(tmp_path, augmented())
+    run.save(at(5), {"l2": 0.5})
+    run.close()
+    return tmp_path
+
+
+def test_a_run_that_said_yes_to_augmentation_goes_on(saved):
+    def then(meta):
+        meta["config"]["critic"]["augmented"] = True
+
+    rewritten(saved / checkpoint.FOLDER / "5", then)
+    assert resumed(saved, augment.KINDS)[1].startswith("resumed step 5")
+    told = r"critic.augmented: \['color', 'translation', 'cutout'\] there, \[\] here"
+    with pytest.raises(interfaces.UserError, match=told):  # a value that can be used
+        resumed(saved)
+
+
+def test_what_a_config_file_kept_for_itself_is_not_compared(saved):
+    def then(meta):
+        meta["config"] |= {"image_size": 64, "own": {"rate": 1.0}}
+
+    rewritten(saved / checkpoint.FOLDER / "5", then)
+    fields = rehearsal.names(rehearsal.TokenizerFields)
+    assert resumed(saved, fields=fields)[1].startswith("resumed step 5")
+    with pytest.raises(interfaces.UserError, match="image_size: 64 there, 'absent' here"):
+        resumed(saved)
+
+    def known(meta):  # one that trains something is
+        meta["config"]["teacher"] = "runs/teacher"
+
+    rewritten(saved / checkpoint.FOLDER / "5", known)
+    with pytest.raises(
+        interfaces.UserError, match="\n  teacher: 'runs/teacher' there, 'absent' here$"
+    ):
+        resumed(saved, fields=fields)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "generator"])
+def test_other_classes_are_other_images_to_a_tokenizer_alone(tmp_path, kind):
+    run = test_checkpoint.start(tmp_path, augmented(), kind=kind)
+    run.save(at(5), {"l2": 0.5})
+    run.close()
+    new = dict(kind=kind, classes=("c",), data="new")
+    words = {"tokenizer": "--accept-data", "generator": "another config"}
+    with pytest.raises(interfaces.UserError, match=words[kind]):
+        resumed(tmp_path, **new)
+    if kind == "generator":
+        with pytest.raises(interfaces.UserError, match=r"classes: \['a', 'b'\] there"):
+            resumed(tmp_path, **new, accept=("data",))
+        return
+    run, what = resumed(tmp_path, **new, accept=("data",))
+    assert what.startswith("resumed step 5")
+    assert run.meta["data_changes"] == [
+        {"step": 5, "from": "abc", "to": "new", "classes": ["a", "b"]}
+    ]
+
+
+def test_a_run_goes_back_behind_a_change_of_what_it_is_measured_on(tmp_path):
+    """Accepted once; the step before it was measured on the images as they were then."""
+    run = open_run(tmp_path, kept=(2,))
+    run.save(at(2), {"l2": 0.5})
+    run.close()
+    new = dict(held_out="new", classes=("a",), kept=(2,))
+    run = test_checkpoint.start(tmp_path, config(), **new, accept=("data",))
+    runs.resume_or_start(run, at(0))
+    run.save(at(3), {"l2": 0.4})
+    run.close()
+    change = {"step": 2, "from": "abc", "to": "abc", "held_out": "h", "classes": ["a", "b"]}
+    assert checkpoint.read_meta(tmp_path / checkpoint.FOLDER / "3")["data_changes"] == [change]
+    run = test_checkpoint.start(tmp_path, config(), **new)  # one that a kill cut off on its way
+    runs.drop_after(run, 2)
+    assert steps_of(tmp_path) == [2]
+    assert runs.resume_or_start(run, at(0))[1].startswith("resumed step 2")
+    assert run.meta["data_changes"] == [change]
+    run.close()
+
+
+def test_nothing_is_dropped_for_a_step_that_the_run_cannot_go_on_from(three):
+    for change, words in ((dict(held_out="x"), "held-out data: h there"), (dict(data="x"), "data")):
+        run = test_checkpoint.start(three, config(latest=9), **change)
+        with pytest.raises(interfaces.UserError, match=words):
+            runs.drop_after(run, 1)
+        run.close()
+    run = open_run(three, latest=9)
+    runs.drop_after(run, 7)
+    runs.drop_after(run, 0)  # there is none
+    run.close()
+    assert steps_of(three) == [1, 2, 3]
+
+
+def test_what_need_not_stay_makes_room_before_room_is_looked_for(three, monkeypatch):
+    """Fewer are kept from now on."""
+
+    def usage(path):
+        return types.SimpleNamespace(free=500 if steps_of(three) == [3] else 0)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    run = open_run(three)
+    assert runs.resume_or_start(run, at(0))[1].startswith("resumed step 3")
+    run.close()
+
+
+def test_a_start_that_is_refused_deletes_nothing(three):
+    """Whatever its config says of how many stay."""
+    run = test_checkpoint.start(three, config(), data="x")
+    with pytest.raises(interfaces.UserError, match="other images"):
+        runs.resume_or_start(run, at(0))
+    damage(three / checkpoint.FOLDER / "3")
+    run.meta["data"] = "abc"
+    with pytest.raises(interfaces.UserError, match="damaged"):
+        runs.resume_or_start(run, at(0))
+    assert steps_of(three) == [1, 2, 3]
+
+
+def test_a_rescue_among_processes_waits_for_none(tmp_path, monkeypatch):
+    """A save is for all of them, and the others are in their next step."""
+    run = open_run(tmp_path)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(interfaces.UserError, match="broken$"), run.rescuing(at(3)):
+        raise interfaces.UserError("broken")
+    monkeypatch.undo()
+    run.close()
+    assert steps_of(tmp_path) == []

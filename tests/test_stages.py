@@ -395,11 +395,11 @@ def test_the_objective_on_codes_is_the_cross_entropy_of_the_teacher(key):
     made = states.merge(graph, model.params, model.stats)
     weights = {"codes": 2.0, "codebook": 0.0, "commitment": 0.0}
     settings = ml_collections.ConfigDict(dict(seed=0, steps=9))
-    total, (_, _, terms, tokens) = jax.jit(
-        lambda made, teacher: painter.codes(
-            settings, weights, made, {"image": image_BHW3}, {"teacher": teacher}, 3
-        )
-    )(made, teacher)
+    batch = {"image": image_BHW3}
+    objective = jax.jit(
+        lambda made, teacher: painter.codes(settings, weights, made, batch, {"teacher": teacher}, 3)
+    )
+    total, (_, _, terms, tokens) = objective(made, teacher)
     image_BHW3 = image_BHW3.astype(np.float32) / 255
     target, logits = jax.jit(
         lambda made, teacher: (
@@ -413,6 +413,9 @@ def test_the_objective_on_codes_is_the_cross_entropy_of_the_teacher(key):
     np.testing.assert_allclose(terms["codes"], expected, rtol=1e-5)
     np.testing.assert_allclose(total, 2 * expected, rtol=1e-5)
     assert tokens.shape == (2, 3, 1)
+    # what the teacher cannot encode it marks -1, which as an index would be the last code
+    nowhere, (_, _, terms, _) = objective(made, jax.tree.map(lambda leaf: leaf * np.inf, teacher))
+    assert np.isnan(nowhere) and np.isnan(terms["codes"])
 
 
 def test_the_last_layer_is_where_the_pixels_are_painted():

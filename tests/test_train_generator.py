@@ -31,7 +31,11 @@ def step():
     optimizer = states.optimizer(9, learning_rate=0.1, decay="constant")
     graph, state = states.create(Telling, optimizer, mesh=sharding.make_mesh(), ema=settings.ema)
     made = train_generator.train_step(settings, graph, optimizer)
-    return settings, state, lambda state: made(jax.tree.map(jnp.copy, state), BATCH, None)
+
+    def copied(state, batch=BATCH):
+        return made(jax.tree.map(jnp.copy, state), batch, None)
+
+    return settings, state, copied
 
 
 BATCH = {"tokens": np.zeros((2, 4, 1), np.int32), "label": np.zeros(2, np.int32)}
@@ -43,6 +47,20 @@ def test_every_step_has_a_key_of_its_own(step):
         _, scalars = made(state.replace(step=jnp.asarray(number, jnp.int32)))
         assert scalars["drawn"] == jax.random.uniform(rng.key(3, "train", number))
         assert scalars["at"] == number
+
+
+def test_nothing_is_learnt_from_images_that_were_not_encoded(step):
+    """Their tokens are marked -1, which as an index would be the last code."""
+    _, state, made = step
+    tokens_BLG = BATCH["tokens"].copy()
+    tokens_BLG[1] = -1
+    after, scalars = made(state, BATCH | {"tokens": tokens_BLG})
+    np.testing.assert_array_equal(after.params["scale"], state.params["scale"])
+    assert after.step == 1 and scalars["skipped"] == 1
+    assert np.isnan(scalars["drawn"])  # a figure of this step is none
+    after, scalars = made(after)
+    assert after.step == 2 and scalars["skipped"] == 0
+    assert np.all(after.params["scale"] != state.params["scale"])
 
 
 def test_the_average_has_the_decay_of_the_config(step):

@@ -63,9 +63,7 @@ def refuse(invalid_B: Array, what: str, named: Callable[[int], str] | None = Non
 # ---------------------------------------------------------------- images
 
 
-def images(
-    image: Any, size: tuple[int, ...] | None = None, what: str = "images", *, ranged: bool = True
-) -> None:
+def images(image: Any, size: tuple[int, ...] | None = None, what: str = "images") -> None:
     """Floating numbers [B, H, W, C] in [0, 1]; `size` is (rows, columns, channels) where known."""
     _ranked(image, 4, what, "[images, rows, columns, channels]", "one image: image[None]")
     _typed(image, jnp.floating, what, "float32 in [0, 1]", "bytes: reconstruction.from_uint8")
@@ -75,7 +73,7 @@ def images(
             f"{what} must be of {need} (rows, columns, channels), the size that the tokenizer was "
             f"made for; found {found}: cut or resize them to it"
         )
-    if ranged and image.size and known(image):
+    if image.size and known(image):
         least, most = _extremes(image)
         if least < -SLACK or most > 1 + SLACK:
             raise UserError(

@@ -193,7 +193,7 @@ def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> Non
         options = " ".join(f"--config.{name}=VALUE" for name in missing)
         sections = ", ".join(dict.fromkeys(f"{n.rpartition('.')[0]}.name" for n in missing))
         problems.append(f"another {sections} needs {', '.join(missing)}: {options}")
-    _raise(problems)
+    ranges.refuse(problems)
 
 
 def _at(config: Any, name: str) -> Any:
@@ -369,7 +369,7 @@ def check(
         section = _at(settings, path)
         problems += _mismatches(function, {} if section is None else section, context, path)
     # a section that is none is told once, by what takes the whole
-    _raise(list(dict.fromkeys(problems)))
+    ranges.refuse(list(dict.fromkeys(problems)))
 
 
 def _section_problems(section: Any, kind: str) -> list[str]:
@@ -399,7 +399,7 @@ def build(section: Any, kind: str, **context: Any) -> Any:
     target = named(section, kind)
     arguments = {key: _plain(value) for key, value in section.items() if key != "name"}
     context = {name: value for name, value in context.items() if name not in arguments}
-    _raise(_mismatches(target, arguments, context, kind))
+    ranges.refuse(_mismatches(target, arguments, context, kind))
     for key, value in arguments.items():
         if _is_named(value):
             own = {name: item for name, item in context.items() if name not in value}
@@ -465,7 +465,7 @@ def _is_module(hint: Any) -> bool:
 def call(function: Callable, section: Any, name: str, **context: Any) -> Any:
     """`function` with a section as its keyword arguments, problems told as of `build`."""
     arguments = {key: _plain(value) for key, value in section.items()}
-    _raise(_mismatches(function, arguments, context, name))
+    ranges.refuse(_mismatches(function, arguments, context, name))
     return _constructed(function, name, arguments, context)
 
 
@@ -485,13 +485,6 @@ def plain(config: ml_collections.ConfigDict) -> dict:
     return _plain(config)
 
 
-def _raise(problems: list[str]) -> None:
-    if len(problems) == 1:
-        raise UserError(problems[0])
-    if problems:
-        raise UserError("\n".join([f"{len(problems)} problems:", *(f"  {p}" for p in problems)]))
-
-
 def tokenizer(config: Any, *, rngs):
     """The Tokenizer that a config describes."""
     from tokgen.nn import precision
@@ -502,7 +495,7 @@ def tokenizer(config: Any, *, rngs):
     size, channels = _constructed(_pixels, "view", _plain(config["view"]), {})
     encoder = named(config["encoder"], "encoder")
     arguments = {key: _plain(value) for key, value in config["encoder"].items() if key != "name"}
-    _raise(_mismatches(encoder, arguments, CLASSES["encoder"][2], "encoder"))
+    ranges.refuse(_mismatches(encoder, arguments, CLASSES["encoder"][2], "encoder"))
     grid = _constructed(encoder.grid, "encoder", dict(arguments, size=size), {})
     quantizer = build(config["quantizer"], "quantizer", grid=grid, rngs=rngs)
     context = dict(channels=channels, size=size, precision=at, rngs=rngs)

@@ -58,7 +58,6 @@ def save_imported(
             source=source | _recorded(imported.form),
         )
         run.save({"model": state}, {"imported": 0.0})
-        run.manager.wait_until_finished()
         step = workdir / checkpoint.FOLDER / "0"
         if imported.aside:
             writer.write(step / ASIDE, imported.aside, form="safetensors")

@@ -131,6 +131,11 @@ class GeneratorFields(Fields):
     max_bad: ranges.Share = 1e-3
 
 
+def names(fields: type[Fields]) -> tuple[str, ...]:
+    """What the config of a program may have at its top."""
+    return tuple(field.name for field in dataclasses.fields(fields))
+
+
 SHARED = dict(
     precision=(precision.Precision, ()),
     report=(Report, ()),

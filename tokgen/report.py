@@ -162,6 +162,8 @@ class Log:
         record = {"step": step, "split": split, "seconds": seconds, **kept}
         self.file.write(records.text(record) + "\n")
         for name, value in numbers.items():
+            if not math.isfinite(value):  # it would warn, of each
+                continue
             self.events.add_scalar(f"{split}/{name}", value, step)
 
     def image(self, step: int, name: str, image_HW3: np.ndarray) -> None:

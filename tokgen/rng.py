@@ -8,9 +8,10 @@ would have drawn. Below a step there are three ways on, and each key goes one of
     `number(key, n)`, `numbered(key, count)`: which of many of a kind (the images of a batch, the
     layers of a stack, the symbols of a position, the scales of a pyramid).
 
-`jax.random.split` and `fold_in` are called nowhere else, since `split(key, n)[1]` is
-`fold_in(key, 1)`: two uses that never heard of each other would draw the same mask. Numbers lie
-below 2^24 and uses above, so that not even a key that went both ways would draw twice.
+`jax.random.split` and `fold_in` are called nowhere else, but where a published program's own draws
+are replayed, since `split(key, n)[1]` is `fold_in(key, 1)`: two uses that never heard of each other
+would draw the same mask. Numbers lie below 2^24 and uses above, so that not even a key that went
+both ways would draw twice.
 """
 
 from __future__ import annotations

@@ -35,6 +35,13 @@ FREE = (
 )
 
 
+# Fields that earlier configs did not have, with the value that they trained by: that says the same.
+UNSAID = {
+    **{"average": "muse", "optimizer.start": None, "optimizer.warmup": 0},
+    **{"critic.optimizer.start": None, "critic.optimizer.warmup": 0},
+}
+AUGMENTED = {True: ["color", "translation", "cutout"], False: []}  # what these meant
+
 ASIDE = "set_aside"  # steps that a run went back behind
 
 
@@ -86,6 +93,7 @@ class Run:
     told: set[int] = dataclasses.field(default_factory=set)  # steps said to be damaged
     earlier: tuple[str, ...] = ()  # fingerprints that earlier versions gave the same data
     accept: tuple[str, ...] = ()  # what may differ from the run that is resumed: "data"
+    fields: tuple[str, ...] = ()  # at the top of a config; others of a record are its file's own
 
     def folder(self, step: int) -> pathlib.Path:
         """Where a step lies."""
@@ -187,7 +195,8 @@ class Run:
             yield
         except UserError as error:
             step = int(jax.device_get(states_by_name["model"].step))
-            if step == 0:
+            # a save waits for all processes, and the others are in their next step
+            if step == 0 or jax.process_count() > 1:
                 raise
             if step not in self.manager.all_steps():
                 self.save(states_by_name)
@@ -235,13 +244,15 @@ def start(
     held_out: str = "",
     earlier: tuple[str, ...] = (),
     accept: tuple[str, ...] = (),
+    fields: tuple[str, ...] = (),
 ) -> Run:
     """Open the checkpoints of a work directory; `best` is the metric of which less is better.
 
     `data` and `held_out` are fingerprints of the images, `earlier` those of `data` by old versions;
     `accept` says what may have changed all the same. `tokenizer` and `tokens` say what a generator
     was trained with and on, see `checkpoint.reference`; `source` where imported weights come from.
-    Steps of `kept` are never deleted to make room.
+    Steps of `kept` are never deleted to make room. `fields` are all that a config may have at its
+    top: a run that began with others had them for its config file alone (none: all are compared).
     """
     _clear(workdir)
     # it deletes nothing: its policies know the figures of this process alone, and a figure that is
@@ -263,7 +274,7 @@ def start(
         "best": best,
         "source": source,
     }
-    return Run(workdir, manager, config, meta, kept, earlier=earlier, accept=accept)
+    return Run(workdir, manager, config, meta, kept, earlier=earlier, accept=accept, fields=fields)
 
 
 def resume_or_start(
@@ -278,17 +289,21 @@ def resume_or_start(
 
     UserError when the disk has no room for one more checkpoint.
     """
-    steps = sorted(run.manager.all_steps())
-    if max(steps, default=0) < run.config.get("steps", 0):
-        _room(run, sum(leaf.nbytes for leaf in jax.tree.leaves(states_by_name)))
-    if steps:
-        step = run.workdir / checkpoint.FOLDER / str(steps[-1])
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(states_by_name))
+    if steps := sorted(run.manager.all_steps()):
+        step = run.folder(steps[-1])
         meta = checkpoint.read_meta(step)
         _same_run(meta, run, step)
         leaves = checkpoint.resumed(step, states.paths(states_by_name), meta)
+        _take_over(meta, run)
+        run.wait()  # what need not stay by now makes room first
+        if steps[-1] < run.config.get("steps", 0):
+            _room(run, size)
         return checkpoint.unflatten(
             states_by_name, leaves
         ), f"resumed step {steps[-1]} of {run.workdir}"
+    if run.config.get("steps", 0):
+        _room(run, size)
     if run.config.init_from:
         step = checkpoint.find(run.config.init_from)
         return finetuning.begun_from(step, run.meta, states_by_name)
@@ -377,7 +392,16 @@ def is_measured(run: Run, step: int) -> bool:
 
 
 def drop_after(run: Run, step: int) -> None:
-    """Forget all later steps, the last first: a kill in between leaves a run to go on from."""
+    """Forget all later steps, the last first: a kill in between leaves a run to go on from.
+
+    UserError before any is lost where the run could not go on from `step`; none where it is gone.
+    """
+    if step not in run.manager.all_steps():
+        return
+    if "data_changes" not in run.meta:  # a start that ends what a kill cut off
+        newest = checkpoint.read_meta(run.folder(latest(run)))
+        run.meta["data_changes"] = list(newest.get("data_changes", ()))
+    _same_run(checkpoint.read_meta(run.folder(step)), run, run.folder(step))
     run.wait()
     for later in sorted(run.manager.all_steps(), reverse=True):
         if later > step:
@@ -385,16 +409,22 @@ def drop_after(run: Run, step: int) -> None:
 
 
 def as_trained(fields: dict) -> dict:
-    """Fields of a recorded config, with the weight 0 of distances that were given no weight files.
+    """Fields of a config in the words of today's, for those that earlier versions wrote otherwise.
 
-    They were left out then; now a config says so itself.
+    A distance that was given no weight files was left out: its weight is 0. `critic.augmented` was
+    all kinds or none; a field that was not there yet has the value that went without saying.
     """
     off = {
         f"loss.{n.removeprefix('perceptual.')}"
         for n, v in fields.items()
         if v == "" and n.startswith("perceptual.")
     }
-    return fields | {name: 0.0 for name in off if name in fields}
+    said = {n: v for n, v in fields.items() if n not in UNSAID or v != UNSAID[n]}
+    said |= {name: 0.0 for name in off if name in fields}
+    augmented = said.get("critic.augmented")
+    if isinstance(augmented, bool):
+        said["critic.augmented"] = AUGMENTED[augmented]
+    return said
 
 
 def _same_run(meta: dict, run: Run, step: pathlib.Path) -> None:
@@ -405,24 +435,36 @@ def _same_run(meta: dict, run: Run, step: pathlib.Path) -> None:
             "--workdir"
         )
     old = as_trained(configs.flat(json.loads(json.dumps(meta["config"]))))
-    new = configs.flat(json.loads(json.dumps(configs.plain(run.config))))
+    new = as_trained(configs.flat(json.loads(json.dumps(configs.plain(run.config)))))
+    if run.fields:
+        old = {n: v for n, v in old.items() if n in new or n.partition(".")[0] in run.fields}
     changes = [
         f"  {name}: {old.get(name, 'absent')!r} there, {new.get(name, 'absent')!r} here"
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name) and not name.startswith(FREE)
     ]
     # data that this run began with, and was told to leave, are still its own: it may go back there
-    own = {run.meta["data"], *run.earlier, *(c["from"] for c in run.meta.get("data_changes", ()))}
-    for name in ("layout", "classes", "data", "tokenizer"):
+    left = run.meta.get("data_changes", ())
+    own = {run.meta["data"], *run.earlier, *(change["from"] for change in left)}
+    told = "data" in run.accept
+    if not told and meta["data"] not in own:
+        changes.append(f"  data: {meta['data']} there, {run.meta['data']} here")
+    a, b = meta.get("held_out"), run.meta["held_out"]
+    # best steps are those of the same images
+    if a and b and a != b and not told and a not in {change.get("held_out") for change in left}:
+        changes.append(f"  held-out data: {a} there, {b} here")
+    images, names = ["  data: ", "  held-out data: "], ["layout", "classes", "tokenizer"]
+    if meta["kind"] == "tokenizer":  # it learns no classes: they come with its images
+        images.append("  classes: ")
+        if told or meta["classes"] in [change.get("classes") for change in left]:
+            names.remove("classes")
+    for name in names:
         a, b = (json.loads(json.dumps(m[name])) for m in (meta, run.meta))
         if name == "tokenizer" and a and b:
             a, b = a["fingerprint"], b["fingerprint"]
-        if a != b and not (name == "data" and (a in own or "data" in run.accept)):
+        if a != b:
             changes.append(f"  {name}: {str(a)[:200]} there, {str(b)[:200]} here")
-    a, b = meta.get("held_out"), run.meta["held_out"]
-    if a and b and a != b and "data" not in run.accept:  # best steps are those of the same images
-        changes.append(f"  held-out data: {a} there, {b} here")
-    if changes and all(line.startswith(("  data: ", "  held-out data: ")) for line in changes):
+    if changes and all(line.startswith(tuple(images)) for line in changes):
         raise UserError(
             f"{run.workdir} holds a run on other images than these (names, labels, sizes or "
             "contents differ). If you repaired, removed or added some, go on with them by "
@@ -433,14 +475,24 @@ def _same_run(meta: dict, run: Run, step: pathlib.Path) -> None:
         raise UserError(
             "\n".join(
                 [
-                    f"{run.workdir} holds a run with another config; use its values, or another "
-                    "--workdir:",
+                    f"{run.workdir} holds a run with another config; use its values (a copy of its "
+                    "config file, or overrides), or another --workdir:",
                     *changes,
                 ]
             )
         )
+
+
+def _take_over(meta: dict, run: Run) -> None:
+    """What a record says of data that were left goes on in later ones, with what is left now."""
     run.meta["data_changes"] = list(meta.get("data_changes", ()))
-    if meta["data"] not in (run.meta["data"], *run.earlier):
-        change = {"step": meta["step"], "from": meta["data"], "to": run.meta["data"]}
-        run.meta["data_changes"].append(change)
-        report.say(f"from step {meta['step']} on {run.workdir} is trained on changed data")
+    trained = meta["data"] not in (run.meta["data"], *run.earlier)
+    change = {"step": meta["step"], "from": meta["data"], "to": run.meta["data"]}
+    for name in ("held_out", "classes"):
+        if meta.get(name) and run.meta[name] and meta[name] != run.meta[name]:
+            change[name] = meta[name]
+    if not trained and len(change) == 3:
+        return
+    run.meta["data_changes"].append(change)
+    what = "trained on changed data" if trained else "measured on changed held-out data"
+    report.say(f"from step {meta['step']} on {run.workdir} is {what}")

@@ -1,6 +1,7 @@
 """What `--classes` and `--text` mean, and what they refuse; what a preset's place is taken by."""
 
 import argparse
+import contextlib
 import types
 
 import jax.numpy as jnp
@@ -187,6 +188,27 @@ def test_steps_and_noise_take_the_presets_place(capsys):
     said = capsys.readouterr()
     assert "departs from preset 'default'" in said.out + said.err
     assert loaded.module.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("preset", "words", "told"),
+    [
+        ({}, ("--temperature", "0", "--top-k", "3"), "--top-k .it is for temperatures above 0"),
+        ({"temperature": 0}, ("--top-k", "0", "--top-p", "0.5"), "2 options .*--top-k .*--top-p "),
+        # what the draws are at, not what is written: no noise, no temperature
+        ({"drawing": "noise"}, ("--top-p", "0.9"), "--top-p "),
+        ({}, ("--top-k", "1", "--temperature", "0.5"), "--temperature .it is for a top-k other"),
+        ({"temperature": 0, "top_k": 3}, (), ""),  # a preset may say more than it needs
+        ({"temperature": [0.0, 1.0], "steps": 2}, ("--top-k", "3"), ""),
+        ({"temperature": 0}, ("--temperature", "0.5", "--top-k", "3", "--top-p", "0.9"), ""),
+    ],
+)
+def test_a_filter_is_refused_where_the_likeliest_is_taken_anyway(preset, words, told):
+    args = _args(*words)
+    args.given = frozenset(word[2:].replace("-", "_") for word in words if word.startswith("--"))
+    refused = pytest.raises(UserError, match=f"(?=.*no effect here).*{told}")
+    with refused if told else contextlib.nullcontext():
+        sample.prepared(args, _loaded(Reader(), default=preset))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A sweep shares its seeds, goes on after a kill to the same end, and says how sure its best is."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -16,6 +17,7 @@ from tokgen import assess, checkpoint, evaluation, extractors, protocols, refere
 from tokgen.commands import evaluate, sample, sweep
 from tokgen.interfaces import UserError
 from tokgen.metrics import moments
+from tokgen.sampling import filters
 
 
 def parsed(*words) -> argparse.Namespace:
@@ -174,6 +176,7 @@ def world(tmp_path, monkeypatch):
     def prepared(args, loaded):
         if args.guidance < 0:
             raise UserError("sampling settings: a weight is at least 0")
+        return {}, None, filters.Sampler(1.0 if args.temperature is None else args.temperature)
 
     stop = types.SimpleNamespace(at=0)
     monkeypatch.setattr(assess, "supply_of", supply_of)
@@ -184,6 +187,15 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "prepared", prepared)
     words = ["--reference", file, "--samples", 40, "--seeds", 2, "--guidance", 1, 1.5, "--out"]
     return types.SimpleNamespace(words=words, drawn=drawn, stop=stop, out=tmp_path)
+
+
+@pytest.mark.parametrize(("temperatures", "fine"), [((0,), False), ((0, 1), True)])
+def test_a_filter_must_have_an_effect_in_some_setting(temperatures, fine, world):
+    args = parsed(*world.words, world.out, "--top-k", 3, "--temperature", *temperatures)
+    args.given = frozenset(("top_k", "temperature"))
+    refused = pytest.raises(UserError, match="no effect here: --top-k .it is for temperatures")
+    with contextlib.nullcontext() if fine else refused:
+        sweep.try_out(args, sweep.settings_of(args))
 
 
 def test_a_sweep_that_is_killed_goes_on_to_the_same_end(world, capsys):

@@ -355,6 +355,14 @@ def test_a_folder_that_fails_ends_the_command_with_2(copy, tmp_path, capsys):
         np.testing.assert_allclose(saved["q_loss"], arrays["q_loss"], rtol=1e-4)
 
 
+def test_what_was_computed_replaces_nothing_that_is_published(copy, capsys):
+    for file in sorted(copy.iterdir()):
+        before = file.read_bytes()
+        words = ["parity", str(copy), "--arrays", str(file), "--overwrite"]
+        assert cli.main(words) == 2 and file.read_bytes() == before
+        assert "is what the command reads" in capsys.readouterr().err
+
+
 def _no_case(folder):
     (folder / "case.npz").unlink()
 

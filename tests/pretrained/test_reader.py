@@ -611,12 +611,16 @@ def test_a_network_is_found_in_what_trainers_put_around_it(tmp_path):
     for wrap, prefix in (
         *(((), ""), (("state_dict",), ""), (("teacher",), "module.")),
         *((("model",), "_orig_mod.module."), ((), "module.")),
+        *(((), "module._orig_mod."), ((), "module._fsdp_wrapped_module._orig_mod.")),
     ):
         entries = {wrap: {prefix + key: array for key, array in arrays.items()}}
         if wrap:
             entries |= {("optimizer", "state"): {"m": np.ones(9)}, (): {"step": np.ones(1)}}
         writer.write_entries(path, entries, form="torch")
         assert set(reader.network(path)) == set(arrays), (wrap, prefix)
+    inside = {"module.a._checkpoint_wrapped_module.w": np.ones(3), "module.a.b": np.zeros(2)}
+    writer.write_entries(path, {(): inside}, form="torch")
+    assert set(reader.network(path)) == set(arrays)
     writer.write_entries(path, {("what", "ever"): arrays}, form="torch")
     with pytest.raises(interfaces.UserError, match="'what' is a dict, not a tensor"):
         reader.network(path)

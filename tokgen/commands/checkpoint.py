@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _change(change: dict) -> str:
-    return f"{change['from'][:16]} up to step {change['step']}"
+    """Of data that were left; one that changes the images that are measured alone says so."""
+    what = change["from"][:16] if change["from"] != change["to"] else "other held-out data"
+    return f"{what} up to step {change['step']}"
 
 
 def _size(shape: list[int]) -> int:

@@ -18,6 +18,7 @@ from tokgen import (
     boundary,
     checkpoint,
     launch,
+    options,
     output,
     report,
     rng,
@@ -28,7 +29,7 @@ from tokgen import (
 from tokgen.data import classes as names_
 from tokgen.interfaces import PyTree, Text, UserError
 from tokgen.metrics import reconstruction
-from tokgen.sampling import decode, presets
+from tokgen.sampling import decode, filters, presets
 
 # Without --classes: all of so many, or some of them evenly over all
 FEW, SOME = 16, 8
@@ -290,7 +291,17 @@ def prepared(args: argparse.Namespace, loaded) -> tuple:
         raise UserError(
             f"top-k must be at most the alphabet, {loaded.layout.absent}; found {args.top_k}"
         )
+    options.check(args, idle(sampler))
     return settings, generator, sampler
+
+
+def idle(sampler: filters.Sampler) -> dict[str, str]:
+    """{option: when it has an effect} of those without one, since a draw is of the likeliest."""
+    if not np.any(sampler.temperature):
+        return dict.fromkeys(("top_k", "top_p"), "temperatures above 0")
+    if np.all(np.equal(sampler.top_k, 1)):
+        return dict.fromkeys(("temperature", "top_p"), "a top-k other than 1")
+    return {}
 
 
 def precision_of(args: argparse.Namespace) -> str:

@@ -21,6 +21,7 @@ from tokgen import (
     checkpoint,
     evaluation,
     launch,
+    options,
     output,
     page,
     protocols,
@@ -155,8 +156,11 @@ def try_out(args: argparse.Namespace, grid: Mapping[str, Mapping]) -> None:
     if kind != "generator":
         raise UserError(f"a sweep needs a generator; {step} holds a {kind}")
     loaded = checkpoint.load_generator(step)
-    for setting in grid.values():
-        sample.prepared(one(args, setting, args.seed, pathlib.Path(args.out)), loaded)
+    lines = [one(args, setting, args.seed, pathlib.Path(args.out)) for setting in grid.values()]
+    idle = [sample.idle(sample.prepared(line, loaded)[-1]) for line in lines]
+    # what has an effect in one setting is asked for
+    idle_in_all = set.intersection(*map(set, idle))
+    options.check(args, {name: idle[0][name] for name in sorted(idle_in_all)})
 
 
 def identity(args: argparse.Namespace, reference: references.Reference, extractor) -> dict:

@@ -19,7 +19,7 @@ import pathlib
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -40,6 +40,8 @@ CONTAINERS = (
     *("state_dict", "model", "module", "net", "network", "model_state_dict", "params", "weights"),
     *("generator", "tokenizer", "teacher"),
 )
+# Parts of names that torch.compile and those that shard a network put into them
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack")
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -97,16 +99,26 @@ def read(
 def network(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The arrays of the one network in a file, out of what trainers put around them.
 
-    The entry of CONTAINERS with the most of them, or the outermost; without "module." before all.
+    The entry of CONTAINERS with the most of them, or the outermost; without WRAPPERS in their names
+    and "module." before all.
     """
     found = outline(path)
     known = [name for name in ("", *CONTAINERS) if name in found.entries]
     entry = max(known, key=lambda name: len(found.entries[name]), default="")
-    arrays = read(path, *filter(None, [entry]), flatten=found.form == "flax")
-    for prefix in ("_orig_mod.", "module."):
-        if all(name.startswith(prefix) for name in arrays):
-            arrays = {name.removeprefix(prefix): array for name, array in arrays.items()}
+    arrays = unwrapped(read(path, *filter(None, [entry]), flatten=found.form == "flax"))
+    if all(name.startswith("module.") for name in arrays):
+        arrays = {name.removeprefix("module."): array for name, array in arrays.items()}
     return arrays
+
+
+def unwrapped(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same arrays without WRAPPERS inside of their names."""
+    found = {}
+    for name, array in arrays.items():
+        for part in WRAPPERS:
+            name = name.replace(part, "")
+        found[name] = array
+    return found if len(found) == len(arrays) else dict(arrays)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,8 +28,6 @@ DTYPES = {
 } | {"bfloat16": np.dtype(ml_dtypes.bfloat16), "int8": np.dtype("i1"), "uint8": np.dtype("u1")}
 
 AVERAGES = ("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "module_ema")
-# Parts of names that torch.compile and those that shard a network put into them
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,10 +232,10 @@ def fit(
     """
     system = systems.named(name)
     wrapped = list(notes)
-    inside = [part for part in _WRAPPERS if any(part in key for key in weights)]
+    inside = [part for part in reader.WRAPPERS if any(part in key for key in weights)]
     if inside:
         wrapped.append(f"{', '.join(inside)} within its names is left away")
-    weights, average = _unwrapped(weights), _unwrapped(average or {})
+    weights, average = reader.unwrapped(weights), reader.unwrapped(average or {})
     errors = []
     for prefix in ("", *_prefixes(weights, system.aside)):
         try:
@@ -259,16 +257,6 @@ def fit(
         return dataclasses.replace(imported, notes=tuple(wrapped))
     # the attempt that came the farthest says the most
     raise min(errors, key=lambda e: e.problems if isinstance(e, table.Misfit) else np.inf)
-
-
-def _unwrapped(weights: systems.Weights) -> systems.Weights:
-    """The same arrays without what torch.compile and its like add inside of names."""
-    found = {}
-    for key, array in weights.items():
-        for part in _WRAPPERS:
-            key = key.replace(part, "")
-        found[key] = array
-    return found if len(found) == len(weights) else weights
 
 
 def _prefixes(weights: systems.Weights, aside: Sequence[str]) -> list[str]:

@@ -15,7 +15,6 @@ from flax import nnx
 from tokgen import ranges
 from tokgen.interfaces import Quantized, TokenLayout
 from tokgen.quantizers import bits as words
-from tokgen.quantizers import entropy as entropies
 
 GUARD = 1e-8  # of the logarithms
 
@@ -42,7 +41,6 @@ class Quantizer(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         del rngs
-        entropies.check(temperature, entropies.FORMS[0])
         self.groups, self.order = words.checked(bits, groups, order), order
         self.inputs = self.channels = bits
         self.temperature = temperature

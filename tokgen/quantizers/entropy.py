@@ -20,10 +20,8 @@ FORMS = ("shifted", "clamped")
 GUARD = 1e-5
 
 
-def check(temperature: float, form: str) -> None:
+def check(form: str) -> None:
     """Refuse what no published loss is."""
-    if temperature < 0:
-        raise UserError(f"temperature must be 0 (no entropies) or more; found {temperature}")
     if form not in FORMS:
         raise UserError(f"entropy must be one of {FORMS}; found {form!r}")
 

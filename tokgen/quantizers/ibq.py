@@ -29,7 +29,7 @@ class Quantizer(nnx.Module):
         entropy: str = "shifted",
         rngs: nnx.Rngs,
     ):
-        entropies.check(temperature, entropy)
+        entropies.check(entropy)
         self.layout = TokenLayout((codes,), (grid,))
         self.inputs = self.channels = channels
         self.temperature, self.entropy = temperature, entropy

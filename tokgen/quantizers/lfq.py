@@ -47,7 +47,7 @@ class Quantizer(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         del rngs
-        entropies.check(temperature, entropy)
+        entropies.check(entropy)
         self.groups, self.order = words.checked(bits, groups, order), order
         self.inputs = self.channels = bits
         self.temperature, self.entropy, self.whole = temperature, entropy, whole

@@ -66,7 +66,7 @@ class Quantizer(nnx.Module):
             raise UserError(f"revival must be one of {REVIVALS}; found {revival!r}")
         if init not in STARTS:
             raise UserError(f"init must be one of {tuple(STARTS)}; found {init!r}")
-        entropies.check(temperature, entropy)
+        entropies.check(entropy)
         self.layout = TokenLayout((codes,), (grid,))
         self.codes, self.normalize, self.match = codes, normalize, match
         self.inputs = self.channels = channels
