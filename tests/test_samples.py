@@ -97,6 +97,18 @@ def test_archives_that_are_no_samples(tmp_path, arrays, words):
         samples.given(tmp_path / "a.npz")
 
 
+def test_folders_of_class_folders_are_read_as_it_is_said(tmp_path):
+    for number, name in enumerate(("cats/tabby", "cats/tiger", "dogs/boxer")):
+        as_folder(tmp_path / name, pictures(3 * number + 2)[-2:])
+    with pytest.raises(UserError, match="--labels outer in commands"):
+        samples.given(tmp_path)
+    outer, none = (samples.given(tmp_path, labels=labels) for labels in ("outer", "none"))
+    assert outer.classes == ("cats", "dogs") and none.classes == ()
+    np.testing.assert_array_equal(outer.part(0, 6)["label"], [0, 0, 0, 0, 1, 1])
+    np.testing.assert_array_equal(outer.part(0, 6)["image"], none.part(0, 6)["image"])
+    assert "label" not in none.part(0, 6) and outer.identity != none.identity
+
+
 def test_paths_that_are_no_samples(tmp_path):
     (tmp_path / "a.npz").touch()
     (tmp_path / "a.txt").touch()

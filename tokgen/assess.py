@@ -134,7 +134,9 @@ def supply_of(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[ob
                 "samples: give the tokenizer's checkpoint"
             )
         options.check_mode(args, options.EVALUATE, options.SAMPLES)
-        given = samples.given(path, args.accept)
+        given = samples.given(path, args.accept, args.labels)
+        if isinstance(given, samples.Archive):
+            options.check(args, {"labels": "folders of images"})
         heldout.tell(str(path), all=getattr(given, "source", given))
         if 0 < args.samples < len(given):
             return samples.Spread(given, args.samples), classes_of(given)
@@ -211,7 +213,9 @@ def drawn(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[suppli
 def repainted(args: argparse.Namespace) -> supplies.Repainted:
     """A tokenizer's reconstructions of held-out images."""
     loaded = checkpoint.load_tokenizer(args.checkpoint, compute=args.precision or "")
-    source = heldout.image_source(loaded.config, args.data, args.split, doubtful="drop")
+    source = heldout.image_source(
+        loaded.config, args.data, args.split, labels=args.labels, doubtful="drop"
+    )
     what = heldout.called(loaded.config.get("data", {}), args.data)
     heldout.tell(what, **{args.split: source})
     heldout.check_filled(source, args.split)

@@ -149,7 +149,9 @@ def _real(reference: references.Reference) -> tuple:
     if dataset.startswith("tfds:"):
         return None, f"{dataset} is not opened for a page"
     try:
-        source = reference_.source_of(argparse.Namespace(data=dataset), record["split"])
+        # what was written before has no word of labels
+        asked = argparse.Namespace(data=dataset, labels=record.get("labels", ""))
+        source = reference_.source_of(asked, record["split"])
     except UserError as error:
         return None, f"its data set is not there any more: {error}"
     if record["fingerprint"] not in (source.fingerprint, *getattr(source, "earlier", ())):

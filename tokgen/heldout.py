@@ -291,12 +291,17 @@ def view_of(settings) -> images.View:
 
 
 def generator_source(
-    data, split: str, tokenizer: checkpoint.Loaded | None = None, order: Sequence[str] = ()
+    data,
+    split: str,
+    tokenizer: checkpoint.Loaded | None = None,
+    order: Sequence[str] = (),
+    labels: str = "",
 ):
     """What a config's `data` gives to a generator: token shards, or images to encode; with text.
 
     `tokenizer` is for images; it should compute in float32, as pretokenizing does. `order` is that
-    of the classes, where one was recorded.
+    of the classes, where one was recorded; `labels` says how those of images are read, in the place
+    of the tokenizer's config.
     """
     text = data.get("text", "")
     if data.get("tokens", ""):
@@ -308,7 +313,7 @@ def generator_source(
             "a discrete quantizer (vq, fsq, lfq, bsq, multiscale)"
         )
     # whose condition is a text needs no classes
-    known = dict(order=order, doubtful="drop" if text else "refuse")
+    known = dict(order=order, labels=labels, doubtful="drop" if text else "refuse")
     pictures = image_source(tokenizer.config, data.get("images", ""), split, **known)
     if not len(pictures):
         return pictures  # nothing is held out

@@ -18,6 +18,7 @@ EVALUATE = {
     "reconstruction": (TOKENIZER, REPAINTED),
     "data": (*HELD_OUT, REPAINTED),
     "split": (*HELD_OUT, REPAINTED),
+    "labels": (*HELD_OUT, REPAINTED, SAMPLES),
     "images": HELD_OUT,
     "text": (*HELD_OUT, DRAWN),
     "order": (GENERATOR,),
@@ -32,6 +33,16 @@ EVALUATE = {
     **dict.fromkeys(("preset", "temperature", "top_k", "top_p"), (DRAWN,)),
     **dict.fromkeys(("guidance", "steps", "noise"), (DRAWN,)),
 }
+
+
+def labels(parser: argparse._ActionsContainer, default: str) -> None:
+    """`--labels`, of every command that reads images with classes."""
+    parser.add_argument(
+        "--labels",
+        default="",
+        choices=("folders", "outer", "none"),
+        help=f"what class folders mean (docs/data.md); default: {default}",
+    )
 
 
 def given(parser: argparse.ArgumentParser, words: Sequence[str]) -> frozenset[str]:

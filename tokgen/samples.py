@@ -151,8 +151,8 @@ def check_pixels(shape: Sequence[int], dtype, what: str) -> None:
 class Pictures:
     """The images of a folder, lossless and of one size; class folders are labels."""
 
-    def __init__(self, path: str | pathlib.Path, accepted: Sequence[str] = ()):
-        self.source = folder.Source(path, split="all")
+    def __init__(self, path: str | pathlib.Path, accepted: Sequence[str] = (), labels: str = ""):
+        self.source = folder.Source(path, split="all", labels=labels or "folders")
         self.classes, self.lossy = self.source.classes, "lossy" in accepted
         names = [self.source.name(index) for index in range(len(self.source))]
         lossy = [name for name in names if name.lower().endswith(LOSSY)]
@@ -215,14 +215,16 @@ def _by(size: Sequence[int]) -> str:
     return " x ".join(map(str, size))
 
 
-def given(path: str | pathlib.Path, accepted: Sequence[str] = ()) -> Archive | Pictures:
+def given(
+    path: str | pathlib.Path, accepted: Sequence[str] = (), labels: str = ""
+) -> Archive | Pictures:
     """The supply of a path: an .npz, a folder with `samples.npz` inside, or one of images."""
     path = pathlib.Path(path)
     if path.is_dir():
         inside = path / "samples.npz"
         if inside.exists():
             return Archive(inside, _names(path / "samples.json"))
-        return Pictures(path, accepted)
+        return Pictures(path, accepted, labels)
     if not path.exists():
         raise UserError(f"no samples at {path}: there is no such path")
     if path.suffix != ".npz":

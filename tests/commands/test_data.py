@@ -1,6 +1,7 @@
 """`tokgen data` of token shards; options that say nothing of what is looked at."""
 
 import pytest
+from PIL import Image
 
 from tests.data import test_tokens
 from tokgen import cli
@@ -42,3 +43,19 @@ def test_of_token_shards_classes_and_counts_are_told(tmp_path, capfd):
 def test_options_without_an_effect_are_refused(tmp_path, capfd, words, named):
     code, said = told(capfd, tmp_path, *words)
     assert code == 2 and named in said
+
+
+def test_folders_of_class_folders_are_read_as_it_is_said(tmp_path, capfd):
+    for name in ("cats/tabby", "cats/tiger", "dogs/boxer"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "set" / name / f"{number}.png")
+    code, said = told(capfd, tmp_path / "set")
+    assert code == 2 and "--labels outer in commands" in said
+    code, said = told(capfd, tmp_path / "set", "--labels", "outer")
+    assert code == 0 and "2 classes (cats 8, dogs 4)" in said
+    code, said = told(capfd, tmp_path / "set", "--labels", "none")
+    assert code == 0 and "no classes" in said
+    shards = test_tokens.write(tmp_path / "tokens")
+    code, said = told(capfd, shards, "--labels", "none")
+    assert code == 2 and "--labels (it is for images" in said

@@ -2,14 +2,19 @@
 
 import functools
 import math
+import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
-from tokgen import heldout, interfaces, rng
+from tokgen import assess, checkpoint, cli, heldout, interfaces, launch, rng
+from tokgen.data import folder
 from tokgen.generators import autoregressive
 from tokgen.nn import precision
 
@@ -191,3 +196,61 @@ def test_orders_that_do_not_fit_are_said():
     ):
         with pytest.raises(interfaces.UserError, match=message):
             heldout._order(model, order)
+
+
+class Asked(Exception):
+    """What was asked for."""
+
+
+@pytest.fixture
+def nested(tmp_path, monkeypatch):
+    """Two classes, each in folders of its own; and the commands with nothing that computes."""
+    monkeypatch.setattr(launch, "devices", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "find", pathlib.Path)
+    for name in ("cats/tabby", "cats/tiger", "dogs/boxer"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "set" / name / "0.png")
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize("score", [(), ("--protocol", "local", "--reference", "r", "--out", "s")])
+def test_a_tokenizer_is_measured_on_folders_of_class_folders(nested, monkeypatch, capfd, score):
+    """One without a data set of its own, as imported ones are."""
+    monkeypatch.chdir(nested.parent)
+    monkeypatch.setattr(checkpoint, "read_meta", lambda step: {"kind": "tokenizer"})
+    made = types.SimpleNamespace(config=ml_collections.ConfigDict({"decoder": {}}))
+    monkeypatch.setattr(checkpoint, "load_tokenizer", lambda *_, **__: made)
+    monkeypatch.setattr(assess.references, "read", lambda *_: None)
+
+    def told(what, **sources):
+        raise Asked(*sources.values())
+
+    monkeypatch.setattr(heldout, "tell", told)
+    words = ["evaluate", "ckpt", *score, "--data", str(nested), "--split", "all"]
+    assert cli.main(words) == 2 and "--labels outer in commands" in capfd.readouterr().err
+    for labels, names in (("outer", ("cats", "dogs")), ("none", ())):
+        with pytest.raises(Asked) as asked:
+            cli.main([*words, "--labels", labels])
+        assert asked.value.args[0].classes == names
+
+
+def test_an_unconditional_generator_reads_no_classes_of_folders(nested, monkeypatch, capfd):
+    monkeypatch.setattr(checkpoint, "read_meta", lambda step: {"kind": "generator"})
+    config = ml_collections.ConfigDict({"data": {"images": ""}})
+    module = types.SimpleNamespace(quantizer=None)
+    loaded = types.SimpleNamespace(
+        module=module, classes=(), config=config, meta={"tokens": None}, step=nested
+    )
+    for name in ("load_generator", "load_tokenizer_of", "load_tokenizer"):
+        monkeypatch.setattr(checkpoint, name, lambda *_, **__: loaded)
+    source = folder.Source(nested, split="all", labels="outer")
+    monkeypatch.setattr(heldout, "generator_source", lambda *_, **__: source)
+
+    def likelihood(*_, label_C, **__):
+        raise Asked(label_C)
+
+    monkeypatch.setattr(heldout, "likelihood", likelihood)
+    with pytest.raises(Asked) as asked:
+        cli.main(["evaluate", "ckpt", "--data", str(nested)])
+    assert asked.value.args[0].tolist() == [0, 0]
+    assert "the generator has no classes" in capfd.readouterr().err

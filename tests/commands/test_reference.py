@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests import test_extractors
-from tokgen import cli, extractors, interfaces, judge, protocols, references, sharding
+from tokgen import cli, extractors, gallery, interfaces, judge, protocols, references, sharding
 from tokgen.commands import reference
 
 ONE = test_extractors.mesh_of(1)
@@ -40,6 +40,16 @@ def single(path: pathlib.Path) -> pathlib.Path:
     for number, name in enumerate(("dark", "light")):
         (path / name).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16), (90 * number, 30, 60)).save(path / name / "0.png")
+    return path
+
+
+def nested(path: pathlib.Path) -> pathlib.Path:
+    """Two classes, each in folders of its own."""
+    for number, name in enumerate(("cats/tabby", "cats/tiger", "dogs/boxer")):
+        single(path / name)
+        for color in ("dark", "light"):
+            (path / name / color / "0.png").rename(path / name / f"{color}{number}.png")
+            (path / name / color).rmdir()
     return path
 
 
@@ -129,6 +139,17 @@ def test_where_nothing_is_held_out_the_network_is_tried_on_its_own_images(tmp_pa
     assert make(single(tmp_path / "single"), tmp_path / "a.npz", "--steps", 1) == 0
     told = references.read(tmp_path / "a.npz").record["extractor"]
     assert told["images"] == "its own images" and told["examined"] == 2
+
+
+def test_folders_of_class_folders_are_read_as_it_is_said(place, tmp_path):
+    """Also by the page of a score, which shows real images once more."""
+    words = ("--labels", "outer", "--split", "all", "--network", place / "named.npz")
+    assert make(nested(tmp_path / "nested"), tmp_path / "a.npz", *words) == 0
+    made = references.read(tmp_path / "a.npz")
+    assert made.record["classes"] == ["cats", "dogs"] and made.record["labels"] == "outer"
+    np.testing.assert_array_equal(made.label_n, made.index_n >= 4)
+    real, why = gallery._real(made)
+    assert not why and real(np.arange(6)).shape == (6, 16, 16, 3)
 
 
 def test_record_says_what_must_agree(place):
@@ -226,6 +247,8 @@ def test_a_published_network_sees_all_images_once(tmp_path, monkeypatch):
         (("named", "--out", "a.npz", "--split", "some"), "split must be one of"),
         (("named", "--out", "a.npz", "--label", "fine"), "--label (it is for sets of TFDS"),
         (("single", "--out", "a.npz", "--split", "held_out"), "nothing was held out"),
+        (("nested", "--out", "a.npz"), "--labels outer in commands"),
+        (("data.npz", "--out", "a.npz", "--labels", "none"), "--labels (it is for folders and"),
         (("damaged", "--out", "a.npz"), "first image, and a.png cannot be read"),
     ],
 )
@@ -234,6 +257,7 @@ def test_command_lines_that_cannot_be_meant(place, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(judge, "of_images", None)
     np.savez(place / "data.npz", arr_0=test_extractors.pictures(2))
     single(place / "single")
+    nested(place / "nested")
     for name in ("a.png", "b.png"):
         (place / "damaged").mkdir(exist_ok=True)
         (place / "damaged" / name).write_bytes(b"no picture")

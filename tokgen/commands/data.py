@@ -34,6 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data-dir", default="", help="where TFDS keeps its sets")
     parser.add_argument("--label", default="", help="a TFDS set's feature that is the label")
+    options.labels(parser, "folders")
     parser.add_argument("--channels", type=int, default=3, choices=(1, 3), help="1 or 3 (default)")
 
 
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     if args.scan != "full":
         idle["channels"] = "images that are decoded, by --scan full"
     if shards:
-        idle |= dict.fromkeys(("held_out", "channels"), "images, not for token shards")
+        idle |= dict.fromkeys(("held_out", "channels", "labels"), "images, not for token shards")
     options.check(args, idle)
     if shards:
         _shards(args)
@@ -101,6 +102,8 @@ def source_of(args: argparse.Namespace, split: str):
         }
     else:
         section = {"name": "folder", "path": args.data, "held_out": args.held_out}
+    if args.labels:
+        section["labels"] = args.labels
     return config.build(section, "data", split=split)
 
 

@@ -25,6 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", default="", help="image folder, or token shards; default: config")
     parser.add_argument("--split", default="held_out", help="held_out (default), train or all")
+    options.labels(parser, "as in the tokenizer's config, of samples folders")
     parser.add_argument("--images", type=int, default=1000, help="at most so many (default 1000)")
     parser.add_argument(
         "--text", default="", help="folder of text features, for text models; default: config"
@@ -128,7 +129,9 @@ def _measured(args: argparse.Namespace) -> tuple[dict, dict]:
 def _tokenizer(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     """(figures, what their first is called, the source that they are of, the precision)."""
     loaded = checkpoint.load_tokenizer(step, compute=args.precision or "")
-    source = heldout.image_source(loaded.config, args.data, args.split, doubtful="drop")
+    source = heldout.image_source(
+        loaded.config, args.data, args.split, labels=args.labels, doubtful="drop"
+    )
     if args.text and not loaded.config.decoder.get("text"):
         raise UserError("--text is for a tokenizer whose decoder reads text; found another")
     if args.text:
@@ -157,16 +160,17 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     data["text"] = args.text or data.get("text", "")
     heldout.check_text(loaded.module, data["text"], "--text")
     if data["tokens"]:
+        options.check(args, {"labels": "images, not for token shards"})
         train = tokens.Source(data["tokens"])  # whole, before anything is measured
         source = heldout.generator_source(data, args.split)
         checkpoint.check_tokens(tokenizer, source.header, source.path)
     else:
         encoder = checkpoint.load_tokenizer(tokenizer.step, compute="float32")
-        source = heldout.generator_source(data, args.split, encoder)
+        source = heldout.generator_source(data, args.split, encoder, labels=args.labels)
     heldout.tell(heldout.called(data, args.data), **{args.split: source})
     heldout.check_filled(source, args.split)
     label_C = None
-    if not data["text"] and loaded.classes:
+    if not data["text"]:
         where = args.data or "the data"
         label_C, said = classes.matched(source.classes, loaded.classes, where, "the generator")
         if said:

@@ -8,7 +8,7 @@ import math
 import jax
 import numpy as np
 
-from tokgen import boundary, checkpoint, heldout, launch, output, report, sharding
+from tokgen import boundary, checkpoint, heldout, launch, options, output, report, sharding
 from tokgen.data import images, reader, stream, tokens
 from tokgen.interfaces import UserError
 
@@ -19,12 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", required=True, help="checkpoint of the tokenizer")
     parser.add_argument("--data", default="", help="image folder; default: the tokenizer's data")
     parser.add_argument("--out", required=True, help="folder of the token shards")
-    parser.add_argument(
-        "--labels",
-        default="",
-        choices=("folders", "outer", "none"),
-        help="what class folders mean (docs/data.md); default: as in the tokenizer's config",
-    )
+    options.labels(parser, "as in the tokenizer's config")
     output.arguments(parser)
     parser.add_argument(
         "--views",

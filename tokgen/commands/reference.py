@@ -50,6 +50,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data-dir", default="", help="where TFDS keeps its sets")
     parser.add_argument("--label", default="", help="a TFDS set's feature that is the label")
+    options.labels(parser, "folders")
     parser.add_argument(
         "--size", type=int, nargs="*", default=[], help="pixels, or rows and columns, of the images"
     )
@@ -76,6 +77,8 @@ def run(args: argparse.Namespace) -> None:
     idle = {}
     if not args.data.startswith("tfds:"):
         idle |= dict.fromkeys(("splits", "data_dir", "label"), "sets of TFDS, as tfds:NAME")
+    if _is_archive(args.data):
+        idle["labels"] = "folders and sets of TFDS"
     options.check(args, idle)
     if options.is_given(args, "steps") and (args.network or protocol.extractor != "local"):
         report.say("--steps has no effect: no network is trained, it is there already")
@@ -108,6 +111,7 @@ def _written(args: argparse.Namespace, protocol: protocols.Protocol, file: pathl
         "dataset": args.data,
         "fingerprint": source.fingerprint,
         "split": split,
+        "labels": args.labels,
         "count": count,
         "available": len(source),
         "unreadable": batches.unreadable.record(),
@@ -167,21 +171,24 @@ class Kept:
 
 def source_of(args: argparse.Namespace, split: str):
     """The images that DATA names."""
-    if args.data.startswith("tfds:"):
-        return config.build(
-            {
-                "name": "tfds",
-                "dataset": args.data.removeprefix("tfds:"),
-                "splits": tuple(args.splits.split(",")),
-                "data_dir": args.data_dir,
-                "label": args.label,
-            },
-            "data",
-            split=split,
-        )
-    if args.data.endswith(".npz") and pathlib.Path(args.data).is_file():
+    if _is_archive(args.data):
         return Kept(args.data)
-    return config.build({"name": "folder", "path": args.data}, "data", split=split)
+    section = {"name": "folder", "path": args.data}
+    if args.data.startswith("tfds:"):
+        section = {
+            "name": "tfds",
+            "dataset": args.data.removeprefix("tfds:"),
+            "splits": tuple(args.splits.split(",")),
+            "data_dir": args.data_dir,
+            "label": args.label,
+        }
+    if args.labels:
+        section["labels"] = args.labels
+    return config.build(section, "data", split=split)
+
+
+def _is_archive(data: str) -> bool:
+    return data.endswith(".npz") and pathlib.Path(data).is_file()
 
 
 def size_of(source, args: argparse.Namespace) -> tuple[int, int]:

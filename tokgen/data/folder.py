@@ -231,8 +231,8 @@ class Source:
                     f"the class folders of {there} must be among those of {train}; found images "
                     f"without classes, and {train} has {names_.listed(classes)}; sort them into "
                     f"class folders, or give {os.path.join(self.path, train)} alone, of which a "
-                    "part is then held out; or leave classes out, data.labels=none (of tokgen "
-                    "pretokenize --labels none)"
+                    "part is then held out; or leave classes out, data.labels=none (in "
+                    "commands --labels none)"
                 )
             label_C, said = names_.matched(found, classes, there, train)
             notes += [*told, *more, *([said] if said else [])]
@@ -401,7 +401,8 @@ def _read(
                 f"classes {names_.listed(classes)}, which may not be meant; give the folder that "
                 f"holds the class folders, as {os.path.join(path, deep[0])}; or say "
                 "data.labels=outer if whatever lies below each of them is of one class, "
-                "data.labels=none if classes do not matter (--config.data.labels=outer)"
+                "data.labels=none if classes do not matter (--config.data.labels=outer in "
+                "training, --labels outer in commands)"
             )
         if deep:
             notes.append(f"classes that hold only folders: {'; '.join(inside[:3])}")

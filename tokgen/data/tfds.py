@@ -154,7 +154,8 @@ class Source:
         what = "that is, none" if label == -1 else f"and has {len(self.classes)} classes"
         raise interfaces.UserError(
             f"{self.name(index)} has the {self._label} {label}, {what}: name other splits "
-            "(data.splits), or say that classes do not matter, data.labels=none"
+            "(data.splits, in commands --splits), or say that classes do not matter, "
+            "data.labels=none (in commands --labels none)"
         )
 
     def name(self, index: int) -> str:
@@ -179,13 +180,15 @@ def _classes(
         raise interfaces.UserError(
             f"the TFDS set {dataset} has no feature named label; found the labels "
             f"{', '.join(named)}: choose one, data.label={next(iter(named))} (in commands "
-            "--label), or say that classes do not matter, data.labels=none"
+            "--label), or say that classes do not matter, data.labels=none (in commands "
+            "--labels none)"
         )
     label = label or "label"
     if label not in features:
         raise interfaces.UserError(
             f"the TFDS set {dataset} has no feature named {label}; it has "
-            f"{', '.join(sorted(features))}: name one of them as data.label"
+            f"{', '.join(sorted(features))}: name one of them as data.label (in commands "
+            "--label)"
         )
     feature = features[label]
     names = tuple(getattr(feature, "names", None) or ())
@@ -198,14 +201,15 @@ def _classes(
     if kind.kind not in "iu":
         raise interfaces.UserError(
             f"the feature {label} of the TFDS set {dataset} must be one whole number, the class; "
-            f"found {feature}; choose another one as data.label, or say data.labels=none"
+            f"found {feature}; choose another one as data.label, or say data.labels=none "
+            "(in commands --label and --labels none)"
         )
     count = count or int(getattr(feature, "num_classes", None) or 0)
     if not count:
         raise interfaces.UserError(
             f"the feature {label} of the TFDS set {dataset} is a number ({kind}) without names, "
             "and nothing says how many classes there are: data.count=N says that they are 0 to "
-            "N - 1, data.labels=none that classes do not matter"
+            "N - 1, data.labels=none (in commands --labels none) that classes do not matter"
         )
     return label, tuple(map(str, range(count)))
 
