@@ -79,11 +79,12 @@ def main(
         fields=rehearsal.names(rehearsal.TokenizerFields),
         kept=(play,),
     )
+    returns = guard.returned(workdir)
     if back is not None:
         runs.go_back(run, back)
-    returns = guard.returned(workdir)
-    if guard.unsettled(workdir):
+    elif guard.unsettled(workdir):
         runs.drop_after(run, play)
+    if guard.unsettled(workdir):
         guard.settle(workdir)
     frozen = jax.device_put(frozen, sharding.replicated(mesh))
     # what a checkpoint holds is of the stage that made its last step

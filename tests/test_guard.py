@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import types
 
@@ -192,12 +193,12 @@ def one_device():
             yield
 
 
-def train(workdir, *overrides, **guards):
+def train(workdir, *overrides, back=None, **guards):
     settings = config.load("configs/tokenizer/shapes.py:vq", (*SMALL, *overrides))
     with settings.unlocked():
         settings.guard.update(guards)
     with runs.lock(workdir):
-        train_tokenizer.main(settings, workdir)
+        train_tokenizer.main(settings, workdir, back=back)
 
 
 def killed(monkeypatch, workdir, *overrides, function, at, module=sharding, **guards):
@@ -275,6 +276,9 @@ def test_a_run_killed_on_its_way_back_ends_with_the_same_bits(returned, tmp_path
     killed(monkeypatch, tmp_path, *BAD, function="drop_after", at=2, module=runs, returns=2)
     assert json.loads((tmp_path / guard.RETURNS).read_text()) == {"returns": 2, "settled": False}
     assert steps_of(tmp_path)[-1] == 4
+    other = shutil.copytree(tmp_path, tmp_path / "other")  # one that is told to go on as it is
+    killed(monkeypatch, other, *BAD, function="global_batch", at=1, back=4, returns=2)
+    assert steps_of(other)[-1] == 4 and not guard.unsettled(other)
     train(tmp_path, *BAD, returns=2)
     assert json.loads((tmp_path / guard.RETURNS).read_text()) == {"returns": 2, "settled": True}
     assert entries(tmp_path, 7) == entries(returned, 7)

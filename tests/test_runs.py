@@ -400,9 +400,12 @@ def test_a_config_in_the_words_of_an_earlier_version_is_the_same():
     for then, now in ((True, kinds), (False, [])):
         assert runs.as_trained({"critic.augmented": then}) == {"critic.augmented": now}
     kept = {"critic.augmented": kinds, "average": "var", "optimizer.warmup": 5}
+    kept |= {"optimizer.start": 0.1}
     assert runs.as_trained(kept) == kept
-    assert runs.as_trained(kept | {"average": "muse", "optimizer.start": None}) == {
-        name: value for name, value in kept.items() if name != "average"
+    plain = {"average": "muse", "optimizer.warmup": 0, "optimizer.start": 0.1}
+    assert runs.as_trained(plain) == {}  # `start` is of a warm-up
+    assert runs.as_trained({"optimizer.warmup": 5, "optimizer.start": None}) == {
+        "optimizer.warmup": 5
     }
 
 
@@ -521,6 +524,9 @@ def test_nothing_is_dropped_for_a_step_that_the_run_cannot_go_on_from(three):
     run = open_run(three, latest=9)
     runs.drop_after(run, 7)
     runs.drop_after(run, 0)  # there is none
+    damage(three / checkpoint.FOLDER / "1")
+    with pytest.raises(interfaces.UserError, match="1 is damaged.*no later step is dropped"):
+        runs.drop_after(run, 1)
     run.close()
     assert steps_of(three) == [1, 2, 3]
 

@@ -37,8 +37,8 @@ FREE = (
 
 # Fields that earlier configs did not have, with the value that they trained by: that says the same.
 UNSAID = {
-    **{"average": "muse", "optimizer.start": None, "optimizer.warmup": 0},
-    **{"critic.optimizer.start": None, "critic.optimizer.warmup": 0},
+    **{"average": "muse", "optimizer.warmup": 0, "critic.optimizer.warmup": 0},
+    **{"optimizer.start": None, "critic.optimizer.start": None},
 }
 AUGMENTED = {True: ["color", "translation", "cutout"], False: []}  # what these meant
 
@@ -418,6 +418,11 @@ def drop_after(run: Run, step: int) -> None:
     if "data_changes" not in run.meta:  # a start that ends what a kill cut off
         newest = checkpoint.read_meta(run.folder(latest(run)))
         run.meta["data_changes"] = list(newest.get("data_changes", ()))
+    if wrong := manifest.misfit(run.folder(step)):
+        raise UserError(
+            f"{run.folder(step)} is damaged: {wrong}; the run cannot go back there, and no later "
+            "step is dropped: restore it from a copy, or go on from one of them with --from STEP"
+        )
     _same_run(checkpoint.read_meta(run.folder(step)), run, run.folder(step))
     run.wait()
     for later in sorted(run.manager.all_steps(), reverse=True):
@@ -437,6 +442,9 @@ def as_trained(fields: dict) -> dict:
         if v == "" and n.startswith("perceptual.")
     }
     said = {n: v for n, v in fields.items() if n not in UNSAID or v != UNSAID[n]}
+    for section in ("optimizer", "critic.optimizer"):
+        if f"{section}.warmup" not in said:  # which `start` is of
+            said.pop(f"{section}.start", None)
     said |= {name: 0.0 for name in off if name in fields}
     augmented = said.get("critic.augmented")
     if isinstance(augmented, bool):
