@@ -36,15 +36,19 @@ from tokgen.sampling import presets
 
 
 def main(
-    settings: ml_collections.ConfigDict, workdir: pathlib.Path, accept: tuple[str, ...] = ()
+    settings: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    accept: tuple[str, ...] = (),
+    back: int | None = None,
 ) -> None:
     """Train until `settings.steps`, from wherever the work directory stands.
 
-    `accept`: what may differ from the run that stands there, "data" or nothing.
+    `accept`: what may differ from the run that stands there, "data" or nothing; `back`: the step
+    to go on from, later ones are set aside.
     """
     rehearsal.generator_fields(settings)
     seed, steps, every = settings.seed, settings.steps, settings.report
-    source, held_out, tokenizer = read(settings.data, runs.classes(workdir))
+    source, held_out, tokenizer = read(settings.data, runs.classes(workdir, back))
     told = settings.data if settings.data.tokens else tokenizer.config.get("data", {})
     heldout.tell(
         heldout.called(told, settings.data.get("images", "")), train=source, held_out=held_out
@@ -88,6 +92,8 @@ def main(
         | {"fingerprint": tokenizer.fingerprint},
         tokens=checkpoint.reference(source.path, workdir) if settings.data.tokens else None,
     )
+    if back is not None:
+        runs.go_back(run, back)
     networks, what = runs.resume_or_start(run, {"model": network})
     network = networks["model"]
     report.say(report.table(state.paths(network.params)))

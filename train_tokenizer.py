@@ -15,6 +15,7 @@ import ml_collections
 
 from tokgen import (
     adversary,
+    checkpoint,
     config,
     guard,
     heldout,
@@ -35,11 +36,15 @@ SHOWN = ("l1", "l2", "codes", "lpips", "critic", "usage")
 
 
 def main(
-    settings: ml_collections.ConfigDict, workdir: pathlib.Path, accept: tuple[str, ...] = ()
+    settings: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    accept: tuple[str, ...] = (),
+    back: int | None = None,
 ) -> None:
     """Train until `settings.steps`, from wherever the work directory stands.
 
-    `accept`: what may differ from the run that stands there, "data" or nothing.
+    `accept`: what may differ from the run that stands there, "data" or nothing; `back`: the step
+    to go on from, later ones are set aside.
     """
     rehearsal.tokenizer_fields(settings)
     seed, steps, every = settings.seed, settings.steps, settings.report
@@ -47,7 +52,7 @@ def main(
     game = config.call(adversary.Game, settings.critic, "critic")
     limits = config.call(guard.Limits, settings.get("guard", {}), "guard")
     # classes in the order of the run that goes on; a tokenizer needs none
-    known = dict(order=runs.classes(workdir), doubtful="drop")
+    known = dict(order=runs.classes(workdir, back), doubtful="drop")
     source = config.build(settings.data, "data", split="train", **known)
     held_out = config.build(settings.data, "data", split="held_out", **known)
     heldout.tell(heldout.called(settings.data), train=source, held_out=held_out)
@@ -74,6 +79,8 @@ def main(
         fields=rehearsal.names(rehearsal.TokenizerFields),
         kept=(play,),
     )
+    if back is not None:
+        runs.go_back(run, back)
     returns = guard.returned(workdir)
     if guard.unsettled(workdir):
         runs.drop_after(run, play)
@@ -157,7 +164,7 @@ def main(
             if due(step):
                 with run.rescuing(networks):
                     figures = measure(networks, graph, held_out, log, settings)
-                if figures and step > play and worse(run, play, figures["l2"], limits, returns):
+                if figures and step > play and worse(run, play, figures, limits, returns):
                     networks, returns = go_back(run, networks, settings, plan, play, mesh)
                     step_of = painter.Steps(
                         settings, game, limits, graphs, critic_optimizer, returns
@@ -202,12 +209,14 @@ def measure(networks, graph, held_out, log, settings) -> dict[str, float]:
     return figures
 
 
-def worse(run, play: int, error: float, limits, returns: int) -> bool:
+def worse(run, play: int, figures: dict[str, float], limits, returns: int) -> bool:
     """Whether the game has cost more fidelity than the config allows."""
     if limits.worse == 0 or returns >= limits.returns:
         return False
-    before = runs.metrics(run, play).get("l2")
-    if before is None or not math.isfinite(before) or error <= limits.worse * before:
+    pair = [{"best": "l2", "metrics": found} for found in (runs.metrics(run, play), figures)]
+    before, error = checkpoint.figures(pair)
+    error = math.inf if error is None else error  # no number is worse than any
+    if before is None or error <= limits.worse * before:
         return False
     report.say(
         f"held-out squared error {error:.4g} is {error / before:.2f} times that of step {play}, "

@@ -142,12 +142,14 @@ def test_returns_are_counted_and_settled(tmp_path):
 
 
 def test_worse_compares_with_the_step_at_which_the_game_began(tmp_path, monkeypatch):
-    figures = {4: {"l2": 0.2}, 5: {"l2": None}}
+    then = {"l2": 0.2}  # of an older version, which took it from the mean of PSNR
+    figures = {4: then | {"l2_error": None}, 5: {"l2": None}, 7: then}
     monkeypatch.setattr(runs, "metrics", lambda run, step: figures.get(step, {}))
 
-    def worse(error, returns=0, play=4, **limits):
+    def worse(error, returns=0, play=4, psnr_db=0.0, **limits):
+        found = {"l2": error, "l2_error": 0.1, "psnr_db": psnr_db}
         run = types.SimpleNamespace(workdir=tmp_path)
-        return train_tokenizer.worse(run, play, error, guard.Limits(**limits), returns)
+        return train_tokenizer.worse(run, play, found, guard.Limits(**limits), returns)
 
     assert worse(0.41, worse=2.0) and not worse(0.39, worse=2.0)
     assert not worse(100.0, worse=0.0)  # off
@@ -155,6 +157,8 @@ def test_worse_compares_with_the_step_at_which_the_game_began(tmp_path, monkeypa
     for play in (5, 6):  # nothing to compare with
         assert not worse(0.41, play=play, worse=2.0)
     assert worse(math.nan, worse=2.0)  # no number is worse than any
+    assert worse(0.1, play=7, psnr_db=9.9, worse=2.0)  # 0.409 as it was told then
+    assert not worse(9.0, play=7, psnr_db=10.1, worse=2.0)
 
 
 # ---------------------------------------------------------------- whole runs, of a few steps

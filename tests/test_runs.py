@@ -65,6 +65,26 @@ def test_the_best_finite_and_the_latest_stay_and_nothing_else():
         walked(generator)
 
 
+def test_figures_of_an_older_version_are_compared_as_they_were_taken(tmp_path):
+    """Then of the mean of PSNR, which is at most the mean of the errors."""
+
+    def now(l2, psnr_db):
+        return {"l2": l2, "l2_error": 0.1, "psnr_db": psnr_db}
+
+    run = open_run(tmp_path, latest=9)
+    run.save(at(1), {"l2": 0.4, "psnr_db": 10.0})
+    run.save(at(2), now(0.5, 11.0))  # 0.318 as it was taken then
+    run.save(at(3), now(0.45, 10.5))
+    run.close()
+    assert checkpoint.find(tmp_path).name == "2"
+    run = open_run(tmp_path)
+    run.wait()
+    assert steps_of(tmp_path) == [2, 3]
+    run.save(at(4), now(0.6, 11.5))  # none is left that was taken then
+    run.close()
+    assert steps_of(tmp_path) == [3, 4]
+
+
 def test_retention_asks_for_no_more_than_is_there():
     assert runs.staying([], latest=1, best=1) == set()
     only = [runs.Saved(3, math.nan), runs.Saved(5, None)]
@@ -317,30 +337,39 @@ def test_from_an_earlier_step_later_ones_are_set_aside(three, capfd):
     run = open_run(three, latest=9)
     with pytest.raises(interfaces.UserError, match=r"damaged.*earlier step \(1, 2\).*--from 2"):
         runs.resume_or_start(run, at(0))
-    run.close()
-    runs.go_back(three, 2)
+    runs.go_back(run, 2)
     assert f"step 3 is set aside: {three / runs.ASIDE / '3'}" in capfd.readouterr().err
-    run = open_run(three, latest=9)
     found, what = runs.resume_or_start(run, at(0))
     assert what.startswith("resumed step 2") and found["model"].step == 2
     run.save(at(3), {"l2": 0.1})
-    run.close()
-    runs.go_back(three, 1)  # once more: what lies there stays
+    runs.go_back(run, 1)  # once more: what lies there stays
     assert sorted(p.name for p in (three / runs.ASIDE).iterdir()) == ["2", "3", "3.2"]
     assert steps_of(three) == [1]
     assert checkpoint.read_meta(three / runs.ASIDE / "2")["metrics"] == {"l2": 0.5}
-    runs.go_back(three, 1)  # where it stands already
+    runs.go_back(run, 1)  # where it stands already
+    run.close()
     assert steps_of(three) == [1]
+
+
+def test_a_way_back_in_another_config_moves_nothing(three):
+    """The command is corrected, and may be without --from."""
+    run = test_checkpoint.start(three, test_checkpoint.load_config("batch_size=4"))
+    with pytest.raises(interfaces.UserError, match="batch_size: 8 there, 4 here"):
+        runs.go_back(run, 1)
+    assert steps_of(three) == [1, 2, 3] and not (three / runs.ASIDE).exists()
 
 
 @pytest.mark.parametrize("step", [0, 2, 7])
 def test_from_a_step_that_is_none_moves_nothing(three, step):
     damage(three / checkpoint.FOLDER / "2")
-    with pytest.raises(interfaces.UserError, match=f"--from {step} needs.*whole are 1, 3$"):
-        runs.go_back(three, step)
+    run = open_run(three, latest=9)
+    for ask in (lambda: runs.check_whole(three, step), lambda: runs.go_back(run, step)):
+        with pytest.raises(interfaces.UserError, match=f"--from {step} needs.*whole are 1, 3$"):
+            ask()
+    run.close()
     assert steps_of(three) == [1, 2, 3] and not (three / runs.ASIDE).exists()
     with pytest.raises(interfaces.UserError, match="whole are none"):
-        runs.go_back(three / "nowhere", 1)
+        runs.check_whole(three / "nowhere", 1)
 
 
 def test_a_full_disk_by_errno_is_told(tmp_path, monkeypatch):

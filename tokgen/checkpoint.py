@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -83,17 +83,39 @@ def _best(steps: list[pathlib.Path]) -> pathlib.Path:
     that is no number tells of weights that are none.
     """
 
-    def rank(step):
-        meta = read_meta(step)
-        value = figure(meta)
+    metas = [read_meta(step) for step in steps]
+
+    def rank(row):
+        _, meta, value = row
         return (value is None, bool(meta["metrics"]), value or 0.0, -meta["step"])
 
-    return min(steps, key=rank)
+    return min(zip(steps, metas, figures(metas), strict=True), key=rank)[0]
 
 
-def figure(meta: dict) -> float | None:
-    """The held-out figure of which less is better; None where it is absent or not finite."""
-    value = meta["metrics"].get(meta["best"])
+def figures(metas: Sequence[dict]) -> list[float | None]:
+    """The held-out figures of steps of a run, on one scale of which less is better.
+
+    None where it is absent or not finite. Where one of the steps was measured when `l2` was taken
+    from the mean of PSNR and not the mean of the errors, all are told as it was then.
+    """
+    then = any(map(_of_psnr, metas))
+    return [_figure(meta, then) for meta in metas]
+
+
+def _of_psnr(meta: dict) -> bool:
+    """Whether an older version measured a step: it noted no error of its `l2`."""
+    return meta["best"] == "l2" and "l2" in meta["metrics"] and "l2_error" not in meta["metrics"]
+
+
+def _figure(meta: dict, then: bool) -> float | None:
+    metrics, name = meta["metrics"], meta["best"]
+    if name == "l2" and then and not _of_psnr(meta):
+        psnr_db = _finite(metrics.get("psnr_db"))
+        return None if psnr_db is None else 4 * 10 ** (-psnr_db / 10)
+    return _finite(metrics.get(name))
+
+
+def _finite(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and np.isfinite(value) else None
 
 

@@ -187,8 +187,8 @@ def run(
 ) -> None:
     """A training program: a user's mistake ends in one message and exit code 2.
 
-    Its `story` is told the config, the work directory, and what may have changed. `check` looks at
-    the config before a work directory or a device is touched.
+    Its `story` is told the config, the work directory, what may have changed, and the step to go
+    back to. `check` looks at the config before a work directory or a device is touched.
     """
 
     def told() -> None:
@@ -196,9 +196,9 @@ def run(
         check(settings)
         with runs.lock(arguments.workdir, _pictures(settings, arguments.workdir)):
             if arguments.start is not None:
-                runs.go_back(arguments.workdir, arguments.start)
+                runs.check_whole(arguments.workdir, arguments.start)
             devices(settings.batch_size)
             accept = ("data",) if arguments.accept_data else ()
-            story(settings, arguments.workdir, accept)
+            story(settings, arguments.workdir, accept, arguments.start)
 
     sys.exit(cli.call(pathlib.Path(sys.argv[0]).name, told))

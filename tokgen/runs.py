@@ -165,12 +165,14 @@ class Run:
         _together("sealed")
         keep = self.config.get("keep", {"latest": 1, "best": 1})  # an import may not train
         found, metas = [], {step: self._record(step) for step in steps}
-        for step, meta in metas.items():
-            if meta is None:  # what cannot be read is nobody's to delete
+        whole = {step: meta for step, meta in metas.items() if meta is not None}
+        figures = dict(zip(whole, checkpoint.figures(list(whole.values())), strict=True))
+        for step in steps:
+            if step not in whole:  # what cannot be read is nobody's to delete
                 found.append(Saved(step, None, stated=True, measured=False))
             else:
-                figure, stated = checkpoint.figure(meta), step in self.stated
-                found.append(Saved(step, figure, stated, meta["measured"]))
+                stated, measured = step in self.stated, whole[step]["measured"]
+                found.append(Saved(step, figures[step], stated, measured))
         if steps and metas[steps[-1]] is None:
             return
         stay = staying(found, latest=keep["latest"], best=keep["best"])
@@ -340,11 +342,8 @@ def _bytes(size: float) -> str:
     return f"{size:,.4g} GB"
 
 
-def go_back(workdir: pathlib.Path, step: int) -> None:
-    """Set aside all steps after `step`, so that a run resumes there; nothing is deleted.
-
-    They lie in `WORKDIR/set_aside` from then on. UserError when `step` is not there, or not whole.
-    """
+def check_whole(workdir: pathlib.Path, step: int) -> list[int]:
+    """The steps of a work directory; UserError when `step` is not there, or not whole."""
     folder = workdir / checkpoint.FOLDER
     steps = sorted(int(s.name) for s in folder.glob("*") if s.name.isdigit() and s.is_dir())
     if step not in steps or not checkpoint.is_whole(folder / str(step)):
@@ -354,13 +353,30 @@ def go_back(workdir: pathlib.Path, step: int) -> None:
             f"--from {step} needs a whole step of {folder}; it {found}, whole are "
             f"{', '.join(whole) or 'none'}"
         )
-    aside = workdir / ASIDE
-    for later in reversed([s for s in steps if s > step]):  # the last first: a kill leaves a run
-        aside.mkdir(exist_ok=True)
-        names = (f"{later}{'' if n == 1 else f'.{n}'}" for n in itertools.count(1))
-        target = next(aside / name for name in names if not (aside / name).exists())
-        (folder / str(later)).rename(target)
-        report.say(f"step {later} is set aside: {target}")
+    return steps
+
+
+def go_back(run: Run, step: int) -> None:
+    """Set aside all steps after `step`, so that a run resumes there; nothing is deleted.
+
+    They lie in `WORKDIR/set_aside` from then on. UserError, and all stay, when `step` is not there,
+    not whole, or of another run.
+    """
+    steps = check_whole(run.workdir, step)
+    _same_run(checkpoint.read_meta(run.folder(step)), run, run.folder(step))
+    aside = run.workdir / ASIDE
+    _together("compared")
+    if jax.process_index() == 0:
+        for later in reversed(
+            [s for s in steps if s > step]
+        ):  # the last first: a kill leaves a run
+            aside.mkdir(exist_ok=True)
+            names = (f"{later}{'' if n == 1 else f'.{n}'}" for n in itertools.count(1))
+            target = next(aside / name for name in names if not (aside / name).exists())
+            run.folder(later).rename(target)
+            report.say(f"step {later} is set aside: {target}")
+    _together("set aside")
+    run.manager.reload()
 
 
 def latest(run: Run) -> int | None:
@@ -368,14 +384,15 @@ def latest(run: Run) -> int | None:
     return max(run.manager.all_steps(), default=None)
 
 
-def classes(workdir: pathlib.Path) -> tuple[str, ...]:
-    """The classes, in their order, of the last step that is saved; none where there is none."""
+def classes(workdir: pathlib.Path, step: int | None = None) -> tuple[str, ...]:
+    """The classes, in their order, of a step or the last that is saved; none where none is."""
     folder = workdir / checkpoint.FOLDER
     steps = [int(s.name) for s in folder.glob("*") if s.name.isdigit() and s.is_dir()]
     if not steps:
         return ()
     try:
-        return tuple(checkpoint.read_meta(folder / str(max(steps)))["classes"])
+        last = max(steps) if step is None else step
+        return tuple(checkpoint.read_meta(folder / str(last))["classes"])
     except UserError:  # it is told when the step is read to go on from
         return ()
 
