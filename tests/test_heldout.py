@@ -205,3 +205,24 @@ def test_a_folder_of_its_own_means_what_the_tokenizers_data_mean(tmp_path):
     assert told.startswith(f"{path}: 2 classes (10 1, 2 1); all 2\nclasses keep their recorded")
     with pytest.raises(interfaces.UserError, match="nothing was held out"):
         heldout.check_filled((), "held_out")
+
+
+def test_images_that_a_generator_encodes_have_the_labels_that_its_config_says(tmp_path):
+    """With an imported tokenizer, which has no data set of its own."""
+    for name in ("cats/tabby", "cats/tiger", "dogs/boxer"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    settings = ml_collections.ConfigDict({"view": {"size": (8, 8), "channels": 3}})
+    layout = interfaces.TokenLayout((9,), ((2, 2),))
+    tokenizer = types.SimpleNamespace(
+        layout=layout, config=settings, fingerprint="a", module=None, step=tmp_path
+    )
+    data = {"images": str(tmp_path), "views": "center"}  # as it was written before
+    for more in ({}, {"labels": ""}):
+        with pytest.raises(interfaces.UserError, match="--config.data.labels=outer in training"):
+            heldout.generator_source(data | more, "train", tokenizer)
+    for labels, names in (("outer", ("cats", "dogs")), ("none", ())):
+        source = heldout.generator_source(data | {"labels": labels}, "train", tokenizer)
+        assert source.classes == names
+    source = heldout.generator_source(data | {"labels": "outer"}, "all", tokenizer, labels="none")
+    assert source.classes == () and len(source) == 3

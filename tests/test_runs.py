@@ -475,6 +475,16 @@ def test_what_a_config_file_kept_for_itself_is_not_compared(saved):
         resumed(saved, fields=fields)
 
 
+def test_a_run_from_before_a_config_spoke_of_labels_goes_on(saved):
+    """What they mean is in the classes and the fingerprint, which are compared."""
+
+    def then(meta):
+        meta["config"]["data"]["labels"] = ""
+
+    rewritten(saved / checkpoint.FOLDER / "5", then)
+    assert resumed(saved)[1].startswith("resumed step 5")
+
+
 @pytest.mark.parametrize("kind", ["tokenizer", "generator"])
 def test_other_classes_are_other_images_to_a_tokenizer_alone(tmp_path, kind):
     run = test_checkpoint.start(tmp_path, augmented(), kind=kind)

@@ -301,7 +301,7 @@ def generator_source(
 
     `tokenizer` is for images; it should compute in float32, as pretokenizing does. `order` is that
     of the classes, where one was recorded; `labels` says how those of images are read, in the place
-    of the tokenizer's config.
+    of the config, whose `data.labels` stands for that of the tokenizer.
     """
     text = data.get("text", "")
     if data.get("tokens", ""):
@@ -313,6 +313,7 @@ def generator_source(
             "a discrete quantizer (vq, fsq, lfq, bsq, multiscale)"
         )
     # whose condition is a text needs no classes
+    labels = labels or data.get("labels", "")
     known = dict(order=order, labels=labels, doubtful="drop" if text else "refuse")
     pictures = image_source(tokenizer.config, data.get("images", ""), split, **known)
     if not len(pictures):

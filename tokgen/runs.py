@@ -31,6 +31,7 @@ from tokgen.interfaces import TokenLayout, UserError
 FREE = (
     *("steps", "report.", "keep.", "mesh.", "strategy", "held_out.", "max_bad", "init_from"),
     *("data.path", "data.data_dir", "data.tokens", "data.tokenizer", "data.images", "data.text"),
+    "data.labels",  # of the fingerprint and the classes, which are compared
     *("guard.usage", "guard.grace"),
 )
 

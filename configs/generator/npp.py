@@ -52,6 +52,7 @@ def get_config(variant="b"):
         tokens="",  # folder that tokgen pretokenize wrote
         tokenizer="",  # without one: the tokenizer that encodes `images`
         images="",
+        labels="",  # what class folders mean; without it: as in the tokenizer's config
         views="ten",
     )
     config.generator = dict(

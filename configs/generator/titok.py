@@ -72,6 +72,7 @@ def get_config(variant="l32"):
         tokens="",  # folder that tokgen pretokenize wrote
         tokenizer="",  # without one: the tokenizer that encodes `images`
         images="",
+        labels="",  # what class folders mean; without it: as in the tokenizer's config
         views="center,flip",
     )
     config.generator = dict(

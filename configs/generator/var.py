@@ -57,6 +57,7 @@ def get_config(variant="d16"):
         tokens="",  # folder that tokgen pretokenize wrote
         tokenizer="",  # where its tokenizer lies now; with `images`, what encodes them
         images="",  # without shards: a folder that is encoded on the fly
+        labels="",  # what class folders mean; without it: as in the tokenizer's config
         views=PLAIN_CROPS,
     )
     config.generator = dict(
