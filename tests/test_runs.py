@@ -505,14 +505,15 @@ def test_other_classes_are_other_images_to_a_tokenizer_alone(tmp_path, kind):
     ]
 
 
-def test_a_run_goes_back_behind_a_change_of_what_it_is_measured_on(tmp_path):
+def test_a_run_goes_back_behind_a_change_of_what_it_is_measured_on(tmp_path, capfd):
     """Accepted once; the step before it was measured on the images as they were then."""
     run = open_run(tmp_path, kept=(2,))
     run.save(at(2), {"l2": 0.5})
     run.close()
-    new = dict(held_out="new", classes=("a",), kept=(2,))
+    new = dict(held_out="new", classes=(), kept=(2,))
     run = test_checkpoint.start(tmp_path, config(), **new, accept=("data",))
     runs.resume_or_start(run, at(0))
+    assert "has changed held-out images, classes\n" in capfd.readouterr().err
     run.save(at(3), {"l2": 0.4})
     run.close()
     change = {"step": 2, "from": "abc", "to": "abc", "held_out": "h", "classes": ["a", "b"]}

@@ -367,9 +367,8 @@ def go_back(run: Run, step: int) -> None:
     aside = run.workdir / ASIDE
     _together("compared")
     if jax.process_index() == 0:
-        for later in reversed(
-            [s for s in steps if s > step]
-        ):  # the last first: a kill leaves a run
+        # the last first: a kill leaves a run
+        for later in reversed([s for s in steps if s > step]):
             aside.mkdir(exist_ok=True)
             names = (f"{later}{'' if n == 1 else f'.{n}'}" for n in itertools.count(1))
             target = next(aside / name for name in names if not (aside / name).exists())
@@ -512,13 +511,15 @@ def _same_run(meta: dict, run: Run, step: pathlib.Path) -> None:
 def _take_over(meta: dict, run: Run) -> None:
     """What a record says of data that were left goes on in later ones, with what is left now."""
     run.meta["data_changes"] = list(meta.get("data_changes", ()))
-    trained = meta["data"] not in (run.meta["data"], *run.earlier)
     change = {"step": meta["step"], "from": meta["data"], "to": run.meta["data"]}
-    for name in ("held_out", "classes"):
-        if meta.get(name) and run.meta[name] and meta[name] != run.meta[name]:
-            change[name] = meta[name]
-    if not trained and len(change) == 3:
-        return
-    run.meta["data_changes"].append(change)
-    what = "trained on changed data" if trained else "measured on changed held-out data"
-    report.say(f"from step {meta['step']} on {run.workdir} is {what}")
+    what = ["training images"] if meta["data"] not in (run.meta["data"], *run.earlier) else []
+    there, here = meta.get("held_out"), run.meta["held_out"]
+    if there and here and there != here:
+        change["held_out"] = there
+        what.append("held-out images")
+    if meta["classes"] != run.meta["classes"]:
+        change["classes"] = meta["classes"]
+        what.append("classes")
+    if what:
+        run.meta["data_changes"].append(change)
+        report.say(f"from step {meta['step']} on {run.workdir} has changed {', '.join(what)}")

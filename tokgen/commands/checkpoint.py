@@ -53,8 +53,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _change(change: dict) -> str:
-    """Of data that were left; one that changes the images that are measured alone says so."""
-    what = change["from"][:16] if change["from"] != change["to"] else "other held-out data"
+    """Data that were left; where training went on with the same images, what else was other."""
+    other = " and ".join(name for name in ("held_out", "classes") if name in change)
+    what = change["from"][:16] if change["from"] != change["to"] else f"other {other}"
     return f"{what} up to step {change['step']}"
 
 
