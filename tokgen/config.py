@@ -213,30 +213,27 @@ def _kind(path: str, config: Any) -> str:
     return kind
 
 
+def _constructor(config: Any, path: str) -> tuple[Callable | None, str]:
+    """(what the section at `path` is built by, its kind); None where no file has its name."""
+    kind = _kind(path, config)
+    try:
+        return (named(_at(config, path), kind) if kind else None), kind
+    except UserError:
+        return None, kind
+
+
 def _taken(config: Any, name: str) -> bool:
     """Whether a section's constructor has an argument that the section leaves to its default."""
     path, _, last = name.rpartition(".")
-    kind = _kind(path, config)
-    if not kind:
-        return False
-    try:
-        target = named(_at(config, path), kind)
-    except UserError:
-        return False
-    return last in _parameters(target) and last not in CLASSES[kind][2]
+    target, kind = _constructor(config, path)
+    return bool(target) and last in _parameters(target) and last not in CLASSES[kind][2]
 
 
 def _hint(config: Any, name: str) -> Any:
     """The stated type of an argument of a section with a name."""
     path, _, last = name.rpartition(".")
-    kind = _kind(path, config)
-    if not kind:
-        return None
-    try:
-        target = named(_at(config, path), kind)
-    except UserError:
-        return None
-    return ranges.hints(target).get(last)
+    target, _ = _constructor(config, path)
+    return ranges.hints(target).get(last) if target else None
 
 
 def _rename(config: ml_collections.ConfigDict, path: str, name: str) -> dict[str, str]:
