@@ -26,20 +26,10 @@ PICTURE = {
     ),
     ENTRY: (
         *("train_tokenizer", "train_generator", "cli", "commands", "launch", "judge"),
-        *(
-            "stages",
-            "guard",
-            "adversary",
-            "painter",
-            "imports",
-            "families",
-            "runs",
-            "finetuning",
-            "output",
-        ),
+        *("stages", "guard", "adversary", "painter", "imports", "families", "runs", "finetuning"),
         *("heldout", "rehearsal", "options", "protocols", "extractors", "references"),
         *("samples", "supplies"),
-        *("scoring", "measures", "evaluation", "assess", "page", "gallery", "scan"),
+        *("scoring", "measures", "evaluation", "assess", "page", "gallery", "scan", "output"),
     ),
 }
 RANK = {unit: rank for rank, units in PICTURE.items() for unit in units}
