@@ -16,23 +16,13 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from tokgen import (
-    checkpoint,
-    config,
-    heldout,
-    launch,
-    rehearsal,
-    report,
-    rng,
-    runs,
-    scan,
-    sharding,
-    state,
-)
-from tokgen.commands import sample
-from tokgen.data import stream, tokens
+from tokgen import config, parameters, report, rng, sharding
+from tokgen.checkpoints import checkpoint, run as runs
+from tokgen.data import datasets, loader, scan, token_shards
+from tokgen.evaluation import validation
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
-from tokgen.sampling import presets
+from tokgen.sampling import drawing, presets
+from tokgen.training import dry_run, launch, optimizer as optimizers, train_state
 
 
 def main(
@@ -46,16 +36,16 @@ def main(
     `accept`: what may differ from the run that stands there, "data" or nothing; `back`: the step
     to go on from, later ones are set aside.
     """
-    rehearsal.generator_fields(settings)
+    dry_run.generator_fields(settings)
     seed, steps, every = settings.seed, settings.steps, settings.report
     source, held_out, tokenizer = read(settings.data, runs.classes(workdir, back))
     told = settings.data if settings.data.tokens else tokenizer.config.get("data", {})
-    heldout.tell(
-        heldout.called(told, settings.data.get("images", "")), train=source, held_out=held_out
+    datasets.tell(
+        datasets.called(told, settings.data.get("images", "")), train=source, held_out=held_out
     )
     layout, classes = TokenLayout.from_json(source.layout), source.classes
     codec = tokenizer.module.quantizer
-    optimizer = config.call(state.optimizer, settings.optimizer, "optimizer", steps=steps)
+    optimizer = config.call(optimizers.optimizer, settings.optimizer, "optimizer", steps=steps)
 
     def make():
         rngs = nnx.Rngs(rng.key(seed, "init"))
@@ -64,16 +54,16 @@ def main(
     mesh = config.call(sharding.make_mesh, settings.mesh, "mesh")
     jax.set_mesh(mesh)
     # all that will run is traced with shapes, before any work
-    shapes, sampler = rehearsal.generator(
+    shapes, sampler = dry_run.generator(
         *(settings, layout, len(classes), mesh, codec, train_step),
-        text=rehearsal.text_of(source),
+        text=dry_run.text_of(source),
     )
     if sampler.guidance and classes and not shapes.label_drop:
         report.say(
             "the default preset is guided, but generator.label_drop=0 never trains what it is "
             "guided away from: set label_drop=0.1, or the preset's weight to 1"
         )
-    graph, network = state.create(
+    graph, network = train_state.create(
         make, optimizer, mesh=mesh, strategy=settings.strategy, ema=settings.ema
     )
     run = runs.start(
@@ -87,7 +77,7 @@ def main(
         held_out=held_out.fingerprint,
         earlier=getattr(source, "earlier", ()),
         accept=accept,
-        fields=rehearsal.names(rehearsal.GeneratorFields),
+        fields=dry_run.names(dry_run.GeneratorFields),
         tokenizer=checkpoint.reference(tokenizer.step, workdir)
         | {"fingerprint": tokenizer.fingerprint},
         tokens=checkpoint.reference(source.path, workdir) if settings.data.tokens else None,
@@ -96,7 +86,7 @@ def main(
         runs.go_back(run, back)
     networks, what = runs.resume_or_start(run, {"model": network})
     network = networks["model"]
-    report.say(report.table(state.paths(network.params)))
+    report.say(report.table(parameters.paths(network.params)))
     report.say(f"{what}; {len(source)} images of {layout.length} tokens, {dict(mesh.shape)}")
     step_of = train_step(settings, graph, optimizer)
 
@@ -104,7 +94,7 @@ def main(
         scan.before(
             source,
             held_out,
-            heldout.spread(len(held_out), settings.held_out.images),
+            validation.spread(len(held_out), settings.held_out.images),
             channels=tokenizer.config.view.channels,
             max_bad=settings.get("max_bad", 1e-3),
         )
@@ -121,7 +111,7 @@ def main(
         show_imported(settings, with_what, log)
     if start and due(start) and not measured:  # it was saved, and the run ended while measuring
         run.note(start, measure(network, graph, with_what, log, settings))
-    batches = stream.batches(
+    batches = loader.batches(
         source,
         seed=seed,
         batch_size=settings.batch_size,
@@ -144,7 +134,7 @@ def main(
                 seen = {"images_seen": done * settings.batch_size, "broken_images": batches.bad}
                 log.scalars(done, values | seen)
                 bar.set_postfix_str(report.figures(values, ("nats_per_token", "token_accuracy")))
-                state.give_up(values, done)
+                train_state.give_up(values, done)
             asked = stop.agreed()
             if due(done) or asked:
                 run.save({"model": network})
@@ -166,7 +156,7 @@ def read(data, order):
     The classes of images are in `order`, where they are the same: that of the run that goes on.
     """
     if data.tokens:
-        source, held_out = (heldout.generator_source(data, s) for s in tokens.SPLITS)
+        source, held_out = (datasets.generator_source(data, s) for s in token_shards.SPLITS)
         made_by = source.header["tokenizer"]
         tokenizer = checkpoint.load_tokenizer(data.tokenizer or made_by["path"])
         checkpoint.check_tokens(tokenizer, source.header, source.path)
@@ -179,7 +169,7 @@ def read(data, order):
         )
     # in float32, as shards are made
     tokenizer = checkpoint.load_tokenizer(data.tokenizer, compute="float32")
-    parts = (heldout.generator_source(data, s, tokenizer, order) for s in tokens.SPLITS)
+    parts = (datasets.generator_source(data, s, tokenizer, order) for s in token_shards.SPLITS)
     return *parts, tokenizer
 
 
@@ -190,17 +180,17 @@ def train_step(settings, graph, optimizer):
     @functools.partial(jax.jit, donate_argnums=0)
     def step(network, batch, codec):
         key = rng.key(settings.seed, "train", network.step)
-        batch = TokenBatch(batch["tokens"], heldout.condition(batch))
+        batch = TokenBatch(batch["tokens"], datasets.condition(batch))
 
         def loss(params):
-            generator = state.merge(graph, params, network.stats)
+            generator = parameters.merge(graph, params, network.stats)
             found = generator.loss(batch, codec, step=network.step, key=key)
             # as an index, the mark of images that were not encoded is the last code
             marked = jnp.any(batch.tokens_BLG < 0)
             return jax.tree.map(lambda value: jnp.where(marked, jnp.nan, value), found)
 
         (total, terms), gradients = jax.value_and_grad(loss, has_aux=True)(network.params)
-        network, scalars = state.apply_gradients(
+        network, scalars = train_state.apply_gradients(
             network, gradients, optimizer, ema=settings.ema, average=average, loss=total
         )
         return network, terms | scalars
@@ -215,12 +205,12 @@ def measure(network, graph, with_what, log, settings) -> dict[str, float]:
     """
     held_out, tokenizer = with_what
     step = int(jax.device_get(network.step))
-    generator = state.merge(graph, state.averaged(network), network.stats)
+    generator = parameters.merge(graph, train_state.averaged(network), network.stats)
     codec = tokenizer.module.quantizer
     figures = {}
     if len(held_out):
         count = settings.held_out.images
-        figures = heldout.likelihood(generator, codec, held_out, count=count)
+        figures = validation.likelihood(generator, codec, held_out, count=count)
         shown = report.figures(figures, ("nats_per_token", "nats_error"))
         report.say(f"step {step}: held out {shown}")
         log.scalars(step, figures, split="held_out")
@@ -247,12 +237,12 @@ def grid(generator, preset, classes, with_what, settings) -> np.ndarray:
     columns = settings.held_out.samples
     if getattr(generator, "cond", "label") == "text":
         ten = np.arange(min(10, len(held_out)))
-        shown = heldout.condition(next(stream.once(held_out, batch_size=len(ten), indices=ten)))
+        shown = datasets.condition(next(loader.once(held_out, batch_size=len(ten), indices=ten)))
     else:
         shown = np.arange(min(max(len(classes), 1), 10), dtype=np.int32)
     cond = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf), columns, axis=0), shown)
     generator, sampler = presets.prepare(generator, preset)
-    _, image_NHW3 = sample.draw(
+    _, image_NHW3 = drawing.draw(
         *(generator, tokenizer.module, cond, sampler),
         seed=settings.seed,
         batch=len(jax.tree.leaves(cond)[0]),
@@ -262,4 +252,4 @@ def grid(generator, preset, classes, with_what, settings) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    launch.run(main, rehearsal.generator_fields, sys.modules[__name__].__doc__)
+    launch.run(main, dry_run.generator_fields, sys.modules[__name__].__doc__)

@@ -13,24 +13,12 @@ import sys
 import jax
 import ml_collections
 
-from tokgen import (
-    adversary,
-    checkpoint,
-    config,
-    guard,
-    heldout,
-    launch,
-    painter,
-    rehearsal,
-    report,
-    runs,
-    scan,
-    sharding,
-    stages,
-    state,
-)
-from tokgen.data import images, stream
+from tokgen import config, parameters, report, sharding
+from tokgen.checkpoints import checkpoint, run as runs
+from tokgen.data import datasets, loader, pixels as images, scan
+from tokgen.evaluation import validation
 from tokgen.interfaces import UserError
+from tokgen.training import dry_run, gan, launch, safeguards, stages, tokenizer_step, train_state
 
 SHOWN = ("l1", "l2", "codes", "lpips", "critic", "usage")
 
@@ -46,25 +34,25 @@ def main(
     `accept`: what may differ from the run that stands there, "data" or nothing; `back`: the step
     to go on from, later ones are set aside.
     """
-    rehearsal.tokenizer_fields(settings)
+    dry_run.tokenizer_fields(settings)
     seed, steps, every = settings.seed, settings.steps, settings.report
     plan = stages.plan(settings)
-    game = config.call(adversary.Game, settings.critic, "critic")
-    limits = config.call(guard.Limits, settings.get("guard", {}), "guard")
+    game = config.call(gan.Game, settings.critic, "critic")
+    limits = config.call(safeguards.Limits, settings.get("guard", {}), "guard")
     # classes in the order of the run that goes on; a tokenizer needs none
     known = dict(order=runs.classes(workdir, back), doubtful="drop")
     source = config.build(settings.data, "data", split="train", **known)
     held_out = config.build(settings.data, "data", split="held_out", **known)
-    heldout.tell(heldout.called(settings.data), train=source, held_out=held_out)
+    datasets.tell(datasets.called(settings.data), train=source, held_out=held_out)
     view = config.call(images.View, settings.view, "view")
     begin, play = game.steps(steps)
 
     mesh = config.call(sharding.make_mesh, settings.mesh, "mesh")
     sharding.check_batch(settings.batch_size, mesh)
     jax.set_mesh(mesh)
-    frozen = painter.load_frozen(settings, plan)
+    frozen = tokenizer_step.load_frozen(settings, plan)
     # all that will run is traced with shapes, before any work
-    layout = rehearsal.tokenizer(settings, mesh, frozen, text=rehearsal.text_of(source)).layout
+    layout = dry_run.tokenizer(settings, mesh, frozen, text=dry_run.text_of(source)).layout
     run = runs.start(
         workdir,
         settings,
@@ -76,26 +64,26 @@ def main(
         held_out=held_out.fingerprint,
         earlier=getattr(source, "earlier", ()),
         accept=accept,
-        fields=rehearsal.names(rehearsal.TokenizerFields),
+        fields=dry_run.names(dry_run.TokenizerFields),
         kept=(play,),
     )
-    returns = guard.returned(workdir)
+    returns = safeguards.returned(workdir)
     if back is not None:
         runs.go_back(run, back)
-    elif guard.unsettled(workdir):
+    elif safeguards.unsettled(workdir):
         runs.drop_after(run, play)
-    if guard.unsettled(workdir):
-        guard.settle(workdir)
+    if safeguards.unsettled(workdir):
+        safeguards.settle(workdir)
     frozen = jax.device_put(frozen, sharding.replicated(mesh))
     # what a checkpoint holds is of the stage that made its last step
     made = stages.at(plan, max((runs.latest(run) or 0) - 1, 0))
-    networks, graphs, critic_optimizer = painter.create(settings, made, game, mesh)
+    networks, graphs, critic_optimizer = tokenizer_step.create(settings, made, game, mesh)
     graph = graphs["model"]
 
     networks, what = runs.resume_or_start(run, networks)
     if what.startswith("started") and "teacher" in frozen:
-        networks["model"] = painter.adopt(graph, networks["model"], frozen["teacher"])
-    report.say(report.table(state.paths(networks["model"].params)))
+        networks["model"] = tokenizer_step.adopt(graph, networks["model"], frozen["teacher"])
+    report.say(report.table(parameters.paths(networks["model"].params)))
     length = f"{layout.length} tokens" if layout else "continuous latents"
     report.say(f"{what}; {len(source)} images, {length} each, {dict(mesh.shape)}")
 
@@ -103,7 +91,7 @@ def main(
         scan.before(
             source,
             held_out,
-            heldout.spread(len(held_out), settings.held_out.images),
+            validation.spread(len(held_out), settings.held_out.images),
             channels=view.channels,
             max_bad=settings.max_bad,
         )
@@ -111,10 +99,10 @@ def main(
     start = step = int(jax.device_get(networks["model"].step))
     measured = runs.is_measured(run, start)
     log, stop = report.Log(workdir, step=start, measured=measured), launch.Stop()
-    meter = guard.Meter(layout) if layout else None
-    step_of = painter.Steps(settings, game, limits, graphs, critic_optimizer, returns)
+    meter = safeguards.Meter(layout) if layout else None
+    step_of = tokenizer_step.Steps(settings, game, limits, graphs, critic_optimizer, returns)
     passing = functools.partial(
-        stream.batches,
+        loader.batches,
         source,
         view,
         seed=seed,
@@ -134,8 +122,8 @@ def main(
             stage = stages.at(plan, step)
             if step == stage.begin and step > 0:
                 optimizer = stages.optimizer(settings, stage)
-                networks["model"] = state.restarted(
-                    state.from_average(networks["model"]),
+                networks["model"] = train_state.restarted(
+                    train_state.from_average(networks["model"]),
                     optimizer,
                     mesh=mesh,
                     strategy=settings.strategy,
@@ -155,8 +143,8 @@ def main(
                 values = jax.device_get(scalars) | (meter.figures() if meter else {})
                 log.scalars(step, values | {"broken_images": batches.bad})
                 bar.set_postfix_str(report.figures(values, SHOWN))
-                state.give_up(values, step)
-                collapsed = guard.collapsed(limits, values, step, steps)
+                train_state.give_up(values, step)
+                collapsed = safeguards.collapsed(limits, values, step, steps)
             asked = stop.agreed()
             if due(step) or asked or collapsed:
                 run.save(networks)
@@ -167,7 +155,7 @@ def main(
                     figures = measure(networks, graph, held_out, log, settings)
                 if figures and step > play and worse(run, play, figures, limits, returns):
                     networks, returns = go_back(run, networks, settings, plan, play, mesh)
-                    step_of = painter.Steps(
+                    step_of = tokenizer_step.Steps(
                         settings, game, limits, graphs, critic_optimizer, returns
                     )
                     report.say(
@@ -197,12 +185,14 @@ def measure(networks, graph, held_out, log, settings) -> dict[str, float]:
         return {}
     model = networks["model"]
     step = int(jax.device_get(model.step))
-    tokenizer = state.merge(graph, state.averaged(model), model.stats)
-    figures, (image, painted) = heldout.reconstruction(
-        *(tokenizer, held_out, heldout.view_of(settings)), count=settings.held_out.images, shown=32
+    tokenizer = parameters.merge(graph, train_state.averaged(model), model.stats)
+    figures, (image, painted) = validation.reconstruction(
+        *(tokenizer, held_out, datasets.view_of(settings)),
+        count=settings.held_out.images,
+        shown=32,
     )
     report.say(
-        f"step {step}: held out {report.figures(figures, heldout.PIXEL_METRICS)} "
+        f"step {step}: held out {report.figures(figures, validation.PIXEL_METRICS)} "
         f"({figures['images']} images)"
     )
     log.scalars(step, figures, split="held_out")
@@ -228,14 +218,14 @@ def worse(run, play: int, figures: dict[str, float], limits, returns: int) -> bo
 
 def go_back(run, networks, settings, plan, play: int, mesh):
     """(networks of the step before the game, how often a run has now gone back)."""
-    returns = guard.note_return(run.workdir)
+    returns = safeguards.note_return(run.workdir)
     runs.drop_after(run, play)
-    guard.settle(run.workdir)
+    safeguards.settle(run.workdir)
     # a checkpoint is restored into the optimizer of the stage that made it
     before = stages.optimizer(settings, stages.at(plan, play - 1))
-    model = state.restarted(networks["model"], before, mesh=mesh, strategy=settings.strategy)
+    model = train_state.restarted(networks["model"], before, mesh=mesh, strategy=settings.strategy)
     return runs.resume_or_start(run, networks | {"model": model})[0], returns
 
 
 if __name__ == "__main__":
-    launch.run(main, rehearsal.tokenizer_fields, sys.modules[__name__].__doc__)
+    launch.run(main, dry_run.tokenizer_fields, sys.modules[__name__].__doc__)

@@ -23,7 +23,7 @@ import machine
 import numpy as np
 from PIL import Image
 
-from tokgen.data import folder, images, shapes, stream
+from tokgen.data import folder, loader, pixels as images, shapes
 
 SIZE = (256, 256)
 BATCH = 64
@@ -125,7 +125,7 @@ def streamed(source, view: images.View, threads: int = 1) -> int:
 
 def take(source, view: images.View, threads: int) -> int:
     """As many batches as an epoch has; the images in them."""
-    with stream.batches(
+    with loader.batches(
         source, view, seed=0, batch_size=BATCH, threads=threads, prefetch=threads
     ) as batches:
         for _ in range(len(source) // BATCH):

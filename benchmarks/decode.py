@@ -18,7 +18,7 @@ import numpy as np
 import training_step
 from flax import nnx
 
-from tokgen import config, launch, rng
+from tokgen import config, rng, runtime
 from tokgen.interfaces import TokenBatch
 from tokgen.sampling import decode, guidance, presets
 
@@ -35,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.batch, arguments.repeats = (2,), 1
-    launch.devices()
+    runtime.devices()
     print(machine.header(training_step.PACKAGES, machine.devices()))
     settings = training_step.load(arguments.config, arguments.quick)
     settings.precision.compute = arguments.precision

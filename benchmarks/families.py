@@ -24,11 +24,12 @@ import jax.numpy as jnp
 import machine
 import numpy as np
 
-from tokgen import checkpoint, cli, heldout, judge, launch, report, rng, state
-from tokgen.commands import sample
-from tokgen.data import folder, stream, tokens
+from tokgen import parameters, report, rng, runtime
+from tokgen.checkpoints import checkpoint
+from tokgen.data import datasets, folder, loader, token_shards
+from tokgen.evaluation import local_classifier, validation
 from tokgen.interfaces import UserError
-from tokgen.sampling import presets
+from tokgen.sampling import drawing, presets
 
 PACKAGES = ("jax", "flax", "optax", "numpy")
 SHOWN = 12  # samples of a class in a grid
@@ -50,17 +51,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="little of all: does it work?")
     arguments = parser.parse_args()
-    recipe = judge.PHOTOGRAPHS
+    recipe = local_classifier.PHOTOGRAPHS
     if arguments.quick:
         arguments.samples = arguments.images = arguments.batch = 10
         arguments.repeats, recipe = 1, dataclasses.replace(recipe, steps=2, batch=4)
-    launch.devices(recipe.batch)
+    runtime.devices(recipe.batch)
     print(machine.header(PACKAGES, machine.devices()), flush=True)
     tokenizer = checkpoint.load_tokenizer(arguments.tokenizer)
-    held_out = tokens.Source(arguments.tokens, split="held_out")
+    held_out = token_shards.Source(arguments.tokens, split="held_out")
     checkpoint.check_tokens(tokenizer, held_out.header, held_out.path)
     size, channels = tuple(tokenizer.config.view.size), tokenizer.config.view.channels
-    examiner = judge.of_photographs(arguments.data, size, channels, recipe=recipe)
+    examiner = local_classifier.of_photographs(arguments.data, size, channels, recipe=recipe)
     examine(examiner, tokenizer, arguments)
     print(
         COLUMNS.format(
@@ -76,18 +77,19 @@ def main() -> None:
 def examine(examiner, tokenizer, arguments) -> None:
     """What the judge makes of real images, and of what the tokenizer keeps of them."""
     source = folder.Source(arguments.data, split="held_out")
-    heldout.tell(arguments.data, held_out=source)
-    chosen = heldout.spread(len(source), arguments.images)
-    view = heldout.view_of(tokenizer.config)
+    datasets.tell(arguments.data, held_out=source)
+    chosen = validation.spread(len(source), arguments.images)
+    view = datasets.view_of(tokenizer.config)
     seen, repainted = [], []
-    for part in stream.once(source, view, batch_size=arguments.batch, indices=chosen):
+    for part in loader.once(source, view, batch_size=arguments.batch, indices=chosen):
         image_BHW3, missing = part["image"], arguments.batch - len(part["image"])
         padded = np.concatenate([image_BHW3, np.repeat(image_BHW3[-1:], missing, axis=0)])
-        painted, _ = sample.paint(tokenizer.module, heldout.encode(tokenizer.module, padded))
+        painted, _ = drawing.paint(tokenizer.module, datasets.encode(tokenizer.module, padded))
         repainted.append(
-            judge.predictions(examiner, np.asarray(painted)[: len(image_BHW3)]) == part["label"]
+            local_classifier.predictions(examiner, np.asarray(painted)[: len(image_BHW3)])
+            == part["label"]
         )
-        seen.append(judge.predictions(examiner, image_BHW3) == part["label"])
+        seen.append(local_classifier.predictions(examiner, image_BHW3) == part["label"])
     held_out, kept = (share(np.concatenate(parts)) for parts in (seen, repainted))
     print(
         f"the judge is right on {held_out} of {sum(map(len, seen))} held-out images, and on {kept} "
@@ -108,27 +110,27 @@ def measure(name: str, path: str, known: tuple, arguments) -> None:
             f"the judge knows the classes {', '.join(classes)}; {loaded.step} those of "
             f"{', '.join(loaded.classes) or 'none'}: give the folder that its tokens were made of"
         )
-    figures = heldout.likelihood(
+    figures = validation.likelihood(
         loaded.module, tokenizer.module.quantizer, held_out, count=arguments.images
     )
     settings = presets.named(loaded.config.presets.to_dict(), arguments.preset)
     generator, sampler = presets.prepare(loaded.module, settings)
     each = max(1, arguments.samples // len(classes))
     label_N = np.repeat(np.arange(len(classes), dtype=np.int32), each)
-    _, image_NHW3 = sample.draw(
+    _, image_NHW3 = drawing.draw(
         *(generator, tokenizer.module, label_N, sampler),
         seed=arguments.seed,
         batch=arguments.batch,
         what=name,
     )
-    hits_N = judge.predictions(examiner, image_NHW3) == label_N
+    hits_N = local_classifier.predictions(examiner, image_NHW3) == label_N
     walls, cpus = seconds(generator, tokenizer.module, sampler, len(classes), arguments)
     mark = "" if generator.exact else "≤ "
     length = loaded.layout.length
     print(
         COLUMNS.format(
             name,
-            f"{state.count(state.split(generator)[1]):,}",
+            f"{parameters.count(parameters.split(generator)[1]):,}",
             f"{mark}{figures['nats_per_token']:.3f} ± {figures['nats_error']:.3f}",
             f"{mark}{length * figures['nats_per_token']:.1f}",
             share(hits_N),
@@ -153,8 +155,8 @@ def seconds(
     keys_B = rng.per_image(arguments.seed, "sample", jnp.arange(arguments.batch))
 
     def way():
-        drawn_BLG, _ = sample.draw_tokens(generator, tokenizer.quantizer, label_B, keys_B, sampler)
-        jax.block_until_ready(sample.paint(tokenizer, drawn_BLG))
+        drawn_BLG, _ = drawing.draw_tokens(generator, tokenizer.quantizer, label_B, keys_B, sampler)
+        jax.block_until_ready(drawing.paint(tokenizer, drawn_BLG))
 
     way()  # compiles
     return machine.measured(way, arguments.repeats)
@@ -167,4 +169,4 @@ def share(hits_N: np.ndarray) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.call("families.py", main))
+    sys.exit(runtime.call("families.py", main))

@@ -2,7 +2,7 @@
 
     python benchmarks/known_answers.py [--families raster random masked next_scale]
 
-The languages are those of `tokgen.data.languages`: a causal Markov mesh of 6 x 6 cells, and a
+The languages are those of `tokgen.data.markov`: a causal Markov mesh of 6 x 6 cells, and a
 pyramid for next-scale generators. Each training step sees fresh images. Printed are the held-out
 nats per token given the class, the entropy, and the excess: the mean over images of what the model
 pays for an image beyond the language itself, which is the Kullback-Leibler divergence of the two,
@@ -25,9 +25,10 @@ import numpy as np
 from flax import nnx
 
 import train_generator
-from tokgen import config, launch, report, rng, sharding, state
-from tokgen.data import languages, stream
+from tokgen import config, parameters as parameters_, report, rng, runtime, sharding
+from tokgen.data import loader, markov
 from tokgen.interfaces import TokenBatch, TokenLayout
+from tokgen.training import optimizer as optimizers, train_state
 
 PACKAGES = ("jax", "flax", "optax", "numpy")
 ORDERS = 8  # of an image, over which the bound of a masked generator is averaged
@@ -37,18 +38,18 @@ NARROW = dict(parts="llama_narrow")
 OPTIMIZER = dict(name="muon", learning_rate=4e-3, warmup=100, b2=0.95, weight_decay=0.01, clip=1.0)
 
 
-def no_codec(language: languages.Language) -> None:
+def no_codec(language: markov.Language) -> None:
     """For generators that look at tokens only."""
 
 
-def pyramid_codec(language: languages.Language):
+def pyramid_codec(language: markov.Language):
     """A quantizer over the language's grids, without convolutions, whose codes keep apart."""
     grids = tuple(map(tuple, language.layout["grids"]))
     V = language.symbols
     inner = dict(name="vq", codes=V, channels=V, normalize=False, update="frozen")
     section = dict(name="multiscale", quantizer=inner, scales=grids, phi=0)
     codec = config.build(section, "quantizer", grid=grids[-1], rngs=nnx.Rngs(0))
-    codec.inner.codebook[...] = jax.numpy.asarray(languages.codes(V))
+    codec.inner.codebook[...] = jax.numpy.asarray(markov.codes(V))
     return codec
 
 
@@ -74,8 +75,8 @@ class Family:
     """What is trained on what."""
 
     generator: dict  # the section of a config
-    language: Callable[..., languages.Language]
-    codec: Callable[[languages.Language], object]
+    language: Callable[..., markov.Language]
+    codec: Callable[[markov.Language], object]
     nats: Callable
     limit: float  # the excess that is promised, in percent
     steps: int
@@ -85,7 +86,7 @@ class Family:
 FAMILIES = {
     "raster": Family(
         dict(name="autoregressive", order="raster", places="rotary") | NARROW | TRANSFORMER,
-        languages.mesh,
+        markov.mesh,
         no_codec,
         by_own_order,
         limit=2.0,
@@ -93,7 +94,7 @@ FAMILIES = {
     ),
     "random": Family(
         dict(name="autoregressive", order="random", places="target_aware") | NARROW | TRANSFORMER,
-        languages.mesh,
+        markov.mesh,
         no_codec,
         by_own_order,
         limit=5.0,
@@ -101,7 +102,7 @@ FAMILIES = {
     ),
     "masked": Family(
         dict(name="masked", schedule="linear") | NARROW | TRANSFORMER,
-        languages.mesh,
+        markov.mesh,
         no_codec,
         by_drawn_orders,
         limit=5.0,
@@ -109,7 +110,7 @@ FAMILIES = {
     ),
     "next_scale": Family(
         dict(name="next_scale", channels=8, parts="var", gates=0.1) | TRANSFORMER,
-        languages.pyramid,
+        markov.pyramid,
         pyramid_codec,
         by_scale,
         limit=2.0,
@@ -138,7 +139,7 @@ def main() -> int:
         arguments.set = ("generator.width=16", "generator.depth=1", "batch_size=8")
     if arguments.images < BATCH:
         parser.error(f"--images must be at least {BATCH}")
-    launch.devices(8 if arguments.quick else 64)
+    runtime.devices(8 if arguments.quick else 64)
     print(machine.header(PACKAGES, machine.devices()))
     print(
         f"{'family':<12}{'parameters':>11}{'steps':>7}  {'nats per token':<19}{'entropy':>8}  "
@@ -184,23 +185,25 @@ def settings_of(family: Family, arguments: argparse.Namespace) -> ml_collections
 def trained(family: Family, settings, layout: TokenLayout, codec):
     """(the generator with its averaged weights, number of its parameters)."""
     source, key = family.language(seed=settings.seed), rng.key(settings.seed, "init")
-    optimizer = config.call(state.optimizer, settings.optimizer, "optimizer", steps=settings.steps)
+    optimizer = config.call(
+        optimizers.optimizer, settings.optimizer, "optimizer", steps=settings.steps
+    )
     mesh = sharding.make_mesh()
     jax.set_mesh(mesh)
-    graph, network = state.create(
+    graph, network = train_state.create(
         lambda: config.generator(settings, layout, len(source.classes), rngs=nnx.Rngs(key)),
         optimizer,
         mesh=mesh,
         ema=settings.ema,
     )
     step = train_generator.train_step(settings, graph, optimizer)
-    batches = stream.batches(source, seed=settings.seed, batch_size=settings.batch_size)
+    batches = loader.batches(source, seed=settings.seed, batch_size=settings.batch_size)
     with batches, report.bar(settings.steps, what=settings.generator.name) as bar:
         for _ in range(settings.steps):
             network, _ = step(network, sharding.global_batch(next(batches), mesh), codec)
             bar.update()
-    generator = state.merge(graph, state.averaged(network), network.stats)
-    return generator, state.count(network.params)
+    generator = parameters_.merge(graph, train_state.averaged(network), network.stats)
+    return generator, parameters_.count(network.params)
 
 
 def scored(family: Family, generator, codec, arguments) -> tuple[np.ndarray, np.ndarray]:
@@ -209,7 +212,7 @@ def scored(family: Family, generator, codec, arguments) -> tuple[np.ndarray, np.
     nats = jax.jit(family.nats)
     costs, own = [], []
     indices = range(arguments.images // BATCH * BATCH)
-    passing = stream.once(source, batch_size=BATCH, indices=indices)
+    passing = loader.once(source, batch_size=BATCH, indices=indices)
     for number, part in enumerate(passing):
         key = rng.key(arguments.seed, "eval", number)
         batch = TokenBatch(*jax.device_put((part["tokens"], part["label"])))

@@ -24,19 +24,18 @@ import numpy as np
 import scipy.ndimage
 from PIL import Image
 
-from tokgen import (
-    checkpoint,
-    cli,
-    evaluation,
-    extractors,
-    heldout,
-    launch,
+from tokgen import runtime
+from tokgen.checkpoints import checkpoint
+from tokgen.data import datasets, folder, loader, pixels as images
+from tokgen.evaluation import (
+    collect,
+    feature_extractors,
+    made_images,
+    metric_table,
     protocols,
     references,
-    scoring,
-    supplies,
+    validation,
 )
-from tokgen.data import folder, images, stream
 
 PACKAGES = ("jax", "flax", "numpy", "scipy", "pillow")
 BLUR, NOISE, JPEG = (0.5, 1.0, 2.0), (8, 16, 32, 64), (30, 20, 10, 5)
@@ -56,12 +55,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.images = 64
-    launch.devices()
+    runtime.devices()
     print(machine.header(PACKAGES, machine.devices()), flush=True)
     reference = references.read(arguments.reference)
-    network = extractors.from_arrays(reference.network, reference.record["extractor"])
+    network = feature_extractors.from_arrays(reference.network, reference.record["extractor"])
     source = folder.Source(arguments.data, split="held_out")
-    heldout.tell(arguments.data, held_out=source)
+    datasets.tell(arguments.data, held_out=source)
     image_NHW3, label_N = pixels(source, tuple(reference.record["size"]), arguments.images)
     tokenizer = checkpoint.load_tokenizer(arguments.tokenizer)
     rows = {}
@@ -81,7 +80,7 @@ def pixels(source, size: tuple[int, int], count: int) -> tuple[np.ndarray, np.nd
     """uint8 images of a source and their labels, evenly over it."""
     index_N = np.arange(min(count, len(source))) * len(source) // min(count, len(source))
     view = images.fixed("center", size, 3)
-    parts = list(stream.once(source, view, batch_size=PART, indices=index_N))
+    parts = list(loader.once(source, view, batch_size=PART, indices=index_N))
     return tuple(np.concatenate([part[name] for part in parts]) for name in ("image", "label"))
 
 
@@ -106,8 +105,8 @@ def ladder(image_NHW3: np.ndarray, tokenizer):
 def repainted(image_NHW3: np.ndarray, tokenizer) -> np.ndarray:
     """Reconstructions."""
     parts = [image_NHW3[start : start + 100] for start in range(0, len(image_NHW3), 100)]
-    found = [heldout.repaint(tokenizer, {"image": part}, batch=100)[1] for part in parts]
-    return supplies.coloured(np.concatenate(found))
+    found = [validation.repaint(tokenizer, {"image": part}, batch=100)[1] for part in parts]
+    return made_images.coloured(np.concatenate(found))
 
 
 def jpeg(image_HW3: np.ndarray, quality: int) -> np.ndarray:
@@ -120,18 +119,18 @@ def jpeg(image_HW3: np.ndarray, quality: int) -> np.ndarray:
 def measured(image_NHW3, label_N, network, reference, classes: int) -> dict[str, dict]:
     """Every figure of the local protocol."""
     found = [
-        extractors.features(network, image_NHW3[start : start + PART])
+        feature_extractors.features(network, image_NHW3[start : start + PART])
         for start in range(0, len(image_NHW3), PART)
     ]
     features = {name: np.concatenate([part[name] for part in found]) for name in network.layers}
-    seen = evaluation.Found(features, {}, {}, {}, label_N, np.zeros(0), np.zeros(0))
-    compared = evaluation.compared(
+    seen = collect.Found(features, {}, {}, {}, label_N, np.zeros(0), np.zeros(0))
+    compared = collect.compared(
         *(seen, network, protocols.named("local"), reference),
         classes=classes,
         accepted=("few",),
         seed=0,
     )
-    return scoring.score(compared, what="")[0]
+    return metric_table.score(compared, what="")[0]
 
 
 def table(rows: dict[str, dict]) -> str:
@@ -200,4 +199,4 @@ def plot(rows: dict[str, dict], file: pathlib.Path) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_default_matmul_precision", "highest")
-    sys.exit(cli.call("ladders.py", main))
+    sys.exit(runtime.call("ladders.py", main))

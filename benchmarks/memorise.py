@@ -21,10 +21,11 @@ import numpy as np
 import training_step
 from flax import nnx
 
-from tokgen import config, launch, rng, sharding, state
+from tokgen import config, parameters, rng, runtime, sharding
 from tokgen.interfaces import TokenBatch, TokenLayout
 from tokgen.quantizers import multiscale
-from tokgen.sampling import decode, filters
+from tokgen.sampling import decode, sampler
+from tokgen.training import optimizer as optimizers, train_state
 
 COUNT, CODES = 16, 64
 FLAT = TokenLayout((CODES,), ((8, 8),))
@@ -49,7 +50,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         NETWORK.update(width=16, depth=1, heads=2)
-    launch.devices(COUNT)
+    runtime.devices(COUNT)
     print(machine.header(training_step.PACKAGES, machine.devices()))
     print(f"{'family':12}{'nats per token':<16}{'sampled right':<15}{'steps':<7}CPU seconds")
     for family in arguments.family:
@@ -73,33 +74,35 @@ def memorised(family: str, most: int) -> tuple[float, float, int]:
     def make():
         return config.generator(settings, layout, COUNT, rngs=nnx.Rngs(rng.key(0, "init")))
 
-    optimizer = state.optimizer(most, name="muon", learning_rate=3e-3, warmup=20, b2=0.95)
-    graph, network = state.create(make, optimizer, mesh=sharding.make_mesh())
+    optimizer = optimizers.optimizer(most, name="muon", learning_rate=3e-3, warmup=20, b2=0.95)
+    graph, network = train_state.create(make, optimizer, mesh=sharding.make_mesh())
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train(network):
         key = rng.key(0, "train", network.step)
 
         def loss(params):
-            generator = state.merge(graph, params, network.stats)
+            generator = parameters.merge(graph, params, network.stats)
             return generator.loss(batch, codec, step=network.step, key=key)[0]
 
         gradients = jax.grad(loss)(network.params)
-        return state.apply_gradients(network, gradients, optimizer)[0]
+        return train_state.apply_gradients(network, gradients, optimizer)[0]
 
-    measure = jax.jit(lambda network: nats(state.merge(graph, network.params, {}), batch, codec))
+    measure = jax.jit(
+        lambda network: nats(parameters.merge(graph, network.params, {}), batch, codec)
+    )
     for step in range(1, most + 1):
         network = train(network)
         if step % 50 == 0 or step == most:
             found = float(measure(network))
             if found < ENOUGH:
                 break
-    generator = state.merge(graph, network.params, network.stats)
+    generator = parameters.merge(graph, network.params, network.stats)
     keys_B = rng.per_image(0, "sample", jnp.arange(COUNT))
     drawn = jax.jit(
         lambda generator: (
             decode.generate(
-                generator, codec, batch.cond, filters.Sampler(temperature=0.0), keys_B=keys_B
+                generator, codec, batch.cond, sampler.Sampler(temperature=0.0), keys_B=keys_B
             ).tokens_BLG
         )
     )(generator)

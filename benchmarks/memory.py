@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import machine
 import training_step
 
-from tokgen import launch, rng
+from tokgen import rng, runtime
 from tokgen.sampling import decode, presets
 
 CASES = ("tokenizer", "generator", "sampling")
@@ -56,7 +56,7 @@ def measure(arguments: argparse.Namespace) -> None:
     if arguments.case == "sampling":
         import decode as decoding  # the benchmark beside this one
 
-        launch.devices()
+        runtime.devices()
         batch = 2 if arguments.quick else arguments.batch
         generator = decoding.make(settings)
         sampler = presets.sampler({"weight": decoding.WEIGHT}, decode.steps(generator))

@@ -23,7 +23,8 @@ import sys
 
 import machine
 
-from tokgen import checkpoint, report
+from tokgen import report
+from tokgen.checkpoints import checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ABLATION = "configs/tokenizer/ablation.py"

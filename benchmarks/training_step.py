@@ -19,8 +19,16 @@ import numpy as np
 from flax import nnx
 
 import train_generator
-from tokgen import adversary, config, guard, launch, painter, rng, sharding, stages, state
+from tokgen import config, parameters as parameters_, rng, runtime, sharding
 from tokgen.interfaces import TokenLayout
+from tokgen.training import (
+    gan,
+    optimizer as optimizers,
+    safeguards,
+    stages,
+    tokenizer_step,
+    train_state,
+)
 
 PACKAGES = ("jax", "flax", "optax", "numpy")
 CONFIGS = ("configs/tokenizer/shapes.py", "configs/generator/shapes.py")
@@ -73,7 +81,7 @@ def set_devices(count: int | None, batch_sizes) -> None:
         os.environ.setdefault("NPROC", str(4 * count))
         jax.config.update("jax_num_cpu_devices", count)
     else:
-        launch.devices(math.gcd(*batch_sizes))
+        runtime.devices(math.gcd(*batch_sizes))
 
 
 def training(settings):
@@ -84,9 +92,9 @@ def training(settings):
     rngs = rng.key(settings.seed, "init")
     if kind_of(settings) == "generator":
         optimizer = config.call(
-            state.optimizer, settings.optimizer, "optimizer", steps=settings.steps
+            optimizers.optimizer, settings.optimizer, "optimizer", steps=settings.steps
         )
-        graph, network = state.create(
+        graph, network = train_state.create(
             lambda: config.generator(settings, LAYOUT, CLASSES, rngs=nnx.Rngs(rngs)),
             optimizer,
             mesh=mesh,
@@ -100,13 +108,13 @@ def training(settings):
         }
         step = train_generator.train_step(settings, graph, optimizer)
         batch = sharding.global_batch(batch, mesh)
-        return step, (network, batch, None), state.count(network.params)
+        return step, (network, batch, None), parameters_.count(network.params)
     plan = stages.plan(settings)
-    game = config.call(adversary.Game, {**settings.critic, "start": 0.0, "warmup": 0.0}, "critic")
-    limits = config.call(guard.Limits, settings.guard, "guard")
-    networks, graphs, critic_optimizer = painter.create(settings, plan[-1], game, mesh)
-    count = state.count(networks["model"].params)
-    steps = painter.Steps(settings, game, limits, graphs, critic_optimizer, 0)
+    game = config.call(gan.Game, {**settings.critic, "start": 0.0, "warmup": 0.0}, "critic")
+    limits = config.call(safeguards.Limits, settings.guard, "guard")
+    networks, graphs, critic_optimizer = tokenizer_step.create(settings, plan[-1], game, mesh)
+    count = parameters_.count(networks["model"].params)
+    steps = tokenizer_step.Steps(settings, game, limits, graphs, critic_optimizer, 0)
     step = steps(plan[-1], game.weight > 0)
     shape = (settings.batch_size, *settings.view.size, settings.view.channels)
     batch = sharding.global_batch({"image": draw.integers(0, 256, shape, np.uint8)}, mesh)

@@ -4,11 +4,11 @@ import pathlib
 
 from flax import nnx
 
-from tokgen import config as configs
-from tokgen import runs, sharding
-from tokgen import state as states
+from tokgen import config as configs, sharding
+from tokgen.checkpoints import run as runs
 from tokgen.interfaces import TokenLayout
 from tokgen.quantizers import multiscale
+from tokgen.training import optimizer as optimizers, train_state
 
 
 def square(side: int, *vocab: int) -> TokenLayout:
@@ -132,8 +132,8 @@ _built: dict[str, nnx.Module] = {}
 
 def save(workdir: pathlib.Path, settings, make, *, best: str, **meta) -> None:
     """A work directory with a checkpoint of step 0."""
-    optimizer = states.optimizer(steps=1, learning_rate=1e-3)
-    _, network = states.create(make, optimizer, mesh=sharding.make_mesh())
+    optimizer = optimizers.optimizer(steps=1, learning_rate=1e-3)
+    _, network = train_state.create(make, optimizer, mesh=sharding.make_mesh())
     classes = tuple(f"shape{number}" for number in range(10))
     meta = {"classes": classes} | meta
     run = runs.start(workdir, settings, best=best, data="", **meta)

@@ -8,8 +8,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from tokgen import archives, references, samples, supplies
+from tokgen import archives
 from tokgen.commands import sample
+from tokgen.evaluation import given_images, made_images, references
 from tokgen.interfaces import UserError
 from tokgen.pretrained import parity
 
@@ -56,9 +57,9 @@ HOSTILE = {
 }
 READERS = {
     "archives": lambda path: archives.arrays(path),
-    "samples": lambda path: samples.Archive(path),
+    "samples": lambda path: given_images.Archive(path),
     "references": lambda path: references.read(path),
-    "parts of an evaluation": supplies.loaded_part,
+    "parts of an evaluation": made_images.loaded_part,
     "texts": lambda path: sample.captions(str(path)),
     "a fixture": lambda path: parity.Folder(path.parent, "lpips"),
 }

@@ -13,7 +13,9 @@ from flax import nnx
 from PIL import Image
 
 from tests import recipes
-from tokgen import checkpoint, cli, config, launch
+from tokgen import cli, config
+from tokgen.checkpoints import checkpoint
+from tokgen.training import launch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"

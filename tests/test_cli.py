@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tokgen import cli, interfaces
+from tokgen import interfaces, runtime
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -24,13 +24,13 @@ def raising(error):
     ("error", "code", "said"),
     [
         (KeyboardInterrupt(), 130, "prog: interrupted\n"),
-        (cli.Stopped(signal.SIGINT, "step 3 is saved"), 130, "prog: step 3 is saved\n"),
-        (cli.Stopped(signal.SIGTERM, "step 3 is saved"), 143, "prog: step 3 is saved\n"),
+        (runtime.Stopped(signal.SIGINT, "step 3 is saved"), 130, "prog: step 3 is saved\n"),
+        (runtime.Stopped(signal.SIGTERM, "step 3 is saved"), 143, "prog: step 3 is saved\n"),
         (interfaces.UserError("need, found"), 2, "prog: error: need, found\n"),
     ],
 )
 def test_codes_and_the_one_line(capsys, error, code, said):
-    assert cli.call("prog", raising(error)) == code
+    assert runtime.call("prog", raising(error)) == code
     assert capsys.readouterr().err == said
 
 
@@ -46,12 +46,12 @@ def test_sigterm_ends_a_command_as_ctrl_c_does(capsys):
         finally:
             closed.append(signal.getsignal(signal.SIGTERM))
 
-    assert cli.call("prog", run) == 143 and capsys.readouterr().err == "prog: terminated\n"
+    assert runtime.call("prog", run) == 143 and capsys.readouterr().err == "prog: terminated\n"
     assert closed == [signal.SIG_DFL]  # a second one is not waited for
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     mine = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who has one of his own keeps it
     try:
-        assert cli.call("prog", run) == 0 and closed[-1] is signal.SIG_IGN
+        assert runtime.call("prog", run) == 0 and closed[-1] is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, mine)
 

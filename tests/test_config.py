@@ -12,10 +12,8 @@ import pytest
 from flax import nnx
 
 from tests import recipes
-from tokgen import config as configs
-from tokgen import interfaces, report
-from tokgen import state as states
-from tokgen.data import images
+from tokgen import config as configs, interfaces, parameters, report
+from tokgen.data import pixels as images
 from tokgen.nn import precision
 from tokgen.quantizers import fsq
 
@@ -153,9 +151,9 @@ def test_every_config_builds_with_its_number_of_parameters(reference):
         # one position, one scale or all of them at a step
         drawn = sum(phase.steps * phase.size for phase in module.plan())
         assert drawn == layout.length * (1 if module.exact else module.steps)
-    params = states.split(module)[1]
-    table = report.table(states.paths(params))
-    assert states.count(params) == PARAMETERS[reference]
+    params = parameters.split(module)[1]
+    table = report.table(parameters.paths(params))
+    assert parameters.count(params) == PARAMETERS[reference]
     assert table.splitlines()[-1].split() == ["total", f"{PARAMETERS[reference]:,}"]
 
 

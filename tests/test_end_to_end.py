@@ -23,9 +23,10 @@ import safetensors.numpy
 from jax.sharding import AxisType, Mesh
 from PIL import Image
 
-from tokgen import checkpoint, cli, launch, rehearsal, report, sharding
-from tokgen import state as states
-from tokgen.data import tokens
+from tokgen import cli, parameters, report, sharding
+from tokgen.checkpoints import checkpoint
+from tokgen.data import token_shards
+from tokgen.training import dry_run, launch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS, EVERY = 5, 2
@@ -110,7 +111,7 @@ def story(name, *words):
         # signals stay those of the tests
         patch.setattr(launch.signal, "signal", lambda number, handler: None)
         with pytest.raises(SystemExit) as caught:
-            launch.run(module.main, getattr(rehearsal, f"{name}_fields"), module.__doc__)
+            launch.run(module.main, getattr(dry_run, f"{name}_fields"), module.__doc__)
     return caught.value.code
 
 
@@ -358,7 +359,7 @@ def test_gray_pictures_without_classes(place, capfd):
     program("tokenizer", *tokenizer_words(place, place / "g_tokenizer", "gray", "gray"))
     said = capfd.readouterr().err
     loaded = checkpoint.load_tokenizer(place / "g_tokenizer")
-    total = f"{states.count(states.split(loaded.module)[1]):,}"
+    total = f"{parameters.count(parameters.split(loaded.module)[1]):,}"
     assert said.split("total")[1].split()[0] == total  # the table at the start
     assert loaded.classes == () and loaded.layout.grids == ((4, 4),)
     command("reconstruct", place / "g_tokenizer", place / "gray", "--out", place / "g_pairs")
@@ -372,8 +373,8 @@ def test_gray_pictures_without_classes(place, capfd):
 
 
 def test_pretokenized_tokens_are_those_of_the_tokenizer(place, tokenizer, shards):
-    source = tokens.Source(shards)
-    held_out = tokens.Source(shards, split="held_out")
+    source = token_shards.Source(shards)
+    held_out = token_shards.Source(shards, split="held_out")
     assert source.classes == ("bird", "cat") and len(source) + len(held_out) == 18
     loaded = checkpoint.load_tokenizer(tokenizer)
     assert source.header["tokenizer"]["fingerprint"] == loaded.fingerprint

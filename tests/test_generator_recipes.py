@@ -10,12 +10,11 @@ import pytest
 from flax import nnx
 
 from tests import recipes
-from tokgen import config as configs
-from tokgen import sharding
-from tokgen import state as states
+from tokgen import config as configs, parameters, sharding
 from tokgen.interfaces import TokenBatch
 from tokgen.nn import precision, transformer
 from tokgen.sampling import decode, presets
+from tokgen.training import optimizer as optimizers, train_state
 
 FOLDER = configs.programs() / "configs" / "generator"
 SMALL = ("cifar10", "shapes")  # their figures are in the README
@@ -44,7 +43,7 @@ def test_a_docstring_says_what_is_built(reference):
         settings,
         precision=(precision.Precision, ()),
         generator__rates=(transformer.Rates, ()),
-        optimizer=(states.optimizer, ("steps",)),
+        optimizer=(optimizers.optimizer, ("steps",)),
         mesh=(sharding.make_mesh, ()),
     )
     # rows of our tables that a smaller alphabet never reads, of inputs and outputs
@@ -118,16 +117,16 @@ def trained_and_sampled(network, batch, codec, graph, optimizer, sampler):
 
     def step(network, number):
         def loss(params):
-            generator = states.merge(graph, params, network.stats)
+            generator = parameters.merge(graph, params, network.stats)
             key = jax.random.fold_in(jax.random.key(1), number)
             return generator.loss(batch, codec, step=network.step, key=key)
 
         gradients, terms = jax.grad(loss, has_aux=True)(network.params)
-        network, scalars = states.apply_gradients(network, gradients, optimizer)
+        network, scalars = train_state.apply_gradients(network, gradients, optimizer)
         return network, terms | scalars
 
     network, scalars = jax.lax.scan(step, network, jnp.arange(STEPS))
-    generator = states.merge(graph, network.params, network.stats)
+    generator = parameters.merge(graph, network.params, network.stats)
     keys_B = jax.random.split(jax.random.key(2), B)
     drawn = decode.generate(generator, codec, batch.cond, sampler, keys_B=keys_B)
     return network, scalars, drawn.tokens_BLG, drawn.invalid_B
@@ -144,8 +143,8 @@ LONG = {"ibq:xxl", "llamagen:b", "npp:b", "openmagvit2:b", "maskgit:256"}
 def test_a_file_trains_two_steps_and_samples(reference):
     """Its own objective, optimizer and preset, at a width of 8."""
     settings, (layout, _) = shrunk(reference), SHRUNK[reference]
-    optimizer = configs.call(states.optimizer, settings.optimizer, "optimizer", steps=STEPS)
-    graph, *variables = states.split(
+    optimizer = configs.call(optimizers.optimizer, settings.optimizer, "optimizer", steps=STEPS)
+    graph, *variables = parameters.split(
         nnx.eval_shape(lambda: configs.generator(settings, layout, 3, rngs=nnx.Rngs(0)))
     )
     random = np.random.default_rng(0)
@@ -154,19 +153,19 @@ def test_a_file_trains_two_steps_and_samples(reference):
         lambda leaf: jnp.asarray(0.3 * random.normal(size=leaf.shape), leaf.dtype), variables
     )
     zero = jnp.zeros((), jnp.int32)
-    network = states.TrainState(zero, zero, params, stats, optimizer.chain.init(params), None)
+    network = train_state.TrainState(zero, zero, params, stats, optimizer.chain.init(params), None)
     preset = presets.named(settings.presets.to_dict(), "default") | FEW.get(reference, {})
-    generator, sampler = presets.prepare(states.merge(graph, params, stats), preset)
+    generator, sampler = presets.prepare(parameters.merge(graph, params, stats), preset)
     tokens_BLG = random.integers(0, layout.vocab, (B, layout.length, layout.groups))
     batch = TokenBatch(jnp.asarray(tokens_BLG, jnp.int32), jnp.arange(B, dtype=jnp.int32))
     after, scalars, drawn_BLG, invalid_B = jax.device_get(
         trained_and_sampled(
             *(network, batch, codec_of(settings, layout)),
-            *(states.split(generator)[0], optimizer, sampler),
+            *(parameters.split(generator)[0], optimizer, sampler),
         )
     )
     assert np.isfinite(scalars["nats_per_token"]).all() and not scalars["skipped"].any()
-    before, after = states.paths(jax.device_get(params)), states.paths(after.params)
+    before, after = parameters.paths(jax.device_get(params)), parameters.paths(after.params)
     still = {path for path in before if (before[path] == after[path]).all()}
     assert {path for path in still if not BLIND.fullmatch(path)} == set()
     assert not invalid_B.any() and (drawn_BLG >= 0).all()

@@ -5,7 +5,8 @@ import types
 
 import pytest
 
-from tokgen import checkpoint, cli
+from tokgen import cli
+from tokgen.checkpoints import checkpoint
 from tokgen.interfaces import UserError
 
 

@@ -6,8 +6,11 @@ import pathlib
 
 import pytest
 
-from tokgen import assess, checkpoint, cli, launch, options
+from tokgen import cli, options
+from tokgen.checkpoints import checkpoint
 from tokgen.commands import evaluate
+from tokgen.evaluation import score as scores
+from tokgen.training import launch
 
 ROOT = pathlib.Path(options.__file__).parent
 ALWAYS = {"checkpoint", "out"}  # of tokgen evaluate, in every mode
@@ -82,18 +85,18 @@ def faked(monkeypatch):
     def of(kind):
         monkeypatch.setattr(checkpoint, "find", lambda path: pathlib.Path(path))
         monkeypatch.setattr(checkpoint, "read_meta", lambda step: {"kind": kind})
-        monkeypatch.setattr(assess, "_kind", lambda path: kind)
+        monkeypatch.setattr(scores, "_kind", lambda path: kind)
 
     for module, name in (
         (evaluate, "_tokenizer"),
         (evaluate, "_generator"),
-        (assess, "repainted"),
-        (assess, "drawn"),
-        (assess.samples, "given"),
-        (assess.references, "read"),
+        (scores, "repainted"),
+        (scores, "drawn"),
+        (scores.samples, "given"),
+        (scores.references, "read"),
     ):
         monkeypatch.setattr(module, name, reached)
-    monkeypatch.setattr(assess.references, "read", lambda *_: None)
+    monkeypatch.setattr(scores.references, "read", lambda *_: None)
     monkeypatch.setattr(launch, "devices", lambda *_: None)
     return of
 

@@ -12,7 +12,8 @@ import threading
 
 import pytest
 
-from tokgen import output, runs
+from tokgen import output
+from tokgen.checkpoints import run as runs
 from tokgen.interfaces import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ import zipfile
 
 import pytest
 
-from tokgen import cli, interfaces
+from tokgen import cli, interfaces, runtime
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -96,7 +96,7 @@ def test_every_core_dependency_and_test_tool_has_its_tested_version():
 
 
 def test_extras_of_the_error_message_exist():
-    for package, extra in cli.EXTRAS.items():
+    for package, extra in runtime.EXTRAS.items():
         assert requirement_name(package) in map(
             requirement_name, PROJECT["optional-dependencies"][extra]
         )
@@ -184,20 +184,20 @@ def raising(error: BaseException):
 
 
 def test_user_error_is_one_message(capsys):
-    assert cli.call("tokgen x", raising(interfaces.UserError("need a, found b; use c"))) == 2
+    assert runtime.call("tokgen x", raising(interfaces.UserError("need a, found b; use c"))) == 2
     assert capsys.readouterr().err == "tokgen x: error: need a, found b; use c\n"
 
 
 def test_missing_extra_is_one_line_with_the_install_command(capsys):
     error = ModuleNotFoundError("No module named 'simplejpeg'", name="simplejpeg")
-    assert cli.call("tokgen x", raising(error)) == 2
+    assert runtime.call("tokgen x", raising(error)) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert 'pip install "tokgen[fastdata]"' in message
 
 
 def test_interrupt_ends_with_exit_code_130(capsys):
-    assert cli.call("tokgen x", raising(KeyboardInterrupt())) == 130
+    assert runtime.call("tokgen x", raising(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "tokgen x: interrupted\n"
 
 
@@ -206,7 +206,7 @@ def test_interrupt_ends_with_exit_code_130(capsys):
 )
 def test_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)) as caught:
-        cli.call("tokgen x", raising(error))
+        runtime.call("tokgen x", raising(error))
     assert caught.value is error
 
 
@@ -241,14 +241,14 @@ def test_what_the_machine_lacks_is_one_message(end, capsys):
     def run():
         raise error
 
-    assert cli.call("tokgen sample", run) == 2
+    assert runtime.call("tokgen sample", run) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1 and said.startswith("tokgen sample: error: ")
     if "memory" in end:
         assert "--batch" in said
-        assert cli.call("train_tokenizer.py", run) == 2
+        assert runtime.call("train_tokenizer.py", run) == 2
         assert "--config.batch_size" in capsys.readouterr().err
-        assert cli.call("tokgen matrix", run) == 2  # which has no such option
+        assert runtime.call("tokgen matrix", run) == 2  # which has no such option
         assert "--batch" not in capsys.readouterr().err
 
 
@@ -265,7 +265,7 @@ def test_errors_of_ours_keep_their_traceback(error):
         raise error
 
     with pytest.raises(type(error)):
-        cli.call("tokgen sample", run)
+        runtime.call("tokgen sample", run)
 
 
 def test_a_reader_that_goes_away_ends_a_command_quietly():

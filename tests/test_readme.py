@@ -18,8 +18,10 @@ from flax import nnx
 from PIL import Image
 
 from tests import recipes
-from tokgen import checkpoint, cli, config, launch, state
+from tokgen import cli, config, parameters as state
+from tokgen.checkpoints import checkpoint
 from tokgen.interfaces import TokenLayout
+from tokgen.training import launch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

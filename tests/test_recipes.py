@@ -10,11 +10,17 @@ import pytest
 from flax import nnx
 
 from tests import recipes
-from tokgen import adversary, guard, painter, sharding, stages
-from tokgen import config as configs
-from tokgen import state as states
-from tokgen.data import captioned, images, shapes, stream
+from tokgen import config as configs, parameters, sharding
+from tokgen.data import captioned, loader, pixels as images, shapes
 from tokgen.nn import precision
+from tokgen.training import (
+    gan,
+    optimizer as optimizers,
+    safeguards,
+    stages,
+    tokenizer_step,
+    train_state,
+)
 
 FOLDER = configs.programs() / "configs" / "tokenizer"
 # LDM's stride-8 form: LlamaGen's networks of the same widths end at 4 channels in the place of 256
@@ -106,15 +112,15 @@ def load(reference: str) -> ml_collections.ConfigDict:
 
 
 def checked(settings: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    rival = {"critic__optimizer": (states.optimizer, ("steps", "begin"))}
+    rival = {"critic__optimizer": (optimizers.optimizer, ("steps", "begin"))}
     configs.check(
         settings,
         precision=(precision.Precision, ()),
         view=(images.View, ()),
-        optimizer=(states.optimizer, ("steps", "begin")),
-        critic=(adversary.Game, ()),
+        optimizer=(optimizers.optimizer, ("steps", "begin")),
+        critic=(gan.Game, ()),
         **(rival if settings.critic.weight > 0 else {}),
-        guard=(guard.Limits, ()),
+        guard=(safeguards.Limits, ()),
         mesh=(sharding.make_mesh, ()),
     )
     return settings
@@ -127,10 +133,10 @@ def checked(settings: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 def test_sizes_are_the_published_ones(reference):
     count, length, codes = PUBLISHED[reference]
     tokenizer = recipes.abstract(f"tokenizer/{reference}")
-    params = states.split(tokenizer)[1]
-    assert states.count(params) == count
+    params = parameters.split(tokenizer)[1]
+    assert parameters.count(params) == count
     for part, size in PARTS.get(reference, {}).items():
-        assert states.count(params[part]) == size
+        assert parameters.count(params[part]) == size
     if length == 0:
         assert tokenizer.layout is None
     else:
@@ -160,7 +166,7 @@ def test_stages_and_critic_begin_when_published(name):
         assert spans == [(0, 1_000_000, "codes"), (1_000_000, 1_500_000, "pixels")]
     else:
         assert spans == [(0, settings.steps, "pixels")]
-    game = configs.call(adversary.Game, settings.critic, "critic")
+    game = configs.call(gan.Game, settings.critic, "critic")
     begin, play = game.steps(settings.steps)
     assert (begin, settings.steps) == CRITIC[name] and play == begin
     # a distance that is asked for can be given its weights
@@ -186,8 +192,8 @@ def test_every_file_and_variant_is_tested():
 def test_decay_leaves_out_what_titok_leaves_out(name):
     """Everything of less than two axes, and whatever its published name calls an embedding."""
     settings = load(name)
-    params = states.split(recipes.abstract(f"tokenizer/{name}"))[1]
-    chosen = states.paths(states.matching(params, settings.optimizer.decayed))
+    params = parameters.split(recipes.abstract(f"tokenizer/{name}"))[1]
+    chosen = parameters.paths(parameters.matching(params, settings.optimizer.decayed))
     spared = r".*(/(bias|scale|table|codebook|token)|/?embed/kernel|conv_patch/kernel)"
     for path, decays in chosen.items():
         embeds = re.fullmatch(spared, path) and "text/embed/kernel" not in path
@@ -268,7 +274,7 @@ def copied(networks) -> dict[str, np.ndarray]:
     return {
         f"{name}/{path}": np.array(leaf)
         for name, state in states_of.items()
-        for path, leaf in states.paths(state.params).items()
+        for path, leaf in parameters.paths(state.params).items()
     }
 
 
@@ -277,24 +283,24 @@ def steps_of(settings, folder, teacher=None):
     axes = (jax.sharding.AxisType.Auto,) * 3
     mesh = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=axes, devices=jax.devices()[:1])
     plan = stages.plan(settings)
-    game = configs.call(adversary.Game, settings.critic, "critic")
+    game = configs.call(gan.Game, settings.critic, "critic")
     begin, _ = game.steps(settings.steps)
     view = configs.call(images.View, settings.view, "view")
-    batches = stream.batches(
+    batches = loader.batches(
         source_of(settings, folder), view, seed=0, batch_size=settings.batch_size, threads=0
     )
     with jax.set_mesh(mesh), batches:
-        networks, graphs, rival = painter.create(settings, plan[0], game, mesh)
+        networks, graphs, rival = tokenizer_step.create(settings, plan[0], game, mesh)
         frozen = {"perceptual": {}}
         if teacher is not None:
             frozen["teacher"] = teacher
-            networks["model"] = painter.adopt(graphs["model"], networks["model"], teacher)
-        step_of = painter.Steps(settings, game, guard.Limits(), graphs, rival, 0)
+            networks["model"] = tokenizer_step.adopt(graphs["model"], networks["model"], teacher)
+        step_of = tokenizer_step.Steps(settings, game, safeguards.Limits(), graphs, rival, 0)
         for step in range(settings.steps):
             stage = stages.at(plan, step)
             if step == stage.begin and step > 0:
                 optimizer = stages.optimizer(settings, stage)
-                networks["model"] = states.restarted(networks["model"], optimizer, mesh=mesh)
+                networks["model"] = train_state.restarted(networks["model"], optimizer, mesh=mesh)
             before = copied(networks)
             batch = sharding.global_batch(next(batches), mesh)
             networks, scalars, _ = step_of(stage, step >= begin)(networks, batch, frozen)
@@ -350,5 +356,5 @@ def test_annealed_terms_begin_stronger_and_fall_in_a_straight_line():
     terms = {"l2": 5.0, "sample_entropy": 3.0, "batch_entropy": 2.0}
     for step in (0, 500, 1999, 2000, 900_000):
         wanted = 5.0 + (0.02 + max(0.0, 1 - step / 2000) * 2 * 0.02) * (3.0 - 2.0)
-        found = painter.weighted(settings, terms, settings.loss, step)
+        found = tokenizer_step.weighted(settings, terms, settings.loss, step)
         np.testing.assert_allclose(found, wanted, rtol=1e-6)

@@ -6,8 +6,9 @@ import pathlib
 
 import pytest
 
-from tokgen import guard, records, report
+from tokgen import records, report
 from tokgen.interfaces import TokenLayout, UserError
+from tokgen.training import safeguards
 
 DEEP = "[" * 100_000 + "]" * 100_000
 
@@ -117,8 +118,8 @@ def test_a_layout_is_believed_within_bounds(record):
 
 @pytest.mark.parametrize("text", ["", "{", "null", '{"returns": null, "settled": true}', DEEP])
 def test_a_cut_record_of_a_run_is_one_message(tmp_path, text):
-    (tmp_path / guard.RETURNS).write_text(text)
-    for read in (guard.returned, guard.unsettled):
+    (tmp_path / safeguards.RETURNS).write_text(text)
+    for read in (safeguards.returned, safeguards.unsettled):
         with pytest.raises(UserError, match=r"returns.json cannot be read.*remove it"):
             read(tmp_path)
     (tmp_path / report.LOG).write_text(f"{text or 'null'}\n" + '{"step": 1, "split": "train"}\n')

@@ -11,14 +11,15 @@ import optax
 import pytest
 from flax import nnx
 
-from tokgen import adversary, interfaces, judge, losses, rng
-from tokgen import state as states
-from tokgen.critics import augment, features
+from tokgen import interfaces, losses, parameters, rng
+from tokgen.discriminators import augment, feature_heads
+from tokgen.evaluation import local_classifier
 from tokgen.generators import autoregressive, masked, next_scale
 from tokgen.nn import transformer
 from tokgen.nn.precision import FLOAT32
 from tokgen.quantizers import gaussian, multiscale, vq
-from tokgen.sampling import decode, filters
+from tokgen.sampling import decode, sampler as filters
+from tokgen.training import gan, optimizer as optimizers, train_state
 
 TABLE = {name for name in vars(rng) if name.isupper()} - {"STREAMS", "NUMBERS"}
 FOLDER = pathlib.Path(rng.__file__).parent
@@ -272,25 +273,25 @@ def test_no_two_draws_of_a_decode_share_a_key(family, recorder):
 def _critic():
     """(graph, state, optimizer) of a critic that crops at random, filled with numbers."""
     tiny = dict(size=8, patch=4, width=4, depth=1, heads=1, levels=(0,), kernel=3)
-    graph, params, stats = states.split(features.Discriminator(rngs=nnx.Rngs(0), **tiny))
-    plain = states.Optimizer(optax.identity(), lambda step: jnp.float32(0.1))
+    graph, params, stats = parameters.split(feature_heads.Discriminator(rngs=nnx.Rngs(0), **tiny))
+    plain = optimizers.Optimizer(optax.identity(), lambda step: jnp.float32(0.1))
     zero = jnp.zeros((), jnp.int32)
-    return graph, states.TrainState(zero, zero, params, stats, (), None), plain
+    return graph, train_state.TrainState(zero, zero, params, stats, (), None), plain
 
 
 def test_no_two_draws_of_a_game_share_a_key(recorder):
     graph, critic, optimizer = _critic()
-    game = adversary.Game(
+    game = gan.Game(
         weight=1.0, augmented=augment.KINDS, consistency=1.0, network=dict(name="features")
     )
     image_BHW3 = jnp.asarray(np.random.default_rng(0).uniform(size=(B, 12, 12, 3)), jnp.float32)
     moves = rng.use(rng.key(0, "train", 5), rng.CRITIC)
-    step = adversary.critic_step(game, graph, optimizer)
+    step = gan.critic_step(game, graph, optimizer)
 
     def played(critic, moves):
         step(critic, losses.averages(), image_BHW3, 1 - image_BHW3, moves)
-        network = states.merge(graph, critic.params, critic.stats)
-        _, look = adversary.views(network, game, rng.use(moves, rng.PAINTER))
+        network = parameters.merge(graph, critic.params, critic.stats)
+        _, look = gan.views(network, game, rng.use(moves, rng.PAINTER))
         losses.adversarial(look, image_BHW3)
 
     recorder.watch(played, critic, moves)
@@ -312,8 +313,8 @@ def test_no_two_draws_of_a_tokenizers_step_share_a_key(recorder):
         continuous(latents_BPC, key=rng.use(key, rng.QUANTIZER))
         codes = vq.Quantizer(codes=4, channels=4, grid=(2, 2), rngs=nnx.Rngs(0))
         codes.maintain(latents_BPC, key=rng.use(key, rng.MAINTAIN))
-        judge._turned(image_BHW3, key)
-        judge._shifted(image_BHW3, rng.number(key, 1))
+        local_classifier._turned(image_BHW3, key)
+        local_classifier._shifted(image_BHW3, rng.number(key, 1))
 
     recorder.watch(step, key)
     # noise, the codebook and its revival; two of each judge

@@ -14,12 +14,14 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 import train_generator
 from tests import recipes
-from tokgen import config, heldout, interfaces, painter, rng, sharding, stages, state
+from tokgen import config, interfaces, parameters, rng, sharding
 from tokgen.commands import sample
-from tokgen.critics import blur, features, patchgan, stylegan
+from tokgen.discriminators import blur, feature_heads, patchgan, stylegan
+from tokgen.evaluation import validation
 from tokgen.generators import autoregressive
 from tokgen.nn.precision import FLOAT32
-from tokgen.sampling import filters
+from tokgen.sampling import drawing, sampler as filters
+from tokgen.training import optimizer as optimizers, stages, tokenizer_step, train_state
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "configs" / "tokenizer").glob("*.py"))
@@ -98,7 +100,7 @@ def _others():
         )
     yield "discriminator with blur", lambda: blur.Discriminator(3, 32, rngs=nnx.Rngs(0))
     tiny = dict(size=8, patch=4, width=6, depth=2, heads=2, levels=(0, 1))
-    yield "discriminator on features", lambda: features.Discriminator(rngs=nnx.Rngs(0), **tiny)
+    yield "discriminator on features", lambda: feature_heads.Discriminator(rngs=nnx.Rngs(0), **tiny)
     for name, sections in TOKENIZERS.items():
         settings = config.load("configs/tokenizer/shapes.py", ("view.size=(8, 8)",))
         with settings.unlocked():
@@ -109,8 +111,8 @@ def _others():
 
 def _abstract_state(module, name):
     """Everything that is sharded, without computing anything."""
-    _, params, stats = state.split(module)
-    chain = state.optimizer(10, learning_rate=1e-3, name=name, weight_decay=0.1).chain
+    _, params, stats = parameters.split(module)
+    chain = optimizers.optimizer(10, learning_rate=1e-3, name=name, weight_decay=0.1).chain
     opt_state = jax.eval_shape(chain.init, params)
     return {"params": params, "stats": stats, "opt_state": opt_state, "ema": params}
 
@@ -119,9 +121,9 @@ def test_every_parameter_has_a_row_and_every_row_a_parameter():
     mesh = AbstractMesh((2, 2, 2), sharding.AXES)
     alive, missing = set(), []
     for name, module in _networks():
-        blocks = any("/blocks/" in path for path in state.paths(state.split(module)[1]))
+        blocks = any("/blocks/" in path for path in parameters.paths(parameters.split(module)[1]))
         for optimizer in ("adamw", "muon")[: 1 + blocks]:  # Muon is for the blocks alone
-            for path, leaf in state.paths(_abstract_state(module, optimizer)).items():
+            for path, leaf in parameters.paths(_abstract_state(module, optimizer)).items():
                 if leaf.ndim == 0:
                     continue  # counters
                 found = [p for p, _ in sharding.TABLE if re.search(rf"(^|/){p}$", path)]
@@ -150,7 +152,7 @@ def test_every_parameter_has_a_row_and_every_row_a_parameter():
 def test_moments_and_averages_lie_as_their_parameter():
     module = nnx.eval_shape(functools.partial(_generator, LAYOUT))
     mesh = AbstractMesh((2, 2, 2), sharding.AXES)
-    laid = state.paths(state.shardings(_abstract_state(module, "adamw"), mesh, "tensor"))
+    laid = parameters.paths(train_state.shardings(_abstract_state(module, "adamw"), mesh, "tensor"))
     params = {k.removeprefix("params/"): v for k, v in laid.items() if k.startswith("params/")}
     assert len({str(value.spec) for value in params.values()}) > 4
     for prefix in ("ema/", "opt_state/1/mu/", "opt_state/1/nu/"):
@@ -297,7 +299,7 @@ def test_the_mesh_that_is_set_is_the_current_one():
 
 LAYOUT = interfaces.TokenLayout((64,), ((3, 3),))
 # Gradients as they are: with Adam, rounding of a gradient near 0 turns a whole step over.
-PLAIN = state.Optimizer(optax.identity(), lambda step: jnp.float32(0.1))
+PLAIN = optimizers.Optimizer(optax.identity(), lambda step: jnp.float32(0.1))
 
 
 def _generator(layout):
@@ -322,7 +324,7 @@ def _single():
 def _close(found, expected, start):
     """Parameters equal to rounding, and moved: the largest step of each array is the measure."""
     found, expected, start = (
-        state.paths(jax.device_get(tree)) for tree in (found, expected, start)
+        parameters.paths(jax.device_get(tree)) for tree in (found, expected, start)
     )
     moved = 0
     for path, value in expected.items():
@@ -336,7 +338,7 @@ def _close(found, expected, start):
 
 def _on(mesh, network, strategy="data"):
     """A state from the host, laid out over a mesh."""
-    return jax.device_put(network, state.shardings(network, mesh, strategy))
+    return jax.device_put(network, train_state.shardings(network, mesh, strategy))
 
 
 def _generator_steps(mesh):
@@ -362,7 +364,7 @@ def _generator_steps(mesh):
 @functools.cache
 def _fresh(layout):
     """The state of a small generator before its first step, on the host."""
-    _, params, stats = state.split(_generator(layout))
+    _, params, stats = parameters.split(_generator(layout))
     kernel = params["head"]["head"]["kernel"]  # zeros would send no gradient into the blocks
     params["head"]["head"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(0), kernel.shape)
     return jax.device_get(_state(params, stats))
@@ -370,12 +372,12 @@ def _fresh(layout):
 
 def _state(params, stats):
     zero = jnp.zeros((), jnp.int32)
-    return state.TrainState(zero, zero, params, stats, PLAIN.chain.init(params), params)
+    return train_state.TrainState(zero, zero, params, stats, PLAIN.chain.init(params), params)
 
 
 @functools.cache
 def _graph(layout):
-    return state.split(nnx.eval_shape(lambda: _generator(layout)))[0]
+    return parameters.split(nnx.eval_shape(lambda: _generator(layout)))[0]
 
 
 @functools.cache
@@ -397,9 +399,9 @@ def test_generator_steps_on_a_mesh_equal_those_on_one_device(sizes):
 def _tokenizer_steps(settings, make, start, mesh):
     network = _on(mesh, start)
     with jax.set_mesh(mesh):
-        graph = state.split(nnx.eval_shape(make))[0]
+        graph = parameters.split(nnx.eval_shape(make))[0]
         (stage,) = stages.plan(settings)
-        step = painter.plain_step(settings, None, {"model": graph}, None, stage)
+        step = tokenizer_step.plain_step(settings, None, {"model": graph}, None, stage)
         networks, losses = {"model": network}, []
         for i in range(2):
             image = np.random.default_rng(i).integers(0, 256, (16, 8, 8, 3), np.uint8)
@@ -422,7 +424,7 @@ def test_tokenizer_steps_on_eight_devices_equal_those_on_one(monkeypatch):
     def make():
         return config.tokenizer(settings, rngs=nnx.Rngs(rng.key(0, "init")))
 
-    start = jax.device_get(_state(*state.split(make())[1:]))
+    start = jax.device_get(_state(*parameters.split(make())[1:]))
     losses, after, stats = _tokenizer_steps(settings, make, start, _single())
     found, found_after, found_stats = _tokenizer_steps(settings, make, start, sharding.make_mesh(8))
     np.testing.assert_allclose(found, losses, rtol=1e-4)
@@ -462,7 +464,7 @@ class Tokens:
 def test_drawing_and_likelihoods_are_shared_by_the_devices_to_the_bit(monkeypatch):
     """Each device does its part of the work, though 11 images and batches of 5 do not divide."""
     generator, sampler = _generator(LAYOUT), filters.Sampler(guidance=(2.0,) * 9)
-    work, program = {}, sample.draw_tokens
+    work, program = {}, drawing.draw_tokens
 
     def measured(*arguments):
         compiled = program.lower(*arguments).compile()
@@ -475,10 +477,10 @@ def test_drawing_and_likelihoods_are_shared_by_the_devices_to_the_bit(monkeypatc
         monkeypatch.setattr(sharding, "make_mesh", lambda mesh=mesh: mesh)
         module = jax.device_put(generator, sharding.replicated(mesh))
         label_N = np.arange(11, dtype=np.int32) % 5
-        found[mesh.size] = sample.draw(
+        found[mesh.size] = drawing.draw(
             module, Painter(), label_N, sampler, seed=1, batch=4, what=""
         )
-        figures = heldout.likelihood(module, None, Tokens(), count=11, batch=5)
+        figures = validation.likelihood(module, None, Tokens(), count=11, batch=5)
         nats[mesh.size] = figures["nats_per_token"]
     tokens_NLG, image_NHW3 = found[1]
     assert tokens_NLG.shape == (11, 9, 1) and image_NHW3.shape == (11, 3, 3, 3)

@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 import train_generator
-from tokgen import config, heldout, rng, sharding
-from tokgen import state as states
+from tokgen import config, parameters, rng, sharding
+from tokgen.evaluation import validation
+from tokgen.training import optimizer as optimizers, train_state
 
 
 class Telling(nnx.Module):
@@ -28,8 +29,10 @@ class Telling(nnx.Module):
 def step():
     """(settings, state, its compiled step) with an average."""
     settings = config.load("configs/generator/shapes.py", ("seed=3", "ema=0.9"))
-    optimizer = states.optimizer(9, learning_rate=0.1, decay="constant")
-    graph, state = states.create(Telling, optimizer, mesh=sharding.make_mesh(), ema=settings.ema)
+    optimizer = optimizers.optimizer(9, learning_rate=0.1, decay="constant")
+    graph, state = train_state.create(
+        Telling, optimizer, mesh=sharding.make_mesh(), ema=settings.ema
+    )
     made = train_generator.train_step(settings, graph, optimizer)
 
     def copied(state, batch=BATCH):
@@ -78,13 +81,13 @@ def test_the_average_has_the_decay_of_the_config(step):
 def test_held_out_figures_are_those_of_the_average(step, monkeypatch):
     settings, state, _ = step
     state = state.replace(ema=jax.tree.map(lambda leaf: leaf + 5, state.params))
-    graph, seen, logged = states.split(Telling())[0], [], []
+    graph, seen, logged = parameters.split(Telling())[0], [], []
 
     def likelihood(generator, codec, source, **options):
         seen.append(generator.scale[...])
         return {"nats_per_token": 1.5, "nats_error": 0.1}
 
-    monkeypatch.setattr(heldout, "likelihood", likelihood)
+    monkeypatch.setattr(validation, "likelihood", likelihood)
     with settings.unlocked():
         settings.held_out.samples = 0
     tokenizer = types.SimpleNamespace(module=types.SimpleNamespace(quantizer=None))

@@ -8,8 +8,9 @@ import numpy as np
 from flax import nnx
 
 import train_tokenizer
-from tokgen import config, heldout, painter, sharding, stages
-from tokgen import state as states
+from tokgen import config, sharding
+from tokgen.evaluation import validation
+from tokgen.training import optimizer as optimizers, stages, tokenizer_step, train_state
 
 
 class Net(nnx.Module):
@@ -21,12 +22,14 @@ class Net(nnx.Module):
 
 def test_the_average_has_the_decay_of_the_config():
     settings = config.load("configs/tokenizer/shapes.py:ema", ("ema=0.9",))
-    optimizer = states.optimizer(9, learning_rate=0.1, decay="constant")
-    _, state = states.create(Net, optimizer, mesh=sharding.make_mesh(), ema=settings.ema)
+    optimizer = optimizers.optimizer(9, learning_rate=0.1, decay="constant")
+    _, state = train_state.create(Net, optimizer, mesh=sharding.make_mesh(), ema=settings.ema)
     average = np.ones(3)
     for number in range(12):
         gradients = {"scale": jnp.ones(3)}
-        state, _ = painter.improved(settings, stages.Stage(), state, gradients, optimizer, 0.0)
+        state, _ = tokenizer_step.improved(
+            settings, stages.Stage(), state, gradients, optimizer, 0.0
+        )
         kernel = np.asarray(state.params["scale"], np.float64)
         decay = min(0.9, number / (9 + number))
         average = decay * average + (1 - decay) * kernel
@@ -36,8 +39,8 @@ def test_the_average_has_the_decay_of_the_config():
 
 def test_held_out_figures_are_those_of_the_average(monkeypatch):
     settings = config.load("configs/tokenizer/shapes.py:ema")
-    optimizer = states.optimizer(9, learning_rate=0.1)
-    graph, state = states.create(Net, optimizer, mesh=sharding.make_mesh(), ema=0.9)
+    optimizer = optimizers.optimizer(9, learning_rate=0.1)
+    graph, state = train_state.create(Net, optimizer, mesh=sharding.make_mesh(), ema=0.9)
     state = state.replace(ema=jax.tree.map(lambda leaf: leaf + 5, state.params))
     seen, logged = [], []
     picture = np.zeros((2, 4, 4, 3), np.uint8)
@@ -46,7 +49,7 @@ def test_held_out_figures_are_those_of_the_average(monkeypatch):
         seen.append(tokenizer.scale[...])
         return {"psnr_db": 20.0, "l2": 0.25, "images": 2}, (picture, picture)
 
-    monkeypatch.setattr(heldout, "reconstruction", reconstruction)
+    monkeypatch.setattr(validation, "reconstruction", reconstruction)
     log = types.SimpleNamespace(
         scalars=lambda *given, **options: logged.append((given, options)),
         image=lambda *given: None,

@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from tokgen.interfaces import UserError
+from tokgen.errors import UserError
 
 # What zipfile, zlib and numpy raise on damaged archives
 DAMAGE = (

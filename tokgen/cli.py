@@ -1,26 +1,22 @@
-"""The `tokgen` program: subcommands, help, exit codes.
+"""The `tokgen` program: its subcommands and their help; runtime.py says how a program ends.
 
-Exit codes: 0 done, 2 something the user can mend (one message, no traceback), 130 interrupted
-(Ctrl-C, SIGINT), 141 when nobody reads what is printed (a closed pipe), 143 ended by SIGTERM. A
-traceback is always a bug. Nothing heavy is imported before a subcommand is chosen.
+Nothing heavy is imported before a subcommand is chosen.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import importlib
 import importlib.metadata
 import itertools
 import keyword
-import os
 import platform
-import signal
 import sys
-import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+
+from tokgen import runtime
 
 # Name of the file in tokgen/commands -> its line in the help, which is shown without importing it.
 COMMANDS = {
@@ -39,20 +35,6 @@ COMMANDS = {
     "matrix": "show which generator fits which tokenizer, and why the others do not",
     "checkpoint": "show what is in a checkpoint, and verify it",
 }
-
-# Import name of an optional package -> the extra in pyproject.toml that installs it.
-EXTRAS = {"simplejpeg": "fastdata", "huggingface_hub": "hub"}
-
-# By convention of shells, 128 and the number of the signal.
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
-
-
-class Stopped(BaseException):
-    """A signal has ended the work; says how far it came. No error: nothing is to be mended."""
-
-    def __init__(self, number: int, said: str):
-        super().__init__(said)
-        self.number = signal.Signals(number)
 
 
 # What the figures of a run may depend on.
@@ -74,108 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"tokgen: error: {_unknown(name)}", file=sys.stderr)
         return 2
-    return call(f"tokgen {name}", lambda: _run(name, rest))
-
-
-def call(program: str, run: Callable[[], None]) -> int:
-    """Call `run`; the exit code, after one message for an error that the user can mend.
-
-    The training programs end through here too, so that every program fails in the same words.
-    """
-    try:
-        try:
-            with _terminable():
-                run()
-        finally:
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return CODES[signal.SIGINT]
-    except Stopped as stopped:
-        print(f"{program}: {stopped}", file=sys.stderr)
-        return CODES[stopped.number]
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in EXTRAS:
-            raise
-        extra = EXTRAS[package]
-        print(
-            f"{program}: error: this needs the package {package}, which is not installed; "
-            f'remedy: pip install "tokgen[{extra}]"',
-            file=sys.stderr,
-        )
-        return 2
-    except ValueError as error:
-        # here and not above: interfaces imports jax, and a help text must not wait for it
-        from tokgen import interfaces
-
-        if not isinstance(error, interfaces.UserError):
-            raise
-        from tokgen import report
-
-        print(f"{program}: error: {report.printable(str(error))}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        _unheard()
-        return 128 + signal.SIGPIPE
-    except OSError as error:
-        from tokgen import output
-
-        if error.errno not in output.ENVIRONMENT:
-            raise
-        print(f"{program}: error: {output.described(error, option='')}", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:
-        said = _exhausted(program, error)
-        if not said:
-            raise
-        print(f"{program}: error: {said}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _exhausted(program: str, error: MemoryError | RuntimeError) -> str:
-    """What is to be said of an error that means no memory, or no room; empty for any other."""
-    said = (str(error).strip() or "memory cannot be allocated").splitlines()[0][:300]
-    if "No space left" in str(error):
-        return f"the disk is full ({said}); make room and run the same command again"
-    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-        return ""
-    name, option = program.removeprefix("tokgen "), "--config.batch_size"
-    if name in COMMANDS:
-        option = "--batch" if "--batch " in _parser_of(name).format_help() else ""
-    fewer = f"fewer images at a time with a smaller {option}, " if option else ""
-    return (
-        f"this needs more memory than there is ({said}); remedy: {fewer}smaller images, or a "
-        "machine with more"
-    )
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends what runs inside as Ctrl-C does: files are closed, one line is said."""
-    default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if not default or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number, frame):
-        signal.signal(number, signal.SIG_DFL)  # the second time at once
-        raise Stopped(number, "terminated")
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _unheard() -> None:
-    """Nobody reads on, as in `tokgen matrix | head -1`: what is still to be said goes nowhere."""
-    with contextlib.suppress(OSError, ValueError):  # streams that are no files
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(nowhere, stream.fileno())
+    return runtime.call(f"tokgen {name}", lambda: _run(name, rest), lambda: _fewer(name))
 
 
 def versions() -> str:
@@ -206,6 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the versions and exit")
     return parser
+
+
+def _fewer(name: str) -> str:
+    """The option of a command that says how many images are taken at a time; "" if none does."""
+    return "--batch" if "--batch " in _parser_of(name).format_help() else ""
 
 
 def _unknown(name: str) -> str:

@@ -37,7 +37,7 @@ CLASSES = {
         "Decoder",
         ("channels", "latent", "grid", "size", "precision", "rngs"),
     ),
-    "critic.network": ("critics", "Discriminator", ("channels", "size", "rngs")),
+    "critic.network": ("discriminators", "Discriminator", ("channels", "size", "rngs")),
     "generator": (
         "generators",
         "Generator",

@@ -19,7 +19,6 @@ they cross an interface; the range that a network sees belongs to its tokenizer.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -28,21 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 
+from tokgen.errors import UserError as UserError  # a word of every interface
+
 Array = jax.Array
 PyTree = Any
-
-
-_ADDRESS = re.compile(r"( object)? at 0x[0-9a-fA-F]+")
-
-
-class UserError(ValueError):
-    """Something the user gave cannot be used: the message says need, found and remedy.
-
-    Where an object lies in memory, which messages of others tell, helps nobody and is left out.
-    """
-
-    def __init__(self, message: str = ""):
-        super().__init__(_ADDRESS.sub("", str(message)))
 
 
 class Statistic(nnx.Variable):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Collection, Mapping, Sequence
 
-from tokgen.interfaces import UserError
+from tokgen.errors import UserError
 
 # Modes of tokgen evaluate
 TOKENIZER, GENERATOR = "held-out figures of a tokenizer", "the likelihood of a generator"

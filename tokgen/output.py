@@ -24,9 +24,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from tokgen import records as records_
-from tokgen import report
-from tokgen.interfaces import UserError
+from tokgen import records as records_, report
+from tokgen.errors import UserError
 
 RECORD = ".record.json"  # of an unfinished result: what it is of
 MARK = ".unfinished"

@@ -22,7 +22,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from tokgen.interfaces import UserError
+from tokgen.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

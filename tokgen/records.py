@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tokgen.interfaces import UserError
+from tokgen.errors import UserError
 
 BYTES = 64 * 2**20  # of a record, and of a line
 LOG_BYTES = 512 * 2**20  # of a file of lines

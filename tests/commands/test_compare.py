@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests import test_page
-from tokgen import evaluation
 from tokgen.commands import compare
+from tokgen.evaluation import collect
 from tokgen.interfaces import UserError
 
 
@@ -34,7 +34,7 @@ def folder(path, *lines, label_N=None, gray=0):
     """A folder of tokgen evaluate: results, and images of a run's gray plus their number."""
     path.mkdir()
     for one in lines:
-        evaluation.append(path, one)
+        collect.append(path, one)
     if label_N is not None:
         gray_N = (gray + np.arange(len(label_N))).astype(np.uint8)[:, None, None, None]
         image_N443 = np.broadcast_to(gray_N, (len(label_N), 4, 4, 3))
@@ -163,9 +163,9 @@ def test_samples_of_other_seeds_have_nothing_in_common(tmp_path):
 def test_samples_that_were_scored_from_an_archive_are_shown_if_unchanged(tmp_path):
     folder(tmp_path / "given", label_N=np.zeros(40, int))
     file = tmp_path / "given" / "samples.npz"
-    from tokgen import samples
+    from tokgen.evaluation import given_images
 
-    scored = line(supply=samples.Archive(file).identity)
+    scored = line(supply=given_images.Archive(file).identity)
     assert len(compare._images_of(scored, tmp_path)) == 40
     scored["supply"]["bytes"] += 1
     assert compare._images_of(scored, tmp_path) is None

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokgen import cli, families
+from tokgen import runtime
 from tokgen.commands import demo
 from tokgen.data import shapes
+from tokgen.demo import families
 from tokgen.interfaces import UserError
 
 
@@ -177,7 +178,9 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), cli.Stopped(signal.SIGTERM, "terminated")])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), runtime.Stopped(signal.SIGTERM, "terminated")]
+)
 def test_who_ends_the_demo_ends_its_program_which_saves_first(monkeypatch, tmp_path, error):
     out, whole = tmp_path / "out", subprocess.Popen.wait
 
@@ -199,4 +202,4 @@ def test_a_program_that_fails_fails_the_demo(code):
     def run():
         demo.finished([sys.executable, "-c", f"import sys; sys.exit({code})"], "prog")
 
-    assert cli.call("tokgen demo", run) == code
+    assert runtime.call("tokgen demo", run) == code

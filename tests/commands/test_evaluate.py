@@ -13,10 +13,13 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from tokgen import assess, checkpoint, cli, heldout, interfaces, launch, rng
+from tokgen import cli, interfaces, rng
+from tokgen.checkpoints import checkpoint
 from tokgen.data import folder
+from tokgen.evaluation import score as scores, validation
 from tokgen.generators import autoregressive
 from tokgen.nn import precision
+from tokgen.training import launch
 
 LAYOUT = interfaces.TokenLayout((3, 2), ((2, 2),))
 
@@ -67,14 +70,14 @@ def test_the_chances_of_all_images_add_up_to_one(order):
     for label in (0, 1):
         batch = {"tokens": tokens_NLG, "label": np.full(len(tokens_NLG), label, np.int32)}
         keys_B = jax.random.split(jax.random.key(0), len(tokens_NLG))
-        order_of = heldout._order(generator(), order) if order else None
-        nats_B = np.asarray(heldout._exact(generator(), None, batch, keys_B, order=order_of))
+        order_of = validation._order(generator(), order) if order else None
+        nats_B = np.asarray(validation._exact(generator(), None, batch, keys_B, order=order_of))
         np.testing.assert_allclose(np.exp(-nats_B.astype(np.float64)).sum(), 1, rtol=1e-4)
         nats[label] = nats_B
     assert np.abs(nats[0] - nats[1]).max() > 0.1
     chosen = np.arange(3, 1296, 97)
     source = Tokens(tokens_NLG[chosen], np.ones(len(chosen), np.int32))
-    found = heldout.likelihood(generator(), None, source, count=50, batch=6, order=order)
+    found = validation.likelihood(generator(), None, source, count=50, batch=6, order=order)
     per_token = nats[1][chosen].astype(np.float64) / 4
     np.testing.assert_allclose(found["nats_per_token"], per_token.mean(), rtol=1e-5)
     error = per_token.std(ddof=1) / math.sqrt(len(chosen))
@@ -89,8 +92,8 @@ def test_random_orders_are_those_of_the_images():
     count = len(tokens_NLG)
     source = Tokens(tokens_NLG, np.zeros(count, np.int32))
     options = dict(count=50, order="random", draws=2)
-    found = heldout.likelihood(generator(), None, source, batch=6, **options)
-    again = heldout.likelihood(generator(), None, source, batch=count, **options)
+    found = validation.likelihood(generator(), None, source, batch=6, **options)
+    again = validation.likelihood(generator(), None, source, batch=count, **options)
     for name in ("nats_per_token", "nats_error", "nats_orders_error"):
         np.testing.assert_allclose(found[name], again[name], rtol=1e-4)
     assert found["orders"] == 2 and found["nats_orders_error"] > 0
@@ -120,8 +123,8 @@ def test_a_bound_is_the_mean_of_its_draws_with_both_errors():
     tokens_NLG = np.random.default_rng(0).integers(0, 9, (20, 3, 1)).astype(np.int32)
     label_N = np.arange(20, dtype=np.int32) % 2
     source = Tokens(tokens_NLG, label_N, Noisy.layout)
-    found = heldout.likelihood(Noisy(), None, source, count=20, batch=6, draws=5, seed=3)
-    other = heldout.likelihood(Noisy(), None, source, count=20, batch=11, draws=5, seed=3)
+    found = validation.likelihood(Noisy(), None, source, count=20, batch=6, draws=5, seed=3)
+    other = validation.likelihood(Noisy(), None, source, count=20, batch=11, draws=5, seed=3)
     np.testing.assert_allclose(found["nats_per_token"], other["nats_per_token"], rtol=1e-5)
     nats_NR = np.empty((20, 5))
     for index, draw in np.ndindex(20, 5):
@@ -136,7 +139,7 @@ def test_a_bound_is_the_mean_of_its_draws_with_both_errors():
     expected = np.sqrt((nats_NR.var(1, ddof=1) / 5).sum()) / 20
     np.testing.assert_allclose(found["nats_orders_error"], expected, rtol=1e-4)
     assert found["orders"] == 5
-    one = heldout.likelihood(Noisy(), None, source, count=20, batch=6, draws=1, seed=3)
+    one = validation.likelihood(Noisy(), None, source, count=20, batch=6, draws=1, seed=3)
     assert one["nats_orders_error"] is None and one["orders"] == 1
 
 
@@ -163,7 +166,7 @@ def test_the_condition_is_the_text_where_there_is_one(masked):
             return [a | b for a, b in zip(super().__getitems__(indices), more, strict=True)]
 
     source = Texts(np.zeros((11, 3, 1), np.int32), np.zeros(11, np.int32), Reader.layout)
-    found = heldout.likelihood(Reader(), None, source, count=11, batch=4)
+    found = validation.likelihood(Reader(), None, source, count=11, batch=4)
     valid_NT = mask_NT if masked else np.ones_like(mask_NT)
     expected = (text_NTE.astype(np.float64) * valid_NT[..., None]).sum((1, 2)).mean()
     np.testing.assert_allclose(found["nats_per_token"], expected, rtol=1e-4)
@@ -174,7 +177,7 @@ def test_what_a_model_pays_without_context_sums_its_symbols():
     train, held = (np.stack([draw.integers(0, 3, (40, 4)), draw.integers(0, 2, (40, 4))], -1)
                    for _ in range(2))  # fmt: skip
     zeros = np.zeros(40, np.int32)
-    found = heldout.unigram(Tokens(train, zeros), Tokens(held, zeros), LAYOUT)
+    found = validation.unigram(Tokens(train, zeros), Tokens(held, zeros), LAYOUT)
     expected = np.zeros(40)
     for symbol, size in enumerate(LAYOUT.vocab):
         count = np.bincount(train[..., symbol].ravel(), minlength=size) + 0.5
@@ -195,7 +198,7 @@ def test_orders_that_do_not_fit_are_said():
         (Pyramid(), "columns", "no order of"),
     ):
         with pytest.raises(interfaces.UserError, match=message):
-            heldout._order(model, order)
+            validation._order(model, order)
 
 
 class Asked(Exception):
@@ -220,12 +223,12 @@ def test_a_tokenizer_is_measured_on_folders_of_class_folders(nested, monkeypatch
     monkeypatch.setattr(checkpoint, "read_meta", lambda step: {"kind": "tokenizer"})
     made = types.SimpleNamespace(config=ml_collections.ConfigDict({"decoder": {}}))
     monkeypatch.setattr(checkpoint, "load_tokenizer", lambda *_, **__: made)
-    monkeypatch.setattr(assess.references, "read", lambda *_: None)
+    monkeypatch.setattr(scores.references, "read", lambda *_: None)
 
     def told(what, **sources):
         raise Asked(*sources.values())
 
-    monkeypatch.setattr(heldout, "tell", told)
+    monkeypatch.setattr(validation, "tell", told)
     words = ["evaluate", "ckpt", *score, "--data", str(nested), "--split", "all"]
     assert cli.main(words) == 2 and "--labels outer in commands" in capfd.readouterr().err
     for labels, names in (("outer", ("cats", "dogs")), ("none", ())):
@@ -244,12 +247,12 @@ def test_an_unconditional_generator_reads_no_classes_of_folders(nested, monkeypa
     for name in ("load_generator", "load_tokenizer_of", "load_tokenizer"):
         monkeypatch.setattr(checkpoint, name, lambda *_, **__: loaded)
     source = folder.Source(nested, split="all", labels="outer")
-    monkeypatch.setattr(heldout, "generator_source", lambda *_, **__: source)
+    monkeypatch.setattr(validation, "generator_source", lambda *_, **__: source)
 
     def likelihood(*_, label_C, **__):
         raise Asked(label_C)
 
-    monkeypatch.setattr(heldout, "likelihood", likelihood)
+    monkeypatch.setattr(validation, "likelihood", likelihood)
     with pytest.raises(Asked) as asked:
         cli.main(["evaluate", "ckpt", "--data", str(nested)])
     assert asked.value.args[0].tolist() == [0, 0]

@@ -11,10 +11,11 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from tokgen import checkpoint, cli, imports, interfaces, launch, runs, sharding
-from tokgen import config as configs
-from tokgen import state as states
-from tokgen.pretrained import parity, system, table, transfer, writer
+from tokgen import cli, config as configs, interfaces, parameters, sharding
+from tokgen.checkpoints import checkpoint, imported as imports, run as runs
+from tokgen.pretrained import keymap, parity, system, transfer
+from tokgen.pretrained.formats import writer
+from tokgen.training import launch, train_state
 
 HERE = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
 CLASSES = 6
@@ -40,13 +41,13 @@ def tokens(published, weights):
 def rows(generator):
     """Our own names, but for one table of symbols and classes together."""
     found, fused = [], []
-    for path in states.paths(states.split(generator)[1]):
+    for path in parameters.paths(parameters.split(generator)[1]):
         if path.endswith(("symbols/table", "labels/table")):
             fused.append(path)
         else:
-            found.append(table.row(path.replace("/", "."), path))
+            found.append(keymap.row(path.replace("/", "."), path))
     fused.sort(key=lambda path: path.endswith("labels/table"))
-    return [*found, table.Row("embed.weight", tuple(fused), table.rows_apart())]
+    return [*found, keymap.Row("embed.weight", tuple(fused), keymap.rows_apart())]
 
 
 TINY = system.System(
@@ -102,7 +103,7 @@ def published_in(folder, layout):
     make = nnx.eval_shape(
         lambda: configs.generator(config, layout, CLASSES, rngs=nnx.Rngs(0)),
     )
-    leaves, random = states.paths(states.split(make)[1]), np.random.default_rng(3)
+    leaves, random = parameters.paths(parameters.split(make)[1]), np.random.default_rng(3)
     filled = {path: random.normal(size=leaf.shape) for path, leaf in leaves.items()}
     weights = {}
     for row in rows(make):
@@ -141,7 +142,7 @@ def test_an_import_holds_what_sampling_needs(made):
     source = loaded.meta["source"]
     assert source["sha256"] == transfer.digest(folder / "tiny.pt")
     assert (source["system"], source["licence"], source["home"]) == ("tiny", "MIT", "here")
-    leaves = states.paths(states.split(loaded.module)[1])
+    leaves = parameters.paths(parameters.split(loaded.module)[1])
     (path,) = [path for path in leaves if path.endswith("labels/table")]
     np.testing.assert_array_equal(leaves[path], weights["embed.weight"][-CLASSES - 1 :])
     found = checkpoint.load_tokenizer_of(loaded)
@@ -234,13 +235,13 @@ def began(workdir, init_from, layout, tokenizer, classes=CLASSES, ema=0.0, names
     config.init_from = str(init_from)
     config.generator.update(changes)
     make = nnx.eval_shape(lambda: configs.generator(config, layout, classes, rngs=nnx.Rngs(0)))
-    _, params, stats = states.split(make)
+    _, params, stats = parameters.split(make)
     whole = sharding.replicated(sharding.make_mesh())
     params = jax.tree.map(
         lambda leaf: jax.device_put(jnp.full(leaf.shape, 7, leaf.dtype), whole), params
     )
     zero = jax.device_put(jnp.zeros((), jnp.int32), whole)
-    model = states.TrainState(zero, zero, params, stats, (), params if ema else None)
+    model = train_state.TrainState(zero, zero, params, stats, (), params if ema else None)
     run = runs.start(
         workdir,
         config,
@@ -260,13 +261,13 @@ def began(workdir, init_from, layout, tokenizer, classes=CLASSES, ema=0.0, names
 
 
 def arrays(tree):
-    return {path: np.asarray(leaf) for path, leaf in states.paths(tree).items()}
+    return {path: np.asarray(leaf) for path, leaf in parameters.paths(tree).items()}
 
 
 @pytest.mark.parametrize(("classes", "ema"), [(3, 0.9), (9, 0.0), (0, 0.0)])
 def test_other_classes_begin_anew_but_for_no_class(made, tmp_path, classes, ema):
     folder, _, _, tokenizer = made
-    there = arrays(states.split(checkpoint.load_generator(folder / "run").module)[1])
+    there = arrays(parameters.split(checkpoint.load_generator(folder / "run").module)[1])
     model, what = began(
         tmp_path, folder / "run", tokenizer.layout, tokenizer, classes=classes, ema=ema
     )
@@ -293,7 +294,7 @@ def test_other_classes_begin_anew_but_for_no_class(made, tmp_path, classes, ema)
 )
 def test_classes_keep_their_rows_by_name(made, tmp_path, names, rows):
     folder, _, _, tokenizer = made
-    there = arrays(states.split(checkpoint.load_generator(folder / "run").module)[1])
+    there = arrays(parameters.split(checkpoint.load_generator(folder / "run").module)[1])
     model, what = began(
         tmp_path, folder / "run", tokenizer.layout, tokenizer, classes=len(names), names=names
     )
@@ -327,7 +328,7 @@ def test_a_head_that_counts_classes_keeps_its_codes_and_its_mask(made, tmp_path,
 
 def test_as_many_classes_keep_their_rows(made, tmp_path):
     folder, _, _, tokenizer = made
-    there = arrays(states.split(checkpoint.load_generator(folder / "run").module)[1])
+    there = arrays(parameters.split(checkpoint.load_generator(folder / "run").module)[1])
     model, what = began(tmp_path / "a", folder / "run", tokenizer.layout, tokenizer)
     assert "kept, by number: 0, 1, 2 ... are now class 0, class 1, class 2" in what
     for path, array in arrays(model.params).items():

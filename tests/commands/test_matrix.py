@@ -12,7 +12,7 @@ from flax import nnx
 
 from tokgen.commands import matrix
 from tokgen.interfaces import TokenBatch, UserError
-from tokgen.sampling import decode, filters
+from tokgen.sampling import decode, sampler as filters
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 B, SIDE = 2, 2

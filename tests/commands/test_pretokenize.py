@@ -11,13 +11,12 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 from PIL import Image
 
-from tokgen import checkpoint, cli, launch, runs, sharding
-from tokgen import config as configs
-from tokgen import state as states
+from tokgen import cli, config as configs, parameters, sharding
+from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.commands import pretokenize
-from tokgen.data import folder as folder_
-from tokgen.data import images, reader, shapes, tokens
+from tokgen.data import folder as folder_, pixels as images, reader, shapes, token_shards
 from tokgen.interfaces import UserError
+from tokgen.training import launch, train_state
 
 SMALL = (
     *("data.size=(16, 16)", "data.count=12", "view.size=(16, 16)", "encoder.widths=(16,)"),
@@ -37,7 +36,7 @@ def saved(folder, quantizer, compute="float32"):
     with config.unlocked():
         config.quantizer, config.precision.compute = quantizer, compute
     module = nnx.eval_shape(lambda: configs.tokenizer(config, rngs=nnx.Rngs(0)))
-    _, params, stats = states.split(module)
+    _, params, stats = parameters.split(module)
     draw = np.random.default_rng(0).normal
     params, stats = jax.tree.map(
         lambda leaf: jnp.asarray(0.1 * draw(size=leaf.shape), leaf.dtype), (params, stats)
@@ -46,7 +45,7 @@ def saved(folder, quantizer, compute="float32"):
     run = runs.start(
         folder, config, kind="tokenizer", layout=module.layout, classes=(), best="l2", data=""
     )
-    run.save({"model": states.TrainState(zero, zero, params, stats, (), None)}, {"l2": 0.5})
+    run.save({"model": train_state.TrainState(zero, zero, params, stats, (), None)}, {"l2": 0.5})
     run.close()
     return folder
 
@@ -69,7 +68,7 @@ def test_it_encodes_in_float32_unless_told_otherwise_and_records_it(tmp_path):
         words = ["pretokenize", "--tokenizer", str(folder), "--out", str(out), "--batch", "8"]
         words += [] if precision == "float32" else ["--precision", precision]
         assert cli.main([*words, "--views", "center"]) == 0
-        source = tokens.Source(out)
+        source = token_shards.Source(out)
         assert source.header["tokenizer"]["precision"] == precision
         stored[precision] = np.stack([source[i]["tokens"][0] for i in range(len(source))])
         tokenizer = checkpoint.load_tokenizer(folder, compute=precision).module
@@ -112,7 +111,7 @@ def test_any_number_of_devices_writes_the_same_shards_and_decodes_once(tmp_path,
         assert len(decoded) == 11
         decoded.clear()
     assert written[0] == written[1] and written[0]
-    tokens_XLG = tokens.Source(out)[0]["tokens"]
+    tokens_XLG = token_shards.Source(out)[0]["tokens"]
     assert tokens_XLG.shape[0] == 11 and len({view.tobytes() for view in tokens_XLG}) > 6
 
 
@@ -192,8 +191,11 @@ def test_what_cannot_be_read_is_told_and_has_no_tokens(broken, tmp_path, capfd):
     listed = {}
     encode = jax.jit(lambda tokenizer, image_BHW3: tokenizer.encode(image_BHW3))
     tokenizer = checkpoint.load_tokenizer(folder).module
-    for split in tokens.SPLITS:
-        shards, images_ = tokens.Source(out, split=split), folder_.Source(pictures, split=split)
+    for split in token_shards.SPLITS:
+        shards, images_ = (
+            token_shards.Source(out, split=split),
+            folder_.Source(pictures, split=split),
+        )
         assert len(shards) == len(images_)
         listed |= dict(shards.missing.values())
         for index in set(range(len(images_))) - set(shards.missing):
@@ -241,7 +243,7 @@ def test_a_set_that_replaces_another_goes_on_where_it_was_interrupted(tmp_path, 
             shutil.copy(tmp_path / "set" / "2" / "0.png", tmp_path / "set" / "2" / "one_more.png")
     made.clear()
     assert cli.main(words) == 0 and made == ["held_out"]
-    source = tokens.Source(out)
+    source = token_shards.Source(out)
     assert tuple(source.classes) == ("2", "10")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["set", "tokenizer", "tokens"]
     assert not [file for file in out.iterdir() if file.name.startswith(".")]

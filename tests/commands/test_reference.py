@@ -8,8 +8,15 @@ import pytest
 from PIL import Image
 
 from tests import test_extractors
-from tokgen import cli, extractors, gallery, interfaces, judge, protocols, references, sharding
+from tokgen import cli, interfaces, sharding
 from tokgen.commands import reference
+from tokgen.evaluation import (
+    feature_extractors,
+    local_classifier,
+    protocols,
+    references,
+    score_page,
+)
 
 ONE = test_extractors.mesh_of(1)
 WORDS = ("--steps", 24, "--images", 30)
@@ -58,19 +65,19 @@ def place(tmp_path_factory) -> pathlib.Path:
     """Two folders of images and a reference of each.
 
     The network of the one without classes is trained for a few steps; the other's, which
-    tests/test_judge.py trains, is drawn.
+    tests/evaluation/test_local_classifier.py trains, is drawn.
     """
     folder = tmp_path_factory.mktemp("reference")
     folder_of(folder / "named", ("dark", "light"), 16)
     folder_of(folder / "plain", (), 24)
-    recipe = dataclasses.replace(judge.PHOTOGRAPHS, batch=8, ema=0.5)
+    recipe = dataclasses.replace(local_classifier.PHOTOGRAPHS, batch=8, ema=0.5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOKGEN_CACHE", str(folder / "cache"))
-        patch.setattr(judge, "PHOTOGRAPHS", recipe)
+        patch.setattr(local_classifier, "PHOTOGRAPHS", recipe)
         patch.setattr(sharding, "make_mesh", lambda: ONE)
         make(folder / "plain", folder / "plain.npz", *WORDS)
         drawn = test_extractors.local(2).network.network
-        patch.setattr(judge, "of_images", lambda *words, **options: drawn)
+        patch.setattr(local_classifier, "of_images", lambda *words, **options: drawn)
         make(folder / "named", folder / "named.npz", *WORDS)
     return folder
 
@@ -79,8 +86,8 @@ def make(data, out, *words) -> int:
     return cli.main(["reference", str(data), "--out", str(out), *map(str, words)])
 
 
-def seen(network: extractors.Extractor, image_NHW3) -> dict[str, np.ndarray]:
-    return extractors.features(network, np.asarray(image_NHW3))
+def seen(network: feature_extractors.Extractor, image_NHW3) -> dict[str, np.ndarray]:
+    return feature_extractors.features(network, np.asarray(image_NHW3))
 
 
 def pixels(folder: pathlib.Path) -> np.ndarray:
@@ -90,7 +97,7 @@ def pixels(folder: pathlib.Path) -> np.ndarray:
 @pytest.mark.parametrize("name", ["named", "plain"])
 def test_statistics_are_numpys_and_the_network_comes_back_to_the_bit(place, name):
     found = references.read(place / f"{name}.npz")
-    network = extractors.from_arrays(found.network, found.record["extractor"])
+    network = feature_extractors.from_arrays(found.network, found.record["extractor"])
     assert network.record["fingerprint"] == found.record["extractor"]["fingerprint"]
     image_NHW3 = pixels(place / name / "train")
     chosen = np.arange(found.record["count"]) * len(image_NHW3) // found.record["count"]
@@ -118,7 +125,7 @@ def test_the_network_says_how_well_it_does_on_held_out_images(place, name):
     found = references.read(place / f"{name}.npz")
     told = found.record["extractor"]
     assert told["images"] == "held-out images"
-    network = extractors.from_arrays(found.network, told)
+    network = feature_extractors.from_arrays(found.network, told)
     image_NHW3 = pixels(place / name / "test")
     logits_NK = seen(network, image_NHW3)["logits"]
     if name == "named":
@@ -135,7 +142,7 @@ def test_the_network_says_how_well_it_does_on_held_out_images(place, name):
 
 def test_where_nothing_is_held_out_the_network_is_tried_on_its_own_images(tmp_path, monkeypatch):
     drawn = test_extractors.local(2).network.network
-    monkeypatch.setattr(judge, "of_images", lambda *words, **options: drawn)
+    monkeypatch.setattr(local_classifier, "of_images", lambda *words, **options: drawn)
     assert make(single(tmp_path / "single"), tmp_path / "a.npz", "--steps", 1) == 0
     told = references.read(tmp_path / "a.npz").record["extractor"]
     assert told["images"] == "its own images" and told["examined"] == 2
@@ -148,7 +155,7 @@ def test_folders_of_class_folders_are_read_as_it_is_said(place, tmp_path):
     made = references.read(tmp_path / "a.npz")
     assert made.record["classes"] == ["cats", "dogs"] and made.record["labels"] == "outer"
     np.testing.assert_array_equal(made.label_n, made.index_n >= 4)
-    real, why = gallery._real(made)
+    real, why = score_page._real(made)
     assert not why and real(np.arange(6)).shape == (6, 16, 16, 3)
 
 
@@ -162,7 +169,7 @@ def test_record_says_what_must_agree(place):
 
 def test_another_references_network_is_used_again(place, tmp_path, monkeypatch):
     """Of the held-out images, an archive of them: the same features from either."""
-    monkeypatch.setattr(judge, "of_images", None)  # training would fail
+    monkeypatch.setattr(local_classifier, "of_images", None)  # training would fail
     network = ("--network", place / "named.npz")
     assert make(place / "named", tmp_path / "a.npz", *network, "--split", "held_out") == 0
     np.savez(
@@ -200,15 +207,15 @@ def test_an_archive_is_a_source_in_any_order(tmp_path):
 
 def test_a_published_network_sees_all_images_once(tmp_path, monkeypatch):
     """Of 30 images, read in parts of 8, 12 are kept; larger ones are cut to the size."""
-    published = extractors.Published(
-        lambda arrays: test_extractors.Means(), extractors.INCEPTION, "It is from nowhere."
+    published = feature_extractors.Published(
+        lambda arrays: test_extractors.Means(), feature_extractors.INCEPTION, "It is from nowhere."
     )
-    monkeypatch.setitem(extractors.PUBLISHED, "inception", published)
-    monkeypatch.setattr(extractors.reader, "network", lambda path: {})
+    monkeypatch.setitem(feature_extractors.PUBLISHED, "inception", published)
+    monkeypatch.setattr(feature_extractors.reader, "network", lambda path: {})
     for module, name, value in (
         (reference, "PART", 8),
         (references, "KEPT", 12),
-        (extractors, "EACH", 1),
+        (feature_extractors, "EACH", 1),
     ):
         monkeypatch.setattr(module, name, value)
     image_NHW3 = test_extractors.pictures(30, (16, 24))
@@ -254,7 +261,7 @@ def test_a_published_network_sees_all_images_once(tmp_path, monkeypatch):
 )
 def test_command_lines_that_cannot_be_meant(place, tmp_path, monkeypatch, capsys, words, told):
     monkeypatch.chdir(place)
-    monkeypatch.setattr(judge, "of_images", None)
+    monkeypatch.setattr(local_classifier, "of_images", None)
     np.savez(place / "data.npz", arr_0=test_extractors.pictures(2))
     single(place / "single")
     nested(place / "nested")

@@ -13,7 +13,7 @@ from flax import nnx
 from tokgen import interfaces
 from tokgen.commands import sample
 from tokgen.interfaces import UserError
-from tokgen.sampling import filters
+from tokgen.sampling import drawing, sampler as filters
 
 CLASSES = ("cat", "dog", "hot-dog", "7")
 
@@ -126,14 +126,14 @@ def test_images_of_texts(tmp_path):
     np.testing.assert_array_equal(cond.mask_BT, _text()["mask"][row_N])
     assert classes == [] and cond.mask_BT.dtype == bool
     sampler = filters.Sampler(temperature=0, guidance=(3.0,))
-    tokens, images = sample.draw(Reader(), Painter(), cond, sampler, seed=0, batch=4)
+    tokens, images = drawing.draw(Reader(), Painter(), cond, sampler, seed=0, batch=4)
     seen = np.where(cond.mask_BT[..., None], cond.features_BTE, 0).sum(1)
     np.testing.assert_array_equal(tokens[..., 0], np.repeat(seen.argmax(-1)[:, None], 4, 1))
     assert images.shape == (6, 2, 2, 3) and len(np.unique(tokens)) > 1
     warm = filters.Sampler(temperature=2.0)
-    tokens, _ = sample.draw(Reader(), Painter(), cond, warm, seed=0, batch=4)
+    tokens, _ = drawing.draw(Reader(), Painter(), cond, warm, seed=0, batch=4)
     part = interfaces.Text(cond.features_BTE[5:], cond.mask_BT[5:])
-    alone, _ = sample.draw(Reader(), Painter(), part, warm, seed=0, batch=4, first=5)
+    alone, _ = drawing.draw(Reader(), Painter(), part, warm, seed=0, batch=4, first=5)
     np.testing.assert_array_equal(alone, tokens[5:])
 
 
@@ -215,11 +215,11 @@ def test_a_filter_is_refused_where_the_likeliest_is_taken_anyway(preset, words, 
     ("count", "batch", "expected"), [(8, 32, 8), (40, 32, 20), (64, 32, 32), (1, 1, 1), (0, 5, 1)]
 )
 def test_no_more_is_drawn_than_is_asked_for(count, batch, expected):
-    assert sample.even(count, batch) == expected
+    assert drawing.even(count, batch) == expected
 
 
 @pytest.fixture
-def drawing(tmp_path, monkeypatch):
+def stand_ins(tmp_path, monkeypatch):
     """A generator and tokenizer in the place of checkpoints; what was drawn, batch by batch."""
     np.savez(tmp_path / "text.npz", **_text(5))
     loaded = _loaded(Reader(), default={"temperature": 2.0})
@@ -245,9 +245,9 @@ def drawing(tmp_path, monkeypatch):
     return types.SimpleNamespace(run=run, batches=batches, loaded=loaded)
 
 
-def test_samples_that_were_killed_go_on_to_the_same_images(drawing, monkeypatch, tmp_path):
-    whole = drawing.run("whole", "--number", "3", "--batch", "4")
-    assert drawing.batches == [4, 4, 4, 4]
+def test_samples_that_were_killed_go_on_to_the_same_images(stand_ins, monkeypatch, tmp_path):
+    whole = stand_ins.run("whole", "--number", "3", "--batch", "4")
+    assert stand_ins.batches == [4, 4, 4, 4]
     png = [name for name in whole if name.startswith("seed0-")]
     assert len(png) == 15 and set(whole) - set(png) == {
         *("samples.npz", "samples.json", "tokens.npy", "grid.png")
@@ -255,49 +255,49 @@ def test_samples_that_were_killed_go_on_to_the_same_images(drawing, monkeypatch,
     save = sample.supplies.save_part
 
     def dying(file, arrays):
-        if len(drawing.batches) == 2:
+        if len(stand_ins.batches) == 2:
             raise KeyboardInterrupt
         save(file, arrays)
 
-    drawing.batches.clear()
+    stand_ins.batches.clear()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sample.supplies, "save_part", dying)
-        drawing.run("killed", "--number", "3", "--batch", "4")
+        stand_ins.run("killed", "--number", "3", "--batch", "4")
     assert not (tmp_path / "killed").exists()
     with pytest.raises(UserError, match="seed: 0 there, 1 here"):
-        drawing.run("killed", "--number", "3", "--seed", "1")
+        stand_ins.run("killed", "--number", "3", "--seed", "1")
     # in other batches: eleven are left
-    assert drawing.run("killed", "--number", "3", "--batch", "6") == whole
-    assert drawing.batches == [4, 4, 6, 6]
+    assert stand_ins.run("killed", "--number", "3", "--batch", "6") == whole
+    assert stand_ins.batches == [4, 4, 6, 6]
     assert list(tmp_path.glob(".*")) == []
 
 
-def test_samples_are_not_mixed_with_others(drawing, tmp_path):
-    first = drawing.run("out", "--number", "2", "--batch", "32")
-    assert drawing.batches == [10]  # and not 32
+def test_samples_are_not_mixed_with_others(stand_ins, tmp_path):
+    first = stand_ins.run("out", "--number", "2", "--batch", "32")
+    assert stand_ins.batches == [10]  # and not 32
     with pytest.raises(UserError, match="--overwrite"):
-        drawing.run("out", "--number", "1")
-    drawing.loaded.module = None  # noticed before anything is loaded
+        stand_ins.run("out", "--number", "1")
+    stand_ins.loaded.module = None  # noticed before anything is loaded
     with pytest.raises(UserError, match="--overwrite"):
-        drawing.run("out", "--number", "1")
-    drawing.loaded.module = Reader()
-    second = drawing.run("out", "--number", "1", "--overwrite", "--no-png")
+        stand_ins.run("out", "--number", "1")
+    stand_ins.loaded.module = Reader()
+    second = stand_ins.run("out", "--number", "1", "--overwrite", "--no-png")
     assert set(second) == {"samples.npz", "samples.json", "tokens.npy", "grid.png"}
     with np.load(tmp_path / "out" / "samples.npz") as arrays:
         assert arrays["arr_0"].shape == (5, 2, 2, 3)
     assert len(first) == 14
 
 
-def test_an_image_that_is_not_finite_ends_it(drawing, monkeypatch, tmp_path):
-    draw_tokens = sample.draw_tokens
+def test_an_image_that_is_not_finite_ends_it(stand_ins, monkeypatch, tmp_path):
+    draw_tokens = drawing.draw_tokens
 
     def invalid(*words):
         tokens, invalid_B = draw_tokens(*words)
-        return tokens, invalid_B | (len(drawing.batches) > 1)
+        return tokens, invalid_B | (len(stand_ins.batches) > 1)
 
     monkeypatch.setattr(sample, "draw_tokens", invalid)
     with pytest.raises(UserError, match="logits must be finite.*: number 2"):
-        drawing.run("out", "--number", "1", "--batch", "2")
+        stand_ins.run("out", "--number", "1", "--batch", "2")
     assert not (tmp_path / "out").exists()
 
 

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from tests import test_evaluation, test_extractors
-from tokgen import assess, cli, evaluation, extractors, protocols, references
+from tokgen import cli
 from tokgen.commands import sample
+from tokgen.evaluation import collect, feature_extractors, protocols, references, score as scores
 from tokgen.metrics import frechet
 
 COUNT = test_evaluation.COUNT
@@ -24,7 +25,7 @@ def place(tmp_path_factory) -> pathlib.Path:
     """A folder with `reference.npz` and `samples.npz` of the same kind."""
     folder = tmp_path_factory.mktemp("score")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extractors, "EACH", 1)
+        patch.setattr(feature_extractors, "EACH", 1)
         test_evaluation.write_reference(folder / "reference.npz")
     np.savez(folder / "samples.npz", arr_0=pictures(), arr_1=np.arange(COUNT) % 3)
     return folder
@@ -39,7 +40,7 @@ def small(monkeypatch):
     """Few figures, and few images of a device at a time."""
     local = dataclasses.replace(protocols.PROTOCOLS["local"], metrics=("sfid", "is", "precision"))
     monkeypatch.setitem(protocols.PROTOCOLS, "local", local)
-    monkeypatch.setattr(extractors, "EACH", 2)
+    monkeypatch.setattr(feature_extractors, "EACH", 2)
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def idle(small, monkeypatch):
     def never(*words, **options):
         raise AssertionError("a wrong reference was noticed too late")
 
-    monkeypatch.setattr(extractors, "_seen", never)
+    monkeypatch.setattr(feature_extractors, "_seen", never)
     monkeypatch.setattr(sample, "draw", never)
 
 
@@ -192,8 +193,8 @@ def test_command_lines_that_cannot_be_meant(place, capsys, monkeypatch, idle, wo
 def test_what_is_scored_is_never_replaced_by_its_score(place, tmp_path, capsys, idle, monkeypatch):
     out = tmp_path / "scores"
     out.mkdir()
-    (out / evaluation.RUN).write_text("{}")
-    (out / evaluation.RESULTS).write_text("{}\n")
+    (out / collect.RUN).write_text("{}")
+    (out / collect.RESULTS).write_text("{}\n")
     shutil.copy(place / "samples.npz", out)
     words = ("--protocol", "local", "--reference", place / "reference.npz", "--out", out)
     (tmp_path / "link").symlink_to(out)
@@ -234,10 +235,10 @@ def test_copies_and_blank_images_are_found_and_may_be_accepted(place, tmp_path, 
     told = refused(capsys, *words)
     assert "5 duplicates and 2 constant among 48 images" in told
     assert "2 constant among" in refused(capsys, *words, "--accept", "duplicates")
-    assert not (out / evaluation.RESULTS).exists()
+    assert not (out / collect.RESULTS).exists()
     code, _ = evaluate(capsys, *words, "--accept", "duplicates", "--accept", "constant")
     assert code == 0
-    (line,) = evaluation.results(out)
+    (line,) = collect.results(out)
     assert line["suspicious"] == {"duplicates": 5, "constant": 2}
 
 
@@ -259,11 +260,11 @@ def test_labels_are_those_of_the_reference_by_name(place, tmp_path, capsys, smal
         words = ("--protocol", "local", "--reference", place / "reference.npz")
         out = tmp_path / f"out-{name}"
         assert evaluate(capsys, tmp_path / name, *words, "--out", out)[0] == 0
-        (values[name],) = evaluation.results(out)
+        (values[name],) = collect.results(out)
     assert values["known"]["figures"] == values["numbers.npz"]["figures"]
     network = references.read(place / "reference.npz")
-    network = extractors.from_arrays(network.network, network.record["extractor"])
-    logits_NK = extractors.features(network, image_NHW3, ("logits",))["logits"]
+    network = feature_extractors.from_arrays(network.network, network.record["extractor"])
+    logits_NK = feature_extractors.features(network, image_NHW3, ("logits",))["logits"]
     share = np.mean(logits_NK.argmax(1) == label_N)
     assert values["known"]["figures"]["class_accuracy"]["value"] == pytest.approx(share)
     for name in ("strange", "more.npz"):
@@ -286,7 +287,7 @@ def test_labels_cross_by_name_or_not_at_all(names, known, real, labels, capsys):
     supply = types.SimpleNamespace(classes=names)
     extractor = types.SimpleNamespace(record={"classes": known})
     reference = types.SimpleNamespace(record={"classes": real})
-    label_N, count = assess.labels_of(np.array([0, 1]), supply, 2, extractor, reference)
+    label_N, count = scores.labels_of(np.array([0, 1]), supply, 2, extractor, reference)
     assert count == (0 if labels is None else 2)
     assert labels is None or label_N.tolist() == labels
     if labels is None and real != ("dog", "cat"):
@@ -299,14 +300,14 @@ def test_labels_cross_by_name_or_not_at_all(names, known, real, labels, capsys):
 @pytest.fixture
 def inception(tmp_path, monkeypatch) -> pathlib.Path:
     """A weight file of a network by the name of Inception, whose features are means by hand."""
-    published = extractors.Published(
+    published = feature_extractors.Published(
         lambda arrays: test_extractors.Means(float(arrays["factor"])),
-        extractors.INCEPTION,
+        feature_extractors.INCEPTION,
         "It is from nowhere.",
     )
     for name in ("inception", "inception_torch"):
-        monkeypatch.setitem(extractors.PUBLISHED, name, published)
-    monkeypatch.setattr(extractors.reader, "network", lambda path: dict(np.load(path)))
+        monkeypatch.setitem(feature_extractors.PUBLISHED, name, published)
+    monkeypatch.setattr(feature_extractors.reader, "network", lambda path: dict(np.load(path)))
     monkeypatch.setattr(references, "WIDTHS", {"inception": {"pool3": 6, "spatial": 4}})
     adm = dataclasses.replace(
         protocols.PROTOCOLS["adm-50k"],
@@ -343,7 +344,7 @@ def test_the_published_form_of_a_reference_needs_assume(
     words = (place / "samples.npz", "--protocol", "adm-50k", "--reference", reference)
     words += ("--out", tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(extractors, "_seen", None)
+        patch.setattr(feature_extractors, "_seen", None)
         weights = ("--weights", inception)
         assert "say --assume adm-50k" in refused(capsys, *words, *weights)
         told = refused(capsys, *words, *weights, "--assume", "fd-dinov2")
@@ -351,7 +352,7 @@ def test_the_published_form_of_a_reference_needs_assume(
         assert "--weights FILE. It is from" in refused(capsys, *words, "--assume", "adm-50k")
     code, _ = evaluate(capsys, *words, "--weights", inception, "--assume", "adm-50k")
     assert code == 0
-    (line,) = evaluation.results(tmp_path / "out")
+    (line,) = collect.results(tmp_path / "out")
     wanted, seen = by_hand(real_nHW3), by_hand(pictures())
     for name, mean in (("fid", "mu"), ("sfid", "mu_s")):
         value = frechet.from_features(seen[mean], wanted[mean])
@@ -359,7 +360,7 @@ def test_the_published_form_of_a_reference_needs_assume(
     assert line["reference"]["assumed"] and line["extractor"]["file"] == "weights.npz"
     assert line["figures"]["recall"]["images"] == 30
     assert line["figures"]["precision"]["images"] == COUNT
-    assert json.dumps(line) + "\n" == (tmp_path / "out" / evaluation.RESULTS).read_text()
+    assert json.dumps(line) + "\n" == (tmp_path / "out" / collect.RESULTS).read_text()
 
 
 def test_statistics_alone_give_the_distance_and_say_what_is_absent(
@@ -369,7 +370,7 @@ def test_statistics_alone_give_the_distance_and_say_what_is_absent(
     words = (place / "samples.npz", "--protocol", "adm-50k", "--reference", reference)
     words += ("--out", tmp_path / "out", "--weights", inception, "--assume", "adm-50k")
     assert evaluate(capsys, *words)[0] == 0
-    (line,) = evaluation.results(tmp_path / "out")
+    (line,) = collect.results(tmp_path / "out")
     assert set(line["figures"]) == {"fid", "sfid", "is"}
     assert set(line["absent"].values()) == {"the reference holds no features of single images"}
 
@@ -383,7 +384,7 @@ def test_another_published_network_is_refused(place, tmp_path, capsys, inception
         ("inception", 2, "weights of inception: need "),
     ):
         np.savez(tmp_path / "other.npz", factor=np.float32(factor))
-        other = extractors.from_file(name, str(tmp_path / "other.npz"))
+        other = feature_extractors.from_file(name, str(tmp_path / "other.npz"))
         record = {"protocol": "adm-50k", "split": "train", "count": 48, "size": [16, 16]}
         record |= {"crop": "center", "extractor": other.record, "layers": {"pool3": 6}}
         none = np.zeros(0, int)

@@ -13,11 +13,12 @@ import scipy.stats
 from flax import nnx
 
 from tests import test_page
-from tokgen import assess, checkpoint, evaluation, extractors, protocols, references
+from tokgen.checkpoints import checkpoint
 from tokgen.commands import evaluate, sample, sweep
+from tokgen.evaluation import collect, feature_extractors, protocols, references, score as scores
 from tokgen.interfaces import UserError
 from tokgen.metrics import moments
-from tokgen.sampling import filters
+from tokgen.sampling import sampler
 
 
 def parsed(*words) -> argparse.Namespace:
@@ -150,9 +151,11 @@ class Drawn:
 def world(tmp_path, monkeypatch):
     """A generator that is drawn from in no time; what was drawn; the words of its sweep."""
     network = Means()
-    record = {"name": "local", "fingerprint": extractors.fingerprint("local", network)}
-    extractor = extractors.Extractor("local", network, ("pooled",), record)
-    feature_nD = extractors.features(extractor, Drawn(99, 1.5, 60).part(0, 60)["image"])["pooled"]
+    record = {"name": "local", "fingerprint": feature_extractors.fingerprint("local", network)}
+    extractor = feature_extractors.Extractor("local", network, ("pooled",), record)
+    feature_nD = feature_extractors.features(extractor, Drawn(99, 1.5, 60).part(0, 60)["image"])[
+        "pooled"
+    ]
     about = {
         "protocol": "local", "dataset": "/nowhere", "fingerprint": "x", "split": "train",
         "count": 60, "size": [8, 8], "crop": "center", "classes": [], "extractor": record,
@@ -176,11 +179,11 @@ def world(tmp_path, monkeypatch):
     def prepared(args, loaded):
         if args.guidance < 0:
             raise UserError("sampling settings: a weight is at least 0")
-        return {}, None, filters.Sampler(1.0 if args.temperature is None else args.temperature)
+        return {}, None, sampler.Sampler(1.0 if args.temperature is None else args.temperature)
 
     stop = types.SimpleNamespace(at=0)
-    monkeypatch.setattr(assess, "supply_of", supply_of)
-    monkeypatch.setattr(assess, "extractor_of", lambda *_: extractor)
+    monkeypatch.setattr(scores, "supply_of", supply_of)
+    monkeypatch.setattr(scores, "extractor_of", lambda *_: extractor)
     monkeypatch.setattr(checkpoint, "find", pathlib.Path)
     monkeypatch.setattr(checkpoint, "read_meta", lambda _: {"kind": "generator"})
     monkeypatch.setattr(checkpoint, "load_generator", lambda _: None)
@@ -214,7 +217,7 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_end(world, capsys):
         json.loads((world.out / name / "sweep.json").read_text()) for name in ("sweep", "whole")
     )
     assert summary == whole and summary["best"] == "g1.5"
-    first = evaluation.results(out / "g1-seed1")[0]
+    first = collect.results(out / "g1-seed1")[0]
     assert (
         summary["settings"]["g1"]["figures"]["fid"]["values"][1] == first["figures"]["fid"]["value"]
     )

@@ -14,11 +14,12 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from tokgen import checkpoint, cli, imports, interfaces, launch, report, runs, sharding
-from tokgen import config as configs
-from tokgen import state as states
+from tokgen import cli, config as configs, interfaces, parameters, report, sharding
+from tokgen.checkpoints import checkpoint, imported as imports, run as runs
 from tokgen.commands import export, import_
-from tokgen.pretrained import convolutional, parity, reader, system, transfer, writer
+from tokgen.pretrained import convolutional, parity, system, transfer
+from tokgen.pretrained.formats import reader, writer
+from tokgen.training import launch, optimizer as optimizers, train_state
 
 HERE = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
 OWN = {"taming_vqgan": "taming_vqgan", "openmagvit2_ema": "openmagvit2"}
@@ -113,9 +114,9 @@ def says_where_it_comes_from(out, file, name, capfd):
 def holds_what_is_used(back, loaded):
     """Beside the published form: our names, and the config that builds the model."""
     arrays = safetensors.numpy.load_file(back / "model.safetensors")
-    _, params, stats = states.split(loaded.module)
-    leaves = {f"params.{k}": v for k, v in states.paths(params).items()}
-    leaves |= {f"stats.{k}": v for k, v in states.paths(stats).items()}
+    _, params, stats = parameters.split(loaded.module)
+    leaves = {f"params.{k}": v for k, v in parameters.paths(params).items()}
+    leaves |= {f"stats.{k}": v for k, v in parameters.paths(stats).items()}
     leaves = {key.replace("/", "."): leaf for key, leaf in leaves.items()}
     assert set(arrays) == set(leaves)
     for key, leaf in leaves.items():
@@ -236,18 +237,20 @@ def test_every_system_that_has_settings_is_offered():
 
 def beginning(settings, workdir, **others):
     """(states, what was done) as a run begins, with zeros that must be overwritten."""
-    optimizer = states.optimizer(4, learning_rate=1e-3)
+    optimizer = optimizers.optimizer(4, learning_rate=1e-3)
 
     module = nnx.eval_shape(lambda: configs.tokenizer(settings, rngs=nnx.Rngs(0)))
-    _, params, stats = states.split(module)
+    _, params, stats = parameters.split(module)
     zero = jnp.zeros((), jnp.int32)
 
     def whole(params, stats):
         average = params if settings.ema else None
-        return states.TrainState(zero, zero, params, stats, optimizer.chain.init(params), average)
+        return train_state.TrainState(
+            zero, zero, params, stats, optimizer.chain.init(params), average
+        )
 
     abstract = jax.eval_shape(whole, params, stats)
-    laid = states.shardings(abstract, sharding.make_mesh(), "data")
+    laid = train_state.shardings(abstract, sharding.make_mesh(), "data")
     model = jax.tree.map(
         lambda leaf, at: jax.device_put(np.full(leaf.shape, 7, leaf.dtype), at), abstract, laid
     )
@@ -281,7 +284,7 @@ def test_an_import_without_an_average_is_fine_tuned_with_one(taming, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, model.ema, model.params)
     assert model.step == 0
     # neither the optimizer nor a critic comes from there
-    moments = states.paths(model.opt_state)
+    moments = parameters.paths(model.opt_state)
     assert all((leaf == 7).all() for path, leaf in moments.items() if "/mu/" in path)
     jax.tree.map(np.testing.assert_array_equal, networks["critic"], critic)
     assert networks["averages"]["real"] == 3

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokgen.data import images
+from tokgen.data import pixels as images
 
 
 def picture(mode: str, form: str, **options) -> bytes:

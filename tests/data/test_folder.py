@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tokgen import interfaces
-from tokgen.data import folder, images
+from tokgen.data import folder, pixels as images
 
 
 def write(root, *names):

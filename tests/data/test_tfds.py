@@ -11,14 +11,14 @@ import pytest
 import tensorflow_datasets
 from PIL import Image
 
-from tokgen import cli, config, heldout, interfaces
-from tokgen.data import classes, images, reader, stream, tfds
+from tokgen import cli, config, interfaces
+from tokgen.data import classes, datasets, loader, pixels as images, reader, tfds
 
 
 def png(number):
-    stream = io.BytesIO()
-    Image.new("RGB", (3, 2), (number, 0, 0)).save(stream, "PNG")
-    return stream.getvalue()
+    loader = io.BytesIO()
+    Image.new("RGB", (3, 2), (number, 0, 0)).save(loader, "PNG")
+    return loader.getvalue()
 
 
 class _Generated:
@@ -135,7 +135,7 @@ def test_a_set_is_chosen_on_the_command_line(prepared):
         split: config.build(settings.data, "data", split=split, order=(), doubtful="drop")
         for split in ("train", "held_out")
     }
-    told = classes.told(heldout.called(settings.data), sources)
+    told = classes.told(datasets.called(settings.data), sources)
     assert told == "tokgen_other: 2 classes (0, 1); train 12, held out 5"
 
 
@@ -232,13 +232,13 @@ def test_a_damaged_shard_is_images_that_cannot_be_read(prepared, damaged, change
         source[0]
     assert source.fingerprint != tfds.Source("tokgen_tiny", data_dir=prepared).fingerprint
     both = tfds.Source("tokgen_tiny", split="all", data_dir=place)
-    (part,) = stream.once(both, view, batch_size=20)
+    (part,) = loader.once(both, view, batch_size=20)
     assert part["index"].tolist() == list(range(lost, 17))
     names = reader.unreadable(both).names()
     assert names == tuple(f"tokgen_tiny/train+test/{number}" for number in range(lost))
     if lost == len(source):
         with pytest.raises(interfaces.UserError, match="(?s)0 images can be.*tokgen_tiny/train/0"):
-            list(stream.once(source, view, batch_size=5))
+            list(loader.once(source, view, batch_size=5))
 
 
 def test_the_command_says_whether_it_looked_at_the_images(damaged, capsys):

@@ -13,7 +13,7 @@ from tokgen import interfaces
 from tokgen.generators import autoregressive, orders
 from tokgen.nn import transformer
 from tokgen.nn.precision import FLOAT32
-from tokgen.sampling import decode, filters
+from tokgen.sampling import decode, sampler as filters
 
 LAYOUT = interfaces.TokenLayout((16,), ((3, 3),))
 UNEQUAL = interfaces.TokenLayout((4, 16), ((2, 3),))

@@ -8,7 +8,7 @@ from flax import nnx
 
 from tokgen import interfaces
 from tokgen.generators import autoregressive
-from tokgen.nn import parts, positions
+from tokgen.nn import positions, variants
 from tokgen.nn.precision import FLOAT32
 
 LAYOUT = interfaces.TokenLayout((16,), ((3, 3),))
@@ -25,7 +25,7 @@ logits = jax.jit(lambda generator, batch: generator.logits(batch))
     ],
 )
 def test_the_hidden_width_is_the_published_one(width, hidden):
-    assert parts.swiglu_hidden(width) == hidden
+    assert variants.swiglu_hidden(width) == hidden
 
 
 def test_angles_are_the_published_ones():

@@ -14,7 +14,7 @@ from tokgen import interfaces
 from tokgen.generators import masked
 from tokgen.nn import transformer
 from tokgen.nn.precision import FLOAT32
-from tokgen.sampling import decode, filters, presets
+from tokgen.sampling import decode, presets, sampler as filters
 
 PLAIN = interfaces.TokenLayout((6,), ((2, 4),))
 HALVES = interfaces.TokenLayout((4, 4), ((2, 3),))

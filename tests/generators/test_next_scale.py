@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import config as configs
-from tokgen import interfaces, sharding
-from tokgen import state as states
+from tokgen import config as configs, interfaces, parameters, sharding
 from tokgen.generators import next_scale
 from tokgen.nn import transformer
 from tokgen.nn.precision import FLOAT32, Precision
 from tokgen.quantizers import multiscale, vq
-from tokgen.sampling import decode, filters, presets
+from tokgen.sampling import decode, presets, sampler as filters
+from tokgen.training import optimizer as optimizers
 
 CLASSES, SIDES, L = 5, (1, 2, 3), 14
 SCALE_L = np.repeat([0, 1, 2], [1, 4, 9])
@@ -84,12 +83,12 @@ def test_a_scale_depends_on_all_coarser_tokens_and_on_no_others():
     # the token of position p is p: row p of the codebook is seen through it, and no other way
     batch = interfaces.TokenBatch(jnp.arange(L).reshape(1, L, 1), jnp.asarray([2]))
     mix_LV = jax.random.normal(jax.random.key(4), (L, 16))
-    graph, params, stats = states.split(codec)
+    graph, params, stats = parameters.split(codec)
 
     @jax.jit
     def slopes(params, generator):
         def mixed(params, generator):
-            logits_BLGV = generator.logits(batch, states.merge(graph, params, stats))
+            logits_BLGV = generator.logits(batch, parameters.merge(graph, params, stats))
             return jnp.sum(logits_BLGV[0, :, 0] * mix_LV, -1)
 
         by_code, by_own = jax.jacrev(mixed, (0, 1))(params, generator)
@@ -286,8 +285,8 @@ def test_initial_values(parts):
         std, mean = value.std(), value.mean()
         rough = 5 * expected / parameter.size**0.5 + 0.01 * expected
         assert abs(std - expected) < rough and abs(mean) < rough
-    _, params, _ = states.split(generator)
-    for path, leaf in states.paths(params).items():
+    _, params, _ = parameters.split(generator)
+    for path, leaf in parameters.paths(params).items():
         assert leaf.dtype == jnp.bfloat16
         if path.endswith("/bias"):
             assert not np.any(leaf), path
@@ -331,7 +330,7 @@ def load(variant):
         settings,
         precision=(Precision, ()),
         generator__rates=(transformer.Rates, ()),
-        optimizer=(states.optimizer, ("steps",)),
+        optimizer=(optimizers.optimizer, ("steps",)),
         mesh=(sharding.make_mesh, ()),
     )
     return settings
@@ -343,8 +342,8 @@ def test_published_sizes(variant):
     settings = load(variant)
     layout = interfaces.TokenLayout((4096,), tuple((n, n) for n in sides))
     generator = nnx.eval_shape(lambda: configs.generator(settings, layout, 1000, rngs=nnx.Rngs(0)))
-    params = states.paths(states.split(generator)[1])
-    count, depth = states.count(params), settings.generator.depth
+    params = parameters.paths(parameters.split(generator)[1])
+    count, depth = parameters.count(params), settings.generator.depth
     assert abs(count / 1e6 - millions) < 0.005
     C, H = 64 * depth, depth
     six = 6 * C if shared else 6 * C * C + 6 * C
@@ -355,7 +354,7 @@ def test_published_sizes(variant):
     for path in params:
         sharding.letters(path)
     # which are decayed, by the published rule
-    decayed = states.matching(params, settings.optimizer.decayed)
+    decayed = parameters.matching(params, settings.optimizer.decayed)
     matrices = {path for path in params if path.endswith("kernel")}
     assert {path for path, matches in decayed.items() if matches} == matrices | {"labels/table"}
     assert settings.generator.rates.path == 0.1 * depth / 24
@@ -367,7 +366,7 @@ def test_published_sizes(variant):
 def test_the_published_schedule():
     settings = load("d24")
     optimizer = configs.call(
-        states.optimizer, settings.optimizer, "optimizer", steps=settings.steps
+        optimizers.optimizer, settings.optimizer, "optimizer", steps=settings.steps
     )
     peak, warmup = 2.4e-4, settings.optimizer.warmup
     assert settings.steps == 350 * 1_281_167 // 768 and warmup == 7 * settings.steps // 350

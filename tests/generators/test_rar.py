@@ -13,7 +13,7 @@ from tokgen import interfaces
 from tokgen.generators import autoregressive
 from tokgen.nn import transformer
 from tokgen.nn.precision import FLOAT32
-from tokgen.sampling import decode, filters
+from tokgen.sampling import decode, sampler
 
 PLAIN = interfaces.TokenLayout((16,), ((3, 3),))
 PAIRED = interfaces.TokenLayout((9, 16), ((3, 3),))
@@ -84,7 +84,7 @@ class Recorder:
     steps, guidance = None, ()
 
     def __init__(self):
-        self.seen, self.sampler = [], filters.Sampler()
+        self.seen, self.sampler = [], sampler.Sampler()
 
     def draw(self, logits_BlGV, **options):
         jax.experimental.io_callback(self.seen.append, None, logits_BlGV, ordered=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen.nn import attention, parts, transformer
+from tokgen.nn import attention, transformer, variants
 from tokgen.nn.precision import FLOAT32
 
 B, L, D, N = 2, 5, 8, 2
@@ -22,7 +22,7 @@ def lively(module: nnx.Module, seed: int = 0) -> nnx.Module:
     return jax.tree.map(lambda p: jnp.asarray(random.normal(size=p.shape) * 0.5, p.dtype), module)
 
 
-def made(kit: parts.Parts, seed: int = 0):
+def made(kit: variants.Parts, seed: int = 0):
     return lively(kit.block(D, N, 12, kit, precision=FLOAT32, rngs=nnx.Rngs(0)), seed)
 
 
@@ -75,7 +75,7 @@ def scaled(q, k):
 
 
 def test_bert_norms_after_the_sum():
-    block, x = made(parts.BERT), numbers(B, L, D)
+    block, x = made(variants.BERT), numbers(B, L, D)
     y = x.astype(np.float64)
     y = normed(y + attended(block.attention, y, scaled), 1e-12, block.attention_norm)
     y = normed(y + mlp(block.mlp, y, exact), 1e-12, block.mlp_norm)
@@ -86,7 +86,7 @@ def test_bert_norms_after_the_sum():
 
 @pytest.mark.parametrize("form", ["rar", "var", "var_shared"])
 def test_adaptive_blocks_shift_scale_and_gate(form):
-    kit = parts.named(form)
+    kit = variants.named(form)
     block, x, cond = made(kit), numbers(B, L, D), numbers(B, 1, D, seed=2)
     if form == "var_shared":
         shared = numbers(B, 1, 6, D, seed=3)
@@ -142,7 +142,7 @@ def test_quartered_scores_are_a_quarter():
 def test_a_u_joins_the_last_in_first(depth):
     u = lively(
         transformer.UShaped(
-            D, depth, N, parts=parts.UVIT, hidden=12, precision=FLOAT32, rngs=nnx.Rngs(0)
+            D, depth, N, parts=variants.UVIT, hidden=12, precision=FLOAT32, rngs=nnx.Rngs(0)
         )
     )
     half = depth // 2
@@ -169,7 +169,7 @@ def test_a_modulation_computed_beforehand_is_the_blocks_own():
     for form in ("var", "var_shared"):
         whole = lively(
             transformer.Transformer(
-                D, 2, N, parts=parts.named(form), hidden=12, precision=FLOAT32, rngs=nnx.Rngs(0)
+                D, 2, N, parts=variants.named(form), hidden=12, precision=FLOAT32, rngs=nnx.Rngs(0)
             )
         )
         x, cond = jnp.asarray(numbers(B, L, D)), jnp.asarray(numbers(B, 1, D, seed=2))
@@ -189,7 +189,7 @@ def test_dropped_paths_rise_with_depth_and_keep_the_mean():
         D,
         3,
         N,
-        parts=parts.VIT,
+        parts=variants.VIT,
         rates=transformer.Rates(path=0.999),
         precision=FLOAT32,
         rngs=nnx.Rngs(0),

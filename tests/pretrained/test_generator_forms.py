@@ -10,7 +10,8 @@ from flax import nnx
 from tokgen.generators import masked as objectives
 from tokgen.interfaces import TokenLayout
 from tokgen.nn.precision import Precision
-from tokgen.pretrained import maskbit_generators, masked, maskgit_generator, parity
+from tokgen.pretrained import masked, parity
+from tokgen.pretrained.systems import maskbit_generator, maskgit_generator
 
 
 @pytest.mark.parametrize(
@@ -49,13 +50,13 @@ def test_maskbits_sampler_starts_anew_where_one_slot_is_left_too_early():
     generator = objectives.Generator(layout, 2, **options)
     labels_B = np.zeros(1, np.int32)
     unknown = {}
-    for name, watched in (("theirs", maskbit_generators._watched), ("ours", masked.watched)):
+    for name, watched in (("theirs", maskbit_generator._watched), ("ours", masked.watched)):
         copy = watched(generator, steps=4, schedule="root")
         final, grids, _ = masked.run(copy, labels_B, masked.greedy((), confidence=_by_place))
         unknown[name] = (grids == layout.absent).sum((1, 2, 3)).tolist()
         assert (final < layout.absent).all()
     assert unknown == {"theirs": [2, 1, 2, 1], "ours": [2, 1, 1, 1]}
-    copy = maskbit_generators._watched(generator, steps=4, schedule="root")
+    copy = maskbit_generator._watched(generator, steps=4, schedule="root")
     _, grids, _ = masked.run(copy, labels_B, masked.greedy((), confidence=_alike))
     assert (grids == layout.absent).all()  # ties are masked together
 

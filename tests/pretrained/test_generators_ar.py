@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import config as configs
-from tokgen import sharding
-from tokgen import state as states
+from tokgen import config as configs, parameters, sharding
 from tokgen.interfaces import TokenLayout, UserError
-from tokgen.pretrained import parity, rar, sequence, system, transfer
+from tokgen.pretrained import parity, sequence, system, transfer
+from tokgen.pretrained.systems import rar
 from tokgen.sampling import guidance, presets
+from tokgen.training import optimizer as optimizers
 
 HERE = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
 SHARED = ("rar", "llamagen_c2i", "llamagen_t2i")
@@ -61,7 +61,7 @@ def test_a_file_comes_back_bit_for_bit(request, name):
         assert (back[key].shape, back[key].dtype) == (array.shape, array.dtype), key
         np.testing.assert_array_equal(back[key], array)
     # every parameter lies somewhere on a mesh, and the preset that it brings can be used
-    for path in states.paths(states.split(imported.module)[1]):
+    for path in parameters.paths(parameters.split(imported.module)[1]):
         assert sharding.letters(path)
     default = presets.named(imported.config.presets.to_dict(), "default")
     _, sampler = presets.prepare(imported.module, default)
@@ -164,9 +164,9 @@ def _count(reference, layout):
     """(parameters without rows of no symbol, the file's docstring, its config)."""
     name, _, variant = reference.partition(":")
     config = configs.load(f"configs/generator/{name}.py:{variant}")
-    configs.check(config, optimizer=(states.optimizer, ("steps",)))
+    configs.check(config, optimizer=(optimizers.optimizer, ("steps",)))
     make = lambda: configs.generator(config, layout, 1000, rngs=nnx.Rngs(0))  # noqa: E731
-    params = states.paths(states.split(nnx.eval_shape(make))[1])
+    params = parameters.paths(parameters.split(nnx.eval_shape(make))[1])
     unread = 2 * sum(layout.absent - size for size in layout.vocab) * config.generator.width
     document = (configs.programs() / "configs" / "generator" / f"{name}.py").read_text()
     return sum(math.prod(leaf.shape) for leaf in params.values()) - unread, document, params
@@ -192,8 +192,8 @@ def test_rar_decays_what_its_published_rule_of_names_decays():
     config = configs.load("configs/generator/rar.py:b")
     make = lambda: configs.generator(config, TEN_BITS, 1000, rngs=nnx.Rngs(0))  # noqa: E731
     generator = nnx.eval_shape(make)
-    params = states.split(generator)[1]
-    decayed = states.paths(states.matching(params, config.optimizer.decayed))
+    params = parameters.split(generator)[1]
+    decayed = parameters.paths(parameters.matching(params, config.optimizer.decayed))
     assert set(decayed.values()) == {True, False}
     for row in rar.rows(generator):
         matrix = row.key.endswith("weight") or row.key.endswith(("pos_embed", "cls_token"))

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import config as configs
-from tokgen import sharding
-from tokgen import state as states
+from tokgen import config as configs, parameters, sharding
 from tokgen.interfaces import TokenLayout, UserError
 from tokgen.nn import precision, transformer
 from tokgen.pretrained import parity, transfer
 from tokgen.sampling import presets
+from tokgen.training import optimizer as optimizers
 
 NAMES = (
     "maskgit_transformer",
@@ -63,7 +62,7 @@ def test_a_file_comes_back_bit_for_bit_and_needs_no_configuration_but_heads(shar
             sizes |= {"codebook_size": 64} if name == "maskgit_transformer" else {}
             model = fitted(weights, name, sizes)
             assert (model.layout, model.classes) == (imported.layout, imported.classes)
-            assert states.count(states.split(model.module)[1]) == transfer.parameters(
+            assert parameters.count(parameters.split(model.module)[1]) == transfer.parameters(
                 imported.module
             )
         found = transfer.publish(model, name)
@@ -71,7 +70,7 @@ def test_a_file_comes_back_bit_for_bit_and_needs_no_configuration_but_heads(shar
         for key, array in weights.items():
             assert (found[key].dtype, found[key].shape) == (array.dtype, array.shape), key
             assert found[key].tobytes() == array.tobytes(), key
-    for path in states.paths(states.split(imported.module)[1]):
+    for path in parameters.paths(parameters.split(imported.module)[1]):
         sharding.letters(path)  # every parameter has a row
     presets.prepare(imported.module, presets.named(imported.config.presets.to_dict(), "default"))
 
@@ -193,7 +192,7 @@ def load(reference):
         config,
         precision=(precision.Precision, ()),
         generator__rates=(transformer.Rates, ()),
-        optimizer=(states.optimizer, ("steps",)),
+        optimizer=(optimizers.optimizer, ("steps",)),
         mesh=(sharding.make_mesh, ()),
     )
     return config
@@ -206,22 +205,22 @@ def test_a_recipe_has_the_published_size_and_settings_that_fit(reference):
     generator = nnx.eval_shape(
         lambda: configs.generator(config, layout, 1000, rngs=nnx.Rngs(0)),
     )
-    params = states.split(generator)[1]
-    assert states.count(params) == count
+    params = parameters.split(generator)[1]
+    assert parameters.count(params) == count
     assert millions is None or round(count / 1e6, 2) == millions
     name, _, variant = reference.partition(":")
     text = (configs.programs() / f"configs/generator/{name}.py").read_text().split('"""')[1]
     rows = [[c.strip() for c in line.split("|")] for line in text.splitlines() if "|" in line]
     (row,) = [row for row in rows if row[1:2] == [variant]]
     assert any(cell.startswith(f"{count:,}") for cell in row)
-    configs.call(states.optimizer, config.optimizer, "optimizer", steps=config.steps)
+    configs.call(optimizers.optimizer, config.optimizer, "optimizer", steps=config.steps)
     known = config.presets.to_dict()
     assert known["default"] == known["paper"] and {"fast"} < set(known)
     for preset in known:
         copy, sampler = presets.prepare(generator, presets.named(known, preset))
         assert sampler.steps in (None, copy.steps)
     assert presets.prepare(generator, known["default"])[0].steps == generator.steps
-    decays = states.paths(states.matching(params, config.optimizer.decayed))
+    decays = parameters.paths(parameters.matching(params, config.optimizer.decayed))
     tables = {path for path in decays if "table" in path or path.endswith(("bias", "scale"))}
     assert {path for path, yes in decays.items() if not yes} == (
         tables if name == "titok" else set()

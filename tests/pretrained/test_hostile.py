@@ -17,7 +17,7 @@ import pytest
 import safetensors.numpy
 
 from tokgen import interfaces
-from tokgen.pretrained import inspection, reader
+from tokgen.pretrained.formats import inspection, reader
 
 LARGEST = 2**20  # bytes that reading may take: every file here is far below
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import cli, launch
+from tokgen import cli
 from tokgen.interfaces import Statistic, UserError
-from tokgen.pretrained import parity, system, table
+from tokgen.pretrained import keymap, parity, system
+from tokgen.training import launch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "fixtures"
@@ -281,10 +282,10 @@ def test_gradients_come_under_published_keys():
     """d of sum(counts * symbols^2 / 2) + sum(labels * kernel[:, 0]), closed forms."""
     toy = Toy(np.random.default_rng(0))
     rows = [
-        table.Row("embed.weight", ("symbols", "labels"), table.rows_apart()),
-        table.row("fused.weight", "kernel", table.chunks((1, 2, 0))),
-        table.row("idle", "idle"),
-        table.row("counts", "counts"),
+        keymap.Row("embed.weight", ("symbols", "labels"), keymap.rows_apart()),
+        keymap.row("fused.weight", "kernel", keymap.chunks((1, 2, 0))),
+        keymap.row("idle", "idle"),
+        keymap.row("counts", "counts"),
     ]
 
     def loss(toy):
@@ -462,7 +463,7 @@ def test_every_system_says_where_its_weights_come_from():
 def test_documents_say_where_the_weights_of_every_system_are(document):
     """The table of `--system` says what the systems say, and names each once."""
     text = (ROOT / "docs" / f"{document}.md").read_text(encoding="utf-8")
-    table = text.split("| `--system` |")[1].split("\n\n")[0].splitlines()[2:]
+    keymap = text.split("| `--system` |")[1].split("\n\n")[0].splitlines()[2:]
     kind = {"tokenizers": True, "generators": False}[document]
     importable = {n: s for n, s in system.known().items() if s.settings is not None}
     expected = []
@@ -472,4 +473,4 @@ def test_documents_say_where_the_weights_of_every_system_are(document):
         if (found.tokens is None) == kind:
             expected.append("| " + " | ".join(cells) + " |")
         assert bool(found.files) == bool(found.home)
-    assert sorted(table) == sorted(expected)
+    assert sorted(keymap) == sorted(expected)

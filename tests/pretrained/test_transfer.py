@@ -10,9 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tokgen import state as states
+from tokgen import parameters
 from tokgen.interfaces import UserError
-from tokgen.pretrained import parity, system, transfer, writer
+from tokgen.pretrained import parity, system, transfer
+from tokgen.pretrained.formats import writer
 
 HERE = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
 OWN = {"taming_vqgan": "taming_vqgan", "ibq": "ibq", "openmagvit2_ema": "openmagvit2"}
@@ -53,7 +54,7 @@ def test_the_round_trip_of_a_shared_fixture(shared, name):
     same(transfer.publish(imported, name), weights)
     # nothing of the model came from elsewhere: as many numbers in as out
     numbers = sum(array.size for array in weights.values())
-    graph, params, stats = states.split(imported.module)
+    graph, params, stats = parameters.split(imported.module)
     held = sum(leaf.size for leaf in jax.tree.leaves(params))
     aside = sum(array.size for array in imported.aside.values())
     counted = sum(a.size for k, a in weights.items() if k.endswith("ema_vocab_hit_SV"))
@@ -294,7 +295,7 @@ def test_every_array_keeps_its_dtype():
         transfer.publish(imported, "taming_vqgan"), "taming_vqgan", small()[1], source="here"
     )
     for one, other in zip(
-        *(jax.tree.leaves(states.split(found.module)[1]) for found in (imported, again)),
+        *(jax.tree.leaves(parameters.split(found.module)[1]) for found in (imported, again)),
         strict=True,
     ):
         np.testing.assert_array_equal(one, other)

@@ -19,8 +19,7 @@ import pytest
 from flax import nnx
 
 import tokgen
-from tokgen import sharding
-from tokgen import state as states
+from tokgen import parameters, sharding
 
 # Codes and gradients must survive what a user's compiler makes of them (BSQ was finite when it ran,
 # and not when it was compiled so); for the rest any compiler will do.
@@ -256,10 +255,10 @@ def test_straight_through_gradient(name, arguments, smooth):
 
 @contract
 def test_no_gradient_reaches_the_codes_through_the_latents(name, arguments, smooth):
-    graph, params, stats = states.split(build(name, arguments))
+    graph, params, stats = parameters.split(build(name, arguments))
 
     def painted(params, stats):
-        quantizer = states.merge(graph, params, stats)
+        quantizer = parameters.merge(graph, params, stats)
         return jnp.sum(quantizer(latents(quantizer)).latents_BPC ** 3)
 
     gradients = jax.jit(jax.grad(painted, (0, 1), allow_int=True))(params, stats)
@@ -328,14 +327,14 @@ def test_no_device_rounds_a_product(name, arguments, smooth):
 @contract
 def test_eight_devices_compute_what_one_does(name, arguments, smooth, key):
     quantizer = build(name, arguments)
-    graph, params, stats = states.split(quantizer)
+    graph, params, stats = parameters.split(quantizer)
 
     @jax.jit
     def work(params, stats, latents_BPC):
-        quantizer = states.merge(graph, params, stats)
+        quantizer = parameters.merge(graph, params, stats)
         out = quantizer(latents_BPC, key=key)
         quantizer.maintain(latents_BPC, key=key)
-        return out, *states.split(quantizer)[1:]
+        return out, *parameters.split(quantizer)[1:]
 
     mesh = sharding.make_mesh()
     assert mesh.size == 8
@@ -385,7 +384,7 @@ def test_a_mixture_far_from_the_codes_comes_to_use_all_of_them(name, key):
     """16 Gaussians at the corners of a cube aside the origin, a linear encoder and decoder."""
     arguments, weights = TOYS[name]
     quantizer = build(name, arguments)
-    graph, params, stats = states.split(quantizer)
+    graph, params, stats = parameters.split(quantizer)
     corners = np.stack(np.meshgrid(*4 * [np.asarray([-1.0, 1.0])]), -1).reshape(16, 4)
     random = np.random.default_rng(20)
     noise = 0.3 * random.normal(size=(151, 32, 16, 4))
@@ -405,7 +404,7 @@ def test_a_mixture_far_from_the_codes_comes_to_use_all_of_them(name, key):
         return jnp.einsum("BPI,IC->BPC", x, layer[0]) + layer[1][None]
 
     def forward(params, stats, x):
-        quantizer = states.merge(graph, params["quantizer"], stats)
+        quantizer = parameters.merge(graph, params["quantizer"], stats)
         latents_BPC = mapped(params["encoder"], x)
         out = quantizer(latents_BPC)
         error = jnp.mean((mapped(params["decoder"], out.latents_BPC) - x) ** 2)
@@ -417,9 +416,9 @@ def test_a_mixture_far_from_the_codes_comes_to_use_all_of_them(name, key):
         gradients, (latents_BPC, _, _) = jax.grad(forward, has_aux=True)(params, stats, x)
         updates, moments = chain.update(gradients, moments, params)
         params = optax.apply_updates(params, updates)
-        quantizer = states.merge(graph, params["quantizer"], stats)
+        quantizer = parameters.merge(graph, params["quantizer"], stats)
         quantizer.maintain(latents_BPC, key=jax.random.fold_in(key, number))
-        _, inner, stats = states.split(quantizer)
+        _, inner, stats = parameters.split(quantizer)
         return (params | {"quantizer": inner}, stats, moments), None
 
     @compiled

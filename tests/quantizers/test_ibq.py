@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import state as states
+from tokgen import parameters
 from tokgen.quantizers import ibq
 
 CODES, CHANNELS = 40, 6
@@ -36,7 +36,7 @@ def published(rows_VC, latents_BPC):
 
 def test_values_and_gradients_are_those_of_the_formula(key):
     quantizer = build(temperature=0.01)
-    graph, params, stats = states.split(quantizer)
+    graph, params, stats = parameters.split(quantizer)
     first, second, third = jax.random.split(key, 3)
     latents_BPC = 0.3 * jax.random.normal(first, (4, 6, CHANNELS))
     cotangent_BPC = jax.random.normal(second, latents_BPC.shape)
@@ -44,7 +44,7 @@ def test_values_and_gradients_are_those_of_the_formula(key):
     weights = dict(zip(names, jax.random.normal(third, (5,)), strict=True))
 
     def ours(rows_VC, latents_BPC):
-        out = states.merge(graph, {"codebook": rows_VC}, stats)(latents_BPC)
+        out = parameters.merge(graph, {"codebook": rows_VC}, stats)(latents_BPC)
         return out.latents_BPC, out.losses
 
     def total(function):
@@ -64,7 +64,7 @@ def test_values_and_gradients_are_those_of_the_formula(key):
 
 def test_every_row_learns_and_the_value_is_a_row_to_the_bit(key):
     quantizer = build()
-    graph, params, stats = states.split(quantizer)
+    graph, params, stats = parameters.split(quantizer)
     latents_BPC = jax.random.normal(key, (1, 2, CHANNELS))  # two latents, forty rows
     out = quantizer(latents_BPC)
     assert set(out.losses) == {"index", "commitment", "codebook"}
@@ -73,7 +73,7 @@ def test_every_row_learns_and_the_value_is_a_row_to_the_bit(key):
     np.testing.assert_array_equal(out.tokens_BLG[0, :, 0], products.argmax(-1))
 
     def loss(params, name):
-        return states.merge(graph, params, stats)(latents_BPC).losses[name]
+        return parameters.merge(graph, params, stats)(latents_BPC).losses[name]
 
     def moved(name):
         return np.abs(jax.grad(loss)(params, name)["codebook"]).max(-1) > 0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import state as states
+from tokgen import parameters
 from tokgen.nn import resample
 from tokgen.quantizers import gaussian, multiscale, vq
 
@@ -196,10 +196,10 @@ def test_the_inner_quantizer_is_kept_up_with_what_it_saw(key):
 
 
 def test_gradients_reach_rows_and_convolutions_by_the_codebook_loss_only(key):
-    graph, params, stats = states.split(build())
+    graph, params, stats = parameters.split(build())
 
     def loss(params, name):
-        return states.merge(graph, params, stats)(latents(key)).losses[name]
+        return parameters.merge(graph, params, stats)(latents(key)).losses[name]
 
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     moved = gradient(params, "codebook")

@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from tokgen import state as states
+from tokgen import parameters
 from tokgen.quantizers import vq
 
 CODES, CHANNELS = 24, 5
@@ -67,10 +67,10 @@ def test_losses_and_their_gradients_in_closed_form(normalize, key):
     quantizer = build(normalize=normalize)
     quantizer.codebook[...] *= 3.0
     latents_BPC = latents(key)
-    graph, params, stats = states.split(quantizer)
+    graph, params, stats = parameters.split(quantizer)
 
     def losses(params, latents_BPC):
-        return states.merge(graph, params, stats)(latents_BPC).losses
+        return parameters.merge(graph, params, stats)(latents_BPC).losses
 
     z, e = prepared(quantizer, latents_BPC)
     tokens = nearest(z, e)
@@ -98,7 +98,7 @@ def test_losses_and_their_gradients_in_closed_form(normalize, key):
 def test_only_a_codebook_with_a_gradient_has_a_codebook_loss(update, key):
     quantizer = build(update=update)
     assert set(quantizer(latents(key)).losses) == {"commitment"}
-    assert states.split(quantizer)[1] == {}  # the optimizer has nothing to move
+    assert parameters.split(quantizer)[1] == {}  # the optimizer has nothing to move
 
 
 def test_zero_latents_have_finite_gradients():
@@ -273,7 +273,7 @@ def trained(key, **options):
     """(share of the codes in use, mean squared distance) after 40 steps on 16 Gaussians."""
     quantizer = build(codes=32, channels=3, normalize=False, decay=0.8, **options)
     centres = 8 + 4 * jax.random.normal(key, (16, 3))  # far from where the rows begin
-    graph, params, stats = states.split(quantizer)
+    graph, params, stats = parameters.split(quantizer)
     chain = optax.adam(0.05)
 
     def drawn(key, count):
@@ -286,19 +286,19 @@ def trained(key, **options):
         latents_BPC = drawn(key, 256)
 
         def loss(params):
-            losses = states.merge(graph, params, stats)(latents_BPC).losses
+            losses = parameters.merge(graph, params, stats)(latents_BPC).losses
             return losses.get("codebook", 0.0)
 
         gradients = jax.grad(loss)(params)
         updates, moments = chain.update(gradients, moments, params)
-        quantizer = states.merge(graph, optax.apply_updates(params, updates), stats)
+        quantizer = parameters.merge(graph, optax.apply_updates(params, updates), stats)
         quantizer.maintain(latents_BPC, key=jax.random.fold_in(key, 1))
-        return *states.split(quantizer)[1:], moments
+        return *parameters.split(quantizer)[1:], moments
 
     moments = chain.init(params)
     for number in range(40):
         params, stats, moments = step(params, stats, moments, jax.random.fold_in(key, number))
-    out = states.merge(graph, params, stats)(drawn(key, 4096))
+    out = parameters.merge(graph, params, stats)(drawn(key, 4096))
     return len(np.unique(out.tokens_BLG)) / 32, float(out.losses["commitment"])
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from tokgen import interfaces, rng
 from tokgen.generators import autoregressive
 from tokgen.nn.precision import FLOAT32
-from tokgen.sampling import decode, filters
+from tokgen.sampling import decode, sampler as filters
 
 LAYOUT = interfaces.TokenLayout((16,), ((3, 3),))
 L, CLASSES, V = LAYOUT.length, 5, LAYOUT.absent

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tokgen import interfaces
-from tokgen.sampling import filters, guidance
+from tokgen.sampling import guidance, sampler
 
 STEPS = 8
 
@@ -125,7 +125,7 @@ def test_a_broken_half_is_not_hidden():
         half[place, 0, 0, 0] = value
         merged = guidance.merge(jnp.asarray(c), jnp.asarray(u), 3.0)
         half[place, 0, 0, 0] = kept
-        flags = np.asarray(filters.invalid(merged))
+        flags = np.asarray(sampler.invalid(merged))
         # u = +inf makes the guided logit -inf + inf
         np.testing.assert_array_equal(flags, np.arange(2) == place)
 

@@ -4,7 +4,7 @@ from flax import nnx
 
 from tokgen import interfaces
 from tokgen.interfaces import UserError
-from tokgen.sampling import decode, filters, guidance, presets
+from tokgen.sampling import decode, guidance, presets, sampler as filters
 
 PUBLISHED = {
     "default": {"temperature": 0.7, "guidance": "constant", "weight": 2.0},

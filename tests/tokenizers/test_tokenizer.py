@@ -6,11 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import config as configs
-from tokgen import interfaces
-from tokgen import state as states
-from tokgen.nn import conv as kits
-from tokgen.nn import precision
+from tokgen import config as configs, interfaces, parameters
+from tokgen.nn import conv as kits, precision
 from tokgen.quantizers import fsq, vq
 from tokgen.tokenizers import conv, tokenizer
 
@@ -64,7 +61,7 @@ def test_shapes(geometry, key):
 
 def filled(make):
     """The module with random numbers of the usual size, without compiling its constructors."""
-    graph, params, stats = states.split(nnx.eval_shape(make))
+    graph, params, stats = parameters.split(nnx.eval_shape(make))
     generator = np.random.default_rng(0)
 
     def of(path, leaf):
@@ -74,7 +71,7 @@ def filled(make):
         return jnp.asarray(scale * generator.normal(size=leaf.shape), leaf.dtype)
 
     params, stats = jax.tree_util.tree_map_with_path(of, (params, stats))
-    return states.merge(graph, params, stats)
+    return parameters.merge(graph, params, stats)
 
 
 @pytest.fixture(scope="module", params=["stem", "strided"])
@@ -328,12 +325,12 @@ def test_tokens_of_another_form_are_refused(small):
 
 def replaced(made, path, index, value):
     """A copy with one number of one array in its place."""
-    graph, params, stats = states.split(made)
+    graph, params, stats = parameters.split(made)
     owner = params
     for name in path[:-1]:
         owner = owner[name]
     owner[path[-1]] = owner[path[-1]].at[index].set(value)
-    made = states.merge(graph, params, stats)
+    made = parameters.merge(graph, params, stats)
     made.size = (8, 8, 3)
     return made
 

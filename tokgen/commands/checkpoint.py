@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from tokgen import checkpoint, launch, report
+from tokgen import report, runtime
+from tokgen.checkpoints import checkpoint
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +20,7 @@ def run(args: argparse.Namespace) -> None:
     step = checkpoint.find(args.checkpoint)
     meta = checkpoint.read_meta(step)
     if args.verify:
-        launch.devices()  # for nothing else: another process may have an accelerator for itself
+        runtime.devices()  # for nothing else: another process may have an accelerator for itself
         checkpoint.verify(step)
     if args.config:
         if args.verify:

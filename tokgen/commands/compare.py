@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tokgen import evaluation, gallery, output, page, report, samples
+from tokgen import output, report
+from tokgen.evaluation import collect, given_images, page, score_page
 from tokgen.interfaces import UserError
 
 COMPARED = "compare.json"
@@ -101,7 +102,7 @@ def read(
         depth += 1
     lines, folders = {}, {}
     for path, whole in zip(paths, shown, strict=True):
-        found = evaluation.results(pathlib.Path(path))
+        found = collect.results(pathlib.Path(path))
         name = os.path.join(*whole.parts[-depth:])
         for number, line in enumerate(found if every else found[-1:], 1):
             key = f"{name} #{number}" if every and len(found) > 1 else name
@@ -236,7 +237,7 @@ def guided(lines: Mapping[str, Mapping]) -> dict[str, list[tuple]]:
     for members in groups.values():
         if len({weight for weight, _ in members}) > 1:
             rest = members[0][1]["supply"]
-            checkpoint = gallery.name_of(members[0][1])
+            checkpoint = score_page.name_of(members[0][1])
             about = f"{checkpoint}, temperature {page.plain(rest['settings'].get('temperature'))}"
             while about in series:
                 about += "'"
@@ -279,32 +280,32 @@ def sheets(lines: Mapping[str, Mapping], folders: Mapping[str, pathlib.Path]) ->
         told += "Seeds or classes differ between the runs: columns have nothing in common."
     if without:
         told += f" No samples are kept of {', '.join(without)}."
-    rows = {n: gallery.rows_of(label_N, count) for n, label_N in labels.items()}
+    rows = {n: score_page.rows_of(label_N, count) for n, label_N in labels.items()}
     images = {
         name: dict(
-            zip(index_n.tolist(), gallery.gathered(opened[name], index_n, count), strict=True)
+            zip(index_n.tolist(), score_page.gathered(opened[name], index_n, count), strict=True)
         )
         for name, index_n in ((n, np.concatenate(list(r.values()))) for n, r in rows.items())
     }
-    names = gallery.names_of(next(iter(lines.values())), first)
+    names = score_page.names_of(next(iter(lines.values())), first)
     parts = [page.text(told, "faint")]
     for label in rows[next(iter(opened))]:
         made = []
         for name in opened:
-            chosen = rows[name].get(label, np.zeros(0, int))[: gallery.SHOWN].tolist()
+            chosen = rows[name].get(label, np.zeros(0, int))[: score_page.SHOWN].tolist()
             made.append([images[name][index] for index in chosen])
-        parts.append(page.picture(_sheet(made), gallery.class_name(label, names)))
+        parts.append(page.picture(_sheet(made), score_page.class_name(label, names)))
     return page.section("Samples side by side", *parts)
 
 
-def _images_of(line: Mapping, folder: pathlib.Path) -> samples.Archive | None:
+def _images_of(line: Mapping, folder: pathlib.Path) -> given_images.Archive | None:
     """The images of a result: kept beside it, or the archive that was scored, if unchanged."""
     if (folder / "samples.npz").is_file():
-        return samples.Archive(folder / "samples.npz")
+        return given_images.Archive(folder / "samples.npz")
     scored = pathlib.Path(line["supply"].get("samples", ""))
     if scored.suffix != ".npz" or not scored.is_file():
         return None
-    found = samples.Archive(scored)
+    found = given_images.Archive(scored)
     return found if found.identity == line["supply"] else None
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from tokgen import config, options, report, scan
-from tokgen.data import classes, reader, tokens
+from tokgen import config, options, report
+from tokgen.data import classes, reader, scan, token_shards
 from tokgen.interfaces import UserError
 
 
@@ -40,7 +40,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print it; all files that cannot be read by name."""
-    shards = (pathlib.Path(args.data) / tokens.HEADER).exists()
+    shards = (pathlib.Path(args.data) / token_shards.HEADER).exists()
     idle = {}
     if not args.data.startswith("tfds:"):
         idle |= dict.fromkeys(("splits", "data_dir", "label"), "sets of TFDS, as tfds:NAME")
@@ -131,9 +131,9 @@ def _sizes(sizes: dict[tuple[int, int], int]) -> str:
 def _shards(args: argparse.Namespace) -> None:
     """What the header of a token set says; with --scan full, what its records hold."""
     sources, wrong = {}, {}
-    for split in tokens.SPLITS:
+    for split in token_shards.SPLITS:
         try:
-            sources[split] = tokens.Source(args.data, split=split, verify=args.scan == "full")
+            sources[split] = token_shards.Source(args.data, split=split, verify=args.scan == "full")
         except UserError as error:
             wrong[split] = error
     if not sources:

@@ -16,23 +16,14 @@ import time
 import numpy as np
 from PIL import Image
 
-from tokgen import (
-    checkpoint,
-    cli,
-    config,
-    families,
-    heldout,
-    judge,
-    launch,
-    output,
-    report,
-    sharding,
-)
-from tokgen import page as pages
-from tokgen.commands import pretokenize, sample
-from tokgen.data import shapes, tokens
+from tokgen import config, output, report, runtime, sharding
+from tokgen.checkpoints import checkpoint
+from tokgen.commands import pretokenize
+from tokgen.data import datasets, shapes, token_shards
+from tokgen.demo import families
+from tokgen.evaluation import local_classifier, page as pages, validation
 from tokgen.interfaces import UserError
-from tokgen.sampling import decode, presets
+from tokgen.sampling import decode, drawing, presets
 
 RECORDS = {"summary.json": ("psnr_db", "judged_samples")}
 TOKENIZER, GENERATOR = "configs/tokenizer/shapes.py", "configs/generator/shapes.py"
@@ -66,9 +57,9 @@ def run(args: argparse.Namespace) -> None:
         # each part goes on where it was stopped; of other steps it would be another demo
         names = ("tokenizer_steps", "generator_steps", "all", "samples")
         resumed = place.claim({name: getattr(args, name) for name in names})
-        launch.devices(judge.BATCH)
+        runtime.devices(local_classifier.BATCH)
         cpu = os.times()
-        examiner = judge.load_or_train()
+        examiner = local_classifier.load_or_train()
         train("train_tokenizer.py", TOKENIZER, fresh / "tokenizer", args.tokenizer_steps)
         pretokenized(fresh / "tokenizer", fresh / "tokens")
         given = [f"--config.data.tokens={fresh / 'tokens'}"]
@@ -129,18 +120,18 @@ def finished(command: list[str], program: str, **options) -> None:
     with subprocess.Popen(command, **options) as child:
         try:
             code = child.wait()
-        except (KeyboardInterrupt, cli.Stopped) as ended:
+        except (KeyboardInterrupt, runtime.Stopped) as ended:
             # a terminal tells both, others this process alone; told twice it is one request
-            number = ended.number if isinstance(ended, cli.Stopped) else signal.SIGINT
+            number = ended.number if isinstance(ended, runtime.Stopped) else signal.SIGINT
             try:
                 child.wait(timeout=0.5)
             except subprocess.TimeoutExpired:
                 child.send_signal(number)
             child.wait()
             raise
-    for number, its in cli.CODES.items():
+    for number, its in runtime.CODES.items():
         if code in (its, -number):
-            raise cli.Stopped(number, f"{program} was stopped; the same command goes on")
+            raise runtime.Stopped(number, f"{program} was stopped; the same command goes on")
     if code:
         raise UserError(f"{program} ended with exit code {code}; its message is above")
 
@@ -168,34 +159,34 @@ def measure(folder: pathlib.Path, examiner, number: int) -> tuple[dict, dict, di
     real = held_out.batch(range(1000))
     label_N = np.arange(1000) % len(shapes.CLASSES)
 
-    view = heldout.view_of(settings)
-    figures, _ = heldout.reconstruction(tokenizer.module, held_out, view, count=1000)
+    view = datasets.view_of(settings)
+    figures, _ = validation.reconstruction(tokenizer.module, held_out, view, count=1000)
     coded, repainted, mesh = [], [], sharding.current()
     for start in range(0, len(real), 100):
         part = sharding.filled(real[start : start + 100], 100, mesh)
         part = pretokenize.encode(tokenizer.module, part)
         coded.append(np.asarray(part)[:100])
-        repainted.append(np.asarray(sample.paint(tokenizer.module, part)[0])[:100])
+        repainted.append(np.asarray(drawing.paint(tokenizer.module, part)[0])[:100])
     coded, repainted = np.concatenate(coded), np.concatenate(repainted)
 
-    held_tokens = tokens.Source(folder / "tokens", split="held_out")
+    held_tokens = token_shards.Source(folder / "tokens", split="held_out")
     codec = tokenizer.module.quantizer
-    likelihood = heldout.likelihood(loaded.module, codec, held_tokens, count=1000)
-    unigram = heldout.unigram(tokens.Source(folder / "tokens"), held_tokens, loaded.layout)
+    likelihood = validation.likelihood(loaded.module, codec, held_tokens, count=1000)
+    unigram = validation.unigram(token_shards.Source(folder / "tokens"), held_tokens, loaded.layout)
 
     chosen = presets.named(loaded.config.presets.to_dict(), "default")
     sampler = presets.sampler(chosen, decode.steps(loaded.module))
     wanted = np.repeat(np.arange(len(shapes.CLASSES), dtype=np.int32), number // 10)
-    _, drawn = sample.draw(
+    _, drawn = drawing.draw(
         loaded.module, tokenizer.module, wanted, sampler, seed=SEED, batch=100, what="samples"
     )
-    hits = judge.predictions(examiner, drawn) == wanted
+    hits = local_classifier.predictions(examiner, drawn) == wanted
     per_class = hits.reshape(len(shapes.CLASSES), -1).mean(1)
 
     rows, columns = loaded.layout.grids[0]
     upper = np.zeros((10, rows * columns, 1), bool)
     upper[:, : rows // 2 * columns] = True
-    _, completed = sample.draw(
+    _, completed = drawing.draw(
         loaded.module,
         tokenizer.module,
         np.arange(10, dtype=np.int32),
@@ -218,9 +209,11 @@ def measure(folder: pathlib.Path, examiner, number: int) -> tuple[dict, dict, di
             zip(shapes.CLASSES, per_class.round(3).tolist(), strict=True)
         ),
         "judged_samples": len(wanted),
-        "judge_accuracy": round(float((judge.predictions(examiner, real) == label_N).mean()), 4),
+        "judge_accuracy": round(
+            float((local_classifier.predictions(examiner, real) == label_N).mean()), 4
+        ),
         "judge_on_reconstructions": round(
-            float((judge.predictions(examiner, repainted) == label_N).mean()), 4
+            float((local_classifier.predictions(examiner, repainted) == label_N).mean()), 4
         ),
         "nats_per_token": round(likelihood["nats_per_token"], 4),
         "nats_error": round(likelihood["nats_error"], 4),

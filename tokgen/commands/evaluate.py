@@ -10,9 +10,11 @@ import contextlib
 import pathlib
 import time
 
-from tokgen import assess, checkpoint, heldout, launch, options, output, protocols, report
+from tokgen import options, output, report, runtime
+from tokgen.checkpoints import checkpoint
 from tokgen.commands import sample
-from tokgen.data import captioned, classes, reader, tokens
+from tokgen.data import captioned, classes, datasets, reader, token_shards
+from tokgen.evaluation import protocols, score as scores, validation
 from tokgen.interfaces import UserError
 
 
@@ -65,7 +67,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         choices=("duplicates", "constant", "few", "lossy"),
         help="score although there are copies, images of one colour, few samples, or JPEGs",
     )
-    sample.drawing(score)
+    sample.sampling_arguments(score)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
             f"--images and --orders must be at least 1; found {args.images}, {args.orders}"
         )
     if args.protocol:
-        assess.run(args)
+        scores.run(args)
         return
     if args.reference or args.weights or args.assume or args.samples or args.lpips:
         raise UserError(
@@ -101,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _measured(args: argparse.Namespace) -> tuple[dict, dict]:
     """(the figures with what they are of, the figures by the names that people read)."""
-    launch.devices()
+    runtime.devices()
     step = checkpoint.find(args.checkpoint)
     kind = checkpoint.read_meta(step)["kind"]
     if args.reconstruction and kind != "tokenizer":
@@ -129,7 +131,7 @@ def _measured(args: argparse.Namespace) -> tuple[dict, dict]:
 def _tokenizer(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     """(figures, what their first is called, the source that they are of, the precision)."""
     loaded = checkpoint.load_tokenizer(step, compute=args.precision or "")
-    source = heldout.image_source(
+    source = datasets.image_source(
         loaded.config, args.data, args.split, labels=args.labels, doubtful="drop"
     )
     if args.text and not loaded.config.decoder.get("text"):
@@ -137,13 +139,13 @@ def _tokenizer(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     if args.text:
         pictures = source.images if isinstance(source, captioned.Source) else source
         source = captioned.Source(pictures, args.text, split=args.split)
-    what = heldout.called(loaded.config.get("data", {}), args.data)
-    heldout.tell(what, **{args.split: source})
-    heldout.check_filled(source, args.split)
+    what = datasets.called(loaded.config.get("data", {}), args.data)
+    datasets.tell(what, **{args.split: source})
+    datasets.check_filled(source, args.split)
     report.say(f"{min(args.images, len(source))} of {len(source)} images, step {step.name}")
-    view = heldout.view_of(loaded.config)
-    batch = min(args.batch, heldout.bounded(view, args.images))
-    found, _ = heldout.reconstruction(
+    view = datasets.view_of(loaded.config)
+    batch = min(args.batch, validation.bounded(view, args.images))
+    found, _ = validation.reconstruction(
         *(loaded.module, source, view), count=args.images, batch=batch, what="reconstruct"
     )
     return found, "", source, loaded.config.precision.compute
@@ -158,17 +160,17 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     tokenizer = checkpoint.load_tokenizer_of(loaded, args.tokenizer)
     data = _data_of(loaded, args.data)
     data["text"] = args.text or data.get("text", "")
-    heldout.check_text(loaded.module, data["text"], "--text")
+    datasets.check_text(loaded.module, data["text"], "--text")
     if data["tokens"]:
         options.check(args, {"labels": "images, not for token shards"})
-        train = tokens.Source(data["tokens"])  # whole, before anything is measured
-        source = heldout.generator_source(data, args.split)
+        train = token_shards.Source(data["tokens"])  # whole, before anything is measured
+        source = datasets.generator_source(data, args.split)
         checkpoint.check_tokens(tokenizer, source.header, source.path)
     else:
         encoder = checkpoint.load_tokenizer(tokenizer.step, compute="float32")
-        source = heldout.generator_source(data, args.split, encoder, labels=args.labels)
-    heldout.tell(heldout.called(data, args.data), **{args.split: source})
-    heldout.check_filled(source, args.split)
+        source = datasets.generator_source(data, args.split, encoder, labels=args.labels)
+    datasets.tell(datasets.called(data, args.data), **{args.split: source})
+    datasets.check_filled(source, args.split)
     label_C = None
     if not data["text"]:
         where = args.data or "the data"
@@ -176,7 +178,7 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
         if said:
             report.say(said)
     report.say(f"{min(args.images, len(source))} of {len(source)} images, step {step.name}")
-    figures = heldout.likelihood(
+    figures = validation.likelihood(
         *(loaded.module, tokenizer.module.quantizer, source),
         count=args.images,
         batch=args.batch,
@@ -192,7 +194,7 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     title = f"nats_per_token ({', '.join(how)})" if how else "nats_per_token"
     if data["tokens"]:  # images would all have to be encoded for it
         reader.share(source, train)
-        figures |= heldout.unigram(train, source, loaded.layout)
+        figures |= validation.unigram(train, source, loaded.layout)
     return figures, title, source, loaded.config.precision.compute
 
 
@@ -201,7 +203,9 @@ def _data_of(loaded: checkpoint.Loaded, path: str) -> dict:
     data = {"tokens": "", **dict(loaded.config.get("data", {}))}
     record = loaded.meta["tokens"]
     data["tokens"] = str(checkpoint.referred(record, loaded.step)) if record else ""
-    shards = any((pathlib.Path(path) / name).exists() for name in (tokens.HEADER, tokens.PLAN))
+    shards = any(
+        (pathlib.Path(path) / name).exists() for name in (token_shards.HEADER, token_shards.PLAN)
+    )
     if path and shards:
         data["tokens"] = path
     elif path:

@@ -8,8 +8,10 @@ import pathlib
 
 import numpy as np
 
-from tokgen import archives, config, imports, launch, output, report, state
-from tokgen.pretrained import system, transfer, writer
+from tokgen import archives, config, output, parameters, report, runtime
+from tokgen.checkpoints import imported as imports
+from tokgen.pretrained import system, transfer
+from tokgen.pretrained.formats import writer
 
 OURS, CONFIG = imports.OURS, imports.CONFIG
 RECORDS = {CONFIG: ("config", "layout", "fingerprint")}
@@ -38,17 +40,17 @@ def run(args: argparse.Namespace) -> None:
 
 def _exported(args: argparse.Namespace, out: pathlib.Path) -> list[str]:
     """Write all of it; what is to be said."""
-    launch.devices()
+    runtime.devices()
     loaded, imported = imports.load_imported(args.checkpoint)
     source = loaded.meta.get("source") or {}
     name = args.system or source.get("system", "")
     # before anything is written: the form may not fit
     published = _published(imported, name, source) if name else {}
-    _, params, stats = state.split(loaded.module)
+    _, params, stats = parameters.split(loaded.module)
     arrays = {
         f"{name}.{path.replace('/', '.')}": leaf
         for name, tree in (("params", params), ("stats", stats))
-        for path, leaf in state.paths(tree).items()
+        for path, leaf in parameters.paths(tree).items()
     }
     record = {
         "config": config.plain(loaded.config),

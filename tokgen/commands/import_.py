@@ -8,9 +8,11 @@ import pathlib
 
 import yaml
 
-from tokgen import checkpoint, imports, launch, output, records, report
+from tokgen import output, records, report, runtime
+from tokgen.checkpoints import checkpoint, imported as imports
 from tokgen.interfaces import UserError
-from tokgen.pretrained import reader, system, transfer
+from tokgen.pretrained import system, transfer
+from tokgen.pretrained.formats import reader
 
 LARGEST_YAML = 2**20  # characters; it is slow to read
 
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         _check(args, file)
     inputs = (file if file.is_file() else "", args.tokenizer, args.config)
     with output.folder(args.out, records={}, inputs=inputs) as place:
-        launch.devices()
+        runtime.devices()
         told = _of_export(args, place) if exported else _imported(args, place)
     for line in told:
         report.say(line)

@@ -7,7 +7,8 @@ import textwrap
 
 from flax import nnx
 
-from tokgen import checkpoint, config, launch
+from tokgen import config, runtime
+from tokgen.checkpoints import checkpoint
 from tokgen.interfaces import TokenLayout, UserError
 
 # What stands for each kind of token -> a quantizer's section; "1-D" ones write a row of tokens.
@@ -88,7 +89,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the table, then the reasons."""
-    launch.devices()
+    runtime.devices()
     if args.tokenizer:
         loaded = checkpoint.load_tokenizer(args.tokenizer)
         codecs = {described(loaded.layout): loaded.module.quantizer}

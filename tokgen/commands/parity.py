@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-from tokgen import launch, options, output, report
+from tokgen import options, output, report, runtime
 from tokgen.interfaces import UserError
 from tokgen.pretrained import parity
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _held(args: argparse.Namespace, file: pathlib.Path | None) -> tuple[parity.Folder, list]:
     """(the fixture, a line per array); with a file, what our model computed goes there."""
-    launch.check_platform()
+    runtime.check_platform()
     unknown = "opaque" if args.opaque else "refuse"
     folder = parity.Folder(args.folder, args.system, unknown)
     lines, computed = parity.hold(folder)

@@ -8,11 +8,12 @@ import math
 import jax
 import numpy as np
 
-from tokgen import boundary, checkpoint, heldout, launch, options, output, report, sharding
-from tokgen.data import images, reader, stream, tokens
+from tokgen import boundary, options, output, report, runtime, sharding
+from tokgen.checkpoints import checkpoint
+from tokgen.data import datasets, loader, pixels as images, reader, token_shards
 from tokgen.interfaces import UserError
 
-encode = heldout.encode  # one program, also for those who encode while they train
+encode = datasets.encode  # one program, also for those who encode while they train
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,13 +47,13 @@ def run(args: argparse.Namespace) -> None:
     if not 0.0 <= args.max_bad <= 1.0:
         raise UserError(f"--max-bad is a share between 0 and 1; found {args.max_bad}")
     given = dict(overwrite=args.overwrite, inputs=(args.tokenizer, args.data))
-    with output.growing(args.out, records=tokens.RECORDS, lock=".lock", **given) as out:
+    with output.growing(args.out, records=token_shards.RECORDS, lock=".lock", **given) as out:
         _filled(args, views, out)
 
 
 def _filled(args: argparse.Namespace, views: tuple[str, ...], out: output.Folder) -> None:
     """Encode what a folder does not have yet."""
-    launch.devices(args.batch)
+    runtime.devices(args.batch)
     loaded = checkpoint.load_tokenizer(args.tokenizer, compute=args.precision)
     if loaded.layout is None:
         raise UserError(
@@ -61,12 +62,12 @@ def _filled(args: argparse.Namespace, views: tuple[str, ...], out: output.Folder
         )
     settings, mesh = loaded.config, sharding.make_mesh()
     # those who go on keep the order of the classes; what replaces a set has one of its own
-    order = () if out.staged else tokens.recorded_classes(out.path)
+    order = () if out.staged else token_shards.recorded_classes(out.path)
     sources = {
-        split: heldout.image_source(settings, args.data, split, labels=args.labels, order=order)
-        for split in tokens.SPLITS
+        split: datasets.image_source(settings, args.data, split, labels=args.labels, order=order)
+        for split in token_shards.SPLITS
     }
-    heldout.tell(heldout.called(settings.get("data", {}), args.data), **sources)
+    datasets.tell(datasets.called(settings.get("data", {}), args.data), **sources)
     if not args.data and settings.data.name == "shapes":
         described = settings.data.to_dict()
     else:
@@ -87,7 +88,7 @@ def _filled(args: argparse.Namespace, views: tuple[str, ...], out: output.Folder
         made_by = {name: about["tokenizer"][name] for name in ("fingerprint", "precision")}
         out.claim(about | {"tokenizer": made_by})
     earlier = {s: getattr(sources[s], "earlier", ()) for s in sources}
-    writer = tokens.Writer(out.path, **about, earlier=earlier)
+    writer = token_shards.Writer(out.path, **about, earlier=earlier)
     for split, source in sources.items():  # of shards that an earlier run wrote
         record = reader.unreadable(source)
         for shard, missing in writer.written(split):
@@ -137,17 +138,17 @@ def _shard(tokenizer, source, shard, views, batch, mesh, bar) -> tuple:
     layout = tokenizer.layout
     tokens_BXLG = np.zeros((count, len(views), layout.length, layout.groups), np.int32)
     label_B, seen_B = np.zeros(count, np.int32), np.zeros(count, bool)
-    passing = stream.once(
+    passing = loader.once(
         source,
         images.Every(tuple(views)),
         batch_size=batch,
         indices=np.arange(shard.start, shard.stop),
         least=0,
-        threads=stream.THREADS,
+        threads=loader.THREADS,
     )
     with passing:
         for part in passing:
-            rows, named = part["index"] - shard.start, heldout.named(source, part["index"])
+            rows, named = part["index"] - shard.start, datasets.named(source, part["index"])
             label_B[rows], seen_B[rows] = part["label"], True
             for number in range(len(views)):
                 laid = sharding.filled(part["image"][:, number], batch, mesh)

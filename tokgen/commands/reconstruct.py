@@ -6,8 +6,10 @@ import argparse
 import json
 import pathlib
 
-from tokgen import checkpoint, config, heldout, launch, output, report
-from tokgen.data import captioned, reader
+from tokgen import config, output, report, runtime
+from tokgen.checkpoints import checkpoint
+from tokgen.data import captioned, datasets, reader
+from tokgen.evaluation import validation
 from tokgen.interfaces import UserError
 
 PIXELS = 2**26  # of pairs.png, at most
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _reconstructed(args: argparse.Namespace, out: output.Folder) -> dict:
     """The figures, after all is written."""
-    launch.devices()
+    runtime.devices()
     loaded = checkpoint.load_tokenizer(args.checkpoint, compute=args.precision)
     path = pathlib.Path(args.images)
     if path.is_file():
@@ -61,7 +63,7 @@ def _reconstructed(args: argparse.Namespace, out: output.Folder) -> dict:
     else:
         section = {"name": "folder", "path": str(path), "labels": "none"}  # of any folder
         source = config.build(section, "data", split="all")
-        heldout.tell(str(path), all=source)
+        datasets.tell(str(path), all=source)
     if args.text and not loaded.config.decoder.get("text"):
         raise UserError(
             "--text is for a tokenizer whose decoder reads text; found another: leave it out"
@@ -74,12 +76,12 @@ def _reconstructed(args: argparse.Namespace, out: output.Folder) -> dict:
             f"this tokenizer's decoder reads text: --text must name a folder with all.npy, "
             f"features [images, {length}, {channels}] in the order of the images; found none"
         )
-    view = heldout.view_of(loaded.config)
+    view = datasets.view_of(loaded.config)
     scale = max(1, 96 // view.size[0])
     fitting = max(1, PIXELS // (2 * scale**2 * view.size[0] * view.size[1]))
     if fitting < min(args.shown, args.number, len(source)):
         report.say(f"pairs.png shows {fitting} pairs of {view.size} pixels; no program opens more")
-    figures, (image, painted) = heldout.reconstruction(
+    figures, (image, painted) = validation.reconstruction(
         loaded.module,
         source,
         view,

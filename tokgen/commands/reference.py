@@ -10,21 +10,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tokgen import (
-    checkpoint,
-    config,
-    extractors,
-    heldout,
-    judge,
-    launch,
-    options,
-    output,
+from tokgen import config, options, output, report, runtime
+from tokgen.checkpoints import checkpoint
+from tokgen.data import datasets, loader, pixels as images, reader
+from tokgen.evaluation import (
+    feature_extractors,
+    given_images as supplied,
+    local_classifier,
     protocols,
     references,
-    report,
 )
-from tokgen import samples as supplied
-from tokgen.data import images, reader, stream
 from tokgen.interfaces import UserError
 from tokgen.metrics import moments
 
@@ -56,7 +51,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--images", type=int, default=0, help="at most so many; default: all")
     parser.add_argument(
-        "--steps", type=int, default=judge.PHOTOGRAPHS.steps, help="to train the local network"
+        "--steps",
+        type=int,
+        default=local_classifier.PHOTOGRAPHS.steps,
+        help="to train the local network",
     )
     parser.add_argument("--seed", type=int, default=0)
 
@@ -91,21 +89,21 @@ def run(args: argparse.Namespace) -> None:
 
 def _written(args: argparse.Namespace, protocol: protocols.Protocol, file: pathlib.Path) -> str:
     """Measure the images and write the reference; what is to be said."""
-    launch.devices()
+    runtime.devices()
     # an archive does not say what it is of
     unsaid = "all" if args.data.endswith(".npz") else protocol.split or "train"
     split = args.split or unsaid
     source = source_of(args, split)
-    heldout.check_filled(source, split)
+    datasets.check_filled(source, split)
     size = size_of(source, args)
-    heldout.tell(args.data, **{split: source})
+    datasets.tell(args.data, **{split: source})
     extractor = extractor_of(args, protocol, source, size)
     count = min(len(source), args.images or len(source))
     index_N = evenly(len(source), count)
     batches = passing(source, size, index_N)
     found = measured(extractor, batches, index_N, args.seed)
     layers, sums, features, kept_n, label_n, count = found
-    kept = extractors.arrays(extractor) if extractor.name == "local" else {}
+    kept = feature_extractors.arrays(extractor) if extractor.name == "local" else {}
     record = {
         "protocol": args.protocol,
         "dataset": args.data,
@@ -210,11 +208,11 @@ def size_of(source, args: argparse.Namespace) -> tuple[int, int]:
         ) from error
 
 
-def extractor_of(args, protocol, source, size) -> extractors.Extractor:
+def extractor_of(args, protocol, source, size) -> feature_extractors.Extractor:
     """The protocol's feature network: from a file, of another reference, or trained now."""
     if protocol.extractor != "local":
-        found = extractors.from_file(protocol.extractor, args.weights)
-        report.say(extractors.described(found))
+        found = feature_extractors.from_file(protocol.extractor, args.weights)
+        report.say(feature_extractors.described(found))
         return found
     if args.weights:
         raise UserError("the local protocol trains its own network; leave --weights out")
@@ -222,13 +220,13 @@ def extractor_of(args, protocol, source, size) -> extractors.Extractor:
         other = references.read(args.network)
         if not other.network:
             raise UserError(f"{args.network} holds no local network: it is of another protocol")
-        return extractors.from_arrays(other.network, other.record["extractor"])
-    recipe = dataclasses.replace(judge.PHOTOGRAPHS, steps=args.steps)
+        return feature_extractors.from_arrays(other.network, other.record["extractor"])
+    recipe = dataclasses.replace(local_classifier.PHOTOGRAPHS, steps=args.steps)
     taught = source
     if hasattr(source, "split") and not isinstance(source, Kept):
         taught = source_of(args, "train")
         reader.share(source, taught)
-    found = extractors.trained(taught, size, seed=args.seed + 1, recipe=recipe)
+    found = feature_extractors.trained(taught, size, seed=args.seed + 1, recipe=recipe)
     names = ("images", "examined", "accuracy")
     known = dict(zip(names, _accuracy(args, found, source, size), strict=True))
     what = "classes" if source.classes else "which way is up"
@@ -248,7 +246,7 @@ def _accuracy(args, extractor, source, size) -> tuple[str, int, float]:
     if isinstance(source, Kept) or not len(held_out):
         held_out, which = source, "its own images"
     reader.share(source, held_out)
-    accuracy, count = extractors.accuracy(extractor, held_out, size, count=EXAMINED)
+    accuracy, count = feature_extractors.accuracy(extractor, held_out, size, count=EXAMINED)
     return which, count, accuracy
 
 
@@ -257,10 +255,10 @@ def evenly(length: int, count: int) -> np.ndarray:
     return np.arange(count) * length // count
 
 
-def passing(source, size: tuple[int, int], index_N: np.ndarray) -> stream.Batches:
+def passing(source, size: tuple[int, int], index_N: np.ndarray) -> loader.Batches:
     """The images in parts, by ADM's centre crop."""
     view = images.fixed("center", size, 3)
-    return stream.once(source, view, batch_size=PART, indices=index_N)
+    return loader.once(source, view, batch_size=PART, indices=index_N)
 
 
 def measured(extractor, parts: Iterator[dict], index_N: np.ndarray, seed: int) -> tuple:
@@ -275,7 +273,7 @@ def measured(extractor, parts: Iterator[dict], index_N: np.ndarray, seed: int) -
     kept, labels, which, measured_ = {name: [] for name in names}, [], [], 0
     with report.bar(count, unit="image", what="reference") as bar:
         for part in parts:
-            found = extractors.features(extractor, part["image"], tuple(names))
+            found = feature_extractors.features(extractor, part["image"], tuple(names))
             rows_n = np.flatnonzero(np.isin(part["index"], kept_n))
             for name, feature_ND in found.items():
                 sums[name].add(feature_ND)
@@ -294,4 +292,4 @@ def measured(extractor, parts: Iterator[dict], index_N: np.ndarray, seed: int) -
 
 
 def _hash(path: str) -> str:
-    return extractors.sha256(path)
+    return feature_extractors.sha256(path)

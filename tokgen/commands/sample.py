@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import pathlib
 import re
@@ -13,113 +12,18 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from tokgen import (
-    archives,
-    boundary,
-    checkpoint,
-    launch,
-    options,
-    output,
-    report,
-    rng,
-    samples,
-    sharding,
-    supplies,
-)
+from tokgen import archives, options, output, report, runtime
+from tokgen.checkpoints import checkpoint
 from tokgen.data import classes as names_
+from tokgen.evaluation import given_images, made_images
 from tokgen.interfaces import PyTree, Text, UserError
-from tokgen.metrics import reconstruction
-from tokgen.sampling import decode, filters, presets
+from tokgen.sampling import drawing, presets, sampler as filters
 
 # Without --classes: all of so many, or some of them evenly over all
 FEW, SOME = 16, 8
 RECORDS = {"samples.json": ("checkpoint", "settings")}
 COLUMNS = 16  # images of a row of grid.png
 PIXELS, SIDE = 2**26, 2**14  # of grid.png, at most; SIDE is its height
-
-
-@functools.partial(jax.jit, static_argnames="sampler")
-def draw_tokens(generator, codec, cond, keys_B, sampler, given=None):
-    """(tokens_BLG, invalid_B): one program per sampler and batch size."""
-    state = decode.generate(generator, codec, cond, sampler, keys_B=keys_B, given=given)
-    return state.tokens_BLG, state.invalid_B
-
-
-@jax.jit
-def paint(tokenizer, tokens_BLG):
-    """(uint8 images of tokens, [B] true where a pixel was not finite)."""
-    return reconstruction.bytes_of(tokenizer.decode(tokens_BLG))
-
-
-def draw(
-    generator,
-    tokenizer,
-    cond: PyTree,
-    sampler,
-    *,
-    seed: int,
-    batch: int,
-    first: int = 0,
-    given: tuple[np.ndarray, np.ndarray] | None = None,
-    what: str = "sample",
-) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [N, L, G], uint8 images [N, H, W, 3]) of conditions, numbered from `first`.
-
-    `what` names the job on a progress bar; there is none without a name.
-
-    `cond` is label_N, or a tree of arrays that lead with the images, such as a Text. Image i
-    depends on (seed, i, its condition) only: not on the batch, nor on its neighbours.
-    """
-    found = drawn(
-        *(generator, tokenizer, cond, sampler),
-        **dict(seed=seed, batch=batch, first=first, given=given, what=what),
-    )
-    return tuple(map(np.concatenate, zip(*found, strict=True)))
-
-
-def drawn(
-    generator,
-    tokenizer,
-    cond: PyTree,
-    sampler,
-    *,
-    seed: int,
-    batch: int,
-    first: int = 0,
-    done: int = 0,
-    given: tuple[np.ndarray, np.ndarray] | None = None,
-    what: str = "sample",
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What `draw` gives, batch by batch, but for the `done` first."""
-    N = len(jax.tree.leaves(cond)[0])
-    if hasattr(generator, "check"):  # before any work on the devices
-        generator.check(cond)
-    batch, mesh = even(N - done, batch), sharding.current()
-    with report.bar(N, initial=done, unit="image", what=what, shown=bool(what)) as bar:
-        for start in range(done, N, batch):
-            index_B = np.arange(start, min(start + batch, N))
-            asked = jax.tree.map(lambda leaf, index=index_B: np.asarray(leaf)[index], (cond, given))
-            (cond_B, held), laid_B = sharding.filled((asked, first + index_B), batch, mesh)
-            keys_B = rng.per_image(seed, "sample", laid_B)
-            with jax.set_mesh(mesh):  # so that the networks can say how their activations lie
-                tokens_BLG, invalid_B = draw_tokens(
-                    generator, tokenizer.quantizer, cond_B, keys_B, sampler, held
-                )
-                image_BHW3, unpainted_B = paint(tokenizer, tokens_BLG)
-            kept, number = min(batch, N - start), functools.partial(_number, first + start)
-            boundary.refuse(np.asarray(invalid_B)[:kept], "logits", number)
-            boundary.refuse(np.asarray(unpainted_B)[:kept], "what the decoder paints", number)
-            yield np.asarray(tokens_BLG)[:kept], np.asarray(image_BHW3)[:kept]
-            bar.update(kept)
-
-
-def even(count: int, batch: int) -> int:
-    """The batch, at most as asked for, by which `count` images are drawn with least filling up."""
-    return max(1, -(-count // max(1, -(-count // batch))))
-
-
-def _number(first: int, row: int) -> str:
-    return f"number {first + row}"
 
 
 def chosen(text: str, classes: tuple[str, ...]) -> list[int]:
@@ -241,12 +145,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--number", type=int, default=8, help="images per class or text (default 8)"
     )
-    drawing(parser)
+    sampling_arguments(parser)
     parser.add_argument("--tokenizer", default="", help="where the tokenizer lies now, if moved")
     parser.add_argument("--no-png", action="store_true", help="only the grid and the .npz")
 
 
-def drawing(parser) -> None:
+def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """How images are drawn: the options of every command that draws."""
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--preset", default="default", help="sampling settings of the checkpoint")
@@ -330,7 +234,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _sampled(args: argparse.Namespace, out: output.Folder) -> str:
     """Draw what an unfinished result does not have yet, and write all; what is to be said."""
-    launch.devices()
+    runtime.devices()
     precision = precision_of(args)
     loaded = checkpoint.load_generator(args.checkpoint, compute=precision)
     tokenizer = checkpoint.load_tokenizer_of(loaded, args.tokenizer)
@@ -351,9 +255,9 @@ def _sampled(args: argparse.Namespace, out: output.Folder) -> str:
         "versions": checkpoint.versions(),
     }
     parts = out.path / "parts"
-    out.claim(record | {"conditions": supplies.conditions(cond), "png": not args.no_png})
+    out.claim(record | {"conditions": made_images.conditions(cond), "png": not args.no_png})
     done = sum(len(image_BHW3) for _, image_BHW3 in _kept(parts))
-    for tokens_BLG, image_BHW3 in drawn(
+    for tokens_BLG, image_BHW3 in drawing.drawn(
         *(generator, tokenizer.module, cond, sampler), seed=args.seed, batch=args.batch, done=done
     ):
         for i, image_HW3 in enumerate(image_BHW3, done):
@@ -364,7 +268,7 @@ def _sampled(args: argparse.Namespace, out: output.Folder) -> str:
                 report.save_png(out.path / f"seed{args.seed}-{i:05d}-{kind}.png", image_HW3)
         # last: what is in a part has its pictures
         part = {"tokens": tokens_BLG, "image": image_BHW3}
-        supplies.save_part(parts / f"{done:07d}.npz", part)
+        made_images.save_part(parts / f"{done:07d}.npz", part)
         done += len(image_BHW3)
     shown = _written(out.path, parts, kind_N, args.number)
     shutil.rmtree(parts)
@@ -378,7 +282,7 @@ def _sampled(args: argparse.Namespace, out: output.Folder) -> str:
 def _kept(parts: pathlib.Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The tokens and images of the parts that were made, from the first on without a gap."""
     start = 0
-    while (found := supplies.loaded_part(parts / f"{start:07d}.npz")) is not None:
+    while (found := made_images.loaded_part(parts / f"{start:07d}.npz")) is not None:
         yield found["tokens"], found["image"]
         start += len(found["image"])
 
@@ -391,7 +295,7 @@ def _written(out: pathlib.Path, parts: pathlib.Path, kind_N: np.ndarray, number:
     layout_RX, told = sheet(len(kind_N), number, (scale * rows, scale * columns))
     wanted = dict.fromkeys(layout_RX[layout_RX >= 0].tolist())
     shape = (len(kind_N), *first_BHW3.shape[1:])
-    with samples.writing(out / "samples.npz", shape, kind_N) as add:
+    with given_images.writing(out / "samples.npz", shape, kind_N) as add:
         tokens, start = [], 0
         for tokens_BLG, image_BHW3 in _kept(parts):
             add(image_BHW3)

@@ -16,25 +16,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import scipy.stats
 
-from tokgen import (
-    assess,
-    checkpoint,
-    evaluation,
-    launch,
-    options,
-    output,
-    page,
-    protocols,
-    references,
-    report,
-    scoring,
-)
+from tokgen import options, output, report, runtime
+from tokgen.checkpoints import checkpoint
 from tokgen.commands import compare, evaluate, sample
+from tokgen.evaluation import collect, metric_table, page, protocols, references, score as scores
 from tokgen.interfaces import UserError
 
 # Options that are swept -> their letter in a folder's name
 AXES = {"guidance": "g", "temperature": "t", "steps": "s"}
-RECORDS = {evaluation.RUN: ("sweep of",)}
+RECORDS = {collect.RUN: ("sweep of",)}
 RULE = (
     "The best setting was chosen on these seeds, which flatters it: report a figure of other seeds "
     "(tokgen evaluate with another --seed), with the spread over three or more."
@@ -82,15 +72,15 @@ def run(args: argparse.Namespace) -> None:
     protocol = protocols.named(args.protocol)
     inputs = (args.checkpoint, args.reference, args.weights, args.tokenizer, args.text)
     given = dict(overwrite=args.overwrite, inputs=inputs)
-    about = dict(records=RECORDS, record=evaluation.RUN, what="another sweep")
+    about = dict(records=RECORDS, record=collect.RUN, what="another sweep")
     with output.growing(args.out, **about, **given) as place:
-        launch.devices()
+        runtime.devices()
         out = place.path
         try_out(args, grid)
         reference = references.read(args.reference, args.assume)
-        extractor = assess.extractor_of(args, protocol, reference)
+        extractor = scores.extractor_of(args, protocol, reference)
         place.claim(identity(args, reference, extractor))
-        reference = assess.with_features(reference, extractor)
+        reference = scores.with_features(reference, extractor)
         jobs, lines = [], {}
         for name, setting in grid.items():
             lines[name] = []
@@ -125,7 +115,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, dict]:
 
 def check(args: argparse.Namespace) -> None:
     """Errors of the command line, before anything is loaded."""
-    assess.check(one(args, {}, args.seed, pathlib.Path(args.out)))
+    scores.check(one(args, {}, args.seed, pathlib.Path(args.out)))
     protocol = protocols.named(args.protocol)
     if args.seeds < 1 or args.seed + args.seeds > 2**32:
         raise UserError(f"--seeds must be at least 1; found {args.seeds} from seed {args.seed}")
@@ -177,14 +167,14 @@ def identity(args: argparse.Namespace, reference: references.Reference, extracto
 def evaluated(args: argparse.Namespace, extractor, reference: references.Reference) -> dict:
     """The result of one evaluation: made now, or found finished."""
     protocol = protocols.named(args.protocol)
-    if (pathlib.Path(args.out) / evaluation.RESULTS).exists():
-        return evaluation.results(pathlib.Path(args.out))[-1]
-    with assess.opened(args) as place:
-        supply, classes = assess.supply_of(args, protocol, place.path)
-        count = assess.count_of(args, protocol, supply)
+    if (pathlib.Path(args.out) / collect.RESULTS).exists():
+        return collect.results(pathlib.Path(args.out))[-1]
+    with scores.opened(args) as place:
+        supply, classes = scores.supply_of(args, protocol, place.path)
+        count = scores.count_of(args, protocol, supply)
         references.check(reference, args.protocol, extractor, size=supply.size, count=count)
-        line, found = assess.scored(args, supply, extractor, reference, count, classes, place)
-        assess.finish(place, line, found, supply, extractor, reference, count)
+        line, found = scores.scored(args, supply, extractor, reference, count, classes, place)
+        scores.finish(place, line, found, supply, extractor, reference, count)
     return line
 
 
@@ -192,7 +182,7 @@ def value(line: Mapping, metric: str) -> float:
     """A figure of a result, or an error where it has none."""
     if metric not in line["figures"]:
         why = line["absent"].get(metric, "it was not measured")
-        if why.startswith(scoring.NOT_FINITE):
+        if why.startswith(metric_table.NOT_FINITE):
             return math.nan
         raise UserError(f"--by {metric}: there is no such figure here: {why}; choose another")
     return line["figures"][metric]["value"]
@@ -259,7 +249,7 @@ def listed(summary: Mapping) -> str:
     by, rows = summary["by"], []
     for name, row in summary["settings"].items():
         mark = marks(summary).get(name, "")
-        told = cell(by, row["figures"][by]) if by in row["figures"] else scoring.NOT_FINITE
+        told = cell(by, row["figures"][by]) if by in row["figures"] else metric_table.NOT_FINITE
         rows.append(f"{name or 'preset':<20} {told:<24} {mark}".rstrip())
     seeds = len(summary["seeds"])
     return "\n".join([f"{page.title_of(by)}, mean ± standard deviation of {seeds} seeds", *rows])

@@ -26,8 +26,7 @@ from typing import BinaryIO
 import numpy as np
 
 from tokgen import interfaces, ranges
-from tokgen.data import classes as names_
-from tokgen.data import images
+from tokgen.data import classes as names_, pixels as images
 
 EXTENSIONS = images.EXTENSIONS
 SPLITS = ("train", "held_out", "all")

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 
 from tokgen import interfaces, report
-from tokgen.data import images
+from tokgen.data import pixels as images
 
 ENOUGH = 10_000  # images over which an allowed share is judged at least
 NAMED = 10  # images that a message names

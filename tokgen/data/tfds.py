@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets
 
 from tokgen import interfaces
-from tokgen.data import images, reader
+from tokgen.data import pixels as images, reader
 
 SPLITS = ("train", "held_out", "all")
 LABELS = ("feature", "none")

@@ -20,9 +20,15 @@ from flax import nnx
 from tokgen import boundary, ranges, rng
 from tokgen.generators import orders
 from tokgen.interfaces import DecodeState, Phase, Quantizer, TokenBatch, TokenLayout, UserError
-from tokgen.nn import attention, positions, prefixes, symbols, transformer
-from tokgen.nn import heads as head_names
-from tokgen.nn import parts as part_names
+from tokgen.nn import (
+    attention,
+    conditioning,
+    embeddings,
+    heads as head_names,
+    positions,
+    transformer,
+    variants as part_names,
+)
 from tokgen.nn.precision import Precision
 
 
@@ -82,9 +88,9 @@ class Generator(nnx.Module):
         self.window, self.budget = window, budget
         self.order, self.shuffle, self.groups = orders.named(order), shuffle, groups
         jax.eval_shape(lambda key: self.order(layout, key), jax.random.key(0))  # raises here
-        self.symbols = symbols.Symbols(layout, width, extra=unused, std=kit.std, **options)
+        self.symbols = embeddings.Symbols(layout, width, extra=unused, std=kit.std, **options)
         texts = {} if texts is None else {"texts": texts}
-        self.prefix = prefixes.named(prefix)(
+        self.prefix = conditioning.named(prefix)(
             classes, width, layout.length, kit=kit, **texts, **options
         )
         self.places = positions.named(places)(layout, self.prefix.slots, width, heads, **options)
@@ -219,8 +225,8 @@ class Generator(nnx.Module):
 
     def _ended(self, hidden_BlD, cond, given_Blt, key=None) -> jax.Array:
         """Logits of the symbols that the head gives at once, `given_Blt` known."""
-        symbols = self.symbols.table[...]
-        return self.head(hidden_BlD, cond=cond, given=given_Blt, symbols=symbols, key=key)
+        embeddings = self.symbols.table[...]
+        return self.head(hidden_BlD, cond=cond, given=given_Blt, symbols=embeddings, key=key)
 
     def _checked(self, batch: TokenBatch) -> TokenBatch:
         """The batch, its tokens as int32; an error where it is none of this generator's."""
@@ -376,12 +382,12 @@ def _check_options(prefix: str, texts, head: str, factor: int, shuffle) -> None:
 
 
 def _check_parts(kit: part_names.Parts, parts: str, prefix: str, head: str) -> None:
-    told = prefix in prefixes.TELLING
+    told = prefix in conditioning.TELLING
     if kit.adaptive != told or (head in head_names.ADAPTIVE and not told):
         raise UserError(
             "adaptive parts need a prefix that tells them a condition, no others can be told one, "
             f"and an adaptive head needs it too; found parts={parts!r}, prefix={prefix!r}, "
-            f"head={head!r}: prefixes that tell are {' and '.join(prefixes.TELLING)}"
+            f"head={head!r}: prefixes that tell are {' and '.join(conditioning.TELLING)}"
         )
     if head in head_names.TIED:
         raise UserError(f"head {head!r} is for masked generators; use 'linear', for example")

@@ -14,11 +14,17 @@ import numpy as np
 from flax import nnx
 
 from tokgen import boundary, ranges, rng
-from tokgen.generators import schedules
+from tokgen.generators import mask_schedules
 from tokgen.interfaces import DecodeState, Phase, Quantizer, TokenBatch, TokenLayout, UserError
-from tokgen.nn import attention, linear, positions, symbols, transformer
-from tokgen.nn import heads as head_names
-from tokgen.nn import parts as part_names
+from tokgen.nn import (
+    attention,
+    embeddings,
+    heads as head_names,
+    linear,
+    positions,
+    transformer,
+    variants as part_names,
+)
 from tokgen.nn.precision import Precision
 
 LEAST = 1e-8  # added weight, where there may be none
@@ -41,7 +47,7 @@ class Typed(nnx.Module):
 
     def __init__(self, width: int, *, precision: Precision, rngs):
         options = dict(precision=precision, rngs=rngs)
-        self.types = symbols.Table(2, width, std=linear.published, **options)
+        self.types = embeddings.Table(2, width, std=linear.published, **options)
         self.norm = part_names.bert_norm(width, **options)
 
     def __call__(self, x_BlD: jax.Array) -> jax.Array:
@@ -130,7 +136,7 @@ class Generator(nnx.Module):
     ):
         kit = part_names.named(parts)
         options = dict(precision=precision, rngs=rngs)
-        schedules.named(schedule)
+        mask_schedules.named(schedule)
         if kit.adaptive or head in (*head_names.ADAPTIVE, "factor"):
             raise UserError(
                 "masked has no condition for adaptive parts or heads, nor symbols in turn; "
@@ -144,9 +150,9 @@ class Generator(nnx.Module):
         self.masking = _named(MASKINGS, masking, "masking")
         self.visible, self.smoothing = visible, smoothing
         self.mean = _named(MEANS, mean, "mean")
-        self.symbols = symbols.named(inputs)(layout, width, extra=1, std=kit.std, **options)
+        self.symbols = embeddings.named(inputs)(layout, width, extra=1, std=kit.std, **options)
         nulls = 0 if label_drop is None else 1
-        self.labels = symbols.Labels(classes, width, nulls=nulls, std=kit.std, **options)
+        self.labels = embeddings.Labels(classes, width, nulls=nulls, std=kit.std, **options)
         self.places = positions.Learned(layout, 1, width, heads, **options)
         self.entry = _named(ENTRIES, entry, "entry")(width, **options)
         self.transformer = _named(STACKS, stack, "stack")(
@@ -234,7 +240,7 @@ class Generator(nnx.Module):
 
     def plan(self) -> tuple[Phase, ...]:
         """Every step handles all positions."""
-        schedules.named(self.schedule)  # a preset may have named another
+        mask_schedules.named(self.schedule)  # a preset may have named another
         return (Phase(0, self.steps, 0, self.layout.length),)
 
     def start(self, cond, codec: Quantizer | None = None, *, keys_B, given) -> DecodeState:
@@ -269,7 +275,9 @@ class Generator(nnx.Module):
         """[B] how many of `count_B` slots the schedule leaves unknown after step `index`."""
         # divided here: in a compiled loop XLA multiplies by a rounded 1 / T
         done_T = np.arange(1, self.steps + 1, dtype=np.float32) / np.float32(self.steps)
-        share = schedules.share(self.schedule, jnp.asarray(done_T)[index], count_B, self.exponent)
+        share = mask_schedules.share(
+            self.schedule, jnp.asarray(done_T)[index], count_B, self.exponent
+        )
         # floored in float32, as published: cos(pi/3) of 32 is 15
         return jnp.floor(count_B * share)
 
@@ -286,7 +294,7 @@ class Generator(nnx.Module):
     def hidden_slots(self, time_B: jax.Array, uniform_BN: jax.Array) -> jax.Array:
         """[B, L, G] true for the slots that are hidden by numbers drawn from [0, 1)."""
         L, G = self.layout.length, self.layout.groups
-        share_B = schedules.share(self.schedule, time_B, L * G, self.exponent)
+        share_B = mask_schedules.share(self.schedule, time_B, L * G, self.exponent)
         return self.masking(uniform_BN, share_B).reshape(-1, L, G)
 
     def columns(self, tokens_BLG: jax.Array, cond: jax.Array, *, key=None) -> jax.Array:

@@ -25,9 +25,14 @@ from tokgen.interfaces import (
     TokenLayout,
     UserError,
 )
-from tokgen.nn import attention, linear, symbols, transformer
-from tokgen.nn import heads as head_names
-from tokgen.nn import parts as part_names
+from tokgen.nn import (
+    attention,
+    embeddings,
+    heads as head_names,
+    linear,
+    transformer,
+    variants as part_names,
+)
 from tokgen.nn.precision import Precision
 
 
@@ -70,11 +75,11 @@ class Generator(nnx.Module):
         options = dict(std=kit.std, precision=precision, rngs=rngs)
         self.layout, self.classes, self.channels = layout, classes, channels
         self.smoothing, self.label_drop = smoothing, label_drop
-        self.labels = symbols.Labels(classes, width, **options)
+        self.labels = embeddings.Labels(classes, width, **options)
         self.token = nnx.Param(jnp.zeros((layout.spans[0][1], width), precision.params_dtype))
         self.embed = linear.Linear(channels, width, bias=True, **options)
-        self.places = symbols.Table(layout.length, width, **options)
-        self.levels = symbols.Table(len(layout.grids), width, **options)
+        self.places = embeddings.Table(layout.length, width, **options)
+        self.levels = embeddings.Table(len(layout.grids), width, **options)
         self.transformer = transformer.Transformer(
             width,
             depth,

@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tokgen.interfaces import UserError
-from tokgen.metrics import bootstrap
-from tokgen.metrics import moments as moments_
+from tokgen.metrics import bootstrap, moments as moments_
 
 ROUNDING = 1e-3  # a distance this far below 0 is still 0
 INDEFINITE = 1e-3  # of the largest eigenvalue: below minus this, it is no covariance

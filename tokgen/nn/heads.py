@@ -14,7 +14,7 @@ from flax import nnx
 
 from tokgen import rng, sharding
 from tokgen.interfaces import TokenLayout, UserError
-from tokgen.nn import linear, parts, positions, prefixes, transformer
+from tokgen.nn import conditioning, linear, positions, transformer, variants
 from tokgen.nn.precision import Precision
 
 
@@ -29,7 +29,7 @@ class Linear(nnx.Module):
         width: int,
         *,
         classes: int = 0,
-        kit: parts.Parts,
+        kit: variants.Parts,
         norm=None,
         bias: bool = False,
         std=None,
@@ -54,12 +54,12 @@ class Linear(nnx.Module):
         return finished(self.head(self.norm(x_BlD)), self.layout)
 
 
-def biased(layout: TokenLayout, width: int, *, kit: parts.Parts, **options) -> Linear:
+def biased(layout: TokenLayout, width: int, *, kit: variants.Parts, **options) -> Linear:
     """Norm, then a linear map with a bias (TiTok's U-ViT)."""
     return Linear(layout, width, kit=kit, bias=True, std=kit.std, **options)
 
 
-def bare(layout: TokenLayout, width: int, *, kit: parts.Parts, **options) -> Linear:
+def bare(layout: TokenLayout, width: int, *, kit: variants.Parts, **options) -> Linear:
     """A linear map with a bias and no norm: post-norm blocks end with one (TiTok's BERT)."""
     return Linear(layout, width, kit=kit, norm=Nothing, bias=True, std=kit.std, **options)
 
@@ -86,7 +86,7 @@ class Adaptive(nnx.Module):
         width: int,
         *,
         classes: int = 0,
-        kit: parts.Parts,
+        kit: variants.Parts,
         norm=linear.Standardized,
         start=None,
         bias: bool = True,
@@ -114,7 +114,7 @@ def half_published(fan_in: int) -> float:
     return 0.5 * linear.published(fan_in)
 
 
-def adaptive_rms(layout: TokenLayout, width: int, *, kit: parts.Parts, **options) -> Adaptive:
+def adaptive_rms(layout: TokenLayout, width: int, *, kit: variants.Parts, **options) -> Adaptive:
     """The same over an RMSNorm, with a map that starts at zero and has no bias (IBQ)."""
     norm = dict(norm=kit.norm, start=half_published)
     head = Adaptive(layout, width, kit=kit, bias=False, **norm, **options)
@@ -133,20 +133,20 @@ class Transformed(nnx.Module):
         width: int,
         *,
         classes: int = 0,
-        kit: parts.Parts,
+        kit: variants.Parts,
         precision: Precision,
         rngs,
     ):
         del classes
         options = dict(bias=True, std=kit.std, precision=precision, rngs=rngs)
         self.dense = linear.Linear(width, width, **options)
-        self.norm = parts.bert_norm(width, precision=precision, rngs=rngs)
+        self.norm = variants.bert_norm(width, precision=precision, rngs=rngs)
         self.head = linear.Linear(width, (layout.groups, layout.absent), **options)
         self.layout = layout
 
     def __call__(self, x_BlD: jax.Array, **_) -> jax.Array:
         """[B, l, D] -> [B, l, G, V]."""
-        x_BlD = self.norm(parts.exact_gelu(self.dense(x_BlD)))
+        x_BlD = self.norm(variants.exact_gelu(self.dense(x_BlD)))
         return finished(self.head(x_BlD), self.layout)
 
 
@@ -161,21 +161,21 @@ class TiedPerPlace(nnx.Module):
         width: int,
         *,
         classes: int = 0,
-        kit: parts.Parts,
+        kit: variants.Parts,
         precision: Precision,
         rngs,
     ):
         del classes
         options = dict(precision=precision, rngs=rngs)
         self.dense = linear.Linear(width, width, bias=True, std=kit.std, **options)
-        self.norm = parts.bert_norm(width, **options)
+        self.norm = variants.bert_norm(width, **options)
         shape = (layout.groups, layout.length, layout.absent)
         self.bias = nnx.Param(jnp.zeros(shape, precision.params_dtype))
         self.layout, self.precision = layout, precision
 
     def __call__(self, x_BlD: jax.Array, *, symbols: jax.Array, **_) -> jax.Array:
         """[B, L, D] against rows [G, V + 1, D] -> [B, L, G, V]."""
-        x_BlD = self.norm(parts.exact_gelu(self.dense(x_BlD)))
+        x_BlD = self.norm(variants.exact_gelu(self.dense(x_BlD)))
         rows_GVD = symbols[:, : self.layout.absent].astype(self.precision.compute_dtype)
         logits_BlGV = jnp.einsum("BlD,GVD->BlGV", x_BlD, rows_GVD)
         bias_lGV = jnp.swapaxes(self.bias[...], 0, 1).astype(jnp.float32)
@@ -196,7 +196,7 @@ class TiedToAll(nnx.Module):
         width: int,
         *,
         classes: int = 0,
-        kit: parts.Parts,
+        kit: variants.Parts,
         precision: Precision,
         rngs,
     ):
@@ -204,14 +204,14 @@ class TiedToAll(nnx.Module):
             raise UserError(f"MaskGIT's head needs one symbol per position; found {layout.vocab}")
         options = dict(precision=precision, rngs=rngs)
         self.dense = linear.Linear(width, width, bias=True, std=kit.std, **options)
-        self.norm = parts.bert_norm(width, **options)
+        self.norm = variants.bert_norm(width, **options)
         words, self.classes = layout.absent + classes + 1, classes
         self.bias = nnx.Param(jnp.zeros(words, precision.params_dtype))
         self.layout, self.precision = layout, precision
 
     def __call__(self, x_BlD: jax.Array, *, symbols: jax.Array, labels: jax.Array, **_):
         """[B, l, D] against rows [1, V + 1, D] and [classes, D] -> [B, l, 1, V + classes + 1]."""
-        x_BlD = self.norm(parts.tanh_gelu(self.dense(x_BlD)))
+        x_BlD = self.norm(variants.tanh_gelu(self.dense(x_BlD)))
         V = self.layout.absent
         # not the row of "no class", where there is one
         rows_VD = jnp.concatenate([symbols[0, :V], labels[: self.classes], symbols[0, V:]])
@@ -236,7 +236,7 @@ class Factor(nnx.Module):
         depth: int,
         heads: int,
         classes: int = 0,
-        kit: parts.Parts,
+        kit: variants.Parts,
         precision: Precision,
         rngs,
         **options,
@@ -267,7 +267,7 @@ class Factor(nnx.Module):
         x_BtD = x_BltD.reshape(-1, *x_BltD.shape[2:])  # every position by itself
         slots_t = jnp.arange(t + 1)
         _, rotary = self.places(jnp.arange(self.layout.groups)[None], slots_t)
-        mask = prefixes.causal(slots_t, t + 1)
+        mask = conditioning.causal(slots_t, t + 1)
         x_BtD, _ = self.transformer(x_BtD, rotary=rotary, mask=mask, key=key)
         x_BltD = self.norm(x_BtD).reshape(x_BltD.shape)
         logits_BltV = [

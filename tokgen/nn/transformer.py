@@ -12,8 +12,8 @@ from flax import nnx
 from tokgen import ranges, rng
 from tokgen.interfaces import UserError
 from tokgen.nn import attention, linear
-from tokgen.nn.parts import Parts
 from tokgen.nn.precision import Precision
+from tokgen.nn.variants import Parts
 
 
 @dataclasses.dataclass(frozen=True)

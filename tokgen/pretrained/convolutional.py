@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from tokgen import state as states
+from tokgen import parameters
 from tokgen.interfaces import Quantized, UserError
 from tokgen.nn import conv
-from tokgen.pretrained import table
+from tokgen.pretrained import keymap
 from tokgen.tokenizers import conv as networks
 
 KINDS = {
@@ -62,24 +62,28 @@ def walk(network, path: str) -> Iterator[Stage]:
             level, seen = level + (1 if encoding else -1), {}
 
 
-def separate(key: str, path: str) -> list[table.Row]:
+def separate(key: str, path: str) -> list[keymap.Row]:
     """An attention block with query, key and value apart."""
-    rows = table.norm(f"{key}.norm", f"{path}/norm")
+    rows = keymap.norm(f"{key}.norm", f"{path}/norm")
     for name, ours in (("q", "query"), ("k", "key"), ("v", "value")):
-        rows += table.pair(f"{key}.{name}", f"{path}/attention/{ours}", table.POINTWISE)
-    return rows + table.pair(f"{key}.proj_out", f"{path}/attention/out", table.POINTWISE_OUT)
+        rows += keymap.pair(f"{key}.{name}", f"{path}/attention/{ours}", keymap.POINTWISE)
+    return rows + keymap.pair(f"{key}.proj_out", f"{path}/attention/out", keymap.POINTWISE_OUT)
 
 
-def fused(key: str, path: str) -> list[table.Row]:
+def fused(key: str, path: str) -> list[keymap.Row]:
     """An attention block with one map for query, key and value."""
     three = [f"{path}/attention/{name}" for name in ("query", "key", "value")]
     return [
-        *table.norm(f"{key}.norm", f"{path}/norm"),
-        table.Row(
-            f"{key}.qkv.weight", tuple(f"{p}/kernel" for p in three), table.thirds(table.POINTWISE)
+        *keymap.norm(f"{key}.norm", f"{path}/norm"),
+        keymap.Row(
+            f"{key}.qkv.weight",
+            tuple(f"{p}/kernel" for p in three),
+            keymap.thirds(keymap.POINTWISE),
         ),
-        table.Row(f"{key}.qkv.bias", tuple(f"{p}/bias" for p in three), table.thirds(table.VECTOR)),
-        *table.pair(f"{key}.proj_out", f"{path}/attention/out", table.POINTWISE_OUT),
+        keymap.Row(
+            f"{key}.qkv.bias", tuple(f"{p}/bias" for p in three), keymap.thirds(keymap.VECTOR)
+        ),
+        *keymap.pair(f"{key}.proj_out", f"{path}/attention/out", keymap.POINTWISE_OUT),
     ]
 
 
@@ -89,13 +93,13 @@ def rows(
     name: Callable[[Stage], str],
     *,
     prefix: str,
-    attention: Callable[[str, str], list[table.Row]] = separate,
-) -> list[table.Row]:
+    attention: Callable[[str, str], list[keymap.Row]] = separate,
+) -> list[keymap.Row]:
     """The table of one network: `name` gives the published prefix of a stage."""
-    found = table.pair(
+    found = keymap.pair(
         f"{prefix}conv_in",
         f"{path}/conv_in",
-        table.CONV,
+        keymap.CONV,
         bias=network.conv_in.bias is not None,
     )
     for stage in walk(network, path):
@@ -103,22 +107,22 @@ def rows(
         if stage.kind == "block":
             bias = stage.module.conv1.bias is not None
             for part in ("1", "2"):
-                found += table.norm(f"{key}.norm{part}", f"{stage.path}/norm{part}")
-                found += table.pair(
-                    f"{key}.conv{part}", f"{stage.path}/conv{part}", table.CONV, bias=bias
+                found += keymap.norm(f"{key}.norm{part}", f"{stage.path}/norm{part}")
+                found += keymap.pair(
+                    f"{key}.conv{part}", f"{stage.path}/conv{part}", keymap.CONV, bias=bias
                 )
             if stage.module.conv_skip is not None:
                 skip = f"{stage.path}/conv_skip"
-                found += table.pair(f"{key}.nin_shortcut", skip, table.CONV, bias=bias)
+                found += keymap.pair(f"{key}.nin_shortcut", skip, keymap.CONV, bias=bias)
         elif stage.kind == "attention":
             found += attention(key, stage.path)
         elif stage.kind == "adapt":
-            found += table.pair(f"{key}.gamma", f"{stage.path}/scale", table.LINEAR)
-            found += table.pair(f"{key}.beta", f"{stage.path}/shift", table.LINEAR)
+            found += keymap.pair(f"{key}.gamma", f"{stage.path}/scale", keymap.LINEAR)
+            found += keymap.pair(f"{key}.beta", f"{stage.path}/shift", keymap.LINEAR)
         elif not isinstance(stage.module, conv.Average):
-            found += table.pair(key, f"{stage.path}/conv", table.CONV)
-    found += table.norm(f"{prefix}norm_out", f"{path}/norm")
-    return found + table.pair(f"{prefix}conv_out", f"{path}/conv_out", table.CONV)
+            found += keymap.pair(key, f"{stage.path}/conv", keymap.CONV)
+    found += keymap.norm(f"{prefix}norm_out", f"{path}/norm")
+    return found + keymap.pair(f"{prefix}conv_out", f"{path}/conv_out", keymap.CONV)
 
 
 def cells(encoder, image_BHW3) -> tuple[int, int]:
@@ -160,17 +164,17 @@ class Trained:
 
 def trained(quantizer, latents_BPC, cotangent_BPC, weights: dict[str, float]) -> Trained:
     """Run the training form; losses without a weight are left out."""
-    graph, params, stats = states.split(quantizer)
+    graph, params, stats = parameters.split(quantizer)
 
     def scalar(latents_BPC, params):
-        out = states.merge(graph, params, stats)(latents_BPC)
+        out = parameters.merge(graph, params, stats)(latents_BPC)
         loss = sum((w * out.losses[name] for name, w in weights.items()), start=jnp.zeros(()))
         return jnp.sum(out.latents_BPC * cotangent_BPC) + loss, (out, loss)
 
     gradients, (out, loss) = jax.grad(scalar, (0, 1), has_aux=True)(
         jnp.asarray(latents_BPC), params
     )
-    return Trained(out, loss, gradients[0], states.paths(gradients[1]))
+    return Trained(out, loss, gradients[0], parameters.paths(gradients[1]))
 
 
 def sections(

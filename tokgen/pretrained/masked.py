@@ -12,32 +12,32 @@ import numpy as np
 from tokgen import rng
 from tokgen.generators import masked
 from tokgen.interfaces import TokenBatch, UserError
-from tokgen.pretrained import table
-from tokgen.sampling import decode, filters
+from tokgen.pretrained import keymap
+from tokgen.sampling import decode, sampler as filters
 
 # The first row of the published table, the class's place, is the last one: rolled on import.
-LAST_TO_FIRST = table.one(
+LAST_TO_FIRST = keymap.one(
     lambda a, shape: np.roll(a, 1, axis=1).reshape(shape),
     lambda rows: np.roll(rows, -1, axis=0)[None],
 )
-TABLE = table.one(lambda a, shape: a.reshape(shape), lambda rows: rows[None])  # (1, L, D)
+TABLE = keymap.one(lambda a, shape: a.reshape(shape), lambda rows: rows[None])  # (1, L, D)
 
 
-def layered(rows: list[table.Row], layer: int) -> list[table.Row]:
+def layered(rows: list[keymap.Row], layer: int) -> list[keymap.Row]:
     """The rows of one layer, of parameters that are stacked."""
     return [
-        table.Row(row.key, tuple((place, layer) for place in row.places), row.rule) for row in rows
+        keymap.Row(row.key, tuple((place, layer) for place in row.places), row.rule) for row in rows
     ]
 
 
-def fused(key: str, path: str, *, bias: str = "") -> list[table.Row]:
+def fused(key: str, path: str, *, bias: str = "") -> list[keymap.Row]:
     """One published map for query, key and value; `key` and `bias` are its arrays' names."""
     three = [f"{path}/{name}" for name in ("query", "key", "value")]
     kernels = tuple(f"{name}/kernel" for name in three)
-    found = [table.Row(key, kernels, table.thirds(table.LINEAR))]
+    found = [keymap.Row(key, kernels, keymap.thirds(keymap.LINEAR))]
     if bias:
         biases = tuple(f"{name}/bias" for name in three)
-        found.append(table.Row(bias, biases, table.thirds(table.VECTOR)))
+        found.append(keymap.Row(bias, biases, keymap.thirds(keymap.VECTOR)))
     return found
 
 

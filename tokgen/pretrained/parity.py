@@ -18,11 +18,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from tokgen import archives, records
-from tokgen import state as states
+from tokgen import archives, parameters, records
 from tokgen.interfaces import UserError
-from tokgen.pretrained import system as systems
-from tokgen.pretrained import table, transfer
+from tokgen.pretrained import keymap, system as systems, transfer
 
 TOLERANCE = 1e-4  # of the array's largest magnitude, in float32
 LOOSE = 1e-3  # gradients and entropies: sums with cancellation
@@ -142,22 +140,22 @@ class Folder:
 
 
 def gradients(
-    module: nnx.Module, loss: Callable[[nnx.Module], tuple[Any, Any]], rows: Iterable[table.Row]
+    module: nnx.Module, loss: Callable[[nnx.Module], tuple[Any, Any]], rows: Iterable[keymap.Row]
 ) -> tuple[jax.Array, Any, dict[str, np.ndarray]]:
     """(loss, its scalars, gradients by published key) of `loss(module)` -> (loss, scalars)."""
     rows = list(rows)
-    graph, params, stats = states.split(module)
+    graph, params, stats = parameters.split(module)
 
     @jax.jit
     def differentiate(params, stats):
         def scalar(params):
-            return loss(states.merge(graph, params, stats))
+            return loss(parameters.merge(graph, params, stats))
 
         return jax.value_and_grad(scalar, has_aux=True)(params)
 
     (value, scalars), found = jax.device_get(differentiate(params, stats))
-    slopes = {path: np.asarray(leaf, np.float64) for path, leaf in states.paths(found).items()}
-    return value, scalars, table.gradients(rows, slopes, table.publish(module, rows))
+    slopes = {path: np.asarray(leaf, np.float64) for path, leaf in parameters.paths(found).items()}
+    return value, scalars, keymap.gradients(rows, slopes, keymap.publish(module, rows))
 
 
 def grad_norms(

@@ -13,31 +13,31 @@ import numpy as np
 from tokgen import rng
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
 from tokgen.nn import transformer
-from tokgen.pretrained import parity, table
-from tokgen.sampling import decode, filters, guidance
+from tokgen.pretrained import keymap, parity
+from tokgen.sampling import decode, guidance, sampler as filters
 
 QKV = ("query", "key", "value")
 
 
-def llama_blocks(keys: str, path: str, depth: int) -> list[table.Row]:
+def llama_blocks(keys: str, path: str, depth: int) -> list[keymap.Row]:
     """The keys of LlamaGen's blocks `keys`.0, `keys`.1, ...; `path` is our stacked ones'."""
     rows = []
     for i in range(depth):
         key = f"{keys}.{i}"
         fused = tuple((f"{path}/attention/{name}/kernel", i) for name in QKV)
         rows += [
-            table.Row(f"{key}.attention.wqkv.weight", fused, table.thirds(table.LINEAR)),
-            table.row(
+            keymap.Row(f"{key}.attention.wqkv.weight", fused, keymap.thirds(keymap.LINEAR)),
+            keymap.row(
                 f"{key}.attention.wo.weight",
                 (f"{path}/attention/out/kernel", i),
-                table.LINEAR_OUT,
+                keymap.LINEAR_OUT,
             ),
-            table.row(f"{key}.attention_norm.weight", (f"{path}/attention_norm/scale", i)),
-            table.row(f"{key}.ffn_norm.weight", (f"{path}/mlp_norm/scale", i)),
+            keymap.row(f"{key}.attention_norm.weight", (f"{path}/attention_norm/scale", i)),
+            keymap.row(f"{key}.ffn_norm.weight", (f"{path}/mlp_norm/scale", i)),
         ]
         for theirs, ours in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
             place = (f"{path}/mlp/{ours}/kernel", i)
-            rows.append(table.row(f"{key}.feed_forward.{theirs}.weight", place, table.LINEAR))
+            rows.append(keymap.row(f"{key}.feed_forward.{theirs}.weight", place, keymap.LINEAR))
     return rows
 
 
@@ -83,16 +83,16 @@ def section(published: dict, *path: str) -> dict:
     return published
 
 
-def rows_of_symbol(count: int) -> table.Rule:
+def rows_of_symbol(count: int) -> keymap.Rule:
     """A table (count, D) <-> the first rows of ours [V, D]; nobody reads those beyond."""
-    return table.one(
+    return keymap.one(
         lambda a, shape: np.pad(a, ((0, shape[0] - len(a)), (0, 0))), lambda ours: ours[:count]
     )
 
 
-def map_to_symbol(count: int) -> table.Rule:
+def map_to_symbol(count: int) -> keymap.Rule:
     """A linear map (count, D) <-> the first columns of ours [D, V]; nobody reads those beyond."""
-    return table.one(
+    return keymap.one(
         lambda a, shape: np.pad(a.T, ((0, 0), (0, shape[1] - len(a)))),
         lambda ours: ours[:, :count].T,
     )

@@ -16,9 +16,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from tokgen import pretrained
 from tokgen.interfaces import TokenLayout, UserError
-from tokgen.pretrained import table
+from tokgen.pretrained import keymap, systems as systems_
 
 Weights = dict[str, np.ndarray]
 
@@ -52,7 +51,7 @@ class System:
 
     parity: Callable[[Any], dict[str, np.ndarray]]
     settings: Callable[[dict, Weights], ml_collections.ConfigDict] | None = None
-    rows: Callable[[Any], Iterable[table.Row]] | None = None
+    rows: Callable[[Any], Iterable[keymap.Row]] | None = None
     unwrap: tuple[str, ...] = ()
     aside: tuple[str, ...] = ()
     derived: Callable[[Any], Weights] | None = None
@@ -70,8 +69,8 @@ class System:
 def known() -> dict[str, System]:
     """Every system by name."""
     systems: dict[str, System] = {}
-    for file in pkgutil.iter_modules(pretrained.__path__):
-        module = importlib.import_module(f"tokgen.pretrained.{file.name}")
+    for file in pkgutil.iter_modules(systems_.__path__):
+        module = importlib.import_module(f"tokgen.pretrained.systems.{file.name}")
         systems.update(getattr(module, "SYSTEMS", {}))
     return systems
 

@@ -17,8 +17,8 @@ from flax import nnx
 
 from tokgen import config as configs
 from tokgen.interfaces import TokenLayout, UserError
-from tokgen.pretrained import reader, table
-from tokgen.pretrained import system as systems
+from tokgen.pretrained import keymap, system as systems
+from tokgen.pretrained.formats import reader
 
 # Of arrays of another system
 _MISFITS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
@@ -256,12 +256,12 @@ def fit(
             wrapped.append(f"{prefix!r}, with which its names begin, is left away")
         return dataclasses.replace(imported, notes=tuple(wrapped))
     # the attempt that came the farthest says the most
-    raise min(errors, key=lambda e: e.problems if isinstance(e, table.Misfit) else np.inf)
+    raise min(errors, key=lambda e: e.problems if isinstance(e, keymap.Misfit) else np.inf)
 
 
 def _prefixes(weights: systems.Weights, aside: Sequence[str]) -> list[str]:
     """What all names begin with, up to a dot each: "module.", "module.model."."""
-    names = list(table.split(weights, aside)[0])
+    names = list(keymap.split(weights, aside)[0])
     if not names:
         return []
     parts = os.path.commonprefix([name.split(".")[:-1] for name in names])
@@ -283,7 +283,7 @@ def _fit(
     average: systems.Weights,
     form: Form,
 ) -> Imported:
-    empty = [key for key, array in table.split(weights, system.aside)[0].items() if not array.size]
+    empty = [key for key, array in keymap.split(weights, system.aside)[0].items() if not array.size]
     if empty:
         raise UserError(
             f"{source} has no numbers in {', '.join(empty[:5])}: it was not saved whole, or its "
@@ -297,22 +297,22 @@ def _fit(
     else:
         make = nnx.eval_shape(lambda: configs.generator(config, layout, classes, rngs=nnx.Rngs(0)))
     rows = list(system.rows(make))
-    weights, aside = table.split(weights, system.aside)
+    weights, aside = keymap.split(weights, system.aside)
     dtype, dtypes = _dtypes(weights)
     form = dataclasses.replace(form, dtype=dtype, dtypes=dtypes)
     if average:
-        average, _ = table.split(average, system.aside)
+        average, _ = keymap.split(average, system.aside)
         dtype, dtypes = _dtypes(average)
         form = dataclasses.replace(form, average_dtype=dtype, average_dtypes=dtypes)
     elif system.average is not None:
         names = {entry.key: system.average(entry.key) for entry in rows}
         average = {live: weights[ema] for live, ema in names.items() if ema in weights}
         weights = {k: a for k, a in weights.items() if k not in set(names.values())}
-    module = table.fill(make, rows, weights, source=source)
+    module = keymap.fill(make, rows, weights, source=source)
     averaged = None
     if average:
         # what has no average (usage counts) stays as it is
-        averaged = table.fill(make, rows, weights | average, source=f"{source} (moving averages)")
+        averaged = keymap.fill(make, rows, weights | average, source=f"{source} (moving averages)")
     return Imported(config, module, averaged, aside, form, layout, classes)
 
 
@@ -386,7 +386,7 @@ def _publishable(name: str) -> systems.System:
 
 def _rows_of(module: nnx.Module, system: systems.System, name: str) -> systems.Weights:
     try:
-        return table.publish(module, list(system.rows(module)))
+        return keymap.publish(module, list(system.rows(module)))
     except _MISFITS as error:
         raise UserError(
             f"this model has not the form of {name} ({error!r:.300}): need one that its recipe or "

@@ -14,8 +14,7 @@ from flax import nnx
 
 from tokgen import ranges
 from tokgen.interfaces import Quantized, TokenLayout
-from tokgen.quantizers import bits as words
-from tokgen.quantizers import entropy as entropies
+from tokgen.quantizers import bits as words, entropy as entropies
 
 WHOLE = 12  # 2^bits chances for every latent are 64 MiB per 4,096 latents
 

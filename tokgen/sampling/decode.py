@@ -17,7 +17,7 @@ from flax import nnx
 
 from tokgen import boundary
 from tokgen.interfaces import Array, DecodeState, Generator, Phase, PyTree, Quantizer, UserError
-from tokgen.sampling import filters, guidance, settings
+from tokgen.sampling import guidance, sampler as filters, settings
 
 # Carried through a loop; everything else of a state stays outside, so that it isn't copied.
 CARRIED = ("tokens_BLG", "cache", "latents_BPC", "invalid_B")

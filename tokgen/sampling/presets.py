@@ -31,7 +31,7 @@ import numpy as np
 
 from tokgen import ranges
 from tokgen.interfaces import Generator, UserError
-from tokgen.sampling import decode, filters, guidance
+from tokgen.sampling import decode, guidance, sampler as filters
 
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": "constant", "weight": 1.0}
 KNOBS = {"steps": 0, "schedule": "", "exponent": 0.0}

@@ -17,8 +17,7 @@ from flax import nnx
 
 from tokgen import ranges
 from tokgen.interfaces import UserError
-from tokgen.nn import conv, linear, transformer
-from tokgen.nn import parts as part_names
+from tokgen.nn import conv, linear, transformer, variants as part_names
 from tokgen.nn.precision import Precision
 
 

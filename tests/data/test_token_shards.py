@@ -1,0 +1,585 @@
+"""Token shards come back as they were written, or are refused; a killed writer goes on."""
+
+import hashlib
+import json
+import os
+import pathlib
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from array_record.python import array_record_module
+
+from tokgen import interfaces
+from tokgen.data import token_shards
+
+COUNTS = {"train": 11, "held_out": 3}
+
+
+def plan(**changes):
+    return {
+        "images": COUNTS,
+        "layout": {"vocab": (300, 16), "grids": ((1, 1), (2, 2))},
+        "tokenizer": {"path": "runs/tokenizer", "fingerprint": "abc", "precision": "float32"},
+        "data": {"source": "folder flowers", "fingerprint": "def"},
+        "views": ("center", "flip"),
+        "classes": ("daisy", "rose"),
+        "shard_images": 4,
+        **changes,
+    }
+
+
+def content(split, start=0, stop=None):
+    """tokens [images, views, L, G] and labels of a split: whatever, but always the same."""
+    count = COUNTS[split]
+    rng = np.random.default_rng(count)
+    tokens_BXLG = rng.integers(0, (300, 16), (count, 2, 5, 2))
+    return tokens_BXLG[start:stop], rng.integers(0, 2, count)[start:stop]
+
+
+def fill(writer, shards):
+    for shard in shards:
+        writer.write(shard, *content(shard.split, shard.start, shard.stop))
+
+
+def write(path, **changes):
+    writer = token_shards.Writer(path, **plan(**changes))
+    fill(writer, writer.remaining())
+    writer.finish()
+    return path
+
+
+def contents(path):
+    return {name: (path / name).read_bytes() for name in sorted(os.listdir(path))}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write(tmp_path / "tokens")
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("split", token_shards.SPLITS)
+def test_tokens_come_back_as_they_were_written(folder, split, verify):
+    source = token_shards.Source(folder, split=split, verify=verify)
+    tokens_BXLG, label_B = content(split)
+    assert len(source) == COUNTS[split] and source.classes == ("daisy", "rose")
+    assert source.layout == {"vocab": [300, 16], "grids": [[1, 1], [2, 2]]}
+    assert source.views == ("center", "flip") and source.header["dtype"] == "uint16"
+    order = np.random.default_rng(0).permutation(len(source))
+    for index, record in zip(order, source.__getitems__(order), strict=True):
+        np.testing.assert_array_equal(record["tokens"], tokens_BXLG[index])
+        assert record["tokens"].dtype == np.int32 and record["label"] == label_B[index]
+        np.testing.assert_array_equal(source[index]["tokens"], record["tokens"])
+    np.testing.assert_array_equal(source[-1]["tokens"], tokens_BXLG[-1])
+    with pytest.raises(IndexError):
+        source[len(source)]
+
+
+def test_records_are_packed_as_documented(folder):
+    """Read without tokgen: a little-endian uint32 label, then little-endian uint16 tokens."""
+    reader = array_record_module.ArrayRecordReader(
+        str(folder / "train-00001-of-00003.array_record")
+    )
+    record = reader.read_all()[1]
+    reader.close()
+    tokens_BXLG, label_B = content("train")
+    assert int.from_bytes(record[:4], "little") == label_B[5]
+    np.testing.assert_array_equal(np.frombuffer(record[4:], "<u2"), tokens_BXLG[5].ravel())
+    assert sorted(os.listdir(folder)) == [
+        "held_out-00000-of-00001.array_record",
+        "layout.json",
+        *(f"train-0000{shard}-of-00003.array_record" for shard in range(3)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype"), [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")]
+)
+def test_the_smallest_integer_that_holds_the_alphabet(tmp_path, vocab, dtype):
+    layout = {"vocab": [vocab], "grids": [[1, 2]]}
+    writer = token_shards.Writer(
+        tmp_path, **plan(layout=layout, images={"train": 2}, views=["center"])
+    )
+    (shard,) = writer.remaining()
+    tokens_BXLG = np.array([0, vocab - 1, vocab - 1, 1]).reshape(2, 1, 2, 1)
+    for wrong in (vocab, -1):
+        with pytest.raises(ValueError, match="must lie in"):
+            writer.write(shard, np.where(tokens_BXLG == 0, wrong, tokens_BXLG), [0, 1])
+    with pytest.raises(ValueError, match="labels"):
+        writer.write(shard, tokens_BXLG, [0, 2])
+    with pytest.raises(ValueError, match="integers"):
+        writer.write(shard, tokens_BXLG.astype(float), [0, 1])
+    with pytest.raises(ValueError, match="takes 2 images"):
+        writer.write(shard, tokens_BXLG[:1], [0])
+    writer.write(shard, tokens_BXLG, [0, 1])
+    writer.finish()
+    source = token_shards.Source(tmp_path)
+    assert source.header["dtype"] == dtype
+    np.testing.assert_array_equal(
+        [record["tokens"] for record in source.__getitems__([0, 1])], tokens_BXLG
+    )
+
+
+def test_fingerprints_follow_the_tokens_and_not_the_place(tmp_path):
+    first = token_shards.Source(write(tmp_path / "a"))
+    moved = plan()["tokenizer"] | {"path": "elsewhere"}
+    assert (
+        first.fingerprint == token_shards.Source(write(tmp_path / "b", tokenizer=moved)).fingerprint
+    )
+    other = plan()["tokenizer"] | {"fingerprint": "xyz"}
+    assert (
+        first.fingerprint != token_shards.Source(write(tmp_path / "c", tokenizer=other)).fingerprint
+    )
+    assert first.fingerprint != token_shards.Source(tmp_path / "a", split="held_out").fingerprint
+    copy = pickle.loads(pickle.dumps(first))
+    np.testing.assert_array_equal(copy[4]["tokens"], first[4]["tokens"])
+
+
+def test_processes_share_the_shards(tmp_path, folder):
+    path = tmp_path / "shared"
+    writers = [token_shards.Writer(path, **plan()) for _ in range(2)]
+    parts = [writer.remaining((part, 2)) for part, writer in enumerate(writers)]
+    assert sorted(shard.file for part in parts for shard in part) == sorted(
+        shard.file for shard in writers[0].shards()
+    )
+    fill(writers[1], parts[1])
+    with pytest.raises(interfaces.UserError, match="shards of .* are missing"):
+        writers[0].finish()
+    fill(writers[0], parts[0])
+    writers[0].finish()
+    assert contents(path) == contents(folder)
+
+
+def test_a_stopped_writer_writes_only_what_is_missing(tmp_path, folder):
+    path = tmp_path / "stopped"
+    writer = token_shards.Writer(path, **plan())
+    fill(writer, writer.remaining()[:2])
+    with pytest.raises(interfaces.UserError, match="not finished"):
+        token_shards.Source(path)
+    again = token_shards.Writer(path, **plan())
+    assert [shard.file for shard in again.remaining()] == [s.file for s in again.shards()[2:]]
+    # One that was damaged meanwhile, and one that lost its note, are written again.
+    shards = again.shards()
+    os.truncate(path / shards[0].file, 1000)
+    os.remove(path / f".{shards[1].file}.note")
+    assert again.remaining() == shards
+    fill(again, again.remaining())
+    again.finish()
+    assert contents(path) == contents(folder)
+    assert token_shards.Writer(path, **plan()).remaining() == []
+
+
+def test_images_that_could_not_be_read_are_listed_and_have_no_tokens(tmp_path):
+    path = tmp_path / "tokens"
+    writer = token_shards.Writer(path, **plan())
+    first, *others = writer.shards()
+    missing = {1: ("daisy/1.png", "cut off"), 3: ("rose/3.png", "empty")}
+    writer.write(first, *content(first.split, first.start, first.stop), missing)
+    assert writer.written("train") == [(first, missing)]
+    writer = token_shards.Writer(path, **plan())  # stopped, and begun again
+    assert writer.written("train") == [(first, missing)]
+    fill(writer, writer.remaining())
+    writer.finish()
+    source = token_shards.Source(path)
+    assert source.missing == missing and source.name(3) == "rose/3.png"
+    assert source.header["splits"]["train"]["unreadable"] == 2
+    assert token_shards.Source(path, split="held_out").missing == {}
+    assert token_shards.Source(write(tmp_path / "whole")).missing == {}
+    for wrong in ([[99, "a", "b"]], [[1, "a"]], [["1", "a", "b"]], 5, [[1, None, "b"]]):
+        edit(path, lambda h, w=wrong: h["splits"]["train"]["shards"][0].update(unreadable=w))
+        with pytest.raises(interfaces.UserError, match="cannot be used"):
+            token_shards.Source(path)
+
+
+def test_a_split_without_a_readable_image_is_refused(tmp_path):
+    writer = token_shards.Writer(tmp_path, **plan())
+    for shard in writer.shards():
+        numbers = range(shard.start, shard.stop) if shard.split == "held_out" else ()
+        missing = dict.fromkeys(numbers, ("a", "b"))
+        writer.write(shard, *content(shard.split, shard.start, shard.stop), missing)
+    with pytest.raises(interfaces.UserError, match="none of the .* images of held_out"):
+        writer.finish()
+
+
+def test_a_fingerprint_of_before_is_known(tmp_path):
+    new = {"source": "folder", "fingerprint": {"train": "n", "held_out": "m"}}
+    old = {**new, "fingerprint": {"train": "o", "held_out": "p"}}
+    write(tmp_path / "old", data=old)
+    earlier = {"train": ("o",), "held_out": ("p",)}
+    assert (
+        token_shards.Writer(tmp_path / "old", **plan(data=new), earlier=earlier).remaining() == []
+    )
+    for changed in ({"earlier": {}}, {"earlier": {"train": ("o",)}}):
+        with pytest.raises(interfaces.UserError, match="something else"):
+            token_shards.Writer(tmp_path / "old", **plan(data=new), **changed)
+    with pytest.raises(interfaces.UserError, match="something else"):
+        token_shards.Writer(tmp_path / "old", **plan(data={**new, "source": "x"}), earlier=earlier)
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it to tidy up, as nothing can after a kill."""
+
+
+def kill_at_rename(monkeypatch, stop, kill):
+    """Call `kill` at the stop-th of the places before and after each rename."""
+    replace, places = os.replace, iter(range(1000))
+
+    def counted(*names):
+        if next(places) == stop:
+            kill()
+        replace(*names)
+        if next(places) == stop:
+            kill()
+
+    monkeypatch.setattr(os, "replace", counted)
+
+
+def killed():
+    raise Killed
+
+
+def test_a_writer_that_stops_at_any_rename_resumes(tmp_path, folder, monkeypatch):
+    # Plan, four shards with their notes, header: ten renames, two places each.
+    for stop in range(20):
+        path = tmp_path / f"killed{stop}"
+        with monkeypatch.context() as patch:
+            kill_at_rename(patch, stop, killed)
+            with pytest.raises(Killed):
+                write(path)
+        if not (path / token_shards.HEADER).exists():
+            with pytest.raises(interfaces.UserError):
+                token_shards.Source(path)
+        write(path)
+        assert contents(path) == contents(folder)
+
+
+KILLED = """
+import os, pathlib, signal, sys
+import pytest
+from tests.data import test_tokens
+kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+test_tokens.kill_at_rename(pytest.MonkeyPatch(), 6, kill)
+test_tokens.write(pathlib.Path(sys.argv[1]))
+"""
+
+
+def test_a_killed_process_resumes(tmp_path, folder):
+    root = pathlib.Path(__file__).parents[2]
+    path = tmp_path / "killed"
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=root, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    assert len(token_shards.Writer(path, **plan()).remaining()) == 3
+    write(path)
+    assert contents(path) == contents(folder)
+
+
+def test_another_plan_is_refused_and_overwrites_nothing(folder):
+    before = contents(folder)
+    for changes in (
+        {"tokenizer": plan()["tokenizer"] | {"fingerprint": "other"}},
+        {"layout": {"vocab": (300, 8), "grids": ((1, 1), (2, 2))}},
+        {"views": ("center",)},
+        {"data": {"source": "folder trees", "fingerprint": "def"}},
+        {"classes": ("rose", "daisy")},
+        {"images": {"train": 12, "held_out": 3}},
+    ):
+        with pytest.raises(interfaces.UserError, match=next(iter(changes))):
+            token_shards.Writer(folder, **plan(**changes))
+    assert contents(folder) == before
+    assert token_shards.Writer(folder, **plan(tokenizer=plan()["tokenizer"] | {"path": "moved"}))
+
+
+def test_other_folders_are_not_written_into(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(interfaces.UserError, match="thesis.tex"):
+        token_shards.Writer(tmp_path, **plan())
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+    with pytest.raises(interfaces.UserError, match="is a file"):
+        token_shards.Writer(tmp_path / "thesis.tex", **plan())
+
+
+SHARD = "train-00001-of-00003.array_record"
+
+
+def truncate(path):
+    os.truncate(path / SHARD, os.path.getsize(path / SHARD) // 2)
+
+
+def empty(path):
+    os.truncate(path / SHARD, 0)
+
+
+def flip(path):
+    data = bytearray((path / SHARD).read_bytes())
+    data[len(data) // 3] ^= 1
+    (path / SHARD).write_bytes(data)
+
+
+def remove(path):
+    os.remove(path / SHARD)
+
+
+def duplicate(path):
+    shutil.copy(path / "train-00000-of-00003.array_record", path / SHARD)
+
+
+def replaced(path, record, count):
+    """A shard of other records, with a header that vouches for it."""
+    writer = array_record_module.ArrayRecordWriter(str(path / SHARD), "group_size:1")
+    for _ in range(count):
+        writer.write(record)
+    writer.close()
+    edit(path, lambda h: h["splits"]["train"]["shards"][1].update(sha256=digest(path / SHARD)))
+
+
+def digest(file):
+    return token_shards._sha256(file)
+
+
+def fewer_records(path):
+    replaced(path, bytes(44), 3)
+
+
+def narrow_records(path):
+    replaced(path, bytes(42), 4)
+
+
+def token_beyond_its_alphabet(path):
+    replaced(path, bytes(4) + np.full(20, 16, "<u2").tobytes(), 4)
+
+
+def label_beyond_the_classes(path):
+    replaced(path, b"\2\0\0\0" + bytes(40), 4)
+
+
+def edit(path, change):
+    """Change a header as it was before headers had digests: what else is wrong with it is told."""
+    before_digests(path)
+    header = json.loads((path / token_shards.HEADER).read_text())
+    change(header)
+    (path / token_shards.HEADER).write_text(json.dumps(header))
+
+
+def before_digests(path):
+    header = json.loads((path / token_shards.HEADER).read_text())
+    header.pop("digest", None)
+    (path / token_shards.HEADER).write_text(json.dumps({**header, "format": 1}))
+
+
+def edited(change):
+    def damage(path):
+        edit(path, change)
+
+    return damage
+
+
+def no_json(path):
+    (path / token_shards.HEADER).write_text('{"format": 1,')
+
+
+BODIES = (
+    truncate,
+    empty,
+    flip,
+    remove,
+    duplicate,
+    fewer_records,
+    narrow_records,
+    token_beyond_its_alphabet,
+    label_beyond_the_classes,
+)
+HEADERS = {
+    "no json": no_json,
+    "a list": lambda path: (path / token_shards.HEADER).write_text("[]"),
+    "other version": edited(lambda h: h.update(format=3)),
+    "smaller alphabet": edited(lambda h: h["layout"].update(vocab=[200, 16])),
+    "alphabet beyond the integer": edited(lambda h: h["layout"].update(vocab=[70_000, 16])),
+    "other grids": edited(lambda h: h["layout"].update(grids=[[2, 2]])),
+    "another symbol": edited(lambda h: h["layout"].update(vocab=[300, 16, 16])),
+    "narrower integer": edited(lambda h: h.update(dtype="uint8")),
+    "fewer views": edited(lambda h: h.update(views=["center"])),
+    "fewer classes": edited(lambda h: h.update(classes=["daisy"])),
+    "count": edited(lambda h: h["splits"]["train"].update(images=12)),
+    "a shard less": edited(lambda h: h["splits"]["train"]["shards"].pop()),
+    "a shard twice": edited(
+        lambda h: h["splits"]["train"]["shards"].__setitem__(1, h["splits"]["train"]["shards"][0])
+    ),
+    "a path outside": edited(
+        lambda h: h["splits"]["train"]["shards"][0].update(file="../x.array_record")
+    ),
+    "no layout": edited(lambda h: h.pop("layout")),
+    "no tokenizer": edited(lambda h: h.pop("tokenizer")),
+    "no data": edited(lambda h: h.update(data=None)),
+    "classes are numbers": edited(lambda h: h.update(classes=[1, 2])),
+    "no classes": edited(lambda h: h.pop("classes")),
+    "splits are a list": edited(lambda h: h.update(splits=[])),
+}
+
+
+@pytest.mark.parametrize("damage", BODIES)
+def test_damaged_shards_are_refused_by_name(folder, damage):
+    damage(folder)
+    with pytest.raises(interfaces.UserError, match="tokgen pretokenize") as error:
+        token_shards.Source(folder)
+    assert SHARD in str(error.value)
+    assert len(token_shards.Source(folder, split="held_out")) == 3  # which is whole
+
+
+@pytest.mark.parametrize("damage", HEADERS)
+def test_damaged_headers_are_refused_by_name(folder, damage):
+    HEADERS[damage](folder)
+    with pytest.raises(interfaces.UserError, match="tokgen pretokenize") as error:
+        token_shards.Source(folder)
+    assert str(folder) in str(error.value)
+
+
+def shards_of(header, split="train"):
+    return header["splits"][split]["shards"]
+
+
+def swap(items, first=0, second=1):
+    items[first], items[second] = items[second], items[first]
+
+
+def swap_shards(header):
+    """The files of two shards of one length, each under the other's name."""
+    first, second = shards_of(header)[:2]
+    first["sha256"], second["sha256"] = second["sha256"], first["sha256"]
+
+
+# Whatever a header says: none of it can be changed, well-formed or not.
+TAMPERED = {
+    "a larger alphabet": lambda h: h["layout"].update(vocab=[310, 16]),
+    "a smaller alphabet that holds them": lambda h: h["layout"].update(vocab=[300, 17]),
+    "alphabets swapped": lambda h: swap(h["layout"]["vocab"]),
+    "a grid turned": lambda h: h["layout"].update(grids=[[1, 1], [1, 4]]),
+    "one grid of two": lambda h: h["layout"].update(grids=[[1, 5]]),
+    "grids swapped": lambda h: swap(h["layout"]["grids"]),
+    "views swapped": lambda h: swap(h["views"]),
+    "a view renamed": lambda h: h["views"].__setitem__(1, "top_left"),
+    "a view and its tokens made classes": lambda h: h.update(views=["center"]),
+    "classes swapped": lambda h: swap(h["classes"]),
+    "a class renamed": lambda h: h["classes"].__setitem__(0, "tulip"),
+    "a class more": lambda h: h["classes"].append("tulip"),
+    "no classes": lambda h: h.update(classes=[]),
+    "another tokenizer": lambda h: h["tokenizer"].update(fingerprint="abd"),
+    "another precision": lambda h: h["tokenizer"].update(precision="bfloat16"),
+    "other images": lambda h: h["data"].update(fingerprint="dee"),
+    "a field of the data more": lambda h: h["data"].update(path="elsewhere"),
+    "a wider integer": lambda h: h.update(dtype="uint32"),
+    "larger shards": lambda h: h.update(shard_images=11),
+    "a split less": lambda h: h["splits"].pop("held_out"),
+    "a split as another": lambda h: h["splits"].update(held_out=h["splits"]["train"]),
+    "shards swapped": lambda h: swap(shards_of(h)),
+    "shards under each other's names": swap_shards,
+    "a checksum": lambda h: shards_of(h)[0].update(sha256=64 * "0"),
+    "an image called unreadable": lambda h: shards_of(h)[0].update(unreadable=[[1, "a", "b"]]),
+    "an older format": lambda h: h.update(format=1),
+    "no digest": lambda h: h.pop("digest"),
+    "another digest": lambda h: h.update(digest=64 * "0"),
+    "a field more": lambda h: h.update(note="mine"),
+}
+
+
+@pytest.mark.parametrize("kind", TAMPERED)
+def test_a_header_that_was_changed_is_refused(folder, kind):
+    header = json.loads((folder / token_shards.HEADER).read_text())
+    TAMPERED[kind](header)
+    (folder / token_shards.HEADER).write_text(json.dumps(header))
+    for split in token_shards.SPLITS:
+        with pytest.raises(interfaces.UserError, match="tokgen pretokenize") as error:
+            token_shards.Source(folder, split=split, verify=False)
+        assert str(folder) in str(error.value)
+
+
+def test_where_the_tokenizer_lies_may_change(folder):
+    before = token_shards.Source(folder).fingerprint
+    header = json.loads((folder / token_shards.HEADER).read_text())
+    header["tokenizer"]["path"] = "moved"
+    (folder / token_shards.HEADER).write_text(json.dumps(header, indent=3))
+    assert token_shards.Source(folder).fingerprint == before
+
+
+def test_token_sets_without_a_digest_are_the_same_token_sets(folder):
+    """As they were written before: read, with the fingerprint that runs know; and finished anew."""
+    before, kept = token_shards.Source(folder), contents(folder)
+    before_digests(folder)
+    header = json.loads((folder / token_shards.HEADER).read_text())
+    assert header["format"] == 1 and "digest" not in header
+    header["tokenizer"]["path"] = ""
+    written = hashlib.sha256(json.dumps(["train", header], sort_keys=True).encode()).hexdigest()
+    assert token_shards.Source(folder).fingerprint == written == before.fingerprint
+    again = token_shards.Writer(folder, **plan())
+    assert not again.remaining()
+    again.finish()
+    assert contents(folder) == kept
+
+
+def test_shards_of_which_the_header_knows_nothing_are_named(folder, tmp_path):
+    other = write(tmp_path / "other", shard_images=2)
+    for name in ("train-00005-of-00006.array_record", "held_out-00001-of-00002.array_record"):
+        shutil.copy(other / name, folder / name)
+    for split in token_shards.SPLITS:
+        with pytest.raises(interfaces.UserError, match="does not name: held_out-00001.*, train-00"):
+            token_shards.Source(folder, split=split)
+
+
+def test_a_shard_of_another_set_is_refused(folder, tmp_path):
+    """Of as many images, as wide, within the alphabet."""
+    other = write(tmp_path / "other", classes=("rose", "daisy"))
+    rng = np.random.default_rng(1)
+    writer = token_shards.Writer(tmp_path / "third", **plan())
+    for shard in writer.shards():
+        count = shard.stop - shard.start
+        writer.write(shard, rng.integers(0, 16, (count, 2, 5, 2)), np.zeros(count, int))
+    writer.finish()
+    assert (other / SHARD).read_bytes() == (folder / SHARD).read_bytes()  # records alone
+    shutil.copy(tmp_path / "third" / SHARD, folder / SHARD)
+    with pytest.raises(interfaces.UserError, match=f"{SHARD}.*checksum"):
+        token_shards.Source(folder)
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, remove, fewer_records])
+def test_what_costs_nothing_is_checked_even_without_verification(folder, damage):
+    damage(folder)
+    with pytest.raises(interfaces.UserError, match=SHARD):
+        token_shards.Source(folder, verify=False)
+
+
+def test_what_is_no_folder_of_tokens_is_refused(tmp_path, folder):
+    for path, named in (
+        (tmp_path / "gone", "nothing"),
+        (tmp_path, "layout.json"),
+        (folder / SHARD, "a file"),
+    ):
+        with pytest.raises(interfaces.UserError, match=named):
+            token_shards.Source(path)
+    with pytest.raises(interfaces.UserError, match="'test'"):
+        token_shards.Source(folder, split="test")
+    edit(folder, lambda h: h["splits"].pop("held_out"))
+    (folder / "held_out-00000-of-00001.array_record").unlink()
+    assert len(token_shards.Source(folder, split="held_out")) == 0  # nothing was held out
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"images": {}},
+        {"images": {"train": 0}},
+        {"images": {"test": 4}},
+        {"views": ()},
+        {"views": ("center", "center")},
+        {"shard_images": 0},
+        {"layout": {"vocab": [0], "grids": [[1, 1]]}},
+        {"layout": {"vocab": [2**31 + 1], "grids": [[1, 1]]}},
+    ],
+)
+def test_impossible_plans_are_refused(tmp_path, wrong):
+    with pytest.raises(interfaces.UserError):
+        token_shards.Writer(tmp_path / "new", **plan(**wrong))
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,147 @@
+"""From a command line to devices, one message before any work; how a program hears its end."""
+
+import os
+import signal
+
+import jax
+import ml_collections
+import pytest
+
+from tokgen import runtime
+from tokgen.checkpoints import run as runs
+from tokgen.interfaces import UserError
+from tokgen.training import launch
+
+KNOWN = "Backend '{}' is not in the list of known backends: ['cpu', 'tpu']."
+FOUND = {
+    "no plugin": ("cuda", AssertionError(), r"tokgen\[cuda13"),
+    "no plugin, said": ("cuda", RuntimeError(KNOWN.format("cuda")), r"tokgen\[cuda13"),
+    "no GPU": ("cuda", RuntimeError("no supported devices found for platform CUDA"), "nvidia-smi"),
+    "nonsense": ("abc", RuntimeError(KNOWN.format("abc")), "known backends.*unset JAX_PLATFORMS"),
+    "no libtpu": ("tpu", RuntimeError("INTERNAL: Failed to open libtpu.so: none"), "tokgen.tpu."),
+    "a TPU of another process": (
+        *("", RuntimeError("ABORTED: The TPU is already in use by process with pid 7.")),
+        "a device cannot be used.*pid 7; stop the process",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_a_device_that_cannot_be_used_is_one_message(case, monkeypatch):
+    asked, error, words = FOUND[case]
+
+    def devices():
+        if str(error):
+            raise type(error)(
+                f"Unable to initialize backend: {error} (set JAX_PLATFORMS='' to automatically "
+                "choose an available backend)"
+            )
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr(launch.jax, "config", ml_collections.ConfigDict({"jax_platforms": asked}))
+    with pytest.raises(UserError, match=words) as told:
+        runtime.check_platform()
+    said = str(told.value)
+    assert "\n" not in said and "automatically" not in said
+    assert f"JAX_PLATFORMS={asked}" in said or not asked
+
+
+def test_a_work_directory_is_none_of_what_the_run_reads(tmp_path, capsys):
+    settings = ml_collections.ConfigDict({"data": {"name": "folder", "path": str(tmp_path)}})
+    (tmp_path / "cat.png").write_text("")
+    for inside in (tmp_path, tmp_path / "run"):
+        with pytest.raises(UserError, match="--workdir"):
+            with runs.lock(inside, launch._pictures(settings, inside)):
+                pass
+    assert [file.name for file in tmp_path.iterdir()] == ["cat.png"]
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)  # one that began before this was said
+    assert launch._pictures(settings, tmp_path / "run") == []
+    with pytest.raises(SystemExit) as end:
+        launch.parse(["--config", "a.py", "--workdir="], "")
+    assert end.value.code == 2 and "--workdir: it is empty" in capsys.readouterr().err
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch, tmp_path):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("TOKGEN_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(launch.pathlib.Path, "home", home)
+    monkeypatch.setattr(launch.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert runtime.cache_folder().parent == tmp_path
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert runtime.cache_folder() == tmp_path / "tokgen"
+
+
+def test_a_cache_that_cannot_be_written_is_said(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TOKGEN_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(launch, "check_platform", lambda: None)
+    changed = {}
+    monkeypatch.setattr(launch.jax.config, "update", changed.__setitem__)
+    runtime.devices()
+    assert "jax_compilation_cache_dir" not in changed
+    assert "compiled programs are not kept" in capsys.readouterr().err
+    monkeypatch.setenv("TOKGEN_CACHE", str(tmp_path / "cache"))
+    runtime.devices()
+    assert changed["jax_compilation_cache_dir"] == str(tmp_path / "cache" / "xla")
+
+
+# ---------------------------------------------------------------- how a run hears its end
+
+CONFIG = "configs/tokenizer/shapes.py"
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """(a Stop whose signals reach nobody, its clock, what it did to the process)."""
+    clock, done = [100.0], []
+    monkeypatch.setattr(launch.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(signal, "signal", lambda number, handler: done.append((number, handler)))
+    monkeypatch.setattr(os, "kill", lambda process, number: done.append(number))
+    made = launch.Stop()
+    assert {number for number, _ in done} == {signal.SIGINT, signal.SIGTERM}
+    done.clear()
+    return made, clock, done
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_twice_is_one_request(stop, capfd, number):
+    """A terminal and a wrapper both pass it on; after two seconds it means at once."""
+    made, clock, done = stop
+    assert not made.agreed()
+    made._ask(number, None)
+    for seconds in (0.0, 1.0, 2.0):
+        clock[0] = 100.0 + seconds
+        made._ask(number, None)
+        made._ask(signal.SIGTERM, None)
+    assert made.agreed() and not done
+    assert capfd.readouterr().err.count("stopping after this step") == 1
+    clock[0] = 102.01
+    made._ask(number, None)
+    assert done == [(number, signal.SIG_DFL), number]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_was_asked_to_end_says_so_in_its_code(stop, capsys, number, code):
+    made, _, _ = stop
+    assert runtime.call("prog", lambda: made.end("step 9 of 9 is saved in runs")) == 0
+    assert capsys.readouterr().err == "step 9 of 9 is saved in runs\n"
+    made._ask(number, None)
+    capsys.readouterr()
+    assert runtime.call("prog", lambda: made.end("step 3 of 9 is saved in runs")) == code
+    said = "prog: step 3 of 9 is saved in runs; the same command goes on from there\n"
+    assert capsys.readouterr().err == said
+
+
+def test_options_beside_the_config():
+    words = ["--config", CONFIG, "--workdir", "runs/x"]
+    settings, found = launch.parse([*words, "--config.seed=5"], "")
+    assert settings.seed == 5 and str(found.workdir) == "runs/x"
+    assert found.start is None and not found.accept_data
+    _, found = launch.parse([*words, "--from", "3000", "--accept-data"], "")
+    assert found.start == 3000 and found.accept_data
+    with pytest.raises(SystemExit):
+        launch.parse([*words, "--from", "last"], "")

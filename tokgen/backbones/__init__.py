@@ -1,0 +1,1 @@
+"""Frozen networks: feature extractors, and the perceptual distances on them."""

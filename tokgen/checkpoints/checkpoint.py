@@ -1,0 +1,498 @@
+"""A step on disk: find it, read and verify it, load the network inside.
+
+A step holds the arrays of its TrainStates and a `meta` record in JSON: kind, config, layout,
+classes, tokenizer, metrics, and the manifest. Orbax commits a step whole or not at all, but returns
+flipped bytes and casts dtypes without a word; the manifest (a checksum, shape and dtype per leaf)
+is compared on every restore.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from tokgen import config as configs, parameters, records, rng, sharding
+from tokgen.checkpoints import manifest
+from tokgen.interfaces import PyTree, TokenLayout, UserError
+
+FORMAT = 1
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)  # of damaged files
+FOLDER = "checkpoints"
+
+
+def find(path: str | os.PathLike) -> pathlib.Path:
+    """The step that CKPT means: a step itself, or the best step of a work directory.
+
+    `hf://OWNER/NAME[/FOLDER]` is such a folder in a repository of the Hugging Face hub.
+    """
+    given = _downloaded(str(path)) if str(path).startswith("hf://") else pathlib.Path(path)
+    if not given.exists():
+        raise UserError(f"no checkpoint at {given}: there is no such path")
+    for folder in (given, given / FOLDER):
+        if folder.is_dir() and not _is_step(folder):
+            found = [s for s in folder.iterdir() if s.name.isdigit() and _is_step(s)]
+            if found:
+                return _best(found)
+        elif folder.is_dir():
+            return folder
+    raise UserError(
+        f"no checkpoint at {given}: need a work directory with {FOLDER}/STEP inside, or one step"
+    )
+
+
+def _downloaded(reference: str) -> pathlib.Path:
+    """A folder of a hub repository, fetched into the hub's own cache (extra `hub`)."""
+    import huggingface_hub
+
+    owner, name, *inside = [*reference.removeprefix("hf://").split("/"), ""]
+    folder = "/".join(inside).strip("/")
+    if not owner or not name:
+        raise UserError(f"a hub reference is hf://OWNER/NAME[/FOLDER]; found {reference}")
+    try:
+        root = huggingface_hub.snapshot_download(
+            f"{owner}/{name}", allow_patterns=[f"{folder}/**"] if folder else None
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot fetch {reference}: {error}") from error
+    return pathlib.Path(root) / folder
+
+
+def _is_step(folder: pathlib.Path) -> bool:
+    return (folder / "meta").is_dir() or (folder / "_CHECKPOINT_METADATA").exists()
+
+
+def _best(steps: list[pathlib.Path]) -> pathlib.Path:
+    """The step of the lowest held-out figure; the latest where no figure is finite.
+
+    Of steps without a finite figure, one that was not measured goes before one that was: a figure
+    that is no number tells of weights that are none.
+    """
+
+    metas = [read_meta(step) for step in steps]
+
+    def rank(row):
+        _, meta, value = row
+        return (value is None, bool(meta["metrics"]), value or 0.0, -meta["step"])
+
+    return min(zip(steps, metas, figures(metas), strict=True), key=rank)[0]
+
+
+def figures(metas: Sequence[dict]) -> list[float | None]:
+    """The held-out figures of steps of a run, on one scale of which less is better.
+
+    None where it is absent or not finite. Where one of the steps was measured when `l2` was taken
+    from the mean of PSNR and not the mean of the errors, all are told as it was then.
+    """
+    then = any(map(_of_psnr, metas))
+    return [_figure(meta, then) for meta in metas]
+
+
+def _of_psnr(meta: dict) -> bool:
+    """Whether an older version measured a step: it noted no error of its `l2`."""
+    return meta["best"] == "l2" and "l2" in meta["metrics"] and "l2_error" not in meta["metrics"]
+
+
+def _figure(meta: dict, then: bool) -> float | None:
+    metrics, name = meta["metrics"], meta["best"]
+    if name == "l2" and then and not _of_psnr(meta):
+        psnr_db = _finite(metrics.get("psnr_db"))
+        return None if psnr_db is None else 4 * 10 ** (-psnr_db / 10)
+    return _finite(metrics.get(name))
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and np.isfinite(value) else None
+
+
+def read_meta(step: pathlib.Path) -> dict:
+    """The JSON record of a step, with the figures that were noted since (`measured`: if they were).
+
+    UserError when it cannot be read, or is none.
+    """
+    try:
+        return _record(step)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise _damaged(step, f"its record cannot be read ({error})") from error
+
+
+def _record(step: pathlib.Path) -> dict:
+    meta = records.checked(
+        records.load(step / "meta" / "metadata"),
+        **{"format": int, "digest": str, "kind": str, "step": int, "config": dict},
+        **{"layout": (dict, type(None)), "classes": list, "best": str, "manifest": dict},
+        metrics=(dict, type(None)),
+    )
+    if meta["format"] != FORMAT:
+        raise UserError(
+            f"checkpoint {step} has format {meta['format']}; this tokgen reads {FORMAT}"
+        )
+    if meta.pop("digest") != manifest.digest(meta):
+        raise ValueError("it does not match its digest")
+    for path, entry in meta["manifest"].items():
+        try:
+            records.checked(entry, shape=list, dtype=str, checksum=str)
+            jnp.dtype(entry["dtype"])
+            if not all(type(size) is int and 0 <= size < 2**40 for size in entry["shape"]):
+                raise ValueError(f"a shape of {records.shown(entry['shape'])}")
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} of its manifest: {error}") from error
+    if meta["layout"] is not None:
+        try:
+            TokenLayout.from_json(meta["layout"])  # its bounds are checked here, before any work
+        except UserError as error:
+            raise ValueError(str(error)) from error
+    noted = _noted(step) if meta["metrics"] is None else meta["metrics"]
+    return meta | {"metrics": noted or {}, "measured": noted is not None}
+
+
+def note(step: pathlib.Path, figures: dict[str, float]) -> None:
+    """Write the held-out figures of a step that is saved already."""
+    figures = records.finite(figures)
+    content = {"figures": figures, "digest": manifest.digest(figures)}
+    # beside the step: a part that is left over is none of its files
+    part = step.parent / f".{step.name}.{manifest.FIGURES}"
+    part.write_text(records.text(content))
+    part.replace(step / manifest.FIGURES)
+
+
+def _noted(step: pathlib.Path) -> dict | None:
+    file = step / manifest.FIGURES
+    if not file.exists():
+        return None
+    try:
+        content = records.checked(records.load(file), figures=dict, digest=str)
+        if content["digest"] != manifest.digest(content["figures"]):
+            raise ValueError("they do not match their digest")
+    except (OSError, ValueError) as error:
+        raise _damaged(step, f"its figures in {file.name} cannot be read ({error})") from error
+    return content["figures"]
+
+
+def is_whole(step: pathlib.Path) -> bool:
+    """Whether the record can be read, and every file has the size that it was saved with."""
+    try:
+        _record(step)
+    except (OSError, ValueError):
+        return False
+    return not manifest.misfit(step)
+
+
+def _damaged(step: pathlib.Path, what: str) -> UserError:
+    siblings = [s for s in step.parent.iterdir() if s.name.isdigit() and s != step]
+    whole = sorted((s.name for s in siblings if is_whole(s)), key=int)
+    earlier = [name for name in whole if step.name.isdigit() and int(name) < int(step.name)]
+    other = f"use another step ({', '.join(whole)})" if whole else "train it again"
+    if earlier:
+        other = (
+            f"use an earlier step ({', '.join(whole)}): give CKPT as {step.parent}/{earlier[-1]}"
+        )
+        other += f", or train on from it with --from {earlier[-1]}, which sets the later ones aside"
+    return UserError(f"checkpoint {step} is damaged: {what}; {other}, or restore it from a copy")
+
+
+def restore(step: pathlib.Path, wanted: dict[str, Any], meta: dict) -> dict[str, jax.Array]:
+    """Leaves of a step, verified, with the shapes, dtypes and shardings of `wanted`."""
+    if wrong := manifest.misfit(step):
+        raise _damaged(step, wrong)
+    record, problems = meta["manifest"], []
+    for path, leaf in wanted.items():
+        if path not in record:
+            problems.append(f"{path}: absent there, {tuple(leaf.shape)} here")
+            continue
+        there = (tuple(record[path]["shape"]), record[path]["dtype"])
+        if there != (tuple(leaf.shape), str(leaf.dtype)):
+            problems.append(f"{path}: {there} there, {(tuple(leaf.shape), str(leaf.dtype))} here")
+    if problems:
+        shown = "\n  ".join(problems[:10])
+        raise UserError(f"checkpoint {step} holds other arrays than this model:\n  {shown}")
+    target = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for path, leaf in wanted.items()
+    }
+    names = named(target)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        # the store cuts and fills arrays to any size that is asked for, without a word
+        stored = ocp.PyTreeCheckpointer().metadata((step / "state").absolute()).item_metadata
+        for path, leaf in wanted.items():
+            if tuple(stored[_name(path)].shape) != tuple(leaf.shape):
+                raise ValueError(f"{path} is {stored[_name(path)].shape} there, not {leaf.shape}")
+        found = ocp.PyTreeCheckpointer().restore(
+            (step / "state").absolute(),
+            args=ocp.args.PyTreeRestore(
+                item=names,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(names),
+                partial_restore=True,
+            ),
+        )
+        leaves = {path: found[_name(path)] for path in wanted}
+    except Exception as error:
+        # Orbax raises this very class for an array that it cannot read
+        if type(error) is not Exception and not isinstance(error, _UNREADABLE):
+            raise
+        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+        raise _damaged(step, f"its arrays cannot be read ({first})") from error
+    sums = manifest.of(leaves)
+    wrong = [path for path in wanted if sums[path]["checksum"] != record[path]["checksum"]]
+    if wrong:
+        raise _damaged(step, f"the checksum of {', '.join(wrong[:3])} does not match its manifest")
+    return leaves
+
+
+def resumed(step: pathlib.Path, wanted: dict[str, Any], meta: dict) -> dict[str, jax.Array]:
+    """As `restore`, of a whole training state that an older version may have written.
+
+    Moments and averages are cast to the dtype that they have now; a count that was not kept there
+    begins as it is in `wanted`.
+    """
+    record = meta["manifest"]
+    there = {p: a for p, a in wanted.items() if p in record or not p.endswith("/skips")}
+    cast = {
+        path: _as_recorded(leaf, record.get(path))
+        for path, leaf in there.items()
+        if path.split("/")[1:2] in (["opt_state"], ["ema"])
+    }
+    leaves = restore(step, there | cast, meta)
+    leaves |= {path: leaves[path].astype(there[path].dtype) for path in cast}
+    return wanted | leaves
+
+
+def _as_recorded(leaf: Any, entry: dict | None) -> Any:
+    """A leaf to be read in the dtype that it was saved with, where both are floating."""
+    kinds = (leaf.dtype, jnp.dtype(entry["dtype"]) if entry else leaf.dtype)
+    if not all(jnp.issubdtype(kind, jnp.floating) for kind in kinds):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, kinds[1], sharding=leaf.sharding)
+
+
+def verify(step: pathlib.Path) -> None:
+    """Read every array of a step and compare it with the manifest; its networks are finite."""
+    meta = read_meta(step)
+    whole = sharding.replicated(sharding.make_mesh())
+    wanted = {
+        path: jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"], sharding=whole)
+        for path, entry in meta["manifest"].items()
+    }
+    leaves = restore(step, wanted, meta)
+    if wrong := not_finite(leaves):
+        raise UserError(
+            f"checkpoint {step} holds numbers that are not finite, in {', '.join(wrong[:5])}"
+            f"{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}: it was read as it was "
+            "written, but nothing of use comes of it; use another step, or import it again"
+        )
+
+
+def not_finite(leaves: dict[str, jax.Array]) -> list[str]:
+    """The paths of those parameters, averages and statistics that are not finite throughout."""
+    parts = ("params", "ema", "stats")
+    fine = {p: jnp.isfinite(a).all() for p, a in leaves.items() if p.split("/")[1] in parts}
+    return [path for path, found in jax.device_get(fine).items() if not found]
+
+
+def _name(path: str) -> str:
+    return path.replace("/", ".")  # a slash would become a folder in the store
+
+
+def named(leaves: dict[str, Any]) -> dict[str, Any]:
+    """Leaves under the names that they have in the store."""
+    return {_name(path): leaf for path, leaf in leaves.items()}
+
+
+def unflatten(tree: PyTree, leaves: dict[str, jax.Array]) -> PyTree:
+    """A tree like `tree` of leaves by path."""
+    ordered = [leaves[path] for path in parameters.paths(tree)]
+    return jax.tree.unflatten(jax.tree.structure(tree), ordered)
+
+
+# ---------------------------------------------------------------- loading for use
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A network loaded for use, with what its checkpoint says of it."""
+
+    module: nnx.Module
+    config: ml_collections.ConfigDict
+    layout: TokenLayout | None  # None: a continuous bottleneck
+    classes: tuple[str, ...]
+    step: pathlib.Path
+    meta: dict
+    fingerprint: str
+
+
+def load_tokenizer(path: str | os.PathLike, *, compute: str = "") -> Loaded:
+    """The tokenizer of a checkpoint, with its averaged weights; `compute` overrides the dtype."""
+    return load(path, "tokenizer", compute=compute)
+
+
+def load_generator(path: str | os.PathLike, *, compute: str = "") -> Loaded:
+    """The generator of a checkpoint, with its averaged weights; `compute` overrides the dtype."""
+    return load(path, "generator", compute=compute)
+
+
+def load_tokenizer_of(generator: Loaded, path: str = "") -> Loaded:
+    """The tokenizer that a generator was trained with; `path` says where it lies now, if moved."""
+    wanted = generator.meta["tokenizer"]
+    if wanted is None:  # imported alone
+        if not path:
+            raise UserError(
+                f"generator {generator.step} was imported without its tokenizer; say where that "
+                "is with --tokenizer PATH"
+            )
+        tokenizer = load_tokenizer(path)
+        check_layout(tokenizer, generator.layout, f"generator {generator.step}")
+        return tokenizer
+    place = pathlib.Path(path) if path else referred(wanted, generator.step)
+    if not os.path.exists(place):
+        raise UserError(
+            f"the tokenizer of {generator.step} is not at {place}; say where it is now with "
+            "--tokenizer PATH"
+        )
+    tokenizer = load_tokenizer(place)
+    check_tokenizer(tokenizer, wanted["fingerprint"], f"generator {generator.step}")
+    check_layout(tokenizer, generator.layout, f"generator {generator.step}")
+    return tokenizer
+
+
+def reference(path: str | os.PathLike, workdir: pathlib.Path) -> dict:
+    """How a checkpoint refers to a folder: also relative to its run, so that both may move."""
+    path = pathlib.Path(path).resolve()
+    return {"path": str(path), "relative": os.path.relpath(path, workdir.resolve())}
+
+
+def referred(record: dict, step: pathlib.Path) -> pathlib.Path:
+    """Where a folder lies that a checkpoint refers to: beside the run first, if both moved."""
+    near = step.parent.parent / record["relative"]
+    # os.path: a path out of a record may be none at all
+    return near if os.path.exists(near) else pathlib.Path(record["path"])
+
+
+def check_tokenizer(tokenizer: Loaded, fingerprint: str, whose: str) -> None:
+    """An error when tokens were made by another tokenizer."""
+    if tokenizer.fingerprint != fingerprint:
+        raise UserError(
+            f"{whose} was made with another tokenizer: its tokenizer's fingerprint is "
+            f"{fingerprint[:16]}, that of {tokenizer.step} is {tokenizer.fingerprint[:16]}; use "
+            "the tokenizer that made it, or run tokgen pretokenize and train again"
+        )
+
+
+def check_tokens(tokenizer: Loaded, header: Mapping, path: str) -> None:
+    """An error when a token set is not of this tokenizer: of its weights, and in form."""
+    whose = f"token set {path}"
+    check_tokenizer(tokenizer, header["tokenizer"]["fingerprint"], whose)
+    check_layout(tokenizer, TokenLayout.from_json(header["layout"]), whose)
+
+
+def check_layout(tokenizer: Loaded, layout: TokenLayout, whose: str) -> None:
+    """An error when a tokenizer's tokens cannot be those of a generator."""
+    if tokenizer.layout != layout:
+        raise UserError(
+            f"{whose} writes tokens of {layout}, the tokenizer {tokenizer.step} has "
+            f"{tokenizer.layout}; use the tokenizer that its tokens are of, imported with the same "
+            "size and grouping of bits"
+        )
+
+
+def load(path: str | os.PathLike, kind: str = "", *, compute: str = "", which: str = "") -> Loaded:
+    """The network of a checkpoint, an error when it is not of `kind`.
+
+    `which` weights: "params" or "ema"; the averaged ones where there are, unless it says.
+    """
+    step = find(path)
+    meta = read_meta(step)
+    if kind and meta["kind"] != kind:
+        raise UserError(f"{step} holds a {meta['kind']}; need the checkpoint of a {kind}")
+    config = ml_collections.ConfigDict(meta["config"])
+    if compute:
+        config.precision.compute = compute
+    layout = TokenLayout.from_json(meta["layout"]) if meta["layout"] else None
+    classes = tuple(meta["classes"])
+    key = rng.key(0, "init")
+    if meta["kind"] == "tokenizer":
+
+        def make():
+            return configs.tokenizer(config, rngs=nnx.Rngs(key))
+    else:
+
+        def make():
+            return configs.generator(config, layout, len(classes), rngs=nnx.Rngs(key))
+
+    graph, params, stats = parameters.split(nnx.eval_shape(make))
+    averaged = any(p.startswith("model/ema/") for p in meta["manifest"])
+    which = which or ("ema" if averaged else "params")
+    mesh = sharding.make_mesh()
+    whole = sharding.replicated(mesh)
+    # averages are float32 whatever the parameters are
+    wanted = {
+        f"model/{which}/{p}": _as_recorded(leaf, meta["manifest"].get(f"model/{which}/{p}"))
+        if which == "ema"
+        else leaf
+        for p, leaf in parameters.paths(params).items()
+    }
+    wanted.update({f"model/stats/{p}": leaf for p, leaf in parameters.paths(stats).items()})
+    wanted = {
+        p: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+        for p, leaf in wanted.items()
+    }
+    leaves = restore(step, wanted, meta)
+    params, stats = (
+        unflatten(
+            tree,
+            {
+                p: leaves[f"model/{name}/{p}"].astype(a.dtype)
+                for p, a in parameters.paths(tree).items()
+            },
+        )
+        for tree, name in ((params, which), (stats, "stats"))
+    )
+    return Loaded(
+        module=parameters.merge(graph, params, stats),
+        config=config,
+        layout=layout,
+        classes=classes,
+        step=step,
+        meta=meta,
+        fingerprint=fingerprint(meta, which),
+    )
+
+
+def fingerprint(meta: dict, which: str) -> str:
+    """What a network computes, as a hash: its weights and the sections that shape it."""
+    used = {
+        path: entry
+        for path, entry in meta["manifest"].items()
+        if path.startswith((f"model/{which}/", "model/stats/"))
+    }
+    sections = ("view", "encoder", "quantizer", "decoder", "pixels", "generator")
+    shape = {name: meta["config"].get(name) for name in sections}
+    record = json.dumps([used, shape, meta["layout"]], sort_keys=True)
+    return hashlib.sha256(record.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions that a figure depends on."""
+    from importlib import metadata
+
+    names = ("tokgen", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

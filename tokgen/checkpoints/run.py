@@ -1,0 +1,524 @@
+"""The work directory of a run: locked while it lasts, its checkpoints saved, resumed, forgotten.
+
+A run keeps its checkpoints in `WORKDIR/checkpoints/STEP`; checkpoint.py says what one holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import math
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import ml_collections
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from tokgen import config as configs, output, parameters, records, report
+from tokgen.checkpoints import checkpoint, finetuning, manifest
+from tokgen.interfaces import PyTree, TokenLayout, UserError
+
+# Fields of a config that may change between a run and its continuation; all others decide what
+# is trained, and a change is refused. Data may move: their fingerprint is compared.
+FREE = (
+    *("steps", "report.", "keep.", "mesh.", "strategy", "held_out.", "max_bad", "init_from"),
+    *("data.path", "data.data_dir", "data.tokens", "data.tokenizer", "data.images", "data.text"),
+    "data.labels",  # of the fingerprint and the classes, which are compared
+    *("guard.usage", "guard.grace"),
+)
+
+
+# Fields that earlier configs did not have, with the value that they trained by: that says the same.
+UNSAID = {
+    **{"average": "muse", "optimizer.warmup": 0, "critic.optimizer.warmup": 0},
+    **{"optimizer.start": None, "critic.optimizer.start": None},
+}
+AUGMENTED = {True: ["color", "translation", "cutout"], False: []}  # what these meant
+
+ASIDE = "set_aside"  # steps that a run went back behind
+
+
+@contextlib.contextmanager
+def lock(workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Iterator[None]:
+    """Hold the work directory. The system releases it when the process ends, however it ends.
+
+    It lies in none of the `inputs`, which the run reads.
+    """
+    with output.workdir(workdir, inputs):
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What retention knows of a step: what its record on disk says, and nothing of how it came."""
+
+    step: int
+    figure: float | None  # held-out, less is better; None: not measured, or not finite
+    stated: bool = False  # kept on purpose
+    measured: bool = True  # whether its figures were noted; of a run without held-out images: none
+
+
+def staying(found: Iterable[Saved], *, latest: int, best: int) -> set[int]:
+    """The steps that stay: the latest, the best of those with a finite figure, the stated ones.
+
+    A function of what is on disk alone, so that any number of restarts comes to the same. Of equal
+    figures the later one is better. While the latest is not measured, the last that was stays too:
+    measuring may refuse the latest, and this is the one to go back to.
+    """
+    found = sorted(found, key=lambda each: each.step, reverse=True)
+    newest = [each.step for each in found[: max(1, latest)]]
+    before = [each.step for each in found if each.measured][:1]
+    finite = [s for s in found if s.figure is not None and math.isfinite(s.figure)]
+    leading = sorted(finite, key=lambda each: (each.figure, -each.step))[: max(1, best)]
+    stated = {each.step for each in found if each.stated}
+    return {*newest, *before, *(each.step for each in leading), *stated}
+
+
+@dataclasses.dataclass
+class Run:
+    """The checkpoints of one work directory."""
+
+    workdir: pathlib.Path
+    manager: ocp.CheckpointManager
+    config: ml_collections.ConfigDict
+    meta: dict
+    stated: tuple[int, ...] = ()  # steps that are kept on purpose
+    told: set[int] = dataclasses.field(default_factory=set)  # steps said to be damaged
+    earlier: tuple[str, ...] = ()  # fingerprints that earlier versions gave the same data
+    accept: tuple[str, ...] = ()  # what may differ from the run that is resumed: "data"
+    fields: tuple[str, ...] = ()  # at the top of a config; others of a record are its file's own
+
+    def folder(self, step: int) -> pathlib.Path:
+        """Where a step lies."""
+        return self.workdir / checkpoint.FOLDER / str(step)
+
+    def save(
+        self,
+        states_by_name: dict[str, PyTree],
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Save a step; it is on disk when this returns. Without `metrics` they come later, `note`.
+
+        UserError when it could not be written; the steps before it stand.
+        """
+        self.wait()
+        leaves = parameters.paths(states_by_name)
+        step = int(jax.device_get(states_by_name["model"].step))
+        meta = {
+            **self.meta,
+            "format": checkpoint.FORMAT,
+            "step": step,
+            "config": configs.plain(self.config),
+            "metrics": None if metrics is None else records.finite(metrics),
+            "versions": checkpoint.versions(),
+            "manifest": manifest.of(leaves),
+        }
+        meta["digest"] = manifest.digest(meta)
+        # told below in one message, and not in Orbax's and asyncio's tracebacks besides
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        sys.unraisablehook = _unheard
+        try:
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(checkpoint.named(leaves)),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+            )
+            self.manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            # the store tells of the disk in a ValueError
+            if not isinstance(error, OSError) and "os_error_code" not in str(error):
+                raise
+            _clear(self.workdir)
+            raise UserError(self._not_saved(step, error)) from error
+
+    def _not_saved(self, step: int, error: Exception) -> str:
+        before = ", ".join(map(str, sorted(self.manager.all_steps()))) or "none"
+        reason = error.strerror if isinstance(error, OSError) else str(error).rpartition(": ")[2]
+        return (
+            f"step {step} could not be saved in {self.workdir / checkpoint.FOLDER}: "
+            f"{(reason or str(error)).partition(' [')[0]}; steps saved before: {before}. Make room "
+            "or mend the disk; the same command then goes on from the last of them"
+        )
+
+    def note(self, step: int, figures: dict[str, float]) -> None:
+        """Add its held-out figures to the record of a saved step; then others may make room."""
+        self.wait()
+        if jax.process_index() == 0:
+            checkpoint.note(self.folder(step), figures)
+        self.wait()
+
+    def wait(self) -> None:
+        """Until the last save is committed and sealed; then what need not stay is deleted."""
+        self.manager.wait_until_finished()
+        steps = sorted(self.manager.all_steps())
+        if jax.process_index() == 0:
+            for step in steps:
+                manifest.seal(self.folder(step))
+        _together("sealed")
+        keep = self.config.get("keep", {"latest": 1, "best": 1})  # an import may not train
+        found, metas = [], {step: self._record(step) for step in steps}
+        whole = {step: meta for step, meta in metas.items() if meta is not None}
+        figures = dict(zip(whole, checkpoint.figures(list(whole.values())), strict=True))
+        for step in steps:
+            if step not in whole:  # what cannot be read is nobody's to delete
+                found.append(Saved(step, None, stated=True, measured=False))
+            else:
+                stated, measured = step in self.stated, whole[step]["measured"]
+                found.append(Saved(step, figures[step], stated, measured))
+        if steps and metas[steps[-1]] is None:
+            return
+        stay = staying(found, latest=keep["latest"], best=keep["best"])
+        _together("chosen")
+        for step in steps:
+            if step not in stay:
+                self.manager.delete(step)
+
+    def _record(self, step: int) -> dict | None:
+        """The record of a step; None where it cannot be read, which is said once."""
+        try:
+            return checkpoint.read_meta(self.folder(step))
+        except UserError as error:
+            if step not in self.told:
+                self.told.add(step)
+                report.say(f"{error}; it stays where it is")
+            return None
+
+    @contextlib.contextmanager
+    def rescuing(self, states_by_name: dict[str, PyTree]) -> Iterator[None]:
+        """What the user has to mend costs no step that was made: it is saved, then told."""
+        try:
+            yield
+        except UserError as error:
+            step = int(jax.device_get(states_by_name["model"].step))
+            # a save waits for all processes, and the others are in their next step
+            if step == 0 or jax.process_count() > 1:
+                raise
+            if step not in self.manager.all_steps():
+                self.save(states_by_name)
+                self.wait()
+            raise UserError(f"{error}; step {step} is saved in {self.workdir}") from error
+
+    def close(self) -> None:
+        """Commit what is under way."""
+        self.wait()
+        self.manager.close()
+
+
+def _unheard(unraisable) -> None:
+    """What a failed save leaves behind: writes that answer a loop that is gone."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+def _together(what: str) -> None:
+    """All processes wait here for each other: each decides from the same files."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def _clear(workdir: pathlib.Path) -> None:
+    """Remove what saves left behind that never ended: it is no step, and takes the room of one."""
+    if jax.process_index() == 0:
+        for part in (workdir / checkpoint.FOLDER).glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def start(
+    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    *,
+    kind: str,
+    layout: TokenLayout | None,
+    classes: tuple[str, ...],
+    best: str,
+    data: str,
+    tokenizer: dict | None = None,
+    tokens: dict | None = None,
+    source: dict | None = None,
+    kept: tuple[int, ...] = (),
+    held_out: str = "",
+    earlier: tuple[str, ...] = (),
+    accept: tuple[str, ...] = (),
+    fields: tuple[str, ...] = (),
+) -> Run:
+    """Open the checkpoints of a work directory; `best` is the metric of which less is better.
+
+    `data` and `held_out` are fingerprints of the images, `earlier` those of `data` by old versions;
+    `accept` says what may have changed all the same. `tokenizer` and `tokens` say what a generator
+    was trained with and on, see `checkpoint.reference`; `source` where imported weights come from.
+    Steps of `kept` are never deleted to make room. `fields` are all that a config may have at its
+    top: a run that began with others had them for its config file alone (none: all are compared).
+    """
+    _clear(workdir)
+    # it deletes nothing: its policies know the figures of this process alone, and a figure that is
+    # not finite pushes out a better one
+    manager = ocp.CheckpointManager(
+        (workdir / checkpoint.FOLDER).absolute(),
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=None, enable_async_checkpointing=True, create=True
+        ),
+    )
+    meta = {
+        "kind": kind,
+        "layout": layout.to_json() if layout else None,
+        "classes": list(classes),
+        "data": data,
+        "held_out": held_out,
+        "tokenizer": tokenizer,
+        "tokens": tokens,
+        "best": best,
+        "source": source,
+    }
+    return Run(workdir, manager, config, meta, kept, earlier=earlier, accept=accept, fields=fields)
+
+
+def resume_or_start(run: Run, states_by_name: dict[str, PyTree]) -> tuple[dict[str, PyTree], str]:
+    """(states, what was done). The whole policy, in this order:
+
+    1. a checkpoint in the work directory: resume it, everything included;
+    2. `config.init_from`: take its parameters (and average), fresh optimizer, step 0; a generator's
+       class table may have other classes, and begins anew but for "no class";
+    3. neither: the states as they were made.
+
+    UserError when the disk has no room for one more checkpoint.
+    """
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(states_by_name))
+    if steps := sorted(run.manager.all_steps()):
+        step = run.folder(steps[-1])
+        meta = checkpoint.read_meta(step)
+        _same_run(meta, run, step)
+        leaves = checkpoint.resumed(step, parameters.paths(states_by_name), meta)
+        _take_over(meta, run)
+        run.wait()  # what need not stay by now makes room first
+        if steps[-1] < run.config.get("steps", 0):
+            _room(run, size)
+        return checkpoint.unflatten(
+            states_by_name, leaves
+        ), f"resumed step {steps[-1]} of {run.workdir}"
+    if run.config.get("steps", 0):
+        _room(run, size)
+    if run.config.init_from:
+        step = checkpoint.find(run.config.init_from)
+        return finetuning.begun_from(step, run.meta, states_by_name)
+    return states_by_name, f"started a new run in {run.workdir}"
+
+
+def _room(run: Run, size: int) -> None:
+    """Tell, before any work, when the disk cannot hold the checkpoints that are to be kept."""
+    keep, steps = run.config.get("keep", {"latest": 1, "best": 1}), run.config.steps
+    stated = sum(0 < step < steps for step in run.stated)
+    # one more than stay: the new one is whole before another goes
+    count = max(1, keep["latest"]) + max(1, keep["best"]) + stated + 1
+    there = run.manager.all_steps()
+    saves = math.ceil((steps - max(there, default=0)) / run.config.report.save) + stated
+    missing = max(1, min(count - len(there), saves))
+    free = shutil.disk_usage(run.workdir).free
+    if free >= missing * size:
+        return
+    said = (
+        f"a checkpoint of this run takes {_bytes(size)}, and up to {missing} more are kept at a "
+        f"time (config.keep): {_bytes(missing * size)}; found {_bytes(free)} free in {run.workdir}"
+    )
+    if free < size:
+        raise UserError(f"{said}, not enough for one; make room, or use another --workdir")
+    report.say(f"warning: {said}; make room, or keep fewer")
+
+
+def _bytes(size: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.4g} {unit}"
+        size /= 1000
+    return f"{size:,.4g} GB"
+
+
+def check_whole(workdir: pathlib.Path, step: int) -> list[int]:
+    """The steps of a work directory; UserError when `step` is not there, or not whole."""
+    folder = workdir / checkpoint.FOLDER
+    steps = sorted(int(s.name) for s in folder.glob("*") if s.name.isdigit() and s.is_dir())
+    if step not in steps or not checkpoint.is_whole(folder / str(step)):
+        whole = [str(s) for s in steps if checkpoint.is_whole(folder / str(s))]
+        found = "is damaged" if step in steps else "is not there"
+        raise UserError(
+            f"--from {step} needs a whole step of {folder}; it {found}, whole are "
+            f"{', '.join(whole) or 'none'}"
+        )
+    return steps
+
+
+def go_back(run: Run, step: int) -> None:
+    """Set aside all steps after `step`, so that a run resumes there; nothing is deleted.
+
+    They lie in `WORKDIR/set_aside` from then on. UserError, and all stay, when `step` is not there,
+    not whole, or of another run.
+    """
+    steps = check_whole(run.workdir, step)
+    _same_run(checkpoint.read_meta(run.folder(step)), run, run.folder(step))
+    aside = run.workdir / ASIDE
+    _together("compared")
+    if jax.process_index() == 0:
+        # the last first: a kill leaves a run
+        for later in reversed([s for s in steps if s > step]):
+            aside.mkdir(exist_ok=True)
+            names = (f"{later}{'' if n == 1 else f'.{n}'}" for n in itertools.count(1))
+            target = next(aside / name for name in names if not (aside / name).exists())
+            run.folder(later).rename(target)
+            report.say(f"step {later} is set aside: {target}")
+    _together("set aside")
+    run.manager.reload()
+
+
+def latest(run: Run) -> int | None:
+    """The last step that a run has saved."""
+    return max(run.manager.all_steps(), default=None)
+
+
+def classes(workdir: pathlib.Path, step: int | None = None) -> tuple[str, ...]:
+    """The classes, in their order, of a step or the last that is saved; none where none is."""
+    folder = workdir / checkpoint.FOLDER
+    steps = [int(s.name) for s in folder.glob("*") if s.name.isdigit() and s.is_dir()]
+    if not steps:
+        return ()
+    try:
+        last = max(steps) if step is None else step
+        return tuple(checkpoint.read_meta(folder / str(last))["classes"])
+    except UserError:  # it is told when the step is read to go on from
+        return ()
+
+
+def metrics(run: Run, step: int) -> dict[str, float]:
+    """The figures that were saved with a step; none where it is gone."""
+    folder = run.folder(step)
+    return checkpoint.read_meta(folder)["metrics"] if folder.exists() else {}
+
+
+def is_measured(run: Run, step: int) -> bool:
+    """Whether a step is there, and its figures were noted."""
+    folder = run.folder(step)
+    return folder.exists() and checkpoint.read_meta(folder)["measured"]
+
+
+def drop_after(run: Run, step: int) -> None:
+    """Forget all later steps, the last first: a kill in between leaves a run to go on from.
+
+    UserError before any is lost where the run could not go on from `step`; none where it is gone.
+    """
+    if step not in run.manager.all_steps():
+        return
+    if "data_changes" not in run.meta:  # a start that ends what a kill cut off
+        newest = checkpoint.read_meta(run.folder(latest(run)))
+        run.meta["data_changes"] = list(newest.get("data_changes", ()))
+    if wrong := manifest.misfit(run.folder(step)):
+        raise UserError(
+            f"{run.folder(step)} is damaged: {wrong}; the run cannot go back there, and no later "
+            "step is dropped: restore it from a copy, or go on from one of them with --from STEP"
+        )
+    _same_run(checkpoint.read_meta(run.folder(step)), run, run.folder(step))
+    run.wait()
+    for later in sorted(run.manager.all_steps(), reverse=True):
+        if later > step:
+            run.manager.delete(later)
+
+
+def as_trained(fields: dict) -> dict:
+    """Fields of a config in the words of today's, for those that earlier versions wrote otherwise.
+
+    A distance that was given no weight files was left out: its weight is 0. `critic.augmented` was
+    all kinds or none; a field that was not there yet has the value that went without saying.
+    """
+    off = {
+        f"loss.{n.removeprefix('perceptual.')}"
+        for n, v in fields.items()
+        if v == "" and n.startswith("perceptual.")
+    }
+    said = {n: v for n, v in fields.items() if n not in UNSAID or v != UNSAID[n]}
+    for section in ("optimizer", "critic.optimizer"):
+        if f"{section}.warmup" not in said:  # which `start` is of
+            said.pop(f"{section}.start", None)
+    said |= {name: 0.0 for name in off if name in fields}
+    augmented = said.get("critic.augmented")
+    if isinstance(augmented, bool):
+        said["critic.augmented"] = AUGMENTED[augmented]
+    return said
+
+
+def _same_run(meta: dict, run: Run, step: pathlib.Path) -> None:
+    """Refuse to go on with another model, data set, batch size or seed."""
+    if meta["kind"] != run.meta["kind"]:
+        raise UserError(
+            f"{step} holds a {meta['kind']}; this program trains a {run.meta['kind']}: use another "
+            "--workdir"
+        )
+    old = as_trained(configs.flat(json.loads(json.dumps(meta["config"]))))
+    new = as_trained(configs.flat(json.loads(json.dumps(configs.plain(run.config)))))
+    if run.fields:
+        old = {n: v for n, v in old.items() if n in new or n.partition(".")[0] in run.fields}
+    changes = [
+        f"  {name}: {old.get(name, 'absent')!r} there, {new.get(name, 'absent')!r} here"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name) and not name.startswith(FREE)
+    ]
+    # data that this run began with, and was told to leave, are still its own: it may go back there
+    left = run.meta.get("data_changes", ())
+    own = {run.meta["data"], *run.earlier, *(change["from"] for change in left)}
+    told = "data" in run.accept
+    if not told and meta["data"] not in own:
+        changes.append(f"  data: {meta['data']} there, {run.meta['data']} here")
+    a, b = meta.get("held_out"), run.meta["held_out"]
+    # best steps are those of the same images
+    if a and b and a != b and not told and a not in {change.get("held_out") for change in left}:
+        changes.append(f"  held-out data: {a} there, {b} here")
+    images, names = ["  data: ", "  held-out data: "], ["layout", "classes", "tokenizer"]
+    if meta["kind"] == "tokenizer":  # it learns no classes: they come with its images
+        images.append("  classes: ")
+        if told or meta["classes"] in [change.get("classes") for change in left]:
+            names.remove("classes")
+    for name in names:
+        a, b = (json.loads(json.dumps(m[name])) for m in (meta, run.meta))
+        if name == "tokenizer" and a and b:
+            a, b = a["fingerprint"], b["fingerprint"]
+        if a != b:
+            changes.append(f"  {name}: {str(a)[:200]} there, {str(b)[:200]} here")
+    if changes and all(line.startswith(tuple(images)) for line in changes):
+        raise UserError(
+            f"{run.workdir} holds a run on other images than these (names, labels, sizes or "
+            "contents differ). If you repaired, removed or added some, go on with them by "
+            "--accept-data; else give the images it began with, or another --workdir:\n"
+            + "\n".join(changes)
+        )
+    if changes:
+        raise UserError(
+            "\n".join(
+                [
+                    f"{run.workdir} holds a run with another config; use its values (a copy of its "
+                    "config file, or overrides), or another --workdir:",
+                    *changes,
+                ]
+            )
+        )
+
+
+def _take_over(meta: dict, run: Run) -> None:
+    """What a record says of data that were left goes on in later ones, with what is left now."""
+    run.meta["data_changes"] = list(meta.get("data_changes", ()))
+    change = {"step": meta["step"], "from": meta["data"], "to": run.meta["data"]}
+    what = ["training images"] if meta["data"] not in (run.meta["data"], *run.earlier) else []
+    there, here = meta.get("held_out"), run.meta["held_out"]
+    if there and here and there != here:
+        change["held_out"] = there
+        what.append("held-out images")
+    if meta["classes"] != run.meta["classes"]:
+        change["classes"] = meta["classes"]
+        what.append("classes")
+    if what:
+        run.meta["data_changes"].append(change)
+        report.say(f"from step {meta['step']} on {run.workdir} has changed {', '.join(what)}")

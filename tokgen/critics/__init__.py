@@ -1,1 +1,0 @@
-"""Networks that judge images: discriminators and perceptual distances."""

@@ -1,0 +1,379 @@
+"""The step-indexed stream: batch t is a function of (seed, t), so its whole state is the step.
+
+The global order is an endless sequence: a permutation of the source for epoch 0, another one for
+epoch 1, and so on; grain computes it, nothing stores it. Element k has a random generator of its
+own, from (seed, k), for its crop and flip. Batch t is elements t * B to (t + 1) * B, and process p
+of n loads the p-th contiguous n-th of it: the rows that its devices hold when the global array is
+assembled process by process. So n processes see the same global batches as one, row by row, and a
+run may be resumed on another number of them.
+
+Nothing is ever filtered, for that would shift what follows. An element that cannot be read is
+replaced by the next one of the same permutation that can be. One pass in order, `once`, is for
+measuring: it leaves out what cannot be read. Either way it is counted and told by `reader`.
+"""
+
+import collections
+import concurrent.futures
+import itertools
+import os
+from collections.abc import Callable, Iterable, Sequence
+
+import grain
+import numpy as np
+
+from tokgen import interfaces
+from tokgen.data import pixels as images, reader
+
+_PATIENCE = 16  # neighbours tried for one broken element; so many in a row are no accident
+THREADS = min(4, os.cpu_count() or 1)
+# Streams of random numbers from one seed: grain takes the first for itself.
+_VIEW_STREAM = 1
+
+
+class Batches:
+    """An iterator over batches; close it, or use `with`.
+
+    `seen` counts the elements that were handed out, `step` is the number of the next batch, and
+    `unreadable` the record of the distinct images of the source that could not be read, `bad` their
+    number. Of the distinct images seen, or of 10,000 where these are more, a share of `max_bad` may
+    be so: one more is a UserError that names some.
+    """
+
+    def __init__(self, loaded, source, *, step: int, max_bad: float, fate: str):
+        self._loaded = iter(loaded)
+        self._length = len(source)
+        self._max_bad = max_bad
+        self._fate = fate
+        self.unreadable = reader.unreadable(source)
+        self.step = step
+        self.seen = 0
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        # Counted here and not where it is loaded: threads run ahead, and the counts would too.
+        try:
+            batch, broken = next(self._loaded)
+        except StopIteration:
+            self.unreadable.tell(self._fate)
+            raise
+        self.step += 1
+        self.seen += len(batch["label"])
+        for index, reason in broken:
+            self.unreadable.add(index, reason)
+        self.unreadable.looked = max(self.unreadable.looked, min(self.seen, self._length))
+        self.unreadable.check(self._max_bad)
+        self.unreadable.tell(self._fate, last=False)
+        return batch
+
+    @property
+    def bad(self) -> int:
+        """How many distinct images of the source could not be read so far."""
+        return len(self.unreadable)
+
+    @property
+    def broken(self) -> tuple[str, ...]:
+        """Their names."""
+        return self.unreadable.names()
+
+    def close(self) -> None:
+        """Stop the threads. Batches that were loaded ahead are dropped."""
+        self.unreadable.tell(self._fate)
+        close = getattr(self._loaded, "close", None)
+        if close is not None:
+            close()
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def batches(
+    source,
+    view: images.View | None = None,
+    *,
+    seed: int,
+    batch_size: int,
+    start: int = 0,
+    process: tuple[int, int] = (0, 1),
+    threads: int = THREADS,
+    prefetch: int = 4,
+    max_bad: float = 1e-3,
+) -> Batches:
+    """Endless shuffled batches from step `start` on.
+
+    {"image": uint8 [B/n, rows, columns, channels], "label": int32 [B/n]} of an image source seen
+    through `view`, or through its own; {"tokens": int32 [B/n, L, G], "label": int32 [B/n]} of
+    token shards, one of the stored views per element. {"text": float32 [B/n, T, E]} where a source
+    has text, and {"mask": bool [B/n, T]} where that has a mask.
+
+    Args:
+      batch_size: B, of all processes together.
+      process: (p, n), which of how many.
+      threads: batches loaded at the same time; 0 loads them when they are asked for.
+      prefetch: batches kept ready, at least `threads`.
+      max_bad: the share of images that may be unreadable; token shards were judged when made.
+    """
+    part, parts = process
+    if batch_size < 1 or parts < 1 or batch_size % parts or not 0 <= part < parts:
+        raise interfaces.UserError(
+            f"batch_size must be a positive multiple of the number of processes: "
+            f"batch_size={batch_size}, process={part} of {parts}"
+        )
+    if start < 0 or not 0 <= seed < 2**32:
+        raise interfaces.UserError(
+            f"a step is at least 0 and a seed at least 0 and below 2**32; found start={start}, "
+            f"seed={seed}"
+        )
+    if not 0.0 <= max_bad <= 1.0:
+        raise interfaces.UserError(f"max_bad is a rate between 0 and 1; found {max_bad}")
+    order = _order(len(source), seed)
+    load = _loader(source, view)
+    own = batch_size // parts
+
+    def local(step: int, index_B: np.ndarray) -> tuple[dict, list]:
+        first = part * own
+        elements = step * batch_size + first + np.arange(own)
+        rngs = [_rng(seed, element) for element in elements]
+        return load(index_B[first : first + own], rngs, _epoch_neighbours(order, elements, source))
+
+    loaded = (
+        order.batch(batch_size)
+        .map_with_index(local)[start:]
+        .to_iter_dataset(
+            # grain objects to fewer buffers than threads.
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))
+        )
+    )
+    return Batches(
+        loaded,
+        source,
+        step=start,
+        max_bad=1.0 if hasattr(source, "missing") else max_bad,
+        fate=reader.REPLACED,
+    )
+
+
+def once(
+    source,
+    view: images.View | None = None,
+    *,
+    batch_size: int,
+    indices: Sequence[int] | None = None,
+    least: int = 1,
+    threads: int = 0,
+) -> Batches:
+    """One pass in order, over all elements or `indices`, of those that can be read.
+
+    For measuring: nothing is random, so views and token views are the first of what they might be.
+    What cannot be read is left out and told; batches are full but for the last. `"index"`, int64
+    [B], says which elements of the source they hold. Fewer than `least` are a UserError. `threads`
+    load the next batch while the last one is used; 0 loads it when it is asked for.
+    """
+    if batch_size < 1:
+        raise interfaces.UserError(f"batch_size must be at least 1; found {batch_size}")
+    if view is not None and (view.crop == "random" or view.flip):
+        raise interfaces.UserError(
+            f"one pass in order has nothing random; found {view}: use crop='center' or 'flip', and "
+            "flip=False"
+        )
+    index_N = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
+    load, record = _loader(source, view), reader.unreadable(source)
+
+    def passing():
+        held = None
+        parts = (index_N[f : f + batch_size] for f in range(0, len(index_N), batch_size))
+        for batch, broken in _ahead(
+            lambda part: load(part, [None] * len(part), None), parts, threads
+        ):
+            for index, reason in broken:
+                record.add(index, reason)
+            if not broken and not held:
+                yield batch, ()
+            elif batch:
+                held = batch if not held else {k: np.concatenate([held[k], batch[k]]) for k in held}
+                if len(held["label"]) >= batch_size:
+                    yield {k: array[:batch_size] for k, array in held.items()}, ()
+                    held = {k: array[batch_size:] for k, array in held.items()}
+                    held = held if len(held["label"]) else None
+        if held:
+            yield held, ()
+
+    found = _enough(passing(), record, min(least, len(index_N)))
+    return Batches(found, source, step=0, max_bad=1.0, fate=reader.LEFT_OUT)
+
+
+def _ahead(load: Callable, parts: Iterable[np.ndarray], threads: int):
+    """What is loaded of each part, in order: by threads, a part ahead, each a piece of it."""
+    if not threads:
+        yield from map(load, parts)
+        return
+    pool, waiting = concurrent.futures.ThreadPoolExecutor(threads), collections.deque()
+    try:
+        for part in parts:
+            pieces = np.array_split(part, min(threads, len(part)))
+            waiting.append([pool.submit(load, piece) for piece in pieces])
+            if len(waiting) > 1:
+                yield _joined([piece.result() for piece in waiting.popleft()])
+        for pieces in waiting:
+            yield _joined([piece.result() for piece in pieces])
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _joined(pieces: list[tuple[dict, list]]) -> tuple[dict, list]:
+    """One batch of its pieces, of which some may be empty."""
+    full = [batch for batch, _ in pieces if batch]
+    names = full[0] if full else ()
+    batch = {name: np.concatenate([piece[name] for piece in full]) for name in names}
+    return batch, [failure for _, broken in pieces for failure in broken]
+
+
+def _enough(passing, record: reader.Unreadable, least: int):
+    """What passes; an error at its end where it was too little."""
+    count = 0
+    for batch, broken in passing:
+        count += len(batch["label"])
+        yield batch, broken
+    if count < least:
+        raise interfaces.UserError(
+            f"{count} images can be read, of {least} at least that are needed; is this a set of "
+            f"images?\n{record.listed()}"
+        )
+
+
+def _order(length: int, seed: int) -> grain.MapDataset:
+    """The endless global order: element k is an index of the source."""
+    if length < 1:
+        raise interfaces.UserError("the source is empty: there is nothing to read")
+    # not without end: grain rounds the number of batches in floats, beyond its own largest length
+    return grain.MapDataset.range(length).seed(seed).shuffle().repeat(1 + 2**50 // length)
+
+
+def _rng(seed: int, element: int) -> np.random.Generator:
+    # The element is the highest word of the counter: 2**192 numbers lie before the next one.
+    counter = np.array([0, 0, 0, element], np.uint64)
+    return np.random.Generator(np.random.Philox(counter=counter, key=[seed, _VIEW_STREAM]))
+
+
+def _epoch_neighbours(order, elements: np.ndarray, source) -> Callable:
+    """row -> the indices that follow it in its own permutation, round its end."""
+    length = len(source)
+
+    def neighbours(row: int):
+        epoch, place = divmod(int(elements[row]), length)
+        return (order[epoch * length + (place + n) % length] for n in range(1, length))
+
+    return neighbours
+
+
+def _loader(source, view: images.View | None) -> Callable:
+    """(indices, rngs, neighbours) -> (batch, [(index, reason) of the broken]), for this source.
+
+    Without neighbours the broken are left out, and a batch of nothing is empty.
+    """
+    view = getattr(source, "view", None) if view is None else view
+    if view is not None:
+        return lambda *which: _load_images(source, view, *which)
+    if not hasattr(source, "layout"):
+        raise interfaces.UserError("a source of images needs a view: its size, channels and crop")
+    return lambda *which: _load_tokens(source, *which)
+
+
+def _load_tokens(source, index_B, rngs, neighbours) -> tuple[dict, list]:
+    missing, places, broken = getattr(source, "missing", {}), [], []
+    for row, index in enumerate(index_B):
+        if int(index) in missing:
+            broken.append((int(index), missing[int(index)][1]))
+            if neighbours is None:
+                continue
+            index = _readable_tokens(source, missing, int(index), neighbours, row)
+        places.append((int(index), rngs[row]))
+    if not places:
+        return {}, broken
+    records = source.__getitems__([index for index, _ in places])
+    view_B = [
+        0 if rng is None else int(rng.integers(len(record["tokens"])))
+        for record, (_, rng) in zip(records, places, strict=True)
+    ]
+    tokens_BLG = np.stack(
+        [record["tokens"][view] for record, view in zip(records, view_B, strict=True)]
+    )
+    return {"tokens": tokens_BLG, **_told(records, places, neighbours)}, broken
+
+
+def _readable_tokens(source, missing, index: int, neighbours, row: int) -> int:
+    """The next index in the order whose image could be read when the tokens were made."""
+    for neighbour in itertools.islice(neighbours(row), _PATIENCE):
+        if int(neighbour) not in missing:
+            return int(neighbour)
+    raise _hopeless(source, [(index, missing[index][1])], _PATIENCE + 1)
+
+
+def _load_images(source, view, index_B, rngs, neighbours) -> tuple[dict, list]:
+    # A source that draws its images draws many at the price of few.
+    drawn = source.__getitems__(index_B) if hasattr(source, "__getitems__") else None
+    places, records, pixels, broken = [], [], [], []
+    for row, (index, rng) in enumerate(zip(index_B, rngs, strict=True)):
+        record = drawn[row] if drawn else {"image": b""}
+        if isinstance(record["image"], bytes):
+            record, failures = _readable(source, view, int(index), neighbours, row)
+            broken += failures
+        if record is None:
+            continue
+        pixels.append(view(_checked(record["image"], view), rng))
+        # kept without its pixels: those of a photograph are many times those of its view
+        records.append({name: value for name, value in record.items() if name != "image"})
+        places.append((int(index), rng))
+    if not places:
+        return {}, broken
+    return {"image": np.stack(pixels), **_told(records, places, neighbours)}, broken
+
+
+def _readable(source, view, index: int, neighbours, row: int) -> tuple[dict | None, list]:
+    """(record at `index`, or the next one in the order that can be read; what could not be).
+
+    Its image as pixels. None where it cannot be read and there are no neighbours.
+    """
+    failures = []
+    following = itertools.islice(neighbours(row), _PATIENCE) if neighbours else ()
+    for place in itertools.chain((index,), following):
+        try:
+            return reader.read(source, int(place), view.channels, view.decoder), failures
+        except images.BrokenImage as error:
+            failures.append((int(place), str(error)))
+    if neighbours:
+        raise _hopeless(source, failures, len(failures))
+    return None, failures
+
+
+def _hopeless(source, failures: list, count: int) -> interfaces.UserError:
+    named = "\n".join(
+        f"  {reader.name_of(source, index)}: {reason}" for index, reason in failures[: reader.NAMED]
+    )
+    return interfaces.UserError(
+        f"none of {count} images in a row can be read; is this a set of images?\n{named}"
+    )
+
+
+def _checked(image_HWC: np.ndarray, view: images.View) -> np.ndarray:
+    if image_HWC.shape[2] != view.channels:
+        raise interfaces.UserError(
+            f"the source draws {image_HWC.shape[2]} channels and the view has {view.channels}; "
+            "set both to the same"
+        )
+    return image_HWC
+
+
+def _told(records: list[dict], places: list, neighbours) -> dict[str, np.ndarray]:
+    """Labels; text and its mask, where the records have them; in one pass, which these are."""
+    told = {"label": np.array([record["label"] for record in records], np.int32)}
+    for name in ("text", "mask"):
+        if name in records[0]:
+            told[name] = np.stack([record[name] for record in records])
+    if neighbours is None:
+        told["index"] = np.array([index for index, _ in places], np.int64)
+    return told

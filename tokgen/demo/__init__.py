@@ -1,0 +1,1 @@
+"""The demo: a tokenizer and generators on procedural shapes, and the page that shows them."""

@@ -1,0 +1,128 @@
+"""The demo's families of generators, side by side: train, measure, show."""
+
+from __future__ import annotations
+
+import html
+import pathlib
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from tokgen import report
+from tokgen.checkpoints import checkpoint
+from tokgen.data import shapes, token_shards
+from tokgen.evaluation import local_classifier, validation
+from tokgen.sampling import drawing, presets
+
+TOKENIZER, GENERATOR = "configs/tokenizer/shapes.py", "configs/generator/shapes.py"
+# Family -> (folder of its generator, of its tokenizer, of its tokens, how it draws)
+FAMILIES = {
+    "raster": ("generator", "tokenizer", "tokens", "one token after the other, row by row"),
+    "random": ("random", "tokenizer", "tokens", "one token after the other, in a random order"),
+    "masked": ("masked", "tokenizer", "tokens", "many tokens at a time, the surest first"),
+    "next_scale": ("next_scale", "pyramid", "pyramid_tokens", "one grid at a time, coarse to fine"),
+}
+STEPS = {"random": 1200, "masked": 1200, "next_scale": 1000}  # so that all fit into 20 minutes
+PYRAMID_STEPS = 2000
+COLUMNS = 6  # samples of a class in a family's picture
+
+
+def train(
+    folder: pathlib.Path,
+    run: Callable,
+    pretokenize: Callable,
+    tokenizer_steps: int | None,
+    generator_steps: int | None,
+) -> None:
+    """All but the raster generator, which the demo trains; `run` and `pretokenize` are its own."""
+    steps = tokenizer_steps or PYRAMID_STEPS
+    run("train_tokenizer.py", f"{TOKENIZER}:pyramid", folder / "pyramid", steps)
+    pretokenize(folder / "pyramid", folder / "pyramid_tokens")
+    for family, steps in STEPS.items():
+        given = [f"--config.data.tokens={folder / FAMILIES[family][2]}"]
+        steps = generator_steps or steps
+        run("train_generator.py", f"{GENERATOR}:{family}", folder / family, steps, given)
+
+
+def measure(folder: pathlib.Path, examiner, number: int, seed: int) -> tuple[dict, dict]:
+    """({family: figures}, {picture: uint8 image}) of trained families."""
+    figures, pictures = {}, {}
+    for family in FAMILIES:
+        figures[family], image_NHW3 = _measured(folder, family, examiner, number, seed)
+        by_class = image_NHW3.reshape(len(shapes.CLASSES), -1, *image_NHW3.shape[1:])
+        shown = by_class[:, :COLUMNS]
+        images = shown.reshape(-1, *image_NHW3.shape[1:])
+        pictures[f"family_{family}"] = report.grid(images, shown.shape[1])
+    return figures, pictures
+
+
+def _measured(folder, family: str, examiner, number: int, seed: int) -> tuple[dict, np.ndarray]:
+    """(figures, samples sorted by class) of one family."""
+    generator, tokenizer, token_set, _ = FAMILIES[family]
+    loaded = checkpoint.load_generator(folder / generator)
+    painter = checkpoint.load_tokenizer_of(loaded, str(folder / tokenizer)).module
+    held_out = token_shards.Source(folder / token_set, split="held_out")
+    codec = painter.quantizer
+    likelihood = validation.likelihood(loaded.module, codec, held_out, count=1000)
+    train_set = token_shards.Source(folder / token_set)
+    unigram = validation.unigram(train_set, held_out, loaded.layout)
+    chosen = presets.named(loaded.config.presets.to_dict(), "default")
+    module, sampler = presets.prepare(loaded.module, chosen)
+    wanted = np.repeat(np.arange(len(shapes.CLASSES), dtype=np.int32), number // 10)
+    batch = min(100, len(wanted))
+
+    def draw(label_N):
+        return drawing.draw(module, painter, label_N, sampler, seed=seed, batch=batch, what=family)
+
+    draw(wanted[:batch])  # compiles
+    began = time.monotonic()
+    _, image_NHW3 = draw(wanted)
+    seconds = time.monotonic() - began
+    hits = local_classifier.predictions(examiner, image_NHW3) == wanted
+    length = loaded.layout.length
+    return {
+        "tokens": length,
+        "nats_per_token": round(likelihood["nats_per_token"], 4),
+        "nats_error": likelihood["nats_error"] and round(likelihood["nats_error"], 4),
+        "nats_per_image": round(likelihood["nats_per_token"] * length, 2),
+        "bound": not loaded.module.exact,
+        "unigram_nats": round(unigram["unigram_nats"], 4),
+        "class_accuracy": round(float(hits.mean()), 4),
+        "ms_per_image": round(1000 * seconds / len(wanted), 2),
+        "steps": loaded.meta["step"],
+        "sampling": chosen,
+    }, image_NHW3
+
+
+def section(figures: dict, picture: Callable[[str, str], str]) -> str:
+    """The part of the demo's page; `picture(name, text)` is an image of it."""
+    if not figures:
+        return ""
+    heads = "".join(f"<th>{family.replace('_', ' ')}</th>" for family in figures)
+    rows = {
+        "How it draws": [html.escape(FAMILIES[family][3]) for family in figures],
+        "Tokens of an image": [f"{one['tokens']}" for one in figures.values()],
+        "Nats per token, held out": [
+            f"{'at most ' if one['bound'] else ''}{one['nats_per_token']:.3f} (unigram "
+            f"{one['unigram_nats']:.3f})"
+            for one in figures.values()
+        ],
+        "Nats per image": [f"{one['nats_per_image']:.1f}" for one in figures.values()],
+        "Samples recognised": [f"{100 * one['class_accuracy']:.1f} %" for one in figures.values()],
+        "Milliseconds per image": [f"{one['ms_per_image']:.1f}" for one in figures.values()],
+        "Training steps": [f"{one['steps']:,}" for one in figures.values()],
+        "Samples": [picture(f"family_{family}", f"samples of {family}") for family in figures],
+    }
+    body = "\n".join(
+        f"<tr><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        for name, cells in rows.items()
+    )
+    return f"""<h2>Four families</h2>
+<p>One generator of each family, of the same width and depth. The next-scale one reads the tokens of
+a tokenizer of its own, so its nats compare with its own unigram model only. A row of a picture is a
+class. Times are of a batch, painting included, after compilation.</p>
+<table class="families">
+<tr><th></th>{heads}</tr>
+{body}
+</table>"""

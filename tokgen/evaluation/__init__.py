@@ -1,0 +1,1 @@
+"""Held-out validation, and samples scored against references under a protocol."""

@@ -1,0 +1,255 @@
+"""Samples into figures: features part by part, kept as they come; then the scores of all of them.
+
+A folder holds all of it: `run.json` says what is measured, `parts/` what was seen of the images so
+far, `results.jsonl` a line per finished evaluation. Killed at any point, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tokgen import records, report
+from tokgen.checkpoints import checkpoint
+from tokgen.evaluation import (
+    feature_extractors,
+    given_images,
+    made_images,
+    measures,
+    metric_table,
+    protocols,
+    references,
+)
+from tokgen.interfaces import UserError
+from tokgen.metrics import bootstrap, codebook, moments as moments_
+
+FORMAT = 1
+PART = 64  # images that a kill can cost
+RESULTS = "results.jsonl"
+RUN = "run.json"  # what a folder is an evaluation of
+RECORDS = {RUN: ("protocol", "supply")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What was seen of all images; arrays lead with them.
+
+    `features` and `original` are by layer, `values` by measure, `counts` per symbol of a token.
+    """
+
+    features: dict[str, np.ndarray]
+    original: dict[str, np.ndarray]
+    values: dict[str, np.ndarray]
+    counts: dict[str, np.ndarray]
+    label_N: np.ndarray
+    digest_N: np.ndarray
+    constant_N: np.ndarray
+
+
+def collect(
+    supply, extractor: feature_extractors.Extractor, out: pathlib.Path, count: int
+) -> Found:
+    """See `count` images of a supply, but for those that were seen before."""
+    bounds = [(start, min(start + PART, count)) for start in range(0, count, PART)]
+    folder, parts = out / "parts", []
+    with report.bar(count, unit="image", what="evaluate") as bar:
+        for start, stop in bounds:
+            file = folder / f"{start:07d}-{stop:07d}.npz"
+            if made_images.loaded_part(file) is None:
+                made_images.save_part(file, _seen(supply.part(start, stop), extractor, start))
+            bar.update(stop - start)
+    parts = [made_images.loaded_part(folder / f"{a:07d}-{b:07d}.npz") for a, b in bounds]
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    summed = {
+        name.removeprefix("counts/"): np.sum([part[name] for part in parts], axis=0)
+        for name in joined
+        if name.startswith("counts/")
+    }
+    below = references.below
+    return Found(
+        *(below(f"{name}/", joined) for name in ("features", "original", "values")),
+        summed,
+        joined.get("label", np.zeros(0, np.int32)),
+        joined["digest"],
+        joined["constant"],
+    )
+
+
+def _seen(part: Mapping[str, np.ndarray], extractor, start: int) -> dict[str, np.ndarray]:
+    """What is kept of a part: features and hashes in the place of images."""
+    kept = {
+        "digest": given_images.digests(part["image"]),
+        "constant": given_images.constants(part["image"]),
+    }
+    for name, prefix in (("image", "features"), ("original", "original")):
+        if name in part:
+            for layer, feature_ND in feature_extractors.features(extractor, part[name]).items():
+                _check_finite(feature_ND, layer, start)
+                kept[f"{prefix}/{layer}"] = feature_ND
+    others = {n: a for n, a in part.items() if n not in ("image", "original")}
+    return kept | others
+
+
+def _check_finite(feature_ND: np.ndarray, layer: str, start: int) -> None:
+    fine_N = np.isfinite(feature_ND).all(axis=1)
+    if not fine_N.all():
+        raise UserError(
+            f"the layer {layer} is not finite for image {start + int(np.argmin(fine_N))}: look at "
+            "that image, or at the network's weight file"
+        )
+
+
+def compared(
+    found: Found,
+    extractor: feature_extractors.Extractor,
+    protocol: protocols.Protocol,
+    reference: references.Reference | None,
+    *,
+    classes: int,
+    accepted: Sequence[str],
+    seed: int,
+) -> measures.Compared:
+    """What figures are made of; without a reference, the originals are it."""
+    layers = [name for name in extractor.layers if not name.startswith("logits")]
+    logits = next((name for name in extractor.layers if name.startswith("logits")), "")
+    if reference is None:
+        real = {name: found.original[name] for name in layers}
+        kept = np.random.default_rng(seed).permutation(len(real[layers[0]]))
+        kept = kept[: references.KEPT]
+        moments = {name: moments_.Moments.of(rows) for name, rows in real.items()}
+        real = {name: rows[kept] for name, rows in real.items()}
+        label_n = found.label_N[kept] if len(found.label_N) else found.label_N
+    else:
+        real, moments = reference.features, reference.moments
+        label_n = reference.label_n if reference.record.get("classes") else np.zeros(0, np.int32)
+    return measures.Compared(
+        protocol,
+        layers[0],
+        logits,
+        found.features,
+        real,
+        moments,
+        found.label_N,
+        label_n,
+        classes,
+        2 if "few" in accepted else None,
+        seed,
+    )
+
+
+def of_pairs(found: Found, seed: int) -> dict[str, dict]:
+    """Figures of single reconstructions, their means with intervals; and of the codebook."""
+    figures = {}
+    for name, value_N in found.values.items():
+        if len(value_N) < 2:  # one image has no interval
+            figures[name] = {"value": float(np.mean(value_N))}
+            continue
+        interval = bootstrap.of_mean(value_N, seed=seed)
+        figures[name] = {"value": interval.value, "low": interval.low, "high": interval.high}
+    counts = [found.counts[name] for name in sorted(found.counts, key=int)]
+    if counts:
+        usage = [codebook.usage(count_V) for count_V in counts]
+        perplexity = [codebook.perplexity(count_V) for count_V in counts]
+        figures["codebook_usage"] = {"value": float(np.mean(usage))}
+        figures["codebook_perplexity"] = {"value": float(np.mean(perplexity))}
+        seen = int(counts[0].sum())
+        expected = [1 - (1 - 1 / len(count_V)) ** seen for count_V in counts]
+        figures["codebook_usage"]["expected"] = float(np.mean(expected))
+    return figures
+
+
+def record(identity: Mapping, figures: Mapping, absent: Mapping, found: Found) -> dict:
+    """One finished evaluation, as a line of JSON."""
+    return {
+        "format": FORMAT,
+        **identity,
+        "figures": {name: _rounded(figure) for name, figure in figures.items()},
+        "absent": dict(absent),
+        "suspicious": given_images.suspicious(found.digest_N, found.constant_N),
+        "images_sha256": images_hash(found.digest_N),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": checkpoint.versions(),
+    }
+
+
+def images_hash(digest_N: np.ndarray) -> str:
+    """A hash of all images, in their order."""
+    return hashlib.sha256(b"".join(bytes(d).ljust(16, b"\0") for d in digest_N)).hexdigest()
+
+
+def _rounded(figure: Mapping) -> dict:
+    return {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in figure.items()}
+
+
+def append(out: pathlib.Path, line: Mapping) -> None:
+    """Add a result to the folder's results, whole or not at all; measured again, it stays one."""
+    file = out / RESULTS
+    before = _lines(file) if file.exists() else []
+    if before and _untimed(before[-1]) == _untimed(json.loads(records.text(line))):
+        return
+    records.save(file, "".join(f"{records.text(each)}\n" for each in [*before, line]))
+
+
+def _untimed(line: dict) -> str:
+    return json.dumps({n: v for n, v in line.items() if n != "time"}, sort_keys=True)
+
+
+def _lines(file: pathlib.Path) -> list[dict]:
+    remedy = "remove the line, or measure again into another --out"
+    return records.lines(file, "results of tokgen evaluate", remedy, say=report.say)
+
+
+def results(path: pathlib.Path) -> list[dict]:
+    """The results of a folder, or of a file."""
+    file = path / RESULTS if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"no results at {path}: need a folder that tokgen evaluate wrote")
+    found = _lines(file)
+    if not found or any(line.get("format") != FORMAT for line in found):
+        raise UserError(f"{file} holds no results of this version of tokgen evaluate")
+    try:
+        return [_checked(line) for line in found]
+    except ValueError as error:
+        raise UserError(f"{file} holds no results of tokgen evaluate: {error}") from error
+
+
+def _checked(line: dict) -> dict:
+    """A result whose parts have the types that readers count on; ValueError otherwise."""
+    records.checked(
+        line,
+        **{"protocol": str, "samples": int, "size": list, "seed": (int, type(None)), "time": str},
+        **{"supply": dict, "reference": dict, "extractor": dict, "figures": dict, "absent": dict},
+        **{"suspicious": dict, "images_sha256": str, "versions": dict},
+    )
+    records.checked(line["reference"], dataset=str)
+    records.checked(line["extractor"], name=str, fingerprint=str)
+    settings = {"settings": dict} if "settings" in line["supply"] else {}
+    records.checked(line["supply"], **settings)
+    number = (int, float, type(None))
+    for figure in line["figures"].values():
+        parts = {"low", "high", "error", "features"} & set(records.checked(figure, value=number))
+        records.checked(figure, **dict.fromkeys(parts, number))
+    # results of earlier versions may hold what JSON has no word for
+    figures, absent = metric_table.settled(line["figures"], line["absent"])
+    return line | {"figures": figures, "absent": absent}
+
+
+def archive(supply, out: pathlib.Path, count: int) -> pathlib.Path:
+    """All images of a supply as `samples.npz` (arr_0, arr_1: ADM's form), written part by part."""
+    first = supply.part(0, min(PART, count))
+    bounds = [(start, min(start + PART, count)) for start in range(0, count, PART)]
+    label_N = None
+    if "label" in first:
+        label_N = np.concatenate([supply.part(*bound)["label"] for bound in bounds])
+    with given_images.writing(
+        out / "samples.npz", (count, *first["image"].shape[1:]), label_N
+    ) as add:
+        for bound in bounds:
+            add(supply.part(*bound)["image"])
+    return out / "samples.npz"

@@ -1,0 +1,319 @@
+"""Images to be scored, part by part: of an .npz archive or of a folder; what is wrong with them.
+
+A supply has a length, a `size` (rows, columns), an `identity` in plain JSON, and
+`part(start, stop)`, which gives {"image": uint8 [N, H, W, 3]} and, where they are known,
+{"label": int32 [N]}. A part is a function of its bounds: whoever is stopped may ask again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import pathlib
+import zipfile
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from tokgen import archives, records
+from tokgen.data import folder, pixels as images, reader, scan
+from tokgen.interfaces import UserError
+
+LOSSY = tuple(
+    ending for form in ("JPEG", "WEBP", "GIF", "AVIF") for ending in images.ENDINGS.get(form, ())
+)
+LABELS = 2**20  # classes that labels without names may be of
+SHARE = 0.01  # of images that may be equal to another one, or of one colour, without a word
+_NAMED = 5
+
+
+class Archive:
+    """The images of an .npz: `arr_0` uint8 [N, H, W, 3], and `arr_1` labels [N] where it is there.
+
+    `classes` are names of the labels, if somebody says them. Read from the archive part by part:
+    the published sets have ten gigabytes (ADM).
+    """
+
+    def __init__(self, path: str | pathlib.Path, classes: Sequence[str] = ()):
+        self.path = pathlib.Path(path)
+        self.classes, self.notes = (), ()
+        self.label_N, self._member, self._next = None, None, 0
+        with archives.opened(self.path) as archive:
+            names = set(archives.names(archive))
+            if "arr_0" not in names:
+                raise UserError(_no_images(self.path, names))
+            shape, fortran, dtype = archives.described(archive, "arr_0", self.path)
+            if fortran and len(shape) > 1:
+                raise UserError(
+                    f"arr_0 of {self.path} is in column order; save it again in row order"
+                )
+            check_pixels(shape, dtype, str(self.path))
+            if "arr_1" in names:
+                self.label_N = self._labels(archive, shape[:1])
+        if self.label_N is not None and not 0 <= self.label_N.min() <= self.label_N.max() < LABELS:
+            raise UserError(
+                f"arr_1 of {self.path} must hold a class, 0 or above and below {LABELS}, for each "
+                f"image; found {self.label_N.dtype} {self.label_N.shape}, least "
+                f"{self.label_N.min()}, greatest {self.label_N.max()}"
+            )
+        if self.label_N is not None and self.label_N.max() < len(classes):
+            self.classes = tuple(classes)
+        elif self.label_N is not None:
+            self.notes = (f"labels 0 to {self.label_N.max()}, without names",)
+        self.shape, self.size = shape, tuple(shape[1:3])
+        status = self.path.stat()
+        self.identity = {
+            "samples": str(self.path.resolve()),
+            "bytes": status.st_size,
+            "changed": status.st_mtime_ns,
+        }
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def part(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Images and labels `start` to `stop`."""
+        step = int(np.prod(self.shape[1:]))
+        member = self._at(start, step)
+        try:
+            data = member.read((stop - start) * step)
+        except archives.DAMAGE as error:
+            self._member = None
+            raise self._damaged(error) from error
+        self._next = stop
+        if len(data) != (stop - start) * step:
+            raise self._damaged(f"it ends before image {stop}")
+        image_NHW3 = np.frombuffer(data, np.uint8).reshape(-1, *self.shape[1:])
+        if self.label_N is None:
+            return {"image": image_NHW3}
+        return {"image": image_NHW3, "label": self.label_N[start:stop].astype(np.int32)}
+
+    def _at(self, start: int, step: int):
+        """The bytes from image `start` on: where the last part ended, or found anew.
+
+        To go anywhere in a member of an archive, all before it is read: for every part of a long
+        one that would be most of it. Read to its end in one go, its checksum is compared as well.
+        """
+        if self._member is None or start < self._next:
+            if self._member is not None:
+                self._member.close()
+            self._member, self._next = self._images(), 0
+        if start > self._next:
+            try:
+                self._member.seek((start - self._next) * step, 1)
+            except archives.DAMAGE as error:
+                self._member = None
+                raise self._damaged(error) from error
+        return self._member
+
+    def _images(self):
+        """The member with the images, at the first of them."""
+        try:
+            member = archives.opened(self.path).open("arr_0.npy")
+            version = np.lib.format.read_magic(member)
+            archives.HEADERS[version](member)
+        except archives.DAMAGE as error:
+            raise self._damaged(error) from error
+        return member
+
+    def _labels(self, archive: zipfile.ZipFile, count: tuple[int, ...]) -> np.ndarray:
+        shape, _, dtype = archives.described(archive, "arr_1", self.path)
+        if shape != count or dtype.kind not in "iu":
+            raise UserError(
+                f"arr_1 of {self.path} must hold a class, 0 or above, for each image of arr_0, "
+                f"{count}; found {dtype} {shape}"
+            )
+        return archives.array(archive, "arr_1", self.path)
+
+    def _damaged(self, why) -> UserError:
+        return UserError(f"{self.path} is damaged: {why}; make it again or restore a copy")
+
+
+def _no_images(path: pathlib.Path, names: Iterable[str]) -> str:
+    there = sorted(names)
+    if {"mu", "sigma"} <= set(there) or "record" in there:
+        return (
+            f"{path} holds reference statistics ({', '.join(there[:_NAMED])}), not samples: were "
+            "samples and --reference swapped?"
+        )
+    return f"{path} has no array arr_0 of images; found {', '.join(there[:_NAMED]) or 'nothing'}"
+
+
+def check_pixels(shape: Sequence[int], dtype, what: str) -> None:
+    """An error where an array cannot be bytes of images [N, H, W, 3]."""
+    if np.dtype(dtype) != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
+        raise UserError(
+            f"{what} must hold images uint8 [N, H, W, 3], 0 to 255; found {np.dtype(dtype)} "
+            f"{tuple(shape)}: save the bytes that a PNG would hold"
+        )
+
+
+class Pictures:
+    """The images of a folder, lossless and of one size; class folders are labels."""
+
+    def __init__(self, path: str | pathlib.Path, accepted: Sequence[str] = (), labels: str = ""):
+        self.source = folder.Source(path, split="all", labels=labels or "folders")
+        self.classes, self.lossy = self.source.classes, "lossy" in accepted
+        names = [self.source.name(index) for index in range(len(self.source))]
+        lossy = [name for name in names if name.lower().endswith(LOSSY)]
+        if lossy and not self.lossy:
+            raise UserError(self._is_lossy(lossy))
+        scan.headers(self.source)
+        if broken := reader.unreadable(self.source).files():  # before anything is measured
+            name, why = next(iter(broken.items()))
+            more = f"; and {len(broken) - 1} others ({', '.join(broken)})" * (len(broken) > 1)
+            raise UserError(f"cannot read {name} of {self.source.path}: {why}{more[:500]}")
+        self.size = self._seen(0)[0].shape[:2]
+        place = pathlib.Path(self.source.path).resolve()
+        # other bytes under the same names, and as many of them, are other samples
+        changed = max((place / name).stat().st_mtime_ns for name in names)
+        self.identity = {
+            "samples": str(place),
+            "fingerprint": self.source.earlier[0],  # of names and sizes: `changed` is of contents
+            "changed": changed,
+        }
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def part(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Images and labels `start` to `stop`, in the order of their paths."""
+        found, labels = [], []
+        for index in range(start, stop):
+            name, image_HW3, label = self.source.name(index), *self._seen(index)
+            if image_HW3.shape[:2] != self.size:
+                raise UserError(
+                    f"the images of {self.source.path} must be of one size: "
+                    f"{self.source.name(0)} is {_by(self.size)}, {name} is "
+                    f"{_by(image_HW3.shape[:2])}; resizing samples would change what is measured"
+                )
+            found.append(image_HW3)
+            labels.append(label)
+        part = {"image": np.stack(found)}
+        return part | {"label": np.asarray(labels, np.int32)} if self.classes else part
+
+    def _seen(self, index: int) -> tuple[np.ndarray, int]:
+        """Pixels and label of one image."""
+        name = self.source.name(index)
+        try:
+            if not self.lossy and reader.header(self.source, index)[0] == "JPEG":
+                raise UserError(self._is_lossy([name]))
+            record = reader.read(self.source, index, 3)
+        except images.BrokenImage as error:
+            raise UserError(f"cannot read {name} of {self.source.path}: {error}") from error
+        return record["image"], record["label"]
+
+    def _is_lossy(self, names: Sequence[str]) -> str:
+        return (
+            f"{self.source.path} holds {len(names)} images in a lossy form ({names[0]}, ...), "
+            "which changes every distance though no eye sees it; score samples as they were "
+            "drawn, PNG or .npz; --accept lossy is for photographs that never were anything else"
+        )
+
+
+def _by(size: Sequence[int]) -> str:
+    return " x ".join(map(str, size))
+
+
+def given(
+    path: str | pathlib.Path, accepted: Sequence[str] = (), labels: str = ""
+) -> Archive | Pictures:
+    """The supply of a path: an .npz, a folder with `samples.npz` inside, or one of images."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        inside = path / "samples.npz"
+        if inside.exists():
+            return Archive(inside, _names(path / "samples.json"))
+        return Pictures(path, accepted, labels)
+    if not path.exists():
+        raise UserError(f"no samples at {path}: there is no such path")
+    if path.suffix != ".npz":
+        raise UserError(f"samples are an .npz or a folder of images; found {path}")
+    return Archive(path)
+
+
+def _names(record: pathlib.Path) -> tuple[str, ...]:
+    """The names of the classes that `tokgen sample` wrote beside its images."""
+    try:
+        found = records.checked(records.load(record), names=list)["names"]
+    except (OSError, ValueError):
+        return ()
+    named = all(isinstance(name, str) for name in found)
+    return tuple(found) if named else ()
+
+
+class Spread:
+    """So many images of a supply, evenly over it: it may be sorted by class."""
+
+    def __init__(self, supply, count: int):
+        self.supply, self.size = supply, supply.size
+        self.index_N = np.arange(count) * len(supply) // count
+        self.classes = getattr(supply, "classes", ())
+        self.identity = {**supply.identity, "spread": [count, len(supply)]}
+
+    def __len__(self) -> int:
+        return len(self.index_N)
+
+    def part(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Images and labels `start` to `stop`; of an archive, read from the first to the last."""
+        found = [self.supply.part(int(n), int(n) + 1) for n in self.index_N[start:stop]]
+        return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path, shape: Sequence[int], label_N: np.ndarray | None = None):
+    """A function that adds images to a new `path`, an archive of `shape` [N, H, W, C] in the end.
+
+    It appears whole or not at all. Equal images make equal files.
+    """
+    part = path.with_name(f".{path.name}.part")
+    with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as target:
+        # a date of its own would make equal images unequal files
+        with target.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+            header = {
+                "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
+                "fortran_order": False,
+                "shape": tuple(map(int, shape)),
+            }
+            np.lib.format.write_array_header_1_0(member, header)
+            yield lambda image_BHWC: member.write(np.ascontiguousarray(image_BHWC).tobytes())
+        if label_N is not None:
+            with target.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
+                np.lib.format.write_array(member, label_N.astype(np.int64), allow_pickle=False)
+    part.replace(path)
+
+
+def digests(image_NHW3: np.ndarray) -> np.ndarray:
+    """[N] a hash of each image's bytes, as 16 bytes."""
+    found = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in image_NHW3]
+    return np.array(found, "S16")
+
+
+def constants(image_NHW3: np.ndarray) -> np.ndarray:
+    """[N] whether an image is of one colour."""
+    first_N113 = image_NHW3[:, :1, :1]
+    return (image_NHW3 == first_N113).all(axis=(1, 2, 3))
+
+
+def suspicious(digest_N: np.ndarray, constant_N: np.ndarray) -> dict[str, int]:
+    """How many images are copies of another one, and how many of one colour."""
+    return {
+        "duplicates": int(len(digest_N) - len(np.unique(digest_N))),
+        "constant": int(np.sum(constant_N)),
+    }
+
+
+def check(found: dict[str, int], count: int, accepted: Sequence[str] = ()) -> None:
+    """An error where more than SHARE of the images are copies or of one colour."""
+    wrong = {
+        name: number
+        for name, number in found.items()
+        if number > SHARE * count and name not in accepted
+    }
+    if wrong:
+        listed = " and ".join(f"{number} {name}" for name, number in wrong.items())
+        options = " ".join(f"--accept {name}" for name in wrong)
+        raise UserError(
+            f"{listed} among {count} images: a score of them would be of a broken sampler; look "
+            f"at them, and say {options} if they are meant"
+        )

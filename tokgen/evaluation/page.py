@@ -1,0 +1,286 @@
+"""A page to look at: one HTML file with figures, how they were made, and pictures.
+
+No script and nothing from elsewhere: it can be sent to somebody, and read on a phone, light or
+dark. Whatever comes from files is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from tokgen import records, report
+from tokgen.evaluation import metric_table, protocols
+
+NAME = "index.html"
+SMALLEST, LARGEST = 64, 160  # pixels of a side that is shown
+# Figures that are of single images, and no metrics of a protocol
+TITLES = {"psnr_db": "PSNR, dB", "ssim": "SSIM"}
+HIGHER = ("psnr_db", "ssim", "codebook_usage", "codebook_perplexity")
+BESIDE = {
+    "bias": "of which the number of samples makes {}",
+    "std": "std {}",
+    "real": "real images {}",
+    "expected": "{} expected of equal sets",
+    "parts": "number of parts {}",
+    "k": "k = {}",
+    "axes": "{} axes",
+    "divergence": "KL of the classes {}",
+}
+# What a word means beside one figure only
+OWN = {"codebook_usage": {"expected": "{} expected of as many tokens at random"}}
+STYLE = """
+:root { color-scheme: light dark; --ink: #222; --ground: #fff; --faint: #666; --line: #ddd;
+  --best: #dff3e0; --tie: #f0f6ea; --alarm: #fdecd8; }
+@media (prefers-color-scheme: dark) { :root { --ink: #ddd; --ground: #16181b; --faint: #999;
+  --line: #3a3d42; --best: #1f4526; --tie: #26331f; --alarm: #4a3213; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground);
+  max-width: 60rem; margin: 1.5rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
+p { max-width: 44rem; } .faint, figcaption { color: var(--faint); font-size: .9rem; }
+.alarm { background: var(--alarm); padding: .5rem .8rem; border-radius: .4rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; vertical-align: top; padding: .3rem 1rem .3rem .3rem;
+  border-bottom: 1px solid var(--line); }
+.long td { overflow-wrap: anywhere; min-width: 11rem; font-size: .9rem; }
+.notes td:last-child { min-width: 10rem; } .cells td { white-space: pre-line; }
+.best { background: var(--best); font-weight: 600; } .tie { background: var(--tie); }
+figure { margin: .6rem 0; } img { max-width: 100%; height: auto; display: block; }
+"""
+
+
+# ---------------------------------------------------------------- parts of any page
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """The whole page of parts that are HTML already."""
+    title = html.escape(title)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def save(file: pathlib.Path, text: str) -> pathlib.Path:
+    """Write a file that appears whole or not at all."""
+    return records.save(file, text)
+
+
+def section(title: str, *parts: str) -> str:
+    """A heading and what stands under it, HTML already; nothing where there is nothing."""
+    parts = [part for part in parts if part]
+    return "\n".join([f"<h2>{html.escape(title)}</h2>", *parts]) if parts else ""
+
+
+def text(words: str, kind: str = "") -> str:
+    """A paragraph; `kind` is faint or alarm."""
+    return f"<p{_kind(kind)}>{html.escape(words)}</p>"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence], kind: str = "") -> str:
+    """Rows of cells, the first a heading; a cell is text, or (text, kind: best or tie)."""
+    lines = []
+    if head:
+        cells = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
+        lines.append(f"<thead><tr>{cells}</tr></thead>")
+    lines.append("<tbody>")
+    for first, *rest in rows:
+        cells = [(cell, "") if isinstance(cell, str) else cell for cell in rest]
+        made = "".join(f"<td{_kind(mark)}>{html.escape(cell)}</td>" for cell, mark in cells)
+        lines.append(f'<tr><th scope="row">{html.escape(first)}</th>{made}</tr>')
+    rows = "\n".join([*lines, "</tbody>"])
+    return f'<div class="wide"><table{_kind(kind)}>\n{rows}\n</table></div>'
+
+
+def _kind(kind: str) -> str:
+    return f' class="{kind}"' if kind else ""
+
+
+def data_uri(image_HW3: np.ndarray) -> str:
+    """An image as PNG, inside an address."""
+    stream = io.BytesIO()
+    Image.fromarray(image_HW3).save(stream, format="PNG", optimize=True)
+    return _address(stream.getvalue())
+
+
+def _address(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def picture(address: str, caption: str) -> str:
+    """An image with what it shows under it."""
+    shown = html.escape(caption)
+    return f'<figure><img src="{address}" alt="{shown}"><figcaption>{shown}</figcaption></figure>'
+
+
+def sheet(image_NHW3: np.ndarray, columns: int) -> str:
+    """Images in rows as one address: small ones enlarged by whole pixels, large ones halved."""
+    image_NHW3 = np.asarray(image_NHW3)
+    while max(image_NHW3.shape[1:3]) > LARGEST:
+        rows, across = (2 * (side // 2) for side in image_NHW3.shape[1:3])
+        even = image_NHW3[:, :rows, :across].astype(np.uint16)
+        total = even[:, ::2, ::2] + even[:, 1::2, ::2] + even[:, ::2, 1::2] + even[:, 1::2, 1::2]
+        image_NHW3 = ((total + 2) // 4).astype(np.uint8)
+    scale = max(1, SMALLEST // max(image_NHW3.shape[1:3]))
+    return data_uri(report.grid(image_NHW3, columns, scale=scale))
+
+
+def plot(draw: Callable, width: float = 6.0) -> str:
+    """What `draw(axis)` draws, as an address."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(width, 4.0), layout="constrained")
+    draw(axis)
+    axis.grid(alpha=0.25)
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+    return _address(stream.getvalue())
+
+
+def lines(series: Mapping[str, Sequence[tuple]], across: str, up: str) -> str:
+    """A plot of {name: [(x, y, half of an interval)]}."""
+
+    def draw(axis):
+        for name, points in series.items():
+            x, y, half = zip(*sorted(points), strict=True)
+            axis.errorbar(x, y, half, marker="o", markersize=4, capsize=3, label=_plain_text(name))
+        axis.set(xlabel=across, ylabel=up)
+        axis.legend(fontsize=8)
+
+    return plot(draw)
+
+
+def points(found: Mapping[str, tuple], across: str, up: str) -> str:
+    """A plot of {name: (x, y, half of x's interval, half of y's)}."""
+
+    def draw(axis):
+        for name, (x, y, wide, high) in found.items():
+            axis.errorbar(
+                x, y, high or None, wide or None, marker="o", capsize=3, label=_plain_text(name)
+            )
+        axis.set(xlabel=across, ylabel=up)
+        axis.legend(fontsize=8)
+
+    return plot(draw)
+
+
+def _plain_text(name: str) -> str:
+    """A name that matplotlib takes for neither mathematics nor a name to be left out."""
+    name = name.replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
+
+
+# ---------------------------------------------------------------- a figure, and how it was made
+
+
+def title_of(name: str) -> str:
+    """A figure's name as people read it."""
+    if name in metric_table.METRICS:
+        return metric_table.METRICS[name].title
+    return TITLES.get(name, name.replace("_", " "))
+
+
+def better(name: str) -> str:
+    """ "lower", "higher" or "": which of two values of a figure is the better one."""
+    if name in metric_table.METRICS:
+        known = metric_table.METRICS[name].better
+        return known if known in ("lower", "higher") else ""
+    return "higher" if name in HIGHER else "lower" if name.startswith("lpips") else ""
+
+
+def number(name: str, value: float, digits: int = 4) -> str:
+    """Some digits of a value, in percent where it is a share."""
+    percent = name in metric_table.METRICS and metric_table.METRICS[name].percent
+    return f"{100 * value:.{digits}g}\u00a0%" if percent else f"{value:.{digits}g}"
+
+
+def cells(name: str, figure: Mapping) -> tuple[str, str, str]:
+    """(value, 95 % interval or standard error, what it is read beside) of a figure."""
+    interval = ""
+    if "low" in figure:
+        interval = f"{number(name, figure['low'])} to {number(name, figure['high'])}"
+    elif "error" in figure:
+        interval = f"standard error {number(name, figure['error'])}"
+    forms = BESIDE | OWN.get(name, {})
+    notes = [form.format(plain(figure[key])) for key, form in forms.items() if key in figure]
+    return number(name, figure["value"]), interval, "; ".join(notes)
+
+
+def figures(line: Mapping) -> str:
+    """The table of a result's figures."""
+    rows = []
+    for name, figure in line["figures"].items():
+        value, interval, notes = cells(name, figure)
+        rows.append((title_of(name), value, interval, better(name), notes))
+    rows += [(title_of(name), "none", "", "", why) for name, why in line["absent"].items()]
+    return table(
+        ("figure", "value", "interval or error", "better is", "read beside"), rows, "notes"
+    )
+
+
+def plain(value) -> str:
+    """A value of a record, in words."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {plain(one)}" for key, one in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        some = ", ".join(map(plain, value[:10])) or "none"
+        return some if len(value) <= 10 else f"{some}, ... ({len(value)})"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def made(line: Mapping) -> str:
+    """The table of what was measured, of what, by what."""
+    protocol = protocols.PROTOCOLS.get(line["protocol"])
+    about = f"{line['protocol']}: {protocol.about}" if protocol else line["protocol"]
+    rows = [("protocol", about), ("images", f"{line['samples']} of {_by(line['size'])} pixels")]
+    for part, name in (("supply", "scored"), ("reference", "reference"), ("extractor", "network")):
+        for key, value in line[part].items():
+            shown = _by(value) if key == "size" else plain(value)
+            rows.append((f"{name}: {key.replace('_', ' ')}", shown))
+    rows += [("seed", plain(line["seed"])), ("time", line["time"])]
+    rows += [("versions", plain(line["versions"])), ("images, sha256", line["images_sha256"])]
+    return table((), rows, "long")
+
+
+def _by(size: Sequence[int]) -> str:
+    return " x ".join(map(str, size))
+
+
+def warnings(line: Mapping) -> list[str]:
+    """What a reader must know before believing the figures."""
+    found, values = [], line["figures"]
+    for name, what in (("duplicates", "copies of another one"), ("constant", "of one colour")):
+        if line["suspicious"].get(name):
+            found.append(f"{line['suspicious'][name]} of {line['samples']} images are {what}.")
+    distance = values.get("fid", {})
+    if distance.get("bias", 0) > 0.1 * distance.get("value", np.inf):
+        found.append(
+            f"About {distance['bias']:.3g} of the Frechet distance {distance['value']:.4g} is made "
+            "by the number of samples alone: compare it at this number only."
+        )
+    if line["samples"] <= distance.get("features", 0):
+        found.append("There are no more samples than features: the covariance is incomplete.")
+    if "is" in values:
+        score = values["is"]
+        found.append(
+            f"The Inception Score is of parts of {score['part']} images in a mixed order (number "
+            f"of parts: {score['parts']}); parts of another size, or sorted by class, give another."
+        )
+    if line["reference"].get("assumed"):
+        found.append("The reference says nothing of itself: --assume said what it is.")
+    return found

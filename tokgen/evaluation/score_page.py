@@ -1,0 +1,199 @@
+"""The page of one evaluation: its figures, how they were made, and the images they are of."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tokgen.commands import reference as reference_
+from tokgen.data import pixels as images, reader
+from tokgen.evaluation import collect, measures, page, protocols, references
+from tokgen.interfaces import UserError
+
+CLASSES, SHOWN = 10, 8  # rows of classes, images of a row
+PAIRS = 4  # pairs of a row
+
+
+def write(
+    out: pathlib.Path,
+    line: Mapping,
+    found: collect.Found,
+    supply,
+    extractor,
+    reference: references.Reference | None,
+) -> pathlib.Path:
+    """Write the page of a result, of the images that it is of."""
+    if found.values:
+        pictures = [_reconstructions(line, found, supply)]
+    else:
+        pictures = [
+            _samples(line, found, supply),
+            _nearest(line, found, supply, extractor, reference),
+        ]
+    parts = [
+        page.section("Figures", page.figures(line)),
+        page.section(
+            "Read beside them", *(page.text(words, "alarm") for words in page.warnings(line))
+        ),
+        *pictures,
+        page.section("What was measured", page.made(line)),
+    ]
+    title = f"{name_of(line)}: {line['protocol']}"
+    return page.save(out / page.NAME, page.document(title, parts))
+
+
+def name_of(line: Mapping) -> str:
+    """What a result is of, for a title."""
+    supply = line["supply"]
+    return str(supply.get("checkpoint") or supply.get("samples") or "samples")
+
+
+def gathered(supply, index_n: Sequence[int], count: int) -> np.ndarray:
+    """Images of a supply by their numbers, by way of the parts that an evaluation of `count` has.
+
+    A supply keeps what it makes by the bounds of its parts: others would be made anew.
+    """
+    index_n = np.asarray(index_n, np.int64)
+    first_n = index_n // collect.PART * collect.PART
+    kept = {}
+    for start in np.unique(first_n).tolist():
+        part = supply.part(start, min(start + collect.PART, count))["image"]
+        kept |= {int(i): part[i - start] for i in index_n[first_n == start]}
+    return np.stack([kept[int(i)] for i in index_n])
+
+
+def rows_of(label_N: np.ndarray, count: int) -> dict[int, np.ndarray]:
+    """{class: its first images}, of classes evenly over all; without labels one row, -1."""
+    if not len(label_N):
+        return {-1: np.arange(min(count, CLASSES * SHOWN))}
+    known = np.unique(label_N[:count])
+    chosen = known[np.arange(min(CLASSES, len(known))) * len(known) // min(CLASSES, len(known))]
+    return {int(label): np.flatnonzero(label_N[:count] == label)[:SHOWN] for label in chosen}
+
+
+def class_name(label: int, names: Sequence[str]) -> str:
+    """What a row of images is called."""
+    if label < 0:
+        return "the first samples"
+    return names[label] if label < len(names) else f"class {label}"
+
+
+def names_of(line: Mapping, label_N: np.ndarray, supply=None) -> tuple[str, ...]:
+    """The names of the classes: the supply's; or the network's, where it has as many."""
+    own = getattr(supply, "classes", ()) or getattr(getattr(supply, "source", None), "classes", ())
+    known = line["extractor"].get("classes") or ()
+    as_many = len(label_N) and len(known) == int(np.max(label_N)) + 1
+    return tuple(map(str, own or (known if as_many else ())))
+
+
+def _samples(line: Mapping, found: collect.Found, supply) -> str:
+    """A sheet of each class."""
+    rows = rows_of(found.label_N, line["samples"])
+    names = names_of(line, found.label_N, supply)
+    shown = gathered(supply, np.concatenate(list(rows.values())), line["samples"])
+    parts, start = [], 0
+    for label, index_n in rows.items():
+        sheet = page.sheet(shown[start : start + len(index_n)], SHOWN)
+        parts.append(page.picture(sheet, class_name(label, names)))
+        start += len(index_n)
+    told = page.text("The first of each class in the order of their numbers, none picked.", "faint")
+    return page.section("Samples", told, *parts)
+
+
+def _nearest(line: Mapping, found, supply, extractor, reference) -> str:
+    """The samples that are most like a real image, each beside it."""
+    title = "Samples beside their nearest real image"
+    if reference is None or extractor.layers[0] not in reference.features:
+        why = "None are shown: the reference holds no features of single images."
+        return page.section(title, page.text(why, "faint"))
+    compared = collect.compared(
+        found,
+        extractor,
+        protocols.named(line["protocol"]),
+        reference,
+        classes=0,
+        accepted=(),
+        seed=line["seed"],
+    )
+    sample_n, real_n, similarity_n = measures.nearest(compared)
+    told = (
+        f"The {len(sample_n)} samples most like one of {len(compared.reference[compared.layer])} "
+        "real images, most alike first: the sample on the left, the real image on the right. "
+        f"Cosine similarity of {compared.layer}: {similarity_n[0]:.4f} to {similarity_n[-1]:.4f}. "
+        "Pairs that are the same picture are copies."
+    )
+    seen, why = _real(reference)
+    if seen is None:
+        told = f"The real images cannot be shown: {why}. Of the samples most like one of them, "
+        told += f"the cosine similarity of {compared.layer} is {similarity_n[0]:.4f} at most."
+        return page.section(title, page.text(told, "faint"))
+    shown = gathered(supply, sample_n, line["samples"])
+    both = np.stack([shown, seen(real_n)], axis=1).reshape(-1, *shown.shape[1:])
+    sheet = page.picture(page.sheet(both, 2 * PAIRS), "sample, real image")
+    return page.section(title, page.text(told, "faint"), sheet)
+
+
+def _real(reference: references.Reference) -> tuple:
+    """(a function from numbers of kept images to pixels, "") or (None, why there is none)."""
+    record = reference.record
+    if record.get("assumed"):
+        kept = references.images_of(reference.path)
+        if kept is None:
+            return None, f"{reference.path.name} holds no images"
+        return lambda rows_n: gathered(kept, rows_n, len(kept)), ""
+    dataset, size = record["dataset"], tuple(record["size"])
+    if dataset.startswith("tfds:"):
+        return None, f"{dataset} is not opened for a page"
+    try:
+        # what was written before has no word of labels
+        asked = argparse.Namespace(data=dataset, labels=record.get("labels", ""))
+        source = reference_.source_of(asked, record["split"])
+    except UserError as error:
+        return None, f"its data set is not there any more: {error}"
+    if record["fingerprint"] not in (source.fingerprint, *getattr(source, "earlier", ())):
+        return None, f"{dataset} is not what it was when the reference was made"
+    index_n = reference.index_n
+    return lambda rows_n: np.stack([_pixels(source, int(i), size) for i in index_n[rows_n]]), ""
+
+
+def _pixels(source, index: int, size: tuple[int, int]) -> np.ndarray:
+    """An image of the reference as it was seen; gray, and told, where it cannot be read now."""
+    try:
+        found = reader.read(source, index, 3)["image"]
+    except images.BrokenImage as error:
+        unreadable = reader.unreadable(source)
+        unreadable.add(index, str(error))
+        unreadable.tell("the page shows them gray")
+        return np.full((*size, 3), 128, np.uint8)
+    return images.fixed("center", size, 3)(found, np.random.default_rng(0))
+
+
+def _reconstructions(line: Mapping, found: collect.Found, supply) -> str:
+    """The worst, the best, and the first reconstructions, each beside its original."""
+    value_N = found.values["psnr_db"]
+    order_N = np.argsort(value_N, kind="stable")
+    each = max(1, min(2 * PAIRS, len(order_N) // 4))
+    chosen = {
+        "worst": order_N[:each],
+        "best": order_N[::-1][:each],
+        "the first, in a mixed order": np.arange(min(2 * each, len(order_N))),
+    }
+    # one pass of the size that was compiled already, of these images only
+    picked = copy.copy(supply)
+    index_n = np.concatenate(list(chosen.values()))
+    length = min(collect.PART, line["samples"])
+    picked.index_N = supply.index_N[np.resize(index_n, max(length, len(index_n)))]
+    part, sheets, start = picked.part(0, len(picked.index_N)), [], 0
+    for name, index_n in chosen.items():
+        rows = slice(start, start + len(index_n))
+        both = np.stack([part["original"][rows], part["image"][rows]], axis=1)
+        sheet = page.sheet(both.reshape(-1, *both.shape[2:]), 2 * PAIRS)
+        db = f"{value_N[index_n].min():.2f} to {value_N[index_n].max():.2f} dB PSNR"
+        sheets.append(page.picture(sheet, f"{name}: {db}"))
+        start += len(index_n)
+    told = page.text("Each original on the left, its reconstruction on the right.", "faint")
+    return page.section("Reconstructions", told, *sheets)

@@ -1,0 +1,267 @@
+"""Figures of held-out images: reconstruction by a tokenizer, likelihood under a generator."""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokgen import boundary, report, rng, sharding
+from tokgen.data import (
+    datasets,
+    loader,
+    pixels as images,
+)
+from tokgen.generators import orders
+from tokgen.interfaces import TokenBatch, UserError
+from tokgen.metrics import codebook, reconstruction as quality
+
+PIXELS = 50 * 256 * 256  # of the images that are put through a tokenizer at a time
+PIXEL_METRICS = ("psnr_db", "ssim", "codebook_usage", "codebook_perplexity")
+
+
+def spread(length: int, count: int) -> np.ndarray:
+    """At most `count` indices, evenly over a set that may be sorted by class, in a mixed order.
+
+    The first few are what a picture shows: they shouldn't be of one class.
+    """
+    count = min(count, length)
+    return np.random.default_rng(0).permutation(np.arange(count) * length // count)
+
+
+@jax.jit
+def _reconstruct(tokenizer, image_BHW3, text_BTE, distances):
+    latents_BPC = tokenizer.latents(image_BHW3)
+    invalid_B = boundary.not_finite(latents_BPC) | boundary.damaged(tokenizer.quantizer)
+    if tokenizer.layout is None:  # continuous: the most likely latents in the place of codes
+        tokens_BLG, codes_BPC = None, tokenizer.quantizer.mode(latents_BPC)
+    else:
+        tokens_BLG = tokenizer.quantizer.encode(latents_BPC)
+        codes_BPC = tokenizer.quantizer.decode(tokens_BLG)
+    painted = tokenizer.decode_latents(codes_BPC, cond=text_BTE)
+    bytes_BHW3, unpainted_B = quality.bytes_of(painted)
+    # through bytes: the figures are those of the files that a user would get
+    painted = quality.from_uint8(bytes_BHW3)
+    measured = {"psnr_db": quality.psnr(image_BHW3, painted)}
+    # on the scale of the loss, [-1, 1]
+    measured["l2"] = 4 * jnp.mean(jnp.square(image_BHW3 - painted), (1, 2, 3))
+    if min(image_BHW3.shape[1:3]) >= quality.WINDOW:
+        measured["ssim"] = quality.ssim(image_BHW3, painted)
+    for name, distance in distances.items():
+        measured[name] = distance(2 * image_BHW3 - 1, 2 * painted - 1)
+    return tokens_BLG, bytes_BHW3, measured, invalid_B | unpainted_B
+
+
+def repaint(
+    tokenizer,
+    part: dict,
+    distances: Mapping = types.MappingProxyType({}),
+    *,
+    batch: int = 0,
+    named: Callable[[int], str] | None = None,
+) -> tuple[np.ndarray | None, np.ndarray, dict[str, np.ndarray]]:
+    """(tokens_BLG or None, uint8 reconstructions, {measure: its value for each image}).
+
+    `distances` are further measures of pairs of images in [-1, 1], such as LPIPS. A part shorter
+    than `batch` is filled up, so that one program serves all. What is not finite on the way is an
+    error that says which images, by `named` of their rows.
+    """
+    rows, mesh = len(part["image"]), sharding.current()
+    given = sharding.filled((quality.from_uint8(part["image"]), part.get("text")), batch, mesh)
+    found = jax.device_get(_reconstruct(tokenizer, *given, dict(distances)))
+    tokens_BLG, painted, values, invalid_B = jax.tree.map(lambda leaf: leaf[:rows], found)
+    boundary.refuse(invalid_B, "what encoder and decoder make of an image", named)
+    for name, value_B in values.items():
+        boundary.refuse(~np.isfinite(value_B), name, named)
+    return tokens_BLG, painted, values
+
+
+def watched(batches, total: int, what: str):
+    """The batches, with a progress bar where `what` names the job; none inside a training run."""
+    if not what:
+        yield from batches
+        return
+    with report.bar(total, unit="image", what=what) as bar:
+        for part in batches:
+            yield part
+            bar.update(len(part["label"]))
+
+
+def bounded(view: images.View, count: int, batch: int = 0) -> int:
+    """Images at a time: `batch`, or by default fewer of larger ones; no more than there are."""
+    rows, columns = view.size
+    return min(batch or max(1, min(50, PIXELS // (rows * columns))), count)
+
+
+def reconstruction(
+    tokenizer, source, view, *, count: int, batch: int = 0, shown: int = 0, what: str = ""
+) -> tuple[dict, tuple]:
+    """(figures, (originals, reconstructions) of the first `shown`, uint8) over `count` images.
+
+    Of the first batch, where `shown` is 0.
+
+    `images` counts those that were measured: what cannot be read is told and left out.
+    """
+    measured, counts, pairs, images_ = {}, None, [], 0
+    chosen = spread(len(source), count)
+    batch = bounded(view, len(chosen), batch)
+    passing = loader.once(source, view, batch_size=batch, indices=chosen, threads=loader.THREADS)
+    for part in watched(passing, len(chosen), what):
+        naming = datasets.named(source, part["index"])
+        tokens_BLG, painted, values = repaint(tokenizer, part, batch=batch, named=naming)
+        images_ += len(part["label"])
+        for name, value_B in values.items():
+            measured.setdefault(name, []).append(value_B)
+        if tokens_BLG is not None:
+            found = codebook.counts(tokens_BLG, tokenizer.layout)
+            counts = found if counts is None else tuple(map(np.add, counts, found))
+        if not pairs or sum(len(image) for image, _ in pairs) < shown:
+            pairs.append((part["image"], painted))
+    figures = {}
+    for name, parts in measured.items():
+        value_B = np.concatenate(parts).astype(np.float64)
+        figures[name] = float(value_B.mean())
+        figures[f"{name}_error"] = standard_error(value_B)
+    if counts is not None:
+        figures["codebook_usage"] = float(np.mean([codebook.usage(c) for c in counts]))
+        figures["codebook_perplexity"] = float(np.mean([codebook.perplexity(c) for c in counts]))
+    pairs = tuple(np.concatenate(parts)[: shown or None] for parts in zip(*pairs, strict=True))
+    return figures | numbers(images_, len(chosen)), pairs
+
+
+def numbers(images_: int, wanted: int) -> dict[str, int]:
+    """How many images figures are of; and how many more they should be of, if any is unreadable."""
+    return {"images": images_} | ({"unreadable": wanted - images_} if images_ < wanted else {})
+
+
+def standard_error(value_B: np.ndarray) -> float | None:
+    """Of the mean; one value says nothing of it."""
+    return float(np.std(value_B, ddof=1) / math.sqrt(len(value_B))) if len(value_B) > 1 else None
+
+
+@functools.partial(jax.jit, static_argnames="order")
+def _exact(generator, codec, batch, keys_B, order=None):
+    """[B] nats of the images, under the generator's own order or each under one of its key."""
+    order_BL = None
+    if order is not None:
+        order_BL = jax.vmap(lambda key: order(generator.layout, key))(keys_B)
+    batch = TokenBatch(batch["tokens"], datasets.condition(batch), order_BL)
+    return generator.nats(batch, codec).sum(-1)
+
+
+@jax.jit
+def _bound(generator, codec, batch, keys_B):
+    """[B] nats of the images, each by a draw of its own key: it depends on nothing beside it."""
+
+    def of(one, key):
+        one = jax.tree.map(lambda leaf: leaf[None], one)
+        return generator.nats(one, codec, key=key)[0].sum()
+
+    return jax.vmap(of)(TokenBatch(batch["tokens"], datasets.condition(batch)), keys_B)
+
+
+def likelihood(
+    generator,
+    codec,
+    source,
+    *,
+    count: int,
+    batch: int = 50,
+    what: str = "",
+    order: str = "",
+    draws: int = 8,
+    seed: int = 0,
+    label_C: np.ndarray | None = None,
+) -> dict[str, float]:
+    """Held-out nats and bits per token, summed over the symbols of a token.
+
+    Images are the sample of which `nats_error` is the standard error. Exact, but for a generator
+    that says otherwise (`exact`): then the mean of an upper bound over `draws` random orders for
+    each image, and `nats_orders_error` is the share of the error that more draws would mend. An
+    `order` by name is for generators that go in any; under "random" each of the draws is exact.
+    `label_C` has the generator's number of each class of the source, where these differ.
+    """
+    exact, order_of = getattr(generator, "exact", True), None
+    if order:
+        order_of = _order(generator, order)
+    draws = draws if order == "random" or not exact else 1
+    program = functools.partial(_exact, order=order_of) if exact else _bound
+    total, chosen = [], spread(len(source), count)  # of which some may not be readable
+    batch, mesh = min(batch, len(chosen)), sharding.current()
+    for part in watched(loader.once(source, batch_size=batch, indices=chosen), len(chosen), what):
+        rows = len(part["label"])
+        if label_C is not None:
+            part["label"] = label_C[part["label"]]
+        padded = sharding.filled(part, batch, mesh)
+        keys_B, nats_RB = rng.per_image(seed, "eval", padded.pop("index")), []
+        if "image" in padded:
+            padded["tokens"] = source.encode(padded.pop("image"))
+        naming = datasets.named(source, part["index"])
+        seen_BLG = np.asarray(jax.device_get(padded["tokens"]))[:rows]
+        boundary.refuse((seen_BLG < 0).any((1, 2)), "what the encoder sees", naming)
+        boundary.tokens(seen_BLG, generator.layout)
+        if hasattr(generator, "check"):
+            generator.check(datasets.condition(part))
+        for draw in range(draws):
+            own_B = jax.vmap(rng.number, (0, None))(keys_B, draw)
+            nats_B = jax.device_get(program(generator, codec, padded, own_B))[:rows]
+            boundary.refuse(~np.isfinite(nats_B), "nats of an image", naming)
+            nats_RB.append(nats_B)
+        total.append(np.stack(nats_RB, axis=1))
+    nats_NR = np.concatenate(total).astype(np.float64) / generator.layout.length
+    nats_N = nats_NR.mean(axis=1)
+    figures = {
+        "nats_per_token": float(nats_N.mean()),
+        "nats_error": standard_error(nats_N),
+        "bits_per_token": float(nats_N.mean() / math.log(2)),
+        **numbers(len(nats_N), len(chosen)),
+    }
+    if draws > 1 or not exact:
+        figures |= {"nats_orders_error": draw_error(nats_NR), "orders": draws}
+    return figures
+
+
+def draw_error(value_NR: np.ndarray) -> float | None:
+    """Standard error of the mean over R draws for each of N fixed images; none of one draw."""
+    images, draws = value_NR.shape
+    if draws < 2:
+        return None
+    return float(np.sqrt((value_NR.var(axis=1, ddof=1) / draws).sum()) / images)
+
+
+def _order(generator, name: str):
+    """The order of that name, or the error of a generator that has none."""
+    try:
+        found = orders.named(name)
+        found(generator.layout, jax.random.key(0))
+    except ValueError as error:
+        raise UserError(
+            f"--order {name} is no order of {generator.layout.grids}: {error}"
+        ) from error
+    if not getattr(generator, "exact", True) or not hasattr(generator, "order"):
+        raise UserError(
+            f"--order needs a generator that goes through its tokens one by one; found one of "
+            f"{type(generator).__module__.rpartition('.')[2]}: leave it out"
+        )
+    return found
+
+
+def unigram(train, held_out, layout, *, count: int = 20_000) -> dict[str, float]:
+    """What a model pays that knows only how often each token occurs in training, in nats."""
+    seen = [np.full(size, 0.5) for size in layout.vocab]  # half a count: nothing is impossible
+    for part in loader.once(train, batch_size=1000, indices=spread(len(train), count)):
+        for total, found in zip(seen, codebook.counts(part["tokens"], layout), strict=True):
+            total += found
+    logs = [np.log(total / total.sum()) for total in seen]
+    costs = []
+    for part in loader.once(held_out, batch_size=1000):
+        token_BLG = part["tokens"]
+        boundary.tokens(token_BLG, layout)
+        costs.append(-sum(logs[g][token_BLG[..., g]] for g in range(len(logs))).mean(-1))
+    costs = np.concatenate(costs)
+    return {"unigram_nats": float(costs.mean()), "unigram_error": standard_error(costs)}

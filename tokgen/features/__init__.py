@@ -1,1 +1,0 @@
-"""Frozen networks that images are measured by."""

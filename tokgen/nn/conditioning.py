@@ -1,0 +1,231 @@
+"""What stands before the first token of a causal sequence: the condition, as slots of its own."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tokgen.interfaces import Statistic, Text, UserError
+from tokgen.nn import embeddings, linear, variants
+from tokgen.nn.precision import Precision
+
+
+class Label(nnx.Module):
+    """One slot: the class (LlamaGen). The condition is label_B."""
+
+    cond = "label"
+
+    def __init__(
+        self,
+        classes: int,
+        width: int,
+        length: int,
+        *,
+        kit: variants.Parts,
+        precision: Precision,
+        rngs,
+    ):
+        del length
+        self.slots = 1
+        self.labels = embeddings.Labels(classes, width, std=kit.std, precision=precision, rngs=rngs)
+
+    def __call__(self, label_B: jax.Array) -> jax.Array:
+        """[B] -> [B, 1, D]."""
+        return self.labels(label_B)[:, None]
+
+    def check(self, label_B: jax.Array) -> None:
+        """An error where they are no labels of these classes."""
+        self.labels.check(label_B)
+
+    def null(self, label_B: jax.Array) -> jax.Array:
+        """The labels that stand for no class."""
+        return self.labels.null(label_B)
+
+    def adapt(self, label_B: jax.Array, slots_l: jax.Array) -> None:
+        """What adaptive blocks are told at some slots: nothing."""
+
+    def seen(self, label_B: jax.Array, slots_l: jax.Array, slots: int) -> jax.Array:
+        """[1, 1, l, S]: a slot sees itself and the slots before it."""
+        return causal(slots_l, slots)
+
+
+class ToldLabel(nnx.Module):
+    """One slot: the class, which adaptive blocks are told at every slot, too (IBQ)."""
+
+    cond = "label"
+
+    def __init__(
+        self,
+        classes: int,
+        width: int,
+        length: int,
+        *,
+        kit: variants.Parts,
+        precision: Precision,
+        rngs,
+    ):
+        del length
+        self.slots = 1
+        self.labels = embeddings.Labels(classes, width, std=kit.std, precision=precision, rngs=rngs)
+
+    def __call__(self, label_B: jax.Array) -> jax.Array:
+        """[B] -> [B, 1, D]."""
+        return self.labels(label_B)[:, None]
+
+    def check(self, label_B: jax.Array) -> None:
+        """An error where they are no labels of these classes."""
+        self.labels.check(label_B)
+
+    def null(self, label_B: jax.Array) -> jax.Array:
+        """The labels that stand for no class."""
+        return self.labels.null(label_B)
+
+    def adapt(self, label_B: jax.Array, slots_l: jax.Array) -> jax.Array:
+        """[B, 1, D]: the class, whatever the slots."""
+        return self.labels(label_B)[:, None]
+
+    def seen(self, label_B: jax.Array, slots_l: jax.Array, slots: int) -> jax.Array:
+        """[1, 1, l, S]: a slot sees itself and the slots before it."""
+        return causal(slots_l, slots)
+
+
+class ClsLabel(nnx.Module):
+    """Two slots: a learned vector, then the class; adaptive blocks are told class and slot (RAR).
+
+    arXiv:2411.00776 and its code. `SPARE` rows of the slots' table are read by nobody; published
+    files have them.
+    """
+
+    cond = "label"
+    SPARE = 98
+
+    def __init__(
+        self,
+        classes: int,
+        width: int,
+        length: int,
+        *,
+        kit: variants.Parts,
+        precision: Precision,
+        rngs,
+    ):
+        self.slots = 2
+        options = dict(std=kit.std, precision=precision, rngs=rngs)
+        self.token = nnx.Param(jnp.zeros(width, precision.params_dtype))
+        self.labels = embeddings.Labels(classes, width, **options)
+        self.steps = embeddings.Table(self.slots + length + self.SPARE, width, **options)
+
+    def __call__(self, label_B: jax.Array) -> jax.Array:
+        """[B] -> [B, 2, D]."""
+        label_B1D = self.labels(label_B)[:, None]
+        token_11D = self.token[...].astype(label_B1D.dtype)[None, None]
+        return jnp.concatenate([jnp.broadcast_to(token_11D, label_B1D.shape), label_B1D], axis=1)
+
+    def check(self, label_B: jax.Array) -> None:
+        """An error where they are no labels of these classes."""
+        self.labels.check(label_B)
+
+    def null(self, label_B: jax.Array) -> jax.Array:
+        """The labels that stand for no class."""
+        return self.labels.null(label_B)
+
+    def adapt(self, label_B: jax.Array, slots_l: jax.Array) -> jax.Array:
+        """[B, l, D]: the class and the slot's number, which an order never permutes."""
+        return self.labels(label_B)[:, None] + self.steps(slots_l)[None]
+
+    def seen(self, label_B: jax.Array, slots_l: jax.Array, slots: int) -> jax.Array:
+        """[1, 1, l, S]: a slot sees itself and the slots before it."""
+        return causal(slots_l, slots)
+
+
+class Captions(nnx.Module):
+    """A slot per text feature, through two linear maps (LlamaGen t2i). The condition is a Text.
+
+    Padding is on the left, and seen by itself alone. "No text" is a fixed draw, N(0, 1) / sqrt(E).
+    """
+
+    cond = "text"
+
+    def __init__(
+        self,
+        classes: int,
+        width: int,
+        length: int,
+        *,
+        texts: tuple[int, int] = (120, 2048),
+        kit: variants.Parts,
+        precision: Precision,
+        rngs,
+    ):
+        del classes, length
+        self.slots, channels = texts
+        options = dict(std=kit.std, precision=precision, rngs=rngs)
+        self.hidden = linear.Linear(channels, width, **options)
+        self.dense = linear.Linear(width, width, **options)
+        draw = jax.random.normal(rngs.params(), (self.slots, channels))
+        self.absent = Statistic(draw * channels**-0.5)
+
+    def __call__(self, text: Text) -> jax.Array:
+        """[B, T, E] -> [B, T, D]."""
+        self.check(text)
+        return self.dense(variants.tanh_gelu(self.hidden(text.features_BTE)))
+
+    def null(self, text: Text) -> Text:
+        """The texts that stand for none, padded alike."""
+        self.check(text)
+        absent_BTE = jnp.broadcast_to(self.absent[...][None], text.features_BTE.shape)
+        return text.replace(features_BTE=absent_BTE.astype(text.features_BTE.dtype))
+
+    def adapt(self, text: Text, slots_l: jax.Array) -> None:
+        """What adaptive blocks are told at some slots: nothing."""
+
+    def seen(self, text: Text, slots_l: jax.Array, slots: int) -> jax.Array:
+        """[B, 1, l, S]: a slot sees itself and the valid slots before it."""
+        valid_BS = jnp.pad(text.mask_BT.astype(bool), ((0, 0), (0, slots)), constant_values=True)
+        own_lS = slots_l[:, None] == jnp.arange(slots)[None]
+        valid_B1lS = valid_BS[:, None, None, :slots] | own_lS[None, None]
+        return causal(slots_l, slots) & valid_B1lS
+
+    def check(self, text: Text) -> None:
+        """An error where they are no texts of this encoder's features."""
+        if not isinstance(text, Text):
+            raise UserError(
+                "the generator reads text: its condition is interfaces.Text(features [B, T, E], "
+                f"mask [B, T]); found {type(text).__name__}"
+            )
+        if text.features_BTE.ndim != 3 or text.mask_BT.shape != text.features_BTE.shape[:2]:
+            raise UserError(
+                "texts are features [B, T, E] with a mask [B, T]; found "
+                f"{tuple(text.features_BTE.shape)} and {tuple(text.mask_BT.shape)}"
+            )
+        need, found = self.absent.shape, text.features_BTE.shape[1:]
+        if found != need:
+            raise UserError(
+                f"the generator reads texts of {need[0]} features of {need[1]} channels; found "
+                f"{found[0]} of {found[1]}: pad them on the left, by the mask, with features of "
+                "the encoder that it was trained with"
+            )
+
+
+def causal(slots_l: jax.Array, slots: int) -> jax.Array:
+    """[1, 1, l, S]: a slot sees itself and the slots before it."""
+    return (jnp.arange(slots)[None, :] <= slots_l[:, None])[None, None]
+
+
+PREFIXES = {
+    "label": Label,
+    "told_label": ToldLabel,
+    "cls_label": ClsLabel,
+    "captions": Captions,
+}
+
+
+TELLING = ("told_label", "cls_label")  # their condition reaches adaptive blocks and heads
+
+
+def named(name: str):
+    """The kind of prefix that a config names."""
+    if name not in PREFIXES:
+        raise UserError(f"prefix must be one of {sorted(PREFIXES)}; found {name!r}")
+    return PREFIXES[name]

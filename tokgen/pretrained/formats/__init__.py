@@ -1,0 +1,1 @@
+"""Weight files, read and written without executing anything."""

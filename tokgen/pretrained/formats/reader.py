@@ -1,0 +1,546 @@
+"""Weight files into numpy arrays, executing nothing.
+
+`.safetensors`; what `torch.save` writes (`.pth`, `.pt`, `.bin`, `.ckpt`): the zip form of PyTorch
+1.6 and later, and the older form of consecutive pickles; the msgpack of `flax.serialization`; and
+the constants of a frozen TensorFlow graph (`.pb`). The form is told from the file's first bytes.
+Neither PyTorch nor TensorFlow is needed. A path may also be the index of a file in several parts
+(`model.safetensors.index.json`), or a folder that holds one of all these.
+
+What a file claims is never allocated before it is compared with the bytes that are there; the
+pickles within are inspected before they run (`pickles`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pathlib
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+import safetensors
+
+from tokgen import archives, interfaces, records
+from tokgen.pretrained.formats import graphdef, msgpack, pickles
+
+DEEPEST = 64  # dicts within dicts
+SHALLOW = 4  # dicts around a state dict
+MOST_ENTRIES = 10**6
+LONGEST_NAMES = 2**26  # characters, of all names together: a dict may be mentioned many times
+OVERLAP = 4  # times the file's size that all arrays may take: tied weights are stored once
+LONGEST_MESSAGE = 900
+INDEX = ".index.json"
+# Entries around a state dict that trainers write, whatever the network
+CONTAINERS = (
+    *("state_dict", "model", "module", "net", "network", "model_state_dict", "params", "weights"),
+    *("generator", "tokenizer", "teacher"),
+)
+# Parts of names that torch.compile and those that shard a network put into them
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack")
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_PROTOCOL = 1001
+
+# Those of safetensors that numpy and ml_dtypes have, and the bytes of one number.
+_SAFETENSORS = {
+    **dict(F64=8, F32=4, F16=2, BF16=2, I64=8, I32=4, I16=2, I8=1),
+    **dict(U64=8, U32=4, U16=2, U8=1, BOOL=1, C64=8),
+}
+
+# All that damaged or hostile bytes make zipfile, pickletools and the unpickler raise.
+_DAMAGE = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+)
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")
+
+
+def read(
+    path: str | os.PathLike, *unwrap: str, flatten: bool = False, unknown: str = "refuse"
+) -> dict[str, np.ndarray]:
+    """The arrays of a weight file by their names, copied, in the machine's byte order.
+
+    `unwrap` names the entries to descend into: `read(path, "state_dict")`; the last may be what the
+    names of an entry begin with. With `flatten`,
+    dicts within dicts are joined by dots; without it they are an error. Flax's files are such
+    dicts: `read(path, "params", flatten=True)`. `unknown="opaque"` leaves out what is of an unknown
+    class (the callbacks and settings of a Lightning file), which is an error otherwise.
+    """
+
+    def arrays(form, tree, fetch, size):
+        del form
+        return _arrays(_descended(tree, unwrap), fetch, size, flatten)
+
+    path = located(path)
+    parts = [_opened(part, unknown, arrays) for part in files(path)]
+    found = {name: array for part in parts for name, array in part.items()}
+    if path.endswith(INDEX):
+        _same_names(path, [set(part) for part in parts])
+    return found
+
+
+def network(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of the one network in a file, out of what trainers put around them.
+
+    The entry of CONTAINERS with the most of them, or the outermost; without WRAPPERS in their names
+    and "module." before all.
+    """
+    found = outline(path)
+    known = [name for name in ("", *CONTAINERS) if name in found.entries]
+    entry = max(known, key=lambda name: len(found.entries[name]), default="")
+    arrays = unwrapped(read(path, *filter(None, [entry]), flatten=found.form == "flax"))
+    if all(name.startswith("module.") for name in arrays):
+        arrays = {name.removeprefix("module."): array for name, array in arrays.items()}
+    return arrays
+
+
+def unwrapped(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same arrays without WRAPPERS inside of their names."""
+    found = {}
+    for name, array in arrays.items():
+        for part in WRAPPERS:
+            name = name.replace(part, "")
+        found[name] = array
+    return found if len(found) == len(arrays) else dict(arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """What lies in a weight file, without its numbers.
+
+    Attributes:
+        form: how it is written, a name of `writer.FORMS`, or graphdef.
+        entries: the dotted name of every dict that holds arrays, "" for the outermost -> the names
+            of these; Flax's dicts within dicts are one entry.
+    """
+
+    form: str
+    entries: dict[str, tuple[str, ...]]
+
+    def names(self, entry: str) -> tuple[str, ...]:
+        """What an entry holds, or the names of another one that begin with its last part."""
+        if entry in self.entries:
+            return self.entries[entry]
+        outer, _, inner = entry.rpartition(".")
+        names = self.entries.get(outer, ())
+        return tuple(n.removeprefix(f"{inner}.") for n in names if n.startswith(f"{inner}."))
+
+
+def outline(path: str | os.PathLike, unknown: str = "refuse") -> Outline:
+    """What is in a weight file; nothing of its arrays is read."""
+    path = located(path)
+    found = [_opened(part, unknown, _outlined) for part in files(path)]
+    entries: dict[str, tuple[str, ...]] = {}
+    for part in found:
+        for entry, names in part.entries.items():
+            entries[entry] = entries.get(entry, ()) + names
+    return Outline(found[0].form, entries)
+
+
+def located(path: str | os.PathLike) -> str:
+    """The weight file, or the index of several, that a path means: itself, or one in a folder."""
+    path = os.fspath(path)
+    if os.path.isfile(path):
+        return path
+    if not os.path.isdir(path):
+        raise interfaces.UserError(f"weight file: there is no file {path}")
+    names = sorted(os.listdir(path))
+    for suffixes in ((f".safetensors{INDEX}",), (INDEX,), (".safetensors",), SUFFIXES):
+        found = [name for name in names if name.endswith(suffixes)]
+        if len(found) == 1:
+            return os.path.join(path, found[0])
+        if found:
+            break
+    raise interfaces.UserError(
+        f"weight file: there is no file {path}, which is a folder: name the file in it, one of "
+        f"{', '.join(found[:5]) or ', '.join(names[:5]) or 'none'}{' ...' if found[5:] else ''}"
+    )
+
+
+def files(path: str) -> list[str]:
+    """The file of a path, or those that an index names, which lie beside it."""
+    if not path.endswith(INDEX):
+        return [path]
+    folder = os.path.dirname(path)
+    return [os.path.join(folder, name) for name in sorted(set(_index(path).values()))]
+
+
+def _index(path: str) -> dict[str, str]:
+    """Which part holds which array, of `....index.json` as Hugging Face's programs write it."""
+    try:
+        found = records.load(pathlib.Path(path))
+    except (OSError, ValueError) as error:
+        raise interfaces.UserError(f"the index {path} cannot be read: {error}") from error
+    names = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise interfaces.UserError(
+            f"the index {path} needs a weight_map, from the name of every array to its file"
+        )
+    if len(names) > MOST_ENTRIES:
+        raise interfaces.UserError(f"the index {path} has more than {MOST_ENTRIES} entries")
+    for name in dict.fromkeys(map(str, names.values())):
+        archives.plain(name, f"a file in the index {path}")
+        if not os.path.isfile(os.path.join(os.path.dirname(path), name)):
+            raise interfaces.UserError(
+                f"the index {path} names {name}, which is not beside it: fetch all parts"
+            )
+    return {name: str(file) for name, file in names.items()}
+
+
+def _same_names(path: str, found: list[set[str]]) -> None:
+    """An error where the parts hold others than the index says."""
+    index = _index(path)
+    for file, names in zip(files(path), found, strict=True):
+        file = os.path.basename(file)
+        wanted = {name for name, part in index.items() if part == file}
+        if wanted != names:
+            raise interfaces.UserError(
+                f"{file} and its index {path} differ in {', '.join(sorted(wanted ^ names)[:5])}: "
+                "fetch both again"
+            )
+
+
+def _opened(path: str, unknown: str, use: Callable) -> Any:
+    """What `use` makes of (form, tree, what fetches numbers, size) of one file."""
+    if unknown not in pickles.POLICIES:
+        raise interfaces.UserError(
+            f"unknown={unknown!r}: give one of {', '.join(pickles.POLICIES)}"
+        )
+    try:
+        with open(path, "rb") as file:
+            start = file.read(256)
+            if (problem := _no_weights(start)) is not None:
+                raise interfaces.UserError(problem)
+            form = _form(start, path)
+            tree, fetch = _FORMS[form](file, pickles.POLICIES[unknown])
+            return use(form, tree, fetch, _length(file))
+    except interfaces.UserError as error:
+        raise interfaces.UserError(f"weight file {path}: {_printable(error)}") from error
+    except (safetensors.SafetensorError, *_DAMAGE) as error:
+        raise interfaces.UserError(
+            f"weight file {path} is damaged, or cut off ({type(error).__name__}: "
+            f"{_printable(error)}); fetch it again and compare its size"
+        ) from error
+    except OSError as error:
+        raise interfaces.UserError(f"weight file {path} can't be read: {error}") from error
+
+
+def _outlined(form: str, tree: Any, fetch: Any, size: int) -> Outline:
+    """Of one file; what holds no array is left out."""
+    del fetch, size
+    if form == "flax":
+        return Outline(form, {"": tuple(_leaves(tree, flatten=True))})
+    form = {"zip": "torch", "legacy": "torch"}.get(form, form)
+    entries: dict[str, tuple[str, ...]] = {}
+    pending, visited = [("", tree, 0)] if isinstance(tree, dict) else [], 0
+    while pending:
+        prefix, value, depth = pending.pop(0)
+        visited += len(value)
+        if visited > MOST_ENTRIES:
+            raise interfaces.UserError(f"it has more than {MOST_ENTRIES} entries")
+        names = [name for name, child in value.items() if isinstance(child, _LEAVES)]
+        if names:
+            entries[prefix] = tuple(map(str, names))
+        if depth < SHALLOW:
+            inner = [(k, v) for k, v in value.items() if isinstance(k, str) and isinstance(v, dict)]
+            pending += [(f"{prefix}.{k}".lstrip("."), v, depth + 1) for k, v in inner]
+    return Outline(form, entries)
+
+
+def _printable(error: Exception) -> str:
+    """A message without what a file may have put in it to confuse a terminal."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in str(error)[:10_000])
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} ..."
+
+
+def _no_weights(start: bytes) -> str | None:
+    """What is wrong with a file that begins so, if it is no weight file at all."""
+    if not start:
+        return "it is empty; fetch it again"
+    if start.startswith(_POINTER):
+        return (
+            "it is a git-lfs pointer, not the weights it points to; fetch the real file "
+            "(`git lfs pull`, or the download link of its page)"
+        )
+    if start.lstrip(b"\xef\xbb\xbf\t\r\n ").lower().startswith(_PAGES):
+        return "it is a web page (of an error, or a login), saved in its place; fetch it again"
+    return None
+
+
+def _form(start: bytes, path: str) -> str:
+    # First what is the least ambiguous: safetensors begin with a length, which may have any last
+    # byte, also those that the other forms begin with.
+    if start[4:9] == b"\0\0\0\0{":
+        return "safetensors"
+    if start.startswith(b"PK"):
+        return "zip"
+    if start.startswith(b"\x80"):
+        return "legacy"
+    if msgpack.looks_so(start):
+        return "flax"
+    if start[:1] == b"\n" and path.endswith(".pb"):
+        return "graphdef"
+    if start[8:9] == b"{" or path.endswith(".safetensors"):
+        return "safetensors"
+    raise interfaces.UserError(
+        "it is neither safetensors, nor written by torch.save or flax.serialization, nor a "
+        f"TensorFlow graph (.pb): it begins with {start[:9]!r}"
+    )
+
+
+def _length(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
+# Each reader of a form returns a tree of dicts whose leaves are arrays or describe them, and what
+# fetches the numbers of a storage.
+Fetch = Callable[[pickles.Storage], np.ndarray]
+
+
+def _read_safetensors(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch | None]:
+    del policy
+    weights = safetensors.safe_open(file.name, framework="numpy")
+    arrays = {}
+    for key in sorted(weights.keys()):
+        found = weights.get_slice(key)
+        if found.get_dtype() not in _SAFETENSORS:
+            raise interfaces.UserError(
+                f"{key:.100} has the dtype {found.get_dtype()}, which numpy lacks"
+            )
+        arrays[key] = _Lying(weights, key, _SAFETENSORS[found.get_dtype()], found.get_shape())
+    return arrays, None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lying:
+    """An array of safetensors, not read yet."""
+
+    file: Any
+    key: str
+    itemsize: int
+    shape: list[int]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
+
+    def array(self) -> np.ndarray:
+        return self.file.get_tensor(self.key)
+
+
+def _read_flax(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch | None]:
+    del policy
+    return msgpack.read(file.name), None
+
+
+def _read_graphdef(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch | None]:
+    del policy
+    return graphdef.read(file.name), None
+
+
+def _read_zip(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch | None]:
+    archive = zipfile.ZipFile(file)  # closes nothing: the file is the caller's
+    members = _members(archive, _length(file))
+    programs = [name for name in members if name.split("/")[1:] == ["data.pkl"]]
+    if len(programs) != 1:
+        raise interfaces.UserError("it is a zip file without one data.pkl in one folder")
+    folder = programs[0].removesuffix("data.pkl")
+    if f"{folder}byteorder" in members and archive.read(f"{folder}byteorder") != b"little":
+        raise interfaces.UserError("it was written on a big-endian machine; convert it there")
+    if members[programs[0]].file_size > pickles.LARGEST:
+        raise interfaces.UserError(f"its pickle is larger than {pickles.LARGEST} bytes")
+    tree, _ = pickles.unpickled(archive.read(programs[0]), {}, policy)
+
+    def fetch(storage: pickles.Storage) -> np.ndarray:
+        name = f"{folder}data/{storage.key}"
+        found = members[name].file_size if name in members else "none"
+        need = storage.size * storage.dtype.itemsize
+        if found != need:
+            raise interfaces.UserError(f"its {name:.200} must have {need} bytes, has {found}")
+        return np.frombuffer(archive.read(name), storage.dtype)
+
+    return tree, fetch
+
+
+def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
+    """The members of a file of `size` bytes, if `torch.save` may have written them."""
+    members = {member.filename: member for member in archive.infolist()}
+    if len(members) < len(archive.infolist()):
+        raise interfaces.UserError("two of its members have one name")
+    # torch.save stores without compressing; so no member is larger than the file, nor all.
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members.values()):
+        raise interfaces.UserError("its members are compressed, which torch.save never does")
+    if sum(member.file_size for member in members.values()) > size:
+        raise interfaces.UserError("its members claim more bytes than the file has")
+    if any(not 0 <= member.header_offset < size for member in members.values()):
+        raise interfaces.UserError("one of its members lies outside the file")
+    return members
+
+
+def _read_legacy(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch | None]:
+    """The form before PyTorch 1.6: five pickles (magic number, protocol, system, the object, the
+    keys of its storages), then each storage as its number of elements and its bytes."""
+    storages: dict[str, pickles.Storage] = {}
+    places: dict[str, int] = {}
+    file.seek(0)
+    for wanted in (LEGACY_MAGIC, LEGACY_PROTOCOL):
+        found = _next_pickle(file, {}, pickles.REFUSE)
+        if type(found) is not int or found != wanted:
+            raise interfaces.UserError("it is a pickle, but not one of torch.save")
+    _next_pickle(file, {}, pickles.REFUSE)
+    tree, keys = _next_pickle(file, storages, policy), _next_pickle(file, {}, pickles.REFUSE)
+    if not isinstance(keys, list) or set(keys) != set(storages):
+        raise interfaces.UserError("its list of storages differs from those it mentions")
+    for key in keys:
+        need = storages[key].size
+        (found,) = struct.unpack("<q", file.read(8))
+        if found != need:
+            raise interfaces.UserError(f"its {key:.100} must have {need} elements, has {found}")
+        places[key] = file.tell()
+        end = places[key] + need * storages[key].dtype.itemsize
+        if end > _length(file):
+            raise interfaces.UserError(f"it is cut off within the storage {key:.100}")
+        file.seek(end)
+
+    def fetch(storage: pickles.Storage) -> np.ndarray:
+        file.seek(places[storage.key])
+        return np.frombuffer(file.read(storage.size * storage.dtype.itemsize), storage.dtype)
+
+    return tree, fetch
+
+
+def _next_pickle(
+    file: BinaryIO, storages: dict[str, pickles.Storage], policy: pickles.Policy
+) -> Any:
+    start = file.tell()
+    program = file.read(min(pickles.LARGEST, _length(file) - start))  # read(n) takes n at once
+    value, length = pickles.unpickled(program, storages, policy)
+    file.seek(start + length)
+    return value
+
+
+_FORMS = {
+    "safetensors": _read_safetensors,
+    "zip": _read_zip,
+    "legacy": _read_legacy,
+    "flax": _read_flax,
+    "graphdef": _read_graphdef,
+}
+
+# What a leaf of a tree may be.
+_LEAVES = (np.ndarray, pickles.Tensor, msgpack.Packed, _Lying)
+
+
+def _arrays(tree: Any, fetch: Fetch | None, size: int, flatten: bool) -> dict[str, np.ndarray]:
+    leaves = _leaves(tree, flatten)
+    claimed = sum(leaf.nbytes for leaf in leaves.values())
+    if claimed > OVERLAP * size:
+        raise interfaces.UserError(f"its tensors claim {claimed} bytes, the file has {size}")
+    storages: dict[str, np.ndarray] = {}
+    arrays = {}
+    for name, leaf in leaves.items():
+        if isinstance(leaf, pickles.Tensor):
+            key = leaf.storage.key
+            if key not in storages:
+                storages[key] = fetch(leaf.storage)
+            leaf = leaf.view(storages[key])
+        elif isinstance(leaf, msgpack.Packed | _Lying):
+            leaf = leaf.array()
+        arrays[name] = _cleaned(leaf)
+    return arrays
+
+
+def _descended(tree: Any, unwrap: tuple[str, ...]) -> Any:
+    for name in unwrap:
+        found = tree.get(name) if isinstance(tree, dict) else None
+        if found is None and isinstance(tree, dict) and name == unwrap[-1]:
+            texts = [key for key in tree if isinstance(key, str) and key.startswith(f"{name}.")]
+            found = {key.removeprefix(f"{name}."): tree[key] for key in texts} or None
+        if found is None:
+            raise interfaces.UserError(f"it has no entry {name!r}; there is {_contents(tree)}")
+        tree = found
+    return tree
+
+
+def _contents(tree: Any) -> str:
+    if not isinstance(tree, dict):
+        return f"a {type(tree).__name__}"
+    names = [name if isinstance(name, str) else type(name).__name__ for name in list(tree)[:20]]
+    names = [f"{name:.30}" for name in names]
+    return ", ".join(names) + (f" and {len(tree) - 20} more" if len(tree) > 20 else "")
+
+
+def _leaves(tree: Any, flatten: bool) -> dict[str, Any]:
+    """What `_LEAVES` names, by its name in `tree`; what is opaque is left out."""
+    leaves: dict[str, Any] = {}
+    pending = [("", tree, 0)]
+    visited = letters = 0
+    while pending:
+        prefix, value, depth = pending.pop()
+        if depth > DEEPEST:
+            raise interfaces.UserError(f"it has dicts more than {DEEPEST} deep")
+        if isinstance(value, dict) and (flatten or depth == 0):
+            if not all(isinstance(key, (str, int)) for key in value):
+                raise interfaces.UserError(
+                    f"the keys of its entry {prefix!r:.100} are not all strings"
+                )
+            visited += len(value)
+            letters += sum(len(prefix) + len(str(key)) for key in value)
+            if visited > MOST_ENTRIES or letters > LONGEST_NAMES:
+                raise interfaces.UserError(
+                    f"it has more than {MOST_ENTRIES} entries, or endless names"
+                )
+            pairs = [(f"{prefix}.{key}" if depth else str(key), value[key]) for key in value]
+            pending.extend((name, child, depth + 1) for name, child in reversed(pairs))
+        elif depth > 0 and (pickles.is_opaque(value) or (not flatten and not _holds_any(value))):
+            continue
+        elif not isinstance(value, _LEAVES) or depth == 0:
+            kind = "dict" if isinstance(value, dict) else type(value).__name__
+            raise interfaces.UserError(
+                f"its entry {prefix!r:.100} is a {kind}, not a tensor: name the entry that holds "
+                f"the weights, or flatten; there is {_contents(tree)}"
+            )
+        elif prefix in leaves:
+            raise interfaces.UserError(f"two of its entries are called {prefix!r:.100}")
+        else:
+            leaves[prefix] = value
+    if not leaves:
+        raise interfaces.UserError("it holds no array")
+    return leaves
+
+
+def _holds_any(value: Any) -> bool:
+    """Whether there is an array somewhere within."""
+    pending, seen = [value], set()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, _LEAVES):
+            return True
+        if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            pending.extend(value.values() if isinstance(value, dict) else value)
+    return False
+
+
+def _cleaned(array: np.ndarray) -> np.ndarray:
+    """A copy; of truth values one that holds nothing but 0 and 1."""
+    if array.dtype == np.bool_:
+        return np.array(array.view(np.uint8) != 0)
+    return np.array(array, array.dtype.newbyteorder("="), order="C")

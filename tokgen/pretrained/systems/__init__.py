@@ -1,0 +1,1 @@
+"""The published systems, a file each: its config, its keys, what its fixture computes."""

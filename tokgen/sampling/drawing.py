@@ -1,0 +1,98 @@
+"""Images of a generator: tokens drawn batch by batch, and decoded to pixels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from tokgen import boundary, report, rng, sharding
+from tokgen.interfaces import PyTree
+from tokgen.metrics import reconstruction
+from tokgen.sampling import decode
+
+
+@functools.partial(jax.jit, static_argnames="sampler")
+def draw_tokens(generator, codec, cond, keys_B, sampler, given=None):
+    """(tokens_BLG, invalid_B): one program per sampler and batch size."""
+    state = decode.generate(generator, codec, cond, sampler, keys_B=keys_B, given=given)
+    return state.tokens_BLG, state.invalid_B
+
+
+@jax.jit
+def paint(tokenizer, tokens_BLG):
+    """(uint8 images of tokens, [B] true where a pixel was not finite)."""
+    return reconstruction.bytes_of(tokenizer.decode(tokens_BLG))
+
+
+def draw(
+    generator,
+    tokenizer,
+    cond: PyTree,
+    sampler,
+    *,
+    seed: int,
+    batch: int,
+    first: int = 0,
+    given: tuple[np.ndarray, np.ndarray] | None = None,
+    what: str = "sample",
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [N, L, G], uint8 images [N, H, W, 3]) of conditions, numbered from `first`.
+
+    `what` names the job on a progress bar; there is none without a name.
+
+    `cond` is label_N, or a tree of arrays that lead with the images, such as a Text. Image i
+    depends on (seed, i, its condition) only: not on the batch, nor on its neighbours.
+    """
+    found = drawn(
+        *(generator, tokenizer, cond, sampler),
+        **dict(seed=seed, batch=batch, first=first, given=given, what=what),
+    )
+    return tuple(map(np.concatenate, zip(*found, strict=True)))
+
+
+def drawn(
+    generator,
+    tokenizer,
+    cond: PyTree,
+    sampler,
+    *,
+    seed: int,
+    batch: int,
+    first: int = 0,
+    done: int = 0,
+    given: tuple[np.ndarray, np.ndarray] | None = None,
+    what: str = "sample",
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What `draw` gives, batch by batch, but for the `done` first."""
+    N = len(jax.tree.leaves(cond)[0])
+    if hasattr(generator, "check"):  # before any work on the devices
+        generator.check(cond)
+    batch, mesh = even(N - done, batch), sharding.current()
+    with report.bar(N, initial=done, unit="image", what=what, shown=bool(what)) as bar:
+        for start in range(done, N, batch):
+            index_B = np.arange(start, min(start + batch, N))
+            asked = jax.tree.map(lambda leaf, index=index_B: np.asarray(leaf)[index], (cond, given))
+            (cond_B, held), laid_B = sharding.filled((asked, first + index_B), batch, mesh)
+            keys_B = rng.per_image(seed, "sample", laid_B)
+            with jax.set_mesh(mesh):  # so that the networks can say how their activations lie
+                tokens_BLG, invalid_B = draw_tokens(
+                    generator, tokenizer.quantizer, cond_B, keys_B, sampler, held
+                )
+                image_BHW3, unpainted_B = paint(tokenizer, tokens_BLG)
+            kept, number = min(batch, N - start), functools.partial(_number, first + start)
+            boundary.refuse(np.asarray(invalid_B)[:kept], "logits", number)
+            boundary.refuse(np.asarray(unpainted_B)[:kept], "what the decoder paints", number)
+            yield np.asarray(tokens_BLG)[:kept], np.asarray(image_BHW3)[:kept]
+            bar.update(kept)
+
+
+def even(count: int, batch: int) -> int:
+    """The batch, at most as asked for, by which `count` images are drawn with least filling up."""
+    return max(1, -(-count // max(1, -(-count // batch))))
+
+
+def _number(first: int, row: int) -> str:
+    return f"number {first + row}"

@@ -1,0 +1,1 @@
+"""Training: states, optimizers, the steps of a tokenizer and of its discriminator."""

@@ -1,0 +1,127 @@
+"""From a command line to a checked config, devices and a locked work directory."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import ml_collections
+
+from tokgen import config, report, runtime
+from tokgen.checkpoints import checkpoint, run as runs
+
+REPEAT = 2.0  # seconds in which a signal that comes again is the same request
+
+
+def parse(
+    argv: Sequence[str], description: str
+) -> tuple[ml_collections.ConfigDict, argparse.Namespace]:
+    """(config with its overrides, options) of a training program's command line."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s --config=PATH[:variant] --workdir=DIR [--from=STEP] "
+        "[--config.FIELD=VALUE ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="a config file, as configs/tokenizer/x.py")
+    parser.add_argument("--workdir", required=True, type=_named, help="where the run is kept")
+    parser.add_argument(
+        "--accept-data",
+        action="store_true",
+        help="go on with images that were repaired, removed or added since the run was stopped",
+    )
+    parser.add_argument(
+        "--from",
+        dest="start",
+        type=int,
+        metavar="STEP",
+        help="resume at this step of the work directory; later ones are set aside, not deleted",
+    )
+    arguments, rest = parser.parse_known_args(argv)
+    overrides, iterator = [], iter(rest)
+    for text in iterator:
+        if not text.startswith("--config."):
+            parser.error(f"unknown argument {text!r}; fields of the config are --config.NAME=VALUE")
+        name = text.removeprefix("--config.")
+        overrides.append(name if "=" in name else f"{name}={next(iterator, '')}")
+    return config.load(arguments.config, overrides), arguments
+
+
+def _named(text: str) -> pathlib.Path:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a folder for the run")
+    return pathlib.Path(text)
+
+
+def _pictures(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[str]:
+    """Folders of images that a new run reads: its own would be taken for a part of them."""
+    if (workdir / checkpoint.FOLDER).exists():
+        return []
+    data = settings.get("data", {})
+    return [str(data.get(name) or "") for name in ("path", "images")]
+
+
+class Stop:
+    """Hears SIGTERM and SIGINT: the loop then finishes its step, saves it, and ends.
+
+    A terminal and a wrapper may both pass on one request, so what repeats it within two seconds is
+    the same one. A later repetition ends the process at once; the previous checkpoint stands.
+    """
+
+    def __init__(self):
+        self.number, self.at = 0, 0.0
+        for number in runtime.CODES:
+            signal.signal(number, self._ask)
+
+    def _ask(self, number, frame):
+        now = time.monotonic()
+        if self.number and now - self.at > REPEAT:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not self.number:
+            self.number, self.at = number, now
+            report.say(
+                "stopping after this step; a checkpoint is being saved (again: stop at once)"
+            )
+
+    def agreed(self) -> bool:
+        """Whether to end after this step. Asked once a step: where many processes train one model,
+        this is the place where all must come to the same answer.
+        """
+        return bool(self.number)
+
+    def end(self, said: str) -> None:
+        """Where a run ends: says how far it came; a `runtime.Stopped` when it was asked to end."""
+        if self.number:
+            raise runtime.Stopped(self.number, f"{said}; the same command goes on from there")
+        report.say(said)
+
+
+def run(
+    story: Callable[..., None],
+    check: Callable[[ml_collections.ConfigDict], None],
+    description: str,
+) -> None:
+    """A training program: a user's mistake ends in one message and exit code 2.
+
+    Its `story` is told the config, the work directory, what may have changed, and the step to go
+    back to. `check` looks at the config before a work directory or a device is touched.
+    """
+
+    def told() -> None:
+        settings, arguments = parse(sys.argv[1:], description)
+        check(settings)
+        with runs.lock(arguments.workdir, _pictures(settings, arguments.workdir)):
+            if arguments.start is not None:
+                runs.check_whole(arguments.workdir, arguments.start)
+            runtime.devices(settings.batch_size)
+            accept = ("data",) if arguments.accept_data else ()
+            story(settings, arguments.workdir, accept, arguments.start)
+
+    sys.exit(runtime.call(pathlib.Path(sys.argv[0]).name, told))
