@@ -16,8 +16,9 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from tokgen import config, parameters, report, rng, sharding
+from tokgen import parameters, report, rng, sharding
 from tokgen.checkpoints import checkpoint, run as runs
+from tokgen.config import building
 from tokgen.data import datasets, loader, scan, token_shards
 from tokgen.evaluation import validation
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
@@ -45,13 +46,13 @@ def main(
     )
     layout, classes = TokenLayout.from_json(source.layout), source.classes
     codec = tokenizer.module.quantizer
-    optimizer = config.call(optimizers.optimizer, settings.optimizer, "optimizer", steps=steps)
+    optimizer = building.call(optimizers.optimizer, settings.optimizer, "optimizer", steps=steps)
 
     def make():
         rngs = nnx.Rngs(rng.key(seed, "init"))
-        return config.generator(settings, layout, len(classes), rngs=rngs)
+        return building.generator(settings, layout, len(classes), rngs=rngs)
 
-    mesh = config.call(sharding.make_mesh, settings.mesh, "mesh")
+    mesh = building.call(sharding.make_mesh, settings.mesh, "mesh")
     jax.set_mesh(mesh)
     # all that will run is traced with shapes, before any work
     shapes, sampler = dry_run.generator(

@@ -13,8 +13,9 @@ import sys
 import jax
 import ml_collections
 
-from tokgen import config, parameters, report, sharding
+from tokgen import parameters, report, sharding
 from tokgen.checkpoints import checkpoint, run as runs
+from tokgen.config import building
 from tokgen.data import datasets, loader, pixels as images, scan
 from tokgen.evaluation import validation
 from tokgen.interfaces import UserError
@@ -37,17 +38,17 @@ def main(
     dry_run.tokenizer_fields(settings)
     seed, steps, every = settings.seed, settings.steps, settings.report
     plan = stages.plan(settings)
-    game = config.call(gan.Game, settings.critic, "critic")
-    limits = config.call(safeguards.Limits, settings.get("guard", {}), "guard")
+    game = building.call(gan.Game, settings.critic, "critic")
+    limits = building.call(safeguards.Limits, settings.get("guard", {}), "guard")
     # classes in the order of the run that goes on; a tokenizer needs none
     known = dict(order=runs.classes(workdir, back), doubtful="drop")
-    source = config.build(settings.data, "data", split="train", **known)
-    held_out = config.build(settings.data, "data", split="held_out", **known)
+    source = building.build(settings.data, "data", split="train", **known)
+    held_out = building.build(settings.data, "data", split="held_out", **known)
     datasets.tell(datasets.called(settings.data), train=source, held_out=held_out)
-    view = config.call(images.View, settings.view, "view")
+    view = building.call(images.View, settings.view, "view")
     begin, play = game.steps(steps)
 
-    mesh = config.call(sharding.make_mesh, settings.mesh, "mesh")
+    mesh = building.call(sharding.make_mesh, settings.mesh, "mesh")
     sharding.check_batch(settings.batch_size, mesh)
     jax.set_mesh(mesh)
     frozen = tokenizer_step.load_frozen(settings, plan)

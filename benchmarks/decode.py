@@ -18,7 +18,8 @@ import numpy as np
 import training_step
 from flax import nnx
 
-from tokgen import config, rng, runtime
+from tokgen import rng, runtime
+from tokgen.config import building
 from tokgen.interfaces import TokenBatch
 from tokgen.sampling import decode, guidance, presets
 
@@ -68,7 +69,7 @@ def main() -> None:
 def make(settings):
     """The generator of a config, as it starts."""
     layout, classes = training_step.LAYOUT, training_step.CLASSES
-    return config.generator(settings, layout, classes, rngs=nnx.Rngs(rng.key(0, "init")))
+    return building.generator(settings, layout, classes, rngs=nnx.Rngs(rng.key(0, "init")))
 
 
 @functools.partial(jax.jit, static_argnames="sampler")

@@ -25,7 +25,8 @@ import numpy as np
 from flax import nnx
 
 import train_generator
-from tokgen import config, parameters as parameters_, report, rng, runtime, sharding
+from tokgen import parameters as parameters_, report, rng, runtime, sharding
+from tokgen.config import building, reading
 from tokgen.data import loader, markov
 from tokgen.interfaces import TokenBatch, TokenLayout
 from tokgen.training import optimizer as optimizers, train_state
@@ -48,7 +49,7 @@ def pyramid_codec(language: markov.Language):
     V = language.symbols
     inner = dict(name="vq", codes=V, channels=V, normalize=False, update="frozen")
     section = dict(name="multiscale", quantizer=inner, scales=grids, phi=0)
-    codec = config.build(section, "quantizer", grid=grids[-1], rngs=nnx.Rngs(0))
+    codec = building.build(section, "quantizer", grid=grids[-1], rngs=nnx.Rngs(0))
     codec.inner.codebook[...] = jax.numpy.asarray(markov.codes(V))
     return codec
 
@@ -178,20 +179,20 @@ def settings_of(family: Family, arguments: argparse.Namespace) -> ml_collections
     settings.batch_size, settings.ema = family.batch_size, 0.998
     settings.precision = dict(params="float32", compute="float32")
     settings.generator, settings.optimizer = family.generator, OPTIMIZER
-    config.override(settings, arguments.set)
+    reading.override(settings, arguments.set)
     return settings
 
 
 def trained(family: Family, settings, layout: TokenLayout, codec):
     """(the generator with its averaged weights, number of its parameters)."""
     source, key = family.language(seed=settings.seed), rng.key(settings.seed, "init")
-    optimizer = config.call(
+    optimizer = building.call(
         optimizers.optimizer, settings.optimizer, "optimizer", steps=settings.steps
     )
     mesh = sharding.make_mesh()
     jax.set_mesh(mesh)
     graph, network = train_state.create(
-        lambda: config.generator(settings, layout, len(source.classes), rngs=nnx.Rngs(key)),
+        lambda: building.generator(settings, layout, len(source.classes), rngs=nnx.Rngs(key)),
         optimizer,
         mesh=mesh,
         ema=settings.ema,

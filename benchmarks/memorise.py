@@ -21,7 +21,8 @@ import numpy as np
 import training_step
 from flax import nnx
 
-from tokgen import config, parameters, rng, runtime, sharding
+from tokgen import parameters, rng, runtime, sharding
+from tokgen.config import building
 from tokgen.interfaces import TokenBatch, TokenLayout
 from tokgen.quantizers import multiscale
 from tokgen.sampling import decode, sampler
@@ -72,7 +73,7 @@ def memorised(family: str, most: int) -> tuple[float, float, int]:
     )
 
     def make():
-        return config.generator(settings, layout, COUNT, rngs=nnx.Rngs(rng.key(0, "init")))
+        return building.generator(settings, layout, COUNT, rngs=nnx.Rngs(rng.key(0, "init")))
 
     optimizer = optimizers.optimizer(most, name="muon", learning_rate=3e-3, warmup=20, b2=0.95)
     graph, network = train_state.create(make, optimizer, mesh=sharding.make_mesh())

@@ -19,7 +19,8 @@ import numpy as np
 from flax import nnx
 
 import train_generator
-from tokgen import config, parameters as parameters_, rng, runtime, sharding
+from tokgen import parameters as parameters_, rng, runtime, sharding
+from tokgen.config import building, reading
 from tokgen.interfaces import TokenLayout
 from tokgen.training import (
     gan,
@@ -63,9 +64,9 @@ def main() -> None:
 
 def load(reference: str, quick: bool):
     """A config; with `quick`, shrunk."""
-    settings = config.load(reference)
+    settings = reading.load(reference)
     if quick:
-        config.override(settings, QUICK[kind_of(settings)])
+        reading.override(settings, QUICK[kind_of(settings)])
     return settings
 
 
@@ -91,11 +92,11 @@ def training(settings):
     draw = np.random.default_rng(0)
     rngs = rng.key(settings.seed, "init")
     if kind_of(settings) == "generator":
-        optimizer = config.call(
+        optimizer = building.call(
             optimizers.optimizer, settings.optimizer, "optimizer", steps=settings.steps
         )
         graph, network = train_state.create(
-            lambda: config.generator(settings, LAYOUT, CLASSES, rngs=nnx.Rngs(rngs)),
+            lambda: building.generator(settings, LAYOUT, CLASSES, rngs=nnx.Rngs(rngs)),
             optimizer,
             mesh=mesh,
             strategy=settings.strategy,
@@ -110,8 +111,8 @@ def training(settings):
         batch = sharding.global_batch(batch, mesh)
         return step, (network, batch, None), parameters_.count(network.params)
     plan = stages.plan(settings)
-    game = config.call(gan.Game, {**settings.critic, "start": 0.0, "warmup": 0.0}, "critic")
-    limits = config.call(safeguards.Limits, settings.guard, "guard")
+    game = building.call(gan.Game, {**settings.critic, "start": 0.0, "warmup": 0.0}, "critic")
+    limits = building.call(safeguards.Limits, settings.guard, "guard")
     networks, graphs, critic_optimizer = tokenizer_step.create(settings, plan[-1], game, mesh)
     count = parameters_.count(networks["model"].params)
     steps = tokenizer_step.Steps(settings, game, limits, graphs, critic_optimizer, 0)

@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 
 from tests import recipes
-from tokgen import config as configs
+from tokgen.config import reading as configs
 
 KINDS = (
     *("drop", "rename", "retype", "zero", "negative", "huge", "infinite", "nan", "more", "less"),

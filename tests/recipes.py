@@ -4,8 +4,9 @@ import pathlib
 
 from flax import nnx
 
-from tokgen import config as configs, sharding
+from tokgen import sharding
 from tokgen.checkpoints import run as runs
+from tokgen.config import building, reading as configs
 from tokgen.interfaces import TokenLayout
 from tokgen.quantizers import multiscale
 from tokgen.training import optimizer as optimizers, train_state
@@ -113,7 +114,7 @@ def abstract(reference: str) -> nnx.Module:
     """
     settings = load(reference)
     kind = reference.partition("/")[0]
-    stated = configs.plain(settings)
+    stated = building.plain(settings)
     asked = [stated.get(section) for section in SECTIONS[kind]]
     own = GENERATORS[reference][:2] if kind == "generator" else ()
     key = repr((asked, own))

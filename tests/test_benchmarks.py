@@ -13,8 +13,9 @@ from flax import nnx
 from PIL import Image
 
 from tests import recipes
-from tokgen import cli, config
+from tokgen import cli
 from tokgen.checkpoints import checkpoint
+from tokgen.config import building, reading
 from tokgen.training import launch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -144,13 +145,13 @@ def test_families(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "devices", lambda batch_size=0: None)
     data = pictures(tmp_path / "images", "bird", "cat")
     narrow = ["encoder.widths=(16,)", "decoder.widths=(16,)", "encoder.blocks=1"]
-    settings = config.load(PAIR[0], narrow)
+    settings = reading.load(PAIR[0], narrow)
     tokenizer = tmp_path / "tokenizer"
     layout = recipes.square(8, 240)
     recipes.save(
         tokenizer,
         settings,
-        lambda: config.tokenizer(settings, rngs=nnx.Rngs(0)),
+        lambda: building.tokenizer(settings, rngs=nnx.Rngs(0)),
         kind="tokenizer",
         layout=layout,
         best="l2",
@@ -159,11 +160,11 @@ def test_families(tmp_path, monkeypatch):
     words = ["--tokenizer", str(tokenizer), "--data", str(data), "--out", str(shards)]
     assert cli.main(["pretokenize", *words, "--batch", "8"]) == 0
     loaded = checkpoint.load_tokenizer(tokenizer)
-    small = config.load(PAIR[1], ["generator.width=16", "generator.depth=1"])
+    small = reading.load(PAIR[1], ["generator.width=16", "generator.depth=1"])
     recipes.save(
         generator,
         small,
-        lambda: config.generator(small, layout, 2, rngs=nnx.Rngs(0)),
+        lambda: building.generator(small, layout, 2, rngs=nnx.Rngs(0)),
         kind="generator",
         layout=layout,
         classes=("bird", "cat"),
@@ -197,11 +198,11 @@ def test_ladders(tmp_path, monkeypatch):
     words = ["reference", str(data), "--out", str(reference), "--steps", "2", "--split", "all"]
     assert cli.main(words) == 0
     narrow = ["encoder.widths=(16,)", "decoder.widths=(16,)", "encoder.blocks=1"]
-    settings, tokenizer = config.load(PAIR[0], narrow), tmp_path / "tokenizer"
+    settings, tokenizer = reading.load(PAIR[0], narrow), tmp_path / "tokenizer"
     recipes.save(
         tokenizer,
         settings,
-        lambda: config.tokenizer(settings, rngs=nnx.Rngs(0)),
+        lambda: building.tokenizer(settings, rngs=nnx.Rngs(0)),
         kind="tokenizer",
         layout=recipes.square(8, 240),
         best="l2",

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from tests import recipes
-from tokgen import config as configs, parameters, sharding
+from tokgen import parameters, sharding
+from tokgen.config import building, reading as configs
 from tokgen.interfaces import TokenBatch
 from tokgen.nn import precision, transformer
 from tokgen.sampling import decode, presets
@@ -39,7 +40,7 @@ def test_a_docstring_says_what_is_built(reference):
     name, _, variant = reference.removeprefix("generator/").partition(":")
     layout, _, count = recipes.GENERATORS[reference]
     settings, generator = recipes.load(reference), recipes.abstract(reference)
-    configs.check(
+    building.check(
         settings,
         precision=(precision.Precision, ()),
         generator__rates=(transformer.Rates, ()),
@@ -108,7 +109,7 @@ def codec_of(settings, layout):
         return None
     inner = dict(name="vq", codes=layout.absent, channels=settings.generator.channels)
     section = dict(name="multiscale", quantizer=inner, scales=layout.grids, phi=0)
-    return configs.build(section, "quantizer", grid=layout.grids[-1], rngs=nnx.Rngs(0))
+    return building.build(section, "quantizer", grid=layout.grids[-1], rngs=nnx.Rngs(0))
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "optimizer", "sampler"))
@@ -143,9 +144,9 @@ LONG = {"ibq:xxl", "llamagen:b", "npp:b", "openmagvit2:b", "maskgit:256"}
 def test_a_file_trains_two_steps_and_samples(reference):
     """Its own objective, optimizer and preset, at a width of 8."""
     settings, (layout, _) = shrunk(reference), SHRUNK[reference]
-    optimizer = configs.call(optimizers.optimizer, settings.optimizer, "optimizer", steps=STEPS)
+    optimizer = building.call(optimizers.optimizer, settings.optimizer, "optimizer", steps=STEPS)
     graph, *variables = parameters.split(
-        nnx.eval_shape(lambda: configs.generator(settings, layout, 3, rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda: building.generator(settings, layout, 3, rngs=nnx.Rngs(0)))
     )
     random = np.random.default_rng(0)
     # away from zeros, behind which nothing moves at first

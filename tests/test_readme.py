@@ -18,8 +18,9 @@ from flax import nnx
 from PIL import Image
 
 from tests import recipes
-from tokgen import cli, config, parameters as state
+from tokgen import cli, parameters as state
 from tokgen.checkpoints import checkpoint
+from tokgen.config import building, reading
 from tokgen.interfaces import TokenLayout
 from tokgen.training import launch
 
@@ -67,23 +68,23 @@ def test_training_example_learns(tmp_path):
 def trained(tmp_path) -> pathlib.Path:
     """A folder with `runs/generator` and its tokenizer, tiny and as they started."""
     narrow = ["encoder.widths=(16,)", "decoder.widths=(16,)", "encoder.blocks=1"]
-    tokenizer = config.load(TOKENIZER, narrow)
+    tokenizer = reading.load(TOKENIZER, narrow)
     layout = TokenLayout((240,), ((8, 8),))
     recipes.save(
         tmp_path / "runs" / "tokenizer",
         tokenizer,
-        lambda: config.tokenizer(tokenizer, rngs=nnx.Rngs(0)),
+        lambda: building.tokenizer(tokenizer, rngs=nnx.Rngs(0)),
         kind="tokenizer",
         layout=layout,
         best="l2",
     )
     loaded = checkpoint.load_tokenizer(tmp_path / "runs" / "tokenizer")
-    generator = config.load(GENERATOR, ["generator.width=16", "generator.depth=1"])
+    generator = reading.load(GENERATOR, ["generator.width=16", "generator.depth=1"])
     workdir = tmp_path / "runs" / "generator"
     recipes.save(
         workdir,
         generator,
-        lambda: config.generator(generator, layout, 10, rngs=nnx.Rngs(0)),
+        lambda: building.generator(generator, layout, 10, rngs=nnx.Rngs(0)),
         kind="generator",
         layout=layout,
         best="nats_per_token",
@@ -141,7 +142,7 @@ def test_command_parses(line):
 def test_own_folder_example_is_trained_at_its_size():
     (line,) = [line for line in COMMANDS if "data.path=flowers" in line]
     settings, _ = launch.parse(shlex.split(line)[2:], "")
-    make = nnx.eval_shape(lambda: config.tokenizer(settings, rngs=nnx.Rngs(0)))
+    make = nnx.eval_shape(lambda: building.tokenizer(settings, rngs=nnx.Rngs(0)))
     assert settings.data.path == "flowers"
     assert make.layout.grids == ((16, 24),)
 
@@ -159,12 +160,12 @@ ROW = re.compile(r"^\| `(configs/\S+)` \| ([\d,]+) \| (\d+) x (\d+) of (\d+)(, p
 
 def counted(reference: str, layout: TokenLayout) -> tuple[int, TokenLayout]:
     """Parameters and layout of a config, from what it builds; of a generator, for a layout."""
-    settings = config.load(reference)
+    settings = reading.load(reference)
 
     def make():
         if "generator" in settings:
-            return config.generator(settings, layout, 10, rngs=nnx.Rngs(0))
-        return config.tokenizer(settings, rngs=nnx.Rngs(0))
+            return building.generator(settings, layout, 10, rngs=nnx.Rngs(0))
+        return building.tokenizer(settings, rngs=nnx.Rngs(0))
 
     module = nnx.eval_shape(make)
     return state.count(state.split(module)[1]), module.layout

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from tests import recipes
-from tokgen import config as configs, parameters, sharding
+from tokgen import parameters, sharding
+from tokgen.config import building, reading as configs
 from tokgen.data import captioned, loader, pixels as images, shapes
 from tokgen.nn import precision
 from tokgen.training import (
@@ -113,7 +114,7 @@ def load(reference: str) -> ml_collections.ConfigDict:
 
 def checked(settings: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     rival = {"critic__optimizer": (optimizers.optimizer, ("steps", "begin"))}
-    configs.check(
+    building.check(
         settings,
         precision=(precision.Precision, ()),
         view=(images.View, ()),
@@ -166,7 +167,7 @@ def test_stages_and_critic_begin_when_published(name):
         assert spans == [(0, 1_000_000, "codes"), (1_000_000, 1_500_000, "pixels")]
     else:
         assert spans == [(0, settings.steps, "pixels")]
-    game = configs.call(gan.Game, settings.critic, "critic")
+    game = building.call(gan.Game, settings.critic, "critic")
     begin, play = game.steps(settings.steps)
     assert (begin, settings.steps) == CRITIC[name] and play == begin
     # a distance that is asked for can be given its weights
@@ -283,9 +284,9 @@ def steps_of(settings, folder, teacher=None):
     axes = (jax.sharding.AxisType.Auto,) * 3
     mesh = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=axes, devices=jax.devices()[:1])
     plan = stages.plan(settings)
-    game = configs.call(gan.Game, settings.critic, "critic")
+    game = building.call(gan.Game, settings.critic, "critic")
     begin, _ = game.steps(settings.steps)
-    view = configs.call(images.View, settings.view, "view")
+    view = building.call(images.View, settings.view, "view")
     batches = loader.batches(
         source_of(settings, folder), view, seed=0, batch_size=settings.batch_size, threads=0
     )
@@ -329,7 +330,7 @@ def test_a_file_trains_two_steps(reference, tmp_path):
     teacher = None
     if "teacher" in settings:
         small = shrunk("maskgit_vqgan")
-        teacher = jax.jit(lambda: configs.tokenizer(small, rngs=nnx.Rngs(1)))()
+        teacher = jax.jit(lambda: building.tokenizer(small, rngs=nnx.Rngs(1)))()
     played = []
     for stage, playing, before, after, scalars in steps_of(settings, tmp_path, teacher):
         assert all(np.isfinite(value).all() for value in scalars.values()), scalars

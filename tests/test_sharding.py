@@ -14,8 +14,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 import train_generator
 from tests import recipes
-from tokgen import config, interfaces, parameters, rng, sharding
+from tokgen import interfaces, parameters, rng, sharding
 from tokgen.commands import sample
+from tokgen.config import building, reading
 from tokgen.discriminators import blur, feature_heads, patchgan, stylegan
 from tokgen.evaluation import validation
 from tokgen.generators import autoregressive
@@ -102,11 +103,11 @@ def _others():
     tiny = dict(size=8, patch=4, width=6, depth=2, heads=2, levels=(0, 1))
     yield "discriminator on features", lambda: feature_heads.Discriminator(rngs=nnx.Rngs(0), **tiny)
     for name, sections in TOKENIZERS.items():
-        settings = config.load("configs/tokenizer/shapes.py", ("view.size=(8, 8)",))
+        settings = reading.load("configs/tokenizer/shapes.py", ("view.size=(8, 8)",))
         with settings.unlocked():
             for section, content in sections.items():
                 settings[section] = content
-        yield name, lambda settings=settings: config.tokenizer(settings, rngs=nnx.Rngs(0))
+        yield name, lambda settings=settings: building.tokenizer(settings, rngs=nnx.Rngs(0))
 
 
 def _abstract_state(module, name):
@@ -415,14 +416,14 @@ def _tokenizer_steps(settings, make, start, mesh):
 
 def test_tokenizer_steps_on_eight_devices_equal_those_on_one(monkeypatch):
     monkeypatch.setattr(stages, "optimizer", lambda settings, stage: PLAIN)
-    settings = config.load("configs/tokenizer/shapes.py:vq")
+    settings = reading.load("configs/tokenizer/shapes.py:vq")
     settings.encoder.widths = settings.decoder.widths = (16,)
     settings.encoder.blocks = settings.decoder.blocks = 1
     settings.view.size = (8, 8)
     settings.quantizer.codes = 32
 
     def make():
-        return config.tokenizer(settings, rngs=nnx.Rngs(rng.key(0, "init")))
+        return building.tokenizer(settings, rngs=nnx.Rngs(rng.key(0, "init")))
 
     start = jax.device_get(_state(*parameters.split(make())[1:]))
     losses, after, stats = _tokenizer_steps(settings, make, start, _single())

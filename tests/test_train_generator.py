@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 import train_generator
-from tokgen import config, parameters, rng, sharding
+from tokgen import parameters, rng, sharding
+from tokgen.config import reading
 from tokgen.evaluation import validation
 from tokgen.training import optimizer as optimizers, train_state
 
@@ -28,7 +29,7 @@ class Telling(nnx.Module):
 @pytest.fixture
 def step():
     """(settings, state, its compiled step) with an average."""
-    settings = config.load("configs/generator/shapes.py", ("seed=3", "ema=0.9"))
+    settings = reading.load("configs/generator/shapes.py", ("seed=3", "ema=0.9"))
     optimizer = optimizers.optimizer(9, learning_rate=0.1, decay="constant")
     graph, state = train_state.create(
         Telling, optimizer, mesh=sharding.make_mesh(), ema=settings.ema

@@ -8,7 +8,8 @@ import numpy as np
 from flax import nnx
 
 import train_tokenizer
-from tokgen import config, sharding
+from tokgen import sharding
+from tokgen.config import reading
 from tokgen.evaluation import validation
 from tokgen.training import optimizer as optimizers, stages, tokenizer_step, train_state
 
@@ -21,7 +22,7 @@ class Net(nnx.Module):
 
 
 def test_the_average_has_the_decay_of_the_config():
-    settings = config.load("configs/tokenizer/shapes.py:ema", ("ema=0.9",))
+    settings = reading.load("configs/tokenizer/shapes.py:ema", ("ema=0.9",))
     optimizer = optimizers.optimizer(9, learning_rate=0.1, decay="constant")
     _, state = train_state.create(Net, optimizer, mesh=sharding.make_mesh(), ema=settings.ema)
     average = np.ones(3)
@@ -38,7 +39,7 @@ def test_the_average_has_the_decay_of_the_config():
 
 
 def test_held_out_figures_are_those_of_the_average(monkeypatch):
-    settings = config.load("configs/tokenizer/shapes.py:ema")
+    settings = reading.load("configs/tokenizer/shapes.py:ema")
     optimizer = optimizers.optimizer(9, learning_rate=0.1)
     graph, state = train_state.create(Net, optimizer, mesh=sharding.make_mesh(), ema=0.9)
     state = state.replace(ema=jax.tree.map(lambda leaf: leaf + 5, state.params))

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import config as configs, interfaces, parameters, sharding
+from tokgen import interfaces, parameters, sharding
 from tokgen.checkpoints import checkpoint, manifest, run as runs
+from tokgen.config import building, reading as configs
 from tokgen.training import optimizer as optimizers, train_state
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -34,9 +35,9 @@ def filled(config, seed=0):
     """The state of a config with something in every leaf; compiles nothing."""
 
     def make():
-        return configs.tokenizer(config, rngs=nnx.Rngs(0))
+        return building.tokenizer(config, rngs=nnx.Rngs(0))
 
-    optimizer = configs.call(
+    optimizer = building.call(
         optimizers.optimizer, config.optimizer, "optimizer", steps=config.steps
     )
     _, params, stats = parameters.split(nnx.eval_shape(make))
@@ -194,7 +195,7 @@ def test_loading_for_use_takes_the_average(base):
     equal((params, stats), (network.ema, network.stats))
     assert loaded.classes == ("a", "b") and loaded.layout.vocab == (32,)
     assert configs.flat(loaded.config) == configs.flat(
-        json.loads(json.dumps(configs.plain(config)))
+        json.loads(json.dumps(building.plain(config)))
     )
     with pytest.raises(interfaces.UserError, match="holds a tokenizer; need.*generator"):
         checkpoint.load_generator(workdir)

@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from tokgen import cli, config as configs, interfaces, parameters, sharding
+from tokgen import cli, interfaces, parameters, sharding
 from tokgen.checkpoints import checkpoint, imported as imports, run as runs
+from tokgen.config import building, reading as configs
 from tokgen.pretrained import keymap, parity, system, transfer
 from tokgen.pretrained.formats import writer
 from tokgen.training import launch, train_state
@@ -101,7 +102,7 @@ def published_in(folder, layout):
     blank = {"embed.weight": np.zeros((layout.absent + CLASSES + 1, 16))}
     config = settings(said, blank)
     make = nnx.eval_shape(
-        lambda: configs.generator(config, layout, CLASSES, rngs=nnx.Rngs(0)),
+        lambda: building.generator(config, layout, CLASSES, rngs=nnx.Rngs(0)),
     )
     leaves, random = parameters.paths(parameters.split(make)[1]), np.random.default_rng(3)
     filled = {path: random.normal(size=leaf.shape) for path, leaf in leaves.items()}
@@ -234,7 +235,7 @@ def began(workdir, init_from, layout, tokenizer, classes=CLASSES, ema=0.0, names
     config = settings({"dim": 16}, {})
     config.init_from = str(init_from)
     config.generator.update(changes)
-    make = nnx.eval_shape(lambda: configs.generator(config, layout, classes, rngs=nnx.Rngs(0)))
+    make = nnx.eval_shape(lambda: building.generator(config, layout, classes, rngs=nnx.Rngs(0)))
     _, params, stats = parameters.split(make)
     whole = sharding.replicated(sharding.make_mesh())
     params = jax.tree.map(
@@ -314,7 +315,7 @@ def test_a_head_that_counts_classes_keeps_its_codes_and_its_mask(made, tmp_path,
         name="masked", parts="maskgit", entry="normed", head="tied_to_all", label_drop=None
     )
     config.generator.update(width=16, depth=1, heads=2)
-    module = configs.generator(config, tokenizer.layout, CLASSES, rngs=nnx.Rngs(0))
+    module = building.generator(config, tokenizer.layout, CLASSES, rngs=nnx.Rngs(0))
     module.head.bias[...] = jnp.arange(tokenizer.layout.absent + CLASSES + 1.0)
     imported = transfer.Imported(config, module, None, {}, layout=tokenizer.layout, classes=CLASSES)
     imports.save_imported(tmp_path / "source", imported, {}, tokenizer)

@@ -11,9 +11,10 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 from PIL import Image
 
-from tokgen import cli, config as configs, parameters, sharding
+from tokgen import cli, parameters, sharding
 from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.commands import pretokenize
+from tokgen.config import building, reading as configs
 from tokgen.data import folder as folder_, pixels as images, reader, shapes, token_shards
 from tokgen.interfaces import UserError
 from tokgen.training import launch, train_state
@@ -35,7 +36,7 @@ def saved(folder, quantizer, compute="float32"):
     config = configs.load("configs/tokenizer/shapes.py", SMALL)
     with config.unlocked():
         config.quantizer, config.precision.compute = quantizer, compute
-    module = nnx.eval_shape(lambda: configs.tokenizer(config, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: building.tokenizer(config, rngs=nnx.Rngs(0)))
     _, params, stats = parameters.split(module)
     draw = np.random.default_rng(0).normal
     params, stats = jax.tree.map(

@@ -14,9 +14,10 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from tokgen import cli, config as configs, interfaces, parameters, report, sharding
+from tokgen import cli, interfaces, parameters, report, sharding
 from tokgen.checkpoints import checkpoint, imported as imports, run as runs
 from tokgen.commands import export, import_
+from tokgen.config import building as configs
 from tokgen.pretrained import convolutional, parity, system, transfer
 from tokgen.pretrained.formats import reader, writer
 from tokgen.training import launch, optimizer as optimizers, train_state

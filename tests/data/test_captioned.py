@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokgen import config, interfaces
+from tokgen import interfaces
+from tokgen.config import building
 from tokgen.data import captioned, folder, loader, pixels as images, shapes
 
 
@@ -75,12 +76,12 @@ def test_a_config_names_both_parts(tmp_path):
         images=dict(name="shapes", size=(8, 8), count=5),
         features=str(features(features(tmp_path, 5), 5, split="held_out")),
     )
-    config.check(dict(data=section))
+    building.check(dict(data=section))
     for split in ("train", "held_out"):
-        source = config.build(section, "data", split=split)
+        source = building.build(section, "data", split=split)
         assert source.images.split == split and len(source) == 5
     with pytest.raises(interfaces.UserError, match="counts"):
-        config.check(dict(data=dict(section, images=dict(name="shapes", counts=5))))
+        building.check(dict(data=dict(section, images=dict(name="shapes", counts=5))))
 
 
 def test_where_nothing_is_held_out_there_are_no_texts(tmp_path):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import config, interfaces
+from tokgen import interfaces
+from tokgen.config import building
 from tokgen.data import loader, markov
 
 TINY = {
@@ -146,7 +147,7 @@ def test_what_a_next_scale_generator_sees_tells_the_coarser_tokens(sides):
     grid = (sides[-1], sides[-1])
     inner = dict(name="vq", codes=V, channels=V, normalize=False, update="frozen")
     section = dict(name="multiscale", quantizer=inner, scales=sides, phi=0)
-    codec = config.build(section, "quantizer", grid=grid, rngs=nnx.Rngs(0))
+    codec = building.build(section, "quantizer", grid=grid, rngs=nnx.Rngs(0))
     codec.inner.codebook[...] = jnp.asarray(markov.codes(V))
     assert codec.layout == interfaces.TokenLayout.from_json(language.layout)
     told = sum(side**2 for side in sides[:-1])

@@ -11,7 +11,8 @@ import pytest
 import tensorflow_datasets
 from PIL import Image
 
-from tokgen import cli, config, interfaces
+from tokgen import cli, interfaces
+from tokgen.config import building, reading
 from tokgen.data import classes, datasets, loader, pixels as images, reader, tfds
 
 
@@ -127,12 +128,12 @@ def test_a_set_without_labels_is_unconditional(prepared):
 def test_a_set_is_chosen_on_the_command_line(prepared):
     """In the place of the folder of a config, with all that its section held."""
     words = ["name=tfds", "dataset=tokgen_other", "label=coarse_label", f"data_dir={prepared}"]
-    settings = config.load(
+    settings = reading.load(
         "configs/tokenizer/cifar10_f4.py", [f"data.{word}" for word in reversed(words)]
     )
-    config.check(settings)
+    building.check(settings)
     sources = {
-        split: config.build(settings.data, "data", split=split, order=(), doubtful="drop")
+        split: building.build(settings.data, "data", split=split, order=(), doubtful="drop")
         for split in ("train", "held_out")
     }
     told = classes.told(datasets.called(settings.data), sources)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import config as configs, interfaces, parameters, sharding
+from tokgen import interfaces, parameters, sharding
+from tokgen.config import building, reading as configs
 from tokgen.generators import next_scale
 from tokgen.nn import transformer
 from tokgen.nn.precision import FLOAT32, Precision
@@ -326,7 +327,7 @@ PUBLISHED = {
 
 def load(variant):
     settings = configs.load(f"configs/generator/var.py:{variant}")
-    configs.check(
+    building.check(
         settings,
         precision=(Precision, ()),
         generator__rates=(transformer.Rates, ()),
@@ -341,7 +342,7 @@ def test_published_sizes(variant):
     millions, sides, shared = PUBLISHED[variant]
     settings = load(variant)
     layout = interfaces.TokenLayout((4096,), tuple((n, n) for n in sides))
-    generator = nnx.eval_shape(lambda: configs.generator(settings, layout, 1000, rngs=nnx.Rngs(0)))
+    generator = nnx.eval_shape(lambda: building.generator(settings, layout, 1000, rngs=nnx.Rngs(0)))
     params = parameters.paths(parameters.split(generator)[1])
     count, depth = parameters.count(params), settings.generator.depth
     assert abs(count / 1e6 - millions) < 0.005
@@ -365,7 +366,7 @@ def test_published_sizes(variant):
 
 def test_the_published_schedule():
     settings = load("d24")
-    optimizer = configs.call(
+    optimizer = building.call(
         optimizers.optimizer, settings.optimizer, "optimizer", steps=settings.steps
     )
     peak, warmup = 2.4e-4, settings.optimizer.warmup
@@ -380,9 +381,9 @@ def test_the_published_schedule():
 def test_the_small_one_builds_for_its_tokenizer():
     settings = configs.load("configs/generator/cifar10.py:next_scale")
     made_by = configs.load("configs/tokenizer/cifar10_f4.py:pyramid")
-    tokenizer = nnx.eval_shape(lambda: configs.tokenizer(made_by, rngs=nnx.Rngs(0)))
+    tokenizer = nnx.eval_shape(lambda: building.tokenizer(made_by, rngs=nnx.Rngs(0)))
     generator = nnx.eval_shape(
-        lambda: configs.generator(settings, tokenizer.layout, 10, rngs=nnx.Rngs(0))
+        lambda: building.generator(settings, tokenizer.layout, 10, rngs=nnx.Rngs(0))
     )
     tokens = jax.ShapeDtypeStruct((2, tokenizer.layout.length, 1), jnp.int32)
     label_B = jax.ShapeDtypeStruct((2,), jnp.int32)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import config as configs, parameters, sharding
+from tokgen import parameters, sharding
+from tokgen.config import building, reading as configs
 from tokgen.interfaces import TokenLayout, UserError
 from tokgen.pretrained import parity, sequence, system, transfer
 from tokgen.pretrained.systems import rar
@@ -164,8 +165,8 @@ def _count(reference, layout):
     """(parameters without rows of no symbol, the file's docstring, its config)."""
     name, _, variant = reference.partition(":")
     config = configs.load(f"configs/generator/{name}.py:{variant}")
-    configs.check(config, optimizer=(optimizers.optimizer, ("steps",)))
-    make = lambda: configs.generator(config, layout, 1000, rngs=nnx.Rngs(0))  # noqa: E731
+    building.check(config, optimizer=(optimizers.optimizer, ("steps",)))
+    make = lambda: building.generator(config, layout, 1000, rngs=nnx.Rngs(0))  # noqa: E731
     params = parameters.paths(parameters.split(nnx.eval_shape(make))[1])
     unread = 2 * sum(layout.absent - size for size in layout.vocab) * config.generator.width
     document = (configs.programs() / "configs" / "generator" / f"{name}.py").read_text()
@@ -190,7 +191,7 @@ def test_rar_decays_what_its_published_rule_of_names_decays():
     """Two axes or more, and none of these in the name."""
     words = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma", "embed")
     config = configs.load("configs/generator/rar.py:b")
-    make = lambda: configs.generator(config, TEN_BITS, 1000, rngs=nnx.Rngs(0))  # noqa: E731
+    make = lambda: building.generator(config, TEN_BITS, 1000, rngs=nnx.Rngs(0))  # noqa: E731
     generator = nnx.eval_shape(make)
     params = parameters.split(generator)[1]
     decayed = parameters.paths(parameters.matching(params, config.optimizer.decayed))

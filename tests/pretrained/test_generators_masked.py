@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import config as configs, parameters, sharding
+from tokgen import parameters, sharding
+from tokgen.config import building, reading as configs
 from tokgen.interfaces import TokenLayout, UserError
 from tokgen.nn import precision, transformer
 from tokgen.pretrained import parity, transfer
@@ -188,7 +189,7 @@ RECIPES = {
 def load(reference):
     name, _, variant = reference.partition(":")
     config = configs.load(f"configs/generator/{name}.py:{variant}")
-    configs.check(
+    building.check(
         config,
         precision=(precision.Precision, ()),
         generator__rates=(transformer.Rates, ()),
@@ -203,7 +204,7 @@ def test_a_recipe_has_the_published_size_and_settings_that_fit(reference):
     layout, count, millions = RECIPES[reference]
     config = load(reference)
     generator = nnx.eval_shape(
-        lambda: configs.generator(config, layout, 1000, rngs=nnx.Rngs(0)),
+        lambda: building.generator(config, layout, 1000, rngs=nnx.Rngs(0)),
     )
     params = parameters.split(generator)[1]
     assert parameters.count(params) == count
@@ -213,7 +214,7 @@ def test_a_recipe_has_the_published_size_and_settings_that_fit(reference):
     rows = [[c.strip() for c in line.split("|")] for line in text.splitlines() if "|" in line]
     (row,) = [row for row in rows if row[1:2] == [variant]]
     assert any(cell.startswith(f"{count:,}") for cell in row)
-    configs.call(optimizers.optimizer, config.optimizer, "optimizer", steps=config.steps)
+    building.call(optimizers.optimizer, config.optimizer, "optimizer", steps=config.steps)
     known = config.presets.to_dict()
     assert known["default"] == known["paper"] and {"fast"} < set(known)
     for preset in known:
@@ -232,7 +233,7 @@ def test_presets_are_the_published_settings():
     layout, *_ = RECIPES["titok:l32"]
     known = load("titok:l32").presets.to_dict()
     generator = nnx.eval_shape(
-        lambda: configs.generator(load("titok:l32"), layout, 1000, rngs=nnx.Rngs(0))
+        lambda: building.generator(load("titok:l32"), layout, 1000, rngs=nnx.Rngs(0))
     )
     _, sampler = presets.prepare(generator, known["default"])
     scale = np.array([0.0, 0.5625, 1.125, 1.6875, 2.25, 2.8125, 3.375, 3.9375])
@@ -244,7 +245,7 @@ def test_presets_are_the_published_settings():
     np.testing.assert_allclose(sampler.temperature, jitter * softening)
 
     bits = nnx.eval_shape(
-        lambda: configs.generator(
+        lambda: building.generator(
             load("maskbit:14bit"), RECIPES["maskbit:14bit"][0], 1000, rngs=nnx.Rngs(0)
         )
     )

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import config as configs, interfaces, parameters
+from tokgen import interfaces, parameters
+from tokgen.config import building, reading as configs
 from tokgen.nn import conv as kits, precision
 from tokgen.quantizers import fsq, vq
 from tokgen.tokenizers import conv, tokenizer
@@ -246,7 +247,7 @@ def test_the_same_latents_have_the_same_tokens_in_a_tokenizer_of_any_precision(n
     for compute in ("float32", "bfloat16"):
         with settings.unlocked():
             settings.quantizer, settings.precision.compute = QUANTIZERS[name], compute
-        made = filled(lambda: configs.tokenizer(settings, rngs=nnx.Rngs(0)))
+        made = filled(lambda: building.tokenizer(settings, rngs=nnx.Rngs(0)))
         assert made.decoder.conv_in.precision.compute == compute
         latents_BPC = 2 * jax.random.normal(key, (8, 16, made.quantizer.inputs))
         with jax.default_matmul_precision("highest" if compute == "float32" else "bfloat16"):

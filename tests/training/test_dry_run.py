@@ -11,7 +11,8 @@ from flax import nnx
 
 import train_generator
 from tests import mutants, recipes, test_config
-from tokgen import config as configs, interfaces, sharding
+from tokgen import interfaces, sharding
+from tokgen.config import building, reading as configs
 from tokgen.training import (
     dry_run,
     gan,
@@ -69,7 +70,7 @@ def codec(layout, channels: int):
     """The quantizer of a pyramid, as shapes."""
     inner = dict(name="vq", codes=layout.vocab[0], channels=channels)
     section = dict(name="multiscale", scales=layout.grids, phi=4, quantizer=inner)
-    make = functools.partial(configs.build, section, "quantizer", grid=layout.grids[-1])
+    make = functools.partial(building.build, section, "quantizer", grid=layout.grids[-1])
     return nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
 
 
@@ -77,7 +78,7 @@ def rehearsed(reference: str, settings, mesh) -> None:
     """The whole rehearsal of a config, as its program has it."""
     if reference.startswith("tokenizer/"):
         if settings.data.name == "shapes":  # others need a folder, which is another's to check
-            configs.build(settings.data, "data", split="train")
+            building.build(settings.data, "data", split="train")
         frozen = {"perceptual": {}}
         if settings.get("stages"):
             frozen["teacher"] = recipes.abstract("tokenizer/maskgit_vqgan")
@@ -100,7 +101,7 @@ def tried(mutant: mutants.Mutant, mesh, weights, traced: set[str]) -> str:
         check = "tokenizer" if mutant.reference.startswith("tokenizer/") else "generator"
         given(settings, weights)
         getattr(dry_run, f"{check}_fields")(settings)
-        stated = {k: v for k, v in configs.plain(settings).items() if k not in OF_LOOPS}
+        stated = {k: v for k, v in building.plain(settings).items() if k not in OF_LOOPS}
         own = recipes.GENERATORS.get(mutant.reference, ())[:2]
         key = json.dumps([stated, repr(own)], sort_keys=True, default=repr)
         if key not in traced:
@@ -175,8 +176,8 @@ def one_step(reference: str, settings, mesh) -> dict:
         layout, classes, _ = recipes.GENERATORS[reference]
         grids = tuple(grid for grid in layout.grids if max(grid) <= 4) or ((4, 4),)
         layout = interfaces.TokenLayout(layout.vocab, grids)
-        make = functools.partial(configs.generator, settings, layout, classes)
-        optimizer = configs.call(
+        make = functools.partial(building.generator, settings, layout, classes)
+        optimizer = building.call(
             optimizers.optimizer, settings.optimizer, "optimizer", steps=settings.steps
         )
         graph, network = train_state.create(
@@ -186,15 +187,15 @@ def one_step(reference: str, settings, mesh) -> dict:
         if len(grids) > 1:
             inner = dict(name="vq", codes=layout.vocab[0], channels=settings.generator.channels)
             section = dict(name="multiscale", scales=grids, phi=1, quantizer=inner)
-            scales = configs.build(section, "quantizer", grid=grids[-1], rngs=nnx.Rngs(0))
+            scales = building.build(section, "quantizer", grid=grids[-1], rngs=nnx.Rngs(0))
         shape = (B, layout.length, layout.groups)
         batch = {"tokens": draw.integers(0, min(layout.vocab), shape, np.int32)}
         batch["label"] = draw.integers(0, classes, B, np.int32)
         step = train_generator.train_step(settings, graph, optimizer)
         return jax.device_get(step(network, batch, scales)[1])
     plan = stages.plan(settings)
-    game = configs.call(gan.Game, settings.critic, "critic")
-    limits = configs.call(safeguards.Limits, settings.get("guard", {}), "guard")
+    game = building.call(gan.Game, settings.critic, "critic")
+    limits = building.call(safeguards.Limits, settings.get("guard", {}), "guard")
     networks, graphs, optimizer = tokenizer_step.create(settings, plan[0], game, mesh)
     steps = tokenizer_step.Steps(settings, game, limits, graphs, optimizer, 0)
     shape = (B, *settings.view.size, settings.view.channels)

@@ -10,7 +10,8 @@ import optax
 import pytest
 from flax import nnx
 
-from tokgen import config, interfaces, losses, parameters
+from tokgen import interfaces, losses, parameters
+from tokgen.config import building, reading
 from tokgen.discriminators import augment, feature_heads, patchgan, stylegan
 from tokgen.training import gan, optimizer as optimizers, stages, tokenizer_step, train_state
 
@@ -283,7 +284,7 @@ def test_the_painter_is_judged_by_running_statistics(sighted, key):
 @pytest.fixture(scope="module")
 def match(request):
     """A tokenizer, a critic and a batch, small enough for a gradient or two."""
-    settings = config.load(
+    settings = reading.load(
         "configs/tokenizer/shapes.py:vq",
         (
             *("view.size=(8, 8)", "encoder.widths=(8,)", "decoder.widths=(8,)", "encoder.blocks=0"),
@@ -306,7 +307,7 @@ def match(request):
             zero, zero, params, stats, PLAIN.chain.init(params), None
         )
 
-    graph, model = made(lambda: config.tokenizer(settings, rngs=nnx.Rngs(0)))
+    graph, model = made(lambda: building.tokenizer(settings, rngs=nnx.Rngs(0)))
     game = gan.Game(weight=1.0, network=network)
     judge, critic = made(lambda: gan.build(game, settings, rngs=nnx.Rngs(0)))
     batch = {"image": np.random.default_rng(1).integers(0, 256, (4, 8, 8, 3), np.uint8)}

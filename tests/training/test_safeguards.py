@@ -13,8 +13,9 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 import train_tokenizer
-from tokgen import config, interfaces, report, runtime, sharding
+from tokgen import interfaces, report, runtime, sharding
 from tokgen.checkpoints import checkpoint, run as runs
+from tokgen.config import building, reading
 from tokgen.data import datasets
 from tokgen.evaluation import validation
 from tokgen.training import launch, safeguards
@@ -187,7 +188,7 @@ def one_device():
 
 
 def train(workdir, *overrides, back=None, **guards):
-    settings = config.load("configs/tokenizer/shapes.py:vq", (*SMALL, *overrides))
+    settings = reading.load("configs/tokenizer/shapes.py:vq", (*SMALL, *overrides))
     with settings.unlocked():
         settings.guard.update(guards)
     with runs.lock(workdir):
@@ -374,8 +375,8 @@ def test_data_that_cannot_be_read_cost_no_step(tmp_path, monkeypatch):
 def test_a_held_out_error_is_the_mean_of_squares(undisturbed):
     """On the scale of the loss, [-1, 1]; a mean of decibels would be that of logarithms."""
     (line,) = [r for r in report.read(undisturbed) if r["split"] == "held_out" and r["step"] == 4]
-    settings = config.load("configs/tokenizer/shapes.py:vq", SMALL)
-    source = config.build(settings.data, "data", split="held_out")
+    settings = reading.load("configs/tokenizer/shapes.py:vq", SMALL)
+    source = building.build(settings.data, "data", split="held_out")
     loaded = checkpoint.load_tokenizer(undisturbed / checkpoint.FOLDER / "4")
     _, (image, painted) = validation.reconstruction(
         loaded.module, source, datasets.view_of(settings), count=4, shown=4
@@ -389,7 +390,7 @@ def test_a_held_out_error_is_the_mean_of_squares(undisturbed):
 
 def test_a_return_across_a_boundary_of_stages(tmp_path):
     """Back from a stage into the one before, whose optimizer keeps other arrays."""
-    settings = config.load("configs/tokenizer/shapes.py:vq", (*SMALL, *BAD, "report.save=5"))
+    settings = reading.load("configs/tokenizer/shapes.py:vq", (*SMALL, *BAD, "report.save=5"))
     with settings.unlocked():
         settings.guard.returns = 1
         settings.optimizer.weight_decay = 0.1

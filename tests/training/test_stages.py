@@ -12,8 +12,9 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 import train_tokenizer
-from tokgen import config, interfaces, parameters, report, sharding
+from tokgen import interfaces, parameters, report, sharding
 from tokgen.checkpoints import checkpoint, run as runs
+from tokgen.config import building, reading
 from tokgen.nn import precision
 from tokgen.quantizers import vq
 from tokgen.tokenizers import conv, tokenizer, two_stage, vit
@@ -39,7 +40,7 @@ TWO = (
 
 
 def settings_of(*sections, **changes):
-    settings = config.load("configs/tokenizer/shapes.py:vq", SMALL)
+    settings = reading.load("configs/tokenizer/shapes.py:vq", SMALL)
     with settings.unlocked():
         settings.stages, settings.optimizer.weight_decay = sections, 0.1
         settings.update(changes)
@@ -50,7 +51,7 @@ def settings_of(*sections, **changes):
 
 
 def test_without_stages_there_is_one():
-    for settings in (settings_of(), config.load("configs/tokenizer/shapes.py:vq", SMALL)):
+    for settings in (settings_of(), reading.load("configs/tokenizer/shapes.py:vq", SMALL)):
         (stage,) = stages.plan(settings)
         assert (stage.begin, stage.end, stage.objective, stage.train) == (0, 6, "pixels", ".*")
         assert not stage.loss and not stage.optimizer
@@ -104,7 +105,7 @@ def test_a_plan_that_cannot_be_is_refused(sections, words):
 )
 def test_a_stage_must_fit_the_tokenizer(section, words):
     settings = settings_of(section)
-    shapes = nnx.eval_shape(lambda: config.tokenizer(settings, rngs=nnx.Rngs(0)))
+    shapes = nnx.eval_shape(lambda: building.tokenizer(settings, rngs=nnx.Rngs(0)))
     stages.check(stages.plan(settings_of(dict(train="decoder/.*"))), shapes)
     with pytest.raises(interfaces.UserError, match=words):
         stages.check(stages.plan(settings), shapes)

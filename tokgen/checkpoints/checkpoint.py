@@ -25,8 +25,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from tokgen import config as configs, parameters, records, rng, sharding
+from tokgen import parameters, records, rng, sharding
 from tokgen.checkpoints import manifest
+from tokgen.config import building as configs
 from tokgen.interfaces import PyTree, TokenLayout, UserError
 
 FORMAT = 1

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from tokgen import config as configs, parameters, records
+from tokgen import parameters, records
 from tokgen.checkpoints import checkpoint, run as runs
+from tokgen.config import building as configs
 from tokgen.interfaces import TokenLayout, UserError
 from tokgen.pretrained import keymap, transfer
 from tokgen.pretrained.formats import reader, writer

@@ -21,8 +21,9 @@ import ml_collections
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from tokgen import config as configs, output, parameters, records, report
+from tokgen import output, parameters, records, report
 from tokgen.checkpoints import checkpoint, finetuning, manifest
+from tokgen.config import building, reading as configs
 from tokgen.interfaces import PyTree, TokenLayout, UserError
 
 # Fields of a config that may change between a run and its continuation; all others decide what
@@ -115,7 +116,7 @@ class Run:
             **self.meta,
             "format": checkpoint.FORMAT,
             "step": step,
-            "config": configs.plain(self.config),
+            "config": building.plain(self.config),
             "metrics": None if metrics is None else records.finite(metrics),
             "versions": checkpoint.versions(),
             "manifest": manifest.of(leaves),
@@ -459,7 +460,7 @@ def _same_run(meta: dict, run: Run, step: pathlib.Path) -> None:
             "--workdir"
         )
     old = as_trained(configs.flat(json.loads(json.dumps(meta["config"]))))
-    new = as_trained(configs.flat(json.loads(json.dumps(configs.plain(run.config)))))
+    new = as_trained(configs.flat(json.loads(json.dumps(building.plain(run.config)))))
     if run.fields:
         old = {n: v for n, v in old.items() if n in new or n.partition(".")[0] in run.fields}
     changes = [

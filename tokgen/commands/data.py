@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from tokgen import config, options, report
+from tokgen import options, report
+from tokgen.config import building
 from tokgen.data import classes, reader, scan, token_shards
 from tokgen.interfaces import UserError
 
@@ -104,7 +105,7 @@ def source_of(args: argparse.Namespace, split: str):
         section = {"name": "folder", "path": args.data, "held_out": args.held_out}
     if args.labels:
         section["labels"] = args.labels
-    return config.build(section, "data", split=split)
+    return building.build(section, "data", split=split)
 
 
 def _scanned(source, args: argparse.Namespace) -> scan.Found:

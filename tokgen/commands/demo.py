@@ -16,9 +16,10 @@ import time
 import numpy as np
 from PIL import Image
 
-from tokgen import config, output, report, runtime, sharding
+from tokgen import output, report, runtime, sharding
 from tokgen.checkpoints import checkpoint
 from tokgen.commands import pretokenize
+from tokgen.config import building, reading
 from tokgen.data import datasets, shapes, token_shards
 from tokgen.demo import families
 from tokgen.evaluation import local_classifier, page as pages, validation
@@ -99,7 +100,7 @@ KEYS = (
 
 def train(program: str, settings: str, workdir: pathlib.Path, steps: int | None, more=()) -> None:
     """Run a training program as a user would, in a process of its own."""
-    command = [sys.executable, str(config.programs() / program), f"--config={settings}"]
+    command = [sys.executable, str(reading.programs() / program), f"--config={settings}"]
     command += [f"--workdir={workdir}", *more]
     if steps is not None:
         every = max(1, steps // 2)
@@ -155,7 +156,7 @@ def measure(folder: pathlib.Path, examiner, number: int) -> tuple[dict, dict, di
     loaded = checkpoint.load_generator(folder / "generator")
     tokenizer = checkpoint.load_tokenizer_of(loaded, str(folder / "tokenizer"))
     settings = tokenizer.config
-    held_out = config.build(settings.data, "data", split="held_out")
+    held_out = building.build(settings.data, "data", split="held_out")
     real = held_out.batch(range(1000))
     label_N = np.arange(1000) % len(shapes.CLASSES)
 

@@ -8,8 +8,9 @@ import pathlib
 
 import numpy as np
 
-from tokgen import archives, config, output, parameters, report, runtime
+from tokgen import archives, output, parameters, report, runtime
 from tokgen.checkpoints import imported as imports
+from tokgen.config import building
 from tokgen.pretrained import system, transfer
 from tokgen.pretrained.formats import writer
 
@@ -53,7 +54,7 @@ def _exported(args: argparse.Namespace, out: pathlib.Path) -> list[str]:
         for path, leaf in parameters.paths(tree).items()
     }
     record = {
-        "config": config.plain(loaded.config),
+        "config": building.plain(loaded.config),
         "layout": loaded.layout.to_json() if loaded.layout else None,
         "classes": list(loaded.classes),
         "fingerprint": loaded.fingerprint,

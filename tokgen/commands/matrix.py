@@ -7,8 +7,9 @@ import textwrap
 
 from flax import nnx
 
-from tokgen import config, runtime
+from tokgen import runtime
 from tokgen.checkpoints import checkpoint
+from tokgen.config import building
 from tokgen.interfaces import TokenLayout, UserError
 
 # What stands for each kind of token -> a quantizer's section; "1-D" ones write a row of tokens.
@@ -56,7 +57,7 @@ def quantizer(kind: str, side: int):
     section = dict(TOKENIZERS[kind])
     if section["name"] == "multiscale":
         section["scales"] = tuple(range(1, side + 1))
-    return config.build(section, "quantizer", grid=grid, rngs=nnx.Rngs(0))
+    return building.build(section, "quantizer", grid=grid, rngs=nnx.Rngs(0))
 
 
 def generator(kind: str, codec, *, classes: int, sizes: dict = SMALL):
@@ -69,7 +70,7 @@ def generator(kind: str, codec, *, classes: int, sizes: dict = SMALL):
     if section.get("head") == "factor":
         section["factor"] = 1
     settings = dict(generator=section, precision=dict(params="float32", compute="float32"))
-    return config.generator(settings, codec.layout, classes, rngs=nnx.Rngs(0))
+    return building.generator(settings, codec.layout, classes, rngs=nnx.Rngs(0))
 
 
 def reason(kind: str, codec) -> str:

@@ -6,8 +6,9 @@ import argparse
 import json
 import pathlib
 
-from tokgen import config, output, report, runtime
+from tokgen import output, report, runtime
 from tokgen.checkpoints import checkpoint
+from tokgen.config import building
 from tokgen.data import captioned, datasets, reader
 from tokgen.evaluation import validation
 from tokgen.interfaces import UserError
@@ -62,7 +63,7 @@ def _reconstructed(args: argparse.Namespace, out: output.Folder) -> dict:
         source = OneImage(path)
     else:
         section = {"name": "folder", "path": str(path), "labels": "none"}  # of any folder
-        source = config.build(section, "data", split="all")
+        source = building.build(section, "data", split="all")
         datasets.tell(str(path), all=source)
     if args.text and not loaded.config.decoder.get("text"):
         raise UserError(

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tokgen import config, options, output, report, runtime
+from tokgen import options, output, report, runtime
 from tokgen.checkpoints import checkpoint
+from tokgen.config import building
 from tokgen.data import datasets, loader, pixels as images, reader
 from tokgen.evaluation import (
     feature_extractors,
@@ -182,7 +183,7 @@ def source_of(args: argparse.Namespace, split: str):
         }
     if args.labels:
         section["labels"] = args.labels
-    return config.build(section, "data", split=split)
+    return building.build(section, "data", split=split)
 
 
 def _is_archive(data: str) -> bool:

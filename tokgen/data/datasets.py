@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokgen import config, report
+from tokgen import report
+from tokgen.config import building
 from tokgen.data import captioned, classes, online_tokens, pixels as images, token_shards
 from tokgen.interfaces import PyTree, Text, UserError
 from tokgen.metrics import reconstruction as quality
@@ -106,7 +107,7 @@ def image_source(settings, path: str, split: str, *, labels: str = "", **context
         )
     if labels:
         section["labels"] = labels
-    return config.build(section, "data", split=split, **context)
+    return building.build(section, "data", split=split, **context)
 
 
 def called(data, path: str = "") -> str:

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from tokgen import config as configs
+from tokgen.config import building, reading as configs
 from tokgen.interfaces import TokenLayout, UserError
 from tokgen.pretrained import keymap, system as systems
 from tokgen.pretrained.formats import reader
@@ -292,10 +292,10 @@ def _fit(
     config, layout, classes = sizes(weights, system, name, published, source=source)
     configs.override(config, overrides)
     if layout is None:
-        make = nnx.eval_shape(lambda: configs.tokenizer(config, rngs=nnx.Rngs(0)))
+        make = nnx.eval_shape(lambda: building.tokenizer(config, rngs=nnx.Rngs(0)))
         layout = make.layout
     else:
-        make = nnx.eval_shape(lambda: configs.generator(config, layout, classes, rngs=nnx.Rngs(0)))
+        make = nnx.eval_shape(lambda: building.generator(config, layout, classes, rngs=nnx.Rngs(0)))
     rows = list(system.rows(make))
     weights, aside = keymap.split(weights, system.aside)
     dtype, dtypes = _dtypes(weights)

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import config, parameters, ranges, rng, sharding
+from tokgen import parameters, ranges, rng, sharding
 from tokgen.backbones import perceptual
+from tokgen.config import building
 from tokgen.data import datasets, pixels as images
 from tokgen.interfaces import PyTree, Text, TokenLayout, UserError
 from tokgen.nn import precision, transformer
@@ -158,7 +159,7 @@ def tokenizer_fields(settings) -> None:
     # also of a critic that is off: it may be turned on
     has_rival = hasattr(critic, "items") and (critic.get("weight") or critic.get("optimizer"))
     rival = {"critic__optimizer": (optimizers.optimizer, ("steps", "begin"))} if has_rival else {}
-    config.check(
+    building.check(
         settings,
         TokenizerFields,
         view=(images.View, ()),
@@ -171,9 +172,9 @@ def tokenizer_fields(settings) -> None:
     )
     ranges.refuse([*_shared(settings), *_weights(settings)])
     plan = stages.plan(settings)
-    game = config.call(gan.Game, settings.critic, "critic")
-    config.call(safeguards.Limits, settings.get("guard", {}), "guard")
-    config.call(images.View, settings.view, "view")
+    game = building.call(gan.Game, settings.critic, "critic")
+    building.call(safeguards.Limits, settings.get("guard", {}), "guard")
+    building.call(images.View, settings.view, "view")
     if rival:
         _optimizer(game.optimizer, "critic.optimizer", settings.steps)
     if game.weight and "name" not in game.network:
@@ -188,7 +189,7 @@ def tokenizer_fields(settings) -> None:
 
 def generator_fields(settings) -> None:
     """The same of a generator's config."""
-    config.check(
+    building.check(
         settings,
         GeneratorFields,
         data=(Tokens, ()),
@@ -204,7 +205,7 @@ def generator_fields(settings) -> None:
             "found 1"
         )
     ranges.refuse(found)
-    config.call(transformer.Rates, settings.generator.get("rates", {}), "generator.rates")
+    building.call(transformer.Rates, settings.generator.get("rates", {}), "generator.rates")
     _optimizer(settings.optimizer, "optimizer", settings.steps)
     images.stored(settings.data.get("views", "center,flip"))
     presets.named(settings.presets.to_dict(), "default")
@@ -228,7 +229,7 @@ def _check_aim(stage: stages.Stage, weights: Mapping[str, float], name: str) -> 
 
 
 def _optimizer(section, name: str, steps: int) -> None:
-    config.call(optimizers.optimizer, section, name, steps=steps)
+    building.call(optimizers.optimizer, section, name, steps=steps)
 
 
 # What has a default, and is read by those who are handed a config or a checkpoint
@@ -252,7 +253,7 @@ def _shared(settings) -> list[str]:
             f"the sizes of the mesh are at least 1, but for one that may be -1, all that are "
             f"left; found {sizes}"
         )
-    config.call(precision.Precision, settings.precision, "precision")
+    building.call(precision.Precision, settings.precision, "precision")
     train_state.average_of(settings.get("average", "muse"))
     return found
 
@@ -290,10 +291,10 @@ def tokenizer(
     """
     tokenizer_fields(settings)
     plan = stages.plan(settings)
-    game = config.call(gan.Game, settings.critic, "critic")
-    limits = config.call(safeguards.Limits, settings.get("guard", {}), "guard")
+    game = building.call(gan.Game, settings.critic, "critic")
+    limits = building.call(safeguards.Limits, settings.get("guard", {}), "guard")
     sharding.check_batch(settings.batch_size, mesh)
-    shapes = nnx.eval_shape(lambda: config.tokenizer(settings, rngs=nnx.Rngs(0)))
+    shapes = nnx.eval_shape(lambda: building.tokenizer(settings, rngs=nnx.Rngs(0)))
     stages.check(plan, shapes)
     begin, _ = game.steps(settings.steps)
     batch = _pictures(settings, text)
@@ -325,13 +326,13 @@ def generator(
     """
     generator_fields(settings)
     sharding.check_batch(settings.batch_size, mesh)
-    optimizer = config.call(
+    optimizer = building.call(
         optimizers.optimizer, settings.optimizer, "optimizer", steps=settings.steps
     )
 
     def make():
         rngs = nnx.Rngs(rng.key(settings.seed, "init"))
-        return config.generator(settings, layout, classes, rngs=rngs)
+        return building.generator(settings, layout, classes, rngs=rngs)
 
     shapes = nnx.eval_shape(make)
     datasets.check_text(shapes, settings.data.get("text", ""), "config.data.text")

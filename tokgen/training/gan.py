@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tokgen import config as configs, losses, parameters, ranges, report, rng
+from tokgen import losses, parameters, ranges, report, rng
+from tokgen.config import building as configs
 from tokgen.discriminators import augment, feature_heads
 from tokgen.interfaces import Array, UserError
 from tokgen.pretrained.formats import reader

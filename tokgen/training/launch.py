@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 
 import ml_collections
 
-from tokgen import config, report, runtime
+from tokgen import report, runtime
 from tokgen.checkpoints import checkpoint, run as runs
+from tokgen.config import reading
 
 REPEAT = 2.0  # seconds in which a signal that comes again is the same request
 
@@ -50,7 +51,7 @@ def parse(
             parser.error(f"unknown argument {text!r}; fields of the config are --config.NAME=VALUE")
         name = text.removeprefix("--config.")
         overrides.append(name if "=" in name else f"{name}={next(iterator, '')}")
-    return config.load(arguments.config, overrides), arguments
+    return reading.load(arguments.config, overrides), arguments
 
 
 def _named(text: str) -> pathlib.Path:

@@ -11,7 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from tokgen import config as configs, parameters, ranges
+from tokgen import parameters, ranges
+from tokgen.config import building as configs
 from tokgen.interfaces import UserError
 from tokgen.training import optimizer as optimizers
 

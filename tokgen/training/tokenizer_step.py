@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen import config, losses, parameters, ranges, rng, sharding
+from tokgen import losses, parameters, ranges, rng, sharding
 from tokgen.backbones import perceptual
 from tokgen.checkpoints import checkpoint
+from tokgen.config import building
 from tokgen.interfaces import UserError
 from tokgen.metrics import reconstruction
 from tokgen.pretrained.formats import reader
@@ -28,7 +29,7 @@ def create(settings, stage, game, mesh):
     seed, steps = settings.seed, settings.steps
     train_state.average_of(settings.get("average", "muse"))
     graph, model = train_state.create(
-        lambda: config.tokenizer(settings, rngs=nnx.Rngs(rng.key(seed, "init"))),
+        lambda: building.tokenizer(settings, rngs=nnx.Rngs(rng.key(seed, "init"))),
         stages.optimizer(settings, stage),
         mesh=mesh,
         strategy=settings.strategy,
@@ -36,7 +37,7 @@ def create(settings, stage, game, mesh):
     )
     if game.weight == 0:
         return {"model": model}, {"model": graph}, None
-    optimizer = config.call(
+    optimizer = building.call(
         optimizers.optimizer, game.optimizer, "critic.optimizer", steps=steps - game.steps(steps)[0]
     )
     critic_graph, critic = train_state.create(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import config as configs
+from tokgen.config import building as configs
 from tokgen.interfaces import UserError
 from tokgen.pretrained import keymap, parity, transfer
 from tokgen.pretrained.systems import titok

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from tokgen import config as configs
+from tokgen.config import reading as configs
 from tokgen.interfaces import TokenLayout
 from tokgen.pretrained import keymap, sequence
 from tokgen.pretrained.system import System

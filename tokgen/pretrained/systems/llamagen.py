@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from tokgen import config as configs
+from tokgen.config import reading as configs
 from tokgen.interfaces import Text, TokenLayout, UserError
 from tokgen.pretrained import keymap, parity as comparison, sequence
 from tokgen.pretrained.system import System

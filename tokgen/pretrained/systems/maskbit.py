@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from tokgen import config as configs
+from tokgen.config import reading as configs
 from tokgen.pretrained import convolutional, keymap
 from tokgen.pretrained.system import System
 from tokgen.quantizers import lfq

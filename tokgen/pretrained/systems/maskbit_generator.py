@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from tokgen import config as configs
+from tokgen.config import reading as configs
 from tokgen.generators import mask_schedules, masked as objectives
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
 from tokgen.pretrained import convolutional, keymap, masked, parity

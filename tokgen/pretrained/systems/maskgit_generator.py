@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from tokgen import config as configs
+from tokgen.config import reading as configs
 from tokgen.generators import mask_schedules
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
 from tokgen.pretrained import keymap, masked, parity

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from tokgen import config as configs, losses
+from tokgen import losses
+from tokgen.config import reading as configs
 from tokgen.interfaces import UserError
 from tokgen.pretrained import convolutional, keymap, system
 from tokgen.pretrained.systems import maskgit

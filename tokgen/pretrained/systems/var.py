@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_collections
 import numpy as np
 
-from tokgen import config as configs
+from tokgen.config import reading as configs
 from tokgen.pretrained import convolutional, keymap
 from tokgen.pretrained.system import System
 from tokgen.pretrained.systems import taming

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from tokgen import config as configs, rng
+from tokgen import rng
+from tokgen.config import reading as configs
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
 from tokgen.nn import transformer
 from tokgen.pretrained import convolutional, keymap, parity, sequence, system

@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 from tests import recipes
-from tokgen import config as configs, interfaces, parameters, report
+from tokgen import interfaces, parameters, report
+from tokgen.config import building, reading as configs
 from tokgen.data import pixels as images
 from tokgen.nn import precision
 from tokgen.quantizers import fsq
@@ -225,7 +226,7 @@ def test_a_config_may_refer_to_its_own_fields_and_hold_numbers_of_numpy(tmp_path
         "    config.b = config.get_ref('a') * 2\n"
         "    return config"
     )
-    stated = configs.plain(configs.load(str(file), ["a=5"]))
+    stated = building.plain(configs.load(str(file), ["a=5"]))
     assert stated["a"] == 5 and stated["b"] in (6, 10)
     assert json.loads(json.dumps(stated)) == stated | {"d": {"e": [1]}}
 
@@ -336,12 +337,12 @@ def test_another_name_brings_the_arguments_of_its_constructor(
     """In any order of the overrides; those of the constructor before are gone."""
     overrides = [f"{section}.{text}" for text in overrides]
     config = load(reference, *(reversed(overrides) if turned else overrides))
-    found = configs.plain(config)
+    found = building.plain(config)
     for name in section.split("."):
         found = found[name]
     assert found.items() >= expected.items()
     assert all(type(found[name]) is type(value) for name, value in expected.items())
-    taken = inspect.signature(configs.named(found, section).__init__).parameters
+    taken = inspect.signature(building.named(found, section).__init__).parameters
     assert set(found) <= {"name", *taken}
 
 
@@ -352,7 +353,7 @@ def test_another_name_keeps_sizes_and_builds():
         assert config.generator[name] == before[name]
     assert config.generator.rates == before.rates
     layout = interfaces.TokenLayout((240,), ((8, 8),))
-    module = nnx.eval_shape(lambda: configs.generator(config, layout, 10, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: building.generator(config, layout, 10, rngs=nnx.Rngs(0)))
     assert module.knobs
 
 
@@ -363,7 +364,7 @@ def test_a_section_inside_another_may_be_named_anew():
         *("quantizer.quantizer.name=vq", "quantizer.scales=(1, 2, 8)", "quantizer.name=multiscale"),
     )
     assert config.quantizer.scales == (1, 2, 8) and config.quantizer.quantizer.codes == 64
-    module = nnx.eval_shape(lambda: configs.tokenizer(config, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: building.tokenizer(config, rngs=nnx.Rngs(0)))
     assert module.layout.vocab == (64,) and len(module.layout.grids) == 3
 
 
@@ -398,19 +399,19 @@ def test_names_are_files_and_a_typo_is_answered():
         ("data", {"name": "shape"}, "shapes"),
     ):
         with pytest.raises(interfaces.UserError, match=f"{kind}.name.*did you mean '{near}'"):
-            configs.named(section, kind)
+            building.named(section, kind)
     # a file of the package that is no quantizer, encoder, ...; and a name that is no file's
     for kind, name in (("encoder", "tokenizer"), ("data", "stream"), ("quantizer", "__init__")):
         with pytest.raises(interfaces.UserError, match="must be one of"):
-            configs.named({"name": name}, kind)
+            building.named({"name": name}, kind)
     with pytest.raises(interfaces.UserError, match="must be one of"):
-        configs.named({}, "quantizer")
+        building.named({}, "quantizer")
 
 
 def test_unknown_and_missing_arguments_of_a_section_come_together():
     section = {"name": "vq", "code": 12, "channels": 3}
     with pytest.raises(interfaces.UserError) as caught:
-        configs.build(section, "quantizer", grid=(1, 1), rngs=nnx.Rngs(0))
+        building.build(section, "quantizer", grid=(1, 1), rngs=nnx.Rngs(0))
     message = str(caught.value)
     assert "has no argument 'code'; did you mean 'codes'" in message
     assert "needs 'codes'" in message and message.startswith("2 problems")
@@ -439,8 +440,8 @@ def test_sections_within_sections_are_built_with_what_they_state_themselves():
     config = nested()
     with config.unlocked():
         config.decoder.pixels.grid = (2, 2)
-    configs.check(config)
-    module = nnx.eval_shape(lambda: configs.tokenizer(config, rngs=nnx.Rngs(0)))
+    building.check(config)
+    module = nnx.eval_shape(lambda: building.tokenizer(config, rngs=nnx.Rngs(0)))
     assert module.layout.grids == ((1, 2), (1, 5)) and module.layout.vocab == (16,)
     assert module.decoder.pixels.conv_in.kernel.shape == (3, 3, 6, 16)
     assert module.decoder.codes.embed.kernel.shape == (4, 8)  # the quantizer's channels
@@ -457,7 +458,7 @@ def test_problems_of_sections_within_sections_are_told_too():
         config.quantizer.quantizer.code = 12
         config.encoder.token = 4
     with pytest.raises(interfaces.UserError) as caught:
-        configs.check(config)
+        building.check(config)
     message = str(caught.value)
     for part in (
         "no argument 'dept'; did you mean 'depth'",
@@ -475,33 +476,33 @@ def test_only_errors_raised_on_purpose_are_mistakes_of_the_config(monkeypatch, e
 
     monkeypatch.setattr(fsq, "TokenLayout", broken)
     with pytest.raises(type(error)) as caught:
-        configs.build({"name": "fsq", "levels": (4, 4)}, "quantizer", grid=(1, 1))
+        building.build({"name": "fsq", "levels": (4, 4)}, "quantizer", grid=(1, 1))
     assert caught.value is error
     with pytest.raises(interfaces.UserError, match="config section 'quantizer': levels must"):
-        configs.build({"name": "fsq", "levels": (4096, 4097)}, "quantizer", grid=(1, 1))
+        building.build({"name": "fsq", "levels": (4096, 4097)}, "quantizer", grid=(1, 1))
 
 
 def test_an_empty_network_is_that_of_no_critic():
     config = load()
     with config.unlocked():
         config.critic = dict(weight=0.0, network=dict(), optimizer=dict())
-    configs.check(config)
+    building.check(config)
     with config.unlocked():
         config.critic.network = dict(name="patchgan", widht=4)
     with pytest.raises(interfaces.UserError, match="critic.network has no argument 'widht'"):
-        configs.check(config)
+        building.check(config)
 
 
 def test_a_value_that_the_constructor_refuses_names_its_section():
     with pytest.raises(interfaces.UserError, match="section 'quantizer'.*update"):
         section = {"name": "vq", "codes": 4, "channels": 2, "update": "magic"}
-        configs.build(section, "quantizer", grid=(1, 1), rngs=nnx.Rngs(0))
+        building.build(section, "quantizer", grid=(1, 1), rngs=nnx.Rngs(0))
     config = load("tokenizer/shapes", "view.size=(30, 32)")
     with pytest.raises(interfaces.UserError, match="section 'encoder'.*stride"):
-        nnx.eval_shape(lambda: configs.tokenizer(config, rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda: building.tokenizer(config, rngs=nnx.Rngs(0)))
     config = load("tokenizer/shapes", "precision.compute=float16")
     with pytest.raises(interfaces.UserError, match="section 'precision'.*float16"):
-        nnx.eval_shape(lambda: configs.tokenizer(config, rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda: building.tokenizer(config, rngs=nnx.Rngs(0)))
 
 
 def test_check_tells_the_problems_of_all_sections_together():
@@ -513,11 +514,11 @@ def test_check_tells_the_problems_of_all_sections_together():
         config.view.sise = (32, 32)
         config.precision.compote = "bfloat16"
     with pytest.raises(interfaces.UserError) as caught:
-        configs.check(config, view=(images.View, ()), precision=(precision.Precision, ()))
+        building.check(config, view=(images.View, ()), precision=(precision.Precision, ()))
     message = str(caught.value)
     for part in ("with_", "'convv'", "'levls'; did you mean 'levels'", "sise", "compote"):
         assert part in message
-    configs.check(load(), view=(images.View, ()), precision=(precision.Precision, ()))
+    building.check(load(), view=(images.View, ()), precision=(precision.Precision, ()))
 
 
 def test_a_config_from_a_checkpoint_builds_the_same():
@@ -525,9 +526,9 @@ def test_a_config_from_a_checkpoint_builds_the_same():
     import json
 
     config = load("tokenizer/shapes")
-    again = ml_collections.ConfigDict(json.loads(json.dumps(configs.plain(config))))
+    again = ml_collections.ConfigDict(json.loads(json.dumps(building.plain(config))))
     first, second = (
-        nnx.eval_shape(lambda c=c: configs.tokenizer(c, rngs=nnx.Rngs(0))) for c in (config, again)
+        nnx.eval_shape(lambda c=c: building.tokenizer(c, rngs=nnx.Rngs(0))) for c in (config, again)
     )
     assert jax.tree.structure(first) == jax.tree.structure(second)
 

@@ -1,0 +1,1 @@
+"""Configs: read, migrated from earlier words, checked, and built."""
