@@ -215,7 +215,7 @@ def measure(network, graph, with_what, log, settings) -> dict[str, float]:
         shown = report.figures(figures, ("nats_per_token", "nats_error"))
         report.say(f"step {step}: held out {shown}")
         log.scalars(step, figures, split="held_out")
-    text = getattr(generator, "cond", "label") == "text"  # whose samples are of held-out texts
+    text = generator.cond == "text"  # whose samples are of held-out texts
     if settings.held_out.samples and (len(held_out) or not text):
         preset = presets.named(settings.presets.to_dict(), "default")
         image_HW3 = grid(generator, preset, held_out.classes, with_what, settings)
@@ -236,7 +236,7 @@ def grid(generator, preset, classes, with_what, settings) -> np.ndarray:
     """Samples of the first ten classes, or of the first ten held-out texts, a row for each."""
     held_out, tokenizer = with_what
     columns = settings.held_out.samples
-    if getattr(generator, "cond", "label") == "text":
+    if generator.cond == "text":
         ten = np.arange(min(10, len(held_out)))
         shown = datasets.condition(next(loader.once(held_out, batch_size=len(ten), indices=ten)))
     else:
