@@ -1,8 +1,9 @@
 """generate(): the only decode driver, guided, edited or neither.
 
 What it and a generator may assume of each other is told in `interfaces`. A generator does not know
-that it is guided, nor that an image is being edited. It is started on the conditions followed by their nulls; the `draw` handed to each of its steps merges the two
-halves, samples, and gives both the same tokens (classifier-free guidance, arXiv:2207.12598).
+that it is guided, nor that an image is being edited. It is started on the conditions followed by
+their nulls; the `draw` handed to each of its steps merges the two halves, samples, and gives both
+the same tokens (classifier-free guidance, arXiv:2207.12598).
 """
 
 from __future__ import annotations
