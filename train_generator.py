@@ -18,7 +18,7 @@ from flax import nnx
 
 from tokgen import parameters, report, rng, sharding
 from tokgen.checkpoints import checkpoint, run as runs
-from tokgen.config import building
+from tokgen.config import building, migration
 from tokgen.data import datasets, loader, scan, token_shards
 from tokgen.evaluation import validation
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
@@ -102,7 +102,10 @@ def main(
 
     start = done = int(jax.device_get(network.step))
     measured = runs.is_measured(run, start)
-    log, stop = report.Log(workdir, step=start, measured=measured), launch.Stop()
+    log, stop = (
+        report.Log(workdir, step=start, measured=measured, told=migration.metrics),
+        launch.Stop(),
+    )
     with_what = held_out, tokenizer
 
     def due(step: int) -> bool:

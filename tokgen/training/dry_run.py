@@ -127,7 +127,7 @@ class TokenizerFields(Fields):
     teacher: str = ""
     stages: tuple[dict, ...] = ()
     critic: dict
-    safeguards: dict = dataclasses.field(default_factory=dict)
+    guard: dict = dataclasses.field(default_factory=dict)
     max_bad: ranges.Share
 
 
