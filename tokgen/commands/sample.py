@@ -8,16 +8,16 @@ import pathlib
 import re
 import shutil
 from collections.abc import Iterator
-
-import jax
-import numpy as np
+from typing import TYPE_CHECKING
 
 from tokgen import options, output, report, runtime
-from tokgen.checkpoints import checkpoint
-from tokgen.data import captioned, classes as names_
-from tokgen.evaluation import given_images, made_images
-from tokgen.interfaces import PyTree, UserError
-from tokgen.sampling import drawing, presets
+from tokgen.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tokgen.interfaces import PyTree
+    from tokgen.sampling import presets
 
 # Without --classes: all of so many, or some of them evenly over all
 FEW, SOME = 16, 8
@@ -32,6 +32,8 @@ def chosen(text: str, classes: tuple[str, ...]) -> list[int]:
     Without any: all where they are few, else some evenly over them. Where the names are numbers
     themselves, numbers and ranges are of names.
     """
+    from tokgen.data import classes as names_
+
     count = max(len(classes), 1)
     if not text and count > FEW:
         return [n * count // SOME for n in range(SOME)]
@@ -68,6 +70,11 @@ def chosen(text: str, classes: tuple[str, ...]) -> list[int]:
 
 def conditions(args: argparse.Namespace, loaded) -> tuple[PyTree, np.ndarray, list[str]]:
     """(the condition of every image, the number of its class or text [N], names of the classes)."""
+    import jax
+    import numpy as np
+
+    from tokgen.data import captioned, classes as names_
+
     kind = loaded.module.cond
     if kind == "label" and args.text:
         raise UserError(
@@ -137,6 +144,8 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def choice_of(args: argparse.Namespace) -> presets.Choice:
     """What the options of `sampling_arguments` ask for."""
+    from tokgen.sampling import presets
+
     return presets.Choice(
         preset=args.preset,
         temperature=args.temperature,
@@ -164,6 +173,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _sampled(args: argparse.Namespace, out: output.Folder) -> str:
     """Draw what an unfinished result does not have yet, and write all; what is to be said."""
+    from tokgen import image_grid
+    from tokgen.checkpoints import checkpoint
+    from tokgen.data import classes as names_
+    from tokgen.evaluation import made_images
+    from tokgen.sampling import drawing, presets
+
     runtime.devices()
     choice = choice_of(args)
     precision = args.precision
@@ -202,7 +217,7 @@ def _sampled(args: argparse.Namespace, out: output.Folder) -> str:
                 kind = f"text{kind_N[i]}"
                 if not args.text:
                     kind = names_.file_name(int(kind_N[i]), loaded.classes)
-                report.save_png(out.path / f"seed{args.seed}-{i:05d}-{kind}.png", image_HW3)
+                image_grid.save_png(out.path / f"seed{args.seed}-{i:05d}-{kind}.png", image_HW3)
         # last: what is in a part has its pictures
         part = {"tokens": tokens_BLG, "image": image_BHW3}
         made_images.save_part(parts / f"{done:07d}.npz", part)
@@ -218,6 +233,8 @@ def _sampled(args: argparse.Namespace, out: output.Folder) -> str:
 
 def _kept(parts: pathlib.Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The tokens and images of the parts that were made, from the first on without a gap."""
+    from tokgen.evaluation import made_images
+
     start = 0
     while (found := made_images.loaded_part(parts / f"{start:07d}.npz")) is not None:
         yield found["tokens"], found["image"]
@@ -226,6 +243,11 @@ def _kept(parts: pathlib.Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def _written(out: pathlib.Path, parts: pathlib.Path, kind_N: np.ndarray, number: int) -> str:
     """samples.npz, tokens.npy and grid.png of the parts, read one by one; what the grid shows."""
+    import numpy as np
+
+    from tokgen import image_grid
+    from tokgen.evaluation import given_images
+
     first_BHW3 = next(_kept(parts))[1]
     rows, columns, colours = first_BHW3.shape[1:]
     scale = max(1, 64 // rows)
@@ -243,7 +265,7 @@ def _written(out: pathlib.Path, parts: pathlib.Path, kind_N: np.ndarray, number:
     np.save(out / "tokens.npy", np.concatenate(tokens))
     blank = np.full((rows, columns, colours), 255, np.uint8)
     shown = np.stack([wanted[i] if i >= 0 else blank for i in layout_RX.reshape(-1).tolist()])
-    report.save_png(out / "grid.png", report.grid(shown, layout_RX.shape[1], scale=scale))
+    image_grid.save_png(out / "grid.png", image_grid.grid(shown, layout_RX.shape[1], scale=scale))
     return told
 
 
@@ -253,6 +275,8 @@ def sheet(count: int, number: int, size: tuple[int, int]) -> tuple[np.ndarray, s
     A class, of which there are `number` images of `size` pixels, begins a row. A picture of more
     than PIXELS pixels no program opens: then only some of the images stand in it.
     """
+    import numpy as np
+
     columns = min(number, COLUMNS)
     room = max(1, PIXELS // (columns * size[0] * size[1]))
     room = min(room, max(1, SIDE // size[0]))

@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 
 from tokgen import options, output
+from tokgen.evaluation import protocols
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="of a generator: a work directory, or one step of it")
-    parser.add_argument("--protocol", required=True, help=options.PROTOCOLS)
+    parser.add_argument("--protocol", required=True, help=", ".join(protocols.PROTOCOLS))
     parser.add_argument("--reference", required=True, help="what tokgen reference wrote")
     parser.add_argument("--out", required=True, help="folder of the evaluations and the page")
     output.arguments(parser)

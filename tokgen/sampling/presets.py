@@ -164,7 +164,7 @@ def choose(
         report.say(f"departs from preset {choice.preset!r}: {changed}")
     settings |= changed
     chosen, sampler_ = prepare(generator, settings)
-    labels = getattr(generator, "cond", "label") == "label"
+    labels = generator.cond == "label"
     if sampler_.guidance and labels and not classes:
         if "weight" in changed:
             raise UserError(
