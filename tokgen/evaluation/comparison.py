@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tokgen import output, report
-from tokgen.evaluation import collect, given_images, page, score_page
+from tokgen.data import npz
+from tokgen.evaluation import collect, metric_table, page, score_page
 from tokgen.interfaces import UserError
 
 COMPARED = "compare.json"
@@ -142,7 +143,7 @@ def half(figure: Mapping) -> float:
 def marks(lines: Mapping[str, Mapping], metric: str) -> dict[str, str]:
     """{run: "best" or "tie"} of a figure, where one of two values is the better one."""
     figures = {n: line["metrics"][metric] for n, line in lines.items() if metric in line["metrics"]}
-    better = page.better(metric)
+    better = metric_table.better(metric)
     if not better or len(figures) < 2:
         return {}
     if len({figure.get("axes") for figure in figures.values()}) > 1:
@@ -162,7 +163,7 @@ def shown(lines: Mapping[str, Mapping], metric: str, name: str) -> tuple[str, st
     figure = lines[name]["metrics"].get(metric)
     if figure is None:
         return "none", "", ""
-    value, interval, _ = page.cells(metric, figure)
+    value, interval, _ = metric_table.cells(metric, figure)
     return value, interval, marks(lines, metric).get(name, "")
 
 
@@ -175,8 +176,8 @@ def table(lines: Mapping[str, Mapping]) -> str:
             value, interval, mark = shown(lines, metric, name)
             words = f"{value} {mark}".rstrip()
             cells.append((f"{words}\n{interval}".rstrip(), mark))
-        better = page.better(metric)
-        title = page.title_of(metric) + (f", {better} is better" if better else "")
+        better = metric_table.better(metric)
+        title = metric_table.title_of(metric) + (f", {better} is better" if better else "")
         rows.append((title, *cells))
     return page.table(("figure", *lines), rows, "cells")
 
@@ -184,7 +185,7 @@ def table(lines: Mapping[str, Mapping]) -> str:
 def listed(lines: Mapping[str, Mapping]) -> str:
     """The table for the terminal: a run per row; * the best, = a tie with it."""
     names = metrics(lines)
-    rows = [("", *(page.title_of(name) for name in names))]
+    rows = [("", *(metric_table.title_of(name) for name in names))]
     signs = {"best": " *", "tie": " =", "": ""}
     for run_ in lines:
         cells = [shown(lines, metric, run_) for metric in names]
@@ -199,7 +200,7 @@ def plots(lines: Mapping[str, Mapping]) -> list[str]:
     found = []
     series = guided(lines)
     if series:
-        title = page.title_of("fid")
+        title = metric_table.title_of("fid")
         address = page.lines(series, "guidance weight", title)
         found.append(page.picture(address, f"{title} against guidance, with 95 % intervals"))
     pairs = {}
@@ -230,7 +231,7 @@ def guided(lines: Mapping[str, Mapping]) -> dict[str, list[tuple]]:
         if len({weight for weight, _ in members}) > 1:
             rest = members[0][1]["images"]
             checkpoint = score_page.name_of(members[0][1])
-            about = f"{checkpoint}, temperature {page.plain(rest['settings'].get('temperature'))}"
+            about = f"{checkpoint}, temperature {metric_table.plain(rest['settings'].get('temperature'))}"
             while about in series:
                 about += "'"
             series[about] = [
@@ -245,7 +246,7 @@ def runs_table(lines: Mapping[str, Mapping]) -> str:
     rows = []
     for name, line in lines.items():
         supply = {k: v for k, v in line["images"].items() if k != "seed"}
-        rows.append((name, page.plain(supply), f"seed {line['seed']}, {line['time']}"))
+        rows.append((name, metric_table.plain(supply), f"seed {line['seed']}, {line['time']}"))
     return page.table(("run", "images of", "when"), rows, "long")
 
 
@@ -290,14 +291,14 @@ def sheets(lines: Mapping[str, Mapping], folders: Mapping[str, pathlib.Path]) ->
     return page.section("Samples side by side", *parts)
 
 
-def _images_of(line: Mapping, folder: pathlib.Path) -> given_images.Archive | None:
+def _images_of(line: Mapping, folder: pathlib.Path) -> npz.Archive | None:
     """The images of a result: kept beside it, or the archive that was scored, if unchanged."""
     if (folder / "samples.npz").is_file():
-        return given_images.Archive(folder / "samples.npz")
+        return npz.Archive(folder / "samples.npz")
     scored = pathlib.Path(line["images"].get("samples", ""))
     if scored.suffix != ".npz" or not scored.is_file():
         return None
-    found = given_images.Archive(scored)
+    found = npz.Archive(scored)
     return found if found.identity == line["images"] else None
 
 

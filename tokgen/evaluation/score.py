@@ -19,7 +19,6 @@ from tokgen.evaluation import (
     inputs,
     made_images,
     metric_table,
-    page,
     protocols,
     references,
     score_page,
@@ -52,6 +51,7 @@ def opened(settings: score_settings.Settings):
         records=collect.RECORDS,
         record=collect.RUN,
         what="another evaluation",
+        migrated=collect.migrated,
         overwrite=settings.overwrite,
         inputs=(
             *(settings.reference, settings.weights, settings.data, settings.tokenizer),
@@ -100,7 +100,7 @@ def measured(
         accepted=settings.accept,
         seed=settings.seed,
     )
-    metrics, absent = metric_table.score(compared)
+    metrics, absent = metric_table.score(compared, metric_table.of_protocol(settings.protocol))
     metrics = collect.of_pairs(found, settings.seed) | metrics
     line = collect.record(identity, metrics, absent, found)
     if getattr(images, "unreadable", 0):
@@ -134,7 +134,7 @@ def check_enough(
     settings: score_settings.Settings, reference: references.Reference, layer: str, count: int
 ) -> None:
     """An error where a Frechet distance would be refused, before any image is seen."""
-    if "fid" not in protocols.named(settings.protocol).metrics or "few" in settings.accept:
+    if "fid" not in metric_table.of_protocol(settings.protocol) or "few" in settings.accept:
         return
     found = reference.moments[layer]
     if min(count, found.count) <= found.width:
@@ -200,10 +200,8 @@ def table(line: Mapping) -> str:
         f"{line['extractor']['fingerprint'][:12]}, reference {reference['dataset']} "
         f"{reference.get('split', '')} ({reference.get('count', line['samples'])})"
     ]
-    for name, found in line["metrics"].items():
-        value, interval, notes = page.cells(name, found)
+    for title, value, interval, _, notes in metric_table.rows(line):
         told = f" ({interval})" if interval else ""
-        rows.append(f"{page.title_of(name):<28} {value}{told}{'; ' if notes else ''}{notes}")
-    for name, why in line["absent"].items():
-        rows.append(f"{page.title_of(name):<28} none: {why}")
+        more = f": {notes}" if value == "none" else f"; {notes}" if notes else ""
+        rows.append(f"{title:<28} {value}{told}{more}")
     return "\n".join(rows)

@@ -90,8 +90,8 @@ def sweep(settings: Settings) -> dict:
             folder = out / "-".join(filter(None, (name, f"seed{seed}")))
             line = scored(one(settings, setting, seed, folder), extractor, reference)
             lines[name].append(line)
-            told = page.number(settings.by, value(line, settings.by))
-            what = page.title_of(settings.by)
+            told = metric_table.number(settings.by, value(line, settings.by))
+            what = metric_table.title_of(settings.by)
             report.say(f"{number} of {len(jobs)}: {folder.name}, {what} {told}")
         all_ = {f"{n} {line['seed']}": line for n, found in lines.items() for line in found}
         comparison.check(all_)
@@ -130,10 +130,11 @@ def check(settings: Settings) -> None:
         raise UserError(
             f"--protocol {shared.protocol} scores a tokenizer; there is nothing to sweep"
         )
-    if settings.by not in protocol.metrics or not page.better(settings.by):
-        known = ", ".join(filter(page.better, protocol.metrics))
+    known = metric_table.of_protocol(shared.protocol)
+    if settings.by not in known or not metric_table.better(settings.by):
+        listed_ = ", ".join(filter(metric_table.better, known))
         raise UserError(
-            f"--by is a metric of {shared.protocol}: {known}; found {settings.by!r}"
+            f"--by is a metric of {shared.protocol}: {listed_}; found {settings.by!r}"
         )
 
 
@@ -219,7 +220,7 @@ def summarised(
             if len(values) > 1:
                 metrics[metric]["std"] = float(np.std(values, ddof=1))
         rows[name] = {**grid[name], "metrics": metrics}
-    sign = 1 if page.better(settings.by) == "lower" else -1
+    sign = 1 if metric_table.better(settings.by) == "lower" else -1
     # one whose figure is not finite for some seed is not among them
     chosen = [name for name in rows if settings.by in rows[name]["metrics"]]
     if not chosen:
@@ -259,8 +260,8 @@ def marks(summary: Mapping) -> dict[str, str]:
 
 def cell(metric: str, figure: Mapping) -> str:
     """`12.3 ± 0.4` of a figure over seeds."""
-    spread = f" ± {page.number(metric, figure['std'], digits=2)}" if "std" in figure else ""
-    return page.number(metric, figure["mean"]) + spread
+    spread = f" ± {metric_table.number(metric, figure['std'], digits=2)}" if "std" in figure else ""
+    return metric_table.number(metric, figure["mean"]) + spread
 
 
 def listed(summary: Mapping) -> str:
@@ -271,7 +272,7 @@ def listed(summary: Mapping) -> str:
         told = cell(by, row["metrics"][by]) if by in row["metrics"] else metric_table.NOT_FINITE
         rows.append(f"{name or 'preset':<20} {told:<24} {mark}".rstrip())
     seeds = len(summary["seeds"])
-    return "\n".join([f"{page.title_of(by)}, mean ± standard deviation of {seeds} seeds", *rows])
+    return "\n".join([f"{metric_table.title_of(by)}, mean ± standard deviation of {seeds} seeds", *rows])
 
 
 def shown(summary: Mapping, lines: Mapping[str, Sequence[Mapping]]) -> str:
@@ -286,12 +287,12 @@ def shown(summary: Mapping, lines: Mapping[str, Sequence[Mapping]]) -> str:
         mark = marked.get(name, "")
         rows.append((name or "preset", (f"{cells[0]} {mark}".rstrip(), mark), *cells[1:]))
     told = (
-        f"Mean ± standard deviation over the seeds {page.plain(summary['seeds'])}, the same for "
-        f"every setting. Best is the best mean of {page.title_of(by)}; a tie differs "
+        f"Mean ± standard deviation over the seeds {metric_table.plain(summary['seeds'])}, the same for "
+        f"every setting. Best is the best mean of {metric_table.title_of(by)}; a tie differs "
         "from it by no more than the seeds explain (95 %, differences taken seed by seed)."
     )
     first = next(iter(lines.values()))[0]
-    head = ("setting", *map(page.title_of, metrics))
+    head = ("setting", *map(metric_table.title_of, metrics))
     parts = [
         page.text(RULE, "alarm"),
         page.section("Metrics", page.text(told, "faint"), page.table(head, rows)),
@@ -314,12 +315,12 @@ def plots(summary: Mapping) -> list[str]:
                 ]
                 figure = row["metrics"][by]
                 point = (row[axis], figure["mean"], figure.get("std", 0.0))
-                series.setdefault(", ".join(rest) or page.title_of(by), []).append(point)
+                series.setdefault(", ".join(rest) or metric_table.title_of(by), []).append(point)
         if any(len(points) > 1 for points in series.values()):
-            address = page.lines(series, axis, page.title_of(by))
+            address = page.lines(series, axis, metric_table.title_of(by))
             found.append(
                 page.picture(
-                    address, f"{page.title_of(by)} against {axis}; bars: a standard deviation"
+                    address, f"{metric_table.title_of(by)} against {axis}; bars: a standard deviation"
                 )
             )
     if all({"precision", "recall"} <= set(row["metrics"]) for row in rows.values()):
