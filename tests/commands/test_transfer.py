@@ -18,7 +18,8 @@ from tokgen import cli, interfaces, parameters, report, sharding
 from tokgen.checkpoints import checkpoint, imported as imports, run as runs
 from tokgen.commands import export, import_
 from tokgen.config import building as configs
-from tokgen.pretrained import convolutional, parity, system, transfer
+from tokgen.pretrained import parity, system, transfer
+from tokgen.pretrained.families import convolutional
 from tokgen.pretrained.formats import reader, writer
 from tokgen.training import launch, optimizer as optimizers, train_state
 
