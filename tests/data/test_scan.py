@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokgen import cli, interfaces
+from tokgen import cli, interfaces, runtime
 from tokgen.data import folder, pixels as images, reader, scan, shapes
-from tokgen.training import launch
 
 LARGE = (9000, 9000)  # more pixels than are allowed, in a few bytes
 
@@ -166,7 +165,7 @@ def test_the_command_prints_what_is_understood_and_every_name(tmp_path, capsys):
 
 def test_a_cache_that_cannot_be_written_costs_no_scan(tmp_path, monkeypatch, capfd):
     (tmp_path / "file").write_text("no folder")
-    monkeypatch.setattr(launch, "cache_folder", lambda: tmp_path / "file")
+    monkeypatch.setattr(runtime, "cache_folder", lambda: tmp_path / "file")
     assert scan.full(folder.Source(write(tmp_path / "base"), split="all")).decoded == 24
     assert "not kept" in capfd.readouterr().err
 
