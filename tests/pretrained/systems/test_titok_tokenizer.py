@@ -98,7 +98,7 @@ def test_heads_that_no_array_shows_are_asked_for(shared):
         ({"latent_tokens": None}, "needs the key 'latent_tokens'"),
         ({"encoder.patch_embed.weight": (768, 48)}, "has 4 axes.*768, 48"),
         ({"encoder.positional_embedding": (200, 768)}, "one for every patch.*200 rows"),
-        ({"decoder.ffn.2.weight": (1024, 1536, 1, 1)}, "lacks the pixel decoder"),
+        ({"decoder.ffn.2.weight": (1024, 1536, 1, 1)}, "lacks the decoder of these to pixels"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(changed, message):
