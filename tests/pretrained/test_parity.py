@@ -30,11 +30,14 @@ GENERATORS = {
     + ("openmagvit2_generator", "ibq_generator"),
     "test_masked_generators.py": ("maskgit_transformer", "maskbit_lfqbert", "maskbit_bert")
     + ("maskbit_lfqbert_older", "titok_imagebert", "titok_uvit"),
-    "test_var_generator.py": ("var", "var_shared_aln"),
+    "systems/test_var_generator.py": ("var", "var_shared_aln"),
 }
 
 # Held in files of their own, too: what measures images, and figures.
-MEASURES = {"test_inception_backbone.py": "inception_fid", "test_adm_metrics.py": "metrics"}
+MEASURES = {
+    "systems/test_inception_backbone.py": "inception_fid",
+    "systems/test_adm_metrics.py": "metrics",
+}
 
 # What the descriptions of the fixtures call inputs: nothing else may pass for given.
 INPUTS = {

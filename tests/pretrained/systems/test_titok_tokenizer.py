@@ -9,7 +9,7 @@ from flax import nnx
 
 from tokgen.config import building as configs
 from tokgen.interfaces import UserError
-from tokgen.pretrained import keymap, parity, transfer
+from tokgen.pretrained import entries, keymap, parity, transfer
 from tokgen.pretrained.systems import titok_tokenizer
 
 FIXTURES = ("titok_legacy", "titok_onestage_vq", "titok_onestage_vae", "tatitok_vq")
@@ -21,7 +21,7 @@ def folder(request, shared):
 
 
 def test_the_round_trip_is_exact(folder):
-    weights = transfer.weights_of(folder.file(), folder.system)
+    weights = entries.weights(folder.file(), folder.system)
     module = folder.module()
     published = keymap.publish(module, titok_tokenizer.rows(module))
     assert set(published) == set(weights)
@@ -83,8 +83,8 @@ def test_published_sizes_without_a_configuration(weights, tensors, parameters, h
 def test_heads_that_no_array_shows_are_asked_for(shared):
     folder = shared / "parity" / "titok_legacy"
     published = json.loads((folder / "config.json").read_text())
-    weights = transfer.weights_of(
-        folder / "tokenizer_titok_tokenizer.bin", titok_tokenizer.SYSTEMS["titok_legacy"]
+    weights = entries.weights(
+        folder / "tokenizer_titok.bin", titok_tokenizer.SYSTEMS["titok_legacy"]
     )
     assert titok_tokenizer.settings(published, weights).decoder.codes.heads == 4
     del published["arch"]["vit_dec_heads"]
