@@ -47,7 +47,7 @@ class Generator(nnx.Module):
         budget: bytes up to which decoding computes what adaptive blocks need beforehand.
     """
 
-    exact = True
+    exact = any_order = True
     knobs = ()
 
     @ranges.checked
@@ -108,6 +108,11 @@ class Generator(nnx.Module):
         """What its condition is: "label" or "text"."""
         return self.prefix.cond
 
+    @property
+    def text(self) -> tuple[int, int] | None:
+        """(length, channels) of the text features that it reads; None with a label."""
+        return self.prefix.text
+
     def check(self, cond) -> None:
         """An error where a condition is none of this generator's."""
         self.prefix.check(cond)
@@ -163,6 +168,12 @@ class Generator(nnx.Module):
         logits_BLGV = self.logits(batch, codec)
         targets_BLG = jnp.take_along_axis(batch.tokens_BLG, batch.order_BL[..., None], axis=1)
         return optax.softmax_cross_entropy_with_integer_labels(logits_BLGV, targets_BLG).sum(-1)
+
+    def unstacked(self) -> Generator:
+        """A copy for decoding, with the layers of the transformer and of the head apart."""
+        apart = transformer.unstacked(self, "transformer")
+        apart.head = transformer.unstacked(self.head, *self.head.stacks)
+        return apart
 
     def plan(self) -> tuple[Phase, ...]:
         """The first step with the prefix, then windows of the rest: early steps read few slots."""
