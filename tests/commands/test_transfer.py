@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from tokgen import cli, interfaces, parameters, report, runtime, sharding
+from tokgen import cli, image_grid, interfaces, parameters, runtime, sharding
 from tokgen.checkpoints import checkpoint, imported as imports, run as runs
 from tokgen.commands import export, import_
 from tokgen.config import building as configs
@@ -215,7 +215,7 @@ def test_a_decoder_of_text_reconstructs_with_features(shared, tmp_path, capfd):
     assert command(*words) == 0
     assert "IMAGES --text DIR" in capfd.readouterr().err
     image, text = tmp_path / "image.png", tmp_path / "text"
-    report.save_png(image, np.zeros((40, 40, 3), np.uint8))
+    image_grid.save_png(image, np.zeros((40, 40, 3), np.uint8))
     words = ("reconstruct", out, image, "--out", tmp_path / "look")
     assert "--text must name a folder with all.npy" in told(capfd, *words)
     shape = checkpoint.load_tokenizer(out).config.decoder.text
@@ -442,7 +442,7 @@ def test_files_that_are_none_are_one_message(taming, suffix, tmp_path, capfd):
     """Every command that takes a file, with files of every other kind, and a folder."""
     path, out = tmp_path / f"odd.{suffix}", tmp_path / "out"
     image = tmp_path / "image.png"
-    report.save_png(image, np.zeros((16, 16, 3), np.uint8))
+    image_grid.save_png(image, np.zeros((16, 16, 3), np.uint8))
     whole = taming[1].read_bytes()
     for name, data in {**ODD, "cut": whole[: len(whole) // 2], "folder": None}.items():
         path.unlink(missing_ok=True)
