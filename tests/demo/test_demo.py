@@ -99,8 +99,6 @@ def test_failed_training_is_told_and_keeps_the_old_page(tmp_path, monkeypatch):
     (tmp_path / "index.html").write_text("old")
     earlier = {"psnr_db": 1, "class_accuracy": 1, "judged_samples": 1}  # of an earlier version
     (tmp_path / "summary.json").write_text(json.dumps(earlier))
-        '{"psnr_db": 1, "class_accuracy": 1, "judged_samples": 1}'
-    )  # of an earlier version
     monkeypatch.setattr(demo.local_classifier, "load_or_train", lambda: None)
     monkeypatch.setattr(demo.runtime, "devices", lambda batch: None)
     monkeypatch.setattr(demo, "TOKENIZER", "configs/tokenizer/absent.py")
