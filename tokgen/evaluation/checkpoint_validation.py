@@ -8,7 +8,7 @@ import time
 
 from tokgen import options, report, runtime
 from tokgen.checkpoints import checkpoint
-from tokgen.data import captioned, classes, datasets, reader, token_shards
+from tokgen.data import captioned, classes, datasets, token_shards, unreadable
 from tokgen.evaluation import validation
 from tokgen.interfaces import UserError
 
@@ -82,7 +82,7 @@ def validate(settings: Settings) -> tuple[dict, dict]:
         **found.metrics,
     }
     if "unreadable" in found.metrics:
-        record["unreadable_files"] = reader.unreadable(found.source).record()["files"]
+        record["unreadable_files"] = found.source.unreadable.record()["files"]
     shown = {found.title if n == "nats_per_token" else n: v for n, v in found.metrics.items()}
     return record, shown
 
@@ -168,7 +168,7 @@ def generator(step: pathlib.Path, settings: Settings) -> Measured:
     how += [f"{metrics['orders']} orders"] if "orders" in metrics else []
     title = f"nats_per_token ({', '.join(how)})" if how else "nats_per_token"
     if data["tokens"]:  # images would all have to be encoded for it
-        reader.share(source, train)
+        unreadable.share(source, train)
         metrics |= validation.unigram(train, source, loaded.layout)
     return Measured(metrics, title, source, loaded.config.precision.compute)
 

@@ -10,7 +10,7 @@ import numpy as np
 from tokgen import report
 from tokgen.backbones import perceptual
 from tokgen.checkpoints import checkpoint
-from tokgen.data import captioned, datasets
+from tokgen.data import captioned, datasets, npz
 from tokgen.evaluation import (
     collect,
     feature_extractors,
@@ -50,9 +50,9 @@ def given(settings: score_settings.Settings) -> tuple[given_images.Images, int]:
     return images, classes_of(images)
 
 
-def classes_of(images: given_images.Archive | given_images.Pictures) -> int:
+def classes_of(images: npz.Archive | given_images.Pictures) -> int:
     """How many classes the labels of given images may be of."""
-    if isinstance(images, given_images.Archive) and not images.classes:
+    if isinstance(images, npz.Archive) and not images.classes:
         return 0 if images.label_N is None else int(images.label_N.max()) + 1
     return len(images.classes)
 

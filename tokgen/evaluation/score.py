@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from tokgen import options, output, report, runtime
-from tokgen.data import classes as names_, reader
+from tokgen.data import classes as names_, npz
 from tokgen.evaluation import (
     collect,
     feature_extractors,
@@ -104,7 +104,7 @@ def measured(
     metrics = collect.of_pairs(found, settings.seed) | metrics
     line = collect.record(identity, metrics, absent, found)
     if getattr(images, "unreadable", 0):
-        line["unreadable"] = reader.unreadable(images.source).record()
+        line["unreadable"] = images.source.unreadable.record()
     _finish(place, line, found, images, extractor, reference)
     return line
 

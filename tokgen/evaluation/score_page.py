@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tokgen.data import datasets, pixels, sources, unreadable
+from tokgen.data import datasets, pixels, sources
 from tokgen.evaluation import (
     collect,
     feature_extractors,
@@ -18,7 +18,7 @@ from tokgen.evaluation import (
     references,
 )
 from tokgen.interfaces import UserError
-from tokgen.metrics import memorisation
+from tokgen.metrics import memorisation, metric
 
 CLASSES, SHOWN = 10, 8  # rows of classes, images of a row
 PAIRS = 4  # pairs of a row
@@ -113,6 +113,13 @@ def _samples(line: Mapping, found: collect.Found, images: given_images.Images) -
     return page.section("Samples", told, *parts)
 
 
+def nearest(compared: metric.Compared) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(samples, their nearest kept real images, similarity), those most alike first."""
+    real_nD = compared.real_nD
+    found = memorisation.report(compared.samples_ND, real_nD[:2], real_nD, NEAREST)
+    return found.sample_N, found.training_N, found.similarity_N
+
+
 def _nearest(
     line: Mapping,
     found: collect.Found,
@@ -134,11 +141,7 @@ def _nearest(
         accepted=(),
         seed=line["seed"],
     )
-    nearest = memorisation.report(
-        compared.samples_ND, compared.real_nD[:2], compared.real_nD, NEAREST
-    )
-    sample_n, real_n = nearest.sample_N, nearest.training_N
-    similarity_n = nearest.similarity_N
+    sample_n, real_n, similarity_n = nearest(compared)
     told = (
         f"The {len(sample_n)} samples most like one of {len(compared.reference[compared.layer])} "
         "real images, most alike first: the sample on the left, the real image on the right. "
@@ -173,7 +176,7 @@ def _real(reference: references.Reference) -> tuple:
         source = datasets.from_path(dataset, record["split"], labels=labels)
     except UserError as error:
         return None, f"its data set is not there any more: {error}"
-    if record["fingerprint"] not in (source.fingerprint, *getattr(source, "earlier", ())):
+    if record["fingerprint"] not in (source.fingerprint, *source.earlier):
         return None, f"{dataset} is not what it was when the reference was made"
     index_n = reference.index_n
     return lambda rows_n: np.stack([_pixels(source, int(i), size) for i in index_n[rows_n]]), ""
@@ -184,7 +187,7 @@ def _pixels(source, index: int, size: tuple[int, int]) -> np.ndarray:
     try:
         found = sources.read(source, index, 3)["image"]
     except pixels.BrokenImage as error:
-        record = unreadable.of(source)
+        record = source.unreadable
         record.add(index, str(error))
         record.tell("the page shows them gray")
         return np.full((*size, 3), 128, np.uint8)

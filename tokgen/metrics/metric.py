@@ -112,6 +112,8 @@ class Metric:
 
     def lacking(self, compared: Compared) -> str:
         """Why it cannot be measured, or nothing."""
+        if self.measure is None:
+            return "it is of pairs of images, and measured as they are seen"
         return next((why for need in self.needs if (why := need(compared))), "")
 
 
