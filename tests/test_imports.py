@@ -224,7 +224,7 @@ def test_cli_imports_only_the_standard_library_before_a_command_is_chosen():
         (
             "tokgen.nn.conv",
             "def f():\n    import tokgen.training.train_state",
-            "nn may not import state",
+            "nn may not import training",
         ),
         ("tokgen.nn.conv", "from tokgen import sampling", "nn may not import sampling"),
         ("tokgen.quantizers.vq", "from tokgen.backbones import trunks", "may not import backbones"),

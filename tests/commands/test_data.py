@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from tests.data import test_tokens
+from tests.data import test_token_shards
 from tokgen import cli
 
 
@@ -15,11 +15,13 @@ def told(capfd, *words) -> tuple[int, str]:
 
 
 def test_of_token_shards_classes_and_counts_are_told(tmp_path, capfd):
-    path = test_tokens.write(tmp_path / "tokens")
+    path = test_token_shards.write(tmp_path / "tokens")
     code, said = told(capfd, path)
     assert code == 0 and f"{path}: 2 classes (daisy, rose); train 11, held out 3" in said
     assert "train     11 images in 2 views, 0 without tokens" in said
-    label_N = [label for split in ("train", "held_out") for label in test_tokens.content(split)[1]]
+    label_N = [
+        label for split in ("train", "held_out") for label in test_token_shards.content(split)[1]
+    ]
     code, said = told(capfd, path, "--scan", "full")
     assert code == 0 and f"(daisy {label_N.count(0)}, rose {label_N.count(1)})" in said
     shard = path / "train-00001-of-00003.array_record"
@@ -56,6 +58,6 @@ def test_folders_of_class_folders_are_read_as_it_is_said(tmp_path, capfd):
     assert code == 0 and "2 classes (cats 8, dogs 4)" in said
     code, said = told(capfd, tmp_path / "set", "--labels", "none")
     assert code == 0 and "no classes" in said
-    shards = test_tokens.write(tmp_path / "tokens")
+    shards = test_token_shards.write(tmp_path / "tokens")
     code, said = told(capfd, shards, "--labels", "none")
     assert code == 2 and "--labels (it is for images" in said

@@ -261,10 +261,10 @@ def test_a_writer_that_stops_at_any_rename_resumes(tmp_path, folder, monkeypatch
 KILLED = """
 import os, pathlib, signal, sys
 import pytest
-from tests.data import test_tokens
+from tests.data import test_token_shards
 kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
-test_tokens.kill_at_rename(pytest.MonkeyPatch(), 6, kill)
-test_tokens.write(pathlib.Path(sys.argv[1]))
+test_token_shards.kill_at_rename(pytest.MonkeyPatch(), 6, kill)
+test_token_shards.write(pathlib.Path(sys.argv[1]))
 """
 
 

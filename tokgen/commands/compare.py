@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tokgen import output, report
-from tokgen.evaluation import collect, given_images, page, score_page
+from tokgen.data import npz
+from tokgen.evaluation import collect, page, score_page
 from tokgen.interfaces import UserError
 
 COMPARED = "compare.json"
@@ -298,14 +299,14 @@ def sheets(lines: Mapping[str, Mapping], folders: Mapping[str, pathlib.Path]) ->
     return page.section("Samples side by side", *parts)
 
 
-def _images_of(line: Mapping, folder: pathlib.Path) -> given_images.Archive | None:
+def _images_of(line: Mapping, folder: pathlib.Path) -> npz.Archive | None:
     """The images of a result: kept beside it, or the archive that was scored, if unchanged."""
     if (folder / "samples.npz").is_file():
-        return given_images.Archive(folder / "samples.npz")
+        return npz.Archive(folder / "samples.npz")
     scored = pathlib.Path(line["supply"].get("samples", ""))
     if scored.suffix != ".npz" or not scored.is_file():
         return None
-    found = given_images.Archive(scored)
+    found = npz.Archive(scored)
     return found if found.identity == line["supply"] else None
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tokgen.commands import reference as reference_
-from tokgen.data import pixels as images, reader
+from tokgen.data import datasets, pixels as images, reader
 from tokgen.evaluation import collect, measures, page, protocols, references
 from tokgen.interfaces import UserError
 
@@ -146,12 +144,11 @@ def _real(reference: references.Reference) -> tuple:
             return None, f"{reference.path.name} holds no images"
         return lambda rows_n: gathered(kept, rows_n, len(kept)), ""
     dataset, size = record["dataset"], tuple(record["size"])
-    if dataset.startswith("tfds:"):
+    if datasets.kind_of(dataset) == "tfds":
         return None, f"{dataset} is not opened for a page"
     try:
         # what was written before has no word of labels
-        asked = argparse.Namespace(data=dataset, labels=record.get("labels", ""))
-        source = reference_.source_of(asked, record["split"])
+        source = datasets.from_path(dataset, record["split"], labels=record.get("labels", ""))
     except UserError as error:
         return None, f"its data set is not there any more: {error}"
     if record["fingerprint"] not in (source.fingerprint, *getattr(source, "earlier", ())):
