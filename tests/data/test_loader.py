@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tokgen import interfaces
-from tokgen.data import folder, loader, pixels as images, reader, shapes, token_shards
+from tokgen.data import folder, loader, pixels as images, shapes, token_shards, unreadable
 
 
 class Numbered:
@@ -378,7 +378,7 @@ def test_labels_beyond_the_classes_are_no_labels():
 
 def test_sources_of_one_set_tell_each_image_once(capfd):
     first, second = Numbered(9, broken=(4,)), Numbered(9, broken=(4, 5))
-    reader.share(first, second)
+    unreadable.share(first, second)
     for source in (first, second):
         list(loader.once(source, images.View((12, 18)), batch_size=9))
     said = capfd.readouterr().err

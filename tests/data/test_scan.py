@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tokgen import cli, interfaces
-from tokgen.data import folder, pixels as images, reader, scan, shapes
+from tokgen.data import folder, pixels as images, scan, shapes
 from tokgen.training import launch
 
 LARGE = (9000, 9000)  # more pixels than are allowed, in a few bytes
@@ -47,10 +47,10 @@ def test_headers_see_what_needs_no_decoding_and_a_full_scan_all(tmp_path, recwar
     source = folder.Source(tmp_path / "base", split="all")
     found = scan.headers(source)
     assert found.sizes == {(8, 8): 21} and found.forms == {"PNG": 21}
-    files = reader.unreadable(source).files()
+    files = source.unreadable.files()
     assert set(files) == set(wrong) - {"dog/03.png"}
     scan.full(source)
-    files = reader.unreadable(source).files()
+    files = source.unreadable.files()
     assert set(files) == set(wrong)
     assert all(words in files[name] for name, words in wrong.items())
     assert not recwarn.list and not any(" at 0x" in reason for reason in files.values())
@@ -62,7 +62,7 @@ def test_a_scan_is_kept_until_a_file_changes(tmp_path, cache, monkeypatch):
     first = scan.full(folder.Source(root, split="all"))
     monkeypatch.setattr(images, "decode", None)  # nothing is decoded again
     source = folder.Source(root, split="all")
-    assert scan.full(source) == first and len(reader.unreadable(source)) == 4
+    assert scan.full(source) == first and len(source.unreadable) == 4
     for file in cache.iterdir():  # whatever became of it, it is no result
         file.write_text('{"count": null}')
     monkeypatch.undo()
@@ -70,7 +70,7 @@ def test_a_scan_is_kept_until_a_file_changes(tmp_path, cache, monkeypatch):
     assert scan.full(folder.Source(root, split="all")) == first
     Image.new("RGB", (8, 8), "red").save(root / "cat" / "01.png")
     source = folder.Source(root, split="all")
-    assert scan.full(source).sha256 != first.sha256 and len(reader.unreadable(source)) == 3
+    assert scan.full(source).sha256 != first.sha256 and len(source.unreadable) == 3
 
 
 def test_before_training_all_that_is_measured_is_decoded(tmp_path, capfd, monkeypatch):

@@ -10,7 +10,7 @@ import argparse
 import pathlib
 
 from tokgen import options, report
-from tokgen.data import classes, datasets, reader, scan, token_shards
+from tokgen.data import classes, datasets, scan, token_shards
 from tokgen.interfaces import UserError
 
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     total, looked, broken = 0, 0, {}
     for split, source in sources.items():
         found = _scanned(source, args)
-        unreadable = reader.unreadable(source)
+        unreadable = source.unreadable
         total, looked = total + len(source), looked + found.count
         broken |= unreadable.files()
         told = f", {len(unreadable)} unreadable" if found.count else ""

@@ -9,7 +9,7 @@ import pathlib
 from tokgen import output, report, runtime
 from tokgen.checkpoints import checkpoint
 from tokgen.config import building
-from tokgen.data import captioned, datasets, reader
+from tokgen.data import captioned, datasets
 from tokgen.evaluation import validation
 from tokgen.interfaces import UserError
 
@@ -94,7 +94,7 @@ def _reconstructed(args: argparse.Namespace, out: output.Folder) -> dict:
     report.save_png(out.path / "pairs.png", report.beside(image, painted, scale=scale))
     record = {"checkpoint": str(loaded.step), "images": str(path), **figures}
     if "unreadable" in figures:
-        record["unreadable_files"] = reader.unreadable(source).record()["files"]
+        record["unreadable_files"] = source.unreadable.record()["files"]
     (out.path / "figures.json").write_text(json.dumps(record, indent=2) + "\n")
     return figures
 

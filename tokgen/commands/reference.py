@@ -12,7 +12,7 @@ import numpy as np
 
 from tokgen import options, output, report, runtime
 from tokgen.checkpoints import checkpoint
-from tokgen.data import datasets, loader, npz, pixels as images, reader
+from tokgen.data import datasets, loader, npz, pixels as images, sources, unreadable
 from tokgen.evaluation import (
     feature_extractors,
     local_classifier,
@@ -154,11 +154,11 @@ def size_of(source, args: argparse.Namespace) -> tuple[int, int]:
     if protocols.named(args.protocol).extractor != "local":
         return SIZE, SIZE
     try:
-        return tuple(reader.read(source, 0, 3)["image"].shape[:2])
+        return tuple(sources.read(source, 0, 3)["image"].shape[:2])
     except images.BrokenImage as error:
         raise UserError(
-            f"the size is that of the first image, and {reader.name_of(source, 0)} cannot be read: "
-            f"{error}; repair it, or say --size"
+            f"the size is that of the first image, and {unreadable.name_of(source, 0)} cannot be "
+            f"read: {error}; repair it, or say --size"
         ) from error
 
 
@@ -179,7 +179,7 @@ def extractor_of(args, protocol, source, size) -> feature_extractors.Extractor:
     taught = source
     if not isinstance(source, npz.Source):
         taught = _source(args, "train")
-        reader.share(source, taught)
+        unreadable.share(source, taught)
     found = feature_extractors.trained(taught, size, seed=args.seed + 1, recipe=recipe)
     names = ("images", "examined", "accuracy")
     known = dict(zip(names, _accuracy(args, found, source, size), strict=True))
@@ -199,7 +199,7 @@ def _accuracy(args, extractor, source, size) -> tuple[str, int, float]:
         held_out, which = source, "its own images"
     if isinstance(source, npz.Source) or not len(held_out):
         held_out, which = source, "its own images"
-    reader.share(source, held_out)
+    unreadable.share(source, held_out)
     accuracy, count = feature_extractors.accuracy(extractor, held_out, size, count=EXAMINED)
     return which, count, accuracy
 

@@ -100,7 +100,7 @@ def generator_source(
     text = data.get("text", "")
     if data.get("tokens", ""):
         shards = token_shards.Source(data["tokens"], split=split)
-        return captioned.Tokens(shards, text) if text and len(shards) else shards
+        return captioned.Source(shards, text, split=split) if text else shards
     if tokenizer.layout is None:
         raise UserError(
             f"{tokenizer.step} holds a continuous tokenizer, which writes no tokens; need one with "
@@ -113,7 +113,7 @@ def generator_source(
     if not len(pictures):
         return pictures  # nothing is held out
     if isinstance(pictures, captioned.Source):  # what the tokenizer's decoder reads
-        pictures = pictures.images
+        pictures = pictures.inner
     return online_tokens.Source(
         captioned.Source(pictures, text, split=split) if text else pictures,
         images.stored(data.get("views", "center,flip")),
@@ -183,5 +183,4 @@ def check_filled(source, split: str) -> None:
 
 def named(source, index_B: np.ndarray) -> Callable[[int], str]:
     """What the images of a batch are called in messages: by file where the source knows them."""
-    name = getattr(source, "name", lambda index: f"number {index}")
-    return lambda row: str(name(int(index_B[row])))
+    return lambda row: str(source.name(int(index_B[row])))

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from tokgen import archives
+from tokgen.data import sources
 from tokgen.interfaces import UserError
 
 LABELS = 2**20  # classes that labels without names may be of
@@ -139,7 +140,7 @@ def check_pixels(shape: Sequence[int], dtype, what: str) -> None:
         )
 
 
-class Source:
+class Source(sources.RandomAccess):
     """Random access to the images of an archive: `{"image": uint8 [H, W, 3], "label": int}`.
 
     Classes are the numbers of the labels, where it has some.
@@ -148,7 +149,7 @@ class Source:
       split: `all`: an archive does not say which of its images are held out.
     """
 
-    classes: tuple[str, ...] = ()
+    holds = "pixels"
 
     def __init__(self, path: str | os.PathLike, *, split: str = "all"):
         if split != "all":

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tokgen import records
-from tokgen.data import folder, npz, pixels as images, reader, scan
+from tokgen.data import folder, npz, pixels as images, scan, sources
 from tokgen.interfaces import UserError
 
 LOSSY = tuple(
@@ -36,7 +36,7 @@ class Pictures:
         if lossy and not self.lossy:
             raise UserError(self._is_lossy(lossy))
         scan.headers(self.source)
-        if broken := reader.unreadable(self.source).files():  # before anything is measured
+        if broken := self.source.unreadable.files():  # before anything is measured
             name, why = next(iter(broken.items()))
             more = f"; and {len(broken) - 1} others ({', '.join(broken)})" * (len(broken) > 1)
             raise UserError(f"cannot read {name} of {self.source.path}: {why}{more[:500]}")
@@ -73,9 +73,9 @@ class Pictures:
         """Pixels and label of one image."""
         name = self.source.name(index)
         try:
-            if not self.lossy and reader.header(self.source, index)[0] == "JPEG":
+            if not self.lossy and sources.header(self.source, index)[0] == "JPEG":
                 raise UserError(self._is_lossy([name]))
-            record = reader.read(self.source, index, 3)
+            record = sources.read(self.source, index, 3)
         except images.BrokenImage as error:
             raise UserError(f"cannot read {name} of {self.source.path}: {error}") from error
         return record["image"], record["label"]

@@ -14,7 +14,7 @@ from tokgen import options, output, report, runtime
 from tokgen.backbones import perceptual
 from tokgen.checkpoints import checkpoint
 from tokgen.commands import sample
-from tokgen.data import classes as names_, datasets, npz, reader
+from tokgen.data import classes as names_, datasets, npz
 from tokgen.evaluation import (
     collect,
     feature_extractors,
@@ -325,7 +325,7 @@ def scored(
     figures = collect.of_pairs(found, args.seed) | figures
     line = collect.record(identity, figures, absent, found)
     if getattr(supply, "unreadable", 0):
-        line["unreadable"] = reader.unreadable(supply.source).record()
+        line["unreadable"] = supply.source.unreadable.record()
     return line, found
 
 

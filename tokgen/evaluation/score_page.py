@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tokgen.data import datasets, pixels as images, reader
+from tokgen.data import datasets, pixels as images, sources
 from tokgen.evaluation import collect, measures, page, protocols, references
 from tokgen.interfaces import UserError
 
@@ -151,7 +151,7 @@ def _real(reference: references.Reference) -> tuple:
         source = datasets.from_path(dataset, record["split"], labels=record.get("labels", ""))
     except UserError as error:
         return None, f"its data set is not there any more: {error}"
-    if record["fingerprint"] not in (source.fingerprint, *getattr(source, "earlier", ())):
+    if record["fingerprint"] not in (source.fingerprint, *source.earlier):
         return None, f"{dataset} is not what it was when the reference was made"
     index_n = reference.index_n
     return lambda rows_n: np.stack([_pixels(source, int(i), size) for i in index_n[rows_n]]), ""
@@ -160,9 +160,9 @@ def _real(reference: references.Reference) -> tuple:
 def _pixels(source, index: int, size: tuple[int, int]) -> np.ndarray:
     """An image of the reference as it was seen; gray, and told, where it cannot be read now."""
     try:
-        found = reader.read(source, index, 3)["image"]
+        found = sources.read(source, index, 3)["image"]
     except images.BrokenImage as error:
-        unreadable = reader.unreadable(source)
+        unreadable = source.unreadable
         unreadable.add(index, str(error))
         unreadable.tell("the page shows them gray")
         return np.full((*size, 3), 128, np.uint8)
