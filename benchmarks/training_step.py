@@ -78,7 +78,7 @@ def kind_of(settings) -> str:
 def set_devices(count: int | None, batch_sizes) -> None:
     """So many CPU devices, or as many as the training programs would take."""
     if count:
-        # as launch.devices: XLA sizes its thread pool by NPROC, and collectives need more of it
+        # as runtime.devices: XLA sizes its thread pool by NPROC, and collectives need more of it
         os.environ.setdefault("NPROC", str(4 * count))
         jax.config.update("jax_num_cpu_devices", count)
     else:

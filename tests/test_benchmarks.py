@@ -13,10 +13,9 @@ from flax import nnx
 from PIL import Image
 
 from tests import recipes
-from tokgen import cli
+from tokgen import cli, runtime
 from tokgen.checkpoints import checkpoint
 from tokgen.config import building, reading
-from tokgen.training import launch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
@@ -142,7 +141,7 @@ def test_memorise():
 @pytest.mark.long
 def test_families(tmp_path, monkeypatch):
     """A tokenizer and a generator as they started: figures of noise, but all of them; a grid."""
-    monkeypatch.setattr(launch, "devices", lambda batch_size=0: None)
+    monkeypatch.setattr(runtime, "devices", lambda batch_size=0: None)
     data = pictures(tmp_path / "images", "bird", "cat")
     narrow = ["encoder.widths=(16,)", "decoder.widths=(16,)", "encoder.blocks=1"]
     settings = reading.load(PAIR[0], narrow)
@@ -191,7 +190,7 @@ def test_families(tmp_path, monkeypatch):
 @pytest.mark.long
 def test_ladders(tmp_path, monkeypatch):
     """A row per set, a figure per column; a plot; every distance is said to rise or not."""
-    monkeypatch.setattr(launch, "devices", lambda batch_size=0: None)
+    monkeypatch.setattr(runtime, "devices", lambda batch_size=0: None)
     monkeypatch.setenv("TOKGEN_CACHE", str(tmp_path / "cache"))
     data, reference = tmp_path / "images", tmp_path / "reference.npz"
     pictures(data, "bird", "cat", count=64)

@@ -23,7 +23,7 @@ import safetensors.numpy
 from jax.sharding import AxisType, Mesh
 from PIL import Image
 
-from tokgen import cli, parameters, report, sharding
+from tokgen import cli, parameters, report, runtime, sharding
 from tokgen.checkpoints import checkpoint
 from tokgen.data import token_shards
 from tokgen.training import dry_run, launch
@@ -161,7 +161,7 @@ def manifest(workdir, step=STEPS):
 def one_process():
     """jax is set up already, by conftest; a command must not set it up once more."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "devices", lambda batch_size=0: None)
+        patch.setattr(runtime, "devices", lambda batch_size=0: None)
         yield
 
 

@@ -6,11 +6,10 @@ import pathlib
 
 import pytest
 
-from tokgen import cli, options
+from tokgen import cli, options, runtime
 from tokgen.checkpoints import checkpoint
 from tokgen.commands import evaluate
 from tokgen.evaluation import score as scores
-from tokgen.training import launch
 
 ROOT = pathlib.Path(options.__file__).parent
 ALWAYS = {"checkpoint", "out"}  # of tokgen evaluate, in every mode
@@ -53,7 +52,10 @@ def test_what_stands_on_the_command_line_is_given_at_whatever_value(command):
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_option_is_read_somewhere(command):
     """By the file of its command, or by those that several commands share."""
-    shared = ["assess.py", *(f"commands/{name}.py" for name in ("sample", "evaluate", "sweep"))]
+    shared = [
+        "evaluation/score.py",
+        *(f"commands/{name}.py" for name in ("sample", "evaluate", "sweep")),
+    ]
     text = "".join(
         (ROOT / file).read_text() for file in [f"commands/{cli.file(command)}.py", *shared]
     )
@@ -92,12 +94,12 @@ def faked(monkeypatch):
         (evaluate, "_generator"),
         (scores, "repainted"),
         (scores, "drawn"),
-        (scores.samples, "given"),
+        (scores.given_images, "given"),
         (scores.references, "read"),
     ):
         monkeypatch.setattr(module, name, reached)
     monkeypatch.setattr(scores.references, "read", lambda *_: None)
-    monkeypatch.setattr(launch, "devices", lambda *_: None)
+    monkeypatch.setattr(runtime, "devices", lambda *_: None)
     return of
 
 

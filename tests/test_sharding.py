@@ -15,8 +15,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 import train_generator
 from tests import recipes
 from tokgen import interfaces, parameters, rng, sharding
-from tokgen.commands import sample
 from tokgen.config import building, reading
+from tokgen.data import sources
 from tokgen.discriminators import blur, feature_heads, patchgan, stylegan
 from tokgen.evaluation import validation
 from tokgen.generators import autoregressive
@@ -448,10 +448,10 @@ class Painter(nnx.Module):
         return jnp.broadcast_to(gray_BHW1, (*gray_BHW1.shape[:3], 3))
 
 
-class Tokens:
+class Tokens(sources.RandomAccess):
     """Eleven images of LAYOUT as a source."""
 
-    layout, classes = LAYOUT.to_json(), tuple("abcde")
+    holds, layout, classes = "tokens", LAYOUT.to_json(), tuple("abcde")
     fingerprint = "eleven"
 
     def __len__(self):
@@ -472,7 +472,7 @@ def test_drawing_and_likelihoods_are_shared_by_the_devices_to_the_bit(monkeypatc
         work.setdefault(sharding.current().size, compiled.cost_analysis()["flops"])
         return compiled(*arguments[:4], arguments[5])
 
-    monkeypatch.setattr(sample, "draw_tokens", measured)
+    monkeypatch.setattr(drawing, "draw_tokens", measured)
     found, nats = {}, {}
     for mesh in (_single(), sharding.make_mesh()):
         monkeypatch.setattr(sharding, "make_mesh", lambda mesh=mesh: mesh)

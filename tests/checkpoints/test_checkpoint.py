@@ -445,7 +445,7 @@ def test_changed_data_are_accepted_on_request_and_the_record_says_so(base, tmp_p
 
 HOLD = """
 import pathlib, sys, time
-from tokgen import runs
+from tokgen.checkpoints import run as runs
 with runs.lock(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests import test_checkpoint
+from tests.checkpoints import test_checkpoint
 from tokgen import interfaces, parameters
 from tokgen.checkpoints import checkpoint, manifest, run as runs
 from tokgen.discriminators import augment

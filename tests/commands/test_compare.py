@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from tests import test_page
+from tests.evaluation import test_page
 from tokgen.commands import compare
 from tokgen.data import npz
 from tokgen.evaluation import collect

@@ -99,8 +99,8 @@ def test_freedom_in_words():
 def test_failed_training_is_told_and_keeps_the_old_page(tmp_path, monkeypatch):
     (tmp_path / "index.html").write_text("old")
     (tmp_path / "summary.json").write_text('{"psnr_db": 1, "judged_samples": 1}')
-    monkeypatch.setattr(demo.judge, "load_or_train", lambda: None)
-    monkeypatch.setattr(demo.launch, "devices", lambda batch: None)
+    monkeypatch.setattr(demo.local_classifier, "load_or_train", lambda: None)
+    monkeypatch.setattr(demo.runtime, "devices", lambda batch: None)
     monkeypatch.setattr(demo, "TOKENIZER", "configs/tokenizer/absent.py")
     arguments = argparse.Namespace(
         out=str(tmp_path), tokenizer_steps=1, generator_steps=1, samples=10, all=False
@@ -123,8 +123,8 @@ def test_a_demo_goes_on_where_it_was_stopped_and_of_other_steps_anew(tmp_path, m
         trained.append((workdir.name, steps, workdir.exists()))
         workdir.mkdir(exist_ok=True)
 
-    monkeypatch.setattr(demo.judge, "load_or_train", lambda: None)
-    monkeypatch.setattr(demo.launch, "devices", lambda batch: None)
+    monkeypatch.setattr(demo.local_classifier, "load_or_train", lambda: None)
+    monkeypatch.setattr(demo.runtime, "devices", lambda batch: None)
     monkeypatch.setattr(demo, "train", train)
     monkeypatch.setattr(demo, "pretokenized", lambda tokenizer, out: out.mkdir(exist_ok=True))
     monkeypatch.setattr(demo, "measure", lambda *words: measured())

@@ -13,19 +13,20 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from tokgen import cli, interfaces, rng
+from tokgen import cli, interfaces, rng, runtime
 from tokgen.checkpoints import checkpoint
-from tokgen.data import folder
+from tokgen.data import datasets, folder, sources
 from tokgen.evaluation import score as scores, validation
 from tokgen.generators import autoregressive
 from tokgen.nn import precision
-from tokgen.training import launch
 
 LAYOUT = interfaces.TokenLayout((3, 2), ((2, 2),))
 
 
-class Tokens:
+class Tokens(sources.RandomAccess):
     """Images of tokens in memory, as `tokens.Source` gives them."""
+
+    holds = "tokens"
 
     def __init__(self, tokens_NLG, label_N, layout=LAYOUT):
         self.tokens_NLG, self.label_N, self.layout = tokens_NLG, label_N, layout.to_json()
@@ -208,7 +209,7 @@ class Asked(Exception):
 @pytest.fixture
 def nested(tmp_path, monkeypatch):
     """Two classes, each in folders of its own; and the commands with nothing that computes."""
-    monkeypatch.setattr(launch, "devices", lambda *_: None)
+    monkeypatch.setattr(runtime, "devices", lambda *_: None)
     monkeypatch.setattr(checkpoint, "find", pathlib.Path)
     for name in ("cats/tabby", "cats/tiger", "dogs/boxer"):
         (tmp_path / "set" / name).mkdir(parents=True)
@@ -228,7 +229,7 @@ def test_a_tokenizer_is_measured_on_folders_of_class_folders(nested, monkeypatch
     def told(what, **sources):
         raise Asked(*sources.values())
 
-    monkeypatch.setattr(validation, "tell", told)
+    monkeypatch.setattr(datasets, "tell", told)
     words = ["evaluate", "ckpt", *score, "--data", str(nested), "--split", "all"]
     assert cli.main(words) == 2 and "--labels outer in commands" in capfd.readouterr().err
     for labels, names in (("outer", ("cats", "dogs")), ("none", ())):
@@ -247,7 +248,7 @@ def test_an_unconditional_generator_reads_no_classes_of_folders(nested, monkeypa
     for name in ("load_generator", "load_tokenizer_of", "load_tokenizer"):
         monkeypatch.setattr(checkpoint, name, lambda *_, **__: loaded)
     source = folder.Source(nested, split="all", labels="outer")
-    monkeypatch.setattr(validation, "generator_source", lambda *_, **__: source)
+    monkeypatch.setattr(datasets, "generator_source", lambda *_, **__: source)
 
     def likelihood(*_, label_C, **__):
         raise Asked(label_C)

@@ -11,12 +11,12 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from tokgen import cli, interfaces, parameters, sharding
+from tokgen import cli, interfaces, parameters, runtime, sharding
 from tokgen.checkpoints import checkpoint, imported as imports, run as runs
 from tokgen.config import building, reading as configs
 from tokgen.pretrained import keymap, parity, system, transfer
 from tokgen.pretrained.formats import writer
-from tokgen.training import launch, train_state
+from tokgen.training import train_state
 
 HERE = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
 CLASSES = 6
@@ -69,7 +69,7 @@ TINY = system.System(
 def offered(monkeypatch):
     """Commands in this process, and the tiny system among those that are known."""
     known = system.known() | {"tiny": TINY}
-    monkeypatch.setattr(launch, "devices", lambda batch_size=0: None)
+    monkeypatch.setattr(runtime, "devices", lambda batch_size=0: None)
     monkeypatch.setattr(system, "known", lambda: known)
 
 
@@ -125,7 +125,7 @@ def made(tmp_path_factory):
     words = ("import", file, "--system", "tiny", "--config", config)
     with pytest.MonkeyPatch.context() as patch:
         known = system.known() | {"tiny": TINY}
-        patch.setattr(launch, "devices", lambda batch_size=0: None)
+        patch.setattr(runtime, "devices", lambda batch_size=0: None)
         patch.setattr(system, "known", lambda: known)
         assert command(*words, "--out", folder / "run", "--tokenizer", folder / "tokenizer") == 0
         assert command(*words, "--out", folder / "alone") == 0

@@ -11,13 +11,13 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 from PIL import Image
 
-from tokgen import cli, parameters, sharding
+from tokgen import cli, parameters, runtime, sharding
 from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.commands import pretokenize
 from tokgen.config import building, reading as configs
 from tokgen.data import folder as folder_, pixels as images, shapes, sources, token_shards
 from tokgen.interfaces import UserError
-from tokgen.training import launch, train_state
+from tokgen.training import train_state
 
 SMALL = (
     *("data.size=(16, 16)", "data.count=12", "view.size=(16, 16)", "encoder.widths=(16,)"),
@@ -28,7 +28,7 @@ SMALL = (
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
     """jax is set up already, by conftest; a command must not set it up once more."""
-    monkeypatch.setattr(launch, "devices", lambda batch_size=0: None)
+    monkeypatch.setattr(runtime, "devices", lambda batch_size=0: None)
 
 
 def saved(folder, quantizer, compute="float32"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import test_extractors
+from tests.evaluation import test_feature_extractors
 from tokgen import cli, interfaces, sharding
 from tokgen.commands import reference
 from tokgen.evaluation import (
@@ -18,7 +18,7 @@ from tokgen.evaluation import (
     score_page,
 )
 
-ONE = test_extractors.mesh_of(1)
+ONE = test_feature_extractors.mesh_of(1)
 WORDS = ("--steps", 24, "--images", 30)
 
 
@@ -76,7 +76,7 @@ def place(tmp_path_factory) -> pathlib.Path:
         patch.setattr(local_classifier, "PHOTOGRAPHS", recipe)
         patch.setattr(sharding, "make_mesh", lambda: ONE)
         make(folder / "plain", folder / "plain.npz", *WORDS)
-        drawn = test_extractors.local(2).network.network
+        drawn = test_feature_extractors.local(2).network.network
         patch.setattr(local_classifier, "of_images", lambda *words, **options: drawn)
         make(folder / "named", folder / "named.npz", *WORDS)
     return folder
@@ -141,7 +141,7 @@ def test_the_network_says_how_well_it_does_on_held_out_images(place, name):
 
 
 def test_where_nothing_is_held_out_the_network_is_tried_on_its_own_images(tmp_path, monkeypatch):
-    drawn = test_extractors.local(2).network.network
+    drawn = test_feature_extractors.local(2).network.network
     monkeypatch.setattr(local_classifier, "of_images", lambda *words, **options: drawn)
     assert make(single(tmp_path / "single"), tmp_path / "a.npz", "--steps", 1) == 0
     told = references.read(tmp_path / "a.npz").record["extractor"]
@@ -195,7 +195,9 @@ def test_another_references_network_is_used_again(place, tmp_path, monkeypatch):
 def test_a_published_network_sees_all_images_once(tmp_path, monkeypatch):
     """Of 30 images, read in parts of 8, 12 are kept; larger ones are cut to the size."""
     published = feature_extractors.Published(
-        lambda arrays: test_extractors.Means(), feature_extractors.INCEPTION, "It is from nowhere."
+        lambda arrays: test_feature_extractors.Means(),
+        feature_extractors.INCEPTION,
+        "It is from nowhere.",
     )
     monkeypatch.setitem(feature_extractors.PUBLISHED, "inception", published)
     monkeypatch.setattr(feature_extractors.reader, "network", lambda path: {})
@@ -205,7 +207,7 @@ def test_a_published_network_sees_all_images_once(tmp_path, monkeypatch):
         (feature_extractors, "EACH", 1),
     ):
         monkeypatch.setattr(module, name, value)
-    image_NHW3 = test_extractors.pictures(30, (16, 24))
+    image_NHW3 = test_feature_extractors.pictures(30, (16, 24))
     np.savez(tmp_path / "data.npz", arr_0=image_NHW3)
     (tmp_path / "weights").touch()
     words = ("--protocol", "adm-50k", "--weights", tmp_path / "weights", "--size", 16)
@@ -249,7 +251,7 @@ def test_a_published_network_sees_all_images_once(tmp_path, monkeypatch):
 def test_command_lines_that_cannot_be_meant(place, tmp_path, monkeypatch, capsys, words, told):
     monkeypatch.chdir(place)
     monkeypatch.setattr(local_classifier, "of_images", None)
-    np.savez(place / "data.npz", arr_0=test_extractors.pictures(2))
+    np.savez(place / "data.npz", arr_0=test_feature_extractors.pictures(2))
     single(place / "single")
     nested(place / "nested")
     for name in ("a.png", "b.png"):

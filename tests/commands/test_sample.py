@@ -225,17 +225,17 @@ def stand_ins(tmp_path, monkeypatch):
     loaded = _loaded(Reader(), default={"temperature": 2.0})
     loaded.step, loaded.fingerprint = tmp_path / "G", "f"
     painter = types.SimpleNamespace(module=Painter(), fingerprint="t")
-    monkeypatch.setattr(sample.launch, "devices", lambda: None)
+    monkeypatch.setattr(sample.runtime, "devices", lambda: None)
     monkeypatch.setattr(sample, "precision_of", lambda args: "float32")
     monkeypatch.setattr(sample.checkpoint, "load_generator", lambda *_, **more: loaded)
     monkeypatch.setattr(sample.checkpoint, "load_tokenizer_of", lambda *_: painter)
-    real, batches = sample.sharding.filled, []
+    real, batches = drawing.sharding.filled, []
 
     def filled(tree, batch, mesh):
         batches.append(batch)
         return real(tree, batch, mesh)
 
-    monkeypatch.setattr(sample.sharding, "filled", filled)
+    monkeypatch.setattr(drawing.sharding, "filled", filled)
 
     def run(name, *words):
         out = ["--out", str(tmp_path / name)]
@@ -261,7 +261,7 @@ def test_samples_that_were_killed_go_on_to_the_same_images(stand_ins, monkeypatc
 
     stand_ins.batches.clear()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sample.supplies, "save_part", dying)
+        patch.setattr(sample.made_images, "save_part", dying)
         stand_ins.run("killed", "--number", "3", "--batch", "4")
     assert not (tmp_path / "killed").exists()
     with pytest.raises(UserError, match="seed: 0 there, 1 here"):
@@ -295,7 +295,7 @@ def test_an_image_that_is_not_finite_ends_it(stand_ins, monkeypatch, tmp_path):
         tokens, invalid_B = draw_tokens(*words)
         return tokens, invalid_B | (len(stand_ins.batches) > 1)
 
-    monkeypatch.setattr(sample, "draw_tokens", invalid)
+    monkeypatch.setattr(drawing, "draw_tokens", invalid)
     with pytest.raises(UserError, match="logits must be finite.*: number 2"):
         stand_ins.run("out", "--number", "1", "--batch", "2")
     assert not (tmp_path / "out").exists()

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import test_evaluation, test_extractors
+from tests.evaluation import test_collect, test_feature_extractors
 from tokgen import cli
-from tokgen.commands import sample
 from tokgen.evaluation import collect, feature_extractors, protocols, references, score as scores
 from tokgen.metrics import frechet
+from tokgen.sampling import drawing
 
-COUNT = test_evaluation.COUNT
+COUNT = test_collect.COUNT
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +26,13 @@ def place(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("score")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feature_extractors, "EACH", 1)
-        test_evaluation.write_reference(folder / "reference.npz")
+        test_collect.write_reference(folder / "reference.npz")
     np.savez(folder / "samples.npz", arr_0=pictures(), arr_1=np.arange(COUNT) % 3)
     return folder
 
 
 def pictures(count: int = COUNT) -> np.ndarray:
-    return test_extractors.pictures(count, seed=9)
+    return test_feature_extractors.pictures(count, seed=9)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def idle(small, monkeypatch):
         raise AssertionError("a wrong reference was noticed too late")
 
     monkeypatch.setattr(feature_extractors, "_seen", never)
-    monkeypatch.setattr(sample, "draw", never)
+    monkeypatch.setattr(drawing, "draw", never)
 
 
 def evaluate(capsys, *words) -> tuple[int, str]:
@@ -222,7 +222,7 @@ def test_samples_that_are_none(place, tmp_path, capsys, idle):
     assert "no checkpoint at" in refused(capsys, tmp_path / "nothing", *words)
     image_NHW3 = bare(tmp_path, arr_0=pictures().astype(np.float32))
     assert "uint8 [N, H, W, 3], 0 to 255; found float32" in refused(capsys, image_NHW3, *words)
-    large = bare(tmp_path, arr_0=test_extractors.pictures(4, (32, 32)))
+    large = bare(tmp_path, arr_0=test_feature_extractors.pictures(4, (32, 32)))
     assert "images: need 32x32, found 16x16" in refused(capsys, large, *words)
 
 
@@ -301,7 +301,7 @@ def test_labels_cross_by_name_or_not_at_all(names, known, real, labels, capsys):
 def inception(tmp_path, monkeypatch) -> pathlib.Path:
     """A weight file of a network by the name of Inception, whose features are means by hand."""
     published = feature_extractors.Published(
-        lambda arrays: test_extractors.Means(float(arrays["factor"])),
+        lambda arrays: test_feature_extractors.Means(float(arrays["factor"])),
         feature_extractors.INCEPTION,
         "It is from nowhere.",
     )
@@ -339,7 +339,7 @@ def adm(path: pathlib.Path, image_NHW3, *, kept: int) -> pathlib.Path:
 def test_the_published_form_of_a_reference_needs_assume(
     place, tmp_path, capsys, inception, monkeypatch
 ):
-    real_nHW3 = test_extractors.pictures(80, seed=4) // 2
+    real_nHW3 = test_feature_extractors.pictures(80, seed=4) // 2
     reference = adm(tmp_path / "adm.npz", real_nHW3, kept=30)
     words = (place / "samples.npz", "--protocol", "adm-50k", "--reference", reference)
     words += ("--out", tmp_path / "out")
@@ -366,7 +366,7 @@ def test_the_published_form_of_a_reference_needs_assume(
 def test_statistics_alone_give_the_distance_and_say_what_is_absent(
     place, tmp_path, capsys, inception
 ):
-    reference = adm(tmp_path / "fid.npz", test_extractors.pictures(80), kept=0)
+    reference = adm(tmp_path / "fid.npz", test_feature_extractors.pictures(80), kept=0)
     words = (place / "samples.npz", "--protocol", "adm-50k", "--reference", reference)
     words += ("--out", tmp_path / "out", "--weights", inception, "--assume", "adm-50k")
     assert evaluate(capsys, *words)[0] == 0

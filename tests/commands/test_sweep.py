@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 from flax import nnx
 
-from tests import test_page
+from tests.evaluation import test_page
 from tokgen.checkpoints import checkpoint
 from tokgen.commands import evaluate, sample, sweep
 from tokgen.evaluation import collect, feature_extractors, protocols, references, score as scores

@@ -14,13 +14,13 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from tokgen import cli, interfaces, parameters, report, sharding
+from tokgen import cli, interfaces, parameters, report, runtime, sharding
 from tokgen.checkpoints import checkpoint, imported as imports, run as runs
 from tokgen.commands import export, import_
 from tokgen.config import building as configs
 from tokgen.pretrained import convolutional, parity, system, transfer
 from tokgen.pretrained.formats import reader, writer
-from tokgen.training import launch, optimizer as optimizers, train_state
+from tokgen.training import optimizer as optimizers, train_state
 
 HERE = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
 OWN = {"taming_vqgan": "taming_vqgan", "openmagvit2_ema": "openmagvit2"}
@@ -30,7 +30,7 @@ SHARED = ("maskgit_tokenizer", "maskbit_tokenizer", "titok_onestage_vq", "var_vq
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
     """jax is set up already, by conftest; a command must not set it up once more."""
-    monkeypatch.setattr(launch, "devices", lambda batch_size=0: None)
+    monkeypatch.setattr(runtime, "devices", lambda batch_size=0: None)
 
 
 def command(*words):
@@ -149,7 +149,7 @@ def taming(tmp_path_factory):
     folder = tmp_path_factory.mktemp("taming")
     file, config, fixture = published(HERE / "taming_vqgan", "taming_vqgan", folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "devices", lambda batch_size=0: None)
+        patch.setattr(runtime, "devices", lambda batch_size=0: None)
         words = ("import", file, "--system", "taming_vqgan", "--config", config)
         assert command(*words, "--out", folder / "run") == 0
     return folder / "run", file, config, fixture.weights()

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from tokgen import interfaces
-from tokgen.data import folder, loader, pixels as images, shapes, token_shards, unreadable
+from tokgen.data import folder, loader, pixels as images, shapes, sources, token_shards, unreadable
 
 
-class Numbered:
+class Numbered(sources.RandomAccess):
     """Images that say which they are: the index in the first pixel, noise elsewhere."""
 
     def __init__(self, count, size=(12, 18), broken=()):
@@ -204,7 +204,7 @@ def test_drawn_images_come_in_batches_and_are_the_same_as_one_by_one():
     source = shapes.Source((16, 24), count=50)
     view = images.View((16, 24), flip=True)
 
-    class OneByOne:
+    class OneByOne(sources.RandomAccess):
         def __len__(self):
             return len(source)
 

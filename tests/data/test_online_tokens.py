@@ -112,7 +112,7 @@ def test_both_bring_the_text_of_their_images(both, tmp_path):
     mask_NT = np.arange(3) >= np.arange(count)[:, None] % 3
     np.save(tmp_path / "train.npy", text_NTE)
     np.save(tmp_path / "train_mask.npy", mask_NT.astype(np.uint8))
-    packed = captioned.Tokens(token_shards.Source(path), tmp_path)
+    packed = captioned.Source(token_shards.Source(path), tmp_path)
     with_text = {"train": captioned.Source(parts["train"], tmp_path)}
     flying = source_of(with_text, "train")
     options = dict(seed=0, batch_size=5)

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokgen import cli, interfaces
-from tokgen.data import folder, pixels as images, scan, shapes
-from tokgen.training import launch
+from tokgen import cli, interfaces, runtime
+from tokgen.data import folder, pixels as images, scan, shapes, sources
 
 LARGE = (9000, 9000)  # more pixels than are allowed, in a few bytes
 
@@ -103,8 +102,12 @@ def test_drawn_images_need_no_scan():
 
 
 def test_tokens_without_an_image_to_measure_are_refused_before_training(capfd):
-    class Shards:
-        layout, missing = {}, {1: ("cat/1.png", "cut off"), 4: ("cat/4.png", "empty")}
+    class Shards(sources.RandomAccess):
+        holds, layout, missing = (
+            "tokens",
+            {},
+            {1: ("cat/1.png", "cut off"), 4: ("cat/4.png", "empty")},
+        )
 
         def __len__(self):
             return 6
@@ -125,7 +128,7 @@ def test_tokens_without_an_image_to_measure_are_refused_before_training(capfd):
 def test_a_source_of_whole_images_is_not_read_for_its_headers(tmp_path):
     source = folder.Source(write(tmp_path / "base"), split="all")
 
-    class Whole:
+    class Whole(sources.RandomAccess):
         classes, read = source.classes, []
 
         def __len__(self):
@@ -166,7 +169,7 @@ def test_the_command_prints_what_is_understood_and_every_name(tmp_path, capsys):
 
 def test_a_cache_that_cannot_be_written_costs_no_scan(tmp_path, monkeypatch, capfd):
     (tmp_path / "file").write_text("no folder")
-    monkeypatch.setattr(launch, "cache_folder", lambda: tmp_path / "file")
+    monkeypatch.setattr(runtime, "cache_folder", lambda: tmp_path / "file")
     assert scan.full(folder.Source(write(tmp_path / "base"), split="all")).decoded == 24
     assert "not kept" in capfd.readouterr().err
 

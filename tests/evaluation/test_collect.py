@@ -17,7 +17,7 @@ import time
 import numpy as np
 import pytest
 
-from tests import test_extractors, test_page, test_supplies
+from tests.evaluation import test_feature_extractors, test_made_images, test_page
 from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.commands import evaluate, sample
 from tokgen.evaluation import (
@@ -56,8 +56,8 @@ def scoring_of(reference, out, *words) -> argparse.Namespace:
 
 def fakes() -> list[tuple]:
     """(where, name, value) that put the die in the place of a checkpoint, and make parts small."""
-    tokenizer = test_supplies.loaded(test_supplies.Painter(), fingerprint="p" * 64)
-    generator = test_supplies.loaded(test_supplies.Dice())
+    tokenizer = test_made_images.loaded(test_made_images.Painter(), fingerprint="p" * 64)
+    generator = test_made_images.loaded(test_made_images.Dice())
     local = dataclasses.replace(protocols.PROTOCOLS["local"], metrics=METRICS)
     return [
         (checkpoint, "find", lambda path: generator.step),
@@ -78,9 +78,9 @@ def die(monkeypatch):
 
 def write_reference(path: pathlib.Path, seed: int = 0) -> pathlib.Path:
     """A local reference of what the die draws under another seed."""
-    network = test_extractors.local(seed=seed)
+    network = test_feature_extractors.local(seed=seed)
     network = dataclasses.replace(
-        network, record=network.record | {"classes": list(test_supplies.CLASSES)}
+        network, record=network.record | {"classes": list(test_made_images.CLASSES)}
     )
     label_n = np.arange(60) % 3
     draw = np.random.default_rng(2)
@@ -96,7 +96,7 @@ def write_reference(path: pathlib.Path, seed: int = 0) -> pathlib.Path:
         "count": 60,
         "size": [16, 16],
         "crop": "center",
-        "classes": list(test_supplies.CLASSES),
+        "classes": list(test_made_images.CLASSES),
         "extractor": network.record,
         "layers": {name: found[name].shape[1] for name in layers},
     }
@@ -187,15 +187,15 @@ def test_a_run_killed_at_every_turn_ends_as_one_that_was_not(tmp_path, die, refe
 
 SCRIPT = """
 import os, sys, time
-from tests import test_evaluation
-for where, name, value in test_evaluation.fakes():
+from tests.evaluation import test_collect
+for where, name, value in test_collect.fakes():
     setattr(where, name, value)
-save = test_evaluation.supplies.save_part
+save = test_collect.supplies.save_part
 def slow(*words):
     save(*words)
     time.sleep(0.2)
-test_evaluation.supplies.save_part = slow
-test_evaluation.assess.run(test_evaluation.scoring_of(*sys.argv[1:]))
+test_collect.supplies.save_part = slow
+test_collect.assess.run(test_collect.scoring_of(*sys.argv[1:]))
 """
 
 
@@ -221,7 +221,7 @@ def test_a_process_that_is_killed_on_another_number_of_devices(tmp_path, die, re
 
 
 def test_images_and_labels_of_the_archive(whole):
-    drawn = test_supplies.drawn(whole.parent / "again", COUNT, batch=32).part(0, COUNT)
+    drawn = test_made_images.drawn(whole.parent / "again", COUNT, batch=32).part(0, COUNT)
     with np.load(whole / "samples.npz") as archive:
         assert archive.files == ["arr_0", "arr_1"]
         np.testing.assert_array_equal(archive["arr_0"], drawn["image"])
@@ -278,7 +278,7 @@ def test_another_checkpoint_or_reference_is_refused(tmp_path, die, monkeypatch, 
     other = write_reference(tmp_path / "other.npz", seed=1)
     with pytest.raises(UserError, match=r"extractor\.fingerprint: \w+ there, \w+ here"):
         scores.run(scoring_of(other, whole))
-    trained = test_supplies.loaded(test_supplies.Dice(), fingerprint="e" * 64)
+    trained = test_made_images.loaded(test_made_images.Dice(), fingerprint="e" * 64)
     monkeypatch.setattr(checkpoint, "load_generator", lambda path, compute="": trained)
     with pytest.raises(UserError, match=r"supply\.fingerprint: d{64} there, e{64} here"):
         scores.run(scoring_of(reference, whole))

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 from PIL import Image
 
-from tests import test_extractors
+from tests.evaluation import test_feature_extractors
 from tokgen import interfaces, parameters, sharding
 from tokgen.data import folder, pixels as images, shapes
 from tokgen.evaluation import local_classifier
@@ -180,7 +180,7 @@ def test_turns_of_a_batch_are_those_of_its_number():
 
 
 def test_features_are_the_mean_of_the_last_map_its_first_channels_and_what_is_read_from_it():
-    network = test_extractors.local(5).network.network
+    network = test_feature_extractors.local(5).network.network
     image_BHW3 = np.random.default_rng(0).random((4, 16, 16, 3), np.float32)
     look = jax.jit(lambda network, image_BHW3: network.features(image_BHW3))
     found = {name: np.asarray(rows, np.float64) for name, rows in look(network, image_BHW3).items()}

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from tokgen import interfaces
-from tokgen.data import datasets
+from tokgen.data import datasets, sources
 from tokgen.evaluation import made_images, validation
 from tokgen.interfaces import UserError
 from tokgen.sampling import sampler
@@ -113,13 +113,13 @@ def test_an_image_depends_on_seed_number_and_class_only(tmp_path):
 
 def test_one_program_draws_every_part(tmp_path, monkeypatch):
     """The last one too, which is longer than a batch and shorter than the others."""
-    real, seen = made_images.sample.draw_tokens, []
+    real, seen = made_images.drawing.draw_tokens, []
 
     def counted(generator, codec, cond_B, keys_B, *words):
         seen.append(len(keys_B))
         return real(generator, codec, cond_B, keys_B, *words)
 
-    monkeypatch.setattr(made_images.sample, "draw_tokens", counted)
+    monkeypatch.setattr(made_images.drawing, "draw_tokens", counted)
     supply = drawn(tmp_path, count=104, batch=32, each=64)
     parts = [supply.part(*bounds) for bounds in ((0, 64), (64, 104))]
     assert seen == [32] * 4 and [len(part["image"]) for part in parts] == [64, 40]
@@ -139,7 +139,7 @@ def test_a_finished_archive_is_looked_for_when_images_are(tmp_path):
 def test_what_was_drawn_is_kept_and_not_drawn_again(tmp_path, monkeypatch):
     supply = drawn(tmp_path)
     first = supply.part(0, 8)
-    monkeypatch.setattr(made_images.sample, "draw", None)  # a second draw would fail
+    monkeypatch.setattr(made_images.drawing, "draw", None)  # a second draw would fail
     for name, array in drawn(tmp_path).part(0, 8).items():
         np.testing.assert_array_equal(array, first[name])
     (file,) = (tmp_path / "images").iterdir()
@@ -206,10 +206,10 @@ class Halver(nnx.Module):
         return jnp.broadcast_to(image_BHW[..., None], (*image_BHW.shape, 3))
 
 
-class Pictures:
+class Pictures(sources.RandomAccess):
     """Random images in memory, of two classes."""
 
-    classes, fingerprint = ("cat", "dog"), "f" * 64
+    holds, classes, fingerprint = "pixels", ("cat", "dog"), "f" * 64
 
     def __init__(self, count: int):
         self.image_NHW3 = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), np.uint8)

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import cli
+from tokgen import cli, runtime
 from tokgen.interfaces import Statistic, UserError
 from tokgen.pretrained import keymap, parity, system
-from tokgen.training import launch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "fixtures"
@@ -51,7 +50,7 @@ INPUTS = {
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
     """jax is set up already, by conftest; a command must not set it up once more."""
-    monkeypatch.setattr(launch, "devices", lambda batch_size=0: None)
+    monkeypatch.setattr(runtime, "devices", lambda batch_size=0: None)
 
 
 @functools.cache

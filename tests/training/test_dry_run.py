@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 import train_generator
-from tests import mutants, recipes, test_config
+from tests import mutants, recipes
+from tests.config import test_config
 from tokgen import interfaces, sharding
 from tokgen.config import building, reading as configs
 from tokgen.training import (

@@ -1,9 +1,8 @@
-"""From a command line to devices, one message before any work; how a program hears its end."""
+"""From a command line to a work directory, one message before any work; how a run hears its end."""
 
 import os
 import signal
 
-import jax
 import ml_collections
 import pytest
 
@@ -11,40 +10,6 @@ from tokgen import runtime
 from tokgen.checkpoints import run as runs
 from tokgen.interfaces import UserError
 from tokgen.training import launch
-
-KNOWN = "Backend '{}' is not in the list of known backends: ['cpu', 'tpu']."
-FOUND = {
-    "no plugin": ("cuda", AssertionError(), r"tokgen\[cuda13"),
-    "no plugin, said": ("cuda", RuntimeError(KNOWN.format("cuda")), r"tokgen\[cuda13"),
-    "no GPU": ("cuda", RuntimeError("no supported devices found for platform CUDA"), "nvidia-smi"),
-    "nonsense": ("abc", RuntimeError(KNOWN.format("abc")), "known backends.*unset JAX_PLATFORMS"),
-    "no libtpu": ("tpu", RuntimeError("INTERNAL: Failed to open libtpu.so: none"), "tokgen.tpu."),
-    "a TPU of another process": (
-        *("", RuntimeError("ABORTED: The TPU is already in use by process with pid 7.")),
-        "a device cannot be used.*pid 7; stop the process",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", FOUND)
-def test_a_device_that_cannot_be_used_is_one_message(case, monkeypatch):
-    asked, error, words = FOUND[case]
-
-    def devices():
-        if str(error):
-            raise type(error)(
-                f"Unable to initialize backend: {error} (set JAX_PLATFORMS='' to automatically "
-                "choose an available backend)"
-            )
-        raise error
-
-    monkeypatch.setattr(jax, "devices", devices)
-    monkeypatch.setattr(launch.jax, "config", ml_collections.ConfigDict({"jax_platforms": asked}))
-    with pytest.raises(UserError, match=words) as told:
-        runtime.check_platform()
-    said = str(told.value)
-    assert "\n" not in said and "automatically" not in said
-    assert f"JAX_PLATFORMS={asked}" in said or not asked
 
 
 def test_a_work_directory_is_none_of_what_the_run_reads(tmp_path, capsys):
@@ -60,33 +25,6 @@ def test_a_work_directory_is_none_of_what_the_run_reads(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         launch.parse(["--config", "a.py", "--workdir="], "")
     assert end.value.code == 2 and "--workdir: it is empty" in capsys.readouterr().err
-
-
-def test_a_user_without_a_home_has_a_cache(monkeypatch, tmp_path):
-    def home():
-        raise RuntimeError("Could not determine home directory.")
-
-    for name in ("TOKGEN_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(launch.pathlib.Path, "home", home)
-    monkeypatch.setattr(launch.tempfile, "gettempdir", lambda: str(tmp_path))
-    assert runtime.cache_folder().parent == tmp_path
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert runtime.cache_folder() == tmp_path / "tokgen"
-
-
-def test_a_cache_that_cannot_be_written_is_said(monkeypatch, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("TOKGEN_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(launch, "check_platform", lambda: None)
-    changed = {}
-    monkeypatch.setattr(launch.jax.config, "update", changed.__setitem__)
-    runtime.devices()
-    assert "jax_compilation_cache_dir" not in changed
-    assert "compiled programs are not kept" in capsys.readouterr().err
-    monkeypatch.setenv("TOKGEN_CACHE", str(tmp_path / "cache"))
-    runtime.devices()
-    assert changed["jax_compilation_cache_dir"] == str(tmp_path / "cache" / "xla")
 
 
 # ---------------------------------------------------------------- how a run hears its end

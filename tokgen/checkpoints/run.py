@@ -111,7 +111,7 @@ class Run:
         """
         self.wait()
         leaves = parameters.paths(states_by_name)
-        step = int(jax.device_get(states_by_name["model"].step))
+        step = int(jax.device_get(leaves["model/step"]))
         meta = {
             **self.meta,
             "format": checkpoint.FORMAT,
@@ -199,7 +199,7 @@ class Run:
         try:
             yield
         except UserError as error:
-            step = int(jax.device_get(states_by_name["model"].step))
+            step = int(jax.device_get(parameters.paths(states_by_name)["model/step"]))
             # a save waits for all processes, and the others are in their next step
             if step == 0 or jax.process_count() > 1:
                 raise

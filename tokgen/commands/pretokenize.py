@@ -15,6 +15,7 @@ from tokgen.data import (
     loader,
     pixels as images,
     token_shards,
+    unreadable,
 )
 from tokgen.interfaces import UserError
 

@@ -9,7 +9,7 @@ import pathlib
 from tokgen import output, report, runtime
 from tokgen.checkpoints import checkpoint
 from tokgen.config import building
-from tokgen.data import captioned, datasets
+from tokgen.data import captioned, datasets, sources
 from tokgen.evaluation import validation
 from tokgen.interfaces import UserError
 
@@ -99,20 +99,18 @@ def _reconstructed(args: argparse.Namespace, out: output.Folder) -> dict:
     return figures
 
 
-class OneImage:
+class OneImage(sources.RandomAccess):
     """A single file as a source."""
 
-    classes: tuple[str, ...] = ()
-
     def __init__(self, path: pathlib.Path):
-        self.path, self.fingerprint = path, str(path)
+        self.path = self.fingerprint = str(path)
 
     def __len__(self) -> int:
         return 1
 
     def __getitem__(self, index: int) -> dict[str, bytes | int]:
-        return {"image": self.path.read_bytes(), "label": 0}
+        return {"image": pathlib.Path(self.path).read_bytes(), "label": 0}
 
     def name(self, index: int) -> str:
         """Its path."""
-        return str(self.path)
+        return self.path

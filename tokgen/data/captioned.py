@@ -49,23 +49,23 @@ class Features:
 
 
 class Source(sources.Around):
-    """What another source gives, images or tokens, and `"text"`: float32 [T, E]; `"mask"`: bool [T].
+    """What another source gives, and `"text"`: float32 [T, E], and `"mask"`: bool [T].
 
     Args:
-      inner: the section of the other source, or the source.
+      images: the section of the other source, or the source, of images or of their tokens.
       features: folder with a file per split, such as `train.npy`: float16 or float32.
     """
 
-    def __init__(self, inner, features: str | os.PathLike, *, split: str = "train"):
-        super().__init__(inner)
-        self.fingerprint = inner.fingerprint
-        if not len(inner):  # nothing is held out, and has no texts
+    def __init__(self, images, features: str | os.PathLike, *, split: str = "train"):
+        super().__init__(images)
+        self.fingerprint = images.fingerprint
+        if not len(images):  # nothing is held out, and has no texts
             self.features = None
             return
-        self.features = Features(features, split, len(inner))
+        self.features = Features(features, split, len(images))
         self.text_shape = self.features.shape
-        self.fingerprint = self.features.fingerprint(inner.fingerprint)
-        self.earlier = tuple(map(self.features.fingerprint, inner.earlier))
+        self.fingerprint = self.features.fingerprint(images.fingerprint)
+        self.earlier = tuple(map(self.features.fingerprint, images.earlier))
 
     def __getitem__(self, index: int) -> dict:
         return self._with_text(self.inner[index], index)

@@ -19,17 +19,19 @@ LABELS = 2**20  # classes that labels without names may be of
 _LISTED = 5  # names of arrays that a message lists
 
 
-class Archive:
-    """The images of an .npz: `arr_0` uint8 [N, H, W, 3], and `arr_1` labels [N] where it is there.
+class Archive(sources.RandomAccess):
+    """The images of an .npz, in parts or by number: `{"image": uint8 [H, W, 3], "label": int}`.
 
     `classes` are names of the labels, if somebody says them. Read from the archive part by part:
     the published sets have ten gigabytes (ADM).
     """
 
-    def __init__(self, path: str | pathlib.Path, classes: Sequence[str] = ()):
+    holds = "pixels"
+
+    def __init__(self, path: str | os.PathLike, classes: Sequence[str] = ()):
         self.path = pathlib.Path(path)
-        self.classes, self.notes = (), ()
         self.label_N, self._member, self._next = None, None, 0
+        self._lock = threading.Lock()  # there is one place in the file, and loaders have threads
         with archives.opened(self.path) as archive:
             names = set(archives.names(archive))
             if "arr_0" not in names:
@@ -65,6 +67,14 @@ class Archive:
 
     def part(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Images and labels `start` to `stop`."""
+        with self._lock:
+            data = self._bytes(start, stop)
+        image_NHW3 = np.frombuffer(data, np.uint8).reshape(-1, *self.shape[1:])
+        if self.label_N is None:
+            return {"image": image_NHW3}
+        return {"image": image_NHW3, "label": self.label_N[start:stop].astype(np.int32)}
+
+    def _bytes(self, start: int, stop: int) -> bytes:
         step = int(np.prod(self.shape[1:]))
         member = self._at(start, step)
         try:
@@ -75,10 +85,7 @@ class Archive:
         self._next = stop
         if len(data) != (stop - start) * step:
             raise self._damaged(f"it ends before image {stop}")
-        image_NHW3 = np.frombuffer(data, np.uint8).reshape(-1, *self.shape[1:])
-        if self.label_N is None:
-            return {"image": image_NHW3}
-        return {"image": image_NHW3, "label": self.label_N[start:stop].astype(np.int32)}
+        return data
 
     def _at(self, start: int, step: int):
         """The bytes from image `start` on: where the last part ended, or found anew.
@@ -120,6 +127,46 @@ class Archive:
     def _damaged(self, why) -> UserError:
         return UserError(f"{self.path} is damaged: {why}; make it again or restore a copy")
 
+    def __getitem__(self, index: int) -> dict:
+        part = self.part(int(index), int(index) + 1)
+        return {"image": part["image"][0], "label": int(part.get("label", [0])[0])}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        """The records of many: read in one piece where they lie beside each other."""
+        first, last = int(min(indices)), int(max(indices)) + 1
+        if last - first > 4 * len(indices):
+            return [self[index] for index in indices]
+        part = self.part(first, last)
+        labels = part.get("label", np.zeros(last - first, np.int32))
+        return [
+            {"image": part["image"][index - first], "label": int(labels[index - first])}
+            for index in indices
+        ]
+
+    def name(self, index: int) -> str:
+        """Archive and number."""
+        return f"{self.path}[{index}]"
+
+
+class Source(Archive):
+    """An archive as a data set: its fingerprint is of all bytes, its classes are numbers.
+
+    Args:
+      split: `all`: an archive does not say which of its images are held out.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, split: str = "all"):
+        if split != "all":
+            raise UserError(
+                f"{path} is one set, without parts: split must be 'all'; found {split!r}; give a "
+                "folder of images, of which a part can be held out"
+            )
+        super().__init__(path)
+        with open(path, "rb") as file:
+            self.fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+        if self.label_N is not None:
+            self.classes = tuple(map(str, range(int(self.label_N.max()) + 1)))
+
 
 def _no_images(path: pathlib.Path, names: Iterable[str]) -> str:
     there = sorted(names)
@@ -138,56 +185,3 @@ def check_pixels(shape: Sequence[int], dtype, what: str) -> None:
             f"{what} must hold images uint8 [N, H, W, 3], 0 to 255; found {np.dtype(dtype)} "
             f"{tuple(shape)}: save the bytes that a PNG would hold"
         )
-
-
-class Source(sources.RandomAccess):
-    """Random access to the images of an archive: `{"image": uint8 [H, W, 3], "label": int}`.
-
-    Classes are the numbers of the labels, where it has some.
-
-    Args:
-      split: `all`: an archive does not say which of its images are held out.
-    """
-
-    holds = "pixels"
-
-    def __init__(self, path: str | os.PathLike, *, split: str = "all"):
-        if split != "all":
-            raise UserError(
-                f"{path} is one set, without parts: split must be 'all'; found {split!r}; give a "
-                "folder of images, of which a part can be held out"
-            )
-        self.path, self.split = os.fspath(path), split
-        self.archive, self._lock = Archive(path), threading.Lock()
-        self.size = self.archive.size
-        with open(path, "rb") as file:
-            self.fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
-        if self.archive.label_N is not None:
-            self.classes = tuple(map(str, range(int(self.archive.label_N.max()) + 1)))
-
-    def __len__(self) -> int:
-        return len(self.archive)
-
-    def __getitem__(self, index: int) -> dict:
-        part = self._part(int(index), int(index) + 1)
-        return {"image": part["image"][0], "label": int(part.get("label", [0])[0])}
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        """The records of many: read in one piece where they lie beside each other."""
-        first, last = int(min(indices)), int(max(indices)) + 1
-        if last - first > 4 * len(indices):
-            return [self[index] for index in indices]
-        part = self._part(first, last)
-        labels = part.get("label", np.zeros(last - first, np.int32))
-        return [
-            {"image": part["image"][index - first], "label": int(labels[index - first])}
-            for index in indices
-        ]
-
-    def _part(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        with self._lock:  # there is one place in the file, and loaders have threads
-            return self.archive.part(start, stop)
-
-    def name(self, index: int) -> str:
-        """Archive and number."""
-        return f"{self.archive.path}[{index}]"

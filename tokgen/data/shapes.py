@@ -130,9 +130,6 @@ class Source(sources.RandomAccess):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> dict:
-        return self.__getitems__([index])[0]
-
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         """Many records at the price of few."""
         # An index beyond the end must raise, as iteration and grain expect of a sequence.

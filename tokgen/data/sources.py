@@ -9,6 +9,7 @@ with `__len__` and `__getitem__`; named Source, in a file of this folder, a conf
 from __future__ import annotations
 
 import functools
+import os
 import types
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO
@@ -51,7 +52,7 @@ class RandomAccess:
 
     holds: str = "bytes"
     split: str = "all"
-    path: str = ""
+    path: str | os.PathLike = ""
     classes: tuple[str, ...] = ()
     counts: np.ndarray | None = None
     fingerprint: str = ""
@@ -71,10 +72,10 @@ class RandomAccess:
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> dict:
-        raise NotImplementedError
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        """Many records; a source for which these are cheaper together says how."""
+        """Many records, where these are cheaper together; of the two one is given."""
         return [self[index] for index in indices]
 
     def open(self, index: int) -> BinaryIO:
@@ -97,10 +98,17 @@ class Around(RandomAccess):
     def __init__(self, inner: RandomAccess):
         self.inner = inner
         self.holds, self.split, self.path = inner.holds, inner.split, inner.path
-        self.classes, self.changed = inner.classes, inner.changed
-        self.notes, self.unread, self.counts = inner.notes, inner.unread, inner.counts
+        self.classes, self.notes, self.unread = inner.classes, inner.notes, inner.unread
         self.layout, self.views, self.view = inner.layout, inner.views, inner.view
         self.header, self.missing, self.text_shape = inner.header, inner.missing, inner.text_shape
+
+    @property
+    def counts(self) -> np.ndarray | None:
+        return self.inner.counts
+
+    @property
+    def changed(self) -> int:
+        return self.inner.changed
 
     def __len__(self) -> int:
         return len(self.inner)

@@ -323,9 +323,6 @@ class Source(sources.RandomAccess):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: int) -> dict:
-        return self.__getitems__([index])[0]
-
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         """Many records; each shard is read once."""
         places: dict[int, list[tuple[int, int]]] = {}

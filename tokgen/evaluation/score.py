@@ -132,7 +132,9 @@ def supply_of(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[ob
         given = given_images.given(path, args.accept, args.labels)
         if isinstance(given, npz.Archive):
             options.check(args, {"labels": "folders of images"})
-        datasets.tell(str(path), all=getattr(given, "source", given))
+        datasets.tell(
+            str(path), all=given.source if isinstance(given, given_images.Pictures) else given
+        )
         if 0 < args.samples < len(given):
             return given_images.Spread(given, args.samples), classes_of(given)
         return given, classes_of(given)
