@@ -18,7 +18,7 @@ from flax import nnx
 
 from tokgen import parameters, report, rng, sharding
 from tokgen.checkpoints import checkpoint, run as runs
-from tokgen.config import building
+from tokgen.config import building, migration
 from tokgen.data import datasets, loader, scan, token_shards
 from tokgen.evaluation import validation
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
@@ -102,7 +102,10 @@ def main(
 
     start = done = int(jax.device_get(network.step))
     measured = runs.is_measured(run, start)
-    log, stop = report.Log(workdir, step=start, measured=measured), launch.Stop()
+    log, stop = (
+        report.Log(workdir, step=start, measured=measured, told=migration.metrics),
+        launch.Stop(),
+    )
     with_what = held_out, tokenizer
 
     def due(step: int) -> bool:
@@ -215,7 +218,7 @@ def measure(network, graph, with_what, log, settings) -> dict[str, float]:
         shown = report.figures(figures, ("nats_per_token", "nats_error"))
         report.say(f"step {step}: held out {shown}")
         log.scalars(step, figures, split="held_out")
-    text = getattr(generator, "cond", "label") == "text"  # whose samples are of held-out texts
+    text = generator.cond == "text"  # whose samples are of held-out texts
     if settings.held_out.samples and (len(held_out) or not text):
         preset = presets.named(settings.presets.to_dict(), "default")
         image_HW3 = grid(generator, preset, held_out.classes, with_what, settings)
@@ -236,7 +239,7 @@ def grid(generator, preset, classes, with_what, settings) -> np.ndarray:
     """Samples of the first ten classes, or of the first ten held-out texts, a row for each."""
     held_out, tokenizer = with_what
     columns = settings.held_out.samples
-    if getattr(generator, "cond", "label") == "text":
+    if generator.cond == "text":
         ten = np.arange(min(10, len(held_out)))
         shown = datasets.condition(next(loader.once(held_out, batch_size=len(ten), indices=ten)))
     else:

@@ -15,7 +15,7 @@ import ml_collections
 
 from tokgen import parameters, report, sharding
 from tokgen.checkpoints import checkpoint, run as runs
-from tokgen.config import building
+from tokgen.config import building, migration
 from tokgen.data import datasets, loader, pixels as images, scan
 from tokgen.evaluation import validation
 from tokgen.interfaces import UserError
@@ -99,7 +99,10 @@ def main(
 
     start = step = int(jax.device_get(networks["model"].step))
     measured = runs.is_measured(run, start)
-    log, stop = report.Log(workdir, step=start, measured=measured), launch.Stop()
+    log, stop = (
+        report.Log(workdir, step=start, measured=measured, told=migration.metrics),
+        launch.Stop(),
+    )
     meter = safeguards.Meter(layout) if layout else None
     step_of = tokenizer_step.Steps(settings, game, limits, graphs, critic_optimizer, returns)
     passing = functools.partial(

@@ -119,7 +119,7 @@ def abstract(reference: str) -> nnx.Module:
     own = GENERATORS[reference][:2] if kind == "generator" else ()
     key = repr((asked, own))
     if key not in _built:
-        make = getattr(configs, kind)
+        make = getattr(building, kind)
         _built[key] = nnx.eval_shape(lambda: make(settings, *own, rngs=nnx.Rngs(0)))
     return _built[key]
 

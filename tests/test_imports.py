@@ -18,7 +18,7 @@ FILES = sorted([*(ROOT / "tokgen").rglob("*.py"), *ROOT.glob("train_*.py")])
 LAYERS = (
     ("errors",),
     ("choices", "interfaces", "ranges", "records", "rng", "options"),
-    ("archives", "boundary", "parameters", "report", "sharding", "losses"),
+    ("archives", "boundary", "parameters", "report", "sharding", "losses", "orders"),
     ("output", "nn", "metrics"),
     ("runtime", "quantizers", "tokenizers", "generators", "backbones", "sampling"),
     ("discriminators", "config"),
@@ -51,6 +51,7 @@ VOCABULARY = ("tokgen.interfaces", "tokgen.errors")
 
 # Who may import by a name that is computed, which the picture cannot see.
 DYNAMIC = {
+    "tokgen.orders": "the file that a config names",
     "tokgen.cli": "the chosen subcommand",
     "tokgen.config.building": "the file that a config names",
     "tokgen.pretrained.system": "every file of its folder",

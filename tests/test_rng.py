@@ -282,7 +282,7 @@ def _critic():
 def test_no_two_draws_of_a_game_share_a_key(recorder):
     graph, critic, optimizer = _critic()
     game = gan.Game(
-        weight=1.0, augmented=augment.KINDS, consistency=1.0, network=dict(name="features")
+        weight=1.0, augmented=augment.KINDS, consistency=1.0, network=dict(name="feature_heads")
     )
     image_BHW3 = jnp.asarray(np.random.default_rng(0).uniform(size=(B, 12, 12, 3)), jnp.float32)
     moves = rng.use(rng.key(0, "train", 5), rng.CRITIC)

@@ -143,13 +143,23 @@ def say(text: str) -> None:
 class Log:
     """The metrics of one run: lines of JSON and TensorBoard events in its work directory."""
 
-    def __init__(self, workdir: pathlib.Path, *, step: int = 0, measured: bool = True):
-        """Lines after `step` are taken again; its held-out figures too where not `measured`."""
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        *,
+        step: int = 0,
+        measured: bool = True,
+        told: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
+    ):
+        """Lines after `step` are taken again; its held-out figures too where not `measured`.
+
+        `told` tells a line of an earlier version in today's names of its figures.
+        """
         from tensorboardX import SummaryWriter
 
         workdir.mkdir(parents=True, exist_ok=True)
         self.workdir, self.started = workdir, time.monotonic()
-        _drop_after(workdir / LOG, step, measured)
+        _drop_after(workdir / LOG, step, measured, told)
         self.file = open(workdir / LOG, "a", buffering=1)  # noqa: SIM115  (closed by close)
         self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step)
 
@@ -186,12 +196,12 @@ def significant(value: float) -> float:
     return value if value.is_integer() else float(f"{value:.7g}")
 
 
-def _drop_after(file: pathlib.Path, step: int, measured: bool) -> None:
+def _drop_after(file: pathlib.Path, step: int, measured: bool, told: Callable) -> None:
     """Forget lines of steps that a resumed run takes again, and a line that was cut off."""
     if not file.exists():
         return
     kept = [
-        record
+        told(record)
         for record in read(file.parent)
         if record["step"] < step
         or (record["step"] == step and (measured or record["split"] != "held_out"))

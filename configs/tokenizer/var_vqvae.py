@@ -79,7 +79,7 @@ def get_config(variant="256"):
         augmented=("translation", "color", "cutout"),
         consistency=4.0,
         features="",
-        network=dict(name="features"),
+        network=dict(name="feature_heads"),
         optimizer=dict(ADAM, warmup=EPOCHS * EPOCH // 50, weight_decay=5e-4),
     )
     config.guard = dict(usage=0.02, worse=2.0)

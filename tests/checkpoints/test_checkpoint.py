@@ -16,7 +16,7 @@ from flax import nnx
 
 from tokgen import interfaces, parameters, sharding
 from tokgen.checkpoints import checkpoint, manifest, run as runs
-from tokgen.config import building, reading as configs
+from tokgen.config import building, migration, reading as configs
 from tokgen.training import optimizer as optimizers, train_state
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -563,3 +563,21 @@ def test_a_rebuilt_model_compiles_nothing_twice(base):
     assert encode._cache_size() == 1
     encode(second.module, image_BHW3)
     assert encode._cache_size() == 1
+
+
+def test_step_in_earlier_words_is_read_in_todays(base, monkeypatch):
+    """Arrays lie under the names that they were written with; the fingerprint stays the first."""
+    _, _, workdir = base
+    step = checkpoint.find(workdir)
+    before = checkpoint.read_meta(step)
+    rows = (migration.Row(r"model/(params|ema)/encoder", "conv_in", "entry"),)
+    monkeypatch.setattr(migration, "PARAMETERS", rows)
+    monkeypatch.setattr(migration, "FIELDS", (migration.Row("", "keep", "kept"),))
+    meta, now = checkpoint.read_meta(step), KERNEL.replace("conv_in", "entry")
+    assert now in meta["manifest"] and KERNEL not in meta["manifest"]
+    assert "kept" in meta["config"] and "keep" not in meta["config"]
+    whole = sharding.replicated(sharding.make_mesh())
+    entry = meta["manifest"][now]
+    leaf = jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"], sharding=whole)
+    assert checkpoint.restore(step, {now: leaf}, meta)[now].shape == leaf.shape
+    assert checkpoint.fingerprint(meta, "ema") == checkpoint.fingerprint(before, "ema")

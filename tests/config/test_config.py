@@ -534,7 +534,7 @@ def test_a_config_from_a_checkpoint_builds_the_same():
 
 
 def test_programs_are_the_checkout():
-    root = pathlib.Path(__file__).resolve().parents[1]
+    root = pathlib.Path(__file__).resolve().parents[2]
     assert configs.programs() == root and (root / "train_tokenizer.py").is_file()
 
 

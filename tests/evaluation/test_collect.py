@@ -19,7 +19,7 @@ import pytest
 
 from tests.evaluation import test_feature_extractors, test_made_images, test_page
 from tokgen.checkpoints import checkpoint, run as runs
-from tokgen.commands import evaluate, sample
+from tokgen.commands import evaluate
 from tokgen.evaluation import (
     collect,
     feature_extractors,
@@ -32,6 +32,7 @@ from tokgen.evaluation import (
 )
 from tokgen.interfaces import UserError
 from tokgen.metrics import codebook, moments
+from tokgen.sampling import drawing
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 COUNT, PART = 48, 8
@@ -144,11 +145,11 @@ def last(out: pathlib.Path) -> dict:
 
 # In one folder after another: where a run dies, at which call of it
 DEATHS = [
-    (sample, "draw", 1),  # before anything is drawn
+    (drawing, "draw", 1),  # before anything is drawn
     (made_images.os, "fsync", 1),  # amid writing the first images
     (feature_extractors, "features", 1),  # images are kept, and not seen yet
     (made_images.os, "fsync", 2),  # amid writing what was seen
-    (sample, "draw", 2),  # between two parts
+    (drawing, "draw", 2),  # between two parts
     (made_images, "save_part", 3),
     (made_images, "loaded_part", 14),  # amid joining the parts
     (metric_table, "score", 1),
@@ -190,12 +191,12 @@ import os, sys, time
 from tests.evaluation import test_collect
 for where, name, value in test_collect.fakes():
     setattr(where, name, value)
-save = test_collect.supplies.save_part
+save = test_collect.made_images.save_part
 def slow(*words):
     save(*words)
     time.sleep(0.2)
-test_collect.supplies.save_part = slow
-test_collect.assess.run(test_collect.scoring_of(*sys.argv[1:]))
+test_collect.made_images.save_part = slow
+test_collect.scores.run(test_collect.scoring_of(*sys.argv[1:]))
 """
 
 

@@ -92,7 +92,7 @@ def test_the_critic_is_the_one_that_is_named(capfd):
     assert (small.size, small.channels) == (16, 1)
     assert capfd.readouterr().err == ""
     # a frozen feature network without weights would judge by noise
-    fallback = built(dict(name="features"))
+    fallback = built(dict(name="feature_heads"))
     assert isinstance(fallback, patchgan.Discriminator)
     assert "PatchGAN, since config.critic.features names no weights" in capfd.readouterr().err
     with pytest.raises(interfaces.UserError, match="did you mean 'patchgan'"):
@@ -226,7 +226,7 @@ def sighted():
 
 def test_heads_learn_and_the_trunk_does_not(sighted, key):
     graph, critic = sighted
-    game = gan.Game(weight=1.0, network=dict(name="features"))
+    game = gan.Game(weight=1.0, network=dict(name="feature_heads"))
     step = jax.jit(gan.critic_step(game, graph, PLAIN))
     real, fake = pair(key, (2, 8, 8, 3))
     after, _, seen = step(critic, losses.averages(), real, fake, key)

@@ -1,5 +1,7 @@
 """A step on disk: find it, read and verify it, load the network inside.
 
+Its record is told in today's words, whatever they were when it was written (config/migration.py).
+
 A step holds the arrays of its TrainStates and a `meta` record in JSON: kind, config, layout,
 classes, tokenizer, metrics, and the manifest. Orbax commits a step whole or not at all, but returns
 flipped bytes and casts dtypes without a word; the manifest (a checksum, shape and dtype per leaf)
@@ -27,7 +29,7 @@ from flax import nnx
 
 from tokgen import parameters, records, rng, sharding
 from tokgen.checkpoints import manifest
-from tokgen.config import building as configs
+from tokgen.config import building as configs, migration
 from tokgen.interfaces import PyTree, TokenLayout, UserError
 
 FORMAT = 1
@@ -159,7 +161,21 @@ def _record(step: pathlib.Path) -> dict:
         except UserError as error:
             raise ValueError(str(error)) from error
     noted = _noted(step) if meta["metrics"] is None else meta["metrics"]
-    return meta | {"metrics": noted or {}, "measured": noted is not None}
+    return _migrated(meta) | {
+        "metrics": migration.metrics(noted or {}),
+        "measured": noted is not None,
+    }
+
+
+def _migrated(meta: dict) -> dict:
+    """A record in today's words; `written` says under which path an array of another one lies."""
+    paths = {path: migration.parameter(path) for path in meta["manifest"]}
+    return meta | {
+        "config": migration.config(meta["config"]),
+        "best": next(iter(migration.metrics({meta["best"]: None}))),
+        "manifest": {paths[path]: entry for path, entry in meta["manifest"].items()},
+        "written": {now: then for then, now in paths.items() if now != then},
+    }
 
 
 def note(step: pathlib.Path, figures: dict[str, float]) -> None:
@@ -226,23 +242,25 @@ def restore(step: pathlib.Path, wanted: dict[str, Any], meta: dict) -> dict[str,
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
         for path, leaf in wanted.items()
     }
-    names = named(target)
+    # arrays have the names there that they were written with
+    names = {path: _name(meta.get("written", {}).get(path, path)) for path in wanted}
+    target = {names[path]: leaf for path, leaf in target.items()}
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         # the store cuts and fills arrays to any size that is asked for, without a word
         stored = ocp.PyTreeCheckpointer().metadata((step / "state").absolute()).item_metadata
         for path, leaf in wanted.items():
-            if tuple(stored[_name(path)].shape) != tuple(leaf.shape):
-                raise ValueError(f"{path} is {stored[_name(path)].shape} there, not {leaf.shape}")
+            if tuple(stored[names[path]].shape) != tuple(leaf.shape):
+                raise ValueError(f"{path} is {stored[names[path]].shape} there, not {leaf.shape}")
         found = ocp.PyTreeCheckpointer().restore(
             (step / "state").absolute(),
             args=ocp.args.PyTreeRestore(
-                item=names,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(names),
+                item=target,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
                 partial_restore=True,
             ),
         )
-        leaves = {path: found[_name(path)] for path in wanted}
+        leaves = {path: found[names[path]] for path in wanted}
     except Exception as error:
         # Orbax raises this very class for an array that it cannot read
         if type(error) is not Exception and not isinstance(error, _UNREADABLE):
@@ -475,14 +493,20 @@ def load(path: str | os.PathLike, kind: str = "", *, compute: str = "", which: s
 
 
 def fingerprint(meta: dict, which: str) -> str:
-    """What a network computes, as a hash: its weights and the sections that shape it."""
+    """What a network computes, as a hash: its weights and the sections that shape it.
+
+    Of `meta` as `read_meta` tells it, in the words that came first: token sets and generators have
+    noted it, and whatever a network is called since, it computes what it did.
+    """
+    paths = {path: migration.first_parameter(path) for path in meta["manifest"]}
     used = {
-        path: entry
-        for path, entry in meta["manifest"].items()
-        if path.startswith((f"model/{which}/", "model/stats/"))
+        first: meta["manifest"][path]
+        for path, first in paths.items()
+        if first.startswith((f"model/{which}/", "model/stats/"))
     }
     sections = ("view", "encoder", "quantizer", "decoder", "pixels", "generator")
-    shape = {name: meta["config"].get(name) for name in sections}
+    config = migration.first_config(meta["config"])
+    shape = {name: config.get(name) for name in sections}
     record = json.dumps([used, shape, meta["layout"]], sort_keys=True)
     return hashlib.sha256(record.encode()).hexdigest()
 

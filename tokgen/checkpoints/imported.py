@@ -15,7 +15,7 @@ from flax import nnx
 
 from tokgen import parameters, records
 from tokgen.checkpoints import checkpoint, run as runs
-from tokgen.config import building as configs
+from tokgen.config import building as configs, migration
 from tokgen.interfaces import TokenLayout, UserError
 from tokgen.pretrained import keymap, transfer
 from tokgen.pretrained.formats import reader, writer
@@ -139,6 +139,12 @@ def is_export(path: pathlib.Path) -> bool:
     return True
 
 
+def _place(key: str) -> str:
+    """The name that an array of an export has today."""
+    path = migration.parameter("model/" + key.replace(".", "/"))
+    return path.removeprefix("model/").replace("/", ".")
+
+
 def of_export(path: pathlib.Path) -> tuple[transfer.Imported, dict]:
     """(the network of an export's own file, its record): what was used, so no live weights apart.
 
@@ -152,7 +158,10 @@ def of_export(path: pathlib.Path) -> tuple[transfer.Imported, dict]:
         layout = TokenLayout.from_json(record["layout"]) if record.get("layout") else None
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{folder / CONFIG} states no layout of tokens: {error!r:.200}") from error
-    config, classes = ml_collections.ConfigDict(record["config"]), record["classes"]
+    config, classes = (
+        ml_collections.ConfigDict(migration.config(record["config"])),
+        record["classes"],
+    )
 
     def make():
         if "generator" in config:
@@ -168,7 +177,7 @@ def of_export(path: pathlib.Path) -> tuple[transfer.Imported, dict]:
         for name, tree in (("params", params), ("stats", stats))
         for place in parameters.paths(tree)
     ]
-    weights = reader.read(folder / OURS)
+    weights = {_place(key): array for key, array in reader.read(folder / OURS).items()}
     network = keymap.fill(module, rows, weights, source=str(folder / OURS))
     average = network if record.get("which") == "ema" else None
     source = record.get("source")

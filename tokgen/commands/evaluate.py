@@ -154,7 +154,7 @@ def _tokenizer(step: pathlib.Path, args: argparse.Namespace) -> tuple:
 def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     """(figures, what their first is called, the source that they are of, the precision)."""
     loaded = checkpoint.load_generator(step, compute=args.precision or "")
-    if getattr(loaded.module, "exact", True) and args.order != "random":
+    if loaded.module.exact and args.order != "random":
         when = "orders that are drawn: of a masked generator, or with --order random"
         options.check(args, {"orders": when, "seed": when})
     tokenizer = checkpoint.load_tokenizer_of(loaded, args.tokenizer)
@@ -188,7 +188,7 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
         seed=args.seed,
         label_C=label_C,
     )
-    how = [] if getattr(loaded.module, "exact", True) else ["upper bound"]
+    how = [] if loaded.module.exact else ["upper bound"]
     how += [f"order {args.order}"] if args.order else []
     how += [f"{figures['orders']} orders"] if "orders" in figures else []
     title = f"nats_per_token ({', '.join(how)})" if how else "nats_per_token"

@@ -174,7 +174,7 @@ def _next(imported: transfer.Imported, out: pathlib.Path, tokenizer) -> str:
         named = "" if tokenizer else " (its tokenizer must be named)"
         # a few images: a thousand classes would take hours
         few = f" --classes 0-{min(4, imported.classes) - 1}" if imported.classes else ""
-        if getattr(imported.module, "cond", "label") == "text":
+        if imported.module.cond == "text":
             few = " --text FILE.npz"
         return f"tokgen sample {out} --out DIR{where}{few} --number 2{named}"
     text = " --text DIR" if imported.config.decoder.get("text") else ""

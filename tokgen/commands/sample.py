@@ -103,7 +103,7 @@ def captions(path: str) -> Text:
 
 def conditions(args: argparse.Namespace, loaded) -> tuple[PyTree, np.ndarray, list[str]]:
     """(the condition of every image, the number of its class or text [N], names of the classes)."""
-    kind = getattr(loaded.module, "cond", "label")
+    kind = loaded.module.cond
     if kind == "label" and args.text:
         raise UserError(
             "--text needs a generator that reads text; found one of "
@@ -181,7 +181,7 @@ def prepared(args: argparse.Namespace, loaded) -> tuple:
         report.say(f"departs from preset {args.preset!r}: {changed}")
     settings |= changed
     generator, sampler = presets.prepare(loaded.module, settings)
-    labels = getattr(loaded.module, "cond", "label") == "label"
+    labels = loaded.module.cond == "label"
     if sampler.guidance and labels and not loaded.classes:
         if "weight" in changed:
             raise UserError(

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from tokgen import ranges
+from tokgen.config import migration
 from tokgen.interfaces import TokenLayout, UserError
 
 # Sections that name a class: the package, the class, and the arguments that come from elsewhere.
@@ -67,8 +68,8 @@ def named(section: Any, kind: str) -> Callable:
 
 
 def _defines(folder, file: str, attribute: str) -> bool:
-    source = pathlib.Path(folder.__path__[0]) / f"{file}.py"
-    return source.is_file() and f"class {attribute}" in source.read_text()
+    sources = (pathlib.Path(place) / f"{file}.py" for place in folder.__path__)
+    return any(f"class {attribute}" in source.read_text() for source in sources if source.is_file())
 
 
 def check(
@@ -165,8 +166,11 @@ def _mismatches(target: Callable, arguments: Any, context: Any, kind: str) -> li
     problems = []
     for name in arguments:
         if name not in free:
+            path = name if kind == "config" else f"{kind}.{name}"
             near = difflib.get_close_matches(str(name), free, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(free)}"
+            if (now := migration.field(str(path))) != path:
+                hint = f"; it is called {now} now"
             problems.append(f"{kind} has no argument {name!r}{hint}")
     for name in free:
         if parameters[name].default is inspect.Parameter.empty and name not in arguments:

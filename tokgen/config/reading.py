@@ -20,7 +20,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from tokgen import ranges
-from tokgen.config import building
+from tokgen.config import building, migration
 from tokgen.interfaces import UserError
 
 
@@ -137,6 +137,9 @@ def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> Non
             problems.append(str(error))
     for name, value in values:
         if (name, value) in chosen:
+            continue
+        if (now := migration.field(name)) != name and building.at(config, name) is None:
+            problems.append(f"unknown config key {name!r}; it is called {now} now")
             continue
         *parents, last = name.split(".")
         section = config

@@ -42,7 +42,7 @@ class Game:
         consistency: weight of agreement between two augmentations of an image, of the sum over
             real and painted ones.
         first: who moves first in a step, "painter" or "critic".
-        features: weight file of the frozen feature network, for `network.name="features"`.
+        features: weight file of the frozen feature network, for `network.name="feature_heads"`.
         network, optimizer: sections of their own.
     """
 
@@ -62,7 +62,7 @@ class Game:
     augmented: tuple[str, ...] = ()
     consistency: ranges.Amount = 0.0
     first: str = "painter"
-    feature_heads: str = ""
+    features: str = ""
     network: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -91,7 +91,7 @@ class Game:
 def build(game: Game, settings, *, rngs):
     """The critic; without the weights that a feature network needs, PatchGAN in its place."""
     section = dict(game.network)
-    if section.get("name") == "features" and not game.features:
+    if section.get("name") == "feature_heads" and not game.features:
         report.say(
             "critic: PatchGAN, since config.critic.features names no weights of DINO ViT-S/16 "
             "(docs/data.md)"
