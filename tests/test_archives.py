@@ -57,7 +57,7 @@ HOSTILE = {
 }
 READERS = {
     "archives": lambda path: archives.arrays(path),
-    "samples": lambda path: given_images.Archive(path),
+    "samples": lambda path: npz.Archive(path),
     "references": lambda path: references.read(path),
     "parts of an evaluation": made_images.loaded_part,
     "texts": lambda path: captioned.conditions(str(path)),

@@ -23,8 +23,10 @@ from tokgen.nn import precision
 LAYOUT = interfaces.TokenLayout((3, 2), ((2, 2),))
 
 
-class Tokens:
+class Tokens(sources.RandomAccess):
     """Images of tokens in memory, as `tokens.Source` gives them."""
+
+    holds = "tokens"
 
     def __init__(self, tokens_NLG, label_N, layout=LAYOUT):
         self.tokens_NLG, self.label_N, self.layout = tokens_NLG, label_N, layout.to_json()

@@ -161,7 +161,6 @@ def test_samples_of_other_seeds_have_nothing_in_common(tmp_path):
 def test_samples_that_were_scored_from_an_archive_are_shown_if_unchanged(tmp_path):
     folder(tmp_path / "given", label_N=np.zeros(40, int))
     file = tmp_path / "given" / "samples.npz"
-    from tokgen.evaluation import given_images
 
     scored = line(images=given_images.Archive(file).identity)
     assert len(comparison._images_of(scored, tmp_path)) == 40

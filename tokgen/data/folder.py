@@ -26,7 +26,7 @@ from typing import BinaryIO
 import numpy as np
 
 from tokgen import interfaces, ranges
-from tokgen.data import classes as names_, pixels as images
+from tokgen.data import classes as names_, pixels as images, sources
 
 EXTENSIONS = images.EXTENSIONS
 SPLITS = ("train", "held_out", "all")
@@ -63,7 +63,7 @@ _JUNK_FOLDERS = frozenset(
 _JUNK_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"))
 
 
-class Source:
+class Source(sources.RandomAccess):
     """Random access to the image files below a folder: `{"image": bytes, "label": int}`.
 
     Args:
@@ -76,7 +76,7 @@ class Source:
       order: of the classes, as it was recorded; used where it is one of the same classes.
     """
 
-    classes: tuple[str, ...]
+    holds = "files"
 
     def __init__(
         self,
