@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tokgen import archives
-from tokgen.data import captioned
-from tokgen.evaluation import given_images, made_images, references
+from tokgen.data import captioned, npz
+from tokgen.evaluation import made_images, references
 from tokgen.interfaces import UserError
 from tokgen.pretrained import parity
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tokgen import cli, interfaces, rng, runtime
 from tokgen.checkpoints import checkpoint
-from tokgen.data import datasets, folder
+from tokgen.data import datasets, folder, sources
 from tokgen.evaluation import references, validation
 from tokgen.generators import autoregressive
 from tokgen.nn import precision

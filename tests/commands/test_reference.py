@@ -9,11 +9,11 @@ from PIL import Image
 
 from tests.evaluation import test_feature_extractors
 from tokgen import cli, interfaces, sharding
-from tokgen.commands import reference
 from tokgen.evaluation import (
     feature_extractors,
     local_classifier,
     protocols,
+    reference_making,
     references,
     score_page,
 )

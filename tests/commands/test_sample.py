@@ -127,9 +127,7 @@ def _args(*words: str) -> argparse.Namespace:
 def prepared(args, loaded):
     """(settings, generator, sampler) that a command line asks for; refused where it is in vain."""
     choice = sample.choice_of(args)
-    found = presets.choose(
-        loaded.module, loaded.config.presets.to_dict(), choice, loaded.classes
-    )
+    found = presets.choose(loaded.module, loaded.config.presets.to_dict(), choice, loaded.classes)
     options.refuse(presets.without_effect(choice, found[-1]))
     return found
 

@@ -27,8 +27,8 @@ from tokgen.evaluation import (
     protocols,
     references,
     score as scores,
-    score_settings,
     score_page,
+    score_settings,
 )
 from tokgen.interfaces import UserError
 from tokgen.metrics import codebook, moments
@@ -264,7 +264,10 @@ def test_given_as_an_archive_the_same_images_score_the_same(tmp_path, die, refer
     [
         ({"seed": 6}, "seed: 5 there, 6 here"),
         ({"samples": 40}, "samples: 48 there, 40 here"),
-        ({"sampling": presets.Choice(temperature=0.5)}, "images.settings.temperature: 1.0 there, 0.5 here"),
+        (
+            {"sampling": presets.Choice(temperature=0.5)},
+            "images.settings.temperature: 1.0 there, 0.5 here",
+        ),
     ],
 )
 def test_a_folder_of_another_evaluation_is_refused(die, reference, whole, change, difference):

@@ -94,7 +94,9 @@ def test_the_bias_shown_is_that_of_so_many_images():
         shown.append(measured("fid", one)["bias"])
         few = compared(features={"pooled": rows_ND[:14]}, moments={"pooled": exact})
         closed = frechet.between(moments.Moments.of(rows_ND[:14]), exact)
-        assert measured("fid", few)["bias"] == pytest.approx(closed.bias)  # seven chunks are too few
+        assert measured("fid", few)["bias"] == pytest.approx(
+            closed.bias
+        )  # seven chunks are too few
         assert "low" not in measured("fid", few)
     assert np.mean(shown) == pytest.approx(frechet.bias(D, 400), rel=0.25)
 

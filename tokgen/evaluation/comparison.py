@@ -231,7 +231,8 @@ def guided(lines: Mapping[str, Mapping]) -> dict[str, list[tuple]]:
         if len({weight for weight, _ in members}) > 1:
             rest = members[0][1]["images"]
             checkpoint = score_page.name_of(members[0][1])
-            about = f"{checkpoint}, temperature {metric_table.plain(rest['settings'].get('temperature'))}"
+            heat = metric_table.plain(rest["settings"].get("temperature"))
+            about = f"{checkpoint}, temperature {heat}"
             while about in series:
                 about += "'"
             series[about] = [

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from tokgen import archives, options, records
-from tokgen.data import folder, pixels, reader, scan
+from tokgen.data import folder, npz, pixels, scan, sources
 from tokgen.interfaces import UserError
 
 LOSSY = tuple(
@@ -217,7 +217,7 @@ class Pictures:
         try:
             if not self.lossy and sources.header(self.source, index)[0] == "JPEG":
                 raise UserError(self._is_lossy([name]))
-            record = reader.read(self.source, index, 3)
+            record = sources.read(self.source, index, 3)
         except pixels.BrokenImage as error:
             raise UserError(f"cannot read {name} of {self.source.path}: {error}") from error
         return record["image"], record["label"]

@@ -30,7 +30,9 @@ SAMPLES = 1000  # of a generator, where neither the protocol nor the settings sa
 # ---------------------------------------------------------------- the images
 
 
-def images_of(settings: score_settings.Settings, out: pathlib.Path) -> tuple[given_images.Images, int]:
+def images_of(
+    settings: score_settings.Settings, out: pathlib.Path
+) -> tuple[given_images.Images, int]:
     """(the images to be scored, how many classes their labels have)."""
     kind = score_settings.check_kind(settings)
     if not kind:

@@ -189,7 +189,10 @@ def made(line: Mapping) -> str:
             shown = _by(value) if key == "size" else metric_table.plain(value)
             rows.append((f"{name}: {key.replace('_', ' ')}", shown))
     rows += [("seed", metric_table.plain(line["seed"])), ("time", line["time"])]
-    rows += [("versions", metric_table.plain(line["versions"])), ("images, sha256", line["images_sha256"])]
+    rows += [
+        ("versions", metric_table.plain(line["versions"])),
+        ("images, sha256", line["images_sha256"]),
+    ]
     return table((), rows, "long")
 
 

@@ -63,9 +63,7 @@ def make(settings: Settings) -> dict:
     """Measure the images and write what they are like; the record of the reference."""
     check(settings)
     read = () if datasets.kind_of(settings.data) == "tfds" else (settings.data,)
-    given = dict(
-        overwrite=settings.overwrite, inputs=(*read, settings.weights, settings.network)
-    )
+    given = dict(overwrite=settings.overwrite, inputs=(*read, settings.weights, settings.network))
     with output.file(settings.out, own=references.is_one, **given) as file:
         return _written(settings, file)
 
@@ -120,9 +118,7 @@ def _written(settings: Settings, file: pathlib.Path) -> dict:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": checkpoint.versions(),
     }
-    references.save(
-        file, record, found.moments, found.features, found.index_n, found.label_n, kept
-    )
+    references.save(file, record, found.moments, found.features, found.index_n, found.label_n, kept)
     return record
 
 
@@ -141,9 +137,7 @@ def size_of(source, settings: Settings) -> tuple[int, int]:
     """(rows, columns): what is asked for, or 256; of the local protocol, the first image's."""
     if settings.size:
         if len(settings.size) > 2 or min(settings.size) < 8:
-            raise UserError(
-                f"--size is one number or two, at least 8; found {list(settings.size)}"
-            )
+            raise UserError(f"--size is one number or two, at least 8; found {list(settings.size)}")
         return (settings.size * 2)[0], (settings.size * 2)[1]
     if isinstance(source, npz.Source):
         return source.size
@@ -158,9 +152,7 @@ def size_of(source, settings: Settings) -> tuple[int, int]:
         ) from error
 
 
-def extractor_of(
-    settings: Settings, source, size: tuple[int, int]
-) -> feature_extractors.Extractor:
+def extractor_of(settings: Settings, source, size: tuple[int, int]) -> feature_extractors.Extractor:
     """The protocol's feature network: from a file, of another reference, or trained now."""
     protocol = protocols.named(settings.protocol)
     if protocol.extractor != "local":
@@ -172,9 +164,7 @@ def extractor_of(
     if settings.network:
         other = references.read(settings.network)
         if not other.network:
-            raise UserError(
-                f"{settings.network} holds no local network: it is of another protocol"
-            )
+            raise UserError(f"{settings.network} holds no local network: it is of another protocol")
         return feature_extractors.from_arrays(other.network, other.record["extractor"])
     recipe = local_classifier.PHOTOGRAPHS
     if settings.steps is not None:

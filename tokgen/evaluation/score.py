@@ -1,6 +1,6 @@
 """A score: images, a feature network, metrics against a reference, and a page to look at.
 
-`score` does all of it, for whoever calls it; `tokgen evaluate --protocol` is that and a command line.
+`score` does all of it; `tokgen evaluate --protocol` is that and a command line.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from tokgen import options, output, report, runtime
-from tokgen.data import classes as names_, npz
+from tokgen.data import classes as names_
 from tokgen.evaluation import (
     collect,
     feature_extractors,
@@ -26,6 +26,7 @@ from tokgen.evaluation import (
 )
 from tokgen.interfaces import UserError
 from tokgen.sampling import presets
+
 
 def score(settings: score_settings.Settings) -> dict:
     """The result, as a line of JSON; it is written to the folder, with a page that shows it."""

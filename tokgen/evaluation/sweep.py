@@ -133,9 +133,7 @@ def check(settings: Settings) -> None:
     known = metric_table.of_protocol(shared.protocol)
     if settings.by not in known or not metric_table.better(settings.by):
         listed_ = ", ".join(filter(metric_table.better, known))
-        raise UserError(
-            f"--by is a metric of {shared.protocol}: {listed_}; found {settings.by!r}"
-        )
+        raise UserError(f"--by is a metric of {shared.protocol}: {listed_}; found {settings.by!r}")
 
 
 def one(
@@ -272,7 +270,9 @@ def listed(summary: Mapping) -> str:
         told = cell(by, row["metrics"][by]) if by in row["metrics"] else metric_table.NOT_FINITE
         rows.append(f"{name or 'preset':<20} {told:<24} {mark}".rstrip())
     seeds = len(summary["seeds"])
-    return "\n".join([f"{metric_table.title_of(by)}, mean ± standard deviation of {seeds} seeds", *rows])
+    return "\n".join(
+        [f"{metric_table.title_of(by)}, mean ± standard deviation of {seeds} seeds", *rows]
+    )
 
 
 def shown(summary: Mapping, lines: Mapping[str, Sequence[Mapping]]) -> str:
@@ -287,8 +287,9 @@ def shown(summary: Mapping, lines: Mapping[str, Sequence[Mapping]]) -> str:
         mark = marked.get(name, "")
         rows.append((name or "preset", (f"{cells[0]} {mark}".rstrip(), mark), *cells[1:]))
     told = (
-        f"Mean ± standard deviation over the seeds {metric_table.plain(summary['seeds'])}, the same for "
-        f"every setting. Best is the best mean of {metric_table.title_of(by)}; a tie differs "
+        "Mean ± standard deviation over the seeds "
+        f"{metric_table.plain(summary['seeds'])}, the same for every "
+        f"setting. Best is the best mean of {metric_table.title_of(by)}; a tie differs "
         "from it by no more than the seeds explain (95 %, differences taken seed by seed)."
     )
     first = next(iter(lines.values()))[0]
@@ -320,7 +321,8 @@ def plots(summary: Mapping) -> list[str]:
             address = page.lines(series, axis, metric_table.title_of(by))
             found.append(
                 page.picture(
-                    address, f"{metric_table.title_of(by)} against {axis}; bars: a standard deviation"
+                    address,
+                    f"{metric_table.title_of(by)} against {axis}; bars: a standard deviation",
                 )
             )
     if all({"precision", "recall"} <= set(row["metrics"]) for row in rows.values()):

@@ -30,7 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tokgen import options, ranges, report
+from tokgen import ranges, report
 from tokgen.interfaces import Generator, UserError
 from tokgen.sampling import decode, guidance, sampler as filters
 
