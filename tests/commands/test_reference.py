@@ -233,7 +233,7 @@ def test_a_published_network_sees_all_images_once(tmp_path, monkeypatch):
         (("named", "--out", "named.npz/a.npz"), "cannot write"),
         (("nothing", "--out", "a.npz"), "an image folder is needed at nothing"),
         (("nothing.npz", "--out", "a.npz"), "nothing.npz"),
-        (("named", "--out", "a.npz", "--protocol", "fid"), "protocols are"),
+        (("named", "--out", "a.npz", "--protocol", "fid"), "--protocol must be one of"),
         (("named", "--out", "a.npz", "--protocol", "adm-50k"), "needs its weight file"),
         (("named", "--out", "a.npz", "--weights", "w"), "leave --weights out"),
         (("named", "--out", "a.npz", "--protocol", "adm-50k", "--network", "n"), "--network is of"),

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from tokgen import interfaces, options
+from tokgen.checkpoints import checkpoint
 from tokgen.commands import sample
 from tokgen.data import captioned
 from tokgen.interfaces import UserError
@@ -240,10 +241,10 @@ def stand_ins(tmp_path, monkeypatch):
     loaded.step, loaded.fingerprint = tmp_path / "G", "f"
     painter = types.SimpleNamespace(module=Painter(), fingerprint="t")
     monkeypatch.setattr(sample.runtime, "devices", lambda: None)
-    monkeypatch.setattr(sample.checkpoint, "find", lambda path: path)
-    monkeypatch.setattr(sample.checkpoint, "read_meta", lambda step: {"kind": "tokenizer"})
-    monkeypatch.setattr(sample.checkpoint, "load_generator", lambda *_, **more: loaded)
-    monkeypatch.setattr(sample.checkpoint, "load_tokenizer_of", lambda *_: painter)
+    monkeypatch.setattr(checkpoint, "find", lambda path: path)
+    monkeypatch.setattr(checkpoint, "read_meta", lambda step: {"kind": "tokenizer"})
+    monkeypatch.setattr(checkpoint, "load_generator", lambda *_, **more: loaded)
+    monkeypatch.setattr(checkpoint, "load_tokenizer_of", lambda *_: painter)
     real, batches = drawing.sharding.filled, []
 
     def filled(tree, batch, mesh):

@@ -43,7 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print it; all files that cannot be read by name."""
-    from tokgen.data import classes, reader, token_shards
+    from tokgen.data import classes, datasets, token_shards
 
     shards = (pathlib.Path(args.data) / token_shards.HEADER).exists()
     idle = {}
@@ -102,21 +102,17 @@ def run(args: argparse.Namespace) -> None:
 
 def _source(args: argparse.Namespace, split: str):
     """A part of the images that DATA names."""
-    from tokgen.config import building
+    from tokgen.data import datasets
 
-    if args.data.startswith("tfds:"):
-        section = {
-            "name": "tfds",
-            "dataset": args.data.removeprefix("tfds:"),
-            "splits": tuple(args.splits.split(",")),
-            "data_dir": args.data_dir,
-            "label": args.label,
-        }
-    else:
-        section = {"name": "folder", "path": args.data, "held_out": args.held_out}
-    if args.labels:
-        section["labels"] = args.labels
-    return building.build(section, "data", split=split)
+    splits = tuple(args.splits.split(","))
+    return datasets.from_path(
+        *(args.data, split),
+        labels=args.labels,
+        splits=splits,
+        data_dir=args.data_dir,
+        label=args.label,
+        held_out=args.held_out,
+    )
 
 
 def _scanned(source, args: argparse.Namespace) -> scan.Found:

@@ -52,7 +52,7 @@ def _filled(args: argparse.Namespace, views: tuple[str, ...], out: output.Folder
 
     from tokgen import sharding
     from tokgen.checkpoints import checkpoint
-    from tokgen.data import datasets, pixels as images, reader, token_shards
+    from tokgen.data import datasets, pixels as images, token_shards, unreadable
 
     runtime.devices(args.batch)
     loaded = checkpoint.load_tokenizer(args.tokenizer, compute=args.precision)
@@ -138,7 +138,7 @@ def _shard(tokenizer, source, shard, views, batch, mesh, bar) -> tuple:
     import numpy as np
 
     from tokgen import boundary, sharding
-    from tokgen.data import datasets, loader, pixels as images, reader
+    from tokgen.data import datasets, loader, pixels as images
 
     count = shard.stop - shard.start
     layout = tokenizer.layout

@@ -55,14 +55,14 @@ def _reconstructed(args: argparse.Namespace, out: output.Folder) -> dict:
     from tokgen import image_grid
     from tokgen.checkpoints import checkpoint
     from tokgen.config import building
-    from tokgen.data import captioned, datasets, reader
+    from tokgen.data import captioned, datasets, folder
     from tokgen.evaluation import validation
 
     runtime.devices()
     loaded = checkpoint.load_tokenizer(args.checkpoint, compute=args.precision)
     path = pathlib.Path(args.images)
     if path.is_file():
-        source = OneImage(path)
+        source = folder.OneImage(path)
     else:
         section = {"name": "folder", "path": str(path), "labels": "none"}  # of any folder
         source = building.build(section, "data", split="all")
@@ -99,20 +99,3 @@ def _reconstructed(args: argparse.Namespace, out: output.Folder) -> dict:
         record["unreadable_files"] = source.unreadable.record()["files"]
     (out.path / "figures.json").write_text(json.dumps(record, indent=2) + "\n")
     return figures
-
-
-class OneImage(sources.RandomAccess):
-    """A single file as a source."""
-
-    def __init__(self, path: pathlib.Path):
-        self.path = self.fingerprint = str(path)
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int) -> dict[str, bytes | int]:
-        return {"image": pathlib.Path(self.path).read_bytes(), "label": 0}
-
-    def name(self, index: int) -> str:
-        """Its path."""
-        return self.path

@@ -120,7 +120,7 @@ def grid_of(settings: Settings) -> dict[str, dict]:
 def check(settings: Settings) -> None:
     """Errors of the settings, before anything is loaded."""
     shared = settings.score
-    score_settings.check(shared)
+    score_settings.check(one(settings, {}, shared.seed, pathlib.Path(shared.out)))
     protocol = protocols.named(shared.protocol)
     if settings.seeds < 1 or shared.seed + settings.seeds > 2**32:
         raise UserError(
