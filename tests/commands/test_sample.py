@@ -14,6 +14,7 @@ from tokgen import interfaces, options
 from tokgen.checkpoints import checkpoint
 from tokgen.commands import sample
 from tokgen.data import captioned
+from tokgen.evaluation import made_images
 from tokgen.interfaces import UserError
 from tokgen.sampling import drawing, presets, sampler as filters
 
@@ -268,7 +269,7 @@ def test_samples_that_were_killed_go_on_to_the_same_images(stand_ins, monkeypatc
     assert len(png) == 15 and set(whole) - set(png) == {
         *("samples.npz", "samples.json", "tokens.npy", "grid.png")
     }
-    save = sample.made_images.save_part
+    save = made_images.save_part
 
     def dying(file, arrays):
         if len(stand_ins.batches) == 2:
@@ -277,7 +278,7 @@ def test_samples_that_were_killed_go_on_to_the_same_images(stand_ins, monkeypatc
 
     stand_ins.batches.clear()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sample.made_images, "save_part", dying)
+        patch.setattr(made_images, "save_part", dying)
         stand_ins.run("killed", "--number", "3", "--batch", "4")
     assert not (tmp_path / "killed").exists()
     with pytest.raises(UserError, match="seed: 0 there, 1 here"):
