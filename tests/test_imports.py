@@ -17,9 +17,9 @@ FILES = sorted([*(ROOT / "tokgen").rglob("*.py"), *ROOT.glob("train_*.py")])
 # lies in a layer below its own, and files of its own folder. A new unit needs a place here.
 LAYERS = (
     ("errors",),
-    ("choices", "interfaces", "ranges", "records", "rng", "options"),
+    ("choices", "image_grid", "interfaces", "options", "ranges", "records", "rng"),
     ("archives", "boundary", "parameters", "report", "sharding", "losses", "orders"),
-    ("output", "nn", "metrics"),
+    ("output", "metrics_log", "nn", "metrics"),
     ("runtime", "quantizers", "tokenizers", "generators", "backbones", "sampling"),
     ("discriminators", "config"),
     ("data",),

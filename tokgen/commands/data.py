@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+from typing import TYPE_CHECKING
 
 from tokgen import options, report
-from tokgen.data import classes, datasets, scan, token_shards
-from tokgen.interfaces import UserError
+from tokgen.errors import UserError
+
+if TYPE_CHECKING:
+    from tokgen.data import scan
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +43,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print it; all files that cannot be read by name."""
+    from tokgen.data import classes, datasets, token_shards
+
     shards = (pathlib.Path(args.data) / token_shards.HEADER).exists()
     idle = {}
     if datasets.kind_of(args.data) != "tfds":
@@ -97,6 +102,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _source(args: argparse.Namespace, split: str):
     """A part of the images that DATA names."""
+    from tokgen.data import datasets
+
     splits = tuple(args.splits.split(","))
     return datasets.from_path(
         *(args.data, split),
@@ -109,6 +116,8 @@ def _source(args: argparse.Namespace, split: str):
 
 
 def _scanned(source, args: argparse.Namespace) -> scan.Found:
+    from tokgen.data import scan
+
     if args.scan == "full":
         return scan.full(source, args.channels)
     return scan.headers(source)
@@ -131,6 +140,8 @@ def _sizes(sizes: dict[tuple[int, int], int]) -> str:
 
 def _shards(args: argparse.Namespace) -> None:
     """What the header of a token set says; with --scan full, what its records hold."""
+    from tokgen.data import classes, token_shards
+
     sources, wrong = {}, {}
     for split in token_shards.SPLITS:
         try:

@@ -7,11 +7,7 @@ import json
 import pathlib
 
 from tokgen import output, report, runtime
-from tokgen.checkpoints import checkpoint
-from tokgen.config import building
-from tokgen.data import captioned, datasets, sources
-from tokgen.evaluation import validation
-from tokgen.interfaces import UserError
+from tokgen.errors import UserError
 
 PIXELS = 2**26  # of pairs.png, at most
 RECORDS = {"figures.json": ("checkpoint", "images")}
@@ -56,11 +52,17 @@ def run(args: argparse.Namespace) -> None:
 
 def _reconstructed(args: argparse.Namespace, out: output.Folder) -> dict:
     """The figures, after all is written."""
+    from tokgen import image_grid
+    from tokgen.checkpoints import checkpoint
+    from tokgen.config import building
+    from tokgen.data import captioned, datasets, folder
+    from tokgen.evaluation import validation
+
     runtime.devices()
     loaded = checkpoint.load_tokenizer(args.checkpoint, compute=args.precision)
     path = pathlib.Path(args.images)
     if path.is_file():
-        source = OneImage(path)
+        source = folder.OneImage(path)
     else:
         section = {"name": "folder", "path": str(path), "labels": "none"}  # of any folder
         source = building.build(section, "data", split="all")
@@ -91,26 +93,9 @@ def _reconstructed(args: argparse.Namespace, out: output.Folder) -> dict:
         batch=args.batch,
         shown=min(args.shown, fitting),
     )
-    report.save_png(out.path / "pairs.png", report.beside(image, painted, scale=scale))
+    image_grid.save_png(out.path / "pairs.png", image_grid.beside(image, painted, scale=scale))
     record = {"checkpoint": str(loaded.step), "images": str(path), **figures}
     if "unreadable" in figures:
         record["unreadable_files"] = source.unreadable.record()["files"]
     (out.path / "figures.json").write_text(json.dumps(record, indent=2) + "\n")
     return figures
-
-
-class OneImage(sources.RandomAccess):
-    """A single file as a source."""
-
-    def __init__(self, path: pathlib.Path):
-        self.path = self.fingerprint = str(path)
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int) -> dict[str, bytes | int]:
-        return {"image": pathlib.Path(self.path).read_bytes(), "label": 0}
-
-    def name(self, index: int) -> str:
-        """Its path."""
-        return self.path

@@ -19,6 +19,7 @@ import concurrent.futures
 import functools
 import hashlib
 import os
+import pathlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
@@ -237,6 +238,23 @@ class Source(sources.RandomAccess):
             notes += [*told, *more, *([said] if said else [])]
             files += [(f"{inner}/{file}", int(label_C[label]), size) for file, label, size in part]
         return classes, files, notes
+
+
+class OneImage(sources.RandomAccess):
+    """A single file as a source."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = self.fingerprint = str(path)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> dict[str, bytes | int]:
+        return {"image": pathlib.Path(self.path).read_bytes(), "label": 0}
+
+    def name(self, index: int) -> str:
+        """Its path."""
+        return self.path
 
 
 def _agree(found: Sequence[str], known: Sequence[str]) -> bool:
