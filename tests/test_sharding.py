@@ -87,7 +87,7 @@ def _networks():
 
 
 def _others():
-    """(name, constructor) of critics, and of tokenizers of parts that no config names."""
+    """(name, constructor) of discriminators, and of tokenizers of parts that no config names."""
     for norm in patchgan.NORMS:
         yield (
             f"discriminator with {norm} norm",

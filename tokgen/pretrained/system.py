@@ -29,8 +29,8 @@ class System:
     Attributes:
         parity: fixture folder -> the arrays that our model computes, by the fixture's names.
         settings: (published configuration, weights) -> our config; None where there is nothing
-            to train from (critics, feature networks). A generator's has a `generator` section, and
-            its published sampling settings as `presets`.
+            to train from (discriminators, feature networks). A generator's has a `generator`
+            section, and its published sampling settings as `presets`.
         rows: our module -> its key table; of a generator, parameters only.
         tokens: (published configuration, weights) -> (layout, classes) of a generator, 0 for one
             without classes; None for what is no generator.

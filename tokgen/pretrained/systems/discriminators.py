@@ -1,4 +1,4 @@
-"""Published critics: their key tables, and their fixtures computed with ours."""
+"""Published discriminators: their key tables, and their fixtures computed with ours."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def maskgit_rows(network: stylegan.Discriminator) -> list[keymap.Row]:
 
 
 def blur_rows(network: blur.Discriminator) -> list[keymap.Row]:
-    """The critic of VQGAN+, MaskBit and TiTok."""
+    """The discriminator of VQGAN+, MaskBit and TiTok."""
     rows = keymap.pair("block_in.0", "first", keymap.CONV)
     for n in range(len(network.stages)):
         rows += keymap.pair(f"blocks.{n}.0", f"stages/{n}/conv", keymap.CONV)
@@ -218,7 +218,7 @@ def _widths(size: int, widths: dict[str, int]) -> list[int]:
 
 
 def disc_maskbit(folder) -> Arrays:
-    """MaskBit's critics, each from its own file, and the losses of the first."""
+    """MaskBit's discriminators, each from its own file, and the losses of the first."""
     arrays = {}
     images = {name: folder.given(name) for name in ("real", "fake")}
     for name, options in folder.setting("files").items():
@@ -230,13 +230,13 @@ def disc_maskbit(folder) -> Arrays:
             # this one is published on [0, 1]; ours takes what it is given
             judged = {key: _image(image, -1.0) for key, image in images.items()}
         else:
-            network = _blur_critic(weights, options, name)
+            network = _blur_discriminator(weights, options, name)
             judged = {key: _image(image, 0.0) for key, image in images.items()}
         for key, image_BHW3 in judged.items():
             logits, gradient = _judged(network, image_BHW3)
             arrays[f"logits_{key}_{label}"] = logits
             if f"grad_{key}_{label}" in folder.arrays:
-                # d/d image in [0, 1]: the critic's own range is twice as wide
+                # d/d image in [0, 1]: the discriminator's own range is twice as wide
                 arrays[f"grad_{key}_{label}"] = (1 if label == "original" else 2) * gradient
     # of the README's name for the first; a folder with other files has another first one
     label = (
@@ -253,11 +253,11 @@ def disc_maskbit(folder) -> Arrays:
 
 
 def _label(name: str) -> str:
-    """What a file of MaskBit's critics adds to the names of its arrays."""
+    """What a file of MaskBit's discriminators adds to the names of its arrays."""
     return name.partition(".")[0].removeprefix("v2_")
 
 
-def _blur_critic(weights: Arrays, options: dict, file) -> blur.Discriminator:
+def _blur_discriminator(weights: Arrays, options: dict, file) -> blur.Discriminator:
     down = "average"
     if options.get("blur_resample", False):
         down = f"blur{options.get('blur_kernel_size', 4)}"
