@@ -42,18 +42,6 @@ def test_spans_follow_each_other():
         assert place == layout.length
 
 
-def test_coordinates_are_the_centres_of_the_cells_in_raster_order():
-    for layout in LAYOUTS:
-        expected = [
-            ((row + 0.5) / rows, (column + 0.5) / columns)
-            for rows, columns in layout.grids
-            for row in range(rows)
-            for column in range(columns)
-        ]
-        np.testing.assert_allclose(layout.coordinates, expected, rtol=1e-6)
-        assert layout.coordinates.dtype == np.float32
-
-
 def test_a_layout_survives_json_and_stays_hashable():
     for layout in LAYOUTS:
         again = interfaces.TokenLayout.from_json(json.loads(json.dumps(layout.to_json())))

@@ -294,7 +294,7 @@ def test_no_two_draws_of_a_gan_share_a_key(recorder):
         _, look = gans.views(network, gan, rng.use(moves, rng.TOKENIZER))
         losses.adversarial(look, image_BHW3, loss="hinge")
 
-    recorder.watch(played, discriminator, moves)
+    recorder.watch(stepped, discriminator, moves)
     crop, change = 3, 1 + 2 + 2
     # real and painted, each twice; the tokenizer's; upkeep crops only
     assert len(recorder.eaten) == 5 * (crop + change) + 2 * crop

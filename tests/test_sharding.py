@@ -401,7 +401,7 @@ def _tokenizer_steps(settings, make, start, mesh):
     with jax.set_mesh(mesh):
         graph = parameters.split(nnx.eval_shape(make))[0]
         (stage,) = stages.plan(settings)
-        step = tokenizer_step.plain_step(settings, None, {"model": graph}, None, stage)
+        step = tokenizer_step.plain_step(settings, {"model": graph}, stage)
         networks, losses = {"model": network}, []
         for i in range(2):
             image = np.random.default_rng(i).integers(0, 256, (16, 8, 8, 3), np.uint8)

@@ -18,6 +18,8 @@ from tokgen.training import optimizer as optimizers, train_state
 class Telling(nnx.Module):
     """A generator whose loss tells the key that it was given."""
 
+    cond = "label"
+
     def __init__(self):
         self.scale = nnx.Param(jnp.ones(3))
 

@@ -19,12 +19,10 @@ they cross an interface; the range that a network sees belongs to its tokenizer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx, struct
 
 from tokgen.errors import UserError as UserError  # a word of every interface
@@ -85,15 +83,6 @@ class TokenLayout:
         sizes = [rows * columns for rows, columns in self.grids]
         return tuple((sum(sizes[:i]), size) for i, size in enumerate(sizes))
 
-    @property
-    def coordinates(self) -> np.ndarray:
-        """[L, 2] centres (row, column) of the cells in [0, 1], in the order of the sequence."""
-        centres = []
-        for rows, columns in self.grids:
-            r, c = np.divmod(np.arange(rows * columns), columns)
-            centres.append(np.stack([(r + 0.5) / rows, (c + 0.5) / columns], -1))
-        return np.concatenate(centres).astype(np.float32)
-
     def to_json(self) -> dict:
         """A dictionary for JSON files; `from_json` is its inverse."""
         return {"vocab": list(self.vocab), "grids": [list(grid) for grid in self.grids]}
@@ -138,9 +127,80 @@ class TokenBatch:
     order_BL: Array | None = None  # position handled at each place; None: the generator's own
 
 
+class Quantizer(Protocol):
+    """Latent vectors into tokens and back. Always float32 inside."""
+
+    layout: TokenLayout | None  # None: continuous, without tokens
+    inputs: int  # channels that the encoder gives
+    channels: int  # channels of the latents that it returns
+
+    def __call__(self, latents_BPC: Array, *, key: Array | None = None) -> Quantized: ...
+    def encode(self, latents_BPC: Array) -> Array: ...
+    def decode(self, tokens_BLG: Array) -> Array: ...
+    def maintain(self, latents_BPC: Array, *, key: Array) -> None: ...  # after an optimizer step
+
+
+@runtime_checkable
+class ScaleCodec(Protocol):
+    """What a quantizer over a pyramid of grids has beside `Quantizer`: latents that add up.
+
+    P are the positions of the finest grid, l those of one scale.
+    """
+
+    def empty(self, batch: int) -> Array:
+        """[batch, P, C] latents of which nothing is known yet."""
+
+    def known_before(self, tokens_BLG: Array) -> Array:
+        """[B, L - first, C] what is known when each scale's turn comes, but for the first."""
+
+    def absorb(self, latents_BPC: Array, tokens_BlG: Array, scale: int) -> Array:
+        """[B, P, C] latents with the tokens of a scale added to them."""
+
+    def view(self, latents_BPC: Array, scale: int) -> Array:
+        """[B, l, C] latents averaged down to the grid of a scale."""
+
+
+# ---------------------------------------------------------------- generator and sampler
+#
+# The one place that says what a generator and those who draw from it may assume of each other.
+# `sampling.decode.generate` is the driver: it alone calls `unstacked`, `start` and `step`. A new
+# generator is written from what follows; tests/generators/test_contract.py holds every one to it.
+#
+# The driver promises
+#   - to call `start` once, then `step` for every step of `plan` in order. `index` is the step's
+#     number, a Python integer in a phase of one step and traced in a longer one, whose steps run
+#     in one compiled loop. A phase may come in two parts (`Phase.split`);
+#   - rows that are the images of the batch, or those followed by as many with the `null` of their
+#     conditions. The second half may go between two steps, so that rows are counted anew in each;
+#   - tokens that are V where none is given, and a cache with room for `phase.slots` slots;
+#   - a `draw` that samples, merges guidance, and gives both halves the same tokens.
+#
+# A generator promises
+#   - rows that do not see each other: an image is the same in any batch;
+#   - to ask `draw` in every step, for logits of each position that the step handles: all symbols
+#     at once, or some of them in turn;
+#   - a state of the same structure, shapes and dtypes after each step, in which nothing has changed
+#     but CARRIED: all else stays outside of the compiled loop, and a change to it would be lost;
+#   - tokens that are never written where they were given (`DecodeState.write` sees to that), and
+#     none that is V after the last step.
+
+# Fields of a state that a step may change, and that are carried through a loop.
+CARRIED = ("tokens_BLG", "cache", "latents_BPC", "invalid_B")
+
+
+class Cache(Protocol):
+    """What one layer keeps of the slots before, as `nn.attention.KVCache`; a pytree of rows."""
+
+    def grow(self, slots: int) -> Cache:
+        """The cache with room for `slots` slots; it keeps what is in it, and never shrinks."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Consecutive decoding steps that share one compiled loop; static."""
+    """Consecutive decoding steps that share one compiled loop; static, and hashable.
+
+    The phases of a plan follow each other: `first` is 0, then the last one's `first + steps`.
+    """
 
     first: int  # number of its first step
     steps: int
@@ -149,7 +209,10 @@ class Phase:
     slots: int = 0  # cache slots in use when it ends
 
     def place(self, index: Array | int) -> Array | int:
-        """Place in the sequence of the first position that step `index` handles."""
+        """Place in the sequence of the first position that step `index` handles.
+
+        Without a meaning where every step handles all positions.
+        """
         return self.start + (index - self.first) * self.size
 
     def split(self, index: int) -> tuple[Phase, Phase]:
@@ -164,7 +227,11 @@ class Phase:
 
 @struct.dataclass
 class DecodeState:
-    """Where a decode stands; every array leads with the rows of the batch."""
+    """Where a decode stands; every array leads with the rows of the batch.
+
+    A generator makes it in `start` and leaves what it has no use for at None; `invalid_B` is the
+    driver's own.
+    """
 
     tokens_BLG: Array  # drawn so far; V marks "not yet"
     given_BLG: Array  # true where a token was given, not drawn
@@ -172,7 +239,7 @@ class DecodeState:
     cond: PyTree
     keys_B: Array  # one key per image: an image does not depend on its batch
     modulation: PyTree = None  # what the blocks need from the condition, when computed beforehand
-    cache: Any = None  # one KVCache per layer; None for generators that look both ways
+    cache: tuple[Cache, ...] | None = None  # one per layer; None where slots see both ways
     latents_BPC: Array | None = None  # what a scale codec has accumulated
     invalid_B: Array | None = None  # true where logits were not finite; written by the driver
 
@@ -188,40 +255,83 @@ class DecodeState:
         return self.replace(tokens_BLG=self.tokens_BLG.at[rows_B1, positions_Bl].set(tokens_BlG))
 
 
-class Quantizer(Protocol):
-    """Latent vectors into tokens and back. Always float32 inside."""
+class Draw(Protocol):
+    """What a step draws tokens with."""
 
-    layout: TokenLayout | None  # None: continuous, without tokens
-    inputs: int  # channels that the encoder gives
-    channels: int  # channels of the latents that it returns
+    def __call__(self, logits_BlGV: Array, symbol: int = 0) -> tuple[Array, Array]:
+        """(tokens [B, l, G] int32, their confidence [B, l, G]) of float logits.
 
-    def __call__(self, latents_BPC: Array, *, key: Array | None = None) -> Quantized: ...
-    def encode(self, latents_BPC: Array) -> Array: ...
-    def decode(self, tokens_BLG: Array) -> Array: ...
-    def maintain(self, latents_BPC: Array, *, key: Array) -> None: ...  # after an optimizer step
+        `logits_BlGV` may be those of some of a position's symbols, of which `symbol` is the first;
+        they are -inf where V is beyond a symbol's alphabet.
+        """
 
 
-Draw = Callable[..., tuple[Array, Array]]  # draw(logits_BlGV, symbol=0) -> tokens, confidence
+class Sampler(Protocol):
+    """How tokens are drawn from logits; static under jit. `sampling.sampler.Sampler` is the one
+    that presets make, others replay recorded draws."""
+
+    guidance: tuple  # one weight per step, or per step and symbol; empty: none
+    steps: int | None  # decoding steps that its settings are written for; None fits any number
+
+    def draw(
+        self, logits_BlGV: Array, *, keys_B: Array, step: Array | int, symbol: int = 0
+    ) -> tuple[Array, Array]:
+        """What `Draw` gives, of rows that are the images alone: image i by its key, `keys_B[i]`."""
 
 
 class Generator(Protocol):
     """A loss, and a decoding state machine."""
 
     layout: TokenLayout
+    classes: int  # that labels are of; 0: unconditional, or of texts
+    cond: str  # what a condition is: "label", label_B of int32, or "text", a Text
+    text: tuple[int, int] | None  # (T, E) of the Text that it reads; None where cond is "label"
+    label_drop: float | None  # share of conditions dropped in training; None: it knows no `null`
     exact: bool  # whether `nats` is the likelihood; else an upper bound, by random orders
+    any_order: bool  # whether `TokenBatch.order_BL` may be any order; else it must be None
     knobs: tuple[str, ...]  # attributes that sampling settings may change, as a number of steps
 
-    def logits(self, batch: TokenBatch, codec: Quantizer, *, key: Array | None = None) -> Array: ...
+    def check(self, cond: PyTree) -> None:
+        """UserError where `cond` is no condition of this generator's."""
+
+    def null(self, cond: PyTree) -> PyTree:
+        """Conditions that stand for none, of the structure, shapes and dtypes of `cond`.
+
+        UserError where it was trained without.
+        """
+
+    def logits(self, batch: TokenBatch, codec: Quantizer, *, key: Array | None = None) -> Array:
+        """Float32 logits [B, L, G, V] of all tokens of a batch; nothing is dropped without a key.
+
+        Row j is place j of the order. A masked generator reads V as "unknown".
+        """
+
     def loss(
         self, batch: TokenBatch, codec: Quantizer, *, step: Array, key: Array
-    ) -> tuple[Array, dict[str, Array]]: ...
-    def nats(self, batch: TokenBatch, codec: Quantizer, *, key: Array | None = None) -> Array: ...
-    def check(self, cond: PyTree) -> None: ...  # an error where it is no condition of its
-    def null(self, cond: PyTree) -> PyTree: ...
-    def plan(self) -> tuple[Phase, ...]: ...
+    ) -> tuple[Array, dict[str, Array]]:
+        """(what training descends, named scalars for the log) at a training step."""
+
+    def nats(self, batch: TokenBatch, codec: Quantizer, *, key: Array | None = None) -> Array:
+        """[B, L] nats of the tokens, summed over their symbols; `key` only where not `exact`."""
+
+    def unstacked(self) -> Generator:
+        """A copy for decoding, with its stacks of layers apart; itself where it has none.
+
+        A scan over layers inside the loop over steps would copy weights and cache at every step.
+        """
+
+    def plan(self) -> tuple[Phase, ...]:
+        """The decoding steps; of static attributes alone."""
+
     def start(
         self, cond: PyTree, codec: Quantizer, *, keys_B: Array, given: tuple[Array, Array]
-    ) -> DecodeState: ...
+    ) -> DecodeState:
+        """The state before the first step; UserError for a condition or codec that is none of its.
+
+        `given` are tokens [B, L, G], V where none is given, and the mask that says where one is.
+        """
+
     def step(
-        self, state: DecodeState, phase: Phase, index: Array, codec: Quantizer, draw: Draw
-    ) -> DecodeState: ...
+        self, state: DecodeState, phase: Phase, index: Array | int, codec: Quantizer, draw: Draw
+    ) -> DecodeState:
+        """The state after step `index`, which is one of `phase`."""

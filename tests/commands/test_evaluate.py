@@ -110,8 +110,11 @@ def test_random_orders_are_those_of_the_images():
 class Noisy(nnx.Module):
     """A bound: the nats of a token are its number and a draw; one symbol."""
 
-    exact = False
+    exact = any_order = False
     layout = interfaces.TokenLayout((9,), ((1, 3),))
+
+    def check(self, cond):
+        """Whatever is told."""
 
     def nats(self, batch, codec=None, *, key=None):
         noise_BL = jax.random.normal(key, batch.tokens_BLG.shape[:2])
@@ -145,7 +148,11 @@ def test_a_bound_is_the_mean_of_its_draws_with_both_errors():
 class Reader(nnx.Module):
     """Its nats are the sum of the valid features of its text."""
 
+    exact, any_order, cond = True, False, "text"
     layout = interfaces.TokenLayout((9,), ((1, 3),))
+
+    def check(self, cond):
+        """Whatever is told."""
 
     def nats(self, batch, codec=None, *, key=None):
         valid_BTE = jnp.where(batch.cond.mask_BT[..., None], batch.cond.features_BTE, 0)
@@ -239,7 +246,7 @@ def test_a_tokenizer_is_measured_on_folders_of_class_folders(nested, monkeypatch
 def test_an_unconditional_generator_reads_no_classes_of_folders(nested, monkeypatch, capfd):
     monkeypatch.setattr(checkpoint, "read_meta", lambda step: {"kind": "generator"})
     config = ml_collections.ConfigDict({"data": {"images": ""}})
-    module = types.SimpleNamespace(quantizer=None)
+    module = types.SimpleNamespace(quantizer=None, exact=True, cond="label")
     loaded = types.SimpleNamespace(
         module=module, classes=(), config=config, meta={"tokens": None}, step=nested
     )

@@ -72,6 +72,12 @@ class Reader(nnx.Module):
     def __init__(self):
         self.steps, self.schedule = 1, "cosine"
 
+    def check(self, cond):
+        """Whatever is told."""
+
+    def unstacked(self):
+        return self
+
     def null(self, cond):
         return cond.replace(features_BTE=jnp.zeros_like(cond.features_BTE))
 
@@ -170,7 +176,7 @@ def test_what_is_no_text_is_refused(tmp_path):
         sample.conditions(_args(), _loaded(Reader()))
     with pytest.raises(UserError, match="needs --text FILE.npz.*found --classes"):
         sample.conditions(_args("--text", "a.npz", "--classes", "0"), _loaded(Reader()))
-    other = types.SimpleNamespace(layout=Reader.layout)  # by default of classes
+    other = types.SimpleNamespace(cond="label", layout=Reader.layout)
     with pytest.raises(UserError, match="of 4 classes: use --classes"):
         sample.conditions(_args("--text", "a.npz"), _loaded(other, CLASSES))
 

@@ -26,6 +26,12 @@ class Dice(nnx.Module):
     layout, cond = LAYOUT, "label"
     knobs = ("steps", "schedule")
 
+    def check(self, cond):
+        """Whatever is told."""
+
+    def unstacked(self):
+        return self
+
     def plan(self):
         return (interfaces.Phase(0, 1, 0, 16),)
 

@@ -242,34 +242,22 @@ def test_a_watched_decode_draws_the_same_tokens(sampler):
         np.testing.assert_array_equal(before_BLG[:, index:], V)
 
 
-class Stack(nnx.Module):
-    """Layers that can be taken apart."""
-
-    def __init__(self, apart: bool = False):
-        self.apart = apart
-
-    def unstacked(self):
-        return Stack(apart=True)
-
-
-class Holder(nnx.Module):
-    """A module with a stack of its own."""
-
-    def __init__(self):
-        self.transformer = Stack()
-
-
 class Table(nnx.Module):
     """Three steps, each of which draws every position, its symbols at once or in turn."""
 
     layout = interfaces.TokenLayout((6, 6), ((1, 4),))
 
     def __init__(self, in_turn: bool):
-        self.in_turn, self.transformer, self.head = in_turn, Stack(), Holder()
+        self.in_turn, self.apart = in_turn, False
         self.logits_cGV = nnx.Param(2 * jax.random.normal(jax.random.key(3), (2, 2, 6)))
 
     def null(self, cond):
         return jnp.zeros_like(cond)
+
+    def unstacked(self):
+        copy = jax.tree.map(lambda leaf: leaf, self)
+        copy.apart = True
+        return copy
 
     def plan(self):
         return (interfaces.Phase(0, 3, 0, 4),)
@@ -279,7 +267,7 @@ class Table(nnx.Module):
         return interfaces.DecodeState(*given, order_BL=order_BL, cond=cond, keys_B=keys_B)
 
     def step(self, state, phase, index, codec, draw):
-        assert self.transformer.apart and self.head.transformer.apart
+        assert self.apart
         logits_BGV = self.logits_cGV[...][state.cond]
         logits_BlGV = jnp.broadcast_to(logits_BGV[:, None], (len(logits_BGV), 4, 2, 6))
         if self.in_turn:
@@ -300,7 +288,7 @@ def test_each_symbol_has_its_own_weight(in_turn):
     keys_B = rng.per_image(0, "sample", jnp.arange(2))
     state = _generate(generator, None, jnp.ones(2, jnp.int32), sampler, keys_B=keys_B)
     np.testing.assert_array_equal(state.tokens_BLG, np.broadcast_to(expected, (2, 4, 2)))
-    assert not generator.transformer.apart and not generator.head.transformer.apart
+    assert not generator.apart
     sampler = filters.Sampler(guidance=((1.0, 2.0, 3.0),) * 3)
     with pytest.raises(ValueError, match="needs 2 weights.*found 3"):
         decode.generate(generator, None, jnp.ones(2, jnp.int32), sampler, keys_B=keys_B)
@@ -356,7 +344,7 @@ def test_generating_leaves_the_generator_as_it_was():
 def test_what_a_loop_does_not_carry_is_not_needed_in_it():
     # a state must hold what CARRIED names, else a loop would lose it without a word
     fields = {field.name for field in interfaces.DecodeState.__dataclass_fields__.values()}
-    assert set(decode.CARRIED) < fields
+    assert set(interfaces.CARRIED) < fields
 
 
 @pytest.mark.parametrize("weight", [1.0, 4.0])

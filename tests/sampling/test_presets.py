@@ -101,6 +101,7 @@ class Factored(nnx.Module):
     """What a preset sees of a generator of two symbols and nothing to choose."""
 
     layout = interfaces.TokenLayout((64, 4096), ((2, 2),))
+    knobs = ()
 
     def plan(self):
         return (interfaces.Phase(0, 4, 0, 1),)

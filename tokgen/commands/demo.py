@@ -12,19 +12,15 @@ import signal
 import subprocess
 import sys
 import time
+from typing import TYPE_CHECKING
 
-import numpy as np
-from PIL import Image
+from tokgen import output, report, runtime
+from tokgen.errors import UserError
 
-from tokgen import output, report, runtime, sharding
-from tokgen.checkpoints import checkpoint
-from tokgen.commands import pretokenize
-from tokgen.config import building, reading
-from tokgen.data import datasets, shapes, token_shards
-from tokgen.demo import families
-from tokgen.evaluation import local_classifier, page as pages, validation
-from tokgen.interfaces import UserError
-from tokgen.sampling import decode, drawing, presets
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tokgen.data import shapes
 
 RECORDS = {"summary.json": ("psnr_db", "judged_samples")}
 TOKENIZER, GENERATOR = "configs/tokenizer/shapes.py", "configs/generator/shapes.py"
@@ -46,6 +42,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train beside OUT; only a complete page takes the place of an earlier one."""
+    from tokgen.checkpoints import checkpoint
+    from tokgen.demo import families
+    from tokgen.evaluation import local_classifier
+
     if args.samples < 10:
         raise UserError(f"--samples must be at least 10, one per class; found {args.samples}")
     for option in ("tokenizer_steps", "generator_steps"):
@@ -100,6 +100,8 @@ KEYS = (
 
 def train(program: str, settings: str, workdir: pathlib.Path, steps: int | None, more=()) -> None:
     """Run a training program as a user would, in a process of its own."""
+    from tokgen.config import reading
+
     command = [sys.executable, str(reading.programs() / program), f"--config={settings}"]
     command += [f"--workdir={workdir}", *more]
     if steps is not None:
@@ -146,13 +148,25 @@ def pretokenized(tokenizer: pathlib.Path, out: pathlib.Path) -> None:
 
 def save(folder: pathlib.Path, pictures: dict[str, np.ndarray]) -> None:
     """The page's pictures as files beside it."""
+    from tokgen import image_grid
+
     (folder / "images").mkdir(exist_ok=True)
     for name, picture in pictures.items():
-        report.save_png(folder / "images" / f"{name}.png", picture)
+        image_grid.save_png(folder / "images" / f"{name}.png", picture)
 
 
 def measure(folder: pathlib.Path, examiner, number: int) -> tuple[dict, dict, dict]:
     """(figures, pictures, what the page tells beside them) of a trained pair."""
+    import numpy as np
+    from PIL import Image
+
+    from tokgen import image_grid, sharding
+    from tokgen.checkpoints import checkpoint
+    from tokgen.config import building
+    from tokgen.data import datasets, shapes, token_shards
+    from tokgen.evaluation import local_classifier, validation
+    from tokgen.sampling import decode, drawing, presets
+
     loaded = checkpoint.load_generator(folder / "generator")
     tokenizer = checkpoint.load_tokenizer_of(loaded, str(folder / "tokenizer"))
     settings = tokenizer.config
@@ -165,7 +179,7 @@ def measure(folder: pathlib.Path, examiner, number: int) -> tuple[dict, dict, di
     coded, repainted, mesh = [], [], sharding.current()
     for start in range(0, len(real), 100):
         part = sharding.filled(real[start : start + 100], 100, mesh)
-        part = pretokenize.encode(tokenizer.module, part)
+        part = datasets.encode(tokenizer.module, part)
         coded.append(np.asarray(part)[:100])
         repainted.append(np.asarray(drawing.paint(tokenizer.module, part)[0])[:100])
     coded, repainted = np.concatenate(coded), np.concatenate(repainted)
@@ -224,15 +238,15 @@ def measure(folder: pathlib.Path, examiner, number: int) -> tuple[dict, dict, di
     }
     by_class = drawn.reshape(len(shapes.CLASSES), -1, *drawn.shape[1:])[:, :SHOWN]
     pictures = {
-        "pairs": report.beside(real[:40], repainted[:40], pairs=5, scale=2),
-        "completions": report.grid(
+        "pairs": image_grid.beside(real[:40], repainted[:40], pairs=5, scale=2),
+        "completions": image_grid.grid(
             np.concatenate([real[:10], covered, repainted[:10], completed]), 10, scale=2
         ),
         "tokenizer_curves": np.asarray(Image.open(folder / "tokenizer" / "curves.png")),
         "generator_curves": np.asarray(Image.open(folder / "generator" / "curves.png")),
     }
     for name, image_NHW3 in zip(shapes.CLASSES, by_class, strict=True):
-        pictures[f"class_{name}"] = report.grid(image_NHW3, SHOWN, scale=2)
+        pictures[f"class_{name}"] = image_grid.grid(image_NHW3, SHOWN, scale=2)
     save(folder, pictures)
     told = {
         "layout": f"{rows} x {columns} tokens of {loaded.layout.absent} codes",
@@ -259,6 +273,9 @@ def describe(freedom: shapes.Freedom) -> str:
 
 def page(summary: dict, pictures: dict, told: dict) -> str:
     """The whole page, pictures inside: one file that can be sent to somebody."""
+    from tokgen.data import shapes
+    from tokgen.demo import families
+    from tokgen.evaluation import page as pages
 
     def picture(name: str, text: str) -> str:
         return f'<img src="{pages.data_uri(pictures[name])}" alt="{html.escape(text)}">'
@@ -351,6 +368,8 @@ paints it; the lower half drawn anew by the generator.</p>
 
 
 def _parameters(meta: dict) -> str:
+    import numpy as np
+
     sizes = [
         int(np.prod(entry["shape"]))
         for path, entry in meta["manifest"].items()

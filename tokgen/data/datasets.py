@@ -79,7 +79,7 @@ def generator_source(
 
 def check_text(generator, text: str, option: str) -> None:
     """An error where a generator reads text and there is none, or the other way round."""
-    cond = getattr(generator, "cond", "label")
+    cond = generator.cond
     if (cond == "text") != bool(text):
         raise UserError(
             "a generator whose condition is text needs features, and no other one reads them: "

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tokgen import report
+from tokgen import image_grid
 from tokgen.checkpoints import checkpoint
 from tokgen.data import shapes, token_shards
 from tokgen.evaluation import local_classifier, validation
@@ -53,7 +53,7 @@ def measure(folder: pathlib.Path, examiner, number: int, seed: int) -> tuple[dic
         by_class = image_NHW3.reshape(len(shapes.CLASSES), -1, *image_NHW3.shape[1:])
         shown = by_class[:, :COLUMNS]
         images = shown.reshape(-1, *image_NHW3.shape[1:])
-        pictures[f"family_{family}"] = report.grid(images, shown.shape[1])
+        pictures[f"family_{family}"] = image_grid.grid(images, shown.shape[1])
     return figures, pictures
 
 

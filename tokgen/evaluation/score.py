@@ -177,7 +177,7 @@ def drawn(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[made_i
     tokenizer = checkpoint.load_tokenizer_of(loaded, args.tokenizer)
     settings, *prepared = sample.prepared(args, loaded)
     count = args.samples or protocol.samples or SAMPLES
-    if getattr(loaded.module, "cond", "label") == "text":
+    if loaded.module.cond == "text":
         if not args.text:
             raise UserError("the generator reads text: --text FILE.npz, as tokgen sample takes it")
         text = sample.captions(args.text)

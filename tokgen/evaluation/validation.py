@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokgen import boundary, report, rng, sharding
+from tokgen import boundary, orders, report, rng, sharding
 from tokgen.data import (
     datasets,
     loader,
     pixels as images,
 )
-from tokgen.generators import orders
 from tokgen.interfaces import TokenBatch, UserError
 from tokgen.metrics import codebook, reconstruction as quality
 
@@ -186,7 +185,7 @@ def likelihood(
     `order` by name is for generators that go in any; under "random" each of the draws is exact.
     `label_C` has the generator's number of each class of the source, where these differ.
     """
-    exact, order_of = getattr(generator, "exact", True), None
+    exact, order_of = generator.exact, None
     if order:
         order_of = _order(generator, order)
     draws = draws if order == "random" or not exact else 1
@@ -205,8 +204,7 @@ def likelihood(
         seen_BLG = np.asarray(jax.device_get(padded["tokens"]))[:rows]
         boundary.refuse((seen_BLG < 0).any((1, 2)), "what the encoder sees", naming)
         boundary.tokens(seen_BLG, generator.layout)
-        if hasattr(generator, "check"):
-            generator.check(datasets.condition(part))
+        generator.check(datasets.condition(part))
         for draw in range(draws):
             own_B = jax.vmap(rng.number, (0, None))(keys_B, draw)
             nats_B = jax.device_get(program(generator, codec, padded, own_B))[:rows]
@@ -243,7 +241,7 @@ def _order(generator, name: str):
         raise UserError(
             f"--order {name} is no order of {generator.layout.grids}: {error}"
         ) from error
-    if not getattr(generator, "exact", True) or not hasattr(generator, "order"):
+    if not generator.any_order:
         raise UserError(
             f"--order needs a generator that goes through its tokens one by one; found one of "
             f"{type(generator).__module__.rpartition('.')[2]}: leave it out"

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from tokgen import boundary, ranges, rng
-from tokgen.generators import orders
+from tokgen import boundary, orders, ranges, rng
 from tokgen.interfaces import DecodeState, Phase, Quantizer, TokenBatch, TokenLayout, UserError
 from tokgen.nn import (
     attention,
@@ -30,6 +29,7 @@ from tokgen.nn import (
     variants as part_names,
 )
 from tokgen.nn.precision import Precision
+from tokgen.orders import random
 
 
 class Generator(nnx.Module):
@@ -47,7 +47,7 @@ class Generator(nnx.Module):
         budget: bytes up to which decoding computes what adaptive blocks need beforehand.
     """
 
-    exact = True
+    exact = any_order = True
     knobs = ()
 
     @ranges.checked
@@ -108,6 +108,11 @@ class Generator(nnx.Module):
         """What its condition is: "label" or "text"."""
         return self.prefix.cond
 
+    @property
+    def text(self) -> tuple[int, int] | None:
+        """(length, channels) of the text features that it reads; None with a label."""
+        return self.prefix.text
+
     def check(self, cond) -> None:
         """An error where a condition is none of this generator's."""
         self.prefix.check(cond)
@@ -163,6 +168,12 @@ class Generator(nnx.Module):
         logits_BLGV = self.logits(batch, codec)
         targets_BLG = jnp.take_along_axis(batch.tokens_BLG, batch.order_BL[..., None], axis=1)
         return optax.softmax_cross_entropy_with_integer_labels(logits_BLGV, targets_BLG).sum(-1)
+
+    def unstacked(self) -> Generator:
+        """A copy for decoding, with the layers of the transformer and of the head apart."""
+        apart = transformer.unstacked(self, "transformer")
+        apart.head = transformer.unstacked(self.head, *self.head.stacks)
+        return apart
 
     def plan(self) -> tuple[Phase, ...]:
         """The first step with the prefix, then windows of the rest: early steps read few slots."""
@@ -254,7 +265,7 @@ class Generator(nnx.Module):
         share = jnp.clip((end - jnp.asarray(step, jnp.float32)) / max(end - begin, 1), 0, 1)
 
         def drawn(key):
-            shuffled_L = orders.random(self.layout, rng.use(key, rng.SHUFFLE))
+            shuffled_L = random.order(self.layout, rng.use(key, rng.SHUFFLE))
             return shuffled_L, jax.random.uniform(rng.use(key, rng.CHANCE))
 
         shuffled_BL, chance_B = jax.vmap(drawn)(keys_B)

@@ -101,8 +101,8 @@ class Generator(nnx.Module):
         label_drop: None for a model that knows no "no class", and cannot be guided.
     """
 
-    exact = False
-    cond = "label"
+    exact = any_order = False
+    cond, text = "label", None
     knobs = ("steps", "schedule", "exponent")
 
     @ranges.checked
@@ -237,6 +237,10 @@ class Generator(nnx.Module):
         logits_BLGV = self.logits(batch.replace(tokens_BLG=seen_BLG))
         _, nats_BLG = self.costs(logits_BLGV, batch.tokens_BLG)
         return jnp.sum(jnp.where(mask_BLG, nats_BLG, 0), axis=-1) * weight_B[:, None]
+
+    def unstacked(self) -> Generator:
+        """A copy for decoding, with the layers of the transformer apart."""
+        return transformer.unstacked(self, "transformer")
 
     def plan(self) -> tuple[Phase, ...]:
         """Every step handles all positions."""

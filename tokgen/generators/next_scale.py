@@ -21,6 +21,7 @@ from tokgen.interfaces import (
     DecodeState,
     Phase,
     Quantizer,
+    ScaleCodec,
     TokenBatch,
     TokenLayout,
     UserError,
@@ -45,9 +46,9 @@ class Generator(nnx.Module):
         smoothing: share of the target that is spread over the alphabet.
     """
 
-    exact = True
+    exact, any_order = True, False
     knobs = ()
-    cond = "label"
+    cond, text = "label", None
 
     @ranges.checked
     def __init__(
@@ -150,6 +151,10 @@ class Generator(nnx.Module):
         batch = self._checked(batch)
         return self._nats(self.logits(batch, codec), batch.tokens_BLG)[0].sum(-1)
 
+    def unstacked(self) -> Generator:
+        """A copy for decoding, with the layers of the transformer apart."""
+        return transformer.unstacked(self, "transformer")
+
     def plan(self) -> tuple[Phase, ...]:
         """One step per scale."""
         return tuple(
@@ -231,7 +236,7 @@ class Generator(nnx.Module):
         return batch.replace(tokens_BLG=tokens_BLG)
 
     def _check_codec(self, codec: Quantizer | None) -> None:
-        if not hasattr(codec, "known_before"):
+        if not isinstance(codec, ScaleCodec):
             kind = "none" if codec is None else type(codec).__module__.rpartition(".")[2]
             raise UserError(
                 "next-scale needs a codec that adds up scales; found the quantizer "

@@ -14,7 +14,7 @@ from tokgen.nn.precision import Precision
 class Label(nnx.Module):
     """One slot: the class (LlamaGen). The condition is label_B."""
 
-    cond = "label"
+    cond, text = "label", None
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Label(nnx.Module):
 class ToldLabel(nnx.Module):
     """One slot: the class, which adaptive blocks are told at every slot, too (IBQ)."""
 
-    cond = "label"
+    cond, text = "label", None
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class ClsLabel(nnx.Module):
     files have them.
     """
 
-    cond = "label"
+    cond, text = "label", None
     SPARE = 98
 
     def __init__(
@@ -165,6 +165,11 @@ class Captions(nnx.Module):
         self.dense = linear.Linear(width, width, **options)
         draw = jax.random.normal(rngs.params(), (self.slots, channels))
         self.absent = Statistic(draw * channels**-0.5)
+
+    @property
+    def text(self) -> tuple[int, int]:
+        """(length, channels) of the features that it reads."""
+        return self.absent.shape
 
     def __call__(self, text: Text) -> jax.Array:
         """[B, T, E] -> [B, T, D]."""

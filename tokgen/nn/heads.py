@@ -21,7 +21,7 @@ from tokgen.nn.precision import Precision
 class Linear(nnx.Module):
     """Norm, then a linear map."""
 
-    turns = (0,)
+    turns, stacks = (0,), ()
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Nothing(nnx.Module):
 class Adaptive(nnx.Module):
     """A norm that is shifted and scaled by a condition, then a linear map (DiT, RAR, VAR)."""
 
-    turns = (0,)
+    turns, stacks = (0,), ()
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ def adaptive_rms(layout: TokenLayout, width: int, *, kit: variants.Parts, **opti
 class Transformed(nnx.Module):
     """A dense layer, GELU and norm, as BERT ends (arXiv:1810.04805); a linear map (MaskBit)."""
 
-    turns = (0,)
+    turns, stacks = (0,), ()
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class Transformed(nnx.Module):
 class TiedPerPlace(nnx.Module):
     """The same, against the symbols' own rows, with a bias per position (MaskBit's token BERT)."""
 
-    turns = (0,)
+    turns, stacks = (0,), ()
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class TiedToAll(nnx.Module):
     The columns beyond V are no tokens; MaskGIT's loss counts them, its sampler cuts them off.
     """
 
-    turns = (0,)
+    turns, stacks = (0,), ()
 
     def __init__(
         self,
@@ -227,6 +227,8 @@ class Factor(nnx.Module):
     the input rows of the symbols already drawn; a norm and a linear map per symbol follow. h has
     the zero rows of a prefix for its rotary position, symbol g the cell (0, g).
     """
+
+    stacks = ("transformer",)
 
     def __init__(
         self,

@@ -209,6 +209,14 @@ class UShaped(nnx.Module):
         return x_BlD, None
 
 
+def unstacked(owner: nnx.Module, *names: str) -> nnx.Module:
+    """A copy of a module in which its stacks of these names are taken apart."""
+    apart = jax.tree.map(lambda leaf: leaf, owner)
+    for name in names:
+        setattr(apart, name, getattr(owner, name).unstacked())
+    return apart
+
+
 def _stacked(width, depth, heads, hidden, parts: Parts, precision, rngs) -> nnx.Module:
     """`depth` blocks in one, their parameters stacked."""
     if width % heads:

@@ -108,10 +108,6 @@ class Quantizer(nnx.Module):
         """Tokens [B, P, 1] -> rows [B, P, C]."""
         return self.rows()[tokens_BLG[..., 0]]
 
-    def soft(self, latents_BPC: jax.Array, temperature: float) -> jax.Array:
-        """[B, P, V]: softmax(-distance / temperature), targets that know near misses."""
-        return jax.nn.softmax(-self._distances(self._latents(latents_BPC)) / temperature)
-
     def maintain(self, latents_BPC: jax.Array, *, key: jax.Array) -> None:
         """After an optimizer step: count, move the averages, revive dead rows.
 

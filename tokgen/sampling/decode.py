@@ -1,8 +1,9 @@
 """generate(): the only decode driver, guided, edited or neither.
 
-A generator does not know that it is guided, nor that an image is being edited. It is started on
-the conditions followed by their nulls; the `draw` handed to each of its steps merges the two
-halves, samples, and gives both the same tokens (classifier-free guidance, arXiv:2207.12598).
+What it and a generator may assume of each other is told in `interfaces`. A generator does not know
+that it is guided, nor that an image is being edited. It is started on the conditions followed by
+their nulls; the `draw` handed to each of its steps merges the two halves, samples, and gives both
+the same tokens (classifier-free guidance, arXiv:2207.12598).
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from tokgen import boundary
-from tokgen.interfaces import Array, DecodeState, Generator, Phase, PyTree, Quantizer, UserError
+from tokgen import boundary, interfaces
+from tokgen.interfaces import (
+    Array,
+    DecodeState,
+    Generator,
+    Phase,
+    PyTree,
+    Quantizer,
+    Sampler,
+    UserError,
+)
 from tokgen.sampling import guidance, sampler as filters, settings
-
-# Carried through a loop; everything else of a state stays outside, so that it isn't copied.
-CARRIED = ("tokens_BLG", "cache", "latents_BPC", "invalid_B")
 
 
 def steps(generator: Generator) -> int:
@@ -33,7 +39,7 @@ def generate(
     generator: Generator,
     codec: Quantizer | None,
     cond: PyTree,
-    sampler: filters.Sampler,
+    sampler: Sampler,
     *,
     keys_B: Array,
     given: tuple[Array, Array] | None = None,
@@ -44,8 +50,7 @@ def generate(
 
     Args:
         cond: the condition, leading with the batch; label_B for class-conditional generators.
-        sampler: static; a `filters.Sampler`, or anything with its `guidance` (one weight per
-            step, or empty), `steps` and `draw`, such as one that replays recorded noise.
+        sampler: static; the one that a preset makes, or another of `interfaces.Sampler`.
         keys_B: one key per image. An image depends on its own key only, not on its batch.
         given: tokens_BLG and a mask, true where a token is held fixed.
         against: another generator of the same plan, guided away from in the place of the null
@@ -67,7 +72,7 @@ def generate(
         given = _held(given, layout)
     given = jnp.where(given[1], given[0], layout.absent).astype(jnp.int32), given[1]
 
-    generator = _unstacked(generator)
+    generator = generator.unstacked()
     double = guided > 0 and against is None
     if double:
         both = jax.tree.map(_join, cond, generator.null(cond))
@@ -77,7 +82,7 @@ def generate(
     state = state.replace(invalid_B=jnp.zeros(len(state.keys_B), bool))
     weak = None
     if against is not None:
-        against = _unstacked(against)
+        against = against.unstacked()
         weak = against.start(cond, codec, keys_B=keys_B, given=given)
 
     def step(state, weak, phase, index):
@@ -151,7 +156,7 @@ def _held(given: tuple[Array, Array], layout) -> tuple[Array, Array]:
     return jnp.asarray(tokens_BLG, jnp.int32), mask_BLG
 
 
-def _guidance(generator: Generator, sampler: filters.Sampler) -> tuple[Any, int]:
+def _guidance(generator: Generator, sampler: Sampler) -> tuple[Any, int]:
     """The weights, and the number of the first step after the last guided one."""
     total = steps(generator)
     if sampler.steps not in (None, total):
@@ -180,23 +185,6 @@ def _split(plan: tuple[Phase, ...], guided: int) -> list[Phase]:
     return phases
 
 
-def _unstacked(generator):
-    """The generator with its layers apart: a scan over layers inside the loop copies weights.
-
-    Of every stack that it or a module of its own holds (`transformer`, `head.transformer`).
-    """
-    apart = jax.tree.map(lambda leaf: leaf, generator)
-    for owner in (apart, *_modules(apart).values()):
-        for name, module in _modules(owner).items():
-            if hasattr(module, "unstacked"):
-                setattr(owner, name, module.unstacked())
-    return apart
-
-
-def _modules(owner: nnx.Module) -> dict[str, nnx.Module]:
-    return {name: value for name, value in vars(owner).items() if isinstance(value, nnx.Module)}
-
-
 def _first(tree, count: int):
     return jax.tree.map(lambda leaf: leaf[:count], tree)
 
@@ -216,7 +204,7 @@ def _grow(state: DecodeState | None, slots: int) -> DecodeState | None:
 
 
 def _carried(state: DecodeState | None):
-    return None if state is None else {name: getattr(state, name) for name in CARRIED}
+    return None if state is None else {name: getattr(state, name) for name in interfaces.CARRIED}
 
 
 def _insert(state: DecodeState | None, carried) -> DecodeState | None:

@@ -68,8 +68,7 @@ def drawn(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """What `draw` gives, batch by batch, but for the `done` first."""
     N = len(jax.tree.leaves(cond)[0])
-    if hasattr(generator, "check"):  # before any work on the devices
-        generator.check(cond)
+    generator.check(cond)  # before any work on the devices
     batch, mesh = even(N - done, batch), sharding.current()
     with report.bar(N, initial=done, unit="image", what=what, shown=bool(what)) as bar:
         for start in range(done, N, batch):

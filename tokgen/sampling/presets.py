@@ -54,7 +54,7 @@ SCHEDULE = ("power", "first", "last")  # what a guidance schedule may take besid
 def prepare(generator: Generator, settings: Mapping[str, Any]) -> tuple[Generator, filters.Sampler]:
     """The generator as a preset wants it, a copy where it differs, and the Sampler for its plan."""
     _check(settings)
-    knobs = tuple(getattr(generator, "knobs", ()))
+    knobs = generator.knobs
     departures = {k: v for k, v in settings.items() if k in MASKED and v != MASKED[k]}
     for name in departures:
         if name in KNOBS and name not in knobs:

@@ -377,7 +377,7 @@ def _prepared(settings, shapes: nnx.Module, name: str):
     """(generator, sampler) of a preset; one without "no class" cannot be guided by default."""
     try:
         made, sampler = presets.prepare(shapes, presets.named(settings.presets.to_dict(), name))
-        labels = getattr(shapes, "cond", "label") == "label"
+        labels = shapes.cond == "label"
         if name == "default" and sampler.guidance and labels:
             shapes.null(np.zeros(1, np.int32))
     except UserError as error:
@@ -387,7 +387,7 @@ def _prepared(settings, shapes: nnx.Module, name: str):
 
 def _cond(shapes: nnx.Module, batch: Mapping[str, Any]) -> PyTree:
     """What of a batch is the condition."""
-    if getattr(shapes, "cond", "label") == "label":
+    if shapes.cond == "label":
         return batch["label"]
     return Text(batch["text"], batch["mask"])
 
@@ -399,10 +399,10 @@ def _tokens(settings, layout: TokenLayout, shapes, text) -> dict[str, jax.ShapeD
         "tokens": jax.ShapeDtypeStruct((B, layout.length, layout.groups), jnp.int32),
         "label": jax.ShapeDtypeStruct((B,), jnp.int32),
     }
-    if getattr(shapes, "cond", "label") == "text":
-        need = shapes.prefix.absent.shape
-        batch["text"] = jax.ShapeDtypeStruct((B, *(text or need)), jnp.float32)
-        batch["mask"] = jax.ShapeDtypeStruct((B, (text or need)[0]), bool)
+    if shapes.cond == "text":
+        shape = text or shapes.text
+        batch["text"] = jax.ShapeDtypeStruct((B, *shape), jnp.float32)
+        batch["mask"] = jax.ShapeDtypeStruct((B, shape[0]), bool)
     return batch
 
 
