@@ -92,7 +92,7 @@ PARTS = {
 }
 
 # Step at which the published discriminator begins, and the step at which the published run ends.
-CRITIC = {
+DISCRIMINATOR = {
     "maskgit_vqgan": (0, 1_000_000),
     "taming_vqgan": (250_000, 500_000),
     "llamagen_vq": (20_000, 400_360),
@@ -158,7 +158,7 @@ def document(reference: str) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("name", CRITIC)
+@pytest.mark.parametrize("name", DISCRIMINATOR)
 def test_stages_and_discriminator_begin_when_published(name):
     settings = load(name)
     plan = stages.plan(settings)
@@ -169,7 +169,7 @@ def test_stages_and_discriminator_begin_when_published(name):
         assert spans == [(0, settings.steps, "pixels")]
     gan = building.call(gans.GAN, settings.discriminator, "discriminator")
     begin, play = gan.steps(settings.steps)
-    assert (begin, settings.steps) == CRITIC[name] and play == begin
+    assert (begin, settings.steps) == DISCRIMINATOR[name] and play == begin
     # a distance that is asked for can be given its weights
     assert set(settings.perceptual) <= {n for n, weight in settings.loss.items() if weight}
     for stage in plan:
@@ -180,7 +180,7 @@ def test_every_file_and_variant_is_tested():
     named = {reference.partition(":")[0] for reference in PUBLISHED}
     other = {"ablation", "cifar10_f4", "photographs", "shapes"}
     assert {file.stem for file in FOLDER.glob("*.py")} == named | other
-    assert named == set(CRITIC) and named | {"ablation", "photographs"} == {
+    assert named == set(DISCRIMINATOR) and named | {"ablation", "photographs"} == {
         r.partition(":")[0] for r in SHRUNK
     }
     for name in named:
