@@ -38,11 +38,25 @@ class Row:
     now: str
 
 
-FIELDS: tuple[Row, ...] = ()
+FIELDS: tuple[Row, ...] = (
+    Row(r"generator|(encoder|decoder)(\..*)?", "parts", "variant"),
+    Row(r"generator", "places", "positions"),
+    Row(r"generator", "prefix", "conditioning"),
+)
 
-VALUES: tuple[Row, ...] = (Row(r"critic\.network\.name", "features", "feature_heads"),)
+VALUES: tuple[Row, ...] = (
+    Row(r"critic\.network\.name", "features", "feature_heads"),
+    Row(r"generator\.conditioning", "told_label", "adaptive_label"),
+    Row(r"generator\.inputs", "symbols", "tokens"),
+    Row(r"generator\.head", "tied_per_place", "tied_per_position"),
+)
 
-PARAMETERS: tuple[Row, ...] = ()
+PARAMETERS: tuple[Row, ...] = (
+    Row(r".*", "symbols", "embeddings"),
+    Row(r".*", "places", "positions"),
+    Row(r".*", "latent_places", "latent_positions"),
+    Row(r".*", "prefix", "conditioning"),
+)
 
 METRICS: tuple[Row, ...] = ()
 

@@ -69,8 +69,8 @@ def generator_rows(generator) -> list[keymap.Row]:
     lead = keymap.one(lambda a, shape: a.reshape(shape), lambda a: a[0])
     depth, path = generator.transformer.depth, "transformer/blocks"
     rows = [
-        keymap.row("transformer.tok_emb.weight", "symbols/table", lead),
-        keymap.row("transformer.class_emb.embedding_table.weight", "prefix/labels/table"),
+        keymap.row("transformer.tok_emb.weight", "embeddings/table", lead),
+        keymap.row("transformer.class_emb.embedding_table.weight", "conditioning/labels/table"),
         *sequence.llama_blocks("transformer.blocks", path, depth),
         keymap.row("transformer.head_nm.rmsnorm.weight", "head/norm/scale"),
         # scale, shift

@@ -57,7 +57,7 @@ def settings(published: dict, weights) -> ml_collections.ConfigDict:
         base=base,
         multipliers=tuple(published.get("ch_mult", found)),
         blocks=published.get("num_res_blocks", blocks),
-        parts="magvit2",
+        variant="magvit2",
     )
     size = published.get("resolution", 256)
     config.view.size = (size, size)
@@ -123,7 +123,7 @@ def generator_rows(generator) -> list[keymap.Row]:
         ("factorized_blocks", "head/transformer", generator.head.transformer),
     )
     rows = [
-        keymap.row("transformer.class_emb.embedding_table.weight", "prefix/labels/table"),
+        keymap.row("transformer.class_emb.embedding_table.weight", "conditioning/labels/table"),
         keymap.row("transformer.norm.weight", "head/norm/scale"),
     ]
     for keys, path, stack in blocks:
@@ -131,7 +131,7 @@ def generator_rows(generator) -> list[keymap.Row]:
     for i, count in enumerate(generator.layout.vocab):
         key = f"transformer.{PAIR[i]}_emb.weight"
         rows += [
-            keymap.row(key, ("symbols/table", i), sequence.rows_of_symbol(count)),
+            keymap.row(key, ("embeddings/table", i), sequence.rows_of_symbol(count)),
             keymap.row(
                 f"transformer.head.{i}.weight",
                 ("head/logits/kernel", i),

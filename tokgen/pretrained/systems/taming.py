@@ -70,7 +70,7 @@ def _sized(
         blocks=published.get("num_res_blocks", blocks),
         hidden=hidden,
         projection=convolutional.side(weights, "quant_conv.weight")[2],
-        parts="taming",
+        variant="taming",
     )
     config.quantizer.codes = convolutional.side(weights, "quantize.embedding.weight")[0]
     config.quantizer.channels = channels
