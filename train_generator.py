@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from tokgen import parameters, report, rng, sharding
+from tokgen import image_grid, metrics_log, parameters, report, rng, sharding
 from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.config import building, migration
 from tokgen.data import datasets, loader, scan, token_shards
@@ -103,7 +103,7 @@ def main(
     start = done = int(jax.device_get(network.step))
     measured = runs.is_measured(run, start)
     log, stop = (
-        report.Log(workdir, step=start, measured=measured, told=migration.metrics),
+        metrics_log.Log(workdir, step=start, measured=measured, told=migration.metrics),
         launch.Stop(),
     )
     with_what = held_out, tokenizer
@@ -137,7 +137,7 @@ def main(
                 values = jax.device_get(scalars)
                 seen = {"images_seen": done * settings.batch_size, "broken_images": batches.bad}
                 log.scalars(done, values | seen)
-                bar.set_postfix_str(report.figures(values, ("nats_per_token", "token_accuracy")))
+                bar.set_postfix_str(report.metrics(values, ("nats_per_token", "token_accuracy")))
                 train_state.give_up(values, done)
             asked = stop.agreed()
             if due(done) or asked:
@@ -215,7 +215,7 @@ def measure(network, graph, with_what, log, settings) -> dict[str, float]:
     if len(held_out):
         count = settings.held_out.images
         figures = validation.likelihood(generator, codec, held_out, count=count)
-        shown = report.figures(figures, ("nats_per_token", "nats_error"))
+        shown = report.metrics(figures, ("nats_per_token", "nats_error"))
         report.say(f"step {step}: held out {shown}")
         log.scalars(step, figures, split="held_out")
     text = generator.cond == "text"  # whose samples are of held-out texts
@@ -252,7 +252,7 @@ def grid(generator, preset, classes, with_what, settings) -> np.ndarray:
         batch=len(jax.tree.leaves(cond)[0]),
         what="",
     )
-    return report.grid(image_NHW3, columns, scale=2)
+    return image_grid.grid(image_NHW3, columns, scale=2)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 import jax
 import ml_collections
 
-from tokgen import parameters, report, sharding
+from tokgen import image_grid, metrics_log, parameters, report, sharding
 from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.config import building, migration
 from tokgen.data import datasets, loader, pixels as images, scan
@@ -100,7 +100,7 @@ def main(
     start = step = int(jax.device_get(networks["model"].step))
     measured = runs.is_measured(run, start)
     log, stop = (
-        report.Log(workdir, step=start, measured=measured, told=migration.metrics),
+        metrics_log.Log(workdir, step=start, measured=measured, told=migration.metrics),
         launch.Stop(),
     )
     meter = safeguards.Meter(layout) if layout else None
@@ -146,7 +146,7 @@ def main(
             if step % every.scalars == 0 or step == steps:
                 values = jax.device_get(scalars) | (meter.figures() if meter else {})
                 log.scalars(step, values | {"broken_images": batches.bad})
-                bar.set_postfix_str(report.figures(values, SHOWN))
+                bar.set_postfix_str(report.metrics(values, SHOWN))
                 train_state.give_up(values, step)
                 collapsed = safeguards.collapsed(limits, values, step, steps)
             asked = stop.agreed()
@@ -168,7 +168,7 @@ def main(
                     step = bar.n = play
                     collapsed = ""
                     batches.close()
-                    batches, log = passing(start=step), report.Log(workdir, step=step)
+                    batches, log = passing(start=step), metrics_log.Log(workdir, step=step)
                 elif not collapsed:  # without its figures it pushes out no step to go back to
                     run.note(step, figures)
             if collapsed:
@@ -196,11 +196,11 @@ def measure(networks, graph, held_out, log, settings) -> dict[str, float]:
         shown=32,
     )
     report.say(
-        f"step {step}: held out {report.figures(figures, validation.PIXEL_METRICS)} "
+        f"step {step}: held out {report.metrics(figures, validation.PIXEL_METRICS)} "
         f"({figures['images']} images)"
     )
     log.scalars(step, figures, split="held_out")
-    log.image(step, "reconstructions", report.beside(image, painted))
+    log.image(step, "reconstructions", image_grid.beside(image, painted))
     return figures
 
 

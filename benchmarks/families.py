@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import machine
 import numpy as np
 
-from tokgen import parameters, report, rng, runtime
+from tokgen import image_grid, parameters, rng, runtime
 from tokgen.checkpoints import checkpoint
 from tokgen.data import datasets, folder, loader, token_shards
 from tokgen.evaluation import local_classifier, validation
@@ -143,8 +143,8 @@ def measure(name: str, path: str, known: tuple, arguments) -> None:
     rows = image_NHW3.reshape(len(classes), each, *image_NHW3.shape[1:])[:, :shown]
     out = pathlib.Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    grid = report.grid(rows.reshape(-1, *image_NHW3.shape[1:]), shown, scale=2)
-    report.save_png(out / f"{name}.png", grid)
+    grid = image_grid.grid(rows.reshape(-1, *image_NHW3.shape[1:]), shown, scale=2)
+    image_grid.save_png(out / f"{name}.png", grid)
 
 
 def seconds(

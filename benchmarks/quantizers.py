@@ -23,7 +23,7 @@ import sys
 
 import machine
 
-from tokgen import report
+from tokgen import metrics_log
 from tokgen.checkpoints import checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -123,7 +123,7 @@ def row(workdir: pathlib.Path) -> list[str]:
 
 def milliseconds(workdir: pathlib.Path) -> float:
     """Of a step, the median over the intervals of the log."""
-    train = [record for record in report.read(workdir) if record["split"] == "train"]
+    train = [record for record in metrics_log.read(workdir) if record["split"] == "train"]
     paces = [
         1000 * (late["seconds"] - early["seconds"]) / (late["step"] - early["step"])
         for early, late in itertools.pairwise(train)

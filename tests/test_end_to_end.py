@@ -23,7 +23,7 @@ import safetensors.numpy
 from jax.sharding import AxisType, Mesh
 from PIL import Image
 
-from tokgen import cli, parameters, report, runtime, sharding
+from tokgen import cli, image_grid, parameters, runtime, sharding
 from tokgen.checkpoints import checkpoint
 from tokgen.data import token_shards
 from tokgen.training import dry_run, launch
@@ -329,7 +329,7 @@ def test_a_run_that_starts_from_a_model_shows_what_that_could_do(place, generato
     # its averaged weights, its two classes, its preset, the seed of the run
     command("sample", generator, "--out", place / "tuned" / "again", "--number", 2, "--batch", 4)
     with np.load(place / "tuned" / "again" / "samples.npz") as arrays:
-        again = report.grid(arrays["arr_0"], 2, scale=2)
+        again = image_grid.grid(arrays["arr_0"], 2, scale=2)
     np.testing.assert_array_equal(sheets[0], again)
 
 

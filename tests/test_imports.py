@@ -17,9 +17,9 @@ FILES = sorted([*(ROOT / "tokgen").rglob("*.py"), *ROOT.glob("train_*.py")])
 # lies in a layer below its own, and files of its own folder. A new unit needs a place here.
 LAYERS = (
     ("errors",),
-    ("choices", "interfaces", "ranges", "records", "rng", "options"),
-    ("archives", "boundary", "parameters", "report", "sharding", "losses"),
-    ("output", "nn", "metrics"),
+    ("choices", "image_grid", "interfaces", "options", "ranges", "records", "rng"),
+    ("archives", "boundary", "parameters", "report", "sharding", "losses", "orders"),
+    ("output", "metrics_log", "nn", "metrics"),
     ("runtime", "quantizers", "tokenizers", "generators", "backbones", "sampling"),
     ("discriminators", "config"),
     ("data",),
@@ -50,6 +50,7 @@ VOCABULARY = ("tokgen.interfaces", "tokgen.errors")
 
 # Who may import by a name that is computed, which the picture cannot see.
 DYNAMIC = {
+    "tokgen.orders": "the file that a config names",
     "tokgen.cli": "the chosen subcommand",
     "tokgen.config.building": "the file that a config names",
     "tokgen.pretrained.system": "every file of its folder",

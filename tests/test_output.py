@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import pytest
 from tokgen import output
 from tokgen.checkpoints import run as runs
 from tokgen.interfaces import UserError
+from tokgen.output import locks
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECORDS = {"made.json": ("seed",)}
@@ -135,11 +137,11 @@ def test_a_parent_that_cannot_be_written_but_a_folder_that_can(tmp_path, monkeyp
     def access(path, how):
         return pathlib.Path(path) != tmp_path and real(path, how)
 
-    monkeypatch.setattr(output.os, "access", access)
+    monkeypatch.setattr(os, "access", access)
     with pytest.raises(UserError, match="cannot write .*other: permission denied"):
         made(tmp_path / "other")
     if mounted:
-        monkeypatch.setattr(output.os.path, "ismount", lambda path: pathlib.Path(path) == out)
+        monkeypatch.setattr(os.path, "ismount", lambda path: pathlib.Path(path) == out)
     made(out, "old")
     assert names(tmp_path) == ["out", "out/made.json", "out/old.png"]
     assert out.stat().st_ino == before
@@ -220,11 +222,11 @@ def test_the_same_command_goes_on_with_its_unfinished_result(tmp_path):
 
 
 KILLED = """
-import os, pathlib, signal, sys
+import ctypes, os, pathlib, shutil, signal, sys
 from tests import test_output
 from tokgen import output
 name, nth = sys.argv[2], int(sys.argv[3])
-where = pathlib.Path if name in ("replace", "unlink", "mkdir") else output.shutil
+where = pathlib.Path if name in ("replace", "unlink", "mkdir") else shutil
 real, calls = getattr(where, name), []
 def killed(*words, **options):
     calls.append(1)
@@ -233,7 +235,7 @@ def killed(*words, **options):
     return real(*words, **options)
 setattr(where, name, killed)
 if sys.argv[4] == "third":
-    output.ctypes.CDLL = lambda *words, **options: None
+    ctypes.CDLL = lambda *words, **options: None
 test_output.made(sys.argv[1], "new", overwrite=True)
 """
 
@@ -248,7 +250,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, name, how, mon
 
     if how == "third":
         monkeypatch.setattr(ctypes, "CDLL", lambda *words, **options: None)
-    where = output.shutil if name == "rmtree" else pathlib.Path
+    where = shutil if name == "rmtree" else pathlib.Path
     seen = set()
     for nth in range(1, 9):
         out = tmp_path / f"{nth}" / "out"
@@ -304,7 +306,7 @@ def test_a_lock_file_that_is_removed_meanwhile_is_none(tmp_path, monkeypatch):
             (tmp_path / ".out.lock").unlink()
         return real(number)
 
-    monkeypatch.setattr(output.os, "fstat", fstat)
+    monkeypatch.setattr(os, "fstat", fstat)
     with output.folder(tmp_path / "out", records=RECORDS):
         assert calls and (tmp_path / ".out.lock").exists()
 
@@ -315,7 +317,7 @@ def test_a_file_system_without_locks_is_said_once_and_works(tmp_path, monkeypatc
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    monkeypatch.setattr(output, "_unlocked", set())
+    monkeypatch.setattr(locks, "_unlocked", set())
     with runs.lock(tmp_path / "run"), runs.lock(tmp_path / "run"):
         made(tmp_path / "out")
     said = capsys.readouterr().err

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from tokgen import records, report
+from tokgen import metrics_log, records
 from tokgen.interfaces import TokenLayout, UserError
 from tokgen.training import safeguards
 
@@ -122,6 +122,8 @@ def test_a_cut_record_of_a_run_is_one_message(tmp_path, text):
     for read in (safeguards.returned, safeguards.unsettled):
         with pytest.raises(UserError, match=r"returns.json cannot be read.*remove it"):
             read(tmp_path)
-    (tmp_path / report.LOG).write_text(f"{text or 'null'}\n" + '{"step": 1, "split": "train"}\n')
+    (tmp_path / metrics_log.LOG).write_text(
+        f"{text or 'null'}\n" + '{"step": 1, "split": "train"}\n'
+    )
     with pytest.raises(UserError, match=r"metrics.jsonl cannot be read as the log of a run: line"):
-        report.read(tmp_path)
+        metrics_log.read(tmp_path)

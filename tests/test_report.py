@@ -7,14 +7,14 @@ import jax
 import numpy as np
 from PIL import Image
 
-from tokgen import report, sharding
+from tokgen import image_grid, metrics_log, report, sharding
 
 
 def test_grid_geometry():
     """Each image where the formula says, white between, around, and where images are missing."""
     rng = np.random.default_rng(0)
     image_BHW3 = rng.integers(0, 200, (5, 4, 6, 3), dtype=np.uint8)
-    sheet = report.grid(image_BHW3, 3, gap=2)
+    sheet = image_grid.grid(image_BHW3, 3, gap=2)
     assert sheet.shape == (2 * (4 + 2) + 2, 3 * (6 + 2) + 2, 3) and sheet.dtype == np.uint8
     seen = np.full(sheet.shape, 255, np.uint8)
     for i, image_HW3 in enumerate(image_BHW3):
@@ -23,7 +23,7 @@ def test_grid_geometry():
         np.testing.assert_array_equal(sheet[y : y + 4, x : x + 6], image_HW3)
         seen[y : y + 4, x : x + 6] = image_HW3
     np.testing.assert_array_equal(sheet, seen)
-    doubled = report.grid(image_BHW3[:1], 3, gap=0, scale=2)
+    doubled = image_grid.grid(image_BHW3[:1], 3, gap=0, scale=2)
     np.testing.assert_array_equal(doubled[::2, ::2], image_BHW3[0])
     np.testing.assert_array_equal(doubled[1::2, 1::2], image_BHW3[0])
 
@@ -31,7 +31,7 @@ def test_grid_geometry():
 def test_pairs_stand_beside_each_other():
     left, right = np.zeros((3, 2, 2, 1), np.uint8), np.full((3, 2, 2, 1), 9, np.uint8)
     left[2] = 4
-    sheet = report.beside(left, right, pairs=2, gap=0)[..., 0]
+    sheet = image_grid.beside(left, right, pairs=2, gap=0)[..., 0]
     expected = [[0, 0, 9, 9, 0, 0, 9, 9]] * 2 + [[4, 4, 9, 9, 255, 255, 255, 255]] * 2
     np.testing.assert_array_equal(sheet, expected)
 
@@ -40,7 +40,7 @@ def test_png_of_colour_and_gray(tmp_path):
     rng = np.random.default_rng(0)
     for channels in (1, 3):
         image_HWC = rng.integers(0, 255, (5, 7, channels), dtype=np.uint8)
-        report.save_png(tmp_path / "x.png", image_HWC)
+        image_grid.save_png(tmp_path / "x.png", image_HWC)
         with Image.open(tmp_path / "x.png") as image:
             assert image.mode == ("L" if channels == 1 else "RGB")
             np.testing.assert_array_equal(np.asarray(image).reshape(5, 7, channels), image_HWC)
@@ -48,30 +48,30 @@ def test_png_of_colour_and_gray(tmp_path):
 
 
 def test_a_resumed_run_drops_the_lines_that_it_takes_again(tmp_path):
-    log = report.Log(tmp_path)
+    log = metrics_log.Log(tmp_path)
     for step in (1, 2, 3, 4):
         log.scalars(step, {"loss": 4.0 / step, "bad": np.float32("nan")})
     log.scalars(2, {"psnr": 20.0}, split="held_out")
     log.close()
-    with open(tmp_path / report.LOG, "a") as file:
+    with open(tmp_path / metrics_log.LOG, "a") as file:
         file.write('{"step": 5, "split": "tr')  # killed while it wrote
-    log = report.Log(tmp_path, step=2)
-    assert [(r["step"], r["split"]) for r in report.read(tmp_path)] == [
+    log = metrics_log.Log(tmp_path, step=2)
+    assert [(r["step"], r["split"]) for r in metrics_log.read(tmp_path)] == [
         *((1, "train"), (2, "train"), (2, "held_out"))
     ]
     log.scalars(3, {"loss": 7.0})
     log.close()
-    records = report.read(tmp_path)
+    records = metrics_log.read(tmp_path)
     assert [record["step"] for record in records] == [1, 2, 2, 3]
     assert records[-1]["loss"] == 7 and records[0]["loss"] == 4
     assert records[0]["bad"] is None  # and not NaN, which no JSON reader but Python's knows
-    for line in (tmp_path / report.LOG).read_text().splitlines():
+    for line in (tmp_path / metrics_log.LOG).read_text().splitlines():
         json.loads(line, parse_constant=lambda name: 1 / 0)
 
 
 def test_curves_are_a_picture(tmp_path):
-    assert report.curves(tmp_path) is None  # nothing to show yet
-    log = report.Log(tmp_path)
+    assert metrics_log.curves(tmp_path) is None  # nothing to show yet
+    log = metrics_log.Log(tmp_path)
     for step in range(5):
         log.scalars(step, {"loss": 1 / (step + 1), "constant": 3.0})
         log.scalars(step, {"loss": 2 / (step + 1)}, split="held_out")
@@ -107,7 +107,7 @@ def test_the_table_ends_in_the_sum():
 
 def test_figures_name_what_is_there():
     values = {"psnr_db": 25.3149, "ssim": np.float32(0.5)}
-    assert report.figures(values, ("psnr_db", "lpips", "ssim")) == "psnr_db 25.31, ssim 0.5"
+    assert report.metrics(values, ("psnr_db", "lpips", "ssim")) == "psnr_db 25.31, ssim 0.5"
 
 
 def test_progress_in_a_log_file_is_a_line_per_half_minute(capsys):
@@ -167,15 +167,15 @@ def test_a_figure_that_there_is_none_of_is_none_everywhere(tmp_path):
     assert report.row("usage", 0.00002).split()[1] == "2e-05"
     assert report.row("psnr_db", 25.31).split()[1] == "25.3100"
     assert report.row("images", 3).split()[1] == "3"
-    assert report.figures({"nats": 1.5, "nats_error": None}, ("nats", "nats_error")) == "nats 1.5"
-    log = report.Log(tmp_path)
+    assert report.metrics({"nats": 1.5, "nats_error": None}, ("nats", "nats_error")) == "nats 1.5"
+    log = metrics_log.Log(tmp_path)
     log.scalars(1, {"nats": 1.5, "nats_error": None}, split="held_out")
     log.close()
-    assert report.read(tmp_path)[0]["nats_error"] is None
+    assert metrics_log.read(tmp_path)[0]["nats_error"] is None
 
 
 def test_a_figure_that_is_not_finite_is_no_point_and_no_warning(tmp_path, monkeypatch, caplog):
-    log = report.Log(tmp_path)
+    log = metrics_log.Log(tmp_path)
     points = []
     add = log.events.add_scalar
     monkeypatch.setattr(

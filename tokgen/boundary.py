@@ -160,7 +160,7 @@ def orders(order_BL: Any, layout: TokenLayout) -> None:
     if not good:
         raise UserError(
             f"orders must be permutations of the {layout.length} positions; found rows of "
-            f"{order_BL.shape[1]} that are none: use a function of generators.orders"
+            f"{order_BL.shape[1]} that are none: use orders.named(NAME)"
         )
 
 

@@ -1,24 +1,21 @@
-"""What people look at: a progress bar, metrics as JSONL and TensorBoard, grids, curves, a table."""
+"""What is said to the person at the terminal: progress, one line, tables of numbers.
+
+Light: a help text may import it. tqdm is imported where there is a terminal to draw a bar on.
+"""
 
 from __future__ import annotations
 
 import collections
 import contextlib
 import datetime
-import math
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import tqdm
-from PIL import Image
+if TYPE_CHECKING:
+    import tqdm
 
-from tokgen import records
-
-LOG = "metrics.jsonl"
 EVERY, MINUTE = 30, 60  # seconds between lines in a log file, and those that a rate is of
 
 
@@ -28,6 +25,8 @@ def bar(
     """A progress bar with speed and time to go; where there is no terminal, a line now and then."""
     if not sys.stderr.isatty():
         return Lines(total, initial=initial, unit=unit, what=what, shown=shown)
+    import tqdm
+
     return tqdm.tqdm(
         total=total,
         disable=not shown,
@@ -135,163 +134,11 @@ def say(text: str) -> None:
     text = printable(text)
     with contextlib.suppress(OSError):
         if sys.stderr.isatty():
+            import tqdm
+
             tqdm.tqdm.write(text, file=sys.stderr)
         else:  # tqdm would blank out a line that isn't there
             print(text, file=sys.stderr, flush=True)
-
-
-class Log:
-    """The metrics of one run: lines of JSON and TensorBoard events in its work directory."""
-
-    def __init__(
-        self,
-        workdir: pathlib.Path,
-        *,
-        step: int = 0,
-        measured: bool = True,
-        told: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
-    ):
-        """Lines after `step` are taken again; its held-out figures too where not `measured`.
-
-        `told` tells a line of an earlier version in today's names of its figures.
-        """
-        from tensorboardX import SummaryWriter
-
-        workdir.mkdir(parents=True, exist_ok=True)
-        self.workdir, self.started = workdir, time.monotonic()
-        _drop_after(workdir / LOG, step, measured, told)
-        self.file = open(workdir / LOG, "a", buffering=1)  # noqa: SIM115  (closed by close)
-        self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step)
-
-    def scalars(self, step: int, values: Mapping[str, Any], *, split: str = "train") -> None:
-        """One line of numbers; not finite ones become null, so that every reader copes."""
-        # None: a figure that there is none of, as the standard error of one image
-        numbers = {n: math.nan if value is None else float(value) for n, value in values.items()}
-        kept = {name: significant(value) for name, value in numbers.items()}
-        seconds = round(time.monotonic() - self.started, 1)
-        record = {"step": step, "split": split, "seconds": seconds, **kept}
-        self.file.write(records.text(record) + "\n")
-        for name, value in numbers.items():
-            if not math.isfinite(value):  # it would warn, of each
-                continue
-            self.events.add_scalar(f"{split}/{name}", value, step)
-
-    def image(self, step: int, name: str, image_HW3: np.ndarray) -> None:
-        """A picture as `images/NAME-STEP.png` and as a TensorBoard event."""
-        folder = self.workdir / "images"
-        folder.mkdir(exist_ok=True)
-        save_png(folder / f"{name}-{step:07d}.png", image_HW3)
-        three = np.repeat(image_HW3, 3, axis=-1) if image_HW3.shape[-1] == 1 else image_HW3
-        self.events.add_image(name, three, step, dataformats="HWC")
-
-    def close(self) -> None:
-        """Write the curves and release the files."""
-        self.file.close()
-        self.events.close()
-        curves(self.workdir)
-
-
-def significant(value: float) -> float:
-    """Seven significant digits, and counts whole: a rate of 1e-7 is not 0."""
-    return value if value.is_integer() else float(f"{value:.7g}")
-
-
-def _drop_after(file: pathlib.Path, step: int, measured: bool, told: Callable) -> None:
-    """Forget lines of steps that a resumed run takes again, and a line that was cut off."""
-    if not file.exists():
-        return
-    kept = [
-        told(record)
-        for record in read(file.parent)
-        if record["step"] < step
-        or (record["step"] == step and (measured or record["split"] != "held_out"))
-    ]
-    records.save(file, "".join(f"{records.text(record)}\n" for record in kept))
-
-
-def read(workdir: pathlib.Path) -> list[dict]:
-    """The records of a run."""
-    file = workdir / LOG
-    if not file.exists():
-        return []
-    remedy = "move it away: the run begins another one"
-    return records.lines(file, "the log of a run", remedy, say=say, step=int, split=str)
-
-
-def curves(workdir: pathlib.Path) -> pathlib.Path | None:
-    """All curves of a run in one picture, `curves.png`: a panel per metric, a line per split."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines: dict[str, dict[str, list]] = {}
-    for record in read(workdir):
-        for name, value in record.items():
-            if name in ("step", "split", "seconds") or name.endswith("_error"):
-                continue
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                continue
-            lines.setdefault(name, {}).setdefault(record["split"], []).append(
-                (record["step"], value)
-            )
-    # a constant tells nothing as a curve
-    lines = {
-        name: splits
-        for name, splits in lines.items()
-        if len({value for points in splits.values() for _, value in points}) > 1
-    }
-    if not lines:
-        return None
-    columns = min(3, len(lines))
-    rows = -(-len(lines) // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(4.2 * columns, 2.8 * rows), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat[len(lines) :]:
-        axis.axis("off")
-    for axis, (name, splits) in zip(axes.flat, sorted(lines.items()), strict=False):
-        for split, points in sorted(splits.items()):
-            x, y = zip(*points, strict=True)
-            style = dict(marker="o", markersize=3) if len(points) < 30 else {}
-            axis.plot(x, y, label=split.replace("_", " "), linewidth=1.2, **style)
-        axis.set_title(name.replace("_", " "), fontsize=10)
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=7, frameon=False)
-    file = workdir / "curves.png"
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
-    return file
-
-
-def grid(image_BHW3: np.ndarray, columns: int, *, gap: int = 2, scale: int = 1) -> np.ndarray:
-    """Images [B, H, W, 3] in rows of `columns` on white; every pixel `scale` x `scale`."""
-    image_BHW3 = np.repeat(np.repeat(np.asarray(image_BHW3), scale, axis=1), scale, axis=2)
-    B, H, W, C = image_BHW3.shape
-    rows = -(-B // columns)
-    sheet = np.full(
-        (rows * (H + gap) + gap, min(columns, B) * (W + gap) + gap, C), 255, image_BHW3.dtype
-    )
-    for i, image_HW3 in enumerate(image_BHW3):
-        y, x = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
-        sheet[y : y + H, x : x + W] = image_HW3
-    return sheet
-
-
-def beside(left_BHW3: np.ndarray, right_BHW3: np.ndarray, pairs: int = 4, **look) -> np.ndarray:
-    """A grid of pairs: the original on the left, what was made of it on the right."""
-    both = np.stack([left_BHW3, right_BHW3], axis=1).reshape(-1, *np.shape(left_BHW3)[1:])
-    return grid(both, 2 * pairs, **look)
-
-
-def save_png(path: pathlib.Path, image_HW3: np.ndarray) -> None:
-    """uint8 [H, W, 3 or 1] as PNG; the file appears whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    image_HW3 = image_HW3[..., 0] if image_HW3.shape[-1] == 1 else image_HW3
-    Image.fromarray(image_HW3).save(part, format="PNG")
-    part.replace(path)
 
 
 def table(leaves: Mapping[str, Any]) -> str:
@@ -317,6 +164,6 @@ def row(name: str, value: float | int | None) -> str:
     return f"{name:<20} {digits}"
 
 
-def figures(values: Mapping[str, float], names: Sequence[str]) -> str:
+def metrics(values: Mapping[str, float], names: Sequence[str]) -> str:
     """`psnr_db 25.31, codebook_usage 0.998` of those that are there."""
     return ", ".join(f"{name} {values[name]:.4g}" for name in names if values.get(name) is not None)

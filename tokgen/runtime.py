@@ -76,11 +76,11 @@ def call(
         _unheard()
         return 128 + signal.SIGPIPE
     except OSError as error:
-        from tokgen import output
+        from tokgen.output import failures
 
-        if error.errno not in output.ENVIRONMENT:
+        if error.errno not in failures.ENVIRONMENT:
             raise
-        print(f"{program}: error: {output.described(error, option='')}", file=sys.stderr)
+        print(f"{program}: error: {failures.described(error, option='')}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         said = _exhausted(error, fewer)

@@ -14,7 +14,7 @@ from PIL import Image
 from tokgen import cli, interfaces, parameters, runtime, sharding
 from tokgen.checkpoints import checkpoint, imported as imports, run as runs
 from tokgen.config import building, reading as configs
-from tokgen.pretrained import keymap, parity, system, transfer
+from tokgen.pretrained import entries, keymap, parity, system, transfer
 from tokgen.pretrained.formats import writer
 from tokgen.training import train_state
 
@@ -154,7 +154,7 @@ def test_an_import_holds_what_sampling_needs(made):
 def test_an_export_gives_the_file_back(made, which, tmp_path):
     folder, _, weights, _ = made
     assert command("export", folder / which, "--out", tmp_path) == 0
-    found = transfer.weights_of(tmp_path / "tiny.pt", TINY)
+    found = entries.weights(tmp_path / "tiny.pt", TINY)
     assert set(found) == set(weights)
     for key, array in weights.items():
         assert (found[key].dtype, found[key].shape) == (array.dtype, array.shape), key

@@ -14,11 +14,12 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from tokgen import cli, interfaces, parameters, report, runtime, sharding
+from tokgen import cli, image_grid, interfaces, parameters, runtime, sharding
 from tokgen.checkpoints import checkpoint, imported as imports, run as runs
 from tokgen.commands import export, import_
 from tokgen.config import building as configs
-from tokgen.pretrained import convolutional, parity, system, transfer
+from tokgen.pretrained import entries, parity, system
+from tokgen.pretrained.families import convolutional
 from tokgen.pretrained.formats import reader, writer
 from tokgen.training import optimizer as optimizers, train_state
 
@@ -69,7 +70,7 @@ def there_and_back(path, name, folder, capfd):
     says_where_it_comes_from(out, file, name, capfd)
     assert command("export", out, "--out", back) == 0
     (again,) = back.rglob(f"{'*' if file.name == 'model.safetensors' else '.'}/{file.name}")
-    wanted, found = (transfer.weights_of(f, fixture.system) for f in (file, again))
+    wanted, found = (entries.weights(f, fixture.system) for f in (file, again))
     assert list(found) and set(found) == set(wanted)
     for key, array in wanted.items():
         assert (found[key].dtype, found[key].shape) == (array.dtype, array.shape), key
@@ -214,7 +215,7 @@ def test_a_decoder_of_text_reconstructs_with_features(shared, tmp_path, capfd):
     assert command(*words) == 0
     assert "IMAGES --text DIR" in capfd.readouterr().err
     image, text = tmp_path / "image.png", tmp_path / "text"
-    report.save_png(image, np.zeros((40, 40, 3), np.uint8))
+    image_grid.save_png(image, np.zeros((40, 40, 3), np.uint8))
     words = ("reconstruct", out, image, "--out", tmp_path / "look")
     assert "--text must name a folder with all.npy" in told(capfd, *words)
     shape = checkpoint.load_tokenizer(out).config.decoder.text
@@ -326,7 +327,7 @@ def test_an_export_of_a_moved_checkpoint_is_the_same(taming, tmp_path):
     out, file, _, weights = taming
     moved = shutil.copytree(out, tmp_path / "moved")
     assert command("export", moved, "--out", tmp_path / "x") == 0
-    found = transfer.weights_of(tmp_path / "x" / file.name, system.named("taming_vqgan"))
+    found = entries.weights(tmp_path / "x" / file.name, system.named("taming_vqgan"))
     assert set(found) == set(weights)
     for key in weights:
         assert found[key].tobytes() == weights[key].tobytes(), key
@@ -414,8 +415,8 @@ def test_an_export_is_imported_again(taming, tmp_path, capfd):
 
 
 def test_a_record_of_an_older_import_or_of_a_stranger(taming):
-    assert imports._form({"dtype": "bfloat16"}, "x") == transfer.Form("bfloat16")
-    form = transfer.Form("float16", {"a": "float32", "b": "int64"}, "model", "ema", "float32")
+    assert imports._form({"dtype": "bfloat16"}, "x") == entries.Form("bfloat16")
+    form = entries.Form("float16", {"a": "float32", "b": "int64"}, "model", "ema", "float32")
     assert imports._form(imports._recorded(form), "x") == form
     odd_ones = [
         *({"dtype": 7}, {"entry": []}, {"entry": "a\ud800"}, {"average_dtypes": [1]}),
@@ -441,7 +442,7 @@ def test_files_that_are_none_are_one_message(taming, suffix, tmp_path, capfd):
     """Every command that takes a file, with files of every other kind, and a folder."""
     path, out = tmp_path / f"odd.{suffix}", tmp_path / "out"
     image = tmp_path / "image.png"
-    report.save_png(image, np.zeros((16, 16, 3), np.uint8))
+    image_grid.save_png(image, np.zeros((16, 16, 3), np.uint8))
     whole = taming[1].read_bytes()
     for name, data in {**ODD, "cut": whole[: len(whole) // 2], "folder": None}.items():
         path.unlink(missing_ok=True)

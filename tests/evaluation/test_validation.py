@@ -96,7 +96,7 @@ def test_one_value_has_no_standard_error():
 
 def test_what_is_marked_as_no_token_is_not_written():
     found, source = made(encoder=np.nan), Source()
-    assert (np.asarray(pretokenize.encode(found, source.image_NHW3)) == -1).all()
+    assert (np.asarray(datasets.encode(found, source.image_NHW3)) == -1).all()
     shard = token_shards.Shard("train", "none", 1, 4)
     with pytest.raises(interfaces.UserError, match="encoder sees .* 3 of 3 images: 1.png, 2.png"):
         pretokenize._shard(found, source, shard, [VIEW], 3, ONE, tqdm.tqdm())

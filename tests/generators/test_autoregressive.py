@@ -1,5 +1,4 @@
 import functools
-import inspect
 import math
 
 import jax
@@ -9,8 +8,8 @@ import optax
 import pytest
 from flax import nnx
 
-from tokgen import interfaces
-from tokgen.generators import autoregressive, orders
+from tokgen import interfaces, orders
+from tokgen.generators import autoregressive
 from tokgen.nn import transformer
 from tokgen.nn.precision import FLOAT32
 from tokgen.sampling import decode, sampler as filters
@@ -18,11 +17,7 @@ from tokgen.sampling import decode, sampler as filters
 LAYOUT = interfaces.TokenLayout((16,), ((3, 3),))
 UNEQUAL = interfaces.TokenLayout((4, 16), ((2, 3),))
 CLASSES, L = 5, LAYOUT.length
-ORDERS = sorted(
-    name
-    for name, function in inspect.getmembers(orders, inspect.isfunction)
-    if function.__module__ == orders.__name__ and name != "named"
-)
+ORDERS = orders.known()
 PAIRS = [(order, "rotary") for order in ORDERS]
 PAIRS += [("random", "learned"), ("columns", "learned"), ("random", "target_aware")]
 

@@ -10,7 +10,8 @@ from flax import nnx
 from tokgen.generators import masked as objectives
 from tokgen.interfaces import TokenLayout
 from tokgen.nn.precision import Precision
-from tokgen.pretrained import masked, parity
+from tokgen.pretrained import parity
+from tokgen.pretrained.families import masked
 from tokgen.pretrained.systems import maskbit_generator, maskgit_generator
 
 

@@ -26,15 +26,18 @@ SHARED = (
 OWN = {"taming_vqgan": "taming_vqgan", "ibq": "ibq", "openmagvit2_ema": "openmagvit2"}
 # Held array by array, and given back bit for bit, in the tests of their own systems.
 GENERATORS = {
-    "test_generators_ar.py": ("rar", "llamagen_c2i", "llamagen_t2i")
+    "test_causal_generators.py": ("rar", "llamagen_c2i", "llamagen_t2i")
     + ("openmagvit2_generator", "ibq_generator"),
-    "test_generators_masked.py": ("maskgit_transformer", "maskbit_lfqbert", "maskbit_bert")
+    "test_masked_generators.py": ("maskgit_transformer", "maskbit_lfqbert", "maskbit_bert")
     + ("maskbit_lfqbert_older", "titok_imagebert", "titok_uvit"),
-    "test_var_generator.py": ("var", "var_shared_aln"),
+    "systems/test_var_generator.py": ("var", "var_shared_aln"),
 }
 
 # Held in files of their own, too: what measures images, and figures.
-MEASURES = {"test_inception.py": "inception_fid", "test_metrics.py": "metrics"}
+MEASURES = {
+    "systems/test_inception_backbone.py": "inception_fid",
+    "systems/test_adm_metrics.py": "metrics",
+}
 
 # What the descriptions of the fixtures call inputs: nothing else may pass for given.
 INPUTS = {

@@ -12,7 +12,7 @@ import pytest
 
 from tokgen import parameters
 from tokgen.interfaces import UserError
-from tokgen.pretrained import parity, system, transfer
+from tokgen.pretrained import entries, parity, system, transfer
 from tokgen.pretrained.formats import writer
 
 HERE = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
@@ -156,7 +156,7 @@ def test_the_entry_around_the_weights_is_found(tmp_path):
     arrays = {"a": np.arange(3, dtype=np.float32)}
     for wrap in ((), ("state_dict",), ("model",), ("ema",)):
         writer.write(tmp_path / "x.pt", arrays, form="torch", wrap=wrap)
-        same(transfer.weights_of(tmp_path / "x.pt", found), arrays)
+        same(entries.weights(tmp_path / "x.pt", found), arrays)
 
 
 @functools.cache
@@ -277,7 +277,7 @@ def test_where_a_file_has_room_for_one_the_average_is_published():
         small()[1],
         source="here",
     )
-    both = dataclasses.replace(imported, average=moved.module, form=transfer.Form(), aside={})
+    both = dataclasses.replace(imported, average=moved.module, form=entries.Form(), aside={})
     found = transfer.publish(both, "taming_vqgan")
     same(found, {key: array + 1 for key, array in small()[0].items()})
     assert transfer.publish_average(both, "taming_vqgan") == {}
@@ -362,7 +362,7 @@ def test_a_tokenizer_within_the_names_of_a_generator(tmp_path):
     path = tmp_path / "x.ckpt"
     writer.write(path, inside | others, form="torch", wrap=("state_dict",))
     same(transfer.publish(transfer.read(path, "ibq", published), "ibq"), weights)
-    found = transfer.held(path, system.named("ibq_generator"))
+    found = entries.contents(path, system.named("ibq_generator"))
     assert set(found.weights) == {*inside, *others}
     assert "import it with --system ibq" in " ".join(found.notes)
 

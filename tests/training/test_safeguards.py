@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 import train_tokenizer
-from tokgen import interfaces, report, runtime, sharding
+from tokgen import interfaces, metrics_log, runtime, sharding
 from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.config import building, reading
 from tokgen.data import datasets
@@ -181,7 +181,7 @@ def one_device():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda data=-1, fsdp=1, tensor=1: mesh)
         patch.setattr(launch.signal, "signal", lambda number, handler: None)
-        patch.setattr(report, "curves", lambda workdir: None)
+        patch.setattr(metrics_log, "curves", lambda workdir: None)
         # a run sets its mesh for good: what this module leaves must not meet the next one
         with jax.set_mesh(Mesh(np.empty((), object), ())):
             yield
@@ -232,9 +232,9 @@ def test_a_collapsed_run_stops_after_its_grace_and_is_saved(tmp_path):
     with pytest.raises(interfaces.UserError, match="step 3: of the codes"):
         train(tmp_path, "steps=4", "report.save=9", "guard.usage=1.0", grace=0.5)
     assert steps_of(tmp_path) == [3]
-    assert [record["step"] for record in report.read(tmp_path) if record["split"] == "train"] == [
-        *(1, 2, 3)
-    ]
+    assert [
+        record["step"] for record in metrics_log.read(tmp_path) if record["split"] == "train"
+    ] == [*(1, 2, 3)]
     assert checkpoint.load_tokenizer(tmp_path).layout.vocab == (32,)
 
 
@@ -253,7 +253,7 @@ def test_a_bad_game_ends_without_its_critic(returned):
         "settled": True,
     }
     assert steps_of(returned) == [2, 3, 4, 6, 7]
-    records = {r["step"]: r for r in report.read(returned) if r["split"] == "train"}
+    records = {r["step"]: r for r in metrics_log.read(returned) if r["split"] == "train"}
     assert sorted(records) == [1, 2, 3, 4, 5, 6, 7]
     assert records[3]["adversarial_weight"] == 0  # the critic learns, the painter does not hear it
     assert all("adversarial_weight" not in records[step] for step in (4, 5, 6, 7))
@@ -301,7 +301,7 @@ def test_what_came_after_a_return_is_not_lost_to_a_kill(returned, tmp_path, monk
 
 
 def held_out_lines(workdir):
-    return [r["step"] for r in report.read(workdir) if r["split"] == "held_out"]
+    return [r["step"] for r in metrics_log.read(workdir) if r["split"] == "held_out"]
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +374,9 @@ def test_data_that_cannot_be_read_cost_no_step(tmp_path, monkeypatch):
 
 def test_a_held_out_error_is_the_mean_of_squares(undisturbed):
     """On the scale of the loss, [-1, 1]; a mean of decibels would be that of logarithms."""
-    (line,) = [r for r in report.read(undisturbed) if r["split"] == "held_out" and r["step"] == 4]
+    (line,) = [
+        r for r in metrics_log.read(undisturbed) if r["split"] == "held_out" and r["step"] == 4
+    ]
     settings = reading.load("configs/tokenizer/shapes.py:vq", SMALL)
     source = building.build(settings.data, "data", split="held_out")
     loaded = checkpoint.load_tokenizer(undisturbed / checkpoint.FOLDER / "4")

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 import train_tokenizer
-from tokgen import interfaces, parameters, report, sharding
+from tokgen import interfaces, metrics_log, parameters, sharding
 from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.config import building, reading
 from tokgen.nn import precision
@@ -146,7 +146,7 @@ def one_device():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda data=-1, fsdp=1, tensor=1: mesh)
         patch.setattr(launch.signal, "signal", lambda number, handler: None)
-        patch.setattr(report, "curves", lambda workdir: None)
+        patch.setattr(metrics_log, "curves", lambda workdir: None)
         # a run sets its mesh for good: what this module leaves must not meet the next one
         with jax.set_mesh(Mesh(np.empty((), object), ())):
             yield
@@ -186,7 +186,7 @@ def test_what_a_stage_does_not_train_stays_bit_by_bit(whole):
 
 
 def test_losses_and_rates_are_those_of_the_stage(whole):
-    records = {r["step"]: r for r in report.read(whole) if r["split"] == "train"}
+    records = {r["step"]: r for r in metrics_log.read(whole) if r["split"] == "train"}
     rates = [records[step]["learning_rate"] for step in range(1, 7)]
     peak = 0.003
     cosine = [peak, peak, peak / 2]  # steps 0, 1, 2: the warm-up is one step, three in all
@@ -265,7 +265,7 @@ def test_other_stages_are_another_run(whole):
     with pytest.raises(interfaces.UserError, match="stages: .*there.*here"):
         train(whole, settings_of(*other))
     train(whole, settings_of(*TWO))  # the same, at its end: nothing is done
-    assert report.read(whole)[-1]["step"] == 6
+    assert metrics_log.read(whole)[-1]["step"] == 6
 
 
 # ---------------------------------------------------------------- terms, teachers, giving up

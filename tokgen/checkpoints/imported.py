@@ -17,7 +17,7 @@ from tokgen import parameters, records
 from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.config import building as configs, migration
 from tokgen.interfaces import TokenLayout, UserError
-from tokgen.pretrained import keymap, transfer
+from tokgen.pretrained import entries, keymap, transfer
 from tokgen.pretrained.formats import reader, writer
 
 ASIDE = "aside.safetensors"
@@ -86,7 +86,7 @@ def load_imported(path: str | os.PathLike) -> tuple[checkpoint.Loaded, transfer.
     )
 
 
-def _recorded(form: transfer.Form) -> dict:
+def _recorded(form: entries.Form) -> dict:
     """How the published file was written, for the record: names of arrays by their dtype."""
     said = {
         "dtypes": _grouped(form.dtypes),
@@ -106,7 +106,7 @@ def _grouped(dtypes: dict[str, str]) -> dict[str, list[str]]:
     }
 
 
-def _form(source: dict, where: str) -> transfer.Form:
+def _form(source: dict, where: str) -> entries.Form:
     """The form that a record states; of imports that did not state it, what they did."""
     fields = {}
     try:
@@ -124,7 +124,7 @@ def _form(source: dict, where: str) -> transfer.Form:
         raise UserError(
             f"the record of {where} does not say how its file was written: {error}"
         ) from error
-    return transfer.Form(**fields)
+    return entries.Form(**fields)
 
 
 def is_export(path: pathlib.Path) -> bool:

@@ -6,7 +6,6 @@ import argparse
 import json
 
 from tokgen import report, runtime
-from tokgen.checkpoints import checkpoint
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +16,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the record of a step."""
+    from tokgen.checkpoints import checkpoint
+
     step = checkpoint.find(args.checkpoint)
     meta = checkpoint.read_meta(step)
     if args.verify:

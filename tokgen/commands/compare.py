@@ -12,12 +12,15 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from tokgen import output, report
-from tokgen.evaluation import collect, given_images, page, score_page
-from tokgen.interfaces import UserError
+from tokgen.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tokgen.evaluation import given_images
 
 COMPARED = "compare.json"
 RECORDS = {COMPARED: ("runs", "marks")}
@@ -47,6 +50,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the table; write it, plots and samples as a page, and all of it as JSON."""
+    from tokgen.evaluation import page
+
     lines, folders = read(args.results, every=args.all)
     if len(lines) < 2:
         raise UserError(f"a comparison needs two results or more; found {len(lines)}")
@@ -63,6 +68,8 @@ def write(
     lines: Mapping[str, Mapping], folders: Mapping[str, pathlib.Path], out: pathlib.Path
 ) -> None:
     """The page, and all of it as JSON."""
+    from tokgen.evaluation import page
+
     first = next(iter(lines.values()))
     record = {
         **{name: of(first) for name, of in SAME.items()},
@@ -93,6 +100,8 @@ def read(
     paths: Sequence[str], *, every: bool = False
 ) -> tuple[dict[str, dict], dict[str, pathlib.Path]]:
     """({name: result}, {name: its folder}) of folders; the last result of each, or every one."""
+    from tokgen.evaluation import collect
+
     shown = [pathlib.Path(path).resolve() for path in paths]
     if len(set(shown)) < len(shown):
         raise UserError("a folder is named twice; name every run once")
@@ -149,6 +158,8 @@ def half(figure: Mapping) -> float:
 
 def marks(lines: Mapping[str, Mapping], metric: str) -> dict[str, str]:
     """{run: "best" or "tie"} of a figure, where one of two values is the better one."""
+    from tokgen.evaluation import page
+
     figures = {n: line["figures"][metric] for n, line in lines.items() if metric in line["figures"]}
     better = page.better(metric)
     if not better or len(figures) < 2:
@@ -167,6 +178,8 @@ def marks(lines: Mapping[str, Mapping], metric: str) -> dict[str, str]:
 
 def shown(lines: Mapping[str, Mapping], metric: str, name: str) -> tuple[str, str, str]:
     """(value, interval, mark) of a run's figure."""
+    from tokgen.evaluation import page
+
     figure = lines[name]["figures"].get(metric)
     if figure is None:
         return "none", "", ""
@@ -176,6 +189,8 @@ def shown(lines: Mapping[str, Mapping], metric: str, name: str) -> tuple[str, st
 
 def table(lines: Mapping[str, Mapping]) -> str:
     """Figures x runs, the best of each marked: a figure per row, to be read on a narrow screen."""
+    from tokgen.evaluation import page
+
     rows = []
     for metric in metrics(lines):
         cells = []
@@ -191,6 +206,8 @@ def table(lines: Mapping[str, Mapping]) -> str:
 
 def listed(lines: Mapping[str, Mapping]) -> str:
     """The table for the terminal: a run per row; * the best, = a tie with it."""
+    from tokgen.evaluation import page
+
     names = metrics(lines)
     rows = [("", *(page.title_of(name) for name in names))]
     signs = {"best": " *", "tie": " =", "": ""}
@@ -204,6 +221,8 @@ def listed(lines: Mapping[str, Mapping]) -> str:
 
 def plots(lines: Mapping[str, Mapping]) -> list[str]:
     """Distance against guidance where runs differ in it; precision against recall."""
+    from tokgen.evaluation import page
+
     found = []
     series = guided(lines)
     if series:
@@ -223,6 +242,8 @@ def plots(lines: Mapping[str, Mapping]) -> list[str]:
 
 def guided(lines: Mapping[str, Mapping]) -> dict[str, list[tuple]]:
     """{what runs share beside the guidance: [(weight, distance, half of its interval)]}."""
+    from tokgen.evaluation import page, score_page
+
     runs_ = {}
     for name, line in lines.items():
         weight = line["supply"].get("settings", {}).get("weight")
@@ -250,6 +271,8 @@ def guided(lines: Mapping[str, Mapping]) -> dict[str, list[tuple]]:
 
 def runs_table(lines: Mapping[str, Mapping]) -> str:
     """How each run was made."""
+    from tokgen.evaluation import page
+
     rows = []
     for name, line in lines.items():
         supply = {k: v for k, v in line["supply"].items() if k != "seed"}
@@ -259,6 +282,10 @@ def runs_table(lines: Mapping[str, Mapping]) -> str:
 
 def sheets(lines: Mapping[str, Mapping], folders: Mapping[str, pathlib.Path]) -> str:
     """Samples of each class, a row per run; the same numbers of every run that has them."""
+    import numpy as np
+
+    from tokgen.evaluation import page, score_page
+
     opened, without = {}, []
     for name in lines:
         kept = _images_of(lines[name], folders[name])
@@ -300,6 +327,8 @@ def sheets(lines: Mapping[str, Mapping], folders: Mapping[str, pathlib.Path]) ->
 
 def _images_of(line: Mapping, folder: pathlib.Path) -> given_images.Archive | None:
     """The images of a result: kept beside it, or the archive that was scored, if unchanged."""
+    from tokgen.evaluation import given_images
+
     if (folder / "samples.npz").is_file():
         return given_images.Archive(folder / "samples.npz")
     scored = pathlib.Path(line["supply"].get("samples", ""))
@@ -311,6 +340,10 @@ def _images_of(line: Mapping, folder: pathlib.Path) -> given_images.Archive | No
 
 def _sheet(rows: Sequence[Sequence[np.ndarray]]) -> str:
     """Rows of images of one size, short ones filled up with white."""
+    import numpy as np
+
+    from tokgen.evaluation import page
+
     blank = np.full_like(next(row[0] for row in rows if row), 255)
     columns = max(map(len, rows))
     filled = [image for row in rows for image in [*row, *[blank] * (columns - len(row))]]

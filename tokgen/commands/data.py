@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+from typing import TYPE_CHECKING
 
 from tokgen import options, report
-from tokgen.config import building
-from tokgen.data import classes, reader, scan, token_shards
-from tokgen.interfaces import UserError
+from tokgen.errors import UserError
+
+if TYPE_CHECKING:
+    from tokgen.data import scan
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +43,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print it; all files that cannot be read by name."""
+    from tokgen.data import classes, reader, token_shards
+
     shards = (pathlib.Path(args.data) / token_shards.HEADER).exists()
     idle = {}
     if not args.data.startswith("tfds:"):
@@ -93,6 +97,8 @@ def run(args: argparse.Namespace) -> None:
 
 def source_of(args: argparse.Namespace, split: str):
     """A part of the images that DATA names."""
+    from tokgen.config import building
+
     if args.data.startswith("tfds:"):
         section = {
             "name": "tfds",
@@ -109,6 +115,8 @@ def source_of(args: argparse.Namespace, split: str):
 
 
 def _scanned(source, args: argparse.Namespace) -> scan.Found:
+    from tokgen.data import scan
+
     if args.scan == "full":
         return scan.full(source, args.channels)
     return scan.headers(source)
@@ -131,6 +139,8 @@ def _sizes(sizes: dict[tuple[int, int], int]) -> str:
 
 def _shards(args: argparse.Namespace) -> None:
     """What the header of a token set says; with --scan full, what its records hold."""
+    from tokgen.data import classes, token_shards
+
     sources, wrong = {}, {}
     for split in token_shards.SPLITS:
         try:

@@ -9,13 +9,15 @@ import argparse
 import contextlib
 import pathlib
 import time
+from typing import TYPE_CHECKING
 
 from tokgen import options, output, report, runtime
-from tokgen.checkpoints import checkpoint
 from tokgen.commands import sample
-from tokgen.data import captioned, classes, datasets, reader, token_shards
-from tokgen.evaluation import protocols, score as scores, validation
-from tokgen.interfaces import UserError
+from tokgen.errors import UserError
+from tokgen.evaluation import protocols
+
+if TYPE_CHECKING:
+    from tokgen.checkpoints import checkpoint
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +74,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the figures and, with --out, append them to a file; with --protocol, score."""
+    from tokgen.evaluation import score as scores
+
     if args.images < 1 or args.orders < 1:
         raise UserError(
             f"--images and --orders must be at least 1; found {args.images}, {args.orders}"
@@ -103,6 +107,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _measured(args: argparse.Namespace) -> tuple[dict, dict]:
     """(the figures with what they are of, the figures by the names that people read)."""
+    from tokgen.checkpoints import checkpoint
+    from tokgen.data import reader
+
     runtime.devices()
     step = checkpoint.find(args.checkpoint)
     kind = checkpoint.read_meta(step)["kind"]
@@ -130,6 +137,10 @@ def _measured(args: argparse.Namespace) -> tuple[dict, dict]:
 
 def _tokenizer(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     """(figures, what their first is called, the source that they are of, the precision)."""
+    from tokgen.checkpoints import checkpoint
+    from tokgen.data import captioned, datasets
+    from tokgen.evaluation import validation
+
     loaded = checkpoint.load_tokenizer(step, compute=args.precision or "")
     source = datasets.image_source(
         loaded.config, args.data, args.split, labels=args.labels, doubtful="drop"
@@ -153,6 +164,10 @@ def _tokenizer(step: pathlib.Path, args: argparse.Namespace) -> tuple:
 
 def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     """(figures, what their first is called, the source that they are of, the precision)."""
+    from tokgen.checkpoints import checkpoint
+    from tokgen.data import classes, datasets, reader, token_shards
+    from tokgen.evaluation import validation
+
     loaded = checkpoint.load_generator(step, compute=args.precision or "")
     if loaded.module.exact and args.order != "random":
         when = "orders that are drawn: of a masked generator, or with --order random"
@@ -200,6 +215,9 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
 
 def _data_of(loaded: checkpoint.Loaded, path: str) -> dict:
     """The config's `data`, with the shards or images that lie at `path`, if one is given."""
+    from tokgen.checkpoints import checkpoint
+    from tokgen.data import token_shards
+
     data = {"tokens": "", **dict(loaded.config.get("data", {}))}
     record = loaded.meta["tokens"]
     data["tokens"] = str(checkpoint.referred(record, loaded.step)) if record else ""

@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+from typing import TYPE_CHECKING
 
-import numpy as np
+from tokgen import output, report, runtime
 
-from tokgen import archives, output, parameters, report, runtime
-from tokgen.checkpoints import imported as imports
-from tokgen.config import building
-from tokgen.pretrained import system, transfer
-from tokgen.pretrained.formats import writer
+if TYPE_CHECKING:
+    import numpy as np
 
-OURS, CONFIG = imports.OURS, imports.CONFIG
-RECORDS = {CONFIG: ("config", "layout", "fingerprint")}
+    from tokgen.pretrained import transfer
+
+RECORDS = {"config.json": ("config", "layout", "fingerprint")}
 SUFFIXES = {"torch": ".bin", "safetensors": ".safetensors", "flax": ".msgpack"}
 
 
@@ -41,6 +40,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _exported(args: argparse.Namespace, out: pathlib.Path) -> list[str]:
     """Write all of it; what is to be said."""
+    from tokgen import parameters
+    from tokgen.checkpoints import imported as imports
+    from tokgen.config import building
+    from tokgen.pretrained import system
+    from tokgen.pretrained.formats import writer
+
     runtime.devices()
     loaded, imported = imports.load_imported(args.checkpoint)
     source = loaded.meta.get("source") or {}
@@ -61,13 +66,13 @@ def _exported(args: argparse.Namespace, out: pathlib.Path) -> list[str]:
         "which": "params" if imported.average is None else "ema",
         "source": source,
     }
-    writer.write(out / OURS, arrays, form="safetensors")
-    (out / CONFIG).write_text(json.dumps(record, indent=2) + "\n")
-    told = [f"{args.out}: {OURS} ({len(arrays)} arrays) and {CONFIG}"]
+    writer.write(out / imports.OURS, arrays, form="safetensors")
+    (out / imports.CONFIG).write_text(json.dumps(record, indent=2) + "\n")
+    told = [f"{args.out}: {imports.OURS} ({len(arrays)} arrays) and {imports.CONFIG}"]
     if name:
         found = system.named(name)
         file = out / _name(source, name, f"{name}{SUFFIXES[found.form]}")
-        if file.name.lower() == OURS:
+        if file.name.lower() == imports.OURS:
             file = out / name / file.name
             file.parent.mkdir(exist_ok=True)
         form = "safetensors" if file.suffix == ".safetensors" else found.form
@@ -92,6 +97,8 @@ def _published(
 
     An import has the entries that its file had, if they lie on its surface.
     """
+    from tokgen.pretrained import system, transfer
+
     found, form = system.named(name), imported.form
     same = name == source.get("system")
     own = form.entry if same and form.entry is not None and "." not in form.entry else None
@@ -111,10 +118,13 @@ def _entries(published: dict[tuple[str, ...], dict]) -> str:
 
 def _name(source: dict, system: str, default: str) -> str:
     """What the published file is called: as the one that was imported, if that is a mere name."""
+    from tokgen import archives
+    from tokgen.checkpoints import imported as imports
+
     name = source.get("file") or default
     if system != source.get("system"):
         return default
-    if isinstance(name, str) and archives.is_plain(name) and name.lower() != CONFIG:
+    if isinstance(name, str) and archives.is_plain(name) and name.lower() != imports.CONFIG:
         return name
     report.say(f"the record names its file {name!r:.100}, which is not used: written as {default}")
     return default

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import pathlib
-
-import yaml
+from typing import TYPE_CHECKING
 
 from tokgen import output, records, report, runtime
-from tokgen.checkpoints import checkpoint, imported as imports
-from tokgen.interfaces import UserError
-from tokgen.pretrained import system, transfer
-from tokgen.pretrained.formats import reader
+from tokgen.errors import UserError
+
+if TYPE_CHECKING:
+    from tokgen.pretrained import transfer
 
 LARGEST_YAML = 2**20  # characters; it is slow to read
 
@@ -26,7 +25,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--system",
         default="",
-        help=f"what it is: {', '.join(importable())}; needless for what tokgen export wrote",
+        help="the published system that it is of, as in docs/tokenizers.md and docs/generators.md; "
+        "needless for what tokgen export wrote",
     )
     parser.add_argument(
         "--entry",
@@ -62,11 +62,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def importable() -> list[str]:
     """The systems that there is something to train or sample from."""
+    from tokgen.pretrained import system
+
     return sorted(name for name, found in system.known().items() if found.settings is not None)
 
 
 def run(args: argparse.Namespace) -> None:
     """Write a checkpoint of step 0, with licence and hash of its source."""
+    from tokgen.checkpoints import imported as imports
+
     file = pathlib.Path(args.file)
     exported = not args.system and imports.is_export(file)
     if not exported:
@@ -81,6 +85,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace, file: pathlib.Path) -> None:
     """Refuse what cannot be imported, before anything is read."""
+    from tokgen.checkpoints import imported as imports
+    from tokgen.pretrained import system
+
     if args.system not in importable():
         near = difflib.get_close_matches(args.system, importable(), 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -105,6 +112,10 @@ def _check(args: argparse.Namespace, file: pathlib.Path) -> None:
 
 def _imported(args: argparse.Namespace, place: output.Folder) -> list[str]:
     """Read the file and write the checkpoint; what is to be said."""
+    from tokgen.checkpoints import checkpoint
+    from tokgen.pretrained import system, transfer
+    from tokgen.pretrained.formats import reader
+
     file, found = pathlib.Path(args.file), system.named(args.system)
     tokenizer = checkpoint.load_tokenizer(args.tokenizer) if args.tokenizer else None
     config, told = args.config, []
@@ -135,6 +146,9 @@ def _imported(args: argparse.Namespace, place: output.Folder) -> list[str]:
 
 def _of_export(args: argparse.Namespace, place: output.Folder) -> list[str]:
     """A checkpoint of what `tokgen export` wrote; what is to be said."""
+    from tokgen.checkpoints import checkpoint, imported as imports
+    from tokgen.pretrained import transfer
+
     given = [name for name in ("config", "entry", "set", "opaque") if getattr(args, name)]
     if given:
         raise UserError(
@@ -154,6 +168,8 @@ def _of_export(args: argparse.Namespace, place: output.Folder) -> list[str]:
 
 def _saved(place: output.Folder, imported: transfer.Imported, *rest) -> str:
     """Write the checkpoint; where it is and what can be done with it."""
+    from tokgen.checkpoints import imported as imports
+
     step = imports.save_imported(place.path, imported, *rest)
     step = place.target / step.relative_to(place.path)
     return f"saved as {step}; try: {_next(imported, place.target, rest[1])}"
@@ -182,6 +198,8 @@ def _next(imported: transfer.Imported, out: pathlib.Path, tokenizer) -> str:
 
 
 def _read(path: str) -> dict:
+    import yaml
+
     try:
         try:
             published = records.load(pathlib.Path(path))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-
-from flax import nnx
+from typing import TYPE_CHECKING
 
 from tokgen import runtime
-from tokgen.checkpoints import checkpoint
-from tokgen.config import building
-from tokgen.interfaces import TokenLayout, UserError
+from tokgen.errors import UserError
+
+if TYPE_CHECKING:
+    from flax import nnx
+
+    from tokgen.interfaces import TokenLayout
 
 # What stands for each kind of token -> a quantizer's section; "1-D" ones write a row of tokens.
 TOKENIZERS = {
@@ -55,6 +57,10 @@ SMALL = dict(width=16, depth=1, heads=2)
 
 def quantizer(kind: str, side: int):
     """A small quantizer of a kind, for grids of `side`."""
+    from flax import nnx
+
+    from tokgen.config import building
+
     grid = (1, side * side) if kind.endswith("1-D") else (side, side)
     section = dict(TOKENIZERS[kind])
     if section["name"] == "multiscale":
@@ -64,6 +70,10 @@ def quantizer(kind: str, side: int):
 
 def generator(kind: str, codec, *, classes: int, sizes: dict = SMALL):
     """A small generator of a kind for the tokens of a codec; UserError where it does not fit."""
+    from flax import nnx
+
+    from tokgen.config import building
+
     if codec.layout is None:
         raise UserError("a continuous bottleneck writes no tokens")
     section = GENERATORS[kind] | sizes
@@ -77,6 +87,8 @@ def generator(kind: str, codec, *, classes: int, sizes: dict = SMALL):
 
 def reason(kind: str, codec) -> str:
     """Why a generator does not fit; empty if it does."""
+    from flax import nnx
+
     try:
         nnx.eval_shape(lambda: generator(kind, codec, classes=3))
     except UserError as error:
@@ -92,6 +104,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the table, then the reasons."""
+    from flax import nnx
+
+    from tokgen.checkpoints import checkpoint
+
     runtime.devices()
     if args.tokenizer:
         loaded = checkpoint.load_tokenizer(args.tokenizer)

@@ -7,12 +7,13 @@ import contextlib
 import json
 import pathlib
 import sys
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from tokgen import options, output, report, runtime
-from tokgen.interfaces import UserError
-from tokgen.pretrained import parity
+from tokgen.errors import UserError
+
+if TYPE_CHECKING:
+    from tokgen.pretrained import parity
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +46,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _held(args: argparse.Namespace, file: pathlib.Path | None) -> tuple[parity.Folder, list]:
     """(the fixture, a line per array); with a file, what our model computed goes there."""
+    import numpy as np
+
+    from tokgen.pretrained import parity
+
     runtime.check_platform()
     unknown = "opaque" if args.opaque else "refuse"
     folder = parity.Folder(args.folder, args.system, unknown)
@@ -57,6 +62,8 @@ def _held(args: argparse.Namespace, file: pathlib.Path | None) -> tuple[parity.F
 
 def _tell(args: argparse.Namespace, folder: parity.Folder, lines: list) -> None:
     """Print them; an error where one fails."""
+    from tokgen.pretrained import parity
+
     if not args.json:
         print(f"{'array':<28} {'max abs':>9} {'max rel':>9} {'tolerance':>9}  verdict")
     for line in lines:

@@ -5,15 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 
-import jax
-import numpy as np
-
-from tokgen import boundary, options, output, report, runtime, sharding
-from tokgen.checkpoints import checkpoint
-from tokgen.data import datasets, loader, pixels as images, reader, token_shards
-from tokgen.interfaces import UserError
-
-encode = datasets.encode  # one program, also for those who encode while they train
+from tokgen import options, output, report, runtime
+from tokgen.errors import UserError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +34,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Encode what is not there yet; a folder with other tokens is refused."""
+    from tokgen.data import pixels as images, token_shards
+
     views = images.stored(args.views)
     if args.batch < 1:
         raise UserError(f"--batch must be at least 1; found {args.batch}")
@@ -53,6 +48,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _filled(args: argparse.Namespace, views: tuple[str, ...], out: output.Folder) -> None:
     """Encode what a folder does not have yet."""
+    import jax
+
+    from tokgen import sharding
+    from tokgen.checkpoints import checkpoint
+    from tokgen.data import datasets, pixels as images, reader, token_shards
+
     runtime.devices(args.batch)
     loaded = checkpoint.load_tokenizer(args.tokenizer, compute=args.precision)
     if loaded.layout is None:
@@ -134,6 +135,12 @@ def _shard(tokenizer, source, shard, views, batch, mesh, bar) -> tuple:
 
     Those that could not be read keep their places, with zeros.
     """
+    import jax
+    import numpy as np
+
+    from tokgen import boundary, sharding
+    from tokgen.data import datasets, loader, pixels as images, reader
+
     count = shard.stop - shard.start
     layout = tokenizer.layout
     tokens_BXLG = np.zeros((count, len(views), layout.length, layout.groups), np.int32)
@@ -152,7 +159,7 @@ def _shard(tokenizer, source, shard, views, batch, mesh, bar) -> tuple:
             label_B[rows], seen_B[rows] = part["label"], True
             for number in range(len(views)):
                 laid = sharding.filled(part["image"][:, number], batch, mesh)
-                found_BLG = jax.device_get(encode(tokenizer, laid))[: len(rows)]
+                found_BLG = jax.device_get(datasets.encode(tokenizer, laid))[: len(rows)]
                 invalid_B = (found_BLG < 0).any((1, 2))
                 boundary.refuse(invalid_B, "what the encoder sees in an image", named)
                 tokens_BXLG[rows, number] = found_BLG

@@ -7,11 +7,7 @@ import json
 import pathlib
 
 from tokgen import output, report, runtime
-from tokgen.checkpoints import checkpoint
-from tokgen.config import building
-from tokgen.data import captioned, datasets, reader
-from tokgen.evaluation import validation
-from tokgen.interfaces import UserError
+from tokgen.errors import UserError
 
 PIXELS = 2**26  # of pairs.png, at most
 RECORDS = {"figures.json": ("checkpoint", "images")}
@@ -56,6 +52,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _reconstructed(args: argparse.Namespace, out: output.Folder) -> dict:
     """The figures, after all is written."""
+    from tokgen import image_grid
+    from tokgen.checkpoints import checkpoint
+    from tokgen.config import building
+    from tokgen.data import captioned, datasets, reader
+    from tokgen.evaluation import validation
+
     runtime.devices()
     loaded = checkpoint.load_tokenizer(args.checkpoint, compute=args.precision)
     path = pathlib.Path(args.images)
@@ -91,7 +93,7 @@ def _reconstructed(args: argparse.Namespace, out: output.Folder) -> dict:
         batch=args.batch,
         shown=min(args.shown, fitting),
     )
-    report.save_png(out.path / "pairs.png", report.beside(image, painted, scale=scale))
+    image_grid.save_png(out.path / "pairs.png", image_grid.beside(image, painted, scale=scale))
     record = {"checkpoint": str(loaded.step), "images": str(path), **figures}
     if "unreadable" in figures:
         record["unreadable_files"] = reader.unreadable(source).record()["files"]

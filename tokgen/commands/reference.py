@@ -7,22 +7,17 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Iterator
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from tokgen import options, output, report, runtime
-from tokgen.checkpoints import checkpoint
-from tokgen.config import building
-from tokgen.data import datasets, loader, pixels as images, reader
-from tokgen.evaluation import (
-    feature_extractors,
-    given_images as supplied,
-    local_classifier,
-    protocols,
-    references,
-)
-from tokgen.interfaces import UserError
-from tokgen.metrics import moments
+from tokgen.errors import UserError
+from tokgen.evaluation import protocols
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tokgen.data import loader
+    from tokgen.evaluation import feature_extractors
 
 PART = 256  # images at a time
 EXAMINED = 10_000  # images that the local network's accuracy is of, at most
@@ -54,22 +49,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps",
         type=int,
-        default=local_classifier.PHOTOGRAPHS.steps,
-        help="to train the local network",
+        help="to train the local network; default: as its recipe says",
     )
     parser.add_argument("--seed", type=int, default=0)
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure the images and write what they are like."""
+    from tokgen.evaluation import references
+
     protocol = protocols.named(args.protocol)
     out = pathlib.Path(args.out)
     if out.suffix != ".npz":
         raise UserError(f"--out names an .npz file; found {args.out}")
-    if args.images < 0 or args.steps < 1 or not 0 <= args.seed < 2**32:
+    steps = 1 if args.steps is None else args.steps
+    if args.images < 0 or steps < 1 or not 0 <= args.seed < 2**32:
         raise UserError(
             "--images and --seed must be at least 0 and --steps at least 1; found "
-            f"{args.images}, {args.seed}, {args.steps}"
+            f"{args.images}, {args.seed}, {steps}"
         )
     if args.network and protocol.extractor != "local":
         raise UserError(f"--network is of the local protocol; {args.protocol} has --weights")
@@ -90,6 +87,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _written(args: argparse.Namespace, protocol: protocols.Protocol, file: pathlib.Path) -> str:
     """Measure the images and write the reference; what is to be said."""
+    from tokgen.checkpoints import checkpoint
+    from tokgen.data import datasets
+    from tokgen.evaluation import feature_extractors, references
+
     runtime.devices()
     # an archive does not say what it is of
     unsaid = "all" if args.data.endswith(".npz") else protocol.split or "train"
@@ -139,6 +140,8 @@ class Kept:
     classes: tuple[str, ...] = ()
 
     def __init__(self, path: str):
+        from tokgen.evaluation import given_images as supplied
+
         self.archive = supplied.Archive(path)
         self.size, self.fingerprint = self.archive.size, _hash(path)
         if self.archive.label_N is not None:
@@ -153,6 +156,8 @@ class Kept:
 
     def __getitems__(self, indices) -> list[dict]:
         """The records of many: read in one piece where they lie beside each other."""
+        import numpy as np
+
         first, last = int(min(indices)), int(max(indices)) + 1
         if last - first > 4 * len(indices):
             return [self[index] for index in indices]
@@ -170,6 +175,8 @@ class Kept:
 
 def source_of(args: argparse.Namespace, split: str):
     """The images that DATA names."""
+    from tokgen.config import building
+
     if _is_archive(args.data):
         return Kept(args.data)
     section = {"name": "folder", "path": args.data}
@@ -192,6 +199,8 @@ def _is_archive(data: str) -> bool:
 
 def size_of(source, args: argparse.Namespace) -> tuple[int, int]:
     """(rows, columns): what --size says, or 256; of the local protocol, the first image's."""
+    from tokgen.data import pixels as images, reader
+
     if args.size:
         if len(args.size) > 2 or min(args.size) < 8:
             raise UserError(f"--size is one number or two, at least 8; found {args.size}")
@@ -211,6 +220,9 @@ def size_of(source, args: argparse.Namespace) -> tuple[int, int]:
 
 def extractor_of(args, protocol, source, size) -> feature_extractors.Extractor:
     """The protocol's feature network: from a file, of another reference, or trained now."""
+    from tokgen.data import reader
+    from tokgen.evaluation import feature_extractors, local_classifier, references
+
     if protocol.extractor != "local":
         found = feature_extractors.from_file(protocol.extractor, args.weights)
         report.say(feature_extractors.described(found))
@@ -222,7 +234,9 @@ def extractor_of(args, protocol, source, size) -> feature_extractors.Extractor:
         if not other.network:
             raise UserError(f"{args.network} holds no local network: it is of another protocol")
         return feature_extractors.from_arrays(other.network, other.record["extractor"])
-    recipe = dataclasses.replace(local_classifier.PHOTOGRAPHS, steps=args.steps)
+    recipe = local_classifier.PHOTOGRAPHS
+    if args.steps is not None:
+        recipe = dataclasses.replace(recipe, steps=args.steps)
     taught = source
     if hasattr(source, "split") and not isinstance(source, Kept):
         taught = source_of(args, "train")
@@ -240,6 +254,9 @@ def extractor_of(args, protocol, source, size) -> feature_extractors.Extractor:
 
 def _accuracy(args, extractor, source, size) -> tuple[str, int, float]:
     """(which images, how many, the network's accuracy on them); held-out ones if there are any."""
+    from tokgen.data import reader
+    from tokgen.evaluation import feature_extractors
+
     try:
         held_out, which = source_of(args, "held_out"), "held-out images"
     except UserError:
@@ -253,11 +270,15 @@ def _accuracy(args, extractor, source, size) -> tuple[str, int, float]:
 
 def evenly(length: int, count: int) -> np.ndarray:
     """`count` of so many indices, evenly over a set that may be sorted by class."""
+    import numpy as np
+
     return np.arange(count) * length // count
 
 
 def passing(source, size: tuple[int, int], index_N: np.ndarray) -> loader.Batches:
     """The images in parts, by ADM's centre crop."""
+    from tokgen.data import loader, pixels as images
+
     view = images.fixed("center", size, 3)
     return loader.once(source, view, batch_size=PART, indices=index_N)
 
@@ -267,6 +288,11 @@ def measured(extractor, parts: Iterator[dict], index_N: np.ndarray, seed: int) -
 
     Of those of `index_N` that could be read: `count` is how many.
     """
+    import numpy as np
+
+    from tokgen.evaluation import feature_extractors, references
+    from tokgen.metrics import moments
+
     count = len(index_N)
     kept_n = index_N[np.random.default_rng(seed).permutation(count)[: references.KEPT]]
     names = [name for name in extractor.layers if not name.startswith("logits")]
@@ -293,4 +319,6 @@ def measured(extractor, parts: Iterator[dict], index_N: np.ndarray, seed: int) -
 
 
 def _hash(path: str) -> str:
+    from tokgen.evaluation import feature_extractors
+
     return feature_extractors.sha256(path)

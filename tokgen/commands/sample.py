@@ -8,16 +8,16 @@ import pathlib
 import re
 import shutil
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import jax
-import numpy as np
+from tokgen import options, output, report, runtime
+from tokgen.errors import UserError
 
-from tokgen import archives, options, output, report, runtime
-from tokgen.checkpoints import checkpoint
-from tokgen.data import classes as names_
-from tokgen.evaluation import given_images, made_images
-from tokgen.interfaces import PyTree, Text, UserError
-from tokgen.sampling import drawing, presets, sampler as filters
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tokgen.interfaces import PyTree, Text
+    from tokgen.sampling import sampler as filters
 
 # Without --classes: all of so many, or some of them evenly over all
 FEW, SOME = 16, 8
@@ -32,6 +32,8 @@ def chosen(text: str, classes: tuple[str, ...]) -> list[int]:
     Without any: all where they are few, else some evenly over them. Where the names are numbers
     themselves, numbers and ranges are of names.
     """
+    from tokgen.data import classes as names_
+
     count = max(len(classes), 1)
     if not text and count > FEW:
         return [n * count // SOME for n in range(SOME)]
@@ -68,6 +70,11 @@ def chosen(text: str, classes: tuple[str, ...]) -> list[int]:
 
 def captions(path: str) -> Text:
     """The conditions of `--text`: features [N, T, E], and a mask [N, T] that is true to the end."""
+    import numpy as np
+
+    from tokgen import archives
+    from tokgen.interfaces import Text
+
     try:
         found = archives.arrays(path)
     except UserError as error:
@@ -103,6 +110,11 @@ def captions(path: str) -> Text:
 
 def conditions(args: argparse.Namespace, loaded) -> tuple[PyTree, np.ndarray, list[str]]:
     """(the condition of every image, the number of its class or text [N], names of the classes)."""
+    import jax
+    import numpy as np
+
+    from tokgen.data import classes as names_
+
     kind = loaded.module.cond
     if kind == "label" and args.text:
         raise UserError(
@@ -172,6 +184,8 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def prepared(args: argparse.Namespace, loaded) -> tuple:
     """(settings, generator, sampler): the preset, with what the command line puts in its place."""
+    from tokgen.sampling import presets
+
     settings = presets.named(loaded.config.presets.to_dict(), args.preset)
     asked = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     asked |= {"weight": args.guidance, "steps": args.steps, "noise": args.noise}
@@ -201,6 +215,8 @@ def prepared(args: argparse.Namespace, loaded) -> tuple:
 
 def idle(sampler: filters.Sampler) -> dict[str, str]:
     """{option: when it has an effect} of those without one, since a draw is of the likeliest."""
+    import numpy as np
+
     if not np.any(sampler.temperature):
         return dict.fromkeys(("top_k", "top_p"), "temperatures above 0")
     if np.all(np.equal(sampler.top_k, 1)):
@@ -210,6 +226,9 @@ def idle(sampler: filters.Sampler) -> dict[str, str]:
 
 def precision_of(args: argparse.Namespace) -> str:
     """What is asked for, or what the preset says; read before the networks are loaded."""
+    from tokgen.checkpoints import checkpoint
+    from tokgen.sampling import presets
+
     if args.precision:
         return args.precision
     meta = checkpoint.read_meta(checkpoint.find(args.checkpoint))
@@ -234,6 +253,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _sampled(args: argparse.Namespace, out: output.Folder) -> str:
     """Draw what an unfinished result does not have yet, and write all; what is to be said."""
+    from tokgen import image_grid
+    from tokgen.checkpoints import checkpoint
+    from tokgen.data import classes as names_
+    from tokgen.evaluation import made_images
+    from tokgen.sampling import drawing
+
     runtime.devices()
     precision = precision_of(args)
     loaded = checkpoint.load_generator(args.checkpoint, compute=precision)
@@ -265,7 +290,7 @@ def _sampled(args: argparse.Namespace, out: output.Folder) -> str:
                 kind = f"text{kind_N[i]}"
                 if not args.text:
                     kind = names_.file_name(int(kind_N[i]), loaded.classes)
-                report.save_png(out.path / f"seed{args.seed}-{i:05d}-{kind}.png", image_HW3)
+                image_grid.save_png(out.path / f"seed{args.seed}-{i:05d}-{kind}.png", image_HW3)
         # last: what is in a part has its pictures
         part = {"tokens": tokens_BLG, "image": image_BHW3}
         made_images.save_part(parts / f"{done:07d}.npz", part)
@@ -281,6 +306,8 @@ def _sampled(args: argparse.Namespace, out: output.Folder) -> str:
 
 def _kept(parts: pathlib.Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The tokens and images of the parts that were made, from the first on without a gap."""
+    from tokgen.evaluation import made_images
+
     start = 0
     while (found := made_images.loaded_part(parts / f"{start:07d}.npz")) is not None:
         yield found["tokens"], found["image"]
@@ -289,6 +316,11 @@ def _kept(parts: pathlib.Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def _written(out: pathlib.Path, parts: pathlib.Path, kind_N: np.ndarray, number: int) -> str:
     """samples.npz, tokens.npy and grid.png of the parts, read one by one; what the grid shows."""
+    import numpy as np
+
+    from tokgen import image_grid
+    from tokgen.evaluation import given_images
+
     first_BHW3 = next(_kept(parts))[1]
     rows, columns, colours = first_BHW3.shape[1:]
     scale = max(1, 64 // rows)
@@ -306,7 +338,7 @@ def _written(out: pathlib.Path, parts: pathlib.Path, kind_N: np.ndarray, number:
     np.save(out / "tokens.npy", np.concatenate(tokens))
     blank = np.full((rows, columns, colours), 255, np.uint8)
     shown = np.stack([wanted[i] if i >= 0 else blank for i in layout_RX.reshape(-1).tolist()])
-    report.save_png(out / "grid.png", report.grid(shown, layout_RX.shape[1], scale=scale))
+    image_grid.save_png(out / "grid.png", image_grid.grid(shown, layout_RX.shape[1], scale=scale))
     return told
 
 
@@ -316,6 +348,8 @@ def sheet(count: int, number: int, size: tuple[int, int]) -> tuple[np.ndarray, s
     A class, of which there are `number` images of `size` pixels, begins a row. A picture of more
     than PIXELS pixels no program opens: then only some of the images stand in it.
     """
+    import numpy as np
+
     columns = min(number, COLUMNS)
     room = max(1, PIXELS // (columns * size[0] * size[1]))
     room = min(room, max(1, SIDE // size[0]))

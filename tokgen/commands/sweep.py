@@ -12,19 +12,18 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-
-import numpy as np
-import scipy.stats
+from typing import TYPE_CHECKING
 
 from tokgen import options, output, report, runtime
-from tokgen.checkpoints import checkpoint
 from tokgen.commands import compare, evaluate, sample
-from tokgen.evaluation import collect, metric_table, page, protocols, references, score as scores
-from tokgen.interfaces import UserError
+from tokgen.errors import UserError
+from tokgen.evaluation import protocols
+
+if TYPE_CHECKING:
+    from tokgen.evaluation import references
 
 # Options that are swept -> their letter in a folder's name
 AXES = {"guidance": "g", "temperature": "t", "steps": "s"}
-RECORDS = {collect.RUN: ("sweep of",)}
 RULE = (
     "The best setting was chosen on these seeds, which flatters it: report a figure of other seeds "
     "(tokgen evaluate with another --seed), with the spread over three or more."
@@ -67,12 +66,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Score every setting with every seed, and say which is the best, and how surely."""
+    from tokgen.evaluation import collect, page, references, score as scores
+
     grid = settings_of(args)
     check(args)
     protocol = protocols.named(args.protocol)
     inputs = (args.checkpoint, args.reference, args.weights, args.tokenizer, args.text)
     given = dict(overwrite=args.overwrite, inputs=inputs)
-    about = dict(records=RECORDS, record=collect.RUN, what="another sweep")
+    about = dict(records={collect.RUN: ("sweep of",)}, record=collect.RUN, what="another sweep")
     with output.growing(args.out, **about, **given) as place:
         runtime.devices()
         out = place.path
@@ -102,6 +103,8 @@ def run(args: argparse.Namespace) -> None:
 
 def settings_of(args: argparse.Namespace) -> dict[str, dict]:
     """{name: {option: its value}} of every combination; nothing swept is one without a name."""
+    import numpy as np
+
     axes = {name: list(dict.fromkeys(getattr(args, name))) for name in AXES if getattr(args, name)}
     grid = {}
     for values in itertools.product(*axes.values()):
@@ -115,6 +118,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, dict]:
 
 def check(args: argparse.Namespace) -> None:
     """Errors of the command line, before anything is loaded."""
+    from tokgen.evaluation import page, score as scores
+
     scores.check(one(args, {}, args.seed, pathlib.Path(args.out)))
     protocol = protocols.named(args.protocol)
     if args.seeds < 1 or args.seed + args.seeds > 2**32:
@@ -141,6 +146,8 @@ def one(
 
 def try_out(args: argparse.Namespace, grid: Mapping[str, Mapping]) -> None:
     """An error where any setting is none of the generator's, before hours go into the others."""
+    from tokgen.checkpoints import checkpoint
+
     step = checkpoint.find(args.checkpoint)
     kind = checkpoint.read_meta(step)["kind"]
     if kind != "generator":
@@ -155,6 +162,8 @@ def try_out(args: argparse.Namespace, grid: Mapping[str, Mapping]) -> None:
 
 def identity(args: argparse.Namespace, reference: references.Reference, extractor) -> dict:
     """What all evaluations of a sweep share; its grid and its seeds may grow."""
+    from tokgen.checkpoints import checkpoint
+
     names = ("protocol", "samples", "preset", "top_k", "top_p", "noise", "precision", "text")
     return {
         "sweep of": str(checkpoint.find(args.checkpoint)),
@@ -166,6 +175,8 @@ def identity(args: argparse.Namespace, reference: references.Reference, extracto
 
 def evaluated(args: argparse.Namespace, extractor, reference: references.Reference) -> dict:
     """The result of one evaluation: made now, or found finished."""
+    from tokgen.evaluation import collect, references, score as scores
+
     protocol = protocols.named(args.protocol)
     if (pathlib.Path(args.out) / collect.RESULTS).exists():
         return collect.results(pathlib.Path(args.out))[-1]
@@ -180,6 +191,8 @@ def evaluated(args: argparse.Namespace, extractor, reference: references.Referen
 
 def value(line: Mapping, metric: str) -> float:
     """A figure of a result, or an error where it has none."""
+    from tokgen.evaluation import metric_table
+
     if metric not in line["figures"]:
         why = line["absent"].get(metric, "it was not measured")
         if why.startswith(metric_table.NOT_FINITE):
@@ -190,6 +203,10 @@ def value(line: Mapping, metric: str) -> float:
 
 def summarised(args, grid: Mapping[str, Mapping], lines: Mapping[str, Sequence[Mapping]]) -> dict:
     """Mean and standard deviation over seeds of every setting; the best one, and its ties."""
+    import numpy as np
+
+    from tokgen.evaluation import page
+
     rows = {}
     for name, found in lines.items():
         shared = [m for m in found[0]["figures"] if all(m in line["figures"] for line in found)]
@@ -225,6 +242,9 @@ def tied(lines: Sequence[Mapping], best: Sequence[Mapping], metric: str) -> bool
 
     With one seed, whether the difference lies within the joint interval of both.
     """
+    import numpy as np
+    import scipy.stats
+
     pairs = [[line["figures"][metric] for line in found] for found in (lines, best)]
     apart_S = np.array([a["value"] - b["value"] for a, b in zip(*pairs, strict=True)])
     if len(apart_S) == 1:
@@ -240,12 +260,16 @@ def marks(summary: Mapping) -> dict[str, str]:
 
 def cell(metric: str, figure: Mapping) -> str:
     """`12.3 ± 0.4` of a figure over seeds."""
+    from tokgen.evaluation import page
+
     spread = f" ± {page.number(metric, figure['std'], digits=2)}" if "std" in figure else ""
     return page.number(metric, figure["mean"]) + spread
 
 
 def listed(summary: Mapping) -> str:
     """The settings for the terminal, by the figure that chose."""
+    from tokgen.evaluation import metric_table, page
+
     by, rows = summary["by"], []
     for name, row in summary["settings"].items():
         mark = marks(summary).get(name, "")
@@ -257,6 +281,8 @@ def listed(summary: Mapping) -> str:
 
 def shown(summary: Mapping, lines: Mapping[str, Sequence[Mapping]]) -> str:
     """The page of a sweep."""
+    from tokgen.evaluation import page
+
     by, marked = summary["by"], marks(summary)
     figures = [by]
     for row in summary["settings"].values():
@@ -285,6 +311,8 @@ def shown(summary: Mapping, lines: Mapping[str, Sequence[Mapping]]) -> str:
 
 def plots(summary: Mapping) -> list[str]:
     """The figure that chose against every axis; precision against recall. Bars: one deviation."""
+    from tokgen.evaluation import page
+
     found, rows, by = [], summary["settings"], summary["by"]
     for axis in AXES:
         series = {}

@@ -68,8 +68,8 @@ def named(section: Any, kind: str) -> Callable:
 
 
 def _defines(folder, file: str, attribute: str) -> bool:
-    source = pathlib.Path(folder.__path__[0]) / f"{file}.py"
-    return source.is_file() and f"class {attribute}" in source.read_text()
+    sources = (pathlib.Path(place) / f"{file}.py" for place in folder.__path__)
+    return any(f"class {attribute}" in source.read_text() for source in sources if source.is_file())
 
 
 def check(

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+from flax import nnx
 
-from tokgen import report
+from tokgen import image_grid
 from tokgen.checkpoints import checkpoint
 from tokgen.data import shapes, token_shards
 from tokgen.evaluation import local_classifier, validation
@@ -45,25 +46,29 @@ def train(
         run("train_generator.py", f"{GENERATOR}:{family}", folder / family, steps, given)
 
 
-def measure(folder: pathlib.Path, examiner, number: int, seed: int) -> tuple[dict, dict]:
-    """({family: figures}, {picture: uint8 image}) of trained families."""
-    figures, pictures = {}, {}
+def measure(
+    folder: pathlib.Path, classifier: nnx.Module, number: int, seed: int
+) -> tuple[dict, dict]:
+    """({family: metrics}, {picture: uint8 image}) of trained families."""
+    metrics, pictures = {}, {}
     for family in FAMILIES:
-        figures[family], image_NHW3 = _measured(folder, family, examiner, number, seed)
+        metrics[family], image_NHW3 = _measured(folder, family, classifier, number, seed)
         by_class = image_NHW3.reshape(len(shapes.CLASSES), -1, *image_NHW3.shape[1:])
         shown = by_class[:, :COLUMNS]
         images = shown.reshape(-1, *image_NHW3.shape[1:])
-        pictures[f"family_{family}"] = report.grid(images, shown.shape[1])
-    return figures, pictures
+        pictures[f"family_{family}"] = image_grid.grid(images, shown.shape[1])
+    return metrics, pictures
 
 
-def _measured(folder, family: str, examiner, number: int, seed: int) -> tuple[dict, np.ndarray]:
-    """(figures, samples sorted by class) of one family."""
+def _measured(
+    folder: pathlib.Path, family: str, classifier: nnx.Module, number: int, seed: int
+) -> tuple[dict, np.ndarray]:
+    """(metrics, samples sorted by class) of one family."""
     generator, tokenizer, token_set, _ = FAMILIES[family]
     loaded = checkpoint.load_generator(folder / generator)
-    painter = checkpoint.load_tokenizer_of(loaded, str(folder / tokenizer)).module
+    decoder = checkpoint.load_tokenizer_of(loaded, str(folder / tokenizer)).module
     held_out = token_shards.Source(folder / token_set, split="held_out")
-    codec = painter.quantizer
+    codec = decoder.quantizer
     likelihood = validation.likelihood(loaded.module, codec, held_out, count=1000)
     train_set = token_shards.Source(folder / token_set)
     unigram = validation.unigram(train_set, held_out, loaded.layout)
@@ -72,14 +77,14 @@ def _measured(folder, family: str, examiner, number: int, seed: int) -> tuple[di
     wanted = np.repeat(np.arange(len(shapes.CLASSES), dtype=np.int32), number // 10)
     batch = min(100, len(wanted))
 
-    def draw(label_N):
-        return drawing.draw(module, painter, label_N, sampler, seed=seed, batch=batch, what=family)
+    def draw(label_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return drawing.draw(module, decoder, label_N, sampler, seed=seed, batch=batch, what=family)
 
     draw(wanted[:batch])  # compiles
     began = time.monotonic()
     _, image_NHW3 = draw(wanted)
     seconds = time.monotonic() - began
-    hits = local_classifier.predictions(examiner, image_NHW3) == wanted
+    hits = local_classifier.predictions(classifier, image_NHW3) == wanted
     length = loaded.layout.length
     return {
         "tokens": length,
@@ -95,24 +100,24 @@ def _measured(folder, family: str, examiner, number: int, seed: int) -> tuple[di
     }, image_NHW3
 
 
-def section(figures: dict, picture: Callable[[str, str], str]) -> str:
+def section(metrics: dict, picture: Callable[[str, str], str]) -> str:
     """The part of the demo's page; `picture(name, text)` is an image of it."""
-    if not figures:
+    if not metrics:
         return ""
-    heads = "".join(f"<th>{family.replace('_', ' ')}</th>" for family in figures)
+    heads = "".join(f"<th>{family.replace('_', ' ')}</th>" for family in metrics)
     rows = {
-        "How it draws": [html.escape(FAMILIES[family][3]) for family in figures],
-        "Tokens of an image": [f"{one['tokens']}" for one in figures.values()],
+        "How it draws": [html.escape(FAMILIES[family][3]) for family in metrics],
+        "Tokens of an image": [f"{one['tokens']}" for one in metrics.values()],
         "Nats per token, held out": [
             f"{'at most ' if one['bound'] else ''}{one['nats_per_token']:.3f} (unigram "
             f"{one['unigram_nats']:.3f})"
-            for one in figures.values()
+            for one in metrics.values()
         ],
-        "Nats per image": [f"{one['nats_per_image']:.1f}" for one in figures.values()],
-        "Samples recognised": [f"{100 * one['class_accuracy']:.1f} %" for one in figures.values()],
-        "Milliseconds per image": [f"{one['ms_per_image']:.1f}" for one in figures.values()],
-        "Training steps": [f"{one['steps']:,}" for one in figures.values()],
-        "Samples": [picture(f"family_{family}", f"samples of {family}") for family in figures],
+        "Nats per image": [f"{one['nats_per_image']:.1f}" for one in metrics.values()],
+        "Samples recognised": [f"{100 * one['class_accuracy']:.1f} %" for one in metrics.values()],
+        "Milliseconds per image": [f"{one['ms_per_image']:.1f}" for one in metrics.values()],
+        "Training steps": [f"{one['steps']:,}" for one in metrics.values()],
+        "Samples": [picture(f"family_{family}", f"samples of {family}") for family in metrics],
     }
     body = "\n".join(
         f"<tr><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
@@ -121,7 +126,7 @@ def section(figures: dict, picture: Callable[[str, str], str]) -> str:
     return f"""<h2>Four families</h2>
 <p>One generator of each family, of the same width and depth. The next-scale one reads the tokens of
 a tokenizer of its own, so its nats compare with its own unigram model only. A row of a picture is a
-class. Times are of a batch, painting included, after compilation.</p>
+class. Times are of a batch, decoding to pixels included, after compilation.</p>
 <table class="families">
 <tr><th></th>{heads}</tr>
 {body}

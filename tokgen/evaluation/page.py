@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from tokgen import records, report
+from tokgen import image_grid, records
 from tokgen.evaluation import metric_table, protocols
 
 NAME = "index.html"
@@ -133,7 +133,7 @@ def sheet(image_NHW3: np.ndarray, columns: int) -> str:
         total = even[:, ::2, ::2] + even[:, 1::2, ::2] + even[:, ::2, 1::2] + even[:, 1::2, 1::2]
         image_NHW3 = ((total + 2) // 4).astype(np.uint8)
     scale = max(1, SMALLEST // max(image_NHW3.shape[1:3]))
-    return data_uri(report.grid(image_NHW3, columns, scale=scale))
+    return data_uri(image_grid.grid(image_NHW3, columns, scale=scale))
 
 
 def plot(draw: Callable, width: float = 6.0) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 
-from tokgen.interfaces import UserError
+from tokgen.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokgen import boundary, report, rng, sharding
+from tokgen import boundary, orders, report, rng, sharding
 from tokgen.data import (
     datasets,
     loader,
     pixels as images,
 )
-from tokgen.generators import orders
 from tokgen.interfaces import TokenBatch, UserError
 from tokgen.metrics import codebook, reconstruction as quality
 

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from tokgen import boundary, ranges, rng
-from tokgen.generators import orders
+from tokgen import boundary, orders, ranges, rng
 from tokgen.interfaces import DecodeState, Phase, Quantizer, TokenBatch, TokenLayout, UserError
 from tokgen.nn import (
     conditioning as conditioning_names,
@@ -31,6 +30,7 @@ from tokgen.nn import (
     variants,
 )
 from tokgen.nn.precision import Precision
+from tokgen.orders import random
 
 
 class Generator(nnx.Module):
@@ -268,7 +268,7 @@ class Generator(nnx.Module):
         share = jnp.clip((end - jnp.asarray(step, jnp.float32)) / max(end - begin, 1), 0, 1)
 
         def drawn(key):
-            shuffled_L = orders.random(self.layout, rng.use(key, rng.SHUFFLE))
+            shuffled_L = random.order(self.layout, rng.use(key, rng.SHUFFLE))
             return shuffled_L, jax.random.uniform(rng.use(key, rng.CHANCE))
 
         shuffled_BL, chance_B = jax.vmap(drawn)(keys_B)

@@ -20,7 +20,7 @@ from flax import nnx
 
 from tokgen import archives, parameters, records
 from tokgen.interfaces import UserError
-from tokgen.pretrained import keymap, system as systems, transfer
+from tokgen.pretrained import entries, keymap, system as systems, transfer
 
 TOLERANCE = 1e-4  # of the array's largest magnitude, in float32
 LOOSE = 1e-3  # gradients and entropies: sums with cancellation
@@ -107,7 +107,7 @@ class Folder:
     def weights(self) -> dict[str, np.ndarray]:
         """The arrays of its weight file, or those that `salt` and `keys` of its config describe."""
         if "salt" not in self.config or "keys" not in self.config:
-            return transfer.weights_of(self.file(), self.system, unknown=self.unknown)
+            return entries.weights(self.file(), self.system, unknown=self.unknown)
         try:
             records.checked(self.config, salt=str, keys=dict)
             values = (

@@ -1,7 +1,7 @@
 """Published systems: what each file of this package says of the systems it knows.
 
-A file for a family (`maskgit.py`, `taming.py`) holds a dictionary SYSTEMS of these by name. The
-name is what `--system` takes and what a fixture's folder is called.
+A file of the folder `systems` (`maskgit_tokenizer.py`, `var_generator.py`) holds a dictionary
+SYSTEMS of these by name. The name is what `--system` takes and what a fixture's folder is called.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class System:
     Attributes:
         parity: fixture folder -> the arrays that our model computes, by the fixture's names.
         settings: (published configuration, weights) -> our config; None where there is nothing
-            to train from (critics, feature networks). A generator's has a `generator` section, and
-            its published sampling settings as `presets`.
+            to train from (discriminators, frozen networks). A generator's has a `generator`
+            section, and its published sampling settings as `presets`.
         rows: our module -> its key table; of a generator, parameters only.
         tokens: (published configuration, weights) -> (layout, classes) of a generator, 0 for one
             without classes; None for what is no generator.

@@ -14,7 +14,8 @@ import numpy as np
 from tokgen.config import reading as configs
 from tokgen.generators import mask_schedules, masked as objectives
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
-from tokgen.pretrained import convolutional, keymap, masked, parity
+from tokgen.pretrained import keymap, parity
+from tokgen.pretrained.families import convolutional, masked
 from tokgen.pretrained.system import System, Weights
 from tokgen.sampling import guidance, sampler as filters
 
@@ -210,14 +211,14 @@ def _joined(generator, tokens_BLG) -> np.ndarray:
     return np.sum(np.asarray(tokens_BLG) * values_G, axis=-1)
 
 
-def _painted(folder, generator, tokens_BLG) -> np.ndarray:
+def _images(folder, generator, tokens_BLG) -> np.ndarray:
     """Images of tokens by the tokenizer beside, which writes them as one symbol."""
     tokenizer = folder.beside().module()
     tokenizer.quantizer.groups = (tokenizer.quantizer.channels,)
     tokenizer.decoder.grid = generator.layout.grids[0]
     ids_BL1 = jnp.asarray(_joined(generator, tokens_BLG))[..., None]
-    paint = jax.jit(lambda tokenizer, ids: tokenizer.decoder(tokenizer.quantizer.decode(ids)))
-    return convolutional.nchw(paint(tokenizer, ids_BL1))
+    decode = jax.jit(lambda tokenizer, ids: tokenizer.decoder(tokenizer.quantizer.decode(ids)))
+    return convolutional.nchw(decode(tokenizer, ids_BL1))
 
 
 def _losses(generator, whole, mask_BLG, logits_BLGV) -> dict[str, jax.Array]:
@@ -257,7 +258,7 @@ def arrays(folder, *, rows, normed) -> dict[str, np.ndarray]:
         **_losses(generator, whole, mask_BLG, logits_BLGV),
         **_decodes(folder, generator),
     }
-    found["greedy_default_image"] = _painted(folder, generator, found["greedy_default"])
+    found["greedy_default_image"] = _images(folder, generator, found["greedy_default"])
     for name in RATIOS:
         steps = len(folder.arrays[f"ratio_{name}"])
         r = np.arange(1, steps + 1, dtype=np.float32) / np.float32(steps)

@@ -13,7 +13,8 @@ import numpy as np
 from tokgen.config import reading as configs
 from tokgen.generators import mask_schedules
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
-from tokgen.pretrained import keymap, masked, parity
+from tokgen.pretrained import keymap, parity
+from tokgen.pretrained.families import masked
 from tokgen.pretrained.system import System, Weights
 from tokgen.sampling import sampler as filters
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from tokgen.config import reading as configs
 from tokgen.interfaces import TokenLayout, UserError
-from tokgen.pretrained import keymap, masked, parity
+from tokgen.pretrained import keymap, parity
+from tokgen.pretrained.families import masked
 from tokgen.pretrained.system import System, Weights
 from tokgen.sampling import guidance, sampler as filters
 

@@ -11,7 +11,8 @@ from tokgen import rng
 from tokgen.config import reading as configs
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
 from tokgen.nn import transformer
-from tokgen.pretrained import convolutional, keymap, parity, sequence, system
+from tokgen.pretrained import keymap, parity, system
+from tokgen.pretrained.families import causal, convolutional
 from tokgen.quantizers import multiscale
 from tokgen.sampling import decode, guidance, sampler as filters
 
@@ -123,7 +124,7 @@ def settings(published: dict, weights: system.Weights) -> ml_collections.ConfigD
         channels=channels,
         width=width,
         depth=depth,
-        heads=sequence.heads(published, "num_heads", width, heads),
+        heads=causal.heads(published, "num_heads", width, heads),
         hidden=side(weights, "blocks.0.ffn.fc1.weight")[0],
         variant="var" + "_shared" * shared + "_plain" * (not cosine),
         label_drop=float(published.get("cond_drop_rate", 0.1)),
@@ -218,11 +219,11 @@ def _greedy(generator, tokenizer, label_B, weights: tuple[float, ...]):
     weight_L = np.repeat(np.float32(weights), [size for _, size in generator.layout.spans])
     plain_BLV = guidance.merge(cond_BLV, null_BLV, weight_L[None, :, None])
     tokens_BL = np.where(plain_BLV.argmax(-1) == tokens_BLG[..., 0], tokens_BLG[..., 0], -1)
-    return tokens_BL, logits_BLV, convolutional.nchw(_painted(tokenizer, latents_BPC))
+    return tokens_BL, logits_BLV, convolutional.nchw(_decoded(tokenizer, latents_BPC))
 
 
 @jax.jit
-def _painted(tokenizer, latents_BPC):
+def _decoded(tokenizer, latents_BPC):
     return tokenizer.decode_latents(latents_BPC)
 
 

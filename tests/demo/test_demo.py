@@ -1,8 +1,8 @@
 """The page tells what was measured, holds its pictures, and replaces an old one only when whole."""
 
-import argparse
 import base64
 import io
+import json
 import re
 import signal
 import subprocess
@@ -14,9 +14,8 @@ import pytest
 from PIL import Image
 
 from tokgen import runtime
-from tokgen.commands import demo
 from tokgen.data import shapes
-from tokgen.demo import families
+from tokgen.demo import demo, families, page
 from tokgen.interfaces import UserError
 
 
@@ -28,9 +27,9 @@ def measured() -> tuple[dict, dict, dict]:
         "codebook_perplexity": 31.0,
         "class_accuracy": 0.875,
         "class_accuracy_by_class": dict.fromkeys(shapes.CLASSES, 0.5),
-        "judged_samples": 500,
-        "judge_accuracy": 1.0,
-        "judge_on_reconstructions": 0.99,
+        "classified_samples": 500,
+        "classifier_accuracy": 1.0,
+        "classifier_on_reconstructions": 0.99,
         "nats_per_token": 0.7,
         "nats_error": 0.004,
         "unigram_nats": 3.4,
@@ -57,7 +56,7 @@ def measured() -> tuple[dict, dict, dict]:
 
 def test_page_holds_every_picture_and_figure():
     summary, pictures, told = measured()
-    text = demo.page(summary, pictures, told)
+    text = page.document(summary, pictures, told)
     found = []
     for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text):
         found.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))))
@@ -70,7 +69,7 @@ def test_page_holds_every_picture_and_figure():
 
 def test_page_shows_families_side_by_side():
     summary, pictures, told = measured()
-    assert "Four families" not in demo.page(summary, pictures, told)
+    assert "Four families" not in page.document(summary, pictures, told)
     figures = dict(
         tokens=64,
         nats_per_token=0.7,
@@ -85,7 +84,7 @@ def test_page_shows_families_side_by_side():
     summary["families"]["masked"] |= {"bound": True, "nats_per_token": 0.9}
     for i, name in enumerate(families.FAMILIES):
         pictures[f"family_{name}"] = np.full((4, 6, 3), 100 + i, np.uint8)
-    text = demo.page(summary, pictures, told)
+    text = page.document(summary, pictures, told)
     assert text.count("data:image/png") == len(pictures)
     assert "at most 0.900" in text and text.count("at most") == 1
     assert "next scale" in text and "12.3" in text and "44.8" in text
@@ -98,19 +97,16 @@ def test_freedom_in_words():
 
 def test_failed_training_is_told_and_keeps_the_old_page(tmp_path, monkeypatch):
     (tmp_path / "index.html").write_text("old")
-    (tmp_path / "summary.json").write_text('{"psnr_db": 1, "judged_samples": 1}')
+    earlier = {"psnr_db": 1, "class_accuracy": 1, "judged_samples": 1}  # of an earlier version
+    (tmp_path / "summary.json").write_text(json.dumps(earlier))
     monkeypatch.setattr(demo.local_classifier, "load_or_train", lambda: None)
     monkeypatch.setattr(demo.runtime, "devices", lambda batch: None)
     monkeypatch.setattr(demo, "TOKENIZER", "configs/tokenizer/absent.py")
-    arguments = argparse.Namespace(
-        out=str(tmp_path), tokenizer_steps=1, generator_steps=1, samples=10, all=False
-    )
-    arguments.overwrite = False
+    asked = dict(tokenizer_steps=1, generator_steps=1, samples=10)
     with pytest.raises(UserError, match="not empty: it holds index.html.*--overwrite"):
-        demo.run(arguments)
-    arguments.overwrite = True
+        demo.run(tmp_path, **asked)
     with pytest.raises(UserError, match="train_tokenizer.py ended with exit code 2"):
-        demo.run(arguments)
+        demo.run(tmp_path, **asked, overwrite=True)
     assert (tmp_path / "index.html").read_text() == "old"
 
 
@@ -126,14 +122,14 @@ def test_a_demo_goes_on_where_it_was_stopped_and_of_other_steps_anew(tmp_path, m
     monkeypatch.setattr(demo.local_classifier, "load_or_train", lambda: None)
     monkeypatch.setattr(demo.runtime, "devices", lambda batch: None)
     monkeypatch.setattr(demo, "train", train)
-    monkeypatch.setattr(demo, "pretokenized", lambda tokenizer, out: out.mkdir(exist_ok=True))
+    monkeypatch.setattr(demo, "pretokenize", lambda tokenizer, out: out.mkdir(exist_ok=True))
     monkeypatch.setattr(demo, "measure", lambda *words: measured())
 
     def run(steps, stop=(), overwrite=False):
         trained.clear()
         stops.extend(stop)
-        options = dict(tokenizer_steps=steps, generator_steps=2, samples=10, all=False)
-        demo.run(argparse.Namespace(out=str(tmp_path / "out"), overwrite=overwrite, **options))
+        options = dict(tokenizer_steps=steps, generator_steps=2, samples=10)
+        demo.run(tmp_path / "out", overwrite=overwrite, **options)
 
     with pytest.raises(KeyboardInterrupt):
         run(1, ["generator"])
@@ -141,11 +137,11 @@ def test_a_demo_goes_on_where_it_was_stopped_and_of_other_steps_anew(tmp_path, m
         run(3)
     run(1)
     assert trained == [("tokenizer", 1, True), ("generator", 2, False)]
-    page = (tmp_path / "out" / "index.html").read_text()
-    assert "CPU minutes since it was gone on with" in page
+    kept = (tmp_path / "out" / "index.html").read_text()
+    assert "CPU minutes since it was gone on with" in kept
     with pytest.raises(KeyboardInterrupt):
         run(3, ["generator"], overwrite=True)
-    assert (tmp_path / "out" / "index.html").read_text() == page
+    assert (tmp_path / "out" / "index.html").read_text() == kept
     run(4, overwrite=True)
     assert trained == [("tokenizer", 4, False), ("generator", 2, False)]
     run(4, overwrite=True)  # a finished one is not gone on with
@@ -156,14 +152,13 @@ def test_a_demo_goes_on_where_it_was_stopped_and_of_other_steps_anew(tmp_path, m
 
 def test_too_few_samples_are_refused(tmp_path):
     with pytest.raises(UserError, match="at least 10"):
-        demo.run(argparse.Namespace(out=str(tmp_path), samples=9))
+        demo.run(tmp_path, samples=9)
 
 
 @pytest.mark.parametrize("option", ["tokenizer_steps", "generator_steps"])
 def test_steps_are_looked_at_before_anything_is_trained(tmp_path, option):
-    steps = dict(tokenizer_steps=None, generator_steps=None) | {option: 0}
     with pytest.raises(UserError, match=f"--{option.replace('_', '-')} must be at least 1"):
-        demo.run(argparse.Namespace(out=str(tmp_path), samples=10, **steps))
+        demo.run(tmp_path, samples=10, **{option: 0})
 
 
 CHILD = """

@@ -18,8 +18,9 @@ import numpy as np
 from tokgen import losses
 from tokgen.config import reading as configs
 from tokgen.interfaces import UserError
-from tokgen.pretrained import convolutional, keymap, system
-from tokgen.pretrained.systems import maskgit
+from tokgen.pretrained import keymap, system
+from tokgen.pretrained.families import convolutional
+from tokgen.pretrained.systems import maskgit_tokenizer
 from tokgen.tokenizers import two_stage, vit
 
 HEADS = {512: 8, 768: 12, 1024: 16}  # by width: the sizes called small, base and large
@@ -144,9 +145,8 @@ def _two_stage(codes: dict, weights: system.Weights) -> dict:
     """The decoder section of the form with proxy codes."""
     if "pixel_quantize.embedding.weight" not in weights:
         raise UserError(
-            "this file predicts codes and lacks the pixel decoder (pixel_quantize.*, "
-            "pixel_decoder.*) that paints them: it is the result of the first stage; import one of "
-            "the second stage"
+            "this file predicts codes and lacks the decoder of these to pixels (pixel_quantize.*, "
+            "pixel_decoder.*): it is the result of the first stage; import one of the second stage"
         )
     codebook = _shape(weights, "pixel_quantize.embedding.weight", 2)
     levels = _count(weights, r"pixel_decoder\.up\.(\d+)\.")
@@ -178,7 +178,7 @@ def rows(tokenizer) -> list[keymap.Row]:
     if isinstance(decoder, two_stage.Decoder):
         found += _decoder(decoder.codes, "decoder/codes")
         found.append(keymap.row("pixel_quantize.embedding.weight", "decoder/codebook"))
-        pixels = maskgit.decoder_rows(decoder.pixels, "decoder/pixels", "pixel_decoder.")
+        pixels = maskgit_tokenizer.decoder_rows(decoder.pixels, "decoder/pixels", "pixel_decoder.")
         return [*found, *pixels]
     return [*found, *_decoder(decoder, "decoder")]
 
@@ -271,8 +271,8 @@ def _codes(folder, tokenizer) -> dict[str, jax.Array]:
         tokens_BLG = tokenizer.quantizer.encode(latents_BPC)
         codes_BPC = tokenizer.quantizer.decode(tokens_BLG)
         straight_BPC = tokenizer.quantizer(latents_BPC).latents_BPC
-        painted = [tokenizer.decoder(codes, *text) for codes in (codes_BPC, straight_BPC)]
-        return latents_BPC, tokens_BLG, codes_BPC, *painted
+        decoded = [tokenizer.decoder(codes, *text) for codes in (codes_BPC, straight_BPC)]
+        return latents_BPC, tokens_BLG, codes_BPC, *decoded
 
     found = of(tokenizer, image_BHW3, *_text(folder))
     latents_BPC, tokens_BLG, codes_BPC, decoded, forward = found

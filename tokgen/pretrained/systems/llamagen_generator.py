@@ -15,7 +15,8 @@ import numpy as np
 
 from tokgen.config import reading as configs
 from tokgen.interfaces import Text, TokenLayout, UserError
-from tokgen.pretrained import keymap, parity as comparison, sequence
+from tokgen.pretrained import keymap, parity as comparison
+from tokgen.pretrained.families import causal
 from tokgen.pretrained.system import System
 from tokgen.sampling import guidance
 
@@ -48,7 +49,7 @@ def rows(generator) -> list[keymap.Row]:
     return [
         *condition,
         keymap.row("tok_embeddings.weight", "embeddings/table", lead),
-        *sequence.llama_blocks("layers", "transformer/blocks", generator.transformer.depth),
+        *causal.llama_blocks("layers", "transformer/blocks", generator.transformer.depth),
         keymap.row("norm.weight", "head/norm/scale"),
         keymap.row("output.weight", "head/head/kernel", keymap.LINEAR),
     ]
@@ -63,13 +64,13 @@ def tokens(published: dict, weights: Mapping[str, np.ndarray]) -> tuple[TokenLay
         prefix = 1 if CLASS_TABLE in weights else len(weights[NO_TEXT])
         cells = len(weights[STALE]) - prefix
     classes = len(weights[CLASS_TABLE]) - 1 if CLASS_TABLE in weights else 0
-    return sequence.square((len(weights["output.weight"]),), cells), classes
+    return causal.square((len(weights["output.weight"]),), cells), classes
 
 
 def settings(published: dict, weights: Mapping[str, np.ndarray]) -> ml_collections.ConfigDict:
     """Our config; without a published one, sizes are the weights'."""
     width = weights["output.weight"].shape[1]
-    heads = sequence.heads(published, "n_head", width, WIDE_HEADS.get(width))
+    heads = causal.heads(published, "n_head", width, WIDE_HEADS.get(width))
     _check(published, heads)
     fine = published.get("block_size", CELLS) != CELLS
     variant = VARIANTS.get(width, "b")
@@ -80,7 +81,7 @@ def settings(published: dict, weights: Mapping[str, np.ndarray]) -> ml_collectio
         config = configs.load(f"configs/generator/llamagen.py:{variant}{'384' if fine else ''}")
     config.precision.compute = "float32"  # whatever the recipe trains in
     config.generator.width = width
-    config.generator.depth = sequence.depth(weights, "layers")
+    config.generator.depth = causal.depth(weights, "layers")
     config.generator.heads = heads
     config.generator.hidden = len(weights["layers.0.feed_forward.w1.weight"])
     config.generator.label_drop = published.get("class_dropout_prob", 0.1)
@@ -113,26 +114,26 @@ def _decodes(names, steps: int):
 
 def parity(folder) -> dict[str, np.ndarray]:
     """The arrays of the fixtures `llamagen_c2i` and `llamagen_t2i`."""
-    generator = sequence.still(folder.module())
+    generator = causal.still(folder.module())
     tokens_BL, L = folder.given("tokens"), generator.layout.length
     cond = masked = jnp.asarray(folder.given("cond"))
     if generator.cond == "text":
         mask_BT = jnp.asarray(folder.given("emb_masks")) != 0
         cond, masked = Text(cond, jnp.ones_like(mask_BT)), Text(cond, mask_BT)
-    batch = sequence.batch(tokens_BL, cond)
-    logits_BLV = sequence.slots(generator, batch)[:, generator.conditioning.slots - 1 : -1]
+    batch = causal.batch(tokens_BL, cond)
+    logits_BLV = causal.slots(generator, batch)[:, generator.conditioning.slots - 1 : -1]
     computed = {
         "logits": logits_BLV,
-        "prefill_logits": sequence.prefilled(generator, cond, batch.order_BL),
-        "decode_logits": sequence.stepped(generator, batch.tokens_BLG, cond)[:, 1:, 0],
+        "prefill_logits": causal.prefilled(generator, cond, batch.order_BL),
+        "decode_logits": causal.stepped(generator, batch.tokens_BLG, cond)[:, 1:, 0],
         "rope": _angles(generator, batch.order_BL),
     }
     for name, weights, mask in _decodes(folder.arrays, L):
-        tokens_BLG = sequence.greedy(generator, masked if mask else cond, weights)
+        tokens_BLG = causal.greedy(generator, masked if mask else cond, weights)
         computed[name] = tokens_BLG[..., 0]
     if generator.cond == "text":
-        return computed | _taught(folder, generator, sequence.batch(tokens_BL, masked))
-    found = sequence.losses(folder, generator, batch, (CLASS_TABLE, *GRADIENTS))
+        return computed | _taught(folder, generator, causal.batch(tokens_BL, masked))
+    found = causal.losses(folder, generator, batch, (CLASS_TABLE, *GRADIENTS))
     return computed | {name: found[name] for name in ("loss", "grad_norms", "grad_norm_all")}
 
 
@@ -151,7 +152,7 @@ def _taught(folder, generator, batch) -> dict[str, np.ndarray]:
     )
     return {
         "train_mask": generator.conditioning.seen(text, jnp.arange(slots), slots),
-        "logits_masked": sequence.slots(generator, batch)[:, generator.conditioning.slots - 1 : -1],
+        "logits_masked": causal.slots(generator, batch)[:, generator.conditioning.slots - 1 : -1],
         "loss": value,
         "grad_norms": norms,
         "grad_norm_all": norm,

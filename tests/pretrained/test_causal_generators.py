@@ -11,8 +11,9 @@ from flax import nnx
 from tokgen import parameters, sharding
 from tokgen.config import building, reading as configs
 from tokgen.interfaces import TokenLayout, UserError
-from tokgen.pretrained import parity, sequence, system, transfer
-from tokgen.pretrained.systems import rar
+from tokgen.pretrained import parity, system, transfer
+from tokgen.pretrained.families import causal
+from tokgen.pretrained.systems import rar_generator
 from tokgen.sampling import guidance, presets
 from tokgen.training import optimizer as optimizers
 
@@ -125,10 +126,12 @@ def test_guidance_of_rar_is_the_published_one():
         (6.9, 1.5, (1, 1.028387, 1.224555, 2.640153, 5.285299, 6.899501)),
         (8.0, 1.2, (1, 1.116813, 1.601913, 3.793209, 6.628329, 7.999621)),
     ):
-        weights = np.asarray(rar.weights_of(scale, power, 256))
+        weights = np.asarray(rar_generator.weights_of(scale, power, 256))
         np.testing.assert_allclose(weights[[0, 32, 64, 128, 192, 255]], known, atol=6e-7)
-    assert set(rar.weights_of(4.0, 0.0, 256)) == {4.0} and set(rar.weights_of(0.0, 2.0, 8)) == {1.0}
-    assert dict(sequence.decodes(["greedy_cfg4.0_3", "greedy_nocfg", "logits"], 2)) == {
+    assert set(rar_generator.weights_of(4.0, 0.0, 256)) == {4.0} and set(
+        rar_generator.weights_of(0.0, 2.0, 8)
+    ) == {1.0}
+    assert dict(causal.decodes(["greedy_cfg4.0_3", "greedy_nocfg", "logits"], 2)) == {
         "greedy_cfg4.0_3": ((4.0, 3.0),) * 2,
         "greedy_nocfg": guidance.constant(1.0, 2),
     }
@@ -196,7 +199,7 @@ def test_rar_decays_what_its_published_rule_of_names_decays():
     params = parameters.split(generator)[1]
     decayed = parameters.paths(parameters.matching(params, config.optimizer.decayed))
     assert set(decayed.values()) == {True, False}
-    for row in rar.rows(generator):
+    for row in rar_generator.rows(generator):
         matrix = row.key.endswith("weight") or row.key.endswith(("pos_embed", "cls_token"))
         matrix |= row.key == "timesteps_embeddings"
         vector = row.key.endswith("bias") or ".norm" in row.key or "_norm." in row.key

@@ -7,7 +7,8 @@ import ml_collections
 import numpy as np
 
 from tokgen.config import reading as configs
-from tokgen.pretrained import convolutional, keymap
+from tokgen.pretrained import keymap
+from tokgen.pretrained.families import convolutional
 from tokgen.pretrained.system import System
 from tokgen.quantizers import lfq
 
@@ -118,13 +119,13 @@ def _parity(folder, learned: bool) -> dict[str, np.ndarray]:
     latents_BPC = tokenizer.encoder(image_BHW3)
     tokens_BLG = tokenizer.quantizer.encode(latents_BPC)
     codes_BPC = tokenizer.quantizer.decode(tokens_BLG)
-    painted = nchw(tokenizer.decoder(codes_BPC))
+    decoded = nchw(tokenizer.decoder(codes_BPC))
     found = {
         "latents": nchw(mapped(latents_BPC, grid)),
         "indices": mapped(tokens_BLG, grid)[..., 0],
         "quantized": nchw(mapped(codes_BPC, grid)),
-        "decoded": painted,
-        "forward": painted,
+        "decoded": decoded,
+        "forward": decoded,
     }
     q_BHWC = nhwc(folder.given("q_latents"))
     side, published = q_BHWC.shape[1:3], folder.config

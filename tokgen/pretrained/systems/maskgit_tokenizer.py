@@ -9,7 +9,8 @@ import numpy as np
 
 from tokgen.config import reading as configs
 from tokgen.interfaces import UserError
-from tokgen.pretrained import convolutional, keymap
+from tokgen.pretrained import keymap
+from tokgen.pretrained.families import convolutional
 from tokgen.pretrained.system import System
 from tokgen.quantizers import entropy
 
@@ -115,7 +116,7 @@ def port_parity(folder) -> dict[str, np.ndarray]:
     latents_BPC = tokenizer.encoder(image_BHW3)
     tokens_BLG = tokenizer.quantizer.encode(latents_BPC)
     codes_BPC = tokenizer.quantizer.decode(tokens_BLG)
-    painted = nchw(tokenizer.decoder(codes_BPC))
+    decoded = nchw(tokenizer.decoder(codes_BPC))
     q_BHWC = convolutional.nhwc(folder.given("q_latents"))
     flat_BPC, codebook_VC = convolutional.rowed(q_BHWC), tokenizer.quantizer.codebook[...]
     trained = convolutional.trained(
@@ -134,8 +135,8 @@ def port_parity(folder) -> dict[str, np.ndarray]:
         "latents": nchw(convolutional.mapped(latents_BPC, grid)),
         "indices": tokens_BLG[..., 0],
         "quantized": nchw(convolutional.mapped(codes_BPC, grid)),
-        "recon_unclamped": painted,
-        "decoded": np.clip(painted, 0, 1),
+        "recon_unclamped": decoded,
+        "decoded": np.clip(decoded, 0, 1),
         "q_indices": trained.out.tokens_BLG[..., 0],
         "q_loss": trained.loss,
         "q_grad_latents": nchw(convolutional.mapped(trained.latents, q_BHWC.shape[1:3])),

@@ -10,7 +10,8 @@ import numpy as np
 
 from tokgen.config import reading as configs
 from tokgen.interfaces import TokenLayout
-from tokgen.pretrained import keymap, sequence
+from tokgen.pretrained import keymap
+from tokgen.pretrained.families import causal
 from tokgen.pretrained.system import System
 from tokgen.sampling import guidance
 
@@ -68,7 +69,7 @@ def rows(generator) -> list[keymap.Row]:
             ]
 
         norm = ("scale", keymap.AS_IS)
-        fused = [[(f"{path}/attention/{n}/{leaf}", i) for n in sequence.QKV] for leaf in LEAVES]
+        fused = [[(f"{path}/attention/{n}/{leaf}", i) for n in causal.QKV] for leaf in LEAVES]
         found += [
             *both("norm1", "attention_norm", norm, keymap.AS_IS),
             *both("norm2", "mlp_norm", norm, keymap.AS_IS),
@@ -99,18 +100,18 @@ def tokens(published: dict, weights: Mapping[str, np.ndarray]) -> tuple[TokenLay
     cells = weights["pos_embed"].shape[1] - SPARE
     # codes, the mask, classes, no class
     classes = len(weights["embeddings.weight"]) - codes - 2
-    return sequence.square((codes,), cells), classes
+    return causal.square((codes,), cells), classes
 
 
 def settings(published: dict, weights: Mapping[str, np.ndarray]) -> ml_collections.ConfigDict:
     """Our config; without a published one, sizes are the weights' and heads 16."""
     width = weights["lm_head.weight"].shape[1]
     config = configs.load(f"configs/generator/rar.py:{VARIANTS.get(width, 'b')}")
-    found = sequence.section(published, "model", "generator")
+    found = causal.section(published, "model", "generator")
     config.precision.compute = "float32"  # whatever the recipe trains in
     config.generator.width = width
-    config.generator.depth = sequence.depth(weights, "blocks")
-    config.generator.heads = sequence.heads(found, "num_attention_heads", width, HEADS)
+    config.generator.depth = causal.depth(weights, "blocks")
+    config.generator.heads = causal.heads(found, "num_attention_heads", width, HEADS)
     config.generator.hidden = len(weights["blocks.0.mlp.fc1.weight"])
     config.generator.label_drop = found.get("class_label_dropout", 0.1)
     rate = found.get("dropout", 0.1)
@@ -139,27 +140,27 @@ def weights_of(scale: float, power: float, steps: int) -> tuple[float, ...]:
 
 def parity(folder) -> dict[str, np.ndarray]:
     """The arrays of the fixture `rar`."""
-    generator = sequence.still(folder.module())
+    generator = causal.still(folder.module())
     label_B, tokens_BL = jnp.asarray(folder.given("labels")), folder.given("tokens")
     order_BL, L = folder.given("orders"), generator.layout.length
-    raster = sequence.batch(tokens_BL, label_B)
-    permuted = sequence.batch(tokens_BL, label_B, order_BL)
+    raster = causal.batch(tokens_BL, label_B)
+    permuted = causal.batch(tokens_BL, label_B, order_BL)
     # the slot of the learned vector predicts nothing
-    logits_BLV = sequence.slots(generator, raster)[:, 1:]
+    logits_BLV = causal.slots(generator, raster)[:, 1:]
     computed = {
         "logits_raster": logits_BLV,
-        "logits_permuted": sequence.slots(generator, permuted)[:, 1:],
+        "logits_permuted": causal.slots(generator, permuted)[:, 1:],
         "labels_permuted": np.take_along_axis(tokens_BL, order_BL, axis=1),
-        "logits_uncond": sequence.slots(generator, raster.replace(cond=generator.null(label_B)))[
+        "logits_uncond": causal.slots(generator, raster.replace(cond=generator.null(label_B)))[
             :, 1:
         ],
         "logits_prefix": logits_BLV[:, : L // 2 + 1],
     }
     for name in GREEDY:
         weights = weights_of(*GREEDY[name], L)
-        computed[name] = sequence.greedy(generator, label_B, weights)[..., 0]
+        computed[name] = causal.greedy(generator, label_B, weights)[..., 0]
     for name, batch in (("raster", raster), ("permuted", permuted)):
-        for kind, value in sequence.losses(folder, generator, batch, GRADIENTS).items():
+        for kind, value in causal.losses(folder, generator, batch, GRADIENTS).items():
             computed[f"{kind}_{name}"] = value
     return computed
 

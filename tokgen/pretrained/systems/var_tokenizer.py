@@ -6,9 +6,9 @@ import ml_collections
 import numpy as np
 
 from tokgen.config import reading as configs
-from tokgen.pretrained import convolutional, keymap
+from tokgen.pretrained import keymap
+from tokgen.pretrained.families import convolutional, vqgan
 from tokgen.pretrained.system import System
-from tokgen.pretrained.systems import taming
 from tokgen.quantizers import multiscale
 
 # [S, V] there; here every scale has one symbol per position
@@ -20,7 +20,7 @@ SHARED = {None: "quantize.quant_resi.{}", 1: "quantize.quant_resi.qresi"}
 
 def rows(tokenizer) -> list[keymap.Row]:
     """The keys of `vae_ch160v4096z32.pth`."""
-    found = taming.networks(tokenizer, attention=convolutional.fused)
+    found = vqgan.networks(tokenizer, attention=convolutional.fused)
     for number in range(len(tokenizer.quantizer.convs)):
         key = SHARED.get(tokenizer.quantizer.phi, "quantize.quant_resi.qresi_ls.{}")
         found += keymap.pair(key.format(number), f"quantizer/convs/{number}", keymap.CONV)
@@ -77,7 +77,7 @@ def parity(folder) -> dict[str, np.ndarray]:
 
     beta = folder.config.get("beta", 0.25)
     weights = {"codebook": 1.0, "commitment": beta}
-    training, out, gradient = taming.trained(folder, quantizer, weights)
+    training, out, gradient = vqgan.trained(folder, quantizer, weights)
     if "q_grad_phi0" in folder.arrays:
         phi = np.asarray(training.params["convs/0/kernel"])
         found["q_grad_phi0"] = phi.transpose(3, 2, 0, 1)

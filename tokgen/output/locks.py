@@ -1,0 +1,76 @@
+"""Locks of places where results are written: one process at a time, gone when it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import pathlib
+import socket
+import time
+from collections.abc import Iterator
+
+from tokgen import report
+from tokgen.errors import UserError
+
+HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # what flock says of a lock that is held
+_unlocked: set[int] = set()  # file systems without locks, each told of once
+
+
+@contextlib.contextmanager
+def hold(file: pathlib.Path, refusal: str) -> Iterator[int]:
+    """Hold a lock file; the system releases it when the process ends, however it ends.
+
+    Where another process has it, an error of `refusal`, in which {} is who. File systems without
+    locks exist (some network and mounted drives): that is said once, and nothing is held. Gives
+    the file's descriptor.
+    """
+    with open(file, "a+") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in HELD:
+                opened.seek(0)
+                who = opened.read().strip() or "a process"
+                raise UserError(refusal.format(who)) from error
+            _tell_unlocked(file, error)
+        opened.truncate(0)
+        opened.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n")
+        opened.flush()
+        yield opened.fileno()
+
+
+def _tell_unlocked(file: pathlib.Path, error: OSError) -> None:
+    device = os.stat(file).st_dev
+    if device not in _unlocked:
+        _unlocked.add(device)
+        report.say(
+            f"the file system of {file.parent} has no locks ({error.strerror}): see to it that no "
+            "other process writes there"
+        )
+
+
+@contextlib.contextmanager
+def passing(file: pathlib.Path, refusal: str) -> Iterator[None]:
+    """Hold a lock file that is gone afterwards.
+
+    One that another process removed in between holds nothing: it is made again.
+    """
+    while True:
+        with hold(file, refusal) as number:
+            try:
+                if os.fstat(number).st_ino != os.stat(file).st_ino:
+                    continue
+            except FileNotFoundError:
+                continue
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
+            return
+
+
+def in_use(target: str | os.PathLike, option: str) -> str:
+    place = str(target).replace("{", "{{").replace("}", "}}")
+    return f"{place} is in use by {{}}; wait for it, stop it, or use another {option}"

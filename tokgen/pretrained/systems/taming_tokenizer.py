@@ -1,0 +1,51 @@
+"""VQGAN of taming-transformers (arXiv:2012.09841)."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from tokgen.pretrained.families import vqgan
+from tokgen.pretrained.system import System
+
+
+def parity(folder) -> dict[str, np.ndarray]:
+    """The arrays of a fixture of taming's VQGAN."""
+    tokenizer = folder.module()
+    found = vqgan.reconstructed(folder, tokenizer)
+    # `legacy`, as published: beta weighs the codebook's term
+    near, far = (
+        ("codebook", "commitment") if folder.setting("legacy") else ("commitment", "codebook")
+    )
+    weights = {far: 1.0, near: folder.setting("beta")}
+    training, out, gradient = vqgan.trained(folder, tokenizer.quantizer, weights)
+    return {
+        "latents": found["latents"],
+        "indices": found["tokens"].ravel(),
+        "quantized": found["quantized"],
+        "decoded": found["decoded"],
+        "q_indices": training.out.tokens_BLG.ravel(),
+        "q_out": out,
+        "q_loss": training.loss,
+        "q_grad_latents": gradient,
+        "q_grad_codebook": training.params["codebook"],
+    }
+
+
+RECIPE = "configs/tokenizer/taming_vqgan.py"
+SYSTEMS = {
+    "taming_vqgan": System(
+        parity,
+        functools.partial(
+            vqgan.settings, recipe="configs/tokenizer/taming_vqgan.py", blocks=vqgan.BLOCKS
+        ),
+        vqgan.rows,
+        unwrap=("state_dict",),
+        wrap=("state_dict",),
+        aside=(r"loss\..*",),  # LPIPS and the discriminator
+        home="github.com/CompVis/taming-transformers (links to heibox.uni-heidelberg.de)",
+        files=("last.ckpt",),
+        licence="MIT",
+    ),
+}
