@@ -232,7 +232,7 @@ def test_tokens_are_kept_once_committed_and_as_many_as_the_schedule_says():
 
 def test_an_image_does_not_depend_on_its_batch():
     generator = _with_steps("maskbit", 4)
-    sampler = filters.Sampler(guidance=(1.0, 2.0, 3.0, 4.0), jitter=1.0)
+    sampler = filters.Sampler(temperature=10.0, guidance=(1.0, 2.0, 3.0, 4.0), jitter=1.0)
     keys_B, labels_B = jax.random.split(jax.random.key(5), 8), jnp.arange(8) % CLASSES
     together = generate(generator, None, labels_B, sampler, keys_B=keys_B).tokens_BLG
     for i in range(8):
