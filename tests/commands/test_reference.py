@@ -215,7 +215,7 @@ def test_a_published_network_sees_all_images_once(tmp_path, monkeypatch):
     monkeypatch.setitem(feature_extractors.PUBLISHED, "inception", published)
     monkeypatch.setattr(feature_extractors.reader, "network", lambda path: {})
     for module, name, value in (
-        (reference, "PART", 8),
+        (reference_making, "PART", 8),
         (references, "KEPT", 12),
         (feature_extractors, "EACH", 1),
     ):

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import interfaces
+from tokgen import interfaces, options
 from tokgen.commands import sample
+from tokgen.data import captioned
 from tokgen.interfaces import UserError
-from tokgen.sampling import drawing, sampler as filters
+from tokgen.sampling import drawing, presets, sampler as filters
 
 CLASSES = ("cat", "dog", "hot-dog", "7")
 
@@ -123,6 +124,14 @@ def _args(*words: str) -> argparse.Namespace:
     return parser.parse_args(["runs/generator", "--out", "nowhere", *words])
 
 
+def prepared(args, loaded):
+    """(settings, generator, sampler) that a command line asks for; refused where it is in vain."""
+    choice = sample.choice_of(args)
+    found = presets.choose(loaded.module, loaded.config.presets.to_dict(), choice, loaded.classes)
+    options.refuse(presets.without_effect(choice, found[-1]))
+    return found
+
+
 def test_images_of_texts(tmp_path):
     np.savez(tmp_path / "text.npz", **_text())
     args = _args("--text", str(tmp_path / "text.npz"), "--number", "2")
@@ -162,7 +171,7 @@ def test_text_that_cannot_be_read_is_refused(tmp_path, change, words):
     arrays = {k: v for k, v in (_text() | change).items() if v is not None}
     np.savez(tmp_path / "text.npz", **arrays)
     with pytest.raises(UserError, match=words):
-        sample.captions(str(tmp_path / "text.npz"))
+        captioned.conditions(str(tmp_path / "text.npz"))
 
 
 def test_what_is_no_text_is_refused(tmp_path):
@@ -171,7 +180,7 @@ def test_what_is_no_text_is_refused(tmp_path):
     (tmp_path / "broken.npz").write_bytes(b"PK\3\4 and no more")
     for name in ("text.npy", "empty.npz", "broken.npz", "nothing.npz"):
         with pytest.raises(UserError, match=f"--text needs.*{name}"):
-            sample.captions(str(tmp_path / name))
+            captioned.conditions(str(tmp_path / name))
     with pytest.raises(UserError, match="needs --text FILE.npz.*found none"):
         sample.conditions(_args(), _loaded(Reader()))
     with pytest.raises(UserError, match="needs --text FILE.npz.*found --classes"):
@@ -183,10 +192,10 @@ def test_what_is_no_text_is_refused(tmp_path):
 
 def test_steps_and_noise_take_the_presets_place(capsys):
     loaded = _loaded(Reader(), default={"steps": 8, "noise": 4.0, "weight": 2.0})
-    settings, generator, sampler = sample.prepared(_args(), loaded)
+    settings, generator, sampler = prepared(_args(), loaded)
     assert generator.steps == 8 and sampler.jitter[0] == 3.5 and len(sampler.guidance) == 8
     assert "departs" not in capsys.readouterr().out
-    settings, generator, sampler = sample.prepared(
+    settings, generator, sampler = prepared(
         _args("--steps", "4", "--noise", "2", "--guidance", "1"), loaded
     )
     assert (settings["steps"], settings["noise"], settings["weight"]) == (4, 2.0, 1.0)
@@ -211,10 +220,9 @@ def test_steps_and_noise_take_the_presets_place(capsys):
 )
 def test_a_filter_is_refused_where_the_likeliest_is_taken_anyway(preset, words, told):
     args = _args(*words)
-    args.given = frozenset(word[2:].replace("-", "_") for word in words if word.startswith("--"))
     refused = pytest.raises(UserError, match=f"(?=.*no effect here).*{told}")
     with refused if told else contextlib.nullcontext():
-        sample.prepared(args, _loaded(Reader(), default=preset))
+        prepared(args, _loaded(Reader(), default=preset))
 
 
 @pytest.mark.parametrize(
@@ -232,7 +240,8 @@ def stand_ins(tmp_path, monkeypatch):
     loaded.step, loaded.fingerprint = tmp_path / "G", "f"
     painter = types.SimpleNamespace(module=Painter(), fingerprint="t")
     monkeypatch.setattr(sample.runtime, "devices", lambda: None)
-    monkeypatch.setattr(sample, "precision_of", lambda args: "float32")
+    monkeypatch.setattr(sample.checkpoint, "find", lambda path: path)
+    monkeypatch.setattr(sample.checkpoint, "read_meta", lambda step: {"kind": "tokenizer"})
     monkeypatch.setattr(sample.checkpoint, "load_generator", lambda *_, **more: loaded)
     monkeypatch.setattr(sample.checkpoint, "load_tokenizer_of", lambda *_: painter)
     real, batches = drawing.sharding.filled, []
@@ -258,7 +267,7 @@ def test_samples_that_were_killed_go_on_to_the_same_images(stand_ins, monkeypatc
     assert len(png) == 15 and set(whole) - set(png) == {
         *("samples.npz", "samples.json", "tokens.npy", "grid.png")
     }
-    save = sample.supplies.save_part
+    save = sample.made_images.save_part
 
     def dying(file, arrays):
         if len(stand_ins.batches) == 2:

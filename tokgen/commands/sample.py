@@ -16,8 +16,8 @@ from tokgen.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from tokgen.interfaces import PyTree, Text
-    from tokgen.sampling import sampler as filters
+    from tokgen.interfaces import PyTree
+    from tokgen.sampling import presets
 
 # Without --classes: all of so many, or some of them evenly over all
 FEW, SOME = 16, 8
@@ -68,52 +68,12 @@ def chosen(text: str, classes: tuple[str, ...]) -> list[int]:
     return labels
 
 
-def captions(path: str) -> Text:
-    """The conditions of `--text`: features [N, T, E], and a mask [N, T] that is true to the end."""
-    import numpy as np
-
-    from tokgen import archives
-    from tokgen.interfaces import Text
-
-    try:
-        found = archives.arrays(path)
-    except UserError as error:
-        raise UserError(
-            f"--text needs an .npz file of arrays; found {path}: {error}; save features and mask "
-            "with numpy.savez"
-        ) from error
-    if missing := {"features", "mask"} - set(found):
-        raise UserError(
-            f"--text needs arrays features [N, T, E] and mask [N, T]; {path} has no "
-            f"{' and no '.join(sorted(missing))}"
-        )
-    features_NTE, mask_NT = found["features"], found["mask"]
-    numbers = features_NTE.dtype in (np.float16, np.float32) and features_NTE.ndim == 3
-    if not numbers or not len(features_NTE) or not np.isfinite(features_NTE).all():
-        raise UserError(
-            "features must be finite float16 or float32 numbers [N, T, E]; found "
-            f"{features_NTE.dtype} {features_NTE.shape} in {path}"
-        )
-    if mask_NT.shape != features_NTE.shape[:2] or not np.isin(mask_NT, (0, 1)).all():
-        raise UserError(
-            f"mask must hold 0 or 1 for each of the features {features_NTE.shape[:2]}; found "
-            f"{mask_NT.dtype} {mask_NT.shape} in {path}"
-        )
-    mask_NT = mask_NT.astype(bool)
-    if not mask_NT[:, -1].all() or (mask_NT[:, :-1] & ~mask_NT[:, 1:]).any():
-        raise UserError(
-            f"features are padded on the left, so that every row of the mask ends in 1 and has no "
-            f"0 after a 1; found other rows in {path}: move the padding to the front"
-        )
-    return Text(features_NTE.astype(np.float32), mask_NT)
-
-
 def conditions(args: argparse.Namespace, loaded) -> tuple[PyTree, np.ndarray, list[str]]:
     """(the condition of every image, the number of its class or text [N], names of the classes)."""
     import jax
     import numpy as np
 
-    from tokgen.data import classes as names_
+    from tokgen.data import captioned, classes as names_
 
     kind = loaded.module.cond
     if kind == "label" and args.text:
@@ -136,7 +96,7 @@ def conditions(args: argparse.Namespace, loaded) -> tuple[PyTree, np.ndarray, li
             "the generator reads text: it needs --text FILE.npz with arrays features [N, T, E] "
             f"and mask [N, T]; found {'--classes' if args.classes else 'none'}"
         )
-    text = captions(args.text)
+    text = captioned.conditions(args.text)
     row_N = np.repeat(np.arange(len(text.mask_BT), dtype=np.int32), args.number)
     return jax.tree.map(lambda leaf: leaf[row_N], text), row_N, []
 
@@ -182,59 +142,19 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def prepared(args: argparse.Namespace, loaded) -> tuple:
-    """(settings, generator, sampler): the preset, with what the command line puts in its place."""
+def choice_of(args: argparse.Namespace) -> presets.Choice:
+    """What the options of `sampling_arguments` ask for."""
     from tokgen.sampling import presets
 
-    settings = presets.named(loaded.config.presets.to_dict(), args.preset)
-    asked = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    asked |= {"weight": args.guidance, "steps": args.steps, "noise": args.noise}
-    now = presets.PLAIN | presets.MASKED | settings
-    changed = {k: v for k, v in asked.items() if v is not None and v != now[k]}
-    if changed:
-        report.say(f"departs from preset {args.preset!r}: {changed}")
-    settings |= changed
-    generator, sampler = presets.prepare(loaded.module, settings)
-    labels = loaded.module.cond == "label"
-    if sampler.guidance and labels and not loaded.classes:
-        if "weight" in changed:
-            raise UserError(
-                "--guidance needs classes to guide towards; the model has none: leave it out"
-            )
-        report.say("guidance is off: the model is unconditional, there is nothing to guide towards")
-        settings = presets.unguided(settings)
-        generator, sampler = presets.prepare(loaded.module, settings)
-    # a preset may ask for more: published ones were written for larger alphabets
-    if (args.top_k or 0) > loaded.layout.absent:
-        raise UserError(
-            f"top-k must be at most the alphabet, {loaded.layout.absent}; found {args.top_k}"
-        )
-    options.check(args, idle(sampler))
-    return settings, generator, sampler
-
-
-def idle(sampler: filters.Sampler) -> dict[str, str]:
-    """{option: when it has an effect} of those without one, since a draw is of the likeliest."""
-    import numpy as np
-
-    if not np.any(sampler.temperature):
-        return dict.fromkeys(("top_k", "top_p"), "temperatures above 0")
-    if np.all(np.equal(sampler.top_k, 1)):
-        return dict.fromkeys(("temperature", "top_p"), "a top-k other than 1")
-    return {}
-
-
-def precision_of(args: argparse.Namespace) -> str:
-    """What is asked for, or what the preset says; read before the networks are loaded."""
-    from tokgen.checkpoints import checkpoint
-    from tokgen.sampling import presets
-
-    if args.precision:
-        return args.precision
-    meta = checkpoint.read_meta(checkpoint.find(args.checkpoint))
-    if meta["kind"] != "generator":  # said when it is loaded
-        return presets.LOADING["precision"]
-    return (presets.LOADING | presets.named(meta["config"]["presets"], args.preset))["precision"]
+    return presets.Choice(
+        preset=args.preset,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        guidance=args.guidance,
+        steps=args.steps,
+        noise=args.noise,
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -257,14 +177,21 @@ def _sampled(args: argparse.Namespace, out: output.Folder) -> str:
     from tokgen.checkpoints import checkpoint
     from tokgen.data import classes as names_
     from tokgen.evaluation import made_images
-    from tokgen.sampling import drawing
+    from tokgen.sampling import drawing, presets
 
     runtime.devices()
-    precision = precision_of(args)
+    choice = choice_of(args)
+    precision = args.precision
+    if not precision:
+        meta = checkpoint.read_meta(checkpoint.find(args.checkpoint))
+        precision = presets.precision(meta, choice)
     loaded = checkpoint.load_generator(args.checkpoint, compute=precision)
     tokenizer = checkpoint.load_tokenizer_of(loaded, args.tokenizer)
     cond, kind_N, classes = conditions(args, loaded)
-    settings, generator, sampler = prepared(args, loaded)
+    settings, generator, sampler = presets.choose(
+        loaded.module, loaded.config.presets.to_dict(), choice, loaded.classes
+    )
+    options.refuse(presets.without_effect(choice, sampler))
     record = {
         "checkpoint": str(loaded.step),
         "fingerprint": loaded.fingerprint,

@@ -1,9 +1,4 @@
-"""Images to be scored, part by part: of an .npz archive or of a folder; what is wrong with them.
-
-A supply has a length, a `size` (rows, columns), an `identity` in plain JSON, and
-`part(start, stop)`, which gives {"image": uint8 [N, H, W, 3]} and, where they are known,
-{"label": int32 [N]}. A part is a function of its bounds: whoever is stopped may ask again.
-"""
+"""Images to be scored that are given: an .npz archive or a folder; what is wrong with them."""
 
 from __future__ import annotations
 
@@ -12,19 +7,43 @@ import hashlib
 import pathlib
 import zipfile
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from tokgen import archives, records
-from tokgen.data import folder, pixels as images, reader, scan
+from tokgen import archives, options, records
+from tokgen.data import folder, pixels, reader, scan
 from tokgen.interfaces import UserError
 
 LOSSY = tuple(
-    ending for form in ("JPEG", "WEBP", "GIF", "AVIF") for ending in images.ENDINGS.get(form, ())
+    ending for form in ("JPEG", "WEBP", "GIF", "AVIF") for ending in pixels.ENDINGS.get(form, ())
 )
 LABELS = 2**20  # classes that labels without names may be of
+# What is scored all the same where it is asked for: see `check`, Pictures, and score.check_enough
+ACCEPTED = ("duplicates", "constant", "few", "lossy")
 SHARE = 0.01  # of images that may be equal to another one, or of one colour, without a word
 _NAMED = 5
+
+
+class Images(Protocol):
+    """Images to be scored, part by part.
+
+    Attributes:
+        size: (rows, columns) of every image.
+        identity: which images these are, in plain JSON: a score goes on with no others.
+    """
+
+    size: tuple[int, int]
+    identity: dict
+
+    def __len__(self) -> int: ...
+
+    def part(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """{"image": uint8 [N, H, W, 3]}, and where they are known {"label": int32 [N]}.
+
+        A part is a function of its bounds: whoever is stopped may ask again.
+        """
+        ...
 
 
 class Archive:
@@ -199,7 +218,7 @@ class Pictures:
             if not self.lossy and reader.header(self.source, index)[0] == "JPEG":
                 raise UserError(self._is_lossy([name]))
             record = reader.read(self.source, index, 3)
-        except images.BrokenImage as error:
+        except pixels.BrokenImage as error:
             raise UserError(f"cannot read {name} of {self.source.path}: {error}") from error
         return record["image"], record["label"]
 
@@ -218,10 +237,12 @@ def _by(size: Sequence[int]) -> str:
 def given(
     path: str | pathlib.Path, accepted: Sequence[str] = (), labels: str = ""
 ) -> Archive | Pictures:
-    """The supply of a path: an .npz, a folder with `samples.npz` inside, or one of images."""
+    """The images of a path: an .npz, a folder with `samples.npz` inside, or one of images."""
     path = pathlib.Path(path)
+    inside = path / "samples.npz"
+    if labels and (path.suffix == ".npz" or inside.exists()):
+        options.refuse({"labels": "folders of images"})
     if path.is_dir():
-        inside = path / "samples.npz"
         if inside.exists():
             return Archive(inside, _names(path / "samples.json"))
         return Pictures(path, accepted, labels)
@@ -243,20 +264,20 @@ def _names(record: pathlib.Path) -> tuple[str, ...]:
 
 
 class Spread:
-    """So many images of a supply, evenly over it: it may be sorted by class."""
+    """So many of given images, evenly over them: they may be sorted by class."""
 
-    def __init__(self, supply, count: int):
-        self.supply, self.size = supply, supply.size
-        self.index_N = np.arange(count) * len(supply) // count
-        self.classes = getattr(supply, "classes", ())
-        self.identity = {**supply.identity, "spread": [count, len(supply)]}
+    def __init__(self, images: Images, count: int):
+        self.images, self.size = images, images.size
+        self.index_N = np.arange(count) * len(images) // count
+        self.classes = getattr(images, "classes", ())
+        self.identity = {**images.identity, "spread": [count, len(images)]}
 
     def __len__(self) -> int:
         return len(self.index_N)
 
     def part(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Images and labels `start` to `stop`; of an archive, read from the first to the last."""
-        found = [self.supply.part(int(n), int(n) + 1) for n in self.index_N[start:stop]]
+        found = [self.images.part(int(n), int(n) + 1) for n in self.index_N[start:stop]]
         return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
@@ -312,8 +333,8 @@ def check(found: dict[str, int], count: int, accepted: Sequence[str] = ()) -> No
     }
     if wrong:
         listed = " and ".join(f"{number} {name}" for name, number in wrong.items())
-        options = " ".join(f"--accept {name}" for name in wrong)
+        words = " ".join(f"--accept {name}" for name in wrong)
         raise UserError(
             f"{listed} among {count} images: a score of them would be of a broken sampler; look "
-            f"at them, and say {options} if they are meant"
+            f"at them, and say {words} if they are meant"
         )
