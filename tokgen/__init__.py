@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # ruff: noqa: F401  (what type checkers see of the table below)
     from tokgen.checkpoints.checkpoint import (
         Loaded,
         load_generator,
