@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:  # ruff: noqa: F401  (what type checkers see of the table below)
     from tokgen.checkpoints.checkpoint import (
         Loaded,
