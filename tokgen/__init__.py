@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:  # ruff: noqa: F401  (what type checkers see of the table below)
+if TYPE_CHECKING:  # X as X: it is passed on
     from tokgen.checkpoints.checkpoint import (
-        Loaded,
-        load_generator,
-        load_tokenizer,
-        load_tokenizer_of,
+        Loaded as Loaded,
+        load_generator as load_generator,
+        load_tokenizer as load_tokenizer,
+        load_tokenizer_of as load_tokenizer_of,
     )
-    from tokgen.errors import UserError
-    from tokgen.evaluation.score import score
+    from tokgen.errors import UserError as UserError
+    from tokgen.evaluation.score import score as score
     from tokgen.evaluation.score_settings import Settings as ScoreSettings
-    from tokgen.image_grid import grid, save_png
-    from tokgen.samples import Samples, sample
+    from tokgen.image_grid import grid as grid, save_png as save_png
+    from tokgen.samples import Samples as Samples, sample as sample
     from tokgen.sampling.presets import Choice as SamplingChoice
-    from tokgen.tokens import decode, encode, reconstruct
+    from tokgen.tokens import decode as decode, encode as encode, reconstruct as reconstruct
 
 # Name -> (its module, what it is called there)
 _HOMES = {
