@@ -53,7 +53,7 @@ def main(
     jax.set_mesh(mesh)
     frozen = tokenizer_step.load_frozen(settings, plan)
     # all that will run is traced with shapes, before any work
-    layout = dry_run.tokenizer(settings, mesh, frozen, text=dry_run.text_of(source)).layout
+    layout = dry_run.tokenizer(settings, mesh, frozen, text=source.text_shape).layout
     run = runs.start(
         workdir,
         settings,
@@ -63,7 +63,7 @@ def main(
         best="l2",
         data=source.fingerprint,
         held_out=held_out.fingerprint,
-        earlier=getattr(source, "earlier", ()),
+        earlier=source.earlier,
         accept=accept,
         fields=dry_run.names(dry_run.TokenizerFields),
         kept=(play,),

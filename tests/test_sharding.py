@@ -16,6 +16,7 @@ import train_generator
 from tests import recipes
 from tokgen import interfaces, parameters, rng, sharding
 from tokgen.config import building, reading
+from tokgen.data import sources
 from tokgen.discriminators import blur, feature_heads, patchgan, stylegan
 from tokgen.evaluation import validation
 from tokgen.generators import autoregressive
@@ -447,10 +448,10 @@ class Painter(nnx.Module):
         return jnp.broadcast_to(gray_BHW1, (*gray_BHW1.shape[:3], 3))
 
 
-class Tokens:
+class Tokens(sources.RandomAccess):
     """Eleven images of LAYOUT as a source."""
 
-    layout, classes = LAYOUT.to_json(), tuple("abcde")
+    holds, layout, classes = "tokens", LAYOUT.to_json(), tuple("abcde")
     fingerprint = "eleven"
 
     def __len__(self):

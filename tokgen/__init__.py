@@ -20,10 +20,10 @@ if TYPE_CHECKING:  # X as X: it is passed on
     )
     from tokgen.errors import UserError as UserError
     from tokgen.evaluation.score import score as score
-    from tokgen.evaluation.score_settings import Settings as ScoreSettings
+    from tokgen.evaluation.score_settings import Settings as ScoreSettings  # noqa: F401
     from tokgen.image_grid import grid as grid, save_png as save_png
     from tokgen.samples import Samples as Samples, sample as sample
-    from tokgen.sampling.presets import Choice as SamplingChoice
+    from tokgen.sampling.presets import Choice as SamplingChoice  # noqa: F401
     from tokgen.tokens import decode as decode, encode as encode, reconstruct as reconstruct
 
 # Name -> (its module, what it is called there)

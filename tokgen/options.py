@@ -12,11 +12,8 @@ from tokgen.errors import UserError
 
 # Modes of tokgen evaluate
 TOKENIZER, GENERATOR = "held-out figures of a tokenizer", "the likelihood of a generator"
-SAMPLES, RECONSTRUCTED, DRAWN = (
-    "a score of samples",
-    "a score of a tokenizer",
-    "a score of a generator",
-)
+SAMPLES, RECONSTRUCTED = "a score of samples", "a score of a tokenizer"
+DRAWN = "a score of a generator"
 SCORES, HELD_OUT = (SAMPLES, RECONSTRUCTED, DRAWN), (TOKENIZER, GENERATOR)
 EVALUATE = {
     "reconstruction": (TOKENIZER, RECONSTRUCTED),

@@ -201,8 +201,8 @@ def test_what_is_scored_is_never_replaced_by_its_score(place, tmp_path, capsys, 
     for given in (out / "samples.npz", tmp_path / "link" / "samples.npz"):
         told = refused(capsys, given, *words, "--overwrite")
         assert "--overwrite would remove what is scored" in told
-    # captions lie in it
-    text = ("--text", out / "samples.npz", "--overwrite")
+    # weights lie in it
+    text = ("--weights", out / "samples.npz", "--overwrite")
     assert "holds what the command reads" in refused(capsys, place / "samples.npz", *words, *text)
     assert (out / "samples.npz").exists()
 

@@ -15,8 +15,7 @@ import safetensors.numpy
 from flax import nnx
 
 from tokgen import cli, image_grid, interfaces, parameters, runtime, sharding
-from tokgen.checkpoints import checkpoint, imported as imports, run as runs
-from tokgen.commands import export, import_
+from tokgen.checkpoints import checkpoint, exporting, imported as imports, run as runs
 from tokgen.config import building as configs
 from tokgen.pretrained import entries, parity, system
 from tokgen.pretrained.families import convolutional
@@ -229,7 +228,7 @@ def test_a_decoder_of_text_reconstructs_with_features(shared, tmp_path, capfd):
 
 
 def test_every_system_that_has_settings_is_offered():
-    names = import_.importable()
+    names = system.importable()
     assert {"taming_vqgan", "ibq", "openmagvit2", "var_vqvae", "titok_legacy"} <= set(names)
     assert not {"lpips", "disc_patchgan"} & set(names)
 
@@ -348,9 +347,9 @@ def test_a_record_does_not_say_where_an_export_writes(taming, tmp_path, monkeypa
     files = {str(f.relative_to(root)) for f in tmp_path.rglob("*") if f.is_file()}
     assert files == {"out/model.safetensors", "out/config.json", "out/taming_vqgan.bin"}
     for name in ("/tmp/x.bin", "..", "a/b.bin", "config.json", "Config.JSON", 7, ["x"]):
-        assert export._name({"file": name, "system": "ibq"}, "ibq", "ibq.bin") == "ibq.bin"
-        assert "is not used" in capfd.readouterr().err
-    assert export._name({"file": "x.pt", "system": "ibq"}, "ibq", "ibq.bin") == "x.pt"
+        found, told = exporting._name({"file": name, "system": "ibq"}, "ibq")
+        assert found == "ibq.bin" and "is not used" in told[0]
+    assert exporting._name({"file": "x.pt", "system": "ibq"}, "ibq") == ("x.pt", ())
 
 
 def test_others_may_read_what_is_written_if_the_mask_says_so(taming, tmp_path):
@@ -415,16 +414,16 @@ def test_an_export_is_imported_again(taming, tmp_path, capfd):
 
 
 def test_a_record_of_an_older_import_or_of_a_stranger(taming):
-    assert imports._form({"dtype": "bfloat16"}, "x") == entries.Form("bfloat16")
+    assert imports.form_of({"dtype": "bfloat16"}, "x") == entries.Form("bfloat16")
     form = entries.Form("float16", {"a": "float32", "b": "int64"}, "model", "ema", "float32")
-    assert imports._form(imports._recorded(form), "x") == form
+    assert imports.form_of(imports._recorded(form), "x") == form
     odd_ones = [
         *({"dtype": 7}, {"entry": []}, {"entry": "a\ud800"}, {"average_dtypes": [1]}),
         *({"dtypes": "x"}, {"dtypes": {"a": 7}}, {"dtypes": {"float32": [["x"]]}}),
     ]
     for odd in odd_ones:
         with pytest.raises(interfaces.UserError, match="does not say how its file was written"):
-            imports._form(odd, "x")
+            imports.form_of(odd, "x")
 
 
 ODD = {

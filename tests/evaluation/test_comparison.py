@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.evaluation import test_page
+from tokgen.data import npz
 from tokgen.evaluation import collect, comparison
 from tokgen.interfaces import UserError
 
@@ -161,9 +162,8 @@ def test_samples_of_other_seeds_have_nothing_in_common(tmp_path):
 def test_samples_that_were_scored_from_an_archive_are_shown_if_unchanged(tmp_path):
     folder(tmp_path / "given", label_N=np.zeros(40, int))
     file = tmp_path / "given" / "samples.npz"
-    from tokgen.evaluation import given_images
 
-    scored = line(images=given_images.Archive(file).identity)
+    scored = line(images=npz.Archive(file).identity)
     assert len(comparison._images_of(scored, tmp_path)) == 40
     scored["images"]["bytes"] += 1
     assert comparison._images_of(scored, tmp_path) is None

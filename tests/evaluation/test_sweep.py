@@ -249,7 +249,7 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_end(world, capsys):
     assert "g1.5" in capsys.readouterr().out
 
     found = test_page.parsed(out / "index.html")
-    assert "report a figure of other seeds" in " ".join(found.words) and "best" in found.marks
+    assert "report other seeds" in " ".join(found.words) and "best" in found.marks
     assert len(found.pictures()) == 2
     for given in ("scored", "text"):  # what is read lies in what would be replaced
         swept = parsed(*world.words, out, "--overwrite")

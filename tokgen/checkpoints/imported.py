@@ -10,18 +10,14 @@ import os
 import pathlib
 
 import jax.numpy as jnp
-import ml_collections
-from flax import nnx
 
 from tokgen import parameters, records
 from tokgen.checkpoints import checkpoint, run as runs
-from tokgen.config import building as configs, migration
-from tokgen.interfaces import TokenLayout, UserError
-from tokgen.pretrained import entries, keymap, transfer
+from tokgen.interfaces import UserError
+from tokgen.pretrained import entries, transfer
 from tokgen.pretrained.formats import reader, writer
 
 ASIDE = "aside.safetensors"
-OURS, CONFIG = "model.safetensors", "config.json"  # of an export
 
 
 def save_imported(
@@ -68,7 +64,7 @@ def save_imported(
 
 
 def load_imported(path: str | os.PathLike) -> tuple[checkpoint.Loaded, transfer.Imported]:
-    """(a network for use, the same with live and averaged weights apart and what lay aside)."""
+    """(a network for use; its live and its averaged weights apart, with what lay aside)."""
     loaded = checkpoint.load(path)
     has = {p.split("/")[1] for p in loaded.meta["manifest"] if p.startswith("model/")}
     live = checkpoint.load(path, which="params").module if "ema" in has else loaded.module
@@ -80,7 +76,7 @@ def load_imported(path: str | os.PathLike) -> tuple[checkpoint.Loaded, transfer.
         module=live,
         average=average,
         aside=aside,
-        form=_form(loaded.meta.get("source") or {}, str(loaded.step)),
+        form=form_of(loaded.meta.get("source") or {}, str(loaded.step)),
         layout=loaded.layout,
         classes=len(loaded.classes),
     )
@@ -106,7 +102,7 @@ def _grouped(dtypes: dict[str, str]) -> dict[str, list[str]]:
     }
 
 
-def _form(source: dict, where: str) -> entries.Form:
+def form_of(source: dict, where: str) -> entries.Form:
     """The form that a record states; of imports that did not state it, what they did."""
     fields = {}
     try:
@@ -125,64 +121,3 @@ def _form(source: dict, where: str) -> entries.Form:
             f"the record of {where} does not say how its file was written: {error}"
         ) from error
     return entries.Form(**fields)
-
-
-def is_export(path: pathlib.Path) -> bool:
-    """Whether a path is a folder that `tokgen export` wrote, or its weight file."""
-    folder = path if path.is_dir() else path.parent
-    if not (folder / OURS).is_file() or (path.is_file() and path.name != OURS):
-        return False
-    try:
-        records.checked(records.load(folder / CONFIG), config=dict, fingerprint=str)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _place(key: str) -> str:
-    """The name that an array of an export has today."""
-    path = migration.parameter("model/" + key.replace(".", "/"))
-    return path.removeprefix("model/").replace("/", ".")
-
-
-def of_export(path: pathlib.Path) -> tuple[transfer.Imported, dict]:
-    """(the network of an export's own file, its record): what was used, so no live weights apart.
-
-    An average stays one, so that the network has the fingerprint that it had.
-    """
-    folder = path if path.is_dir() else path.parent
-    record = records.read(
-        folder / CONFIG, "the config of an export", "export it again", config=dict, classes=list
-    )
-    try:
-        layout = TokenLayout.from_json(record["layout"]) if record.get("layout") else None
-    except (LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG} states no layout of tokens: {error!r:.200}") from error
-    config, classes = (
-        ml_collections.ConfigDict(migration.config(record["config"])),
-        record["classes"],
-    )
-
-    def make():
-        if "generator" in config:
-            return configs.generator(config, layout, len(classes), rngs=nnx.Rngs(0))
-        return configs.tokenizer(config, rngs=nnx.Rngs(0))
-
-    if "generator" in config and layout is None or not all(isinstance(c, str) for c in classes):
-        raise UserError(f"{folder / CONFIG} must state the layout and the classes of a generator")
-    module = nnx.eval_shape(make)
-    _, params, stats = parameters.split(module)
-    rows = [
-        keymap.row(f"{name}.{place.replace('/', '.')}", place)
-        for name, tree in (("params", params), ("stats", stats))
-        for place in parameters.paths(tree)
-    ]
-    weights = {_place(key): array for key, array in reader.read(folder / OURS).items()}
-    network = keymap.fill(module, rows, weights, source=str(folder / OURS))
-    average = network if record.get("which") == "ema" else None
-    source = record.get("source")
-    form = _form(source if isinstance(source, dict) else {}, str(folder))
-    imported = transfer.Imported(
-        config, network, average, {}, form, layout, len(classes) if "generator" in config else 0
-    )
-    return imported, record

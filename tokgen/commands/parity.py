@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import pathlib
 import sys
 from typing import TYPE_CHECKING
 
-from tokgen import options, output, report, runtime
+from tokgen import options, report
 from tokgen.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,51 +29,27 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print a line per array; an error when one fails or is not covered."""
-    place = contextlib.nullcontext()
+    from tokgen.pretrained import parity
+
     if not args.arrays:
         options.check(args, {"overwrite": "the file that --arrays names"})
-    if args.arrays:
-        there = sorted(pathlib.Path(args.folder).glob("*"))
-        inputs = [file for file in there if file.suffix != ".npz" or file.name == "case.npz"]
-        given = dict(option="--arrays", overwrite=args.overwrite, inputs=inputs)
-        place = output.file(args.arrays, **given)
-    with place as file:
-        folder, lines = _held(args, file)
-    _tell(args, folder, lines)
-
-
-def _held(args: argparse.Namespace, file: pathlib.Path | None) -> tuple[parity.Folder, list]:
-    """(the fixture, a line per array); with a file, what our model computed goes there."""
-    import numpy as np
-
-    from tokgen.pretrained import parity
-
-    runtime.check_platform()
-    unknown = "opaque" if args.opaque else "refuse"
-    folder = parity.Folder(args.folder, args.system, unknown)
-    lines, computed = parity.hold(folder)
-    if file is not None:
-        with open(file, "wb") as opened:
-            np.savez_compressed(opened, **computed)
-    return folder, lines
-
-
-def _tell(args: argparse.Namespace, folder: parity.Folder, lines: list) -> None:
-    """Print them; an error where one fails."""
-    from tokgen.pretrained import parity
-
+    found = parity.compare_fixture(
+        args.folder,
+        args.system,
+        unknown="opaque" if args.opaque else "refuse",
+        arrays=args.arrays,
+        overwrite=args.overwrite,
+    )
     if not args.json:
         print(f"{'array':<28} {'max abs':>9} {'max rel':>9} {'tolerance':>9}  verdict")
-    for line in lines:
+    for line in found.lines:
         print(json.dumps(record(line)) if args.json else text(line))
-    counts = {
-        verdict: sum(line.verdict == verdict for line in lines) for verdict in parity.VERDICTS
-    }
-    summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-    if counts["fail"] or counts["uncovered"]:
+    name, path = found.folder.name, found.folder.path
+    summary = ", ".join(f"{count} {verdict}" for verdict, count in found.counts.items())
+    if not found.passed:
         sys.stdout.flush()
-        raise UserError(f"{folder.name} differs from {folder.path}: {summary}")
-    report.say(f"{folder.name}: {summary}")
+        raise UserError(f"{name} differs from {path}: {summary}")
+    report.say(f"{name}: {summary}")
 
 
 def record(line: parity.Line) -> dict:

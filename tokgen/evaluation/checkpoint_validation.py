@@ -1,4 +1,4 @@
-"""A checkpoint measured on held-out images: a tokenizer's reconstructions, a generator's likelihood."""
+"""A checkpoint on held-out images: a tokenizer's reconstructions, a generator's likelihood."""
 
 from __future__ import annotations
 

@@ -76,8 +76,8 @@ def write(
 
 
 LEGEND = (
-    "The best of each figure is marked best; tie marks those whose difference from it lies within "
-    "the joint 95 % interval of both. Figures without an interval cannot be told apart so. Below a "
+    "The best of each metric is marked best; tie marks those whose difference from it lies within "
+    "the joint 95 % interval of both. Values without an interval cannot be told apart so. Below a "
     "value stands its 95 % interval."
 )
 
@@ -129,46 +129,46 @@ def _reference(line: Mapping) -> str:
 
 
 def metrics(lines: Mapping[str, Mapping]) -> list[str]:
-    """Every figure that a run has, in the order of their results."""
+    """Every metric that a run has, in the order of their results."""
     return list(dict.fromkeys(name for line in lines.values() for name in line["metrics"]))
 
 
-def half(figure: Mapping) -> float:
-    """Half of a figure's 95 % interval; 0 where it has none."""
-    if "low" in figure:
-        return (figure["high"] - figure["low"]) / 2
-    return DEVIATES * figure.get("error", 0.0)
+def half(parts: Mapping) -> float:
+    """Half of a value's 95 % interval; 0 where it has none."""
+    if "low" in parts:
+        return (parts["high"] - parts["low"]) / 2
+    return DEVIATES * parts.get("error", 0.0)
 
 
 def marks(lines: Mapping[str, Mapping], metric: str) -> dict[str, str]:
-    """{run: "best" or "tie"} of a figure, where one of two values is the better one."""
-    figures = {n: line["metrics"][metric] for n, line in lines.items() if metric in line["metrics"]}
+    """{run: "best" or "tie"} of a metric, where one of two values is the better one."""
+    values = {n: line["metrics"][metric] for n, line in lines.items() if metric in line["metrics"]}
     better = metric_table.better(metric)
-    if not better or len(figures) < 2:
+    if not better or len(values) < 2:
         return {}
-    if len({figure.get("axes") for figure in figures.values()}) > 1:
+    if len({parts.get("axes") for parts in values.values()}) > 1:
         return {}  # of other features
     sign = 1 if better == "lower" else -1
-    best = min(figures, key=lambda name: sign * figures[name]["value"])
-    top, found = figures[best], {best: "best"}
-    for name, figure in figures.items():
-        apart = abs(figure["value"] - top["value"])
-        if name != best and apart <= math.hypot(half(figure), half(top)):
+    best = min(values, key=lambda name: sign * values[name]["value"])
+    top, found = values[best], {best: "best"}
+    for name, parts in values.items():
+        apart = abs(parts["value"] - top["value"])
+        if name != best and apart <= math.hypot(half(parts), half(top)):
             found[name] = "tie"
     return found
 
 
 def shown(lines: Mapping[str, Mapping], metric: str, name: str) -> tuple[str, str, str]:
-    """(value, interval, mark) of a run's figure."""
-    figure = lines[name]["metrics"].get(metric)
-    if figure is None:
+    """(value, interval, mark) of a run's metric."""
+    parts = lines[name]["metrics"].get(metric)
+    if parts is None:
         return "none", "", ""
-    value, interval, _ = metric_table.cells(metric, figure)
+    value, interval, _ = metric_table.cells(metric, parts)
     return value, interval, marks(lines, metric).get(name, "")
 
 
 def table(lines: Mapping[str, Mapping]) -> str:
-    """Figures x runs, the best of each marked: a figure per row, to be read on a narrow screen."""
+    """Metrics x runs, the best of each marked: a metric per row, to be read on a narrow screen."""
     rows = []
     for metric in metrics(lines):
         cells = []
@@ -179,7 +179,7 @@ def table(lines: Mapping[str, Mapping]) -> str:
         better = metric_table.better(metric)
         title = metric_table.title_of(metric) + (f", {better} is better" if better else "")
         rows.append((title, *cells))
-    return page.table(("figure", *lines), rows, "cells")
+    return page.table(("metric", *lines), rows, "cells")
 
 
 def listed(lines: Mapping[str, Mapping]) -> str:
@@ -231,7 +231,8 @@ def guided(lines: Mapping[str, Mapping]) -> dict[str, list[tuple]]:
         if len({weight for weight, _ in members}) > 1:
             rest = members[0][1]["images"]
             checkpoint = score_page.name_of(members[0][1])
-            about = f"{checkpoint}, temperature {metric_table.plain(rest['settings'].get('temperature'))}"
+            heat = metric_table.plain(rest["settings"].get("temperature"))
+            about = f"{checkpoint}, temperature {heat}"
             while about in series:
                 about += "'"
             series[about] = [

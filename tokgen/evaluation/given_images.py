@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from tokgen import archives, options, records
-from tokgen.data import folder, pixels, reader, scan
+from tokgen.data import folder, npz, pixels, scan, sources
 from tokgen.interfaces import UserError
 
 LOSSY = tuple(
@@ -178,7 +178,7 @@ class Pictures:
         if lossy and not self.lossy:
             raise UserError(self._is_lossy(lossy))
         scan.headers(self.source)
-        if broken := reader.unreadable(self.source).files():  # before anything is measured
+        if broken := self.source.unreadable.files():  # before anything is measured
             name, why = next(iter(broken.items()))
             more = f"; and {len(broken) - 1} others ({', '.join(broken)})" * (len(broken) > 1)
             raise UserError(f"cannot read {name} of {self.source.path}: {why}{more[:500]}")
@@ -215,9 +215,9 @@ class Pictures:
         """Pixels and label of one image."""
         name = self.source.name(index)
         try:
-            if not self.lossy and reader.header(self.source, index)[0] == "JPEG":
+            if not self.lossy and sources.header(self.source, index)[0] == "JPEG":
                 raise UserError(self._is_lossy([name]))
-            record = reader.read(self.source, index, 3)
+            record = sources.read(self.source, index, 3)
         except pixels.BrokenImage as error:
             raise UserError(f"cannot read {name} of {self.source.path}: {error}") from error
         return record["image"], record["label"]
@@ -244,13 +244,13 @@ def given(
         options.refuse({"labels": "folders of images"})
     if path.is_dir():
         if inside.exists():
-            return Archive(inside, _names(path / "samples.json"))
+            return npz.Archive(inside, _names(path / "samples.json"))
         return Pictures(path, accepted, labels)
     if not path.exists():
         raise UserError(f"no samples at {path}: there is no such path")
     if path.suffix != ".npz":
         raise UserError(f"samples are an .npz or a folder of images; found {path}")
-    return Archive(path)
+    return npz.Archive(path)
 
 
 def _names(record: pathlib.Path) -> tuple[str, ...]:

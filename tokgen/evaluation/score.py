@@ -1,6 +1,6 @@
 """A score: images, a feature network, metrics against a reference, and a page to look at.
 
-`score` does all of it, for whoever calls it; `tokgen evaluate --protocol` is that and a command line.
+`score` does all of it; `tokgen evaluate --protocol` is that and a command line.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def _real(reference: references.Reference) -> tuple:
             return None, f"{reference.path.name} holds no images"
         return lambda rows_n: gathered(kept, rows_n, len(kept)), ""
     dataset, size = record["dataset"], tuple(record["size"])
-    if dataset.startswith("tfds:"):
+    if datasets.kind_of(dataset) == "tfds":
         return None, f"{dataset} is not opened for a page"
     try:
         # what was written before has no word of labels

@@ -38,7 +38,7 @@ AXES = {"guidance": "g", "temperature": "t", "steps": "s"}
 RECORDS = {collect.RUN: ("sweep of",)}
 SUMMARY = "sweep.json"
 RULE = (
-    "The best setting was chosen on these seeds, which flatters it: report a figure of other seeds "
+    "The best setting was chosen on these seeds, which flatters it: report other seeds "
     "(tokgen evaluate with another --seed), with the spread over three or more."
 )
 
@@ -120,7 +120,7 @@ def grid_of(settings: Settings) -> dict[str, dict]:
 def check(settings: Settings) -> None:
     """Errors of the settings, before anything is loaded."""
     shared = settings.score
-    score_settings.check(shared)
+    score_settings.check(one(settings, {}, shared.seed, pathlib.Path(shared.out)))
     protocol = protocols.named(shared.protocol)
     if settings.seeds < 1 or shared.seed + settings.seeds > 2**32:
         raise UserError(
@@ -195,12 +195,12 @@ def scored(
 
 
 def value(line: Mapping, metric: str) -> float:
-    """A figure of a result, or an error where it has none."""
+    """A metric of a result, or an error where it has none."""
     if metric not in line["metrics"]:
         why = line["absent"].get(metric, "it was not measured")
         if why.startswith(metric_table.NOT_FINITE):
             return math.nan
-        raise UserError(f"--by {metric}: there is no such figure here: {why}; choose another")
+        raise UserError(f"--by {metric}: there is no such metric here: {why}; choose another")
     return line["metrics"][metric]["value"]
 
 
@@ -219,7 +219,7 @@ def summarised(
                 metrics[metric]["std"] = float(np.std(values, ddof=1))
         rows[name] = {**grid[name], "metrics": metrics}
     sign = 1 if metric_table.better(settings.by) == "lower" else -1
-    # one whose figure is not finite for some seed is not among them
+    # one whose value is not finite for some seed is not among them
     chosen = [name for name in rows if settings.by in rows[name]["metrics"]]
     if not chosen:
         raise UserError(f"--by {settings.by}: it is finite for no setting; choose another")
@@ -256,14 +256,14 @@ def marks(summary: Mapping) -> dict[str, str]:
     return dict.fromkeys(summary["ties"], "tie") | {summary["best"]: "best"}
 
 
-def cell(metric: str, figure: Mapping) -> str:
-    """`12.3 ± 0.4` of a figure over seeds."""
-    spread = f" ± {metric_table.number(metric, figure['std'], digits=2)}" if "std" in figure else ""
-    return metric_table.number(metric, figure["mean"]) + spread
+def cell(metric: str, parts: Mapping) -> str:
+    """`12.3 ± 0.4` of a metric over seeds."""
+    spread = f" ± {metric_table.number(metric, parts['std'], digits=2)}" if "std" in parts else ""
+    return metric_table.number(metric, parts["mean"]) + spread
 
 
 def listed(summary: Mapping) -> str:
-    """The settings for the terminal, by the figure that chose."""
+    """The settings for the terminal, by the metric that chose."""
     by, rows = summary["by"], []
     for name, row in summary["settings"].items():
         mark = marks(summary).get(name, "")
@@ -287,8 +287,9 @@ def shown(summary: Mapping, lines: Mapping[str, Sequence[Mapping]]) -> str:
         mark = marked.get(name, "")
         rows.append((name or "preset", (f"{cells[0]} {mark}".rstrip(), mark), *cells[1:]))
     told = (
-        f"Mean ± standard deviation over the seeds {metric_table.plain(summary['seeds'])}, the same for "
-        f"every setting. Best is the best mean of {metric_table.title_of(by)}; a tie differs "
+        "Mean ± standard deviation over the seeds "
+        f"{metric_table.plain(summary['seeds'])}, the same for every "
+        f"setting. Best is the best mean of {metric_table.title_of(by)}; a tie differs "
         "from it by no more than the seeds explain (95 %, differences taken seed by seed)."
     )
     first = next(iter(lines.values()))[0]
@@ -304,7 +305,7 @@ def shown(summary: Mapping, lines: Mapping[str, Sequence[Mapping]]) -> str:
 
 
 def plots(summary: Mapping) -> list[str]:
-    """The figure that chose against every axis; precision against recall. Bars: one deviation."""
+    """The metric that chose against every axis; precision against recall. Bars: one deviation."""
     found, rows, by = [], summary["settings"], summary["by"]
     for axis in AXES:
         series = {}
@@ -313,8 +314,8 @@ def plots(summary: Mapping) -> list[str]:
                 rest = [
                     f"{other} {row[other]:g}" for other in AXES if other in row and other != axis
                 ]
-                figure = row["metrics"][by]
-                point = (row[axis], figure["mean"], figure.get("std", 0.0))
+                parts = row["metrics"][by]
+                point = (row[axis], parts["mean"], parts.get("std", 0.0))
                 series.setdefault(", ".join(rest) or metric_table.title_of(by), []).append(point)
         if any(len(points) > 1 for points in series.values()):
             address = page.lines(series, axis, metric_table.title_of(by))
@@ -329,8 +330,8 @@ def plots(summary: Mapping) -> list[str]:
         for name, row in rows.items():
             both = [row["metrics"][metric] for metric in ("recall", "precision")]
             pairs[name or "preset"] = (
-                *(figure["mean"] for figure in both),
-                *(figure.get("std", 0.0) for figure in both),
+                *(parts["mean"] for parts in both),
+                *(parts.get("std", 0.0) for parts in both),
             )
         address = page.points(pairs, "recall", "precision")
         found.append(page.picture(address, "precision against recall"))

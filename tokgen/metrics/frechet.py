@@ -156,8 +156,8 @@ def classwise(
 ) -> Classwise:
     """Class-aware Frechet distance: the mean over classes (arXiv:1803.07474).
 
-    Moments per class are those of `moments.grouped`, of features times `principal` axes where classes are small. A class without two generated
-    images is infinitely far.
+    Moments per class are those of `moments.grouped`, of features times `principal` axes where
+    classes are small. A class without two generated images is infinitely far.
     """
     if len(generated) != len(reference):
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a metric says of itself: how it is measured, of what, under which protocols, how it is shown.
+"""What a metric says of itself: how and of what it is measured, by whom, and how it is shown.
 
 A file of this room that has metrics lists them in METRICS, and that is all there is to adding one.
 """

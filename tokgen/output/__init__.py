@@ -147,8 +147,8 @@ def growing(
 ) -> Iterator[Folder]:
     """A folder that is filled in place, by one process at a time, and gone on with after a kill.
 
-    `migrated` puts what earlier versions wrote into `record` into today's words. With
-    `overwrite` an earlier result is replaced whole, as in `folder`, by what is made beside it.
+    `migrated` puts what earlier versions wrote into `record` into today's words. With `overwrite`
+    an earlier result is replaced whole, as in `folder`, by what is made beside it.
     """
     with failures.reserved(path, option):
         target = places.target_of(path, option, inputs)

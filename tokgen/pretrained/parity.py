@@ -6,9 +6,12 @@ hyper-parameters, and `case.npz` with inputs and the outputs that the system's o
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import math
 import operator
+import os
 import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +21,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from tokgen import archives, parameters, records
+from tokgen import archives, output, parameters, records, runtime
 from tokgen.interfaces import UserError
 from tokgen.pretrained import entries, keymap, system as systems, transfer
 
@@ -222,6 +225,57 @@ def compare(name: str, wanted: np.ndarray, found: np.ndarray) -> Line:
     close = relative <= limit or absolute <= ABSOLUTE.get(name, 0.0)
     verdict = "pass" if np.isfinite(b).all() and close else "fail"
     return Line(name, absolute, relative, limit, verdict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A fixture held against our model: a line per array, and what our model computed."""
+
+    folder: Folder
+    lines: tuple[Line, ...]
+    computed: dict[str, np.ndarray]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many arrays have each verdict; those without any are left out."""
+        counts = collections.Counter(line.verdict for line in self.lines)
+        return {verdict: counts[verdict] for verdict in VERDICTS if counts[verdict]}
+
+    @property
+    def passed(self) -> bool:
+        """Whether every array that is no input was computed, and as published."""
+        return not {"fail", "uncovered"} & set(self.counts)
+
+
+def compare_fixture(
+    path: str | os.PathLike,
+    system: str = "",
+    *,
+    unknown: str = "refuse",
+    arrays: str | os.PathLike = "",
+    overwrite: bool = False,
+) -> Comparison:
+    """Hold the fixture folder at `path` against our model; `system` is by default its name.
+
+    `unknown` is the reader's: what is to be done about objects of unknown classes. `arrays` is an
+    .npz file that what our model computed is written to; `overwrite` replaces an earlier one.
+
+    Raises:
+        UserError: the folder is no fixture, or not of this system.
+    """
+    place = contextlib.nullcontext()
+    if arrays:
+        there = sorted(pathlib.Path(path).glob("*"))
+        inputs = [file for file in there if file.suffix != ".npz" or file.name == "case.npz"]
+        place = output.file(arrays, option="--arrays", overwrite=overwrite, inputs=inputs)
+    with place as file:
+        runtime.check_platform()
+        folder = Folder(path, system, unknown)
+        lines, computed = hold(folder)
+        if file is not None:
+            with open(file, "wb") as opened:
+                np.savez_compressed(opened, **computed)
+    return Comparison(folder, tuple(lines), computed)
 
 
 def hold(folder: Folder) -> tuple[list[Line], dict[str, np.ndarray]]:

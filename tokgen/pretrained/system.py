@@ -7,7 +7,6 @@ SYSTEMS of these by name. The name is what `--system` takes and what a fixture's
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +15,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from tokgen.interfaces import TokenLayout, UserError
+from tokgen import choices
+from tokgen.interfaces import TokenLayout
 from tokgen.pretrained import keymap, systems as systems_
 
 Weights = dict[str, np.ndarray]
@@ -75,13 +75,11 @@ def known() -> dict[str, System]:
     return systems
 
 
+def importable() -> dict[str, System]:
+    """Those that there is something to train or sample from, by name."""
+    return {name: found for name, found in sorted(known().items()) if found.settings is not None}
+
+
 def named(name: str) -> System:
     """The system that `--system` names."""
-    systems = known()
-    if name not in systems:
-        near = difflib.get_close_matches(name, systems, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(
-            f"--system must be one of {', '.join(sorted(systems))}; found {name!r}{hint}"
-        )
-    return systems[name]
+    return choices.named(dict(sorted(known().items())), name, "--system")

@@ -357,12 +357,6 @@ def generator(
     return shapes, samplers["default"][1]
 
 
-def text_of(source) -> tuple[int, int] | None:
-    """The shape of the text features of an image, where a source of the stream has any."""
-    features = getattr(getattr(source, "pictures", source), "features", None)
-    return None if features is None else features[0]["text"].shape
-
-
 def _decoded(sampler, generator, codec, cond):
     keys_B = rng.per_image(0, "sample", jnp.arange(len(jax.tree.leaves(cond)[0])))
     return decode.generate(generator, codec, cond, sampler, keys_B=keys_B).tokens_BLG

@@ -1,0 +1,172 @@
+"""A published weight file, or an export of ours, into a checkpoint of step 0."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import yaml
+
+from tokgen import choices, output, records, runtime
+from tokgen.checkpoints import checkpoint, exporting, imported as imports
+from tokgen.errors import UserError
+from tokgen.pretrained import system as systems, transfer
+from tokgen.pretrained.formats import reader
+
+LARGEST_YAML = 2**20  # characters; it is slow to read
+
+Path = str | os.PathLike
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """What was imported, and where it lies.
+
+    Attributes:
+        out, step: the folder of the run, and the step in it.
+        model: the model, with what the file has beside it.
+        parameters: how many numbers an optimizer would move.
+        source: what the checkpoint's record says: system, file, sha256, home, licence; of an export
+            what it says itself.
+        tokenizer: whether a generator's tokenizer was named.
+        notes: what is to be told of how the file was read.
+    """
+
+    out: pathlib.Path
+    step: pathlib.Path
+    model: transfer.Imported
+    parameters: int
+    source: dict
+    tokenizer: bool
+    notes: tuple[str, ...] = ()
+
+
+def import_file(
+    file: Path,
+    out: Path,
+    system: str = "",
+    *,
+    config: Path | Mapping = "",
+    entry: str = "",
+    overrides: Sequence[str] = (),
+    unknown: str = "refuse",
+    tokenizer: Path = "",
+) -> Import:
+    """Write a checkpoint of step 0 to the new folder `out`, with licence and hash of its source.
+
+    Args:
+        file: a weight file, the index of one in parts, a folder with one; or an export of ours.
+        system: the published system that it is of, of `pretrained.system.importable()`; "" where
+            the file is an export of ours, which says all of itself.
+        config: the published configuration, or its file (JSON or YAML), where sizes are not the
+            published ones.
+        entry: which entry of the file holds the weights, dotted; "" finds it.
+        overrides: fields of our config that change no weight, as "view.size=384,384".
+        unknown: "refuse" or "opaque": objects of unknown classes are an error, or are left out.
+        tokenizer: of a generator, the checkpoint of its tokenizer.
+
+    Raises:
+        UserError: the file does not fit the system, or `out` is not new.
+    """
+    file = pathlib.Path(file)
+    exported = not system and exporting.is_export(file)
+    if exported:
+        given = dict(config=config, entry=entry, set=overrides, opaque=unknown != "refuse")
+        _refuse_given(file, [name for name, value in given.items() if value])
+    else:
+        _check(file, system, tokenizer)
+    inputs = [file if file.is_file() else "", tokenizer]
+    if not isinstance(config, Mapping):
+        inputs.append(config)
+    with output.folder(out, records={}, inputs=inputs) as place:
+        runtime.devices()
+        classes, notes = (), ()
+        if exported:
+            model, record = exporting.read(file)
+            if tokenizer and model.kind != "generator":
+                raise UserError(f"--tokenizer is for generators; {file} is a tokenizer itself")
+            classes, source = tuple(record["classes"]), record.get("source")
+            source = source if isinstance(source, dict) else {}
+        else:
+            published, notes = _configuration(file, config)
+            model = transfer.read(
+                file, system, published, overrides=overrides, entry=entry, unknown=unknown
+            )
+            source = _source(file, system)
+        named = checkpoint.load_tokenizer(tokenizer) if tokenizer else None
+        step = imports.save_imported(place.path, model, source, named, classes)
+    return Import(
+        out=place.target,
+        step=place.target / step.relative_to(place.path),
+        model=model,
+        parameters=transfer.parameters(model.module),
+        source=source,
+        tokenizer=bool(tokenizer),
+        notes=(*notes, *model.notes),
+    )
+
+
+def _check(file: pathlib.Path, system: str, tokenizer: Path) -> None:
+    """Refuse what cannot be imported, before anything is read."""
+    found = choices.named(systems.importable(), system, "--system")
+    if not file.exists():
+        raise UserError(
+            f"no file {file}; the published ones of {system} are {', '.join(found.files)} "
+            f"at {found.home}"
+            if found.home
+            else f"no file {file}; of {system} no weights are published"
+        )
+    if tokenizer and found.tokens is None:
+        raise UserError(f"--tokenizer is for generators; {system} is a tokenizer itself")
+    if exporting.is_export(file):
+        raise UserError(
+            f"{file} is an export of tokgen: leave out --system, or name the published file in it"
+        )
+
+
+def _refuse_given(file: pathlib.Path, given: Sequence[str]) -> None:
+    if given:
+        raise UserError(
+            f"{file} is an export of tokgen, which says all of itself: leave out "
+            f"--{given[0]}, or name the published file in it with --system"
+        )
+
+
+def _source(file: pathlib.Path, system: str) -> dict:
+    """What the record says of a published file."""
+    found = systems.named(system)
+    return {
+        "system": system,
+        "file": pathlib.Path(reader.located(file)).name.removesuffix(reader.INDEX),
+        "sha256": transfer.digest(file),
+        "home": found.home,
+        "licence": found.licence,
+    }
+
+
+def _configuration(file: pathlib.Path, given: Path | Mapping) -> tuple[dict, tuple[str, ...]]:
+    """(the published configuration, what is to be told): one that is given, or lies beside."""
+    if isinstance(given, Mapping):
+        return dict(given), ()
+    if given:
+        return _read(given), ()
+    beside = (file if file.is_dir() else file.parent) / "config.json"
+    if (file.is_dir() or file.name.endswith(reader.INDEX)) and beside.is_file():
+        return _read(beside), (f"the configuration is {beside}",)
+    return {}, ()
+
+
+def _read(path: Path) -> dict:
+    try:
+        try:
+            published = records.load(pathlib.Path(path))
+        except ValueError:  # JSON first: YAML takes its 1e-06 for a word
+            with open(path, encoding="utf-8") as file:
+                published = yaml.safe_load(file.read(LARGEST_YAML))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(published, dict):
+        raise UserError(f"--config {path} must hold a table of names and values")
+    return published
