@@ -88,7 +88,7 @@ def _networks():
 
 
 def _others():
-    """(name, constructor) of critics, and of tokenizers of parts that no config names."""
+    """(name, constructor) of discriminators, and of tokenizers of parts that no config names."""
     for norm in patchgan.NORMS:
         yield (
             f"discriminator with {norm} norm",
@@ -402,7 +402,7 @@ def _tokenizer_steps(settings, make, start, mesh):
     with jax.set_mesh(mesh):
         graph = parameters.split(nnx.eval_shape(make))[0]
         (stage,) = stages.plan(settings)
-        step = tokenizer_step.plain_step(settings, None, {"model": graph}, None, stage)
+        step = tokenizer_step.plain_step(settings, {"model": graph}, stage)
         networks, losses = {"model": network}, []
         for i in range(2):
             image = np.random.default_rng(i).integers(0, 256, (16, 8, 8, 3), np.uint8)
