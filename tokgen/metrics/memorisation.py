@@ -1,4 +1,4 @@
-"""Whether generated images are copies of training images: four figures, and whom to look at.
+"""Whether generated images are copies of training images: four metrics, and whom to look at.
 
 None of them parts copying from underfitting cleanly: each belongs beside the same figure of
 held-out real images. All take the features of the whole training set.
