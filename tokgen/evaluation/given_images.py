@@ -28,10 +28,12 @@ class Images(Protocol):
 
     Attributes:
         size: (rows, columns) of every image.
+        classes: the names of the labels; () where there are no labels, or none of their names.
         identity: which images these are, in plain JSON: a score goes on with no others.
     """
 
     size: tuple[int, int]
+    classes: tuple[str, ...]
     identity: dict
 
     def __len__(self) -> int: ...
@@ -146,7 +148,7 @@ class Spread:
     def __init__(self, images: Images, count: int):
         self.images, self.size = images, images.size
         self.index_N = loader.evenly(len(images), count)
-        self.classes = getattr(images, "classes", ())
+        self.classes = images.classes
         self.identity = {**images.identity, "spread": [count, len(images)]}
 
     def __len__(self) -> int:

@@ -144,7 +144,7 @@ def names_of(
     line: Mapping, label_N: np.ndarray, images: given_images.Images | None = None
 ) -> tuple[str, ...]:
     """The names of the classes: the images' own; or the network's, where it has as many."""
-    own = getattr(images, "classes", ()) or getattr(getattr(images, "source", None), "classes", ())
+    own = () if images is None else images.classes
     known = line["extractor"].get("classes") or ()
     as_many = len(label_N) and len(known) == int(np.max(label_N)) + 1
     return tuple(map(str, own or (known if as_many else ())))
