@@ -156,7 +156,7 @@ def test_published_networks_are_read_from_a_file_that_is_told(tmp_path, monkeypa
     for words, message in (
         (("inception", ""), "needs its weight file: --weights FILE. It is from nowhere"),
         (("inception", str(tmp_path / "no.npz")), "no weight file at"),
-        (("vgg", str(file)), "feature networks are inception"),
+        (("vgg", str(file)), "feature network must be one of inception"),
     ):
         with pytest.raises(UserError, match=message):
             feature_extractors.from_file(*words)
