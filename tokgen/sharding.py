@@ -27,7 +27,7 @@ TABLE = (
     (r"attention/out/kernel", "NKD"),
     (r"mlp/(gate|up)/kernel", "DF"),
     (r"mlp/down/kernel", "FD"),
-    (r"symbols/table", "GVD"),
+    (r"embeddings/table", "GVD"),
     (r"head/kernel", "DGV"),
     (r"modulation/kernel", "D.."),  # of adaptive blocks and heads: [D, 6 or 2, D]
     (r"skips/kernel", "D."),
@@ -36,7 +36,7 @@ TABLE = (
     (r"head/hidden/kernel", "DF"),
     (r"head/logits/kernel", "DV"),
     (r"head/patches/kernel", "D."),
-    (r"trunk/.+", "."),  # frozen feature networks of critics
+    (r"trunk/.+", "."),  # frozen feature networks of discriminators
     (r"codebook", ".."),  # every device measures distances to the whole codebook
     (r"table", ".D"),  # labels, positions
     (r"(conv\w*|convs/\d+|first|last)/kernel", "...."),  # small: replicated

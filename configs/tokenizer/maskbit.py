@@ -50,14 +50,14 @@ def get_config(variant="lfq14"):
     # 1.12: the side that has the same part of the image as 80 % of the area
     config.view = dict(size=(256, 256), channels=3, crop="random", zoom=1.12, flip=True)
     config.pixels = (0.0, 1.0)
-    config.encoder = dict(name="conv", widths=WIDTHS, blocks=2, parts="maskbit")
+    config.encoder = dict(name="conv", widths=WIDTHS, blocks=2, variant="maskbit")
     bits = BITS[variant]
     # two symbols to a token, as the published generators read it; it changes no weight
     halves = (bits // 2, bits // 2)
     config.quantizer = dict(
         name="lfq", bits=bits, groups=halves, temperature=0.01, entropy="clamped"
     )
-    config.decoder = dict(name="conv", widths=WIDTHS, blocks=2, parts="maskbit")
+    config.decoder = dict(name="conv", widths=WIDTHS, blocks=2, variant="maskbit")
     config.loss = dict(
         l1=0.0,
         l2=1.0,  # 4 on [0, 1], where errors are half as large
@@ -70,18 +70,18 @@ def get_config(variant="lfq14"):
     fading = (3.0, 2000 / STEPS)
     config.anneal = dict(sample_entropy=fading, batch_entropy=fading)
     config.perceptual = dict(resnet50="")
-    config.critic = dict(
+    config.discriminator = dict(
         weight=0.02,
         limit=0.0,  # a constant weight
         start=20_000 / STEPS,
         loss="hinge",
-        painter="hinge",
+        generator_loss="hinge",
         lecam=0.001,
         lecam_form="means",
         network=dict(name="blur", width=128, stages=4),
         optimizer=dict(ADAM),
     )
-    config.guard = dict(usage=0.02, worse=2.0)
+    config.safeguards = dict(usage=0.02, worse=2.0)
     config.optimizer = dict(ADAM, name="adamw")
     config.ema = 0.999
     config.mesh = dict(data=-1, fsdp=1, tensor=1)

@@ -37,7 +37,7 @@ def get_config(variant="256"):
     config.data = dict(name="folder", path="", held_out=0.02)
     config.view = dict(size=(size, size), channels=3, crop="random", zoom=1.25, flip=True)
     config.pixels = (0.0, 1.0)
-    config.encoder = dict(name="conv", widths=WIDTHS, blocks=2, parts="maskgit")
+    config.encoder = dict(name="conv", widths=WIDTHS, blocks=2, variant="maskgit")
     config.quantizer = dict(
         name="vq",
         codes=1024,
@@ -48,7 +48,7 @@ def get_config(variant="256"):
         temperature=0.01,
         entropy="shifted",
     )
-    config.decoder = dict(name="conv", widths=WIDTHS, blocks=2, parts="maskgit")
+    config.decoder = dict(name="conv", widths=WIDTHS, blocks=2, variant="maskgit")
     config.loss = dict(
         l1=0.0,
         l2=0.25,  # 1 on [0, 1], where errors are half as large
@@ -59,17 +59,17 @@ def get_config(variant="256"):
         batch_entropy=-0.1,
     )
     config.perceptual = dict(resnet50="")
-    config.critic = dict(
+    config.discriminator = dict(
         weight=0.1,
         limit=0.0,  # a constant weight
         start=0.0,
         loss="non_saturating",
-        painter="non_saturating",
+        generator_loss="non_saturating",
         r1=10.0,
         network=dict(name="stylegan", form="blur", multiplier=1),
         optimizer=dict(learning_rate=1e-4, b1=0.0, b2=0.99, clip=0.0, decay="constant"),
     )
-    config.guard = dict(usage=0.02, worse=0.0)  # no step precedes the critic's first
+    config.safeguards = dict(usage=0.02, worse=0.0)  # no step precedes the discriminator's first
     config.optimizer = dict(
         name="adamw", learning_rate=1e-4, b1=0.0, b2=0.99, clip=0.0, decay="constant"
     )
