@@ -317,7 +317,7 @@ def test_no_two_draws_of_a_tokenizers_step_share_a_key(recorder):
         local_classifier._shifted(image_BHW3, rng.number(key, 1))
 
     recorder.watch(step, key)
-    # noise, the codebook and its revival; two of each judge
+    # noise, the codebook and its revival; two of each classifier
     assert recorder.shared() == [] and len(recorder.eaten) == 3 + 2 + 2
 
 
