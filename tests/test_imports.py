@@ -42,7 +42,6 @@ SYMBOLS = {
     ("tokgen.pretrained.system", "System"): "what every file of pretrained is a list of",
     ("tokgen.pretrained.system", "Weights"): "a type in every signature of pretrained",
     ("tokgen.nn.precision", "Precision"): "a type in nearly every signature of nn",
-    ("tokgen.nn.variants", "Parts"): "the transformer's argument is called parts, as its module",
 }
 # The alphabet itself: its names are the vocabulary of every file.
 VOCABULARY = ("tokgen.interfaces", "tokgen.errors")

@@ -14,7 +14,7 @@ new order for every image, with target-aware positions as in RAR, arXiv:2411.007
 from tokgen.config import reading
 
 SHARED = ("raster", "random", "masked", "next_scale")
-GRIDS = {"columns": dict(order="columns"), "sequence": dict(places="learned")}  # as raster, but
+GRIDS = {"columns": dict(order="columns"), "sequence": dict(positions="learned")}  # as raster, but
 
 
 def get_config(variant="raster"):

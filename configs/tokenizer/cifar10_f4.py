@@ -23,7 +23,7 @@ def get_config(variant=""):
     config.steps = 10_000 if variant == "pyramid" else 20_000
     config.data = dict(name="folder", path="", held_out=0.02)
     config.view = dict(size=(32, 32), channels=3, crop="center", zoom=1.25, flip=True)
-    config.encoder.update(widths=(128,), parts="light")
+    config.encoder.update(widths=(128,), variant="light")
     config.decoder.widths = (128,)
     if variant in ("vq", "ema"):
         config.quantizer.codes = 1024
