@@ -1,6 +1,6 @@
 """A frozen vision transformer, DINO's ViT-S/16 (arXiv:2104.14294): what it sees at each depth.
 
-Its arrays are Statistics: a critic that looks through it saves them and trains none.
+Its arrays are Statistics: a discriminator on it saves them and trains none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tokgen.backbones import weights
 EPSILON = 1e-6
 SOURCE = (
     "DINO's ViT-S/16 is github.com/facebookresearch/dino, dino_deitsmall16_pretrain.pth; without "
-    "it, train against the critic patchgan"
+    "it, train against the discriminator patchgan"
 )
 
 

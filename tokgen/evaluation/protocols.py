@@ -17,7 +17,7 @@ class Protocol:
     """How figures of one name are made.
 
     Attributes:
-        extractor: the feature network, a name of extractors.PUBLISHED or "local".
+        extractor: the feature network, a name of `backbones.features.known()` or "local".
         metrics: what is reported, names of scoring.METRICS.
         samples: images that the figure is defined for; 0 where any number will do, which is then
             part of what must agree before two results are compared.

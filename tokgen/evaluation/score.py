@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from tokgen import options, output, report, runtime
-from tokgen.backbones import perceptual
+from tokgen.backbones import lpips
 from tokgen.checkpoints import checkpoint
 from tokgen.commands import sample
 from tokgen.data import classes as names_, datasets, reader
@@ -221,7 +221,7 @@ def repainted(args: argparse.Namespace) -> made_images.Repainted:
         weights = {}
         for file in args.lpips:
             weights |= weights_.network(file)
-        network = perceptual.from_weights(weights)
+        network = lpips.from_weights(weights)
         distances[f"lpips_{trunk_of(network)}"] = network
     supply = made_images.Repainted(loaded, source, count=count, distances=distances)
     if args.precision:  # what was begun without a word of it goes on
