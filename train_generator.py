@@ -57,7 +57,7 @@ def main(
     # all that will run is traced with shapes, before any work
     shapes, sampler = dry_run.generator(
         *(settings, layout, len(classes), mesh, codec, train_step),
-        text=dry_run.text_of(source),
+        text=source.text_shape,
     )
     if sampler.guidance and classes and not shapes.label_drop:
         report.say(
@@ -76,7 +76,7 @@ def main(
         best="nats_per_token",
         data=source.fingerprint,
         held_out=held_out.fingerprint,
-        earlier=getattr(source, "earlier", ()),
+        earlier=source.earlier,
         accept=accept,
         fields=dry_run.names(dry_run.GeneratorFields),
         tokenizer=checkpoint.reference(tokenizer.step, workdir)

@@ -19,9 +19,17 @@ from tokgen.config import building, migration
 from tokgen.data import datasets, loader, pixels as images, scan
 from tokgen.evaluation import validation
 from tokgen.interfaces import UserError
-from tokgen.training import dry_run, gan, launch, safeguards, stages, tokenizer_step, train_state
+from tokgen.training import (
+    dry_run,
+    gan as gans,
+    launch,
+    safeguards,
+    stages,
+    tokenizer_step,
+    train_state,
+)
 
-SHOWN = ("l1", "l2", "codes", "lpips", "critic", "usage")
+SHOWN = ("l1", "l2", "codes", "lpips", "discriminator_loss", "usage")
 
 
 def main(
@@ -38,22 +46,22 @@ def main(
     dry_run.tokenizer_fields(settings)
     seed, steps, every = settings.seed, settings.steps, settings.report
     plan = stages.plan(settings)
-    game = building.call(gan.Game, settings.critic, "critic")
-    limits = building.call(safeguards.Limits, settings.get("guard", {}), "guard")
+    gan = building.call(gans.GAN, settings.discriminator, "discriminator")
+    limits = building.call(safeguards.Limits, settings.get("safeguards", {}), "safeguards")
     # classes in the order of the run that goes on; a tokenizer needs none
     known = dict(order=runs.classes(workdir, back), doubtful="drop")
     source = building.build(settings.data, "data", split="train", **known)
     held_out = building.build(settings.data, "data", split="held_out", **known)
     datasets.tell(datasets.called(settings.data), train=source, held_out=held_out)
     view = building.call(images.View, settings.view, "view")
-    begin, play = game.steps(steps)
+    begin, play = gan.steps(steps)
 
     mesh = building.call(sharding.make_mesh, settings.mesh, "mesh")
     sharding.check_batch(settings.batch_size, mesh)
     jax.set_mesh(mesh)
     frozen = tokenizer_step.load_frozen(settings, plan)
     # all that will run is traced with shapes, before any work
-    layout = dry_run.tokenizer(settings, mesh, frozen, text=dry_run.text_of(source)).layout
+    layout = dry_run.tokenizer(settings, mesh, frozen, text=source.text_shape).layout
     run = runs.start(
         workdir,
         settings,
@@ -63,7 +71,7 @@ def main(
         best="l2",
         data=source.fingerprint,
         held_out=held_out.fingerprint,
-        earlier=getattr(source, "earlier", ()),
+        earlier=source.earlier,
         accept=accept,
         fields=dry_run.names(dry_run.TokenizerFields),
         kept=(play,),
@@ -78,12 +86,12 @@ def main(
     frozen = jax.device_put(frozen, sharding.replicated(mesh))
     # what a checkpoint holds is of the stage that made its last step
     made = stages.at(plan, max((runs.latest(run) or 0) - 1, 0))
-    networks, graphs, critic_optimizer = tokenizer_step.create(settings, made, game, mesh)
+    networks, graphs, discriminator_optimizer = tokenizer_step.create(settings, made, gan, mesh)
     graph = graphs["model"]
 
     networks, what = runs.resume_or_start(run, networks)
     if what.startswith("started") and "teacher" in frozen:
-        networks["model"] = tokenizer_step.adopt(graph, networks["model"], frozen["teacher"])
+        networks["model"] = tokenizer_step.adopt(networks["model"], frozen["teacher"])
     report.say(report.table(parameters.paths(networks["model"].params)))
     length = f"{layout.length} tokens" if layout else "continuous latents"
     report.say(f"{what}; {len(source)} images, {length} each, {dict(mesh.shape)}")
@@ -104,7 +112,7 @@ def main(
         launch.Stop(),
     )
     meter = safeguards.Meter(layout) if layout else None
-    step_of = tokenizer_step.Steps(settings, game, limits, graphs, critic_optimizer, returns)
+    step_of = tokenizer_step.Steps(settings, gan, limits, graphs, discriminator_optimizer, returns)
     passing = functools.partial(
         loader.batches,
         source,
@@ -160,10 +168,11 @@ def main(
                 if figures and step > play and worse(run, play, figures, limits, returns):
                     networks, returns = go_back(run, networks, settings, plan, play, mesh)
                     step_of = tokenizer_step.Steps(
-                        settings, game, limits, graphs, critic_optimizer, returns
+                        settings, gan, limits, graphs, discriminator_optimizer, returns
                     )
                     report.say(
-                        f"back at step {play}, the critic's weight times {step_of.strength:g}"
+                        f"back at step {play}, the discriminator's weight times "
+                        f"{step_of.strength:g}"
                     )
                     step = bar.n = play
                     collapsed = ""
@@ -190,7 +199,7 @@ def measure(networks, graph, held_out, log, settings) -> dict[str, float]:
     model = networks["model"]
     step = int(jax.device_get(model.step))
     tokenizer = parameters.merge(graph, train_state.averaged(model), model.stats)
-    figures, (image, painted) = validation.reconstruction(
+    figures, (image, reconstructed) = validation.reconstruction(
         *(tokenizer, held_out, datasets.view_of(settings)),
         count=settings.held_out.images,
         shown=32,
@@ -200,12 +209,12 @@ def measure(networks, graph, held_out, log, settings) -> dict[str, float]:
         f"({figures['images']} images)"
     )
     log.scalars(step, figures, split="held_out")
-    log.image(step, "reconstructions", image_grid.beside(image, painted))
+    log.image(step, "reconstructions", image_grid.beside(image, reconstructed))
     return figures
 
 
 def worse(run, play: int, figures: dict[str, float], limits, returns: int) -> bool:
-    """Whether the game has cost more fidelity than the config allows."""
+    """Whether the adversarial term has cost more fidelity than the config allows."""
     if limits.worse == 0 or returns >= limits.returns:
         return False
     pair = [{"best": "l2", "metrics": found} for found in (runs.metrics(run, play), figures)]
@@ -215,13 +224,13 @@ def worse(run, play: int, figures: dict[str, float], limits, returns: int) -> bo
         return False
     report.say(
         f"held-out squared error {error:.4g} is {error / before:.2f} times that of step {play}, "
-        f"before the critic (config.guard.worse={limits.worse:g})"
+        f"before the discriminator (config.safeguards.worse={limits.worse:g})"
     )
     return True
 
 
 def go_back(run, networks, settings, plan, play: int, mesh):
-    """(networks of the step before the game, how often a run has now gone back)."""
+    """(networks of the step before the adversarial term, how often a run has now gone back)."""
     returns = safeguards.note_return(run.workdir)
     runs.drop_after(run, play)
     safeguards.settle(run.workdir)

@@ -23,7 +23,7 @@ import machine
 import numpy as np
 from PIL import Image
 
-from tokgen.data import folder, loader, pixels as images, shapes
+from tokgen.data import folder, loader, pixels as images, shapes, sources
 
 SIZE = (256, 256)
 BATCH = 64
@@ -101,19 +101,16 @@ def plain(source: folder.Source) -> int:
     return len(source)
 
 
-class Counted:
+class Counted(sources.Around):
     """A source that counts what is read of it: threads run ahead, and that costs CPU time too."""
 
     def __init__(self, source):
-        self.source = source
+        super().__init__(source)
         self.read = itertools.count()
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def __getitem__(self, index: int) -> dict:
         next(self.read)
-        return self.source[index]
+        return self.inner[index]
 
 
 def streamed(source, view: images.View, threads: int = 1) -> int:

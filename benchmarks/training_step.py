@@ -23,7 +23,7 @@ from tokgen import parameters as parameters_, rng, runtime, sharding
 from tokgen.config import building, reading
 from tokgen.interfaces import TokenLayout
 from tokgen.training import (
-    gan,
+    gan as gans,
     optimizer as optimizers,
     safeguards,
     stages,
@@ -111,12 +111,14 @@ def training(settings):
         batch = sharding.global_batch(batch, mesh)
         return step, (network, batch, None), parameters_.count(network.params)
     plan = stages.plan(settings)
-    game = building.call(gan.Game, {**settings.critic, "start": 0.0, "warmup": 0.0}, "critic")
-    limits = building.call(safeguards.Limits, settings.guard, "guard")
-    networks, graphs, critic_optimizer = tokenizer_step.create(settings, plan[-1], game, mesh)
+    gan = building.call(
+        gans.GAN, {**settings.discriminator, "start": 0.0, "warmup": 0.0}, "discriminator"
+    )
+    limits = building.call(safeguards.Limits, settings.safeguards, "guard")
+    networks, graphs, discriminator_optimizer = tokenizer_step.create(settings, plan[-1], gan, mesh)
     count = parameters_.count(networks["model"].params)
-    steps = tokenizer_step.Steps(settings, game, limits, graphs, critic_optimizer, 0)
-    step = steps(plan[-1], game.weight > 0)
+    steps = tokenizer_step.Steps(settings, gan, limits, graphs, discriminator_optimizer, 0)
+    step = steps(plan[-1], gan.weight > 0)
     shape = (settings.batch_size, *settings.view.size, settings.view.channels)
     batch = sharding.global_batch({"image": draw.integers(0, 256, shape, np.uint8)}, mesh)
     return step, (networks, batch, {}), count
@@ -138,10 +140,10 @@ def measure(reference: str, settings, steps: int, repeats: int) -> None:
     take(2)  # the first steps after a compilation fill the allocator
     walls, cpus = machine.measured(lambda: take(steps), repeats)
     images = steps * settings.batch_size
-    critic = kind_of(settings) == "tokenizer" and settings.critic.weight > 0
+    discriminator = kind_of(settings) == "tokenizer" and settings.discriminator.weight > 0
     print(
         f"{reference}: batch {settings.batch_size}, {parameters:,} parameters, compute "
-        f"{settings.precision.compute}, {'with critic, ' if critic else ''}"
+        f"{settings.precision.compute}, {'with discriminator, ' if discriminator else ''}"
         f"first step {compiled:.1f} s (compiled, or from the cache)"
     )
     for name, values, places in (

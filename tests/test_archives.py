@@ -10,7 +10,8 @@ import pytest
 
 from tokgen import archives
 from tokgen.commands import sample
-from tokgen.evaluation import given_images, made_images, references
+from tokgen.data import npz
+from tokgen.evaluation import made_images, references
 from tokgen.interfaces import UserError
 from tokgen.pretrained import parity
 
@@ -57,7 +58,7 @@ HOSTILE = {
 }
 READERS = {
     "archives": lambda path: archives.arrays(path),
-    "samples": lambda path: given_images.Archive(path),
+    "samples": lambda path: npz.Archive(path),
     "references": lambda path: references.read(path),
     "parts of an evaluation": made_images.loaded_part,
     "texts": lambda path: sample.captions(str(path)),

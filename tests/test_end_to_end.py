@@ -49,20 +49,20 @@ def get_config(variant=""):
     config.perceptual = dict(lpips="")
     # the published width compiles for a minute
     network = dict(name="patchgan", width=8, layers=3, norm="batch")
-    critic = dict(weight=0.0, start=0.0, warmup=0.0, network=network)
-    config.critic = dict(critic, optimizer=dict(learning_rate=1e-3))
+    discriminator = dict(weight=0.0, start=0.0, warmup=0.0, network=network)
+    config.discriminator = dict(discriminator, optimizer=dict(learning_rate=1e-3))
     config.optimizer = dict(name="adamw", learning_rate=1e-3, warmup=2, weight_decay=0.01)
     config.ema = 0.9
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.strategy = "data"
     config.max_bad = 1e-3
-    config.guard = dict(usage=0.01, grace=0.5, worse=50.0)
+    config.safeguards = dict(usage=0.01, grace=0.5, worse=50.0)
     config.held_out = dict(images=4)
     config.report = dict(scalars=2, save=2)
     config.keep = dict(latest=9, best=1)
     config.init_from = ""
     if variant == "gan":
-        config.critic.weight = 0.5
+        config.discriminator.weight = 0.5
     if variant == "gray":
         config.view = dict(size=(16, 16), channels=1, crop="center", flip=False)
         config.encoder.stem = config.decoder.stem = 4
@@ -197,7 +197,7 @@ def generator_words(place, workdir, data="tokens"):
 
 @pytest.fixture(scope="module")
 def tokenizer(place):
-    """A tokenizer that trained against a critic, without interruption."""
+    """A tokenizer that trained against a discriminator, without interruption."""
     program("tokenizer", *tokenizer_words(place, place / "tokenizer"))
     return place / "tokenizer"
 
@@ -245,11 +245,12 @@ def test_perceptual_loss_from_weight_files(place):
     assert json.loads(lines[0])["lpips"] > 0.01
 
 
-def test_both_networks_of_the_game_move(tokenizer):
+def test_both_networks_of_the_gan_move(tokenizer):
     """Also the statistics; and everything is finite."""
     first, last = manifest(tokenizer, EVERY), manifest(tokenizer)
     for part in ("model/params/encoder/", "model/params/decoder/", "model/params/quantizer/",
-                 "model/stats/quantizer/counts", "model/ema/", "critic/params/"):  # fmt: skip
+                 "model/stats/quantizer/counts", "model/ema/",
+                 "discriminator/params/"):  # fmt: skip
         paths = [path for path in last if path.startswith(part)]
         assert paths
         moved = [path for path in paths if first[path]["checksum"] != last[path]["checksum"]]
@@ -258,7 +259,7 @@ def test_both_networks_of_the_game_move(tokenizer):
     train = [line for line in lines if line["split"] == "train"]
     assert [line["step"] for line in train] == [2, 4, 5]
     for line in train:
-        assert line["adversarial_weight"] > 0 and line["critic"] > 0 and line["skipped"] == 0
+        assert line["adversarial_weight"] > 0 and line["discriminator"] > 0 and line["skipped"] == 0
     held_out = [line for line in lines if line["split"] == "held_out"]
     assert [line["step"] for line in held_out] == [2, 4, 5] and held_out[-1]["psnr_db"] > 3
     with Image.open(tokenizer / "images" / "reconstructions-0000005.png") as image:

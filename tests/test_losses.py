@@ -1,4 +1,4 @@
-"""Losses in closed form, and an adversarial game in which neither side leaks into the other."""
+"""Losses in closed form, and an adversarial pair in which neither side leaks into the other."""
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +9,17 @@ from tokgen import interfaces, losses
 
 
 def pair(key):
-    image, painted = jax.random.uniform(key, (2, 3, 8, 8, 3))
-    return image, 1.5 * painted - 0.25
+    image, reconstructed = jax.random.uniform(key, (2, 3, 8, 8, 3))
+    return image, 1.5 * reconstructed - 0.25
 
 
 def test_reconstruction_is_measured_between_minus_one_and_one(key):
-    image, painted = pair(key)
-    a, b = (2 * np.asarray(x, np.float64) - 1 for x in (image, painted))
-    found = losses.reconstruction(image, painted)
+    image, reconstructed = pair(key)
+    a, b = (2 * np.asarray(x, np.float64) - 1 for x in (image, reconstructed))
+    found = losses.reconstruction(image, reconstructed)
     np.testing.assert_allclose(found["l1"], np.abs(a - b).mean(), rtol=1e-6)
     np.testing.assert_allclose(found["l2"], ((a - b) ** 2).mean(), rtol=1e-6)
-    half = losses.reconstruction(image.astype(jnp.bfloat16), painted)
+    half = losses.reconstruction(image.astype(jnp.bfloat16), reconstructed)
     assert found.keys() == half.keys() == {"l1", "l2"} and half["l2"].dtype == jnp.float32
 
 
@@ -40,29 +40,29 @@ def entropy(x):
 def test_sides_by_name():
     hinge = np.maximum(1 - REAL, 0).mean() + np.maximum(1 + FAKE, 0).mean()
     entropies = entropy(-REAL).mean() + entropy(FAKE).mean()
-    critic = {
+    discriminator = {
         "hinge": hinge / 2,
         "hinge_sum": hinge,
         "vanilla": entropies / 2,
         "non_saturating": entropies,
     }
-    painter = {
+    tokenizer = {
         "hinge": 0.375,  # -(-3 + 1 + 0 + 0.5) / 4
         "non_saturating": entropy(-FAKE).mean(),
         "pooled": entropy([1.0, -0.25]).mean(),  # of the images' means -1 and 0.25
     }
-    assert losses.DISCRIMINATOR.keys() == critic.keys()
-    assert losses.GENERATOR.keys() == painter.keys()
-    for name, wanted in critic.items():
+    assert losses.DISCRIMINATOR.keys() == discriminator.keys()
+    assert losses.GENERATOR.keys() == tokenizer.keys()
+    for name, wanted in discriminator.items():
         np.testing.assert_allclose(losses.DISCRIMINATOR[name](REAL, FAKE), wanted, rtol=1e-6)
-    for name, wanted in painter.items():
+    for name, wanted in tokenizer.items():
         np.testing.assert_allclose(losses.GENERATOR[name](FAKE), wanted, rtol=1e-6)
     patches = FAKE.reshape(2, 1, 2, 1)  # a map of logits is pooled too
-    np.testing.assert_allclose(losses.GENERATOR["pooled"](patches), painter["pooled"], rtol=1e-6)
+    np.testing.assert_allclose(losses.GENERATOR["pooled"](patches), tokenizer["pooled"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", losses.GENERATOR)
-def test_every_painter_wants_larger_logits(name):
+def test_every_generator_loss_wants_larger_logits(name):
     gradient = jax.grad(losses.GENERATOR[name])(FAKE)
     assert np.all(np.asarray(gradient) < 0)
 
@@ -74,7 +74,7 @@ def test_averages_move_towards_the_means():
     kept = 1 - 0.9**3
     np.testing.assert_allclose(averages["real"], kept * 0.375, rtol=1e-5)
     np.testing.assert_allclose(averages["fake"], kept * -0.375, rtol=1e-5)
-    # the means, which critic_loss reports, serve as well as the logits
+    # the means, which discriminator_loss reports, serve as well as the logits
     once = losses.moved(losses.averages(), REAL.mean(), FAKE.mean())
     for name, value in losses.moved(losses.averages(), REAL, FAKE).items():
         np.testing.assert_allclose(once[name], value, rtol=1e-6)
@@ -94,7 +94,7 @@ def test_lecam_in_both_published_forms():
     np.testing.assert_allclose(slope, wanted, rtol=1e-5)
 
 
-def test_r1_is_the_squared_slope_of_the_critic(key):
+def test_r1_is_the_squared_slope_of_the_discriminator(key):
     image, _ = pair(key)
     params = np.asarray([0.2, -0.4, 0.3], np.float64)
     values = (2 * np.asarray(image, np.float64) - 1) @ params - 0.3
@@ -102,19 +102,19 @@ def test_r1_is_the_squared_slope_of_the_critic(key):
     slopes = (1 - np.tanh(values) ** 2)[..., None] * 2 * params
     wanted = (slopes**2).sum((1, 2, 3)).mean()
     np.testing.assert_allclose(
-        losses.r1(judge(jnp.asarray(params, "f4")), image), wanted, rtol=1e-4
+        losses.r1(linear(jnp.asarray(params, "f4")), image), wanted, rtol=1e-4
     )
 
 
-def test_the_critic_loss_is_the_sum_of_its_terms(key):
-    image, painted = pair(key)
-    critic = judge(jnp.asarray([0.2, -0.4, 0.3]))
-    real, fake = critic(2 * image - 1), critic(2 * painted - 1)
+def test_the_discriminator_loss_is_the_sum_of_its_terms(key):
+    image, reconstructed = pair(key)
+    discriminator = linear(jnp.asarray([0.2, -0.4, 0.3]))
+    real, fake = discriminator(2 * image - 1), discriminator(2 * reconstructed - 1)
     averages = {"real": jnp.asarray(0.2), "fake": jnp.asarray(-0.1)}
-    total, seen = losses.critic_loss(
-        critic,
+    total, seen = losses.discriminator_loss(
+        discriminator,
         image,
-        painted,
+        reconstructed,
         averages,
         loss="non_saturating",
         lecam="logits",
@@ -122,22 +122,28 @@ def test_the_critic_loss_is_the_sum_of_its_terms(key):
         r1_weight=10.0,
     )
     wanted = losses.non_saturating_discriminator(real, fake)
-    wanted += 0.05 * losses.lecam_logits(real, fake, averages) + 10 * losses.r1(critic, image)
+    wanted += 0.05 * losses.lecam_logits(real, fake, averages) + 10 * losses.r1(
+        discriminator, image
+    )
     np.testing.assert_allclose(total, wanted, rtol=1e-6)
-    assert seen.keys() == {"critic", "critic_real", "critic_fake", "lecam", "r1"}
-    plain, seen = losses.critic_loss(critic, image, painted, averages, loss="non_saturating")
+    assert seen.keys() == {"discriminator_loss", "logits_real", "logits_fake", "lecam", "r1"}
+    plain, seen = losses.discriminator_loss(
+        discriminator, image, reconstructed, averages, loss="non_saturating"
+    )
     np.testing.assert_allclose(plain, losses.non_saturating_discriminator(real, fake), rtol=1e-6)
-    assert seen.keys() == {"critic", "critic_real", "critic_fake"}
-    painter = losses.adversarial(critic, painted, loss="pooled")
-    np.testing.assert_allclose(painter, losses.pooled_generator(fake), rtol=1e-6)
+    assert seen.keys() == {"discriminator_loss", "logits_real", "logits_fake"}
+    tokenizer = losses.adversarial(discriminator, reconstructed, loss="pooled")
+    np.testing.assert_allclose(tokenizer, losses.pooled_generator(fake), rtol=1e-6)
 
 
-def test_penalties_train_the_critic(key):
-    image, painted = pair(key)
+def test_penalties_train_the_discriminator(key):
+    image, reconstructed = pair(key)
     params, averages = jnp.asarray([0.2, -0.4, 0.3]), losses.averages()
 
     def loss(params, **weights):
-        return losses.critic_loss(judge(params), image, painted, averages, **weights)[0]
+        return losses.discriminator_loss(linear(params), image, reconstructed, averages, **weights)[
+            0
+        ]
 
     plain = jax.grad(loss)(params)
     for weights in (dict(lecam_weight=1.0), dict(r1_weight=1.0)):
@@ -146,53 +152,65 @@ def test_penalties_train_the_critic(key):
 
 
 def test_wrong_names_are_named(key):
-    image, painted = pair(key)
-    critic = judge(jnp.asarray([0.2, -0.4, 0.3]))
-    with pytest.raises(interfaces.UserError, match="critic.*hinge, hinge_sum, vanilla.*wgan"):
-        losses.critic_loss(critic, image, painted, loss="wgan")
-    with pytest.raises(interfaces.UserError, match="painter.*hinge, non_saturating, pooled.*wgan"):
-        losses.adversarial(critic, painted, loss="wgan")
+    image, reconstructed = pair(key)
+    discriminator = linear(jnp.asarray([0.2, -0.4, 0.3]))
+    with pytest.raises(
+        interfaces.UserError, match="discriminator.*hinge, hinge_sum, vanilla.*wgan"
+    ):
+        losses.discriminator_loss(discriminator, image, reconstructed, loss="wgan")
+    with pytest.raises(
+        interfaces.UserError, match="generator loss.*hinge, non_saturating, pooled.*wgan"
+    ):
+        losses.adversarial(discriminator, reconstructed, loss="wgan")
     with pytest.raises(interfaces.UserError, match="LeCam.*means, logits.*both"):
         averages = losses.averages()
-        losses.critic_loss(critic, image, painted, averages, lecam="both", lecam_weight=1.0)
+        losses.discriminator_loss(
+            discriminator, image, reconstructed, averages, lecam="both", lecam_weight=1.0
+        )
     with pytest.raises(ValueError, match="pass losses.averages"):
-        losses.critic_loss(critic, image, painted, lecam_weight=1.0)
+        losses.discriminator_loss(discriminator, image, reconstructed, lecam_weight=1.0)
 
 
 def test_consistency_is_a_mean_square():
     np.testing.assert_allclose(losses.consistency(REAL, FAKE), np.square(REAL - FAKE).mean())
 
 
-def judge(params):
+def linear(params):
     return lambda image_BHW3: jnp.tanh(jnp.einsum("BHWC,C->BHW", image_BHW3, params) - 0.3)
 
 
-def test_the_critic_loss_stops_at_the_painter(key):
-    image, painted = pair(key)
+def test_the_discriminator_loss_stops_at_the_tokenizer(key):
+    image, reconstructed = pair(key)
     params = jnp.asarray([0.2, -0.4, 0.3])
 
-    def loss(params, painted):
-        return losses.critic_loss(judge(params), image, painted)[0]
+    def loss(params, reconstructed):
+        return losses.discriminator_loss(linear(params), image, reconstructed)[0]
 
-    to_params, to_painted = jax.grad(loss, (0, 1))(params, painted)
+    to_params, to_reconstructed = jax.grad(loss, (0, 1))(params, reconstructed)
     assert np.abs(to_params).min() > 0
-    np.testing.assert_array_equal(to_painted, 0)
-    total, seen = losses.critic_loss(judge(params), image, painted)
-    real, fake = judge(params)(2 * image - 1), judge(params)(2 * painted - 1)
+    np.testing.assert_array_equal(to_reconstructed, 0)
+    total, seen = losses.discriminator_loss(linear(params), image, reconstructed)
+    real, fake = linear(params)(2 * image - 1), linear(params)(2 * reconstructed - 1)
     np.testing.assert_allclose(total, losses.hinge_discriminator(real, fake))
-    np.testing.assert_allclose(seen["critic_real"], real.mean())
-    np.testing.assert_allclose(seen["critic_fake"], fake.mean())
-    assert seen["critic"] == total
+    np.testing.assert_allclose(seen["logits_real"], real.mean())
+    np.testing.assert_allclose(seen["logits_fake"], fake.mean())
+    assert seen["discriminator_loss"] == total
 
 
-def test_the_adversarial_loss_reaches_the_painter_and_not_the_critic(key):
-    _, painted = pair(key)
+def test_the_adversarial_loss_reaches_the_tokenizer_and_not_the_discriminator(key):
+    _, reconstructed = pair(key)
     scale, params = jnp.asarray(0.7), jnp.asarray([0.2, -0.4, 0.3])
-    # as train_tokenizer calls it: the painter's parameters are differentiated, the critic is closed
-    # over; its own gradient exists only for whoever asks for it by name
-    gradient = jax.grad(lambda s: losses.adversarial(judge(params), s * painted))(scale)
-    values = np.asarray(2 * 0.7 * painted - 1, np.float64) @ np.asarray(params, np.float64) - 0.3
-    slope = (1 - np.tanh(values) ** 2) * (2 * np.asarray(painted, np.float64) @ np.asarray(params))
+    # as train_tokenizer calls it: the tokenizer's parameters are differentiated, the discriminator
+    # is closed over; its own gradient exists only for whoever asks for it by name
+    gradient = jax.grad(
+        lambda s: losses.adversarial(linear(params), s * reconstructed, loss="hinge")
+    )(scale)
+    values = (
+        np.asarray(2 * 0.7 * reconstructed - 1, np.float64) @ np.asarray(params, np.float64) - 0.3
+    )
+    slope = (1 - np.tanh(values) ** 2) * (
+        2 * np.asarray(reconstructed, np.float64) @ np.asarray(params)
+    )
     np.testing.assert_allclose(gradient, -slope.mean(), rtol=1e-4)
 
 

@@ -15,7 +15,7 @@ from tokgen.config import building, reading as configs
 from tokgen.data import captioned, loader, pixels as images, shapes
 from tokgen.nn import precision
 from tokgen.training import (
-    gan,
+    gan as gans,
     optimizer as optimizers,
     safeguards,
     stages,
@@ -91,8 +91,8 @@ PARTS = {
     "openmagvit2:in256": dict(encoder=49_751_442, decoder=65_376_387),
 }
 
-# Step at which the published critic begins, and the step at which the published run ends.
-CRITIC = {
+# Step at which the published discriminator begins, and the step at which the published run ends.
+DISCRIMINATOR = {
     "maskgit_vqgan": (0, 1_000_000),
     "taming_vqgan": (250_000, 500_000),
     "llamagen_vq": (20_000, 400_360),
@@ -113,15 +113,15 @@ def load(reference: str) -> ml_collections.ConfigDict:
 
 
 def checked(settings: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    rival = {"critic__optimizer": (optimizers.optimizer, ("steps", "begin"))}
+    rival = {"discriminator__optimizer": (optimizers.optimizer, ("steps", "begin"))}
     building.check(
         settings,
         precision=(precision.Precision, ()),
         view=(images.View, ()),
         optimizer=(optimizers.optimizer, ("steps", "begin")),
-        critic=(gan.Game, ()),
-        **(rival if settings.critic.weight > 0 else {}),
-        guard=(safeguards.Limits, ()),
+        discriminator=(gans.GAN, ()),
+        **(rival if settings.discriminator.weight > 0 else {}),
+        safeguards=(safeguards.Limits, ()),
         mesh=(sharding.make_mesh, ()),
     )
     return settings
@@ -158,8 +158,8 @@ def document(reference: str) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("name", CRITIC)
-def test_stages_and_critic_begin_when_published(name):
+@pytest.mark.parametrize("name", DISCRIMINATOR)
+def test_stages_and_discriminator_begin_when_published(name):
     settings = load(name)
     plan = stages.plan(settings)
     spans = [(stage.begin, stage.end, stage.objective) for stage in plan]
@@ -167,9 +167,9 @@ def test_stages_and_critic_begin_when_published(name):
         assert spans == [(0, 1_000_000, "codes"), (1_000_000, 1_500_000, "pixels")]
     else:
         assert spans == [(0, settings.steps, "pixels")]
-    game = building.call(gan.Game, settings.critic, "critic")
-    begin, play = game.steps(settings.steps)
-    assert (begin, settings.steps) == CRITIC[name] and play == begin
+    gan = building.call(gans.GAN, settings.discriminator, "discriminator")
+    begin, play = gan.steps(settings.steps)
+    assert (begin, settings.steps) == DISCRIMINATOR[name] and play == begin
     # a distance that is asked for can be given its weights
     assert set(settings.perceptual) <= {n for n, weight in settings.loss.items() if weight}
     for stage in plan:
@@ -180,7 +180,7 @@ def test_every_file_and_variant_is_tested():
     named = {reference.partition(":")[0] for reference in PUBLISHED}
     other = {"ablation", "cifar10_f4", "photographs", "shapes"}
     assert {file.stem for file in FOLDER.glob("*.py")} == named | other
-    assert named == set(CRITIC) and named | {"ablation", "photographs"} == {
+    assert named == set(DISCRIMINATOR) and named | {"ablation", "photographs"} == {
         r.partition(":")[0] for r in SHRUNK
     }
     for name in named:
@@ -219,32 +219,35 @@ PAINTER = dict(  # what paints the teacher's codes
     pixels=dict(NARROW, latent=4, grid=(16, 16)),
 )
 
-# Recipe -> what makes it small. Two of those whose critic comes late see it come.
+# Recipe -> what makes it small. Two of those whose discriminator comes late see it come.
 SHRUNK = {
     "ablation": dict(CONV, quantizer=dict(codes=8)),
-    "ibq": dict(HIDDEN, **FEW, critic=dict(network=PATCHES)),
-    "llamagen_vq": dict(HIDDEN, **FEW, critic=dict(EARLY, network=PATCHES)),
-    "maskbit": dict(CONV, **BITS, critic=dict(HALF, network=BLURS)),
-    "maskgit_vqgan": dict(CONV, **FEW, critic=dict(network=dict(widths=(8, 8, 8)))),
-    "openmagvit2": dict(CONV, **BITS, critic=dict(network=PATCHES)),
+    "ibq": dict(HIDDEN, **FEW, discriminator=dict(network=PATCHES)),
+    "llamagen_vq": dict(HIDDEN, **FEW, discriminator=dict(EARLY, network=PATCHES)),
+    "maskbit": dict(CONV, **BITS, discriminator=dict(HALF, network=BLURS)),
+    "maskgit_vqgan": dict(CONV, **FEW, discriminator=dict(network=dict(widths=(8, 8, 8)))),
+    "openmagvit2": dict(CONV, **BITS, discriminator=dict(network=PATCHES)),
     "photographs": dict(CONV, **FEW),
-    "taming_vqgan": dict(HIDDEN, **FEW, critic=dict(EARLY, network=PATCHES)),
+    "taming_vqgan": dict(HIDDEN, **FEW, discriminator=dict(EARLY, network=PATCHES)),
     "tatitok": dict(
-        encoder=VIT, decoder=dict(VIT, text=(2, 3)), **FEW, critic=dict(EARLY, network=BLURS)
+        encoder=VIT, decoder=dict(VIT, text=(2, 3)), **FEW, discriminator=dict(EARLY, network=BLURS)
     ),
-    "titok": dict(encoder=VIT, decoder=PAINTER, **FEW, critic=dict(network=BLURS), steps=3),
+    "titok": dict(encoder=VIT, decoder=PAINTER, **FEW, discriminator=dict(network=BLURS), steps=3),
     "titok_onestage:bl64_vae_c16": dict(
-        encoder=VIT, decoder=VIT, quantizer=dict(channels=4), critic=dict(HALF, network=BLURS)
+        encoder=VIT,
+        decoder=VIT,
+        quantizer=dict(channels=4),
+        discriminator=dict(HALF, network=BLURS),
     ),
     # the PatchGAN in the place of the missing DINO needs 24 pixels
     "var_vqvae": dict(
         HIDDEN,
         quantizer=dict(scales=(1, 3, 32), phi=2, **FEW),
-        critic=dict(EARLY, optimizer=dict(warmup=0)),
+        discriminator=dict(EARLY, optimizer=dict(warmup=0)),
         optimizer=dict(warmup=0),
         view=dict(size=(32, 32)),
     ),
-    "vqgan_plus": dict(CONV, **FEW, critic=dict(EARLY, network=BLURS)),
+    "vqgan_plus": dict(CONV, **FEW, discriminator=dict(EARLY, network=BLURS)),
 }
 
 
@@ -254,8 +257,8 @@ def shrunk(reference: str) -> ml_collections.ConfigDict:
     settings.view.size = (SIZE, SIZE)
     settings.update(dict(steps=2, batch_size=2) | SHRUNK[reference])
     settings.optimizer.learning_rate = rate
-    if settings.critic.weight:
-        settings.critic.optimizer.learning_rate = rate
+    if settings.discriminator.weight:
+        settings.discriminator.optimizer.learning_rate = rate
     return checked(settings)
 
 
@@ -271,7 +274,7 @@ def source_of(settings, folder):
 
 def copied(networks) -> dict[str, np.ndarray]:
     """Parameters by path: copies, since a step donates its arrays."""
-    states_of = {name: networks[name] for name in ("model", "critic") if name in networks}
+    states_of = {name: networks[name] for name in ("model", "discriminator") if name in networks}
     return {
         f"{name}/{path}": np.array(leaf)
         for name, state in states_of.items()
@@ -284,19 +287,19 @@ def steps_of(settings, folder, teacher=None):
     axes = (jax.sharding.AxisType.Auto,) * 3
     mesh = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=axes, devices=jax.devices()[:1])
     plan = stages.plan(settings)
-    game = building.call(gan.Game, settings.critic, "critic")
-    begin, _ = game.steps(settings.steps)
+    gan = building.call(gans.GAN, settings.discriminator, "discriminator")
+    begin, _ = gan.steps(settings.steps)
     view = building.call(images.View, settings.view, "view")
     batches = loader.batches(
         source_of(settings, folder), view, seed=0, batch_size=settings.batch_size, threads=0
     )
     with jax.set_mesh(mesh), batches:
-        networks, graphs, rival = tokenizer_step.create(settings, plan[0], game, mesh)
+        networks, graphs, rival = tokenizer_step.create(settings, plan[0], gan, mesh)
         frozen = {"perceptual": {}}
         if teacher is not None:
             frozen["teacher"] = teacher
-            networks["model"] = tokenizer_step.adopt(graphs["model"], networks["model"], teacher)
-        step_of = tokenizer_step.Steps(settings, game, safeguards.Limits(), graphs, rival, 0)
+            networks["model"] = tokenizer_step.adopt(networks["model"], teacher)
+        step_of = tokenizer_step.Steps(settings, gan, safeguards.Limits(), graphs, rival, 0)
         for step in range(settings.steps):
             stage = stages.at(plan, step)
             if step == stage.begin and step > 0:
@@ -314,7 +317,7 @@ def moved(before, after) -> set[str]:
 
 # No gradient reaches them: the softmax does not see what all keys have in common, and a hinge with
 # all logits inside pulls the last bias both ways.
-BLIND = re.compile(r"model/.*attention/key/bias|critic/last/bias")
+BLIND = re.compile(r"model/.*attention/key/bias|discriminator/last/bias")
 
 
 # Alike in kind to others that are trained every time
@@ -339,7 +342,7 @@ def test_a_file_trains_two_steps(reference, tmp_path):
         learning = {
             path
             for path in before
-            if (re.fullmatch(stage.train, path.removeprefix("model/")) or "critic/" in path)
+            if (re.fullmatch(stage.train, path.removeprefix("model/")) or "discriminator/" in path)
             and (playing or path.startswith("model/"))
         }
         found = moved(before, after)
@@ -348,7 +351,7 @@ def test_a_file_trains_two_steps(reference, tmp_path):
         assert ("adversarial_weight" in scalars) == playing
         if playing:
             assert scalars["adversarial_weight"] > 0
-    assert played[-1] == (settings.critic.weight > 0)
+    assert played[-1] == (settings.discriminator.weight > 0)
 
 
 def test_annealed_terms_begin_stronger_and_fall_in_a_straight_line():

@@ -19,7 +19,7 @@ from tokgen.nn import transformer
 from tokgen.nn.precision import FLOAT32
 from tokgen.quantizers import gaussian, multiscale, vq
 from tokgen.sampling import decode, sampler as filters
-from tokgen.training import gan, optimizer as optimizers, train_state
+from tokgen.training import gan as gans, optimizer as optimizers, train_state
 
 TABLE = {name for name in vars(rng) if name.isupper()} - {"STREAMS", "NUMBERS"}
 FOLDER = pathlib.Path(rng.__file__).parent
@@ -270,8 +270,8 @@ def test_no_two_draws_of_a_decode_share_a_key(family, recorder):
     assert len(recorder.eaten) == B * each
 
 
-def _critic():
-    """(graph, state, optimizer) of a critic that crops at random, filled with numbers."""
+def _discriminator():
+    """(graph, state, optimizer) of a discriminator that crops at random, filled with numbers."""
     tiny = dict(size=8, patch=4, width=4, depth=1, heads=1, levels=(0,), kernel=3)
     graph, params, stats = parameters.split(feature_heads.Discriminator(rngs=nnx.Rngs(0), **tiny))
     plain = optimizers.Optimizer(optax.identity(), lambda step: jnp.float32(0.1))
@@ -279,24 +279,24 @@ def _critic():
     return graph, train_state.TrainState(zero, zero, params, stats, (), None), plain
 
 
-def test_no_two_draws_of_a_game_share_a_key(recorder):
-    graph, critic, optimizer = _critic()
-    game = gan.Game(
+def test_no_two_draws_of_a_gan_share_a_key(recorder):
+    graph, discriminator, optimizer = _discriminator()
+    gan = gans.GAN(
         weight=1.0, augmented=augment.KINDS, consistency=1.0, network=dict(name="feature_heads")
     )
     image_BHW3 = jnp.asarray(np.random.default_rng(0).uniform(size=(B, 12, 12, 3)), jnp.float32)
-    moves = rng.use(rng.key(0, "train", 5), rng.CRITIC)
-    step = gan.critic_step(game, graph, optimizer)
+    moves = rng.use(rng.key(0, "train", 5), rng.DISCRIMINATOR)
+    step = gans.discriminator_step(gan, graph, optimizer)
 
-    def played(critic, moves):
-        step(critic, losses.averages(), image_BHW3, 1 - image_BHW3, moves)
-        network = parameters.merge(graph, critic.params, critic.stats)
-        _, look = gan.views(network, game, rng.use(moves, rng.PAINTER))
-        losses.adversarial(look, image_BHW3)
+    def stepped(discriminator, moves):
+        step(discriminator, losses.averages(), image_BHW3, 1 - image_BHW3, moves)
+        network = parameters.merge(graph, discriminator.params, discriminator.stats)
+        _, look = gans.views(network, gan, rng.use(moves, rng.TOKENIZER))
+        losses.adversarial(look, image_BHW3, loss="hinge")
 
-    recorder.watch(played, critic, moves)
+    recorder.watch(stepped, discriminator, moves)
     crop, change = 3, 1 + 2 + 2
-    # real and painted, each twice; the painter's; upkeep crops only
+    # real and painted, each twice; the tokenizer's; upkeep crops only
     assert len(recorder.eaten) == 5 * (crop + change) + 2 * crop
     # where the first look is compared with the second it is the same one, taken once more
     assert sorted(set(recorder.eaten.values())) == [1, 2]

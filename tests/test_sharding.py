@@ -16,6 +16,7 @@ import train_generator
 from tests import recipes
 from tokgen import interfaces, parameters, rng, sharding
 from tokgen.config import building, reading
+from tokgen.data import sources
 from tokgen.discriminators import blur, feature_heads, patchgan, stylegan
 from tokgen.evaluation import validation
 from tokgen.generators import autoregressive
@@ -87,7 +88,7 @@ def _networks():
 
 
 def _others():
-    """(name, constructor) of critics, and of tokenizers of parts that no config names."""
+    """(name, constructor) of discriminators, and of tokenizers of parts that no config names."""
     for norm in patchgan.NORMS:
         yield (
             f"discriminator with {norm} norm",
@@ -401,7 +402,7 @@ def _tokenizer_steps(settings, make, start, mesh):
     with jax.set_mesh(mesh):
         graph = parameters.split(nnx.eval_shape(make))[0]
         (stage,) = stages.plan(settings)
-        step = tokenizer_step.plain_step(settings, None, {"model": graph}, None, stage)
+        step = tokenizer_step.plain_step(settings, {"model": graph}, stage)
         networks, losses = {"model": network}, []
         for i in range(2):
             image = np.random.default_rng(i).integers(0, 256, (16, 8, 8, 3), np.uint8)
@@ -447,10 +448,10 @@ class Painter(nnx.Module):
         return jnp.broadcast_to(gray_BHW1, (*gray_BHW1.shape[:3], 3))
 
 
-class Tokens:
+class Tokens(sources.RandomAccess):
     """Eleven images of LAYOUT as a source."""
 
-    layout, classes = LAYOUT.to_json(), tuple("abcde")
+    holds, layout, classes = "tokens", LAYOUT.to_json(), tuple("abcde")
     fingerprint = "eleven"
 
     def __len__(self):

@@ -1,7 +1,7 @@
-"""Losses of tokenizers: reconstruction and the two sides of the adversarial game.
+"""Losses of tokenizers: of reconstruction, of the discriminator, and the adversarial one.
 
 Images are in [0, 1]; errors are measured in [-1, 1], the range of the published weights. A config
-names the sides; where systems differ by a factor, the name says so or the weight does.
+names the adversarial pair; where systems differ by a factor, the name says so or the weight does.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from tokgen.interfaces import Array, UserError
+from tokgen import choices
+from tokgen.interfaces import Array
 
 
-def reconstruction(image_BHW3: Array, painted_BHW3: Array) -> dict[str, Array]:
+def reconstruction(image_BHW3: Array, reconstruction_BHW3: Array) -> dict[str, Array]:
     """Mean absolute and mean squared error on the scale of [-1, 1]."""
-    error = 2 * (painted_BHW3.astype(jnp.float32) - image_BHW3.astype(jnp.float32))
+    error = 2 * (reconstruction_BHW3.astype(jnp.float32) - image_BHW3.astype(jnp.float32))
     return {"l1": jnp.mean(jnp.abs(error)), "l2": jnp.mean(error * error)}
 
 
@@ -106,60 +107,58 @@ LECAM: Mapping[str, Callable[[Array, Array, Mapping[str, Array]], Array]] = {
 }
 
 
-def r1(critic: Callable, image_BHW3: Array) -> Array:
+def r1(discriminator: Callable, image_BHW3: Array) -> Array:
     """Mean over images of the squared length of d logit / d image, Eq. 9 of arXiv:1801.04406.
 
     The image is in [0, 1]. MaskGIT's penalty is this at weight 10, not halved.
     """
-    gradient_BHW3 = jax.grad(lambda image: jnp.sum(critic(2 * image - 1)))(
+    gradient_BHW3 = jax.grad(lambda image: jnp.sum(discriminator(2 * image - 1)))(
         image_BHW3.astype(jnp.float32)
     )
     return jnp.mean(jnp.sum(gradient_BHW3 * gradient_BHW3, (1, 2, 3)))
 
 
-def critic_loss(
-    critic: Callable,
+def discriminator_loss(
+    discriminator: Callable,
     image_BHW3: Array,
-    painted_BHW3: Array,
+    reconstruction_BHW3: Array,
     averages: Mapping[str, Array] | None = None,
     *,
-    painted_critic: Callable | None = None,
+    on_fake: Callable | None = None,
     loss: str = "hinge",
     lecam: str = "means",
     lecam_weight: float = 0.0,
     r1_weight: float = 0.0,
 ) -> tuple[Array, dict[str, Array]]:
-    """What the critic descends. The painter gets no gradient: it is cut here, in the interface.
+    """(loss of the discriminator, its terms). The tokenizer gets no gradient: it is cut here.
 
     `averages` are those before the step; the caller moves them by `moved(averages,
-    seen["critic_real"], seen["critic_fake"])`. A weight of zero leaves its term out. Where the
-    critic looks at random, `painted_critic` is its look at the painted images.
+    seen["logits_real"], seen["logits_fake"])`. A weight of zero leaves its term out. Where the
+    discriminator sees images at random, `on_fake` is how it sees the reconstructions.
     """
-    painted_BHW3 = jax.lax.stop_gradient(painted_BHW3)
-    real, fake = critic(2 * image_BHW3 - 1), (painted_critic or critic)(2 * painted_BHW3 - 1)
-    total = named(DISCRIMINATOR, loss, "loss of the critic")(real, fake)
-    seen = {"critic_real": jnp.mean(real), "critic_fake": jnp.mean(fake)}
+    reconstruction_BHW3 = jax.lax.stop_gradient(reconstruction_BHW3)
+    real = discriminator(2 * image_BHW3 - 1)
+    fake = (on_fake or discriminator)(2 * reconstruction_BHW3 - 1)
+    total = choices.named(DISCRIMINATOR, loss, "loss of the discriminator")(real, fake)
+    seen = {"logits_real": jnp.mean(real), "logits_fake": jnp.mean(fake)}
     if lecam_weight > 0:
         if averages is None:
             raise ValueError("LeCam needs running averages; found none: pass losses.averages()")
-        seen["lecam"] = named(LECAM, lecam, "form of LeCam")(real, fake, averages)
+        seen["lecam"] = choices.named(LECAM, lecam, "form of LeCam")(real, fake, averages)
         total = total + lecam_weight * seen["lecam"]
     if r1_weight > 0:
-        seen["r1"] = r1(critic, image_BHW3)
+        seen["r1"] = r1(discriminator, image_BHW3)
         total = total + r1_weight * seen["r1"]
-    return total, {"critic": total, **seen}
+    return total, {"discriminator_loss": total, **seen}
 
 
-def adversarial(critic: Callable, painted_BHW3: Array, *, loss: str = "hinge") -> Array:
-    """What the painter descends. `critic` closes over constants: its parameters get no gradient."""
-    return named(GENERATOR, loss, "loss of the painter")(critic(2 * painted_BHW3 - 1))
+def adversarial(discriminator: Callable, reconstruction_BHW3: Array, *, loss: str) -> Array:
+    """The tokenizer's adversarial loss, `loss` a name of GENERATOR.
 
-
-def named(table: Mapping[str, Callable], name: str, what: str) -> Callable:
-    """The function that a config names."""
-    if name not in table:
-        raise UserError(f"{what} must be one of {', '.join(table)}; found {name!r}")
-    return table[name]
+    `discriminator` closes over constants: its parameters get no gradient.
+    """
+    logits = discriminator(2 * reconstruction_BHW3 - 1)
+    return choices.named(GENERATOR, loss, "generator loss")(logits)
 
 
 def adaptive_weight(
@@ -181,7 +180,7 @@ def adaptive_weight(
 
 
 def consistency(logits: Array, augmented_logits: Array) -> Array:
-    """Mean squared difference of the critic's opinions on two views, arXiv:1910.12027."""
+    """Mean squared difference of the logits of two views of an image, arXiv:1910.12027."""
     return jnp.mean(jnp.square(logits - augmented_logits))
 
 

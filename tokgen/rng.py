@@ -47,15 +47,15 @@ RESIDUAL, PATH = _letters("resi"), _letters("path")  # entries of a branch; a br
 
 # a training step of a tokenizer
 QUANTIZER, MAINTAIN = _letters("quan"), _letters("main")
-CRITIC = _letters("crit")  # below it, whose look: at real images, at painted ones, ...
-REAL, PAINTED = _letters("real"), _letters("pain")
-AGAIN = _letters("agai")  # ... of each a second look, to compare; ...
-PAINTER, UPKEEP = _letters("play"), _letters("upke")  # ... what the painter sees; statistics
-CROP, AUGMENT = _letters("crop"), _letters("augm")  # below a look; then what each draws:
+DISCRIMINATOR = _letters("crit")  # below it, which images it sees: real, reconstructed, ...
+REAL, FAKE = _letters("real"), _letters("pain")
+AGAIN = _letters("agai")  # ... each a second time, to compare; ...
+TOKENIZER, UPKEEP = _letters("play"), _letters("upke")  # ... for the tokenizer's loss; statistics
+CROP, AUGMENT = _letters("crop"), _letters("augm")  # below each of these; then what they draw:
 CHOSEN, ROW, COLUMN = _letters("chos"), _letters("row_"), _letters("colm")
 COLOR, TRANSLATION, CUTOUT = _letters("colr"), _letters("tran"), _letters("cuto")
 
-# a training step of a judge
+# a training step of a local classifier
 FLIP, TURN, MOVE = _letters("flip"), _letters("turn"), _letters("move")
 
 # an image that is drawn: below it the number of the step, then of the symbol; and ORDER

@@ -36,7 +36,7 @@ TABLE = (
     (r"head/hidden/kernel", "DF"),
     (r"head/logits/kernel", "DV"),
     (r"head/patches/kernel", "D."),
-    (r"trunk/.+", "."),  # frozen feature networks of critics
+    (r"trunk/.+", "."),  # frozen feature networks of discriminators
     (r"codebook", ".."),  # every device measures distances to the whole codebook
     (r"table", ".D"),  # labels, positions
     (r"(conv\w*|convs/\d+|first|last)/kernel", "...."),  # small: replicated

@@ -79,8 +79,8 @@ def get_config(variant="vq"):
     )
     config.loss.update(weights)
     config.perceptual = dict(lpips="")
-    config.critic = dict(weight=0.0)
-    config.guard = dict(usage=0.0, worse=0.0)  # a collapse is to be measured, not stopped
+    config.discriminator = dict(weight=0.0)
+    config.safeguards = dict(usage=0.0, worse=0.0)  # a collapse is to be measured, not stopped
     config.optimizer = dict(name="adamw", learning_rate=2e-3, warmup=100, b2=0.99, clip=1.0)
     config.ema = 0.999
     config.mesh = dict(data=-1, fsdp=1, tensor=1)

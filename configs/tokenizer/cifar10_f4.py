@@ -6,8 +6,9 @@
 DIR is an image folder: class folders, or `train` and `test` folders of these. Made for CIFAR-10 and
 for 20 minutes of CPU; for larger images change `view.size` and add widths. FSQ 8 x 5 x 5 x 5
 (arXiv:2309.15505) needs no codebook loss and uses all its codes. Variants: `vq`, `ema` (learned
-codebooks of 1,024), `gan` (a PatchGAN critic for the second half), `pyramid` (residual tokens on
-grids of 1, 2, 4 and 8 with one codebook of 512, for next-scale generators; arXiv:2404.02905).
+codebooks of 1,024), `gan` (a PatchGAN discriminator for the second half), `pyramid` (residual
+tokens on grids of 1, 2, 4 and 8 with one codebook of 512, for next-scale generators;
+arXiv:2404.02905).
 """
 
 from ml_collections import ConfigDict
@@ -28,14 +29,14 @@ def get_config(variant=""):
     config.decoder = dict(name="conv", widths=(128,), blocks=2, stem=4, parts="light")
     config.loss = dict(l1=0.0, l2=1.0, lpips=0.0, codebook=1.0, commitment=0.25)
     config.perceptual = dict(lpips="")  # weight files, comma between two
-    config.critic = dict(
-        weight=0.0,  # 0: no critic
-        start=0.5,  # as a share of the run: the critic begins to learn
+    config.discriminator = dict(
+        weight=0.0,  # 0: no discriminator
+        start=0.5,  # as a share of the run: the discriminator begins to learn
         warmup=0.05,  # and this much later the tokenizer begins to play against it
         network=dict(name="patchgan", width=64, layers=3, norm="batch"),
         optimizer=dict(learning_rate=2e-4, b1=0.5, b2=0.9, clip=1.0, decay="constant"),
     )
-    config.guard = dict(usage=0.02, worse=2.0)
+    config.safeguards = dict(usage=0.02, worse=2.0)
     config.optimizer = dict(name="adamw", learning_rate=2e-3, warmup=100, b2=0.99, clip=1.0)
     config.ema = 0.999
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
@@ -49,7 +50,7 @@ def get_config(variant=""):
         update = "gradient" if variant == "vq" else "ema"
         config.quantizer = dict(name="vq", codes=1024, channels=8, update=update)
     elif variant == "gan":
-        config.critic.weight = 0.1
+        config.discriminator.weight = 0.1
     elif variant == "pyramid":
         config.steps = 10_000
         config.quantizer = dict(

@@ -67,19 +67,19 @@ def get_config(variant="16384"):
         batch_entropy=-0.05,
     )
     config.perceptual = dict(lpips="")
-    config.critic = dict(
+    config.discriminator = dict(
         weight=0.1,
         limit=0.0,  # a constant weight
         start=0.0,
         loss="hinge",
-        painter="pooled",
+        generator_loss="pooled",
         lecam=0.05,
         lecam_form="logits",
-        first="critic",
+        first="discriminator",
         network=dict(name="patchgan", width=64, layers=3, norm="batch"),
         optimizer=dict(rate),
     )
-    config.guard = dict(usage=0.02, worse=0.0)  # no step precedes the critic's first
+    config.safeguards = dict(usage=0.02, worse=0.0)  # no step precedes the discriminator's first
     config.optimizer = dict(rate, name="adamw")
     config.ema = 0.999
     config.mesh = dict(data=-1, fsdp=1, tensor=1)

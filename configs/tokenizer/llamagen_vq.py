@@ -41,17 +41,17 @@ def get_config(variant="vq16"):
     config.decoder = dict(network)
     config.loss = dict(l1=0.0, l2=1.0, lpips=1.0, codebook=1.0, commitment=0.25)
     config.perceptual = dict(lpips="")
-    config.critic = dict(
+    config.discriminator = dict(
         weight=0.5,
         limit=0.0,  # a constant weight
         start=20_000 / STEPS,
         loss="hinge",
-        painter="hinge",
-        critic_weight=0.5,
+        generator_loss="hinge",
+        loss_weight=0.5,
         network=dict(name="patchgan", width=64, layers=3, norm="batch"),
         optimizer=dict(learning_rate=1e-4, b1=0.9, b2=0.95, clip=1.0, decay="constant"),
     )
-    config.guard = dict(usage=0.02, worse=2.0)
+    config.safeguards = dict(usage=0.02, worse=2.0)
     config.optimizer = dict(
         name="adamw", learning_rate=1e-4, b1=0.9, b2=0.95, clip=1.0, decay="constant"
     )

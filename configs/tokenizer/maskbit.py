@@ -70,18 +70,18 @@ def get_config(variant="lfq14"):
     fading = (3.0, 2000 / STEPS)
     config.anneal = dict(sample_entropy=fading, batch_entropy=fading)
     config.perceptual = dict(resnet50="")
-    config.critic = dict(
+    config.discriminator = dict(
         weight=0.02,
         limit=0.0,  # a constant weight
         start=20_000 / STEPS,
         loss="hinge",
-        painter="hinge",
+        generator_loss="hinge",
         lecam=0.001,
         lecam_form="means",
         network=dict(name="blur", width=128, stages=4),
         optimizer=dict(ADAM),
     )
-    config.guard = dict(usage=0.02, worse=2.0)
+    config.safeguards = dict(usage=0.02, worse=2.0)
     config.optimizer = dict(ADAM, name="adamw")
     config.ema = 0.999
     config.mesh = dict(data=-1, fsdp=1, tensor=1)

@@ -59,17 +59,17 @@ def get_config(variant="256"):
         batch_entropy=-0.1,
     )
     config.perceptual = dict(resnet50="")
-    config.critic = dict(
+    config.discriminator = dict(
         weight=0.1,
         limit=0.0,  # a constant weight
         start=0.0,
         loss="non_saturating",
-        painter="non_saturating",
+        generator_loss="non_saturating",
         r1=10.0,
         network=dict(name="stylegan", form="blur", multiplier=1),
         optimizer=dict(learning_rate=1e-4, b1=0.0, b2=0.99, clip=0.0, decay="constant"),
     )
-    config.guard = dict(usage=0.02, worse=0.0)  # no step precedes the critic's first
+    config.safeguards = dict(usage=0.02, worse=0.0)  # no step precedes the discriminator's first
     config.optimizer = dict(
         name="adamw", learning_rate=1e-4, b1=0.0, b2=0.99, clip=0.0, decay="constant"
     )

@@ -26,7 +26,7 @@ F16, F8 = (128, 128, 256, 256, 512), (128, 256, 256, 512)
 EPOCH = 1_281_167 // 256
 PATCHES = dict(name="patchgan", width=64, layers=3, norm="batch")
 
-# Pixels, widths, bits, steps, learning rate, weight of LeCam, critic.
+# Pixels, widths, bits, steps, learning rate, weight of LeCam, discriminator.
 SIZES = {
     "in256": (256, F16, 18, 270 * EPOCH, dict(drops=(200 / 270, 250 / 270)), 0.05, PATCHES),
     "in128": (128, F8, 18, 350 * EPOCH, dict(drops=(250 / 350, 300 / 350)), 0.01, PATCHES),
@@ -48,7 +48,7 @@ def get_config(variant="in256"):
     if variant not in SIZES:
         *names, last = SIZES
         raise ValueError(f"variants are {', '.join(names)} and {last}")
-    size, widths, bits, steps, rate, lecam, critic = SIZES[variant]
+    size, widths, bits, steps, rate, lecam, discriminator = SIZES[variant]
     rate = dict(learning_rate=1e-4, decay="constant", b1=0.5, b2=0.9, clip=0.0) | rate
     config = ConfigDict()
     config.seed = 0
@@ -74,18 +74,18 @@ def get_config(variant="in256"):
         batch_entropy=-0.1,
     )
     config.perceptual = dict(lpips="")
-    config.critic = dict(
+    config.discriminator = dict(
         weight=0.1,
         limit=0.0,  # a constant weight
         start=0.0,
         loss="hinge",
-        painter="pooled",
+        generator_loss="pooled",
         lecam=lecam,
         lecam_form="logits",
-        network=critic,
+        network=discriminator,
         optimizer=dict(rate),
     )
-    config.guard = dict(usage=0.02, worse=0.0)  # no step precedes the critic's first
+    config.safeguards = dict(usage=0.02, worse=0.0)  # no step precedes the discriminator's first
     config.optimizer = dict(rate, name="adamw")
     config.ema = 0.999
     config.mesh = dict(data=-1, fsdp=1, tensor=1)

@@ -5,8 +5,8 @@
 
 DIR is a folder of photographs. Levels, parts and quantizers are the published ones, the widths a
 quarter of them (WIDTH instead of 128, the least that 32 groups of a norm allow), one block per
-level, 300 steps of one image, squared error only, no critic. A smoke test at full resolution and
-no recipe: those are in the files named after the systems.
+level, 300 steps of one image, squared error only, no discriminator. A smoke test at full resolution
+and no recipe: those are in the files named after the systems.
 
 | variant | tokens | codes | parts |
 |---|---|---|---|
@@ -80,8 +80,8 @@ def get_config(variant="maskgit"):
         batch_entropy=-0.02,
     )
     config.perceptual = dict(lpips="")
-    config.critic = dict(weight=0.0)
-    config.guard = dict(usage=0.0, worse=0.0)
+    config.discriminator = dict(weight=0.0)
+    config.safeguards = dict(usage=0.0, worse=0.0)
     config.optimizer = dict(name="adamw", learning_rate=1e-3, warmup=20, b2=0.99, clip=1.0)
     config.ema = 0.99
     config.mesh = dict(data=-1, fsdp=1, tensor=1)

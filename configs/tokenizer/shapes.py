@@ -25,14 +25,14 @@ def get_config(variant=""):
     config.decoder = dict(name="conv", widths=(64,), blocks=2, stem=4, parts="light")
     config.loss = dict(l1=0.0, l2=1.0, lpips=0.0, codebook=1.0, commitment=0.25)
     config.perceptual = dict(lpips="")  # weight files, comma between two
-    config.critic = dict(
-        weight=0.0,  # 0: no critic
-        start=0.5,  # as a share of the run: the critic begins to learn
+    config.discriminator = dict(
+        weight=0.0,  # 0: no discriminator
+        start=0.5,  # as a share of the run: the discriminator begins to learn
         warmup=0.05,  # and this much later the tokenizer begins to play against it
         network=dict(name="patchgan", width=64, layers=3, norm="batch"),
         optimizer=dict(learning_rate=2e-4, b1=0.5, b2=0.9, clip=1.0, decay="constant"),
     )
-    config.guard = dict(usage=0.02, worse=2.0)
+    config.safeguards = dict(usage=0.02, worse=2.0)
     config.optimizer = dict(name="adamw", learning_rate=3e-3, warmup=50, b2=0.99, clip=1.0)
     config.ema = 0.998
     config.mesh = dict(data=-1, fsdp=1, tensor=1)

@@ -17,7 +17,7 @@ Measured here: not trained at full size.
 The weight 1 is that of the commitment and 0.25 that of the codebook: swapped, as in the released
 models. Images are resized by a bicubic filter, there by a bilinear one. Neither the length of the
 runs nor the number of devices is published: here 500,000 steps of 8 x 12 images. The released
-stride-16 models were resumed runs, with the critic from step 0. The stride-8 forms take the
+stride-16 models were resumed runs, with the discriminator from step 0. The stride-8 forms take the
 losses of f16_16384. The stride-8 model with a Gumbel softmax has no counterpart here.
 """
 
@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 F16 = dict(name="conv", widths=(128, 128, 256, 256, 512), blocks=2, hidden=256, parts="taming")
 F8 = dict(name="conv", widths=(128, 256, 256, 512), blocks=2, hidden=4, parts="taming")
 
-# Network, codes, numbers per code, weight of the critic, layers of the critic.
+# Network, codes, numbers per code, weight of the discriminator, layers of the discriminator.
 SIZES = {
     "f16_1024": (F16, 1024, 256, 0.8, 3),
     "f16_16384": (F16, 16384, 256, 0.75, 2),
@@ -57,15 +57,15 @@ def get_config(variant="f16_1024"):
     config.decoder = dict(network)
     config.loss = dict(l1=1.0, l2=0.0, lpips=1.0, codebook=0.25, commitment=1.0)
     config.perceptual = dict(lpips="")
-    config.critic = dict(
+    config.discriminator = dict(
         weight=weight,  # times the adaptive weight, between 0 and 10,000
         start=0.5,  # step 250,001
         loss="hinge",
-        painter="hinge",
+        generator_loss="hinge",
         network=dict(name="patchgan", width=64, layers=layers, norm="batch"),
         optimizer=dict(learning_rate=RATE, b1=0.5, b2=0.9, clip=0.0, decay="constant"),
     )
-    config.guard = dict(usage=0.02, worse=2.0)
+    config.safeguards = dict(usage=0.02, worse=2.0)
     config.optimizer = dict(
         name="adamw", learning_rate=RATE, b1=0.5, b2=0.9, clip=0.0, decay="constant"
     )

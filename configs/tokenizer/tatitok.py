@@ -80,18 +80,18 @@ def get_config(variant="bl64_vq"):
         kl=1e-6,
     )
     config.perceptual = dict(lpips="", convnext_small="")
-    config.critic = dict(
+    config.discriminator = dict(
         weight=0.1,
         limit=0.0,  # a constant weight
         start=200_000 / STEPS,
         loss="hinge",
-        painter="hinge",
+        generator_loss="hinge",
         lecam=0.001,
         lecam_form="means",
         network=dict(name="blur", width=128, stages=3),
         optimizer=dict(ADAM),
     )
-    config.guard = dict(usage=0.02, worse=2.0)
+    config.safeguards = dict(usage=0.02, worse=2.0)
     config.optimizer = dict(ADAM, name="adamw", decayed=DECAYED)
     config.ema = 0.999
     config.mesh = dict(data=-1, fsdp=1, tensor=1)

@@ -88,18 +88,18 @@ def get_config(variant="l32"):
         ),
     )
     config.perceptual = dict(convnext_small="")
-    config.critic = dict(
+    config.discriminator = dict(
         weight=0.01,
         limit=0.0,  # a constant weight
         start=(FIRST + 20_000) / STEPS,  # step 20,000 of the second stage
         loss="hinge",
-        painter="hinge",
+        generator_loss="hinge",
         lecam=0.001,
         lecam_form="means",
         network=dict(name="blur", width=128, stages=3),
         optimizer=dict(ADAM, warmup=5000),
     )
-    config.guard = dict(usage=0.02, worse=2.0)
+    config.safeguards = dict(usage=0.02, worse=2.0)
     config.optimizer = dict(ADAM, name="adamw", decayed=DECAYED)
     config.ema = 0.999
     config.mesh = dict(data=-1, fsdp=1, tensor=1)

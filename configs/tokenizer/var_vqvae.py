@@ -1,10 +1,11 @@
 """VAR's multi-scale tokenizer (arXiv:2404.02905): one codebook, residuals over ten grids.
 
     python train_tokenizer.py --config configs/tokenizer/var_vqvae.py --workdir runs/var \\
-        --config.data.path=DIR --config.perceptual.lpips=VGG,LINEAR --config.critic.features=DINO
+        --config.data.path=DIR --config.perceptual.lpips=VGG,LINEAR \\
+        --config.discriminator.features=DINO
 
 DIR holds images as class folders or flat (published: OpenImages); VGG, LINEAR and DINO see
-docs/data.md. Without DINO the critic is a PatchGAN.
+docs/data.md. Without DINO the discriminator is a PatchGAN.
 
 | variant | tokens | codes | parameters (published) | published rFID |
 |---|---|---|---|---|
@@ -17,8 +18,9 @@ Measured here: not trained at full size.
 Published are one set of weights, of 256 pixels, and the other grids for them. The recipe is that
 of the public trainer for one scale (vaex). It resizes the shorter side to 288 pixels with
 Lanczos, here to 256 up to 288 with a bicubic filter; it has dropout of 0.05 and a blur of the
-critic's images that fades out, here there is neither. Its 250 epochs are counted on ImageNet. The
-rates rise over 1 % of them, of the critic over 2 %: with fewer steps set the `warmup` of both.
+discriminator's images that fades out, here there is neither. Its 250 epochs are counted on
+ImageNet. The rates rise over 1 % of them, of the discriminator over 2 %: with fewer steps set the
+`warmup` of both.
 """
 
 from ml_collections import ConfigDict
@@ -67,7 +69,7 @@ def get_config(variant="256"):
     config.decoder = dict(NETWORK)
     config.loss = dict(l1=0.2, l2=1.0, lpips=1.0, codebook=1.0, commitment=0.25)
     config.perceptual = dict(lpips="")
-    config.critic = dict(
+    config.discriminator = dict(
         weight=0.4,  # times the adaptive weight
         limit=1e4,
         floor=0.015,
@@ -75,14 +77,14 @@ def get_config(variant="256"):
         start=0.2,
         ramp=0.02,
         loss="hinge_sum",
-        painter="hinge",
+        generator_loss="hinge",
         augmented=("translation", "color", "cutout"),
         consistency=4.0,
         features="",
         network=dict(name="feature_heads"),
         optimizer=dict(ADAM, warmup=EPOCHS * EPOCH // 50, weight_decay=5e-4),
     )
-    config.guard = dict(usage=0.02, worse=2.0)
+    config.safeguards = dict(usage=0.02, worse=2.0)
     config.optimizer = dict(ADAM, name="adamw", warmup=EPOCHS * EPOCH // 100, weight_decay=5e-3)
     config.ema = 0.9999
     config.average = "var"

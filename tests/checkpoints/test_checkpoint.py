@@ -138,24 +138,24 @@ def test_init_from_takes_parameters_and_nothing_else(base, tmp_path):
         resumed(tmp_path / "other", wider, filled(wider))
 
 
-def test_init_from_begins_a_critic_and_an_average_that_were_not_there(base, tmp_path):
-    """As when a tokenizer without a game, or an imported one, is tuned against a critic."""
+def test_init_from_begins_a_discriminator_and_an_average_that_were_not_there(base, tmp_path):
+    """As when a tokenizer without a game, or an imported one, is tuned against a discriminator."""
     _, network, _ = base
     config = load_config()
     source = saved_in(tmp_path / "source", network.replace(ema=None), config)
     config = load_config(f"init_from={tmp_path / 'source'}")
-    critic = jax.tree.map(lambda leaf: leaf + 1, network.replace(ema=None))
+    discriminator = jax.tree.map(lambda leaf: leaf + 1, network.replace(ema=None))
     averages = {"real": jnp.asarray(2.0)}
     run = start(tmp_path / "new", config)
     try:
         found, _ = runs.resume_or_start(
-            run, {"model": blank(network), "critic": critic, "averages": averages}
+            run, {"model": blank(network), "discriminator": discriminator, "averages": averages}
         )
     finally:
         run.close()
     equal((found["model"].params, found["model"].stats), (source.params, source.stats))
     equal(found["model"].ema, source.params)
-    equal((found["critic"], found["averages"]), (critic, averages))
+    equal((found["discriminator"], found["averages"]), (discriminator, averages))
     # as a training step does, which may not give the same buffer twice
     jax.block_until_ready(jax.jit(lambda model: model, donate_argnums=0)(found["model"]))
 

@@ -401,8 +401,10 @@ def test_a_distance_that_had_no_weight_files_was_not_trained():
 def test_a_config_in_the_words_of_an_earlier_version_is_the_same():
     kinds = ["color", "translation", "cutout"]
     for then, now in ((True, kinds), (False, [])):
-        assert runs.as_trained({"critic.augmented": then}) == {"critic.augmented": now}
-    kept = {"critic.augmented": kinds, "average": "var", "optimizer.warmup": 5}
+        assert runs.as_trained({"discriminator.augmented": then}) == {
+            "discriminator.augmented": now
+        }
+    kept = {"discriminator.augmented": kinds, "average": "var", "optimizer.warmup": 5}
     kept |= {"optimizer.start": 0.1}
     assert runs.as_trained(kept) == kept
     plain = {"average": "muse", "optimizer.warmup": 0, "optimizer.start": 0.1}
@@ -413,7 +415,7 @@ def test_a_config_in_the_words_of_an_earlier_version_is_the_same():
 
 
 def resumed(workdir, kinds=(), **changes):
-    """The run of a work directory, its critic seen through `kinds`, and what it says."""
+    """The run of a work directory, its discriminator seen through `kinds`, and what it says."""
     run = test_checkpoint.start(workdir, augmented(*kinds), **changes)
     try:
         return run, runs.resume_or_start(run, at(0))[1]
@@ -434,7 +436,7 @@ def rewritten(step: pathlib.Path, change) -> None:
 def augmented(*kinds):
     settings = config()
     with settings.unlocked():
-        settings.critic.augmented = kinds
+        settings.discriminator.augmented = kinds
     return settings
 
 
@@ -449,11 +451,11 @@ def saved(tmp_path):
 
 def test_a_run_that_said_yes_to_augmentation_goes_on(saved):
     def then(meta):
-        meta["config"]["critic"]["augmented"] = True
+        meta["config"]["discriminator"]["augmented"] = True
 
     rewritten(saved / checkpoint.FOLDER / "5", then)
     assert resumed(saved, augment.KINDS)[1].startswith("resumed step 5")
-    told = r"critic.augmented: \['color', 'translation', 'cutout'\] there, \[\] here"
+    told = r"discriminator.augmented: \['color', 'translation', 'cutout'\] there, \[\] here"
     with pytest.raises(interfaces.UserError, match=told):  # a value that can be used
         resumed(saved)
 

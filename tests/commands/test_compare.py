@@ -8,6 +8,7 @@ import pytest
 
 from tests.evaluation import test_page
 from tokgen.commands import compare
+from tokgen.data import npz
 from tokgen.evaluation import collect
 from tokgen.interfaces import UserError
 
@@ -163,9 +164,8 @@ def test_samples_of_other_seeds_have_nothing_in_common(tmp_path):
 def test_samples_that_were_scored_from_an_archive_are_shown_if_unchanged(tmp_path):
     folder(tmp_path / "given", label_N=np.zeros(40, int))
     file = tmp_path / "given" / "samples.npz"
-    from tokgen.evaluation import given_images
 
-    scored = line(supply=given_images.Archive(file).identity)
+    scored = line(supply=npz.Archive(file).identity)
     assert len(compare._images_of(scored, tmp_path)) == 40
     scored["supply"]["bytes"] += 1
     assert compare._images_of(scored, tmp_path) is None

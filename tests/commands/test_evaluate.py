@@ -15,7 +15,7 @@ from PIL import Image
 
 from tokgen import cli, interfaces, rng, runtime
 from tokgen.checkpoints import checkpoint
-from tokgen.data import datasets, folder
+from tokgen.data import datasets, folder, sources
 from tokgen.evaluation import score as scores, validation
 from tokgen.generators import autoregressive
 from tokgen.nn import precision
@@ -23,8 +23,10 @@ from tokgen.nn import precision
 LAYOUT = interfaces.TokenLayout((3, 2), ((2, 2),))
 
 
-class Tokens:
+class Tokens(sources.RandomAccess):
     """Images of tokens in memory, as `tokens.Source` gives them."""
+
+    holds = "tokens"
 
     def __init__(self, tokens_NLG, label_N, layout=LAYOUT):
         self.tokens_NLG, self.label_N, self.layout = tokens_NLG, label_N, layout.to_json()

@@ -15,7 +15,7 @@ from tokgen import cli, parameters, runtime, sharding
 from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.commands import pretokenize
 from tokgen.config import building, reading as configs
-from tokgen.data import folder as folder_, pixels as images, reader, shapes, token_shards
+from tokgen.data import folder as folder_, pixels as images, shapes, sources, token_shards
 from tokgen.interfaces import UserError
 from tokgen.training import train_state
 
@@ -200,7 +200,7 @@ def test_what_cannot_be_read_is_told_and_has_no_tokens(broken, tmp_path, capfd):
         assert len(shards) == len(images_)
         listed |= dict(shards.missing.values())
         for index in set(range(len(images_))) - set(shards.missing):
-            record = reader.read(images_, index, 3)
+            record = sources.read(images_, index, 3)
             image_BHW3 = np.asarray(record["image"], np.float32)[None] / 255
             np.testing.assert_array_equal(
                 shards[index]["tokens"][0], encode(tokenizer, image_BHW3)[0]

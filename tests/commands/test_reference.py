@@ -193,19 +193,6 @@ def test_another_references_network_is_used_again(place, tmp_path, monkeypatch):
     assert archive.record["classes"] == ["0", "1"] and folder.digest != archive.digest
 
 
-def test_an_archive_is_a_source_in_any_order(tmp_path):
-    image_NHW3 = test_feature_extractors.pictures(30)
-    np.savez(tmp_path / "a.npz", arr_0=image_NHW3, arr_1=np.arange(30) % 4)
-    source = reference.Kept(str(tmp_path / "a.npz"))
-    assert len(source) == 30 and source.classes == ("0", "1", "2", "3")
-    for indices in ([3, 1, 2], [0, 29], np.arange(5, 20), [7]):
-        records = source.__getitems__(indices)
-        for index, record in zip(indices, records, strict=True):
-            np.testing.assert_array_equal(record["image"], image_NHW3[index])
-            assert record["label"] == index % 4
-    np.testing.assert_array_equal(source[11]["image"], image_NHW3[11])
-
-
 def test_a_published_network_sees_all_images_once(tmp_path, monkeypatch):
     """Of 30 images, read in parts of 8, 12 are kept; larger ones are cut to the size."""
     published = features.FeatureNetwork(

@@ -275,8 +275,8 @@ def settings_of(out, **changes):
 
 def test_an_import_without_an_average_is_fine_tuned_with_one(taming, tmp_path):
     out, weights = taming[0], taming[3]
-    critic = {"params": {"first": jnp.full(3, 2.0)}, "stats": {"mean": jnp.full(3, 5.0)}}
-    others = {"critic": critic, "averages": {"real": jnp.full((), 3.0)}}
+    discriminator = {"params": {"first": jnp.full(3, 2.0)}, "stats": {"mean": jnp.full(3, 5.0)}}
+    others = {"discriminator": discriminator, "averages": {"real": jnp.full((), 3.0)}}
     networks, what = beginning(settings_of(out, ema=0.9), tmp_path / "run", **others)
     model = networks["model"]
     assert what.startswith(f"started from the parameters of {out}")
@@ -284,10 +284,10 @@ def test_an_import_without_an_average_is_fine_tuned_with_one(taming, tmp_path):
     np.testing.assert_array_equal(kernel, weights["encoder.conv_in.weight"])
     jax.tree.map(np.testing.assert_array_equal, model.ema, model.params)
     assert model.step == 0
-    # neither the optimizer nor a critic comes from there
+    # neither the optimizer nor a discriminator comes from there
     moments = parameters.paths(model.opt_state)
     assert all((leaf == 7).all() for path, leaf in moments.items() if "/mu/" in path)
-    jax.tree.map(np.testing.assert_array_equal, networks["critic"], critic)
+    jax.tree.map(np.testing.assert_array_equal, networks["discriminator"], discriminator)
     assert networks["averages"]["real"] == 3
     without, _ = beginning(settings_of(out, ema=0.0), tmp_path / "without")
     assert without["model"].ema is None

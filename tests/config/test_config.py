@@ -124,14 +124,14 @@ def refused(*overrides, reference="tokenizer/shapes"):
 
 
 @functools.cache
-def painted(module, shape, text) -> set[str]:
+def reconstructed(module, shape, text) -> set[str]:
     """Names of the losses, where an image comes out as large as it goes in."""
     image = jax.ShapeDtypeStruct(shape, "float32")
     text = text and jax.ShapeDtypeStruct((2, *text), "float32")
-    painted, quantized = jax.eval_shape(
+    reconstructed, quantized = jax.eval_shape(
         lambda m, x, t: m.reconstruct(x, cond=t), module, image, text
     )
-    assert painted.shape == image.shape
+    assert reconstructed.shape == image.shape
     return set(quantized.losses)
 
 
@@ -145,7 +145,7 @@ def test_every_config_builds_with_its_number_of_parameters(reference):
             grid = module.layout.grids[-1]
             assert rows % grid[0] == columns % grid[1] == 0
         image = (2, rows, columns, settings.view.channels)
-        assert painted(module, image, settings.decoder.get("text")) <= set(settings.loss)
+        assert reconstructed(module, image, settings.decoder.get("text")) <= set(settings.loss)
     else:
         layout, _, _ = recipes.GENERATORS[reference]
         assert module.layout == layout
@@ -241,8 +241,8 @@ def test_a_config_may_refer_to_its_own_fields_and_hold_numbers_of_numpy(tmp_path
         ("optimizer.learning_rat=1", "'optimizer.learning_rat'; did you mean optimizer.learning_"),
         ("optimiser.learning_rate=1", "'optimiser'; did you mean optimizer"),
         ("learning_rate=1e-3", "'learning_rate'; did you mean optimizer.learning_rate"),
-        ("zzz=3", "'zzz'; it has batch_size, critic"),
-        ("seed.deeper=1", "'seed.deeper'; it has batch_size, critic"),
+        ("zzz=3", "'zzz'; it has batch_size, data"),
+        ("seed.deeper=1", "'seed.deeper'; it has batch_size, data"),
     ],
 )
 def test_a_typo_is_named_and_the_nearest_field_suggested(override, suggestion):
@@ -325,7 +325,7 @@ def test_an_override_changes_only_its_field():
         ),
         (
             "tokenizer/cifar10_f4:gan",
-            "critic.network",
+            "discriminator.network",
             ("name=blur", "stages=2"),
             dict(name="blur", width=128, stages=2, down="blur4", activation="leaky_relu"),
         ),
@@ -446,8 +446,8 @@ def test_sections_within_sections_are_built_with_what_they_state_themselves():
     assert module.decoder.pixels.conv_in.kernel.shape == (3, 3, 6, 16)
     assert module.decoder.codes.embed.kernel.shape == (4, 8)  # the quantizer's channels
     image = jax.ShapeDtypeStruct((2, 8, 8, 3), "float32")
-    painted, quantized = jax.eval_shape(lambda m, x: m.reconstruct(x), module, image)
-    assert painted.shape == image.shape and quantized.tokens_BLG.shape == (2, 7, 1)
+    reconstructed, quantized = jax.eval_shape(lambda m, x: m.reconstruct(x), module, image)
+    assert reconstructed.shape == image.shape and quantized.tokens_BLG.shape == (2, 7, 1)
 
 
 def test_problems_of_sections_within_sections_are_told_too():
@@ -482,14 +482,14 @@ def test_only_errors_raised_on_purpose_are_mistakes_of_the_config(monkeypatch, e
         building.build({"name": "fsq", "levels": (4096, 4097)}, "quantizer", grid=(1, 1))
 
 
-def test_an_empty_network_is_that_of_no_critic():
+def test_an_empty_network_is_that_of_no_discriminator():
     config = load()
     with config.unlocked():
-        config.critic = dict(weight=0.0, network=dict(), optimizer=dict())
+        config.discriminator = dict(weight=0.0, network=dict(), optimizer=dict())
     building.check(config)
     with config.unlocked():
-        config.critic.network = dict(name="patchgan", widht=4)
-    with pytest.raises(interfaces.UserError, match="critic.network has no argument 'widht'"):
+        config.discriminator.network = dict(name="patchgan", widht=4)
+    with pytest.raises(interfaces.UserError, match="discriminator.network has no argument 'widht'"):
         building.check(config)
 
 

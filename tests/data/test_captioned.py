@@ -79,7 +79,7 @@ def test_a_config_names_both_parts(tmp_path):
     building.check(dict(data=section))
     for split in ("train", "held_out"):
         source = building.build(section, "data", split=split)
-        assert source.images.split == split and len(source) == 5
+        assert source.inner.split == source.split == split and len(source) == 5
     with pytest.raises(interfaces.UserError, match="counts"):
         building.check(dict(data=dict(section, images=dict(name="shapes", counts=5))))
 

@@ -1,12 +1,10 @@
 """Classes meet by name; what is told of a set; names that any file system takes."""
 
-import types
-
 import numpy as np
 import pytest
 
 from tokgen import interfaces
-from tokgen.data import classes
+from tokgen.data import classes, sources
 
 NUMBERS = tuple(map(str, range(3)))
 
@@ -55,13 +53,14 @@ def test_other_classes_are_refused(found, known):
 
 
 def source(count, names=(), counts=None, **more):
-    return type("S", (), {"__len__": lambda self: count, "classes": names, "counts": counts} | more)
+    methods = {"__len__": lambda self: count, "classes": names, "counts": counts}
+    return type("S", (sources.RandomAccess,), methods | more)
 
 
 def test_what_a_program_tells():
     train = source(39, ("cat", "dog"), np.array([20, 19]), unread={"x": {".heic": 10, ".txt": 2}})()
     held_out = source(1, ("cat", "dog"), np.array([0, 1]), unread={"x": {".heic": 10, ".txt": 2}})()
-    around = types.SimpleNamespace(inner=held_out)
+    around = sources.Around(held_out)
     assert classes.told("flowers", {"train": train, "held_out": around}).splitlines() == [
         "flowers: 2 classes (cat 20, dog 20); train 39, held out 1",
         "held out has no image of 1 class: cat",

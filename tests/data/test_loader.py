@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from tokgen import interfaces
-from tokgen.data import folder, loader, pixels as images, reader, shapes, token_shards
+from tokgen.data import folder, loader, pixels as images, shapes, sources, token_shards, unreadable
 
 
-class Numbered:
+class Numbered(sources.RandomAccess):
     """Images that say which they are: the index in the first pixel, noise elsewhere."""
 
     def __init__(self, count, size=(12, 18), broken=()):
@@ -204,7 +204,7 @@ def test_drawn_images_come_in_batches_and_are_the_same_as_one_by_one():
     source = shapes.Source((16, 24), count=50)
     view = images.View((16, 24), flip=True)
 
-    class OneByOne:
+    class OneByOne(sources.RandomAccess):
         def __len__(self):
             return len(source)
 
@@ -378,7 +378,7 @@ def test_labels_beyond_the_classes_are_no_labels():
 
 def test_sources_of_one_set_tell_each_image_once(capfd):
     first, second = Numbered(9, broken=(4,)), Numbered(9, broken=(4, 5))
-    reader.share(first, second)
+    unreadable.share(first, second)
     for source in (first, second):
         list(loader.once(source, images.View((12, 18)), batch_size=9))
     said = capfd.readouterr().err

@@ -112,7 +112,7 @@ def test_both_bring_the_text_of_their_images(both, tmp_path):
     mask_NT = np.arange(3) >= np.arange(count)[:, None] % 3
     np.save(tmp_path / "train.npy", text_NTE)
     np.save(tmp_path / "train_mask.npy", mask_NT.astype(np.uint8))
-    packed = captioned.Tokens(token_shards.Source(path), tmp_path)
+    packed = captioned.Source(token_shards.Source(path), tmp_path)
     with_text = {"train": captioned.Source(parts["train"], tmp_path)}
     flying = source_of(with_text, "train")
     options = dict(seed=0, batch_size=5)
@@ -123,7 +123,7 @@ def test_both_bring_the_text_of_their_images(both, tmp_path):
             for name in ("text", "mask"):
                 np.testing.assert_array_equal(found[name], expected[name])
             index_B = expected["text"][:, 0, 0].astype(int)
-            tokens_BXLG = np.stack([packed.shards[i]["tokens"] for i in index_B])
+            tokens_BXLG = np.stack([packed.inner[i]["tokens"] for i in index_B])
             whose = (tokens_BXLG == expected["tokens"][:, None]).all((2, 3)).any(1)
             assert whose.all() and found["mask"].dtype == bool
             np.testing.assert_array_equal(found["mask"], mask_NT[index_B])

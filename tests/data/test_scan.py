@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tokgen import cli, interfaces, runtime
-from tokgen.data import folder, pixels as images, reader, scan, shapes
+from tokgen.data import folder, pixels as images, scan, shapes, sources
 
 LARGE = (9000, 9000)  # more pixels than are allowed, in a few bytes
 
@@ -46,10 +46,10 @@ def test_headers_see_what_needs_no_decoding_and_a_full_scan_all(tmp_path, recwar
     source = folder.Source(tmp_path / "base", split="all")
     found = scan.headers(source)
     assert found.sizes == {(8, 8): 21} and found.forms == {"PNG": 21}
-    files = reader.unreadable(source).files()
+    files = source.unreadable.files()
     assert set(files) == set(wrong) - {"dog/03.png"}
     scan.full(source)
-    files = reader.unreadable(source).files()
+    files = source.unreadable.files()
     assert set(files) == set(wrong)
     assert all(words in files[name] for name, words in wrong.items())
     assert not recwarn.list and not any(" at 0x" in reason for reason in files.values())
@@ -61,7 +61,7 @@ def test_a_scan_is_kept_until_a_file_changes(tmp_path, cache, monkeypatch):
     first = scan.full(folder.Source(root, split="all"))
     monkeypatch.setattr(images, "decode", None)  # nothing is decoded again
     source = folder.Source(root, split="all")
-    assert scan.full(source) == first and len(reader.unreadable(source)) == 4
+    assert scan.full(source) == first and len(source.unreadable) == 4
     for file in cache.iterdir():  # whatever became of it, it is no result
         file.write_text('{"count": null}')
     monkeypatch.undo()
@@ -69,7 +69,7 @@ def test_a_scan_is_kept_until_a_file_changes(tmp_path, cache, monkeypatch):
     assert scan.full(folder.Source(root, split="all")) == first
     Image.new("RGB", (8, 8), "red").save(root / "cat" / "01.png")
     source = folder.Source(root, split="all")
-    assert scan.full(source).sha256 != first.sha256 and len(reader.unreadable(source)) == 3
+    assert scan.full(source).sha256 != first.sha256 and len(source.unreadable) == 3
 
 
 def test_before_training_all_that_is_measured_is_decoded(tmp_path, capfd, monkeypatch):
@@ -102,8 +102,12 @@ def test_drawn_images_need_no_scan():
 
 
 def test_tokens_without_an_image_to_measure_are_refused_before_training(capfd):
-    class Shards:
-        layout, missing = {}, {1: ("cat/1.png", "cut off"), 4: ("cat/4.png", "empty")}
+    class Shards(sources.RandomAccess):
+        holds, layout, missing = (
+            "tokens",
+            {},
+            {1: ("cat/1.png", "cut off"), 4: ("cat/4.png", "empty")},
+        )
 
         def __len__(self):
             return 6
@@ -124,7 +128,7 @@ def test_tokens_without_an_image_to_measure_are_refused_before_training(capfd):
 def test_a_source_of_whole_images_is_not_read_for_its_headers(tmp_path):
     source = folder.Source(write(tmp_path / "base"), split="all")
 
-    class Whole:
+    class Whole(sources.RandomAccess):
         classes, read = source.classes, []
 
         def __len__(self):

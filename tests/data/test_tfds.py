@@ -13,7 +13,7 @@ from PIL import Image
 
 from tokgen import cli, interfaces
 from tokgen.config import building, reading
-from tokgen.data import classes, datasets, loader, pixels as images, reader, tfds
+from tokgen.data import classes, datasets, loader, pixels as images, tfds
 
 
 def png(number):
@@ -235,7 +235,7 @@ def test_a_damaged_shard_is_images_that_cannot_be_read(prepared, damaged, change
     both = tfds.Source("tokgen_tiny", split="all", data_dir=place)
     (part,) = loader.once(both, view, batch_size=20)
     assert part["index"].tolist() == list(range(lost, 17))
-    names = reader.unreadable(both).names()
+    names = both.unreadable.names()
     assert names == tuple(f"tokgen_tiny/train+test/{number}" for number in range(lost))
     if lost == len(source):
         with pytest.raises(interfaces.UserError, match="(?s)0 images can be.*tokgen_tiny/train/0"):

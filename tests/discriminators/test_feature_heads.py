@@ -1,4 +1,4 @@
-"""The critic on frozen features: trunk and heads written out, and who may move what."""
+"""The discriminator on frozen features: trunk and heads written out, and who may move what."""
 
 import math
 
@@ -31,7 +31,7 @@ def _filled(module, scale=0.3):
 
 
 @pytest.fixture(scope="module")
-def critic():
+def discriminator():
     make = lambda: feature_heads.Discriminator(kernel=3, rngs=nnx.Rngs(0), **SIZES)  # noqa: E731
     return _filled(nnx.eval_shape(make))
 
@@ -86,12 +86,12 @@ def _trunk(image, trunk, heads):
     return readouts
 
 
-def test_readouts_follow_the_written_out_transformer(critic):
+def test_readouts_follow_the_written_out_transformer(discriminator):
     image = _image(1, 2, 8, 8, 3)
-    found = jax.jit(dino.ViT.__call__)(critic.trunk, image)
+    found = jax.jit(dino.ViT.__call__)(discriminator.trunk, image)
     assert len(found) == 3
     for number in range(2):
-        wanted = _trunk(image[number].astype(np.float64), critic.trunk, 2)
+        wanted = _trunk(image[number].astype(np.float64), discriminator.trunk, 2)
         for level, readout in enumerate(wanted):
             np.testing.assert_allclose(found[level][number], readout, rtol=1e-4, atol=1e-5)
 
@@ -133,20 +133,20 @@ def _head(x, head, recorded):
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-def test_logits_follow_the_written_out_heads(critic, recorded):
+def test_logits_follow_the_written_out_heads(discriminator, recorded):
     image = _image(2, 3, 8, 8, 3)
     mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     normal = ((image.astype(np.float64) + 1) / 2 - mean) / deviation
-    levels = np.moveaxis([_trunk(x, critic.trunk, 2) for x in normal], 1, 0)
-    wanted = [_head(x, head, recorded) for x, head in zip(levels, critic.heads, strict=True)]
-    judge = critic.evaluated if recorded else critic
-    logits = judge(image)
+    levels = np.moveaxis([_trunk(x, discriminator.trunk, 2) for x in normal], 1, 0)
+    wanted = [_head(x, head, recorded) for x, head in zip(levels, discriminator.heads, strict=True)]
+    scored = discriminator.evaluated if recorded else discriminator
+    logits = scored(image)
     assert logits.shape == (3, 3 * 4) and logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, np.concatenate(wanted, 1), rtol=1e-4, atol=1e-4)
 
 
-def test_maintaining_moves_statistics_and_directions_alone(critic):
-    network = nnx.clone(critic)
+def test_maintaining_moves_statistics_and_directions_alone(discriminator):
+    network = nnx.clone(discriminator)
     before = jax.tree.map(np.asarray, nnx.state(network, interfaces.Statistic))
     params = jax.tree.map(np.asarray, nnx.state(network, nnx.Param))
     image = _image(3, 4, 8, 8, 3)
@@ -183,13 +183,15 @@ def test_the_direction_converges_to_the_largest_singular_value():
     np.testing.assert_allclose(conv(one_hot)[0] - conv.bias[...][None], wanted, atol=1e-5)
 
 
-def test_the_trunk_is_saved_and_never_trained(critic):
-    assert not jax.tree.leaves(nnx.state(critic.trunk, nnx.Param))
-    gradient = jax.grad(lambda image: critic(image).sum())(jnp.asarray(_image(5, 2, 8, 8, 3)))
+def test_the_trunk_is_saved_and_never_trained(discriminator):
+    assert not jax.tree.leaves(nnx.state(discriminator.trunk, nnx.Param))
+    gradient = jax.grad(lambda image: discriminator(image).sum())(
+        jnp.asarray(_image(5, 2, 8, 8, 3))
+    )
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
 
 
-def test_sizes_are_fitted_and_crops_are_drawn(critic, key):
+def test_sizes_are_fitted_and_crops_are_drawn(discriminator, key):
     image = _image(6, 1, 12, 10, 3)
     areas = np.zeros((1, 8, 8, 3))
     for i in range(8):
@@ -197,10 +199,12 @@ def test_sizes_are_fitted_and_crops_are_drawn(critic, key):
             rows = slice(i * 12 // 8, -(-(i + 1) * 12 // 8))
             columns = slice(j * 10 // 8, -(-(j + 1) * 10 // 8))
             areas[:, i, j] = image[:, rows, columns].mean((1, 2))
-    np.testing.assert_allclose(critic._fitted(image, None), areas, atol=1e-6)
+    np.testing.assert_allclose(discriminator._fitted(image, None), areas, atol=1e-6)
     crops = {(i, j): image[:, i : i + 8, j : j + 8] for i in range(5) for j in range(3)}
     seen, whole = set(), 0
-    fitted = jax.jit(jax.vmap(lambda key: critic._fitted(image, key)))(jax.random.split(key, 200))
+    fitted = jax.jit(jax.vmap(lambda key: discriminator._fitted(image, key)))(
+        jax.random.split(key, 200)
+    )
     for each in np.asarray(fitted):
         places = [place for place, crop in crops.items() if np.array_equal(each, crop)]
         seen.update(places)
@@ -208,9 +212,9 @@ def test_sizes_are_fitted_and_crops_are_drawn(critic, key):
         assert len(places) == 1 or np.allclose(each, areas, atol=1e-6)
     assert 70 < whole < 130 and len(seen) == len(crops)
     small = _image(7, 1, 4, 4, 3)
-    enlarged = critic._fitted(small, key)
+    enlarged = discriminator._fitted(small, key)
     assert enlarged.shape == (1, 8, 8, 3)
-    np.testing.assert_array_equal(enlarged, critic._fitted(small, None))
+    np.testing.assert_array_equal(enlarged, discriminator._fitted(small, None))
 
 
 def _published(trunk):
@@ -219,8 +223,8 @@ def _published(trunk):
     return {key: rng.normal(size=slot.needed()).astype(np.float32) for key, slot in slots.items()}
 
 
-def test_published_weights_fill_the_trunk(critic, tmp_path):
-    network = nnx.clone(critic)
+def test_published_weights_fill_the_trunk(discriminator, tmp_path):
+    network = nnx.clone(discriminator)
     published = _published(network.trunk)
     safetensors.numpy.save_file(published, tmp_path / "dino.safetensors")
     network.load(str(tmp_path / "dino.safetensors"), read=reader.read)
@@ -234,8 +238,8 @@ def test_published_weights_fill_the_trunk(critic, tmp_path):
     assert not jax.tree.leaves(nnx.state(network.trunk, nnx.Param))
 
 
-def test_what_does_not_fit_is_listed(critic, tmp_path):
-    network = nnx.clone(critic)
+def test_what_does_not_fit_is_listed(discriminator, tmp_path):
+    network = nnx.clone(discriminator)
     published = _published(network.trunk) | {"head.weight": np.zeros(3, np.float32)}
     del published["norm.bias"]
     published["cls_token"] = np.zeros((1, 1, 5), np.float32)

@@ -1,4 +1,4 @@
-"""The critics of StyleGAN's and VQGAN+'s form, where fixtures do not reach."""
+"""The discriminators of StyleGAN's and VQGAN+'s form, where fixtures do not reach."""
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,12 @@ def _image(*shape):
 
 
 @pytest.mark.parametrize("stages, published", [(3, 1_909_889), (4, 7_431_297)])
-def test_the_blur_critic_has_as_many_parameters_as_published(stages, published):
+def test_the_blur_discriminator_has_as_many_parameters_as_published(stages, published):
     network = nnx.eval_shape(lambda: blur.Discriminator(stages=stages, rngs=nnx.Rngs(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(network)) == published
 
 
-def test_published_widths_of_the_stylegan_critic():
+def test_published_widths_of_the_stylegan_discriminator():
     """The table of its paper: 512 up to 32 pixels, then halved at each doubling."""
     network = nnx.eval_shape(lambda: stylegan.Discriminator(multiplier=2, rngs=nnx.Rngs(0)))
     widths = [block.conv_out.kernel.shape[2:] for block in network.blocks]
@@ -35,7 +35,7 @@ def test_published_widths_of_the_stylegan_critic():
 
 
 @pytest.mark.parametrize("form, skips", [("blur", 1), ("average", 1), ("strided", 2)])
-def test_the_forms_of_the_stylegan_critic(form, skips):
+def test_the_forms_of_the_stylegan_discriminator(form, skips):
     network = _made(lambda: stylegan.Discriminator(1, 16, (4, 6, 8), form=form, rngs=nnx.Rngs(0)))
     logits = network(_image(3, 16, 16, 1))
     assert logits.shape == (3, 1) and logits.dtype == jnp.float32 and np.ptp(logits) > 0
@@ -51,7 +51,7 @@ def test_the_flat_map_starts_as_a_linear_layer_would():
     assert 0.98 * limit < found <= limit
 
 
-def test_the_blur_critic_gives_one_grid_at_any_size():
+def test_the_blur_discriminator_gives_one_grid_at_any_size():
     network = _made(lambda: blur.Discriminator(1, 8, 2, rngs=nnx.Rngs(0)))
     for size in ((64, 64), (96, 80), (20, 24)):
         logits = jax.eval_shape(type(network).__call__, network, _image(1, *size, 1))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokgen.data import pixels as images
+from tokgen.data import npz, pixels as images
 from tokgen.evaluation import given_images
 from tokgen.interfaces import UserError
 
@@ -41,7 +41,7 @@ def test_parts_of_an_archive_are_its_bytes_in_any_order(tmp_path, save):
 def test_an_archive_is_read_once_from_end_to_end(tmp_path, monkeypatch):
     """Not from its beginning for every part: of 50,000 images that would be terabytes."""
     np.savez_compressed(tmp_path / "a.npz", arr_0=pictures(64))
-    supply, read = given_images.Archive(tmp_path / "a.npz"), []
+    supply, read = npz.Archive(tmp_path / "a.npz"), []
     inflate = zipfile.ZipExtFile._read1
 
     def counted(self, n):

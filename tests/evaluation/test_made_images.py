@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from tokgen import interfaces
-from tokgen.data import datasets
+from tokgen.data import datasets, sources
 from tokgen.evaluation import made_images, validation
 from tokgen.interfaces import UserError
 from tokgen.sampling import sampler
@@ -212,10 +212,10 @@ class Halver(nnx.Module):
         return jnp.broadcast_to(image_BHW[..., None], (*image_BHW.shape, 3))
 
 
-class Pictures:
+class Pictures(sources.RandomAccess):
     """Random images in memory, of two classes."""
 
-    classes, fingerprint = ("cat", "dog"), "f" * 64
+    holds, classes, fingerprint = "pixels", ("cat", "dog"), "f" * 64
 
     def __init__(self, count: int):
         self.image_NHW3 = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), np.uint8)

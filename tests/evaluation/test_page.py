@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tokgen.data import sources
 from tokgen.evaluation import collect, feature_extractors, page, references, score_page
 from tokgen.metrics import moments
 
@@ -194,11 +195,14 @@ def test_real_images_that_cannot_be_shown_are_said(tmp_path, real, change, why):
 
 
 def test_broken_real_image_is_gray(tmp_path, real):
-    class Broken(list):
-        """A source, which can have a record of what is unreadable."""
+    class Broken(sources.RandomAccess):
+        def __len__(self):
+            return 1
 
-    source = Broken([{"image": b"no image"}])
-    assert (score_page._pixels(source, 0, (4, 4)) == 128).all()
+        def __getitem__(self, index):
+            return {"image": b"no image", "label": 0}
+
+    assert (score_page._pixels(Broken(), 0, (4, 4)) == 128).all()
 
 
 def test_samples_without_classes_or_real_features(tmp_path, real):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tokgen import interfaces, sharding
 from tokgen.commands import pretokenize
-from tokgen.data import classes, datasets, pixels as images, token_shards
+from tokgen.data import classes, datasets, pixels as images, sources, token_shards
 from tokgen.evaluation import validation
 from tokgen.generators import autoregressive
 from tokgen.nn.precision import FLOAT32
@@ -54,10 +54,10 @@ def made(**weights):
     return found
 
 
-class Source:
+class Source(sources.RandomAccess):
     """A few pictures in memory, with names."""
 
-    classes, fingerprint = CLASSES, "none"
+    holds, classes, fingerprint = "pixels", CLASSES, "none"
 
     def __init__(self, count=5):
         self.image_NHW3 = np.random.default_rng(0).integers(0, 256, (count, 2, 4, 3), np.uint8)
@@ -112,10 +112,10 @@ def generator(**options):
     )
 
 
-class Shards:
+class Shards(sources.RandomAccess):
     """Tokens in memory."""
 
-    classes, fingerprint, layout = CLASSES, "none", None
+    holds, classes, fingerprint, layout = "tokens", CLASSES, "none", {}
 
     def __init__(self, largest=7, label=1):
         self.tokens_NLG = np.full((3, 2, 1), largest, np.int32)
@@ -140,7 +140,7 @@ def test_a_likelihood_is_of_tokens_and_labels_of_the_generator():
         likelihood(network, Shards(label=5))
     broken = generator()
     broken.head.head.kernel[...] = broken.head.head.kernel[...].at[0].set(jnp.nan)
-    with pytest.raises(interfaces.UserError, match="nats of an image must be finite.*number"):
+    with pytest.raises(interfaces.UserError, match="nats of an image must be finite.*image 2"):
         likelihood(broken, Shards())
 
 

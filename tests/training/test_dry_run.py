@@ -16,7 +16,7 @@ from tokgen import interfaces, sharding
 from tokgen.config import building, reading as configs
 from tokgen.training import (
     dry_run,
-    gan,
+    gan as gans,
     optimizer as optimizers,
     safeguards,
     stages,
@@ -152,8 +152,13 @@ def test_mutants_of_every_config_are_refused_or_traced(mesh, weights, capsys):
 TINY = {
     "tokenizer": (
         *("batch_size=2", "view.size=(16, 16)", "encoder.widths=(16,)", "decoder.widths=(16,)"),
-        *("encoder.blocks=1", "decoder.blocks=1", "critic.network.width=4", "held_out.images=2"),
-        *("critic.network.layers=1", "data.size=(16, 16)", "quantizer.scales=(1, 2, 4)"),
+        *(
+            "encoder.blocks=1",
+            "decoder.blocks=1",
+            "discriminator.network.width=4",
+            "held_out.images=2",
+        ),
+        *("discriminator.network.layers=1", "data.size=(16, 16)", "quantizer.scales=(1, 2, 4)"),
     ),
     "generator": (
         *("batch_size=2", "generator.width=32", "generator.depth=1", "generator.heads=2"),
@@ -195,13 +200,13 @@ def one_step(reference: str, settings, mesh) -> dict:
         step = train_generator.train_step(settings, graph, optimizer)
         return jax.device_get(step(network, batch, scales)[1])
     plan = stages.plan(settings)
-    game = building.call(gan.Game, settings.critic, "critic")
-    limits = building.call(safeguards.Limits, settings.get("guard", {}), "guard")
-    networks, graphs, optimizer = tokenizer_step.create(settings, plan[0], game, mesh)
-    steps = tokenizer_step.Steps(settings, game, limits, graphs, optimizer, 0)
+    gan = building.call(gans.GAN, settings.discriminator, "discriminator")
+    limits = building.call(safeguards.Limits, settings.get("safeguards", {}), "safeguards")
+    networks, graphs, optimizer = tokenizer_step.create(settings, plan[0], gan, mesh)
+    steps = tokenizer_step.Steps(settings, gan, limits, graphs, optimizer, 0)
     shape = (B, *settings.view.size, settings.view.channels)
     batch = {"image": draw.integers(0, 256, shape, np.uint8)}
-    step = steps(plan[0], game.weight > 0)
+    step = steps(plan[0], gan.weight > 0)
     return jax.device_get(step(networks, batch, {"perceptual": {}})[1])
 
 

@@ -1,4 +1,4 @@
-"""Guard rails: what the meter shows, when a run stops, and the way back from a bad game."""
+"""Guard rails: what the meter shows, when a run stops, and the way back from a bad gan."""
 
 import json
 import math
@@ -122,7 +122,7 @@ FINE = {"reached": 0.5, "perplexity": 9.0}
 def test_the_tripwire(limits, step, stops):
     said = safeguards.collapsed(safeguards.Limits(**limits), FINE, step, 100)
     assert bool(said) == stops
-    parts = (f"step {step}", "50.0 %", "perplexity 9.0", "guard.usage=0.6", "saved", "revive")
+    parts = (f"step {step}", "50.0 %", "perplexity 9.0", "safeguards.usage=0.6", "saved", "revive")
     assert all(part in said for part in parts) or not stops
 
 
@@ -162,11 +162,22 @@ SMALL = (
     *("data.size=(8, 8)", "data.count=40", "view.size=(8, 8)", "encoder.widths=(16,)"),
     *("decoder.widths=(16,)", "encoder.blocks=1", "decoder.blocks=1", "batch_size=8"),
     *("quantizer.codes=32", "held_out.images=4", "report.scalars=1", "report.save=2"),
-    *("keep.latest=9", "optimizer.warmup=1", "critic.network.width=4", "critic.network.layers=1"),
-    *("critic.network.norm=none", "guard.usage=0.0", "guard.worse=0.0", "ema=0.9"),
+    *(
+        "keep.latest=9",
+        "optimizer.warmup=1",
+        "discriminator.network.width=4",
+        "discriminator.network.layers=1",
+    ),
+    *("discriminator.network.norm=none", "safeguards.usage=0.0", "safeguards.worse=0.0", "ema=0.9"),
 )
 # A game that is always found worse: the factor is tiny.
-BAD = ("critic.weight=0.5", "critic.start=0.2", "critic.warmup=0.3", "guard.worse=1e-9", "steps=7")
+BAD = (
+    "discriminator.weight=0.5",
+    "discriminator.start=0.2",
+    "discriminator.warmup=0.3",
+    "safeguards.worse=1e-9",
+    "steps=7",
+)
 
 
 class Killed(BaseException):
@@ -190,7 +201,7 @@ def one_device():
 def train(workdir, *overrides, back=None, **guards):
     settings = reading.load("configs/tokenizer/shapes.py:vq", (*SMALL, *overrides))
     with settings.unlocked():
-        settings.guard.update(guards)
+        settings.safeguards.update(guards)
     with runs.lock(workdir):
         train_tokenizer.main(settings, workdir, back=back)
 
@@ -230,7 +241,7 @@ def entries(workdir, step):
 
 def test_a_collapsed_run_stops_after_its_grace_and_is_saved(tmp_path):
     with pytest.raises(interfaces.UserError, match="step 3: of the codes"):
-        train(tmp_path, "steps=4", "report.save=9", "guard.usage=1.0", grace=0.5)
+        train(tmp_path, "steps=4", "report.save=9", "safeguards.usage=1.0", grace=0.5)
     assert steps_of(tmp_path) == [3]
     assert [
         record["step"] for record in metrics_log.read(tmp_path) if record["split"] == "train"
@@ -240,13 +251,13 @@ def test_a_collapsed_run_stops_after_its_grace_and_is_saved(tmp_path):
 
 @pytest.fixture(scope="module")
 def returned(one_device, tmp_path_factory):
-    """A run that goes back twice: to half the critic, then to none."""
+    """A run that goes back twice: to half the discriminator, then to none."""
     workdir = tmp_path_factory.mktemp("returned")
     train(workdir, *BAD, returns=2)
     return workdir
 
 
-def test_a_bad_game_ends_without_its_critic(returned):
+def test_a_bad_game_ends_without_its_discriminator(returned):
     """Steps 1 to 3 go before it; it is judged at 4 and lost, twice; then the run ends in peace."""
     assert json.loads((returned / safeguards.RETURNS).read_text()) == {
         "returns": 2,
@@ -255,12 +266,14 @@ def test_a_bad_game_ends_without_its_critic(returned):
     assert steps_of(returned) == [2, 3, 4, 6, 7]
     records = {r["step"]: r for r in metrics_log.read(returned) if r["split"] == "train"}
     assert sorted(records) == [1, 2, 3, 4, 5, 6, 7]
-    assert records[3]["adversarial_weight"] == 0  # the critic learns, the painter does not hear it
+    assert (
+        records[3]["adversarial_weight"] == 0
+    )  # the discriminator learns, the tokenizer does not hear it
     assert all("adversarial_weight" not in records[step] for step in (4, 5, 6, 7))
     first, last = entries(returned, 3), entries(returned, 7)
     for path, record in first.items():
         moved = record["checksum"] != last[path]["checksum"]
-        if path.startswith("critic/"):
+        if path.startswith("discriminator/"):
             assert not moved, path  # left out since step 3
     assert (
         first["model/params/decoder/conv_out/kernel"]
@@ -380,10 +393,10 @@ def test_a_held_out_error_is_the_mean_of_squares(undisturbed):
     settings = reading.load("configs/tokenizer/shapes.py:vq", SMALL)
     source = building.build(settings.data, "data", split="held_out")
     loaded = checkpoint.load_tokenizer(undisturbed / checkpoint.FOLDER / "4")
-    _, (image, painted) = validation.reconstruction(
+    _, (image, reconstructed) = validation.reconstruction(
         loaded.module, source, datasets.view_of(settings), count=4, shown=4
     )
-    error = (np.asarray(image, np.float64) - np.asarray(painted, np.float64)) / 127.5
+    error = (np.asarray(image, np.float64) - np.asarray(reconstructed, np.float64)) / 127.5
     assert abs(line["l2"] - (error**2).mean()) < 1e-6 * line["l2"] + 1e-7
     assert line["l2"] > 4 * 10 ** (-line["psnr_db"] / 10) * 1.0001
     spread = np.std((error**2).mean((1, 2, 3)), ddof=1) / 2  # of the mean of four
@@ -394,7 +407,7 @@ def test_a_return_across_a_boundary_of_stages(tmp_path):
     """Back from a stage into the one before, whose optimizer keeps other arrays."""
     settings = reading.load("configs/tokenizer/shapes.py:vq", (*SMALL, *BAD, "report.save=5"))
     with settings.unlocked():
-        settings.guard.returns = 1
+        settings.safeguards.returns = 1
         settings.optimizer.weight_decay = 0.1
         second = dict(share=3 / 7, train="decoder/.*", optimizer=dict(clip=0.0, weight_decay=0.0))
         settings.stages = (dict(share=4 / 7), second)

@@ -24,7 +24,7 @@ SMALL = (
     *("data.size=(8, 8)", "data.count=40", "view.size=(8, 8)", "encoder.widths=(16,)"),
     *("decoder.widths=(16,)", "encoder.blocks=1", "decoder.blocks=1", "batch_size=8"),
     *("quantizer.codes=32", "held_out.images=4", "report.scalars=1", "report.save=1"),
-    *("keep.latest=9", "optimizer.warmup=1", "guard.usage=0.0"),
+    *("keep.latest=9", "optimizer.warmup=1", "safeguards.usage=0.0"),
     *("ema=0.9", "steps=6"),
 )
 # The second stage trains the decoder alone, on other losses, with another optimizer.
@@ -288,7 +288,7 @@ def test_every_term_needs_a_weight():
         total({"kl": 1.0, "mass": 1.0, "l1": 1.0}, {"l1": 1.0})
 
 
-@pytest.mark.parametrize("whose", ["skipped", "critic_skipped"])
+@pytest.mark.parametrize("whose", ["skipped", "discriminator_skipped"])
 def test_a_run_gives_up_when_nothing_is_finite_any_more(whose):
     train_state.give_up({"skipped": np.int32(0), whose: np.int32(train_state.PATIENCE - 1)}, 40)
     with pytest.raises(
@@ -370,7 +370,7 @@ def student_and_teacher(width=16):
 
 def test_a_student_adopts_the_pixels_and_the_codebook_of_its_teacher():
     graph, model, teacher = student_and_teacher()
-    found = tokenizer_step.adopt(graph, model, teacher)
+    found = tokenizer_step.adopt(model, teacher)
     _, theirs, _ = parameters.split(teacher)
     equal = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)  # noqa: E731
     for params in (found.params, found.ema):
@@ -388,7 +388,7 @@ def test_a_student_adopts_the_pixels_and_the_codebook_of_its_teacher():
     with pytest.raises(
         interfaces.UserError, match="config.decoder.pixels and the teacher's differ"
     ):
-        tokenizer_step.adopt(graph, model, teacher)
+        tokenizer_step.adopt(model, teacher)
 
 
 def test_the_objective_on_codes_is_the_cross_entropy_of_the_teacher(key):
@@ -422,7 +422,7 @@ def test_the_objective_on_codes_is_the_cross_entropy_of_the_teacher(key):
     assert np.isnan(nowhere) and np.isnan(terms["codes"])
 
 
-def test_the_last_layer_is_where_the_pixels_are_painted():
+def test_the_last_layer_is_where_the_pixels_are_reconstructed():
     leaf = {"kernel": "it", "bias": "not"}
     for decoder in (
         {"conv_out": leaf, "conv_in": {}},  # convolutional

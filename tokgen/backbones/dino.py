@@ -1,6 +1,6 @@
 """A frozen vision transformer, DINO's ViT-S/16 (arXiv:2104.14294): what it sees at each depth.
 
-Its arrays are Statistics: a discriminator on it saves them and trains none.
+Its arrays are Statistics: a discriminator that looks through it saves them and trains none.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def begun_from(
     notes = _same_tokens(meta, here, step)
     wanted = parameters.paths(states_by_name)
     there = {path.split("/")[0] for path in meta["manifest"]}
-    # a critic that was not there begins as it was made
+    # a discriminator that was not there begins as it was made
     taken = {
         path: leaf
         for path, leaf in wanted.items()

@@ -32,14 +32,14 @@ FREE = (
     *("steps", "report.", "keep.", "mesh.", "strategy", "held_out.", "max_bad", "init_from"),
     *("data.path", "data.data_dir", "data.tokens", "data.tokenizer", "data.images", "data.text"),
     "data.labels",  # of the fingerprint and the classes, which are compared
-    *("guard.usage", "guard.grace"),
+    *("safeguards.usage", "safeguards.grace"),
 )
 
 
 # Fields that earlier configs did not have, with the value that they trained by: that says the same.
 UNSAID = {
-    **{"average": "muse", "optimizer.warmup": 0, "critic.optimizer.warmup": 0},
-    **{"optimizer.start": None, "critic.optimizer.start": None},
+    **{"average": "muse", "optimizer.warmup": 0, "discriminator.optimizer.warmup": 0},
+    **{"optimizer.start": None, "discriminator.optimizer.start": None},
 }
 AUGMENTED = {True: ["color", "translation", "cutout"], False: []}  # what these meant
 
@@ -431,10 +431,11 @@ def drop_after(run: Run, step: int) -> None:
 
 
 def as_trained(fields: dict) -> dict:
-    """Fields of a config in the words of today's, for those that earlier versions wrote otherwise.
+    """Fields of a config with today's values, for those that earlier versions wrote otherwise.
 
-    A distance that was given no weight files was left out: its weight is 0. `critic.augmented` was
-    all kinds or none; a field that was not there yet has the value that went without saying.
+    A distance that was given no weight files was left out: its weight is 0.
+    `discriminator.augmented` was all kinds or none; a field that was not there yet has the value
+    that went without saying.
     """
     off = {
         f"loss.{n.removeprefix('perceptual.')}"
@@ -442,13 +443,13 @@ def as_trained(fields: dict) -> dict:
         if v == "" and n.startswith("perceptual.")
     }
     said = {n: v for n, v in fields.items() if n not in UNSAID or v != UNSAID[n]}
-    for section in ("optimizer", "critic.optimizer"):
+    for section in ("optimizer", "discriminator.optimizer"):
         if f"{section}.warmup" not in said:  # which `start` is of
             said.pop(f"{section}.start", None)
     said |= {name: 0.0 for name in off if name in fields}
-    augmented = said.get("critic.augmented")
+    augmented = said.get("discriminator.augmented")
     if isinstance(augmented, bool):
-        said["critic.augmented"] = AUGMENTED[augmented]
+        said["discriminator.augmented"] = AUGMENTED[augmented]
     return said
 
 

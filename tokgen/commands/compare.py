@@ -20,7 +20,7 @@ from tokgen.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from tokgen.evaluation import given_images
+    from tokgen.data import npz
 
 COMPARED = "compare.json"
 RECORDS = {COMPARED: ("runs", "marks")}
@@ -325,16 +325,16 @@ def sheets(lines: Mapping[str, Mapping], folders: Mapping[str, pathlib.Path]) ->
     return page.section("Samples side by side", *parts)
 
 
-def _images_of(line: Mapping, folder: pathlib.Path) -> given_images.Archive | None:
+def _images_of(line: Mapping, folder: pathlib.Path) -> npz.Archive | None:
     """The images of a result: kept beside it, or the archive that was scored, if unchanged."""
-    from tokgen.evaluation import given_images
+    from tokgen.data import npz
 
     if (folder / "samples.npz").is_file():
-        return given_images.Archive(folder / "samples.npz")
+        return npz.Archive(folder / "samples.npz")
     scored = pathlib.Path(line["supply"].get("samples", ""))
     if scored.suffix != ".npz" or not scored.is_file():
         return None
-    found = given_images.Archive(scored)
+    found = npz.Archive(scored)
     return found if found.identity == line["supply"] else None
 
 

@@ -43,11 +43,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print it; all files that cannot be read by name."""
-    from tokgen.data import classes, reader, token_shards
+    from tokgen.data import classes, datasets, token_shards
 
     shards = (pathlib.Path(args.data) / token_shards.HEADER).exists()
     idle = {}
-    if not args.data.startswith("tfds:"):
+    if datasets.kind_of(args.data) != "tfds":
         idle |= dict.fromkeys(("splits", "data_dir", "label"), "sets of TFDS, as tfds:NAME")
     else:
         idle["held_out"] = "folders without splits"
@@ -59,16 +59,21 @@ def run(args: argparse.Namespace) -> None:
     if shards:
         _shards(args)
         return
-    sources = {"train": source_of(args, "train")}
+    if datasets.kind_of(args.data) == "npz":
+        raise UserError(
+            f"{args.data} holds pixels, of which nothing is decoded and no part is held out; give "
+            "an image folder, tfds:NAME or a folder of token shards"
+        )
+    sources = {"train": _source(args, "train")}
     try:
-        sources["held_out"] = source_of(args, "held_out")
+        sources["held_out"] = _source(args, "held_out")
     except UserError as error:  # a set without such a part can be looked at all the same
         report.say(str(error))
     print(classes.told(args.data, sources))
     total, looked, broken = 0, 0, {}
     for split, source in sources.items():
         found = _scanned(source, args)
-        unreadable = reader.unreadable(source)
+        unreadable = source.unreadable
         total, looked = total + len(source), looked + found.count
         broken |= unreadable.files()
         told = f", {len(unreadable)} unreadable" if found.count else ""
@@ -95,23 +100,19 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def source_of(args: argparse.Namespace, split: str):
+def _source(args: argparse.Namespace, split: str):
     """A part of the images that DATA names."""
-    from tokgen.config import building
+    from tokgen.data import datasets
 
-    if args.data.startswith("tfds:"):
-        section = {
-            "name": "tfds",
-            "dataset": args.data.removeprefix("tfds:"),
-            "splits": tuple(args.splits.split(",")),
-            "data_dir": args.data_dir,
-            "label": args.label,
-        }
-    else:
-        section = {"name": "folder", "path": args.data, "held_out": args.held_out}
-    if args.labels:
-        section["labels"] = args.labels
-    return building.build(section, "data", split=split)
+    splits = tuple(args.splits.split(","))
+    return datasets.from_path(
+        *(args.data, split),
+        labels=args.labels,
+        splits=splits,
+        data_dir=args.data_dir,
+        label=args.label,
+        held_out=args.held_out,
+    )
 
 
 def _scanned(source, args: argparse.Namespace) -> scan.Found:

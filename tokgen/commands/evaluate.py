@@ -108,7 +108,6 @@ def run(args: argparse.Namespace) -> None:
 def _measured(args: argparse.Namespace) -> tuple[dict, dict]:
     """(the figures with what they are of, the figures by the names that people read)."""
     from tokgen.checkpoints import checkpoint
-    from tokgen.data import reader
 
     runtime.devices()
     step = checkpoint.find(args.checkpoint)
@@ -130,7 +129,7 @@ def _measured(args: argparse.Namespace) -> tuple[dict, dict]:
         **figures,
     }
     if "unreadable" in figures:
-        record["unreadable_files"] = reader.unreadable(source).record()["files"]
+        record["unreadable_files"] = source.unreadable.record()["files"]
     named = {title if name == "nats_per_token" else name: v for name, v in figures.items()}
     return record, named
 
@@ -148,7 +147,7 @@ def _tokenizer(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     if args.text and not loaded.config.decoder.get("text"):
         raise UserError("--text is for a tokenizer whose decoder reads text; found another")
     if args.text:
-        pictures = source.images if isinstance(source, captioned.Source) else source
+        pictures = source.inner if isinstance(source, captioned.Source) else source
         source = captioned.Source(pictures, args.text, split=args.split)
     what = datasets.called(loaded.config.get("data", {}), args.data)
     datasets.tell(what, **{args.split: source})
@@ -165,7 +164,7 @@ def _tokenizer(step: pathlib.Path, args: argparse.Namespace) -> tuple:
 def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     """(figures, what their first is called, the source that they are of, the precision)."""
     from tokgen.checkpoints import checkpoint
-    from tokgen.data import classes, datasets, reader, token_shards
+    from tokgen.data import classes, datasets, token_shards, unreadable
     from tokgen.evaluation import validation
 
     loaded = checkpoint.load_generator(step, compute=args.precision or "")
@@ -208,7 +207,7 @@ def _generator(step: pathlib.Path, args: argparse.Namespace) -> tuple:
     how += [f"{figures['orders']} orders"] if "orders" in figures else []
     title = f"nats_per_token ({', '.join(how)})" if how else "nats_per_token"
     if data["tokens"]:  # images would all have to be encoded for it
-        reader.share(source, train)
+        unreadable.share(source, train)
         figures |= validation.unigram(train, source, loaded.layout)
     return figures, title, source, loaded.config.precision.compute
 

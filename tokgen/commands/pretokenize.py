@@ -52,7 +52,7 @@ def _filled(args: argparse.Namespace, views: tuple[str, ...], out: output.Folder
 
     from tokgen import sharding
     from tokgen.checkpoints import checkpoint
-    from tokgen.data import datasets, pixels as images, reader, token_shards
+    from tokgen.data import datasets, pixels as images, token_shards, unreadable
 
     runtime.devices(args.batch)
     loaded = checkpoint.load_tokenizer(args.tokenizer, compute=args.precision)
@@ -88,10 +88,10 @@ def _filled(args: argparse.Namespace, views: tuple[str, ...], out: output.Folder
     if out.staged:  # else the plan of the shards says of what they are
         made_by = {name: about["tokenizer"][name] for name in ("fingerprint", "precision")}
         out.claim(about | {"tokenizer": made_by})
-    earlier = {s: getattr(sources[s], "earlier", ()) for s in sources}
+    earlier = {s: sources[s].earlier for s in sources}
     writer = token_shards.Writer(out.path, **about, earlier=earlier)
     for split, source in sources.items():  # of shards that an earlier run wrote
-        record = reader.unreadable(source)
+        record = source.unreadable
         for shard, missing in writer.written(split):
             record.looked += shard.stop - shard.start
             for index, (_, reason) in missing.items():
@@ -108,21 +108,20 @@ def _filled(args: argparse.Namespace, views: tuple[str, ...], out: output.Folder
     with report.bar(total, unit="image", what="pretokenize") as bar:
         for shard in remaining:
             source = sources[shard.split]
-            tokens_BXLG, label_B, unreadable = _shard(
+            tokens_BXLG, label_B, missing = _shard(
                 loaded.module, source, shard, fixed, batch, mesh, bar
             )
             # before it is written: what is there stays, and the next run may allow more
-            record = reader.unreadable(source)
+            record = source.unreadable
             record.looked += shard.stop - shard.start
             record.check(args.max_bad, "--max-bad")
-            writer.write(shard, tokens_BXLG, label_B, unreadable)
+            writer.write(shard, tokens_BXLG, label_B, missing)
     writer.finish()
     counts = ", ".join(
-        f"{len(source) - len(reader.unreadable(source))} {split}"
-        for split, source in sources.items()
+        f"{len(source) - len(source.unreadable)} {split}" for split, source in sources.items()
     )
     for source in sources.values():
-        reader.unreadable(source).tell(reader.LEFT_OUT)
+        source.unreadable.tell(unreadable.LEFT_OUT)
     bits = math.ceil(math.log2(loaded.layout.absent))
     report.say(
         f"{args.out}: {counts} images, {len(views)} views of {loaded.layout.length} tokens "
@@ -139,7 +138,7 @@ def _shard(tokenizer, source, shard, views, batch, mesh, bar) -> tuple:
     import numpy as np
 
     from tokgen import boundary, sharding
-    from tokgen.data import datasets, loader, pixels as images, reader
+    from tokgen.data import datasets, loader, pixels as images
 
     count = shard.stop - shard.start
     layout = tokenizer.layout
@@ -165,4 +164,4 @@ def _shard(tokenizer, source, shard, views, batch, mesh, bar) -> tuple:
                 tokens_BXLG[rows, number] = found_BLG
             bar.update(len(rows))
     broken = shard.start + np.flatnonzero(~seen_B)
-    return tokens_BXLG, label_B, reader.unreadable(source).among(broken)
+    return tokens_BXLG, label_B, source.unreadable.among(broken)

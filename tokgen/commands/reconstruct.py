@@ -55,14 +55,14 @@ def _reconstructed(args: argparse.Namespace, out: output.Folder) -> dict:
     from tokgen import image_grid
     from tokgen.checkpoints import checkpoint
     from tokgen.config import building
-    from tokgen.data import captioned, datasets, reader
+    from tokgen.data import captioned, datasets, folder
     from tokgen.evaluation import validation
 
     runtime.devices()
     loaded = checkpoint.load_tokenizer(args.checkpoint, compute=args.precision)
     path = pathlib.Path(args.images)
     if path.is_file():
-        source = OneImage(path)
+        source = folder.OneImage(path)
     else:
         section = {"name": "folder", "path": str(path), "labels": "none"}  # of any folder
         source = building.build(section, "data", split="all")
@@ -96,25 +96,6 @@ def _reconstructed(args: argparse.Namespace, out: output.Folder) -> dict:
     image_grid.save_png(out.path / "pairs.png", image_grid.beside(image, painted, scale=scale))
     record = {"checkpoint": str(loaded.step), "images": str(path), **figures}
     if "unreadable" in figures:
-        record["unreadable_files"] = reader.unreadable(source).record()["files"]
+        record["unreadable_files"] = source.unreadable.record()["files"]
     (out.path / "figures.json").write_text(json.dumps(record, indent=2) + "\n")
     return figures
-
-
-class OneImage:
-    """A single file as a source."""
-
-    classes: tuple[str, ...] = ()
-
-    def __init__(self, path: pathlib.Path):
-        self.path, self.fingerprint = path, str(path)
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int) -> dict[str, bytes | int]:
-        return {"image": self.path.read_bytes(), "label": 0}
-
-    def name(self, index: int) -> str:
-        """Its path."""
-        return str(self.path)

@@ -56,6 +56,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure the images and write what they are like."""
+    from tokgen.data import datasets
     from tokgen.evaluation import references
 
     protocol = protocols.named(args.protocol)
@@ -71,14 +72,14 @@ def run(args: argparse.Namespace) -> None:
     if args.network and protocol.extractor != "local":
         raise UserError(f"--network is of the local protocol; {args.protocol} has --weights")
     idle = {}
-    if not args.data.startswith("tfds:"):
+    if datasets.kind_of(args.data) != "tfds":
         idle |= dict.fromkeys(("splits", "data_dir", "label"), "sets of TFDS, as tfds:NAME")
-    if _is_archive(args.data):
+    if datasets.kind_of(args.data) == "npz":
         idle["labels"] = "folders and sets of TFDS"
     options.check(args, idle)
     if options.is_given(args, "steps") and (args.network or protocol.extractor != "local"):
         report.say("--steps has no effect: no network is trained, it is there already")
-    data = () if args.data.startswith("tfds:") else (args.data,)
+    data = () if datasets.kind_of(args.data) == "tfds" else (args.data,)
     given = dict(overwrite=args.overwrite, inputs=(*data, args.weights, args.network))
     with output.file(args.out, own=references.is_one, **given) as file:
         told = _written(args, protocol, file)
@@ -95,7 +96,7 @@ def _written(args: argparse.Namespace, protocol: protocols.Protocol, file: pathl
     # an archive does not say what it is of
     unsaid = "all" if args.data.endswith(".npz") else protocol.split or "train"
     split = args.split or unsaid
-    source = source_of(args, split)
+    source = _source(args, split)
     datasets.check_filled(source, split)
     size = size_of(source, args)
     datasets.tell(args.data, **{split: source})
@@ -134,93 +135,44 @@ def _written(args: argparse.Namespace, protocol: protocols.Protocol, file: pathl
     )
 
 
-class Kept:
-    """An archive of images as a source, already cut to size."""
-
-    classes: tuple[str, ...] = ()
-
-    def __init__(self, path: str):
-        from tokgen.evaluation import given_images as supplied
-
-        self.archive = supplied.Archive(path)
-        self.size, self.fingerprint = self.archive.size, _hash(path)
-        if self.archive.label_N is not None:
-            self.classes = tuple(map(str, range(int(self.archive.label_N.max()) + 1)))
-
-    def __len__(self) -> int:
-        return len(self.archive)
-
-    def __getitem__(self, index: int) -> dict:
-        part = self.archive.part(int(index), int(index) + 1)
-        return {"image": part["image"][0], "label": int(part.get("label", [0])[0])}
-
-    def __getitems__(self, indices) -> list[dict]:
-        """The records of many: read in one piece where they lie beside each other."""
-        import numpy as np
-
-        first, last = int(min(indices)), int(max(indices)) + 1
-        if last - first > 4 * len(indices):
-            return [self[index] for index in indices]
-        part = self.archive.part(first, last)
-        labels = part.get("label", np.zeros(last - first, np.int32))
-        return [
-            {"image": part["image"][index - first], "label": int(labels[index - first])}
-            for index in indices
-        ]
-
-    def name(self, index: int) -> str:
-        """What an image is called in messages."""
-        return f"{self.archive.path}[{index}]"
-
-
-def source_of(args: argparse.Namespace, split: str):
+def _source(args: argparse.Namespace, split: str):
     """The images that DATA names."""
-    from tokgen.config import building
+    from tokgen.data import datasets
 
-    if _is_archive(args.data):
-        return Kept(args.data)
-    section = {"name": "folder", "path": args.data}
-    if args.data.startswith("tfds:"):
-        section = {
-            "name": "tfds",
-            "dataset": args.data.removeprefix("tfds:"),
-            "splits": tuple(args.splits.split(",")),
-            "data_dir": args.data_dir,
-            "label": args.label,
-        }
-    if args.labels:
-        section["labels"] = args.labels
-    return building.build(section, "data", split=split)
-
-
-def _is_archive(data: str) -> bool:
-    return data.endswith(".npz") and pathlib.Path(data).is_file()
+    splits = tuple(args.splits.split(","))
+    return datasets.from_path(
+        *(args.data, split),
+        labels=args.labels,
+        splits=splits,
+        data_dir=args.data_dir,
+        label=args.label,
+    )
 
 
 def size_of(source, args: argparse.Namespace) -> tuple[int, int]:
     """(rows, columns): what --size says, or 256; of the local protocol, the first image's."""
-    from tokgen.data import pixels as images, reader
+    from tokgen.data import npz, pixels as images, sources, unreadable
 
     if args.size:
         if len(args.size) > 2 or min(args.size) < 8:
             raise UserError(f"--size is one number or two, at least 8; found {args.size}")
         return (args.size * 2)[0], (args.size * 2)[1]
-    if isinstance(source, Kept):
+    if isinstance(source, npz.Source):
         return source.size
     if protocols.named(args.protocol).extractor != "local":
         return SIZE, SIZE
     try:
-        return tuple(reader.read(source, 0, 3)["image"].shape[:2])
+        return tuple(sources.read(source, 0, 3)["image"].shape[:2])
     except images.BrokenImage as error:
         raise UserError(
-            f"the size is that of the first image, and {reader.name_of(source, 0)} cannot be read: "
-            f"{error}; repair it, or say --size"
+            f"the size is that of the first image, and {unreadable.name_of(source, 0)} cannot be "
+            f"read: {error}; repair it, or say --size"
         ) from error
 
 
 def extractor_of(args, protocol, source, size) -> feature_extractors.Extractor:
     """The protocol's feature network: from a file, of another reference, or trained now."""
-    from tokgen.data import reader
+    from tokgen.data import npz, unreadable
     from tokgen.evaluation import feature_extractors, local_classifier, references
 
     if protocol.extractor != "local":
@@ -238,9 +190,9 @@ def extractor_of(args, protocol, source, size) -> feature_extractors.Extractor:
     if args.steps is not None:
         recipe = dataclasses.replace(recipe, steps=args.steps)
     taught = source
-    if hasattr(source, "split") and not isinstance(source, Kept):
-        taught = source_of(args, "train")
-        reader.share(source, taught)
+    if not isinstance(source, npz.Source):
+        taught = _source(args, "train")
+        unreadable.share(source, taught)
     found = feature_extractors.trained(taught, size, seed=args.seed + 1, recipe=recipe)
     names = ("images", "examined", "accuracy")
     known = dict(zip(names, _accuracy(args, found, source, size), strict=True))
@@ -254,16 +206,16 @@ def extractor_of(args, protocol, source, size) -> feature_extractors.Extractor:
 
 def _accuracy(args, extractor, source, size) -> tuple[str, int, float]:
     """(which images, how many, the network's accuracy on them); held-out ones if there are any."""
-    from tokgen.data import reader
+    from tokgen.data import npz, unreadable
     from tokgen.evaluation import feature_extractors
 
     try:
-        held_out, which = source_of(args, "held_out"), "held-out images"
+        held_out, which = _source(args, "held_out"), "held-out images"
     except UserError:
         held_out, which = source, "its own images"
-    if isinstance(source, Kept) or not len(held_out):
+    if isinstance(source, npz.Source) or not len(held_out):
         held_out, which = source, "its own images"
-    reader.share(source, held_out)
+    unreadable.share(source, held_out)
     accuracy, count = feature_extractors.accuracy(extractor, held_out, size, count=EXAMINED)
     return which, count, accuracy
 
@@ -316,9 +268,3 @@ def measured(extractor, parts: Iterator[dict], index_N: np.ndarray, seed: int) -
     statistics = {name: found.moments() for name, found in sums.items()}
     label_n = np.concatenate(labels)[order_n]
     return widths, statistics, features, which_n[order_n], label_n, measured_
-
-
-def _hash(path: str) -> str:
-    from tokgen.evaluation import feature_extractors
-
-    return feature_extractors.sha256(path)

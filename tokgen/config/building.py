@@ -32,7 +32,7 @@ CLASSES = {
         "Decoder",
         ("channels", "latent", "grid", "size", "precision", "rngs"),
     ),
-    "critic.network": ("discriminators", "Discriminator", ("channels", "size", "rngs")),
+    "discriminator.network": ("discriminators", "Discriminator", ("channels", "size", "rngs")),
     "generator": (
         "generators",
         "Generator",
@@ -83,8 +83,8 @@ def check(
     problems = [] if fields is None else _mismatches(fields, settings, (), "config")
     for kind in CLASSES:
         section = at(settings, kind)
-        # data may be a folder of token shards, an empty network that of no critic
-        free = kind in ("data", "critic.network")
+        # data may be a folder of token shards, an empty network that of no discriminator
+        free = kind in ("data", "discriminator.network")
         if free and hasattr(section, "items") and "name" not in section:
             continue
         if section is not None:

@@ -38,13 +38,28 @@ class Row:
     now: str
 
 
-FIELDS: tuple[Row, ...] = ()
+FIELDS: tuple[Row, ...] = (
+    Row("", "critic", "discriminator"),
+    Row("discriminator", "painter", "generator_loss"),
+    Row("discriminator", "critic_weight", "loss_weight"),
+    Row("", "guard", "safeguards"),
+)
 
-VALUES: tuple[Row, ...] = (Row(r"critic\.network\.name", "features", "feature_heads"),)
+VALUES: tuple[Row, ...] = (
+    Row(r"discriminator\.network\.name", "features", "feature_heads"),
+    Row(r"discriminator\.first", "painter", "tokenizer"),
+    Row(r"discriminator\.first", "critic", "discriminator"),
+)
 
-PARAMETERS: tuple[Row, ...] = ()
+PARAMETERS: tuple[Row, ...] = (Row("", "critic", "discriminator"),)
 
-METRICS: tuple[Row, ...] = ()
+METRICS: tuple[Row, ...] = (
+    Row("", "critic", "discriminator_loss"),
+    Row("", "critic_real", "logits_real"),
+    Row("", "critic_fake", "logits_fake"),
+    Row("", "critic_skipped", "discriminator_skipped"),
+    Row("", "critic_skips", "discriminator_skips"),
+)
 
 # fields whose value is a pattern of parameters' paths, without the names of TrainStates before them
 PATTERNS = r"(.*\.)?optimizer\.decayed|stages\.\d+\.train"

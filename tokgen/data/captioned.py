@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tokgen import archives, interfaces
+from tokgen.data import sources
 
 _SAMPLED = 1024  # rows that a fingerprint reads: the files may be larger than the images
 
@@ -33,6 +34,7 @@ class Features:
                 "in the order of the source"
             )
         mask = os.path.join(os.fspath(folder), f"{split}_mask.npy")
+        self.shape = self._text_NTE.shape[1:]
         self._mask_NT = None
         if os.path.exists(mask):
             self._mask_NT = _mask(mask, self._text_NTE.shape[:2])
@@ -46,63 +48,38 @@ class Features:
         return _fingerprint(images, self._text_NTE, self._mask_NT)
 
 
-class Source:
-    """What `images` gives, and `"text"`: float32 [T, E].
+class Source(sources.Around):
+    """What another source gives, and `"text"`: float32 [T, E], and `"mask"`: bool [T].
 
     Args:
-      images: the section of another source, or the source.
+      images: the section of the other source, or the source, of images or of their tokens.
       features: folder with a file per split, such as `train.npy`: float16 or float32.
     """
 
-    classes: tuple[str, ...]
-
     def __init__(self, images, features: str | os.PathLike, *, split: str = "train"):
-        self.images, self.classes = images, images.classes
-        self.inner = images  # whose images they are: what cannot be read is counted there
+        super().__init__(images)
+        self.fingerprint = images.fingerprint
         if not len(images):  # nothing is held out, and has no texts
-            self.features, self.fingerprint, self.earlier = None, images.fingerprint, ()
+            self.features = None
             return
         self.features = Features(features, split, len(images))
+        self.text_shape = self.features.shape
         self.fingerprint = self.features.fingerprint(images.fingerprint)
-        self.earlier = tuple(map(self.features.fingerprint, getattr(images, "earlier", ())))
-
-    def __len__(self) -> int:
-        return len(self.images)
+        self.earlier = tuple(map(self.features.fingerprint, images.earlier))
 
     def __getitem__(self, index: int) -> dict:
-        record = self.images[index]
-        return {"image": record["image"], "label": record["label"], **self.features[index]}
-
-    def name(self, index: int) -> str:
-        """The other source's name of the image."""
-        return self.images.name(index)
-
-
-class Tokens:
-    """Token shards with the text of their images beside them, in the order of the shards."""
-
-    def __init__(self, shards, features: str | os.PathLike):
-        self.shards, self.features = shards, Features(features, shards.split, len(shards))
-        self.path, self.split, self.header = shards.path, shards.split, shards.header
-        self.layout, self.classes, self.views = shards.layout, shards.classes, shards.views
-        self.missing = shards.missing
-        self.inner = shards
-        self.fingerprint = self.features.fingerprint(shards.fingerprint)
-
-    def __len__(self) -> int:
-        return len(self.shards)
+        return self._with_text(self.inner[index], index)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        """Many records."""
-        records = self.shards.__getitems__(indices)
+        """Many records, as the other source gives them."""
+        records = self.inner.__getitems__(indices)
         return [
-            record | self.features[int(index)]
+            self._with_text(record, int(index))
             for record, index in zip(records, indices, strict=True)
         ]
 
-    def name(self, index: int) -> str:
-        """Folder, split and number."""
-        return self.shards.name(index)
+    def _with_text(self, record: dict, index: int) -> dict:
+        return record | self.features[index]
 
 
 def _mapped(path: str) -> np.ndarray:

@@ -129,9 +129,8 @@ def told(what: str, sources: Mapping[str, object]) -> str:
     `unread`, files that were passed over by where they lie and how they end, and `notes`; one
     around another source has that as `inner`.
     """
-    sources = {split: _innermost(source) for split, source in sources.items()}
     names = next((tuple(s.classes) for s in sources.values()), ())
-    counts = [getattr(source, "counts", None) for source in sources.values()]
+    counts = [source.counts for source in sources.values()]
     if not names:
         kinds = "no classes"
     else:
@@ -153,10 +152,10 @@ def told(what: str, sources: Mapping[str, object]) -> str:
     if "held_out" in sources and not len(sources["held_out"]):
         lines.append("nothing is held out: there are no held-out figures")
     for source in sources.values():
-        lines += getattr(source, "notes", ())
+        lines += source.notes
     unread = {}
     for source in sources.values():
-        unread |= getattr(source, "unread", {})
+        unread |= source.unread
     endings = {}
     for found in unread.values():
         for ending, number in found.items():
@@ -164,12 +163,6 @@ def told(what: str, sources: Mapping[str, object]) -> str:
     if endings:
         lines.append(f"{unread_files(endings)}")
     return "\n".join(dict.fromkeys(lines))
-
-
-def _innermost(source):
-    while hasattr(source, "inner"):
-        source = source.inner
-    return source
 
 
 def unread_files(endings: Mapping[str, int]) -> str:

@@ -1,8 +1,13 @@
-"""Images and tokens of a set as training, pretokenizing and measuring take them."""
+"""Sources of what a config or a command line says: of a path, a `data` section, a generator's data.
+
+And what whoever reads a source asks of it: its name in messages, what is told of it, its view.
+"""
 
 from __future__ import annotations
 
 import functools
+import os
+import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
@@ -11,9 +16,52 @@ import numpy as np
 
 from tokgen import report
 from tokgen.config import building
-from tokgen.data import captioned, classes, online_tokens, pixels as images, token_shards
+from tokgen.data import captioned, classes, npz, online_tokens, pixels as images, token_shards
 from tokgen.interfaces import PyTree, Text, UserError
 from tokgen.metrics import reconstruction as quality
+
+TFDS = "tfds:"  # before the name of a tensorflow_datasets set, where a path may stand
+
+
+def kind_of(path: str | os.PathLike) -> str:
+    """What images a path names: "tfds" of `tfds:NAME`, "npz" of such a file, or else "folder"."""
+    path = os.fspath(path)
+    if path.startswith(TFDS):
+        return "tfds"
+    return "npz" if path.endswith(".npz") and pathlib.Path(path).is_file() else "folder"
+
+
+def from_path(
+    path: str | os.PathLike,
+    split: str,
+    *,
+    labels: str = "",
+    splits: Sequence[str] = ("train", "test"),
+    data_dir: str = "",
+    label: str = "",
+    held_out: float | None = None,
+):
+    """The images that a path names: a folder, an .npz, or a TFDS set as `tfds:NAME`.
+
+    Args:
+      split: `train`, `held_out` or `all`; an .npz has no parts, and gives all of its images.
+      labels: how classes are read, of a folder or a TFDS set; empty for their default.
+      splits, data_dir, label: of a TFDS set, as tfds.Source takes them.
+      held_out: the share that is kept aside of a folder without split folders; None for its
+        default.
+    """
+    path, kind = os.fspath(path), kind_of(path)
+    if kind == "npz":
+        return npz.Source(path)
+    section = {"name": kind}
+    if kind == "tfds":
+        section |= {"dataset": path.removeprefix(TFDS), "splits": tuple(splits)}
+        section |= {"data_dir": data_dir, "label": label}
+    else:
+        section |= {"path": path} | ({} if held_out is None else {"held_out": held_out})
+    if labels:
+        section["labels"] = labels
+    return building.build(section, "data", split=split)
 
 
 @jax.jit
@@ -52,7 +100,7 @@ def generator_source(
     text = data.get("text", "")
     if data.get("tokens", ""):
         shards = token_shards.Source(data["tokens"], split=split)
-        return captioned.Tokens(shards, text) if text and len(shards) else shards
+        return captioned.Source(shards, text, split=split) if text else shards
     if tokenizer.layout is None:
         raise UserError(
             f"{tokenizer.step} holds a continuous tokenizer, which writes no tokens; need one with "
@@ -65,7 +113,7 @@ def generator_source(
     if not len(pictures):
         return pictures  # nothing is held out
     if isinstance(pictures, captioned.Source):  # what the tokenizer's decoder reads
-        pictures = pictures.images
+        pictures = pictures.inner
     return online_tokens.Source(
         captioned.Source(pictures, text, split=split) if text else pictures,
         images.stored(data.get("views", "center,flip")),
@@ -135,5 +183,4 @@ def check_filled(source, split: str) -> None:
 
 def named(source, index_B: np.ndarray) -> Callable[[int], str]:
     """What the images of a batch are called in messages: by file where the source knows them."""
-    name = getattr(source, "name", lambda index: f"number {index}")
-    return lambda row: str(name(int(index_B[row])))
+    return lambda row: str(source.name(int(index_B[row])))

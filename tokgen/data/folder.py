@@ -19,6 +19,7 @@ import concurrent.futures
 import functools
 import hashlib
 import os
+import pathlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
@@ -26,7 +27,7 @@ from typing import BinaryIO
 import numpy as np
 
 from tokgen import interfaces, ranges
-from tokgen.data import classes as names_, pixels as images
+from tokgen.data import classes as names_, pixels as images, sources
 
 EXTENSIONS = images.EXTENSIONS
 SPLITS = ("train", "held_out", "all")
@@ -63,7 +64,7 @@ _JUNK_FOLDERS = frozenset(
 _JUNK_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"))
 
 
-class Source:
+class Source(sources.RandomAccess):
     """Random access to the image files below a folder: `{"image": bytes, "label": int}`.
 
     Args:
@@ -76,7 +77,7 @@ class Source:
       order: of the classes, as it was recorded; used where it is one of the same classes.
     """
 
-    classes: tuple[str, ...]
+    holds = "files"
 
     def __init__(
         self,
@@ -237,6 +238,23 @@ class Source:
             notes += [*told, *more, *([said] if said else [])]
             files += [(f"{inner}/{file}", int(label_C[label]), size) for file, label, size in part]
         return classes, files, notes
+
+
+class OneImage(sources.RandomAccess):
+    """A single file as a source."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = self.fingerprint = str(path)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> dict[str, bytes | int]:
+        return {"image": pathlib.Path(self.path).read_bytes(), "label": 0}
+
+    def name(self, index: int) -> str:
+        """Its path."""
+        return self.path
 
 
 def _agree(found: Sequence[str], known: Sequence[str]) -> bool:

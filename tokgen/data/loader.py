@@ -22,7 +22,7 @@ import grain
 import numpy as np
 
 from tokgen import interfaces
-from tokgen.data import pixels as images, reader
+from tokgen.data import pixels as images, sources, unreadable
 
 _PATIENCE = 16  # neighbours tried for one broken element; so many in a row are no accident
 THREADS = min(4, os.cpu_count() or 1)
@@ -44,7 +44,7 @@ class Batches:
         self._length = len(source)
         self._max_bad = max_bad
         self._fate = fate
-        self.unreadable = reader.unreadable(source)
+        self.unreadable = source.unreadable
         self.step = step
         self.seen = 0
 
@@ -152,8 +152,8 @@ def batches(
         loaded,
         source,
         step=start,
-        max_bad=1.0 if hasattr(source, "missing") else max_bad,
-        fate=reader.REPLACED,
+        max_bad=1.0 if source.holds == "tokens" else max_bad,
+        fate=unreadable.REPLACED,
     )
 
 
@@ -181,7 +181,7 @@ def once(
             "flip=False"
         )
     index_N = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
-    load, record = _loader(source, view), reader.unreadable(source)
+    load, record = _loader(source, view), source.unreadable
 
     def passing():
         held = None
@@ -203,7 +203,7 @@ def once(
             yield held, ()
 
     found = _enough(passing(), record, min(least, len(index_N)))
-    return Batches(found, source, step=0, max_bad=1.0, fate=reader.LEFT_OUT)
+    return Batches(found, source, step=0, max_bad=1.0, fate=unreadable.LEFT_OUT)
 
 
 def _ahead(load: Callable, parts: Iterable[np.ndarray], threads: int):
@@ -232,7 +232,7 @@ def _joined(pieces: list[tuple[dict, list]]) -> tuple[dict, list]:
     return batch, [failure for _, broken in pieces for failure in broken]
 
 
-def _enough(passing, record: reader.Unreadable, least: int):
+def _enough(passing, record: unreadable.Record, least: int):
     """What passes; an error at its end where it was too little."""
     count = 0
     for batch, broken in passing:
@@ -275,16 +275,16 @@ def _loader(source, view: images.View | None) -> Callable:
 
     Without neighbours the broken are left out, and a batch of nothing is empty.
     """
-    view = getattr(source, "view", None) if view is None else view
+    view = source.view if view is None else view
     if view is not None:
         return lambda *which: _load_images(source, view, *which)
-    if not hasattr(source, "layout"):
+    if source.layout is None:
         raise interfaces.UserError("a source of images needs a view: its size, channels and crop")
     return lambda *which: _load_tokens(source, *which)
 
 
 def _load_tokens(source, index_B, rngs, neighbours) -> tuple[dict, list]:
-    missing, places, broken = getattr(source, "missing", {}), [], []
+    missing, places, broken = source.missing, [], []
     for row, index in enumerate(index_B):
         if int(index) in missing:
             broken.append((int(index), missing[int(index)][1]))
@@ -315,7 +315,7 @@ def _readable_tokens(source, missing, index: int, neighbours, row: int) -> int:
 
 def _load_images(source, view, index_B, rngs, neighbours) -> tuple[dict, list]:
     # A source that draws its images draws many at the price of few.
-    drawn = source.__getitems__(index_B) if hasattr(source, "__getitems__") else None
+    drawn = source.__getitems__(index_B) if source.holds == "pixels" else None
     places, records, pixels, broken = [], [], [], []
     for row, (index, rng) in enumerate(zip(index_B, rngs, strict=True)):
         record = drawn[row] if drawn else {"image": b""}
@@ -342,7 +342,7 @@ def _readable(source, view, index: int, neighbours, row: int) -> tuple[dict | No
     following = itertools.islice(neighbours(row), _PATIENCE) if neighbours else ()
     for place in itertools.chain((index,), following):
         try:
-            return reader.read(source, int(place), view.channels, view.decoder), failures
+            return sources.read(source, int(place), view.channels, view.decoder), failures
         except images.BrokenImage as error:
             failures.append((int(place), str(error)))
     if neighbours:
@@ -352,7 +352,8 @@ def _readable(source, view, index: int, neighbours, row: int) -> tuple[dict | No
 
 def _hopeless(source, failures: list, count: int) -> interfaces.UserError:
     named = "\n".join(
-        f"  {reader.name_of(source, index)}: {reason}" for index, reason in failures[: reader.NAMED]
+        f"  {unreadable.name_of(source, index)}: {reason}"
+        for index, reason in failures[: unreadable.NAMED]
     )
     return interfaces.UserError(
         f"none of {count} images in a row can be read; is this a set of images?\n{named}"

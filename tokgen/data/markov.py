@@ -27,11 +27,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tokgen import interfaces
+from tokgen.data import sources
 
 SPLITS = ("train", "held_out")
 
 
-class Language:
+class Language(sources.RandomAccess):
     """A source of tokens as `tokens.Source`, drawn from (seed, split, index) without files.
 
     The label of element i is i modulo the number of classes. The splits share the tables and
@@ -44,6 +45,8 @@ class Language:
       table_ARUUV: probabilities of a token, given the class and the tokens at the two positions.
       contexts: table_RUUV of one class -> [L, U, U], the joint distribution of those two tokens.
     """
+
+    holds = "tokens"
 
     def __init__(
         self,
@@ -77,9 +80,6 @@ class Language:
 
     def __len__(self) -> int:
         return self.count
-
-    def __getitem__(self, index: int) -> dict:
-        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         """Many records at the price of few: `{"tokens": int32 [1, L, 1], "label": int}`."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tokgen import interfaces
-from tokgen.data import pixels as images
+from tokgen.data import pixels as images, sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Drawn:
         return self.views[index](image_HWC, rng)
 
 
-class Source:
-    """Random access to images, with their view: `{"image": bytes or pixels, "label": int}`.
+class Source(sources.Around):
+    """A source of images, with their view and what encodes it: `{"image": ..., "label": int}`.
 
     Args:
-      pictures: a source of images, with text or without.
+      inner: a source of images, with text or without.
       views: names of stored views, in the order in which shards would hold them.
       size, channels: of the pixels that the tokenizer reads.
       layout: that of the tokenizer's tokens, as JSON.
@@ -62,11 +62,9 @@ class Source:
       encode: (uint8 images [B, H, W, 3]) -> tokens [B, L, G], on the devices.
     """
 
-    classes: tuple[str, ...]
-
     def __init__(
         self,
-        pictures,
+        inner: sources.RandomAccess,
         views: Sequence[str],
         *,
         size: tuple[int, int],
@@ -75,30 +73,15 @@ class Source:
         tokenizer: str,
         encode: Callable,
     ):
-        if not len(pictures):
+        if not len(inner):
             raise interfaces.UserError("the source of images is empty: there is nothing to encode")
-        self.pictures, self.classes = pictures, pictures.classes
-        self.inner = pictures  # whose images they are: what cannot be read is counted there
+        super().__init__(inner)
         self.views = tuple(views)
         self.view = Drawn(tuple(images.fixed(name, tuple(size), channels) for name in views))
         self.layout, self.encode = layout, encode
-        if hasattr(pictures, "__getitems__"):
-            self.__getitems__ = pictures.__getitems__  # images that are drawn come in batches
         what = [self.views, list(self.view.size), channels, tokenizer]
         self.fingerprint, *earlier = (
             hashlib.sha256(json.dumps([of_images, *what]).encode()).hexdigest()
-            for of_images in (pictures.fingerprint, *getattr(pictures, "earlier", ()))
+            for of_images in (inner.fingerprint, *inner.earlier)
         )
         self.earlier = tuple(earlier)
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.pictures[index]
-
-    def name(self, index: int) -> str:
-        """The name of the image."""
-        if hasattr(self.pictures, "name"):
-            return self.pictures.name(index)
-        return f"image {index}"

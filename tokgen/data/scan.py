@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from tokgen import records, report, runtime
-from tokgen.data import pixels as images, reader
+from tokgen.data import pixels as images, sources, unreadable
 from tokgen.interfaces import UserError
 
 FORMAT = 1
@@ -49,11 +49,10 @@ class Found:
     sha256: str = ""
 
 
-def pictures(source):
-    """The source of image files inside a source; None where images are drawn, or tokens."""
-    while hasattr(source, "inner"):
-        source = source.inner
-    return None if hasattr(source, "__getitems__") else source
+def pictures(source: sources.RandomAccess) -> sources.RandomAccess | None:
+    """The source of image files inside a source; None where it holds pixels or tokens."""
+    source = sources.innermost(source)
+    return source if source.holds in ("files", "bytes") else None
 
 
 def before(source, held_out, measured: np.ndarray, *, channels: int, max_bad: float) -> None:
@@ -64,22 +63,22 @@ def before(source, held_out, measured: np.ndarray, *, channels: int, max_bad: fl
     seen = pictures(held_out)
     if seen is not None and len(measured):
         readable(held_out, measured, channels)
-    _tokens_told(source, reader.REPLACED)
-    _tokens_told(held_out, reader.LEFT_OUT)
-    if len(measured) and set(measured.tolist()) <= getattr(held_out, "missing", {}).keys():
+    _tokens_told(source, unreadable.REPLACED)
+    _tokens_told(held_out, unreadable.LEFT_OUT)
+    if len(measured) and set(measured.tolist()) <= held_out.missing.keys():
         raise UserError(
             f"none of the {len(measured)} held-out images that are to be measured has tokens; "
             "repair them and run `tokgen pretokenize` again, into an empty folder:\n"
-            f"{reader.unreadable(held_out).listed()}"
+            f"{held_out.unreadable.listed()}"
         )
     taught = pictures(source)
     if taught is None:
         return
     found = _kept(taught, f"start {channels}", lambda: _start(taught, channels))
-    record = reader.unreadable(taught)
+    record = taught.unreadable
     record.looked = max(found.count, found.decoded)
     record.check(max_bad)
-    record.tell(reader.REPLACED)
+    record.tell(unreadable.REPLACED)
     report.say(
         f"scanned {len(taught)} training images: {found.count} headers, {found.decoded} decoded"
         f"{f'; and {len(measured)} held-out ones, decoded' if seen is not None else ''}"
@@ -94,9 +93,9 @@ def _start(source, channels: int) -> Found:
 
 def _tokens_told(source, fate: str) -> None:
     """Say which images of token shards have no tokens."""
-    if missing := getattr(source, "missing", {}):
-        record = reader.unreadable(source)
-        for index, (_, reason) in missing.items():
+    if source.missing:
+        record = source.unreadable
+        for index, (_, reason) in source.missing.items():
             record.add(index, reason)
         record.tell(fate)
 
@@ -115,8 +114,8 @@ def readable(source, index_N: np.ndarray, channels: int = 3) -> np.ndarray:
         return Found(len(index_N), decode(inner, index_N, channels))
 
     _kept(inner, f"some {channels} {which}", look)
-    record = reader.unreadable(inner)
-    record.tell(reader.LEFT_OUT)
+    record = inner.unreadable
+    record.tell(unreadable.LEFT_OUT)
     found = index_N[[int(index) not in record for index in index_N]]
     if len(index_N) and not len(found):
         raise UserError(
@@ -134,14 +133,14 @@ def full(source, channels: int = 3) -> Found:
 
         def one(index: int) -> None:
             digests[index] = b"unreadable"
-            record = reader.record(source, index)
+            record = sources.record(source, index)
             digests[index] = hashlib.sha256(record["image"]).digest()
             seen[index] = images.header(record["image"])
-            reader.pixels(record, channels)
+            sources.pixels(record, channels)
 
         decoded = _each(source, range(len(source)), one, what="scan")
         found = _found(len(source), decoded, seen)
-        names = (reader.name_of(source, index) for index in range(len(source)))
+        names = (unreadable.name_of(source, index) for index in range(len(source)))
         digest = hashlib.sha256()
         for index, name in enumerate(names):
             digest.update(os.fsencode(name) + b"\0" + digests[index] + b"\n")
@@ -156,12 +155,12 @@ def headers(source) -> Found:
 
     Nor looked at, where a source gives whole images only: that would read all of them.
     """
-    if not hasattr(source, "open"):
+    if source.holds != "files":
         return Found()
     seen = {}
 
     def one(index: int) -> None:
-        seen[index] = reader.header(source, index)
+        seen[index] = sources.header(source, index)
 
     # a header is little to decode and long to wait for, on a disk that is far away
     _each(source, range(len(source)), one, what="headers", threads=_WAITING)
@@ -178,7 +177,7 @@ def decode(source, indices: Iterable[int], channels: int, *, seconds: float = ma
     """Decode images, as many as there is time for; how many were."""
 
     def one(index: int) -> None:
-        reader.read(source, index, channels)
+        sources.read(source, index, channels)
 
     return _each(source, indices, one, what="scan", seconds=seconds)
 
@@ -203,7 +202,7 @@ def _each(
     threads: int = 0,
 ) -> int:
     """Call `one(index)` of many threads; notes of which images it raised BrokenImage."""
-    record = reader.unreadable(source)
+    record = source.unreadable
     index_N = np.asarray(indices, np.int64)
     ends, done = time.monotonic() + seconds, 0
 
@@ -230,7 +229,7 @@ def _each(
                 bar.update(count)
                 for index, error in broken:
                     record.add(index, str(error))
-                    record.unavailable += isinstance(error, reader.Unavailable)
+                    record.unavailable += isinstance(error, sources.Unavailable)
     finally:
         pool.shutdown(cancel_futures=True)
     return done
@@ -238,7 +237,7 @@ def _each(
 
 def _kept(source, what: str, look: Callable[[], Found]) -> Found:
     """What `look` finds, or found before: with the images that could not be read then."""
-    record, file = reader.unreadable(source), _file(source, what)
+    record, file = source.unreadable, _file(source, what)
     if file is not None and (kept := _read(file, source)) is not None:
         found, unreadable = kept
         for index, reason in unreadable:
@@ -254,10 +253,9 @@ def _kept(source, what: str, look: Callable[[], Found]) -> Found:
 
 def _file(source, what: str) -> pathlib.Path | None:
     """Where the result of a scan is kept; nowhere for a source that does not say what it is of."""
-    fingerprint = getattr(source, "fingerprint", "")
-    if not fingerprint:
+    if not source.fingerprint:
         return None
-    key = json.dumps([FORMAT, fingerprint, getattr(source, "changed", 0), what])
+    key = json.dumps([FORMAT, source.fingerprint, source.changed, what])
     return (
         runtime.cache_folder() / "scans" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     )
@@ -278,7 +276,7 @@ def _read(file: pathlib.Path, source) -> tuple[Found, list] | None:
     return found, unreadable
 
 
-def _write(file: pathlib.Path, found: Found, record: reader.Unreadable) -> None:
+def _write(file: pathlib.Path, found: Found, record: unreadable.Record) -> None:
     content = {
         "count": found.count,
         "decoded": found.decoded,

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tokgen import interfaces, ranges
+from tokgen.data import sources
 
 # Ten that stay apart at 32 pixels and under any rotation. No star and no plus: generators of this
 # size break them into fragments. No rhombus, hexagon or ellipse: these turn into a square or disc.
@@ -86,7 +87,7 @@ _JITTER, _NEAR, _FAR, _TRIED = 8, 16, 20, 24
 _NUMBERS = _TRIED + 3 * _CANDIDATES
 
 
-class Source:
+class Source(sources.RandomAccess):
     """Random access to drawn shapes: `{"image": uint8 [rows, columns, channels], "label": int}`.
 
     The label of image i is i % 10. The splits share nothing but the kind of picture.
@@ -95,7 +96,8 @@ class Source:
       form: `easy`, `palette` or `hard`; or a Freedom of one's own.
     """
 
-    classes: tuple[str, ...] = CLASSES
+    holds = "pixels"
+    classes = CLASSES
 
     def __init__(
         self,
@@ -127,9 +129,6 @@ class Source:
 
     def __len__(self) -> int:
         return self.count
-
-    def __getitem__(self, index: int) -> dict:
-        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         """Many records at the price of few."""

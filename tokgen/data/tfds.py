@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets
 
 from tokgen import interfaces
-from tokgen.data import pixels as images, reader
+from tokgen.data import pixels as images, sources
 
 SPLITS = ("train", "held_out", "all")
 LABELS = ("feature", "none")
@@ -23,7 +23,7 @@ _LOOKED = 16  # records whose labels are looked at before anything is done
 _HASHED = 256  # records that a fingerprint reads
 
 
-class Source:
+class Source(sources.RandomAccess):
     """Random access to a prepared set: `{"image": bytes, "label": int}`.
 
     Args:
@@ -37,8 +37,6 @@ class Source:
       labels: `feature`, or `none`.
       doubtful: labels that are there and cannot be read: `refuse` or `drop` them.
     """
-
-    classes: tuple[str, ...]
 
     def __init__(
         self,
@@ -74,7 +72,6 @@ class Source:
                 f"the TFDS set {dataset} must have a feature named image; found {found}; choose a "
                 "set of images"
             )
-        self.notes: tuple[str, ...] = ()
         try:
             self._label, self.classes = _classes(dataset, features, label, count, labels)
         except interfaces.UserError as error:
@@ -139,10 +136,10 @@ class Source:
         try:
             record = self._records[index]
         except (RuntimeError, IndexError) as error:  # as array_record says it
-            raise reader.Unavailable(f"its record cannot be read: {error}") from error
+            raise sources.Unavailable(f"its record cannot be read: {error}") from error
         wanted = ("image", self._label) if self._label else ("image",)
         if any(record[name] is None for name in wanted):  # a shard that was cut off gives such
-            raise reader.Unavailable("its record is empty: the shard that holds it is damaged")
+            raise sources.Unavailable("its record is empty: the shard that holds it is damaged")
         return record
 
     def _label_of(self, record: dict, index: int) -> int:

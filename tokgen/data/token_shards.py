@@ -28,6 +28,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from tokgen import interfaces, records as records_
+from tokgen.data import sources
 
 FORMAT = 2  # the version of all of the above
 FORMATS = (1, FORMAT)  # that are read; 1 knew no digest of the header
@@ -234,7 +235,7 @@ class Writer:
                 os.remove(os.path.join(self.path, name))
 
 
-class Source:
+class Source(sources.RandomAccess):
     """Random access to token shards: `{"tokens": int32 [views, L, G], "label": int}`.
 
     Whatever is wrong with the folder is a UserError here, before any training.
@@ -243,6 +244,8 @@ class Source:
       split: `train` or `held_out`.
       verify: also compare each shard with its checksum, and every token with its alphabet.
     """
+
+    holds = "tokens"
 
     def __init__(self, path: str | os.PathLike, *, split: str = "train", verify: bool = True):
         self.path = os.fspath(path)
@@ -255,11 +258,11 @@ class Source:
                 f"{self.path} has no split {split!r}, only {', '.join(self.header['splits'])}; "
                 f"choose one of these, or {_REMEDY}"
             )
-        self.layout: dict = self.header["layout"]
-        self.classes: tuple[str, ...] = tuple(self.header["classes"])
-        self.views: tuple[str, ...] = tuple(self.header["views"])
+        self.layout = self.header["layout"]
+        self.classes = tuple(self.header["classes"])
+        self.views = tuple(self.header["views"])
         # of images that could not be read; the stream reads none of these
-        self.missing: dict[int, tuple[str, str]] = {}
+        self.missing = {}
         for shard in parts[split]["shards"]:
             self.missing |= _missing(shard)
         self._packing = _Packing(self.header)
@@ -319,9 +322,6 @@ class Source:
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
-
-    def __getitem__(self, index: int) -> dict:
-        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         """Many records; each shard is read once."""

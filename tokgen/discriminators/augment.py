@@ -1,6 +1,6 @@
-"""Differentiable augmentation (arXiv:2006.10738): what a critic is shown, real and painted alike.
+"""Differentiable augmentation (arXiv:2006.10738) of what a discriminator sees, real or fake.
 
-Images are in [-1, 1], as critics see them; every image of a batch is changed by its own draw.
+Images are in [-1, 1], as discriminators see them; each of a batch is changed by its own draw.
 """
 
 from __future__ import annotations

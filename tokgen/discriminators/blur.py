@@ -1,4 +1,4 @@
-"""The patch critic with blurred strides of VQGAN+ (MaskBit, arXiv:2409.16211) and TiTok.
+"""The patch discriminator with blurred strides of VQGAN+ (MaskBit, arXiv:2409.16211) and TiTok.
 
 Smaller than the PatchGAN: convolutions keep the size, a fixed filter halves it (arXiv:1904.11486),
 and the largest values of 16 x 16 areas are judged.
@@ -70,7 +70,8 @@ class Discriminator(nnx.Module):
         for name, value, known in (("down", down, DOWN), ("activation", activation, ACTIVATIONS)):
             if value not in known:
                 raise interfaces.UserError(
-                    f"{name} of the blur critic must be one of {', '.join(known)}; found {value!r}"
+                    f"{name} of the blur discriminator must be one of {', '.join(known)}; found "
+                    f"{value!r}"
                 )
         self.channels, self.smallest = channels, 2**stages
         self.activation = ACTIVATIONS[activation]
@@ -87,7 +88,7 @@ class Discriminator(nnx.Module):
         shape = image_BHW3.shape
         if len(shape) != 4 or shape[3] != self.channels or min(shape[1:3]) < self.smallest:
             raise interfaces.UserError(
-                f"this blur critic needs images [B, H, W, {self.channels}] of at least "
+                f"this blur discriminator needs images [B, H, W, {self.channels}] of at least "
                 f"{self.smallest} x {self.smallest} pixels; found {shape}: use fewer stages"
             )
         x = (image_BHW3.astype(jnp.float32) + 1) / 2  # published on [0, 1]

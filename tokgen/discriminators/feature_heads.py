@@ -1,4 +1,4 @@
-"""The critic of VAR's tokenizer (arXiv:2404.02905): small heads on the features of a frozen DINO.
+"""The discriminator of VAR's tokenizer (arXiv:2404.02905): heads on the features of a frozen DINO.
 
 As projected GANs have it (arXiv:2301.09515). Every level of the trunk has a head of circular
 convolutions over the sequence of patches, with spectral and batch normalisation.
@@ -123,9 +123,9 @@ class Discriminator(nnx.Module):
     Without a key the whole image is brought to `size`, by areas or, when it is smaller, by cubic
     interpolation. With one, half the calls see a random crop of larger images instead.
 
-    The call, for the critic's own loss, normalises by the batch it is handed; `evaluated`, for
-    the painter's, by running statistics, which `maintain` moves after a step of the critic. The
-    trunk is drawn at random until `load` fills it.
+    The call, for the discriminator's own loss, normalises by the batch it is handed; `evaluated`,
+    for the tokenizer's, by running statistics, which `maintain` moves after a step of the
+    discriminator. The trunk is drawn at random until `load` fills it.
     """
 
     @ranges.checked
@@ -152,25 +152,26 @@ class Discriminator(nnx.Module):
         weights.fill(self.trunk.slots(), arrays, what="DINO", source=dino.SOURCE)
 
     def __call__(self, image_BHW3: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        return self._judged(image_BHW3, key, BatchNorm.by_batch)
+        return self._logits(image_BHW3, key, BatchNorm.by_batch)
 
     def evaluated(self, image_BHW3: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """The same by running statistics: an image is judged alone."""
-        return self._judged(image_BHW3, key, BatchNorm.by_record)
+        """image_BHW3 in [-1, 1] -> logits by running statistics: an image is scored alone."""
+        return self._logits(image_BHW3, key, BatchNorm.by_record)
 
     def maintain(self, image_BHW3: jax.Array, key: jax.Array | None = None):
-        """Move running statistics and spectral directions; once for real, once for painted."""
-        self._judged(image_BHW3, key, BatchNorm.recorded)
+        """Move running statistics and spectral directions; once for real, once for fake images."""
+        self._logits(image_BHW3, key, BatchNorm.recorded)
         for head in self.heads:
             for conv in (*head.convs, head.last):
                 conv.maintain()
 
-    def _judged(
+    def _logits(
         self, image_BHW3: jax.Array, key: jax.Array | None, normalise: Callable
     ) -> jax.Array:
         if image_BHW3.ndim != 4 or image_BHW3.shape[3] != self.channels:
             raise interfaces.UserError(
-                f"this critic needs images [B, H, W, {self.channels}]; found {image_BHW3.shape}"
+                f"this discriminator needs images [B, H, W, {self.channels}]; found "
+                f"{image_BHW3.shape}"
             )
         levels = self.trunk(imagenet.normalised(self._fitted(image_BHW3, key), 1))
         logits = [head(x, normalise) for head, x in zip(self.heads, levels, strict=True)]

@@ -1,4 +1,4 @@
-"""How critics make their maps smaller: fixed filters, means, maxima."""
+"""How discriminators make their maps smaller: fixed filters, means, maxima."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The residual critic of StyleGAN2 (arXiv:1912.04958): one opinion on the whole image.
+"""The residual discriminator of StyleGAN2 (arXiv:1912.04958): one logit for the whole image.
 
 As MaskGIT trains its tokenizer against (arXiv:2202.04200), and as LlamaGen offers it
 (arXiv:2406.06525). The forms differ in how a block halves its map and in the range of the images.
@@ -109,19 +109,21 @@ class Discriminator(nnx.Module):
     ):
         if form not in FORMS:
             raise interfaces.UserError(
-                f"form of the StyleGAN critic must be one of {', '.join(FORMS)}; found {form!r}"
+                f"form of the StyleGAN discriminator must be one of {', '.join(FORMS)}; found "
+                f"{form!r}"
             )
         if size < 2 * SMALLEST or size & (size - 1):
             raise interfaces.UserError(
-                f"the StyleGAN critic needs images of a power of two, at least {2 * SMALLEST} "
-                f"pixels; found size={size}: resize the data, or use critic patchgan"
+                "the StyleGAN discriminator needs images of a power of two, at least "
+                f"{2 * SMALLEST} pixels; found size={size}: resize the data, or use the "
+                "discriminator patchgan"
             )
         sizes = [size >> n for n in range(int(math.log2(size // SMALLEST)) + 1)]
         published = [WIDTHS[each] * multiplier if each in WIDTHS else 512 for each in sizes]
         widths = list(widths) or published
         if len(widths) != len(sizes):
             raise interfaces.UserError(
-                f"the StyleGAN critic of {size} pixels needs {len(sizes)} widths, for "
+                f"the StyleGAN discriminator of {size} pixels needs {len(sizes)} widths, for "
                 f"{', '.join(map(str, sizes))} pixels; found widths={tuple(widths)}"
             )
         self.channels, self.size, self.lowest = channels, size, FORMS[form].lowest
@@ -148,7 +150,7 @@ class Discriminator(nnx.Module):
         wanted = (self.size, self.size, self.channels)
         if image_BHW3.ndim != 4 or image_BHW3.shape[1:] != wanted:
             raise interfaces.UserError(
-                f"this StyleGAN critic needs images {list(wanted)} after the batch; found "
+                f"this StyleGAN discriminator needs images {list(wanted)} after the batch; found "
                 f"{image_BHW3.shape}: set its size to that of the data"
             )
         white = image_BHW3.astype(jnp.float32)

@@ -18,8 +18,8 @@ import numpy as np
 
 from tokgen import archives
 from tokgen.checkpoints import checkpoint
-from tokgen.data import datasets, loader, scan
-from tokgen.evaluation import feature_extractors, given_images, validation
+from tokgen.data import datasets, loader, npz, scan
+from tokgen.evaluation import feature_extractors, validation
 from tokgen.interfaces import PyTree, UserError
 from tokgen.metrics import codebook
 from tokgen.sampling import drawing
@@ -89,10 +89,10 @@ class Drawn:
         return len(jax.tree.leaves(self.cond)[0])
 
     @functools.cached_property
-    def archive(self) -> given_images.Archive | None:
+    def archive(self) -> npz.Archive | None:
         """All images, where they are kept: looked for once the folder is this score's own."""
         whole = self.folder.parent / "samples.npz"
-        return given_images.Archive(whole) if whole.exists() else None
+        return npz.Archive(whole) if whole.exists() else None
 
     def part(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Images and labels `start` to `stop`: drawn now, or as they were kept."""
@@ -120,7 +120,7 @@ class Drawn:
 
     def keep(self, path: pathlib.Path) -> None:
         """Take the images from the archive at `path` from now on: parts would keep them twice."""
-        self.archive = given_images.Archive(path)
+        self.archive = npz.Archive(path)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -17,7 +17,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from tokgen import archives, records
-from tokgen.evaluation import feature_extractors, given_images, protocols
+from tokgen.data import npz
+from tokgen.evaluation import feature_extractors, protocols
 from tokgen.interfaces import UserError
 from tokgen.metrics import moments as moments_
 
@@ -207,10 +208,10 @@ def replaced(reference: Reference, features: Mapping[str, np.ndarray]) -> Refere
     return dataclasses.replace(reference, features=dict(features))
 
 
-def images_of(path: pathlib.Path) -> given_images.Archive | None:
+def images_of(path: pathlib.Path) -> npz.Archive | None:
     """The images that ADM's references hold beside their statistics."""
     with archives.opened(path) as archive:
-        return given_images.Archive(path) if "arr_0" in archives.names(archive) else None
+        return npz.Archive(path) if "arr_0" in archives.names(archive) else None
 
 
 def _with_inception() -> list[str]:

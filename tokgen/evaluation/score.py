@@ -14,7 +14,7 @@ from tokgen import options, output, report, runtime
 from tokgen.backbones import lpips
 from tokgen.checkpoints import checkpoint
 from tokgen.commands import sample
-from tokgen.data import classes as names_, datasets, reader
+from tokgen.data import classes as names_, datasets, npz
 from tokgen.evaluation import (
     collect,
     feature_extractors,
@@ -130,9 +130,11 @@ def supply_of(args: argparse.Namespace, protocol, out: pathlib.Path) -> tuple[ob
             )
         options.check_mode(args, options.EVALUATE, options.SAMPLES)
         given = given_images.given(path, args.accept, args.labels)
-        if isinstance(given, given_images.Archive):
+        if isinstance(given, npz.Archive):
             options.check(args, {"labels": "folders of images"})
-        datasets.tell(str(path), all=getattr(given, "source", given))
+        datasets.tell(
+            str(path), all=given.source if isinstance(given, given_images.Pictures) else given
+        )
         if 0 < args.samples < len(given):
             return given_images.Spread(given, args.samples), classes_of(given)
         return given, classes_of(given)
@@ -166,7 +168,7 @@ def _kind(path: str) -> str:
 
 def classes_of(given) -> int:
     """How many classes the labels of given samples may be of."""
-    if isinstance(given, given_images.Archive) and not given.classes:
+    if isinstance(given, npz.Archive) and not given.classes:
         return 0 if given.label_N is None else int(given.label_N.max()) + 1
     return len(given.classes)
 
@@ -325,7 +327,7 @@ def scored(
     figures = collect.of_pairs(found, args.seed) | figures
     line = collect.record(identity, figures, absent, found)
     if getattr(supply, "unreadable", 0):
-        line["unreadable"] = reader.unreadable(supply.source).record()
+        line["unreadable"] = supply.source.unreadable.record()
     return line, found
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tokgen.commands import reference as reference_
-from tokgen.data import pixels as images, reader
+from tokgen.data import datasets, pixels as images, sources
 from tokgen.evaluation import collect, measures, page, protocols, references
 from tokgen.interfaces import UserError
 
@@ -146,15 +144,14 @@ def _real(reference: references.Reference) -> tuple:
             return None, f"{reference.path.name} holds no images"
         return lambda rows_n: gathered(kept, rows_n, len(kept)), ""
     dataset, size = record["dataset"], tuple(record["size"])
-    if dataset.startswith("tfds:"):
+    if datasets.kind_of(dataset) == "tfds":
         return None, f"{dataset} is not opened for a page"
     try:
         # what was written before has no word of labels
-        asked = argparse.Namespace(data=dataset, labels=record.get("labels", ""))
-        source = reference_.source_of(asked, record["split"])
+        source = datasets.from_path(dataset, record["split"], labels=record.get("labels", ""))
     except UserError as error:
         return None, f"its data set is not there any more: {error}"
-    if record["fingerprint"] not in (source.fingerprint, *getattr(source, "earlier", ())):
+    if record["fingerprint"] not in (source.fingerprint, *source.earlier):
         return None, f"{dataset} is not what it was when the reference was made"
     index_n = reference.index_n
     return lambda rows_n: np.stack([_pixels(source, int(i), size) for i in index_n[rows_n]]), ""
@@ -163,9 +160,9 @@ def _real(reference: references.Reference) -> tuple:
 def _pixels(source, index: int, size: tuple[int, int]) -> np.ndarray:
     """An image of the reference as it was seen; gray, and told, where it cannot be read now."""
     try:
-        found = reader.read(source, index, 3)["image"]
+        found = sources.read(source, index, 3)["image"]
     except images.BrokenImage as error:
-        unreadable = reader.unreadable(source)
+        unreadable = source.unreadable
         unreadable.add(index, str(error))
         unreadable.tell("the page shows them gray")
         return np.full((*size, 3), 128, np.uint8)

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from flax import nnx
 
@@ -28,7 +29,7 @@ from tokgen.interfaces import PyTree, Text, TokenLayout, UserError
 from tokgen.nn import precision, transformer
 from tokgen.sampling import decode, presets, sampler as filters
 from tokgen.training import (
-    gan,
+    gan as gans,
     optimizer as optimizers,
     safeguards,
     stages,
@@ -126,8 +127,8 @@ class TokenizerFields(Fields):
     perceptual: Mapping[str, str] = dataclasses.field(default_factory=dict)
     teacher: str = ""
     stages: tuple[dict, ...] = ()
-    critic: dict
-    guard: dict = dataclasses.field(default_factory=dict)
+    discriminator: dict
+    safeguards: dict = dataclasses.field(default_factory=dict)
     max_bad: ranges.Share
 
 
@@ -155,32 +156,34 @@ SHARED = dict(
 
 def tokenizer_fields(settings) -> None:
     """Every field of a tokenizer's config, alone and together; no device is touched."""
-    critic = settings.get("critic")
-    # also of a critic that is off: it may be turned on
-    has_rival = hasattr(critic, "items") and (critic.get("weight") or critic.get("optimizer"))
-    rival = {"critic__optimizer": (optimizers.optimizer, ("steps", "begin"))} if has_rival else {}
+    discriminator = settings.get("discriminator")
+    # also of a discriminator that is off: it may be turned on
+    stated = hasattr(discriminator, "items") and (
+        discriminator.get("weight") or discriminator.get("optimizer")
+    )
+    its = {"discriminator__optimizer": (optimizers.optimizer, ("steps", "begin"))} if stated else {}
     building.check(
         settings,
         TokenizerFields,
         view=(images.View, ()),
         optimizer=(optimizers.optimizer, ("steps", "begin")),
-        critic=(gan.Game, ()),
-        **rival,
-        guard=(safeguards.Limits, ()),
+        discriminator=(gans.GAN, ()),
+        **its,
+        safeguards=(safeguards.Limits, ()),
         held_out=(HeldOut, ()),
         **SHARED,
     )
     ranges.refuse([*_shared(settings), *_weights(settings)])
     plan = stages.plan(settings)
-    game = building.call(gan.Game, settings.critic, "critic")
-    building.call(safeguards.Limits, settings.get("guard", {}), "guard")
+    gan = building.call(gans.GAN, settings.discriminator, "discriminator")
+    building.call(safeguards.Limits, settings.get("safeguards", {}), "safeguards")
     building.call(images.View, settings.view, "view")
-    if rival:
-        _optimizer(game.optimizer, "critic.optimizer", settings.steps)
-    if game.weight and "name" not in game.network:
+    if stated:
+        _optimizer(gan.optimizer, "discriminator.optimizer", settings.steps)
+    if gan.weight and "name" not in gan.network:
         raise UserError(
-            f"critic.weight={game.weight:g} needs a critic: give critic.network a name, such as "
-            "patchgan, or set critic.weight=0"
+            f"discriminator.weight={gan.weight:g} needs a discriminator: give "
+            "discriminator.network a name, such as patchgan, or set discriminator.weight=0"
         )
     for number, stage in enumerate(plan):
         _check_aim(stage, {**settings.loss, **stage.loss}, f"stages[{number}]")
@@ -188,7 +191,7 @@ def tokenizer_fields(settings) -> None:
 
 
 def generator_fields(settings) -> None:
-    """The same of a generator's config."""
+    """Every field of a generator's config, alone and together; no device is touched."""
     building.check(
         settings,
         GeneratorFields,
@@ -286,23 +289,23 @@ def tokenizer(
 ) -> nnx.Module:
     """The Tokenizer as shapes, after every kind of step was traced; UserError for what cannot run.
 
-    `frozen` is what `painter.load_frozen` gives, as arrays or as shapes; `text` the shape of the
-    features of one image, where the data has any; `memory` the bytes of all devices together.
+    `frozen` is what `tokenizer_step.load_frozen` gives, as arrays or as shapes; `text` the shape of
+    the features of one image, where the data has any; `memory` the bytes of all devices together.
     """
     tokenizer_fields(settings)
     plan = stages.plan(settings)
-    game = building.call(gan.Game, settings.critic, "critic")
-    limits = building.call(safeguards.Limits, settings.get("guard", {}), "guard")
+    gan = building.call(gans.GAN, settings.discriminator, "discriminator")
+    limits = building.call(safeguards.Limits, settings.get("safeguards", {}), "safeguards")
     sharding.check_batch(settings.batch_size, mesh)
     shapes = nnx.eval_shape(lambda: building.tokenizer(settings, rngs=nnx.Rngs(0)))
     stages.check(plan, shapes)
-    begin, _ = game.steps(settings.steps)
+    begin, _ = gan.steps(settings.steps)
     batch = _pictures(settings, text)
     for stage in plan:
-        networks, graphs, optimizer = painted(settings, stage, game, mesh)
+        networks, graphs, optimizer = networks_of(settings, stage, gan, mesh)
         check_memory(networks, batch, memory or bytes_of(mesh))
-        steps = tokenizer_step.Steps(settings, game, limits, graphs, optimizer, 0)
-        # a stage may see the critic begin
+        steps = tokenizer_step.Steps(settings, gan, limits, graphs, optimizer, 0)
+        # a stage may see the discriminator begin
         for playing in sorted({stage.begin >= begin, stage.end - 1 >= begin}):
             jax.eval_shape(steps(stage, playing), networks, batch, frozen)
     return shapes
@@ -319,7 +322,9 @@ def generator(
     text: tuple[int, int] | None = None,
     memory: int | None = None,
 ) -> tuple[nnx.Module, filters.Sampler]:
-    """The same of a Generator, and of the decode by its default preset, whose Sampler comes too.
+    """(the Generator as shapes, the default preset's Sampler) after all that will run was traced.
+
+    That is a step of training, and the decode by the default preset; UserError for what cannot run.
 
     `train_step` gives (settings, structure, optimizer) -> step; `codec` is the tokenizer's
     quantizer, as arrays or as shapes.
@@ -355,12 +360,6 @@ def generator(
             functools.partial(_decoded, samplers["default"][1]), samplers["default"][0], codec, cond
         )
     return shapes, samplers["default"][1]
-
-
-def text_of(source) -> tuple[int, int] | None:
-    """The shape of the text features of an image, where a source of the stream has any."""
-    features = getattr(getattr(source, "pictures", source), "features", None)
-    return None if features is None else features[0]["text"].shape
 
 
 def _decoded(sampler, generator, codec, cond):
@@ -402,7 +401,7 @@ def _tokens(settings, layout: TokenLayout, shapes, text) -> dict[str, jax.ShapeD
 
 
 def _pictures(settings, text: tuple[int, int] | None) -> dict[str, jax.ShapeDtypeStruct]:
-    """The same of a tokenizer's."""
+    """A batch of images, and of their texts where `text` is their shape, as shapes."""
     B, (rows, columns) = settings.batch_size, settings.view.size
     shape = (B, rows, columns, settings.view.get("channels", 3))
     batch = {
@@ -414,10 +413,15 @@ def _pictures(settings, text: tuple[int, int] | None) -> dict[str, jax.ShapeDtyp
     return batch
 
 
-def painted(settings, stage: stages.Stage, game: gan.Game, mesh: jax.sharding.Mesh):
-    """What `painter.create` gives, its arrays as shapes."""
+def networks_of(
+    settings: ml_collections.ConfigDict,
+    stage: stages.Stage,
+    gan: gans.GAN,
+    mesh: jax.sharding.Mesh,
+) -> tuple[PyTree, tokenizer_step.Graphs, optimizers.Optimizer | None]:
+    """What `tokenizer_step.create` gives, its arrays as shapes."""
     (graphs, optimizer), networks = _created(
-        lambda: _turned(*tokenizer_step.create(settings, stage, game, mesh))
+        lambda: _turned(*tokenizer_step.create(settings, stage, gan, mesh))
     )
     return networks, graphs, optimizer
 

@@ -1,4 +1,8 @@
-"""The critic's side of training: how a config describes the game, and the critic's own step."""
+"""A tokenizer's training as a GAN: what a config says of it, the discriminator's step, the weight.
+
+The tokenizer is what the literature of GANs calls the generator; its own step is
+`tokenizer_step.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -9,40 +13,43 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
+from flax import nnx
 
-from tokgen import losses, parameters, ranges, report, rng
-from tokgen.config import building as configs
+from tokgen import choices, losses, parameters, ranges, report, rng
+from tokgen.config import building
 from tokgen.discriminators import augment, feature_heads
-from tokgen.interfaces import Array, UserError
+from tokgen.interfaces import Array, PyTree, UserError
 from tokgen.pretrained.formats import reader
 from tokgen.training import optimizer as optimizers, train_state
 
 TRUNK = r"(?!trunk/).*"  # everything but a frozen feature network
+LAST_LAYER = ("conv_out", "kernel")  # of the decoder: where the adaptive weight compares gradients
 
 
 @dataclasses.dataclass(frozen=True)
-class Game:
-    """The section `critic` of a config.
+class GAN:
+    """The section `discriminator` of a config.
 
     Attributes:
-        weight: of the adversarial term; 0: no critic.
+        weight: of the adversarial term; 0: no discriminator.
         limit, floor, epsilon: of the adaptive weight (Eq. 7 of arXiv:2012.09841), by which
             `weight` is multiplied; limit 0 makes the weight constant.
-        start: as a share of the run: the critic begins to learn.
-        warmup: this much later the painter begins to play against it; half-way ones in between
+        start: as a share of the run: the discriminator begins to learn.
+        warmup: this much later the tokenizer's loss gets its adversarial term; all at once, but
             with `ramp`.
         ramp: share of the run over which the weight rises to its full value.
-        loss, painter: what critic and painter descend, names of `losses.DISCRIMINATOR` and
-            `losses.GENERATOR`.
-        critic_weight: of the critic's loss (LlamaGen multiplies it too).
+        loss, generator_loss: what discriminator and tokenizer descend, names of
+            `losses.DISCRIMINATOR` and `losses.GENERATOR`.
+        loss_weight: of the discriminator's loss (LlamaGen multiplies it too).
         lecam, lecam_form: weight and form of LeCam.
         r1: weight of the gradient penalty on real images.
-        augmented: differentiable augmentations that both sides are seen through, names of
-            `critics.augment.KINDS` in the order in which they are done; none: ().
+        augmented: differentiable augmentations of real and reconstructed images, names of
+            `discriminators.augment.KINDS` in the order in which they are done; none: ().
         consistency: weight of agreement between two augmentations of an image, of the sum over
-            real and painted ones.
-        first: who moves first in a step, "painter" or "critic".
-        features: weight file of the frozen feature network, for `network.name="feature_heads"`.
+            real and reconstructed ones.
+        first: whose step comes first, "tokenizer" or "discriminator".
+        features: weight file of the frozen network, for `network.name="feature_heads"`.
         network, optimizer: sections of their own.
     """
 
@@ -54,148 +61,195 @@ class Game:
     warmup: ranges.Share = 0.0
     ramp: ranges.Share = 0.0
     loss: str = "hinge"
-    painter: str = "hinge"
-    critic_weight: ranges.Amount = 1.0
+    generator_loss: str = "hinge"
+    loss_weight: ranges.Amount = 1.0
     lecam: ranges.Amount = 0.0
     lecam_form: str = "means"
     r1: ranges.Amount = 0.0
     augmented: tuple[str, ...] = ()
     consistency: ranges.Amount = 0.0
-    first: str = "painter"
+    first: str = "tokenizer"
     features: str = ""
     network: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         ranges.check(self)
-        losses.named(losses.DISCRIMINATOR, self.loss, "critic.loss")
-        losses.named(losses.GENERATOR, self.painter, "critic.painter")
-        losses.named(losses.LECAM, self.lecam_form, "critic.lecam_form")
-        if self.first not in ("painter", "critic"):
-            raise UserError(f"critic.first must be painter or critic; found {self.first!r}")
+        choices.named(losses.DISCRIMINATOR, self.loss, "discriminator.loss")
+        choices.named(losses.GENERATOR, self.generator_loss, "discriminator.generator_loss")
+        choices.named(losses.LECAM, self.lecam_form, "discriminator.lecam_form")
+        if self.first not in ("tokenizer", "discriminator"):
+            known = ("tokenizer", "discriminator")
+            raise UserError(choices.refusal(known, self.first, "discriminator.first"))
         kinds = list(self.augmented) if isinstance(self.augmented, tuple) else [None]
         if [kind for kind in kinds if kind not in augment.KINDS or kinds.count(kind) > 1]:
             raise UserError(
-                f"critic.augmented must be different ones of {', '.join(augment.KINDS)} in the "
-                f"order in which they are done, as {augment.KINDS!r}; found {self.augmented!r}"
+                f"discriminator.augmented must be different ones of {', '.join(augment.KINDS)} in "
+                f"the order in which they are done, as {augment.KINDS!r}; found {self.augmented!r}"
             )
 
     def steps(self, total: int) -> tuple[int, int]:
-        """(step at which the critic begins to learn, step at which the painter begins to play)."""
+        """(step at which the discriminator begins to learn, step of the first adversarial term)."""
         if self.weight == 0:
             return total, total
         begin = round(self.start * total)
         return begin, begin + round(self.warmup * total)
 
 
-def build(game: Game, settings, *, rngs):
-    """The critic; without the weights that a feature network needs, PatchGAN in its place."""
-    section = dict(game.network)
-    if section.get("name") == "feature_heads" and not game.features:
+def build(gan: GAN, settings: ml_collections.ConfigDict, *, rngs: nnx.Rngs) -> nnx.Module:
+    """The discriminator; a PatchGAN where a feature network has no weights to look through."""
+    section = dict(gan.network)
+    if section.get("name") == "feature_heads" and not gan.features:
         report.say(
-            "critic: PatchGAN, since config.critic.features names no weights of DINO ViT-S/16 "
-            "(docs/data.md)"
+            "discriminator: PatchGAN, since config.discriminator.features names no weights of DINO "
+            "ViT-S/16 (docs/data.md)"
         )
         section = dict(name="patchgan")
     context = dict(channels=settings.view.channels, rngs=rngs)
     if section.get("name") == "stylegan":
         context["size"] = settings.view.size[0]
-    critic = configs.build(section, "critic.network", **context)
-    if isinstance(critic, feature_heads.Discriminator):
-        critic.load(*game.features.split(","), read=reader.network)
-    return critic
+    discriminator = building.build(section, "discriminator.network", **context)
+    if isinstance(discriminator, feature_heads.Discriminator):
+        discriminator.load(*gan.features.split(","), read=reader.network)
+    return discriminator
 
 
-def views(judge, game: Game, key: Array) -> tuple[Callable, Callable]:
-    """The critic as it sees images while it learns, and as the painter is judged by it."""
-    learning, judging = judge, judge
-    if isinstance(judge, feature_heads.Discriminator):
-        # running statistics for the painter: its image is judged alone
+def views(discriminator: nnx.Module, gan: GAN, key: Array) -> tuple[Callable, Callable]:
+    """(image -> logits for the discriminator's own loss, the same for the tokenizer's).
+
+    They differ where a network normalises by the batch it is handed: the tokenizer's images are
+    scored by running statistics, each alone.
+    """
+    learning = scoring = discriminator
+    if isinstance(discriminator, feature_heads.Discriminator):
         crop = rng.use(key, rng.CROP)
-        learning = functools.partial(judge, key=crop)
-        judging = functools.partial(judge.evaluated, key=crop)
-    if game.augmented:
+        learning = functools.partial(discriminator, key=crop)
+        scoring = functools.partial(discriminator.evaluated, key=crop)
+    if gan.augmented:
         changed = functools.partial(
-            augment.augment, kinds=game.augmented, key=rng.use(key, rng.AUGMENT)
+            augment.augment, kinds=gan.augmented, key=rng.use(key, rng.AUGMENT)
         )
-        learning, judging = (
-            functools.partial(_through, look, changed) for look in (learning, judging)
+        learning, scoring = (
+            functools.partial(_through, view, changed) for view in (learning, scoring)
         )
-    return learning, judging
+    return learning, scoring
 
 
-def _through(look: Callable, change: Callable, image_BHW3: Array) -> Array:
-    return look(change(image_BHW3))
+def _through(view: Callable, change: Callable, image_BHW3: Array) -> Array:
+    return view(change(image_BHW3))
 
 
-def critic_step(game: Game, graph, optimizer: optimizers.Optimizer) -> Callable:
-    """(critic, averages, image, painted, key) -> (critic, averages, scalars)."""
+# ---------------------------------------------------------------- the discriminator's step
 
-    def step(critic, averages, image_BHW3, painted_BHW3, key):
-        painted_BHW3 = jax.lax.stop_gradient(painted_BHW3)
+
+def discriminator_step(gan: GAN, graph: nnx.GraphDef, optimizer: optimizers.Optimizer) -> Callable:
+    """(state, averages, image, reconstruction, key) -> (state, averages, scalars)."""
+
+    def step(
+        state: train_state.TrainState,
+        averages: Mapping[str, Array],
+        image_BHW3: Array,
+        reconstruction_BHW3: Array,
+        key: Array,
+    ):
+        reconstruction_BHW3 = jax.lax.stop_gradient(reconstruction_BHW3)
 
         def loss(params):
-            judge = parameters.merge(graph, params, critic.stats)
-            look, _ = views(judge, game, rng.use(key, rng.REAL))
-            other, _ = views(judge, game, rng.use(key, rng.PAINTED))
-            total, seen = losses.critic_loss(
-                look,
+            discriminator = parameters.merge(graph, params, state.stats)
+            on_real, _ = views(discriminator, gan, rng.use(key, rng.REAL))
+            on_fake, _ = views(discriminator, gan, rng.use(key, rng.FAKE))
+            total, seen = losses.discriminator_loss(
+                on_real,
                 image_BHW3,
-                painted_BHW3,
+                reconstruction_BHW3,
                 averages,
-                painted_critic=other,
-                loss=game.loss,
-                lecam=game.lecam_form,
-                lecam_weight=game.lecam,
-                r1_weight=game.r1,
+                on_fake=on_fake,
+                loss=gan.loss,
+                lecam=gan.lecam_form,
+                lecam_weight=gan.lecam,
+                r1_weight=gan.r1,
             )
-            if game.consistency > 0:
+            if gan.consistency > 0:
                 seen["consistency"] = 0.0
-                sides = (look, rng.REAL, image_BHW3), (other, rng.PAINTED, painted_BHW3)
+                sides = (on_real, rng.REAL, image_BHW3), (on_fake, rng.FAKE, reconstruction_BHW3)
                 for once, side, image in sides:
-                    again, _ = views(judge, game, rng.use(rng.use(key, rng.AGAIN), side))
+                    again, _ = views(discriminator, gan, rng.use(rng.use(key, rng.AGAIN), side))
                     apart = losses.consistency(once(2 * image - 1), again(2 * image - 1))
                     seen["consistency"] += apart
-                total = total + game.consistency * seen["consistency"]
-            return game.critic_weight * total, seen
+                total = total + gan.consistency * seen["consistency"]
+            return gan.loss_weight * total, seen
 
-        (total, seen), gradients = jax.value_and_grad(loss, has_aux=True)(critic.params)
+        (total, seen), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         # of logits that are infinite the hinge may still be finite; the averages would not be
-        looked = total + seen["critic_real"] + seen["critic_fake"]
-        critic, _ = train_state.apply_gradients(
-            critic, gradients, optimizer, trained=TRUNK, loss=looked
+        looked = total + seen["logits_real"] + seen["logits_fake"]
+        state, _ = train_state.apply_gradients(
+            state, gradients, optimizer, trained=TRUNK, loss=looked
         )
-        after = losses.moved(averages, seen["critic_real"], seen["critic_fake"])
-        averages = train_state.kept(critic.skipped == 0, after, averages)
-        return _maintained(graph, critic, image_BHW3, painted_BHW3, key), averages, seen
+        after = losses.moved(averages, seen["logits_real"], seen["logits_fake"])
+        averages = train_state.kept(state.skipped == 0, after, averages)
+        return _maintained(graph, state, image_BHW3, reconstruction_BHW3, key), averages, seen
 
     return step
 
 
-def _maintained(graph, critic: train_state.TrainState, image_BHW3, painted_BHW3, key):
-    """The critic after its upkeep: running statistics, spectral directions. A skip moves none."""
-    judge = parameters.merge(graph, critic.params, critic.stats)
-    if not isinstance(judge, feature_heads.Discriminator):
-        return critic
-    for side, image in ((rng.REAL, image_BHW3), (rng.PAINTED, painted_BHW3)):
+def _maintained(
+    graph: nnx.GraphDef,
+    state: train_state.TrainState,
+    image_BHW3: Array,
+    reconstruction_BHW3: Array,
+    key: Array,
+) -> train_state.TrainState:
+    """The state after its upkeep: running statistics, spectral directions. A skip moves none."""
+    discriminator = parameters.merge(graph, state.params, state.stats)
+    if not isinstance(discriminator, feature_heads.Discriminator):
+        return state
+    for side, image in ((rng.REAL, image_BHW3), (rng.FAKE, reconstruction_BHW3)):
         crop = rng.use(rng.use(rng.use(key, rng.UPKEEP), side), rng.CROP)
-        judge.maintain(2 * image - 1, key=crop)
-    moved = critic.skipped == 0
-    return critic.replace(stats=train_state.kept(moved, parameters.statistics(judge), critic.stats))
+        discriminator.maintain(2 * image - 1, key=crop)
+    moved = state.skipped == 0
+    stats = train_state.kept(moved, parameters.statistics(discriminator), state.stats)
+    return state.replace(stats=stats)
 
 
-def weight(
-    game: Game, faithful: Array | None, pleasing: Array | None, step: Array, total: int
-) -> Array:
-    """Weight of the adversarial gradient, from both gradients at the last layer.
+# ---------------------------------------------------------------- the weight of its term
 
-    A constant weight (limit 0) reads neither.
+
+def combined(
+    gan: GAN, strength: float, pull: Callable, step: Array, total: int
+) -> tuple[PyTree, Array]:
+    """(gradient of reconstruction + weight * adversarial loss, that weight).
+
+        weight = strength * ramp(step) * gan.weight * adaptive
+
+    `strength` is 1, less after the returns of `safeguards`; `ramp` is 0 until the term begins and
+    rises to 1; `adaptive` compares both gradients at the decoder's last layer
+    (`losses.adaptive_weight`), or is 1 where `gan.limit` is 0. `pull` is `jax.vjp`'s, of the pair
+    of losses; `step` the run's, of `total`.
     """
-    _, play = game.steps(total)
-    value = jnp.asarray(game.weight)
-    if game.limit > 0:
-        value = value * losses.adaptive_weight(
-            faithful, pleasing, limit=game.limit, floor=game.floor, epsilon=game.epsilon
-        )
-    ramp = jnp.clip((step - play + 1) / max(game.ramp * total, 1), 0, 1)
-    return jnp.where(step >= play, value * ramp, 0.0)
+    _, begin = gan.steps(total)
+    ramp = jnp.clip((step - begin + 1) / max(gan.ramp * total, 1), 0, 1)
+
+    def scheduled(value: Array) -> Array:
+        return strength * jnp.where(step >= begin, value * ramp, 0.0)
+
+    if gan.limit == 0:  # constant: known before the gradients, so one pass backwards does
+        weight = scheduled(jnp.asarray(gan.weight))
+        return pull((1.0, weight))[0], weight
+    (reconstruction,), (adversarial,) = pull((1.0, 0.0)), pull((0.0, 1.0))
+    adaptive = losses.adaptive_weight(
+        last_layer(reconstruction),
+        last_layer(adversarial),
+        limit=gan.limit,
+        floor=gan.floor,
+        epsilon=gan.epsilon,
+    )
+    weight = scheduled(jnp.asarray(gan.weight) * adaptive)
+    return jax.tree.map(lambda a, b: a + weight * b, reconstruction, adversarial), weight
+
+
+def last_layer(gradients: PyTree) -> Array:
+    """The gradient at the last layer of whatever decodes to pixels."""
+    tree = gradients["decoder"]
+    for name in ("pixels", "head"):  # of a decoder in two parts; of a transformer
+        tree = tree.get(name, tree)
+    return functools.reduce(lambda tree, name: tree[name], LAST_LAYER, tree)

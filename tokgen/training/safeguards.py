@@ -1,4 +1,4 @@
-"""Guard rails of a tokenizer's training: how codes are used, and when to stop or to turn back."""
+"""Safeguards of a tokenizer's training: how codes are used, when to stop, when to go back."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ RETURNS = "returns.json"
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The section `guard` of a config.
+    """The section `safeguards` of a config.
 
     Attributes:
         usage: a run stops when less than this share of the codes that its last tokens could
             reach is in use; 0 never.
         grace: share of the run during which that is forgiven.
-        worse: with a critic, a run goes back to where the game began when the held-out squared
-            error exceeds that moment's by this factor; 0 never.
-        returns: so many times, at half the critic's weight each; then the critic is left out.
+        worse: with a discriminator, a run goes back to where the adversarial term began when the
+            held-out squared error exceeds that moment's by this factor; 0 never.
+        returns: so many times, at half the discriminator's weight each; then it is left out.
     """
 
     usage: ranges.Share = 0.0
@@ -112,14 +112,19 @@ def collapsed(limits: Limits, figures: dict[str, float], step: int, steps: int) 
     return (
         f"step {step}: of the codes that the last tokens could reach only "
         f"{100 * figures['reached']:.1f} % are in use (perplexity {figures['perplexity']:.1f}), "
-        f"and config.guard.usage={limits.usage:g} asks for more. The step is saved. Remedies: "
+        f"and config.safeguards.usage={limits.usage:g} asks for more. The step is saved. Remedies: "
         "quantizer.revive, fewer codes or channels, normalize=True, an entropy term, a lower "
-        "learning rate; guard.usage=0 lets it go on"
+        "learning rate; safeguards.usage=0 lets it go on"
     )
 
 
+def strength(limits: Limits, returns: int) -> float:
+    """What is left of the discriminator's weight after so many returns."""
+    return 0.0 if returns >= limits.returns else 0.5**returns
+
+
 def returned(workdir: pathlib.Path) -> int:
-    """How often a run went back to before its critic."""
+    """How often a run went back to before its adversarial term."""
     file = workdir / RETURNS
     return _noted(file)["returns"] if file.exists() else 0
 

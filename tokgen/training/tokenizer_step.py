@@ -1,31 +1,40 @@
-"""The painter's side of training a tokenizer: its networks, what a stage descends, its steps.
+"""The tokenizer's step: the networks of a run, what a stage descends, its steps.
 
-The painter is the tokenizer as its critic sees it; `adversary.py` is the other side of the game.
+`gan.py` has the discriminator's step and the weight of its term.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 from flax import nnx
 
 from tokgen import losses, parameters, ranges, rng, sharding
 from tokgen.backbones import perceptual
 from tokgen.checkpoints import checkpoint
 from tokgen.config import building
-from tokgen.interfaces import UserError
+from tokgen.interfaces import Array, PyTree, UserError
 from tokgen.metrics import reconstruction
 from tokgen.pretrained.formats import reader
-from tokgen.training import gan, optimizer as optimizers, stages, train_state
+from tokgen.tokenizers import tokenizer as tokenizers
+from tokgen.training import gan as gans, optimizer as optimizers, safeguards, stages, train_state
 
-LAST_LAYER = ("conv_out", "kernel")  # of the decoder: where the adaptive weight compares gradients
+Graphs = Mapping[str, nnx.GraphDef]  # of "model" and, with one, of "discriminator"
+Networks = dict[str, PyTree]  # "model"; with a discriminator also "discriminator" and "averages"
 
 
-def create(settings, stage, game, mesh):
-    """(states by name, structures by name, the critic's optimizer), as they start."""
+def create(
+    settings: ml_collections.ConfigDict,
+    stage: stages.Stage,
+    gan: gans.GAN,
+    mesh: jax.sharding.Mesh,
+) -> tuple[Networks, Graphs, optimizers.Optimizer | None]:
+    """(states by name, structures by name, the discriminator's optimizer), as they start."""
     seed, steps = settings.seed, settings.steps
     train_state.average_of(settings.get("average", "muse"))
     graph, model = train_state.create(
@@ -35,40 +44,60 @@ def create(settings, stage, game, mesh):
         strategy=settings.strategy,
         ema=settings.ema,
     )
-    if game.weight == 0:
+    if gan.weight == 0:
         return {"model": model}, {"model": graph}, None
     optimizer = building.call(
-        optimizers.optimizer, game.optimizer, "critic.optimizer", steps=steps - game.steps(steps)[0]
+        optimizers.optimizer,
+        gan.optimizer,
+        "discriminator.optimizer",
+        steps=steps - gan.steps(steps)[0],
     )
-    critic_graph, critic = train_state.create(
-        lambda: gan.build(game, settings, rngs=nnx.Rngs(rng.key(seed, "init", 1))),
+    discriminator_graph, discriminator = train_state.create(
+        lambda: gans.build(gan, settings, rngs=nnx.Rngs(rng.key(seed, "init", 1))),
         optimizer,
         mesh=mesh,
     )
     averages = jax.device_put(losses.averages(), sharding.replicated(mesh))
-    networks = {"model": model, "critic": critic, "averages": averages}
-    return networks, {"model": graph, "critic": critic_graph}, optimizer
+    networks = {"model": model, "discriminator": discriminator, "averages": averages}
+    return networks, {"model": graph, "discriminator": discriminator_graph}, optimizer
 
 
 # ---------------------------------------------------------------- what a stage descends
 
 
-def pixels(settings, weights, tokenizer, batch, frozen, step):
-    """(weighted loss, (latents, image painted, terms, tokens)): the image itself."""
+def pixels(
+    settings: ml_collections.ConfigDict,
+    weights: Mapping[str, float],
+    tokenizer: tokenizers.Tokenizer,
+    batch: Mapping[str, Array],
+    frozen: PyTree,
+    step: Array,
+) -> tuple[Array, tuple[Array, Array, dict[str, Array], Array]]:
+    """(weighted loss, (latents, reconstruction, terms, tokens)): the image itself."""
     image_BHW3 = reconstruction.from_uint8(batch["image"])
     latents_BPC = tokenizer.latents(image_BHW3)
     key = rng.use(rng.key(settings.seed, "train", step), rng.QUANTIZER)
     quantized = tokenizer.quantizer(latents_BPC, key=key)
-    painted_BHW3 = tokenizer.paint(quantized.latents_BPC, cond=batch.get("text"))
-    terms = losses.reconstruction(image_BHW3, painted_BHW3) | quantized.losses
+    reconstruction_BHW3 = tokenizer.paint(quantized.latents_BPC, cond=batch.get("text"))
+    terms = losses.reconstruction(image_BHW3, reconstruction_BHW3) | quantized.losses
     for name, distance in frozen.get("perceptual", {}).items():
-        terms[name] = jnp.mean(distance(2 * image_BHW3 - 1, 2 * painted_BHW3 - 1))
+        terms[name] = jnp.mean(distance(2 * image_BHW3 - 1, 2 * reconstruction_BHW3 - 1))
     total = weighted(settings, terms, weights, step)
-    return total, (latents_BPC, painted_BHW3, terms, quantized.tokens_BLG)
+    return total, (latents_BPC, reconstruction_BHW3, terms, quantized.tokens_BLG)
 
 
-def codes(settings, weights, tokenizer, batch, frozen, step):
-    """The same of TiTok's first stage: what another tokenizer writes for the image."""
+def codes(
+    settings: ml_collections.ConfigDict,
+    weights: Mapping[str, float],
+    tokenizer: tokenizers.Tokenizer,
+    batch: Mapping[str, Array],
+    frozen: PyTree,
+    step: Array,
+) -> tuple[Array, tuple[Array, Array, dict[str, Array], Array]]:
+    """(weighted loss, (latents, image, terms, tokens)): the codes of another tokenizer.
+
+    TiTok's first stage, arXiv:2406.07550: their cross entropy, as `frozen["teacher"]` has them.
+    """
     image_BHW3 = reconstruction.from_uint8(batch["image"])
     latents_BPC = tokenizer.latents(image_BHW3)
     key = rng.use(rng.key(settings.seed, "train", step), rng.QUANTIZER)
@@ -85,7 +114,12 @@ def codes(settings, weights, tokenizer, batch, frozen, step):
 OBJECTIVES = {"pixels": pixels, "codes": codes}
 
 
-def weighted(settings, terms, weights, step):
+def weighted(
+    settings: ml_collections.ConfigDict,
+    terms: Mapping[str, Array],
+    weights: Mapping[str, float],
+    step: Array,
+) -> Array:
     """The sum of the terms; each must have a weight, if it is 0.
 
     `config.anneal` names terms that begin stronger: name=(factor, share of the run over which the
@@ -107,31 +141,48 @@ def weighted(settings, terms, weights, step):
 
 
 class Steps:
-    """The compiled step of a stage, with or without the critic: made when first needed."""
+    """The compiled step of a stage, with or without the discriminator: made when first needed."""
 
-    def __init__(self, settings, game, limits, graphs, critic_optimizer, returns: int):
-        self.strength = 0.0 if returns >= limits.returns else 0.5**returns
-        self.arguments = settings, game, graphs, critic_optimizer
+    def __init__(
+        self,
+        settings: ml_collections.ConfigDict,
+        gan: gans.GAN,
+        limits: safeguards.Limits,
+        graphs: Graphs,
+        discriminator_optimizer: optimizers.Optimizer | None,
+        returns: int,
+    ):
+        """`returns`: how often the run went back to before its adversarial term."""
+        self.strength = safeguards.strength(limits, returns)
+        self.arguments = settings, gan, graphs, discriminator_optimizer
         self.made = {}
 
-    def __call__(self, stage: stages.Stage, playing: bool):
-        """(networks, batch, frozen) -> (networks, scalars, tokens)."""
-        playing = playing and stage.objective == "pixels" and self.strength > 0
-        key = (stage.begin, playing)
+    def __call__(self, stage: stages.Stage, learning: bool) -> Callable:
+        """(networks, batch, frozen) -> (networks, scalars, tokens).
+
+        `learning`: whether the run has come to where the discriminator learns.
+        """
+        adversarial = learning and stage.objective == "pixels" and self.strength > 0
+        key = (stage.begin, adversarial)
         if key not in self.made:
-            make = adversarial_step if playing else plain_step
-            options = {"strength": self.strength} if playing else {}
-            self.made[key] = make(*self.arguments, stage, **options)
+            settings, gan, graphs, optimizer = self.arguments
+            self.made[key] = (
+                adversarial_step(settings, gan, graphs, optimizer, stage, strength=self.strength)
+                if adversarial
+                else plain_step(settings, graphs, stage)
+            )
         return self.made[key]
 
 
-def plain_step(settings, game, graphs, critic_optimizer, stage):
-    """A step without critic: (networks, batch, frozen) -> (networks, scalars, tokens)."""
+def plain_step(
+    settings: ml_collections.ConfigDict, graphs: Graphs, stage: stages.Stage
+) -> Callable:
+    """A step without discriminator: (networks, batch, frozen) -> (networks, scalars, tokens)."""
     optimizer, objective = stages.optimizer(settings, stage), OBJECTIVES[stage.objective]
     weights, graph = {**settings.loss, **stage.loss}, graphs["model"]
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(networks, batch, frozen):
+    def step(networks: Networks, batch: Mapping[str, Array], frozen: PyTree):
         model = networks["model"]
         key = rng.key(settings.seed, "train", model.step)
 
@@ -148,71 +199,87 @@ def plain_step(settings, game, graphs, critic_optimizer, stage):
     return step
 
 
-def adversarial_step(settings, game, graphs, critic_optimizer, stage, *, strength: float):
-    """A step against the critic. Until the game begins only the critic learns from it.
+def adversarial_step(
+    settings: ml_collections.ConfigDict,
+    gan: gans.GAN,
+    graphs: Graphs,
+    discriminator_optimizer: optimizers.Optimizer,
+    stage: stages.Stage,
+    *,
+    strength: float,
+) -> Callable:
+    """A step with the discriminator: (networks, batch, frozen) -> (networks, scalars, tokens).
 
-    Two pure losses and two states: the critic's gradient stops at the image, the tokenizer's loss
-    closes over the critic's parameters. Where the step of either is not finite, neither moves: an
-    opinion that is no number has no weight, and a painter without one would play another game.
+    Two pure losses and two states: the discriminator's gradient stops at the image, the tokenizer's
+    loss closes over the discriminator's parameters. Until the adversarial term begins its weight is
+    0. Where the step of either is not finite, neither moves: a loss that is no number has no
+    gradient, and one network that went on alone would be trained against another than it was.
     """
     optimizer, objective = stages.optimizer(settings, stage), OBJECTIVES[stage.objective]
     weights, graph = {**settings.loss, **stage.loss}, graphs["model"]
-    move_critic = gan.critic_step(game, graphs["critic"], critic_optimizer)
+    discriminate = gans.discriminator_step(gan, graphs["discriminator"], discriminator_optimizer)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(networks, batch, frozen):
-        model, critic, averages = (networks[n] for n in ("model", "critic", "averages"))
+    def step(networks: Networks, batch: Mapping[str, Array], frozen: PyTree):
+        names = ("model", "discriminator", "averages")
+        model, discriminator, averages = (networks[name] for name in names)
         image_BHW3 = reconstruction.from_uint8(batch["image"])
         key = rng.key(settings.seed, "train", model.step)
-        moves = rng.use(key, rng.CRITIC)
+        moves = rng.use(key, rng.DISCRIMINATOR)
 
-        def painted(params):
+        def reconstructed(params):
             tokenizer = parameters.merge(graph, params, model.stats)
             return objective(settings, weights, tokenizer, batch, frozen, model.step)
 
         seen = {}
-        if game.first == "critic":
-            painted_BHW3 = painted(model.params)[1][1]
-            critic, averages, seen = move_critic(critic, averages, image_BHW3, painted_BHW3, moves)
-        judge = parameters.merge(graphs["critic"], critic.params, critic.stats)
-        _, look = gan.views(judge, game, rng.use(moves, rng.PAINTER))
+        if gan.first == "discriminator":
+            fake_BHW3 = reconstructed(model.params)[1][1]
+            discriminator, averages, seen = discriminate(
+                discriminator, averages, image_BHW3, fake_BHW3, moves
+            )
+        network = parameters.merge(
+            graphs["discriminator"], discriminator.params, discriminator.stats
+        )
+        _, logits_of = gans.views(network, gan, rng.use(moves, rng.TOKENIZER))
 
         def pair(params):
-            total, aux = painted(params)
-            return (total, losses.adversarial(look, aux[1], loss=game.painter)), aux
+            total, aux = reconstructed(params)
+            return (total, losses.adversarial(logits_of, aux[1], loss=gan.generator_loss)), aux
 
-        (total, opinion), pull, aux = jax.vjp(pair, model.params, has_aux=True)
-        latents_BPC, painted_BHW3, terms, tokens_BLG = aux
-        gradients, weight = together(game, strength, pull, model.step, settings.steps)
-        model, scalars = improved(settings, stage, model, gradients, optimizer, total + opinion)
+        (total, generator_loss), pull, aux = jax.vjp(pair, model.params, has_aux=True)
+        latents_BPC, fake_BHW3, terms, tokens_BLG = aux
+        gradients, weight = gans.combined(gan, strength, pull, model.step, settings.steps)
+        model, scalars = improved(
+            settings, stage, model, gradients, optimizer, total + generator_loss
+        )
         model = upkept(stage, graph, model, latents_BPC, key)
-        if game.first == "painter":
-            critic, averages, seen = move_critic(critic, averages, image_BHW3, painted_BHW3, moves)
-        moved = (model.skipped == 0) & (critic.skipped == 0)
+        if gan.first == "tokenizer":
+            discriminator, averages, seen = discriminate(
+                discriminator, averages, image_BHW3, fake_BHW3, moves
+            )
+        moved = (model.skipped == 0) & (discriminator.skipped == 0)
         networks = networks | {
             "model": train_state.held_back(moved, model, networks["model"]),
-            "critic": train_state.held_back(moved, critic, networks["critic"]),
+            "discriminator": train_state.held_back(moved, discriminator, networks["discriminator"]),
             "averages": train_state.kept(moved, averages, networks["averages"]),
         }
         scalars = terms | scalars | seen | {"adversarial_weight": weight}
-        scalars |= {"critic_skipped": critic.skipped}
-        scalars |= {} if critic.skips is None else {"critic_skips": critic.skips}
+        scalars |= {"discriminator_skipped": discriminator.skipped}
+        if discriminator.skips is not None:
+            scalars |= {"discriminator_skips": discriminator.skips}
         return networks, scalars, tokens_BLG
 
     return step
 
 
-def together(game, strength, pull, step, total):
-    """(gradient of the loss and the weighted game, that weight); `pull` as of `jax.vjp`."""
-    if game.limit == 0:  # constant: known before the gradients, so one pass backwards does
-        weight = strength * gan.weight(game, None, None, step, total)
-        return pull((1.0, weight))[0], weight
-    (faithful,), (pleasing,) = pull((1.0, 0.0)), pull((0.0, 1.0))
-    weight = strength * gan.weight(game, last_layer(faithful), last_layer(pleasing), step, total)
-    return jax.tree.map(lambda a, b: a + weight * b, faithful, pleasing), weight
-
-
-def improved(settings, stage, model, gradients, optimizer, loss):
+def improved(
+    settings: ml_collections.ConfigDict,
+    stage: stages.Stage,
+    model: train_state.TrainState,
+    gradients: PyTree,
+    optimizer: optimizers.Optimizer,
+    loss: Array,
+) -> tuple[train_state.TrainState, dict[str, Array]]:
     """(model, scalars) after the optimizer; what the stage does not train stays."""
     average = settings.get("average", "muse")
     return train_state.apply_gradients(
@@ -226,19 +293,17 @@ def improved(settings, stage, model, gradients, optimizer, loss):
     )
 
 
-def upkept(stage, graph, model, latents_BPC, key):
+def upkept(
+    stage: stages.Stage,
+    graph: nnx.GraphDef,
+    model: train_state.TrainState,
+    latents_BPC: Array,
+    key: Array,
+) -> train_state.TrainState:
     """The model after its quantizer's upkeep, where the quantizer learns."""
     if not stages.learns(stage, "quantizer"):
         return model
     return train_state.maintained(graph, model, latents_BPC, key=key)
-
-
-def last_layer(gradients):
-    """The gradient at the last layer of whatever paints the pixels."""
-    tree = gradients["decoder"]
-    for name in ("pixels", "head"):  # of a decoder in two parts; of a transformer
-        tree = tree.get(name, tree)
-    return functools.reduce(lambda tree, name: tree[name], LAST_LAYER, tree)
 
 
 # ---------------------------------------------------------------- what is not trained
@@ -288,7 +353,7 @@ def _distances(settings, plan) -> dict[str, tuple[str, ...]]:
     }
 
 
-def adopt(graph, model: train_state.TrainState, teacher) -> train_state.TrainState:
+def adopt(model: train_state.TrainState, teacher: nnx.Module) -> train_state.TrainState:
     """The model with the teacher's decoder and codebook as its pixel decoder, as TiTok starts."""
     _, theirs, _ = parameters.split(teacher)
     if "codebook" not in theirs.get("quantizer", {}):

@@ -161,7 +161,7 @@ def apply_gradients(
 
 def give_up(figures: Mapping[str, float], step: int) -> None:
     """Stop a run that computes nothing any more; `figures` are scalars of its last step."""
-    for name, whose in (("skipped", ""), ("critic_skipped", "critic's ")):
+    for name, whose in (("skipped", ""), ("discriminator_skipped", "discriminator's ")):
         if figures.get(name, 0) >= PATIENCE:
             raise UserError(
                 f"{int(figures[name])} steps in a row up to step {step} were skipped: the {whose}"

@@ -1,15 +1,14 @@
-"""One reader of images: whoever wants the pixels of a source asks here, and what fails is told.
+"""The images of a source that could not be read: counted, told by name, once each.
 
-A source has one record of its images that could not be read, `unreadable(source)`: whoever reads
-the source adds to it, and each image is told once, by name, however often it is met. What becomes
-of such an image is the caller's: training puts another one into its place, measuring leaves it out.
+A source has one such record (`source.unreadable`): whoever reads the source adds to it, and each
+image is told once, however often it is met. What becomes of such an image is the reader's: training
+puts another one into its place, measuring leaves it out.
 """
 
 import itertools
 from collections.abc import Iterable, Mapping
 
 from tokgen import interfaces, report
-from tokgen.data import pixels as images
 
 ENOUGH = 10_000  # images over which an allowed share is judged at least
 NAMED = 10  # images that a message names
@@ -17,11 +16,7 @@ _RECORDED = 20  # images that a record names
 REPLACED, LEFT_OUT = "others stand in", "left out"
 
 
-class Unavailable(images.BrokenImage):
-    """A file that cannot be read at all: gone, not allowed, a disk that fails."""
-
-
-class Unreadable:
+class Record:
     """The distinct images of a source that could not be read: their indices, each with a reason.
 
     `looked` is the number of distinct images that were looked at; `unavailable` of those that were
@@ -69,7 +64,7 @@ class Unreadable:
     def _lines(self, files: Mapping[str, str]) -> str:
         lines = [f"  {name}: {why}" for name, why in itertools.islice(files.items(), NAMED)]
         if len(files) > NAMED:
-            place = getattr(self._source, "path", "DIR")
+            place = self._source.path or "DIR"
             more = len(files) - NAMED
             lines.append(f"  and {more} more (tokgen data {place} --scan full names all)")
         return "\n".join(lines)
@@ -110,69 +105,15 @@ class Unreadable:
             )
 
 
-def unreadable(source) -> Unreadable:
-    """The record of a source, or of the images inside it where it adds something to them."""
-    while hasattr(source, "inner"):
-        source = source.inner
-    if not hasattr(source, "unreadable"):
-        source.unreadable = Unreadable(source)
-    return source.unreadable
-
-
-def read(source, index: int, channels: int, decoder: str = "pil") -> dict:
-    """The record at `index`, its image as pixels uint8 [H, W, channels]; or BrokenImage, why not.
-
-    Images that a source draws are given as they are.
-    """
-    return pixels(record(source, index), channels, decoder)
-
-
-def record(source, index: int) -> dict:
-    """The record at `index` as the source has it, its label checked; or BrokenImage."""
-    try:
-        found = source[index]
-    except OSError as error:
-        raise _unavailable(error) from error
-    classes = len(getattr(source, "classes", ()))
-    if classes and not 0 <= found["label"] < classes:
-        raise images.BrokenImage(f"its label is {found['label']}, and there are {classes} classes")
-    return found
-
-
-def pixels(found: dict, channels: int, decoder: str = "pil") -> dict:
-    """A record with pixels in the place of the bytes of its image; or BrokenImage."""
-    if not isinstance(found["image"], bytes):
-        return found
-    return {**found, "image": images.decode(found["image"], channels, decoder=decoder)}
-
-
-def header(source, index: int) -> tuple[str, tuple[int, int]]:
-    """(format, (rows, columns)) as the header of an image says; or BrokenImage, why it does not.
-
-    Nothing is decoded, and of a file no more is read than that takes.
-    """
-    try:
-        if hasattr(source, "open"):
-            with source.open(index) as file:
-                return images.header(file)
-        return images.header(source[index]["image"])
-    except OSError as error:
-        raise _unavailable(error) from error
-
-
-def _unavailable(error: OSError) -> Unavailable:
-    return Unavailable(f"{type(error).__name__}: {error.strerror or error}")
-
-
 def name_of(source, index: int) -> str:
-    """What messages call an image."""
-    name = str(source.name(index)) if hasattr(source, "name") else f"image {index}"
-    # a line is a name: file names may hold whatever bytes
+    """What messages call an image: its name, which any line of text can hold."""
+    name = str(source.name(index))
+    # file names may hold whatever bytes
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def share(*sources) -> None:
     """Let sources of one set, read for several ends, tell each image once."""
-    told = unreadable(sources[0]).told
+    told = sources[0].unreadable.told
     for source in sources[1:]:
-        unreadable(source).told = told
+        source.unreadable.told = told
