@@ -1,13 +1,13 @@
-"""Trained generators of several families side by side: likelihood, a judge's opinion, speed, grids.
+"""Trained generators of several families side by side: likelihood, what a classifier sees, speed.
 
     python benchmarks/families.py --data DIR --tokens DIR --tokenizer CKPT --out DIR \\
         --generators raster=CKPT masked=CKPT ...
 
-DATA is the folder of images that the tokens were made of, with class folders; a judge of its
+DATA is the folder of images that the tokens were made of, with class folders; a classifier of its
 classes is trained on its `train` split (once: it is kept in the cache), TOKENS the shards that
-`tokgen pretokenize` wrote. Printed are the judge's own accuracy on held-out images and on their
+`tokgen pretokenize` wrote. Printed are its own accuracy on held-out images and on their
 reconstructions, which bounds what samples can reach; then for each generator the held-out nats per
-token and per image (≤: an upper bound), the share of samples that the judge sees as the class that
+token and per image (≤: an upper bound), the share of samples that are classified as the class that
 was asked for, and the seconds to sample an image, of the clock and of the CPU, the median of the
 repeats with the smallest and largest. Settings of sampling are the checkpoint's preset. A grid of
 each, a row per class, is written to OUT.
@@ -44,7 +44,9 @@ def main() -> None:
     parser.add_argument("--generators", nargs="+", required=True, metavar="NAME=CKPT")
     parser.add_argument("--out", required=True, help="folder for the grids")
     parser.add_argument("--preset", default="default")
-    parser.add_argument("--samples", type=int, default=500, help="judged ones of each generator")
+    parser.add_argument(
+        "--samples", type=int, default=500, help="classified ones of each generator"
+    )
     parser.add_argument("--images", type=int, default=1000, help="held-out ones")
     parser.add_argument("--batch", type=int, default=50, help="images sampled together")
     parser.add_argument("--repeats", type=int, default=3, help="of a batch, for its seconds")
@@ -75,7 +77,7 @@ def main() -> None:
 
 
 def examine(examiner, tokenizer, arguments) -> None:
-    """What the judge makes of real images, and of what the tokenizer keeps of them."""
+    """What the classifier makes of real images, and of what the tokenizer keeps of them."""
     source = folder.Source(arguments.data, split="held_out")
     datasets.tell(arguments.data, held_out=source)
     chosen = validation.spread(len(source), arguments.images)
@@ -92,8 +94,8 @@ def examine(examiner, tokenizer, arguments) -> None:
         seen.append(local_classifier.predictions(examiner, image_BHW3) == part["label"])
     held_out, kept = (share(np.concatenate(parts)) for parts in (seen, repainted))
     print(
-        f"the judge is right on {held_out} of {sum(map(len, seen))} held-out images, and on {kept} "
-        "of their reconstructions",
+        f"the classifier is right on {held_out} of {sum(map(len, seen))} held-out images, "
+        f"and on {kept} of their reconstructions",
         flush=True,
     )
 
@@ -107,7 +109,7 @@ def measure(name: str, path: str, known: tuple, arguments) -> None:
     classes = folder.Source(arguments.data, split="held_out").classes
     if loaded.classes != classes:
         raise UserError(
-            f"the judge knows the classes {', '.join(classes)}; {loaded.step} those of "
+            f"the classifier knows the classes {', '.join(classes)}; {loaded.step} those of "
             f"{', '.join(loaded.classes) or 'none'}: give the folder that its tokens were made of"
         )
     figures = validation.likelihood(

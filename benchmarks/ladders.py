@@ -105,7 +105,7 @@ def ladder(image_NHW3: np.ndarray, tokenizer):
 def repainted(image_NHW3: np.ndarray, tokenizer) -> np.ndarray:
     """Reconstructions."""
     parts = [image_NHW3[start : start + 100] for start in range(0, len(image_NHW3), 100)]
-    found = [validation.repaint(tokenizer, {"image": part}, batch=100)[1] for part in parts]
+    found = [validation.reconstruct(tokenizer, {"image": part}, batch=100)[1] for part in parts]
     return made_images.coloured(np.concatenate(found))
 
 

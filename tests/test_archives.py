@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from tokgen import archives
-from tokgen.commands import sample
-from tokgen.data import npz
+from tokgen.data import captioned, npz
 from tokgen.evaluation import made_images, references
 from tokgen.interfaces import UserError
 from tokgen.pretrained import parity
@@ -61,7 +60,7 @@ READERS = {
     "samples": lambda path: npz.Archive(path),
     "references": lambda path: references.read(path),
     "parts of an evaluation": made_images.loaded_part,
-    "texts": lambda path: sample.captions(str(path)),
+    "texts": lambda path: captioned.conditions(str(path)),
     "a fixture": lambda path: parity.Folder(path.parent, "lpips"),
 }
 

@@ -8,8 +8,13 @@ import pytest
 
 from tokgen import cli, options, runtime
 from tokgen.checkpoints import checkpoint
-from tokgen.commands import evaluate
-from tokgen.evaluation import score as scores
+from tokgen.evaluation import (
+    checkpoint_validation,
+    given_images,
+    inputs,
+    references,
+    score_settings,
+)
 
 ROOT = pathlib.Path(options.__file__).parent
 ALWAYS = {"checkpoint", "out"}  # of tokgen evaluate, in every mode
@@ -52,10 +57,7 @@ def test_what_stands_on_the_command_line_is_given_at_whatever_value(command):
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_option_is_read_somewhere(command):
     """By the file of its command, or by those that several commands share."""
-    shared = [
-        "evaluation/score.py",
-        *(f"commands/{name}.py" for name in ("sample", "evaluate", "sweep")),
-    ]
+    shared = [f"commands/{name}.py" for name in ("sample", "evaluate")]
     text = "".join(
         (ROOT / file).read_text() for file in [f"commands/{cli.file(command)}.py", *shared]
     )
@@ -64,8 +66,7 @@ def test_every_option_is_read_somewhere(command):
         for node in ast.walk(ast.parse(text.replace("from __future__ import annotations", "")))
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "args"
     }
-    by_name = {"guidance", "temperature", "steps"} if command == "sweep" else set()
-    assert {a.dest for a in optional(command)} <= read | by_name
+    assert {a.dest for a in optional(command)} <= read
 
 
 def test_tokgen_evaluate_says_of_every_option_when_it_has_an_effect():
@@ -87,18 +88,17 @@ def faked(monkeypatch):
     def of(kind):
         monkeypatch.setattr(checkpoint, "find", lambda path: pathlib.Path(path))
         monkeypatch.setattr(checkpoint, "read_meta", lambda step: {"kind": kind})
-        monkeypatch.setattr(scores, "_kind", lambda path: kind)
+        monkeypatch.setattr(score_settings, "kind_of", lambda path: kind)
 
     for module, name in (
-        (evaluate, "_tokenizer"),
-        (evaluate, "_generator"),
-        (scores, "repainted"),
-        (scores, "drawn"),
-        (scores.given_images, "given"),
-        (scores.references, "read"),
+        (checkpoint_validation, "tokenizer"),
+        (checkpoint_validation, "generator"),
+        (inputs, "reconstructed"),
+        (inputs, "drawn"),
+        (given_images, "given"),
     ):
         monkeypatch.setattr(module, name, reached)
-    monkeypatch.setattr(scores.references, "read", lambda *_: None)
+    monkeypatch.setattr(references, "read", lambda *_: None)
     monkeypatch.setattr(runtime, "devices", lambda *_: None)
     return of
 
@@ -108,7 +108,7 @@ MODES = {
     options.TOKENIZER: ("tokenizer", []),
     options.GENERATOR: ("generator", []),
     options.SAMPLES: ("", SCORE),
-    options.REPAINTED: ("tokenizer", SCORE),
+    options.RECONSTRUCTED: ("tokenizer", SCORE),
     options.DRAWN: ("generator", SCORE),
 }
 

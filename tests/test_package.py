@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import importlib
 import pathlib
 import re
 import signal
@@ -12,6 +13,7 @@ import zipfile
 
 import pytest
 
+import tokgen
 from tokgen import cli, interfaces, runtime
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -154,6 +156,24 @@ def test_no_help_text_waits_for_a_network_or_a_picture():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_user_calls_is_named_once_for_python_and_once_for_type_checkers():
+    file = ROOT / "tokgen" / "__init__.py"
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    typed = {
+        alias.asname or alias.name: (node.module, alias.name)
+        for node in block.body
+        for alias in node.names
+    }
+    assert typed == tokgen._HOMES and sorted(tokgen.__all__) == sorted(typed)
+    assert set(typed) <= set(dir(tokgen))
+    for name, (module, attribute) in typed.items():
+        found = getattr(tokgen, name)
+        assert found is getattr(importlib.import_module(module), attribute) and found.__doc__
+    with pytest.raises(AttributeError, match="no attribute 'smaple'"):
+        tokgen.smaple  # noqa: B018
 
 
 def test_version_names_what_figures_depend_on():

@@ -1,3 +1,62 @@
-"""tokgen: images into discrete tokens, and tokens into images, in JAX."""
+"""Images as discrete tokens: what a user of the library calls.
+
+Nothing heavy is imported before it is asked for: `import tokgen` is no more than this table, and
+`tokgen.sample` imports what drawing needs. The functions live in the modules that are named here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:  # X as X: it is passed on
+    from tokgen.checkpoints.checkpoint import (
+        Loaded as Loaded,
+        load_generator as load_generator,
+        load_tokenizer as load_tokenizer,
+        load_tokenizer_of as load_tokenizer_of,
+    )
+    from tokgen.errors import UserError as UserError
+    from tokgen.evaluation.score import score as score
+    from tokgen.evaluation.score_settings import Settings as ScoreSettings  # noqa: F401
+    from tokgen.image_grid import grid as grid, save_png as save_png
+    from tokgen.samples import Samples as Samples, sample as sample
+    from tokgen.sampling.presets import Choice as SamplingChoice  # noqa: F401
+    from tokgen.tokens import decode as decode, encode as encode, reconstruct as reconstruct
+
+# Name -> (its module, what it is called there)
+_HOMES = {
+    "Loaded": ("tokgen.checkpoints.checkpoint", "Loaded"),
+    "Samples": ("tokgen.samples", "Samples"),
+    "SamplingChoice": ("tokgen.sampling.presets", "Choice"),
+    "ScoreSettings": ("tokgen.evaluation.score_settings", "Settings"),
+    "UserError": ("tokgen.errors", "UserError"),
+    "decode": ("tokgen.tokens", "decode"),
+    "encode": ("tokgen.tokens", "encode"),
+    "grid": ("tokgen.image_grid", "grid"),
+    "load_generator": ("tokgen.checkpoints.checkpoint", "load_generator"),
+    "load_tokenizer": ("tokgen.checkpoints.checkpoint", "load_tokenizer"),
+    "load_tokenizer_of": ("tokgen.checkpoints.checkpoint", "load_tokenizer_of"),
+    "reconstruct": ("tokgen.tokens", "reconstruct"),
+    "sample": ("tokgen.samples", "sample"),
+    "save_png": ("tokgen.image_grid", "save_png"),
+    "score": ("tokgen.evaluation.score", "score"),
+}
+
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """What is asked for, imported now; it stays, so that the next time costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tokgen' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    found = getattr(importlib.import_module(module), attribute)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

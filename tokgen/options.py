@@ -12,13 +12,14 @@ from tokgen.errors import UserError
 
 # Modes of tokgen evaluate
 TOKENIZER, GENERATOR = "held-out figures of a tokenizer", "the likelihood of a generator"
-SAMPLES, REPAINTED, DRAWN = "a score of samples", "a score of a tokenizer", "a score of a generator"
-SCORES, HELD_OUT = (SAMPLES, REPAINTED, DRAWN), (TOKENIZER, GENERATOR)
+SAMPLES, RECONSTRUCTED = "a score of samples", "a score of a tokenizer"
+DRAWN = "a score of a generator"
+SCORES, HELD_OUT = (SAMPLES, RECONSTRUCTED, DRAWN), (TOKENIZER, GENERATOR)
 EVALUATE = {
-    "reconstruction": (TOKENIZER, REPAINTED),
-    "data": (*HELD_OUT, REPAINTED),
-    "split": (*HELD_OUT, REPAINTED),
-    "labels": (*HELD_OUT, REPAINTED, SAMPLES),
+    "reconstruction": (TOKENIZER, RECONSTRUCTED),
+    "data": (*HELD_OUT, RECONSTRUCTED),
+    "split": (*HELD_OUT, RECONSTRUCTED),
+    "labels": (*HELD_OUT, RECONSTRUCTED, SAMPLES),
     "images": HELD_OUT,
     "text": (*HELD_OUT, DRAWN),
     "order": (GENERATOR,),
@@ -26,8 +27,8 @@ EVALUATE = {
     "tokenizer": (GENERATOR, DRAWN),
     "seed": (GENERATOR, *SCORES),
     "batch": (*HELD_OUT, DRAWN),
-    "precision": (*HELD_OUT, REPAINTED, DRAWN),
-    "lpips": (REPAINTED,),
+    "precision": (*HELD_OUT, RECONSTRUCTED, DRAWN),
+    "lpips": (RECONSTRUCTED,),
     **dict.fromkeys(("overwrite", "protocol", "reference", "assume", "weights"), SCORES),
     **dict.fromkeys(("samples", "accept"), SCORES),
     **dict.fromkeys(("preset", "temperature", "top_k", "top_p"), (DRAWN,)),
@@ -42,6 +43,18 @@ def labels(parser: argparse._ActionsContainer, default: str) -> None:
         default="",
         choices=("folders", "outer", "none"),
         help=f"what class folders mean (docs/data.md); default: {default}",
+    )
+
+
+def accept(parser: argparse._ActionsContainer) -> None:
+    """`--accept`, of every command that scores."""
+    parser.add_argument(
+        "--accept",
+        action="extend",
+        nargs="+",
+        default=[],
+        choices=("duplicates", "constant", "few", "lossy"),
+        help="score although there are copies, images of one colour, few samples, or JPEGs",
     )
 
 
@@ -64,7 +77,11 @@ def is_given(args: argparse.Namespace, name: str) -> bool:
 
 def check(args: argparse.Namespace, idle: Mapping[str, str]) -> None:
     """One error for all options that were given and are idle; `idle` says when each is not."""
-    wrong = {name: when for name, when in idle.items() if is_given(args, name)}
+    refuse({name: when for name, when in idle.items() if is_given(args, name)})
+
+
+def refuse(wrong: Mapping[str, str]) -> None:
+    """One error for what is asked for in vain; {option: when it has an effect}."""
     if wrong:
         told = ", ".join(f"{spelled(name)} (it is for {when})" for name, when in wrong.items())
         what, which = ("option has", "it") if len(wrong) == 1 else ("options have", "them")

@@ -16,7 +16,7 @@ from PIL import Image
 from tokgen import cli, interfaces, rng, runtime
 from tokgen.checkpoints import checkpoint
 from tokgen.data import datasets, folder, sources
-from tokgen.evaluation import score as scores, validation
+from tokgen.evaluation import references, validation
 from tokgen.generators import autoregressive
 from tokgen.nn import precision
 
@@ -53,8 +53,8 @@ def generator():
         width=16,
         depth=1,
         heads=2,
-        places="target_aware",
-        parts="llama_narrow",
+        positions="target_aware",
+        variant="llama_narrow",
         precision=precision.FLOAT32,
         rngs=nnx.Rngs(0),
     )
@@ -231,7 +231,7 @@ def test_a_tokenizer_is_measured_on_folders_of_class_folders(nested, monkeypatch
     monkeypatch.setattr(checkpoint, "read_meta", lambda step: {"kind": "tokenizer"})
     made = types.SimpleNamespace(config=ml_collections.ConfigDict({"decoder": {}}))
     monkeypatch.setattr(checkpoint, "load_tokenizer", lambda *_, **__: made)
-    monkeypatch.setattr(scores.references, "read", lambda *_: None)
+    monkeypatch.setattr(references, "read", lambda *_: None)
 
     def told(what, **sources):
         raise Asked(*sources.values())

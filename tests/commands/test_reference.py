@@ -10,11 +10,11 @@ from PIL import Image
 from tests.evaluation import test_feature_extractors
 from tokgen import cli, interfaces, sharding
 from tokgen.backbones import features, inception
-from tokgen.commands import reference
 from tokgen.evaluation import (
     feature_extractors,
     local_classifier,
     protocols,
+    reference_making,
     references,
     score_page,
 )
@@ -203,7 +203,7 @@ def test_a_published_network_sees_all_images_once(tmp_path, monkeypatch):
     monkeypatch.setitem(inception.FEATURE_NETWORKS, "inception", published)
     monkeypatch.setattr(feature_extractors.reader, "network", lambda path: {})
     for module, name, value in (
-        (reference, "PART", 8),
+        (reference_making, "PART", 8),
         (references, "KEPT", 12),
         (feature_extractors, "EACH", 1),
     ):
@@ -234,7 +234,7 @@ def test_a_published_network_sees_all_images_once(tmp_path, monkeypatch):
         (("named", "--out", "named.npz/a.npz"), "cannot write"),
         (("nothing", "--out", "a.npz"), "an image folder is needed at nothing"),
         (("nothing.npz", "--out", "a.npz"), "nothing.npz"),
-        (("named", "--out", "a.npz", "--protocol", "fid"), "protocols are"),
+        (("named", "--out", "a.npz", "--protocol", "fid"), "--protocol must be one of"),
         (("named", "--out", "a.npz", "--protocol", "adm-50k"), "needs its weight file"),
         (("named", "--out", "a.npz", "--weights", "w"), "leave --weights out"),
         (("named", "--out", "a.npz", "--protocol", "adm-50k", "--network", "n"), "--network is of"),

@@ -38,7 +38,7 @@ def pictures(count: int = COUNT) -> np.ndarray:
 
 @pytest.fixture
 def small(monkeypatch):
-    """Few figures, and few images of a device at a time."""
+    """Few metrics, and few images of a device at a time."""
     local = dataclasses.replace(protocols.PROTOCOLS["local"], metrics=("sfid", "is", "precision"))
     monkeypatch.setitem(protocols.PROTOCOLS, "local", local)
     monkeypatch.setattr(feature_extractors, "EACH", 2)
@@ -202,8 +202,8 @@ def test_what_is_scored_is_never_replaced_by_its_score(place, tmp_path, capsys, 
     for given in (out / "samples.npz", tmp_path / "link" / "samples.npz"):
         told = refused(capsys, given, *words, "--overwrite")
         assert "--overwrite would remove what is scored" in told
-    # captions lie in it
-    text = ("--text", out / "samples.npz", "--overwrite")
+    # weights lie in it
+    text = ("--weights", out / "samples.npz", "--overwrite")
     assert "holds what the command reads" in refused(capsys, place / "samples.npz", *words, *text)
     assert (out / "samples.npz").exists()
 
@@ -262,12 +262,12 @@ def test_labels_are_those_of_the_reference_by_name(place, tmp_path, capsys, smal
         out = tmp_path / f"out-{name}"
         assert evaluate(capsys, tmp_path / name, *words, "--out", out)[0] == 0
         (values[name],) = collect.results(out)
-    assert values["known"]["figures"] == values["numbers.npz"]["figures"]
+    assert values["known"]["metrics"] == values["numbers.npz"]["metrics"]
     network = references.read(place / "reference.npz")
     network = feature_extractors.from_arrays(network.network, network.record["extractor"])
     logits_NK = feature_extractors.features(network, image_NHW3, ("logits",))["logits"]
     share = np.mean(logits_NK.argmax(1) == label_N)
-    assert values["known"]["figures"]["class_accuracy"]["value"] == pytest.approx(share)
+    assert values["known"]["metrics"]["class_accuracy"]["value"] == pytest.approx(share)
     for name in ("strange", "more.npz"):
         assert "other classes" in values[name]["absent"]["class_accuracy"]
 
@@ -285,14 +285,14 @@ def test_labels_are_those_of_the_reference_by_name(place, tmp_path, capsys, smal
     ],
 )
 def test_labels_cross_by_name_or_not_at_all(names, known, real, labels, capsys):
-    supply = types.SimpleNamespace(classes=names)
+    images = types.SimpleNamespace(classes=names)
     extractor = types.SimpleNamespace(record={"classes": known})
     reference = types.SimpleNamespace(record={"classes": real})
-    label_N, count = scores.labels_of(np.array([0, 1]), supply, 2, extractor, reference)
+    label_N, count = scores.labels_of(np.array([0, 1]), images, 2, extractor, reference)
     assert count == (0 if labels is None else 2)
     assert labels is None or label_N.tolist() == labels
     if labels is None and real != ("dog", "cat"):
-        assert "no figures by class: " in capsys.readouterr().err
+        assert "no metrics by class: " in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- a published network
@@ -357,10 +357,10 @@ def test_the_published_form_of_a_reference_needs_assume(
     wanted, seen = by_hand(real_nHW3), by_hand(pictures())
     for name, mean in (("fid", "mu"), ("sfid", "mu_s")):
         value = frechet.from_features(seen[mean], wanted[mean])
-        assert line["figures"][name]["value"] == pytest.approx(value, rel=1e-3)
+        assert line["metrics"][name]["value"] == pytest.approx(value, rel=1e-3)
     assert line["reference"]["assumed"] and line["extractor"]["file"] == "weights.npz"
-    assert line["figures"]["recall"]["images"] == 30
-    assert line["figures"]["precision"]["images"] == COUNT
+    assert line["metrics"]["recall"]["images"] == 30
+    assert line["metrics"]["precision"]["images"] == COUNT
     assert json.dumps(line) + "\n" == (tmp_path / "out" / collect.RESULTS).read_text()
 
 
@@ -372,7 +372,7 @@ def test_statistics_alone_give_the_distance_and_say_what_is_absent(
     words += ("--out", tmp_path / "out", "--weights", inception, "--assume", "adm-50k")
     assert evaluate(capsys, *words)[0] == 0
     (line,) = collect.results(tmp_path / "out")
-    assert set(line["figures"]) == {"fid", "sfid", "is"}
+    assert set(line["metrics"]) == {"fid", "sfid", "is"}
     assert set(line["absent"].values()) == {"the reference holds no features of single images"}
 
 

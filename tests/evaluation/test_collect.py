@@ -3,12 +3,12 @@
 The generator is a die, the tokenizer paints its tokens; the local network is drawn by numpy.
 """
 
-import argparse
 import dataclasses
 import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +19,6 @@ import pytest
 
 from tests.evaluation import test_feature_extractors, test_made_images, test_page
 from tokgen.checkpoints import checkpoint, run as runs
-from tokgen.commands import evaluate
 from tokgen.evaluation import (
     collect,
     feature_extractors,
@@ -29,10 +28,11 @@ from tokgen.evaluation import (
     references,
     score as scores,
     score_page,
+    score_settings,
 )
 from tokgen.interfaces import UserError
 from tokgen.metrics import codebook, moments
-from tokgen.sampling import drawing
+from tokgen.sampling import drawing, presets
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 COUNT, PART = 48, 8
@@ -43,16 +43,16 @@ class Killed(BaseException):
     """What no part of a program expects."""
 
 
-def parsed(*words) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    evaluate.arguments(parser)
-    return parser.parse_args([str(word) for word in words])
-
-
-def scoring_of(reference, out, *words) -> argparse.Namespace:
-    """The command line that scores the die."""
-    given = ("--protocol", "local", "--reference", reference, "--out", out, "--seed", 5)
-    return parsed("runs/dice", *given, "--samples", COUNT, "--accept", "few", *words)
+def scoring_of(reference, out, **more) -> score_settings.Settings:
+    """The settings that score the die."""
+    given = dict(scored="runs/dice", samples=COUNT) | more
+    return score_settings.Settings(
+        protocol="local",
+        reference=str(reference),
+        out=str(out),
+        accept=("few",),
+        **({"seed": 5} | given),
+    )
 
 
 def fakes() -> list[tuple]:
@@ -127,7 +127,7 @@ def whole(tmp_path_factory, reference) -> pathlib.Path:
     with pytest.MonkeyPatch.context() as patch:
         for where, name, value in fakes():
             patch.setattr(where, name, value)
-        scores.run(scoring_of(reference, out))
+        scores.score(scoring_of(reference, out))
     return out
 
 
@@ -173,14 +173,14 @@ def test_a_run_killed_at_every_turn_ends_as_one_that_was_not(tmp_path, die, refe
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             patch.setattr(where, name, dying)
-            scores.run(scoring_of(reference, out))
+            scores.score(scoring_of(reference, out))
         left = list(out.rglob("*.part"))
         for part in left:  # what a machine that loses power leaves
             part.write_bytes(part.read_bytes()[:-100])
         deaths.append(len(left))
         assert not (out / collect.RESULTS).exists()
     assert sum(deaths) >= 2 and len(deaths) >= 10
-    scores.run(scoring_of(reference, out))
+    scores.score(scoring_of(reference, out))
     assert contents(out) == contents(whole) and len(contents(whole)) == 1 + COUNT // PART
     assert last(out) == last(whole) and len(collect.results(out)) == 1
     assert not list(out.rglob("*.part")) and not (out / "images").exists()
@@ -196,7 +196,7 @@ def slow(*words):
     save(*words)
     time.sleep(0.2)
 test_collect.made_images.save_part = slow
-test_collect.scores.run(test_collect.scoring_of(*sys.argv[1:]))
+test_collect.scores.score(test_collect.scoring_of(*sys.argv[1:]))
 """
 
 
@@ -217,7 +217,7 @@ def test_a_process_that_is_killed_on_another_number_of_devices(tmp_path, die, re
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         assert parts <= len(list(out.glob("parts/*.npz"))) < COUNT // PART
-    scores.run(scoring_of(reference, out))
+    scores.score(scoring_of(reference, out))
     assert contents(out) == contents(whole) and last(out) == last(whole)
 
 
@@ -233,16 +233,16 @@ def test_images_and_labels_of_the_archive(whole):
 def test_the_result_says_what_was_measured(whole, reference):
     line = collect.results(whole)[-1]
     assert set(line) == {
-        *("format", "protocol", "samples", "supply", "size", "extractor", "reference", "seed"),
-        *("figures", "absent", "suspicious", "images_sha256", "time", "versions"),
+        *("format", "protocol", "samples", "images", "size", "extractor", "reference", "seed"),
+        *("metrics", "absent", "suspicious", "images_sha256", "time", "versions"),
     }
-    assert set(line["figures"]) | set(line["absent"]) == set(METRICS)
+    assert set(line["metrics"]) | set(line["absent"]) == set(METRICS)
     assert (line["protocol"], line["samples"], line["size"]) == ("local", COUNT, [16, 16])
     read = references.read(reference)
     assert line["reference"]["digest"] == read.digest
     assert line["reference"]["path"] == str(reference.resolve())
     assert line["extractor"]["fingerprint"] == read.record["extractor"]["fingerprint"]
-    assert line["supply"]["fingerprint"] == "d" * 64 and line["supply"]["seed"] == 5
+    assert line["images"]["fingerprint"] == "d" * 64 and line["images"]["seed"] == 5
     assert line["suspicious"] == {"duplicates": 0, "constant": 0}
     text = (whole / collect.RESULTS).read_text()
     assert "Infinity" not in text and "NaN" not in text and text.endswith("}\n")
@@ -250,27 +250,30 @@ def test_the_result_says_what_was_measured(whole, reference):
 
 def test_given_as_an_archive_the_same_images_score_the_same(tmp_path, die, reference, whole):
     """From a file, and in parts of another size: to the last digit that is written."""
-    words = (whole / "samples.npz", "--protocol", "local", "--reference", reference, "--seed", 5)
+    given = scoring_of(reference, tmp_path, scored=str(whole / "samples.npz"), samples=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collect, "PART", 20)
-        scores.run(parsed(*words, "--out", tmp_path, "--accept", "few"))
+        scores.score(given)
     once = last(tmp_path)
-    assert once["figures"] == last(whole)["figures"]
+    assert once["metrics"] == last(whole)["metrics"]
     assert once["images_sha256"] == last(whole)["images_sha256"]
 
 
 @pytest.mark.parametrize(
-    ("words", "difference"),
+    ("change", "difference"),
     [
-        (("--seed", 6), "seed: 5 there, 6 here"),
-        (("--samples", 40), "samples: 48 there, 40 here"),
-        (("--temperature", 0.5), "supply.settings.temperature: 1.0 there, 0.5 here"),
+        ({"seed": 6}, "seed: 5 there, 6 here"),
+        ({"samples": 40}, "samples: 48 there, 40 here"),
+        (
+            {"sampling": presets.Choice(temperature=0.5)},
+            "images.settings.temperature: 1.0 there, 0.5 here",
+        ),
     ],
 )
-def test_a_folder_of_another_evaluation_is_refused(die, reference, whole, words, difference):
+def test_a_folder_of_another_evaluation_is_refused(die, reference, whole, change, difference):
     before = contents(whole)
     with pytest.raises(UserError, match="holds another evaluation.*use another --out") as caught:
-        scores.run(scoring_of(reference, whole, *words))
+        scores.score(scoring_of(reference, whole, **change))
     assert difference in str(caught.value)
     assert contents(whole) == before and len(collect.results(whole)) == 1
 
@@ -278,39 +281,39 @@ def test_a_folder_of_another_evaluation_is_refused(die, reference, whole, words,
 def test_another_checkpoint_or_reference_is_refused(tmp_path, die, monkeypatch, reference, whole):
     other = write_reference(tmp_path / "other.npz", seed=1)
     with pytest.raises(UserError, match=r"extractor\.fingerprint: \w+ there, \w+ here"):
-        scores.run(scoring_of(other, whole))
+        scores.score(scoring_of(other, whole))
     trained = test_made_images.loaded(test_made_images.Dice(), fingerprint="e" * 64)
     monkeypatch.setattr(checkpoint, "load_generator", lambda path, compute="": trained)
-    with pytest.raises(UserError, match=r"supply\.fingerprint: d{64} there, e{64} here"):
-        scores.run(scoring_of(reference, whole))
+    with pytest.raises(UserError, match=r"images\.fingerprint: d{64} there, e{64} here"):
+        scores.score(scoring_of(reference, whole))
 
 
 def test_a_folder_with_samples_of_something_else_is_refused(tmp_path, die, reference):
     """Or those would be scored under the name of this checkpoint."""
     np.savez(tmp_path / "samples.npz", arr_0=np.zeros((COUNT, 16, 16, 3), np.uint8))
     with pytest.raises(UserError, match="samples.npz of something else.*another --out"):
-        scores.run(scoring_of(reference, tmp_path))
+        scores.score(scoring_of(reference, tmp_path))
 
 
 def test_a_damaged_part_is_named_and_made_again_once_removed(tmp_path, die, reference, whole):
     out = tmp_path / "out"
-    scores.run(scoring_of(reference, out))
+    scores.score(scoring_of(reference, out))
     file = sorted((out / "parts").iterdir())[2]
     file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(UserError, match=f"{file.name} is damaged.*remove it, and it is made again"):
-        scores.run(scoring_of(reference, out))
+        scores.score(scoring_of(reference, out))
     file.unlink()
-    scores.run(scoring_of(reference, out))
+    scores.score(scoring_of(reference, out))
     assert contents(out) == contents(whole)
     assert last(out) == last(whole) and len(collect.results(out)) == 1
     (out / "run.json").write_text("{")
     with pytest.raises(UserError, match="run.json is damaged"):
-        scores.run(scoring_of(reference, out))
+        scores.score(scoring_of(reference, out))
 
 
 def test_a_second_run_in_the_same_folder_waits_its_turn(tmp_path, die, reference):
     with runs.lock(tmp_path), pytest.raises(UserError, match="is in use by process"):
-        scores.run(scoring_of(reference, tmp_path))
+        scores.score(scoring_of(reference, tmp_path))
 
 
 def test_results_are_appended_whole_and_read_back(tmp_path, capfd):
@@ -341,8 +344,8 @@ def test_results_are_appended_whole_and_read_back(tmp_path, capfd):
 @pytest.mark.parametrize(
     "change",
     [
-        *(dict(figures=None), dict(figures={"fid": 3.0}), dict(figures={"fid": {}}), dict(size=3)),
-        *(dict(figures={"fid": {"value": "3"}}), dict(supply=[]), dict(supply={"settings": None})),
+        *(dict(metrics=None), dict(metrics={"fid": 3.0}), dict(metrics={"fid": {}}), dict(size=3)),
+        *(dict(metrics={"fid": {"value": "3"}}), dict(images=[]), dict(images={"settings": None})),
         *(dict(reference={"dataset": None}), dict(extractor=None), dict(absent=7), dict(seed="x")),
     ],
 )
@@ -354,12 +357,12 @@ def test_a_result_of_other_types_is_one_message(tmp_path, change):
 
 def test_a_figure_that_is_not_finite_is_absent(tmp_path):
     """Written by this version, or as NaN by one before: no reader meets it, and it is no best."""
-    figures = {"fid": {"value": math.nan, "low": 1.0, "high": 2.0}, "is": {"value": 3.0}}
-    figures["precision"] = {"value": 0.5, "low": math.nan, "high": 0.7}
-    (tmp_path / collect.RESULTS).write_text(json.dumps(test_page.result(figures=figures)) + "\n")
-    collect.append(tmp_path, test_page.result(figures=figures) | {"seed": 8})
+    metrics = {"fid": {"value": math.nan, "low": 1.0, "high": 2.0}, "is": {"value": 3.0}}
+    metrics["precision"] = {"value": 0.5, "low": math.nan, "high": 0.7}
+    (tmp_path / collect.RESULTS).write_text(json.dumps(test_page.result(metrics=metrics)) + "\n")
+    collect.append(tmp_path, test_page.result(metrics=metrics) | {"seed": 8})
     for line in collect.results(tmp_path):
-        assert line["figures"] == {"is": {"value": 3.0}, "precision": {"value": 0.5}}
+        assert line["metrics"] == {"is": {"value": 3.0}, "precision": {"value": 0.5}}
         assert line["absent"]["fid"].startswith(metric_table.NOT_FINITE)
 
     def refused(word):
@@ -388,17 +391,56 @@ def test_features_that_are_not_finite_name_their_image(tmp_path, monkeypatch):
     assert len(found.digest_N) == 12 and found.constant_N.all() and not len(found.label_N)
 
 
-def test_figures_of_reconstructions():
+def test_metrics_of_reconstructions():
     value_N = np.random.default_rng(0).normal(30, 2, 50)
     counts = {"0": np.array([5, 0, 3, 2]), "1": np.array([10, 0])}
     found = collect.Found(*({}, {}, {"psnr_db": value_N}, counts), *(np.zeros(50),) * 3)
-    figures = collect.of_pairs(found, 0)
-    psnr = figures["psnr_db"]
+    metrics = collect.of_pairs(found, 0)
+    psnr = metrics["psnr_db"]
     assert psnr["value"] == pytest.approx(value_N.mean()) and psnr["low"] < psnr["value"]
     half = 1.96 * value_N.std(ddof=1) / 50**0.5
     assert psnr["high"] - psnr["low"] == pytest.approx(2 * half, rel=0.15)
-    assert figures["codebook_usage"]["value"] == (3 / 4 + 1 / 2) / 2
+    assert metrics["codebook_usage"]["value"] == (3 / 4 + 1 / 2) / 2
     wanted = [1 - (1 - 1 / size) ** 10 for size in (4, 2)]
-    assert figures["codebook_usage"]["expected"] == pytest.approx(np.mean(wanted))
+    assert metrics["codebook_usage"]["expected"] == pytest.approx(np.mean(wanted))
     perplexity = np.mean([codebook.perplexity(count_V) for count_V in counts.values()])
-    assert figures["codebook_perplexity"]["value"] == perplexity
+    assert metrics["codebook_perplexity"]["value"] == perplexity
+
+
+# ---------------------------------------------------------------- what earlier versions wrote
+
+
+def first_words(record: dict) -> dict:
+    """A record in the words of format 1."""
+    then = {now: word for word, now in collect.FIRST_WORDS.items()}
+    record = {then.get(name, name): part for name, part in record.items()}
+    return record | ({"format": 1} if "format" in record else {})
+
+
+def test_a_folder_that_an_earlier_version_began_goes_on(tmp_path, die, reference, whole):
+    """Parts are not seen again, and a result that stands there already stays one."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    record = first_words(json.loads((out / collect.RUN).read_text()))
+    assert "supply" in record
+    (out / collect.RUN).write_text(json.dumps(record))
+    line = json.loads((out / collect.RESULTS).read_text())
+    (out / collect.RESULTS).write_text(json.dumps(first_words(line)) + "\n")
+    assert last(out) == last(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_extractors, "features", None)
+        patch.setattr(drawing, "draw", None)
+        patch.setattr(score_page, "write", lambda *_: out / "index.html")
+        scores.score(scoring_of(reference, out))
+    assert len(collect.results(out)) == 1 and last(out) == last(whole)
+    with pytest.raises(UserError, match="seed: 5 there, 6 here"):
+        scores.score(scoring_of(reference, out, seed=6))
+
+
+def test_results_of_the_first_format_are_read_in_todays_words(tmp_path):
+    line = test_page.result()
+    text = json.dumps(first_words(line)) + "\n" + json.dumps(line | {"seed": 8}) + "\n"
+    assert '"figures"' in text
+    (tmp_path / collect.RESULTS).write_text(text)
+    first, second = collect.results(tmp_path)
+    assert first == second | {"seed": 7} == line

@@ -20,7 +20,7 @@ def weights(classes: int = 3, seed: int = 0) -> dict[str, np.ndarray]:
 
     def make():
         return feature_extractors.Local(
-            local_classifier.PhotographJudge(3, classes, rngs=nnx.Rngs(0))
+            local_classifier.PhotographClassifier(3, classes, rngs=nnx.Rngs(0))
         )
 
     _, params, _ = parameters.split(nnx.eval_shape(make))
@@ -85,7 +85,7 @@ def test_features_do_not_depend_on_devices_nor_on_neighbours():
         np.testing.assert_array_equal(alone[name], rows_ND[17:18])
 
 
-def test_what_a_local_network_gives_is_that_of_its_judge_on_images_in_the_unit_range():
+def test_what_a_local_network_gives_is_that_of_its_classifier_on_images_in_the_unit_range():
     network, image_NHW3 = local(), pictures(16)
     found = feature_extractors.features(network, image_NHW3, mesh=mesh_of(1))
     look = jax.jit(lambda local_classifier, image_BHW3: local_classifier.features(image_BHW3))

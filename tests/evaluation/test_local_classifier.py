@@ -1,4 +1,4 @@
-"""A judge is read back as it was trained; that of shapes judges form and not colour."""
+"""A classifier is read back as it was trained; that of shapes tells form and not colour."""
 
 import dataclasses
 
@@ -51,10 +51,10 @@ def test_second_call_reads_what_the_first_trained(tmp_path, monkeypatch):
         np.testing.assert_array_equal(a, b)
     found = local_classifier.predictions(second, image_NHW3, batch=8)
     np.testing.assert_array_equal(found, local_classifier.predictions(first, image_NHW3, batch=20))
-    assert len(list(tmp_path.glob("judge-*.npz"))) == 1
+    assert len(list(tmp_path.glob("classifier-*.npz"))) == 1
 
 
-def test_judge_of_photographs_learns_is_kept_and_belongs_to_its_images(
+def test_classifier_of_photographs_learns_is_kept_and_belongs_to_its_images(
     photographs, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("TOKGEN_CACHE", str(tmp_path))
@@ -68,10 +68,10 @@ def test_judge_of_photographs_learns_is_kept_and_belongs_to_its_images(
     second = local_classifier.of_photographs(photographs, (16, 16), recipe=recipe)
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         np.testing.assert_array_equal(a, b)
-    (photographs / "train" / "dark" / "0.png").unlink()  # other images, another judge
+    (photographs / "train" / "dark" / "0.png").unlink()  # other images, another classifier
     with pytest.raises(TypeError, match="not callable"):
         local_classifier.of_photographs(photographs, (16, 16), recipe=recipe)
-    assert len(list(tmp_path.glob("judge-*.npz"))) == 1
+    assert len(list(tmp_path.glob("classifier-*.npz"))) == 1
 
 
 def test_every_photograph_is_seen_once_in_each_epoch(photographs):
@@ -87,8 +87,10 @@ def test_every_photograph_is_seen_once_in_each_epoch(photographs):
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_photograph_is_judged_by_ten_views():
-    network = local_classifier.PhotographJudge(3, 10, (8, 8, 8), rngs=local_classifier.nnx.Rngs(0))
+def test_photograph_is_classified_by_ten_views():
+    network = local_classifier.PhotographClassifier(
+        3, 10, (8, 8, 8), rngs=local_classifier.nnx.Rngs(0)
+    )
     image_NHW3 = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
     wider = np.pad(image_NHW3, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
     moved = [wider[:, 1 + y : 17 + y, 1 + x : 17 + x] for y, x in WAYS]
@@ -105,7 +107,9 @@ def test_photograph_is_judged_by_ten_views():
 
 def test_a_shift_of_colour_changes_nothing():
     with jax.default_matmul_precision("highest"):
-        network = local_classifier.Judge((32, 32), 3, 10, rngs=local_classifier.nnx.Rngs(0))
+        network = local_classifier.ShapeClassifier(
+            (32, 32), 3, 10, rngs=local_classifier.nnx.Rngs(0)
+        )
         image_BHW3 = jax.random.uniform(jax.random.key(0), (2, 32, 32, 3))
         shift = jnp.array([0.1, -0.2, 0.3]).reshape(1, 1, 1, 3)
         np.testing.assert_allclose(network(image_BHW3), network(image_BHW3 + shift), atol=1e-5)
@@ -206,7 +210,7 @@ class Opinion(nnx.Module):
 def test_weights_that_are_not_finite_have_no_opinion():
     image_NHW3 = np.stack([np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)])
     assert local_classifier.predictions(Opinion(1.0), image_NHW3).tolist() == [0, 1]
-    with pytest.raises(interfaces.UserError, match="judge's weights must be finite"):
+    with pytest.raises(interfaces.UserError, match="classifier's weights must be finite"):
         local_classifier.predictions(Opinion(np.nan), image_NHW3)
 
 

@@ -227,9 +227,9 @@ class Pictures(sources.RandomAccess):
         return [{"image": self.image_NHW3[i], "label": int(i) % 2} for i in indices]
 
 
-def test_reconstructions_and_their_figures_are_those_of_held_out_evaluation():
+def test_reconstructions_and_their_metrics_are_those_of_held_out_evaluation():
     network, source = Halver(), Pictures(40)
-    supply = made_images.Repainted(
+    supply = made_images.Reconstructed(
         loaded(network, layout=network.layout), source, count=30, distances={}
     )
     assert len(supply) == 30 and supply.classes == source.classes
@@ -255,7 +255,7 @@ def test_other_weights_of_a_distance_are_another_measure():
     def identity(factor):
         far = Far(factor)
         options = dict(count=8, distances={"lpips_vgg": far})
-        return made_images.Repainted(loaded(Halver()), Pictures(8), **options).identity
+        return made_images.Reconstructed(loaded(Halver()), Pictures(8), **options).identity
 
     assert identity(1.0) == identity(1.0) != identity(2.0)
 

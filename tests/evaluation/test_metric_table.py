@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tokgen.evaluation import measures, metric_table, protocols
+from tokgen.evaluation import metric_table, protocols, score_page
 from tokgen.interfaces import UserError
 from tokgen.metrics import (
     accuracy,
@@ -15,13 +15,14 @@ from tokgen.metrics import (
     inception_score,
     kernels,
     memorisation,
+    metric,
     moments,
     neighbours,
     vendi,
 )
 
 D, K, N, n, SEED = 6, 3, 240, 300, 7
-EVERY = dataclasses.replace(protocols.PROTOCOLS["local"], metrics=tuple(metric_table.METRICS))
+EVERY = tuple(name for name, one in metric_table.known().items() if one.measure)
 
 
 def sets() -> tuple[dict, dict, np.ndarray, np.ndarray]:
@@ -40,10 +41,10 @@ def sets() -> tuple[dict, dict, np.ndarray, np.ndarray]:
     return *single, label_N, label_n
 
 
-def compared(**more) -> measures.Compared:
+def compared(**more) -> metric.Compared:
     found, real, label_N, label_n = sets()
     given = {
-        "protocol": EVERY,
+        "splits": (0, None),
         "layer": "pooled",
         "logits": "logits",
         "features": found,
@@ -55,13 +56,17 @@ def compared(**more) -> measures.Compared:
         "least": None,
         "seed": SEED,
     }
-    return measures.Compared(**(given | more))
+    return metric.Compared(**(given | more))
+
+
+def measured(name: str, one: metric.Compared) -> dict:
+    return metric_table.named(name).measure(one)
 
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, dict]:
-    found, absent = metric_table.score(compared(), what="")
-    assert not absent and set(found) == set(metric_table.METRICS)
+    found, absent = metric_table.score(compared(), EVERY, what="")
+    assert not absent and set(found) == set(EVERY) and len(EVERY) >= 16
     return found
 
 
@@ -86,11 +91,13 @@ def test_the_bias_shown_is_that_of_so_many_images():
     for seed in range(6):
         rows_ND = np.random.default_rng(seed).normal(size=(400, D)).astype(np.float32)
         one = compared(features={"pooled": rows_ND}, moments={"pooled": exact})
-        shown.append(measures.fid(one)["bias"])
+        shown.append(measured("fid", one)["bias"])
         few = compared(features={"pooled": rows_ND[:14]}, moments={"pooled": exact})
         closed = frechet.between(moments.Moments.of(rows_ND[:14]), exact)
-        assert measures.fid(few)["bias"] == pytest.approx(closed.bias)  # seven chunks are too few
-        assert "low" not in measures.fid(few)
+        assert measured("fid", few)["bias"] == pytest.approx(
+            closed.bias
+        )  # seven chunks are too few
+        assert "low" not in measured("fid", few)
     assert np.mean(shown) == pytest.approx(frechet.bias(D, 400), rel=0.25)
 
 
@@ -118,16 +125,15 @@ def test_neighbours_under_adm_are_of_all_samples_against_the_kept_images():
     """10,000 real against 50,000 samples (fact sheet 4): radii depend on the numbers."""
     found, real, _, _ = sets()
     assert protocols.PROTOCOLS["adm-50k"].against == protocols.PROTOCOLS["adm-50k"].samples
-    protocol = dataclasses.replace(EVERY, compared=60, against=200)
-    one = compared(protocol=protocol)
+    one = compared(most=60, against=200)
     order_N = np.random.default_rng(SEED).permutation(N)[:200]
     wanted = neighbours.precision_recall(real["pooled"][:60], found["pooled"][order_N], 3)
-    shown = measures.precision(one), measures.recall(one)
+    shown = measured("precision", one), measured("recall", one)
     assert tuple(figure["value"] for figure in shown) == wanted
     assert [figure["images"] for figure in shown] == [200, 60]
-    equal = compared(protocol=dataclasses.replace(EVERY, compared=60))
-    assert measures.recall(equal)["images"] == measures.density(equal)["images"] == 60
-    assert measures.recall(equal)["value"] != shown[1]["value"]
+    equal = compared(most=60)
+    assert measured("recall", equal)["images"] == measured("density", equal)["images"] == 60
+    assert measured("recall", equal)["value"] != shown[1]["value"]
 
 
 def test_figures_of_all_images(figures):
@@ -170,22 +176,22 @@ def test_inception_score_does_not_depend_on_the_order_of_samples():
     size = N // 8
     sorted_, mixed = (
         compared(
-            protocol=dataclasses.replace(EVERY, splits=(size, None)),
+            splits=(size, None),
             features={"pooled": found["pooled"][order], "logits": logits_NK[order]},
         )
         for order in (np.arange(N), np.random.default_rng(3).permutation(N))
     )
     plain = inception_score.score(logits_NK, inception_score.consecutive(N, size)).mean
-    shown = measures.is_(sorted_)
+    shown = measured("is", sorted_)
     assert (shown["parts"], shown["part"]) == (8, size) and shown["std"] > 0
-    assert shown["value"] == pytest.approx(measures.is_(mixed)["value"], rel=0.05)
+    assert shown["value"] == pytest.approx(measured("is", mixed)["value"], rel=0.05)
     assert plain < 0.85 * shown["value"]
     whole = inception_score.score(logits_NK, [np.arange(N)]).mean
     for one in (sorted_, mixed):  # the local protocol: all in one part
-        one = dataclasses.replace(one, protocol=EVERY)
-        assert measures.is_(one)["value"] == pytest.approx(whole, rel=1e-12)
-    seeded = dataclasses.replace(EVERY, splits=(size, 2020))
-    seeds = [measures.is_(compared(protocol=seeded, seed=seed))["value"] for seed in (0, 1)]
+        one = dataclasses.replace(one, splits=(0, None))
+        assert measured("is", one)["value"] == pytest.approx(whole, rel=1e-12)
+    seeded = (size, 2020)
+    seeds = [measured("is", compared(splits=seeded, seed=seed))["value"] for seed in (0, 1)]
     assert seeds[0] == seeds[1]
 
 
@@ -194,8 +200,8 @@ def test_nearest_images_are_those_of_the_largest_cosine():
     a, b = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in
             (found["pooled"].astype(np.float64), real["pooled"].astype(np.float64)))  # fmt: skip
     cosine_Nn = a @ b.T
-    sample_N, real_N, similarity_N = measures.nearest(compared())
-    order_N = np.argsort(-cosine_Nn.max(1))[: measures.NEAREST]
+    sample_N, real_N, similarity_N = score_page.nearest(compared())
+    order_N = np.argsort(-cosine_Nn.max(1))[: score_page.NEAREST]
     np.testing.assert_array_equal(sample_N, order_N)
     np.testing.assert_array_equal(real_N, cosine_Nn.argmax(1)[order_N])
     np.testing.assert_allclose(similarity_N, cosine_Nn.max(1)[order_N], rtol=1e-9)
@@ -219,6 +225,10 @@ def without(name: str) -> dict:
     }[name]
 
 
+def lacking(name: str, one: metric.Compared) -> str:
+    return metric_table.named(name).lacking(one)
+
+
 NEIGHBOURS = {
     *("kid", "cmmd", "precision", "recall", "density", "coverage", "vendi", "authenticity"),
     *("mifid", "classwise"),
@@ -240,9 +250,9 @@ NEIGHBOURS = {
 )
 def test_what_is_absent_says_why(name, metrics, words):
     one = compared(**without(name))
-    reasons = {metric: metric_table.lacking(metric, one) for metric in metric_table.METRICS}
-    assert {metric for metric, why in reasons.items() if why} == metrics
-    assert all(words in reasons[metric] for metric in metrics)
+    reasons = {name: lacking(name, one) for name in EVERY}
+    assert {name for name, why in reasons.items() if why} == metrics
+    assert all(words in reasons[name] for name in metrics)
 
 
 def test_fewer_images_than_features():
@@ -250,20 +260,18 @@ def test_fewer_images_than_features():
     few = {name: rows[:5] for name, rows in found.items()}
     one = compared(features=few, label_N=label_N[:5])
     with pytest.raises(UserError, match="6 features needs at least 7 images.*found 5 generated"):
-        measures.fid(one)
-    assert metric_table.lacking("sfid", one) == ""  # it has four
-    assert "4 features need more images than that; found 4" in metric_table.lacking(
+        measured("fid", one)
+    assert lacking("sfid", one) == ""  # it has four
+    assert "4 features need more images than that; found 4" in lacking(
         "sfid", compared(features={name: rows[:4] for name, rows in found.items()})
     )
-    for metric in ("fid_infinity", "is_infinity"):
-        assert metric_table.lacking(metric, one) == "it needs 200 samples"
+    for infinite in ("fid_infinity", "is_infinity"):
+        assert lacking(infinite, one) == "it needs 200 samples"
     accepted = compared(features=few, label_N=label_N[:5], least=2)
     wanted = frechet.from_features(few["pooled"], real["pooled"])
-    assert measures.fid(accepted)["value"] == pytest.approx(wanted, rel=1e-6)
-    names = tuple(name for name in metric_table.METRICS if name != "fid_infinity")
-    figures, absent = metric_table.score(
-        dataclasses.replace(accepted, protocol=dataclasses.replace(EVERY, metrics=names)), what=""
-    )
+    assert measured("fid", accepted)["value"] == pytest.approx(wanted, rel=1e-6)
+    names = tuple(name for name in EVERY if name != "fid_infinity")
+    figures, absent = metric_table.score(accepted, names, what="")
     assert set(absent) == {"is_infinity", "classwise"} and figures["precision"]["k"] == 3
 
 
@@ -271,7 +279,7 @@ def test_features_of_another_width_are_named():
     found, _, _, _ = sets()
     wide = {**found, "pooled": np.concatenate([found["pooled"]] * 2, axis=1)}
     with pytest.raises(UserError, match="pooled of the samples has 12 features.*reference 6"):
-        measures.fid(compared(features=wide))
+        measured("fid", compared(features=wide))
 
 
 def test_intervals_cover_other_draws_of_the_samples():
@@ -282,7 +290,7 @@ def test_intervals_cover_other_draws_of_the_samples():
     target = moments.Moments.of(real["pooled"])
     for _ in range(20):
         rows_ND = truth_ND[draw.choice(len(truth_ND), 500, replace=False)]
-        figure = measures.fid(compared(features={"pooled": rows_ND}, moments={"pooled": target}))
+        figure = measured("fid", compared(features={"pooled": rows_ND}, moments={"pooled": target}))
         wanted = frechet.between(moments.Moments.of(truth_ND), target).value + figure["bias"]
         out += not figure["low"] <= wanted <= figure["high"]
     assert out <= 4
@@ -298,3 +306,45 @@ def test_figures_that_are_not_finite_are_none_and_say_so():
     kept, absent = metric_table.settled(figures, {"cmmd": "no"})
     assert kept == {"kid": {"value": 3.0, "subset": 5}, "is": {"value": 2.0, "parts": 1}}
     assert absent == {"cmmd": "no", "fid": "it is not finite: found nan"}
+
+
+# ---------------------------------------------------------------- what is declared
+
+
+def test_every_protocol_has_the_metrics_that_it_is_published_with():
+    wide = {"kid", "density", "coverage", "fid_infinity", "vendi", "authenticity"}
+    ratio = {"precision", "recall"}
+    every = {
+        "adm-50k": {"fid", "sfid", "is", "is_infinity", "mifid"} | ratio | wide,
+        "val-centercrop-rfid": {"fid", "sfid", "is", "kid"} | ratio,
+        "fd-dinov2": {"fid"} | ratio | wide,
+        "cmmd": {"cmmd", "kid", "vendi"},
+        "local": set(EVERY),
+    }
+    assert {name: set(metric_table.of_protocol(name)) for name in protocols.PROTOCOLS} == every
+    assert metric_table.of_protocol("local")[:6] == (
+        *("fid", "sfid", "is", "precision", "recall", "kid"),
+    )
+
+
+def test_what_metrics_declare_is_known():
+    for name, one in metric_table.known().items():
+        assert set(one.protocols) <= set(protocols.PROTOCOLS), name
+        assert one.better in ("lower", "higher", ""), name
+        assert bool(one.measure) == bool(one.protocols), name
+
+
+def test_directions():
+    names = ("fid", "recall", "psnr_db", "lpips_vgg", "x")
+    assert [metric_table.better(n) for n in names] == ["lower", "higher", "higher", "lower", ""]
+
+
+def test_two_metrics_of_one_name_are_a_mistake(tmp_path, monkeypatch):
+    import tokgen.metrics
+
+    text = "from tokgen.metrics import metric\nMETRICS = (metric.Metric('fid', 'x', 'lower'),)\n"
+    (tmp_path / "twice.py").write_text(text)
+    paths = [*tokgen.metrics.__path__, str(tmp_path)]
+    monkeypatch.setattr(tokgen.metrics, "__path__", paths)
+    with pytest.raises(ValueError, match="two metrics are called fid"):
+        metric_table.known()

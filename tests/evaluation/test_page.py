@@ -67,7 +67,7 @@ def result(**more) -> dict:
         "format": collect.FORMAT,
         "protocol": "local",
         "samples": 130,
-        "supply": {
+        "images": {
             "checkpoint": f"/runs/{EVIL}",
             "fingerprint": "f" * 64,
             "preset": "default",
@@ -78,7 +78,7 @@ def result(**more) -> dict:
         "extractor": {"name": "local", "fingerprint": "e" * 64, "classes": ["cat", EVIL, "dog"]},
         "reference": {"dataset": EVIL, "split": "train", "count": 50, "digest": "d" * 64},
         "seed": 7,
-        "figures": {
+        "metrics": {
             "fid": {"value": 10.0, "low": 9.0, "high": 11.5, "bias": 2.0, "features": 200},
             "precision": {"value": 0.5, "k": 3, "images": 50},
             "is": {"value": 3.0, "std": 0.0, "parts": 2, "part": 65},
@@ -232,7 +232,7 @@ class Pairs(Supply):
 def test_page_of_reconstructions(tmp_path, count):
     supply, draws = Pairs(count), np.random.default_rng(0)
     value_N = draws.permutation(count) + 10.0
-    line = result(samples=count, figures={"psnr_db": {"value": 20.0}})
+    line = result(samples=count, metrics={"psnr_db": {"value": 20.0}})
     feature_ND = np.ones((count, 8), np.float32)
     found = seen(feature_ND, values={"psnr_db": value_N})
     page_ = parsed(score_page.write(tmp_path, line, found, supply, EXTRACTOR, None))
@@ -268,12 +268,6 @@ def test_plots_take_any_name():
         page.points({"$\\": (0.1, 0.2, 0, 0.1)}, "x", "y"),
     ):
         assert address.startswith("data:image/png;base64,")
-
-
-def test_directions_of_figures():
-    assert [page.better(n) for n in ("fid", "recall", "psnr_db", "lpips_vgg", "x")] == [
-        *("lower", "higher", "higher", "lower", "")
-    ]
 
 
 def test_names_of_a_network_of_other_classes_are_not_used():

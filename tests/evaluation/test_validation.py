@@ -106,7 +106,7 @@ def generator(**options):
     return autoregressive.Generator(
         made().layout,
         len(CLASSES),
-        **dict(width=8, depth=1, heads=1, parts="llama_narrow", precision=FLOAT32),
+        **dict(width=8, depth=1, heads=1, variant="llama_narrow", precision=FLOAT32),
         rngs=nnx.Rngs(0),
         **options,
     )

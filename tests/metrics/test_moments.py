@@ -102,22 +102,16 @@ def test_weights_are_numpys_aweights(random):
 
 
 def test_groups(random, monkeypatch):
-    """By label, and by posterior: equal where posteriors are one-hot; an absent group is empty."""
+    """By label; an absent group is empty."""
     monkeypatch.setattr(moments, "GROUP_ROWS", 32)
     rows, label = features(random, 400), random.integers(0, 3, 400)
     batches = [(rows[n : n + 57], label[n : n + 57]) for n in range(0, 400, 57)]
     found = moments.grouped(iter(batches), 4)
-    hard = moments.shared_out((r, np.eye(4)[k]) for r, k in batches)
     for k in range(3):
         near(found[k], of(rows[label == k]), 1e-12)
-        near(hard[k], found[k], 1e-12)
-    assert found[3].count == hard[3].count == 0
+    assert found[3].count == 0
     with pytest.raises(UserError, match="at least 2 images; found 0"):
         _ = found[3].covariance_DD
-    posterior = random.dirichlet(np.ones(4), 400)
-    soft = moments.shared_out((rows[n : n + 99], posterior[n : n + 99]) for n in range(0, 400, 99))
-    for k in range(4):
-        near(soft[k], of(rows, posterior[:, k]), 1e-12)
     with pytest.raises(UserError, match="from 0 to 1; found 0 to 2"):
         moments.grouped(batches, 2)
 

@@ -3,142 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-import pathlib
-import re
-import shutil
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from tokgen import options, output, report, runtime
-from tokgen.errors import UserError
+from tokgen import output, report
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from tokgen.interfaces import PyTree, Text
-    from tokgen.sampling import sampler as filters
-
-# Without --classes: all of so many, or some of them evenly over all
-FEW, SOME = 16, 8
-RECORDS = {"samples.json": ("checkpoint", "settings")}
-COLUMNS = 16  # images of a row of grid.png
-PIXELS, SIDE = 2**26, 2**14  # of grid.png, at most; SIDE is its height
-
-
-def chosen(text: str, classes: tuple[str, ...]) -> list[int]:
-    """Labels of `--classes`: names, numbers or ranges (`0-9`), comma between, or `all`.
-
-    Without any: all where they are few, else some evenly over them. Where the names are numbers
-    themselves, numbers and ranges are of names.
-    """
-    from tokgen.data import classes as names_
-
-    count = max(len(classes), 1)
-    if not text and count > FEW:
-        return [n * count // SOME for n in range(SOME)]
-    if not text or (text.strip() == "all" and "all" not in classes):
-        return list(range(count))
-    label_of = {number: number for number in range(count)}
-    if names_.numbered(classes):
-        label_of = {int(name): label for label, name in enumerate(classes)}
-    labels = []
-    for part in text.split(","):
-        part = part.strip()
-        span = re.fullmatch(r"(-?[0-9]{1,18})(?:-([0-9]{1,18}))?", part)
-        if part in classes:
-            labels.append(classes.index(part))
-        elif span:
-            low = int(span[1])
-            high = low if span[2] is None else int(span[2])
-            if not low <= high <= low + count or not all(
-                number in label_of for number in range(low, high + 1)
-            ):
-                ids = f"{min(label_of)} to {max(label_of)}"
-                if len(label_of) <= max(label_of) - min(label_of):
-                    ids = f"among {ids}"
-                named = f" ({', '.join(classes[:10])}{' ...' if count > 10 else ''})"
-                raise UserError(f"class ids are {ids}{named if classes else ''}; found {part}")
-            labels.extend(label_of[number] for number in range(low, high + 1))
-        else:
-            raise UserError(
-                f"unknown class {part!r}; need ids 0 to {count - 1} or names: "
-                f"{', '.join(classes[:20]) or 'none, the model is unconditional'}"
-            )
-    return labels
-
-
-def captions(path: str) -> Text:
-    """The conditions of `--text`: features [N, T, E], and a mask [N, T] that is true to the end."""
-    import numpy as np
-
-    from tokgen import archives
-    from tokgen.interfaces import Text
-
-    try:
-        found = archives.arrays(path)
-    except UserError as error:
-        raise UserError(
-            f"--text needs an .npz file of arrays; found {path}: {error}; save features and mask "
-            "with numpy.savez"
-        ) from error
-    if missing := {"features", "mask"} - set(found):
-        raise UserError(
-            f"--text needs arrays features [N, T, E] and mask [N, T]; {path} has no "
-            f"{' and no '.join(sorted(missing))}"
-        )
-    features_NTE, mask_NT = found["features"], found["mask"]
-    numbers = features_NTE.dtype in (np.float16, np.float32) and features_NTE.ndim == 3
-    if not numbers or not len(features_NTE) or not np.isfinite(features_NTE).all():
-        raise UserError(
-            "features must be finite float16 or float32 numbers [N, T, E]; found "
-            f"{features_NTE.dtype} {features_NTE.shape} in {path}"
-        )
-    if mask_NT.shape != features_NTE.shape[:2] or not np.isin(mask_NT, (0, 1)).all():
-        raise UserError(
-            f"mask must hold 0 or 1 for each of the features {features_NTE.shape[:2]}; found "
-            f"{mask_NT.dtype} {mask_NT.shape} in {path}"
-        )
-    mask_NT = mask_NT.astype(bool)
-    if not mask_NT[:, -1].all() or (mask_NT[:, :-1] & ~mask_NT[:, 1:]).any():
-        raise UserError(
-            f"features are padded on the left, so that every row of the mask ends in 1 and has no "
-            f"0 after a 1; found other rows in {path}: move the padding to the front"
-        )
-    return Text(features_NTE.astype(np.float32), mask_NT)
-
-
-def conditions(args: argparse.Namespace, loaded) -> tuple[PyTree, np.ndarray, list[str]]:
-    """(the condition of every image, the number of its class or text [N], names of the classes)."""
-    import jax
-    import numpy as np
-
-    from tokgen.data import classes as names_
-
-    kind = loaded.module.cond
-    if kind == "label" and args.text:
-        raise UserError(
-            "--text needs a generator that reads text; found one of "
-            f"{len(loaded.classes)} classes: use --classes"
-        )
-    if kind == "label":
-        labels = chosen(args.classes, loaded.classes)
-        if not args.classes and len(labels) < len(loaded.classes):
-            report.say(
-                f"{len(labels)} of {len(loaded.classes)} classes are drawn, evenly over them: "
-                f"{names_.listed([loaded.classes[i] for i in labels])}; --classes chooses others, "
-                f"--classes all draws {len(loaded.classes) * args.number:,} images"
-            )
-        label_N = np.repeat(np.asarray(labels, np.int32), args.number)
-        return label_N, label_N, [loaded.classes[i] if loaded.classes else "" for i in labels]
-    if args.classes or not args.text:
-        raise UserError(
-            "the generator reads text: it needs --text FILE.npz with arrays features [N, T, E] "
-            f"and mask [N, T]; found {'--classes' if args.classes else 'none'}"
-        )
-    text = captions(args.text)
-    row_N = np.repeat(np.arange(len(text.mask_BT), dtype=np.int32), args.number)
-    return jax.tree.map(lambda leaf: leaf[row_N], text), row_N, []
+    from tokgen import samples
+    from tokgen.sampling import presets
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,8 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes",
         default="",
-        help="names, ids or ranges, as 0-9,cat; or all "
-        f"(default: all of {FEW} or fewer, else {SOME} evenly over them)",
+        help="names, ids or ranges, as 0-9,cat; or all (default: all of few, some of many)",
     )
     parser.add_argument(
         "--text", default="", help=".npz with features [N, T, E] and mask [N, T], for text models"
@@ -182,183 +52,41 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def prepared(args: argparse.Namespace, loaded) -> tuple:
-    """(settings, generator, sampler): the preset, with what the command line puts in its place."""
+def choice_of(args: argparse.Namespace) -> presets.Choice:
+    """What the options of `sampling_arguments` ask for."""
     from tokgen.sampling import presets
 
-    settings = presets.named(loaded.config.presets.to_dict(), args.preset)
-    asked = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    asked |= {"weight": args.guidance, "steps": args.steps, "noise": args.noise}
-    now = presets.PLAIN | presets.MASKED | settings
-    changed = {k: v for k, v in asked.items() if v is not None and v != now[k]}
-    if changed:
-        report.say(f"departs from preset {args.preset!r}: {changed}")
-    settings |= changed
-    generator, sampler = presets.prepare(loaded.module, settings)
-    labels = loaded.module.cond == "label"
-    if sampler.guidance and labels and not loaded.classes:
-        if "weight" in changed:
-            raise UserError(
-                "--guidance needs classes to guide towards; the model has none: leave it out"
-            )
-        report.say("guidance is off: the model is unconditional, there is nothing to guide towards")
-        settings = presets.unguided(settings)
-        generator, sampler = presets.prepare(loaded.module, settings)
-    # a preset may ask for more: published ones were written for larger alphabets
-    if (args.top_k or 0) > loaded.layout.absent:
-        raise UserError(
-            f"top-k must be at most the alphabet, {loaded.layout.absent}; found {args.top_k}"
-        )
-    options.check(args, idle(sampler))
-    return settings, generator, sampler
+    return presets.Choice(
+        preset=args.preset,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        guidance=args.guidance,
+        steps=args.steps,
+        noise=args.noise,
+    )
 
 
-def idle(sampler: filters.Sampler) -> dict[str, str]:
-    """{option: when it has an effect} of those without one, since a draw is of the likeliest."""
-    import numpy as np
+def settings_of(args: argparse.Namespace) -> samples.Settings:
+    """What the options of this command ask for."""
+    from tokgen import samples
 
-    if not np.any(sampler.temperature):
-        return dict.fromkeys(("top_k", "top_p"), "temperatures above 0")
-    if np.all(np.equal(sampler.top_k, 1)):
-        return dict.fromkeys(("temperature", "top_p"), "a top-k other than 1")
-    return {}
-
-
-def precision_of(args: argparse.Namespace) -> str:
-    """What is asked for, or what the preset says; read before the networks are loaded."""
-    from tokgen.checkpoints import checkpoint
-    from tokgen.sampling import presets
-
-    if args.precision:
-        return args.precision
-    meta = checkpoint.read_meta(checkpoint.find(args.checkpoint))
-    if meta["kind"] != "generator":  # said when it is loaded
-        return presets.LOADING["precision"]
-    return (presets.LOADING | presets.named(meta["config"]["presets"], args.preset))["precision"]
+    return samples.Settings(
+        checkpoint=args.checkpoint,
+        classes=args.classes,
+        text=args.text,
+        number=args.number,
+        seed=args.seed,
+        batch=args.batch,
+        precision=args.precision or "",
+        tokenizer=args.tokenizer,
+        sampling=choice_of(args),
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Draw, and write everything that says how."""
-    if args.number < 1 or args.batch < 1:
-        raise UserError(
-            f"--number and --batch must be at least 1; found {args.number}, {args.batch}"
-        )
-    if not 0 <= args.seed < 2**32:
-        raise UserError(f"--seed must lie in [0, 2**32); found {args.seed}")
-    given = dict(overwrite=args.overwrite, inputs=(args.checkpoint, args.tokenizer, args.text))
-    with output.folder(args.out, records=RECORDS, **given) as out:
-        told = _sampled(args, out)
-    report.say(told)
+    from tokgen import samples
 
-
-def _sampled(args: argparse.Namespace, out: output.Folder) -> str:
-    """Draw what an unfinished result does not have yet, and write all; what is to be said."""
-    from tokgen import image_grid
-    from tokgen.checkpoints import checkpoint
-    from tokgen.data import classes as names_
-    from tokgen.evaluation import made_images
-    from tokgen.sampling import drawing
-
-    runtime.devices()
-    precision = precision_of(args)
-    loaded = checkpoint.load_generator(args.checkpoint, compute=precision)
-    tokenizer = checkpoint.load_tokenizer_of(loaded, args.tokenizer)
-    cond, kind_N, classes = conditions(args, loaded)
-    settings, generator, sampler = prepared(args, loaded)
-    record = {
-        "checkpoint": str(loaded.step),
-        "fingerprint": loaded.fingerprint,
-        "tokenizer": tokenizer.fingerprint,
-        "seed": args.seed,
-        "preset": args.preset,
-        "settings": settings,
-        "classes": classes,
-        "names": list(loaded.classes),  # what the numbers of samples.npz are called
-        "text": args.text,
-        "number": args.number,
-        "precision": precision,
-        "versions": checkpoint.versions(),
-    }
-    parts = out.path / "parts"
-    out.claim(record | {"conditions": made_images.conditions(cond), "png": not args.no_png})
-    done = sum(len(image_BHW3) for _, image_BHW3 in _kept(parts))
-    for tokens_BLG, image_BHW3 in drawing.drawn(
-        *(generator, tokenizer.module, cond, sampler), seed=args.seed, batch=args.batch, done=done
-    ):
-        for i, image_HW3 in enumerate(image_BHW3, done):
-            if not args.no_png:
-                kind = f"text{kind_N[i]}"
-                if not args.text:
-                    kind = names_.file_name(int(kind_N[i]), loaded.classes)
-                image_grid.save_png(out.path / f"seed{args.seed}-{i:05d}-{kind}.png", image_HW3)
-        # last: what is in a part has its pictures
-        part = {"tokens": tokens_BLG, "image": image_BHW3}
-        made_images.save_part(parts / f"{done:07d}.npz", part)
-        done += len(image_BHW3)
-    shown = _written(out.path, parts, kind_N, args.number)
-    shutil.rmtree(parts)
-    (out.path / "samples.json").write_text(json.dumps(record, indent=2) + "\n")
-    return (
-        f"{len(kind_N)} images in {args.out}: grid.png ({shown}), samples.npz (arr_0 images, "
-        "arr_1 labels), samples.json (settings)"
-    )
-
-
-def _kept(parts: pathlib.Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The tokens and images of the parts that were made, from the first on without a gap."""
-    from tokgen.evaluation import made_images
-
-    start = 0
-    while (found := made_images.loaded_part(parts / f"{start:07d}.npz")) is not None:
-        yield found["tokens"], found["image"]
-        start += len(found["image"])
-
-
-def _written(out: pathlib.Path, parts: pathlib.Path, kind_N: np.ndarray, number: int) -> str:
-    """samples.npz, tokens.npy and grid.png of the parts, read one by one; what the grid shows."""
-    import numpy as np
-
-    from tokgen import image_grid
-    from tokgen.evaluation import given_images
-
-    first_BHW3 = next(_kept(parts))[1]
-    rows, columns, colours = first_BHW3.shape[1:]
-    scale = max(1, 64 // rows)
-    layout_RX, told = sheet(len(kind_N), number, (scale * rows, scale * columns))
-    wanted = dict.fromkeys(layout_RX[layout_RX >= 0].tolist())
-    shape = (len(kind_N), *first_BHW3.shape[1:])
-    with given_images.writing(out / "samples.npz", shape, kind_N) as add:
-        tokens, start = [], 0
-        for tokens_BLG, image_BHW3 in _kept(parts):
-            add(image_BHW3)
-            tokens.append(tokens_BLG)
-            stop = start + len(image_BHW3)
-            wanted |= {i: image_BHW3[i - start] for i in wanted if start <= i < stop}
-            start = stop
-    np.save(out / "tokens.npy", np.concatenate(tokens))
-    blank = np.full((rows, columns, colours), 255, np.uint8)
-    shown = np.stack([wanted[i] if i >= 0 else blank for i in layout_RX.reshape(-1).tolist()])
-    image_grid.save_png(out / "grid.png", image_grid.grid(shown, layout_RX.shape[1], scale=scale))
-    return told
-
-
-def sheet(count: int, number: int, size: tuple[int, int]) -> tuple[np.ndarray, str]:
-    """(which image stands where [rows, columns], -1 for none; in words) of `grid.png`.
-
-    A class, of which there are `number` images of `size` pixels, begins a row. A picture of more
-    than PIXELS pixels no program opens: then only some of the images stand in it.
-    """
-    import numpy as np
-
-    columns = min(number, COLUMNS)
-    room = max(1, PIXELS // (columns * size[0] * size[1]))
-    room = min(room, max(1, SIDE // size[0]))
-    kinds = count // number
-    chosen = np.arange(min(kinds, room)) * kinds // min(kinds, room)
-    each = max(1, min(-(-number // columns), room // len(chosen)))
-    index_KX = np.arange(each * columns)
-    index_KX = np.where(index_KX < number, chosen[:, None] * number + index_KX, -1)
-    told = "a row per class or text" if each == 1 else f"{each} rows per class or text"
-    left = count - int((index_KX >= 0).sum())
-    told += f", {count - left} of {count} images" if left else ""
-    return index_KX.reshape(-1, columns), told
+    settings = settings_of(args)
+    report.say(samples.write(settings, args.out, png=not args.no_png, overwrite=args.overwrite))

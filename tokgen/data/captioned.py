@@ -138,3 +138,41 @@ def _fingerprint(images: str, text_NTE: np.ndarray, mask_NT: np.ndarray | None) 
     if mask_NT is not None:
         digest.update(mask_NT.tobytes())
     return digest.hexdigest()
+
+
+def conditions(path: str) -> interfaces.Text:
+    """The conditions of an .npz that `--text` names: features [N, T, E], and their mask [N, T].
+
+    The mask is true to the end of each row: texts are padded on the left.
+    """
+    try:
+        found = archives.arrays(path)
+    except interfaces.UserError as error:
+        raise interfaces.UserError(
+            f"--text needs an .npz file of arrays; found {path}: {error}; save features and mask "
+            "with numpy.savez"
+        ) from error
+    if missing := {"features", "mask"} - set(found):
+        raise interfaces.UserError(
+            f"--text needs arrays features [N, T, E] and mask [N, T]; {path} has no "
+            f"{' and no '.join(sorted(missing))}"
+        )
+    features_NTE, mask_NT = found["features"], found["mask"]
+    numbers = features_NTE.dtype in (np.float16, np.float32) and features_NTE.ndim == 3
+    if not numbers or not len(features_NTE) or not np.isfinite(features_NTE).all():
+        raise interfaces.UserError(
+            "features must be finite float16 or float32 numbers [N, T, E]; found "
+            f"{features_NTE.dtype} {features_NTE.shape} in {path}"
+        )
+    if mask_NT.shape != features_NTE.shape[:2] or not np.isin(mask_NT, (0, 1)).all():
+        raise interfaces.UserError(
+            f"mask must hold 0 or 1 for each of the features {features_NTE.shape[:2]}; found "
+            f"{mask_NT.dtype} {mask_NT.shape} in {path}"
+        )
+    mask_NT = mask_NT.astype(bool)
+    if not mask_NT[:, -1].all() or (mask_NT[:, :-1] & ~mask_NT[:, 1:]).any():
+        raise interfaces.UserError(
+            f"features are padded on the left, so that every row of the mask ends in 1 and has no "
+            f"0 after a 1; found other rows in {path}: move the padding to the front"
+        )
+    return interfaces.Text(features_NTE.astype(np.float32), mask_NT)

@@ -12,6 +12,8 @@ import numpy as np
 
 from tokgen import interfaces
 
+# Of classes that nobody chose: all of so many, or some of them evenly over all
+FEW, SOME = 16, 8
 LISTED = 8  # names that a line of text holds
 _WHOLE = re.compile(r"[0-9]+")
 _LONGEST = 40  # characters of a name in a file's name or a line of text
@@ -94,6 +96,48 @@ def matched(
         )
         + "; rename or remove them, or give a set with these classes"
     )
+
+
+def labels_of(text: str, classes: Sequence[str]) -> list[int]:
+    """Labels that a text asks for: names, numbers or ranges (`0-9`), comma between, or `all`.
+
+    Without any: all where they are few, else some evenly over them. Where the names are numbers
+    themselves, numbers and ranges are of names.
+    """
+    count = max(len(classes), 1)
+    if not text and count > FEW:
+        return [n * count // SOME for n in range(SOME)]
+    if not text or (text.strip() == "all" and "all" not in classes):
+        return list(range(count))
+    label_of = {number: number for number in range(count)}
+    if numbered(classes):
+        label_of = {int(name): label for label, name in enumerate(classes)}
+    labels = []
+    for part in text.split(","):
+        part = part.strip()
+        span = re.fullmatch(r"(-?[0-9]{1,18})(?:-([0-9]{1,18}))?", part)
+        if part in classes:
+            labels.append(list(classes).index(part))
+        elif span:
+            low = int(span[1])
+            high = low if span[2] is None else int(span[2])
+            if not low <= high <= low + count or not all(
+                number in label_of for number in range(low, high + 1)
+            ):
+                ids = f"{min(label_of)} to {max(label_of)}"
+                if len(label_of) <= max(label_of) - min(label_of):
+                    ids = f"among {ids}"
+                named = f" ({', '.join(classes[:10])}{' ...' if count > 10 else ''})"
+                raise interfaces.UserError(
+                    f"class ids are {ids}{named if classes else ''}; found {part}"
+                )
+            labels.extend(label_of[number] for number in range(low, high + 1))
+        else:
+            raise interfaces.UserError(
+                f"unknown class {part!r}; need ids 0 to {count - 1} or names: "
+                f"{', '.join(classes[:20]) or 'none, the model is unconditional'}"
+            )
+    return labels
 
 
 def shown(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Samples into figures: features part by part, kept as they come; then the scores of all of them.
+"""Images into features, part by part, kept as they come; and the results of scores, on disk.
 
 A folder holds all of it: `run.json` says what is measured, `parts/` what was seen of the images so
 far, `results.jsonl` a line per finished evaluation. Killed at any point, the same command goes on.
@@ -21,19 +21,20 @@ from tokgen.evaluation import (
     feature_extractors,
     given_images,
     made_images,
-    measures,
     metric_table,
     protocols,
     references,
 )
 from tokgen.interfaces import UserError
-from tokgen.metrics import bootstrap, codebook, moments as moments_
+from tokgen.metrics import bootstrap, codebook, metric, moments as moments_
 
-FORMAT = 1
+FORMAT = 2
+# Words of results and of RUN in format 1 -> today's
+FIRST_WORDS = {"supply": "images", "figures": "metrics"}
 PART = 64  # images that a kill can cost
 RESULTS = "results.jsonl"
 RUN = "run.json"  # what a folder is an evaluation of
-RECORDS = {RUN: ("protocol", "supply")}
+RECORDS = {RUN: ("protocol", "size")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +54,19 @@ class Found:
 
 
 def collect(
-    supply, extractor: feature_extractors.Extractor, out: pathlib.Path, count: int
+    images: given_images.Images,
+    extractor: feature_extractors.Extractor,
+    out: pathlib.Path,
+    count: int,
 ) -> Found:
-    """See `count` images of a supply, but for those that were seen before."""
+    """See `count` of the images, but for those that were seen before."""
     bounds = [(start, min(start + PART, count)) for start in range(0, count, PART)]
     folder, parts = out / "parts", []
     with report.bar(count, unit="image", what="evaluate") as bar:
         for start, stop in bounds:
             file = folder / f"{start:07d}-{stop:07d}.npz"
             if made_images.loaded_part(file) is None:
-                made_images.save_part(file, _seen(supply.part(start, stop), extractor, start))
+                made_images.save_part(file, _seen(images.part(start, stop), extractor, start))
             bar.update(stop - start)
     parts = [made_images.loaded_part(folder / f"{a:07d}-{b:07d}.npz") for a, b in bounds]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -81,7 +85,9 @@ def collect(
     )
 
 
-def _seen(part: Mapping[str, np.ndarray], extractor, start: int) -> dict[str, np.ndarray]:
+def _seen(
+    part: Mapping[str, np.ndarray], extractor: feature_extractors.Extractor, start: int
+) -> dict[str, np.ndarray]:
     """What is kept of a part: features and hashes in the place of images."""
     kept = {
         "digest": given_images.digests(part["image"]),
@@ -114,8 +120,8 @@ def compared(
     classes: int,
     accepted: Sequence[str],
     seed: int,
-) -> measures.Compared:
-    """What figures are made of; without a reference, the originals are it."""
+) -> metric.Compared:
+    """What metrics are measured of; without a reference, the originals are it."""
     layers = [name for name in extractor.layers if not name.startswith("logits")]
     logits = next((name for name in extractor.layers if name.startswith("logits")), "")
     if reference is None:
@@ -128,48 +134,51 @@ def compared(
     else:
         real, moments = reference.features, reference.moments
         label_n = reference.label_n if reference.record.get("classes") else np.zeros(0, np.int32)
-    return measures.Compared(
-        protocol,
-        layers[0],
-        logits,
-        found.features,
-        real,
-        moments,
-        found.label_N,
-        label_n,
-        classes,
-        2 if "few" in accepted else None,
-        seed,
+    return metric.Compared(
+        layer=layers[0],
+        logits=logits,
+        features=found.features,
+        reference=real,
+        moments=moments,
+        label_N=found.label_N,
+        label_n=label_n,
+        classes=classes,
+        least=2 if "few" in accepted else None,
+        seed=seed,
+        neighbours=protocol.neighbours,
+        most=protocol.compared,
+        against=protocol.against,
+        splits=protocol.splits,
     )
 
 
 def of_pairs(found: Found, seed: int) -> dict[str, dict]:
-    """Figures of single reconstructions, their means with intervals; and of the codebook."""
-    figures = {}
+    """Metrics of single reconstructions, their means with intervals; and of the codebook."""
+    metrics = {}
     for name, value_N in found.values.items():
         if len(value_N) < 2:  # one image has no interval
-            figures[name] = {"value": float(np.mean(value_N))}
+            metrics[name] = {"value": float(np.mean(value_N))}
             continue
         interval = bootstrap.of_mean(value_N, seed=seed)
-        figures[name] = {"value": interval.value, "low": interval.low, "high": interval.high}
+        metrics[name] = {"value": interval.value, "low": interval.low, "high": interval.high}
     counts = [found.counts[name] for name in sorted(found.counts, key=int)]
     if counts:
         usage = [codebook.usage(count_V) for count_V in counts]
         perplexity = [codebook.perplexity(count_V) for count_V in counts]
-        figures["codebook_usage"] = {"value": float(np.mean(usage))}
-        figures["codebook_perplexity"] = {"value": float(np.mean(perplexity))}
+        metrics["codebook_usage"] = {"value": float(np.mean(usage))}
+        metrics["codebook_perplexity"] = {"value": float(np.mean(perplexity))}
         seen = int(counts[0].sum())
         expected = [1 - (1 - 1 / len(count_V)) ** seen for count_V in counts]
-        figures["codebook_usage"]["expected"] = float(np.mean(expected))
-    return figures
+        metrics["codebook_usage"]["expected"] = float(np.mean(expected))
+    return metrics
 
 
-def record(identity: Mapping, figures: Mapping, absent: Mapping, found: Found) -> dict:
+def record(identity: Mapping, metrics: Mapping, absent: Mapping, found: Found) -> dict:
     """One finished evaluation, as a line of JSON."""
     return {
         "format": FORMAT,
         **identity,
-        "figures": {name: _rounded(figure) for name, figure in figures.items()},
+        "metrics": {name: _rounded(parts) for name, parts in metrics.items()},
         "absent": dict(absent),
         "suspicious": given_images.suspicious(found.digest_N, found.constant_N),
         "images_sha256": images_hash(found.digest_N),
@@ -183,17 +192,23 @@ def images_hash(digest_N: np.ndarray) -> str:
     return hashlib.sha256(b"".join(bytes(d).ljust(16, b"\0") for d in digest_N)).hexdigest()
 
 
-def _rounded(figure: Mapping) -> dict:
-    return {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in figure.items()}
+def _rounded(parts: Mapping) -> dict:
+    return {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in parts.items()}
 
 
 def append(out: pathlib.Path, line: Mapping) -> None:
     """Add a result to the folder's results, whole or not at all; measured again, it stays one."""
     file = out / RESULTS
     before = _lines(file) if file.exists() else []
-    if before and _untimed(before[-1]) == _untimed(json.loads(records.text(line))):
+    if before and _untimed(migrated(before[-1])) == _untimed(json.loads(records.text(line))):
         return
     records.save(file, "".join(f"{records.text(each)}\n" for each in [*before, line]))
+
+
+def migrated(record: dict) -> dict:
+    """A result, or what RUN says of one, in today's words; one of today stays as it is."""
+    renamed = {FIRST_WORDS.get(name, name): part for name, part in record.items()}
+    return renamed | ({"format": FORMAT} if record.get("format") == 1 else {})
 
 
 def _untimed(line: dict) -> str:
@@ -210,7 +225,7 @@ def results(path: pathlib.Path) -> list[dict]:
     file = path / RESULTS if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"no results at {path}: need a folder that tokgen evaluate wrote")
-    found = _lines(file)
+    found = [migrated(line) for line in _lines(file)]
     if not found or any(line.get("format") != FORMAT for line in found):
         raise UserError(f"{file} holds no results of this version of tokgen evaluate")
     try:
@@ -224,32 +239,32 @@ def _checked(line: dict) -> dict:
     records.checked(
         line,
         **{"protocol": str, "samples": int, "size": list, "seed": (int, type(None)), "time": str},
-        **{"supply": dict, "reference": dict, "extractor": dict, "figures": dict, "absent": dict},
+        **{"images": dict, "reference": dict, "extractor": dict, "metrics": dict, "absent": dict},
         **{"suspicious": dict, "images_sha256": str, "versions": dict},
     )
     records.checked(line["reference"], dataset=str)
     records.checked(line["extractor"], name=str, fingerprint=str)
-    settings = {"settings": dict} if "settings" in line["supply"] else {}
-    records.checked(line["supply"], **settings)
+    settings = {"settings": dict} if "settings" in line["images"] else {}
+    records.checked(line["images"], **settings)
     number = (int, float, type(None))
-    for figure in line["figures"].values():
-        parts = {"low", "high", "error", "features"} & set(records.checked(figure, value=number))
-        records.checked(figure, **dict.fromkeys(parts, number))
+    for found in line["metrics"].values():
+        parts = {"low", "high", "error", "features"} & set(records.checked(found, value=number))
+        records.checked(found, **dict.fromkeys(parts, number))
     # results of earlier versions may hold what JSON has no word for
-    figures, absent = metric_table.settled(line["figures"], line["absent"])
-    return line | {"figures": figures, "absent": absent}
+    metrics, absent = metric_table.settled(line["metrics"], line["absent"])
+    return line | {"metrics": metrics, "absent": absent}
 
 
-def archive(supply, out: pathlib.Path, count: int) -> pathlib.Path:
-    """All images of a supply as `samples.npz` (arr_0, arr_1: ADM's form), written part by part."""
-    first = supply.part(0, min(PART, count))
+def archive(images: given_images.Images, out: pathlib.Path, count: int) -> pathlib.Path:
+    """All images as `samples.npz` (arr_0, arr_1: ADM's form), written part by part."""
+    first = images.part(0, min(PART, count))
     bounds = [(start, min(start + PART, count)) for start in range(0, count, PART)]
     label_N = None
     if "label" in first:
-        label_N = np.concatenate([supply.part(*bound)["label"] for bound in bounds])
+        label_N = np.concatenate([images.part(*bound)["label"] for bound in bounds])
     with given_images.writing(
         out / "samples.npz", (count, *first["image"].shape[1:]), label_N
     ) as add:
         for bound in bounds:
-            add(supply.part(*bound)["image"])
+            add(images.part(*bound)["image"])
     return out / "samples.npz"

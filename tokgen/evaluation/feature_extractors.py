@@ -50,7 +50,7 @@ class Extractor:
 class Local(nnx.Module):
     """A small classifier of the user's own images, by its features."""
 
-    def __init__(self, network: local_classifier.PhotographJudge):
+    def __init__(self, network: local_classifier.PhotographClassifier):
         self.network = network
 
     def __call__(self, image_BHW3: jax.Array) -> dict[str, jax.Array]:
@@ -106,7 +106,7 @@ def trained(
     return local(network, {"trained_on": source.fingerprint, "classes": list(source.classes)})
 
 
-def local(network: local_classifier.PhotographJudge, about: Mapping) -> Extractor:
+def local(network: local_classifier.PhotographClassifier, about: Mapping) -> Extractor:
     """The extractor of a local network."""
     module = Local(network)
     record = {"name": "local", "fingerprint": fingerprint("local", module), **about}
@@ -128,7 +128,7 @@ def from_arrays(kept: Mapping[str, np.ndarray], about: Mapping) -> Extractor:
         raise UserError(f"the arrays of a local network lack {error}; make them again") from error
 
     def make():
-        return Local(local_classifier.PhotographJudge(channels, classes, rngs=nnx.Rngs(0)))
+        return Local(local_classifier.PhotographClassifier(channels, classes, rngs=nnx.Rngs(0)))
 
     graph, params, stats = parameters.split(nnx.eval_shape(make))
     wanted = {path: leaf.shape for path, leaf in parameters.paths(params).items()}

@@ -1,9 +1,4 @@
-"""Images to be scored, part by part: of an .npz archive or of a folder; what is wrong with them.
-
-A supply has a length, a `size` (rows, columns), an `identity` in plain JSON, and
-`part(start, stop)`, which gives {"image": uint8 [N, H, W, 3]} and, where they are known,
-{"label": int32 [N]}. A part is a function of its bounds: whoever is stopped may ask again.
-"""
+"""Images to be scored that are given: an .npz archive or a folder; what is wrong with them."""
 
 from __future__ import annotations
 
@@ -11,18 +6,165 @@ import contextlib
 import hashlib
 import pathlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from tokgen import records
-from tokgen.data import folder, npz, pixels as images, scan, sources
+from tokgen import archives, options, records
+from tokgen.data import folder, npz, pixels, scan, sources
 from tokgen.interfaces import UserError
 
 LOSSY = tuple(
-    ending for form in ("JPEG", "WEBP", "GIF", "AVIF") for ending in images.ENDINGS.get(form, ())
+    ending for form in ("JPEG", "WEBP", "GIF", "AVIF") for ending in pixels.ENDINGS.get(form, ())
 )
+LABELS = 2**20  # classes that labels without names may be of
+# What is scored all the same where it is asked for: see `check`, Pictures, and score.check_enough
+ACCEPTED = ("duplicates", "constant", "few", "lossy")
 SHARE = 0.01  # of images that may be equal to another one, or of one colour, without a word
+_NAMED = 5
+
+
+class Images(Protocol):
+    """Images to be scored, part by part.
+
+    Attributes:
+        size: (rows, columns) of every image.
+        identity: which images these are, in plain JSON: a score goes on with no others.
+    """
+
+    size: tuple[int, int]
+    identity: dict
+
+    def __len__(self) -> int: ...
+
+    def part(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """{"image": uint8 [N, H, W, 3]}, and where they are known {"label": int32 [N]}.
+
+        A part is a function of its bounds: whoever is stopped may ask again.
+        """
+        ...
+
+
+class Archive:
+    """The images of an .npz: `arr_0` uint8 [N, H, W, 3], and `arr_1` labels [N] where it is there.
+
+    `classes` are names of the labels, if somebody says them. Read from the archive part by part:
+    the published sets have ten gigabytes (ADM).
+    """
+
+    def __init__(self, path: str | pathlib.Path, classes: Sequence[str] = ()):
+        self.path = pathlib.Path(path)
+        self.classes, self.notes = (), ()
+        self.label_N, self._member, self._next = None, None, 0
+        with archives.opened(self.path) as archive:
+            names = set(archives.names(archive))
+            if "arr_0" not in names:
+                raise UserError(_no_images(self.path, names))
+            shape, fortran, dtype = archives.described(archive, "arr_0", self.path)
+            if fortran and len(shape) > 1:
+                raise UserError(
+                    f"arr_0 of {self.path} is in column order; save it again in row order"
+                )
+            check_pixels(shape, dtype, str(self.path))
+            if "arr_1" in names:
+                self.label_N = self._labels(archive, shape[:1])
+        if self.label_N is not None and not 0 <= self.label_N.min() <= self.label_N.max() < LABELS:
+            raise UserError(
+                f"arr_1 of {self.path} must hold a class, 0 or above and below {LABELS}, for each "
+                f"image; found {self.label_N.dtype} {self.label_N.shape}, least "
+                f"{self.label_N.min()}, greatest {self.label_N.max()}"
+            )
+        if self.label_N is not None and self.label_N.max() < len(classes):
+            self.classes = tuple(classes)
+        elif self.label_N is not None:
+            self.notes = (f"labels 0 to {self.label_N.max()}, without names",)
+        self.shape, self.size = shape, tuple(shape[1:3])
+        status = self.path.stat()
+        self.identity = {
+            "samples": str(self.path.resolve()),
+            "bytes": status.st_size,
+            "changed": status.st_mtime_ns,
+        }
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def part(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Images and labels `start` to `stop`."""
+        step = int(np.prod(self.shape[1:]))
+        member = self._at(start, step)
+        try:
+            data = member.read((stop - start) * step)
+        except archives.DAMAGE as error:
+            self._member = None
+            raise self._damaged(error) from error
+        self._next = stop
+        if len(data) != (stop - start) * step:
+            raise self._damaged(f"it ends before image {stop}")
+        image_NHW3 = np.frombuffer(data, np.uint8).reshape(-1, *self.shape[1:])
+        if self.label_N is None:
+            return {"image": image_NHW3}
+        return {"image": image_NHW3, "label": self.label_N[start:stop].astype(np.int32)}
+
+    def _at(self, start: int, step: int):
+        """The bytes from image `start` on: where the last part ended, or found anew.
+
+        To go anywhere in a member of an archive, all before it is read: for every part of a long
+        one that would be most of it. Read to its end in one go, its checksum is compared as well.
+        """
+        if self._member is None or start < self._next:
+            if self._member is not None:
+                self._member.close()
+            self._member, self._next = self._images(), 0
+        if start > self._next:
+            try:
+                self._member.seek((start - self._next) * step, 1)
+            except archives.DAMAGE as error:
+                self._member = None
+                raise self._damaged(error) from error
+        return self._member
+
+    def _images(self):
+        """The member with the images, at the first of them."""
+        try:
+            member = archives.opened(self.path).open("arr_0.npy")
+            version = np.lib.format.read_magic(member)
+            archives.HEADERS[version](member)
+        except archives.DAMAGE as error:
+            raise self._damaged(error) from error
+        return member
+
+    def _labels(self, archive: zipfile.ZipFile, count: tuple[int, ...]) -> np.ndarray:
+        shape, _, dtype = archives.described(archive, "arr_1", self.path)
+        if shape != count or dtype.kind not in "iu":
+            raise UserError(
+                f"arr_1 of {self.path} must hold a class, 0 or above, for each image of arr_0, "
+                f"{count}; found {dtype} {shape}"
+            )
+        return archives.array(archive, "arr_1", self.path)
+
+    def _damaged(self, why) -> UserError:
+        return UserError(f"{self.path} is damaged: {why}; make it again or restore a copy")
+
+
+def _no_images(path: pathlib.Path, names: Iterable[str]) -> str:
+    there = sorted(names)
+    if {"mu", "sigma"} <= set(there) or "record" in there:
+        return (
+            f"{path} holds reference statistics ({', '.join(there[:_NAMED])}), not samples: were "
+            "samples and --reference swapped?"
+        )
+    return f"{path} has no array arr_0 of images; found {', '.join(there[:_NAMED]) or 'nothing'}"
+
+
+def check_pixels(shape: Sequence[int], dtype, what: str) -> None:
+    """An error where an array cannot be bytes of images [N, H, W, 3]."""
+    if np.dtype(dtype) != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
+        raise UserError(
+            f"{what} must hold images uint8 [N, H, W, 3], 0 to 255; found {np.dtype(dtype)} "
+            f"{tuple(shape)}: save the bytes that a PNG would hold"
+        )
 
 
 class Pictures:
@@ -76,7 +218,7 @@ class Pictures:
             if not self.lossy and sources.header(self.source, index)[0] == "JPEG":
                 raise UserError(self._is_lossy([name]))
             record = sources.read(self.source, index, 3)
-        except images.BrokenImage as error:
+        except pixels.BrokenImage as error:
             raise UserError(f"cannot read {name} of {self.source.path}: {error}") from error
         return record["image"], record["label"]
 
@@ -94,11 +236,13 @@ def _by(size: Sequence[int]) -> str:
 
 def given(
     path: str | pathlib.Path, accepted: Sequence[str] = (), labels: str = ""
-) -> npz.Archive | Pictures:
-    """The supply of a path: an .npz, a folder with `samples.npz` inside, or one of images."""
+) -> Archive | Pictures:
+    """The images of a path: an .npz, a folder with `samples.npz` inside, or one of images."""
     path = pathlib.Path(path)
+    inside = path / "samples.npz"
+    if labels and (path.suffix == ".npz" or inside.exists()):
+        options.refuse({"labels": "folders of images"})
     if path.is_dir():
-        inside = path / "samples.npz"
         if inside.exists():
             return npz.Archive(inside, _names(path / "samples.json"))
         return Pictures(path, accepted, labels)
@@ -120,20 +264,20 @@ def _names(record: pathlib.Path) -> tuple[str, ...]:
 
 
 class Spread:
-    """So many images of a supply, evenly over it: it may be sorted by class."""
+    """So many of given images, evenly over them: they may be sorted by class."""
 
-    def __init__(self, supply, count: int):
-        self.supply, self.size = supply, supply.size
-        self.index_N = np.arange(count) * len(supply) // count
-        self.classes = getattr(supply, "classes", ())
-        self.identity = {**supply.identity, "spread": [count, len(supply)]}
+    def __init__(self, images: Images, count: int):
+        self.images, self.size = images, images.size
+        self.index_N = np.arange(count) * len(images) // count
+        self.classes = getattr(images, "classes", ())
+        self.identity = {**images.identity, "spread": [count, len(images)]}
 
     def __len__(self) -> int:
         return len(self.index_N)
 
     def part(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Images and labels `start` to `stop`; of an archive, read from the first to the last."""
-        found = [self.supply.part(int(n), int(n) + 1) for n in self.index_N[start:stop]]
+        found = [self.images.part(int(n), int(n) + 1) for n in self.index_N[start:stop]]
         return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
@@ -189,8 +333,8 @@ def check(found: dict[str, int], count: int, accepted: Sequence[str] = ()) -> No
     }
     if wrong:
         listed = " and ".join(f"{number} {name}" for name, number in wrong.items())
-        options = " ".join(f"--accept {name}" for name in wrong)
+        words = " ".join(f"--accept {name}" for name in wrong)
         raise UserError(
             f"{listed} among {count} images: a score of them would be of a broken sampler; look "
-            f"at them, and say {options} if they are meant"
+            f"at them, and say {words} if they are meant"
         )

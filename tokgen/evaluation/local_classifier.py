@@ -1,8 +1,8 @@
 """Small classifiers, independent of every tokenizer and generator.
 
-One judges procedural shapes: it says how many of the drawn shapes are what they should be. Trained
+One is of procedural shapes: it says how many of the drawn shapes are what they should be. Trained
 on real shapes of the freest form in half a minute. Each image's mean is removed and every batch is
-turned and flipped, so that it judges form and not colour or pose. The other judges small
+turned and flipped, so that it tells form and not colour or pose. The other tells small
 photographs, and is trained on the images of a folder, flipped and shifted. Both are kept in the
 cache under the hash of their code, their data and their seed.
 """
@@ -28,7 +28,7 @@ from tokgen import archives, boundary, parameters, report, rng, runtime, shardin
 from tokgen.data import folder, loader, pixels as images, shapes
 from tokgen.interfaces import UserError
 from tokgen.metrics import reconstruction
-from tokgen.nn import conv, linear
+from tokgen.nn import conv, norms
 from tokgen.nn.precision import Precision
 from tokgen.training import optimizer as optimizers, train_state
 
@@ -43,7 +43,7 @@ VIEWS = ((1, 1), (0, 0), (0, 2), (2, 0), (2, 2))  # corners in an image with a p
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a judge is trained: AdamW, a cosine, and an average of the weights."""
+    """How a classifier is trained: AdamW, a cosine, and an average of the weights."""
 
     steps: int
     batch: int
@@ -55,7 +55,7 @@ class Recipe:
 PHOTOGRAPHS = Recipe(steps=5500, batch=64, rate=3e-3, ema=0.998, weight_decay=5e-2)
 
 
-class Judge(nnx.Module):
+class ShapeClassifier(nnx.Module):
     """Four convolutions on 2 x 2 pixels at a time, and a linear map to the classes."""
 
     def __init__(self, size: tuple[int, int], channels: int, classes: int, *, rngs: nnx.Rngs):
@@ -80,7 +80,7 @@ class Judge(nnx.Module):
         return self(image_BHW3).argmax(-1)
 
 
-class PhotographJudge(nnx.Module):
+class PhotographClassifier(nnx.Module):
     """Convolutions on 2 x 2 pixels at a time, a residual block after each halving, their mean."""
 
     def __init__(
@@ -90,10 +90,10 @@ class PhotographJudge(nnx.Module):
         blocks, width = [Block(4 * channels, widths[0], 1, **options)], widths[0]
         for outputs in widths[1:]:
             blocks.append(Block(width, outputs, 2, **options))
-            blocks.append(conv.LightResidual(outputs, outputs, norm=linear.RMSNorm, **options))
+            blocks.append(conv.LightResidual(outputs, outputs, norm=norms.RMSNorm, **options))
             width = outputs
         self.blocks = nnx.List(blocks)
-        self.norm_out = linear.RMSNorm(width, **options)
+        self.norm_out = norms.RMSNorm(width, **options)
         self.conv_out = conv.Conv(width, classes, 1, gain=0.1, **options)
 
     def __call__(self, image_BHW3: jax.Array) -> jax.Array:
@@ -138,13 +138,15 @@ class Block(nnx.Module):
         return jax.nn.relu(self.conv(x_BHWC))
 
 
-def load_or_train(size: tuple[int, int] = (32, 32), channels: int = 3, *, seed: int = 1) -> Judge:
-    """The judge of shapes of a size: from the cache, or trained now."""
+def load_or_train(
+    size: tuple[int, int] = (32, 32), channels: int = 3, *, seed: int = 1
+) -> ShapeClassifier:
+    """The classifier of shapes of a size: from the cache, or trained now."""
     recipe = Recipe(STEPS, BATCH, RATE, ema=0.995)
 
     def make():
         rngs = nnx.Rngs(rng.key(seed, "init"))
-        return Judge(size, channels, len(shapes.CLASSES), rngs=rngs)
+        return ShapeClassifier(size, channels, len(shapes.CLASSES), rngs=rngs)
 
     def train():
         source = shapes.Source(size, channels, split="train", seed=seed, form="hard", count=40_000)
@@ -162,8 +164,8 @@ def of_photographs(
     *,
     seed: int = 1,
     recipe: Recipe = PHOTOGRAPHS,
-) -> PhotographJudge:
-    """The judge of a folder's classes, trained on its `train` split: from the cache, or now."""
+) -> PhotographClassifier:
+    """The classifier of a folder's classes, trained on its split `train`, or cached."""
     return of_images(folder.Source(path, split="train"), size, channels, seed=seed, recipe=recipe)
 
 
@@ -174,8 +176,8 @@ def of_images(
     *,
     seed: int = 1,
     recipe: Recipe = PHOTOGRAPHS,
-) -> PhotographJudge:
-    """The judge of a source's classes; of one without classes, of which way is up.
+) -> PhotographClassifier:
+    """The classifier of a source's classes; of one without classes, of which way is up.
 
     Which quarter turn an image was given is learned in the place of classes (arXiv:1803.07728).
     All images are held in memory.
@@ -183,7 +185,7 @@ def of_images(
     classes = len(source.classes) or turns_of(size)
 
     def make():
-        return PhotographJudge(channels, classes, rngs=nnx.Rngs(rng.key(seed, "init")))
+        return PhotographClassifier(channels, classes, rngs=nnx.Rngs(rng.key(seed, "init")))
 
     def train():
         view = images.fixed("center", size, channels)
@@ -193,7 +195,7 @@ def of_images(
             return _trained(make, told, recipe, look, seed)
 
     what = (size, channels, seed, recipe, source.fingerprint)
-    return _kept((folder, images, conv, linear), what, make, train)
+    return _kept((folder, images, conv, norms), what, make, train)
 
 
 def turns_of(size: tuple[int, int]) -> int:
@@ -220,14 +222,16 @@ def _upright(batches: Iterator[dict], ways: int, seed: int) -> Iterator[dict]:
 
 def _kept(modules: tuple, what: tuple, make: Callable, train: Callable) -> nnx.Module:
     """The network that `make` shapes, its parameters from the cache or from `train`."""
-    sources = [inspect.getsource(module) for module in (inspect.getmodule(Judge), *modules)]
+    sources = [
+        inspect.getsource(module) for module in (inspect.getmodule(ShapeClassifier), *modules)
+    ]
     text = repr((sources, *what, np.__version__, jax.__version__))
-    name = f"judge-{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
+    name = f"classifier-{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
     file = runtime.cache_folder() / name
     graph, params, stats = parameters.split(nnx.eval_shape(make))
     if file.exists():
         leaves = _cached(file, {p: leaf.shape for p, leaf in parameters.paths(params).items()})
-        report.say(f"judge: read from {file}")
+        report.say(f"classifier: read from {file}")
         return parameters.merge(
             graph, jax.tree.unflatten(jax.tree.structure(params), leaves), stats
         )
@@ -241,7 +245,7 @@ def _kept(modules: tuple, what: tuple, make: Callable, train: Callable) -> nnx.M
             )
         part.replace(file)
     except OSError as error:  # the cache saves time, and nothing else
-        report.say(f"judge: not kept for the next time: {error}")
+        report.say(f"classifier: not kept for the next time: {error}")
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
     return parameters.merge(graph, params, stats)
@@ -282,7 +286,7 @@ def _trained(make, batches, recipe: Recipe, look: Callable, seed: int):
             network, gradients, optimizer, ema=recipe.ema, loss=total
         )[0]
 
-    with report.bar(recipe.steps, what="judge") as bar:
+    with report.bar(recipe.steps, what="classifier") as bar:
         for _ in range(recipe.steps):
             network = step(network, sharding.global_batch(next(batches), mesh))
             bar.update()
@@ -330,22 +334,22 @@ def _moved(image_BHW3: jax.Array, key: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _predict(judge, image_BHW3):
+def _predict(classifier, image_BHW3):
     # of numbers that are no numbers the likeliest class is the first
-    return judge.classes(reconstruction.from_uint8(image_BHW3)), boundary.damaged(judge)
+    return classifier.classes(reconstruction.from_uint8(image_BHW3)), boundary.damaged(classifier)
 
 
-def predictions(judge: nnx.Module, image_NHW3: np.ndarray, *, batch: int = 100) -> np.ndarray:
-    """[N] the class that a judge sees in each uint8 image."""
+def predictions(classifier: nnx.Module, image_NHW3: np.ndarray, *, batch: int = 100) -> np.ndarray:
+    """[N] the class that a classifier sees in each uint8 image."""
     found = []
     for start in range(0, len(image_NHW3), batch):
         part = image_NHW3[start : start + batch]
         padded = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
-        class_B, damaged = jax.device_get(_predict(judge, jnp.asarray(padded)))
+        class_B, damaged = jax.device_get(_predict(classifier, jnp.asarray(padded)))
         if damaged:
             raise UserError(
-                "the judge's weights must be finite; found numbers that are not: remove it from "
-                f"{runtime.cache_folder()}, and it is trained again"
+                "the classifier's weights must be finite; found numbers that are not: remove it "
+                f"from {runtime.cache_folder()}, and it is trained again"
             )
         found.append(class_B[: len(part)])
     return np.concatenate(found)

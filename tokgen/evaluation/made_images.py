@@ -1,6 +1,6 @@
 """Images to be scored that are made while they are scored: drawn by a generator, or reconstructed.
 
-Supplies, as those of samples.py. What was made is kept part by part, so that a run that is killed
+What was made is kept part by part, so that a run that is killed
 goes on to the very images that it would have made.
 """
 
@@ -124,7 +124,7 @@ class Drawn:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class Repainted:
+class Reconstructed:
     """Reconstructions of a source's images, beside the originals and what was measured of each."""
 
     def __init__(self, loaded: checkpoint.Loaded, source, *, count: int, distances: Mapping):
@@ -165,12 +165,12 @@ class Repainted:
                 f"measured; put them back, and run the same command again:\n"
                 f"{passing.unreadable.listed()}"
             )
-        tokens_BLG, painted, values = validation.repaint(
+        tokens_BLG, decoded, values = validation.reconstruct(
             *(self.tokenizer, given, self.distances),
             named=datasets.named(self.source, given["index"]),
         )
         part = {
-            "image": coloured(painted),
+            "image": coloured(decoded),
             "original": coloured(given["image"]),
             **{f"values/{name}": value_B for name, value_B in values.items()},
         }

@@ -1,60 +1,84 @@
-"""The table of figures: what each is called, what it needs, and a score of all of them."""
+"""The metrics of a score: found by name in tokgen/metrics/, measured, and shown as they declare.
+
+Every file of that room that lists METRICS takes part; nothing else names them.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import importlib
 import math
-from collections.abc import Callable, Mapping
+import pkgutil
+from collections.abc import Mapping, Sequence
 
-import numpy as np
+from tokgen import metrics as room, report
+from tokgen.evaluation import protocols
+from tokgen.interfaces import UserError
+from tokgen.metrics import metric
 
-from tokgen import report
-from tokgen.evaluation import measures
-
-NOT_FINITE = "it is not finite"  # why a figure is absent that was measured
+NOT_FINITE = "it is not finite"  # why a metric is absent that was measured
 
 
-@dataclasses.dataclass(frozen=True)
-class Metric:
-    """How a figure is measured and shown; `better` is "lower", "higher" or "near"."""
+def known() -> dict[str, metric.Metric]:
+    """{name: metric} of all files of tokgen/metrics/, as they stand in tables."""
+    return _known(tuple(room.__path__))
 
-    title: str
-    better: str
-    measure: Callable[[measures.Compared], dict]
-    needs: tuple[str, ...] = ()
-    percent: bool = False
+
+@functools.cache
+def _known(paths: tuple[str, ...]) -> dict[str, metric.Metric]:
+    found = {}
+    for file in pkgutil.iter_modules(paths):
+        module = importlib.import_module(f"{room.__name__}.{file.name}")
+        for one in getattr(module, "METRICS", ()):
+            if one.name in found:
+                raise ValueError(f"two metrics are called {one.name}; one is of {module.__name__}")
+            found[one.name] = one
+    return {one.name: one for one in sorted(found.values(), key=lambda m: (m.row, m.name))}
+
+
+def of_protocol(name: str) -> tuple[str, ...]:
+    """The metrics of a protocol: those that it lists, or those that name it."""
+    listed = protocols.named(name).metrics
+    return listed or tuple(n for n, found in known().items() if name in found.protocols)
+
+
+def named(name: str) -> metric.Metric:
+    """The metric of that name."""
+    if name not in known():
+        raise UserError(f"a metric is one of {', '.join(known())}; found {name!r}")
+    return known()[name]
 
 
 def score(
-    compared: measures.Compared, *, what: str = "score"
+    compared: metric.Compared, names: Sequence[str], *, what: str = "score"
 ) -> tuple[dict[str, dict], dict[str, str]]:
-    """({metric: figure}, {metric: why there is none}) of a protocol's metrics."""
-    figures, absent = {}, {}
-    names = compared.protocol.metrics
+    """({metric: what was measured}, {metric: why there is none}) of metrics by name."""
+    found, absent = {}, {}
     with report.bar(len(names), unit="metric", what=what, shown=bool(what)) as bar:
         for name in names:
-            why = lacking(name, compared)
+            one = named(name)
+            why = one.lacking(compared)
             if why:
                 absent[name] = why
             else:
-                figures[name] = METRICS[name].measure(compared)
+                found[name] = one.measure(compared)
             bar.update()
-    return settled(figures, absent)
+    return settled(found, absent)
 
 
 def settled(
-    figures: Mapping[str, Mapping], absent: Mapping[str, str]
+    found: Mapping[str, Mapping], absent: Mapping[str, str]
 ) -> tuple[dict[str, dict], dict[str, str]]:
-    """The same without what is not finite: such a figure is none, such an error is left out."""
+    """Metrics without what is not finite: such a value is none, such an error is left out."""
     kept, without = {}, dict(absent)
-    for name, figure in figures.items():
-        value = figure.get("value")
+    for name, parts in found.items():
+        value = parts.get("value")
         if not _finite(value):
             without[name] = f"{NOT_FINITE}: found {value}"
             continue
         kept[name] = {
             key: part
-            for key, part in figure.items()
+            for key, part in parts.items()
             if key not in ("low", "high", "error", "std", "bias") or _finite(part)
         }
         if not {"low", "high"} <= kept[name].keys():  # half of an interval is none
@@ -66,66 +90,54 @@ def _finite(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def lacking(name: str, compared: measures.Compared) -> str:
-    """Why a metric cannot be measured, or nothing."""
-    for need in METRICS[name].needs:
-        if need == "spatial" and (why := _lacking_spatial(compared)):
-            return why
-        if need == "reference" and compared.layer not in compared.reference:
-            return "the reference holds no features of single images"
-        if need == "logits" and compared.logits not in compared.features:
-            return "the feature network has no classes"
-        if need == "labels" and not (compared.classes and len(compared.label_N)):
-            return "the samples have no labels, or those of other classes than the reference"
-        if need == "classes" and (why := _lacking_classes(compared)):
-            return why
-        if need == "many" and len(compared.features[compared.layer]) < 200:
-            return "it needs 200 samples"
-    return ""
+# ---------------------------------------------------------------- how a metric is shown
 
 
-def _lacking_spatial(compared: measures.Compared) -> str:
-    if "spatial" not in compared.moments:
-        return "the reference has no moments of the layer spatial"
-    real = compared.moments["spatial"]
-    fewest = min(len(compared.features["spatial"]), real.count)
-    if compared.least is None and fewest <= real.width:
-        return f"its {real.width} features need more images than that; found {fewest:g}"
-    return ""
+def title_of(name: str) -> str:
+    """A metric's name as people read it."""
+    return known()[name].title if name in known() else name.replace("_", " ")
 
 
-def _lacking_classes(compared: measures.Compared) -> str:
-    if not len(compared.label_n):
-        return "the reference has no classes"
-    labels = {"samples": compared.label_N, "kept reference images": compared.label_n}
-    for name, label_N in labels.items():
-        poor = int(np.sum(np.bincount(label_N, minlength=compared.classes) < 2))
-        if poor:
-            return f"{poor} of {compared.classes} classes have no two {name}"
-    return ""
+def better(name: str) -> str:
+    """ "lower", "higher" or "": which of two values of a metric is the better one."""
+    return known()[name].better if name in known() else ""
 
 
-METRICS = {
-    "fid": Metric("Frechet distance", "lower", measures.fid),
-    "sfid": Metric("spatial Frechet distance", "lower", measures.sfid, ("spatial",)),
-    "fid_infinity": Metric("Frechet distance, infinite", "lower", measures.fid_infinity, ("many",)),
-    "is": Metric("Inception Score", "higher", measures.is_, ("logits",)),
-    "is_infinity": Metric(
-        "Inception Score, infinite", "higher", measures.is_infinity, ("logits", "many")
-    ),
-    "kid": Metric("KID x 1000", "lower", measures.kid, ("reference",)),
-    "cmmd": Metric("CMMD kernel", "lower", measures.cmmd, ("reference",)),
-    "precision": Metric("precision", "higher", measures.precision, ("reference",), True),
-    "recall": Metric("recall", "higher", measures.recall, ("reference",), True),
-    "density": Metric("density", "higher", measures.density, ("reference",)),
-    "coverage": Metric("coverage", "higher", measures.coverage, ("reference",), True),
-    "vendi": Metric("Vendi score", "higher", measures.vendi_, ("reference",)),
-    "authenticity": Metric("authentic", "higher", measures.authenticity, ("reference",), True),
-    "mifid": Metric("MiFID", "lower", measures.mifid, ("reference",)),
-    "classwise": Metric(
-        "Frechet distance by class", "lower", measures.classwise, ("reference", "labels", "classes")
-    ),
-    "class_accuracy": Metric(
-        "class accuracy", "higher", measures.class_accuracy, ("logits", "labels"), True
-    ),
-}
+def number(name: str, value: float, digits: int = 4) -> str:
+    """Some digits of a value, in percent where it is a share."""
+    percent = name in known() and known()[name].percent
+    return f"{100 * value:.{digits}g}\u00a0%" if percent else f"{value:.{digits}g}"
+
+
+def cells(name: str, found: Mapping) -> tuple[str, str, str]:
+    """(value, 95 % interval or standard error, what it is read beside) of a metric."""
+    interval = ""
+    if "low" in found:
+        interval = f"{number(name, found['low'])} to {number(name, found['high'])}"
+    elif "error" in found:
+        interval = f"standard error {number(name, found['error'])}"
+    forms = known()[name].beside if name in known() else {}
+    notes = [form.format(plain(found[key])) for key, form in forms.items() if key in found]
+    return number(name, found["value"]), interval, "; ".join(notes)
+
+
+def rows(line: Mapping) -> list[tuple[str, str, str, str, str]]:
+    """(title, value, interval, which is better, what it is read beside) of a result's metrics.
+
+    Those that there are none of have the value "none", and why.
+    """
+    found = []
+    for name, parts in line["metrics"].items():
+        value, interval, notes = cells(name, parts)
+        found.append((title_of(name), value, interval, better(name), notes))
+    return found + [(title_of(name), "none", "", "", why) for name, why in line["absent"].items()]
+
+
+def plain(value: object) -> str:
+    """A value of a record, in words."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {plain(one)}" for key, one in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        some = ", ".join(map(plain, value[:10])) or "none"
+        return some if len(value) <= 10 else f"{some}, ... ({len(value)})"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""A page to look at: one HTML file with figures, how they were made, and pictures.
+"""A page to look at: one HTML file with metrics, how they were made, and pictures.
 
 No script and nothing from elsewhere: it can be sent to somebody, and read on a phone, light or
 dark. Whatever comes from files is escaped.
@@ -20,21 +20,6 @@ from tokgen.evaluation import metric_table, protocols
 
 NAME = "index.html"
 SMALLEST, LARGEST = 64, 160  # pixels of a side that is shown
-# Figures that are of single images, and no metrics of a protocol
-TITLES = {"psnr_db": "PSNR, dB", "ssim": "SSIM"}
-HIGHER = ("psnr_db", "ssim", "codebook_usage", "codebook_perplexity")
-BESIDE = {
-    "bias": "of which the number of samples makes {}",
-    "std": "std {}",
-    "real": "real images {}",
-    "expected": "{} expected of equal sets",
-    "parts": "number of parts {}",
-    "k": "k = {}",
-    "axes": "{} axes",
-    "divergence": "KL of the classes {}",
-}
-# What a word means beside one figure only
-OWN = {"codebook_usage": {"expected": "{} expected of as many tokens at random"}}
 STYLE = """
 :root { color-scheme: light dark; --ink: #222; --ground: #fff; --faint: #666; --line: #ddd;
   --best: #dff3e0; --tie: #f0f6ea; --alarm: #fdecd8; }
@@ -185,62 +170,13 @@ def _plain_text(name: str) -> str:
     return f" {name}" if name.startswith("_") else name
 
 
-# ---------------------------------------------------------------- a figure, and how it was made
+# ---------------------------------------------------------------- a result, and how it was made
 
 
-def title_of(name: str) -> str:
-    """A figure's name as people read it."""
-    if name in metric_table.METRICS:
-        return metric_table.METRICS[name].title
-    return TITLES.get(name, name.replace("_", " "))
-
-
-def better(name: str) -> str:
-    """ "lower", "higher" or "": which of two values of a figure is the better one."""
-    if name in metric_table.METRICS:
-        known = metric_table.METRICS[name].better
-        return known if known in ("lower", "higher") else ""
-    return "higher" if name in HIGHER else "lower" if name.startswith("lpips") else ""
-
-
-def number(name: str, value: float, digits: int = 4) -> str:
-    """Some digits of a value, in percent where it is a share."""
-    percent = name in metric_table.METRICS and metric_table.METRICS[name].percent
-    return f"{100 * value:.{digits}g}\u00a0%" if percent else f"{value:.{digits}g}"
-
-
-def cells(name: str, figure: Mapping) -> tuple[str, str, str]:
-    """(value, 95 % interval or standard error, what it is read beside) of a figure."""
-    interval = ""
-    if "low" in figure:
-        interval = f"{number(name, figure['low'])} to {number(name, figure['high'])}"
-    elif "error" in figure:
-        interval = f"standard error {number(name, figure['error'])}"
-    forms = BESIDE | OWN.get(name, {})
-    notes = [form.format(plain(figure[key])) for key, form in forms.items() if key in figure]
-    return number(name, figure["value"]), interval, "; ".join(notes)
-
-
-def figures(line: Mapping) -> str:
-    """The table of a result's figures."""
-    rows = []
-    for name, figure in line["figures"].items():
-        value, interval, notes = cells(name, figure)
-        rows.append((title_of(name), value, interval, better(name), notes))
-    rows += [(title_of(name), "none", "", "", why) for name, why in line["absent"].items()]
-    return table(
-        ("figure", "value", "interval or error", "better is", "read beside"), rows, "notes"
-    )
-
-
-def plain(value) -> str:
-    """A value of a record, in words."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {plain(one)}" for key, one in value.items()) or "none"
-    if isinstance(value, list | tuple):
-        some = ", ".join(map(plain, value[:10])) or "none"
-        return some if len(value) <= 10 else f"{some}, ... ({len(value)})"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def metrics(line: Mapping) -> str:
+    """The table of a result's metrics."""
+    head = ("metric", "value", "interval or error", "better is", "read beside")
+    return table(head, metric_table.rows(line), "notes")
 
 
 def made(line: Mapping) -> str:
@@ -248,12 +184,15 @@ def made(line: Mapping) -> str:
     protocol = protocols.PROTOCOLS.get(line["protocol"])
     about = f"{line['protocol']}: {protocol.about}" if protocol else line["protocol"]
     rows = [("protocol", about), ("images", f"{line['samples']} of {_by(line['size'])} pixels")]
-    for part, name in (("supply", "scored"), ("reference", "reference"), ("extractor", "network")):
+    for part, name in (("images", "scored"), ("reference", "reference"), ("extractor", "network")):
         for key, value in line[part].items():
-            shown = _by(value) if key == "size" else plain(value)
+            shown = _by(value) if key == "size" else metric_table.plain(value)
             rows.append((f"{name}: {key.replace('_', ' ')}", shown))
-    rows += [("seed", plain(line["seed"])), ("time", line["time"])]
-    rows += [("versions", plain(line["versions"])), ("images, sha256", line["images_sha256"])]
+    rows += [("seed", metric_table.plain(line["seed"])), ("time", line["time"])]
+    rows += [
+        ("versions", metric_table.plain(line["versions"])),
+        ("images, sha256", line["images_sha256"]),
+    ]
     return table((), rows, "long")
 
 
@@ -262,8 +201,8 @@ def _by(size: Sequence[int]) -> str:
 
 
 def warnings(line: Mapping) -> list[str]:
-    """What a reader must know before believing the figures."""
-    found, values = [], line["figures"]
+    """What a reader must know before believing the metrics."""
+    found, values = [], line["metrics"]
     for name, what in (("duplicates", "copies of another one"), ("constant", "of one colour")):
         if line["suspicious"].get(name):
             found.append(f"{line['suspicious'][name]} of {line['samples']} images are {what}.")

@@ -1,25 +1,23 @@
-"""What is compared with what, by name: two figures may be compared only under one protocol.
+"""What is compared with what, by name: two values may be compared only under one protocol.
 
 A protocol fixes the feature network and its layer, how many images are scored, and how those of the
-reference were cut and resized. A figure carries its protocol's name.
+reference were cut and resized. A result carries its protocol's name.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 
-from tokgen.errors import UserError
+from tokgen import choices
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How figures of one name are made.
+    """How values under one name are made.
 
     Attributes:
         extractor: the feature network, a name of `backbones.features.known()` or "local".
-        metrics: what is reported, names of scoring.METRICS.
-        samples: images that the figure is defined for; 0 where any number will do, which is then
+        samples: images that it is defined for; 0 where any number will do, which is then
             part of what must agree before two results are compared.
         reference: images of the reference; 0: as many as it has.
         split: of the data set that the reference is of.
@@ -28,13 +26,14 @@ class Protocol:
         neighbours: k of precision, recall, density and coverage.
         compared: reference images that neighbours are looked for among, at most.
         against: samples of precision and recall; 0 is as many as those. ADM's are all 50,000
-            against 10,000: radii, and so both figures, depend on the numbers.
+            against 10,000: radii, and so both metrics, depend on the numbers.
         splits: (images of a split, seed of the shuffle or None) of the Inception Score; 0 is all.
         about: who measures so.
+        metrics: what is reported, by name; () is every metric that names the protocol
+            (tokgen/metrics/).
     """
 
     extractor: str
-    metrics: tuple[str, ...]
     about: str
     samples: int = 0
     reference: int = 0
@@ -45,14 +44,12 @@ class Protocol:
     compared: int = 10_000
     against: int = 0
     splits: tuple[int, int | None] = (5000, None)
+    metrics: tuple[str, ...] = ()
 
 
-FRECHET = ("fid", "sfid", "is", "precision", "recall")
-WIDE = ("kid", "density", "coverage", "fid_infinity", "vendi", "authenticity")
 PROTOCOLS = {
     "adm-50k": Protocol(
         "inception",
-        (*FRECHET, *WIDE, "is_infinity", "mifid"),
         "50,000 samples against the training set (guided-diffusion evaluator; DiT, VAR, LlamaGen)",
         samples=50_000,
         split="train",
@@ -60,7 +57,6 @@ PROTOCOLS = {
     ),
     "val-centercrop-rfid": Protocol(
         "inception",
-        ("fid", "sfid", "is", "precision", "recall", "kid"),
         "reconstructions of the 50,000 validation images against themselves (LlamaGen, VAR, TiTok)",
         samples=50_000,
         reference=50_000,
@@ -69,7 +65,6 @@ PROTOCOLS = {
     ),
     "fd-dinov2": Protocol(
         "dinov2",
-        ("fid", *WIDE, "precision", "recall"),
         "50,000 samples against the training set in DINOv2 ViT-L/14 (arXiv:2306.04675, EDM2)",
         samples=50_000,
         split="train",
@@ -77,12 +72,10 @@ PROTOCOLS = {
     ),
     "cmmd": Protocol(
         "clip",
-        ("cmmd", "kid", "vendi"),
         "CLIP ViT-L/14-336 embeddings, any number of images (arXiv:2401.09603)",
     ),
     "local": Protocol(
         "local",
-        (*FRECHET, *WIDE, "cmmd", "is_infinity", "mifid", "classwise", "class_accuracy"),
         "a small network trained on the reference's own images: comparable with itself only",
         neighbours=3,
         splits=(0, None),
@@ -92,8 +85,4 @@ PROTOCOLS = {
 
 def named(name: str) -> Protocol:
     """The protocol of that name."""
-    if name not in PROTOCOLS:
-        near = difflib.get_close_matches(name, PROTOCOLS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"protocols are {', '.join(PROTOCOLS)}; found {name!r}{hint}")
-    return PROTOCOLS[name]
+    return choices.named(PROTOCOLS, name, "--protocol")

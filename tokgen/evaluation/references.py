@@ -245,7 +245,7 @@ def check(
         differ("crop", protocol.crop, record["crop"])
         if protocol.split:
             differ("split", protocol.split, record["split"])
-        if protocol.samples:  # published figures are of whole splits
+        if protocol.samples:  # published values are of whole splits
             available = record.get("available", record["count"])
             differ("images of its split", available, record["count"])
         if protocol.reference:

@@ -1,4 +1,4 @@
-"""The page of one evaluation: its figures, how they were made, and the images they are of."""
+"""The page of one score: its metrics, how they were made, and the images they are of."""
 
 from __future__ import annotations
 
@@ -8,32 +8,41 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tokgen.data import datasets, pixels as images, sources
-from tokgen.evaluation import collect, measures, page, protocols, references
+from tokgen.data import datasets, pixels, sources
+from tokgen.evaluation import (
+    collect,
+    feature_extractors,
+    given_images,
+    page,
+    protocols,
+    references,
+)
 from tokgen.interfaces import UserError
+from tokgen.metrics import memorisation, metric
 
 CLASSES, SHOWN = 10, 8  # rows of classes, images of a row
 PAIRS = 4  # pairs of a row
+NEAREST = 20  # samples shown beside their nearest training image
 
 
 def write(
     out: pathlib.Path,
     line: Mapping,
     found: collect.Found,
-    supply,
-    extractor,
+    images: given_images.Images,
+    extractor: feature_extractors.Extractor,
     reference: references.Reference | None,
 ) -> pathlib.Path:
     """Write the page of a result, of the images that it is of."""
     if found.values:
-        pictures = [_reconstructions(line, found, supply)]
+        pictures = [_reconstructions(line, found, images)]
     else:
         pictures = [
-            _samples(line, found, supply),
-            _nearest(line, found, supply, extractor, reference),
+            _samples(line, found, images),
+            _nearest(line, found, images, extractor, reference),
         ]
     parts = [
-        page.section("Figures", page.figures(line)),
+        page.section("Metrics", page.metrics(line)),
         page.section(
             "Read beside them", *(page.text(words, "alarm") for words in page.warnings(line))
         ),
@@ -46,20 +55,20 @@ def write(
 
 def name_of(line: Mapping) -> str:
     """What a result is of, for a title."""
-    supply = line["supply"]
-    return str(supply.get("checkpoint") or supply.get("samples") or "samples")
+    images = line["images"]
+    return str(images.get("checkpoint") or images.get("samples") or "samples")
 
 
-def gathered(supply, index_n: Sequence[int], count: int) -> np.ndarray:
-    """Images of a supply by their numbers, by way of the parts that an evaluation of `count` has.
+def gathered(images: given_images.Images, index_n: Sequence[int], count: int) -> np.ndarray:
+    """Images by their numbers, by way of the parts that a score of `count` of them has.
 
-    A supply keeps what it makes by the bounds of its parts: others would be made anew.
+    What is made is kept by the bounds of its part: others would be made anew.
     """
     index_n = np.asarray(index_n, np.int64)
     first_n = index_n // collect.PART * collect.PART
     kept = {}
     for start in np.unique(first_n).tolist():
-        part = supply.part(start, min(start + collect.PART, count))["image"]
+        part = images.part(start, min(start + collect.PART, count))["image"]
         kept |= {int(i): part[i - start] for i in index_n[first_n == start]}
     return np.stack([kept[int(i)] for i in index_n])
 
@@ -80,19 +89,21 @@ def class_name(label: int, names: Sequence[str]) -> str:
     return names[label] if label < len(names) else f"class {label}"
 
 
-def names_of(line: Mapping, label_N: np.ndarray, supply=None) -> tuple[str, ...]:
-    """The names of the classes: the supply's; or the network's, where it has as many."""
-    own = getattr(supply, "classes", ()) or getattr(getattr(supply, "source", None), "classes", ())
+def names_of(
+    line: Mapping, label_N: np.ndarray, images: given_images.Images | None = None
+) -> tuple[str, ...]:
+    """The names of the classes: the images' own; or the network's, where it has as many."""
+    own = getattr(images, "classes", ()) or getattr(getattr(images, "source", None), "classes", ())
     known = line["extractor"].get("classes") or ()
     as_many = len(label_N) and len(known) == int(np.max(label_N)) + 1
     return tuple(map(str, own or (known if as_many else ())))
 
 
-def _samples(line: Mapping, found: collect.Found, supply) -> str:
+def _samples(line: Mapping, found: collect.Found, images: given_images.Images) -> str:
     """A sheet of each class."""
     rows = rows_of(found.label_N, line["samples"])
-    names = names_of(line, found.label_N, supply)
-    shown = gathered(supply, np.concatenate(list(rows.values())), line["samples"])
+    names = names_of(line, found.label_N, images)
+    shown = gathered(images, np.concatenate(list(rows.values())), line["samples"])
     parts, start = [], 0
     for label, index_n in rows.items():
         sheet = page.sheet(shown[start : start + len(index_n)], SHOWN)
@@ -102,7 +113,20 @@ def _samples(line: Mapping, found: collect.Found, supply) -> str:
     return page.section("Samples", told, *parts)
 
 
-def _nearest(line: Mapping, found, supply, extractor, reference) -> str:
+def nearest(compared: metric.Compared) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(samples, their nearest kept real images, similarity), those most alike first."""
+    real_nD = compared.real_nD
+    found = memorisation.report(compared.samples_ND, real_nD[:2], real_nD, NEAREST)
+    return found.sample_N, found.training_N, found.similarity_N
+
+
+def _nearest(
+    line: Mapping,
+    found: collect.Found,
+    images: given_images.Images,
+    extractor: feature_extractors.Extractor,
+    reference: references.Reference | None,
+) -> str:
     """The samples that are most like a real image, each beside it."""
     title = "Samples beside their nearest real image"
     if reference is None or extractor.layers[0] not in reference.features:
@@ -117,7 +141,7 @@ def _nearest(line: Mapping, found, supply, extractor, reference) -> str:
         accepted=(),
         seed=line["seed"],
     )
-    sample_n, real_n, similarity_n = measures.nearest(compared)
+    sample_n, real_n, similarity_n = nearest(compared)
     told = (
         f"The {len(sample_n)} samples most like one of {len(compared.reference[compared.layer])} "
         "real images, most alike first: the sample on the left, the real image on the right. "
@@ -129,7 +153,7 @@ def _nearest(line: Mapping, found, supply, extractor, reference) -> str:
         told = f"The real images cannot be shown: {why}. Of the samples most like one of them, "
         told += f"the cosine similarity of {compared.layer} is {similarity_n[0]:.4f} at most."
         return page.section(title, page.text(told, "faint"))
-    shown = gathered(supply, sample_n, line["samples"])
+    shown = gathered(images, sample_n, line["samples"])
     both = np.stack([shown, seen(real_n)], axis=1).reshape(-1, *shown.shape[1:])
     sheet = page.picture(page.sheet(both, 2 * PAIRS), "sample, real image")
     return page.section(title, page.text(told, "faint"), sheet)
@@ -148,7 +172,8 @@ def _real(reference: references.Reference) -> tuple:
         return None, f"{dataset} is not opened for a page"
     try:
         # what was written before has no word of labels
-        source = datasets.from_path(dataset, record["split"], labels=record.get("labels", ""))
+        labels = record.get("labels", "")
+        source = datasets.from_path(dataset, record["split"], labels=labels)
     except UserError as error:
         return None, f"its data set is not there any more: {error}"
     if record["fingerprint"] not in (source.fingerprint, *source.earlier):
@@ -161,15 +186,15 @@ def _pixels(source, index: int, size: tuple[int, int]) -> np.ndarray:
     """An image of the reference as it was seen; gray, and told, where it cannot be read now."""
     try:
         found = sources.read(source, index, 3)["image"]
-    except images.BrokenImage as error:
-        unreadable = source.unreadable
-        unreadable.add(index, str(error))
-        unreadable.tell("the page shows them gray")
+    except pixels.BrokenImage as error:
+        record = source.unreadable
+        record.add(index, str(error))
+        record.tell("the page shows them gray")
         return np.full((*size, 3), 128, np.uint8)
-    return images.fixed("center", size, 3)(found, np.random.default_rng(0))
+    return pixels.fixed("center", size, 3)(found, np.random.default_rng(0))
 
 
-def _reconstructions(line: Mapping, found: collect.Found, supply) -> str:
+def _reconstructions(line: Mapping, found: collect.Found, images: given_images.Images) -> str:
     """The worst, the best, and the first reconstructions, each beside its original."""
     value_N = found.values["psnr_db"]
     order_N = np.argsort(value_N, kind="stable")
@@ -180,10 +205,10 @@ def _reconstructions(line: Mapping, found: collect.Found, supply) -> str:
         "the first, in a mixed order": np.arange(min(2 * each, len(order_N))),
     }
     # one pass of the size that was compiled already, of these images only
-    picked = copy.copy(supply)
+    picked = copy.copy(images)
     index_n = np.concatenate(list(chosen.values()))
     length = min(collect.PART, line["samples"])
-    picked.index_N = supply.index_N[np.resize(index_n, max(length, len(index_n)))]
+    picked.index_N = images.index_N[np.resize(index_n, max(length, len(index_n)))]
     part, sheets, start = picked.part(0, len(picked.index_N)), [], 0
     for name, index_n in chosen.items():
         rows = slice(start, start + len(index_n))

@@ -1,4 +1,4 @@
-"""Figures of held-out images: reconstruction by a tokenizer, likelihood under a generator."""
+"""Metrics of held-out images: reconstruction by a tokenizer, likelihood under a generator."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ def _reconstruct(tokenizer, image_BHW3, text_BTE, distances):
     else:
         tokens_BLG = tokenizer.quantizer.encode(latents_BPC)
         codes_BPC = tokenizer.quantizer.decode(tokens_BLG)
-    painted = tokenizer.decode_latents(codes_BPC, cond=text_BTE)
-    bytes_BHW3, unpainted_B = quality.bytes_of(painted)
-    # through bytes: the figures are those of the files that a user would get
-    painted = quality.from_uint8(bytes_BHW3)
-    measured = {"psnr_db": quality.psnr(image_BHW3, painted)}
+    decoded = tokenizer.decode_latents(codes_BPC, cond=text_BTE)
+    bytes_BHW3, undecoded_B = quality.bytes_of(decoded)
+    # through bytes: the metrics are those of the files that a user would get
+    decoded = quality.from_uint8(bytes_BHW3)
+    measured = {"psnr_db": quality.psnr(image_BHW3, decoded)}
     # on the scale of the loss, [-1, 1]
-    measured["l2"] = 4 * jnp.mean(jnp.square(image_BHW3 - painted), (1, 2, 3))
+    measured["l2"] = 4 * jnp.mean(jnp.square(image_BHW3 - decoded), (1, 2, 3))
     if min(image_BHW3.shape[1:3]) >= quality.WINDOW:
-        measured["ssim"] = quality.ssim(image_BHW3, painted)
+        measured["ssim"] = quality.ssim(image_BHW3, decoded)
     for name, distance in distances.items():
-        measured[name] = distance(2 * image_BHW3 - 1, 2 * painted - 1)
-    return tokens_BLG, bytes_BHW3, measured, invalid_B | unpainted_B
+        measured[name] = distance(2 * image_BHW3 - 1, 2 * decoded - 1)
+    return tokens_BLG, bytes_BHW3, measured, invalid_B | undecoded_B
 
 
-def repaint(
+def reconstruct(
     tokenizer,
     part: dict,
     distances: Mapping = types.MappingProxyType({}),
@@ -73,11 +73,11 @@ def repaint(
     rows, mesh = len(part["image"]), sharding.current()
     given = sharding.filled((quality.from_uint8(part["image"]), part.get("text")), batch, mesh)
     found = jax.device_get(_reconstruct(tokenizer, *given, dict(distances)))
-    tokens_BLG, painted, values, invalid_B = jax.tree.map(lambda leaf: leaf[:rows], found)
+    tokens_BLG, decoded, values, invalid_B = jax.tree.map(lambda leaf: leaf[:rows], found)
     boundary.refuse(invalid_B, "what encoder and decoder make of an image", named)
     for name, value_B in values.items():
         boundary.refuse(~np.isfinite(value_B), name, named)
-    return tokens_BLG, painted, values
+    return tokens_BLG, decoded, values
 
 
 def watched(batches, total: int, what: str):
@@ -100,7 +100,7 @@ def bounded(view: images.View, count: int, batch: int = 0) -> int:
 def reconstruction(
     tokenizer, source, view, *, count: int, batch: int = 0, shown: int = 0, what: str = ""
 ) -> tuple[dict, tuple]:
-    """(figures, (originals, reconstructions) of the first `shown`, uint8) over `count` images.
+    """(metrics, (originals, reconstructions) of the first `shown`, uint8) over `count` images.
 
     Of the first batch, where `shown` is 0.
 
@@ -112,7 +112,7 @@ def reconstruction(
     passing = loader.once(source, view, batch_size=batch, indices=chosen, threads=loader.THREADS)
     for part in watched(passing, len(chosen), what):
         naming = datasets.named(source, part["index"])
-        tokens_BLG, painted, values = repaint(tokenizer, part, batch=batch, named=naming)
+        tokens_BLG, decoded, values = reconstruct(tokenizer, part, batch=batch, named=naming)
         images_ += len(part["label"])
         for name, value_B in values.items():
             measured.setdefault(name, []).append(value_B)
@@ -120,21 +120,21 @@ def reconstruction(
             found = codebook.counts(tokens_BLG, tokenizer.layout)
             counts = found if counts is None else tuple(map(np.add, counts, found))
         if not pairs or sum(len(image) for image, _ in pairs) < shown:
-            pairs.append((part["image"], painted))
-    figures = {}
+            pairs.append((part["image"], decoded))
+    metrics = {}
     for name, parts in measured.items():
         value_B = np.concatenate(parts).astype(np.float64)
-        figures[name] = float(value_B.mean())
-        figures[f"{name}_error"] = standard_error(value_B)
+        metrics[name] = float(value_B.mean())
+        metrics[f"{name}_error"] = standard_error(value_B)
     if counts is not None:
-        figures["codebook_usage"] = float(np.mean([codebook.usage(c) for c in counts]))
-        figures["codebook_perplexity"] = float(np.mean([codebook.perplexity(c) for c in counts]))
+        metrics["codebook_usage"] = float(np.mean([codebook.usage(c) for c in counts]))
+        metrics["codebook_perplexity"] = float(np.mean([codebook.perplexity(c) for c in counts]))
     pairs = tuple(np.concatenate(parts)[: shown or None] for parts in zip(*pairs, strict=True))
-    return figures | numbers(images_, len(chosen)), pairs
+    return metrics | numbers(images_, len(chosen)), pairs
 
 
 def numbers(images_: int, wanted: int) -> dict[str, int]:
-    """How many images figures are of; and how many more they should be of, if any is unreadable."""
+    """How many images metrics are of; and how many more they should be of, if any is unreadable."""
     return {"images": images_} | ({"unreadable": wanted - images_} if images_ < wanted else {})
 
 
@@ -213,15 +213,15 @@ def likelihood(
         total.append(np.stack(nats_RB, axis=1))
     nats_NR = np.concatenate(total).astype(np.float64) / generator.layout.length
     nats_N = nats_NR.mean(axis=1)
-    figures = {
+    metrics = {
         "nats_per_token": float(nats_N.mean()),
         "nats_error": standard_error(nats_N),
         "bits_per_token": float(nats_N.mean() / math.log(2)),
         **numbers(len(nats_N), len(chosen)),
     }
     if draws > 1 or not exact:
-        figures |= {"nats_orders_error": draw_error(nats_NR), "orders": draws}
-    return figures
+        metrics |= {"nats_orders_error": draw_error(nats_NR), "orders": draws}
+    return metrics
 
 
 def draw_error(value_NR: np.ndarray) -> float | None:

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from tokgen import interfaces
+from tokgen.metrics import metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,3 +42,26 @@ def top(logits_NV: np.ndarray, label_N: np.ndarray, k: int = 1) -> Accuracy:
     share = float(np.mean(before_N < k))
     error = float(np.sqrt(share * (1 - share) / len(label_N))) if len(label_N) > 1 else None
     return Accuracy(share, error)
+
+
+# ---------------------------------------------------------------- as metrics of a score
+
+
+def class_accuracy(compared: metric.Compared) -> dict:
+    """Share of the samples in which the network sees the class that was asked for."""
+    found = top(compared.features[compared.logits], compared.label_N)
+    return {"value": found.value} | ({} if found.error is None else {"error": found.error})
+
+
+METRICS = (
+    metric.Metric(
+        "class_accuracy",
+        title="class accuracy",
+        better="higher",
+        measure=class_accuracy,
+        needs=(metric.logits, metric.labels),
+        protocols=("local",),
+        percent=True,
+        row=160,
+    ),
+)

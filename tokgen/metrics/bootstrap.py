@@ -98,6 +98,11 @@ def subset_sizes(count: int, smallest: int, largest: int, points: int) -> tuple[
     return tuple(int(n) for n in np.linspace(smallest, min(count, largest), points))
 
 
+def smallest(count: int) -> int:
+    """Images of the smallest subset: 5000, or half of fewer than twice as many."""
+    return 5000 if count >= 10_000 else count // 2
+
+
 def infinity(
     count: int, statistic: Callable[[np.ndarray], float], sizes: Sequence[int], seed: int
 ) -> Line:

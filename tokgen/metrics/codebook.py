@@ -6,6 +6,7 @@ import numpy as np
 
 from tokgen import boundary
 from tokgen.interfaces import TokenLayout
+from tokgen.metrics import metric
 
 
 def counts(tokens_BLG: np.ndarray, layout: TokenLayout) -> tuple[np.ndarray, ...]:
@@ -33,3 +34,18 @@ def entropy(count_V: np.ndarray) -> float:
 def perplexity(count_V: np.ndarray) -> float:
     """exp(entropy): the number of equally used symbols that would be as even."""
     return float(np.exp(entropy(count_V)))
+
+
+# ---------------------------------------------------------------- as metrics of a score
+
+
+METRICS = (
+    metric.Metric(
+        "codebook_usage",
+        title="codebook usage",
+        better="higher",
+        beside={"expected": "{} expected of as many tokens at random"},
+        row=240,
+    ),
+    metric.Metric("codebook_perplexity", title="codebook perplexity", better="higher", row=250),
+)

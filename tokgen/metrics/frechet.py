@@ -15,10 +15,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tokgen.interfaces import UserError
-from tokgen.metrics import bootstrap, moments as moments_
+from tokgen.metrics import bootstrap, metric, moments as moments_
 
 ROUNDING = 1e-3  # a distance this far below 0 is still 0
 INDEFINITE = 1e-3  # of the largest eigenvalue: below minus this, it is no covariance
+CHUNKS = 32  # random parts of the images, that intervals are made of
+WIDE = 512  # features beyond which a distance takes seconds: fewer are drawn again
 CLASS_IMAGES, CLASS_WIDTH = 1000, 64  # fewer images of a class than that: at most so many axes
 
 
@@ -154,9 +156,8 @@ def classwise(
 ) -> Classwise:
     """Class-aware Frechet distance: the mean over classes (arXiv:1803.07474).
 
-    Moments per class are those of `moments.grouped` (labels) or `moments.shared_out` (posteriors),
-    of features times `principal` axes where classes are small. A class without two generated
-    images is infinitely far.
+    Moments per class are those of `moments.grouped`, of features times `principal` axes where
+    classes are small. A class without two generated images is infinitely far.
     """
     if len(generated) != len(reference):
         raise UserError(
@@ -246,3 +247,128 @@ def _bias(trace: float, spectrum_r: np.ndarray, count: float) -> float:
     s = spectrum_r[spectrum_r > 0]
     pairs = (s[:, None] * s[None]) / (s[:, None] + s[None])
     return trace / count + float(pairs.sum() + s.sum() / 2) / (2 * (count - 1))
+
+
+# ---------------------------------------------------------------- as metrics of a score
+
+
+def spatial(compared: metric.Compared) -> str:
+    """Moments of the layer `spatial`, and more images than it has features."""
+    if "spatial" not in compared.moments:
+        return "the reference has no moments of the layer spatial"
+    real = compared.moments["spatial"]
+    fewest = min(len(compared.features["spatial"]), real.count)
+    if compared.least is None and fewest <= real.width:
+        return f"its {real.width} features need more images than that; found {fewest:g}"
+    return ""
+
+
+def fid(compared: metric.Compared) -> dict:
+    """Frechet distance, with its interval and the bias of so many images."""
+    return _of_layer(compared, compared.layer)
+
+
+def sfid(compared: metric.Compared) -> dict:
+    """Frechet distance of the features of the layer `spatial`, with its interval and bias."""
+    return _of_layer(compared, "spatial")
+
+
+def _of_layer(compared: metric.Compared, layer: str) -> dict:
+    rows_ND, real = compared.features[layer], compared.moments[layer]
+    count, width = rows_ND.shape
+    if width != len(real.mean_D):
+        raise UserError(
+            f"the layer {layer} of the samples has {width} features, that of the reference "
+            f"{len(real.mean_D)}: they are of other networks, or of images of another size"
+        )
+    chunks = min(CHUNKS, count // 2)
+    chunk_N = moments_.chunk_of(0, count, max(chunks, 1), compared.seed)
+    parts = moments_.grouped([(rows_ND, chunk_N)], max(chunks, 1))
+    found = between(moments_.merged(parts), real, compared.least)
+    measured = {"value": found.value, "features": width}
+    if chunks < 8:
+        return measured | {"bias": found.bias}
+    interval = bootstrap.of_moments(
+        parts,
+        against(real),
+        seed=compared.seed,
+        replicates=100 if width <= WIDE else 20,
+    )
+    bounds = {"low": interval.low, "high": interval.high, "error": interval.error}
+    # as measured: features have heavier tails than the normals of the closed form
+    return measured | bounds | {"bias": interval.bias}
+
+
+def fid_infinity(compared: metric.Compared) -> dict:
+    """The distance continued to infinitely many samples."""
+    rows_ND = compared.samples_ND
+    line = infinity(
+        rows_ND,
+        compared.moments[compared.layer],
+        seed=compared.seed,
+        smallest=bootstrap.smallest(len(rows_ND)),
+    )
+    return {"value": line.value, "error": line.error, "slope": line.slope}
+
+
+def by_class(compared: metric.Compared) -> dict:
+    """Frechet distance within classes, their mean; and how the classes are shared out."""
+    rows_ND, real_nD = compared.samples_ND, compared.real_nD
+    fewest = int(np.bincount(compared.label_n, minlength=compared.classes).min())
+    fewest = min(fewest, int(np.bincount(compared.label_N, minlength=compared.classes).min()))
+    width = class_width(max(fewest, 4), rows_ND.shape[1])
+    axes_Dw = principal(compared.moments[compared.layer], width)
+    sets = [
+        moments_.grouped([(rows @ axes_Dw, label)], compared.classes)
+        for rows, label in ((rows_ND, compared.label_N), (real_nD, compared.label_n))
+    ]
+    found = classwise(*sets)
+    return {
+        "value": found.value,
+        "divergence": found.divergence,
+        "by_class": [round(float(value), 4) for value in found.value_K],
+        "axes": width,
+    }
+
+
+BIAS = {"bias": "of which the number of samples makes {}"}
+METRICS = (
+    metric.Metric(
+        "fid",
+        title="Frechet distance",
+        better="lower",
+        measure=lambda compared: compared.once(fid),  # MiFID is made of it as well
+        protocols=("adm-50k", "val-centercrop-rfid", "fd-dinov2", "local"),
+        beside=BIAS,
+        row=10,
+    ),
+    metric.Metric(
+        "sfid",
+        title="spatial Frechet distance",
+        better="lower",
+        measure=sfid,
+        needs=(spatial,),
+        protocols=("adm-50k", "val-centercrop-rfid", "local"),
+        beside=BIAS,
+        row=20,
+    ),
+    metric.Metric(
+        "fid_infinity",
+        title="Frechet distance, infinite",
+        better="lower",
+        measure=fid_infinity,
+        needs=(metric.many,),
+        protocols=("adm-50k", "fd-dinov2", "local"),
+        row=90,
+    ),
+    metric.Metric(
+        "classwise",
+        title="Frechet distance by class",
+        better="lower",
+        measure=by_class,
+        needs=(metric.features, metric.labels, metric.classes),
+        protocols=("local",),
+        beside={"axes": "{} axes", "divergence": "KL of the classes {}"},
+        row=150,
+    ),
+)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tokgen.interfaces import UserError
-from tokgen.metrics import bootstrap
+from tokgen.metrics import bootstrap, metric
 
 ROWS = 4096  # taken at a time
 
@@ -106,3 +106,49 @@ def _score(logits_NK: np.ndarray, rows: np.ndarray) -> float:
         negative += float(np.sum(share_nK * log_nK)) / len(rows)
     seen = mean_K[mean_K > 0]
     return float(np.exp(negative - seen @ np.log(seen)))
+
+
+# ---------------------------------------------------------------- as metrics of a score
+
+
+def shuffled_score(compared: metric.Compared) -> dict:
+    """The score over parts of shuffled samples: sorted ones would score far too low."""
+    logits_NK = compared.features[compared.logits]
+    size, seed = compared.splits
+    count = len(logits_NK)
+    order_N = np.random.default_rng(compared.seed if seed is None else seed).permutation(count)
+    parts = [order_N[rows] for rows in consecutive(count, size or count)]
+    found = score(logits_NK, parts)
+    spread = {"std": found.std} if len(parts) > 1 else {}
+    return {"value": found.mean, **spread, "parts": len(parts), "part": size or count}
+
+
+def is_infinity(compared: metric.Compared) -> dict:
+    """The score continued to infinitely many samples."""
+    logits_NK = compared.features[compared.logits]
+    smallest = bootstrap.smallest(len(logits_NK))
+    line = infinity(logits_NK, seed=compared.seed, smallest=smallest)
+    return {"value": line.value, "error": line.error, "slope": line.slope}
+
+
+METRICS = (
+    metric.Metric(
+        "is",
+        title="Inception Score",
+        better="higher",
+        measure=shuffled_score,
+        needs=(metric.logits,),
+        protocols=("adm-50k", "val-centercrop-rfid", "local"),
+        beside={"std": "std {}", "parts": "number of parts {}"},
+        row=30,
+    ),
+    metric.Metric(
+        "is_infinity",
+        title="Inception Score, infinite",
+        better="higher",
+        measure=is_infinity,
+        needs=(metric.logits, metric.many),
+        protocols=("adm-50k", "local"),
+        row=130,
+    ),
+)

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from tokgen.interfaces import UserError
+from tokgen.metrics import metric
 
 ROWS = 2048  # of a block of a kernel matrix
 SIGMA, SCALE = 10.0, 1000.0  # of CMMD
@@ -147,3 +148,49 @@ def _gaussian(x_nD: np.ndarray, y_mD: np.ndarray, sigma: float) -> float:
     np.minimum(k_nm, 0, out=k_nm)
     k_nm /= 2 * sigma**2
     return float(np.expm1(k_nm, out=k_nm).sum())
+
+
+# ---------------------------------------------------------------- as metrics of a score
+
+
+KID_SEED = 2020  # torch-fidelity's
+
+
+def kid_of_all(compared: metric.Compared) -> dict:
+    """1000 times the kernel distance, of all samples."""
+    found = kid(compared.samples_ND, compared.real_nD, seed=KID_SEED)
+    return {
+        "value": 1000 * found.value,
+        "error": 1000 * found.error,
+        "std": 1000 * found.std,
+        "subset": found.size,
+    }
+
+
+def cmmd_of_directions(compared: metric.Compared) -> dict:
+    """CMMD's kernel on the directions of features, as many of either set."""
+    rows_ND, real_nD = compared.pair()
+    return {"value": cmmd(unit(rows_ND), unit(real_nD)), "images": len(rows_ND)}
+
+
+METRICS = (
+    metric.Metric(
+        "kid",
+        title="KID x 1000",
+        better="lower",
+        measure=kid_of_all,
+        needs=(metric.features,),
+        protocols=("adm-50k", "val-centercrop-rfid", "fd-dinov2", "cmmd", "local"),
+        beside={"std": "std {}"},
+        row=60,
+    ),
+    metric.Metric(
+        "cmmd",
+        title="CMMD kernel",
+        better="lower",
+        measure=cmmd_of_directions,
+        needs=(metric.features,),
+        protocols=("cmmd", "local"),
+        row=120,
+    ),
+)

@@ -12,7 +12,7 @@ import numpy as np
 import scipy.stats
 
 from tokgen import interfaces
-from tokgen.metrics import neighbours
+from tokgen.metrics import bootstrap, frechet, metric, neighbours
 
 CELLS, WIDTH, FEWEST = 3, 64, 20  # of the C_T score: cells, dimensions, samples of a cell
 STARTS, STEPS = 10, 300  # of k-means
@@ -206,3 +206,43 @@ def _means(features_ND, cells, draws) -> tuple[float, np.ndarray]:
             ]
         )
     return float(square_NK.min(axis=1).sum()), centre_KD
+
+
+# ---------------------------------------------------------------- as metrics of a score
+
+
+def authenticity(compared: metric.Compared) -> dict:
+    """Share of samples farther from their nearest real image than that one's neighbour is."""
+    authentic_N = authentic(compared.samples_ND, compared.real_nD)
+    interval = bootstrap.of_mean(authentic_N, seed=compared.seed)
+    return {"value": interval.value, "low": interval.low, "high": interval.high}
+
+
+def punished_distance(compared: metric.Compared) -> dict:
+    """The Frechet distance, larger where samples lie on real images."""
+    distance = compared.once(frechet.fid)["value"]
+    found = mifid(distance, compared.samples_ND, compared.real_nD)
+    return {"value": found.value, "distance": found.distance, "images": len(compared.real_nD)}
+
+
+METRICS = (
+    metric.Metric(
+        "authenticity",
+        title="authentic",
+        better="higher",
+        measure=authenticity,
+        needs=(metric.features,),
+        protocols=("adm-50k", "fd-dinov2", "local"),
+        percent=True,
+        row=110,
+    ),
+    metric.Metric(
+        "mifid",
+        title="MiFID",
+        better="lower",
+        measure=punished_distance,
+        needs=(metric.features,),
+        protocols=("adm-50k", "local"),
+        row=140,
+    ),
+)

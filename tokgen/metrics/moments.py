@@ -207,22 +207,6 @@ def grouped(batches: Iterable[tuple[np.ndarray, np.ndarray]], groups: int) -> li
     return [found.get(group, nothing) for group in range(groups)]
 
 
-def shared_out(batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[Moments]:
-    """Of K sets to which rows belong in part, of batches (features [n, D], posterior [n, K])."""
-    found: list[Moments] = []
-    for features_ND, posterior_NK in batches:
-        features_ND, posterior_NK = _checked(features_ND, 0), np.asarray(posterior_NK, np.float64)
-        rows_K = [np.flatnonzero(weight_N) for weight_N in posterior_NK.T]
-        parts = [
-            Moments.of(features_ND[rows], weight_N[rows])
-            for rows, weight_N in zip(rows_K, posterior_NK.T, strict=True)
-        ]
-        found = [a.merge(b) for a, b in zip(found, parts, strict=True)] if found else parts
-    if not found:
-        raise UserError("moments need at least one batch of features; found none")
-    return found
-
-
 def chunk_of(first: int, count: int, chunks: int, seed: int) -> np.ndarray:
     """[count] chunk of the images numbered from `first`: at random, and evenly.
 

@@ -8,6 +8,7 @@ device nor precision of the accelerator changes a result, and copies lie at a di
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 
 from tokgen import interfaces
 from tokgen.interfaces import Array
+from tokgen.metrics import metric
 
 BLOCK = 4096  # rows and columns of the largest tile: 64 MiB each of lower and upper bounds
 LARGEST = 1e15  # of a feature: squares summed in float32 stay finite
@@ -321,3 +323,81 @@ def _cosine(x_PD: np.ndarray, y_PD: np.ndarray) -> np.ndarray:
     size_P = np.sum(x_PD * x_PD, axis=1) * np.sum(y_PD * y_PD, axis=1)
     product_P = np.sum(x_PD * y_PD, axis=1)
     return product_P / np.maximum(np.sqrt(size_P), np.finfo(np.float64).tiny)
+
+
+# ---------------------------------------------------------------- as metrics of a score
+
+
+DENSITY_NEIGHBOURS = 5  # k of density and coverage, as in their paper
+
+
+def share(value: float, about: dict) -> dict:
+    """A share of images, with its standard error: the other set's balls are taken as they are."""
+    if about["images"] < 2:
+        return {"value": value, **about}
+    return {"value": value, "error": math.sqrt(value * (1 - value) / about["images"]), **about}
+
+
+def _precision_recall(compared: metric.Compared) -> tuple[dict, dict]:
+    """Share of samples inside a ball of the real images, and the other way round."""
+    rows_ND, real_nD = compared.pair(compared.against)
+    k = min(compared.neighbours, len(rows_ND) - 1, len(real_nD) - 1)
+    precise, recalled = precision_recall(real_nD, rows_ND, k)
+    precision = share(precise, {"k": k, "images": len(rows_ND)})
+    return precision, share(recalled, {"k": k, "images": len(real_nD)})
+
+
+def _density_coverage(compared: metric.Compared) -> tuple[dict, dict]:
+    """Real balls around a sample, per k; share of the real balls that are not empty."""
+    rows_ND, real_nD = compared.pair()
+    k = min(DENSITY_NEIGHBOURS, len(rows_ND) - 1)
+    about = {"k": k, "images": len(rows_ND)}
+    dense, covered = density_coverage(real_nD, rows_ND, k)
+    return {"value": dense, **about}, share(covered, about | {"expected": 1 - 0.5**k})
+
+
+METRICS = (
+    metric.Metric(
+        "precision",
+        title="precision",
+        better="higher",
+        measure=lambda compared: compared.once(_precision_recall)[0],
+        needs=(metric.features,),
+        protocols=("adm-50k", "val-centercrop-rfid", "fd-dinov2", "local"),
+        percent=True,
+        beside={"k": "k = {}"},
+        row=40,
+    ),
+    metric.Metric(
+        "recall",
+        title="recall",
+        better="higher",
+        measure=lambda compared: compared.once(_precision_recall)[1],
+        needs=(metric.features,),
+        protocols=("adm-50k", "val-centercrop-rfid", "fd-dinov2", "local"),
+        percent=True,
+        beside={"k": "k = {}"},
+        row=50,
+    ),
+    metric.Metric(
+        "density",
+        title="density",
+        better="higher",
+        measure=lambda compared: compared.once(_density_coverage)[0],
+        needs=(metric.features,),
+        protocols=("adm-50k", "fd-dinov2", "local"),
+        beside={"k": "k = {}"},
+        row=70,
+    ),
+    metric.Metric(
+        "coverage",
+        title="coverage",
+        better="higher",
+        measure=lambda compared: compared.once(_density_coverage)[1],
+        needs=(metric.features,),
+        protocols=("adm-50k", "fd-dinov2", "local"),
+        percent=True,
+        beside={"expected": "{} expected of equal sets", "k": "k = {}"},
+        row=80,
+    ),
+)

@@ -8,6 +8,7 @@ import numpy as np
 
 from tokgen import boundary
 from tokgen.interfaces import Array, UserError
+from tokgen.metrics import metric
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM, as in the paper
 K1, K2 = 0.01, 0.03
@@ -100,3 +101,14 @@ def _blur(x_BHWC: Array) -> Array:
     )
     x_BHWC = jnp.einsum("BhtWC,t->BhWC", x_BHWC[:, rows], taps, precision=highest)
     return jnp.einsum("BhwtC,t->BhwC", x_BHWC[:, :, columns], taps, precision=highest)
+
+
+# ---------------------------------------------------------------- as metrics of a score
+
+
+METRICS = (
+    metric.Metric("psnr_db", title="PSNR, dB", better="higher", row=200),
+    metric.Metric("ssim", title="SSIM", better="higher", row=210),
+    metric.Metric("lpips_vgg", title="lpips vgg", better="lower", row=220),
+    metric.Metric("lpips_alex", title="lpips alex", better="lower", row=230),
+)

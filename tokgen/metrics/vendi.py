@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from tokgen import interfaces
+from tokgen.metrics import metric
 
 BLOCK = 4096  # rows turned to float64 at a time
 
@@ -68,3 +69,26 @@ def _unit(features_BD: np.ndarray, start: int) -> np.ndarray:
             f"{start + int(np.argmin(fine_B))} has none: leave its image out, and say so"
         )
     return x_BD / norm_B[:, None]
+
+
+# ---------------------------------------------------------------- as metrics of a score
+
+
+def both(compared: metric.Compared) -> dict:
+    """How many different images there are, beside as many real ones."""
+    rows_ND, real_nD = compared.pair()
+    return {"value": score(rows_ND), "real": score(real_nD), "images": len(rows_ND)}
+
+
+METRICS = (
+    metric.Metric(
+        "vendi",
+        title="Vendi score",
+        better="higher",
+        measure=both,
+        needs=(metric.features,),
+        protocols=("adm-50k", "fd-dinov2", "cmmd", "local"),
+        beside={"real": "real images {}"},
+        row=100,
+    ),
+)

@@ -44,6 +44,7 @@ class Folder:
         staged: whether `path` takes the place of `target` when it is whole.
         replaces: whether what is there, unfinished ones of others too, may go.
         continued: whether the same command can go on with what is there.
+        migrated: what earlier versions wrote into `record`, in today's words.
     """
 
     target: pathlib.Path
@@ -54,6 +55,7 @@ class Folder:
     staged: bool
     replaces: bool = False
     continued: bool = False
+    migrated: Callable[[dict], dict] = dict
 
     def claim(self, identity: Mapping) -> bool:
         """Make the folder that of one result; whether an unfinished one of the same is there.
@@ -66,7 +68,7 @@ class Folder:
             self._write(text)
             return False
         try:
-            before = records_.load(file)
+            before = self.migrated(records_.load(file))
         except ValueError as error:
             raise UserError(f"{file} is damaged: {error}; use another {self.option}") from error
         now, before = _flat(json.loads(text)), _flat(before)
@@ -141,10 +143,12 @@ def growing(
     option: str = "--out",
     overwrite: bool = False,
     inputs: Sequence[str | os.PathLike] = (),
+    migrated: Callable[[dict], dict] = dict,
 ) -> Iterator[Folder]:
     """A folder that is filled in place, by one process at a time, and gone on with after a kill.
 
-    With `overwrite` an earlier result is replaced whole, as in `folder`, by what is made beside it.
+    `migrated` puts what earlier versions wrote into `record` into today's words. With `overwrite`
+    an earlier result is replaced whole, as in `folder`, by what is made beside it.
     """
     with failures.reserved(path, option):
         target = places.target_of(path, option, inputs)
@@ -161,6 +165,7 @@ def growing(
                     f"else, and no {' or '.join(records)} that says of what; use another {option}"
                 )
             found = Folder(pathlib.Path(path), target, option, record, what, staged=False)
+        found.migrated = migrated
         with failures.reserved(path, option):
             places.made(target, stack)
             stack.enter_context(locks.passing(target / lock, locks.in_use(target, option)))

@@ -21,15 +21,16 @@ asked for, and "no_guidance" is always there.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from tokgen import ranges
+from tokgen import ranges, report
 from tokgen.interfaces import Generator, UserError
 from tokgen.sampling import decode, guidance, sampler as filters
 
@@ -125,6 +126,76 @@ def named(presets: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]
     if name not in known:
         raise UserError(f"preset must be one of {', '.join(sorted(known))}; found {name!r}")
     return PLAIN | known[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A preset by name, and what is asked for in the place of its settings; None leaves them."""
+
+    preset: str = "default"
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance: float | None = None  # the weight of the preset's schedule
+    steps: int | None = None
+    noise: float | None = None
+
+    def asked(self) -> dict[str, Any]:
+        """{field of a preset: its value} of what is asked for."""
+        found = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        found |= {"weight": self.guidance, "steps": self.steps, "noise": self.noise}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def choose(
+    generator: Generator,
+    presets: Mapping[str, Mapping[str, Any]],
+    choice: Choice,
+    classes: Sequence[str],
+) -> tuple[dict[str, Any], Generator, filters.Sampler]:
+    """(settings, generator, sampler) of a choice among a checkpoint's presets.
+
+    Guidance is off where there are no `classes` to guide towards; asked for, it is an error.
+    """
+    settings = named(presets, choice.preset)
+    now = PLAIN | MASKED | settings
+    changed = {name: value for name, value in choice.asked().items() if value != now[name]}
+    if changed:
+        report.say(f"departs from preset {choice.preset!r}: {changed}")
+    settings |= changed
+    chosen, sampler_ = prepare(generator, settings)
+    labels = generator.cond == "label"
+    if sampler_.guidance and labels and not classes:
+        if "weight" in changed:
+            raise UserError(
+                "--guidance needs classes to guide towards; the model has none: leave it out"
+            )
+        report.say("guidance is off: the model is unconditional, there is nothing to guide towards")
+        settings = unguided(settings)
+        chosen, sampler_ = prepare(generator, settings)
+    # a preset may ask for more: published ones were written for larger alphabets
+    if (choice.top_k or 0) > generator.layout.absent:
+        raise UserError(
+            f"top-k must be at most the alphabet, {generator.layout.absent}; found {choice.top_k}"
+        )
+    return settings, chosen, sampler_
+
+
+def without_effect(choice: Choice, sampler: filters.Sampler) -> dict[str, str]:
+    """{option: when it has an effect} of what is asked for in vain: a draw is of the likeliest."""
+    idle = {}
+    if not np.any(sampler.temperature):
+        idle = dict.fromkeys(("top_k", "top_p"), "temperatures above 0")
+    elif np.all(np.equal(sampler.top_k, 1)):
+        idle = dict.fromkeys(("temperature", "top_p"), "a top-k other than 1")
+    return {name: when for name, when in idle.items() if getattr(choice, name) is not None}
+
+
+def precision(meta: Mapping[str, Any], choice: Choice) -> str:
+    """How a checkpoint's networks are loaded, by its `meta` record and the chosen preset."""
+    if meta["kind"] != "generator":  # said when it is loaded
+        return LOADING["precision"]
+    return (LOADING | named(meta["config"]["presets"], choice.preset))["precision"]
 
 
 def unguided(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import pathlib
 import types
 
+import ml_collections
 import numpy as np
 import pytest
 import scipy.stats
@@ -14,42 +15,62 @@ from flax import nnx
 
 from tests.evaluation import test_page
 from tokgen.checkpoints import checkpoint
-from tokgen.commands import evaluate, sample, sweep
-from tokgen.evaluation import collect, feature_extractors, protocols, references, score as scores
+from tokgen.commands import sweep as command
+from tokgen.evaluation import (
+    collect,
+    feature_extractors,
+    inputs,
+    protocols,
+    references,
+    score_settings,
+    sweep,
+)
 from tokgen.interfaces import UserError
 from tokgen.metrics import moments
-from tokgen.sampling import sampler
+from tokgen.sampling import presets, sampler
 
 
-def parsed(*words) -> argparse.Namespace:
+def parsed(*words) -> sweep.Settings:
+    """What a command line asks for."""
     parser = argparse.ArgumentParser()
-    sweep.arguments(parser)
+    command.arguments(parser)
     given = ["ckpt", "--protocol", "local", "--reference", "r.npz", "--out", "out"]
-    return parser.parse_args([*given, *map(str, words)])
+    return command.settings_of(parser.parse_args([*given, *map(str, words)]))
+
+
+def run(settings: sweep.Settings) -> None:
+    """As the command does."""
+    print(sweep.listed(sweep.sweep(settings)))
 
 
 def test_every_combination_has_a_name():
-    grid = sweep.settings_of(parsed("--guidance", 1, 1.5, "--steps", 8, 16, 8))
+    grid = sweep.grid_of(parsed("--guidance", 1, 1.5, "--steps", 8, 16, 8))
     assert grid == {
         "g1-s8": {"guidance": 1.0, "steps": 8},
         "g1-s16": {"guidance": 1.0, "steps": 16},
         "g1.5-s8": {"guidance": 1.5, "steps": 8},
         "g1.5-s16": {"guidance": 1.5, "steps": 16},
     }
-    assert sweep.settings_of(parsed()) == {"": {}}
+    assert sweep.grid_of(parsed()) == {"": {}}
     with pytest.raises(UserError, match="six digits"):
-        sweep.settings_of(parsed("--guidance", 1, 1.00000001))
+        sweep.grid_of(parsed("--guidance", 1, 1.00000001))
 
 
-def test_an_evaluation_is_what_its_own_command_line_says():
-    parser = argparse.ArgumentParser()
-    evaluate.arguments(parser)
+def test_a_combination_is_scored_as_it_would_be_alone():
     shared = ["--samples", "90", "--top-k", "5", "--accept", "few", "--preset", "p", "--batch", "3"]
     swept = parsed(*shared, "--temperature", 0.9, 1, "--noise", 2)
-    made = sweep.one(swept, {"temperature": 0.9, "steps": 8}, 4, pathlib.Path("out/t0.9"))
-    words = ["ckpt", "--protocol", "local", "--reference", "r.npz", "--out", "out/t0.9", *shared]
-    words += ["--temperature", "0.9", "--steps", "8", "--seed", "4", "--noise", "2"]
-    assert vars(made) == vars(parser.parse_args(words))
+    found = sweep.one(swept, {"temperature": 0.9, "steps": 8}, 4, pathlib.Path("out/t0.9"))
+    assert found == score_settings.Settings(
+        scored="ckpt",
+        protocol="local",
+        out="out/t0.9",
+        reference="r.npz",
+        samples=90,
+        seed=4,
+        batch=3,
+        accept=("few",),
+        sampling=presets.Choice("p", temperature=0.9, top_k=5, steps=8, noise=2.0),
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,7 +78,7 @@ def test_an_evaluation_is_what_its_own_command_line_says():
     [
         (["--seeds", 0], "--seeds"),
         (["--seed", 2**32 - 1, "--seeds", 2], "--seeds"),
-        (["--by", "psnr_db"], "--by is a figure of local: fid"),
+        (["--by", "psnr_db"], "--by is a metric of local: fid"),
         (["--protocol", "val-centercrop-rfid"], "nothing to sweep"),
         (["--protocol", "locale"], "did you mean"),
         (["--samples", -1], "--samples"),
@@ -70,7 +91,7 @@ def test_command_lines_that_cannot_be_meant(words, message):
 
 def lines_of(value_S, half=0.0):
     return [
-        {"figures": {"fid": {"value": value, "low": value - half, "high": value + half}}}
+        {"metrics": {"fid": {"value": value, "low": value - half, "high": value + half}}}
         for value in value_S
     ]
 
@@ -95,20 +116,20 @@ def test_mean_deviation_and_best():
     lines = {}
     for name, value_S in values.items():
         lines[name] = [
-            test_page.result(seed=seed, figures={"fid": {"value": v}, "recall": {"value": v / 10}})
+            test_page.result(seed=seed, metrics={"fid": {"value": v}, "recall": {"value": v / 10}})
             for seed, v in enumerate(value_S)
         ]
-    del lines["g2"][1]["figures"]["recall"]
+    del lines["g2"][1]["metrics"]["recall"]
     grid = {"g1": {"guidance": 1.0}, "g2": {"guidance": 2.0}}
     found = sweep.summarised(parsed(), grid, lines)
     assert found["best"] == "g2" and found["seeds"] == [0, 1] and found["settings"]["g1"] == {
         "guidance": 1.0,
-        "figures": {
+        "metrics": {
             "fid": {"mean": 4.0, "std": pytest.approx(2**0.5), "values": [3.0, 5.0]},
             "recall": {"mean": 0.4, "std": pytest.approx(0.1 * 2**0.5), "values": [0.3, 0.5]},
         },
     }  # fmt: skip
-    assert set(found["settings"]["g2"]["figures"]) == {"fid"}
+    assert set(found["settings"]["g2"]["metrics"]) == {"fid"}
     assert "other seeds" in found["warning"]
     del lines["g2"]
     assert sweep.summarised(parsed("--by", "recall"), grid, lines)["best"] == "g1"
@@ -170,82 +191,86 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setitem(protocols.PROTOCOLS, "local", small)
     drawn = []
 
-    def supply_of(args, protocol, out):
-        drawn.append((args.guidance, args.seed))
+    def images_of(settings, out):
+        weight = settings.sampling.guidance
+        drawn.append((weight, settings.seed))
         if len(drawn) == stop.at:
             raise KeyboardInterrupt
-        return Drawn(args.seed, args.guidance, args.samples), 2
+        return Drawn(settings.seed, weight, settings.samples), 2
 
-    def prepared(args, loaded):
-        if args.guidance < 0:
+    def choose(generator, known, choice, classes):
+        if choice.guidance < 0:
             raise UserError("sampling settings: a weight is at least 0")
-        return {}, None, sampler.Sampler(1.0 if args.temperature is None else args.temperature)
+        heat = 1.0 if choice.temperature is None else choice.temperature
+        return {}, None, sampler.Sampler(heat)
 
     stop = types.SimpleNamespace(at=0)
-    monkeypatch.setattr(scores, "supply_of", supply_of)
-    monkeypatch.setattr(scores, "extractor_of", lambda *_: extractor)
+    monkeypatch.setattr(inputs, "images_of", images_of)
+    monkeypatch.setattr(inputs, "extractor_of", lambda *_: extractor)
     monkeypatch.setattr(checkpoint, "find", pathlib.Path)
     monkeypatch.setattr(checkpoint, "read_meta", lambda _: {"kind": "generator"})
-    monkeypatch.setattr(checkpoint, "load_generator", lambda _: None)
-    monkeypatch.setattr(sample, "prepared", prepared)
+    loaded = types.SimpleNamespace(
+        module=None, classes=(), config=ml_collections.ConfigDict({"presets": {}})
+    )
+    monkeypatch.setattr(checkpoint, "load_generator", lambda _: loaded)
+    monkeypatch.setattr(presets, "choose", choose)
     words = ["--reference", file, "--samples", 40, "--seeds", 2, "--guidance", 1, 1.5, "--out"]
     return types.SimpleNamespace(words=words, drawn=drawn, stop=stop, out=tmp_path)
 
 
 @pytest.mark.parametrize(("temperatures", "fine"), [((0,), False), ((0, 1), True)])
 def test_a_filter_must_have_an_effect_in_some_setting(temperatures, fine, world):
-    args = parsed(*world.words, world.out, "--top-k", 3, "--temperature", *temperatures)
-    args.given = frozenset(("top_k", "temperature"))
+    swept = parsed(*world.words, world.out, "--top-k", 3, "--temperature", *temperatures)
     refused = pytest.raises(UserError, match="no effect here: --top-k .it is for temperatures")
     with contextlib.nullcontext() if fine else refused:
-        sweep.try_out(args, sweep.settings_of(args))
+        sweep.try_out(swept, sweep.grid_of(swept))
 
 
 def test_a_sweep_that_is_killed_goes_on_to_the_same_end(world, capsys):
     out = world.out / "sweep"
     world.stop.at = 3
     with pytest.raises(KeyboardInterrupt):
-        sweep.run(parsed(*world.words, out))
+        run(parsed(*world.words, out))
     assert not (out / "sweep.json").exists()
-    sweep.run(parsed(*world.words, out))
+    run(parsed(*world.words, out))
     # seeds are shared, and what was finished isn't drawn again
     assert world.drawn == [(1.0, 0), (1.0, 1), (1.5, 0), (1.5, 0), (1.5, 1)]
     names = sorted(path.parent.name for path in out.glob("*/results.jsonl"))
     assert names == ["g1-seed0", "g1-seed1", "g1.5-seed0", "g1.5-seed1"]
-    sweep.run(parsed(*world.words, world.out / "whole"))
+    run(parsed(*world.words, world.out / "whole"))
     summary, whole = (
         json.loads((world.out / name / "sweep.json").read_text()) for name in ("sweep", "whole")
     )
     assert summary == whole and summary["best"] == "g1.5"
     first = collect.results(out / "g1-seed1")[0]
     assert (
-        summary["settings"]["g1"]["figures"]["fid"]["values"][1] == first["figures"]["fid"]["value"]
+        summary["settings"]["g1"]["metrics"]["fid"]["values"][1] == first["metrics"]["fid"]["value"]
     )
     assert "g1.5" in capsys.readouterr().out
 
     found = test_page.parsed(out / "index.html")
-    assert "report a figure of other seeds" in " ".join(found.words) and "best" in found.marks
+    assert "report other seeds" in " ".join(found.words) and "best" in found.marks
     assert len(found.pictures()) == 2
-    for given in ("checkpoint", "text"):  # what is read lies in what would be replaced
-        words = parsed(*world.words, out, "--overwrite")
-        setattr(words, given, str(out / "g1-seed0" / "run.json"))
+    for given in ("scored", "text"):  # what is read lies in what would be replaced
+        swept = parsed(*world.words, out, "--overwrite")
+        inside = {given: str(out / "g1-seed0" / "run.json")}
         with pytest.raises(UserError, match="holds what the command reads"):
-            sweep.run(words)
+            run(dataclasses.replace(swept, score=dataclasses.replace(swept.score, **inside)))
     for name in names:
         test_page.parsed(out / name / "index.html")
 
     # other samples in the same folder would be another sweep; more guidance is the same one
     with pytest.raises(UserError, match="samples: 40 there, 50 here"):
-        sweep.run(parsed(*world.words, out, "--samples", 50))
+        run(parsed(*world.words, out, "--samples", 50))
     before = len(world.drawn)
-    sweep.run(parsed(*world.words, out, "--guidance", 1.5, 2))
+    run(parsed(*world.words, out, "--guidance", 1.5, 2))
     assert world.drawn[before:] == [(2.0, 0), (2.0, 1)]
 
 
 def test_a_setting_that_is_none_is_found_before_anything_is_drawn(world, monkeypatch):
     with pytest.raises(UserError, match="at least 0"):
-        sweep.run(parsed(*world.words, world.out / "sweep", "--guidance", 1, -1))
+        run(parsed(*world.words, world.out / "sweep", "--guidance", 1, -1))
     monkeypatch.setattr(checkpoint, "read_meta", lambda _: {"kind": "tokenizer"})
     with pytest.raises(UserError, match="needs a generator"):
-        sweep.run(parsed(*world.words, world.out / "sweep"))
+        run(parsed(*world.words, world.out / "sweep"))
     assert world.drawn == []

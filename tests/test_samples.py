@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import types
 
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import interfaces
+from tokgen import interfaces, options, samples
 from tokgen.commands import sample
+from tokgen.data import captioned, classes as classes_
 from tokgen.interfaces import UserError
-from tokgen.sampling import drawing, sampler as filters
+from tokgen.sampling import drawing, presets, sampler as filters
 
 CLASSES = ("cat", "dog", "hot-dog", "7")
 
@@ -23,44 +25,44 @@ CLASSES = ("cat", "dog", "hot-dog", "7")
     [("", [0, 1, 2, 3]), ("cat", [0]), ("1-2", [1, 2]), ("hot-dog,0", [2, 0]), ("7", [3])],
 )
 def test_classes(text, labels):
-    assert sample.chosen(text, CLASSES) == labels
+    assert classes_.labels_of(text, CLASSES) == labels
 
 
 @pytest.mark.parametrize("text", ["4", "-1", "2-1", "0-9", "bird", "cat,,dog"])
 def test_classes_out_of_range_are_refused(text):
     with pytest.raises(UserError, match="class"):
-        sample.chosen(text, CLASSES)
+        classes_.labels_of(text, CLASSES)
 
 
 def test_names_that_are_numbers_are_names():
     """In the order of an older checkpoint, and where the first one is 1."""
     old = tuple(sorted(map(str, range(12))))  # 0, 1, 10, 11, 2, ...
     for text in ("2", "0-2", "all", "11"):
-        names = [old[label] for label in sample.chosen(text, old)]
+        names = [old[label] for label in classes_.labels_of(text, old)]
         assert names == {"2": ["2"], "0-2": ["0", "1", "2"], "11": ["11"]}.get(text, list(old))
-    assert sample.chosen("1-3", ("1", "2", "3")) == [0, 1, 2]
+    assert classes_.labels_of("1-3", ("1", "2", "3")) == [0, 1, 2]
     with pytest.raises(UserError, match="class ids are 1 to 3"):
-        sample.chosen("0", ("1", "2", "3"))
+        classes_.labels_of("0", ("1", "2", "3"))
     with pytest.raises(UserError, match="class ids are among 1 to 9"):
-        sample.chosen("1-9", ("1", "2", "9"))
+        classes_.labels_of("1-9", ("1", "2", "9"))
 
 
 def test_of_many_classes_a_few_are_drawn(capfd):
     many = tuple(map(str, range(1000)))
-    assert sample.chosen("", many) == [0, 125, 250, 375, 500, 625, 750, 875]
-    assert sample.chosen("all", many) == list(range(1000))
-    assert sample.chosen("all", ("one", "all")) == [1]
+    assert classes_.labels_of("", many) == [0, 125, 250, 375, 500, 625, 750, 875]
+    assert classes_.labels_of("all", many) == list(range(1000))
+    assert classes_.labels_of("all", ("one", "all")) == [1]
     labelled = types.SimpleNamespace(cond="label", layout=Reader.layout)
-    _, label_N, _ = sample.conditions(_args("--number", "2"), _loaded(labelled, many))
+    _, label_N, _ = samples.conditions(_settings("--number", "2"), _loaded(labelled, many))
     assert len(label_N) == 16
     told = capfd.readouterr().err
     assert "8 of 1000 classes" in told and "--classes all draws 2,000 images" in told
 
 
 def test_unconditional_model_has_one_label():
-    assert sample.chosen("", ()) == [0]
+    assert classes_.labels_of("", ()) == [0]
     with pytest.raises(UserError, match="unconditional"):
-        sample.chosen("cat", ())
+        classes_.labels_of("cat", ())
 
 
 class Reader(nnx.Module):
@@ -123,10 +125,22 @@ def _args(*words: str) -> argparse.Namespace:
     return parser.parse_args(["runs/generator", "--out", "nowhere", *words])
 
 
+def _settings(*words: str) -> samples.Settings:
+    return sample.settings_of(_args(*words))
+
+
+def prepared(args, loaded):
+    """(settings, generator, sampler) that a command line asks for; refused where it is in vain."""
+    choice = sample.choice_of(args)
+    found = presets.choose(loaded.module, loaded.config.presets.to_dict(), choice, loaded.classes)
+    options.refuse(presets.without_effect(choice, found[-1]))
+    return found
+
+
 def test_images_of_texts(tmp_path):
     np.savez(tmp_path / "text.npz", **_text())
-    args = _args("--text", str(tmp_path / "text.npz"), "--number", "2")
-    cond, row_N, classes = sample.conditions(args, _loaded(Reader()))
+    settings = _settings("--text", str(tmp_path / "text.npz"), "--number", "2")
+    cond, row_N, classes = samples.conditions(settings, _loaded(Reader()))
     np.testing.assert_array_equal(row_N, [0, 0, 1, 1, 2, 2])
     np.testing.assert_array_equal(cond.features_BTE, _text()["features"][row_N])
     np.testing.assert_array_equal(cond.mask_BT, _text()["mask"][row_N])
@@ -162,7 +176,7 @@ def test_text_that_cannot_be_read_is_refused(tmp_path, change, words):
     arrays = {k: v for k, v in (_text() | change).items() if v is not None}
     np.savez(tmp_path / "text.npz", **arrays)
     with pytest.raises(UserError, match=words):
-        sample.captions(str(tmp_path / "text.npz"))
+        captioned.conditions(str(tmp_path / "text.npz"))
 
 
 def test_what_is_no_text_is_refused(tmp_path):
@@ -171,22 +185,22 @@ def test_what_is_no_text_is_refused(tmp_path):
     (tmp_path / "broken.npz").write_bytes(b"PK\3\4 and no more")
     for name in ("text.npy", "empty.npz", "broken.npz", "nothing.npz"):
         with pytest.raises(UserError, match=f"--text needs.*{name}"):
-            sample.captions(str(tmp_path / name))
+            captioned.conditions(str(tmp_path / name))
     with pytest.raises(UserError, match="needs --text FILE.npz.*found none"):
-        sample.conditions(_args(), _loaded(Reader()))
+        samples.conditions(_settings(), _loaded(Reader()))
     with pytest.raises(UserError, match="needs --text FILE.npz.*found --classes"):
-        sample.conditions(_args("--text", "a.npz", "--classes", "0"), _loaded(Reader()))
+        samples.conditions(_settings("--text", "a.npz", "--classes", "0"), _loaded(Reader()))
     other = types.SimpleNamespace(cond="label", layout=Reader.layout)
     with pytest.raises(UserError, match="of 4 classes: use --classes"):
-        sample.conditions(_args("--text", "a.npz"), _loaded(other, CLASSES))
+        samples.conditions(_settings("--text", "a.npz"), _loaded(other, CLASSES))
 
 
 def test_steps_and_noise_take_the_presets_place(capsys):
     loaded = _loaded(Reader(), default={"steps": 8, "noise": 4.0, "weight": 2.0})
-    settings, generator, sampler = sample.prepared(_args(), loaded)
+    settings, generator, sampler = prepared(_args(), loaded)
     assert generator.steps == 8 and sampler.jitter[0] == 3.5 and len(sampler.guidance) == 8
     assert "departs" not in capsys.readouterr().out
-    settings, generator, sampler = sample.prepared(
+    settings, generator, sampler = prepared(
         _args("--steps", "4", "--noise", "2", "--guidance", "1"), loaded
     )
     assert (settings["steps"], settings["noise"], settings["weight"]) == (4, 2.0, 1.0)
@@ -211,10 +225,9 @@ def test_steps_and_noise_take_the_presets_place(capsys):
 )
 def test_a_filter_is_refused_where_the_likeliest_is_taken_anyway(preset, words, told):
     args = _args(*words)
-    args.given = frozenset(word[2:].replace("-", "_") for word in words if word.startswith("--"))
     refused = pytest.raises(UserError, match=f"(?=.*no effect here).*{told}")
     with refused if told else contextlib.nullcontext():
-        sample.prepared(args, _loaded(Reader(), default=preset))
+        prepared(args, _loaded(Reader(), default=preset))
 
 
 @pytest.mark.parametrize(
@@ -231,10 +244,11 @@ def stand_ins(tmp_path, monkeypatch):
     loaded = _loaded(Reader(), default={"temperature": 2.0})
     loaded.step, loaded.fingerprint = tmp_path / "G", "f"
     painter = types.SimpleNamespace(module=Painter(), fingerprint="t")
-    monkeypatch.setattr(sample.runtime, "devices", lambda: None)
-    monkeypatch.setattr(sample, "precision_of", lambda args: "float32")
-    monkeypatch.setattr(sample.checkpoint, "load_generator", lambda *_, **more: loaded)
-    monkeypatch.setattr(sample.checkpoint, "load_tokenizer_of", lambda *_: painter)
+    monkeypatch.setattr(samples.runtime, "devices", lambda: None)
+    monkeypatch.setattr(samples.checkpoint, "find", lambda path: path)
+    monkeypatch.setattr(samples.checkpoint, "read_meta", lambda step: {"kind": "tokenizer"})
+    monkeypatch.setattr(samples.checkpoint, "load_generator", lambda *_, **more: loaded)
+    monkeypatch.setattr(samples.checkpoint, "load_tokenizer_of", lambda *_: painter)
     real, batches = drawing.sharding.filled, []
 
     def filled(tree, batch, mesh):
@@ -258,7 +272,7 @@ def test_samples_that_were_killed_go_on_to_the_same_images(stand_ins, monkeypatc
     assert len(png) == 15 and set(whole) - set(png) == {
         *("samples.npz", "samples.json", "tokens.npy", "grid.png")
     }
-    save = sample.supplies.save_part
+    save = samples.made_images.save_part
 
     def dying(file, arrays):
         if len(stand_ins.batches) == 2:
@@ -267,7 +281,7 @@ def test_samples_that_were_killed_go_on_to_the_same_images(stand_ins, monkeypatc
 
     stand_ins.batches.clear()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sample.made_images, "save_part", dying)
+        patch.setattr(samples.made_images, "save_part", dying)
         stand_ins.run("killed", "--number", "3", "--batch", "4")
     assert not (tmp_path / "killed").exists()
     with pytest.raises(UserError, match="seed: 0 there, 1 here"):
@@ -276,6 +290,21 @@ def test_samples_that_were_killed_go_on_to_the_same_images(stand_ins, monkeypatc
     assert stand_ins.run("killed", "--number", "3", "--batch", "6") == whole
     assert stand_ins.batches == [4, 4, 6, 6]
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_python_draws_the_images_that_the_command_writes(stand_ins, tmp_path):
+    stand_ins.run("out", "--number", "2", "--temperature", "0.5", "--no-png")
+    text = str(tmp_path / "text.npz")
+    found = samples.sample("G", text=text, number=2, temperature=0.5, batch=3)
+    with np.load(tmp_path / "out" / "samples.npz") as arrays:
+        np.testing.assert_array_equal(found.image_NHW3, arrays["arr_0"])
+        np.testing.assert_array_equal(found.kind_N, arrays["arr_1"])
+    np.testing.assert_array_equal(found.tokens_NLG, np.load(tmp_path / "out" / "tokens.npy"))
+    record = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert found.classes == () and found.settings == record["settings"]
+    assert record["settings"]["temperature"] == 0.5
+    with pytest.raises(UserError, match="--number and --batch must be at least 1; found 0, 32"):
+        samples.sample("G", text=text, number=0)
 
 
 def test_samples_are_not_mixed_with_others(stand_ins, tmp_path):
@@ -308,17 +337,17 @@ def test_an_image_that_is_not_finite_ends_it(stand_ins, monkeypatch, tmp_path):
 
 
 def test_where_images_stand_in_the_grid():
-    layout, told = sample.sheet(6, 2, (64, 64))
+    layout, told = samples.sheet(6, 2, (64, 64))
     np.testing.assert_array_equal(layout, [[0, 1], [2, 3], [4, 5]])
     assert told == "a row per class or text"
-    layout, told = sample.sheet(40, 20, (64, 64))  # every class begins a row
+    layout, told = samples.sheet(40, 20, (64, 64))  # every class begins a row
     assert layout.shape == (4, 16) and layout[1].tolist() == [16, 17, 18, 19] + [-1] * 12
     assert layout[2, 0] == 20 and told == "2 rows per class or text"
-    layout, told = sample.sheet(50_000, 50, (256, 256))  # of 1000 classes, evenly
-    assert layout.shape[1] == 16 and layout.size * 256 * 256 <= sample.PIXELS
+    layout, told = samples.sheet(50_000, 50, (256, 256))  # of 1000 classes, evenly
+    assert layout.shape[1] == 16 and layout.size * 256 * 256 <= samples.PIXELS
     assert (layout[:, 0] % 50 == 0).all() and layout[-1, 0] > 45_000
     assert f"{layout.size} of 50000 images" in told
-    layout, told = sample.sheet(50_000, 50_000, (256, 256))  # of one class
+    layout, told = samples.sheet(50_000, 50_000, (256, 256))  # of one class
     assert len(layout) > 30 and len(np.unique(layout)) == layout.size
-    layout, _ = sample.sheet(3, 1, (20_000, 20_000))
+    layout, _ = samples.sheet(3, 1, (20_000, 20_000))
     assert layout.tolist() == [[0]]

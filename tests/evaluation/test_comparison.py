@@ -1,33 +1,31 @@
 """Runs that may not be compared are refused in one message; marks, plots and samples of others."""
 
-import argparse
 import json
 
 import numpy as np
 import pytest
 
 from tests.evaluation import test_page
-from tokgen.commands import compare
 from tokgen.data import npz
-from tokgen.evaluation import collect
+from tokgen.evaluation import collect, comparison
 from tokgen.interfaces import UserError
 
 
 def line(fid=10.0, half=1.0, *, weight=1.5, seed=7, **more) -> dict:
     """A result; the interval of its distance is `half` to either side."""
-    figures = {
+    metrics = {
         "fid": {"value": fid, "low": fid - half, "high": fid + half},
-        "kid": {"value": fid, "error": half / compare.DEVIATES},
+        "kid": {"value": fid, "error": half / comparison.DEVIATES},
         "precision": {"value": 0.5 + fid / 100},
         "recall": {"value": 0.7 - fid / 100},
         "codebook_perplexity": {"value": 3.0},
     }
-    supply = {
+    images = {
         "checkpoint": "/runs/a",
         "fingerprint": "f" * 64,
         "settings": {"temperature": 1.0, "weight": weight},
     }
-    found = test_page.result(figures=figures, supply=supply, seed=seed, samples=40)
+    found = test_page.result(metrics=metrics, images=images, seed=seed, samples=40)
     return found | more
 
 
@@ -44,7 +42,7 @@ def folder(path, *lines, label_N=None, gray=0):
 
 
 def run(*folders, out, every=False):
-    compare.run(argparse.Namespace(results=list(folders), out=str(out), all=every))
+    print(comparison.listed(comparison.compare(folders, str(out), every=every)))
 
 
 def test_every_difference_is_named_at_once(tmp_path):
@@ -77,9 +75,9 @@ def test_every_difference_is_named_at_once(tmp_path):
     ],
 )
 def test_any_single_difference_forbids(change):
-    compare.check({"a": line(), "b": line(20.0, seed=8)})
+    comparison.check({"a": line(), "b": line(20.0, seed=8)})
     with pytest.raises(UserError, match="cannot be compared") as caught:
-        compare.check({"a": line(), "b": line(), "c": line(**change)})
+        comparison.check({"a": line(), "b": line(), "c": line(**change)})
     assert str(caught.value).count(";") == 1 and "(a, b)" in str(caught.value)
 
 
@@ -87,24 +85,24 @@ def test_reconstructions_of_other_originals_are_not_compared():
     own = {"reference": {"dataset": "the originals themselves"}}
     made = [line(**own) for _ in range(3)]
     for one, images in zip(made, "112", strict=True):
-        one["supply"]["images"] = images
-    compare.check({"a": made[0], "b": made[1]})
+        one["images"]["images"] = images
+    comparison.check({"a": made[0], "b": made[1]})
     with pytest.raises(UserError, match="reference: the originals themselves 1"):
-        compare.check({"a": made[0], "b": made[2]})
+        comparison.check({"a": made[0], "b": made[2]})
 
 
 def test_ties_lie_within_the_joint_interval():
     """The root of the sum of squares of both halves: 5 for 3 and 4."""
     lines = {"worse": line(15.01, 4.0), "best": line(10.0, 3.0), "near": line(14.99, 4.0)}
     for metric in ("fid", "kid"):
-        assert compare.marks(lines, metric) == {"best": "best", "near": "tie"}
+        assert comparison.marks(lines, metric) == {"best": "best", "near": "tie"}
     # larger is better, and without an interval nothing is told apart
-    assert compare.marks(lines, "precision") == {"worse": "best"}
-    assert compare.marks(lines, "recall") == {"best": "best"}
-    equal = compare.marks(lines, "codebook_perplexity")
+    assert comparison.marks(lines, "precision") == {"worse": "best"}
+    assert comparison.marks(lines, "recall") == {"best": "best"}
+    equal = comparison.marks(lines, "codebook_perplexity")
     assert sorted(equal.values()) == ["best", "tie", "tie"]
-    del lines["best"]["figures"]["fid"]
-    assert compare.marks(lines, "fid") == {"near": "best", "worse": "tie"}
+    del lines["best"]["metrics"]["fid"]
+    assert comparison.marks(lines, "fid") == {"near": "best", "worse": "tie"}
 
 
 def test_curves_join_runs_that_differ_in_guidance_only():
@@ -114,13 +112,13 @@ def test_curves_join_runs_that_differ_in_guidance_only():
         "c": line(5.0, weight=2.0),
         "d": line(9.0, weight=[1.0, 2.0]),  # one per symbol: no place on an axis
     }
-    lines["c"]["supply"]["settings"]["temperature"] = 0.5
-    (series,) = compare.guided(lines).values()
+    lines["c"]["images"]["settings"]["temperature"] = 0.5
+    (series,) = comparison.guided(lines).values()
     assert sorted(series) == [(1.0, 3.0, 1.0), (2.0, 2.0, 0.5)]
     lines["e"] = line(4.0, weight=3.0)
-    lines["e"]["supply"]["settings"]["temperature"] = 0.5
-    assert sorted(map(len, compare.guided(lines).values())) == [2, 2]
-    assert compare.guided({"a": lines["a"]}) == {}
+    lines["e"]["images"]["settings"]["temperature"] = 0.5
+    assert sorted(map(len, comparison.guided(lines).values())) == [2, 2]
+    assert comparison.guided({"a": lines["a"]}) == {}
 
 
 def test_page_table_and_samples_side_by_side(tmp_path, capsys):
@@ -145,7 +143,7 @@ def test_page_table_and_samples_side_by_side(tmp_path, capsys):
             assert middle.tolist() == [gray + label + 3 * n for n in range(8)]
     record = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert record["protocol"] == "local" and record["marks"]["fid"] == {"a": "best", "b": "tie"}
-    assert record["runs"]["a"]["figures"]["fid"]["value"] == 10.0
+    assert record["runs"]["a"]["metrics"]["fid"]["value"] == 10.0
     shown = capsys.readouterr().out
     assert "10 *" in shown and "14 =" in shown
 
@@ -165,22 +163,22 @@ def test_samples_that_were_scored_from_an_archive_are_shown_if_unchanged(tmp_pat
     folder(tmp_path / "given", label_N=np.zeros(40, int))
     file = tmp_path / "given" / "samples.npz"
 
-    scored = line(supply=npz.Archive(file).identity)
-    assert len(compare._images_of(scored, tmp_path)) == 40
-    scored["supply"]["bytes"] += 1
-    assert compare._images_of(scored, tmp_path) is None
-    assert compare._images_of(line(), tmp_path) is None
+    scored = line(images=npz.Archive(file).identity)
+    assert len(comparison._images_of(scored, tmp_path)) == 40
+    scored["images"]["bytes"] += 1
+    assert comparison._images_of(scored, tmp_path) is None
+    assert comparison._images_of(line(), tmp_path) is None
 
 
 def test_names_tell_folders_apart(tmp_path):
     for name in "xy":
         (tmp_path / name).mkdir()
     paths = [folder(tmp_path / name / "run", line(), line(8.0)) for name in "xy"]
-    assert list(compare.read(paths)[0]) == ["x/run", "y/run"]
-    lines, folders = compare.read(paths, every=True)
+    assert list(comparison.read(paths)[0]) == ["x/run", "y/run"]
+    lines, folders = comparison.read(paths, every=True)
     assert list(lines) == ["x/run #1", "x/run #2", "y/run #1", "y/run #2"]
     assert folders["x/run #2"] == (tmp_path / "x" / "run").resolve()
-    assert lines["y/run #2"]["figures"]["fid"]["value"] == 8.0
+    assert lines["y/run #2"]["metrics"]["fid"]["value"] == 8.0
 
 
 @pytest.mark.parametrize(
