@@ -122,7 +122,7 @@ def reconstructed(settings: score_settings.Settings) -> made_images.Reconstructe
     return images
 
 
-def trunk_of(network: perceptual.LPIPS) -> str:
+def trunk_of(network: lpips.LPIPS) -> str:
     """ "vgg" or "alex", by the trunk of an LPIPS."""
     return "alex" if "alex" in type(network.trunk).__name__.lower() else "vgg"
 
