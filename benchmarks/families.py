@@ -27,7 +27,7 @@ from flax import nnx
 
 from tokgen import image_grid, parameters, rng, runtime
 from tokgen.checkpoints import checkpoint
-from tokgen.data import datasets, folder, loader, token_shards
+from tokgen.data import datasets, folder, loader, online_tokens, token_shards
 from tokgen.evaluation import local_classifier, validation
 from tokgen.interfaces import Generator, UserError
 from tokgen.sampling import drawing, presets, sampler as filters
@@ -89,7 +89,7 @@ def examine(
     for part in loader.once(source, view, batch_size=arguments.batch, indices=chosen):
         image_BHW3, missing = part["image"], arguments.batch - len(part["image"])
         padded = np.concatenate([image_BHW3, np.repeat(image_BHW3[-1:], missing, axis=0)])
-        decoded, _ = drawing.paint(tokenizer.module, datasets.encode(tokenizer.module, padded))
+        decoded, _ = drawing.paint(tokenizer.module, online_tokens.encode(tokenizer.module, padded))
         reconstructed.append(
             local_classifier.predictions(classifier, np.asarray(decoded)[: len(image_BHW3)])
             == part["label"]

@@ -35,7 +35,7 @@ PACKAGES = ("jax", "flax", "optax", "numpy")
 ORDERS = 8  # of an image, over which the bound of a masked generator is averaged
 BATCH = 100  # held-out images scored together
 TRANSFORMER = dict(width=96, depth=3, heads=4, unroll=3, label_drop=0.0)
-NARROW = dict(parts="llama_narrow")
+NARROW = dict(variant="llama_narrow")
 OPTIMIZER = dict(name="muon", learning_rate=4e-3, warmup=100, b2=0.95, weight_decay=0.01, clip=1.0)
 
 
@@ -92,7 +92,7 @@ class Family:
 
 FAMILIES = {
     "raster": Family(
-        dict(name="autoregressive", order="raster", places="rotary") | NARROW | TRANSFORMER,
+        dict(name="autoregressive", order="raster", positions="rotary") | NARROW | TRANSFORMER,
         markov.mesh,
         no_codec,
         by_own_order,
@@ -100,7 +100,9 @@ FAMILIES = {
         steps=1500,
     ),
     "random": Family(
-        dict(name="autoregressive", order="random", places="target_aware") | NARROW | TRANSFORMER,
+        dict(name="autoregressive", order="random", positions="target_aware")
+        | NARROW
+        | TRANSFORMER,
         markov.mesh,
         no_codec,
         by_own_order,
@@ -116,7 +118,7 @@ FAMILIES = {
         steps=4000,
     ),
     "next_scale": Family(
-        dict(name="next_scale", channels=8, parts="var", gates=0.1) | TRANSFORMER,
+        dict(name="next_scale", channels=8, variant="var", gates=0.1) | TRANSFORMER,
         markov.pyramid,
         pyramid_codec,
         by_scale,

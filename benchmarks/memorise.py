@@ -33,12 +33,12 @@ FLAT = TokenLayout((CODES,), ((8, 8),))
 SCALES = (1, 2, 4, 6)
 NETWORK = dict(width=128, depth=3, heads=4, label_drop=0.0, unroll=3)
 FAMILIES = {
-    "raster": dict(name="autoregressive", places="rotary", parts="llama_narrow"),
+    "raster": dict(name="autoregressive", positions="rotary", variant="llama_narrow"),
     "random": dict(
-        name="autoregressive", order="random", places="target_aware", parts="llama_narrow"
+        name="autoregressive", order="random", positions="target_aware", variant="llama_narrow"
     ),
-    "masked": dict(name="masked", steps=8, schedule="cosine", parts="llama_narrow"),
-    "next_scale": dict(name="next_scale", channels=CODES, parts="var", gates=0.1),
+    "masked": dict(name="masked", steps=8, schedule="cosine", variant="llama_narrow"),
+    "next_scale": dict(name="next_scale", channels=CODES, variant="var", gates=0.1),
 }
 ENOUGH = 0.004  # nats per token at which training ends
 

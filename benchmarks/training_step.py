@@ -115,7 +115,7 @@ def training(settings):
     gan = building.call(
         gans.GAN, {**settings.discriminator, "start": 0.0, "warmup": 0.0}, "discriminator"
     )
-    limits = building.call(safeguards.Limits, settings.safeguards, "guard")
+    limits = building.call(safeguards.Limits, settings.safeguards, "safeguards")
     networks, graphs, discriminator_optimizer = tokenizer_step.create(settings, plan[-1], gan, mesh)
     count = parameters_.count(networks["model"].params)
     steps = tokenizer_step.Steps(settings, gan, limits, graphs, discriminator_optimizer, 0)

@@ -51,9 +51,9 @@ def test_images_of_a_wrong_form_are_refused_while_tracing_and_values_are_not_ask
 @pytest.mark.parametrize(
     ("tokens", "words"),
     [
-        (GOOD[..., 0], r"\[images, places, symbols\]; found the shape \(2, 6\)"),
+        (GOOD[..., 0], r"\[images, positions, symbols\]; found the shape \(2, 6\)"),
         (GOOD.astype(np.float32), r"integers; found float32"),
-        (GOOD[:, :5], r"6 places of 2 symbols each.*found 5 of 2"),
+        (GOOD[:, :5], r"6 positions of 2 symbols each.*found 5 of 2"),
         (GOOD[..., :1], r"found 6 of 1"),
         (with_value(GOOD, 300), r"0 to 299, the alphabet of symbol 1; found 0 to 300"),
         (np.full_like(GOOD, 4), r"0 to 3, the alphabet of symbol 0; found 4 to 4"),

@@ -42,9 +42,9 @@ def get_config(variant=""):
     config.data = dict(name="folder", path="", held_out=0.2)
     config.view = dict(size=(32, 48), channels=3, crop="random", zoom=1.2, flip=True)
     config.pixels = (-1.0, 1.0)
-    config.encoder = dict(name="conv", widths=(16,), blocks=1, stem=8, parts="local")
+    config.encoder = dict(name="conv", widths=(16,), blocks=1, stem=8, variant="local")
     config.quantizer = dict(name="vq", codes=32, channels=4)
-    config.decoder = dict(name="conv", widths=(16,), blocks=1, stem=8, parts="light")
+    config.decoder = dict(name="conv", widths=(16,), blocks=1, stem=8, variant="light")
     config.loss = dict(l1=0.0, l2=1.0, lpips=0.0, codebook=1.0, commitment=0.25)
     config.perceptual = dict(lpips="")
     # the published width compiles for a minute
@@ -78,7 +78,7 @@ def get_config():
     config.precision = dict(params="float32", compute="float32")
     config.data = dict(tokens="", tokenizer="", images="", views="center,flip", text="")
     config.generator = dict(
-        name="autoregressive", parts="llama_narrow", width=16, depth=2, heads=2, label_drop=0.2,
+        name="autoregressive", variant="llama_narrow", width=16, depth=2, heads=2, label_drop=0.2,
         rates=dict(residual=0.1),
     )
     config.optimizer = dict(name="adamw", learning_rate=1e-3, warmup=2, weight_decay=0.01)

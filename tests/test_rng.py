@@ -193,19 +193,21 @@ def _pyramid():
 
 def _raster():
     return autoregressive.Generator(
-        SINGLE, 3, parts="llama_narrow", rates=RATES, rngs=nnx.Rngs(0), **SIZES
+        SINGLE, 3, variant="llama_narrow", rates=RATES, rngs=nnx.Rngs(0), **SIZES
     )
 
 
 def _factors():
     options = dict(order="random", head="factor", factor=2, shuffle=(0, 100))
     return autoregressive.Generator(
-        PAIRS, 3, parts="llama_narrow", rates=RATES, rngs=nnx.Rngs(0), **options, **SIZES
+        PAIRS, 3, variant="llama_narrow", rates=RATES, rngs=nnx.Rngs(0), **options, **SIZES
     )
 
 
 def _told():
-    options = dict(parts="rar", prefix="cls_label", places="target_aware", head="adaptive")
+    options = dict(
+        variant="rar", conditioning="cls_label", positions="target_aware", head="adaptive"
+    )
     return autoregressive.Generator(
         SINGLE, 3, order="random", rates=RATES, rngs=nnx.Rngs(0), **options, **SIZES
     )
@@ -216,7 +218,7 @@ def _masked():
 
 
 def _u_shaped():
-    options = dict(parts="uvit", stack="u_shaped", head="biased", rates=UNBRANCHED)
+    options = dict(variant="uvit", stack="u_shaped", head="biased", rates=UNBRANCHED)
     return masked.Generator(SINGLE, 3, rngs=nnx.Rngs(0), **options, **SIZES)
 
 

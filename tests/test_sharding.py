@@ -27,12 +27,12 @@ from tokgen.training import optimizer as optimizers, stages, tokenizer_step, tra
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "configs" / "tokenizer").glob("*.py"))
 # The fields of a config that decide how a generator's parameters are called.
-FORM = {"name", "prefix", "places", "parts", "head", "stack", "entry", "inputs"}
+FORM = {"name", "conditioning", "positions", "variant", "head", "stack", "entry", "inputs"}
 VARIANTS = {"shapes": ("", "vq", "ema", "hard")}  # of the others only the plain config
 
 VIT = dict(name="vit", tokens=5, width=8, depth=2, heads=2, patch=4)
 CONV = dict(name="conv", widths=(32, 32), blocks=1, hidden=4)
-# What recipes may leave out: a decoder in two parts, text, scales, every set of parts.
+# What recipes may leave out: a decoder in two parts, text, scales, every variant.
 TOKENIZERS = {
     "tokenizer in two parts": dict(
         encoder=VIT,
@@ -60,12 +60,12 @@ TOKENIZERS = {
         decoder=CONV,
     ),
     **{
-        f"tokenizer of {parts}": dict(
-            encoder={**CONV, "parts": parts},
+        f"tokenizer of {variant}": dict(
+            encoder={**CONV, "variant": variant},
             quantizer=dict(name="lfq", bits=6),
-            decoder={**CONV, "parts": parts},
+            decoder={**CONV, "variant": variant},
         )
-        for parts in ("vqgan", "light", "local", "maskgit", "maskbit", "taming", "magvit2")
+        for variant in ("vqgan", "light", "local", "maskgit", "maskbit", "taming", "magvit2")
     },
 }
 
@@ -174,7 +174,7 @@ QUERY, UP, DOWN, TABLE = (
     "transformer/blocks/attention/query/kernel",
     "transformer/blocks/mlp/up/kernel",
     "transformer/blocks/mlp/down/kernel",
-    "symbols/table",
+    "embeddings/table",
 )
 
 
@@ -310,7 +310,7 @@ def _generator(layout):
         width=32,
         depth=2,
         heads=2,
-        parts="llama_narrow",
+        variant="llama_narrow",
         precision=FLOAT32,
         rngs=nnx.Rngs(rng.key(0, "init")),
     )
@@ -438,7 +438,7 @@ def test_tokenizer_steps_on_eight_devices_equal_those_on_one(monkeypatch):
 # ---------------------------------------------------------------- drawing and measuring
 
 
-class Painter(nnx.Module):
+class Decoder(nnx.Module):
     """Tokens of LAYOUT as gray images."""
 
     quantizer = None
@@ -479,7 +479,7 @@ def test_drawing_and_likelihoods_are_shared_by_the_devices_to_the_bit(monkeypatc
         module = jax.device_put(generator, sharding.replicated(mesh))
         label_N = np.arange(11, dtype=np.int32) % 5
         found[mesh.size] = drawing.draw(
-            module, Painter(), label_N, sampler, seed=1, batch=4, what=""
+            module, Decoder(), label_N, sampler, seed=1, batch=4, what=""
         )
         figures = validation.likelihood(module, None, Tokens(), count=11, batch=5)
         nats[mesh.size] = figures["nats_per_token"]

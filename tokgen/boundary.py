@@ -93,13 +93,13 @@ def pair(image: Any, painted: Any) -> None:
         )
 
 
-def latents(latents_BPC: Any, places: int, channels: int, what: str = "latents") -> None:
-    """Floating numbers [B, P, C] of so many places and channels."""
-    _ranked(latents_BPC, 3, what, "[images, places, channels]", "one image's: latents[None]")
+def latents(latents_BPC: Any, positions: int, channels: int, what: str = "latents") -> None:
+    """Floating numbers [B, P, C] of so many positions and channels."""
+    _ranked(latents_BPC, 3, what, "[images, positions, channels]", "one image's: latents[None]")
     _typed(latents_BPC, jnp.floating, what, "floating numbers", "tokens: decode")
-    if tuple(latents_BPC.shape[1:]) != (places, channels):
+    if tuple(latents_BPC.shape[1:]) != (positions, channels):
         raise UserError(
-            f"{what} must have {places} places of {channels} channels; found "
+            f"{what} must have {positions} positions of {channels} channels; found "
             f"{latents_BPC.shape[1]} of {latents_BPC.shape[2]}: give those of this tokenizer, of "
             "images of its size"
         )
@@ -112,13 +112,13 @@ def tokens(
     tokens_BLG: Any, layout: TokenLayout, *, absent: bool = False, what: str = "tokens"
 ) -> Array:
     """Integers [B, L, G] of a layout, as int32; `absent`: V may say "nothing here"."""
-    _ranked(tokens_BLG, 3, what, "[images, places, symbols]", "one symbol: tokens[..., None]")
+    _ranked(tokens_BLG, 3, what, "[images, positions, symbols]", "one symbol: tokens[..., None]")
     _typed(tokens_BLG, jnp.integer, what, "integers", "latents: decode_latents")
     if tuple(tokens_BLG.shape[1:]) != (layout.length, layout.groups):
         raise UserError(
-            f"{what} must be {layout.length} places of {layout.groups} symbols each, as the layout "
-            f"{layout.grids} has them; found {tokens_BLG.shape[1]} of {tokens_BLG.shape[2]}: give "
-            "those of its tokenizer"
+            f"{what} must be {layout.length} positions of {layout.groups} symbols each, as the "
+            f"layout {layout.grids} has them; found {tokens_BLG.shape[1]} of "
+            f"{tokens_BLG.shape[2]}: give those of its tokenizer"
         )
     if tokens_BLG.size and known(tokens_BLG):
         values_BLG = _values(tokens_BLG)

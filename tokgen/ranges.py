@@ -70,7 +70,7 @@ Heads = Annotated[int, Range(1, 2**12)]
 Blocks = Annotated[int, Range(1, 256)]
 Codes = Annotated[int, Range(2, 2**24)]
 Side = Annotated[int, Range(1, 2**16)]
-Places = Annotated[int, Range(1, 2**20)]
+Positions = Annotated[int, Range(1, 2**20)]
 Kernel = Annotated[int, Range(1, 255)]
 Batch = Annotated[int, Range(1, 2**20)]
 

@@ -27,7 +27,7 @@ TABLE = (
     (r"attention/out/kernel", "NKD"),
     (r"mlp/(gate|up)/kernel", "DF"),
     (r"mlp/down/kernel", "FD"),
-    (r"symbols/table", "GVD"),
+    (r"embeddings/table", "GVD"),
     (r"head/kernel", "DGV"),
     (r"modulation/kernel", "D.."),  # of adaptive blocks and heads: [D, 6 or 2, D]
     (r"skips/kernel", "D."),

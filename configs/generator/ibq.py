@@ -25,7 +25,8 @@ and mirror images of 256 pixels, here five crops of int(1.1 size) pixels and the
 from ml_collections import ConfigDict
 
 EPOCH = 1_281_167 // 768
-# Width, depth, parts, epochs, of these warm-up, last rate, last decay, guidance, temperature
+# Width, depth, variant of the transformer, epochs, of these warm-up, last rate, last decay,
+# guidance, temperature
 SIZES = {
     "b": (1024, 16, "ibq", 300, 6, 0.1, None, 2.25, 1.10),
     "l": (1280, 20, "ibq", 350, 7, 0.1, None, 2.0, 1.00),
@@ -38,7 +39,7 @@ def get_config(variant="b"):
     """`variant` is one of SIZES."""
     if variant not in SIZES:
         raise ValueError(f"variants are {', '.join(SIZES)}")
-    width, depth, parts, epochs, warmup, final, decay_end, weight, temperature = SIZES[variant]
+    width, depth, network, epochs, warmup, final, decay_end, weight, temperature = SIZES[variant]
     config = ConfigDict()
     config.seed = 0
     config.steps = epochs * EPOCH
@@ -54,9 +55,9 @@ def get_config(variant="b"):
     config.generator = dict(
         name="autoregressive",
         order="raster",
-        prefix="told_label",
-        places="rotary",
-        parts=parts,
+        conditioning="adaptive_label",
+        positions="rotary",
+        variant=network,
         head="adaptive_rms",
         width=width,
         depth=depth,

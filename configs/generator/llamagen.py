@@ -73,9 +73,9 @@ def get_config(variant="b"):
     config.generator = dict(
         name="autoregressive",
         order="raster",
-        prefix="label",
-        places="rotary",
-        parts="llama",
+        conditioning="label",
+        positions="rotary",
+        variant="llama",
         head="linear",
         width=width,
         depth=depth,
@@ -99,7 +99,7 @@ def get_config(variant="b"):
     if variant in TEXTS:
         config.data.views = "center"
         config.data.text = ""
-        config.generator.prefix = "captions"
+        config.generator.conditioning = "captions"
         config.generator.texts = (120, 2048)
         paper = dict(temperature=1.0, guidance="constant", weight=7.5, top_k=1000)
     fast = dict(paper, precision="bfloat16")

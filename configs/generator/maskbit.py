@@ -43,7 +43,7 @@ PAPER = {
 LONGER = dict(paper_128=(7.1, 3.0, 9.0, 128), paper_256=(5.8, 3.0, 10.3, 256))
 FORMS = {
     "bits": dict(inputs="bits", head="transformed"),
-    "tokens": dict(inputs="symbols", head="tied_per_place"),
+    "tokens": dict(inputs="tokens", head="tied_per_position"),
 }
 
 
@@ -71,7 +71,7 @@ def get_config(variant="14bit"):
     config.generator = dict(
         FORMS.get(variant, FORMS["bits"]),
         name="masked",
-        parts="bert",
+        variant="bert",
         entry="normed",
         width=1024,
         depth=24,

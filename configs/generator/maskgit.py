@@ -50,7 +50,7 @@ def get_config(variant="256"):
     )
     config.generator = dict(
         name="masked",
-        parts="maskgit",
+        variant="maskgit",
         entry="normed",
         head="tied_to_all",
         width=768,

@@ -35,7 +35,7 @@ SIZES = {
 }
 # By the published rule of names: the blocks' maps to their adaptive norms decay, the head's doesn't
 # ("ln" is in its name); the learned first vector does, no table does
-DECAYED = r"transformer/.*kernel|head/head/kernel|prefix/token"
+DECAYED = r"transformer/.*kernel|head/head/kernel|conditioning/token"
 
 
 def get_config(variant="b"):
@@ -59,9 +59,9 @@ def get_config(variant="b"):
         name="autoregressive",
         order="raster",
         shuffle=(125_000, 187_500),
-        prefix="cls_label",
-        places="rar",
-        parts="rar",
+        conditioning="cls_label",
+        positions="rar",
+        variant="rar",
         head="adaptive",
         unused=1,  # the row of a mask token that published files have
         width=width,

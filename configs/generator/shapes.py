@@ -21,19 +21,19 @@ NETWORK = dict(
 )
 FAMILIES = {
     "raster": dict(
-        name="autoregressive", order="raster", places="rotary", parts="llama_narrow", window=64
+        name="autoregressive", order="raster", positions="rotary", variant="llama_narrow", window=64
     ),
     "random": dict(
         name="autoregressive",
         order="random",
-        places="target_aware",
-        parts="llama_narrow",
+        positions="target_aware",
+        variant="llama_narrow",
         window=64,
     ),
     "masked": dict(
-        name="masked", steps=12, schedule="cosine", masking="counted", parts="llama_narrow"
+        name="masked", steps=12, schedule="cosine", masking="counted", variant="llama_narrow"
     ),
-    "next_scale": dict(name="next_scale", channels=16, parts="var", gates=0.1),
+    "next_scale": dict(name="next_scale", channels=16, variant="var", gates=0.1),
 }
 
 

@@ -28,7 +28,7 @@ select the U-ViT; s128 has the settings of the others.
 from ml_collections import ConfigDict
 
 BERT = dict(
-    parts="bert",
+    variant="bert",
     entry="typed",
     head="bare",
     width=768,
@@ -38,7 +38,7 @@ BERT = dict(
     rates=dict(token=0.1, attention=0.1, residual=0.1),
 )
 UVIT = dict(
-    parts="uvit",
+    variant="uvit",
     stack="u_shaped",
     entry="plain",
     head="biased",

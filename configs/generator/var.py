@@ -30,7 +30,8 @@ float16 with a loss scale, here in bfloat16.
 from ml_collections import ConfigDict
 
 IMAGES = 1_281_167
-# Depth, parts, batch size, epochs, rate per 256 images, gates, last rate, last weight decay
+# Depth, variant of the transformer, batch size, epochs, rate per 256 images, gates, last rate, last
+# weight decay
 VARIANTS = {
     "d16": (16, "var", 768, 200, 1e-4, 1e-3, 0.1, 0.05),
     "d20": (20, "var", 768, 250, 1e-4, 1e-3, 0.1, 0.05),
@@ -39,7 +40,8 @@ VARIANTS = {
     "d36s": (36, "var_shared", 768, 350, 8e-5, 5e-6, 0.01, 0.08),
 }
 PLAIN_CROPS = "center,top_left,top_right,bottom_left,bottom_right,middle"
-# Of the published no-decay list: start vector, places, levels, shared norms' tables, biases, scales
+# Of the published no-decay list: start vector, positions, levels, tables of shared norms, biases,
+# scales
 DECAYED = r"(.*/)?kernel|labels/table"
 
 
@@ -47,7 +49,7 @@ def get_config(variant="d16"):
     """`variant` is one of VARIANTS."""
     if variant not in VARIANTS:
         raise ValueError(f"variants are {', '.join(VARIANTS)}")
-    depth, parts, batch, epochs, rate, gates, final, decay_end = VARIANTS[variant]
+    depth, network, batch, epochs, rate, gates, final, decay_end = VARIANTS[variant]
     config = ConfigDict()
     config.seed = 0
     config.steps = epochs * IMAGES // batch
@@ -63,7 +65,7 @@ def get_config(variant="d16"):
     config.generator = dict(
         name="next_scale",
         channels=32,  # of the tokenizer's codes
-        parts=parts,
+        variant=network,
         width=64 * depth,
         depth=depth,
         heads=depth,

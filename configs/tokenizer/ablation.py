@@ -63,9 +63,9 @@ def get_config(variant="vq"):
     config.data = dict(name="folder", path="", held_out=0.02)
     config.view = dict(size=(32, 32), channels=3, crop="center", zoom=1.25, flip=True)
     config.pixels = (-1.0, 1.0)
-    config.encoder = dict(name="conv", widths=(128,), blocks=2, stem=4, parts="light")
+    config.encoder = dict(name="conv", widths=(128,), blocks=2, stem=4, variant="light")
     config.quantizer = quantizer
-    config.decoder = dict(name="conv", widths=(128,), blocks=2, stem=4, parts="light")
+    config.decoder = dict(name="conv", widths=(128,), blocks=2, stem=4, variant="light")
     config.loss = dict(
         l1=0.0,
         l2=1.0,

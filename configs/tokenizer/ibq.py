@@ -24,7 +24,9 @@ an image takes 256 MiB.
 
 from ml_collections import ConfigDict
 
-NETWORK = dict(name="conv", widths=(128, 128, 256, 256, 512), blocks=4, hidden=256, parts="taming")
+NETWORK = dict(
+    name="conv", widths=(128, 128, 256, 256, 512), blocks=4, hidden=256, variant="taming"
+)
 EPOCH = 1_281_167 // 256
 # Epochs, and after which of them the learning rate falls to a tenth.
 EPOCHS = {

@@ -27,7 +27,7 @@ def get_config(variant="vq16"):
     """`variant` is "vq16" or "vq8"."""
     if variant not in WIDTHS:
         raise ValueError("variants are vq16 and vq8")
-    network = dict(name="conv", widths=WIDTHS[variant], blocks=2, hidden=256, parts="taming")
+    network = dict(name="conv", widths=WIDTHS[variant], blocks=2, hidden=256, variant="taming")
     config = ConfigDict()
     config.seed = 0
     config.steps = STEPS

@@ -50,14 +50,14 @@ def get_config(variant="lfq14"):
     # 1.12: the side that has the same part of the image as 80 % of the area
     config.view = dict(size=(256, 256), channels=3, crop="random", zoom=1.12, flip=True)
     config.pixels = (0.0, 1.0)
-    config.encoder = dict(name="conv", widths=WIDTHS, blocks=2, parts="maskbit")
+    config.encoder = dict(name="conv", widths=WIDTHS, blocks=2, variant="maskbit")
     bits = BITS[variant]
     # two symbols to a token, as the published generators read it; it changes no weight
     halves = (bits // 2, bits // 2)
     config.quantizer = dict(
         name="lfq", bits=bits, groups=halves, temperature=0.01, entropy="clamped"
     )
-    config.decoder = dict(name="conv", widths=WIDTHS, blocks=2, parts="maskbit")
+    config.decoder = dict(name="conv", widths=WIDTHS, blocks=2, variant="maskbit")
     config.loss = dict(
         l1=0.0,
         l2=1.0,  # 4 on [0, 1], where errors are half as large

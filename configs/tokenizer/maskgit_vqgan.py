@@ -37,7 +37,7 @@ def get_config(variant="256"):
     config.data = dict(name="folder", path="", held_out=0.02)
     config.view = dict(size=(size, size), channels=3, crop="random", zoom=1.25, flip=True)
     config.pixels = (0.0, 1.0)
-    config.encoder = dict(name="conv", widths=WIDTHS, blocks=2, parts="maskgit")
+    config.encoder = dict(name="conv", widths=WIDTHS, blocks=2, variant="maskgit")
     config.quantizer = dict(
         name="vq",
         codes=1024,
@@ -48,7 +48,7 @@ def get_config(variant="256"):
         temperature=0.01,
         entropy="shifted",
     )
-    config.decoder = dict(name="conv", widths=WIDTHS, blocks=2, parts="maskgit")
+    config.decoder = dict(name="conv", widths=WIDTHS, blocks=2, variant="maskgit")
     config.loss = dict(
         l1=0.0,
         l2=0.25,  # 1 on [0, 1], where errors are half as large

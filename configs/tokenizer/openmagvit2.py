@@ -58,13 +58,13 @@ def get_config(variant="in256"):
     config.data = dict(name="folder", path="", held_out=0.02)
     config.view = dict(size=(size, size), channels=3, crop="random", zoom=1.0, flip=False)
     config.pixels = (-1.0, 1.0)
-    config.encoder = dict(name="conv", widths=widths, blocks=4, parts="magvit2")
+    config.encoder = dict(name="conv", widths=widths, blocks=4, variant="magvit2")
     # the two symbols that the published generator reads; it changes no weight
     groups = (6, 12) if bits == 18 else None
     config.quantizer = dict(
         name="lfq", bits=bits, groups=groups, temperature=0.01, entropy="shifted"
     )
-    config.decoder = dict(name="conv", widths=widths, blocks=4, parts="magvit2")
+    config.decoder = dict(name="conv", widths=widths, blocks=4, variant="magvit2")
     config.loss = dict(
         l1=1.0,
         l2=0.0,

@@ -3,12 +3,12 @@
     python train_tokenizer.py --config configs/tokenizer/photographs.py:taming \\
         --workdir runs/photographs/taming --config.data.path=DIR
 
-DIR is a folder of photographs. Levels, parts and quantizers are the published ones, the widths a
+DIR is a folder of photographs. Levels, networks and quantizers are the published ones, the widths a
 quarter of them (WIDTH instead of 128, the least that 32 groups of a norm allow), one block per
 level, 300 steps of one image, squared error only, no discriminator. A smoke test at full resolution
 and no recipe: those are in the files named after the systems.
 
-| variant | tokens | codes | parts |
+| variant | tokens | codes | network |
 |---|---|---|---|
 | maskgit | 16 x 16 | 1,024 | MaskGIT's VQGAN |
 | maskbit | 16 x 16 | 2^14 bits | the same, learned downsampling |
@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 WIDTH = 32
 SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
-# Parts, channels between the networks and the quantizer, quantizer.
+# Variant of the networks, channels between the networks and the quantizer, quantizer.
 FAMILIES = {
     "maskgit": ("maskgit", 0, dict(name="vq", codes=1024, channels=256, normalize=False)),
     "maskbit": ("maskbit", 0, dict(name="lfq", bits=14, temperature=0.01)),
@@ -49,14 +49,14 @@ def get_config(variant="maskgit"):
     if variant not in FAMILIES:
         *names, last = FAMILIES
         raise ValueError(f"variants are {', '.join(names)} and {last}")
-    parts, hidden, quantizer = FAMILIES[variant]
+    network, hidden, quantizer = FAMILIES[variant]
     network = dict(
         name="conv",
         widths=tuple(WIDTH * times for times in (1, 1, 2, 2, 4)),
         blocks=1,
         hidden=hidden,
         projection=3 if variant == "var" else 1,
-        parts=parts,
+        variant=network,
     )
     config = ConfigDict()
     config.seed = 0

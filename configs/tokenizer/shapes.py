@@ -20,9 +20,9 @@ def get_config(variant=""):
     config.data = dict(name="shapes", size=(32, 32), channels=3, count=20000, form="easy")
     config.view = dict(size=(32, 32), channels=3, crop="center", flip=False)
     config.pixels = (-1.0, 1.0)
-    config.encoder = dict(name="conv", widths=(64,), blocks=2, stem=4, parts="local")
+    config.encoder = dict(name="conv", widths=(64,), blocks=2, stem=4, variant="local")
     config.quantizer = dict(name="fsq", levels=(8, 6, 5))
-    config.decoder = dict(name="conv", widths=(64,), blocks=2, stem=4, parts="light")
+    config.decoder = dict(name="conv", widths=(64,), blocks=2, stem=4, variant="light")
     config.loss = dict(l1=0.0, l2=1.0, lpips=0.0, codebook=1.0, commitment=0.25)
     config.perceptual = dict(lpips="")  # weight files, comma between two
     config.discriminator = dict(

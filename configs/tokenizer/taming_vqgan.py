@@ -23,8 +23,8 @@ losses of f16_16384. The stride-8 model with a Gumbel softmax has no counterpart
 
 from ml_collections import ConfigDict
 
-F16 = dict(name="conv", widths=(128, 128, 256, 256, 512), blocks=2, hidden=256, parts="taming")
-F8 = dict(name="conv", widths=(128, 256, 256, 512), blocks=2, hidden=4, parts="taming")
+F16 = dict(name="conv", widths=(128, 128, 256, 256, 512), blocks=2, hidden=256, variant="taming")
+F8 = dict(name="conv", widths=(128, 256, 256, 512), blocks=2, hidden=4, variant="taming")
 
 # Network, codes, numbers per code, weight of the discriminator, layers of the discriminator.
 SIZES = {

@@ -60,7 +60,7 @@ def get_config(variant="l32"):
             grid=(16, 16),
             widths=(128, 128, 256, 256, 512),
             blocks=2,
-            parts="maskgit",
+            variant="maskgit",
         ),
     )
     config.loss = dict(

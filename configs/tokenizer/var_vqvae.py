@@ -36,7 +36,7 @@ NETWORK = dict(
     blocks=2,
     hidden=32,
     projection=3,
-    parts="taming",
+    variant="taming",
 )
 ADAM = dict(learning_rate=3e-4, b1=0.5, b2=0.9, start=0.005, final=0.3, clip=10.0)
 EPOCHS, EPOCH = 250, 1_281_167 // 768

@@ -46,11 +46,11 @@ def get_config(variant="10bit"):
     config.data = dict(name="folder", path="", held_out=0.02)
     config.view = dict(size=(256, 256), channels=3, crop="random", zoom=1.12, flip=True)
     config.pixels = (0.0, 1.0)
-    config.encoder = dict(name="conv", widths=WIDTHS, blocks=2, parts="maskbit")
+    config.encoder = dict(name="conv", widths=WIDTHS, blocks=2, variant="maskbit")
     config.quantizer = dict(
         name="vq", codes=codes, channels=channels, normalize=False, revive=0.0, init="uniform"
     )
-    config.decoder = dict(name="conv", widths=WIDTHS, blocks=2, parts="maskbit")
+    config.decoder = dict(name="conv", widths=WIDTHS, blocks=2, variant="maskbit")
     config.loss = dict(
         l1=0.0,
         l2=1.0,  # 4 on [0, 1], where errors are half as large

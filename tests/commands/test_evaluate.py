@@ -53,8 +53,8 @@ def generator():
         width=16,
         depth=1,
         heads=2,
-        places="target_aware",
-        parts="llama_narrow",
+        positions="target_aware",
+        variant="llama_narrow",
         precision=precision.FLOAT32,
         rngs=nnx.Rngs(0),
     )

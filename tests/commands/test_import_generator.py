@@ -43,7 +43,7 @@ def rows(generator):
     """Our own names, but for one table of symbols and classes together."""
     found, fused = [], []
     for path in parameters.paths(parameters.split(generator)[1]):
-        if path.endswith(("symbols/table", "labels/table")):
+        if path.endswith(("embeddings/table", "labels/table")):
             fused.append(path)
         else:
             found.append(keymap.row(path.replace("/", "."), path))
@@ -312,7 +312,7 @@ def test_a_head_that_counts_classes_keeps_its_codes_and_its_mask(made, tmp_path,
     _, _, _, tokenizer = made
     config = settings({"dim": 16}, {})
     config.generator = dict(
-        name="masked", parts="maskgit", entry="normed", head="tied_to_all", label_drop=None
+        name="masked", variant="maskgit", entry="normed", head="tied_to_all", label_drop=None
     )
     config.generator.update(width=16, depth=1, heads=2)
     module = building.generator(config, tokenizer.layout, CLASSES, rngs=nnx.Rngs(0))

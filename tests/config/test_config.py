@@ -420,7 +420,7 @@ def test_unknown_and_missing_arguments_of_a_section_come_together():
 def nested():
     """A config whose decoder and quantizer hold sections of their own."""
     config = load("tokenizer/shapes", "view.size=(8, 8)")
-    pixels = dict(name="conv", latent=6, widths=(16,), blocks=1, stem=4, parts="light")
+    pixels = dict(name="conv", latent=6, widths=(16,), blocks=1, stem=4, variant="light")
     sizes = dict(tokens=5, width=8, depth=1, heads=2, patch=4)
     codes = dict(name="vit", channels=24, head="codes", **sizes)
     with config.unlocked():

@@ -35,7 +35,7 @@ def _make(layout=LAYOUT, classes=CLASSES, depth=2, **options):
         width=16,
         depth=depth,
         heads=2,
-        parts="llama_narrow",
+        variant="llama_narrow",
         precision=FLOAT32,
         rngs=nnx.Rngs(0),
         **options,
@@ -68,9 +68,9 @@ def _log_softmax(logits):
         return logits - peak - np.log(np.exp(logits - peak).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize("order, places", PAIRS)
-def test_a_place_depends_on_every_earlier_place_and_on_nothing_later(order, places):
-    generator = _lively(order=order, places=places)
+@pytest.mark.parametrize("order, positions", PAIRS)
+def test_a_place_depends_on_every_earlier_place_and_on_nothing_later(order, positions):
+    generator = _lively(order=order, positions=positions)
     (order_L,) = np.asarray(generator.orders(jax.random.split(jax.random.key(3), 1)))
     # the token of position p is p: row p of the table is the input of position p, and of no other
     batch = interfaces.TokenBatch(
@@ -81,7 +81,7 @@ def test_a_place_depends_on_every_earlier_place_and_on_nothing_later(order, plac
     @jax.jit
     def slopes(generator):
         slope = jax.jacrev(lambda g: jnp.sum(g.logits(batch)[0, :, 0] * mix_LV, -1))(generator)
-        return slope.symbols.table[...], slope.prefix.labels.table[...]
+        return slope.embeddings.table[...], slope.conditioning.labels.table[...]
 
     by_token, by_label = (np.abs(np.asarray(slope)).max(-1) for slope in slopes(generator))
     by_place = by_token[:, 0][:, order_L]
@@ -137,10 +137,10 @@ def test_cached_decoding_equals_teacher_forcing_for_any_window(window, weights):
     _check_greedy(_lively(window=window), weights)
 
 
-@pytest.mark.parametrize("order, places", PAIRS)
-def test_cached_decoding_equals_teacher_forcing_for_every_order(order, places):
+@pytest.mark.parametrize("order, positions", PAIRS)
+def test_cached_decoding_equals_teacher_forcing_for_every_order(order, positions):
     # one layer, guided to the end: the windows above have two, and cut the plan
-    _check_greedy(_lively(order=order, places=places, depth=1), WEIGHTS[:7] + (2.0, 3.0))
+    _check_greedy(_lively(order=order, positions=positions, depth=1), WEIGHTS[:7] + (2.0, 3.0))
 
 
 def test_the_plan_handles_every_place_once_with_slots_for_all_before():
@@ -173,7 +173,7 @@ class _Recorder:
 
 def test_the_likelihood_of_a_sample_is_the_product_of_its_draws():
     layout, B = UNEQUAL, 4
-    generator = _lively(layout=layout, order="random", places="target_aware", window=1)
+    generator = _lively(layout=layout, order="random", positions="target_aware", window=1)
     label_B = jnp.asarray([0, 1, 2, 3])
 
     @jax.jit
@@ -229,12 +229,12 @@ def test_the_loss_is_the_mean_of_the_nats():
 
 
 def test_training_draws_a_new_order_for_every_image_and_key():
-    generator = _make(order="random", places="target_aware")
+    generator = _make(order="random", positions="target_aware")
     keys_B = jax.random.split(jax.random.key(0), 6)
     drawn = np.asarray(generator.orders(keys_B))
     assert len(np.unique(drawn, axis=0)) == 6
     np.testing.assert_array_equal(generator.orders(keys_B[2:3])[0], drawn[2])
-    lively = _lively(order="random", places="target_aware", label_drop=0.0)
+    lively = _lively(order="random", positions="target_aware", label_drop=0.0)
     batch = _batch(lively).replace(order_BL=None)
     one, again, other = (float(loss(lively, batch, jax.random.key(i))[0]) for i in (0, 0, 1))
     assert one == again and abs(one - other) > 1e-3
@@ -253,7 +253,7 @@ def test_labels_are_dropped_at_their_rate_for_the_row_of_no_class(rate):
     @jax.jit
     def dropped(key):
         slope = jax.grad(lambda g: g.loss(batch, None, step=0, key=key)[0])(generator)
-        return jnp.abs(slope.prefix.labels.table[...]).max(-1) == 0
+        return jnp.abs(slope.conditioning.labels.table[...]).max(-1) == 0
 
     first, second = (np.asarray(dropped(jax.random.key(seed))) for seed in (0, 1))
     assert first[classes] == (rate == 0)  # the last row learns from those that were dropped
@@ -355,16 +355,16 @@ def test_grouped_tokens_are_a_mean_that_predicts_all_tokens_of_the_next_group():
     batch = interfaces.TokenBatch(jnp.asarray(tokens), label_B)
     step = jax.jit(lambda step: generator.loss(batch, None, step=step, key=jax.random.key(0)))
     value, scalars = step(9)
-    table = np.asarray(generator.symbols.table[...])[0]
+    table = np.asarray(generator.embeddings.table[...])[0]
     total, hits = 0.0, 0
     over_groups = _make(coarse)
-    for name in ("prefix", "transformer", "head"):
+    for name in ("conditioning", "transformer", "head"):
         setattr(over_groups, name, getattr(generator, name))
     for b in range(2):
         grid = tokens[b, :, 0].reshape(4, 4)
         groups = [grid[2 * r : 2 * r + 2, 2 * c : 2 * c + 2].ravel() for r, c in np.ndindex(2, 2)]
         means = jnp.asarray([table[group].mean(0) for group in groups])
-        over_groups.symbols.table[...] = over_groups.symbols.table[...].at[0, :4].set(means)
+        over_groups.embeddings.table[...] = over_groups.embeddings.table[...].at[0, :4].set(means)
         named = interfaces.TokenBatch(jnp.arange(4)[None, :, None], label_B[b : b + 1])
         chances = _log_softmax(teacher_forced(over_groups, named))[0, :, 0]
         for k, group in enumerate(groups):
@@ -380,16 +380,19 @@ def test_grouped_tokens_are_a_mean_that_predicts_all_tokens_of_the_next_group():
 @pytest.mark.parametrize(
     "options, said",
     [
-        (dict(parts="rar"), "adaptive parts need a prefix.*cls_label"),
-        (dict(prefix="told_label"), "no others can be told one"),
+        (dict(variant="rar"), "an adaptive variant needs conditioning.*cls_label"),
+        (dict(conditioning="adaptive_label"), "no other can be told one"),
         (dict(head="adaptive"), "an adaptive head needs it too"),
         (dict(head="tied_to_all"), "for masked generators"),
-        (dict(order="columns", places="learned", layout=((1, 1), (2, 2))), "columns need one grid"),
+        (
+            dict(order="columns", positions="learned", layout=((1, 1), (2, 2))),
+            "columns need one grid",
+        ),
     ],
 )
 def test_names_that_do_not_go_together_are_told(options, said):
     layout = interfaces.TokenLayout((16,), options.get("layout", LAYOUT.grids))
-    options = dict(parts="llama_narrow") | options | dict(layout=layout)
+    options = dict(variant="llama_narrow") | options | dict(layout=layout)
     with pytest.raises(ValueError, match=said):
         autoregressive.Generator(
             *(options.pop("layout"), CLASSES),

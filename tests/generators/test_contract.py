@@ -24,20 +24,30 @@ TEXTS = (3, 6)
 # What differs between generators in decoding: the head, what adaptive blocks are told, the
 # condition, the order, one symbol or two, the stack.
 GENERATORS = {
-    "autoregressive": (autoregressive, FLAT, dict(parts="llama_narrow", window=2)),
-    "columns": (autoregressive, PAIRS, dict(order="columns", parts="llama_narrow")),
-    "factor": (autoregressive, PAIRS, dict(parts="llama_narrow", head="factor", factor=1)),
+    "autoregressive": (autoregressive, FLAT, dict(variant="llama_narrow", window=2)),
+    "columns": (autoregressive, PAIRS, dict(order="columns", variant="llama_narrow")),
+    "factor": (autoregressive, PAIRS, dict(variant="llama_narrow", head="factor", factor=1)),
     "rar": (
         autoregressive,
         FLAT,
-        dict(parts="rar", prefix="cls_label", places="rar", head="adaptive", order="random"),
+        dict(
+            variant="rar",
+            conditioning="cls_label",
+            positions="rar",
+            head="adaptive",
+            order="random",
+        ),
     ),
-    "captions": (autoregressive, FLAT, dict(parts="llama_narrow", prefix="captions", texts=TEXTS)),
+    "captions": (
+        autoregressive,
+        FLAT,
+        dict(variant="llama_narrow", conditioning="captions", texts=TEXTS),
+    ),
     "masked": (masked, PAIRS, dict(steps=3, inputs="bits")),
     "u_shaped": (
         masked,
         FLAT,
-        dict(steps=3, stack="u_shaped", depth=2, parts="uvit", head="biased"),
+        dict(steps=3, stack="u_shaped", depth=2, variant="uvit", head="biased"),
     ),
     "next_scale": (next_scale, PYRAMID, dict(channels=3)),
 }

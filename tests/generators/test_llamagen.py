@@ -8,7 +8,7 @@ from flax import nnx
 
 from tokgen import interfaces
 from tokgen.generators import autoregressive
-from tokgen.nn import positions, variants
+from tokgen.nn import mlp, positions
 from tokgen.nn.precision import FLOAT32
 
 LAYOUT = interfaces.TokenLayout((16,), ((3, 3),))
@@ -25,7 +25,7 @@ logits = jax.jit(lambda generator, batch: generator.logits(batch))
     ],
 )
 def test_the_hidden_width_is_the_published_one(width, hidden):
-    assert variants.swiglu_hidden(width) == hidden
+    assert mlp.swiglu_hidden(width) == hidden
 
 
 def test_angles_are_the_published_ones():
@@ -59,7 +59,7 @@ def told():
         depth=2,
         heads=2,
         hidden=32,
-        prefix="captions",
+        conditioning="captions",
         texts=(TEXTS, CHANNELS),
         precision=FLOAT32,
         rngs=nnx.Rngs(0),
@@ -103,7 +103,7 @@ def test_no_text_is_one_fixed_array_padded_as_the_text_was(told):
     generator, batch = told
     null = generator.null(batch.cond)
     np.testing.assert_array_equal(null.mask_BT, batch.cond.mask_BT)
-    absent = np.asarray(generator.prefix.absent[...])
+    absent = np.asarray(generator.conditioning.absent[...])
     np.testing.assert_array_equal(null.features_BTE, np.stack([absent, absent]))
     assert not any(path[-1] == "absent" for path in _trained(generator))
     # dropped conditions train as no text, the others as they are

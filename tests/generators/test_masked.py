@@ -20,21 +20,23 @@ PLAIN = interfaces.TokenLayout((6,), ((2, 4),))
 HALVES = interfaces.TokenLayout((4, 4), ((2, 3),))
 UNEQUAL = interfaces.TokenLayout((4, 6), ((2, 3),))
 CLASSES = 3
-# What published systems are made of: layout, parts, and what else their recipes say
+# What published systems are made of: layout, variant, and what else their recipes say
 FORMS = {
-    "titok": (PLAIN, dict(parts="bert", entry="typed", head="bare", visible=0.1)),
+    "titok": (PLAIN, dict(variant="bert", entry="typed", head="bare", visible=0.1)),
     "titok_uvit": (
         PLAIN,
-        dict(parts="uvit", stack="u_shaped", depth=3, head="biased", visible=0.1),
+        dict(variant="uvit", stack="u_shaped", depth=3, head="biased", visible=0.1),
     ),
     "maskgit": (
         PLAIN,
-        dict(parts="maskgit", entry="normed", head="tied_to_all", label_drop=None, mean="samples"),
+        dict(
+            variant="maskgit", entry="normed", head="tied_to_all", label_drop=None, mean="samples"
+        ),
     ),
     "maskbit": (
         HALVES,
         dict(
-            parts="bert",
+            variant="bert",
             entry="normed",
             inputs="bits",
             head="transformed",
@@ -44,9 +46,9 @@ FORMS = {
     ),
     "maskbit_tokens": (
         HALVES,
-        dict(parts="bert_prenorm", entry="normed", head="tied_per_place", masking="tossed"),
+        dict(variant="bert_prenorm", entry="normed", head="tied_per_position", masking="tossed"),
     ),
-    "unequal": (UNEQUAL, dict(parts="vit", smoothing=0.1)),
+    "unequal": (UNEQUAL, dict(variant="vit", smoothing=0.1)),
 }
 
 
@@ -230,7 +232,7 @@ def test_tokens_are_kept_once_committed_and_as_many_as_the_schedule_says():
 
 def test_an_image_does_not_depend_on_its_batch():
     generator = _with_steps("maskbit", 4)
-    sampler = filters.Sampler(guidance=(1.0, 2.0, 3.0, 4.0), jitter=1.0)
+    sampler = filters.Sampler(temperature=10.0, guidance=(1.0, 2.0, 3.0, 4.0), jitter=1.0)
     keys_B, labels_B = jax.random.split(jax.random.key(5), 8), jnp.arange(8) % CLASSES
     together = generate(generator, None, labels_B, sampler, keys_B=keys_B).tokens_BLG
     for i in range(8):
@@ -447,9 +449,9 @@ def test_nats_are_an_unbiased_estimate_of_the_mean_over_orders():
         (dict(inputs="bits"), "bits need alphabets that are powers of two"),
         (dict(layout=HALVES, head="tied_to_all"), "one symbol per position"),
         (dict(classes=0, label_drop=None), "needs the row of no class.*label_drop=0.0"),
-        (dict(parts="var"), "no condition for adaptive parts"),
+        (dict(variant="var"), "no condition for an adaptive variant"),
         (dict(head="factor"), "nor symbols in turn"),
-        (dict(inputs="bits", head="tied_per_place"), "needs inputs='symbols'"),
+        (dict(inputs="bits", head="tied_per_position"), "needs inputs='tokens'"),
         (dict(stack="u_shaped", rates=transformer.Rates(path=0.1)), "drops no whole branches"),
     ],
 )
@@ -465,7 +467,7 @@ def test_a_preset_with_an_unknown_schedule_is_told():
 
 def test_a_head_that_is_tied_to_all_words_leaves_no_class_out():
     """Any head with any labels: MaskGIT's, trained to be guided."""
-    generator = _make(parts="maskgit", entry="normed", head="tied_to_all", label_drop=0.1)
+    generator = _make(variant="maskgit", entry="normed", head="tied_to_all", label_drop=0.1)
     batch, mask = _batch(PLAIN)
     columns = jax.eval_shape(graded, generator, batch, mask)[1]
     assert columns.shape[-1] == PLAIN.absent + CLASSES + 1

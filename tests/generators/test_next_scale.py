@@ -103,9 +103,9 @@ def test_a_scale_depends_on_all_coarser_tokens_and_on_no_others():
     np.testing.assert_array_equal(by_label != 0, np.tile(np.arange(CLASSES + 1) == 2, (L, 1)))
 
 
-@pytest.mark.parametrize("parts", ["var", "var_shared"])
-def test_decoding_with_a_cache_equals_teacher_forcing(parts):
-    codec, generator = plain(), _lively(plain(), parts=parts)
+@pytest.mark.parametrize("variant", ["var", "var_shared"])
+def test_decoding_with_a_cache_equals_teacher_forcing(variant):
+    codec, generator = plain(), _lively(plain(), variant=variant)
     B, rng, weights = 3, np.random.default_rng(5), (2.0, 3.0, 1.0)  # the last one unguided
     label_B = jnp.asarray([0, 3, 4])
     mask = rng.uniform(size=(B, L, 1)) < 0.3
@@ -248,11 +248,11 @@ def test_a_first_scale_of_several_cells():
     assert logits_BLGV.shape == (3, 6, 1, 4)
 
 
-@pytest.mark.parametrize("parts", ["var", "var_shared"])
-def test_initial_values(parts):
+@pytest.mark.parametrize("variant", ["var", "var_shared"])
+def test_initial_values(variant):
     layout = interfaces.TokenLayout((64,), ((1, 1), (4, 4), (8, 8)))
     width, depth, gates = 64, 3, 1e-3
-    sizes = dict(channels=40, width=width, depth=depth, heads=2, gates=gates, parts=parts)
+    sizes = dict(channels=40, width=width, depth=depth, heads=2, gates=gates, variant=variant)
     precision = Precision("bfloat16", "float32")
 
     @jax.jit
@@ -263,7 +263,7 @@ def test_initial_values(parts):
     sigma, small = (1 / (3 * width)) ** 0.5, (2 * depth) ** -0.5
     blocks, head = generator.transformer.blocks, generator.head
     wanted = [
-        *((getattr(generator, name).table, sigma) for name in ("labels", "places", "levels")),
+        *((getattr(generator, name).table, sigma) for name in ("labels", "positions", "levels")),
         *((getattr(blocks.attention, n).kernel, sigma) for n in ("query", "key", "value")),
         (generator.token, sigma),
         (generator.embed.kernel, sigma),
@@ -273,7 +273,7 @@ def test_initial_values(parts):
         (head.head.kernel, sigma * 0.02),
         (head.modulation.kernel, sigma * 0.5),
     ]
-    if parts == "var":
+    if variant == "var":
         six, scale = blocks.modulation.kernel, sigma
     else:
         six, scale = blocks.table, width**-0.5
@@ -302,7 +302,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="needs a pyramid.*multiscale"):
         next_scale.Generator(flat, CLASSES, **options)
     with pytest.raises(ValueError, match="found 'llama'"):
-        next_scale.Generator(codec.layout, CLASSES, parts="llama", **options)
+        next_scale.Generator(codec.layout, CLASSES, variant="llama", **options)
     with pytest.raises(ValueError, match="smoothing.*1.5"):
         next_scale.Generator(codec.layout, CLASSES, smoothing=1.5, **options)
     for wrong, found in ((one, "'vq'"), (None, "'none'")):

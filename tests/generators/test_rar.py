@@ -18,11 +18,11 @@ from tokgen.sampling import decode, sampler
 PLAIN = interfaces.TokenLayout((16,), ((3, 3),))
 PAIRED = interfaces.TokenLayout((9, 16), ((3, 3),))
 CLASSES, L = 5, 9
-RAR = dict(prefix="cls_label", places="rar", parts="rar", head="adaptive", unused=1)
+RAR = dict(conditioning="cls_label", positions="rar", variant="rar", head="adaptive", unused=1)
 KINDS = {
     "rar": (PLAIN, RAR),
-    "ibq": (PLAIN, dict(prefix="told_label", parts="ibq", head="adaptive_rms")),
-    "factor": (PAIRED, dict(parts="llama_narrow", head="factor", factor=2)),
+    "ibq": (PLAIN, dict(conditioning="adaptive_label", variant="ibq", head="adaptive_rms")),
+    "factor": (PAIRED, dict(variant="llama_narrow", head="factor", factor=2)),
 }
 
 logits = jax.jit(lambda generator, batch: generator.logits(batch))
@@ -66,13 +66,13 @@ def test_a_symbol_depends_on_all_before_it_and_on_nothing_later(kind):
     def slopes(table):
         def mixed(table):
             other = jax.tree.map(lambda leaf: leaf, generator)
-            other.symbols.table[...] = table
+            other.embeddings.table[...] = table
             found = other.logits(batch)[0]
             return jnp.sum(jnp.where(jnp.isfinite(found), found, 0) * mix_LGV, -1).ravel()
 
         return jax.jacrev(mixed)(table)
 
-    reached = np.abs(np.asarray(slopes(generator.symbols.table[...]))).max(-1)[:, :, :L] != 0
+    reached = np.abs(np.asarray(slopes(generator.embeddings.table[...]))).max(-1)[:, :, :L] != 0
     by_place = reached[:, :, order_L].transpose(0, 2, 1).reshape(L * G, L * G)
     # symbols in order, places in order; a plain position's last symbol is not asked about itself
     np.testing.assert_array_equal(by_place, np.tri(L * G, k=-1, dtype=bool))
@@ -183,7 +183,7 @@ def test_the_class_reaches_every_block_of_ibq_and_dropout_reaches_the_factors():
     found = slope(generator)
     kernels = np.asarray(found.transformer.blocks.modulation.kernel[...])
     assert np.all(np.abs(kernels).max((1, 3)) > 0)  # of both layers, all six vectors
-    rows = np.abs(np.asarray(found.prefix.labels.table[...])).max(1)
+    rows = np.abs(np.asarray(found.conditioning.labels.table[...])).max(1)
     np.testing.assert_array_equal(rows > 0, np.arange(CLASSES + 1) == 3)
     dropped = make("factor", rates=transformer.Rates(residual=0.5), label_drop=0.0)
     batch = interfaces.TokenBatch(jnp.zeros((2, L, 2), jnp.int32), jnp.asarray([0, 1]))

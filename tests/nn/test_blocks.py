@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen.nn import attention, transformer, variants
+from tokgen.nn import attention, blocks, dropout, transformer, variants
 from tokgen.nn.precision import FLOAT32
 
 B, L, D, N = 2, 5, 8, 2
@@ -22,8 +22,8 @@ def lively(module: nnx.Module, seed: int = 0) -> nnx.Module:
     return jax.tree.map(lambda p: jnp.asarray(random.normal(size=p.shape) * 0.5, p.dtype), module)
 
 
-def made(kit: variants.Parts, seed: int = 0):
-    return lively(kit.block(D, N, 12, kit, precision=FLOAT32, rngs=nnx.Rngs(0)), seed)
+def made(variant: blocks.Variant, seed: int = 0):
+    return lively(variant.block(D, N, 12, variant, precision=FLOAT32, rngs=nnx.Rngs(0)), seed)
 
 
 def numbers(*shape, seed=1):
@@ -86,8 +86,8 @@ def test_bert_norms_after_the_sum():
 
 @pytest.mark.parametrize("form", ["rar", "var", "var_shared"])
 def test_adaptive_blocks_shift_scale_and_gate(form):
-    kit = variants.named(form)
-    block, x, cond = made(kit), numbers(B, L, D), numbers(B, 1, D, seed=2)
+    variant = variants.named(form)
+    block, x, cond = made(variant), numbers(B, L, D), numbers(B, 1, D, seed=2)
     if form == "var_shared":
         shared = numbers(B, 1, 6, D, seed=3)
         six = wide(block.table)[None, None] + shared
@@ -142,7 +142,7 @@ def test_quartered_scores_are_a_quarter():
 def test_a_u_joins_the_last_in_first(depth):
     u = lively(
         transformer.UShaped(
-            D, depth, N, parts=variants.UVIT, hidden=12, precision=FLOAT32, rngs=nnx.Rngs(0)
+            D, depth, N, variant=variants.UVIT, hidden=12, precision=FLOAT32, rngs=nnx.Rngs(0)
         )
     )
     half = depth // 2
@@ -169,7 +169,13 @@ def test_a_modulation_computed_beforehand_is_the_blocks_own():
     for form in ("var", "var_shared"):
         whole = lively(
             transformer.Transformer(
-                D, 2, N, parts=variants.named(form), hidden=12, precision=FLOAT32, rngs=nnx.Rngs(0)
+                D,
+                2,
+                N,
+                variant=variants.named(form),
+                hidden=12,
+                precision=FLOAT32,
+                rngs=nnx.Rngs(0),
             )
         )
         x, cond = jnp.asarray(numbers(B, L, D)), jnp.asarray(numbers(B, 1, D, seed=2))
@@ -181,15 +187,15 @@ def test_a_modulation_computed_beforehand_is_the_blocks_own():
 
 def test_dropped_paths_rise_with_depth_and_keep_the_mean():
     x_BlD = jnp.ones((20_000, 1, 1))
-    kept = np.asarray(attention.drop_path(x_BlD, jnp.asarray(0.2), jax.random.key(0)))
+    kept = np.asarray(dropout.drop_path(x_BlD, jnp.asarray(0.2), jax.random.key(0)))
     assert set(np.unique(kept)) == {0.0, np.float32(1 / 0.8)}
     assert abs(kept.mean() - 1) < 4 * np.sqrt(0.2 / 0.8 / len(kept))
-    np.testing.assert_array_equal(attention.drop_path(x_BlD, 0.2, None), x_BlD)
+    np.testing.assert_array_equal(dropout.drop_path(x_BlD, 0.2, None), x_BlD)
     deep = transformer.Transformer(
         D,
         3,
         N,
-        parts=variants.VIT,
+        variant=variants.VIT,
         rates=transformer.Rates(path=0.999),
         precision=FLOAT32,
         rngs=nnx.Rngs(0),

@@ -8,7 +8,7 @@ from tokgen import interfaces
 from tokgen.nn import conditioning, variants
 from tokgen.nn.precision import FLOAT32
 
-OPTIONS = dict(kit=variants.LLAMA, precision=FLOAT32, rngs=nnx.Rngs(0))
+OPTIONS = dict(variant=variants.LLAMA, precision=FLOAT32, rngs=nnx.Rngs(0))
 
 
 def test_a_label_is_one_slot():
@@ -87,6 +87,6 @@ def _leaves(tree):
     return jax.tree_util.tree_flatten_with_path(tree)[0]
 
 
-def test_unknown_prefixes_are_told():
-    with pytest.raises(ValueError, match="captions.*cls_label.*label.*found 'text'"):
+def test_unknown_conditioning_is_told():
+    with pytest.raises(ValueError, match="label.*cls_label.*captions.*found 'text'"):
         conditioning.named("text")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen.nn import conv, linear
+from tokgen.nn import conv, norms
 from tokgen.nn.precision import FLOAT32
 
 
@@ -52,10 +52,10 @@ def test_upsampling_shows_every_pixel_four_times():
 
 @pytest.mark.parametrize("name", ["vqgan", "light", "local"])
 def test_blocks_keep_the_grid_and_know_how_far_they_look(name):
-    kit = conv.named(name)
+    variant = conv.named(name)
     options = dict(precision=FLOAT32, rngs=nnx.Rngs(0))
     # a norm of single positions, so that the reach is that of the convolutions
-    block = kit.block(32, 64, norm=linear.RMSNorm, **options)
+    block = variant.block(32, 64, norm=norms.RMSNorm, **options)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 9, 9, 32)), jnp.float32)
     y = block(x)
     assert y.shape == (1, 9, 9, 64)
@@ -150,9 +150,9 @@ def draw(*shape):
 @pytest.mark.parametrize("inputs, outputs", [(32, 64), (32, 32)])
 @pytest.mark.parametrize("name", sorted(BLOCKS))
 def test_a_block_written_out(name, inputs, outputs):
-    kit, (by_hand, biased) = conv.named(name), BLOCKS[name]
-    options = dict(norm=kit.norm, precision=FLOAT32)
-    block = filled(lambda: kit.block(inputs, outputs, rngs=nnx.Rngs(0), **options))
+    variant, (by_hand, biased) = conv.named(name), BLOCKS[name]
+    options = dict(norm=variant.norm, precision=FLOAT32)
+    block = filled(lambda: variant.block(inputs, outputs, rngs=nnx.Rngs(0), **options))
     assert (block.conv1.bias is not None) == biased
     x = draw(2, 3, 4, inputs)
     np.testing.assert_allclose(
@@ -162,7 +162,7 @@ def test_a_block_written_out(name, inputs, outputs):
 
 def test_attention_over_all_positions_written_out():
     layer = filled(
-        lambda: conv.Attention(32, norm=linear.GroupNorm, precision=FLOAT32, rngs=nnx.Rngs(0))
+        lambda: conv.Attention(32, norm=norms.GroupNorm, precision=FLOAT32, rngs=nnx.Rngs(0))
     )
     x = draw(2, 2, 3, 32)
     flat = group_norm(x.astype(np.float64), layer.norm).reshape(2, 6, 32)

@@ -11,7 +11,7 @@ OPTIONS = dict(precision=FLOAT32, rngs=nnx.Rngs(0))
 
 
 def test_a_position_is_the_sum_of_the_rows_of_its_symbols():
-    layer = embeddings.Symbols(LAYOUT, 8, std=linear.fan_in, **OPTIONS)
+    layer = embeddings.Tokens(LAYOUT, 8, std=linear.fan_in, **OPTIONS)
     tokens = np.random.default_rng(0).integers(0, (4, 16), (3, 5, 2))
     table = np.asarray(layer.table[...], np.float64)
     expected = np.zeros((3, 5, 8))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen.nn import linear
+from tokgen.nn import linear, norms
 from tokgen.nn.precision import FLOAT32, Precision
 
 HALF = Precision("float32", "bfloat16")
@@ -57,19 +57,19 @@ def test_starts_have_their_stated_scale():
 
 def test_root_mean_square_norm():
     x = _numbers(4, 2, 3, 16) * 5 + 2
-    norm = _set(linear.RMSNorm(16, precision=FLOAT32))
+    norm = _set(norms.RMSNorm(16, precision=FLOAT32))
     wide = x.astype(np.float64)
     expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5)
     expected *= np.asarray(norm.scale[...], np.float64)
     np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)
     # eps inside the root: a vector of 1e-3 shrinks to 1e-3 / sqrt(1e-6 + 1e-5)
-    small = linear.RMSNorm(16, precision=FLOAT32)(jnp.full((1, 16), 1e-3))
+    small = norms.RMSNorm(16, precision=FLOAT32)(jnp.full((1, 16), 1e-3))
     np.testing.assert_allclose(small, 1e-3 / np.sqrt(1.1e-5), rtol=1e-5)
 
 
 def test_layer_norm():
     x = _numbers(5, 2, 3, 16) * 5 + 2
-    norm = _set(linear.LayerNorm(16, precision=FLOAT32))
+    norm = _set(norms.LayerNorm(16, precision=FLOAT32))
     wide = x.astype(np.float64)
     expected = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
     expected = expected * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
@@ -79,7 +79,7 @@ def test_layer_norm():
 def test_group_norm():
     B, H, W, C, groups = 2, 3, 5, 8, 4
     x = _numbers(6, B, H, W, C) * 3 + 4
-    norm = _set(linear.GroupNorm(C, groups=groups, precision=FLOAT32))
+    norm = _set(norms.GroupNorm(C, groups=groups, precision=FLOAT32))
     expected = np.zeros(x.shape)
     for b in range(B):
         for g in range(groups):
@@ -89,10 +89,10 @@ def test_group_norm():
     expected = expected * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
     np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="width=10, groups=4"):
-        linear.GroupNorm(10, groups=4, precision=FLOAT32)
+        norms.GroupNorm(10, groups=4, precision=FLOAT32)
 
 
-@pytest.mark.parametrize("kind", [linear.RMSNorm, linear.LayerNorm])
+@pytest.mark.parametrize("kind", [norms.RMSNorm, norms.LayerNorm])
 def test_statistics_are_float32_and_the_dtype_stays(kind):
     # in bfloat16 a sum of 4096 squares stops growing at 256, and its root would be far off
     x = jnp.asarray(_numbers(7, 1, 4096), jnp.bfloat16)

@@ -127,7 +127,7 @@ def test_target_aware_places_also_say_which_position_is_asked_for(prefix):
             np.testing.assert_allclose(added[b, slot], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(positions.PLACES))
+@pytest.mark.parametrize("name", sorted(positions.KINDS))
 def test_one_slot_at_a_time_gives_the_same_rows(name):
     places, order = _make(positions.named(name), 1), jnp.asarray(_orders())
     together = _flat(places(order, jnp.arange(12)))
@@ -141,6 +141,6 @@ def _flat(rows):
     return [added] if rotary is None else list(rotary)
 
 
-def test_an_unknown_kind_of_places_is_refused():
+def test_an_unknown_kind_of_positions_is_refused():
     with pytest.raises(ValueError, match="target_aware"):
         positions.named("target")

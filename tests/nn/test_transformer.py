@@ -20,7 +20,7 @@ def _make(rates=RATES, precision=FLOAT32, **options):
         WIDTH,
         DEPTH,
         HEADS,
-        parts=variants.LLAMA_NARROW,
+        variant=variants.LLAMA_NARROW,
         rates=rates,
         precision=precision,
         rngs=nnx.Rngs(0),
@@ -201,7 +201,9 @@ def test_compute_and_cache_are_in_the_compute_dtype():
 
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="width=16, heads=3"):
-        transformer.Transformer(16, 1, 3, parts=variants.LLAMA, precision=FLOAT32, rngs=nnx.Rngs(0))
+        transformer.Transformer(
+            16, 1, 3, variant=variants.LLAMA, precision=FLOAT32, rngs=nnx.Rngs(0)
+        )
     for name in ("token", "attention", "residual"):
         with pytest.raises(ValueError, match=f"{name} must be .* below 1; found 1.0"):
             dataclasses.replace(transformer.Rates(), **{name: 1.0})

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen.nn import linear, variants
+from tokgen.nn import linear, mlp, variants
 from tokgen.nn.precision import FLOAT32
 
 # width -> hidden width of the released LlamaGen models
@@ -20,20 +20,20 @@ HIDDEN = {
 
 
 def test_hidden_widths_are_the_published_ones():
-    assert {width: variants.swiglu_hidden(width) for width in HIDDEN} == HIDDEN
+    assert {width: mlp.swiglu_hidden(width) for width in HIDDEN} == HIDDEN
 
 
 def test_narrow_hidden_widths_are_the_next_multiple_of_32():
     for width in range(16, 600, 8):
-        hidden = variants.swiglu_hidden_narrow(width)
+        hidden = mlp.swiglu_hidden_narrow(width)
         assert hidden % 32 == 0 and hidden - 32 < int(8 * width / 3) <= hidden
 
 
 def test_swiglu_against_its_equation():
     rng = np.random.default_rng(0)
-    layer = variants.SwiGLU(
+    layer = mlp.SwiGLU(
         16,
-        variants.swiglu_hidden_narrow(16),
+        mlp.swiglu_hidden_narrow(16),
         std=linear.fan_in,
         precision=FLOAT32,
         rngs=nnx.Rngs(0),
@@ -50,6 +50,6 @@ def test_swiglu_against_its_equation():
 def test_a_config_names_its_parts():
     assert variants.named("llama") is variants.LLAMA
     assert variants.named("llama_narrow") is variants.LLAMA_NARROW
-    for name in ("Llama", "parts", "swiglu_hidden"):
+    for name in ("Llama", "variant", "swiglu_hidden"):
         with pytest.raises(ValueError, match="llama_narrow"):
             variants.named(name)

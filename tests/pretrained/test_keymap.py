@@ -101,7 +101,7 @@ def test_an_order_names_every_chunk_once(order):
 
 @pytest.mark.parametrize("shape", [(10, 2), (9, 3), (18,)])
 def test_rows_that_do_not_fill_their_places_are_a_misfit(shape):
-    places = {"symbols/table": (1, 5, 2), "labels/table": (4, 2)}
+    places = {"embeddings/table": (1, 5, 2), "labels/table": (4, 2)}
     rows = [keymap.Row("embed.weight", tuple(places), keymap.rows_apart())]
     _, problems, _ = keymap._problems(places, rows, {"embed.weight": np.zeros(shape)})
     (problem,) = problems

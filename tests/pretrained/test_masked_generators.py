@@ -81,19 +81,19 @@ def test_masks_classes_and_places_are_put_where_ours_are(shared):
     folder, weights = read(shared / "parity" / "maskgit_transformer")
     words = weights["params.Embed_0.word_embeddings.embedding"]
     module = folder.module()
-    np.testing.assert_array_equal(module.symbols.table[0, :64], words[:64])
-    np.testing.assert_array_equal(module.symbols.table[0, 64], words[-1])
+    np.testing.assert_array_equal(module.embeddings.table[0, :64], words[:64])
+    np.testing.assert_array_equal(module.embeddings.table[0, 64], words[-1])
     np.testing.assert_array_equal(module.labels.table[...], words[64:74])
 
     folder, weights = read(shared / "parity" / "titok_uvit")
     module, words = folder.module(), weights["embeddings.weight"]
-    np.testing.assert_array_equal(module.symbols.table[0], words[:49])
+    np.testing.assert_array_equal(module.embeddings.table[0], words[:49])
     np.testing.assert_array_equal(module.labels.table[...], words[49:])
 
     folder, weights = read(shared / "parity" / "maskbit_lfqbert")
     module, places = folder.module(), weights["pos_emb"][0]
-    np.testing.assert_array_equal(module.places.table[0], places[-1])
-    np.testing.assert_array_equal(module.places.table[1:], places[:-1])
+    np.testing.assert_array_equal(module.positions.table[0], places[-1])
+    np.testing.assert_array_equal(module.positions.table[1:], places[:-1])
 
 
 def test_older_files_are_read_as_well(shared):
@@ -105,7 +105,7 @@ def test_older_files_are_read_as_well(shared):
     imported = fitted(older, "maskbit_lfqbert_older", folder.config)
     assert set(transfer.publish(imported, "maskbit_lfqbert_older")) == set(older)
     np.testing.assert_array_equal(
-        imported.module.symbols.embed.kernel[...], older["token_emb.weight"].T
+        imported.module.embeddings.embed.kernel[...], older["token_emb.weight"].T
     )
 
     folder, weights = read(shared / "parity" / "titok_imagebert")

@@ -55,7 +55,7 @@ def _make(kind=autoregressive.Generator, **options):
         width=16,
         depth=1,
         heads=2,
-        parts="llama_narrow",
+        variant="llama_narrow",
         precision=FLOAT32,
         rngs=nnx.Rngs(0),
         **options,
@@ -160,7 +160,7 @@ def test_given_tokens_are_kept_and_the_others_drawn(sampler):
 @pytest.mark.parametrize("sampler", [filters.Sampler(), GUIDED], ids=["plain", "guided"])
 def test_the_image_with_broken_logits_is_flagged_and_no_other(sampler):
     broken = jax.tree.map(lambda leaf: leaf, _make())
-    table = broken.prefix.labels.table
+    table = broken.conditioning.labels.table
     table[...] = table[...].at[4].set(jnp.nan)  # the class of image 2
     state = _draw(sampler, broken)
     np.testing.assert_array_equal(state.invalid_B, LABELS == 4)
@@ -180,7 +180,7 @@ def test_a_flag_stays_up_when_later_logits_are_sound(sampler):
 def test_logits_that_break_late_are_flagged_too():
     # only after token 7: row 7 of the table is broken, and every image that draws it has a flag
     broken = jax.tree.map(lambda leaf: leaf, _make())
-    broken.symbols.table[...] = broken.symbols.table[...].at[0, 7].set(jnp.inf)
+    broken.embeddings.table[...] = broken.embeddings.table[...].at[0, 7].set(jnp.inf)
     sampler = filters.Sampler(temperature=2.0)
     flags = np.asarray(_draw(sampler, broken).invalid_B)
     tokens = np.asarray(_draw(sampler).tokens_BLG)[..., 0]

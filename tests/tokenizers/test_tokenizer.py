@@ -8,7 +8,7 @@ from flax import nnx
 
 from tokgen import interfaces, parameters
 from tokgen.config import building, reading as configs
-from tokgen.nn import conv as kits, precision
+from tokgen.nn import conv as variants, precision
 from tokgen.quantizers import fsq, vq
 from tokgen.tokenizers import conv, tokenizer
 
@@ -18,7 +18,7 @@ def build(size=(16, 16), channels=3, *, widths=(16, 16), stem=2, pixels=(-1.0, 1
     grid = conv.Encoder.grid(size, widths=widths, stem=stem)
     quantizer = options.pop("quantizer", None) or fsq.Quantizer((8, 6, 5), grid=grid)
     shape = dict(widths=widths, stem=stem, blocks=1, channels=channels, latent=quantizer.channels)
-    shape |= dict(parts="light", precision=precision.FLOAT32, rngs=rngs) | options
+    shape |= dict(variant="light", precision=precision.FLOAT32, rngs=rngs) | options
     return tokenizer.Tokenizer(
         conv.Encoder(**shape), quantizer, conv.Decoder(**shape, grid=grid), pixels=pixels
     )
@@ -33,8 +33,8 @@ GEOMETRIES = [
     dict(size=(32, 48), channels=3),
     dict(size=(16, 16), channels=1),
     dict(size=(16, 24), channels=1, stem=1, widths=(16, 16, 16)),
-    dict(size=(16, 16), channels=3, stem=8, widths=(16,), parts="local"),
-    dict(size=(16, 16), channels=3, stem=1, widths=(32, 32), parts="vqgan"),
+    dict(size=(16, 16), channels=3, stem=8, widths=(16,), variant="local"),
+    dict(size=(16, 16), channels=3, stem=1, widths=(32, 32), variant="vqgan"),
 ]
 
 
@@ -162,15 +162,17 @@ def test_an_image_does_not_depend_on_its_batch(made, key):
     np.testing.assert_array_equal(encode(made, image_BHW3)[:2], encode(made, image_BHW3[:2]))
 
 
-# ---------------------------------------------------------------- every set of parts
+# ---------------------------------------------------------------- every variant
 
-KITS = sorted(name.lower() for name in vars(kits) if isinstance(getattr(kits, name), kits.Parts))
+VARIANTS = sorted(
+    name.lower() for name in vars(variants) if isinstance(getattr(variants, name), variants.Variant)
+)
 
 
-@pytest.mark.parametrize("parts", KITS)
-def test_every_set_of_parts_on_rectangles(parts):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_on_rectangles(variant):
     """Shapes only: 3 levels, a stem, other widths at both ends, a projection before the latents."""
-    sizes = dict(size=(16, 24), widths=(32, 32, 64), stem=2, start=64, hidden=10, parts=parts)
+    sizes = dict(size=(16, 24), widths=(32, 32, 64), stem=2, start=64, hidden=10, variant=variant)
     made = nnx.eval_shape(lambda: apart(**sizes))
     image = jax.ShapeDtypeStruct((2, 16, 24, 3), "float32")
     latents, painted = jax.eval_shape(
@@ -178,22 +180,24 @@ def test_every_set_of_parts_on_rectangles(parts):
     )
     assert made.layout.grids == ((2, 3),) and latents.shape == (2, 6, 3)
     assert painted.shape == (2, 16, 24, 3)
-    kit = kits.named(parts)
-    assert (made.encoder.conv_in.bias is not None) == kit.first_bias
-    assert made.encoder.conv_out.kernel.shape[0] == kit.last
-    assert made.encoder.conv_in.kernel.shape == (kit.first, kit.first, 12, 64)
+    kind = variants.named(variant)
+    assert (made.encoder.conv_in.bias is not None) == kind.first_bias
+    assert made.encoder.conv_out.kernel.shape[0] == kind.last
+    assert made.encoder.conv_in.kernel.shape == (kind.first, kind.first, 12, 64)
     blocks = [stage for stage in made.decoder.stages if hasattr(stage, "conv1")]
-    middle = {kits.no_middle: 0, kits.plain_middle: 1, kits.attentive_middle: 2}[kit.middle]
-    assert len(blocks) == 3 * (1 + kit.more) + middle
-    assert sum(isinstance(s, kits.AdaptiveNorm) for s in made.decoder.stages) == (
-        3 if kit.adapt else 0
+    middle = {variants.no_middle: 0, variants.plain_middle: 1, variants.attentive_middle: 2}[
+        kind.middle
+    ]
+    assert len(blocks) == 3 * (1 + kind.more) + middle
+    assert sum(isinstance(s, variants.AdaptiveNorm) for s in made.decoder.stages) == (
+        3 if kind.adapt else 0
     )
 
 
-def apart(size, *, stem, widths, start, hidden, parts, attend=None):
+def apart(size, *, stem, widths, start, hidden, variant, attend=None):
     """A tokenizer whose two sides take the arguments that only one of them has."""
     quantizer = fsq.Quantizer((8, 6, 5), grid=conv.Encoder.grid(size, widths=widths, stem=stem))
-    shape = dict(channels=3, widths=widths, stem=stem, blocks=1, hidden=hidden, parts=parts)
+    shape = dict(channels=3, widths=widths, stem=stem, blocks=1, hidden=hidden, variant=variant)
     shape |= dict(attend=attend, precision=precision.FLOAT32, rngs=nnx.Rngs(0))
     (grid,) = quantizer.layout.grids
     return tokenizer.Tokenizer(
@@ -209,16 +213,16 @@ def apart(size, *, stem, widths, start, hidden, parts, attend=None):
 def test_attention_follows_every_block_of_its_levels(attend, expected):
     """Level 0 is the finest; the middle has attention whatever the levels have."""
     made = nnx.eval_shape(
-        lambda: apart((8, 8), stem=1, widths=(32, 64, 96), start=0, hidden=8, parts="taming",
+        lambda: apart((8, 8), stem=1, widths=(32, 64, 96), start=0, hidden=8, variant="taming",
                       attend=attend)
     )  # fmt: skip
     widths, levels = (32, 64, 96), {}
     for side, network, more in (("encoder", made.encoder, 0), ("decoder", made.decoder, 1)):
-        found = [s.norm.scale.shape[0] for s in network.stages if isinstance(s, kits.Attention)]
+        found = [s.norm.scale.shape[0] for s in network.stages if isinstance(s, variants.Attention)]
         levels[side] = sorted(found)
         assert sorted(found) == sorted([widths[i] for i in expected] * (1 + more) + [96])
         for before, stage in zip(network.stages[:-1], network.stages[1:], strict=True):
-            assert not isinstance(stage, kits.Attention) or hasattr(before, "conv1"), side
+            assert not isinstance(stage, variants.Attention) or hasattr(before, "conv1"), side
 
 
 # ---------------------------------------------------------------- precision
@@ -305,7 +309,7 @@ def test_images_of_another_form_are_refused(small, method, image, words):
 
 def test_a_layout_is_not_left_where_the_size_is_not_known():
     made = nnx.eval_shape(lambda: build((8, 8), widths=(8,), blocks=0, stem=4))
-    with pytest.raises(interfaces.UserError, match=r"images \(8, 16, 3\) must have 4 places"):
+    with pytest.raises(interfaces.UserError, match=r"images \(8, 16, 3\) must have 4 positions"):
         jax.eval_shape(lambda made, image: made.encode(image), made, jnp.zeros((1, 8, 16, 3)))
 
 

@@ -56,7 +56,7 @@ def test_parameters_of_the_published_two_stage_forms(size, tokens, encoding, dec
             grid=(16, 16),
             widths=(128, 128, 256, 256, 512),
             blocks=2,
-            parts="maskgit",
+            variant="maskgit",
             **options,
         )
         return two_stage.Decoder(codes=codes, pixels=pixels, codebook=PROXY, **options)
@@ -150,7 +150,7 @@ def test_a_block_against_its_equations(key):
     """x + out(softmax(q k / sqrt(K)) v), then x + down(gelu(up(x))), biases everywhere; float64."""
     N, K = 2, 4
     made = transformer.Transformer(
-        N * K, 1, N, parts=variants.VIT, precision=FLOAT32, rngs=nnx.Rngs(0)
+        N * K, 1, N, variant=variants.VIT, precision=FLOAT32, rngs=nnx.Rngs(0)
     )
     rng = np.random.default_rng(0)
     made = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), made)
@@ -249,7 +249,7 @@ def test_first_spreads_are_the_published_ones():
     blocks = made.transformer.blocks
     for kernel in (made.conv_patch.kernel, blocks.mlp.up.kernel, blocks.attention.out.kernel):
         assert np.std(kernel[...]) == pytest.approx(0.02, rel=0.02)
-    for rows in (made.places, made.latents, made.latent_places):
+    for rows in (made.positions, made.latents, made.latent_positions):
         assert np.std(rows.table[...]) == pytest.approx(1 / 16, rel=0.1)
     for bias in (made.conv_patch.bias, made.readout.bias, blocks.attention.query.bias):
         assert not np.any(bias[...])

@@ -62,7 +62,7 @@ def given(settings, weights) -> None:
         if settings.get("teacher") == "":
             settings.teacher = str(weights)
         section = settings.get("generator", {})
-        if hasattr(section, "get") and section.get("prefix") == "captions":
+        if hasattr(section, "get") and section.get("conditioning") == "captions":
             settings.data.text = str(weights)
 
 

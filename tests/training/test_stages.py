@@ -342,7 +342,7 @@ def filled(make):
 
 def student_and_teacher(width=16):
     """(graph, state) of a tokenizer in two parts, and the tokenizer whose codes it predicts."""
-    sizes = dict(channels=3, widths=(width,), blocks=1, stem=4, parts="light")
+    sizes = dict(channels=3, widths=(width,), blocks=1, stem=4, variant="light")
     part = dict(size=(8, 8), tokens=3, width=8, depth=1, heads=2, patch=4)
 
     def teacher():

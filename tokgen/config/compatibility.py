@@ -27,24 +27,26 @@ TOKENIZERS = {
 }
 # Generator -> its section; sizes are added.
 GENERATORS = {
-    "raster": dict(name="autoregressive", places="learned", parts="llama_narrow"),
-    "rotary": dict(name="autoregressive", places="rotary", parts="llama_narrow"),
+    "raster": dict(name="autoregressive", positions="learned", variant="llama_narrow"),
+    "rotary": dict(name="autoregressive", positions="rotary", variant="llama_narrow"),
     "random": dict(
-        name="autoregressive", order="random", places="target_aware", parts="llama_narrow"
+        name="autoregressive", order="random", positions="target_aware", variant="llama_narrow"
     ),
     "rar": dict(
         name="autoregressive",
-        prefix="cls_label",
-        places="target_aware",
-        parts="rar",
+        conditioning="cls_label",
+        positions="target_aware",
+        variant="rar",
         head="adaptive",
         shuffle=(2, 4),
     ),
-    "factor": dict(name="autoregressive", places="learned", parts="llama_narrow", head="factor"),
-    "next_scale": dict(name="next_scale", parts="var"),
-    "masked": dict(name="masked", parts="vit", head="linear"),
+    "factor": dict(
+        name="autoregressive", positions="learned", variant="llama_narrow", head="factor"
+    ),
+    "next_scale": dict(name="next_scale", variant="var"),
+    "masked": dict(name="masked", variant="vit", head="linear"),
     "masked bits": dict(
-        name="masked", inputs="bits", entry="normed", parts="bert", head="transformed"
+        name="masked", inputs="bits", entry="normed", variant="bert", head="transformed"
     ),
 }
 SMALL = dict(width=16, depth=1, heads=2)

@@ -43,15 +43,27 @@ FIELDS: tuple[Row, ...] = (
     Row("discriminator", "painter", "generator_loss"),
     Row("discriminator", "critic_weight", "loss_weight"),
     Row("", "guard", "safeguards"),
+    Row(r"generator|(encoder|decoder)(\..*)?", "parts", "variant"),
+    Row("generator", "places", "positions"),
+    Row("generator", "prefix", "conditioning"),
 )
 
 VALUES: tuple[Row, ...] = (
     Row(r"discriminator\.network\.name", "features", "feature_heads"),
     Row(r"discriminator\.first", "painter", "tokenizer"),
     Row(r"discriminator\.first", "critic", "discriminator"),
+    Row(r"generator\.conditioning", "told_label", "adaptive_label"),
+    Row(r"generator\.inputs", "symbols", "tokens"),
+    Row(r"generator\.head", "tied_per_place", "tied_per_position"),
 )
 
-PARAMETERS: tuple[Row, ...] = (Row("", "critic", "discriminator"),)
+PARAMETERS: tuple[Row, ...] = (
+    Row("", "critic", "discriminator"),
+    Row(r".*", "symbols", "embeddings"),
+    Row(r".*", "places", "positions"),
+    Row(r".*", "latent_places", "latent_positions"),
+    Row(r".*", "prefix", "conditioning"),
+)
 
 METRICS: tuple[Row, ...] = (
     Row("", "critic", "discriminator_loss"),

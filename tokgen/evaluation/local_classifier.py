@@ -28,7 +28,7 @@ from tokgen import archives, boundary, parameters, report, rng, runtime, shardin
 from tokgen.data import folder, loader, pixels as images, shapes
 from tokgen.interfaces import UserError
 from tokgen.metrics import reconstruction
-from tokgen.nn import conv, linear
+from tokgen.nn import conv, norms
 from tokgen.nn.precision import Precision
 from tokgen.training import optimizer as optimizers, train_state
 
@@ -90,10 +90,10 @@ class PhotographClassifier(nnx.Module):
         blocks, width = [Block(4 * channels, widths[0], 1, **options)], widths[0]
         for outputs in widths[1:]:
             blocks.append(Block(width, outputs, 2, **options))
-            blocks.append(conv.LightResidual(outputs, outputs, norm=linear.RMSNorm, **options))
+            blocks.append(conv.LightResidual(outputs, outputs, norm=norms.RMSNorm, **options))
             width = outputs
         self.blocks = nnx.List(blocks)
-        self.norm_out = linear.RMSNorm(width, **options)
+        self.norm_out = norms.RMSNorm(width, **options)
         self.conv_out = conv.Conv(width, classes, 1, gain=0.1, **options)
 
     def __call__(self, image_BHW3: jax.Array) -> jax.Array:
@@ -195,7 +195,7 @@ def of_images(
             return _trained(make, told, recipe, look, seed)
 
     what = (size, channels, seed, recipe, source.fingerprint)
-    return _kept((folder, images, conv, linear), what, make, train)
+    return _kept((folder, images, conv, norms), what, make, train)
 
 
 def turns_of(size: tuple[int, int]) -> int:

@@ -2,9 +2,10 @@
 
 The sequence is [prefix, token of place 0, ..., of place L - 2]; the output at the slot before a
 token is that token's distribution. What published systems disagree about is named by the config:
-the prefix, the places, the parts, the head. LlamaGen (arXiv:2406.06525) has a label or text as its
-prefix and rotary places; RAR (arXiv:2411.00776) trains in random orders that turn into raster
-order; NPP (arXiv:2412.15321) trains on groups of tokens first.
+the conditioning, the positions, the variant of the transformer, the head. LlamaGen
+(arXiv:2406.06525) has a label or text as its prefix and rotary positions; RAR (arXiv:2411.00776)
+trains in random orders that turn into raster order; NPP (arXiv:2412.15321) trains on groups of
+tokens first.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from flax import nnx
 from tokgen import boundary, orders, ranges, rng
 from tokgen.interfaces import DecodeState, Phase, Quantizer, TokenBatch, TokenLayout, UserError
 from tokgen.nn import (
-    attention,
-    conditioning,
+    conditioning as conditioning_names,
+    dropout,
     embeddings,
     heads as head_names,
-    positions,
+    positions as position_names,
     transformer,
-    variants as part_names,
+    variants,
 )
 from tokgen.nn.precision import Precision
 from tokgen.orders import random
@@ -41,8 +42,8 @@ class Generator(nnx.Module):
             step b, a share that falls linearly between (RAR's annealing).
         groups: ((side, last step), ...) of NPP: up to a step, trained on square groups of tokens,
             each the mean of its tokens' vectors, which predict all tokens of the next group.
-        texts: length and channels of the text features, for the prefix "captions".
-        unused: rows of the symbols' table that nobody reads; RAR's files have one.
+        texts: length and channels of the text features, for the conditioning "captions".
+        unused: rows of the embeddings that nobody reads; RAR's files have one.
         factor: depth of the transformer over the symbols of a position, for the head "factor".
         budget: bytes up to which decoding computes what adaptive blocks need beforehand.
     """
@@ -63,63 +64,65 @@ class Generator(nnx.Module):
         order: str = "raster",
         shuffle: tuple[ranges.Whole, ranges.Whole] | None = None,
         groups: tuple[tuple[ranges.Side, ranges.Count], ...] = (),
-        prefix: str = "label",
-        texts: tuple[ranges.Places, ranges.Width] | None = None,
+        conditioning: str = "label",
+        texts: tuple[ranges.Positions, ranges.Width] | None = None,
         unused: ranges.Optional = 0,
-        places: str = "rotary",
-        parts: str = "llama",
+        positions: str = "rotary",
+        variant: str = "llama",
         head: str = "linear",
         factor: Annotated[int, ranges.Range(0, 512)] = 0,
         rates: transformer.Rates | None = None,
         label_drop: ranges.Share = 0.1,
-        window: ranges.Places = 64,
+        window: ranges.Positions = 64,
         budget: Annotated[int, ranges.Range(0, 2**62)] = 2**31,
         remat: bool = False,
         unroll: ranges.Depth = 1,
         precision: Precision,
         rngs: nnx.Rngs,
     ):
-        kit = part_names.named(parts)
-        _check_parts(kit, parts, prefix, head)
-        _check_options(prefix, texts, head, factor, shuffle)
+        _check_variant(variant, conditioning, head)
+        _check_options(conditioning, texts, head, factor, shuffle)
+        variant = variants.named(variant)
         options = dict(precision=precision, rngs=rngs)
         self.layout, self.classes = layout, classes
         self.label_drop = label_drop
         self.window, self.budget = window, budget
         self.order, self.shuffle, self.groups = orders.named(order), shuffle, groups
         jax.eval_shape(lambda key: self.order(layout, key), jax.random.key(0))  # raises here
-        self.symbols = embeddings.Symbols(layout, width, extra=unused, std=kit.std, **options)
+        self.embeddings = embeddings.Tokens(layout, width, extra=unused, std=variant.std, **options)
         texts = {} if texts is None else {"texts": texts}
-        self.prefix = conditioning.named(prefix)(
-            classes, width, layout.length, kit=kit, **texts, **options
+        self.conditioning = conditioning_names.named(conditioning)(
+            classes, width, layout.length, variant=variant, **texts, **options
         )
-        self.places = positions.named(places)(layout, self.prefix.slots, width, heads, **options)
+        self.positions = position_names.named(positions)(
+            layout, self.conditioning.slots, width, heads, **options
+        )
         sizes = dict(heads=heads, hidden=hidden)
         running = dict(rates=rates or transformer.Rates(), remat=remat, unroll=unroll)
         self.transformer = transformer.Transformer(
-            width, depth, parts=kit, **sizes, **running, **options
+            width, depth, variant=variant, **sizes, **running, **options
         )
         more = dict(depth=factor, **sizes, **running) if factor else {}
-        self.head = head_names.named(head)(layout, width, kit=kit, **more, **options)
-        self._check_groups(places)
+        self.head = head_names.named(head)(layout, width, variant=variant, **more, **options)
+        self._check_groups(positions)
 
     @property
     def cond(self) -> str:
         """What its condition is: "label" or "text"."""
-        return self.prefix.cond
+        return self.conditioning.cond
 
     @property
     def text(self) -> tuple[int, int] | None:
         """(length, channels) of the text features that it reads; None with a label."""
-        return self.prefix.text
+        return self.conditioning.text
 
     def check(self, cond) -> None:
         """An error where a condition is none of this generator's."""
-        self.prefix.check(cond)
+        self.conditioning.check(cond)
 
     def null(self, cond):
         """The conditions that stand for none."""
-        return self.prefix.null(cond)
+        return self.conditioning.null(cond)
 
     def orders(self, keys_B: jax.Array) -> jax.Array:
         """[B, L] the position handled at each place, per image."""
@@ -131,8 +134,8 @@ class Generator(nnx.Module):
         batch = self._checked(batch)
         order_BL = self._order_of(batch)
         sequence_BLG = jnp.take_along_axis(batch.tokens_BLG, order_BL[..., None], axis=1)
-        inputs_BlD = self.symbols(sequence_BLG[:, :-1])
-        hidden_BLD, cond = self._taught(inputs_BlD, order_BL, batch.cond, self.places, key)
+        inputs_BlD = self.embeddings(sequence_BLG[:, :-1])
+        hidden_BLD, cond = self._taught(inputs_BlD, order_BL, batch.cond, self.positions, key)
         return self._ended(hidden_BLD, cond, sequence_BLG[..., :-1], rng.use(key, rng.HEAD))
 
     def loss(
@@ -177,7 +180,7 @@ class Generator(nnx.Module):
 
     def plan(self) -> tuple[Phase, ...]:
         """The first step with the prefix, then windows of the rest: early steps read few slots."""
-        slots = self.prefix.slots
+        slots = self.conditioning.slots
         phases, length = [Phase(0, 1, 0, 1, slots)], self.layout.length
         for first in range(1, length, self.window):
             steps = min(self.window, length - first)
@@ -202,23 +205,23 @@ class Generator(nnx.Module):
         """Draw the token of one place."""
         place = phase.place(index)
         if phase.first == 0:
-            inputs_BlD, slots_l = self.prefix(state.cond), jnp.arange(self.prefix.slots)
+            inputs_BlD, slots_l = self.conditioning(state.cond), jnp.arange(self.conditioning.slots)
         else:
             before_B1 = jax.lax.dynamic_slice_in_dim(state.order_BL, place - 1, 1, axis=1)
-            inputs_BlD = self.symbols(state.read(before_B1))
-            slots_l = self.prefix.slots - 1 + place + jnp.arange(1)
+            inputs_BlD = self.embeddings(state.read(before_B1))
+            slots_l = self.conditioning.slots - 1 + place + jnp.arange(1)
         hidden_BlD, cache = self.hidden(
             inputs_BlD,
             state.order_BL,
             slots_l,
             state.cond,
-            self.places,
+            self.positions,
             slots=phase.slots,
             modulation=state.modulation,
             cache=state.cache,
         )
         position_B1 = jax.lax.dynamic_slice_in_dim(state.order_BL, place, 1, axis=1)
-        cond = self.prefix.adapt(state.cond, slots_l[-1:])
+        cond = self.conditioning.adapt(state.cond, slots_l[-1:])
         state = self._drawn(state, hidden_BlD[:, -1:], position_B1, cond, draw)
         return state.replace(cache=cache)
 
@@ -236,8 +239,8 @@ class Generator(nnx.Module):
 
     def _ended(self, hidden_BlD, cond, given_Blt, key=None) -> jax.Array:
         """Logits of the symbols that the head gives at once, `given_Blt` known."""
-        embeddings = self.symbols.table[...]
-        return self.head(hidden_BlD, cond=cond, given=given_Blt, symbols=embeddings, key=key)
+        rows_GVD = self.embeddings.table[...]
+        return self.head(hidden_BlD, cond=cond, given=given_Blt, embeddings=rows_GVD, key=key)
 
     def _checked(self, batch: TokenBatch) -> TokenBatch:
         """The batch, its tokens as int32; an error where it is none of this generator's."""
@@ -279,7 +282,7 @@ class Generator(nnx.Module):
         return nats_BLG.sum(-1).mean(), (logits_BLGV.argmax(-1) == targets_BLG).mean()
 
     def _grouped(self, side: int, batch: TokenBatch, key) -> tuple[jax.Array, jax.Array]:
-        """The same of square groups, as NPP trains: one prediction for all tokens of the next."""
+        """What `_plain` gives, of square groups: a prediction for all tokens of the next (NPP)."""
         ((rows, columns),) = self.layout.grids
         coarse = TokenLayout(self.layout.vocab, ((rows // side, columns // side),))
 
@@ -289,32 +292,37 @@ class Generator(nnx.Module):
             x = x_BL_.reshape(-1, rows // side, side, columns // side, side, *rest)
             return x.swapaxes(2, 3).reshape(-1, coarse.length, side * side, *rest)
 
-        inputs_BlD = gathered(self.symbols(batch.tokens_BLG)).mean(2)[:, :-1]
+        inputs_BlD = gathered(self.embeddings(batch.tokens_BLG)).mean(2)[:, :-1]
         order_Bl = jnp.broadcast_to(jnp.arange(coarse.length), (len(inputs_BlD), coarse.length))
         width, precision = inputs_BlD.shape[-1], self.transformer.precision
-        places = positions.Rotary2D(
-            coarse, self.prefix.slots, width, self.transformer.heads, precision=precision, rngs=None
+        coarsely = position_names.Rotary2D(
+            coarse,
+            self.conditioning.slots,
+            width,
+            self.transformer.heads,
+            precision=precision,
+            rngs=None,
         )
-        hidden_BlD, cond = self._taught(inputs_BlD, order_Bl, batch.cond, places, key)
+        hidden_BlD, cond = self._taught(inputs_BlD, order_Bl, batch.cond, coarsely, key)
         targets_BlPG = gathered(batch.tokens_BLG)
         logits_Bl1GV = self._ended(hidden_BlD, cond, targets_BlPG[:, :, 0, :-1])[:, :, None]
         logits_BlPGV = jnp.broadcast_to(logits_Bl1GV, (*targets_BlPG.shape, self.layout.absent))
         nats = optax.softmax_cross_entropy_with_integer_labels(logits_BlPGV, targets_BlPG)
         return nats.sum(-1).mean(), (logits_BlPGV.argmax(-1) == targets_BlPG).mean()
 
-    def _taught(self, inputs_BlD, order_BL, cond, places, key):
+    def _taught(self, inputs_BlD, order_BL, cond, positions, key):
         """(outputs [B, L, D] that predict the places of an order, what adaptive heads are told)."""
         L = order_BL.shape[1]
-        inputs_BlD = jnp.concatenate([self.prefix(cond), inputs_BlD], axis=1)
+        inputs_BlD = jnp.concatenate([self.conditioning(cond), inputs_BlD], axis=1)
         rate, inputs_key = self.transformer.rates.token, rng.use(key, rng.INPUTS)
-        inputs_BlD = attention.dropout(inputs_BlD, rate, inputs_key)
+        inputs_BlD = dropout.dropout(inputs_BlD, rate, inputs_key)
         slots_l = jnp.arange(inputs_BlD.shape[1])
         hidden_BlD, _ = self.hidden(
-            *(inputs_BlD, order_BL, slots_l, cond, places),
+            *(inputs_BlD, order_BL, slots_l, cond, positions),
             slots=len(slots_l),
             key=rng.use(key, rng.TRUNK),
         )
-        return hidden_BlD[:, -L:], self.prefix.adapt(cond, slots_l[-L:])
+        return hidden_BlD[:, -L:], self.conditioning.adapt(cond, slots_l[-L:])
 
     def hidden(
         self,
@@ -322,7 +330,7 @@ class Generator(nnx.Module):
         order_BL,
         slots_l,
         cond,
-        places,
+        positions,
         *,
         slots,
         modulation=None,
@@ -330,9 +338,9 @@ class Generator(nnx.Module):
         key=None,
     ):
         """(outputs [B, l, D], cache) of some slots: each sees itself and the slots before it."""
-        added_BlD, rotary = places(order_BL, slots_l)
+        added_BlD, rotary = positions(order_BL, slots_l)
         inputs_BlD = inputs_BlD if added_BlD is None else inputs_BlD + added_BlD
-        told = self.prefix.adapt(cond, slots_l)
+        told = self.conditioning.adapt(cond, slots_l)
         if modulation is not None:
             count = len(slots_l)
             modulation = tuple(
@@ -346,7 +354,7 @@ class Generator(nnx.Module):
             cond=told,
             modulation=modulation,
             rotary=rotary,
-            mask=self.prefix.seen(cond, slots_l, slots),
+            mask=self.conditioning.seen(cond, slots_l, slots),
             cache=cache,
             at=slots_l[0],
             key=key,
@@ -354,35 +362,38 @@ class Generator(nnx.Module):
 
     def _modulation(self, cond):
         """What adaptive blocks need at every slot, computed once, where it stays within budget."""
-        slots_S = jnp.arange(self.prefix.slots - 1 + self.layout.length)
-        shape = jax.eval_shape(self.prefix.adapt, cond, slots_S)
+        slots_S = jnp.arange(self.conditioning.slots - 1 + self.layout.length)
+        shape = jax.eval_shape(self.conditioning.adapt, cond, slots_S)
         if shape is None:
             return None
         # the tables of slots are the same for all rows, the sum is not
         size = 6 * shape.size * self.transformer.depth
         if size * self.transformer.precision.compute_dtype.itemsize > self.budget:
             return None
-        return self.transformer.modulation(self.prefix.adapt(cond, slots_S))
+        return self.transformer.modulation(self.conditioning.adapt(cond, slots_S))
 
-    def _check_groups(self, places: str) -> None:
+    def _check_groups(self, positions: str) -> None:
         if not self.groups:
             return
         grids, sides = self.layout.grids, [side for side, _ in self.groups]
         fits = len(grids) == 1 and all(n % side == 0 for n in grids[0] for side in sides)
-        if not fits or places != "rotary" or self.layout.groups != 1:
+        if not fits or positions != "rotary" or self.layout.groups != 1:
             raise UserError(
-                "groups of tokens need rotary places and one grid of single symbols that their "
-                f"sides divide; found places={places!r}, {self.layout}, sides {sides}"
+                "groups of tokens need rotary positions and one grid of single symbols that their "
+                f"sides divide; found positions={positions!r}, {self.layout}, sides {sides}"
             )
         ends = [end for _, end in self.groups]
         if ends != sorted(set(ends)):
             raise UserError(f"groups are in the order of their last steps; found {self.groups}")
 
 
-def _check_options(prefix: str, texts, head: str, factor: int, shuffle) -> None:
-    """What only one prefix or head takes; the rest would be read by nobody."""
-    if texts is not None and prefix != "captions":
-        raise UserError(f"texts are for prefix='captions'; found prefix={prefix!r}, texts={texts}")
+def _check_options(conditioning: str, texts, head: str, factor: int, shuffle) -> None:
+    """What only one conditioning or head takes; the rest would be read by nobody."""
+    if texts is not None and conditioning != "captions":
+        raise UserError(
+            f"texts are for conditioning='captions'; found conditioning={conditioning!r}, "
+            f"texts={texts}"
+        )
     if (head == "factor") != (factor > 0):
         raise UserError(
             "factor is the depth of the head 'factor', at least 1 there and 0 with all others; "
@@ -392,13 +403,14 @@ def _check_options(prefix: str, texts, head: str, factor: int, shuffle) -> None:
         raise UserError(f"shuffle is (first, last) step of its fall; found {tuple(shuffle)}")
 
 
-def _check_parts(kit: part_names.Parts, parts: str, prefix: str, head: str) -> None:
-    told = prefix in conditioning.TELLING
-    if kit.adaptive != told or (head in head_names.ADAPTIVE and not told):
+def _check_variant(variant: str, conditioning: str, head: str) -> None:
+    told = conditioning in conditioning_names.ADAPTIVE
+    if variants.named(variant).adaptive != told or (head in head_names.ADAPTIVE and not told):
         raise UserError(
-            "adaptive parts need a prefix that tells them a condition, no others can be told one, "
-            f"and an adaptive head needs it too; found parts={parts!r}, prefix={prefix!r}, "
-            f"head={head!r}: prefixes that tell are {' and '.join(conditioning.TELLING)}"
+            "an adaptive variant needs conditioning that its blocks are told, no other can be told "
+            f"one, and an adaptive head needs it too; found variant={variant!r}, "
+            f"conditioning={conditioning!r}, head={head!r}: blocks are told "
+            f"{' and '.join(conditioning_names.ADAPTIVE)}"
         )
     if head in head_names.TIED:
         raise UserError(f"head {head!r} is for masked generators; use 'linear', for example")

@@ -13,33 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import boundary, ranges, rng
+from tokgen import boundary, choices, ranges, rng
 from tokgen.generators import mask_schedules
 from tokgen.interfaces import DecodeState, Phase, Quantizer, TokenBatch, TokenLayout, UserError
 from tokgen.nn import (
-    attention,
+    dropout,
     embeddings,
     heads as head_names,
     linear,
+    norms,
     positions,
     transformer,
-    variants as part_names,
+    variants,
 )
 from tokgen.nn.precision import Precision
 
 LEAST = 1e-8  # added weight, where there may be none
 STACKS = {"stack": transformer.Transformer, "u_shaped": transformer.UShaped}
-
-
-class Plain(nnx.Module):
-    """Input vectors as they are (TiTok's U-ViT)."""
-
-    def __init__(self, width: int, *, precision: Precision, rngs):
-        del width, precision, rngs
-
-    def __call__(self, x_BlD: jax.Array) -> jax.Array:
-        """[B, l, D], the same."""
-        return x_BlD
 
 
 class Typed(nnx.Module):
@@ -48,14 +38,14 @@ class Typed(nnx.Module):
     def __init__(self, width: int, *, precision: Precision, rngs):
         options = dict(precision=precision, rngs=rngs)
         self.types = embeddings.Table(2, width, std=linear.published, **options)
-        self.norm = part_names.bert_norm(width, **options)
+        self.norm = norms.bert_norm(width, **options)
 
     def __call__(self, x_BlD: jax.Array) -> jax.Array:
         """[B, l, D] -> [B, l, D]."""
         return self.norm(x_BlD + self.types(0)[None, None])
 
 
-ENTRIES = {"plain": Plain, "normed": part_names.bert_norm, "typed": Typed}
+ENTRIES = {"plain": norms.Identity, "normed": norms.bert_norm, "typed": Typed}
 
 
 def counted(uniform_BN: jax.Array, share_B: jax.Array) -> jax.Array:
@@ -97,7 +87,7 @@ class Generator(nnx.Module):
         visible: weight of the known slots in the loss; masked ones have 1.
         smoothing: of the targets.
         mean: of the loss, over "slots" of the whole batch or over "samples".
-        inputs, entry, stack, parts, head: what published systems disagree about.
+        inputs, entry, stack, variant, head: what published systems disagree about.
         label_drop: None for a model that knows no "no class", and cannot be guided.
     """
 
@@ -122,10 +112,10 @@ class Generator(nnx.Module):
         visible: ranges.Amount = 0.0,
         smoothing: ranges.Rate = 0.0,
         mean: str = "slots",
-        inputs: str = "symbols",
+        inputs: str = "tokens",
         entry: str = "plain",
         stack: str = "stack",
-        parts: str = "vit",
+        variant: str = "vit",
         head: str = "linear",
         rates: transformer.Rates | None = None,
         label_drop: ranges.Share | None = 0.1,
@@ -134,40 +124,44 @@ class Generator(nnx.Module):
         precision: Precision,
         rngs: nnx.Rngs,
     ):
-        kit = part_names.named(parts)
         options = dict(precision=precision, rngs=rngs)
         mask_schedules.named(schedule)
-        if kit.adaptive or head in (*head_names.ADAPTIVE, "factor"):
+        if variants.named(variant).adaptive or head in (*head_names.ADAPTIVE, "factor"):
             raise UserError(
-                "masked has no condition for adaptive parts or heads, nor symbols in turn; "
-                f"found parts={parts!r}, head={head!r}: use 'vit' or 'bert', 'linear' or 'bare'"
+                "masked has no condition for an adaptive variant or head, nor symbols in turn; "
+                f"found variant={variant!r}, head={head!r}: use 'vit' or 'bert', 'linear' or 'bare'"
             )
-        if head in head_names.TIED and inputs != "symbols":
-            raise UserError(f"head {head!r} needs inputs='symbols'; found inputs={inputs!r}")
+        if head in head_names.TIED and inputs != "tokens":
+            raise UserError(f"head {head!r} needs inputs='tokens'; found inputs={inputs!r}")
+        variant = variants.named(variant)
         self.layout, self.classes = layout, classes
         self.label_drop = label_drop
         self.steps, self.schedule, self.exponent = steps, schedule, exponent
-        self.masking = _named(MASKINGS, masking, "masking")
+        self.masking = choices.named(MASKINGS, masking, "masking")
         self.visible, self.smoothing = visible, smoothing
-        self.mean = _named(MEANS, mean, "mean")
-        self.symbols = embeddings.named(inputs)(layout, width, extra=1, std=kit.std, **options)
+        self.mean = choices.named(MEANS, mean, "mean")
+        self.embeddings = embeddings.named(inputs)(
+            layout, width, extra=1, std=variant.std, **options
+        )
         nulls = 0 if label_drop is None else 1
-        self.labels = embeddings.Labels(classes, width, nulls=nulls, std=kit.std, **options)
-        self.places = positions.Learned(layout, 1, width, heads, **options)
-        self.entry = _named(ENTRIES, entry, "entry")(width, **options)
-        self.transformer = _named(STACKS, stack, "stack")(
+        self.labels = embeddings.Labels(classes, width, nulls=nulls, std=variant.std, **options)
+        self.positions = positions.Learned(layout, 1, width, heads, **options)
+        self.entry = choices.named(ENTRIES, entry, "entry")(width, **options)
+        self.transformer = choices.named(STACKS, stack, "stack")(
             width,
             depth,
             heads,
             hidden=hidden,
-            parts=kit,
+            variant=variant,
             rates=rates or transformer.Rates(),
             remat=remat,
             unroll=unroll,
             **options,
         )
-        self.closing = kit.closing(width, **options) if kit.closing else None
-        self.head = head_names.named(head)(layout, width, classes=classes, kit=kit, **options)
+        self.closing = variant.closing(width, **options) if variant.closing else None
+        self.head = head_names.named(head)(
+            layout, width, classes=classes, variant=variant, **options
+        )
 
     def check(self, cond: jax.Array) -> None:
         """An error where a condition is none of this generator's."""
@@ -308,11 +302,11 @@ class Generator(nnx.Module):
     def hidden(self, tokens_BLG: jax.Array, cond: jax.Array, *, key=None) -> jax.Array:
         """[B, 1 + L, D] behind the last block: the label's slot, then those of the positions."""
         L = self.layout.length
-        x_BlD = jnp.concatenate([self.labels(cond)[:, None], self.symbols(tokens_BLG)], axis=1)
+        x_BlD = jnp.concatenate([self.labels(cond)[:, None], self.embeddings(tokens_BLG)], axis=1)
         order_1L = jnp.arange(L)[None]
-        x_BlD = self.entry(x_BlD + self.places(order_1L, jnp.arange(1 + L))[0])
+        x_BlD = self.entry(x_BlD + self.positions(order_1L, jnp.arange(1 + L))[0])
         rate, inputs_key = self.transformer.rates.token, rng.use(key, rng.INPUTS)
-        x_BlD = attention.dropout(x_BlD, rate, inputs_key)
+        x_BlD = dropout.dropout(x_BlD, rate, inputs_key)
         x_BlD, _ = self.transformer(x_BlD, key=rng.use(key, rng.TRUNK))
         return x_BlD if self.closing is None else self.closing(x_BlD)
 
@@ -327,8 +321,8 @@ class Generator(nnx.Module):
         return (1 - self.smoothing) * nats_BLG + self.smoothing * even_BLG, nats_BLG
 
     def read_out(self, x_BlD: jax.Array) -> jax.Array:
-        """The head's columns; a tied one reads the rows of symbols and labels."""
-        return self.head(x_BlD, symbols=self.symbols.rows, labels=self.labels.table[...])
+        """The head's columns; a tied one reads the embeddings of tokens and labels."""
+        return self.head(x_BlD, embeddings=self.embeddings.rows, labels=self.labels.table[...])
 
     def _checked(self, batch: TokenBatch, *, absent: bool = False) -> TokenBatch:
         """The batch, its tokens as int32; an error where it is none of this generator's."""
@@ -342,9 +336,3 @@ class Generator(nnx.Module):
         flat_BN = confidence_BLG.reshape(len(confidence_BLG), -1)
         rank_BN = jnp.argsort(jnp.argsort(flat_BN, axis=-1), axis=-1)
         return (rank_BN < left_B[:, None]).reshape(confidence_BLG.shape)
-
-
-def _named(found: dict, name: str, what: str):
-    if name not in found:
-        raise UserError(f"{what} must be one of {sorted(found)}; found {name!r}")
-    return found[name]

@@ -27,12 +27,12 @@ from tokgen.interfaces import (
     UserError,
 )
 from tokgen.nn import (
-    attention,
+    dropout,
     embeddings,
     heads as head_names,
     linear,
     transformer,
-    variants as part_names,
+    variants,
 )
 from tokgen.nn.precision import Precision
 
@@ -61,7 +61,7 @@ class Generator(nnx.Module):
         depth: ranges.Depth,
         heads: ranges.Heads,
         hidden: ranges.Hidden | None = None,
-        parts: str = "var",
+        variant: str = "var",
         gates: ranges.Amount = 1e-3,
         smoothing: ranges.Rate = 0.0,
         label_drop: ranges.Share = 0.1,
@@ -71,22 +71,22 @@ class Generator(nnx.Module):
         precision: Precision,
         rngs: nnx.Rngs,
     ):
-        kit = part_names.named(parts)
-        _check(layout, kit, parts)
-        options = dict(std=kit.std, precision=precision, rngs=rngs)
+        _check(layout, variant)
+        variant = variants.named(variant)
+        options = dict(std=variant.std, precision=precision, rngs=rngs)
         self.layout, self.classes, self.channels = layout, classes, channels
         self.smoothing, self.label_drop = smoothing, label_drop
         self.labels = embeddings.Labels(classes, width, **options)
         self.token = nnx.Param(jnp.zeros((layout.spans[0][1], width), precision.params_dtype))
         self.embed = linear.Linear(channels, width, bias=True, **options)
-        self.places = embeddings.Table(layout.length, width, **options)
+        self.positions = embeddings.Table(layout.length, width, **options)
         self.levels = embeddings.Table(len(layout.grids), width, **options)
         self.transformer = transformer.Transformer(
             width,
             depth,
             heads,
             hidden=hidden,
-            parts=kit,
+            variant=variant,
             rates=rates or transformer.Rates(),
             remat=remat,
             unroll=unroll,
@@ -95,7 +95,7 @@ class Generator(nnx.Module):
         )
         # float32, as published: the last product decides draws and losses
         wide = dataclasses.replace(precision, compute="float32")
-        self.head = head_names.Adaptive(layout, width, kit=kit, precision=wide, rngs=rngs)
+        self.head = head_names.Adaptive(layout, width, variant=variant, precision=wide, rngs=rngs)
         _rescale(self, width, gates, rngs)
 
     def check(self, label_B: jax.Array) -> None:
@@ -113,10 +113,10 @@ class Generator(nnx.Module):
         known_BlC = codec.known_before(batch.tokens_BLG)
         cond_B1D = self.labels(batch.cond)[:, None]
         x_BLD = jnp.concatenate([self._begin(cond_B1D), self.embed(known_BlC)], axis=1)
-        x_BLD = x_BLD + self._places(0, self.layout.length)
+        x_BLD = x_BLD + self._slots(0, self.layout.length)
         rate, inputs_key = self.transformer.rates.token, rng.use(key, rng.INPUTS)
         hidden_BLD, _ = self.transformer(
-            attention.dropout(x_BLD, rate, inputs_key),
+            dropout.dropout(x_BLD, rate, inputs_key),
             cond=cond_B1D,
             mask=self._mask(),
             key=rng.use(key, rng.TRUNK),
@@ -189,7 +189,7 @@ class Generator(nnx.Module):
         else:
             x_BlD = self.embed(codec.view(state.latents_BPC, scale))
         hidden_BlD, cache = self.transformer(
-            x_BlD + self._places(phase.start, stop),
+            x_BlD + self._slots(phase.start, stop),
             modulation=state.modulation,
             cache=state.cache,
             at=phase.start,
@@ -204,9 +204,11 @@ class Generator(nnx.Module):
         """[B, l, D]: what stands at the slots of the first scale."""
         return cond_B1D + self.token[...][None]
 
-    def _places(self, start: int, stop: int) -> jax.Array:
+    def _slots(self, start: int, stop: int) -> jax.Array:
         """[1, l, D]: the vectors of slots and of their scales."""
-        return (self.places(np.arange(start, stop)) + self.levels(self._scales()[start:stop]))[None]
+        return (self.positions(np.arange(start, stop)) + self.levels(self._scales()[start:stop]))[
+            None
+        ]
 
     def _scales(self) -> np.ndarray:
         """[L] the scale of every slot."""
@@ -249,16 +251,16 @@ class Generator(nnx.Module):
             )
 
 
-def _check(layout: TokenLayout, kit: part_names.Parts, parts: str) -> None:
+def _check(layout: TokenLayout, variant: str) -> None:
     if len(layout.grids) < 2:
         raise UserError(
             f"next-scale needs a pyramid; found one grid, {layout.grids[0]}: use a tokenizer with "
             "a multiscale quantizer, or another generator"
         )
-    if not kit.adaptive:
+    if not variants.named(variant).adaptive:
         raise UserError(
-            "next-scale needs parts whose norms follow a condition, as 'var' or 'var_shared'; "
-            f"found {parts!r}"
+            "next-scale needs a variant whose norms follow a condition, as 'var' or 'var_shared'; "
+            f"found {variant!r}"
         )
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from tokgen import sharding
-from tokgen.nn import linear, positions
+from tokgen.nn import dropout, linear, norms, positions
 from tokgen.nn.precision import Precision
 
 
@@ -41,22 +41,6 @@ class KVCache:
         return KVCache(jnp.pad(self.keys_BNSK, pad), jnp.pad(self.values_BNSK, pad))
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Dropout as a function of a key; none without one."""
-    if key is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
-
-
-def drop_path(x_BlD: jax.Array, rate: jax.Array | float, key: jax.Array | None) -> jax.Array:
-    """A residual branch left out for whole samples (arXiv:1603.09382); none without a key."""
-    if key is None:
-        return x_BlD
-    keep_B11 = jax.random.bernoulli(key, 1 - rate, (len(x_BlD), 1, 1))
-    return jnp.where(keep_B11, x_BlD / (1 - rate), 0).astype(x_BlD.dtype)
-
-
 def attend(
     queries_BNlK: jax.Array,
     keys_BNSK: jax.Array,
@@ -75,7 +59,7 @@ def attend(
     )
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
-    weights = dropout(jax.nn.softmax(scores, axis=-1), rate, key)
+    weights = dropout.dropout(jax.nn.softmax(scores, axis=-1), rate, key)
     return jnp.einsum("BNlS,BNSK->BNlK", weights.astype(values_BNSK.dtype), values_BNSK)
 
 
@@ -108,8 +92,8 @@ class HeadNorm(nnx.Module):
 
     def __init__(self, heads: int, size: int, *, precision: Precision, rngs: nnx.Rngs):
         del heads
-        self.query_norm = linear.LayerNorm(size, precision=precision, rngs=rngs)
-        self.key_norm = linear.LayerNorm(size, precision=precision, rngs=rngs)
+        self.query_norm = norms.LayerNorm(size, precision=precision, rngs=rngs)
+        self.key_norm = norms.LayerNorm(size, precision=precision, rngs=rngs)
         self.factor = size**-0.5
 
     def __call__(self, queries_BNlK, keys_BNlK) -> tuple[jax.Array, jax.Array]:
@@ -127,16 +111,10 @@ class Cosine(nnx.Module):
     def __call__(self, queries_BNlK, keys_BNlK) -> tuple[jax.Array, jax.Array]:
         """(queries with the scale in them, keys)."""
         scale_N = jnp.exp(jnp.minimum(self.scale[...].astype(jnp.float32), math.log(100.0)))
-        queries = _unit(queries_BNlK) * scale_N[None, :, None, None]
-        return queries.astype(queries_BNlK.dtype), _unit(keys_BNlK).astype(keys_BNlK.dtype)
-
-
-def _unit(x_BNlK: jax.Array) -> jax.Array:
-    # float32: a bfloat16 sum of squares has three significant digits
-    wide = x_BNlK.astype(jnp.float32)
-    # the gradient of a norm at zero is no number
-    square = jnp.maximum(jnp.sum(wide * wide, axis=-1, keepdims=True), 1e-24)
-    return wide * jax.lax.rsqrt(square)
+        # float32: a bfloat16 sum of squares has three significant digits
+        queries = norms.unit(queries_BNlK.astype(jnp.float32)) * scale_N[None, :, None, None]
+        keys = norms.unit(keys_BNlK.astype(jnp.float32))
+        return queries.astype(queries_BNlK.dtype), keys.astype(keys_BNlK.dtype)
 
 
 ALL = ("query", "key", "value", "out")

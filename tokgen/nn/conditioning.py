@@ -1,18 +1,37 @@
-"""What stands before the first token of a causal sequence: the condition, as slots of its own."""
+"""Conditioning of a causal sequence: slots of the condition before the first token, its prefix.
+
+And what adaptive blocks are told at every slot (`adapt`), which slots are seen (`seen`), what is no
+condition (`check`) and the condition that stands for none (`null`).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tokgen import choices
 from tokgen.interfaces import Statistic, Text, UserError
-from tokgen.nn import embeddings, linear, variants
+from tokgen.nn import blocks, embeddings, linear, mlp
 from tokgen.nn.precision import Precision
 
 
+def nothing(label_B1D: jax.Array) -> None:
+    """Adaptive blocks are told nothing; there are none."""
+
+
+def everywhere(label_B1D: jax.Array) -> jax.Array:
+    """Adaptive blocks are told the class at every slot."""
+    return label_B1D
+
+
 class Label(nnx.Module):
-    """One slot: the class (LlamaGen). The condition is label_B."""
+    """One slot: the class (LlamaGen). The condition is label_B.
+
+    `told` makes of the vector of the class what adaptive blocks are told.
+    """
 
     cond, text = "label", None
 
@@ -22,13 +41,16 @@ class Label(nnx.Module):
         width: int,
         length: int,
         *,
-        kit: variants.Parts,
+        told: Callable = nothing,
+        variant: blocks.Variant,
         precision: Precision,
         rngs,
     ):
         del length
-        self.slots = 1
-        self.labels = embeddings.Labels(classes, width, std=kit.std, precision=precision, rngs=rngs)
+        self.slots, self.told = 1, told
+        self.labels = embeddings.Labels(
+            classes, width, std=variant.std, precision=precision, rngs=rngs
+        )
 
     def __call__(self, label_B: jax.Array) -> jax.Array:
         """[B] -> [B, 1, D]."""
@@ -42,52 +64,18 @@ class Label(nnx.Module):
         """The labels that stand for no class."""
         return self.labels.null(label_B)
 
-    def adapt(self, label_B: jax.Array, slots_l: jax.Array) -> None:
-        """What adaptive blocks are told at some slots: nothing."""
+    def adapt(self, label_B: jax.Array, slots_l: jax.Array) -> jax.Array | None:
+        """What adaptive blocks are told at some slots: [B, 1, D] whatever the slots, or nothing."""
+        return self.told(self.labels(label_B)[:, None])
 
     def seen(self, label_B: jax.Array, slots_l: jax.Array, slots: int) -> jax.Array:
         """[1, 1, l, S]: a slot sees itself and the slots before it."""
         return causal(slots_l, slots)
 
 
-class ToldLabel(nnx.Module):
-    """One slot: the class, which adaptive blocks are told at every slot, too (IBQ)."""
-
-    cond, text = "label", None
-
-    def __init__(
-        self,
-        classes: int,
-        width: int,
-        length: int,
-        *,
-        kit: variants.Parts,
-        precision: Precision,
-        rngs,
-    ):
-        del length
-        self.slots = 1
-        self.labels = embeddings.Labels(classes, width, std=kit.std, precision=precision, rngs=rngs)
-
-    def __call__(self, label_B: jax.Array) -> jax.Array:
-        """[B] -> [B, 1, D]."""
-        return self.labels(label_B)[:, None]
-
-    def check(self, label_B: jax.Array) -> None:
-        """An error where they are no labels of these classes."""
-        self.labels.check(label_B)
-
-    def null(self, label_B: jax.Array) -> jax.Array:
-        """The labels that stand for no class."""
-        return self.labels.null(label_B)
-
-    def adapt(self, label_B: jax.Array, slots_l: jax.Array) -> jax.Array:
-        """[B, 1, D]: the class, whatever the slots."""
-        return self.labels(label_B)[:, None]
-
-    def seen(self, label_B: jax.Array, slots_l: jax.Array, slots: int) -> jax.Array:
-        """[1, 1, l, S]: a slot sees itself and the slots before it."""
-        return causal(slots_l, slots)
+def adaptive_label(*args, **options) -> Label:
+    """`Label`, which adaptive blocks are told at every slot, too (IBQ)."""
+    return Label(*args, told=everywhere, **options)
 
 
 class ClsLabel(nnx.Module):
@@ -99,6 +87,7 @@ class ClsLabel(nnx.Module):
 
     cond, text = "label", None
     SPARE = 98
+    check, null, seen = Label.check, Label.null, Label.seen  # of `labels`, as there
 
     def __init__(
         self,
@@ -106,12 +95,12 @@ class ClsLabel(nnx.Module):
         width: int,
         length: int,
         *,
-        kit: variants.Parts,
+        variant: blocks.Variant,
         precision: Precision,
         rngs,
     ):
         self.slots = 2
-        options = dict(std=kit.std, precision=precision, rngs=rngs)
+        options = dict(std=variant.std, precision=precision, rngs=rngs)
         self.token = nnx.Param(jnp.zeros(width, precision.params_dtype))
         self.labels = embeddings.Labels(classes, width, **options)
         self.steps = embeddings.Table(self.slots + length + self.SPARE, width, **options)
@@ -122,21 +111,9 @@ class ClsLabel(nnx.Module):
         token_11D = self.token[...].astype(label_B1D.dtype)[None, None]
         return jnp.concatenate([jnp.broadcast_to(token_11D, label_B1D.shape), label_B1D], axis=1)
 
-    def check(self, label_B: jax.Array) -> None:
-        """An error where they are no labels of these classes."""
-        self.labels.check(label_B)
-
-    def null(self, label_B: jax.Array) -> jax.Array:
-        """The labels that stand for no class."""
-        return self.labels.null(label_B)
-
     def adapt(self, label_B: jax.Array, slots_l: jax.Array) -> jax.Array:
         """[B, l, D]: the class and the slot's number, which an order never permutes."""
         return self.labels(label_B)[:, None] + self.steps(slots_l)[None]
-
-    def seen(self, label_B: jax.Array, slots_l: jax.Array, slots: int) -> jax.Array:
-        """[1, 1, l, S]: a slot sees itself and the slots before it."""
-        return causal(slots_l, slots)
 
 
 class Captions(nnx.Module):
@@ -154,13 +131,13 @@ class Captions(nnx.Module):
         length: int,
         *,
         texts: tuple[int, int] = (120, 2048),
-        kit: variants.Parts,
+        variant: blocks.Variant,
         precision: Precision,
         rngs,
     ):
         del classes, length
         self.slots, channels = texts
-        options = dict(std=kit.std, precision=precision, rngs=rngs)
+        options = dict(std=variant.std, precision=precision, rngs=rngs)
         self.hidden = linear.Linear(channels, width, **options)
         self.dense = linear.Linear(width, width, **options)
         draw = jax.random.normal(rngs.params(), (self.slots, channels))
@@ -174,7 +151,7 @@ class Captions(nnx.Module):
     def __call__(self, text: Text) -> jax.Array:
         """[B, T, E] -> [B, T, D]."""
         self.check(text)
-        return self.dense(variants.tanh_gelu(self.hidden(text.features_BTE)))
+        return self.dense(mlp.tanh_gelu(self.hidden(text.features_BTE)))
 
     def null(self, text: Text) -> Text:
         """The texts that stand for none, padded alike."""
@@ -218,19 +195,18 @@ def causal(slots_l: jax.Array, slots: int) -> jax.Array:
     return (jnp.arange(slots)[None, :] <= slots_l[:, None])[None, None]
 
 
-PREFIXES = {
+KINDS = {
     "label": Label,
-    "told_label": ToldLabel,
+    "adaptive_label": adaptive_label,
     "cls_label": ClsLabel,
     "captions": Captions,
 }
+ADAPTIVE = (
+    "adaptive_label",
+    "cls_label",
+)  # what adaptive blocks and heads are told comes from them
 
 
-TELLING = ("told_label", "cls_label")  # their condition reaches adaptive blocks and heads
-
-
-def named(name: str):
-    """The kind of prefix that a config names."""
-    if name not in PREFIXES:
-        raise UserError(f"prefix must be one of {sorted(PREFIXES)}; found {name!r}")
-    return PREFIXES[name]
+def named(name: str) -> Callable:
+    """The kind of conditioning that a config names."""
+    return choices.named(KINDS, name, "conditioning")

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen.interfaces import UserError
-from tokgen.nn import attention, linear
+from tokgen import choices
+from tokgen.nn import attention, linear, norms
 from tokgen.nn.precision import Precision
 
 
@@ -225,7 +225,7 @@ class AdaptiveNorm(nnx.Module):
         std_BC = jnp.sqrt(jnp.var(wide_BPC, axis=1, ddof=1) + 1e-6)
         scale_B11C = self.scale(std_BC)[:, None, None]
         shift_B11C = self.shift(wide_BPC.mean(1))[:, None, None]
-        y_BHWC = linear.grouped(x_BHWC) * scale_B11C.astype(jnp.float32)
+        y_BHWC = norms.grouped(x_BHWC) * scale_B11C.astype(jnp.float32)
         return (y_BHWC + shift_B11C.astype(jnp.float32)).astype(x_BHWC.dtype)
 
 
@@ -248,31 +248,31 @@ def upsample(x_BHWC: jax.Array) -> jax.Array:
     return jnp.repeat(jnp.repeat(x_BHWC, 2, axis=1), 2, axis=2)
 
 
-def no_middle(width: int, blocks: int, kit: Parts, **options) -> list[nnx.Module]:
+def no_middle(width: int, blocks: int, variant: Variant, **options) -> list[nnx.Module]:
     """Nothing between the encoder's coarsest level and its end."""
-    del width, blocks, kit, options
+    del width, blocks, variant, options
     return []
 
 
-def plain_middle(width: int, blocks: int, kit: Parts, **options) -> list[nnx.Module]:
+def plain_middle(width: int, blocks: int, variant: Variant, **options) -> list[nnx.Module]:
     """As many blocks as a level of the encoder has."""
-    return [kit.block(width, width, norm=kit.norm, **options) for _ in range(blocks)]
+    return [variant.block(width, width, norm=variant.norm, **options) for _ in range(blocks)]
 
 
-def attentive_middle(width: int, blocks: int, kit: Parts, **options) -> list[nnx.Module]:
+def attentive_middle(width: int, blocks: int, variant: Variant, **options) -> list[nnx.Module]:
     """Block, attention, block."""
     del blocks
-    first = kit.block(width, width, norm=kit.norm, **options)
-    between = Attention(width, norm=kit.norm, **options)
-    return [first, between, kit.block(width, width, norm=kit.norm, **options)]
+    first = variant.block(width, width, norm=variant.norm, **options)
+    between = Attention(width, norm=variant.norm, **options)
+    return [first, between, variant.block(width, width, norm=variant.norm, **options)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class Variant:
     """What published convolutional tokenizers disagree about."""
 
     block: Callable
-    norm: Callable = linear.GroupNorm
+    norm: Callable = norms.GroupNorm
     down: Callable = Downsample
     up: Callable = Upsample
     middle: Callable = no_middle  # between the coarsest level and the latents, on both sides
@@ -284,18 +284,18 @@ class Parts:
     first_bias: bool = True
 
 
-VQGAN = Parts(Residual)
-LIGHT = Parts(LightResidual, linear.RMSNorm)
-LOCAL = Parts(local, linear.RMSNorm, first=1, last=1)
+VQGAN = Variant(Residual)
+LIGHT = Variant(LightResidual, norms.RMSNorm)
+LOCAL = Variant(local, norms.RMSNorm, first=1, last=1)
 
 # MaskGIT's VQGAN, arXiv:2202.04200
-MASKGIT = Parts(SelfResidual, down=Average, middle=plain_middle, last=1, first_bias=False)
-# VQGAN+ and the bit tokenizers of MaskBit, arXiv:2409.16211: the same, with learned downsampling
-MASKBIT = Parts(SelfResidual, middle=plain_middle, last=1, first_bias=False)
+MASKGIT = Variant(SelfResidual, down=Average, middle=plain_middle, last=1, first_bias=False)
+# VQGAN+ and the bit tokenizers of MaskBit, arXiv:2409.16211: MASKGIT with learned downsampling
+MASKBIT = Variant(SelfResidual, middle=plain_middle, last=1, first_bias=False)
 # VQGAN, arXiv:2012.09841; also LlamaGen, VAR and IBQ
-TAMING = Parts(Residual, middle=attentive_middle, attention=Attention, more=1)
+TAMING = Variant(Residual, middle=attentive_middle, attention=Attention, more=1)
 # Open-MAGVIT2, arXiv:2409.04410
-MAGVIT2 = Parts(
+MAGVIT2 = Variant(
     unbiased,
     down=symmetric,
     up=Unfold,
@@ -306,9 +306,9 @@ MAGVIT2 = Parts(
 )
 
 
-def named(name: str) -> Parts:
+KNOWN = {name.lower(): it for name, it in vars().items() if isinstance(it, Variant)}
+
+
+def named(name: str) -> Variant:
     """The constant of this file that a config names, in lower case."""
-    found = {key.lower(): value for key, value in globals().items() if isinstance(value, Parts)}
-    if name not in found:
-        raise UserError(f"parts must be one of {sorted(found)}; found {name!r}")
-    return found[name]
+    return choices.named(KNOWN, name, "variant")

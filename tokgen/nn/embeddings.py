@@ -1,4 +1,4 @@
-"""Tokens into vectors, labels into vectors."""
+"""Embeddings: tokens into vectors, labels into vectors."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import boundary
+from tokgen import boundary, choices
 from tokgen.interfaces import TokenLayout, UserError
 from tokgen.nn import linear
 from tokgen.nn.precision import Precision
 
 
-class Symbols(nnx.Module):
+class Tokens(nnx.Module):
     """A position's vector is the sum of its symbols' rows.
 
     `extra` rows follow those of the alphabet: the first is read by V, "nothing here".
@@ -70,14 +70,12 @@ class Bits(nnx.Module):
         return self.embed(jnp.concatenate(parts, axis=-1).astype(jnp.float32))
 
 
-INPUTS = {"symbols": Symbols, "bits": Bits}
+INPUTS = {"tokens": Tokens, "bits": Bits}
 
 
-def named(name: str):
+def named(name: str) -> type[nnx.Module]:
     """The kind of input vectors that a config names."""
-    if name not in INPUTS:
-        raise UserError(f"inputs must be one of {sorted(INPUTS)}; found {name!r}")
-    return INPUTS[name]
+    return choices.named(INPUTS, name, "inputs")
 
 
 class Labels(nnx.Module):

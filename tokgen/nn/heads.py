@@ -8,13 +8,15 @@ loss sees.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen import rng, sharding
+from tokgen import choices, rng, sharding
 from tokgen.interfaces import TokenLayout, UserError
-from tokgen.nn import conditioning, linear, positions, transformer, variants
+from tokgen.nn import blocks, conditioning, linear, mlp, norms, positions, transformer
 from tokgen.nn.precision import Precision
 
 
@@ -29,7 +31,7 @@ class Linear(nnx.Module):
         width: int,
         *,
         classes: int = 0,
-        kit: variants.Parts,
+        variant: blocks.Variant,
         norm=None,
         bias: bool = False,
         std=None,
@@ -37,7 +39,7 @@ class Linear(nnx.Module):
         rngs,
     ):
         del classes
-        self.norm = (norm or kit.norm)(width, precision=precision, rngs=rngs)
+        self.norm = (norm or variant.norm)(width, precision=precision, rngs=rngs)
         # zeros unless published otherwise: the first predictions are uniform, the first loss log V
         self.head = linear.Linear(
             width,
@@ -54,25 +56,16 @@ class Linear(nnx.Module):
         return finished(self.head(self.norm(x_BlD)), self.layout)
 
 
-def biased(layout: TokenLayout, width: int, *, kit: variants.Parts, **options) -> Linear:
+def biased(layout: TokenLayout, width: int, *, variant: blocks.Variant, **options) -> Linear:
     """Norm, then a linear map with a bias (TiTok's U-ViT)."""
-    return Linear(layout, width, kit=kit, bias=True, std=kit.std, **options)
+    return Linear(layout, width, variant=variant, bias=True, std=variant.std, **options)
 
 
-def bare(layout: TokenLayout, width: int, *, kit: variants.Parts, **options) -> Linear:
+def bare(layout: TokenLayout, width: int, *, variant: blocks.Variant, **options) -> Linear:
     """A linear map with a bias and no norm: post-norm blocks end with one (TiTok's BERT)."""
-    return Linear(layout, width, kit=kit, norm=Nothing, bias=True, std=kit.std, **options)
-
-
-class Nothing(nnx.Module):
-    """What it is given."""
-
-    def __init__(self, width: int, *, precision: Precision, rngs):
-        del width, precision, rngs
-
-    def __call__(self, x_BlD: jax.Array) -> jax.Array:
-        """[B, l, D], the same."""
-        return x_BlD
+    return Linear(
+        layout, width, variant=variant, norm=norms.Identity, bias=True, std=variant.std, **options
+    )
 
 
 class Adaptive(nnx.Module):
@@ -86,8 +79,8 @@ class Adaptive(nnx.Module):
         width: int,
         *,
         classes: int = 0,
-        kit: variants.Parts,
-        norm=linear.Standardized,
+        variant: blocks.Variant,
+        norm=norms.Standardized,
         start=None,
         bias: bool = True,
         precision: Precision,
@@ -99,7 +92,7 @@ class Adaptive(nnx.Module):
         # shift, scale
         self.modulation = linear.Linear(width, (2, width), bias=True, std=start, **options)
         vectors = (layout.groups, layout.absent)
-        self.head = linear.Linear(width, vectors, bias=bias, std=kit.std, **options)
+        self.head = linear.Linear(width, vectors, bias=bias, std=variant.std, **options)
         self.layout = layout
 
     def __call__(self, x_BlD: jax.Array, *, cond: jax.Array, **_) -> jax.Array:
@@ -114,10 +107,12 @@ def half_published(fan_in: int) -> float:
     return 0.5 * linear.published(fan_in)
 
 
-def adaptive_rms(layout: TokenLayout, width: int, *, kit: variants.Parts, **options) -> Adaptive:
-    """The same over an RMSNorm, with a map that starts at zero and has no bias (IBQ)."""
-    norm = dict(norm=kit.norm, start=half_published)
-    head = Adaptive(layout, width, kit=kit, bias=False, **norm, **options)
+def adaptive_rms(
+    layout: TokenLayout, width: int, *, variant: blocks.Variant, **options
+) -> Adaptive:
+    """`Adaptive` over an RMSNorm, with a map that starts at zero and has no bias (IBQ)."""
+    norm = dict(norm=variant.norm, start=half_published)
+    head = Adaptive(layout, width, variant=variant, bias=False, **norm, **options)
     head.head.kernel[...] = jnp.zeros_like(head.head.kernel[...])
     return head
 
@@ -133,25 +128,28 @@ class Transformed(nnx.Module):
         width: int,
         *,
         classes: int = 0,
-        kit: variants.Parts,
+        variant: blocks.Variant,
         precision: Precision,
         rngs,
     ):
         del classes
-        options = dict(bias=True, std=kit.std, precision=precision, rngs=rngs)
+        options = dict(bias=True, std=variant.std, precision=precision, rngs=rngs)
         self.dense = linear.Linear(width, width, **options)
-        self.norm = variants.bert_norm(width, precision=precision, rngs=rngs)
+        self.norm = norms.bert_norm(width, precision=precision, rngs=rngs)
         self.head = linear.Linear(width, (layout.groups, layout.absent), **options)
         self.layout = layout
 
     def __call__(self, x_BlD: jax.Array, **_) -> jax.Array:
         """[B, l, D] -> [B, l, G, V]."""
-        x_BlD = self.norm(variants.exact_gelu(self.dense(x_BlD)))
+        x_BlD = self.norm(mlp.exact_gelu(self.dense(x_BlD)))
         return finished(self.head(x_BlD), self.layout)
 
 
-class TiedPerPlace(nnx.Module):
-    """The same, against the symbols' own rows, with a bias per position (MaskBit's token BERT)."""
+class TiedPerPosition(nnx.Module):
+    """A dense layer, GELU and norm, then products with the tokens' own embeddings (MaskBit's BERT).
+
+    With a bias per position and symbol.
+    """
 
     turns, stacks = (0,), ()
 
@@ -161,29 +159,31 @@ class TiedPerPlace(nnx.Module):
         width: int,
         *,
         classes: int = 0,
-        kit: variants.Parts,
+        variant: blocks.Variant,
         precision: Precision,
         rngs,
     ):
         del classes
         options = dict(precision=precision, rngs=rngs)
-        self.dense = linear.Linear(width, width, bias=True, std=kit.std, **options)
-        self.norm = variants.bert_norm(width, **options)
+        self.dense = linear.Linear(width, width, bias=True, std=variant.std, **options)
+        self.norm = norms.bert_norm(width, **options)
         shape = (layout.groups, layout.length, layout.absent)
         self.bias = nnx.Param(jnp.zeros(shape, precision.params_dtype))
         self.layout, self.precision = layout, precision
 
-    def __call__(self, x_BlD: jax.Array, *, symbols: jax.Array, **_) -> jax.Array:
+    def __call__(self, x_BlD: jax.Array, *, embeddings: jax.Array, **_) -> jax.Array:
         """[B, L, D] against rows [G, V + 1, D] -> [B, L, G, V]."""
-        x_BlD = self.norm(variants.exact_gelu(self.dense(x_BlD)))
-        rows_GVD = symbols[:, : self.layout.absent].astype(self.precision.compute_dtype)
+        x_BlD = self.norm(mlp.exact_gelu(self.dense(x_BlD)))
+        rows_GVD = embeddings[:, : self.layout.absent].astype(self.precision.compute_dtype)
         logits_BlGV = jnp.einsum("BlD,GVD->BlGV", x_BlD, rows_GVD)
         bias_lGV = jnp.swapaxes(self.bias[...], 0, 1).astype(jnp.float32)
         return finished(logits_BlGV.astype(jnp.float32) + bias_lGV[None], self.layout)
 
 
 class TiedToAll(nnx.Module):
-    """The same, against the rows of all words: codes, then classes, then the mask (MaskGIT).
+    """A dense layer, GELU and norm, then products with the embeddings of all words (MaskGIT).
+
+    Words are codes, then classes, then the mask.
 
     The columns beyond V are no tokens; MaskGIT's loss counts them, its sampler cuts them off.
     """
@@ -196,25 +196,25 @@ class TiedToAll(nnx.Module):
         width: int,
         *,
         classes: int = 0,
-        kit: variants.Parts,
+        variant: blocks.Variant,
         precision: Precision,
         rngs,
     ):
         if layout.groups != 1:
             raise UserError(f"MaskGIT's head needs one symbol per position; found {layout.vocab}")
         options = dict(precision=precision, rngs=rngs)
-        self.dense = linear.Linear(width, width, bias=True, std=kit.std, **options)
-        self.norm = variants.bert_norm(width, **options)
+        self.dense = linear.Linear(width, width, bias=True, std=variant.std, **options)
+        self.norm = norms.bert_norm(width, **options)
         words, self.classes = layout.absent + classes + 1, classes
         self.bias = nnx.Param(jnp.zeros(words, precision.params_dtype))
         self.layout, self.precision = layout, precision
 
-    def __call__(self, x_BlD: jax.Array, *, symbols: jax.Array, labels: jax.Array, **_):
+    def __call__(self, x_BlD: jax.Array, *, embeddings: jax.Array, labels: jax.Array, **_):
         """[B, l, D] against rows [1, V + 1, D] and [classes, D] -> [B, l, 1, V + classes + 1]."""
-        x_BlD = self.norm(variants.tanh_gelu(self.dense(x_BlD)))
+        x_BlD = self.norm(mlp.tanh_gelu(self.dense(x_BlD)))
         V = self.layout.absent
         # not the row of "no class", where there is one
-        rows_VD = jnp.concatenate([symbols[0, :V], labels[: self.classes], symbols[0, V:]])
+        rows_VD = jnp.concatenate([embeddings[0, :V], labels[: self.classes], embeddings[0, V:]])
         logits_BlV = jnp.einsum("BlD,VD->BlV", x_BlD, rows_VD.astype(self.precision.compute_dtype))
         bias_V = self.bias[...].astype(jnp.float32)
         return (logits_BlV.astype(jnp.float32) + bias_V[None, None])[..., None, :]
@@ -238,7 +238,7 @@ class Factor(nnx.Module):
         depth: int,
         heads: int,
         classes: int = 0,
-        kit: variants.Parts,
+        variant: blocks.Variant,
         precision: Precision,
         rngs,
         **options,
@@ -250,25 +250,27 @@ class Factor(nnx.Module):
         self.turns, self.layout = tuple(range(G)), layout
         row = TokenLayout(layout.vocab, ((1, G),))
         some = dict(precision=precision, rngs=rngs)
-        self.places = positions.Rotary2D(row, 1, width, heads, **some)
+        self.positions = positions.Rotary2D(row, 1, width, heads, **some)
         self.transformer = transformer.Transformer(
-            width, depth, heads, parts=kit, **options, **some
+            width, depth, heads, variant=variant, **options, **some
         )
-        self.norm = kit.norm(width, **some)
+        self.norm = variant.norm(width, **some)
 
         def make(key):
             return linear.Linear(width, V, std=None, precision=precision, rngs=nnx.Rngs(key))
 
         self.logits = jax.vmap(make)(rng.numbered(rngs.params(), G))
 
-    def __call__(self, x_BlD, *, given: jax.Array, symbols: jax.Array, key=None, **_) -> jax.Array:
+    def __call__(
+        self, x_BlD, *, given: jax.Array, embeddings: jax.Array, key=None, **_
+    ) -> jax.Array:
         """[B, l, D], t symbols [B, l, t] and their rows [G, V, D] -> logits [B, l, t + 1, V]."""
         t = given.shape[-1]
-        rows_BlD = [symbols[g][given[..., g]].astype(x_BlD.dtype) for g in range(t)]
+        rows_BlD = [embeddings[g][given[..., g]].astype(x_BlD.dtype) for g in range(t)]
         x_BltD = jnp.stack([x_BlD, *rows_BlD], axis=2)
         x_BtD = x_BltD.reshape(-1, *x_BltD.shape[2:])  # every position by itself
         slots_t = jnp.arange(t + 1)
-        _, rotary = self.places(jnp.arange(self.layout.groups)[None], slots_t)
+        _, rotary = self.positions(jnp.arange(self.layout.groups)[None], slots_t)
         mask = conditioning.causal(slots_t, t + 1)
         x_BtD, _ = self.transformer(x_BtD, rotary=rotary, mask=mask, key=key)
         x_BltD = self.norm(x_BtD).reshape(x_BltD.shape)
@@ -298,17 +300,15 @@ HEADS = {
     "adaptive_rms": adaptive_rms,
     "factor": Factor,
     "transformed": Transformed,
-    "tied_per_place": TiedPerPlace,
+    "tied_per_position": TiedPerPosition,
     "tied_to_all": TiedToAll,
 }
 
 
 ADAPTIVE = ("adaptive", "adaptive_rms")  # they are told a condition
-TIED = ("tied_per_place", "tied_to_all")  # they read the rows of symbols, and of labels
+TIED = ("tied_per_position", "tied_to_all")  # they read the embeddings of tokens, and of labels
 
 
-def named(name: str):
+def named(name: str) -> Callable:
     """The kind of head that a config names."""
-    if name not in HEADS:
-        raise UserError(f"head must be one of {sorted(HEADS)}; found {name!r}")
-    return HEADS[name]
+    return choices.named(HEADS, name, "head")

@@ -1,12 +1,15 @@
-"""Where a token stands: rotary rows and learned tables, over grids."""
+"""Positional embeddings: rotary rows and learned tables, over grids."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tokgen import choices
 from tokgen.interfaces import UserError
 from tokgen.nn.precision import Precision
 
@@ -34,7 +37,7 @@ def rotate(x_BNLK: jax.Array, rotary: Rotary) -> jax.Array:
 
 
 class Rotary2D(nnx.Module):
-    """Rotary positions over a grid; a place of the prefix has zero rows, which are no angle.
+    """Rotary positions over a grid; a slot of the prefix has zero rows, which are no angle.
 
     An input token carries the angle of its own position (LlamaGen's convention).
     """
@@ -57,7 +60,7 @@ class Rotary2D(nnx.Module):
 
 
 class Learned(nnx.Module):
-    """A learned vector per place: of the prefix, then of each position of the image.
+    """A learned vector per slot of the prefix, then per position of the image.
 
     `spare` rows follow that nobody reads; some published files have them.
     """
@@ -89,7 +92,7 @@ class Learned(nnx.Module):
 
 
 class TargetAware(nnx.Module):
-    """Learned vectors of a slot's own place and of the place that it predicts.
+    """Learned vectors of a slot's own position and of the position that it predicts.
 
     What a random order needs: without the second table the model can't know which position is
     asked for. RAR, arXiv:2411.00776, section 3.3. With `rows`, each table has so many beyond the
@@ -127,11 +130,9 @@ def rar(layout, prefix: int, width: int, heads: int, **options) -> TargetAware:
     return TargetAware(layout, prefix, width, heads, rows=1024, **options)
 
 
-PLACES = {"rotary": Rotary2D, "learned": Learned, "target_aware": TargetAware, "rar": rar}
+KINDS = {"rotary": Rotary2D, "learned": Learned, "target_aware": TargetAware, "rar": rar}
 
 
-def named(name: str):
-    """The kind of places that a config names."""
-    if name not in PLACES:
-        raise UserError(f"places must be one of {sorted(PLACES)}; found {name!r}")
-    return PLACES[name]
+def named(name: str) -> Callable:
+    """The kind of positions that a config names."""
+    return choices.named(KINDS, name, "positions")

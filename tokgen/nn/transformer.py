@@ -11,9 +11,8 @@ from flax import nnx
 
 from tokgen import ranges, rng
 from tokgen.interfaces import UserError
-from tokgen.nn import attention, linear
+from tokgen.nn import attention, blocks, linear
 from tokgen.nn.precision import Precision
-from tokgen.nn.variants import Parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Rates:
 
 class Transformer(nnx.Module):
     """Vectors [B, l, D] through `depth` blocks. It ends with its last block: the norm before the
-    logits belongs to the head. What generators disagree about arrives as values: parts, a mask or
+    logits belongs to the head. What generators disagree about arrives as values: variant, a mask or
     none (causality included), rotary rows or none, a condition or none, a cache or none.
 
     Layers are stacked (parameters lead with Y), so that training may scan over them; `unstacked`
@@ -47,7 +46,7 @@ class Transformer(nnx.Module):
         depth: int,
         heads: int,
         *,
-        parts: Parts,
+        variant: blocks.Variant,
         hidden: int | None = None,
         rates: Rates = Rates(),
         remat: bool = False,
@@ -55,8 +54,10 @@ class Transformer(nnx.Module):
         precision: Precision,
         rngs: nnx.Rngs,
     ):
-        self.blocks = _stacked(width, depth, heads, hidden, parts, precision, rngs)
-        self.shared = parts.shared(width, precision=precision, rngs=rngs) if parts.shared else None
+        self.blocks = _stacked(width, depth, heads, hidden, variant, precision, rngs)
+        self.shared = (
+            variant.shared(width, precision=precision, rngs=rngs) if variant.shared else None
+        )
         self.depth, self.heads, self.size = depth, heads, width // heads
         self.rates, self.remat, self.unroll, self.precision = rates, remat, unroll, precision
 
@@ -149,7 +150,7 @@ class UShaped(nnx.Module):
         depth: int,
         heads: int,
         *,
-        parts: Parts,
+        variant: blocks.Variant,
         hidden: int | None = None,
         rates: Rates = Rates(),
         remat: bool = False,
@@ -163,10 +164,10 @@ class UShaped(nnx.Module):
             raise UserError(f"a U-shaped stack needs a depth of at least 2; found depth={depth}")
         self.half = depth // 2
         self.depth = 2 * self.half + 1
-        self.blocks = _stacked(width, self.depth, heads, hidden, parts, precision, rngs)
+        self.blocks = _stacked(width, self.depth, heads, hidden, variant, precision, rngs)
 
         def make(key):
-            options = dict(std=parts.std, precision=precision, rngs=nnx.Rngs(key))
+            options = dict(std=variant.std, precision=precision, rngs=nnx.Rngs(key))
             return linear.Linear(2 * width, width, bias=True, **options)
 
         self.skips = jax.vmap(make)(rng.numbered(rngs.params(), self.half))
@@ -217,14 +218,14 @@ def unstacked(owner: nnx.Module, *names: str) -> nnx.Module:
     return apart
 
 
-def _stacked(width, depth, heads, hidden, parts: Parts, precision, rngs) -> nnx.Module:
+def _stacked(width, depth, heads, hidden, variant: blocks.Variant, precision, rngs) -> nnx.Module:
     """`depth` blocks in one, their parameters stacked."""
     if width % heads:
         raise UserError(f"heads must divide width: width={width}, heads={heads}")
-    hidden = parts.hidden(width) if hidden is None else hidden
+    hidden = variant.hidden(width) if hidden is None else hidden
 
     def make(key):
-        return parts.block(width, heads, hidden, parts, precision=precision, rngs=nnx.Rngs(key))
+        return variant.block(width, heads, hidden, variant, precision=precision, rngs=nnx.Rngs(key))
 
     return jax.vmap(make)(rng.numbered(rngs.params(), depth))
 

@@ -25,7 +25,7 @@ class Encoder(nnx.Module):
 
     The first convolution leads to `start` channels (0: to the first width). With `hidden` the
     network ends at so many channels and another convolution of size `projection` leads to the
-    latents (the quant_conv of VQGAN). Where the parts have attention, it follows every block of
+    latents (the quant_conv of VQGAN). Where the variant has attention, it follows every block of
     the levels `attend` (0 the finest; None: the coarsest alone).
     """
 
@@ -42,30 +42,30 @@ class Encoder(nnx.Module):
         attend: tuple[ranges.Whole, ...] | None = None,
         hidden: ranges.Optional = 0,
         projection: ranges.Kernel = 1,
-        parts: str = "vqgan",
+        variant: str = "vqgan",
         precision: Precision,
         rngs: nnx.Rngs,
     ):
-        kit, options = conv.named(parts), dict(precision=precision, rngs=rngs)
+        variant, options = conv.named(variant), dict(precision=precision, rngs=rngs)
         self.stem, self.blocks, self.levels = stem, blocks, len(widths)
-        self.attended = _attended(kit, attend, len(widths))
+        self.attended = _attended(variant, attend, len(widths))
         stages, width = [], start or widths[0]
         _check_blocks(blocks, (width, *widths))
         self.conv_in = conv.Conv(
-            channels * stem**2, width, kit.first, bias=kit.first_bias, **options
+            channels * stem**2, width, variant.first, bias=variant.first_bias, **options
         )
         for level, outputs in enumerate(widths):
             for _ in range(blocks):
-                stages.append(kit.block(width, outputs, norm=kit.norm, **options))
+                stages.append(variant.block(width, outputs, norm=variant.norm, **options))
                 width = outputs
                 if level in self.attended:
-                    stages.append(kit.attention(width, norm=kit.norm, **options))
+                    stages.append(variant.attention(width, norm=variant.norm, **options))
             if level < len(widths) - 1:
-                stages.append(kit.down(width, **options))
-        stages += kit.middle(width, blocks, kit, **options)
+                stages.append(variant.down(width, **options))
+        stages += variant.middle(width, blocks, variant, **options)
         self.stages = nnx.List(stages)
-        self.norm = kit.norm(width, **options)
-        self.conv_out = conv.Conv(width, hidden or latent, kit.last, **options)
+        self.norm = variant.norm(width, **options)
+        self.conv_out = conv.Conv(width, hidden or latent, variant.last, **options)
         self.conv_latent = conv.Conv(hidden, latent, projection, **options) if hidden else None
 
     @staticmethod
@@ -108,32 +108,32 @@ class Decoder(nnx.Module):
         attend: tuple[ranges.Whole, ...] | None = None,
         hidden: ranges.Optional = 0,
         projection: ranges.Kernel = 1,
-        parts: str = "vqgan",
+        variant: str = "vqgan",
         precision: Precision,
         rngs: nnx.Rngs,
     ):
-        kit, options = conv.named(parts), dict(precision=precision, rngs=rngs)
+        variant, options = conv.named(variant), dict(precision=precision, rngs=rngs)
         self.stem, self.grid = stem, tuple(grid)
-        self.blocks, self.levels = blocks + kit.more, len(widths)
+        self.blocks, self.levels = blocks + variant.more, len(widths)
         _check_blocks(self.blocks, widths)
         _check_size(size, self.grid, stem, len(widths))
-        self.attended = _attended(kit, attend, len(widths))
+        self.attended = _attended(variant, attend, len(widths))
         self.conv_latent = conv.Conv(latent, hidden, projection, **options) if hidden else None
         self.conv_in = conv.Conv(hidden or latent, widths[-1], **options)
         width = widths[-1]
-        stages = kit.middle(width, blocks, kit, **options)
+        stages = variant.middle(width, blocks, variant, **options)
         for level, outputs in enumerate(reversed(widths)):
             if level:
-                stages.append(kit.up(width, **options))
-            if kit.adapt is not None:
-                stages.append(kit.adapt(width, latent, **options))
+                stages.append(variant.up(width, **options))
+            if variant.adapt is not None:
+                stages.append(variant.adapt(width, latent, **options))
             for _ in range(self.blocks):
-                stages.append(kit.block(width, outputs, norm=kit.norm, **options))
+                stages.append(variant.block(width, outputs, norm=variant.norm, **options))
                 width = outputs
                 if self.levels - 1 - level in self.attended:
-                    stages.append(kit.attention(width, norm=kit.norm, **options))
+                    stages.append(variant.attention(width, norm=variant.norm, **options))
         self.stages = nnx.List(stages)
-        self.norm = kit.norm(width, **options)
+        self.norm = variant.norm(width, **options)
         self.conv_out = conv.Conv(width, channels * stem**2, **options)
 
     def __call__(self, latents_BPC: jax.Array) -> jax.Array:
@@ -151,8 +151,10 @@ class Decoder(nnx.Module):
         return conv.depth_to_space(x_BHWC, self.stem)
 
 
-def _attended(kit: conv.Parts, attend: tuple[int, ...] | None, levels: int) -> tuple[int, ...]:
-    if kit.attention is None:
+def _attended(
+    variant: conv.Variant, attend: tuple[int, ...] | None, levels: int
+) -> tuple[int, ...]:
+    if variant.attention is None:
         return ()
     if attend is not None and not all(level < levels for level in attend):
         raise UserError(

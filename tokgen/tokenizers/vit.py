@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen import ranges
+from tokgen import choices, ranges
 from tokgen.interfaces import UserError
-from tokgen.nn import conv, linear, transformer, variants as part_names
+from tokgen.nn import conv, linear, transformer, variants
 from tokgen.nn.precision import Precision
 
 
@@ -31,14 +31,14 @@ def cells(size: tuple[int, int], patch: int) -> tuple[int, int]:
 
 
 class Table(nnx.Module):
-    """Learned rows [places, D], of the scale D^-0.5."""
+    """Learned rows [l, D], of the scale D^-0.5."""
 
-    def __init__(self, places: int, width: int, *, precision: Precision, rngs: nnx.Rngs):
-        rows = jax.random.normal(rngs.params(), (places, width), precision.params_dtype)
+    def __init__(self, length: int, width: int, *, precision: Precision, rngs: nnx.Rngs):
+        rows = jax.random.normal(rngs.params(), (length, width), precision.params_dtype)
         self.table = nnx.Param(rows * width**-0.5)
 
     def __call__(self, rows: int) -> jax.Array:
-        """[rows, places, D]: the same for every image of a batch."""
+        """[rows, l, D]: all rows alike, one per image of a batch."""
         table_lD = self.table[...]
         return jnp.broadcast_to(table_lD[None], (rows, *table_lD.shape))
 
@@ -82,37 +82,37 @@ class Encoder(nnx.Module):
         channels: int,
         latent: int,
         size: tuple[int, int],
-        tokens: ranges.Places,
+        tokens: ranges.Positions,
         width: ranges.Width,
         depth: ranges.Depth,
         heads: ranges.Heads,
         patch: Patch = 16,
         readout: str = "in_order",
-        parts: str = "vit",
+        variant: str = "vit",
         remat: bool = False,
         precision: Precision,
         rngs: nnx.Rngs,
     ):
-        kit, options = part_names.named(parts), dict(precision=precision, rngs=rngs)
+        variant, options = variants.named(variant), dict(precision=precision, rngs=rngs)
         rows, columns = cells(size, patch)
-        self.order = _named(READOUTS, readout, "readout")
-        gain = _gain(kit.std, patch * patch * channels)
+        self.order = choices.named(READOUTS, readout, "readout")
+        gain = _gain(variant.std, patch * patch * channels)
         self.conv_patch = conv.Conv(channels, width, patch, stride=patch, gain=gain, **options)
         self.first = Table(1, width, **options)
-        self.places = Table(1 + rows * columns, width, **options)
+        self.positions = Table(1 + rows * columns, width, **options)
         self.latents = Table(tokens, width, **options)
-        self.latent_places = Table(tokens, width, **options)
-        self.norm_in = kit.norm(width, **options)
+        self.latent_positions = Table(tokens, width, **options)
+        self.norm_in = variant.norm(width, **options)
         self.transformer = transformer.Transformer(
-            width, depth, heads, parts=kit, remat=remat, **options
+            width, depth, heads, variant=variant, remat=remat, **options
         )
-        self.norm_out = kit.norm(width, **options)
-        self.readout = linear.Linear(width, latent, bias=True, std=kit.std, **options)
+        self.norm_out = variant.norm(width, **options)
+        self.readout = linear.Linear(width, latent, bias=True, std=variant.std, **options)
 
     @staticmethod
     @ranges.checked
     def grid(
-        size: tuple[int, int], *, tokens: ranges.Places, patch: Patch = 16, **others
+        size: tuple[int, int], *, tokens: ranges.Positions, patch: Patch = 16, **others
     ) -> tuple[int, int]:
         """(rows, columns) of the latents: a single row."""
         del others
@@ -124,8 +124,8 @@ class Encoder(nnx.Module):
         B, tokens = len(image_BHW3), self.latents.table.shape[0]
         x_BHWD = self.conv_patch(image_BHW3)
         patches_BLD = x_BHWD.reshape(B, -1, x_BHWD.shape[-1])
-        image_BLD = jnp.concatenate([self.first(B), patches_BLD], axis=1) + self.places(B)
-        latents_BPD = self.latents(B) + self.latent_places(B)
+        image_BLD = jnp.concatenate([self.first(B), patches_BLD], axis=1) + self.positions(B)
+        latents_BPD = self.latents(B) + self.latent_positions(B)
         x_BlD = self.norm_in(jnp.concatenate([image_BLD, latents_BPD], axis=1))
         x_BlD, _ = self.transformer(x_BlD)
         return self.readout(self.order(self.norm_out(x_BlD[:, -tokens:])))
@@ -165,12 +165,12 @@ HEADS = {"pixels": Pixels, "codes": Codes}
 
 
 class Text(nnx.Module):
-    """Text features [B, l, inputs] as places of the sequence."""
+    """Text features [B, l, inputs] as slots of the sequence."""
 
     def __init__(self, length, inputs, width, *, std, precision: Precision, rngs: nnx.Rngs):
         options = dict(precision=precision, rngs=rngs)
         self.embed = linear.Linear(inputs, width, bias=True, std=std, **options)
-        self.places = Table(length, width, **options)
+        self.positions = Table(length, width, **options)
         self.shape = (length, inputs)
 
     def __call__(self, cond: jax.Array | None, rows: int) -> list[jax.Array]:
@@ -181,7 +181,7 @@ class Text(nnx.Module):
                 f"this decoder needs text features of shape {(rows, *self.shape)} as `cond`; "
                 f"found {found}; for an image without a text, those of the empty text"
             )
-        return [self.embed(cond) + self.places(rows)]
+        return [self.embed(cond) + self.positions(rows)]
 
 
 class NoText(nnx.Module):
@@ -210,51 +210,45 @@ class Decoder(nnx.Module):
         latent: int,
         size: tuple[int, int],
         grid: tuple[int, int] | None = None,
-        tokens: ranges.Places,
+        tokens: ranges.Positions,
         width: ranges.Width,
         depth: ranges.Depth,
         heads: ranges.Heads,
         patch: Patch = 16,
         head: str = "pixels",
-        text: tuple[ranges.Places, ranges.Width] | None = None,
-        parts: str = "vit",
+        text: tuple[ranges.Positions, ranges.Width] | None = None,
+        variant: str = "vit",
         remat: bool = False,
         precision: Precision,
         rngs: nnx.Rngs,
     ):
-        kit, options = part_names.named(parts), dict(precision=precision, rngs=rngs)
+        variant, options = variants.named(variant), dict(precision=precision, rngs=rngs)
         self.grid, self.channels = cells(size, patch), channels
         if grid is not None and grid[0] * grid[1] != tokens:
             raise UserError(
                 f"the decoder must read as many tokens as the latents have positions, "
                 f"{grid[0] * grid[1]}; found tokens={tokens}"
             )
-        self.embed = linear.Linear(latent, width, bias=True, std=kit.std, **options)
+        self.embed = linear.Linear(latent, width, bias=True, std=variant.std, **options)
         self.first = Table(1, width, **options)
         self.mask = Table(1, width, **options)
-        self.places = Table(1 + self.grid[0] * self.grid[1], width, **options)
-        self.latent_places = Table(tokens, width, **options)
-        self.text = NoText() if text is None else Text(*text, width, std=kit.std, **options)
-        self.norm_in = kit.norm(width, **options)
+        self.positions = Table(1 + self.grid[0] * self.grid[1], width, **options)
+        self.latent_positions = Table(tokens, width, **options)
+        self.text = NoText() if text is None else Text(*text, width, std=variant.std, **options)
+        self.norm_in = variant.norm(width, **options)
         self.transformer = transformer.Transformer(
-            width, depth, heads, parts=kit, remat=remat, **options
+            width, depth, heads, variant=variant, remat=remat, **options
         )
-        self.norm_out = kit.norm(width, **options)
-        make = _named(HEADS, head, "head")
-        self.head = make(width, channels, self.grid, patch, std=kit.std, **options)
+        self.norm_out = variant.norm(width, **options)
+        make = choices.named(HEADS, head, "head")
+        self.head = make(width, channels, self.grid, patch, std=variant.std, **options)
 
     def __call__(self, latents_BPC: jax.Array, cond: jax.Array | None = None) -> jax.Array:
         """[B, P, C], text features -> [B, H, W, 3] in the tokenizer's range, or [B, L, V]."""
         B, patches = len(latents_BPC), self.grid[0] * self.grid[1]
         masks_BLD = jnp.repeat(self.mask(B), patches, axis=1)
-        image_BLD = jnp.concatenate([self.first(B), masks_BLD], axis=1) + self.places(B)
-        latents_BPD = self.embed(latents_BPC) + self.latent_places(B)
+        image_BLD = jnp.concatenate([self.first(B), masks_BLD], axis=1) + self.positions(B)
+        latents_BPD = self.embed(latents_BPC) + self.latent_positions(B)
         sequence = [image_BLD, latents_BPD, *self.text(cond, B)]
         x_BlD, _ = self.transformer(self.norm_in(jnp.concatenate(sequence, axis=1)))
         return self.head(self.norm_out(x_BlD[:, 1 : 1 + patches]))
-
-
-def _named(choices: dict[str, Callable], name: str, argument: str) -> Callable:
-    if name not in choices:
-        raise UserError(f"{argument} must be one of {sorted(choices)}; found {name!r}")
-    return choices[name]

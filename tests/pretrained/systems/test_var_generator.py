@@ -63,7 +63,7 @@ def test_without_a_config_the_published_grids_are_known(pyramid):
     config = var_generator.settings({}, weights)
     section = config.generator
     assert (section.width, section.depth, section.heads, section.channels) == (128, 1, 2, 32)
-    assert section.parts == "var" and section.hidden == 512
+    assert section.variant == "var" and section.hidden == 512
     assert config.presets.paper.to_dict() == dict(
         guidance="per_scale", weight=1.5, top_k=900, top_p=0.96
     )
@@ -72,13 +72,13 @@ def test_without_a_config_the_published_grids_are_known(pyramid):
 def test_the_form_is_read_from_the_keys():
     weights = published((1, 2))
     weights["shared_ada_lin.1.weight"] = np.zeros((6 * 128, 128))
-    forms = [var_generator.settings({}, weights).generator.parts]
+    forms = [var_generator.settings({}, weights).generator.variant]
     del weights["blocks.0.attn.scale_mul_1H11"]
     section = var_generator.settings({}, weights).generator
     assert section.heads == 2  # 64 channels each
-    forms.append(section.parts)
+    forms.append(section.variant)
     del weights["shared_ada_lin.1.weight"]
-    forms.append(var_generator.settings({"num_heads": 4}, weights).generator.parts)
+    forms.append(var_generator.settings({"num_heads": 4}, weights).generator.variant)
     assert forms == ["var_shared", "var_shared_plain", "var_plain"]
     assert var_generator.settings({"num_heads": 4}, weights).generator.heads == 4
 

@@ -123,25 +123,30 @@ def batch(tokens_BLG, cond, order_BL=None) -> TokenBatch:
 def slots(generator, batch: TokenBatch) -> jax.Array:
     """Logits [B, prefix + L, V] of a single symbol at every slot: of the prefix, of every token."""
     sequence = jnp.take_along_axis(batch.tokens_BLG, batch.order_BL[..., None], axis=1)
-    x_BlD = jnp.concatenate([generator.prefix(batch.cond), generator.symbols(sequence)], axis=1)
+    x_BlD = jnp.concatenate(
+        [generator.conditioning(batch.cond), generator.embeddings(sequence)], axis=1
+    )
     slots_l = jnp.arange(x_BlD.shape[1])
     hidden_BlD, _ = generator.hidden(
-        x_BlD, batch.order_BL, slots_l, batch.cond, generator.places, slots=len(slots_l)
+        x_BlD, batch.order_BL, slots_l, batch.cond, generator.positions, slots=len(slots_l)
     )
-    return generator.head(hidden_BlD, cond=generator.prefix.adapt(batch.cond, slots_l))[:, :, 0]
+    return generator.head(hidden_BlD, cond=generator.conditioning.adapt(batch.cond, slots_l))[
+        :, :, 0
+    ]
 
 
 @jax.jit
 def prefilled(generator, cond, order_BL) -> jax.Array:
     """Logits [B, prefix, V] of a single symbol, as the prefix fills the cache."""
-    x_BlD, slots_l = generator.prefix(cond), jnp.arange(generator.prefix.slots)
+    x_BlD, slots_l = generator.conditioning(cond), jnp.arange(generator.conditioning.slots)
     cache = tuple(
-        layer.grow(generator.prefix.slots) for layer in generator.transformer.cache(len(x_BlD))
+        layer.grow(generator.conditioning.slots)
+        for layer in generator.transformer.cache(len(x_BlD))
     )
     hidden_BlD, _ = generator.hidden(
-        x_BlD, order_BL, slots_l, cond, generator.places, slots=len(slots_l), cache=cache
+        x_BlD, order_BL, slots_l, cond, generator.positions, slots=len(slots_l), cache=cache
     )
-    return generator.head(hidden_BlD, cond=generator.prefix.adapt(cond, slots_l))[:, :, 0]
+    return generator.head(hidden_BlD, cond=generator.conditioning.adapt(cond, slots_l))[:, :, 0]
 
 
 class Recorder:

@@ -70,7 +70,7 @@ def sized(
         blocks=blocks,
         hidden=hidden,
         projection=kernel,
-        parts="taming",
+        variant="taming",
     )
     config.quantizer.codes = convolutional.side(weights, "quantize.embedding.weight")[0]
     config.quantizer.channels = channels

@@ -29,8 +29,8 @@ def rows(generator) -> list[keymap.Row]:
     lead = keymap.one(lambda a, shape: a.reshape(shape), lambda a: a[0])
     depth, path = generator.transformer.depth, "transformer/blocks"
     rows = [
-        keymap.row("transformer.tok_emb.weight", "symbols/table", lead),
-        keymap.row(seed_voken.CLASS_TABLE, "prefix/labels/table"),
+        keymap.row("transformer.tok_emb.weight", "embeddings/table", lead),
+        keymap.row(seed_voken.CLASS_TABLE, "conditioning/labels/table"),
         *causal.llama_blocks("transformer.blocks", path, depth),
         keymap.row("transformer.head_nm.rmsnorm.weight", "head/norm/scale"),
         # scale, shift

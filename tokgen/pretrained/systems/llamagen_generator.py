@@ -39,16 +39,16 @@ def rows(generator) -> list[keymap.Row]:
     """The keys of LlamaGen's state dict, with a class or a text as the condition."""
     if generator.cond == "text":
         condition = [
-            keymap.row(CAPTIONS[0], "prefix/hidden/kernel", keymap.LINEAR),
-            keymap.row(CAPTIONS[1], "prefix/dense/kernel", keymap.LINEAR),
-            keymap.row(NO_TEXT, "prefix/absent"),
+            keymap.row(CAPTIONS[0], "conditioning/hidden/kernel", keymap.LINEAR),
+            keymap.row(CAPTIONS[1], "conditioning/dense/kernel", keymap.LINEAR),
+            keymap.row(NO_TEXT, "conditioning/absent"),
         ]
     else:
-        condition = [keymap.row(CLASS_TABLE, "prefix/labels/table")]
+        condition = [keymap.row(CLASS_TABLE, "conditioning/labels/table")]
     lead = keymap.one(lambda a, shape: a.reshape(shape), lambda a: a[0])
     return [
         *condition,
-        keymap.row("tok_embeddings.weight", "symbols/table", lead),
+        keymap.row("tok_embeddings.weight", "embeddings/table", lead),
         *causal.llama_blocks("layers", "transformer/blocks", generator.transformer.depth),
         keymap.row("norm.weight", "head/norm/scale"),
         keymap.row("output.weight", "head/head/kernel", keymap.LINEAR),
@@ -121,7 +121,7 @@ def parity(folder) -> dict[str, np.ndarray]:
         mask_BT = jnp.asarray(folder.given("emb_masks")) != 0
         cond, masked = Text(cond, jnp.ones_like(mask_BT)), Text(cond, mask_BT)
     batch = causal.batch(tokens_BL, cond)
-    logits_BLV = causal.slots(generator, batch)[:, generator.prefix.slots - 1 : -1]
+    logits_BLV = causal.slots(generator, batch)[:, generator.conditioning.slots - 1 : -1]
     computed = {
         "logits": logits_BLV,
         "prefill_logits": causal.prefilled(generator, cond, batch.order_BL),
@@ -140,7 +140,7 @@ def parity(folder) -> dict[str, np.ndarray]:
 def _taught(folder, generator, batch) -> dict[str, np.ndarray]:
     """What t2i is trained with: the mask, and a mean over the samples that count."""
     valid_B = jnp.asarray(folder.given("train_valid")).astype(jnp.float32)
-    text, slots = batch.cond, generator.prefix.slots - 1 + generator.layout.length
+    text, slots = batch.cond, generator.conditioning.slots - 1 + generator.layout.length
 
     def loss(module):
         share_B = valid_B / jnp.maximum(valid_B.sum(), 1)
@@ -151,8 +151,8 @@ def _taught(folder, generator, batch) -> dict[str, np.ndarray]:
         gradients, comparison.there(gradients, (*CAPTIONS, *GRADIENTS))
     )
     return {
-        "train_mask": generator.prefix.seen(text, jnp.arange(slots), slots),
-        "logits_masked": causal.slots(generator, batch)[:, generator.prefix.slots - 1 : -1],
+        "train_mask": generator.conditioning.seen(text, jnp.arange(slots), slots),
+        "logits_masked": causal.slots(generator, batch)[:, generator.conditioning.slots - 1 : -1],
         "loss": value,
         "grad_norms": norms,
         "grad_norm_all": norm,
@@ -161,8 +161,8 @@ def _taught(folder, generator, batch) -> dict[str, np.ndarray]:
 
 def _angles(generator, order_BL) -> np.ndarray:
     """Cosines and sines (prefix + L, K / 2, 2) of every slot."""
-    slots = generator.prefix.slots + generator.layout.length
-    _, (cos, sin) = generator.places(order_BL[:1], jnp.arange(slots))
+    slots = generator.conditioning.slots + generator.layout.length
+    _, (cos, sin) = generator.positions(order_BL[:1], jnp.arange(slots))
     return np.stack([cos[0, 0], sin[0, 0]], axis=-1)
 
 

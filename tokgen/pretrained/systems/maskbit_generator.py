@@ -91,7 +91,7 @@ def settings(published: dict, weights: Weights, *, layout_of) -> ml_collections.
     ours.heads = published.get("heads", HEADS)
     ours.hidden = masked.need(weights, "transformer.layers.0.1.net.0.bias", 1, WHAT)[0]
     ours.depth = sum(key.endswith(".1.net.2.bias") for key in weights)
-    ours.parts = "bert_prenorm" if "norm_after_transformer.weight" in weights else "bert"
+    ours.variant = "bert_prenorm" if "norm_after_transformer.weight" in weights else "bert"
     rate = published.get("dropout", ours.rates.residual)
     ours.rates = dict(token=rate, attention=rate, residual=rate)
     return config
@@ -101,7 +101,7 @@ def _rows(generator) -> list[keymap.Row]:
     """What both have in common."""
     found = [
         keymap.row("class_emb.weight", "labels/table"),
-        keymap.row("pos_emb", "places/table", masked.LAST_TO_FIRST),
+        keymap.row("pos_emb", "positions/table", masked.LAST_TO_FIRST),
         *keymap.norm("first_layer.0", "entry"),
         *keymap.pair("last_layer.0", "head/dense", keymap.LINEAR),
         *keymap.norm("last_layer.2", "head/norm"),
@@ -128,7 +128,7 @@ def lfq_rows(generator, *, key: str = INPUT) -> list[keymap.Row]:
     """The keys of `maskbit_generator_*bit.bin`."""
     return [
         *_rows(generator),
-        *keymap.pair(key, "symbols/embed", keymap.LINEAR),
+        *keymap.pair(key, "embeddings/embed", keymap.LINEAR),
         *keymap.pair("prediction_layer", "head/head", keymap.LINEAR),
     ]
 
@@ -137,7 +137,7 @@ def bert_rows(generator) -> list[keymap.Row]:
     """The keys of the BERT over tokens."""
     found = _rows(generator)
     for symbol in range(generator.layout.groups):
-        found.append(keymap.row(f"tok_emb_list.{symbol}.weight", ("symbols/table", symbol)))
+        found.append(keymap.row(f"tok_emb_list.{symbol}.weight", ("embeddings/table", symbol)))
         found.append(keymap.row(f"bias.{symbol}", ("head/bias", symbol)))
     return found
 

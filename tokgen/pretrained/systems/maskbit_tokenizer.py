@@ -53,7 +53,7 @@ def _settings(recipe: str, published: dict, weights) -> ml_collections.ConfigDic
         base=published.get("hidden_channels", BASE),
         multipliers=published.get("channel_mult", MULTIPLIERS),
         blocks=published.get("num_res_blocks", BLOCKS),
-        parts="maskbit" if learned else "maskgit",
+        variant="maskbit" if learned else "maskgit",
     )
     config.decoder.blocks = published.get("num_res_blocks_decoder", config.decoder.blocks)
     stride = 2 ** (len(config.encoder.widths) - 1)

@@ -100,8 +100,8 @@ def settings(published: dict, weights: Weights) -> ml_collections.ConfigDict:
 def rows(generator) -> list[keymap.Row]:
     """The key table."""
     found = [
-        keymap.Row(WORDS, ("symbols/table", "labels/table"), _words()),
-        keymap.row(PLACES, "places/table"),
+        keymap.Row(WORDS, ("embeddings/table", "labels/table"), _words()),
+        keymap.row(PLACES, "positions/table"),
         *_pair("params.Embed_0.embeddings_ln", "entry", "scale"),
         *_pair("params.MlmLayer_0.mlm_dense", "head/dense"),
         *_pair("params.MlmLayer_0.mlm_ln", "head/norm", "scale"),

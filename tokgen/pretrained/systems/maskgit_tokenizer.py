@@ -99,7 +99,7 @@ def settings(published: dict, weights) -> ml_collections.ConfigDict:
         base=base,
         multipliers=multipliers,
         blocks=published.get("num_res_blocks", BLOCKS),
-        parts="maskgit",
+        variant="maskgit",
     )
     config.view.size = (size, size)
     config.view.channels = published.get("num_channels", 3)

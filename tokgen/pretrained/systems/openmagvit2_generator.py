@@ -31,7 +31,7 @@ def rows(generator) -> list[keymap.Row]:
         ("factorized_blocks", "head/transformer", generator.head.transformer),
     )
     rows = [
-        keymap.row(seed_voken.CLASS_TABLE, "prefix/labels/table"),
+        keymap.row(seed_voken.CLASS_TABLE, "conditioning/labels/table"),
         keymap.row("transformer.norm.weight", "head/norm/scale"),
     ]
     for keys, path, stack in blocks:
@@ -39,7 +39,7 @@ def rows(generator) -> list[keymap.Row]:
     for i, count in enumerate(generator.layout.vocab):
         key = f"transformer.{PAIR[i]}_emb.weight"
         rows += [
-            keymap.row(key, ("symbols/table", i), causal.rows_of_symbol(count)),
+            keymap.row(key, ("embeddings/table", i), causal.rows_of_symbol(count)),
             keymap.row(
                 f"transformer.head.{i}.weight",
                 ("head/logits/kernel", i),

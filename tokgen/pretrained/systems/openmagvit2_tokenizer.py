@@ -47,7 +47,7 @@ def settings(published: dict, weights) -> ml_collections.ConfigDict:
         base=base,
         multipliers=tuple(published.get("ch_mult", found)),
         blocks=published.get("num_res_blocks", blocks),
-        parts="magvit2",
+        variant="magvit2",
     )
     size = published.get("resolution", 256)
     config.view.size = (size, size)

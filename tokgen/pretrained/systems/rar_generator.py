@@ -46,12 +46,14 @@ def rows(generator) -> list[keymap.Row]:
     linear, vector = keymap.thirds(keymap.LINEAR), keymap.thirds(keymap.VECTOR)
     lead = keymap.one(lambda a, shape: a.reshape(shape), lambda a: a[None])
     found = [
-        keymap.row("cls_token", "prefix/token", keymap.reshaped(1, 1, -1)),
-        keymap.row("pos_embed", "places/own/table", lead),
-        keymap.row("target_aware_pos_embed", "places/target/table", _rolled(2)),
-        keymap.row("timesteps_embeddings", "prefix/steps/table", lead),
+        keymap.row("cls_token", "conditioning/token", keymap.reshaped(1, 1, -1)),
+        keymap.row("pos_embed", "positions/own/table", lead),
+        keymap.row("target_aware_pos_embed", "positions/target/table", _rolled(2)),
+        keymap.row("timesteps_embeddings", "conditioning/steps/table", lead),
         keymap.Row(
-            "embeddings.weight", ("symbols/table", "prefix/labels/table"), keymap.rows_apart()
+            "embeddings.weight",
+            ("embeddings/table", "conditioning/labels/table"),
+            keymap.rows_apart(),
         ),
         *_adaptive("adaln_before_head.adaLN_modulation.1", "head/modulation", None, (1, 0)),
         keymap.row("lm_head.weight", "head/head/kernel", keymap.LINEAR),

@@ -91,8 +91,8 @@ def bert_rows(generator) -> list[keymap.Row]:
     """The key table of `generator_titok_{l32,b64}.bin`."""
     key = "model.embeddings"
     found = [
-        keymap.Row(WORDS[BERT], ("symbols/table", "labels/table"), keymap.rows_apart()),
-        keymap.row(PLACES[BERT], "places/table"),
+        keymap.Row(WORDS[BERT], ("embeddings/table", "labels/table"), keymap.rows_apart()),
+        keymap.row(PLACES[BERT], "positions/table"),
         keymap.row(f"{key}.token_type_embeddings.weight", "entry/types/table"),
         *keymap.norm(f"{key}.LayerNorm", "entry/norm"),
         *keymap.pair("model.lm_head", "head/head", keymap.LINEAR),
@@ -120,8 +120,8 @@ def uvit_rows(generator) -> list[keymap.Row]:
     """The key table of `generator_titok_s128.bin`: skips belong to the blocks on the way out."""
     half = generator.transformer.half
     found = [
-        keymap.Row(WORDS[UVIT], ("symbols/table", "labels/table"), keymap.rows_apart()),
-        keymap.row(PLACES[UVIT], "places/table", masked.TABLE),
+        keymap.Row(WORDS[UVIT], ("embeddings/table", "labels/table"), keymap.rows_apart()),
+        keymap.row(PLACES[UVIT], "positions/table", masked.TABLE),
         *keymap.norm("norm", "head/norm"),
         *keymap.pair("lm_head", "head/head", keymap.LINEAR),
     ]

@@ -158,7 +158,7 @@ def _two_stage(codes: dict, weights: system.Weights) -> dict:
         grid=(side, side),
         widths=tuple(_shape(weights, name, 4)[0] for name in names),
         blocks=_count(weights, r"pixel_decoder\.up\.0\.block\.(\d+)\."),
-        parts="maskgit",
+        variant="maskgit",
     )
     codes = dict(codes, channels=codebook[0], head="codes")
     return dict(name="two_stage", codebook=codebook, codes=codes, pixels=pixels)
@@ -187,8 +187,8 @@ def _network(key: str, path: str, depth: int) -> list[keymap.Row]:
     """What encoder and decoder have in common."""
     found = [
         keymap.row(f"{key}.class_embedding", f"{path}/first/table"),
-        keymap.row(f"{key}.positional_embedding", f"{path}/places/table"),
-        keymap.row(f"{key}.latent_token_positional_embedding", f"{path}/latent_places/table"),
+        keymap.row(f"{key}.positional_embedding", f"{path}/positions/table"),
+        keymap.row(f"{key}.latent_token_positional_embedding", f"{path}/latent_positions/table"),
         *keymap.norm(f"{key}.ln_pre", f"{path}/norm_in"),
         *keymap.norm(f"{key}.ln_post", f"{path}/norm_out"),
     ]
@@ -226,7 +226,7 @@ def _decoder(decoder: vit.Decoder, path: str) -> list[keymap.Row]:
     if isinstance(decoder.text, vit.Text):
         key = "decoder.text_guidance_positional_embedding"
         found += keymap.pair("decoder.text_guidance_proj", f"{path}/text/embed", keymap.LINEAR)
-        found.append(keymap.row(key, f"{path}/text/places/table"))
+        found.append(keymap.row(key, f"{path}/text/positions/table"))
     if isinstance(decoder.head, vit.Codes):
         return [
             *found,

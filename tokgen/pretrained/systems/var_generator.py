@@ -43,7 +43,7 @@ def rows(generator) -> list[keymap.Row]:
     net = generator.transformer
     found = [
         keymap.row("pos_start", "token", LEADING),
-        keymap.row("pos_1LC", "places/table", LEADING),
+        keymap.row("pos_1LC", "positions/table", LEADING),
         keymap.row("lvl_embed.weight", "levels/table"),
         keymap.row("class_emb.weight", "labels/table"),
         *keymap.pair("word_embed", "embed", keymap.LINEAR),
@@ -126,7 +126,7 @@ def settings(published: dict, weights: system.Weights) -> ml_collections.ConfigD
         depth=depth,
         heads=causal.heads(published, "num_heads", width, heads),
         hidden=side(weights, "blocks.0.ffn.fc1.weight")[0],
-        parts="var" + "_shared" * shared + "_plain" * (not cosine),
+        variant="var" + "_shared" * shared + "_plain" * (not cosine),
         label_drop=float(published.get("cond_drop_rate", 0.1)),
         rates=dict(
             attention=float(published.get("attn_drop_rate", 0)),

@@ -44,7 +44,7 @@ def settings(published: dict, weights) -> ml_collections.ConfigDict:
         blocks=published.get("num_res_blocks", BLOCKS),
         hidden=hidden,
         projection=kernel,
-        parts="taming",
+        variant="taming",
     )
     scales = tuple(published.get("v_patch_nums", multiscale.VAR_256))
     config.view.size = (scales[-1] * 2 ** (len(multipliers) - 1),) * 2

@@ -1,0 +1,191 @@
+"""The blocks of which transformers are stacks, each of attention and an MLP.
+
+A block says whether it is `adaptive`: then it needs the six vectors that `modulate` makes of a
+condition. `Variant` is what the config's word for a published transformer stands for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tokgen import rng
+from tokgen.nn import attention, dropout, linear
+from tokgen.nn.precision import Precision
+
+
+class PreNorm(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    adaptive = False
+
+    def __init__(self, width: int, heads: int, hidden: int, variant: Variant, *, precision, rngs):
+        self.attention_norm, self.attention, self.mlp_norm, self.mlp = _layers(
+            width, heads, hidden, variant, precision=precision, rngs=rngs
+        )
+
+    def __call__(self, x_BlD, *, rates, path=0.0, key=None, cache=None, **context):
+        """(outputs [B, l, D], cache)."""
+        after, keys = _branches(rates, path, key)
+        y_BlD, cache = self.attention(
+            self.attention_norm(x_BlD), cache=cache, rate=rates.attention, key=keys[0], **context
+        )
+        x_BlD = x_BlD + after(y_BlD, keys[1])
+        y_BlD = self.mlp(self.mlp_norm(x_BlD), rate=rates.hidden, key=keys[2])
+        return x_BlD + after(y_BlD, keys[3]), cache
+
+
+class PostNorm(nnx.Module):
+    """norm(x + attention(x)), then norm(x + mlp(x)), as BERT has it (arXiv:1810.04805)."""
+
+    adaptive = False
+
+    def __init__(self, width: int, heads: int, hidden: int, variant: Variant, *, precision, rngs):
+        self.attention_norm, self.attention, self.mlp_norm, self.mlp = _layers(
+            width, heads, hidden, variant, precision=precision, rngs=rngs
+        )
+
+    def __call__(self, x_BlD, *, rates, path=0.0, key=None, cache=None, **context):
+        """(outputs [B, l, D], cache)."""
+        after, keys = _branches(rates, path, key)
+        y_BlD, cache = self.attention(
+            x_BlD, cache=cache, rate=rates.attention, key=keys[0], **context
+        )
+        x_BlD = self.attention_norm(x_BlD + after(y_BlD, keys[1]))
+        y_BlD = self.mlp(x_BlD, rate=rates.hidden, key=keys[2])
+        return self.mlp_norm(x_BlD + after(y_BlD, keys[3])), cache
+
+
+class Adaptive(nnx.Module):
+    """A PreNorm block whose norms and branches are shifted, scaled and gated by a condition.
+
+    adaLN-zero of DiT (arXiv:2212.09748). The six vectors are, in this order, shift, scale and gate
+    of the attention, then of the MLP. They come from a linear map of the block's own.
+    """
+
+    adaptive = True
+
+    def __init__(self, width: int, heads: int, hidden: int, variant: Variant, *, precision, rngs):
+        options = dict(precision=precision, rngs=rngs)
+        self.attention_norm, self.attention, self.mlp_norm, self.mlp = _layers(
+            width, heads, hidden, variant, **options
+        )
+        self.modulation = linear.Linear(width, (6, width), bias=True, std=None, **options)
+        if variant.starts:
+            kernel = self.modulation.kernel
+            starts_161 = jnp.asarray(variant.starts)[None, :, None]
+            draw = starts_161 * jax.random.normal(rngs.params(), kernel.shape)
+            kernel[...] = draw.astype(precision.params_dtype)
+
+    def modulate(self, cond_BlD: jax.Array) -> jax.Array:
+        """The six vectors [B, l, 6, D] of a condition."""
+        return self.modulation(jax.nn.silu(cond_BlD))
+
+    def __call__(self, x_BlD, *, rates, modulation, path=0.0, key=None, cache=None, **context):
+        """(outputs [B, l, D], cache)."""
+        return _adapted(self, x_BlD, modulation, rates, path, key, cache, context)
+
+
+class SharedAdaptive(nnx.Module):
+    """An `Adaptive` block whose six vectors are those that all blocks share, and six learned ones
+    of its own added (VAR d36)."""
+
+    adaptive = True
+
+    def __init__(self, width: int, heads: int, hidden: int, variant: Variant, *, precision, rngs):
+        self.attention_norm, self.attention, self.mlp_norm, self.mlp = _layers(
+            width, heads, hidden, variant, precision=precision, rngs=rngs
+        )
+        # N(0, 1) / sqrt(D), as published
+        draw = jax.random.normal(rngs.params(), (6, width), precision.params_dtype)
+        self.table = nnx.Param(draw * width**-0.5)
+
+    def modulate(self, shared_Bl6D: jax.Array) -> jax.Array:
+        """The six vectors [B, l, 6, D] of this block."""
+        return shared_Bl6D + self.table[...].astype(shared_Bl6D.dtype)[None, None]
+
+    def __call__(self, x_BlD, *, rates, modulation, path=0.0, key=None, cache=None, **context):
+        """(outputs [B, l, D], cache)."""
+        return _adapted(self, x_BlD, modulation, rates, path, key, cache, context)
+
+
+class Shared(nnx.Module):
+    """The six vectors that all blocks share, of a condition."""
+
+    def __init__(self, width: int, *, precision: Precision, rngs: nnx.Rngs):
+        self.modulation = linear.Linear(
+            width, (6, width), bias=True, precision=precision, rngs=rngs
+        )
+
+    def __call__(self, cond_BlD: jax.Array) -> jax.Array:
+        """[B, l, D] -> [B, l, 6, D]."""
+        return self.modulation(jax.nn.silu(cond_BlD))
+
+
+def _layers(width: int, heads: int, hidden: int, variant: Variant, **options) -> tuple:
+    """What every block is made of: norm, attention, norm, MLP."""
+    return (
+        variant.norm(width, **options),
+        attention.Attention(
+            width,
+            heads,
+            biased=variant.biased,
+            similarity=variant.similarity,
+            std=variant.std,
+            **options,
+        ),
+        variant.norm(width, **options),
+        variant.mlp(width, hidden, std=variant.std, **options),
+    )
+
+
+def _branches(rates, path, key) -> tuple[Callable, tuple]:
+    """(what becomes of a residual branch, keys of attention, its branch, MLP, its branch)."""
+    uses = (rng.ATTENTION, rng.ATTENDED, rng.HIDDEN, rng.MAPPED)
+    keys = tuple(rng.use(key, what) for what in uses)
+
+    def after(y_BlD, key):
+        y_BlD = dropout.dropout(y_BlD, rates.residual, rng.use(key, rng.RESIDUAL))
+        if rates.path == 0.0 or key is None:
+            return y_BlD
+        return dropout.drop_path(y_BlD, path, rng.use(key, rng.PATH))
+
+    return after, keys
+
+
+def _adapted(block, x_BlD, modulation_Bl6D, rates, path, key, cache, context):
+    """(outputs, cache) of an adaptive block, from its six vectors."""
+    after, keys = _branches(rates, path, key)
+    six = (modulation_Bl6D[..., i, :].astype(x_BlD.dtype) for i in range(6))
+    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = six
+    y_BlD = block.attention_norm(x_BlD) * (1 + scale) + shift
+    y_BlD, cache = block.attention(y_BlD, cache=cache, rate=rates.attention, key=keys[0], **context)
+    x_BlD = x_BlD + after(gate * y_BlD, keys[1])
+    y_BlD = block.mlp_norm(x_BlD) * (1 + mlp_scale) + mlp_shift
+    y_BlD = block.mlp(y_BlD, rate=rates.hidden, key=keys[2])
+    return x_BlD + after(mlp_gate * y_BlD, keys[3]), cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """The module factories and functions that make up the blocks of a transformer."""
+
+    block: Callable
+    norm: Callable
+    mlp: Callable
+    hidden: Callable[[int], int]
+    std: Callable[[int], float]
+    biased: tuple[str, ...] = ()  # which maps of the attention have a bias; an MLP brings its own
+    similarity: Callable = attention.Scaled
+    shared: Callable | None = None  # what all adaptive blocks have in common
+    starts: tuple[float, ...] = ()  # deviations of the maps to the six vectors; zeros where empty
+    closing: Callable | None = None  # a norm after the last block, where the head brings none
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the blocks follow a condition."""
+        return self.block.adaptive

@@ -1,0 +1,22 @@
+"""Dropout and stochastic depth, as functions of a key: none without one."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Dropout as a function of a key; none without one."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def drop_path(x_BlD: jax.Array, rate: jax.Array | float, key: jax.Array | None) -> jax.Array:
+    """A residual branch left out for whole samples (arXiv:1603.09382); none without a key."""
+    if key is None:
+        return x_BlD
+    keep_B11 = jax.random.bernoulli(key, 1 - rate, (len(x_BlD), 1, 1))
+    return jnp.where(keep_B11, x_BlD / (1 - rate), 0).astype(x_BlD.dtype)
