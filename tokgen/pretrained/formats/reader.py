@@ -79,7 +79,7 @@ def read(
     class (the callbacks and settings of a Lightning file), which is an error otherwise.
     """
 
-    def arrays(form, tree, fetch, size):
+    def arrays(form: str, tree: Any, fetch: Fetch, size: int):
         del form
         return _arrays(_descended(tree, unwrap), fetch, size, flatten)
 
@@ -107,7 +107,7 @@ def network(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def unwrapped(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same arrays without WRAPPERS inside of their names."""
+    """`arrays` with WRAPPERS left away inside of their names."""
     found = {}
     for name, array in arrays.items():
         for part in WRAPPERS:
