@@ -86,7 +86,9 @@ def examine(examiner, tokenizer, arguments) -> None:
     for part in loader.once(source, view, batch_size=arguments.batch, indices=chosen):
         image_BHW3, missing = part["image"], arguments.batch - len(part["image"])
         padded = np.concatenate([image_BHW3, np.repeat(image_BHW3[-1:], missing, axis=0)])
-        painted, _ = drawing.paint(tokenizer.module, datasets.encode(tokenizer.module, padded))
+        painted, _ = drawing.decode_pixels(
+            tokenizer.module, datasets.encode(tokenizer.module, padded)
+        )
         repainted.append(
             local_classifier.predictions(examiner, np.asarray(painted)[: len(image_BHW3)])
             == part["label"]
@@ -158,7 +160,7 @@ def seconds(
 
     def way():
         drawn_BLG, _ = drawing.draw_tokens(generator, tokenizer.quantizer, label_B, keys_B, sampler)
-        jax.block_until_ready(drawing.paint(tokenizer, drawn_BLG))
+        jax.block_until_ready(drawing.decode_pixels(tokenizer, drawn_BLG))
 
     way()  # compiles
     return machine.measured(way, arguments.repeats)

@@ -27,7 +27,7 @@ from tokgen.config import building
 from tokgen.data import datasets, pixels as images
 from tokgen.interfaces import PyTree, Text, TokenLayout, UserError
 from tokgen.nn import precision, transformer
-from tokgen.sampling import decode, presets, sampler as filters
+from tokgen.sampling import decode, presets, sampler as samplers
 from tokgen.training import (
     gan as gans,
     optimizer as optimizers,
@@ -321,7 +321,7 @@ def generator(
     *,
     text: tuple[int, int] | None = None,
     memory: int | None = None,
-) -> tuple[nnx.Module, filters.Sampler]:
+) -> tuple[nnx.Module, samplers.Sampler]:
     """(the Generator as shapes, the default preset's Sampler) after all that will run was traced.
 
     That is a step of training, and the decode by the default preset; UserError for what cannot run.

@@ -78,7 +78,7 @@ def pixels(
     latents_BPC = tokenizer.latents(image_BHW3)
     key = rng.use(rng.key(settings.seed, "train", step), rng.QUANTIZER)
     quantized = tokenizer.quantizer(latents_BPC, key=key)
-    reconstruction_BHW3 = tokenizer.paint(quantized.latents_BPC, cond=batch.get("text"))
+    reconstruction_BHW3 = tokenizer.decode_unclipped(quantized.latents_BPC, cond=batch.get("text"))
     terms = losses.reconstruction(image_BHW3, reconstruction_BHW3) | quantized.losses
     for name, distance in frozen.get("perceptual", {}).items():
         terms[name] = jnp.mean(distance(2 * image_BHW3 - 1, 2 * reconstruction_BHW3 - 1))
