@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tokgen import runtime
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"```python\n(.*?)```", re.S)
@@ -31,6 +33,8 @@ def test_an_example_is_found_by_its_name_and_does_what_is_said(title, tmp_path, 
     (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
     monkeypatch.chdir(ROOT)
+    # jax is set up already, by conftest; it must not be set up once more
+    monkeypatch.setattr(runtime, "devices", lambda batch_size=0: None)
     module = f"{package.__name__}.{name}"
     try:
         exec(compile(use, f"docs/extending.md, {title}", "exec"), {})

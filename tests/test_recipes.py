@@ -213,7 +213,7 @@ BITS = dict(quantizer=dict(bits=4, groups=(1, 3)))
 HALF = dict(start=0.5)  # the second of two steps is played
 EARLY = dict(start=0.0, ramp=0.0)
 PATCHES, BLURS = dict(width=8, layers=1), dict(width=8, stages=1)
-PAINTER = dict(  # what paints the teacher's codes
+STUDENT = dict(  # what decodes the teacher's codes
     codebook=(8, 4),
     codes=dict(VIT, patch=1, channels=8),
     pixels=dict(NARROW, latent=4, grid=(16, 16)),
@@ -232,7 +232,7 @@ SHRUNK = {
     "tatitok": dict(
         encoder=VIT, decoder=dict(VIT, text=(2, 3)), **FEW, discriminator=dict(EARLY, network=BLURS)
     ),
-    "titok": dict(encoder=VIT, decoder=PAINTER, **FEW, discriminator=dict(network=BLURS), steps=3),
+    "titok": dict(encoder=VIT, decoder=STUDENT, **FEW, discriminator=dict(network=BLURS), steps=3),
     "titok_onestage:bl64_vae_c16": dict(
         encoder=VIT,
         decoder=VIT,

@@ -438,7 +438,7 @@ def test_tokenizer_steps_on_eight_devices_equal_those_on_one(monkeypatch):
 # ---------------------------------------------------------------- drawing and measuring
 
 
-class Painter(nnx.Module):
+class Decoder(nnx.Module):
     """Tokens of LAYOUT as gray images."""
 
     quantizer = None
@@ -479,7 +479,7 @@ def test_drawing_and_likelihoods_are_shared_by_the_devices_to_the_bit(monkeypatc
         module = jax.device_put(generator, sharding.replicated(mesh))
         label_N = np.arange(11, dtype=np.int32) % 5
         found[mesh.size] = drawing.draw(
-            module, Painter(), label_N, sampler, seed=1, batch=4, what=""
+            module, Decoder(), label_N, sampler, seed=1, batch=4, what=""
         )
         figures = validation.likelihood(module, None, Tokens(), count=11, batch=5)
         nats[mesh.size] = figures["nats_per_token"]

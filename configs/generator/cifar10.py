@@ -11,80 +11,21 @@ new order for every image, with target-aware positions as in RAR, arXiv:2411.007
 `next_scale` (one grid at a time, arXiv:2404.02905) needs those of cifar10_f4.py:pyramid.
 """
 
-from ml_collections import ConfigDict
+from tokgen.config import reading
 
-NETWORK = dict(
-    width=128,
-    depth=4,
-    heads=4,
-    label_drop=0.1,
-    unroll=4,  # no loop over layers: faster steps on a CPU, and four compile quickly
-    rates=dict(token=0.0, attention=0.0, residual=0.0),
-)
-FAMILIES = {
-    "raster": dict(
-        name="autoregressive", order="raster", positions="rotary", variant="llama_narrow", window=64
-    ),
-    "columns": dict(
-        name="autoregressive",
-        order="columns",
-        positions="rotary",
-        variant="llama_narrow",
-        window=64,
-    ),
-    "sequence": dict(
-        name="autoregressive",
-        order="raster",
-        positions="learned",
-        variant="llama_narrow",
-        window=64,
-    ),
-    "random": dict(
-        name="autoregressive",
-        order="random",
-        positions="target_aware",
-        variant="llama_narrow",
-        window=64,
-    ),
-    "masked": dict(
-        name="masked", steps=12, schedule="cosine", masking="counted", variant="llama_narrow"
-    ),
-    "next_scale": dict(name="next_scale", channels=16, variant="var", gates=0.1),
-}
+SHARED = ("raster", "random", "masked", "next_scale")
+GRIDS = {"columns": dict(order="columns"), "sequence": dict(positions="learned")}  # as raster, but
 
 
 def get_config(variant="raster"):
-    """`variant` is one of FAMILIES."""
-    if variant not in FAMILIES:
-        raise ValueError(f"variants are {', '.join(FAMILIES)}")
-    config = ConfigDict()
-    config.seed = 0
+    """`variant` is one of SHARED or GRIDS; what is not said here is shapes.py's."""
+    if variant not in (*SHARED, *GRIDS):
+        raise ValueError(f"variants are {', '.join((*SHARED, *GRIDS))}")
+    like = variant if variant in SHARED else "raster"
+    config = reading.load(f"configs/generator/shapes.py:{like}")
+    config.generator.update(GRIDS.get(variant, {}))
     config.steps = 3500
-    config.batch_size = 32
-    config.precision = dict(params="float32", compute="float32")
-    config.data = dict(
-        tokens="",  # folder that tokgen pretokenize wrote
-        tokenizer="",  # where its tokenizer lies now, if it was moved
-    )
-    config.generator = FAMILIES[variant] | NETWORK
-    config.optimizer = dict(
-        name="muon",  # a lower loss than AdamW after as many steps (benchmarks/RESULTS.md)
-        learning_rate=2e-3,
-        warmup=100,
-        b2=0.95,
-        weight_decay=0.01,
-        clip=1.0,
-    )
-    config.ema = 0.998
-    default = dict(temperature=1.0, guidance="constant", weight=1.5)
-    if variant == "masked":  # without noise the surest tokens alone are kept, the same every time
-        default |= dict(temperature=1.0, noise=4.5)
-    config.presets = dict(default=default)
-    config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.strategy = "data"
-    config.max_bad = 1e-3  # share of images that may be unreadable, where images are encoded
-    config.held_out = dict(images=1000, samples=8)
-    config.report = dict(scalars=100, save=875)
-    config.keep = dict(latest=1, best=1)
-    config.init_from = ""
+    config.presets.default.update(temperature=1.0, weight=1.5)
+    config.held_out.images = 1000
+    config.report.save = 875
     return config

@@ -11,55 +11,30 @@ tokens on grids of 1, 2, 4 and 8 with one codebook of 512, for next-scale genera
 arXiv:2404.02905).
 """
 
-from ml_collections import ConfigDict
+from tokgen.config import reading
 
 
 def get_config(variant=""):
-    """`variant` is "", "vq", "ema", "gan" or "pyramid"."""
-    config = ConfigDict()
-    config.seed = 0
-    config.steps = 20000
-    config.batch_size = 16  # on a CPU a step costs in proportion: more, smaller steps win
-    config.precision = dict(params="float32", compute="float32")
+    """`variant` is "", "vq", "ema", "gan" or "pyramid"; what is not said here is shapes.py's."""
+    if variant not in ("", "vq", "ema", "gan", "pyramid"):
+        raise ValueError("variants are vq, ema, gan and pyramid")
+    like = f":{variant}" if variant in ("vq", "ema", "pyramid") else ""
+    config = reading.load(f"configs/tokenizer/shapes.py{like}")
+    config.steps = 10_000 if variant == "pyramid" else 20_000
     config.data = dict(name="folder", path="", held_out=0.02)
     config.view = dict(size=(32, 32), channels=3, crop="center", zoom=1.25, flip=True)
-    config.pixels = (-1.0, 1.0)
-    config.encoder = dict(name="conv", widths=(128,), blocks=2, stem=4, variant="light")
-    config.quantizer = dict(name="fsq", levels=(8, 5, 5, 5))
-    config.decoder = dict(name="conv", widths=(128,), blocks=2, stem=4, variant="light")
-    config.loss = dict(l1=0.0, l2=1.0, lpips=0.0, codebook=1.0, commitment=0.25)
-    config.perceptual = dict(lpips="")  # weight files, comma between two
-    config.discriminator = dict(
-        weight=0.0,  # 0: no discriminator
-        start=0.5,  # as a share of the run: the discriminator begins to learn
-        warmup=0.05,  # and this much later the tokenizer begins to play against it
-        network=dict(name="patchgan", width=64, layers=3, norm="batch"),
-        optimizer=dict(learning_rate=2e-4, b1=0.5, b2=0.9, clip=1.0, decay="constant"),
-    )
-    config.safeguards = dict(usage=0.02, worse=2.0)
-    config.optimizer = dict(name="adamw", learning_rate=2e-3, warmup=100, b2=0.99, clip=1.0)
-    config.ema = 0.999
-    config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.strategy = "data"
-    config.max_bad = 1e-3
-    config.held_out = dict(images=1000)
-    config.report = dict(scalars=100, save=5000)
-    config.keep = dict(latest=1, best=1)
-    config.init_from = ""
+    config.encoder.update(widths=(128,), variant="light")
+    config.decoder.widths = (128,)
     if variant in ("vq", "ema"):
-        update = "gradient" if variant == "vq" else "ema"
-        config.quantizer = dict(name="vq", codes=1024, channels=8, update=update)
-    elif variant == "gan":
-        config.discriminator.weight = 0.1
+        config.quantizer.codes = 1024
     elif variant == "pyramid":
-        config.steps = 10_000
-        config.quantizer = dict(
-            name="multiscale",
-            scales=(1, 2, 4, 8),
-            phi=1,
-            ratio=0.5,
-            quantizer=dict(name="vq", codes=512, channels=16),
-        )
-    elif variant:
-        raise ValueError("variants are vq, ema, gan and pyramid")
+        config.quantizer.quantizer.codes = 512
+    else:
+        config.quantizer.levels = (8, 5, 5, 5)
+    if variant == "gan":
+        config.discriminator.weight = 0.1
+    config.optimizer.update(learning_rate=2e-3, warmup=100)
+    config.ema = 0.999
+    config.held_out.images = 1000
+    config.report.save = 5000
     return config

@@ -139,7 +139,7 @@ def test_init_from_takes_parameters_and_nothing_else(base, tmp_path):
 
 
 def test_init_from_begins_a_discriminator_and_an_average_that_were_not_there(base, tmp_path):
-    """As when a tokenizer without a game, or an imported one, is tuned against a discriminator."""
+    """As when a tokenizer without a discriminator, or an imported one, is tuned with one."""
     _, network, _ = base
     config = load_config()
     source = saved_in(tmp_path / "source", network.replace(ema=None), config)
@@ -161,7 +161,7 @@ def test_init_from_begins_a_discriminator_and_an_average_that_were_not_there(bas
 
 
 def test_steps_to_keep_and_steps_to_forget(base, tmp_path):
-    """The step before a game stays however many follow; those after it can be forgotten."""
+    """The step before the adversarial term stays however many follow; later ones can go."""
     config, network, _ = base
     run = start(tmp_path, config, kept=(2,))
     for step, loss in ((1, 0.9), (2, 0.8), (3, 0.2), (4, 0.5), (5, 0.7)):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.evaluation import test_feature_extractors
 from tokgen import cli, interfaces, sharding
+from tokgen.backbones import features, inception
 from tokgen.evaluation import (
     feature_extractors,
     local_classifier,
@@ -194,12 +195,12 @@ def test_another_references_network_is_used_again(place, tmp_path, monkeypatch):
 
 def test_a_published_network_sees_all_images_once(tmp_path, monkeypatch):
     """Of 30 images, read in parts of 8, 12 are kept; larger ones are cut to the size."""
-    published = feature_extractors.Published(
+    published = features.FeatureNetwork(
         lambda arrays: test_feature_extractors.Means(),
-        feature_extractors.INCEPTION,
+        inception.MEASURED,
         "It is from nowhere.",
     )
-    monkeypatch.setitem(feature_extractors.PUBLISHED, "inception", published)
+    monkeypatch.setitem(inception.FEATURE_NETWORKS, "inception", published)
     monkeypatch.setattr(feature_extractors.reader, "network", lambda path: {})
     for module, name, value in (
         (reference_making, "PART", 8),

@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.evaluation import test_collect, test_feature_extractors
 from tokgen import cli
+from tokgen.backbones import features, inception as backbone
 from tokgen.evaluation import collect, feature_extractors, protocols, references, score as scores
 from tokgen.metrics import frechet
 from tokgen.sampling import drawing
@@ -300,13 +301,13 @@ def test_labels_cross_by_name_or_not_at_all(names, known, real, labels, capsys):
 @pytest.fixture
 def inception(tmp_path, monkeypatch) -> pathlib.Path:
     """A weight file of a network by the name of Inception, whose features are means by hand."""
-    published = feature_extractors.Published(
+    published = features.FeatureNetwork(
         lambda arrays: test_feature_extractors.Means(float(arrays["factor"])),
-        feature_extractors.INCEPTION,
+        backbone.MEASURED,
         "It is from nowhere.",
     )
     for name in ("inception", "inception_torch"):
-        monkeypatch.setitem(feature_extractors.PUBLISHED, name, published)
+        monkeypatch.setitem(backbone.FEATURE_NETWORKS, name, published)
     monkeypatch.setattr(feature_extractors.reader, "network", lambda path: dict(np.load(path)))
     monkeypatch.setattr(references, "WIDTHS", {"inception": {"pool3": 6, "spatial": 4}})
     adm = dataclasses.replace(

@@ -10,7 +10,7 @@ import safetensors.numpy
 from flax import nnx
 
 from tokgen import interfaces
-from tokgen.backbones import dino
+from tokgen.backbones import dino, imagenet
 from tokgen.discriminators import feature_heads
 from tokgen.pretrained.formats import reader
 
@@ -150,7 +150,7 @@ def test_maintaining_moves_statistics_and_directions_alone(discriminator):
     before = jax.tree.map(np.asarray, nnx.state(network, interfaces.Statistic))
     params = jax.tree.map(np.asarray, nnx.state(network, nnx.Param))
     image = _image(3, 4, 8, 8, 3)
-    first = network.heads[0].convs[0](network.trunk(feature_heads.trunks.normalised(image, 1))[0])
+    first = network.heads[0].convs[0](network.trunk(imagenet.normalised(image, 1))[0])
     network.maintain(image)
     jax.tree.map(np.testing.assert_array_equal, params, nnx.state(network, nnx.Param))
     places = np.asarray(first, np.float64).reshape(-1, 6)

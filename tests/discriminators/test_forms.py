@@ -39,7 +39,7 @@ def test_the_forms_of_the_stylegan_discriminator(form, skips):
     network = _made(lambda: stylegan.Discriminator(1, 16, (4, 6, 8), form=form, rngs=nnx.Rngs(0)))
     logits = network(_image(3, 16, 16, 1))
     assert logits.shape == (3, 1) and logits.dtype == jnp.float32 and np.ptp(logits) > 0
-    # one opinion per image, of the image alone
+    # one logit per image, of the image alone
     np.testing.assert_allclose(network(_image(3, 16, 16, 1)[:1]), logits[:1], rtol=1e-5)
     assert len(jax.tree.leaves(nnx.state(network.blocks[0].conv_skip))) == skips
 

@@ -77,8 +77,8 @@ def test_only_batch_norm_mixes_images():
     image = _image(2, 2, 12, 12, 1)
     for norm, alone in (("batch", False), ("group", True), ("none", True)):
         network = _made(channels=1, width=8, norm=norm)
-        judged = jax.jit(type(network).__call__)
-        same = np.allclose(judged(network, image)[:1], judged(network, image[:1]), atol=1e-5)
+        logits_of = jax.jit(type(network).__call__)
+        same = np.allclose(logits_of(network, image)[:1], logits_of(network, image[:1]), atol=1e-5)
         assert same == alone, norm
 
 
@@ -132,15 +132,15 @@ def test_published_discriminator_is_reproduced():
         )
         evaluating.convs[stage].bias = nnx.Param(jnp.asarray(bias))
 
-    def judged(network, image):
+    def logits_of(network, image):
         return network(image).sum(), network(image)
 
-    _close(jax.jit(judged)(training, real)[1], case["logits_real_train"], 1e-4)
-    judged = jax.jit(jax.grad(judged, argnums=1, has_aux=True))
-    gradient, logits = judged(evaluating, real)
+    _close(jax.jit(logits_of)(training, real)[1], case["logits_real_train"], 1e-4)
+    logits_of = jax.jit(jax.grad(logits_of, argnums=1, has_aux=True))
+    gradient, logits = logits_of(evaluating, real)
     _close(logits, case["logits_real"], 1e-4)
     _close(gradient, case["grad_real"], 1e-3)
-    _close(judged(evaluating, fake)[1], case["logits_fake"], 1e-4)
+    _close(logits_of(evaluating, fake)[1], case["logits_fake"], 1e-4)
 
 
 def _fill(conv, weights, name):

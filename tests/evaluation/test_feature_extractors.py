@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from tokgen import interfaces, parameters, sharding
+from tokgen.backbones import features, inception
 from tokgen.evaluation import feature_extractors, local_classifier
 from tokgen.interfaces import UserError
 
@@ -137,11 +138,11 @@ def test_size_that_a_local_network_sees(size, wanted):
 def test_published_networks_are_read_from_a_file_that_is_told(tmp_path, monkeypatch):
     file = tmp_path / "weights.npz"
     np.savez(file, factor=np.float32(2))
-    published = feature_extractors.Published(
+    published = features.FeatureNetwork(
         lambda arrays: Means(float(arrays["factor"])), ("pool3", "spatial"), "It is from nowhere."
     )
     monkeypatch.setattr(feature_extractors.reader, "network", lambda path: dict(np.load(path)))
-    monkeypatch.setitem(feature_extractors.PUBLISHED, "inception", published)
+    monkeypatch.setitem(inception.FEATURE_NETWORKS, "inception", published)
     found = feature_extractors.from_file("inception", str(file))
     record = found.record
     assert record["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
@@ -156,7 +157,7 @@ def test_published_networks_are_read_from_a_file_that_is_told(tmp_path, monkeypa
     for words, message in (
         (("inception", ""), "needs its weight file: --weights FILE. It is from nowhere"),
         (("inception", str(tmp_path / "no.npz")), "no weight file at"),
-        (("vgg", str(file)), "feature networks are inception"),
+        (("vgg", str(file)), "a feature network that is read from a file must be one of"),
     ):
         with pytest.raises(UserError, match=message):
             feature_extractors.from_file(*words)

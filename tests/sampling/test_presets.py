@@ -57,7 +57,7 @@ def test_names_are_those_of_the_checkpoint_and_no_guidance():
 
 
 def test_an_unknown_preset_is_refused_with_the_names_of_those_that_are():
-    with pytest.raises(UserError, match="no_guidance, default, paper; found 'papr'; did you mean 'paper'"):
+    with pytest.raises(UserError, match="default, paper; found 'papr'; did you mean 'paper'"):
         presets.named(PUBLISHED, "papr")
 
 

@@ -500,7 +500,7 @@ def test_a_step_that_is_not_finite_moves_nothing_of_either(match, monkeypatch):
     )  # only the discriminator's loss looks at them
     held(bad, before)
     assert [scalars[name] for name in counts] == [0, 1, 2, 2]
-    after, scalars, _ = stepped(bad, 0, averages=good["averages"])  # and the game goes on
+    after, scalars, _ = stepped(bad, 0, averages=good["averages"])  # and both go on
     assert [scalars[name] for name in counts] == [0, 1, 0, 2]
     for name in ("model", "discriminator"):
         before, now = (jax.tree.leaves(n[name].params) for n in (bad, after))

@@ -1,4 +1,4 @@
-"""Guard rails: what the meter shows, when a run stops, and the way back from a bad gan."""
+"""Safeguards: what the meter shows, when a run stops, and when it goes back."""
 
 import json
 import math
@@ -76,7 +76,7 @@ def test_every_scale_has_figures_and_so_have_all_together():
     assert (found["idle_bits"], found["idle_bits_0"], found["idle_bits_1"]) == (0, 2, 0)
     reached = [0.25 / (1 - math.exp(-2 / 4)), 1 / (1 - math.exp(-8 / 4))]
     np.testing.assert_allclose([found["reached_0"], found["reached_1"]], reached)
-    # a collapse is judged by all: the coarsest grid may well need few codes
+    # a collapse is told by all: the coarsest grid may well need few codes
     np.testing.assert_allclose(found["reached"], 1 / (1 - math.exp(-10 / 4)))
 
 
@@ -136,7 +136,7 @@ def test_returns_are_counted_and_settled(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [safeguards.RETURNS]
 
 
-def test_worse_compares_with_the_step_at_which_the_game_began(tmp_path, monkeypatch):
+def test_worse_compares_with_the_step_before_the_adversarial_term(tmp_path, monkeypatch):
     then = {"l2": 0.2}  # of an older version, which took it from the mean of PSNR
     figures = {4: then | {"l2_error": None}, 5: {"l2": None}, 7: then}
     monkeypatch.setattr(runs, "metrics", lambda run, step: figures.get(step, {}))
@@ -170,7 +170,7 @@ SMALL = (
     ),
     *("discriminator.network.norm=none", "safeguards.usage=0.0", "safeguards.worse=0.0", "ema=0.9"),
 )
-# A game that is always found worse: the factor is tiny.
+# An adversarial term that is always found worse: the factor is tiny.
 BAD = (
     "discriminator.weight=0.5",
     "discriminator.start=0.2",
@@ -257,8 +257,8 @@ def returned(one_device, tmp_path_factory):
     return workdir
 
 
-def test_a_bad_game_ends_without_its_discriminator(returned):
-    """Steps 1 to 3 go before it; it is judged at 4 and lost, twice; then the run ends in peace."""
+def test_a_bad_gan_ends_without_its_discriminator(returned):
+    """Steps 1 to 3 go before it; at 4 it is found worse, twice; then the run ends without it."""
     assert json.loads((returned / safeguards.RETURNS).read_text()) == {
         "returns": 2,
         "settled": True,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokgen import interfaces
-from tokgen.backbones import vit, weights as files
+from tokgen.backbones import features, vit, weights as files
 from tokgen.nn import resample
 
 SOURCE = (
@@ -124,3 +124,6 @@ def from_weights(weights: files.Weights, *, heads: int | None = None) -> CLIP:
 def quick_gelu(x: jax.Array) -> jax.Array:
     """x sigmoid(1.702 x)."""
     return x * jax.nn.sigmoid(1.702 * x)
+
+
+FEATURE_NETWORKS = {"clip": features.FeatureNetwork(from_weights, ("embedding",), SOURCE)}

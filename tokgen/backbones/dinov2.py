@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from tokgen import interfaces
-from tokgen.backbones import vit, weights as files
+from tokgen.backbones import features, vit, weights as files
 from tokgen.nn import resample
 
 SOURCE = (
@@ -137,3 +137,6 @@ def positions(table_LD: np.ndarray, grid: int, offset: float) -> np.ndarray:
     table = np.einsum("rR,cC,RCD->rcD", matrix, matrix, table, optimize=True)
     table = table.reshape(grid * grid, -1).astype(np.float32)
     return np.concatenate([table_LD[:1], table])
+
+
+FEATURE_NETWORKS = {"dinov2": features.FeatureNetwork(from_weights, ("cls",), SOURCE)}

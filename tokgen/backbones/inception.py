@@ -6,6 +6,7 @@ pools by maximum, there are 1008 logits, and the weights are others.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from tokgen import interfaces
-from tokgen.backbones import inception_layers as plan, weights as files
+from tokgen.backbones import features, inception_layers as plan, weights as files
 from tokgen.nn import resample
 
 SIZE = 299  # pixels
@@ -205,3 +206,10 @@ def renamed(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         for name, (key, axes) in places.items()
         if name in weights
     }
+
+
+MEASURED = ("pool3", "spatial", "logits_unbiased")
+FEATURE_NETWORKS = {
+    name: features.FeatureNetwork(functools.partial(from_weights, look=look), MEASURED, SOURCE)
+    for name, look in (("inception", tf1), ("inception_torch", torch), ("inception_clean", clean))
+}

@@ -1,7 +1,7 @@
 """The patch discriminator with blurred strides of VQGAN+ (MaskBit, arXiv:2409.16211) and TiTok.
 
 Smaller than the PatchGAN: convolutions keep the size, a fixed filter halves it (arXiv:1904.11486),
-and the largest values of 16 x 16 areas are judged.
+and the largest values of 16 x 16 areas are scored.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Discriminator(nnx.Module):
 
     Stage n has width * 2**n channels. 1,909,889 parameters at width 128 and three stages,
     7,431,297 with four. An image is best of at least 16 * 2**stages pixels: smaller ones are
-    judged in repeated areas.
+    scored in repeated areas.
     """
 
     @ranges.checked

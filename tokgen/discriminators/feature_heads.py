@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from tokgen import interfaces, ranges, rng
-from tokgen.backbones import dino, trunks, weights
+from tokgen.backbones import dino, imagenet, weights
 from tokgen.nn import resample
 
 SLOPE = 0.2
@@ -173,7 +173,7 @@ class Discriminator(nnx.Module):
                 f"this discriminator needs images [B, H, W, {self.channels}]; found "
                 f"{image_BHW3.shape}"
             )
-        levels = self.trunk(trunks.normalised(self._fitted(image_BHW3, key), 1))
+        levels = self.trunk(imagenet.normalised(self._fitted(image_BHW3, key), 1))
         logits = [head(x, normalise) for head, x in zip(self.heads, levels, strict=True)]
         return jnp.concatenate(logits, 1)
 

@@ -1,4 +1,4 @@
-"""The patch discriminator: a small convolutional network that judges overlapping patches.
+"""The patch discriminator: a small convolutional network with a logit per overlapping patch.
 
 Isola et al. (arXiv:1611.07004), in the form that VQGAN (arXiv:2012.09841) and its descendants
 train: 4x4 convolutions, each but the first and the last followed by a normalisation.
@@ -21,7 +21,7 @@ WIDEST = 8  # stage n has width * min(2**n, 8) channels
 class BatchNorm(nnx.Module):
     """Normalisation by the mean and variance of the batch at hand, per channel.
 
-    No running statistics: a discriminator is never asked for an opinion outside training. Under
+    No running statistics: a discriminator is never asked outside training. Under
     `jit` the batch is the global one, so any number of devices computes the same.
     """
 
@@ -99,7 +99,7 @@ class Discriminator(nnx.Module):
     def __call__(self, image_BHW3: jax.Array) -> jax.Array:
         _check(image_BHW3.shape, self.channels, self.layers)
         # float32 although the decoder may compute in bfloat16: batch statistics and the few,
-        # small logits of the adversarial game do not bear eight bits.
+        # small logits do not bear eight bits.
         x = jax.nn.leaky_relu(self.first(image_BHW3.astype(jnp.float32)), SLOPE)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = jax.nn.leaky_relu(norm(conv(x)), SLOPE)

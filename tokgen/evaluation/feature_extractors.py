@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import archives, boundary, parameters, sharding
-from tokgen.backbones import clip, dinov2, inception
+from tokgen import archives, boundary, choices, parameters, sharding
+from tokgen.backbones import features as networks
 from tokgen.data import loader, pixels as images
 from tokgen.evaluation import local_classifier
 from tokgen.interfaces import UserError
@@ -36,7 +36,7 @@ class Extractor:
     """A feature network in use.
 
     Attributes:
-        name: one of PUBLISHED, or "local".
+        name: one of `backbones.features.known()`, or "local".
         layers: its features by name; the first is the one that distances are taken in.
         record: what is told of it in results and references: name, fingerprint, where from.
     """
@@ -45,15 +45,6 @@ class Extractor:
     network: nnx.Module
     layers: tuple[str, ...]
     record: dict
-
-
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """A network that is read from a file; `make` takes its arrays by published name."""
-
-    make: object
-    layers: tuple[str, ...]
-    source: str
 
 
 class Local(nnx.Module):
@@ -80,9 +71,7 @@ def seen(size: Sequence[int]) -> tuple[int, int]:
 
 def from_file(name: str, path: str) -> Extractor:
     """The published network of that name, its weights from the file at `path`."""
-    if name not in PUBLISHED:
-        raise UserError(f"feature networks are {', '.join(PUBLISHED)}, local; found {name!r}")
-    published = PUBLISHED[name]
+    published = choices.named(networks.known(), name, "a feature network that is read from a file")
     if not path:
         raise UserError(
             f"the feature network {name} needs its weight file: --weights FILE. {published.source}"
@@ -226,19 +215,3 @@ def fingerprint(name: str, network: nnx.Module) -> str:
 def sha256(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-INCEPTION = ("pool3", "spatial", "logits_unbiased")
-PUBLISHED = {
-    "inception": Published(
-        functools.partial(inception.from_weights, look=inception.tf1), INCEPTION, inception.SOURCE
-    ),
-    "inception_torch": Published(
-        functools.partial(inception.from_weights, look=inception.torch), INCEPTION, inception.SOURCE
-    ),
-    "inception_clean": Published(
-        functools.partial(inception.from_weights, look=inception.clean), INCEPTION, inception.SOURCE
-    ),
-    "dinov2": Published(dinov2.from_weights, ("cls",), dinov2.SOURCE),
-    "clip": Published(clip.from_weights, ("embedding",), clip.SOURCE),
-}

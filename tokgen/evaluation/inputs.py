@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from tokgen import report
-from tokgen.backbones import perceptual
+from tokgen.backbones import lpips
 from tokgen.checkpoints import checkpoint
 from tokgen.data import captioned, datasets, npz
 from tokgen.evaluation import (
@@ -114,7 +114,7 @@ def reconstructed(settings: score_settings.Settings) -> made_images.Reconstructe
         weights = {}
         for file in settings.lpips:
             weights |= weights_.network(file)
-        network = perceptual.from_weights(weights)
+        network = lpips.from_weights(weights)
         distances[f"lpips_{trunk_of(network)}"] = network
     images = made_images.Reconstructed(loaded, source, count=count, distances=distances)
     if settings.precision:  # what was begun without a word of it goes on
@@ -122,7 +122,7 @@ def reconstructed(settings: score_settings.Settings) -> made_images.Reconstructe
     return images
 
 
-def trunk_of(network: perceptual.LPIPS) -> str:
+def trunk_of(network: lpips.LPIPS) -> str:
     """ "vgg" or "alex", by the trunk of an LPIPS."""
     return "alex" if "alex" in type(network.trunk).__name__.lower() else "vgg"
 

@@ -16,7 +16,7 @@ class Protocol:
     """How values under one name are made.
 
     Attributes:
-        extractor: the feature network, a name of feature_extractors.PUBLISHED or "local".
+        extractor: the feature network, a name of `backbones.features.known()` or "local".
         samples: images that it is defined for; 0 where any number will do, which is then
             part of what must agree before two results are compared.
         reference: images of the reference; 0: as many as it has.

@@ -37,10 +37,10 @@ from tokgen.training import (
     train_state,
 )
 
-# What a tokenizer's step may compute: the weights of all of them are looked up by name
+# What a tokenizer's step may compute beside perceptual distances: weights are looked up by name
 TERMS = (
     *("l1", "l2", "codes", "codebook", "commitment", "index", "sample_entropy", "batch_entropy"),
-    *("kl", *perceptual.NAMES),
+    "kl",
 )
 
 ENTROPIES = ("sample_entropy", "batch_entropy")  # what training may raise as well as lower
@@ -223,7 +223,7 @@ def _check_aim(stage: stages.Stage, weights: Mapping[str, float], name: str) -> 
             f"a weight of config.loss is at least 0, but for {' and '.join(ENTROPIES)}; found "
             f"{told}"
         )
-    aims = ("codes",) if stage.objective == "codes" else ("l1", "l2", *perceptual.NAMES)
+    aims = ("codes",) if stage.objective == "codes" else ("l1", "l2", *perceptual.known())
     if not any(weights.get(term) for term in aims):
         raise UserError(
             f"{name} compares nothing with the image: one of the weights {', '.join(aims)} of "
@@ -263,8 +263,8 @@ def _shared(settings) -> list[str]:
 
 def _weights(settings) -> list[str]:
     """Names of losses, distances and annealed terms that nothing computes."""
-    found = []
-    for section, known in (("loss", TERMS), ("perceptual", perceptual.NAMES)):
+    found, distances = [], tuple(perceptual.known())
+    for section, known in (("loss", (*TERMS, *distances)), ("perceptual", distances)):
         for name in settings.get(section, {}):
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)

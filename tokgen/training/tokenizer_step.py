@@ -348,7 +348,7 @@ def _distances(settings, plan) -> dict[str, tuple[str, ...]]:
     given = settings.get("perceptual", {})
     return {
         name: tuple(filter(None, given.get(name, "").split(",")))
-        for name in perceptual.NAMES
+        for name in perceptual.known()
         if name in needed
     }
 

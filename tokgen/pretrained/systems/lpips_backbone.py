@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokgen.backbones import perceptual
+from tokgen.backbones import lpips as distance
 from tokgen.pretrained import system
 from tokgen.pretrained.formats import reader
 
@@ -33,7 +33,7 @@ def _lpips(weights: Arrays, a_BHW3: jax.Array, b_BHW3: jax.Array) -> Arrays:
         means = [features.mean((1, 2)) for features in network.trunk(a_BHW3)]
         return levels.sum(), (levels, means)
 
-    network = perceptual.from_weights(weights)
+    network = distance.from_weights(weights)
     gradient, (levels, means) = jax.jit(jax.grad(seen, has_aux=True))(b_BHW3, network)
     arrays = {"distance": levels.sum(1), "grad": np.asarray(gradient).transpose(0, 3, 1, 2)}
     for number, mean in enumerate(means):

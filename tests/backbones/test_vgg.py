@@ -5,13 +5,13 @@ import pytest
 from flax import nnx
 
 from tokgen import interfaces
-from tokgen.backbones import trunks
+from tokgen.backbones import alexnet as alexnets, vgg
 
 
 @pytest.fixture(scope="module")
 def alexnet():
     rng = np.random.default_rng(0)
-    module = nnx.eval_shape(lambda: trunks.AlexNet(rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: alexnets.AlexNet(rngs=nnx.Rngs(0)))
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.05, leaf.shape), "f4"), module)
 
 
@@ -20,7 +20,7 @@ def _image(*shape):
 
 
 def test_shapes_of_vgg16():
-    trunk = nnx.eval_shape(lambda: trunks.VGG16(rngs=nnx.Rngs(0)))
+    trunk = nnx.eval_shape(lambda: vgg.VGG16(rngs=nnx.Rngs(0)))
     maps = nnx.eval_shape(lambda trunk: trunk(np.zeros((1, 33, 48, 3))), trunk)
     shapes = [each.shape[1:] for each in maps]
     assert shapes == [(33, 48, 64), (16, 24, 128), (8, 12, 256), (4, 6, 512), (2, 3, 512)]

@@ -9,14 +9,14 @@ import pytest
 from flax import nnx
 
 from tokgen import interfaces
-from tokgen.backbones import classifiers, perceptual
+from tokgen.backbones import convnext, perceptual, resnet
 
 
 def _filled(module):
     rng = np.random.default_rng(0)
     module = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), "f4"), module)
     for _, norm in nnx.iter_graph(module):
-        if isinstance(norm, classifiers.FixedNorm):
+        if isinstance(norm, resnet.FixedNorm):
             norm.variance[...] = jnp.abs(norm.variance[...]) + 0.5
     return module
 
@@ -51,7 +51,7 @@ def _fixed(x, norm):
 
 @pytest.mark.parametrize("before, stride", [(4, 2), (8, 1)])
 def test_the_bottleneck_follows_its_formula(before, stride):
-    make = lambda: classifiers.Bottleneck(before, 2, stride, rngs=nnx.Rngs(0))  # noqa: E731
+    make = lambda: resnet.Bottleneck(before, 2, stride, rngs=nnx.Rngs(0))  # noqa: E731
     block = _filled(nnx.eval_shape(make))
     x = _map(5, 6, before)
     y = np.maximum(_fixed(_conv(x, block.convs[0], 1, 0), block.norms[0]), 0)
@@ -64,7 +64,7 @@ def test_the_bottleneck_follows_its_formula(before, stride):
 
 
 def test_the_convnext_block_follows_its_formula():
-    make = lambda: classifiers.ConvNeXtBlock(3, rngs=nnx.Rngs(0))  # noqa: E731
+    make = lambda: convnext.ConvNeXtBlock(3, rngs=nnx.Rngs(0))  # noqa: E731
     block = _filled(nnx.eval_shape(make))
     block.norm.scale[...] = 10 * block.norm.scale[...]  # to where both forms of GELU differ
     x = _map(8, 9, 3)
@@ -77,11 +77,14 @@ def test_the_convnext_block_follows_its_formula():
     np.testing.assert_allclose(block(x[None])[0], x + y, atol=1e-5)
 
 
+FULL = {"resnet50": resnet.ResNet50, "convnext_small": convnext.ConvNeXtSmall}
+
+
 @pytest.mark.parametrize(
     "name, published", [("resnet50", 25_557_032), ("convnext_small", 50_223_688)]
 )
 def test_parameters_are_as_many_as_published(name, published):
-    network = nnx.eval_shape(lambda: classifiers.CLASSIFIERS[name](rngs=nnx.Rngs(0)))
+    network = nnx.eval_shape(lambda: FULL[name](rngs=nnx.Rngs(0)))
     params = nnx.state(network, nnx.Param)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == published
     slots = network.slots()
@@ -109,14 +112,14 @@ def test_parameters_are_as_many_as_published(name, published):
 
 
 @pytest.fixture(scope="module")
-def resnet():
-    make = lambda: classifiers.ResNet50((1, 2), 2, 5, rngs=nnx.Rngs(0))  # noqa: E731
+def small_resnet():
+    make = lambda: resnet.ResNet50((1, 2), 2, 5, rngs=nnx.Rngs(0))  # noqa: E731
     return _filled(nnx.eval_shape(make))
 
 
 @pytest.fixture(scope="module")
-def convnext():
-    make = lambda: classifiers.ConvNeXtSmall((1, 1), 4, 5, rngs=nnx.Rngs(0))  # noqa: E731
+def small_convnext():
+    make = lambda: convnext.ConvNeXtSmall((1, 1), 4, 5, rngs=nnx.Rngs(0))  # noqa: E731
     return _filled(nnx.eval_shape(make))
 
 
@@ -125,9 +128,11 @@ def _normal(image):
     return ((image.astype(np.float64) + 1) / 2 - mean) / deviation
 
 
-def test_the_whole_resnet_around_its_blocks(resnet):
+def test_the_whole_resnet_around_its_blocks(small_resnet):
     image = np.random.default_rng(2).uniform(-1, 1, (1, 33, 32, 3)).astype(np.float32)
-    x = np.maximum(_fixed(_conv(_normal(image[0]), resnet.conv_in, 2, 3), resnet.norm_in), 0)
+    x = np.maximum(
+        _fixed(_conv(_normal(image[0]), small_resnet.conv_in, 2, 3), small_resnet.norm_in), 0
+    )
     padded = np.pad(x, ((1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
     rows, columns = ((n - 1) // 2 + 1 for n in x.shape[:2])
     pooled = np.zeros((rows, columns, 2))
@@ -135,16 +140,18 @@ def test_the_whole_resnet_around_its_blocks(resnet):
         for j in range(columns):
             pooled[i, j] = padded[2 * i : 2 * i + 3, 2 * j : 2 * j + 3].max((0, 1))
     x = jnp.asarray(pooled[None], jnp.float32)
-    for stage in resnet.stages:
+    for stage in small_resnet.stages:
         for block in stage:
             x = block(x)
-    assert [len(block.skip) for stage in resnet.stages for block in stage] == [2, 2, 0]
-    wanted = np.asarray(x, np.float64).mean((1, 2)) @ _wide(resnet.last.kernel)
-    wanted += _wide(resnet.last.bias)
-    np.testing.assert_allclose(jax.jit(type(resnet).__call__)(resnet, image), wanted, rtol=1e-3)
+    assert [len(block.skip) for stage in small_resnet.stages for block in stage] == [2, 2, 0]
+    wanted = np.asarray(x, np.float64).mean((1, 2)) @ _wide(small_resnet.last.kernel)
+    wanted += _wide(small_resnet.last.bias)
+    np.testing.assert_allclose(
+        jax.jit(type(small_resnet).__call__)(small_resnet, image), wanted, rtol=1e-3
+    )
 
 
-def test_the_whole_convnext_around_its_blocks(convnext):
+def test_the_whole_convnext_around_its_blocks(small_convnext):
     def normalised(x, norm):
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
         return x * _wide(norm.scale) + _wide(norm.bias)
@@ -155,45 +162,41 @@ def test_the_whole_convnext_around_its_blocks(convnext):
         return x
 
     image = np.random.default_rng(2).uniform(-1, 1, (1, 32, 36, 3)).astype(np.float32)
-    x = normalised(_conv(_normal(image[0]), convnext.convs[0], 4, 0), convnext.norms[0])
-    x = blocks(x, convnext.stages[0])
-    x = _conv(normalised(x, convnext.norms[1]), convnext.convs[1], 2, 0)
-    x = blocks(x, convnext.stages[1])
-    x = normalised(x.mean((0, 1)), convnext.norm_out)
-    wanted = x @ _wide(convnext.last.kernel) + _wide(convnext.last.bias)
-    found = jax.jit(type(convnext).__call__)(convnext, image)
+    x = normalised(_conv(_normal(image[0]), small_convnext.convs[0], 4, 0), small_convnext.norms[0])
+    x = blocks(x, small_convnext.stages[0])
+    x = _conv(normalised(x, small_convnext.norms[1]), small_convnext.convs[1], 2, 0)
+    x = blocks(x, small_convnext.stages[1])
+    x = normalised(x.mean((0, 1)), small_convnext.norm_out)
+    wanted = x @ _wide(small_convnext.last.kernel) + _wide(small_convnext.last.bias)
+    found = jax.jit(type(small_convnext).__call__)(small_convnext, image)
     np.testing.assert_allclose(found[0], wanted, rtol=1e-3, atol=1e-4)
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """The published names over small networks: full ones hold 25 and 50 million numbers."""
-    monkeypatch.setattr(
-        classifiers,
-        "CLASSIFIERS",
-        {
-            "resnet50": _Small,
-            "convnext_small": lambda rngs: classifiers.ConvNeXtSmall((1, 1), 4, 5, rngs=rngs),
-        },
-    )
+# The published names over small networks: full ones hold 25 and 50 million numbers.
+SMALL = {
+    "resnet50": lambda rngs: resnet.ResNet50((1, 1), 2, 5, rngs=rngs),
+    "convnext_small": lambda rngs: convnext.ConvNeXtSmall((1, 1), 4, 5, rngs=rngs),
+}
+SOURCES = {"resnet50": resnet.SOURCE, "convnext_small": convnext.SOURCE}
 
 
-def _Small(rngs):
-    return classifiers.ResNet50((1, 1), 2, 5, rngs=rngs)
+def _filled_from(name, weights):
+    distance = perceptual.of_classifier(SMALL[name], name, SOURCES[name])
+    return distance.make(weights).classifier
 
 
 def _published(name):
     rng = np.random.default_rng(3)
-    slots = nnx.eval_shape(lambda: classifiers.CLASSIFIERS[name](rngs=nnx.Rngs(0))).slots()
+    slots = nnx.eval_shape(lambda: SMALL[name](rngs=nnx.Rngs(0))).slots()
     return {
         key: rng.uniform(0.1, 1, slot.needed()).astype(np.float32) for key, slot in slots.items()
     }
 
 
-def test_torchvision_weights_fill_the_network(small):
+def test_torchvision_weights_fill_the_network():
     weights = _published("resnet50")
     extra = {"bn1.num_batches_tracked": np.zeros((), np.int64)}
-    network = perceptual.logits_from_weights("resnet50", weights | extra).classifier
+    network = _filled_from("resnet50", weights | extra)
     kernel = weights["layer2.0.conv2.weight"]
     np.testing.assert_array_equal(
         network.stages[1][0].convs[1].kernel[...], kernel.transpose(2, 3, 1, 0)
@@ -203,17 +206,17 @@ def test_torchvision_weights_fill_the_network(small):
     assert isinstance(network.norm_in.variance, interfaces.Statistic)
 
     weights = _published("convnext_small")
-    network = perceptual.logits_from_weights("convnext_small", weights).classifier
+    network = _filled_from("convnext_small", weights)
     scale = weights["features.3.0.layer_scale"].reshape(-1)
     np.testing.assert_array_equal(network.stages[1][0].scale[...], scale)
     np.testing.assert_array_equal(network.norms[1].scale[...], weights["features.2.0.weight"])
 
 
-def test_what_does_not_fit_is_listed(small):
+def test_what_does_not_fit_is_listed():
     weights = _published("convnext_small") | {"extra": np.zeros(2)}
     del weights["classifier.2.bias"]
     with pytest.raises(interfaces.UserError) as error:
-        perceptual.logits_from_weights("convnext_small", weights)
+        _filled_from("convnext_small", weights)
     for words in (
         "missing: classifier.2.bias",
         "left over: extra",
