@@ -9,9 +9,11 @@ import functools
 import math
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import jax
 import ml_collections
+from flax import nnx
 
 from tokgen import image_grid, metrics_log, parameters, report, sharding
 from tokgen.checkpoints import checkpoint, run as runs
@@ -189,7 +191,13 @@ def main(
     stop.end(f"step {step} of {steps} is saved in {workdir}")
 
 
-def measure(networks, graph, held_out, log, settings) -> dict[str, float]:
+def measure(
+    networks: tokenizer_step.Networks,
+    graph: nnx.GraphDef,
+    held_out: Sequence,
+    log: metrics_log.Log,
+    settings: ml_collections.ConfigDict,
+) -> dict[str, float]:
     """Held-out figures and a grid from the averaged weights of a step that is saved.
 
     None where nothing is held out: then the latest step is the best.
@@ -213,7 +221,9 @@ def measure(networks, graph, held_out, log, settings) -> dict[str, float]:
     return figures
 
 
-def worse(run, play: int, figures: dict[str, float], limits, returns: int) -> bool:
+def worse(
+    run: runs.Run, play: int, figures: dict[str, float], limits: safeguards.Limits, returns: int
+) -> bool:
     """Whether the adversarial term has cost more fidelity than the config allows."""
     if limits.worse == 0 or returns >= limits.returns:
         return False
@@ -229,7 +239,14 @@ def worse(run, play: int, figures: dict[str, float], limits, returns: int) -> bo
     return True
 
 
-def go_back(run, networks, settings, plan, play: int, mesh):
+def go_back(
+    run: runs.Run,
+    networks: tokenizer_step.Networks,
+    settings: ml_collections.ConfigDict,
+    plan: Sequence[stages.Stage],
+    play: int,
+    mesh: jax.sharding.Mesh,
+) -> tuple[tokenizer_step.Networks, int]:
     """(networks of the step before the adversarial term, how often a run has now gone back)."""
     returns = safeguards.note_return(run.workdir)
     runs.drop_after(run, play)

@@ -56,7 +56,8 @@ def mesh():
 def given(settings, weights) -> None:
     """What a user adds to a recipe: weight files, a teacher, a folder of text features."""
     with settings.unlocked():
-        for name in settings.get("perceptual", {}):
+        distances = settings.get("perceptual", {})
+        for name in distances if hasattr(distances, "items") else ():  # a mutant's may be anything
             if settings.perceptual[name] == "":
                 settings.perceptual[name] = str(weights)
         if settings.get("teacher") == "":

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import pathlib
 import pkgutil
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -67,7 +68,7 @@ def named(section: Any, kind: str) -> Callable:
     raise UserError(f"{kind}.name must be one of {fitting}; found {name!r}{hint}")
 
 
-def _defines(folder, file: str, attribute: str) -> bool:
+def _defines(folder: types.ModuleType, file: str, attribute: str) -> bool:
     sources = (pathlib.Path(place) / f"{file}.py" for place in folder.__path__)
     return any(f"class {attribute}" in source.read_text() for source in sources if source.is_file())
 
@@ -208,7 +209,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def tokenizer(config: Any, *, rngs):
+def tokenizer(config: Any, *, rngs: nnx.Rngs) -> nnx.Module:
     """The Tokenizer that a config describes."""
     from tokgen.nn import precision
     from tokgen.tokenizers import tokenizer as tokenizers
@@ -244,7 +245,7 @@ def _pixels(size: tuple[ranges.Side, ranges.Side], channels: ranges.Width = 3, *
     return tuple(size), channels
 
 
-def generator(config: Any, layout: TokenLayout, classes: int, *, rngs):
+def generator(config: Any, layout: TokenLayout, classes: int, *, rngs: nnx.Rngs) -> nnx.Module:
     """The Generator that a config describes, for tokens of a layout."""
     from tokgen.nn import precision, transformer
 

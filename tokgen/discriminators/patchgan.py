@@ -119,7 +119,7 @@ def _conv(before: int, after: int, stride: int, *, use_bias: bool, rngs: nnx.Rng
     )
 
 
-def _check(shape: tuple[int, ...], channels: int, layers: int):
+def _check(shape: tuple[int, ...], channels: int, layers: int) -> None:
     smallest = 3 * 2**layers  # three cells are left after the strides; two 4x4 kernels eat two
     if len(shape) != 4 or shape[3] != channels or min(shape[1:3]) < smallest:
         fitting = int(math.log2(min(shape[1:3]) / 3)) if min(shape[1:3], default=0) >= 6 else 0

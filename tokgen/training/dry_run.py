@@ -231,7 +231,7 @@ def _check_aim(stage: stages.Stage, weights: Mapping[str, float], name: str) -> 
         )
 
 
-def _optimizer(section, name: str, steps: int) -> None:
+def _optimizer(section: Mapping[str, Any], name: str, steps: int) -> None:
     building.call(optimizers.optimizer, section, name, steps=steps)
 
 
@@ -280,7 +280,7 @@ def _weights(settings) -> list[str]:
 
 
 def tokenizer(
-    settings,
+    settings: ml_collections.ConfigDict,
     mesh: jax.sharding.Mesh,
     frozen: PyTree,
     *,
@@ -312,7 +312,7 @@ def tokenizer(
 
 
 def generator(
-    settings,
+    settings: ml_collections.ConfigDict,
     layout: TokenLayout,
     classes: int,
     mesh: jax.sharding.Mesh,
@@ -362,12 +362,16 @@ def generator(
     return shapes, samplers["default"][1]
 
 
-def _decoded(sampler, generator, codec, cond):
+def _decoded(
+    sampler: filters.Sampler, generator: nnx.Module, codec: nnx.Module, cond: PyTree
+) -> jax.Array:
     keys_B = rng.per_image(0, "sample", jnp.arange(len(jax.tree.leaves(cond)[0])))
     return decode.generate(generator, codec, cond, sampler, keys_B=keys_B).tokens_BLG
 
 
-def _prepared(settings, shapes: nnx.Module, name: str):
+def _prepared(
+    settings: ml_collections.ConfigDict, shapes: nnx.Module, name: str
+) -> tuple[nnx.Module, filters.Sampler]:
     """(generator, sampler) of a preset; one without "no class" cannot be guided by default."""
     try:
         made, sampler = presets.prepare(shapes, presets.named(settings.presets.to_dict(), name))
@@ -386,7 +390,12 @@ def _cond(shapes: nnx.Module, batch: Mapping[str, Any]) -> PyTree:
     return Text(batch["text"], batch["mask"])
 
 
-def _tokens(settings, layout: TokenLayout, shapes, text) -> dict[str, jax.ShapeDtypeStruct]:
+def _tokens(
+    settings: ml_collections.ConfigDict,
+    layout: TokenLayout,
+    shapes: nnx.Module,
+    text: tuple[int, int] | None,
+) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of the stream, as shapes."""
     B = settings.batch_size
     batch = {
@@ -426,7 +435,7 @@ def networks_of(
     return networks, graphs, optimizer
 
 
-def _turned(networks, graphs, optimizer):
+def _turned(networks: PyTree, graphs: Any, optimizer: Any) -> tuple[Any, PyTree]:
     return (graphs, optimizer), networks
 
 
