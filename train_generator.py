@@ -25,7 +25,7 @@ from tokgen.data import datasets, loader, scan, token_shards
 from tokgen.evaluation import validation
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
 from tokgen.sampling import drawing, presets
-from tokgen.training import dry_run, launch, optimizer as optimizers, train_state
+from tokgen.training import dry_run, fields, launch, optimizer as optimizers, train_state
 
 WithWhat = tuple[Sequence, checkpoint.Loaded]  # the held-out source, the tokenizer
 
@@ -41,7 +41,7 @@ def main(
     `accept`: what may differ from the run that stands there, "data" or nothing; `back`: the step
     to go on from, later ones are set aside.
     """
-    dry_run.generator_fields(settings)
+    fields.check_generator(settings)
     seed, steps, every = settings.seed, settings.steps, settings.report
     source, held_out, tokenizer = read(settings.data, runs.classes(workdir, back))
     told = settings.data if settings.data.tokens else tokenizer.config.get("data", {})
@@ -82,7 +82,7 @@ def main(
         held_out=held_out.fingerprint,
         earlier=source.earlier,
         accept=accept,
-        fields=dry_run.names(dry_run.GeneratorFields),
+        fields=fields.names(fields.GeneratorFields),
         tokenizer=checkpoint.reference(tokenizer.step, workdir)
         | {"fingerprint": tokenizer.fingerprint},
         tokens=checkpoint.reference(source.path, workdir) if settings.data.tokens else None,
@@ -276,4 +276,4 @@ def grid(
 
 
 if __name__ == "__main__":
-    launch.run(main, dry_run.generator_fields, sys.modules[__name__].__doc__)
+    launch.run(main, fields.check_generator, sys.modules[__name__].__doc__)

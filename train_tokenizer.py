@@ -23,6 +23,7 @@ from tokgen.evaluation import validation
 from tokgen.interfaces import UserError
 from tokgen.training import (
     dry_run,
+    fields,
     gan as gans,
     launch,
     safeguards,
@@ -45,7 +46,7 @@ def main(
     `accept`: what may differ from the run that stands there, "data" or nothing; `back`: the step
     to go on from, later ones are set aside.
     """
-    dry_run.tokenizer_fields(settings)
+    fields.check_tokenizer(settings)
     seed, steps, every = settings.seed, settings.steps, settings.report
     plan = stages.plan(settings)
     gan = building.call(gans.GAN, settings.discriminator, "discriminator")
@@ -75,7 +76,7 @@ def main(
         held_out=held_out.fingerprint,
         earlier=source.earlier,
         accept=accept,
-        fields=dry_run.names(dry_run.TokenizerFields),
+        fields=fields.names(fields.TokenizerFields),
         kept=(play,),
     )
     returns = safeguards.returned(workdir)
@@ -258,4 +259,4 @@ def go_back(
 
 
 if __name__ == "__main__":
-    launch.run(main, dry_run.tokenizer_fields, sys.modules[__name__].__doc__)
+    launch.run(main, fields.check_tokenizer, sys.modules[__name__].__doc__)

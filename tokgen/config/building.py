@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from tokgen import ranges
+from tokgen import choices, ranges
 from tokgen.config import migration
 from tokgen.interfaces import TokenLayout, UserError
 
@@ -63,9 +63,7 @@ def named(section: Any, kind: str) -> Callable:
         if hasattr(module, attribute):
             return getattr(module, attribute)
     fitting = [f for f in files if _defines(folder, f, attribute)]
-    near = difflib.get_close_matches(str(name), fitting, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"{kind}.name must be one of {fitting}; found {name!r}{hint}")
+    raise UserError(choices.refusal(fitting, name, f"{kind}.name"))
 
 
 def _defines(folder: types.ModuleType, file: str, attribute: str) -> bool:
