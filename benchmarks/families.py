@@ -26,7 +26,7 @@ import numpy as np
 
 from tokgen import image_grid, parameters, rng, runtime
 from tokgen.checkpoints import checkpoint
-from tokgen.data import datasets, folder, loader, token_shards
+from tokgen.data import datasets, folder, loader, online_tokens, token_shards
 from tokgen.evaluation import local_classifier, validation
 from tokgen.interfaces import UserError
 from tokgen.sampling import drawing, presets
@@ -86,7 +86,7 @@ def examine(examiner, tokenizer, arguments) -> None:
     for part in loader.once(source, view, batch_size=arguments.batch, indices=chosen):
         image_BHW3, missing = part["image"], arguments.batch - len(part["image"])
         padded = np.concatenate([image_BHW3, np.repeat(image_BHW3[-1:], missing, axis=0)])
-        painted, _ = drawing.paint(tokenizer.module, datasets.encode(tokenizer.module, padded))
+        painted, _ = drawing.paint(tokenizer.module, online_tokens.encode(tokenizer.module, padded))
         repainted.append(
             local_classifier.predictions(examiner, np.asarray(painted)[: len(image_BHW3)])
             == part["label"]

@@ -9,7 +9,7 @@ import numpy as np
 
 from tokgen import boundary, sharding
 from tokgen.checkpoints import checkpoint
-from tokgen.data import datasets
+from tokgen.data import online_tokens
 from tokgen.errors import UserError
 from tokgen.metrics import reconstruction
 from tokgen.sampling import drawing
@@ -29,7 +29,7 @@ def encode(tokenizer: checkpoint.Loaded, image_NHW3: np.ndarray, *, batch: int =
     _check(tokenizer, image_NHW3)
     found = []
     for part, rows in _parts(image_NHW3, batch):
-        found.append(np.asarray(datasets.encode(tokenizer.module, part))[:rows])
+        found.append(np.asarray(online_tokens.encode(tokenizer.module, part))[:rows])
     tokens_NLG = np.concatenate(found)
     boundary.refuse((tokens_NLG < 0).any((1, 2)), "what the encoder sees in an image")
     return tokens_NLG

@@ -13,9 +13,15 @@ from PIL import Image
 
 from tokgen import cli, parameters, runtime, sharding
 from tokgen.checkpoints import checkpoint, run as runs
-from tokgen.commands import pretokenize
 from tokgen.config import building, reading as configs
-from tokgen.data import folder as folder_, pixels as images, shapes, sources, token_shards
+from tokgen.data import (
+    folder as folder_,
+    pixels as images,
+    pretokenization,
+    shapes,
+    sources,
+    token_shards,
+)
 from tokgen.interfaces import UserError
 from tokgen.training import train_state
 
@@ -79,6 +85,24 @@ def test_it_encodes_in_float32_unless_told_otherwise_and_records_it(tmp_path):
         sort = lambda array: sorted(row.astype(np.int64).tobytes() for row in array)  # noqa: E731
         assert sort(stored[precision]) == sort(expected[precision]), precision
     assert (expected["float32"] != expected["bfloat16"]).any()  # it matters
+
+
+def test_it_is_a_function_without_a_command_line(tmp_path):
+    """Of the same numbers the command writes the same files, and goes on with the function's."""
+    folder = saved(tmp_path / "tokenizer", dict(name="vq", codes=64, channels=4))
+    tokenizer = checkpoint.load_tokenizer(folder, compute="float32")
+    with pretokenization.folder(tmp_path / "tokens") as out:
+        pretokenization.pretokenize(tokenizer, out, views=("flip",), batch=5)
+    words = ["pretokenize", "--tokenizer", str(folder), "--views", "flip"]
+    assert cli.main([*words, "--out", str(tmp_path / "others")]) == 0
+    files = {file.name: file.read_bytes() for file in (tmp_path / "tokens").iterdir()}
+    assert files == {file.name: file.read_bytes() for file in (tmp_path / "others").iterdir()}
+    assert cli.main([*words, "--out", str(tmp_path / "tokens")]) == 0
+    with (
+        pytest.raises(UserError, match="token shards of something else"),
+        pretokenization.folder(tmp_path / "tokens") as out,
+    ):
+        pretokenization.pretokenize(tokenizer, out, views=("center",))
 
 
 def test_any_number_of_devices_writes_the_same_shards_and_decodes_once(tmp_path, monkeypatch):
@@ -232,7 +256,7 @@ def test_a_set_that_replaces_another_goes_on_where_it_was_interrupted(tmp_path, 
         shape = (shard.stop - shard.start, len(views), tokenizer.layout.length, 1)
         return np.zeros(shape, np.int32), np.zeros(shape[0], np.int32), {}
 
-    monkeypatch.setattr(pretokenize, "_shard", shard)
+    monkeypatch.setattr(pretokenization, "_shard", shard)
     words = ["pretokenize", "--tokenizer", folder, "--data", tmp_path / "set", "--out", out]
     words = [*map(str, words), "--overwrite"]
     for end, code in ((KeyboardInterrupt(), 130), (UserError("too many are unreadable"), 2)):

@@ -12,8 +12,15 @@ from flax import nnx
 from PIL import Image
 
 from tokgen import interfaces, sharding
-from tokgen.commands import pretokenize
-from tokgen.data import classes, datasets, pixels as images, sources, token_shards
+from tokgen.data import (
+    classes,
+    datasets,
+    online_tokens,
+    pixels as images,
+    pretokenization,
+    sources,
+    token_shards,
+)
 from tokgen.evaluation import validation
 from tokgen.generators import autoregressive
 from tokgen.nn.precision import FLOAT32
@@ -96,10 +103,10 @@ def test_one_value_has_no_standard_error():
 
 def test_what_is_marked_as_no_token_is_not_written():
     found, source = made(encoder=np.nan), Source()
-    assert (np.asarray(datasets.encode(found, source.image_NHW3)) == -1).all()
+    assert (np.asarray(online_tokens.encode(found, source.image_NHW3)) == -1).all()
     shard = token_shards.Shard("train", "none", 1, 4)
     with pytest.raises(interfaces.UserError, match="encoder sees .* 3 of 3 images: 1.png, 2.png"):
-        pretokenize._shard(found, source, shard, [VIEW], 3, ONE, tqdm.tqdm())
+        pretokenization._shard(found, source, shard, [VIEW], 3, ONE, tqdm.tqdm())
 
 
 def generator(**options):

@@ -10,7 +10,6 @@ import os
 import pathlib
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,7 +17,6 @@ from tokgen import report
 from tokgen.config import building
 from tokgen.data import captioned, classes, npz, online_tokens, pixels as images, token_shards
 from tokgen.interfaces import PyTree, Text, UserError
-from tokgen.metrics import reconstruction as quality
 
 TFDS = "tfds:"  # before the name of a tensorflow_datasets set, where a path may stand
 
@@ -62,12 +60,6 @@ def from_path(
     if labels:
         section["labels"] = labels
     return building.build(section, "data", split=split)
-
-
-@jax.jit
-def encode(tokenizer, image_BHW3):
-    """Tokens of uint8 images; -1 where something was not finite."""
-    return tokenizer.encode(quality.from_uint8(image_BHW3))
 
 
 def condition(batch: dict) -> PyTree:
@@ -121,7 +113,7 @@ def generator_source(
         channels=tokenizer.config.view.channels,
         layout=tokenizer.layout.to_json(),
         tokenizer=tokenizer.fingerprint,
-        encode=functools.partial(encode, tokenizer.module),
+        encode=functools.partial(online_tokens.encode, tokenizer.module),
     )
 
 

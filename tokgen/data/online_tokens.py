@@ -1,7 +1,7 @@
 """Tokens that are made while training: pixels of the views that packed shards would hold.
 
-A drop-in for `tokens.Source`: the stream draws the same element and the same view for it as from
-shards of the same images and views, and gives its pixels; whoever reads the stream encodes them.
+A drop-in for `token_shards.Source`: of it the loader draws the element and the view that it would
+draw of shards of these images and views, and gives its pixels, which whoever reads them encodes.
 """
 
 import dataclasses
@@ -9,10 +9,18 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
 from tokgen import interfaces
 from tokgen.data import pixels as images, sources
+from tokgen.metrics import reconstruction
+
+
+@jax.jit
+def encode(tokenizer, image_BHW3):
+    """Tokens of uint8 images; -1 where something was not finite. Pretokenizing runs it too."""
+    return tokenizer.encode(reconstruction.from_uint8(image_BHW3))
 
 
 @dataclasses.dataclass(frozen=True)

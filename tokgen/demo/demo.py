@@ -20,7 +20,7 @@ from PIL import Image
 from tokgen import image_grid, options, output, report, runtime, sharding
 from tokgen.checkpoints import checkpoint
 from tokgen.config import building, reading
-from tokgen.data import datasets, shapes, token_shards
+from tokgen.data import datasets, online_tokens, shapes, token_shards
 from tokgen.demo import families, page
 from tokgen.errors import UserError
 from tokgen.evaluation import local_classifier, validation
@@ -167,7 +167,7 @@ def measure(folder: pathlib.Path, classifier: nnx.Module, number: int) -> tuple[
     coded, reconstructed, mesh = [], [], sharding.current()
     for start in range(0, len(real), 100):
         part = sharding.filled(real[start : start + 100], 100, mesh)
-        part = datasets.encode(tokenizer.module, part)
+        part = online_tokens.encode(tokenizer.module, part)
         coded.append(np.asarray(part)[:100])
         reconstructed.append(np.asarray(drawing.paint(tokenizer.module, part)[0])[:100])
     coded, reconstructed = np.concatenate(coded), np.concatenate(reconstructed)

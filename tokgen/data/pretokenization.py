@@ -1,0 +1,214 @@
+"""Images into packed token shards, once, for training generators.
+
+    with pretokenization.folder("tokens") as out:
+        pretokenization.pretokenize(checkpoint.load_tokenizer("runs/tokenizer"), out)
+
+What is there already stays, and a folder with tokens of something else is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import jax
+import ml_collections
+import numpy as np
+
+from tokgen import boundary, output, report, sharding
+from tokgen.data import (
+    datasets,
+    loader,
+    online_tokens,
+    pixels as images,
+    sources,
+    token_shards,
+    unreadable,
+)
+from tokgen.interfaces import TokenLayout, UserError
+
+
+class Tokenizer(Protocol):
+    """A tokenizer as its checkpoint is loaded."""
+
+    module: object  # what encodes
+    config: ml_collections.ConfigDict
+    layout: TokenLayout | None
+    fingerprint: str
+    step: pathlib.Path  # where it lies
+
+
+def folder(
+    path: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    inputs: Sequence[str | os.PathLike] = (),
+) -> contextlib.AbstractContextManager[output.Folder]:
+    """The folder that token shards are written into, for this process alone.
+
+    `inputs` are what must not lie in it: it may be replaced.
+    """
+    return output.growing(
+        path, records=token_shards.RECORDS, lock=".lock", overwrite=overwrite, inputs=inputs
+    )
+
+
+def check(*, batch: int, max_bad: float) -> None:
+    """An error where one of the numbers cannot be meant."""
+    if batch < 1:
+        raise UserError(f"--batch must be at least 1; found {batch}")
+    if not 0.0 <= max_bad <= 1.0:
+        raise UserError(f"--max-bad is a share between 0 and 1; found {max_bad}")
+
+
+def pretokenize(
+    tokenizer: Tokenizer,
+    out: output.Folder,
+    *,
+    data: str = "",
+    labels: str = "",
+    views: Sequence[str] = ("center", "flip"),
+    batch: int = 100,
+    max_bad: float = 1e-3,
+) -> None:
+    """Encode what `out` does not have yet, of both parts of a set of images, and say so.
+
+    Args:
+      data: a folder of images; empty for the data set of the tokenizer's config.
+      labels: how the classes of a folder are read; empty for as in that config.
+      views: stored views, of pixels.STORED.
+      batch: images encoded together.
+      max_bad: the share of the images that may be unreadable.
+    """
+    check(batch=batch, max_bad=max_bad)
+    if tokenizer.layout is None:
+        raise UserError(
+            f"{tokenizer.step} holds a continuous tokenizer, which writes no tokens; need one with "
+            "a discrete quantizer (vq, fsq, lfq, bsq, multiscale)"
+        )
+    settings = tokenizer.config
+    # those who go on keep the order of the classes; what replaces a set has one of its own
+    order = () if out.staged else token_shards.recorded_classes(out.path)
+    parts = {
+        split: datasets.image_source(settings, data, split, labels=labels, order=order)
+        for split in token_shards.SPLITS
+    }
+    datasets.tell(datasets.called(settings.get("data", {}), data), **parts)
+    writer = _writer(tokenizer, parts, out, views=views, data=data)
+    for split, source in parts.items():  # of shards that an earlier run wrote
+        for shard, missing in writer.written(split):
+            source.unreadable.looked += shard.stop - shard.start
+            for index, (_, reason) in missing.items():
+                source.unreadable.add(index, reason)
+    size, channels = tuple(settings.view.size), settings.view.channels
+    fixed = [images.fixed(name, size, channels) for name in views]
+    _write(tokenizer.module, parts, writer, fixed, batch, max_bad)
+    writer.finish()
+    for source in parts.values():
+        source.unreadable.tell(unreadable.LEFT_OUT)
+    counts = ", ".join(f"{len(s) - len(s.unreadable)} {split}" for split, s in parts.items())
+    bits = math.ceil(math.log2(tokenizer.layout.absent))
+    report.say(
+        f"{out.target}: {counts} images, {len(views)} views of {tokenizer.layout.length} tokens "
+        f"({bits} bits each), made by tokenizer {tokenizer.fingerprint[:16]}"
+    )
+
+
+def _writer(
+    tokenizer: Tokenizer,
+    parts: Mapping[str, sources.RandomAccess],
+    out: output.Folder,
+    *,
+    views: Sequence[str],
+    data: str,
+) -> token_shards.Writer:
+    """The writer of the shards, with all that their header is to say."""
+    described = {"path": data} if data else tokenizer.config.data.to_dict()
+    about = dict(
+        images={split: len(source) for split, source in parts.items() if len(source)},
+        layout=tokenizer.layout.to_json(),
+        tokenizer={
+            "path": str(tokenizer.step.resolve()),
+            "fingerprint": tokenizer.fingerprint,
+            "precision": tokenizer.config.precision.compute,
+        },
+        data=described | {"fingerprint": {s: parts[s].fingerprint for s in parts}},
+        views=views,
+        classes=parts["train"].classes,
+    )
+    if out.staged:  # else the plan of the shards says of what they are
+        made_by = {name: about["tokenizer"][name] for name in ("fingerprint", "precision")}
+        out.claim(about | {"tokenizer": made_by})
+    earlier = {split: source.earlier for split, source in parts.items()}
+    return token_shards.Writer(out.path, **about, earlier=earlier)
+
+
+def _write(
+    tokenizer,
+    parts: Mapping[str, sources.RandomAccess],
+    writer: token_shards.Writer,
+    views: Sequence[images.View],
+    batch: int,
+    max_bad: float,
+) -> None:
+    """The shards of this process that are not there yet."""
+    remaining = writer.remaining((jax.process_index(), jax.process_count()))
+    if not remaining:
+        report.say(f"every shard of {writer.path} is there already")
+        return
+    counts = [shard.stop - shard.start for shard in remaining]
+    batch, mesh = min(batch, max(counts)), sharding.make_mesh()
+    with report.bar(sum(counts), unit="image", what="pretokenize") as bar:
+        for shard, count in zip(remaining, counts, strict=True):
+            source = parts[shard.split]
+            tokens_BXLG, label_B, missing = _shard(
+                tokenizer, source, shard, views, batch, mesh, bar
+            )
+            # before it is written: what is there stays, and the next run may allow more
+            source.unreadable.looked += count
+            source.unreadable.check(max_bad, "--max-bad")
+            writer.write(shard, tokens_BXLG, label_B, missing)
+
+
+def _shard(
+    tokenizer,
+    source: sources.RandomAccess,
+    shard: token_shards.Shard,
+    views: Sequence[images.View],
+    batch: int,
+    mesh: jax.sharding.Mesh,
+    bar,
+) -> tuple[np.ndarray, np.ndarray, dict[int, tuple[str, str]]]:
+    """(tokens [images, views, L, G], labels, {index: (name, reason)} of the unreadable) of a shard.
+
+    Those that could not be read keep their places, with zeros.
+    """
+    count = shard.stop - shard.start
+    layout = tokenizer.layout
+    tokens_BXLG = np.zeros((count, len(views), layout.length, layout.groups), np.int32)
+    label_B, seen_B = np.zeros(count, np.int32), np.zeros(count, bool)
+    passing = loader.once(
+        source,
+        images.Every(tuple(views)),
+        batch_size=batch,
+        indices=np.arange(shard.start, shard.stop),
+        least=0,
+        threads=loader.THREADS,
+    )
+    with passing:
+        for part in passing:
+            rows, named = part["index"] - shard.start, datasets.named(source, part["index"])
+            label_B[rows], seen_B[rows] = part["label"], True
+            for number in range(len(views)):
+                laid = sharding.filled(part["image"][:, number], batch, mesh)
+                found_BLG = jax.device_get(online_tokens.encode(tokenizer, laid))[: len(rows)]
+                invalid_B = (found_BLG < 0).any((1, 2))
+                boundary.refuse(invalid_B, "what the encoder sees in an image", named)
+                tokens_BXLG[rows, number] = found_BLG
+            bar.update(len(rows))
+    broken = shard.start + np.flatnonzero(~seen_B)
+    return tokens_BXLG, label_B, source.unreadable.among(broken)
