@@ -182,7 +182,9 @@ def plain_step(
     weights, graph = {**settings.loss, **stage.loss}, graphs["model"]
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(networks: Networks, batch: Mapping[str, Array], frozen: PyTree):
+    def step(
+        networks: Networks, batch: Mapping[str, Array], frozen: PyTree
+    ) -> tuple[Networks, dict[str, Array], Array]:
         model = networks["model"]
         key = rng.key(settings.seed, "train", model.step)
 
@@ -220,7 +222,9 @@ def adversarial_step(
     discriminate = gans.discriminator_step(gan, graphs["discriminator"], discriminator_optimizer)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(networks: Networks, batch: Mapping[str, Array], frozen: PyTree):
+    def step(
+        networks: Networks, batch: Mapping[str, Array], frozen: PyTree
+    ) -> tuple[Networks, dict[str, Array], Array]:
         names = ("model", "discriminator", "averages")
         model, discriminator, averages = (networks[name] for name in names)
         image_BHW3 = reconstruction.from_uint8(batch["image"])
