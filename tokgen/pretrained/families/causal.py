@@ -16,7 +16,7 @@ from tokgen import rng
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
 from tokgen.nn import transformer
 from tokgen.pretrained import keymap, parity
-from tokgen.sampling import decode, guidance, sampler as filters
+from tokgen.sampling import decode, guidance, sampler as samplers
 
 QKV = ("query", "key", "value")
 
@@ -189,7 +189,7 @@ def greedy(generator: nnx.Module, cond: Any, weights: Sequence[float]) -> np.nda
     -1 where decoding through the cache and without one differ.
     """
     keys_B = rng.numbered(jax.random.key(0), len(jax.tree.leaves(cond)[0]))
-    sampler = filters.Sampler(temperature=0.0, guidance=tuple(weights))
+    sampler = samplers.Sampler(temperature=0.0, guidance=tuple(weights))
     cached = _generate(generator, None, cond, sampler, keys_B=keys_B)
     plain_BLG = _uncached(generator, cond, np.asarray(weights, np.float32))
     return np.where(cached.tokens_BLG == plain_BLG, plain_BLG, -1)

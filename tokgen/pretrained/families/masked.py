@@ -14,7 +14,7 @@ from tokgen import rng
 from tokgen.generators import masked
 from tokgen.interfaces import TokenBatch
 from tokgen.pretrained import keymap
-from tokgen.sampling import decode, sampler as filters
+from tokgen.sampling import decode, sampler as samplers
 
 # The first row of the published table, the class's place, is the last one: rolled on import.
 LAST_TO_FIRST = keymap.one(
@@ -133,6 +133,6 @@ def annealing(steps: int) -> tuple[float, ...]:
     return tuple(0.5 + 0.8 * (1 - (step + 1) / steps) for step in range(steps))
 
 
-def greedy(weights: tuple[float, ...], **options) -> filters.Sampler:
+def greedy(weights: tuple[float, ...], **options) -> samplers.Sampler:
     """The arg-max at every step."""
-    return filters.Sampler(temperature=0.0, guidance=weights, **options)
+    return samplers.Sampler(temperature=0.0, guidance=weights, **options)

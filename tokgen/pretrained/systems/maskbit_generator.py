@@ -19,7 +19,7 @@ from tokgen.interfaces import DecodeState, TokenBatch, TokenLayout, UserError
 from tokgen.pretrained import keymap, parity
 from tokgen.pretrained.families import convolutional, masked
 from tokgen.pretrained.system import System, Weights
-from tokgen.sampling import guidance, sampler as filters
+from tokgen.sampling import guidance, sampler as samplers
 
 HEADS = 16  # as published
 WHAT = "MaskBit's generator"
@@ -157,7 +157,7 @@ def bit_values(generator) -> Weights:
 
 def _probability(logits_BLGV, tokens_BLG) -> jax.Array:
     """The logarithm of rounded probabilities: those of sure tokens are alike, as published."""
-    return jnp.log(filters.raw_logit(jax.nn.softmax(logits_BLGV, axis=-1), tokens_BLG))
+    return jnp.log(samplers.raw_logit(jax.nn.softmax(logits_BLGV, axis=-1), tokens_BLG))
 
 
 def _watched(generator, **knobs):

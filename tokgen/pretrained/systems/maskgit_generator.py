@@ -17,7 +17,7 @@ from tokgen.interfaces import TokenBatch, TokenLayout, UserError
 from tokgen.pretrained import keymap, parity
 from tokgen.pretrained.families import masked
 from tokgen.pretrained.system import System, Weights
-from tokgen.sampling import sampler as filters
+from tokgen.sampling import sampler as samplers
 
 CODES = 1024  # as published: of 2,025 words, the classes are those that are neither code nor mask
 WORDS = "params.Embed_0.word_embeddings.embedding"
@@ -198,7 +198,7 @@ def _replayed(generator, folder) -> masked.Replay:
         noise = 4.5 * left * jax.random.gumbel(of_noise, (B, 1 + length))
         return drawn.astype(jnp.int32), noise[:, 1:, None]
 
-    return masked.Replay(choose, confidence=filters.log_probability)
+    return masked.Replay(choose, confidence=samplers.log_probability)
 
 
 def _schedules(folder, generator) -> dict[str, np.ndarray]:

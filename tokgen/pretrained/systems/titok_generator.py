@@ -15,7 +15,7 @@ from tokgen.interfaces import TokenLayout, UserError
 from tokgen.pretrained import keymap, parity
 from tokgen.pretrained.families import masked
 from tokgen.pretrained.system import System, Weights
-from tokgen.sampling import guidance, sampler as filters
+from tokgen.sampling import guidance, sampler as samplers
 
 HEADS = 16  # of both published widths, 768 and 1024
 BERT, UVIT = "model.", ""  # what the keys outside the blocks begin with
@@ -165,7 +165,7 @@ def _replayed(folder) -> tuple[int, masked.Replay]:
         return drawn_BlG.astype(jnp.int32), left * confidence
 
     weights = guidance.linear(1 + 3.0, steps)
-    return steps, masked.Replay(choose, guidance=weights, confidence=filters.raw_logit)
+    return steps, masked.Replay(choose, guidance=weights, confidence=samplers.raw_logit)
 
 
 def _decodes(folder, generator) -> dict[str, np.ndarray]:
@@ -174,7 +174,7 @@ def _decodes(folder, generator) -> dict[str, np.ndarray]:
         steps = len(folder.arrays[f"{name}_steps"])
         softening = masked.annealing(steps) if name == "greedy_annealed" else 1.0
         sampler = masked.greedy(
-            weights_of(steps), confidence=filters.raw_logit, confidence_temperature=softening
+            weights_of(steps), confidence=samplers.raw_logit, confidence_temperature=softening
         )
         final, grids, _ = masked.run(masked.watched(generator, steps=steps), labels_B, sampler)
         found |= {name: final[..., 0], f"{name}_steps": grids[..., 0]}

@@ -15,7 +15,7 @@ from tokgen.nn import transformer
 from tokgen.pretrained import keymap, parity, system
 from tokgen.pretrained.families import causal, convolutional
 from tokgen.quantizers import multiscale
-from tokgen.sampling import decode, guidance, sampler as filters
+from tokgen.sampling import decode, guidance, sampler as samplers
 
 # The generator's six vectors are published as two gates, two scales, two shifts, those of its last
 # norm as scale and shift; ours are shift, scale and gate, twice, and shift and scale.
@@ -158,7 +158,7 @@ class Recorder:
     """A sampler that takes the likeliest and keeps the logits that it was shown."""
 
     def __init__(self, weights: tuple[float, ...]):
-        self.greedy, self.seen = filters.Sampler(temperature=0, guidance=weights), []
+        self.greedy, self.seen = samplers.Sampler(temperature=0, guidance=weights), []
         self.guidance, self.steps = self.greedy.guidance, self.greedy.steps
 
     def draw(self, logits_BlGV, **options):
