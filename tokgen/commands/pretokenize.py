@@ -33,9 +33,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Encode what is not there yet; a folder with other tokens is refused."""
     from tokgen.checkpoints import checkpoint
-    from tokgen.data import pixels, pretokenization
+    from tokgen.data import pretokenization, views
 
-    views = pixels.stored(args.views)
+    names = views.stored(args.views)
     pretokenization.check(batch=args.batch, max_bad=args.max_bad)
     inputs = (args.tokenizer, args.data)
     with pretokenization.folder(args.out, overwrite=args.overwrite, inputs=inputs) as out:
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
             out,
             data=args.data,
             labels=args.labels,
-            views=views,
+            views=names,
             batch=args.batch,
             max_bad=args.max_bad,
         )

@@ -20,7 +20,7 @@ from flax import nnx
 
 from tokgen import archives, boundary, choices, parameters, sharding
 from tokgen.backbones import features as networks
-from tokgen.data import loader, pixels as images
+from tokgen.data import loader, views
 from tokgen.evaluation import local_classifier
 from tokgen.interfaces import UserError
 from tokgen.metrics import reconstruction
@@ -151,7 +151,7 @@ def accuracy(
 
     At most `count` of a source.
     """
-    view = images.fixed("center", seen(size), 3)
+    view = views.fixed("center", seen(size), 3)
     hits, step = [], 0
     for batch in loader.once(source, view, batch_size=200, indices=_first(len(source), count)):
         image_BHW3, label_B = batch["image"], batch["label"]

@@ -15,7 +15,7 @@ from tokgen import boundary, orders, report, rng, sharding
 from tokgen.data import (
     datasets,
     loader,
-    pixels as images,
+    views,
 )
 from tokgen.interfaces import TokenBatch, UserError
 from tokgen.metrics import codebook, reconstruction as quality
@@ -91,7 +91,7 @@ def watched(batches, total: int, what: str):
             bar.update(len(part["label"]))
 
 
-def bounded(view: images.View, count: int, batch: int = 0) -> int:
+def bounded(view: views.View, count: int, batch: int = 0) -> int:
     """Images at a time: `batch`, or by default fewer of larger ones; no more than there are."""
     rows, columns = view.size
     return min(batch or max(1, min(50, PIXELS // (rows * columns))), count)

@@ -24,7 +24,7 @@ from flax import nnx
 from tokgen import parameters, ranges, rng, sharding
 from tokgen.backbones import perceptual
 from tokgen.config import building
-from tokgen.data import datasets, pixels as images
+from tokgen.data import datasets, views
 from tokgen.interfaces import PyTree, Text, TokenLayout, UserError
 from tokgen.nn import precision, transformer
 from tokgen.sampling import decode, presets, sampler as filters
@@ -165,7 +165,7 @@ def tokenizer_fields(settings) -> None:
     building.check(
         settings,
         TokenizerFields,
-        view=(images.View, ()),
+        view=(views.View, ()),
         optimizer=(optimizers.optimizer, ("steps", "begin")),
         discriminator=(gans.GAN, ()),
         **its,
@@ -177,7 +177,7 @@ def tokenizer_fields(settings) -> None:
     plan = stages.plan(settings)
     gan = building.call(gans.GAN, settings.discriminator, "discriminator")
     building.call(safeguards.Limits, settings.get("safeguards", {}), "safeguards")
-    building.call(images.View, settings.view, "view")
+    building.call(views.View, settings.view, "view")
     if stated:
         _optimizer(gan.optimizer, "discriminator.optimizer", settings.steps)
     if gan.weight and "name" not in gan.network:
@@ -210,7 +210,7 @@ def generator_fields(settings) -> None:
     ranges.refuse(found)
     building.call(transformer.Rates, settings.generator.get("rates", {}), "generator.rates")
     _optimizer(settings.optimizer, "optimizer", settings.steps)
-    images.stored(settings.data.get("views", "center,flip"))
+    views.stored(settings.data.get("views", "center,flip"))
     presets.named(settings.presets.to_dict(), "default")
 
 
