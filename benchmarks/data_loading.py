@@ -113,14 +113,14 @@ class Counted(sources.Around):
         return self.inner[index]
 
 
-def streamed(source, view: views.View, threads: int = 1) -> int:
+def streamed(source: sources.RandomAccess, view: views.View, threads: int = 1) -> int:
     """As many batches as an epoch has; the images that were loaded for them and ahead of them."""
     counted = Counted(source)
     take(counted, view, threads)
     return next(counted.read)
 
 
-def take(source, view: views.View, threads: int) -> int:
+def take(source: sources.RandomAccess, view: views.View, threads: int) -> int:
     """As many batches as an epoch has; the images in them."""
     with loader.batches(
         source, view, seed=0, batch_size=BATCH, threads=threads, prefetch=threads

@@ -23,13 +23,14 @@ import jax
 import jax.numpy as jnp
 import machine
 import numpy as np
+from flax import nnx
 
 from tokgen import image_grid, parameters, rng, runtime
 from tokgen.checkpoints import checkpoint
 from tokgen.data import datasets, folder, loader, online_tokens, token_shards
 from tokgen.evaluation import local_classifier, validation
-from tokgen.interfaces import UserError
-from tokgen.sampling import drawing, presets
+from tokgen.interfaces import Generator, UserError
+from tokgen.sampling import drawing, presets, sampler as filters
 
 PACKAGES = ("jax", "flax", "optax", "numpy")
 SHOWN = 12  # samples of a class in a grid
@@ -63,8 +64,8 @@ def main() -> None:
     held_out = token_shards.Source(arguments.tokens, split="held_out")
     checkpoint.check_tokens(tokenizer, held_out.header, held_out.path)
     size, channels = tuple(tokenizer.config.view.size), tokenizer.config.view.channels
-    examiner = local_classifier.of_photographs(arguments.data, size, channels, recipe=recipe)
-    examine(examiner, tokenizer, arguments)
+    classifier = local_classifier.of_photographs(arguments.data, size, channels, recipe=recipe)
+    examine(classifier, tokenizer, arguments)
     print(
         COLUMNS.format(
             *("generator", "parameters", "nats per token", "nats per image", "class accuracy"),
@@ -73,26 +74,28 @@ def main() -> None:
     )
     for text in arguments.generators:
         name, _, path = text.rpartition("=")
-        measure(name or pathlib.Path(path).name, path, (examiner, tokenizer, held_out), arguments)
+        measure(name or pathlib.Path(path).name, path, (classifier, tokenizer, held_out), arguments)
 
 
-def examine(examiner, tokenizer, arguments) -> None:
+def examine(
+    classifier: nnx.Module, tokenizer: checkpoint.Loaded, arguments: argparse.Namespace
+) -> None:
     """What the classifier makes of real images, and of what the tokenizer keeps of them."""
     source = folder.Source(arguments.data, split="held_out")
     datasets.tell(arguments.data, held_out=source)
     chosen = validation.spread(len(source), arguments.images)
     view = datasets.view_of(tokenizer.config)
-    seen, repainted = [], []
+    seen, reconstructed = [], []
     for part in loader.once(source, view, batch_size=arguments.batch, indices=chosen):
         image_BHW3, missing = part["image"], arguments.batch - len(part["image"])
         padded = np.concatenate([image_BHW3, np.repeat(image_BHW3[-1:], missing, axis=0)])
-        painted, _ = drawing.paint(tokenizer.module, online_tokens.encode(tokenizer.module, padded))
-        repainted.append(
-            local_classifier.predictions(examiner, np.asarray(painted)[: len(image_BHW3)])
+        decoded, _ = drawing.paint(tokenizer.module, online_tokens.encode(tokenizer.module, padded))
+        reconstructed.append(
+            local_classifier.predictions(classifier, np.asarray(decoded)[: len(image_BHW3)])
             == part["label"]
         )
-        seen.append(local_classifier.predictions(examiner, image_BHW3) == part["label"])
-    held_out, kept = (share(np.concatenate(parts)) for parts in (seen, repainted))
+        seen.append(local_classifier.predictions(classifier, image_BHW3) == part["label"])
+    held_out, kept = (share(np.concatenate(parts)) for parts in (seen, reconstructed))
     print(
         f"the classifier is right on {held_out} of {sum(map(len, seen))} held-out images, "
         f"and on {kept} of their reconstructions",
@@ -100,9 +103,9 @@ def examine(examiner, tokenizer, arguments) -> None:
     )
 
 
-def measure(name: str, path: str, known: tuple, arguments) -> None:
-    """Print the figures of one generator and write its grid."""
-    examiner, tokenizer, held_out = known
+def measure(name: str, path: str, known: tuple, arguments: argparse.Namespace) -> None:
+    """Print the metrics of one generator and write its grid."""
+    classifier, tokenizer, held_out = known
     loaded = checkpoint.load_generator(path)
     wanted = loaded.meta["tokenizer"]["fingerprint"]
     checkpoint.check_tokenizer(tokenizer, wanted, f"generator {loaded.step}")
@@ -112,7 +115,7 @@ def measure(name: str, path: str, known: tuple, arguments) -> None:
             f"the classifier knows the classes {', '.join(classes)}; {loaded.step} those of "
             f"{', '.join(loaded.classes) or 'none'}: give the folder that its tokens were made of"
         )
-    figures = validation.likelihood(
+    metrics = validation.likelihood(
         loaded.module, tokenizer.module.quantizer, held_out, count=arguments.images
     )
     settings = presets.named(loaded.config.presets.to_dict(), arguments.preset)
@@ -125,7 +128,7 @@ def measure(name: str, path: str, known: tuple, arguments) -> None:
         batch=arguments.batch,
         what=name,
     )
-    hits_N = local_classifier.predictions(examiner, image_NHW3) == label_N
+    hits_N = local_classifier.predictions(classifier, image_NHW3) == label_N
     walls, cpus = seconds(generator, tokenizer.module, sampler, len(classes), arguments)
     mark = "" if generator.exact else "≤ "
     length = loaded.layout.length
@@ -133,8 +136,8 @@ def measure(name: str, path: str, known: tuple, arguments) -> None:
         COLUMNS.format(
             name,
             f"{parameters.count(parameters.split(generator)[1]):,}",
-            f"{mark}{figures['nats_per_token']:.3f} ± {figures['nats_error']:.3f}",
-            f"{mark}{length * figures['nats_per_token']:.1f}",
+            f"{mark}{metrics['nats_per_token']:.3f} ± {metrics['nats_error']:.3f}",
+            f"{mark}{length * metrics['nats_per_token']:.1f}",
             share(hits_N),
             machine.middle([1000 * wall / arguments.batch for wall in walls]),
             machine.middle([1000 * cpu / arguments.batch for cpu in cpus]),
@@ -150,9 +153,13 @@ def measure(name: str, path: str, known: tuple, arguments) -> None:
 
 
 def seconds(
-    generator, tokenizer, sampler, classes: int, arguments
+    generator: Generator,
+    tokenizer: nnx.Module,
+    sampler: filters.Sampler,
+    classes: int,
+    arguments: argparse.Namespace,
 ) -> tuple[list[float], list[float]]:
-    """Of the clock and of the CPU, to draw and paint a batch; once per repeat."""
+    """Of the clock and of the CPU, to draw a batch and decode it to pixels; once per repeat."""
     label_B = jnp.arange(arguments.batch) % classes
     keys_B = rng.per_image(arguments.seed, "sample", jnp.arange(arguments.batch))
 

@@ -28,7 +28,7 @@ import train_generator
 from tokgen import parameters as parameters_, report, rng, runtime, sharding
 from tokgen.config import building, reading
 from tokgen.data import loader, markov
-from tokgen.interfaces import TokenBatch, TokenLayout
+from tokgen.interfaces import Generator, Quantizer, TokenBatch, TokenLayout
 from tokgen.training import optimizer as optimizers, train_state
 
 PACKAGES = ("jax", "flax", "optax", "numpy")
@@ -54,18 +54,24 @@ def pyramid_codec(language: markov.Language):
     return codec
 
 
-def by_own_order(generator, batch: TokenBatch, codec, key: jax.Array) -> jax.Array:
+def by_own_order(
+    generator: Generator, batch: TokenBatch, codec: Quantizer, key: jax.Array
+) -> jax.Array:
     """[B, L] exact, in an order of its own for each image."""
     order_BL = generator.orders(jax.random.split(key, len(batch.tokens_BLG)))
     return generator.nats(batch.replace(order_BL=order_BL), codec)
 
 
-def by_scale(generator, batch: TokenBatch, codec, key: jax.Array) -> jax.Array:
+def by_scale(
+    generator: Generator, batch: TokenBatch, codec: Quantizer, key: jax.Array
+) -> jax.Array:
     """[B, L] exact, coarse to fine."""
     return generator.nats(batch, codec)
 
 
-def by_drawn_orders(generator, batch: TokenBatch, codec, key: jax.Array) -> jax.Array:
+def by_drawn_orders(
+    generator: Generator, batch: TokenBatch, codec: Quantizer, key: jax.Array
+) -> jax.Array:
     """[B, L] an upper bound: the mean over orders that the key draws."""
     keys = jax.random.split(key, ORDERS)
     return jax.lax.map(lambda key: generator.nats(batch, codec, key=key), keys).mean(0)
@@ -185,7 +191,9 @@ def settings_of(family: Family, arguments: argparse.Namespace) -> ml_collections
     return settings
 
 
-def trained(family: Family, settings, layout: TokenLayout, codec):
+def trained(
+    family: Family, settings: ml_collections.ConfigDict, layout: TokenLayout, codec: Quantizer
+) -> tuple[Generator, int]:
     """(the generator with its averaged weights, number of its parameters)."""
     source, key = family.language(seed=settings.seed), rng.key(settings.seed, "init")
     optimizer = building.call(
@@ -209,7 +217,9 @@ def trained(family: Family, settings, layout: TokenLayout, codec):
     return generator, parameters_.count(network.params)
 
 
-def scored(family: Family, generator, codec, arguments) -> tuple[np.ndarray, np.ndarray]:
+def scored(
+    family: Family, generator: Generator, codec: Quantizer, arguments: argparse.Namespace
+) -> tuple[np.ndarray, np.ndarray]:
     """[N] nats per token of held-out images: of the model, and of the language itself."""
     source = family.language(split="held_out")
     nats = jax.jit(family.nats)

@@ -1,4 +1,4 @@
-"""Do the figures say what eyes say? Real, reconstructed, blurred, noisy and JPEG images, scored.
+"""Do the metrics say what eyes say? Real, reconstructed, blurred, noisy and JPEG images, scored.
 
     tokgen reference DATA --out REF.npz
     python benchmarks/ladders.py --data DATA --reference REF.npz --tokenizer CKPT --out DIR
@@ -8,7 +8,7 @@ they are, put through the tokenizer, and damaged along ladders: blur (sigma in p
 noise (standard deviation in grey levels), JPEG (quality), and pure noise in the end. The JPEG
 ladder begins far below the quality of usual photographs: re-encoded near their own quality, images
 show the marks of a second quantization, which come and go with it. Printed is the table of all
-figures, then whether the order of sets holds and which figures rise along every ladder; OUT gets
+metrics, then whether the order of sets holds and which metrics rise along every ladder; OUT gets
 the plot and the table as JSON.
 """
 
@@ -26,7 +26,7 @@ from PIL import Image
 
 from tokgen import runtime
 from tokgen.checkpoints import checkpoint
-from tokgen.data import datasets, folder, loader, views
+from tokgen.data import datasets, folder, loader, sources, views
 from tokgen.evaluation import (
     collect,
     feature_extractors,
@@ -76,7 +76,9 @@ def main() -> None:
     plot(rows, out / "ladders.png")
 
 
-def pixels(source, size: tuple[int, int], count: int) -> tuple[np.ndarray, np.ndarray]:
+def pixels(
+    source: sources.RandomAccess, size: tuple[int, int], count: int
+) -> tuple[np.ndarray, np.ndarray]:
     """uint8 images of a source and their labels, evenly over it."""
     index_N = np.arange(min(count, len(source))) * len(source) // min(count, len(source))
     view = views.fixed("center", size, 3)
@@ -88,7 +90,7 @@ def ladder(image_NHW3: np.ndarray, tokenizer):
     """(name, uint8 images) of every set; each is a function of the images alone."""
     draws = np.random.default_rng(0)
     yield "real", image_NHW3
-    yield "reconstructed", repainted(image_NHW3, tokenizer)
+    yield "reconstructed", reconstructed(image_NHW3, tokenizer)
     for sigma in BLUR:
         blurred = scipy.ndimage.gaussian_filter(
             image_NHW3.astype(np.float32), (0, sigma, sigma, 0), mode="reflect"
@@ -102,7 +104,7 @@ def ladder(image_NHW3: np.ndarray, tokenizer):
     yield "noise", draws.integers(0, 256, image_NHW3.shape, np.uint8)
 
 
-def repainted(image_NHW3: np.ndarray, tokenizer) -> np.ndarray:
+def reconstructed(image_NHW3: np.ndarray, tokenizer) -> np.ndarray:
     """Reconstructions."""
     parts = [image_NHW3[start : start + 100] for start in range(0, len(image_NHW3), 100)]
     found = [validation.reconstruct(tokenizer, {"image": part}, batch=100)[1] for part in parts]
@@ -116,8 +118,14 @@ def jpeg(image_HW3: np.ndarray, quality: int) -> np.ndarray:
     return np.asarray(Image.open(data))
 
 
-def measured(image_NHW3, label_N, network, reference, classes: int) -> dict[str, dict]:
-    """Every figure of the local protocol."""
+def measured(
+    image_NHW3: np.ndarray,
+    label_N: np.ndarray,
+    network: feature_extractors.Extractor,
+    reference: references.Reference,
+    classes: int,
+) -> dict[str, dict]:
+    """Every metric of the local protocol."""
     found = [
         feature_extractors.features(network, image_NHW3[start : start + PART])
         for start in range(0, len(image_NHW3), PART)
@@ -134,17 +142,17 @@ def measured(image_NHW3, label_N, network, reference, classes: int) -> dict[str,
 
 
 def table(rows: dict[str, dict]) -> str:
-    """Sets by figures, as Markdown."""
+    """Sets by metrics, as Markdown."""
     names = list(next(iter(rows.values())))
     lines = ["| set | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for name, figures in rows.items():
-        values = [f"{figures[key]['value']:.4g}" if key in figures else "" for key in names]
+    for name, metrics in rows.items():
+        values = [f"{metrics[key]['value']:.4g}" if key in metrics else "" for key in names]
         lines.append(f"| {name} | " + " | ".join(values) + " |")
     return "\n".join(lines)
 
 
 def conclude(rows: dict[str, dict]) -> None:
-    """How every figure goes along the ladders; of distances, whether the order of sets holds."""
+    """How every metric goes along the ladders; of distances, whether the order of sets holds."""
     for key in next(iter(rows.values())):
         said = ", ".join(f"{kind} {climbs(rows, key, kind)}" for kind in ("blur", "noise", "jpeg"))
         if key in DISTANCES:

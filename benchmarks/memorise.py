@@ -23,7 +23,7 @@ from flax import nnx
 
 from tokgen import parameters, rng, runtime, sharding
 from tokgen.config import building
-from tokgen.interfaces import TokenBatch, TokenLayout
+from tokgen.interfaces import Generator, Quantizer, TokenBatch, TokenLayout
 from tokgen.quantizers import multiscale
 from tokgen.sampling import decode, sampler
 from tokgen.training import optimizer as optimizers, train_state
@@ -110,7 +110,7 @@ def memorised(family: str, most: int) -> tuple[float, float, int]:
     return found, float(jnp.mean(drawn == tokens_BLG)), step
 
 
-def nats(generator, batch: TokenBatch, codec) -> jax.Array:
+def nats(generator: Generator, batch: TokenBatch, codec: Quantizer) -> jax.Array:
     """Nats per token; of a masked model those of masked tokens, where half are masked."""
     if generator.exact:
         return generator.nats(batch, codec).mean()

@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Print the figures of one program."""
+    """Print the measurements of one program."""
     imported = machine.peak_mib()
     reference = arguments.tokenizer if arguments.case == "tokenizer" else arguments.generator
     settings = training_step.load(reference, arguments.quick)

@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """The figures of one case."""
+    """The measurements of one case."""
     made = CASES[arguments.case]()  # imports, which are not measured
     count = arguments.images if arguments.case.startswith("fid") else arguments.neighbours
     draws = np.random.default_rng(0)
@@ -74,7 +74,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     }
 
 
-def features(draws, basis, count: int, shift: float) -> np.ndarray:
+def features(draws: np.random.Generator, basis: np.ndarray, count: int, shift: float) -> np.ndarray:
     """Rectified normals of 64 common directions, and noise: [count, D] float32."""
     found = np.empty((count, basis.shape[1]), np.float32)
     for start in range(0, count, 1000):

@@ -100,19 +100,19 @@ def row(workdir: pathlib.Path) -> list[str]:
     """The cells of a trained run."""
     step = checkpoint.find(workdir)
     meta = checkpoint.read_meta(step)
-    figures, layout = meta["metrics"], meta["layout"]
+    metrics, layout = meta["metrics"], meta["layout"]
     seconds = json.loads((workdir / "cpu_seconds.json").read_text())
     cells = [
-        f"{figures['psnr_db']:.2f} ± {figures['psnr_db_error']:.2f}",
-        f"{figures['ssim']:.3f} ± {figures['ssim_error']:.3f}",
+        f"{metrics['psnr_db']:.2f} ± {metrics['psnr_db_error']:.2f}",
+        f"{metrics['ssim']:.3f} ± {metrics['ssim_error']:.3f}",
     ]
     if layout:
         length = sum(rows * columns for rows, columns in layout["grids"])
         bits = length * sum(math.log2(size) for size in layout["vocab"])
-        used = length * len(layout["vocab"]) * math.log2(figures["codebook_perplexity"])
+        used = length * len(layout["vocab"]) * math.log2(metrics["codebook_perplexity"])
         cells += [
-            f"{100 * figures['codebook_usage']:.1f} %",
-            f"{figures['codebook_perplexity']:.0f}",
+            f"{100 * metrics['codebook_usage']:.1f} %",
+            f"{metrics['codebook_perplexity']:.0f}",
             f"{bits:.0f}",
             f"{used:.0f}",
         ]

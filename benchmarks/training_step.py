@@ -15,6 +15,7 @@ import time
 
 import jax
 import machine
+import ml_collections
 import numpy as np
 from flax import nnx
 
@@ -124,8 +125,8 @@ def training(settings):
     return step, (networks, batch, {}), count
 
 
-def measure(reference: str, settings, steps: int, repeats: int) -> None:
-    """Print the figures of one config."""
+def measure(reference: str, settings: ml_collections.ConfigDict, steps: int, repeats: int) -> None:
+    """Print the measurements of one config."""
     step, (moving, *fixed), parameters = training(settings)
     began = time.perf_counter()
     moving, *_ = jax.block_until_ready(step(moving, *fixed))

@@ -576,5 +576,7 @@ def test_damaged_and_missing_checkpoints(place, tokenizer, generator, capfd):
     assert "holds a tokenizer; need the checkpoint of a generator" in said
     said = told(capfd, lambda: cli.main(["evaluate", str(generator), "--reconstruction"]))
     assert "needs a tokenizer" in said
-    assert "no command 'smaple'" in told(capfd, lambda: cli.main(["smaple", out]))
+    assert "found 'smaple'; did you mean 'sample'?" in told(
+        capfd, lambda: cli.main(["smaple", out])
+    )
     assert not (place / "nothing").exists()

@@ -18,6 +18,7 @@ from tokgen import metrics_log, parameters
 from tokgen.checkpoints import checkpoint, imported
 from tokgen.config import building, migration, reading
 from tokgen.data import token_shards
+from tokgen.evaluation import collect
 from tokgen.training import safeguards
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -187,6 +188,16 @@ def test_an_export_is_read_with_the_fingerprint_that_it_states(golden, tmp_path,
     found, record = imported.of_export(golden / "root" / name)
     step = imported.save_imported(tmp_path, found, {})
     assert checkpoint.load(step).fingerprint == record["fingerprint"]
+
+
+def test_results_of_scores_are_read_in_todays_words(golden):
+    for name in ("score_raster", "score_raster_warm", "score_vq"):
+        folder = golden / "root" / name
+        first = json.loads((folder / "results.jsonl").read_text())
+        (line,) = collect.results(folder)
+        assert (line["metrics"], line["images"]) == (first["figures"], first["supply"])
+        run = json.loads((folder / "run.json").read_text())
+        assert collect.migrated(run)["images"] == run["supply"]
 
 
 @pytest.mark.long

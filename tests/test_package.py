@@ -198,9 +198,9 @@ def test_no_arguments_print_the_help():
     [
         (
             ["smaple", "runs/x"],
-            "tokgen: error: there is no command 'smaple'; did you mean 'sample'?",
+            "tokgen: error: the command must be one of demo, data, pretokenize, sample, ",
         ),
-        (["xyzzy"], "tokgen: error: there is no command 'xyzzy'; choose from demo, data"),
+        (["xyzzy"], "tokgen: error: the command must be one of demo, data"),
         (["--verison"], "tokgen: error: unrecognized arguments: --verison"),
     ],
 )

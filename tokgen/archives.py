@@ -8,6 +8,7 @@ become the name of a file of ours, or refuses it.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import struct
@@ -171,3 +172,9 @@ def check_numbers(weights: Mapping[str, np.ndarray], source: str) -> None:
             f"{source} holds numbers that are not finite in {len(wrong)} arrays: {shown}; nothing "
             "of use comes of them: fetch the file again, or take an earlier checkpoint"
         )
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file's bytes, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,6 @@ Nothing heavy is imported before a subcommand is chosen.
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import importlib.metadata
 import itertools
@@ -16,7 +15,7 @@ import sys
 import types
 from collections.abc import Sequence
 
-from tokgen import runtime
+from tokgen import choices, runtime
 
 # Name of the file in tokgen/commands -> its line in the help, which is shown without importing it.
 COMMANDS = {
@@ -37,7 +36,7 @@ COMMANDS = {
 }
 
 
-# What the figures of a run may depend on.
+# What the metrics of a run may depend on.
 REPORTED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -54,13 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     name, *rest = words[len(options) :]
     if name not in COMMANDS:
-        print(f"tokgen: error: {_unknown(name)}", file=sys.stderr)
+        print(f"tokgen: error: {choices.refusal(COMMANDS, name, 'the command')}", file=sys.stderr)
         return 2
     return runtime.call(f"tokgen {name}", lambda: _run(name, rest), lambda: _fewer(name))
 
 
 def versions() -> str:
-    """Versions of tokgen, Python and of the packages that a figure may depend on, one a line."""
+    """Versions of tokgen, Python and of the packages that a metric may depend on, one a line."""
     lines = [f"tokgen {_version('tokgen')}", f"python {platform.python_version()}"]
     return "\n".join([*lines, *(f"{package} {_version(package)}" for package in REPORTED)])
 
@@ -92,12 +91,6 @@ def _parser() -> argparse.ArgumentParser:
 def _fewer(name: str) -> str:
     """The option of a command that says how many images are taken at a time; "" if none does."""
     return "--batch" if "--batch " in _parser_of(name).format_help() else ""
-
-
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
-    remedy = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(COMMANDS)}"
-    return f"there is no command {name!r}; {remedy}"
 
 
 def _run(name: str, words: Sequence[str]) -> None:

@@ -26,9 +26,9 @@ class Log:
         measured: bool = True,
         told: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
     ):
-        """Lines after `step` are taken again; its held-out figures too where not `measured`.
+        """Lines after `step` are taken again; its held-out metrics too where not `measured`.
 
-        `told` tells a line of an earlier version in today's names of its figures.
+        `told` tells a line of an earlier version in today's names of its metrics.
         """
         from tensorboardX import SummaryWriter
 

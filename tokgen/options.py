@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from tokgen.errors import UserError
 
 # Modes of tokgen evaluate
-TOKENIZER, GENERATOR = "held-out figures of a tokenizer", "the likelihood of a generator"
+TOKENIZER, GENERATOR = "held-out metrics of a tokenizer", "the likelihood of a generator"
 SAMPLES, RECONSTRUCTED = "a score of samples", "a score of a tokenizer"
 DRAWN = "a score of a generator"
 SCORES, HELD_OUT = (SAMPLES, RECONSTRUCTED, DRAWN), (TOKENIZER, GENERATOR)

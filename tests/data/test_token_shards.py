@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from tokgen import interfaces
+from tokgen import archives, interfaces
 from tokgen.data import token_shards
 
 COUNTS = {"train": 11, "held_out": 3}
@@ -338,7 +338,7 @@ def replaced(path, record, count):
 
 
 def digest(file):
-    return token_shards._sha256(file)
+    return archives.sha256(file)
 
 
 def fewer_records(path):

@@ -27,10 +27,10 @@ def as_folder(path: pathlib.Path, image_NHW3, ending: str = "png") -> pathlib.Pa
 def test_parts_of_an_archive_are_its_bytes_in_any_order(tmp_path, save):
     image_NHW3, label_N = pictures(), np.arange(20) % 3
     save(tmp_path / "a.npz", arr_0=image_NHW3, arr_1=label_N)
-    supply = given_images.given(tmp_path / "a.npz")
-    assert len(supply) == 20 and supply.size == (6, 5)
+    opened = given_images.given(tmp_path / "a.npz")
+    assert len(opened) == 20 and opened.size == (6, 5)
     for start, stop in ((0, 7), (7, 14), (14, 20), (3, 5), (5, 20), (0, 20), (19, 20), (0, 1)):
-        part = supply.part(start, stop)
+        part = opened.part(start, stop)
         np.testing.assert_array_equal(part["image"], image_NHW3[start:stop])
         np.testing.assert_array_equal(part["label"], label_N[start:stop])
         assert part["label"].dtype == np.int32
@@ -41,7 +41,7 @@ def test_parts_of_an_archive_are_its_bytes_in_any_order(tmp_path, save):
 def test_an_archive_is_read_once_from_end_to_end(tmp_path, monkeypatch):
     """Not from its beginning for every part: of 50,000 images that would be terabytes."""
     np.savez_compressed(tmp_path / "a.npz", arr_0=pictures(64))
-    supply, read = npz.Archive(tmp_path / "a.npz"), []
+    opened, read = npz.Archive(tmp_path / "a.npz"), []
     inflate = zipfile.ZipExtFile._read1
 
     def counted(self, n):
@@ -51,7 +51,7 @@ def test_an_archive_is_read_once_from_end_to_end(tmp_path, monkeypatch):
 
     monkeypatch.setattr(zipfile.ZipExtFile, "_read1", counted)
     for start in range(0, 64, 4):
-        supply.part(start, start + 4)
+        opened.part(start, start + 4)
     assert sum(read) <= pictures(64).nbytes + 4096
 
 
@@ -63,9 +63,9 @@ def test_a_damaged_archive_is_named(tmp_path, save):
     # among the pixels, or what they were deflated to
     file.write_bytes(whole[:400] + bytes([whole[400] ^ 255]) + whole[401:])
     with pytest.raises(UserError, match="a.npz is damaged.*restore a copy"):
-        supply = given_images.given(file)
+        opened = given_images.given(file)
         for start in range(0, 20, 4):
-            supply.part(start, start + 4)
+            opened.part(start, start + 4)
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="cannot read.*a.npz as .npz"):
         given_images.given(file)
@@ -145,8 +145,8 @@ def test_lossy_images_are_refused_also_under_another_name(tmp_path, name):
     kind = "WEBP" if name.endswith("webp") else "JPEG"
     Image.fromarray(pictures(1)[0]).save(tmp_path / name, format=kind)
     with pytest.raises(UserError, match=f"1 images in a lossy form .{name}.*--accept lossy"):
-        supply = given_images.given(tmp_path)
-        supply.part(0, 3)
+        opened = given_images.given(tmp_path)
+        opened.part(0, 3)
     assert len(given_images.given(tmp_path, ("lossy",)).part(0, 3)["image"]) == 3
 
 

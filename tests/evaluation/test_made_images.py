@@ -126,8 +126,8 @@ def test_one_program_draws_every_part(tmp_path, monkeypatch):
         return real(generator, codec, cond_B, keys_B, *words)
 
     monkeypatch.setattr(made_images.drawing, "draw_tokens", counted)
-    supply = drawn(tmp_path, count=104, batch=32, each=64)
-    parts = [supply.part(*bounds) for bounds in ((0, 64), (64, 104))]
+    images = drawn(tmp_path, count=104, batch=32, each=64)
+    parts = [images.part(*bounds) for bounds in ((0, 64), (64, 104))]
     assert seen == [32] * 4 and [len(part["image"]) for part in parts] == [64, 40]
     one = drawn(tmp_path / "other", count=104, batch=32, each=64)
     np.testing.assert_array_equal(one.part(64, 104)["image"], parts[1]["image"])
@@ -137,14 +137,14 @@ def test_a_finished_archive_is_looked_for_when_images_are(tmp_path):
     """One that another seed left half written is none of this score, which empties the folder."""
     whole = tmp_path / "samples.npz"
     whole.write_bytes(b"cut off")
-    supply = drawn(tmp_path)
+    images = drawn(tmp_path)
     whole.unlink()
-    assert len(supply.part(0, 8)["image"]) == 8 and supply.archive is None
+    assert len(images.part(0, 8)["image"]) == 8 and images.archive is None
 
 
 def test_what_was_drawn_is_kept_and_not_drawn_again(tmp_path, monkeypatch):
-    supply = drawn(tmp_path)
-    first = supply.part(0, 8)
+    images = drawn(tmp_path)
+    first = images.part(0, 8)
     monkeypatch.setattr(made_images.drawing, "draw", None)  # a second draw would fail
     for name, array in drawn(tmp_path).part(0, 8).items():
         np.testing.assert_array_equal(array, first[name])
@@ -229,11 +229,11 @@ class Pictures(sources.RandomAccess):
 
 def test_reconstructions_and_their_metrics_are_those_of_held_out_evaluation():
     network, source = Halver(), Pictures(40)
-    supply = made_images.Reconstructed(
+    images = made_images.Reconstructed(
         loaded(network, layout=network.layout), source, count=30, distances={}
     )
-    assert len(supply) == 30 and supply.classes == source.classes
-    parts = [supply.part(start, min(start + 10, 30)) for start in range(0, 30, 10)]
+    assert len(images) == 30 and images.classes == source.classes
+    parts = [images.part(start, min(start + 10, 30)) for start in range(0, 30, 10)]
     view = datasets.view_of(loaded(network).config)
     figures, shown = validation.reconstruction(network, source, view, count=30, batch=10)
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -92,7 +92,7 @@ def result(**more) -> dict:
     }
 
 
-class Supply:
+class Numbered:
     """Images whose pixels say their number; it notes the parts that are asked for."""
 
     classes = ()
@@ -156,8 +156,8 @@ def samples_seen() -> collect.Found:
 
 
 def test_page_of_samples(tmp_path, real):
-    supply = Supply(130)
-    file = score_page.write(tmp_path, result(), samples_seen(), supply, EXTRACTOR, real)
+    images = Numbered(130)
+    file = score_page.write(tmp_path, result(), samples_seen(), images, EXTRACTOR, real)
     assert file.name == "index.html"
     found = parsed(file)
     words = " ".join(found.words)
@@ -166,7 +166,7 @@ def test_page_of_samples(tmp_path, real):
                  "the number of samples makes 2", "parts of 65"):  # fmt: skip
         assert part in words, part
     # parts as the evaluation has them: whatever else would be drawn anew
-    assert set(supply.asked) <= {(0, 64), (64, 128), (128, 130)}
+    assert set(images.asked) <= {(0, 64), (64, 128), (128, 130)}
     *classes, nearest = found.pictures()
     scale = page.SMALLEST // 4
     step = 4 * scale + 2
@@ -189,7 +189,7 @@ def test_page_of_samples(tmp_path, real):
 def test_real_images_that_cannot_be_shown_are_said(tmp_path, real, change, why):
     real.record.update(change)
     found = parsed(
-        score_page.write(tmp_path, result(), samples_seen(), Supply(130), EXTRACTOR, real)
+        score_page.write(tmp_path, result(), samples_seen(), Numbered(130), EXTRACTOR, real)
     )
     assert why in " ".join(found.words) and len(found.pictures()) == 3
 
@@ -209,13 +209,13 @@ def test_samples_without_classes_or_real_features(tmp_path, real):
     real.features.clear()
     line = result(samples=20)
     unlabelled = seen(np.ones((20, 8), np.float32))
-    found = parsed(score_page.write(tmp_path, line, unlabelled, Supply(20), EXTRACTOR, real))
+    found = parsed(score_page.write(tmp_path, line, unlabelled, Numbered(20), EXTRACTOR, real))
     assert len(found.pictures()) == 1
     assert "holds no features" in " ".join(found.words)
 
 
-class Pairs(Supply):
-    """Reconstructions: a supply that goes by `index_N`; originals are 100 brighter."""
+class Pairs(Numbered):
+    """Reconstructions: images that go by `index_N`; originals are 100 brighter."""
 
     def __init__(self, count):
         super().__init__(count)
@@ -230,17 +230,17 @@ class Pairs(Supply):
 
 @pytest.mark.parametrize("count", [3, 70])
 def test_page_of_reconstructions(tmp_path, count):
-    supply, draws = Pairs(count), np.random.default_rng(0)
+    images, draws = Pairs(count), np.random.default_rng(0)
     value_N = draws.permutation(count) + 10.0
     line = result(samples=count, metrics={"psnr_db": {"value": 20.0}})
     feature_ND = np.ones((count, 8), np.float32)
     found = seen(feature_ND, values={"psnr_db": value_N})
-    page_ = parsed(score_page.write(tmp_path, line, found, supply, EXTRACTOR, None))
-    assert len(supply.asked) == 1  # one pass, of the length that was compiled
-    assert supply.index_N.tolist() == list(range(count))[::-1]
+    page_ = parsed(score_page.write(tmp_path, line, found, images, EXTRACTOR, None))
+    assert len(images.asked) == 1  # one pass, of the length that was compiled
+    assert images.index_N.tolist() == list(range(count))[::-1]
     step = 4 * (page.SMALLEST // 4) + 2
     corners = [sheet[2 + step // 2, 2 + step // 2 :: step, 0] for sheet in page_.pictures()]
-    worst, best = (int(supply.index_N[f(value_N)]) for f in (np.argmin, np.argmax))
+    worst, best = (int(images.index_N[f(value_N)]) for f in (np.argmin, np.argmax))
     for corner, gray in zip(corners, (worst, best, count - 1), strict=True):
         assert corner[:2].tolist() == [gray + 100, gray]
 
@@ -274,7 +274,7 @@ def test_names_of_a_network_of_other_classes_are_not_used():
     line = result()
     assert score_page.names_of(line, np.arange(3)) == ("cat", EVIL, "dog")
     assert score_page.names_of(line, np.arange(4)) == ()
-    own = Supply(4)
+    own = Numbered(4)
     own.classes = ("a", "b", "c", "d")
     assert score_page.names_of(line, np.arange(4), own) == own.classes
     assert score_page.class_name(3, ()) == "class 3" and score_page.class_name(0, ("a",)) == "a"

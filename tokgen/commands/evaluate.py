@@ -74,29 +74,27 @@ def run(args: argparse.Namespace) -> None:
     _validate(args)
 
 
+def shared(args: argparse.Namespace) -> dict:
+    """The fields of score_settings.Settings that tokgen sweep has options for as well."""
+    names = ("protocol", "reference", "assume", "weights", "samples", "seed", "batch", "overwrite")
+    return {name: getattr(args, name) for name in (*names, "text", "tokenizer")} | {
+        "scored": args.checkpoint,
+        "out": args.out or "",
+        "accept": tuple(args.accept),
+        "precision": args.precision or "",
+    }
+
+
 def _score(args: argparse.Namespace) -> None:
     from tokgen.evaluation import score, score_settings
 
     settings = score_settings.Settings(
-        scored=args.checkpoint,
-        protocol=args.protocol,
-        out=args.out or "",
-        reference=args.reference,
-        assume=args.assume,
-        weights=args.weights,
-        samples=args.samples,
-        seed=args.seed,
-        batch=args.batch,
-        accept=tuple(args.accept),
-        overwrite=args.overwrite,
+        **shared(args),
         reconstruction=args.reconstruction,
         lpips=tuple(args.lpips),
         data=args.data,
         split=args.split,
         labels=args.labels,
-        text=args.text,
-        tokenizer=args.tokenizer,
-        precision=args.precision or "",
         sampling=sample.choice_of(args),
     )
     score_settings.check(settings)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 
 from tokgen import options, output
+from tokgen.commands import evaluate
 from tokgen.evaluation import protocols
 
 
@@ -53,25 +54,8 @@ def settings_of(args: argparse.Namespace):
     from tokgen.sampling import presets
 
     choice = presets.Choice(args.preset, top_k=args.top_k, top_p=args.top_p, noise=args.noise)
-    score = score_settings.Settings(
-        scored=args.checkpoint,
-        protocol=args.protocol,
-        out=args.out,
-        reference=args.reference,
-        assume=args.assume,
-        weights=args.weights,
-        samples=args.samples,
-        seed=args.seed,
-        batch=args.batch,
-        accept=tuple(args.accept),
-        overwrite=args.overwrite,
-        text=args.text,
-        tokenizer=args.tokenizer,
-        precision=args.precision or "",
-        sampling=choice,
-    )
     return sweep.Settings(
-        score,
+        score_settings.Settings(**evaluate.shared(args), sampling=choice),
         guidance=tuple(args.guidance),
         temperature=tuple(args.temperature),
         steps=tuple(args.steps),

@@ -378,3 +378,9 @@ def _told(records: list[dict], places: list, neighbours) -> dict[str, np.ndarray
     if neighbours is None:
         told["index"] = np.array([index for index, _ in places], np.int64)
     return told
+
+
+def evenly(length: int, count: int) -> np.ndarray:
+    """At most `count` of so many indices, evenly over a set that may be sorted by class."""
+    count = min(length, count)
+    return np.arange(count) * length // max(count, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pathlib
 import threading
@@ -162,8 +161,7 @@ class Source(Archive):
                 "folder of images, of which a part can be held out"
             )
         super().__init__(path)
-        with open(path, "rb") as file:
-            self.fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+        self.fingerprint = archives.sha256(path)
         if self.label_N is not None:
             self.classes = tuple(map(str, range(int(self.label_N.max()) + 1)))
 

@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from array_record.python import array_record_module
 
-from tokgen import interfaces, records as records_
+from tokgen import archives, interfaces, records as records_
 from tokgen.data import sources
 
 FORMAT = 2  # the version of all of the above
@@ -154,7 +154,7 @@ class Writer:
     def _note(self, shard: Shard) -> dict | None:
         """What was written of a shard; None where the file doesn't bear it out."""
         note, path = self._noted(shard), os.path.join(self.path, shard.file)
-        if note is None or not os.path.exists(path) or _sha256(path) != note.get("sha256"):
+        if note is None or not os.path.exists(path) or archives.sha256(path) != note.get("sha256"):
             return None
         return note
 
@@ -199,7 +199,7 @@ class Writer:
             raise interfaces.UserError(
                 f"{path} could not be written: {error}; make room, then run the same command again"
             ) from error
-        note = {"file": shard.file, "images": len(record_BU), "sha256": _sha256(temporary)}
+        note = {"file": shard.file, "images": len(record_BU), "sha256": archives.sha256(temporary)}
         if unreadable:
             note["unreadable"] = [[int(index), *unreadable[index]] for index in sorted(unreadable)]
         _commit(temporary, path)
@@ -296,7 +296,7 @@ class Source(sources.RandomAccess):
         path = os.path.join(self.path, shard["file"])
         if not os.path.isfile(path):
             raise _damage(path, "the file is missing")
-        if verify and _sha256(path) != shard["sha256"]:
+        if verify and archives.sha256(path) != shard["sha256"]:
             raise _damage(path, "the contents do not have the checksum that the header states")
         try:
             reader = _reader(path)
@@ -613,11 +613,6 @@ def _damage(path: str, problem: str) -> interfaces.UserError:
 
 def _reader(path: str):
     return array_record_module.ArrayRecordReader(path, options=_READER_OPTIONS)
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _beside(path: str) -> str:

@@ -8,7 +8,7 @@ import time
 
 from tokgen import options, report, runtime
 from tokgen.checkpoints import checkpoint
-from tokgen.data import captioned, classes, datasets, token_shards, unreadable
+from tokgen.data import captioned, classes, datasets, sources, token_shards, unreadable
 from tokgen.evaluation import validation
 from tokgen.interfaces import UserError
 
@@ -173,7 +173,7 @@ def generator(step: pathlib.Path, settings: Settings) -> Measured:
     return Measured(metrics, title, source, loaded.config.precision.compute)
 
 
-def _tell_count(settings: Settings, source, step: pathlib.Path) -> None:
+def _tell_count(settings: Settings, source: sources.RandomAccess, step: pathlib.Path) -> None:
     count = min(settings.images, len(source))
     report.say(f"{count} of {len(source)} images, step {step.name}")
 

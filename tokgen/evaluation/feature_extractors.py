@@ -20,7 +20,7 @@ from flax import nnx
 
 from tokgen import archives, boundary, choices, parameters, sharding
 from tokgen.backbones import features as networks
-from tokgen.data import loader, views
+from tokgen.data import loader, sources, views
 from tokgen.evaluation import local_classifier
 from tokgen.interfaces import UserError
 from tokgen.metrics import reconstruction
@@ -83,7 +83,7 @@ def from_file(name: str, path: str) -> Extractor:
         "name": name,
         "fingerprint": fingerprint(name, network),
         "file": pathlib.Path(path).name,
-        "sha256": sha256(path),
+        "sha256": archives.sha256(path),
         "source": published.source,
     }
     return Extractor(name, network, published.layers, record)
@@ -99,7 +99,11 @@ def described(extractor: Extractor) -> str:
 
 
 def trained(
-    source, size: tuple[int, int], *, seed: int = 1, recipe=local_classifier.PHOTOGRAPHS
+    source: sources.RandomAccess,
+    size: tuple[int, int],
+    *,
+    seed: int = 1,
+    recipe: local_classifier.Recipe = local_classifier.PHOTOGRAPHS,
 ) -> Extractor:
     """The local network of a source's images, trained now or read from the cache."""
     network = local_classifier.of_images(source, seen(size), seed=seed, recipe=recipe)
@@ -145,7 +149,11 @@ def from_arrays(kept: Mapping[str, np.ndarray], about: Mapping) -> Extractor:
 
 
 def accuracy(
-    extractor: Extractor, source, size: tuple[int, int], *, count: int = 10_000
+    extractor: Extractor,
+    source: sources.RandomAccess,
+    size: tuple[int, int],
+    *,
+    count: int = 10_000,
 ) -> tuple[float, int]:
     """(share of images whose class a local network sees, or which way is up; how many were seen).
 
@@ -153,7 +161,9 @@ def accuracy(
     """
     view = views.fixed("center", seen(size), 3)
     hits, step = [], 0
-    for batch in loader.once(source, view, batch_size=200, indices=_first(len(source), count)):
+    for batch in loader.once(
+        source, view, batch_size=200, indices=loader.evenly(len(source), count)
+    ):
         image_BHW3, label_B = batch["image"], batch["label"]
         if not source.classes:
             ways = local_classifier.turns_of(seen(size))
@@ -164,12 +174,6 @@ def accuracy(
         hits.append(logits_BK.argmax(-1) == label_B)
     hits = np.concatenate(hits)
     return float(hits.mean()), len(hits)
-
-
-def _first(length: int, count: int) -> np.ndarray:
-    """At most `count` indices, evenly over a set that may be sorted by class."""
-    count = min(length, count)
-    return np.arange(count) * length // count
 
 
 def features(
@@ -193,7 +197,9 @@ def features(
 
 
 @functools.partial(jax.jit, static_argnames="layers")
-def _seen(network, image_BHW3, layers):
+def _seen(
+    network: nnx.Module, image_BHW3: jax.Array, layers: tuple[str, ...]
+) -> dict[str, jax.Array]:
     # accelerators multiply float32 in TF32 or bfloat16 unless told otherwise
     with jax.default_matmul_precision("highest"):
         found = network(image_BHW3)
@@ -210,8 +216,3 @@ def fingerprint(name: str, network: nnx.Module) -> str:
             digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
             digest.update(array.tobytes())
     return digest.hexdigest()
-
-
-def sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

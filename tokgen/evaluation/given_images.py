@@ -6,23 +6,21 @@ import contextlib
 import hashlib
 import pathlib
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 
-from tokgen import archives, options, records
-from tokgen.data import folder, npz, pixels, scan, sources
+from tokgen import options, records
+from tokgen.data import folder, loader, npz, pixels, scan, sources
 from tokgen.interfaces import UserError
 
 LOSSY = tuple(
     ending for form in ("JPEG", "WEBP", "GIF", "AVIF") for ending in pixels.ENDINGS.get(form, ())
 )
-LABELS = 2**20  # classes that labels without names may be of
 # What is scored all the same where it is asked for: see `check`, Pictures, and score.check_enough
 ACCEPTED = ("duplicates", "constant", "few", "lossy")
 SHARE = 0.01  # of images that may be equal to another one, or of one colour, without a word
-_NAMED = 5
 
 
 class Images(Protocol):
@@ -30,10 +28,12 @@ class Images(Protocol):
 
     Attributes:
         size: (rows, columns) of every image.
+        classes: the names of the labels; () where there are no labels, or none of their names.
         identity: which images these are, in plain JSON: a score goes on with no others.
     """
 
     size: tuple[int, int]
+    classes: tuple[str, ...]
     identity: dict
 
     def __len__(self) -> int: ...
@@ -44,127 +44,6 @@ class Images(Protocol):
         A part is a function of its bounds: whoever is stopped may ask again.
         """
         ...
-
-
-class Archive:
-    """The images of an .npz: `arr_0` uint8 [N, H, W, 3], and `arr_1` labels [N] where it is there.
-
-    `classes` are names of the labels, if somebody says them. Read from the archive part by part:
-    the published sets have ten gigabytes (ADM).
-    """
-
-    def __init__(self, path: str | pathlib.Path, classes: Sequence[str] = ()):
-        self.path = pathlib.Path(path)
-        self.classes, self.notes = (), ()
-        self.label_N, self._member, self._next = None, None, 0
-        with archives.opened(self.path) as archive:
-            names = set(archives.names(archive))
-            if "arr_0" not in names:
-                raise UserError(_no_images(self.path, names))
-            shape, fortran, dtype = archives.described(archive, "arr_0", self.path)
-            if fortran and len(shape) > 1:
-                raise UserError(
-                    f"arr_0 of {self.path} is in column order; save it again in row order"
-                )
-            check_pixels(shape, dtype, str(self.path))
-            if "arr_1" in names:
-                self.label_N = self._labels(archive, shape[:1])
-        if self.label_N is not None and not 0 <= self.label_N.min() <= self.label_N.max() < LABELS:
-            raise UserError(
-                f"arr_1 of {self.path} must hold a class, 0 or above and below {LABELS}, for each "
-                f"image; found {self.label_N.dtype} {self.label_N.shape}, least "
-                f"{self.label_N.min()}, greatest {self.label_N.max()}"
-            )
-        if self.label_N is not None and self.label_N.max() < len(classes):
-            self.classes = tuple(classes)
-        elif self.label_N is not None:
-            self.notes = (f"labels 0 to {self.label_N.max()}, without names",)
-        self.shape, self.size = shape, tuple(shape[1:3])
-        status = self.path.stat()
-        self.identity = {
-            "samples": str(self.path.resolve()),
-            "bytes": status.st_size,
-            "changed": status.st_mtime_ns,
-        }
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def part(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Images and labels `start` to `stop`."""
-        step = int(np.prod(self.shape[1:]))
-        member = self._at(start, step)
-        try:
-            data = member.read((stop - start) * step)
-        except archives.DAMAGE as error:
-            self._member = None
-            raise self._damaged(error) from error
-        self._next = stop
-        if len(data) != (stop - start) * step:
-            raise self._damaged(f"it ends before image {stop}")
-        image_NHW3 = np.frombuffer(data, np.uint8).reshape(-1, *self.shape[1:])
-        if self.label_N is None:
-            return {"image": image_NHW3}
-        return {"image": image_NHW3, "label": self.label_N[start:stop].astype(np.int32)}
-
-    def _at(self, start: int, step: int):
-        """The bytes from image `start` on: where the last part ended, or found anew.
-
-        To go anywhere in a member of an archive, all before it is read: for every part of a long
-        one that would be most of it. Read to its end in one go, its checksum is compared as well.
-        """
-        if self._member is None or start < self._next:
-            if self._member is not None:
-                self._member.close()
-            self._member, self._next = self._images(), 0
-        if start > self._next:
-            try:
-                self._member.seek((start - self._next) * step, 1)
-            except archives.DAMAGE as error:
-                self._member = None
-                raise self._damaged(error) from error
-        return self._member
-
-    def _images(self):
-        """The member with the images, at the first of them."""
-        try:
-            member = archives.opened(self.path).open("arr_0.npy")
-            version = np.lib.format.read_magic(member)
-            archives.HEADERS[version](member)
-        except archives.DAMAGE as error:
-            raise self._damaged(error) from error
-        return member
-
-    def _labels(self, archive: zipfile.ZipFile, count: tuple[int, ...]) -> np.ndarray:
-        shape, _, dtype = archives.described(archive, "arr_1", self.path)
-        if shape != count or dtype.kind not in "iu":
-            raise UserError(
-                f"arr_1 of {self.path} must hold a class, 0 or above, for each image of arr_0, "
-                f"{count}; found {dtype} {shape}"
-            )
-        return archives.array(archive, "arr_1", self.path)
-
-    def _damaged(self, why) -> UserError:
-        return UserError(f"{self.path} is damaged: {why}; make it again or restore a copy")
-
-
-def _no_images(path: pathlib.Path, names: Iterable[str]) -> str:
-    there = sorted(names)
-    if {"mu", "sigma"} <= set(there) or "record" in there:
-        return (
-            f"{path} holds reference statistics ({', '.join(there[:_NAMED])}), not samples: were "
-            "samples and --reference swapped?"
-        )
-    return f"{path} has no array arr_0 of images; found {', '.join(there[:_NAMED]) or 'nothing'}"
-
-
-def check_pixels(shape: Sequence[int], dtype, what: str) -> None:
-    """An error where an array cannot be bytes of images [N, H, W, 3]."""
-    if np.dtype(dtype) != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
-        raise UserError(
-            f"{what} must hold images uint8 [N, H, W, 3], 0 to 255; found {np.dtype(dtype)} "
-            f"{tuple(shape)}: save the bytes that a PNG would hold"
-        )
 
 
 class Pictures:
@@ -236,7 +115,7 @@ def _by(size: Sequence[int]) -> str:
 
 def given(
     path: str | pathlib.Path, accepted: Sequence[str] = (), labels: str = ""
-) -> Archive | Pictures:
+) -> npz.Archive | Pictures:
     """The images of a path: an .npz, a folder with `samples.npz` inside, or one of images."""
     path = pathlib.Path(path)
     inside = path / "samples.npz"
@@ -268,8 +147,8 @@ class Spread:
 
     def __init__(self, images: Images, count: int):
         self.images, self.size = images, images.size
-        self.index_N = np.arange(count) * len(images) // count
-        self.classes = getattr(images, "classes", ())
+        self.index_N = loader.evenly(len(images), count)
+        self.classes = images.classes
         self.identity = {**images.identity, "spread": [count, len(images)]}
 
     def __len__(self) -> int:
@@ -282,7 +161,9 @@ class Spread:
 
 
 @contextlib.contextmanager
-def writing(path: pathlib.Path, shape: Sequence[int], label_N: np.ndarray | None = None):
+def writing(
+    path: pathlib.Path, shape: Sequence[int], label_N: np.ndarray | None = None
+) -> Iterator[Callable[[np.ndarray], object]]:
     """A function that adds images to a new `path`, an archive of `shape` [N, H, W, C] in the end.
 
     It appears whole or not at all. Equal images make equal files.

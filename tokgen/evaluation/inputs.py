@@ -46,7 +46,8 @@ def images_of(
 def given(settings: score_settings.Settings) -> tuple[given_images.Images, int]:
     """(images of a file or a folder, all of them or some evenly over them; classes)."""
     images = given_images.given(settings.scored, settings.accept, settings.labels)
-    datasets.tell(settings.scored, all=getattr(images, "source", images))
+    pictures = isinstance(images, given_images.Pictures)
+    datasets.tell(settings.scored, all=images.source if pictures else images)
     if 0 < settings.samples < len(images):
         return given_images.Spread(images, settings.samples), classes_of(images)
     return images, classes_of(images)
@@ -71,7 +72,7 @@ def drawn(settings: score_settings.Settings, out: pathlib.Path) -> tuple[made_im
         loaded.module, loaded.config.presets.to_dict(), choice, loaded.classes
     )
     count = settings.samples or protocols.named(settings.protocol).samples or SAMPLES
-    if getattr(loaded.module, "cond", "label") == "text":
+    if loaded.module.cond == "text":
         if not settings.text:
             raise UserError("the generator reads text: --text FILE.npz, as tokgen sample takes it")
         text = captioned.conditions(settings.text)
@@ -131,7 +132,8 @@ def count_of(settings: score_settings.Settings, images: given_images.Images) -> 
     """How many images are scored: what --samples says, the protocol's number, or all."""
     protocol = protocols.named(settings.protocol)
     wanted = settings.samples or protocol.samples or len(images)
-    if not protocol.samples and getattr(images, "unreadable", 0):
+    reconstructed_ = isinstance(images, made_images.Reconstructed)
+    if not protocol.samples and reconstructed_ and images.unreadable:
         wanted = min(wanted, len(images))  # the others are told, and left out
     if protocol.samples and wanted != protocol.samples:
         raise UserError(

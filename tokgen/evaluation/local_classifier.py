@@ -25,8 +25,8 @@ import optax
 from flax import nnx
 
 from tokgen import archives, boundary, parameters, report, rng, runtime, sharding
-from tokgen.data import folder, loader, pixels, shapes, views
-from tokgen.interfaces import UserError
+from tokgen.data import folder, loader, pixels, shapes, sources, views
+from tokgen.interfaces import PyTree, UserError
 from tokgen.metrics import reconstruction
 from tokgen.nn import conv, norms
 from tokgen.nn.precision import Precision
@@ -170,7 +170,7 @@ def of_photographs(
 
 
 def of_images(
-    source,
+    source: sources.RandomAccess,
     size: tuple[int, int],
     channels: int = 3,
     *,
@@ -259,7 +259,13 @@ def _cached(file: pathlib.Path, wanted: Mapping[str, tuple[int, ...]]) -> list[j
     return [jnp.asarray(saved[path]) for path in wanted]
 
 
-def _trained(make, batches, recipe: Recipe, look: Callable, seed: int):
+def _trained(
+    make: Callable[[], nnx.Module],
+    batches: Iterator[dict],
+    recipe: Recipe,
+    look: Callable[[jax.Array, jax.Array], jax.Array],
+    seed: int,
+) -> PyTree:
     """Averaged parameters; `look(image_BHW3, key)` is what the network sees of a batch."""
     optimizer = optimizers.optimizer(
         recipe.steps,
@@ -293,7 +299,9 @@ def _trained(make, batches, recipe: Recipe, look: Callable, seed: int):
     return jax.device_get(train_state.averaged(network))
 
 
-def _shuffled(source, view: views.View, batch: int, seed: int) -> Iterator[dict]:
+def _shuffled(
+    source: sources.RandomAccess, view: views.View, batch: int, seed: int
+) -> Iterator[dict]:
     """Endless batches of images that are decoded once, a permutation after the other."""
     with loader.once(source, view, batch_size=500) as passing:
         parts = list(passing)

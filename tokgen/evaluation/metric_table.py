@@ -11,9 +11,8 @@ import math
 import pkgutil
 from collections.abc import Mapping, Sequence
 
-from tokgen import metrics as room, report
+from tokgen import choices, metrics as room, report
 from tokgen.evaluation import protocols
-from tokgen.interfaces import UserError
 from tokgen.metrics import metric
 
 NOT_FINITE = "it is not finite"  # why a metric is absent that was measured
@@ -44,9 +43,7 @@ def of_protocol(name: str) -> tuple[str, ...]:
 
 def named(name: str) -> metric.Metric:
     """The metric of that name."""
-    if name not in known():
-        raise UserError(f"a metric is one of {', '.join(known())}; found {name!r}")
-    return known()[name]
+    return choices.named(known(), name, "the metric")
 
 
 def score(

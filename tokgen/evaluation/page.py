@@ -1,4 +1,4 @@
-"""A page to look at: one HTML file with metrics, how they were made, and pictures.
+"""Pages to look at: one HTML file with text, tables, plots and pictures.
 
 No script and nothing from elsewhere: it can be sent to somebody, and read on a phone, light or
 dark. Whatever comes from files is escaped.
@@ -16,7 +16,6 @@ import numpy as np
 from PIL import Image
 
 from tokgen import image_grid, records
-from tokgen.evaluation import metric_table, protocols
 
 NAME = "index.html"
 SMALLEST, LARGEST = 64, 160  # pixels of a side that is shown
@@ -40,9 +39,6 @@ th, td { text-align: left; vertical-align: top; padding: .3rem 1rem .3rem .3rem;
 .best { background: var(--best); font-weight: 600; } .tie { background: var(--tie); }
 figure { margin: .6rem 0; } img { max-width: 100%; height: auto; display: block; }
 """
-
-
-# ---------------------------------------------------------------- parts of any page
 
 
 def document(title: str, parts: Sequence[str]) -> str:
@@ -168,58 +164,3 @@ def _plain_text(name: str) -> str:
     """A name that matplotlib takes for neither mathematics nor a name to be left out."""
     name = name.replace("$", r"\$")
     return f" {name}" if name.startswith("_") else name
-
-
-# ---------------------------------------------------------------- a result, and how it was made
-
-
-def metrics(line: Mapping) -> str:
-    """The table of a result's metrics."""
-    head = ("metric", "value", "interval or error", "better is", "read beside")
-    return table(head, metric_table.rows(line), "notes")
-
-
-def made(line: Mapping) -> str:
-    """The table of what was measured, of what, by what."""
-    protocol = protocols.PROTOCOLS.get(line["protocol"])
-    about = f"{line['protocol']}: {protocol.about}" if protocol else line["protocol"]
-    rows = [("protocol", about), ("images", f"{line['samples']} of {_by(line['size'])} pixels")]
-    for part, name in (("images", "scored"), ("reference", "reference"), ("extractor", "network")):
-        for key, value in line[part].items():
-            shown = _by(value) if key == "size" else metric_table.plain(value)
-            rows.append((f"{name}: {key.replace('_', ' ')}", shown))
-    rows += [("seed", metric_table.plain(line["seed"])), ("time", line["time"])]
-    rows += [
-        ("versions", metric_table.plain(line["versions"])),
-        ("images, sha256", line["images_sha256"]),
-    ]
-    return table((), rows, "long")
-
-
-def _by(size: Sequence[int]) -> str:
-    return " x ".join(map(str, size))
-
-
-def warnings(line: Mapping) -> list[str]:
-    """What a reader must know before believing the metrics."""
-    found, values = [], line["metrics"]
-    for name, what in (("duplicates", "copies of another one"), ("constant", "of one colour")):
-        if line["suspicious"].get(name):
-            found.append(f"{line['suspicious'][name]} of {line['samples']} images are {what}.")
-    distance = values.get("fid", {})
-    if distance.get("bias", 0) > 0.1 * distance.get("value", np.inf):
-        found.append(
-            f"About {distance['bias']:.3g} of the Frechet distance {distance['value']:.4g} is made "
-            "by the number of samples alone: compare it at this number only."
-        )
-    if line["samples"] <= distance.get("features", 0):
-        found.append("There are no more samples than features: the covariance is incomplete.")
-    if "is" in values:
-        score = values["is"]
-        found.append(
-            f"The Inception Score is of parts of {score['part']} images in a mixed order (number "
-            f"of parts: {score['parts']}); parts of another size, or sorted by class, give another."
-        )
-    if line["reference"].get("assumed"):
-        found.append("The reference says nothing of itself: --assume said what it is.")
-    return found

@@ -95,7 +95,7 @@ def _written(settings: Settings, file: pathlib.Path) -> dict:
     datasets.tell(settings.data, **{split: source})
     extractor = extractor_of(settings, source, size)
     count = min(len(source), settings.images or len(source))
-    index_N = evenly(len(source), count)
+    index_N = loader.evenly(len(source), count)
     batches = passing(source, size, index_N)
     found = measured(extractor, batches, index_N, settings.seed)
     kept = feature_extractors.arrays(extractor) if extractor.name == "local" else {}
@@ -122,7 +122,7 @@ def _written(settings: Settings, file: pathlib.Path) -> dict:
     return record
 
 
-def source_of(settings: Settings, split: str):
+def source_of(settings: Settings, split: str) -> sources.RandomAccess:
     """The images that the settings name."""
     return datasets.from_path(
         *(settings.data, split),
@@ -133,7 +133,7 @@ def source_of(settings: Settings, split: str):
     )
 
 
-def size_of(source, settings: Settings) -> tuple[int, int]:
+def size_of(source: sources.RandomAccess, settings: Settings) -> tuple[int, int]:
     """(rows, columns): what is asked for, or 256; of the local protocol, the first image's."""
     if settings.size:
         if len(settings.size) > 2 or min(settings.size) < 8:
@@ -152,7 +152,9 @@ def size_of(source, settings: Settings) -> tuple[int, int]:
         ) from error
 
 
-def extractor_of(settings: Settings, source, size: tuple[int, int]) -> feature_extractors.Extractor:
+def extractor_of(
+    settings: Settings, source: sources.RandomAccess, size: tuple[int, int]
+) -> feature_extractors.Extractor:
     """The protocol's feature network: from a file, of another reference, or trained now."""
     protocol = protocols.named(settings.protocol)
     if protocol.extractor != "local":
@@ -186,7 +188,7 @@ def extractor_of(settings: Settings, source, size: tuple[int, int]) -> feature_e
 def _accuracy(
     settings: Settings,
     extractor: feature_extractors.Extractor,
-    source,
+    source: sources.RandomAccess,
     size: tuple[int, int],
 ) -> dict:
     """The network's accuracy, on which images and how many; held-out ones if there are any."""
@@ -201,12 +203,9 @@ def _accuracy(
     return {"images": which, "examined": count, "accuracy": accuracy}
 
 
-def evenly(length: int, count: int) -> np.ndarray:
-    """`count` of so many indices, evenly over a set that may be sorted by class."""
-    return np.arange(count) * length // count
-
-
-def passing(source, size: tuple[int, int], index_N: np.ndarray) -> loader.Batches:
+def passing(
+    source: sources.RandomAccess, size: tuple[int, int], index_N: np.ndarray
+) -> loader.Batches:
     """The images in parts, by ADM's centre crop."""
     view = views.fixed("center", size, 3)
     return loader.once(source, view, batch_size=PART, indices=index_N)

@@ -104,7 +104,7 @@ def measured(
     metrics, absent = metric_table.score(compared, metric_table.of_protocol(settings.protocol))
     metrics = collect.of_pairs(found, settings.seed) | metrics
     line = collect.record(identity, metrics, absent, found)
-    if getattr(images, "unreadable", 0):
+    if isinstance(images, made_images.Reconstructed) and images.unreadable:
         line["unreadable"] = images.source.unreadable.record()
     _finish(place, line, found, images, extractor, reference)
     return line
@@ -162,7 +162,7 @@ def labels_of(
     target = known or real
     if not classes or not target:
         return label_N, classes
-    names = tuple(getattr(images, "classes", ()))
+    names = tuple(images.classes)
     if (known and real and real != known) or (not names and classes > len(target)):
         return label_N, 0
     if not names and names_.numbered(target) and not names_.counted(target):

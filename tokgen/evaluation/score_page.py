@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tokgen.data import datasets, pixels, sources, views
+from tokgen.data import datasets, loader, pixels, sources, views
 from tokgen.evaluation import (
     collect,
     feature_extractors,
     given_images,
+    metric_table,
     page,
     protocols,
     references,
@@ -42,15 +43,65 @@ def write(
             _nearest(line, found, images, extractor, reference),
         ]
     parts = [
-        page.section("Metrics", page.metrics(line)),
-        page.section(
-            "Read beside them", *(page.text(words, "alarm") for words in page.warnings(line))
-        ),
+        page.section("Metrics", _metrics(line)),
+        page.section("Read beside them", *(page.text(words, "alarm") for words in warnings(line))),
         *pictures,
-        page.section("What was measured", page.made(line)),
+        page.section("What was measured", made(line)),
     ]
     title = f"{name_of(line)}: {line['protocol']}"
     return page.save(out / page.NAME, page.document(title, parts))
+
+
+def _metrics(line: Mapping) -> str:
+    """The table of a result's metrics."""
+    head = ("metric", "value", "interval or error", "better is", "read beside")
+    return page.table(head, metric_table.rows(line), "notes")
+
+
+def made(line: Mapping) -> str:
+    """The table of what was measured, of what, by what."""
+    protocol = protocols.PROTOCOLS.get(line["protocol"])
+    about = f"{line['protocol']}: {protocol.about}" if protocol else line["protocol"]
+    rows = [("protocol", about), ("images", f"{line['samples']} of {_by(line['size'])} pixels")]
+    for part, name in (("images", "scored"), ("reference", "reference"), ("extractor", "network")):
+        for key, value in line[part].items():
+            shown = _by(value) if key == "size" else metric_table.plain(value)
+            rows.append((f"{name}: {key.replace('_', ' ')}", shown))
+    rows += [("seed", metric_table.plain(line["seed"])), ("time", line["time"])]
+    rows += [
+        ("versions", metric_table.plain(line["versions"])),
+        ("images, sha256", line["images_sha256"]),
+    ]
+    return page.table((), rows, "long")
+
+
+def _by(size: Sequence[int]) -> str:
+    return " x ".join(map(str, size))
+
+
+def warnings(line: Mapping) -> list[str]:
+    """What a reader must know before believing the metrics."""
+    found, values = [], line["metrics"]
+    for name, what in (("duplicates", "copies of another one"), ("constant", "of one colour")):
+        if line["suspicious"].get(name):
+            found.append(f"{line['suspicious'][name]} of {line['samples']} images are {what}.")
+    distance = values.get("fid", {})
+    if distance.get("bias", 0) > 0.1 * distance.get("value", np.inf):
+        found.append(
+            f"About {distance['bias']:.3g} of the Frechet distance {distance['value']:.4g} is made "
+            "by the number of samples alone: compare it at this number only."
+        )
+    if line["samples"] <= distance.get("features", 0):
+        found.append("There are no more samples than features: the covariance is incomplete.")
+    if "is" in values:
+        score = values["is"]
+        found.append(
+            f"The Inception Score is of parts of {score['part']} images in a mixed order (number "
+            f"of parts: {score['parts']}); parts of another size, or sorted by class, give another."
+        )
+    if line["reference"].get("assumed"):
+        found.append("The reference says nothing of itself: --assume said what it is.")
+    return found
 
 
 def name_of(line: Mapping) -> str:
@@ -78,7 +129,7 @@ def rows_of(label_N: np.ndarray, count: int) -> dict[int, np.ndarray]:
     if not len(label_N):
         return {-1: np.arange(min(count, CLASSES * SHOWN))}
     known = np.unique(label_N[:count])
-    chosen = known[np.arange(min(CLASSES, len(known))) * len(known) // min(CLASSES, len(known))]
+    chosen = known[loader.evenly(len(known), CLASSES)]
     return {int(label): np.flatnonzero(label_N[:count] == label)[:SHOWN] for label in chosen}
 
 
@@ -93,7 +144,7 @@ def names_of(
     line: Mapping, label_N: np.ndarray, images: given_images.Images | None = None
 ) -> tuple[str, ...]:
     """The names of the classes: the images' own; or the network's, where it has as many."""
-    own = getattr(images, "classes", ()) or getattr(getattr(images, "source", None), "classes", ())
+    own = () if images is None else images.classes
     known = line["extractor"].get("classes") or ()
     as_many = len(label_N) and len(known) == int(np.max(label_N)) + 1
     return tuple(map(str, own or (known if as_many else ())))
@@ -182,7 +233,7 @@ def _real(reference: references.Reference) -> tuple:
     return lambda rows_n: np.stack([_pixels(source, int(i), size) for i in index_n[rows_n]]), ""
 
 
-def _pixels(source, index: int, size: tuple[int, int]) -> np.ndarray:
+def _pixels(source: sources.RandomAccess, index: int, size: tuple[int, int]) -> np.ndarray:
     """An image of the reference as it was seen; gray, and told, where it cannot be read now."""
     try:
         found = sources.read(source, index, 3)["image"]

@@ -28,6 +28,7 @@ from tokgen.evaluation import (
     protocols,
     references,
     score,
+    score_page,
     score_settings,
 )
 from tokgen.interfaces import UserError
@@ -298,7 +299,7 @@ def shown(summary: Mapping, lines: Mapping[str, Sequence[Mapping]]) -> str:
         page.text(RULE, "alarm"),
         page.section("Metrics", page.text(told, "faint"), page.table(head, rows)),
         page.section("Plots", *plots(summary)),
-        page.section("What was measured, by its first evaluation", page.made(first)),
+        page.section("What was measured, by its first evaluation", score_page.made(first)),
     ]
     title = f"Sweep of {summary['checkpoint']}: {summary['protocol']}"
     return page.document(title, parts)

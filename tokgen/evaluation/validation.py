@@ -5,19 +5,16 @@ from __future__ import annotations
 import functools
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from tokgen import boundary, orders, report, rng, sharding
-from tokgen.data import (
-    datasets,
-    loader,
-    views,
-)
-from tokgen.interfaces import TokenBatch, UserError
+from tokgen.data import datasets, loader, sources, views
+from tokgen.interfaces import Generator, TokenBatch, TokenLayout, UserError
 from tokgen.metrics import codebook, reconstruction as quality
 
 PIXELS = 50 * 256 * 256  # of the images that are put through a tokenizer at a time
@@ -29,12 +26,17 @@ def spread(length: int, count: int) -> np.ndarray:
 
     The first few are what a picture shows: they shouldn't be of one class.
     """
-    count = min(count, length)
-    return np.random.default_rng(0).permutation(np.arange(count) * length // count)
+    return np.random.default_rng(0).permutation(loader.evenly(length, count))
 
 
 @jax.jit
-def _reconstruct(tokenizer, image_BHW3, text_BTE, distances):
+def _reconstruct(
+    tokenizer: nnx.Module,
+    image_BHW3: jax.Array,
+    text_BTE: jax.Array | None,
+    distances: dict[str, nnx.Module],
+) -> tuple[jax.Array | None, jax.Array, dict[str, jax.Array], jax.Array]:
+    """(tokens_BLG or None, bytes_BHW3, {measure: [B] values}, [B] true where one is not finite)."""
     latents_BPC = tokenizer.latents(image_BHW3)
     invalid_B = boundary.not_finite(latents_BPC) | boundary.damaged(tokenizer.quantizer)
     if tokenizer.layout is None:  # continuous: the most likely latents in the place of codes
@@ -57,7 +59,7 @@ def _reconstruct(tokenizer, image_BHW3, text_BTE, distances):
 
 
 def reconstruct(
-    tokenizer,
+    tokenizer: nnx.Module,
     part: dict,
     distances: Mapping = types.MappingProxyType({}),
     *,
@@ -80,7 +82,7 @@ def reconstruct(
     return tokens_BLG, decoded, values
 
 
-def watched(batches, total: int, what: str):
+def watched(batches: Iterable[dict], total: int, what: str) -> Iterator[dict]:
     """The batches, with a progress bar where `what` names the job; none inside a training run."""
     if not what:
         yield from batches
@@ -98,7 +100,14 @@ def bounded(view: views.View, count: int, batch: int = 0) -> int:
 
 
 def reconstruction(
-    tokenizer, source, view, *, count: int, batch: int = 0, shown: int = 0, what: str = ""
+    tokenizer: nnx.Module,
+    source: sources.RandomAccess,
+    view: views.View,
+    *,
+    count: int,
+    batch: int = 0,
+    shown: int = 0,
+    what: str = "",
 ) -> tuple[dict, tuple]:
     """(metrics, (originals, reconstructions) of the first `shown`, uint8) over `count` images.
 
@@ -144,7 +153,13 @@ def standard_error(value_B: np.ndarray) -> float | None:
 
 
 @functools.partial(jax.jit, static_argnames="order")
-def _exact(generator, codec, batch, keys_B, order=None):
+def _exact(
+    generator: Generator,
+    codec: nnx.Module | None,
+    batch: dict,
+    keys_B: jax.Array,
+    order: orders.Order | None = None,
+) -> jax.Array:
     """[B] nats of the images, under the generator's own order or each under one of its key."""
     order_BL = None
     if order is not None:
@@ -154,7 +169,9 @@ def _exact(generator, codec, batch, keys_B, order=None):
 
 
 @jax.jit
-def _bound(generator, codec, batch, keys_B):
+def _bound(
+    generator: Generator, codec: nnx.Module | None, batch: dict, keys_B: jax.Array
+) -> jax.Array:
     """[B] nats of the images, each by a draw of its own key: it depends on nothing beside it."""
 
     def of(one, key):
@@ -165,9 +182,9 @@ def _bound(generator, codec, batch, keys_B):
 
 
 def likelihood(
-    generator,
-    codec,
-    source,
+    generator: Generator,
+    codec: nnx.Module | None,
+    source: sources.RandomAccess,
     *,
     count: int,
     batch: int = 50,
@@ -249,7 +266,13 @@ def _order(generator, name: str):
     return found
 
 
-def unigram(train, held_out, layout, *, count: int = 20_000) -> dict[str, float]:
+def unigram(
+    train: sources.RandomAccess,
+    held_out: sources.RandomAccess,
+    layout: TokenLayout,
+    *,
+    count: int = 20_000,
+) -> dict[str, float]:
     """What a model pays that knows only how often each token occurs in training, in nats."""
     seen = [np.full(size, 0.5) for size in layout.vocab]  # half a count: nothing is impossible
     for part in loader.once(train, batch_size=1000, indices=spread(len(train), count)):

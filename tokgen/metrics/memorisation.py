@@ -1,4 +1,4 @@
-"""Whether generated images are copies of training images: four figures, and whom to look at.
+"""Whether generated images are copies of training images: four metrics, and whom to look at.
 
 None of them parts copying from underfitting cleanly: each belongs beside the same figure of
 held-out real images. All take the features of the whole training set.
@@ -183,7 +183,9 @@ def _centres(features_ND: np.ndarray, cells: int, draws: np.random.Generator) ->
     return min(found, key=lambda pair: pair[0])[1]
 
 
-def _means(features_ND, cells, draws) -> tuple[float, np.ndarray]:
+def _means(
+    features_ND: np.ndarray, cells: int, draws: np.random.Generator
+) -> tuple[float, np.ndarray]:
     """Lloyd's iteration from k-means++: the inertia and the centres of one start."""
     chosen = [int(draws.integers(len(features_ND)))]
     while len(chosen) < cells:

@@ -173,7 +173,13 @@ class _Sets:
     first_M: np.ndarray
 
 
-def _sets(features_ND, reference_MD, never_N, measure, block) -> _Sets:
+def _sets(
+    features_ND: np.ndarray,
+    reference_MD: np.ndarray,
+    never_N: np.ndarray,
+    measure: Callable[[np.ndarray], Measure],
+    block: int,
+) -> _Sets:
     for name, array in (("features", features_ND), ("reference", reference_MD)):
         if array.ndim != 2 or not len(array):
             raise interfaces.UserError(
@@ -356,29 +362,23 @@ def _density_coverage(compared: metric.Compared) -> tuple[dict, dict]:
     return {"value": dense, **about}, share(covered, about | {"expected": 1 - 0.5**k})
 
 
+def _inside_balls(name: str, side: Callable[[tuple], dict], row: int) -> metric.Metric:
+    return metric.Metric(
+        name,
+        title=name,
+        better="higher",
+        measure=lambda compared: side(compared.once(_precision_recall)),
+        needs=(metric.features,),
+        protocols=("adm-50k", "val-centercrop-rfid", "fd-dinov2", "local"),
+        percent=True,
+        beside={"k": "k = {}"},
+        row=row,
+    )
+
+
 METRICS = (
-    metric.Metric(
-        "precision",
-        title="precision",
-        better="higher",
-        measure=lambda compared: compared.once(_precision_recall)[0],
-        needs=(metric.features,),
-        protocols=("adm-50k", "val-centercrop-rfid", "fd-dinov2", "local"),
-        percent=True,
-        beside={"k": "k = {}"},
-        row=40,
-    ),
-    metric.Metric(
-        "recall",
-        title="recall",
-        better="higher",
-        measure=lambda compared: compared.once(_precision_recall)[1],
-        needs=(metric.features,),
-        protocols=("adm-50k", "val-centercrop-rfid", "fd-dinov2", "local"),
-        percent=True,
-        beside={"k": "k = {}"},
-        row=50,
-    ),
+    _inside_balls("precision", lambda both: both[0], row=40),
+    _inside_balls("recall", lambda both: both[1], row=50),
     metric.Metric(
         "density",
         title="density",

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from tokgen import archives
 from tokgen.config import building, reading as configs
 from tokgen.interfaces import TokenLayout, UserError
 from tokgen.pretrained import entries, keymap, system as systems
@@ -271,10 +272,7 @@ def _as_published(weights: systems.Weights, dtype: str, others: dict[str, str]) 
 
 def digest(path: str | pathlib.Path) -> str:
     """SHA-256 of a file; of one in parts, of the digests of them all."""
-    sums = []
-    for part in reader.files(reader.located(path)):
-        with open(part, "rb") as file:
-            sums.append(hashlib.file_digest(file, "sha256").hexdigest())
+    sums = [archives.sha256(part) for part in reader.files(reader.located(path))]
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen.commands import matrix
+from tokgen.config import compatibility
 from tokgen.interfaces import TokenBatch, UserError
 from tokgen.sampling import decode, sampler as filters
 
@@ -30,18 +30,18 @@ REFUSED = {
 
 @functools.cache
 def codec_of(kind: str):
-    return matrix.quantizer(kind, SIDE)
+    return compatibility.quantizer(kind, SIDE)
 
 
 def fits(kind: str, tokens: str) -> bool:
     return tokens != "gaussian" and tokens not in REFUSED.get(kind, ())
 
 
-@pytest.mark.parametrize("tokens", matrix.TOKENIZERS)
+@pytest.mark.parametrize("tokens", compatibility.TOKENIZERS)
 def test_what_does_not_fit_says_why(tokens):
     codec = codec_of(tokens)
-    for kind in matrix.GENERATORS:
-        reason = matrix.reason(kind, codec)
+    for kind in compatibility.GENERATORS:
+        reason = compatibility.reason(kind, codec)
         assert (reason == "") == fits(kind, tokens), (kind, tokens, reason)
         if reason:
             assert "Error" not in reason and "unpack" not in reason
@@ -51,8 +51,8 @@ def test_what_does_not_fit_says_why(tokens):
 ALIKE = {"vq", "ibq", "lfq"}
 PAIRS = [
     (kind, tokens)
-    for kind in matrix.GENERATORS
-    for tokens in matrix.TOKENIZERS
+    for kind in compatibility.GENERATORS
+    for tokens in compatibility.TOKENIZERS
     if fits(kind, tokens) and tokens not in ALIKE
 ]
 
@@ -72,7 +72,7 @@ def made(kind, tokens, classes):
     tokens_BLG = random.integers(0, layout.vocab, (B, layout.length, layout.groups))
     label_B = jnp.arange(B, dtype=jnp.int32) % max(classes, 1)
     batch = TokenBatch(jnp.asarray(tokens_BLG, jnp.int32), label_B)
-    return matrix.generator(kind, codec, classes=classes), codec, batch
+    return compatibility.generator(kind, codec, classes=classes), codec, batch
 
 
 def trained(params, graph, batch, codec):
@@ -112,7 +112,7 @@ def test_a_pair_trains_and_samples(kind, tokens, classes):
 
 def test_the_table_numbers_its_reasons():
     codecs = {name: codec_of(name) for name in ("vq", "pyramid of vq", "gaussian")}
-    lines = matrix.table(codecs).splitlines()
+    lines = compatibility.table(codecs).splitlines()
     assert lines[0].split() == ["raster", "rotary", "random", "rar", "factor", "next_scale"] + [
         *("masked", "masked", "bits")
     ]
@@ -125,12 +125,12 @@ def test_the_document_shows_this_matrix():
     text = (ROOT / "docs" / "generators.md").read_text(encoding="utf-8")
     lines = text.split("for one tokenizer):\n\n```\n")[1].split("\n```")[0].splitlines()
     header, *rows = (re.split(r"\s{2,}", line.strip()) for line in lines)
-    assert header == list(matrix.GENERATORS)
-    assert [name for name, *_ in rows] == list(matrix.TOKENIZERS)
+    assert header == list(compatibility.GENERATORS)
+    assert [name for name, *_ in rows] == list(compatibility.TOKENIZERS)
     for name, *cells in rows:
         assert [cell == "yes" for cell in cells] == [fits(kind, name) for kind in header], name
 
 
 def test_a_continuous_tokenizer_fits_nothing():
     with pytest.raises(UserError, match="continuous"):
-        matrix.generator("raster", codec_of("gaussian"), classes=3)
+        compatibility.generator("raster", codec_of("gaussian"), classes=3)
