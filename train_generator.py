@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import pathlib
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,9 @@ from tokgen.data import datasets, loader, scan, token_shards
 from tokgen.evaluation import validation
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
 from tokgen.sampling import drawing, presets
-from tokgen.training import dry_run, launch, optimizer as optimizers, train_state
+from tokgen.training import dry_run, fields, launch, optimizer as optimizers, train_state
+
+WithWhat = tuple[Sequence, checkpoint.Loaded]  # the held-out source, the tokenizer
 
 
 def main(
@@ -37,7 +41,7 @@ def main(
     `accept`: what may differ from the run that stands there, "data" or nothing; `back`: the step
     to go on from, later ones are set aside.
     """
-    dry_run.generator_fields(settings)
+    fields.check_generator(settings)
     seed, steps, every = settings.seed, settings.steps, settings.report
     source, held_out, tokenizer = read(settings.data, runs.classes(workdir, back))
     told = settings.data if settings.data.tokens else tokenizer.config.get("data", {})
@@ -78,7 +82,7 @@ def main(
         held_out=held_out.fingerprint,
         earlier=source.earlier,
         accept=accept,
-        fields=dry_run.names(dry_run.GeneratorFields),
+        fields=fields.names(fields.GeneratorFields),
         tokenizer=checkpoint.reference(tokenizer.step, workdir)
         | {"fingerprint": tokenizer.fingerprint},
         tokens=checkpoint.reference(source.path, workdir) if settings.data.tokens else None,
@@ -177,12 +181,14 @@ def read(data, order):
     return *parts, tokenizer
 
 
-def train_step(settings, graph, optimizer):
+def train_step(
+    settings: ml_collections.ConfigDict, graph: nnx.GraphDef, optimizer: optimizers.Optimizer
+) -> Callable:
     """(network, batch, codec) -> (network, scalars)."""
     average = settings.get("average", "muse")
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(network, batch, codec):
+    def step(network: train_state.TrainState, batch: Mapping[str, jax.Array], codec: nnx.Module):
         key = rng.key(settings.seed, "train", network.step)
         batch = TokenBatch(batch["tokens"], datasets.condition(batch))
 
@@ -202,7 +208,13 @@ def train_step(settings, graph, optimizer):
     return step
 
 
-def measure(network, graph, with_what, log, settings) -> dict[str, float]:
+def measure(
+    network: train_state.TrainState,
+    graph: nnx.GraphDef,
+    with_what: WithWhat,
+    log: metrics_log.Log,
+    settings: ml_collections.ConfigDict,
+) -> dict[str, float]:
     """Held-out nats and a sample grid from the averaged weights of a step that is saved.
 
     No nats where nothing is held out: then the latest step is the best.
@@ -226,7 +238,9 @@ def measure(network, graph, with_what, log, settings) -> dict[str, float]:
     return figures
 
 
-def show_imported(settings, with_what, log) -> None:
+def show_imported(
+    settings: ml_collections.ConfigDict, with_what: WithWhat, log: metrics_log.Log
+) -> None:
     """What the model that a run starts from could do: its own classes, its own preset."""
     imported = checkpoint.load_generator(settings.init_from)
     own = imported.config.get("presets", ml_collections.ConfigDict()).to_dict()
@@ -235,7 +249,13 @@ def show_imported(settings, with_what, log) -> None:
     log.image(0, "imported", image_HW3)
 
 
-def grid(generator, preset, classes, with_what, settings) -> np.ndarray:
+def grid(
+    generator: nnx.Module,
+    preset: Mapping[str, Any],
+    classes: Sequence[str],
+    with_what: WithWhat,
+    settings: ml_collections.ConfigDict,
+) -> np.ndarray:
     """Samples of the first ten classes, or of the first ten held-out texts, a row for each."""
     held_out, tokenizer = with_what
     columns = settings.held_out.samples
@@ -256,4 +276,4 @@ def grid(generator, preset, classes, with_what, settings) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    launch.run(main, dry_run.generator_fields, sys.modules[__name__].__doc__)
+    launch.run(main, fields.check_generator, sys.modules[__name__].__doc__)

@@ -9,9 +9,11 @@ import functools
 import math
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import jax
 import ml_collections
+from flax import nnx
 
 from tokgen import image_grid, metrics_log, parameters, report, sharding
 from tokgen.checkpoints import checkpoint, run as runs
@@ -21,6 +23,7 @@ from tokgen.evaluation import validation
 from tokgen.interfaces import UserError
 from tokgen.training import (
     dry_run,
+    fields,
     gan as gans,
     launch,
     safeguards,
@@ -43,7 +46,7 @@ def main(
     `accept`: what may differ from the run that stands there, "data" or nothing; `back`: the step
     to go on from, later ones are set aside.
     """
-    dry_run.tokenizer_fields(settings)
+    fields.check_tokenizer(settings)
     seed, steps, every = settings.seed, settings.steps, settings.report
     plan = stages.plan(settings)
     gan = building.call(gans.GAN, settings.discriminator, "discriminator")
@@ -73,7 +76,7 @@ def main(
         held_out=held_out.fingerprint,
         earlier=source.earlier,
         accept=accept,
-        fields=dry_run.names(dry_run.TokenizerFields),
+        fields=fields.names(fields.TokenizerFields),
         kept=(play,),
     )
     returns = safeguards.returned(workdir)
@@ -189,7 +192,13 @@ def main(
     stop.end(f"step {step} of {steps} is saved in {workdir}")
 
 
-def measure(networks, graph, held_out, log, settings) -> dict[str, float]:
+def measure(
+    networks: tokenizer_step.Networks,
+    graph: nnx.GraphDef,
+    held_out: Sequence,
+    log: metrics_log.Log,
+    settings: ml_collections.ConfigDict,
+) -> dict[str, float]:
     """Held-out figures and a grid from the averaged weights of a step that is saved.
 
     None where nothing is held out: then the latest step is the best.
@@ -213,7 +222,9 @@ def measure(networks, graph, held_out, log, settings) -> dict[str, float]:
     return figures
 
 
-def worse(run, play: int, figures: dict[str, float], limits, returns: int) -> bool:
+def worse(
+    run: runs.Run, play: int, figures: dict[str, float], limits: safeguards.Limits, returns: int
+) -> bool:
     """Whether the adversarial term has cost more fidelity than the config allows."""
     if limits.worse == 0 or returns >= limits.returns:
         return False
@@ -229,7 +240,14 @@ def worse(run, play: int, figures: dict[str, float], limits, returns: int) -> bo
     return True
 
 
-def go_back(run, networks, settings, plan, play: int, mesh):
+def go_back(
+    run: runs.Run,
+    networks: tokenizer_step.Networks,
+    settings: ml_collections.ConfigDict,
+    plan: Sequence[stages.Stage],
+    play: int,
+    mesh: jax.sharding.Mesh,
+) -> tuple[tokenizer_step.Networks, int]:
     """(networks of the step before the adversarial term, how often a run has now gone back)."""
     returns = safeguards.note_return(run.workdir)
     runs.drop_after(run, play)
@@ -241,4 +259,4 @@ def go_back(run, networks, settings, plan, play: int, mesh):
 
 
 if __name__ == "__main__":
-    launch.run(main, dry_run.tokenizer_fields, sys.modules[__name__].__doc__)
+    launch.run(main, fields.check_tokenizer, sys.modules[__name__].__doc__)

@@ -21,7 +21,7 @@ from flax import nnx
 from tokgen import rng, runtime
 from tokgen.config import building
 from tokgen.interfaces import Generator, TokenBatch
-from tokgen.sampling import decode, guidance, presets, sampler as filters
+from tokgen.sampling import decode, guidance, presets, sampler as samplers
 
 WEIGHT = 2.0  # of the guidance
 
@@ -74,7 +74,7 @@ def make(settings):
 
 @functools.partial(jax.jit, static_argnames="sampler")
 def with_cache(
-    generator: Generator, label_B: jax.Array, keys_B: jax.Array, sampler: filters.Sampler
+    generator: Generator, label_B: jax.Array, keys_B: jax.Array, sampler: samplers.Sampler
 ) -> jax.Array:
     """Tokens [B, L, G], by the driver."""
     return decode.generate(generator, None, label_B, sampler, keys_B=keys_B).tokens_BLG
@@ -82,7 +82,7 @@ def with_cache(
 
 @functools.partial(jax.jit, static_argnames="sampler")
 def without_cache(
-    generator: Generator, label_B: jax.Array, keys_B: jax.Array, sampler: filters.Sampler
+    generator: Generator, label_B: jax.Array, keys_B: jax.Array, sampler: samplers.Sampler
 ) -> jax.Array:
     """Tokens [B, L, G], by a forward pass over the whole sequence for every place of it."""
     B, layout = len(label_B), generator.layout

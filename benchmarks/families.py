@@ -30,7 +30,7 @@ from tokgen.checkpoints import checkpoint
 from tokgen.data import datasets, folder, loader, online_tokens, token_shards
 from tokgen.evaluation import local_classifier, validation
 from tokgen.interfaces import Generator, UserError
-from tokgen.sampling import drawing, presets, sampler as filters
+from tokgen.sampling import drawing, presets, sampler as samplers
 
 PACKAGES = ("jax", "flax", "optax", "numpy")
 SHOWN = 12  # samples of a class in a grid
@@ -89,7 +89,9 @@ def examine(
     for part in loader.once(source, view, batch_size=arguments.batch, indices=chosen):
         image_BHW3, missing = part["image"], arguments.batch - len(part["image"])
         padded = np.concatenate([image_BHW3, np.repeat(image_BHW3[-1:], missing, axis=0)])
-        decoded, _ = drawing.paint(tokenizer.module, online_tokens.encode(tokenizer.module, padded))
+        decoded, _ = drawing.decode_pixels(
+            tokenizer.module, online_tokens.encode(tokenizer.module, padded)
+        )
         reconstructed.append(
             local_classifier.predictions(classifier, np.asarray(decoded)[: len(image_BHW3)])
             == part["label"]
@@ -155,7 +157,7 @@ def measure(name: str, path: str, known: tuple, arguments: argparse.Namespace) -
 def seconds(
     generator: Generator,
     tokenizer: nnx.Module,
-    sampler: filters.Sampler,
+    sampler: samplers.Sampler,
     classes: int,
     arguments: argparse.Namespace,
 ) -> tuple[list[float], list[float]]:
@@ -165,7 +167,7 @@ def seconds(
 
     def way():
         drawn_BLG, _ = drawing.draw_tokens(generator, tokenizer.quantizer, label_B, keys_B, sampler)
-        jax.block_until_ready(drawing.paint(tokenizer, drawn_BLG))
+        jax.block_until_ready(drawing.decode_pixels(tokenizer, drawn_BLG))
 
     way()  # compiles
     return machine.measured(way, arguments.repeats)

@@ -18,7 +18,7 @@ from tokgen.generators import autoregressive, masked, next_scale
 from tokgen.nn import transformer
 from tokgen.nn.precision import FLOAT32
 from tokgen.quantizers import gaussian, multiscale, vq
-from tokgen.sampling import decode, sampler as filters
+from tokgen.sampling import decode, sampler as samplers
 from tokgen.training import gan as gans, optimizer as optimizers, train_state
 
 TABLE = {name for name in vars(rng) if name.isupper()} - {"STREAMS", "NUMBERS"}
@@ -259,7 +259,7 @@ def test_no_two_draws_of_a_generators_step_share_a_key(family, recorder):
 def test_no_two_draws_of_a_decode_share_a_key(family, recorder):
     generator = FAMILIES[family][0]()
     steps = decode.steps(generator)
-    sampler = filters.Sampler(jitter=1.0 if family == "masked" else 0.0)
+    sampler = samplers.Sampler(jitter=1.0 if family == "masked" else 0.0)
     keys_B = rng.per_image(0, "sample", jnp.arange(B))
 
     def drawn(generator, keys_B):

@@ -15,7 +15,7 @@ from tokgen import interfaces, options, samples
 from tokgen.commands import sample
 from tokgen.data import captioned, classes as classes_
 from tokgen.interfaces import UserError
-from tokgen.sampling import drawing, presets, sampler as filters
+from tokgen.sampling import drawing, presets, sampler as samplers
 
 CLASSES = ("cat", "dog", "hot-dog", "7")
 
@@ -145,12 +145,12 @@ def test_images_of_texts(tmp_path):
     np.testing.assert_array_equal(cond.features_BTE, _text()["features"][row_N])
     np.testing.assert_array_equal(cond.mask_BT, _text()["mask"][row_N])
     assert classes == [] and cond.mask_BT.dtype == bool
-    sampler = filters.Sampler(temperature=0, guidance=(3.0,))
+    sampler = samplers.Sampler(temperature=0, guidance=(3.0,))
     tokens, images = drawing.draw(Reader(), Painter(), cond, sampler, seed=0, batch=4)
     seen = np.where(cond.mask_BT[..., None], cond.features_BTE, 0).sum(1)
     np.testing.assert_array_equal(tokens[..., 0], np.repeat(seen.argmax(-1)[:, None], 4, 1))
     assert images.shape == (6, 2, 2, 3) and len(np.unique(tokens)) > 1
-    warm = filters.Sampler(temperature=2.0)
+    warm = samplers.Sampler(temperature=2.0)
     tokens, _ = drawing.draw(Reader(), Painter(), cond, warm, seed=0, batch=4)
     part = interfaces.Text(cond.features_BTE[5:], cond.mask_BT[5:])
     alone, _ = drawing.draw(Reader(), Painter(), part, warm, seed=0, batch=4, first=5)
@@ -204,7 +204,7 @@ def test_steps_and_noise_take_the_presets_place(capsys):
         _args("--steps", "4", "--noise", "2", "--guidance", "1"), loaded
     )
     assert (settings["steps"], settings["noise"], settings["weight"]) == (4, 2.0, 1.0)
-    assert generator.steps == 4 and sampler == filters.Sampler(jitter=(1.5, 1.0, 0.5, 0.0))
+    assert generator.steps == 4 and sampler == samplers.Sampler(jitter=(1.5, 1.0, 0.5, 0.0))
     said = capsys.readouterr()
     assert "departs from preset 'default'" in said.out + said.err
     assert loaded.module.steps == 1

@@ -21,7 +21,7 @@ from tokgen.discriminators import blur, feature_heads, patchgan, stylegan
 from tokgen.evaluation import validation
 from tokgen.generators import autoregressive
 from tokgen.nn.precision import FLOAT32
-from tokgen.sampling import drawing, sampler as filters
+from tokgen.sampling import drawing, sampler as samplers
 from tokgen.training import optimizer as optimizers, stages, tokenizer_step, train_state
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -464,7 +464,7 @@ class Tokens(sources.RandomAccess):
 
 def test_drawing_and_likelihoods_are_shared_by_the_devices_to_the_bit(monkeypatch):
     """Each device does its part of the work, though 11 images and batches of 5 do not divide."""
-    generator, sampler = _generator(LAYOUT), filters.Sampler(guidance=(2.0,) * 9)
+    generator, sampler = _generator(LAYOUT), samplers.Sampler(guidance=(2.0,) * 9)
     work, program = {}, drawing.draw_tokens
 
     def measured(*arguments):

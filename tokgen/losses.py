@@ -90,7 +90,7 @@ def lecam_means(real: Array, fake: Array, averages: Mapping[str, Array]) -> Arra
 def lecam_logits(
     real: Array, fake: Array, averages: Mapping[str, Array], decay: float = 0.999
 ) -> Array:
-    """The same of each logit, against averages that have seen the batch: Open-MAGVIT2, IBQ."""
+    """Eq. 5 of each logit, against averages that have seen the batch: Open-MAGVIT2, IBQ."""
     return lecam(real, fake, moved(averages, real, fake, decay))
 
 

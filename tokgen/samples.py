@@ -23,7 +23,7 @@ from tokgen.data import captioned, classes as names_
 from tokgen.errors import UserError
 from tokgen.evaluation import given_images, made_images
 from tokgen.interfaces import Generator, PyTree
-from tokgen.sampling import drawing, presets, sampler as filters
+from tokgen.sampling import drawing, presets, sampler as samplers
 
 RECORDS = {"samples.json": ("checkpoint", "settings")}
 COLUMNS = 16  # images of a row of grid.png
@@ -87,7 +87,7 @@ class _Prepared:
     classes: list[str]
     settings: dict[str, Any]
     generator: Generator
-    sampler: filters.Sampler
+    sampler: samplers.Sampler
     precision: str
 
 

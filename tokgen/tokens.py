@@ -45,7 +45,8 @@ def decode(tokenizer: checkpoint.Loaded, tokens_NLG: np.ndarray, *, batch: int =
     if tokenizer.layout is not None:
         tokens_NLG = np.asarray(boundary.tokens(tokens_NLG, tokenizer.layout))
     return _images(
-        drawing.paint(tokenizer.module, part) + (rows,) for part, rows in _parts(tokens_NLG, batch)
+        drawing.decode_pixels(tokenizer.module, part) + (rows,)
+        for part, rows in _parts(tokens_NLG, batch)
     )
 
 
@@ -97,5 +98,5 @@ def _images(parts: Iterator[tuple[jax.Array, jax.Array, int]]) -> np.ndarray:
     for image_BHW3, invalid_B, rows in parts:
         images.append(np.asarray(image_BHW3)[:rows])
         invalid.append(np.asarray(invalid_B)[:rows])
-    boundary.refuse(np.concatenate(invalid), "what the decoder paints")
+    boundary.refuse(np.concatenate(invalid), "what the decoder gives")
     return np.concatenate(images)

@@ -20,9 +20,9 @@ from flax import nnx
 
 from tests.checkpoints import test_checkpoint
 from tokgen import interfaces, parameters
-from tokgen.checkpoints import checkpoint, manifest, run as runs
+from tokgen.checkpoints import checkpoint, continuation, manifest, run as runs
 from tokgen.discriminators import augment
-from tokgen.training import dry_run, optimizer as optimizers, train_state
+from tokgen.training import fields, optimizer as optimizers, train_state
 
 # ---------------------------------------------------------------- which steps stay
 
@@ -392,24 +392,24 @@ def test_a_full_disk_by_errno_is_told(tmp_path, monkeypatch):
 def test_a_distance_that_had_no_weight_files_was_not_trained():
     """Such a run goes on by a config that says so itself."""
     fields = {"loss.l2": 1.0, "loss.lpips": 1.0, "perceptual.lpips": ""}
-    assert runs.as_trained(fields) == fields | {"loss.lpips": 0.0}
+    assert continuation.as_trained(fields) == fields | {"loss.lpips": 0.0}
     for other in ({"perceptual.lpips": "vgg.pth"}, {"perceptual.other": ""}):
         kept = {"loss.lpips": 1.0} | other
-        assert runs.as_trained(kept) == kept
+        assert continuation.as_trained(kept) == kept
 
 
 def test_a_config_in_the_words_of_an_earlier_version_is_the_same():
     kinds = ["color", "translation", "cutout"]
     for then, now in ((True, kinds), (False, [])):
-        assert runs.as_trained({"discriminator.augmented": then}) == {
+        assert continuation.as_trained({"discriminator.augmented": then}) == {
             "discriminator.augmented": now
         }
     kept = {"discriminator.augmented": kinds, "average": "var", "optimizer.warmup": 5}
     kept |= {"optimizer.start": 0.1}
-    assert runs.as_trained(kept) == kept
+    assert continuation.as_trained(kept) == kept
     plain = {"average": "muse", "optimizer.warmup": 0, "optimizer.start": 0.1}
-    assert runs.as_trained(plain) == {}  # `start` is of a warm-up
-    assert runs.as_trained({"optimizer.warmup": 5, "optimizer.start": None}) == {
+    assert continuation.as_trained(plain) == {}  # `start` is of a warm-up
+    assert continuation.as_trained({"optimizer.warmup": 5, "optimizer.start": None}) == {
         "optimizer.warmup": 5
     }
 
@@ -465,19 +465,19 @@ def test_what_a_config_file_kept_for_itself_is_not_compared(saved):
         meta["config"] |= {"image_size": 64, "own": {"rate": 1.0}}
 
     rewritten(saved / checkpoint.FOLDER / "5", then)
-    fields = dry_run.names(dry_run.TokenizerFields)
-    assert resumed(saved, fields=fields)[1].startswith("resumed step 5")
+    known = fields.names(fields.TokenizerFields)
+    assert resumed(saved, fields=known)[1].startswith("resumed step 5")
     with pytest.raises(interfaces.UserError, match="image_size: 64 there, 'absent' here"):
         resumed(saved)
 
-    def known(meta):  # one that trains something is
+    def trains(meta):  # one that trains something is
         meta["config"]["teacher"] = "runs/teacher"
 
-    rewritten(saved / checkpoint.FOLDER / "5", known)
+    rewritten(saved / checkpoint.FOLDER / "5", trains)
     with pytest.raises(
         interfaces.UserError, match="\n  teacher: 'runs/teacher' there, 'absent' here$"
     ):
-        resumed(saved, fields=fields)
+        resumed(saved, fields=known)
 
 
 def test_a_run_from_before_a_config_spoke_of_labels_goes_on(saved):

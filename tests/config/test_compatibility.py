@@ -12,7 +12,7 @@ from flax import nnx
 
 from tokgen.config import compatibility
 from tokgen.interfaces import TokenBatch, UserError
-from tokgen.sampling import decode, sampler as filters
+from tokgen.sampling import decode, sampler as samplers
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 B, SIDE = 2, 2
@@ -80,7 +80,7 @@ def trained(params, graph, batch, codec):
 
 
 def sampled(generator, codec, label_B, guided):
-    sampler = filters.Sampler(guidance=(2.0,) * decode.steps(generator) if guided else ())
+    sampler = samplers.Sampler(guidance=(2.0,) * decode.steps(generator) if guided else ())
     keys_B = jax.random.split(jax.random.key(2), B)
     state = decode.generate(generator, codec, label_B, sampler, keys_B=keys_B)
     return state.tokens_BLG, state.invalid_B

@@ -17,6 +17,7 @@ from tokgen.config import building, reading as configs
 from tokgen.data import views
 from tokgen.nn import precision
 from tokgen.quantizers import fsq
+from tokgen.training import fields
 
 FOLDER = configs.programs() / "configs"
 FILES = sorted(f"{file.parent.name}/{file.stem}" for file in FOLDER.glob("*/*.py"))
@@ -247,6 +248,27 @@ def test_a_config_may_refer_to_its_own_fields_and_hold_numbers_of_numpy(tmp_path
 )
 def test_a_typo_is_named_and_the_nearest_field_suggested(override, suggestion):
     assert f"unknown config key {suggestion}" in refused(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "now"),
+    [
+        ("critic.weight=0.5", "discriminator.weight"),
+        ("critic.painter=hinge", "discriminator.generator_loss"),
+        ("guard.usage=0.1", "safeguards.usage"),
+    ],
+)
+def test_an_earlier_name_is_refused_with_the_one_of_today(override, now):
+    then = override.partition("=")[0]
+    assert f"unknown config key {then!r}; it is called {now} now" in refused(override)
+
+
+def test_a_config_file_in_earlier_words_is_refused_with_those_of_today():
+    config = load("tokenizer/shapes")
+    with config.unlocked():
+        config.critic = dict(weight=0.0)
+    with pytest.raises(interfaces.UserError, match="'critic'; it is called discriminator now"):
+        fields.check_tokenizer(config)
 
 
 def test_all_problems_come_in_one_error():

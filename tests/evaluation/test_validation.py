@@ -25,7 +25,7 @@ from tokgen.evaluation import validation
 from tokgen.generators import autoregressive
 from tokgen.nn.precision import FLOAT32
 from tokgen.quantizers import vq
-from tokgen.sampling import drawing, sampler as filters
+from tokgen.sampling import drawing, sampler as samplers
 from tokgen.tokenizers import tokenizer
 
 VIEW = views.fixed("center", (2, 4), 3)
@@ -152,7 +152,7 @@ def test_a_likelihood_is_of_tokens_and_labels_of_the_generator():
 
 
 def test_samples_are_of_known_classes_and_of_finite_pixels():
-    network, sampler = generator(), filters.Sampler()
+    network, sampler = generator(), samplers.Sampler()
     options = dict(seed=0, batch=2, what="")
 
     def drawn(label_N, painter):
@@ -163,7 +163,7 @@ def test_samples_are_of_known_classes_and_of_finite_pixels():
             drawn([0, label], made())
     _, image_NHW3 = drawn([0, 1, 1], made())
     assert image_NHW3.dtype == np.uint8 and image_NHW3.shape == (3, 2, 4, 3)
-    with pytest.raises(interfaces.UserError, match="decoder paints .*: number 0, number 1;"):
+    with pytest.raises(interfaces.UserError, match="decoder gives .*: number 0, number 1;"):
         drawn([0, 1, 1], made(decoder=np.nan))
 
 
@@ -173,7 +173,7 @@ def test_a_traced_label_that_is_none_is_flagged():
     network.head.head.kernel[...] = jnp.ones_like(network.head.head.kernel[...])
     keys_B = jax.random.split(jax.random.key(0), 4)
     _, invalid_B = drawing.draw_tokens(
-        network, None, jnp.array([0, 3, -1, 2]), keys_B, filters.Sampler()
+        network, None, jnp.array([0, 3, -1, 2]), keys_B, samplers.Sampler()
     )
     assert invalid_B.tolist() == [False, True, True, False]  # 2 is no class, as `null` gives it
 

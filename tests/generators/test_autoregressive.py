@@ -12,7 +12,7 @@ from tokgen import interfaces, orders
 from tokgen.generators import autoregressive
 from tokgen.nn import transformer
 from tokgen.nn.precision import FLOAT32
-from tokgen.sampling import decode, sampler as filters
+from tokgen.sampling import decode, sampler as samplers
 
 LAYOUT = interfaces.TokenLayout((16,), ((3, 3),))
 UNEQUAL = interfaces.TokenLayout((4, 16), ((2, 3),))
@@ -104,7 +104,7 @@ def _check_greedy(generator, weights):
         generator,
         None,
         label_B,
-        filters.Sampler(temperature=0, guidance=weights),
+        samplers.Sampler(temperature=0, guidance=weights),
         keys_B=jax.random.split(jax.random.key(6), B),
         given=(jnp.asarray(given), jnp.asarray(mask)),
     )
@@ -178,7 +178,7 @@ def test_the_likelihood_of_a_sample_is_the_product_of_its_draws():
 
     @jax.jit
     def sampled(generator):
-        recorder = _Recorder(filters.Sampler())
+        recorder = _Recorder(samplers.Sampler())
         keys_B = jax.random.split(jax.random.key(7), B)
         state = decode.generate(generator, None, label_B, recorder, keys_B=keys_B)
         batch = interfaces.TokenBatch(state.tokens_BLG, label_B, state.order_BL)
@@ -283,7 +283,7 @@ def test_eight_images_are_learned_by_heart():
     generator = train(generator)
     assert float(nats(generator, batch).mean()) < 0.05
     keys_B = jax.random.split(jax.random.key(9), 8)
-    state = generate(generator, None, batch.cond, filters.Sampler(temperature=0), keys_B=keys_B)
+    state = generate(generator, None, batch.cond, samplers.Sampler(temperature=0), keys_B=keys_B)
     assert np.mean(np.asarray(state.tokens_BLG) == tokens) > 0.97
 
 
@@ -303,7 +303,7 @@ def test_a_smaller_alphabet_is_never_left_and_its_gradient_is_finite():
         generator,
         None,
         jnp.zeros(16, jnp.int32),
-        filters.Sampler(temperature=4.0, guidance=(2.0,) * 6),
+        samplers.Sampler(temperature=4.0, guidance=(2.0,) * 6),
         keys_B=jax.random.split(jax.random.key(10), 16),
     )
     tokens = np.asarray(state.tokens_BLG).reshape(-1, 2)
@@ -320,7 +320,7 @@ def test_a_model_without_classes_has_one_row_and_nothing_to_be_guided_by():
     assert one == other  # dropping the label of nothing changes nothing
     keys_B = jax.random.split(jax.random.key(11), 3)
     plain, guided = (
-        generate(generator, None, none, filters.Sampler(guidance=weights), keys_B=keys_B)
+        generate(generator, None, none, samplers.Sampler(guidance=weights), keys_B=keys_B)
         for weights in ((), (4.0,) * L)
     )
     np.testing.assert_array_equal(plain.tokens_BLG, guided.tokens_BLG)

@@ -14,7 +14,7 @@ from tokgen import interfaces
 from tokgen.generators import masked
 from tokgen.nn import transformer
 from tokgen.nn.precision import FLOAT32
-from tokgen.sampling import decode, presets, sampler as filters
+from tokgen.sampling import decode, presets, sampler as samplers
 
 PLAIN = interfaces.TokenLayout((6,), ((2, 4),))
 HALVES = interfaces.TokenLayout((4, 4), ((2, 3),))
@@ -204,7 +204,7 @@ def test_tokens_are_kept_once_committed_and_as_many_as_the_schedule_says():
     generator = _with_steps("maskbit", steps)
     layout = generator.layout
     slots = layout.length * layout.groups
-    sampler = filters.Sampler(guidance=(2.0, 1.0, 3.0, 2.0, 2.0), jitter=(3.0, 2.0, 1.0, 0.5, 0.0))
+    sampler = samplers.Sampler(guidance=(2.0, 1.0, 3.0, 2.0, 2.0), jitter=(3.0, 2.0, 1.0, 0.5, 0.0))
     mask = np.zeros((B, layout.length, layout.groups), bool)
     mask[1, ::2], mask[2, 1:, 0], mask[3] = True, True, True
     tokens = np.random.default_rng(3).integers(0, layout.vocab, mask.shape)
@@ -232,7 +232,7 @@ def test_tokens_are_kept_once_committed_and_as_many_as_the_schedule_says():
 
 def test_an_image_does_not_depend_on_its_batch():
     generator = _with_steps("maskbit", 4)
-    sampler = filters.Sampler(temperature=10.0, guidance=(1.0, 2.0, 3.0, 4.0), jitter=1.0)
+    sampler = samplers.Sampler(temperature=10.0, guidance=(1.0, 2.0, 3.0, 4.0), jitter=1.0)
     keys_B, labels_B = jax.random.split(jax.random.key(5), 8), jnp.arange(8) % CLASSES
     together = generate(generator, None, labels_B, sampler, keys_B=keys_B).tokens_BLG
     for i in range(8):
@@ -248,7 +248,7 @@ def test_a_model_that_knows_no_absence_of_a_class_is_not_guided():
             form("maskgit"),
             None,
             jnp.arange(2),
-            filters.Sampler(guidance=(2.0,) * 8),
+            samplers.Sampler(guidance=(2.0,) * 8),
             keys_B=jax.random.split(jax.random.key(0), 2),
         )
 

@@ -13,7 +13,7 @@ from tokgen.generators import next_scale
 from tokgen.nn import transformer
 from tokgen.nn.precision import FLOAT32, Precision
 from tokgen.quantizers import multiscale, vq
-from tokgen.sampling import decode, presets, sampler as filters
+from tokgen.sampling import decode, presets, sampler as samplers
 from tokgen.training import optimizer as optimizers
 
 CLASSES, SIDES, L = 5, (1, 2, 3), 14
@@ -115,7 +115,7 @@ def test_decoding_with_a_cache_equals_teacher_forcing(variant):
         generator,
         codec,
         label_B,
-        filters.Sampler(temperature=0, guidance=weights),
+        samplers.Sampler(temperature=0, guidance=weights),
         keys_B=jax.random.split(jax.random.key(6), B),
         given=(jnp.asarray(given), jnp.asarray(mask)),
     )
@@ -146,7 +146,7 @@ class _Recorder:
     steps, guidance = None, ()
 
     def __init__(self):
-        self.sampler, self.seen = filters.Sampler(), []
+        self.sampler, self.seen = samplers.Sampler(), []
 
     def draw(self, logits_BlGV, **options):
         self.seen.append(logits_BlGV)

@@ -9,7 +9,7 @@ from flax import nnx
 from tokgen import interfaces, rng
 from tokgen.generators import autoregressive
 from tokgen.nn.precision import FLOAT32
-from tokgen.sampling import decode, sampler as filters
+from tokgen.sampling import decode, sampler as samplers
 
 LAYOUT = interfaces.TokenLayout((16,), ((3, 3),))
 L, CLASSES, V = LAYOUT.length, 5, LAYOUT.absent
@@ -78,7 +78,7 @@ def _draw(sampler, generator=None, images=range(7), **options):
     )
 
 
-GUIDED = filters.Sampler(temperature=0.9, top_k=12, guidance=(3.0,) * L)
+GUIDED = samplers.Sampler(temperature=0.9, top_k=12, guidance=(3.0,) * L)
 
 
 def test_an_image_alone_is_the_image_in_any_batch():
@@ -95,8 +95,8 @@ def test_an_image_alone_is_the_image_in_any_batch():
 
 def test_weight_1_everywhere_is_no_guidance_and_costs_nothing():
     ROWS.clear()
-    plain = _draw(filters.Sampler(), _make(Spy))
-    ones = _draw(filters.Sampler(guidance=(1.0,) * L), _make(Spy))
+    plain = _draw(samplers.Sampler(), _make(Spy))
+    ones = _draw(samplers.Sampler(guidance=(1.0,) * L), _make(Spy))
     np.testing.assert_array_equal(ones.tokens_BLG, plain.tokens_BLG)
     assert {rows for _, _, rows in ROWS} == {7}
     assert np.any(np.asarray(_draw(GUIDED).tokens_BLG) != np.asarray(plain.tokens_BLG))
@@ -107,14 +107,14 @@ def test_null_rows_dropped_half_way_change_nothing(guided):
     # windows of 3 begin at steps 1, 4 and 7: one cut lies inside a window, one between two
     spy = _make(Spy, window=3)
     ROWS.clear()
-    dropped = _draw(filters.Sampler(guidance=(3.0,) * guided + (1.0,) * (L - guided)), spy)
+    dropped = _draw(samplers.Sampler(guidance=(3.0,) * guided + (1.0,) * (L - guided)), spy)
     rows = dict.fromkeys(ROWS)  # a loop may be traced twice
     steps = {first + i: rows for first, count, rows in rows for i in range(count)}
     assert steps == {i: 14 if i < guided else 7 for i in range(L)}
     # the smallest weight above 1 keeps the null rows to the end, and moves logits by rounding only
     almost = float(np.nextafter(np.float32(1), np.float32(2)))
     ROWS.clear()
-    kept = _draw(filters.Sampler(guidance=(3.0,) * guided + (almost,) * (L - guided)), spy)
+    kept = _draw(samplers.Sampler(guidance=(3.0,) * guided + (almost,) * (L - guided)), spy)
     assert {rows for _, _, rows in ROWS} == {14}
     np.testing.assert_array_equal(dropped.tokens_BLG, kept.tokens_BLG)
     for name in ("keys_B", "cond", "invalid_B", "given_BLG", "order_BL"):
@@ -124,18 +124,18 @@ def test_null_rows_dropped_half_way_change_nothing(guided):
 @pytest.mark.parametrize("last", [L, 6])
 def test_guidance_against_the_null_class_as_a_network_is_guidance(last):
     weights = ((3.0, 0.5, 1.0) * 3)[:last] + (1.0,) * (L - last)
-    sampler = filters.Sampler(guidance=weights)
+    sampler = samplers.Sampler(guidance=weights)
     guided = _draw(sampler)
     against = _draw(sampler, against=_make(Nobody))
     np.testing.assert_array_equal(against.tokens_BLG, guided.tokens_BLG)
     assert len(against.keys_B) == 7 and not np.any(against.invalid_B)
     # against itself there is nothing to be guided away from
     itself = _draw(sampler, against=_make())
-    plain = _draw(filters.Sampler())
+    plain = _draw(samplers.Sampler())
     np.testing.assert_array_equal(itself.tokens_BLG, plain.tokens_BLG)
 
 
-@pytest.mark.parametrize("sampler", [filters.Sampler(), GUIDED], ids=["plain", "guided"])
+@pytest.mark.parametrize("sampler", [samplers.Sampler(), GUIDED], ids=["plain", "guided"])
 def test_given_tokens_are_kept_and_the_others_drawn(sampler):
     numbers = np.random.default_rng(0)
     mask = numbers.uniform(size=(7, L, 1)) < 0.5
@@ -157,7 +157,7 @@ def test_given_tokens_are_kept_and_the_others_drawn(sampler):
     assert np.any(changed & drawn)  # what is given is seen by what follows
 
 
-@pytest.mark.parametrize("sampler", [filters.Sampler(), GUIDED], ids=["plain", "guided"])
+@pytest.mark.parametrize("sampler", [samplers.Sampler(), GUIDED], ids=["plain", "guided"])
 def test_the_image_with_broken_logits_is_flagged_and_no_other(sampler):
     broken = jax.tree.map(lambda leaf: leaf, _make())
     table = broken.conditioning.labels.table
@@ -171,7 +171,7 @@ def test_the_image_with_broken_logits_is_flagged_and_no_other(sampler):
     assert np.all((np.asarray(state.tokens_BLG) >= 0) & (np.asarray(state.tokens_BLG) < V))
 
 
-@pytest.mark.parametrize("sampler", [filters.Sampler(), GUIDED], ids=["plain", "guided"])
+@pytest.mark.parametrize("sampler", [samplers.Sampler(), GUIDED], ids=["plain", "guided"])
 def test_a_flag_stays_up_when_later_logits_are_sound(sampler):
     state = _draw(sampler, _make(Stumbling), images=range(3))
     np.testing.assert_array_equal(state.invalid_B, [False, True, False])
@@ -181,7 +181,7 @@ def test_logits_that_break_late_are_flagged_too():
     # only after token 7: row 7 of the table is broken, and every image that draws it has a flag
     broken = jax.tree.map(lambda leaf: leaf, _make())
     broken.embeddings.table[...] = broken.embeddings.table[...].at[0, 7].set(jnp.inf)
-    sampler = filters.Sampler(temperature=2.0)
+    sampler = samplers.Sampler(temperature=2.0)
     flags = np.asarray(_draw(sampler, broken).invalid_B)
     tokens = np.asarray(_draw(sampler).tokens_BLG)[..., 0]
     expected = np.any(tokens[:, :-1] == 7, axis=1)  # the last token is no input
@@ -193,8 +193,8 @@ def test_settings_per_step_are_read_at_their_step():
     # greedy but for one step inside a window
     hot = 5
     temperature = tuple(3.0 if step == hot else 0.0 for step in range(L))
-    best = np.asarray(_draw(filters.Sampler(temperature=0)).tokens_BLG)
-    mixed = np.asarray(_draw(filters.Sampler(temperature=temperature)).tokens_BLG)
+    best = np.asarray(_draw(samplers.Sampler(temperature=0)).tokens_BLG)
+    mixed = np.asarray(_draw(samplers.Sampler(temperature=temperature)).tokens_BLG)
     np.testing.assert_array_equal(mixed[:, :hot], best[:, :hot])
     assert np.any(mixed[:, hot] != best[:, hot])
 
@@ -202,10 +202,10 @@ def test_settings_per_step_are_read_at_their_step():
 @pytest.mark.parametrize(
     "sampler",
     [
-        filters.Sampler(guidance=(2.0,) * (L - 1)),
-        filters.Sampler(guidance=(2.0,) * (L + 1)),
-        filters.Sampler(guidance=(1.0,) * (L + 1)),
-        filters.Sampler(temperature=(1.0,) * 2),
+        samplers.Sampler(guidance=(2.0,) * (L - 1)),
+        samplers.Sampler(guidance=(2.0,) * (L + 1)),
+        samplers.Sampler(guidance=(1.0,) * (L + 1)),
+        samplers.Sampler(temperature=(1.0,) * 2),
     ],
 )
 def test_settings_for_another_plan_are_refused(sampler):
@@ -213,11 +213,11 @@ def test_settings_for_another_plan_are_refused(sampler):
         _draw(sampler)
 
 
-@pytest.mark.parametrize("sampler", [filters.Sampler(), GUIDED], ids=["plain", "guided"])
+@pytest.mark.parametrize("sampler", [samplers.Sampler(), GUIDED], ids=["plain", "guided"])
 def test_a_watched_decode_draws_the_same_tokens(sampler):
     generator = _make(window=4)
     if sampler.guidance:  # null rows go after step 5, inside a window
-        sampler = filters.Sampler(temperature=0.9, guidance=(3.0,) * 6 + (1.0,) * 3)
+        sampler = samplers.Sampler(temperature=0.9, guidance=(3.0,) * 6 + (1.0,) * 3)
     keys_B = rng.per_image(0, "sample", jnp.arange(7))
 
     @jax.jit
@@ -284,12 +284,12 @@ def test_each_symbol_has_its_own_weight(in_turn):
     expected = np.argmax(logits[0] + weights[:, None] * (logits[1] - logits[0]), -1)
     swapped = np.argmax(logits[0] + weights[::-1, None] * (logits[1] - logits[0]), -1)
     assert np.all(expected != swapped), "these logits cannot tell the symbols apart"
-    sampler = filters.Sampler(temperature=0, guidance=(1.0, 1.0, tuple(weights)))
+    sampler = samplers.Sampler(temperature=0, guidance=(1.0, 1.0, tuple(weights)))
     keys_B = rng.per_image(0, "sample", jnp.arange(2))
     state = _generate(generator, None, jnp.ones(2, jnp.int32), sampler, keys_B=keys_B)
     np.testing.assert_array_equal(state.tokens_BLG, np.broadcast_to(expected, (2, 4, 2)))
     assert not generator.apart
-    sampler = filters.Sampler(guidance=((1.0, 2.0, 3.0),) * 3)
+    sampler = samplers.Sampler(guidance=((1.0, 2.0, 3.0),) * 3)
     with pytest.raises(ValueError, match="needs 2 weights.*found 3"):
         decode.generate(generator, None, jnp.ones(2, jnp.int32), sampler, keys_B=keys_B)
 
@@ -351,12 +351,12 @@ def test_what_a_loop_does_not_carry_is_not_needed_in_it():
 def test_one_token_is_the_greedy_one_under_guidance_too(weight):
     generator, alone = _make(), []
     for options in (dict(temperature=0.0), dict(top_k=1), dict(top_p=1e-6)):
-        state = _draw(filters.Sampler(guidance=(weight,) * L, **options), generator)
+        state = _draw(samplers.Sampler(guidance=(weight,) * L, **options), generator)
         alone.append(np.asarray(state.tokens_BLG))
     np.testing.assert_array_equal(alone[0], alone[1])
     np.testing.assert_array_equal(alone[0], alone[2])
     if weight == 1:  # no guidance, to the bit
-        plain = _draw(filters.Sampler(temperature=0.0), generator)
+        plain = _draw(samplers.Sampler(temperature=0.0), generator)
         np.testing.assert_array_equal(alone[0], plain.tokens_BLG)
 
 
@@ -372,7 +372,7 @@ def test_what_is_given_must_be_of_the_layout():
     ):
         with pytest.raises(interfaces.UserError, match=words):
             decode.generate(
-                *(_make(), None, jnp.asarray(LABELS), filters.Sampler()),
+                *(_make(), None, jnp.asarray(LABELS), samplers.Sampler()),
                 keys_B=rng.per_image(0, "sample", jnp.arange(7)),
                 given=(tokens, where),
             )
@@ -381,6 +381,6 @@ def test_what_is_given_must_be_of_the_layout():
 def test_conditions_must_be_as_many_as_keys():
     with pytest.raises(interfaces.UserError, match="keys of 6, conditions of 7"):
         decode.generate(
-            *(_make(), None, jnp.asarray(LABELS), filters.Sampler()),
+            *(_make(), None, jnp.asarray(LABELS), samplers.Sampler()),
             keys_B=rng.per_image(0, "sample", jnp.arange(6)),
         )

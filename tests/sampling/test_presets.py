@@ -4,7 +4,7 @@ from flax import nnx
 
 from tokgen import interfaces
 from tokgen.interfaces import UserError
-from tokgen.sampling import decode, guidance, presets, sampler as filters
+from tokgen.sampling import decode, guidance, presets, sampler as samplers
 
 PUBLISHED = {
     "default": {"temperature": 0.7, "guidance": "constant", "weight": 2.0},
@@ -14,10 +14,10 @@ PUBLISHED = {
 
 def test_a_preset_becomes_the_sampler_it_says():
     plain = presets.sampler({}, 8)
-    assert plain == filters.Sampler() and plain.guidance == ()  # weight 1 costs nothing
+    assert plain == samplers.Sampler() and plain.guidance == ()  # weight 1 costs nothing
     full = presets.sampler(PUBLISHED["paper"], 8)
     weights = guidance.power_cosine(4.0, 8, 2.5)
-    assert full == filters.Sampler(top_k=5, top_p=0.9, guidance=weights)
+    assert full == samplers.Sampler(top_k=5, top_p=0.9, guidance=weights)
     part = presets.sampler({"guidance": "interval", "weight": 3, "first": 2, "last": 4}, 6)
     assert part.guidance == (1, 1, 3, 3, 3, 1)
     # without a schedule's name the weight is constant
@@ -48,7 +48,7 @@ def test_names_are_those_of_the_checkpoint_and_no_guidance():
     paper = presets.named(PUBLISHED, "paper")
     assert presets.sampler(paper, 8) == presets.sampler(PUBLISHED["paper"], 8)
     none = presets.named(PUBLISHED, "no_guidance")
-    assert presets.sampler(none, 8) == filters.Sampler()
+    assert presets.sampler(none, 8) == samplers.Sampler()
     assert presets.named({}, "no_guidance") == presets.PLAIN
     own = {"no_guidance": {"temperature": 0.5}}  # a checkpoint's own comes first
     assert presets.named(own, "no_guidance")["temperature"] == 0.5
@@ -57,7 +57,7 @@ def test_names_are_those_of_the_checkpoint_and_no_guidance():
 
 
 def test_an_unknown_preset_is_refused_with_the_names_of_those_that_are():
-    with pytest.raises(UserError, match="default, no_guidance, paper; found 'papr'"):
+    with pytest.raises(UserError, match="default, paper; found 'papr'; did you mean 'paper'"):
         presets.named(PUBLISHED, "papr")
 
 
@@ -130,7 +130,7 @@ def test_titok_as_published():
     np.testing.assert_allclose(sampler.confidence_temperature, SOFTENING, rtol=1e-12)
     np.testing.assert_allclose(sampler.temperature, np.multiply(SOFTENING, GUMBEL), rtol=1e-12)
     assert sampler.temperature[-1] == 0 and sampler.jitter[-1] == 0  # greedy, not nearly so
-    assert sampler.confidence is filters.raw_logit and sampler.steps == 8
+    assert sampler.confidence is samplers.raw_logit and sampler.steps == 8
     published = [0.0, 0.5625, 1.125, 1.6875, 2.25, 2.8125, 3.375, 3.9375]
     np.testing.assert_allclose(np.subtract(sampler.guidance, 1), published, rtol=1e-12)
     # S-128: another convention, u + w (c - u)
@@ -153,7 +153,7 @@ def test_maskbit_as_published():
     np.testing.assert_allclose(scales / 7.1, published, atol=5e-7)
     np.testing.assert_allclose(sampler.jitter, [7.8 * (1 - i / 64) for i in range(1, 65)])
     assert sampler.temperature == 1.0 and sampler.confidence_temperature == 1.0
-    assert sampler.confidence is filters.log_probability
+    assert sampler.confidence is samplers.log_probability
     _, annealed = presets.prepare(Masked(), {"steps": 8, "annealing": "softmax"})
     np.testing.assert_allclose(annealed.temperature, SOFTENING, rtol=1e-12)
     np.testing.assert_allclose(annealed.confidence_temperature, SOFTENING, rtol=1e-12)
@@ -165,7 +165,7 @@ def test_maskgit_as_published():
     assert (changed.schedule, changed.exponent, sampler.steps) == ("cosine", 2.0, 12)
     cubic = presets.prepare(Masked(), {"schedule": "power", "exponent": 3})[0]
     assert (cubic.schedule, cubic.exponent, cubic.steps) == ("power", 3, 12)
-    expected = filters.Sampler(jitter=tuple(4.5 * (1 - i / 12) for i in range(1, 13)))
+    expected = samplers.Sampler(jitter=tuple(4.5 * (1 - i / 12) for i in range(1, 13)))
     assert sampler == expected
 
 
@@ -244,6 +244,6 @@ def test_no_guidance_keeps_a_masked_generators_steps_and_noise():
     kept = {name: value for name, value in TITOK.items() if name in presets.MASKED}
     assert none == presets.PLAIN | kept and kept["steps"] == 8
     scaled = {"guidance": "per_scale", "weight": 1.5, "top_k": 900}
-    assert presets.sampler(presets.unguided(scaled), 10) == filters.Sampler(top_k=900)
+    assert presets.sampler(presets.unguided(scaled), 10) == samplers.Sampler(top_k=900)
     first = {"guidance": "power_cosine", "weight": 3.0, "power": 2.0}
-    assert presets.sampler(presets.unguided(first), 10) == filters.Sampler()
+    assert presets.sampler(presets.unguided(first), 10) == samplers.Sampler()

@@ -9,7 +9,7 @@ import scipy.stats
 from jax.extend import core
 
 from tokgen import interfaces
-from tokgen.sampling import sampler as filters
+from tokgen.sampling import sampler as samplers
 
 V = 64
 GRID = list(
@@ -20,7 +20,7 @@ draw = functools.partial(jax.jit, static_argnums=0)(
     lambda sampler, logits, keys, step: sampler.draw(logits, keys_B=keys, step=step)
 )
 masses = jax.jit(
-    lambda logits, temperature, top_k, top_p: filters.masses(
+    lambda logits, temperature, top_k, top_p: samplers.masses(
         logits, temperature=temperature, top_k=top_k, top_p=top_p
     )
 )
@@ -100,7 +100,7 @@ def test_numbers_known_to_the_compiler_filter_like_traced_ones():
     logits = jnp.asarray(_rows())
     for temperature, top_k, top_p in GRID[::7]:
         static = jax.jit(
-            functools.partial(filters.masses, temperature=temperature, top_k=top_k, top_p=top_p)
+            functools.partial(samplers.masses, temperature=temperature, top_k=top_k, top_p=top_p)
         )
         traced = masses(logits, temperature, top_k, top_p)
         np.testing.assert_allclose(static(logits), traced, rtol=1e-6)
@@ -140,8 +140,8 @@ def test_extreme_temperatures():
 def test_huge_logits(largest, temperature):
     logits = jnp.asarray([-largest, 0.0, largest, -np.inf, largest / 2], jnp.float32)
     logits = jnp.broadcast_to(logits, (3, 2, 1, 5))
-    assert not np.any(filters.invalid(logits))
-    sampler = filters.Sampler(temperature=temperature, top_k=3, top_p=0.99, noise=_spread)
+    assert not np.any(samplers.invalid(logits))
+    sampler = samplers.Sampler(temperature=temperature, top_k=3, top_p=0.99, noise=_spread)
     tokens, confidence = draw(sampler, logits, jax.random.split(jax.random.key(0), 3), 0)
     np.testing.assert_array_equal(tokens, 2)
     np.testing.assert_array_equal(confidence, 0)
@@ -156,7 +156,7 @@ LOGITS_V[20:] = -np.inf  # beyond a smaller alphabet
     [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (0.9, 12, 0.9), (2.0, 1, 1.0)],
 )
 def test_draws_have_the_distribution_of_the_reference(temperature, top_k, top_p):
-    sampler = filters.Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
+    sampler = samplers.Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
     keys = jax.random.split(jax.random.key(4), 1000)
     tokens, _ = draw(sampler, jnp.broadcast_to(jnp.asarray(LOGITS_V), (1000, 20, 1, 24)), keys, 3)
     expected = _reference(LOGITS_V, temperature, top_k, top_p)
@@ -169,7 +169,7 @@ def test_draws_have_the_distribution_of_the_reference(temperature, top_k, top_p)
 def test_the_test_of_the_distribution_can_fail():
     keys = jax.random.split(jax.random.key(5), 1000)
     logits = jnp.broadcast_to(jnp.asarray(LOGITS_V), (1000, 20, 1, 24))
-    tokens, _ = draw(filters.Sampler(temperature=1.1, top_k=5), logits, keys, 0)
+    tokens, _ = draw(samplers.Sampler(temperature=1.1, top_k=5), logits, keys, 0)
     assert _chi_square(tokens, _reference(LOGITS_V, 1.1, 5, 1.0)) > 1e-4
     assert _chi_square(tokens, _reference(LOGITS_V, 1.0, 5, 1.0)) < 1e-4  # another temperature
     assert _chi_square(tokens, _reference(LOGITS_V, 1.1, 6, 1.0)) < 1e-4  # one token more
@@ -181,7 +181,7 @@ def test_symbols_places_steps_and_images_are_drawn_independently():
     logits_V = np.log(np.array([0.5, 0.25, 0.15, 0.1])).astype(np.float32)
     keys = jax.random.split(jax.random.key(6), 10001)
     logits = jnp.broadcast_to(jnp.asarray(logits_V), (10001, 2, 2, 4))
-    now, later = (np.asarray(draw(filters.Sampler(), logits, keys, step)[0]) for step in (0, 1))
+    now, later = (np.asarray(draw(samplers.Sampler(), logits, keys, step)[0]) for step in (0, 1))
     pairs = {
         "symbols": (now[:, 0, 0], now[:, 0, 1]),
         "places": (now[:, 0, 0], now[:, 1, 0]),
@@ -196,10 +196,10 @@ def test_symbols_places_steps_and_images_are_drawn_independently():
 
 def test_uniforms_are_the_same_for_symbols_drawn_in_turn_or_at_once():
     keys = jax.random.split(jax.random.key(7), 3)
-    at_once = filters.per_image_uniform(keys, 5, 0, (3, 4, 3))
+    at_once = samplers.per_image_uniform(keys, 5, 0, (3, 4, 3))
     assert at_once.shape == (3, 4, 3) and len(np.unique(at_once)) == at_once.size
     for symbol in range(3):
-        in_turn = filters.per_image_uniform(keys, 5, symbol, (3, 4, 1))
+        in_turn = samplers.per_image_uniform(keys, 5, symbol, (3, 4, 1))
         np.testing.assert_array_equal(in_turn[..., 0], at_once[..., symbol])
 
 
@@ -207,7 +207,7 @@ def test_an_image_does_not_depend_on_its_batch():
     rng = np.random.default_rng(8)
     logits = jnp.asarray(rng.normal(size=(7, 5, 2, 300)) * 3, jnp.float32)
     keys = jax.random.split(jax.random.key(9), 7)
-    sampler = filters.Sampler(temperature=0.9, top_k=50, top_p=0.9)
+    sampler = samplers.Sampler(temperature=0.9, top_k=50, top_p=0.9)
     tokens, confidence = draw(sampler, logits, keys, 2)
     assert len(np.unique(tokens)) > 20
     for rows in ([3], [6, 0, 3]):
@@ -225,7 +225,7 @@ def test_settings_per_step_in_a_scan_equal_one_number_at_a_time():
     }
     logits = jnp.asarray(np.random.default_rng(10).normal(size=(5, 6, 1, 40)) * 2, jnp.float32)
     keys = jax.random.split(jax.random.key(11), 5)
-    varied = filters.Sampler(**steps)
+    varied = samplers.Sampler(**steps)
     assert varied.steps == 4
 
     @jax.jit
@@ -237,7 +237,7 @@ def test_settings_per_step_in_a_scan_equal_one_number_at_a_time():
 
     in_scan = scan(logits, keys)
     for step in range(4):
-        fixed = filters.Sampler(**{name: values[step] for name, values in steps.items()})
+        fixed = samplers.Sampler(**{name: values[step] for name, values in steps.items()})
         assert fixed.steps is None
         expected, _ = draw(fixed, logits, keys, step)
         np.testing.assert_array_equal(in_scan[step], expected)
@@ -248,7 +248,7 @@ def test_settings_per_step_in_a_scan_equal_one_number_at_a_time():
 
 
 def test_a_step_beyond_the_settings_is_refused():
-    sampler = filters.Sampler(temperature=(1.0, 0.5))
+    sampler = samplers.Sampler(temperature=(1.0, 0.5))
     with pytest.raises(interfaces.UserError, match="step 2 .* 2 entries"):
         sampler.draw(jnp.zeros((1, 1, 1, 4)), keys_B=jax.random.split(jax.random.key(0), 1), step=2)
 
@@ -259,9 +259,9 @@ def test_greedy_is_the_first_of_the_largest_and_cold_is_greedy():
 
     logits = _rows()
     keys = jax.random.split(jax.random.key(12), len(logits))
-    greedy, _ = draw(filters.Sampler(temperature=0, noise=no_noise), jnp.asarray(logits), keys, 0)
+    greedy, _ = draw(samplers.Sampler(temperature=0, noise=no_noise), jnp.asarray(logits), keys, 0)
     np.testing.assert_array_equal(greedy, np.argmax(logits, -1))
-    cold, _ = draw(filters.Sampler(temperature=1e-6), jnp.asarray(logits[:1]), keys[:1], 0)
+    cold, _ = draw(samplers.Sampler(temperature=1e-6), jnp.asarray(logits[:1]), keys[:1], 0)
     np.testing.assert_array_equal(cold, greedy[:1])
 
 
@@ -271,7 +271,7 @@ def test_asked_for_one_token_there_is_nothing_to_draw():
     logits[:, :, 1, 6:] = -np.inf  # a smaller alphabet
     logits, keys_B = jnp.asarray(logits), jax.random.split(jax.random.key(3), 4)
     weights = (3.0, 1.0)
-    greedy, sure = filters.Sampler(temperature=0.0, jitter=2.0).draw(logits, keys_B=keys_B, step=1)
+    greedy, sure = samplers.Sampler(temperature=0.0, jitter=2.0).draw(logits, keys_B=keys_B, step=1)
     np.testing.assert_array_equal(greedy, jnp.argmax(logits, -1))
     for options in (
         dict(top_k=1),
@@ -283,7 +283,7 @@ def test_asked_for_one_token_there_is_nothing_to_draw():
         dict(temperature=(1.0, 0.0)),
         dict(temperature=((0.0, 0.0), (0.0, 0.0)), guidance=weights),
     ):
-        sampler = filters.Sampler(jitter=2.0, **options)
+        sampler = samplers.Sampler(jitter=2.0, **options)
         for step in (1, jnp.asarray(1)):
             tokens, confidence = sampler.draw(logits, keys_B=keys_B, step=step)
             np.testing.assert_array_equal(tokens, greedy, err_msg=str(options))
@@ -293,7 +293,7 @@ def test_asked_for_one_token_there_is_nothing_to_draw():
 def test_half_precision_logits_are_drawn_in_float32():
     logits = jnp.asarray(_rows(), jnp.bfloat16)
     keys = jax.random.split(jax.random.key(13), len(logits))
-    sampler = filters.Sampler(temperature=0.8, top_k=20, top_p=0.95, noise=_spread)
+    sampler = samplers.Sampler(temperature=0.8, top_k=20, top_p=0.95, noise=_spread)
     half, wide = draw(sampler, logits, keys, 0), draw(sampler, logits.astype(jnp.float32), keys, 0)
     np.testing.assert_array_equal(half[0], wide[0])
     np.testing.assert_array_equal(half[1], wide[1])
@@ -303,7 +303,7 @@ def test_half_precision_logits_are_drawn_in_float32():
 def test_a_recorded_draw_is_replayed():
     mass = jnp.asarray([1.0, 1.0, 0.0, 2.0, 0.0])
     uniforms = jnp.asarray([0.0, 0.2499999, 0.25, 0.5, 0.9999999, 1.0])
-    sampler = filters.Sampler(noise=lambda keys, step, symbol, shape: uniforms.reshape(shape))
+    sampler = samplers.Sampler(noise=lambda keys, step, symbol, shape: uniforms.reshape(shape))
     logits = jnp.broadcast_to(jnp.log(mass), (1, 6, 1, 5))
     tokens, _ = sampler.draw(logits, keys_B=jax.random.split(jax.random.key(0), 1), step=0)
     np.testing.assert_array_equal(tokens.ravel(), [0, 0, 1, 3, 3, 3])
@@ -320,7 +320,7 @@ def test_the_draw_never_leaves_what_is_kept():
     assert len(rises) > 10, "the sum never rises at a mass of 0: nothing is put to the test"
     edges = total[rises[:500]] / total[-1]
     uniforms = np.concatenate([rng.uniform(size=500), edges, [0.0, 1.0]]).astype(np.float32)
-    inverse = jax.jit(jax.vmap(filters.inverse_cdf, in_axes=(None, 0)))
+    inverse = jax.jit(jax.vmap(samplers.inverse_cdf, in_axes=(None, 0)))
     tokens = np.asarray(inverse(jnp.asarray(mass), jnp.asarray(uniforms)))
     assert np.all(mass[tokens] > 0)
     cumulative = np.cumsum(mass, dtype=np.float64) / mass.sum(dtype=np.float64)
@@ -349,9 +349,9 @@ def test_only_the_broken_image_is_flagged_and_its_token_is_in_range(row, expecte
     sound = jnp.asarray(logits)
     logits[1, 1, 0] = row
     logits = jnp.asarray(logits)
-    np.testing.assert_array_equal(filters.invalid(logits), [False, expected, False])
+    np.testing.assert_array_equal(samplers.invalid(logits), [False, expected, False])
     keys = jax.random.split(jax.random.key(16), 3)
-    for sampler in (filters.Sampler(top_k=2, noise=_spread), filters.Sampler(temperature=0)):
+    for sampler in (samplers.Sampler(top_k=2, noise=_spread), samplers.Sampler(temperature=0)):
         tokens, _ = draw(sampler, logits, keys, 0)
         assert np.all((tokens >= 0) & (tokens < 3))
         others, _ = draw(sampler, sound, keys, 0)
@@ -362,11 +362,11 @@ def test_confidence_knows_neither_temperature_nor_filters():
     logits = _rows()[:2]
     keys = jax.random.split(jax.random.key(17), 2)
     settings = {"temperature": 2.0, "top_k": 9, "top_p": 0.7, "noise": _spread}
-    tokens, sure = draw(filters.Sampler(**settings), jnp.asarray(logits), keys, 0)
+    tokens, sure = draw(samplers.Sampler(**settings), jnp.asarray(logits), keys, 0)
     norm = np.log(np.exp(logits.astype(np.float64)).sum(-1))
     drawn = np.take_along_axis(logits, np.asarray(tokens)[..., None], -1)[..., 0]
     np.testing.assert_allclose(sure, drawn - norm, rtol=1e-5, atol=1e-6)
-    raw = filters.Sampler(**settings, confidence=filters.raw_logit)
+    raw = samplers.Sampler(**settings, confidence=samplers.raw_logit)
     again, sure = draw(raw, jnp.asarray(logits), keys, 0)
     np.testing.assert_array_equal(again, tokens)
     np.testing.assert_array_equal(sure, drawn)
@@ -375,15 +375,15 @@ def test_confidence_knows_neither_temperature_nor_filters():
 def test_a_softened_confidence_is_that_of_divided_logits():
     logits = _rows()[:2]
     keys = jax.random.split(jax.random.key(18), 2)
-    plain, _ = draw(filters.Sampler(noise=_spread), jnp.asarray(logits), keys, 1)
+    plain, _ = draw(samplers.Sampler(noise=_spread), jnp.asarray(logits), keys, 1)
     drawn = np.take_along_axis(logits, np.asarray(plain)[..., None], -1)[..., 0]
     divided = logits.astype(np.float64) / 0.7
     softened = {"noise": _spread, "confidence_temperature": (1.2, 0.7)}
-    tokens, sure = draw(filters.Sampler(**softened), jnp.asarray(logits), keys, 1)
+    tokens, sure = draw(samplers.Sampler(**softened), jnp.asarray(logits), keys, 1)
     np.testing.assert_array_equal(tokens, plain)  # the draw does not see it
     expected = drawn / 0.7 - np.log(np.exp(divided).sum(-1))
     np.testing.assert_allclose(sure, expected, rtol=1e-5, atol=1e-5)
-    raw = filters.Sampler(**softened, confidence=filters.raw_logit)
+    raw = samplers.Sampler(**softened, confidence=samplers.raw_logit)
     _, sure = draw(raw, jnp.asarray(logits), keys, 1)
     np.testing.assert_allclose(sure, drawn / 0.7, rtol=1e-6)
 
@@ -391,35 +391,37 @@ def test_a_softened_confidence_is_that_of_divided_logits():
 def test_noise_on_the_confidence_changes_no_token_and_is_each_images_own():
     logits = jnp.asarray(np.random.default_rng(19).normal(size=(5, 6, 2, 30)), jnp.float32)
     keys = jax.random.split(jax.random.key(19), 5)
-    tokens, sure = draw(filters.Sampler(), logits, keys, 1)
-    noisy = filters.Sampler(jitter=(4.5, 2.25, 0.0))
+    tokens, sure = draw(samplers.Sampler(), logits, keys, 1)
+    noisy = samplers.Sampler(jitter=(4.5, 2.25, 0.0))
     same, moved = draw(noisy, logits, keys, 1)
     np.testing.assert_array_equal(same, tokens)
-    gumbel = filters.per_image_gumbel(keys, 1, 0, (5, 6, 2))
+    gumbel = samplers.per_image_gumbel(keys, 1, 0, (5, 6, 2))
     np.testing.assert_allclose(moved, sure + 2.25 * gumbel, rtol=1e-5, atol=1e-5)
     assert len(np.unique(gumbel)) == gumbel.size
     _, last = draw(noisy, logits, keys, 2)
-    np.testing.assert_array_equal(last, draw(filters.Sampler(), logits, keys, 2)[1])
+    np.testing.assert_array_equal(last, draw(samplers.Sampler(), logits, keys, 2)[1])
     _, alone = draw(noisy, logits[3:4], keys[3:4], 1)
     np.testing.assert_allclose(alone, moved[3:4], rtol=1e-5, atol=1e-5)
     for symbol in range(2):  # in turn or at once
-        in_turn = filters.per_image_gumbel(keys, 1, symbol, (5, 6, 1))
+        in_turn = samplers.per_image_gumbel(keys, 1, symbol, (5, 6, 1))
         np.testing.assert_array_equal(in_turn[..., 0], gumbel[..., symbol])
-    replayed = filters.Sampler(jitter=2.0, gumbel=lambda keys, step, symbol, shape: jnp.ones(shape))
+    replayed = samplers.Sampler(
+        jitter=2.0, gumbel=lambda keys, step, symbol, shape: jnp.ones(shape)
+    )
     np.testing.assert_allclose(draw(replayed, logits, keys, 1)[1], sure + 2.0, rtol=1e-6)
 
 
 def test_the_noise_is_gumbel_and_knows_nothing_of_the_draw(monkeypatch):
     keys, shape = jax.random.split(jax.random.key(20), 2000), (2000, 10, 1)
-    gumbel = np.asarray(filters.per_image_gumbel(keys, 4, 0, shape)).ravel()
+    gumbel = np.asarray(samplers.per_image_gumbel(keys, 4, 0, shape)).ravel()
     assert scipy.stats.kstest(gumbel, scipy.stats.gumbel_r.cdf).pvalue > 1e-4
     assert scipy.stats.kstest(gumbel, scipy.stats.gumbel_r(0.1).cdf).pvalue < 1e-4  # it can fail
-    uniform = np.asarray(filters.per_image_uniform(keys, 4, 0, shape)).ravel()
+    uniform = np.asarray(samplers.per_image_uniform(keys, 4, 0, shape)).ravel()
     assert abs(scipy.stats.spearmanr(gumbel, uniform).statistic) < 4 / np.sqrt(gumbel.size)
     # the least and the largest number that a uniform can be
     ends = jnp.asarray([0.0, 1 - 2.0**-23], jnp.float32).reshape(1, 2, 1)
-    monkeypatch.setattr(filters, "_uniform", lambda *_: ends)
-    least, largest = np.ravel(filters.per_image_gumbel(keys[:1], 0, 0, (1, 2, 1)))
+    monkeypatch.setattr(samplers, "_uniform", lambda *_: ends)
+    least, largest = np.ravel(samplers.per_image_gumbel(keys[:1], 0, 0, (1, 2, 1)))
     np.testing.assert_allclose(least, -np.log(20 * np.log(10)), rtol=1e-6)
     np.testing.assert_allclose(largest, 23 * np.log(2), rtol=1e-6)
 
@@ -428,7 +430,7 @@ def test_each_symbol_is_drawn_at_its_own_temperature():
     keys = jax.random.split(jax.random.key(21), 2000)
     logits = jnp.broadcast_to(jnp.asarray(LOGITS_V), (2000, 10, 2, 24))
     # per step and symbol; step 1 is read
-    sampler = filters.Sampler(temperature=(1.0, (0.6, 1.7)), top_k=9)
+    sampler = samplers.Sampler(temperature=(1.0, (0.6, 1.7)), top_k=9)
     tokens, _ = draw(sampler, logits, keys, 1)
     drawn_in_turn = jax.jit(sampler.draw, static_argnames=("step", "symbol"))
     for symbol, temperature in enumerate((0.6, 1.7)):
@@ -438,7 +440,7 @@ def test_each_symbol_is_drawn_at_its_own_temperature():
         # by Python numbers: the same tokens
         in_turn, _ = drawn_in_turn(logits[:50, :, :1], keys_B=keys[:50], step=1, symbol=symbol)
         np.testing.assert_array_equal(in_turn[..., 0], tokens[:50, :, symbol])
-    greedy, _ = draw(filters.Sampler(temperature=((0.0, 1.7),) * 2, top_k=9), logits, keys, 1)
+    greedy, _ = draw(samplers.Sampler(temperature=((0.0, 1.7),) * 2, top_k=9), logits, keys, 1)
     np.testing.assert_array_equal(greedy[..., 0], np.argmax(LOGITS_V))
     np.testing.assert_array_equal(greedy[..., 1], tokens[..., 1])
     with pytest.raises(interfaces.UserError, match="found 2 .* 3 symbols"):
@@ -455,22 +457,22 @@ def test_nothing_is_sorted_and_what_is_off_is_not_compiled():
 
     assert "sort" in _primitives(jax.make_jaxpr(lambda x: jax.jit(jnp.sort)(x))(logits).jaxpr)
     loops = {"scan", "while"}
-    full = program(filters.Sampler(temperature=(0.0, 0.7), top_k=(100, 7), top_p=(0.9, 1.0)))
+    full = program(samplers.Sampler(temperature=(0.0, 0.7), top_k=(100, 7), top_p=(0.9, 1.0)))
     assert not {name for name in full if "sort" in name or "top_k" in name}
     assert full & loops and "cumsum" in full
-    plain = program(filters.Sampler())
+    plain = program(samplers.Sampler())
     assert "cumsum" in plain and not plain & loops
-    assert not program(filters.Sampler(top_k=16384, top_p=(1.0, 1.0))) & loops
-    greedy = program(filters.Sampler(temperature=0.0, top_k=5, top_p=0.5))
+    assert not program(samplers.Sampler(top_k=16384, top_p=(1.0, 1.0))) & loops
+    greedy = program(samplers.Sampler(temperature=0.0, top_k=5, top_p=0.5))
     assert "argmax" in greedy and not greedy & (loops | {"cumsum", "random_bits"})
 
 
 def test_a_sampler_is_a_value():
-    written = filters.Sampler(temperature=[1, 0], top_k=[0, 5], guidance=[1, 4.5])
-    assert written == filters.Sampler((1.0, 0.0), (0, 5), guidance=(1.0, 4.5))
-    assert len({written, filters.Sampler((1.0, 0.0), (0, 5), guidance=(1.0, 4.5))}) == 1
-    assert filters.Sampler(np.float32(0.5), np.int64(3)) == filters.Sampler(0.5, 3)
-    mixed = filters.Sampler(guidance=(1, (2, 3)))
+    written = samplers.Sampler(temperature=[1, 0], top_k=[0, 5], guidance=[1, 4.5])
+    assert written == samplers.Sampler((1.0, 0.0), (0, 5), guidance=(1.0, 4.5))
+    assert len({written, samplers.Sampler((1.0, 0.0), (0, 5), guidance=(1.0, 4.5))}) == 1
+    assert samplers.Sampler(np.float32(0.5), np.int64(3)) == samplers.Sampler(0.5, 3)
+    mixed = samplers.Sampler(guidance=(1, (2, 3)))
     assert mixed.guidance == ((1.0, 1.0), (2.0, 3.0)) and mixed.steps == 2
 
 
@@ -510,6 +512,6 @@ def test_a_sampler_is_a_value():
 )
 def test_settings_that_cannot_be_are_refused(settings, words):
     with pytest.raises(interfaces.UserError) as error:
-        filters.Sampler(**settings)
+        samplers.Sampler(**settings)
     for word in words.split(" ") if "(" not in words else [words.removeprefix("temperature ")]:
         assert word in str(error.value)

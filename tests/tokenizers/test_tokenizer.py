@@ -131,10 +131,10 @@ def test_pixels_are_those_of_one_range(key):
         made = tokenizer.Tokenizer(Mirror(), quantizer, Mirror(), pixels=(low, high))
         latents = made.latents(image_BHW3)
         assert seen[-1] == (low, high)
-        np.testing.assert_allclose(made.paint(latents), image_BHW3, atol=1e-6)
+        np.testing.assert_allclose(made.decode_unclipped(latents), image_BHW3, atol=1e-6)
         # a loss needs the gradient beyond white, a picture ends there
         beyond = latents + (high - low)
-        np.testing.assert_allclose(made.paint(beyond), image_BHW3 + 1, atol=1e-5)
+        np.testing.assert_allclose(made.decode_unclipped(beyond), image_BHW3 + 1, atol=1e-5)
         np.testing.assert_array_equal(made.decode_latents(beyond), 1.0)
 
 
@@ -358,7 +358,7 @@ def test_what_is_not_finite_is_neither_token_nor_pixel(small, value, key):
         broken.encode(image)
     # one sample of a pixel is infinite: it is not white
     broken = replaced(small, ("decoder", "conv_out", "bias"), 0, value)
-    with pytest.raises(interfaces.UserError, match="decoder paints must be finite"):
+    with pytest.raises(interfaces.UserError, match="decoder gives must be finite"):
         broken.decode(tokens)
     painted, invalid_B = jax.jit(lambda made, tokens: made.decoded(tokens))(broken, tokens)
     assert invalid_B.all() and np.isnan(painted).any()

@@ -16,6 +16,7 @@ from tokgen import interfaces, sharding
 from tokgen.config import building, reading as configs
 from tokgen.training import (
     dry_run,
+    fields,
     gan as gans,
     optimizer as optimizers,
     safeguards,
@@ -56,7 +57,8 @@ def mesh():
 def given(settings, weights) -> None:
     """What a user adds to a recipe: weight files, a teacher, a folder of text features."""
     with settings.unlocked():
-        for name in settings.get("perceptual", {}):
+        distances = settings.get("perceptual", {})
+        for name in distances if hasattr(distances, "items") else ():  # a mutant's may be anything
             if settings.perceptual[name] == "":
                 settings.perceptual[name] = str(weights)
         if settings.get("teacher") == "":
@@ -101,7 +103,7 @@ def tried(mutant: mutants.Mutant, mesh, weights, traced: set[str]) -> str:
     try:
         check = "tokenizer" if mutant.reference.startswith("tokenizer/") else "generator"
         given(settings, weights)
-        getattr(dry_run, f"{check}_fields")(settings)
+        getattr(fields, f"check_{check}")(settings)
         stated = {k: v for k, v in building.plain(settings).items() if k not in OF_LOOPS}
         own = recipes.GENERATORS.get(mutant.reference, ())[:2]
         key = json.dumps([stated, repr(own)], sort_keys=True, default=repr)

@@ -353,7 +353,7 @@ def by_hand(graphs, networks, discriminator_params, batch, tokenizer_step):
     def terms(params):
         made = parameters.merge(graphs["model"], params, model.stats)
         quantized = made.quantizer(made.latents(image))
-        reconstructed = made.paint(quantized.latents_BPC)
+        reconstructed = made.decode_unclipped(quantized.latents_BPC)
         error = 2 * (reconstructed - image)
         fidelity = 0.5 * jnp.abs(error).mean() + (error**2).mean()
         fidelity += quantized.losses["codebook"] + 0.25 * quantized.losses["commitment"]

@@ -18,7 +18,7 @@ from tokgen.config import building, reading
 from tokgen.nn import precision
 from tokgen.quantizers import vq
 from tokgen.tokenizers import conv, tokenizer, two_stage, vit
-from tokgen.training import launch, stages, tokenizer_step, train_state
+from tokgen.training import gan as gans, launch, stages, tokenizer_step, train_state
 
 SMALL = (
     *("data.size=(8, 8)", "data.count=40", "view.size=(8, 8)", "encoder.widths=(16,)"),
@@ -429,7 +429,7 @@ def test_the_last_layer_is_where_the_pixels_are_reconstructed():
         {"head": {"conv_out": leaf, "patches": {}}, "conv": {}},  # a transformer
         {"pixels": {"conv_out": leaf}, "codes": {"head": {"logits": {}}}},  # in two parts
     ):
-        assert tokenizer_step.last_layer({"decoder": decoder}) == "it"
+        assert gans.last_layer({"decoder": decoder}) == "it"
 
 
 def test_stages_survive_the_record_of_a_checkpoint(whole):

@@ -1,6 +1,7 @@
 """A step on disk: find it, read and verify it, load the network inside.
 
-Its record is told in today's words, whatever they were when it was written (config/migration.py).
+Record and arrays are one file's matter, since neither is trusted without the other. The record is
+told in today's words, whatever they were when it was written (config/migration.py).
 
 A step holds the arrays of its TrainStates and a `meta` record in JSON: kind, config, layout,
 classes, tokenizer, metrics, and the manifest. Orbax commits a step whole or not at all, but returns

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import pathlib
 import pkgutil
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from tokgen import ranges
+from tokgen import choices, ranges
 from tokgen.config import migration
 from tokgen.interfaces import TokenLayout, UserError
 
@@ -62,12 +63,10 @@ def named(section: Any, kind: str) -> Callable:
         if hasattr(module, attribute):
             return getattr(module, attribute)
     fitting = [f for f in files if _defines(folder, f, attribute)]
-    near = difflib.get_close_matches(str(name), fitting, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"{kind}.name must be one of {fitting}; found {name!r}{hint}")
+    raise UserError(choices.refusal(fitting, name, f"{kind}.name"))
 
 
-def _defines(folder, file: str, attribute: str) -> bool:
+def _defines(folder: types.ModuleType, file: str, attribute: str) -> bool:
     sources = (pathlib.Path(place) / f"{file}.py" for place in folder.__path__)
     return any(f"class {attribute}" in source.read_text() for source in sources if source.is_file())
 
@@ -208,7 +207,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def tokenizer(config: Any, *, rngs):
+def tokenizer(config: Any, *, rngs: nnx.Rngs) -> nnx.Module:
     """The Tokenizer that a config describes."""
     from tokgen.nn import precision
     from tokgen.tokenizers import tokenizer as tokenizers
@@ -244,7 +243,7 @@ def _pixels(size: tuple[ranges.Side, ranges.Side], channels: ranges.Width = 3, *
     return tuple(size), channels
 
 
-def generator(config: Any, layout: TokenLayout, classes: int, *, rngs):
+def generator(config: Any, layout: TokenLayout, classes: int, *, rngs: nnx.Rngs) -> nnx.Module:
     """The Generator that a config describes, for tokens of a layout."""
     from tokgen.nn import precision, transformer
 

@@ -169,7 +169,7 @@ def measure(folder: pathlib.Path, classifier: nnx.Module, number: int) -> tuple[
         part = sharding.filled(real[start : start + 100], 100, mesh)
         part = online_tokens.encode(tokenizer.module, part)
         coded.append(np.asarray(part)[:100])
-        reconstructed.append(np.asarray(drawing.paint(tokenizer.module, part)[0])[:100])
+        reconstructed.append(np.asarray(drawing.decode_pixels(tokenizer.module, part)[0])[:100])
     coded, reconstructed = np.concatenate(coded), np.concatenate(reconstructed)
 
     held_tokens = token_shards.Source(folder / "tokens", split="held_out")

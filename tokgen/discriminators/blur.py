@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen import interfaces, ranges
+from tokgen import choices, interfaces, ranges
 from tokgen.discriminators import pooling
 
 GRID = 16  # rows and columns of logits, whatever the size of the image
@@ -67,12 +67,8 @@ class Discriminator(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        for name, value, known in (("down", down, DOWN), ("activation", activation, ACTIVATIONS)):
-            if value not in known:
-                raise interfaces.UserError(
-                    f"{name} of the blur discriminator must be one of {', '.join(known)}; found "
-                    f"{value!r}"
-                )
+        choices.named(DOWN, down, "down of the blur discriminator")
+        choices.named(ACTIVATIONS, activation, "activation of the blur discriminator")
         self.channels, self.smallest = channels, 2**stages
         self.activation = ACTIVATIONS[activation]
         self.first = _conv(channels, width, 5, rngs=rngs)

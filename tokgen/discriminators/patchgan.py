@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen import interfaces, ranges
+from tokgen import choices, interfaces, ranges
 
 SLOPE = 0.2  # of the leaky ReLU
 EPSILON = 1e-5  # of both normalisations; PyTorch's default, which published weights assume
@@ -81,10 +81,7 @@ class Discriminator(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        if norm not in NORMS:
-            raise interfaces.UserError(
-                f"norm of the discriminator must be one of {', '.join(NORMS)}: norm={norm!r}"
-            )
+        choices.named(NORMS, norm, "norm of the discriminator")
         self.channels, self.layers = channels, layers
         widths = [width * min(2**n, WIDEST) for n in range(layers + 1)]
         strides = [2] * layers + [1]
@@ -119,7 +116,7 @@ def _conv(before: int, after: int, stride: int, *, use_bias: bool, rngs: nnx.Rng
     )
 
 
-def _check(shape: tuple[int, ...], channels: int, layers: int):
+def _check(shape: tuple[int, ...], channels: int, layers: int) -> None:
     smallest = 3 * 2**layers  # three cells are left after the strides; two 4x4 kernels eat two
     if len(shape) != 4 or shape[3] != channels or min(shape[1:3]) < smallest:
         fitting = int(math.log2(min(shape[1:3]) / 3)) if min(shape[1:3], default=0) >= 6 else 0

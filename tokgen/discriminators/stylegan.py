@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen import interfaces, ranges
+from tokgen import choices, interfaces, ranges
 from tokgen.discriminators import pooling
 
 SLOPE = 0.2
@@ -107,11 +107,7 @@ class Discriminator(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        if form not in FORMS:
-            raise interfaces.UserError(
-                f"form of the StyleGAN discriminator must be one of {', '.join(FORMS)}; found "
-                f"{form!r}"
-            )
+        choices.named(FORMS, form, "form of the StyleGAN discriminator")
         if size < 2 * SMALLEST or size & (size - 1):
             raise interfaces.UserError(
                 "the StyleGAN discriminator needs images of a power of two, at least "

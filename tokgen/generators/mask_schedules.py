@@ -7,14 +7,13 @@ which the share is taken; one, or one per sample.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from tokgen.interfaces import UserError
+from tokgen import choices
 
 LEAST = 1e-6
 Count = jax.Array | int
@@ -65,6 +64,15 @@ def decay(r: jax.Array, count: Count, exponent: float) -> jax.Array:
     return 1 - jnp.exp(-5 * (1 - r))
 
 
+KNOWN = {
+    schedule.__name__: schedule
+    for schedule in (
+        *(cosine, arccos, linear, square, root),
+        *(power, log, exponential, decay),
+    )
+}
+
+
 def share(name: str, r: jax.Array, count: Count, exponent: float = 2.0) -> jax.Array:
     """The clipped share of a schedule by name; float32, as published samplers compute it."""
     return jnp.clip(named(name)(jnp.asarray(r, jnp.float32), count, exponent), LEAST, 1)
@@ -72,11 +80,4 @@ def share(name: str, r: jax.Array, count: Count, exponent: float = 2.0) -> jax.A
 
 def named(name: str) -> Callable:
     """The function of this file that a config names."""
-    found = {
-        key: value
-        for key, value in globals().items()
-        if inspect.isfunction(value) and key not in ("named", "share")
-    }
-    if name not in found:
-        raise UserError(f"schedule must be one of {sorted(found)}; found {name!r}")
-    return found[name]
+    return choices.named(KNOWN, name, "schedule")

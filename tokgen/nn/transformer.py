@@ -69,7 +69,7 @@ class Transformer(nnx.Module):
         )
 
     def unstacked(self) -> Transformer:
-        """The same transformer with its layers taken apart."""
+        """A transformer of the same arrays with its layers taken apart."""
         return _apart(self)
 
     def modulation(self, cond_BlD: jax.Array) -> tuple[jax.Array, ...]:
@@ -174,7 +174,7 @@ class UShaped(nnx.Module):
         self.rates, self.remat, self.unroll, self.precision = rates, remat, unroll, precision
 
     def unstacked(self) -> UShaped:
-        """The same; its steps are few and each reads every weight once."""
+        """Itself: its steps are few and each reads every weight once."""
         return self
 
     def __call__(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokgen import choices
 from tokgen.interfaces import UserError
 
 ORDERS = ("little", "big")
@@ -20,7 +21,7 @@ def checked(bits: int, groups: tuple[int, ...] | None, order: str) -> tuple[int,
     """The channels of each group; all of them in one group when `groups` is None."""
     groups = (bits,) if groups is None else tuple(int(size) for size in groups)
     if order not in ORDERS:
-        raise UserError(f"order must be one of {ORDERS}; found {order!r}")
+        raise UserError(choices.refusal(ORDERS, order, "order"))
     if sum(groups) != bits or not groups or min(groups) < 1:
         raise UserError(f"groups must be positive and sum to bits={bits}; found groups={groups}")
     if max(groups) > LARGEST:

@@ -14,6 +14,7 @@ from flax import nnx
 
 from tokgen import ranges
 from tokgen.interfaces import Quantized, TokenLayout
+from tokgen.nn import norms
 from tokgen.quantizers import bits as words
 
 GUARD = 1e-8  # of the logarithms
@@ -49,7 +50,7 @@ class Quantizer(nnx.Module):
     def __call__(self, latents_BPC: jax.Array, *, key: jax.Array | None = None) -> Quantized:
         """Training path: codes with the gradient of the unit vector, loss `commitment`."""
         del key
-        units_BPC = _unit(latents_BPC.astype(jnp.float32))
+        units_BPC = norms.unit(latents_BPC.astype(jnp.float32))
         codes_BPC = jnp.where(units_BPC > 0, 1.0, -1.0) * self.channels**-0.5
         losses = {"commitment": jnp.mean((codes_BPC - units_BPC) ** 2)}
         if self.temperature > 0:
@@ -79,12 +80,6 @@ class Quantizer(nnx.Module):
             "sample_entropy": jnp.mean(jnp.sum(_binary(one_BPC, other_BPC), -1)),
             "batch_entropy": jnp.sum(_binary(*means)),
         }
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    """x / |x|; the square is bounded below so that a zero vector has a finite gradient."""
-    square = jnp.sum(x * x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
 def _binary(one: jax.Array, other: jax.Array) -> jax.Array:

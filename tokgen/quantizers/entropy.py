@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokgen import choices
 from tokgen.interfaces import UserError
 
 FORMS = ("shifted", "clamped")
@@ -23,7 +24,7 @@ GUARD = 1e-5
 def check(form: str) -> None:
     """Refuse what no published loss is."""
     if form not in FORMS:
-        raise UserError(f"entropy must be one of {FORMS}; found {form!r}")
+        raise UserError(choices.refusal(FORMS, form, "entropy"))
 
 
 def of_affinities(affinities: jax.Array, temperature: float, form: str) -> dict[str, jax.Array]:
@@ -45,7 +46,9 @@ def of_choices(affinities: jax.Array, temperature: float, form: str) -> dict[str
 
 
 def of_bits(log_odds_BPC: jax.Array, form: str) -> dict[str, jax.Array]:
-    """The same over all 2^C codes of C independent bits, none of which is written down per latent.
+    """`sample_entropy` and `batch_entropy` over all 2^C codes of C independent bits.
+
+    No code is written down per latent.
 
     A code's chance is the product of its bits' chances, so the sample entropy is the sum over bits
     (its logarithms need no guard). The batch's chances do not factorise, but are one product of

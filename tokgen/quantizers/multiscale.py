@@ -161,7 +161,7 @@ class Quantizer(nnx.Module):
 
     def absorb(self, latents_BPC: jax.Array, tokens_BlG: jax.Array, scale: int) -> jax.Array:
         """What is known once the tokens of a scale are."""
-        return latents_BPC + self._painted(tokens_BlG, scale)
+        return latents_BPC + self._upsampled(tokens_BlG, scale)
 
     def view(self, latents_BPC: jax.Array, scale: int) -> jax.Array:
         """[B, P, C] averaged down to the grid of the scale that is to be drawn: [B, l, C]."""
@@ -179,25 +179,25 @@ class Quantizer(nnx.Module):
         known_BPC = jnp.zeros_like(rest_BPC)
         for scale in range(len(self.layout.grids)):
             tokens_BlG = choose(self.view(rest_BPC, scale), scale)
-            painted_BPC = self._painted(tokens_BlG, scale)
-            known_BPC = known_BPC + painted_BPC
-            rest_BPC = rest_BPC - jax.lax.stop_gradient(painted_BPC)
+            upsampled_BPC = self._upsampled(tokens_BlG, scale)
+            known_BPC = known_BPC + upsampled_BPC
+            rest_BPC = rest_BPC - jax.lax.stop_gradient(upsampled_BPC)
             yield tokens_BlG, known_BPC
 
-    def _painted(self, tokens_BlG: jax.Array, scale: int) -> jax.Array:
+    def _upsampled(self, tokens_BlG: jax.Array, scale: int) -> jax.Array:
         """[B, P, C]: codes of one scale at full size, through phi."""
         codes_BlC = self.inner.decode(tokens_BlG)
-        painted_BPC = self._resized(codes_BlC, scale, -1, resample.bicubic_torch)
+        upsampled_BPC = self._resized(codes_BlC, scale, -1, resample.bicubic_torch)
         if not self.convs:
-            return painted_BPC
-        B, P, C = painted_BPC.shape
+            return upsampled_BPC
+        B, P, C = upsampled_BPC.shape
         # accelerators multiply float32 in TF32 or bfloat16 unless told otherwise
         with jax.default_matmul_precision("highest"):
             smooth_BHWC = self.convs[self.which[scale]](
-                painted_BPC.reshape(B, *self.layout.grids[-1], C)
+                upsampled_BPC.reshape(B, *self.layout.grids[-1], C)
             )
         smooth_BPC = smooth_BHWC.reshape(B, P, C)
-        return (1 - self.ratio) * painted_BPC + self.ratio * smooth_BPC
+        return (1 - self.ratio) * upsampled_BPC + self.ratio * smooth_BPC
 
     def _resized(self, latents_BlC: jax.Array, source: int, target: int, matrix) -> jax.Array:
         """From the grid of one scale to that of another."""

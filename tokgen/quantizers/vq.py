@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen import ranges
+from tokgen import choices, ranges
 from tokgen.interfaces import Quantized, Statistic, TokenLayout, UserError
+from tokgen.nn import norms
 from tokgen.quantizers import entropy as entropies
 
 UPDATES = ("gradient", "ema", "frozen")
@@ -58,14 +59,10 @@ class Quantizer(nnx.Module):
         entropy: str = "shifted",
         rngs: nnx.Rngs,
     ):
-        if match not in MATCHES:
-            raise UserError(f"match must be one of {tuple(MATCHES)}; found {match!r}")
-        if update not in UPDATES:
-            raise UserError(f"update must be one of {UPDATES}; found {update!r}")
-        if revival not in REVIVALS:
-            raise UserError(f"revival must be one of {REVIVALS}; found {revival!r}")
-        if init not in STARTS:
-            raise UserError(f"init must be one of {tuple(STARTS)}; found {init!r}")
+        words = dict(match=match, update=update, revival=revival, init=init)
+        for name, known in CHOICES.items():
+            if words[name] not in known:
+                raise UserError(choices.refusal(known, words[name], f"quantizer.{name}"))
         entropies.check(entropy)
         self.layout = TokenLayout((codes,), (grid,))
         self.codes, self.normalize, self.match = codes, normalize, match
@@ -82,7 +79,7 @@ class Quantizer(nnx.Module):
     def rows(self) -> jax.Array:
         """The codebook [V, C] as it is compared and decoded."""
         rows_VC = self.codebook[...].astype(jnp.float32)
-        return _unit(rows_VC) if self.normalize else rows_VC
+        return norms.unit(rows_VC) if self.normalize else rows_VC
 
     def __call__(self, latents_BPC: jax.Array, *, key: jax.Array | None = None) -> Quantized:
         """Training path: straight-through latents, tokens, losses."""
@@ -161,7 +158,7 @@ class Quantizer(nnx.Module):
     def _latents(self, latents_BPC: jax.Array) -> jax.Array:
         # float32: in bfloat16 near neighbours are equally far
         latents_BPC = latents_BPC.astype(jnp.float32)
-        return _unit(latents_BPC) if self.normalize else latents_BPC
+        return norms.unit(latents_BPC) if self.normalize else latents_BPC
 
     def _distances(self, latents_BPC: jax.Array) -> jax.Array:
         """[..., V] squared distances less |z|^2, which no choice or softmax among rows sees."""
@@ -172,14 +169,8 @@ class Quantizer(nnx.Module):
         return squares_V.reshape((1,) * (products.ndim - 1) + (-1,)) - 2 * products
 
 
-def _unit(x: jax.Array) -> jax.Array:
-    """x / |x|; the square is bounded below so that a zero vector has a finite gradient."""
-    square = jnp.sum(x * x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
-
-
 def _sphere(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    return _unit(jax.random.normal(key, shape))
+    return norms.unit(jax.random.normal(key, shape))
 
 
 def _uniform(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -198,4 +189,5 @@ STARTS = {
     "fan_in": _fan_in,
 }
 
-MATCHES = {"distance": lambda x: x, "angle": _unit}
+MATCHES = {"distance": lambda x: x, "angle": norms.unit}
+CHOICES = {"match": MATCHES, "update": UPDATES, "revival": REVIVALS, "init": STARTS}

@@ -1,1 +1,1 @@
-"""Drawing tokens: the decode driver, guidance schedules, filters; for any generator."""
+"""Drawing tokens: the decode driver, guidance schedules, samplers; for any generator."""

@@ -26,7 +26,7 @@ from tokgen.interfaces import (
     Sampler,
     UserError,
 )
-from tokgen.sampling import guidance, sampler as filters, settings
+from tokgen.sampling import guidance, sampler as samplers
 
 
 def steps(generator: Generator) -> int:
@@ -91,12 +91,12 @@ def generate(
         seen = {}
 
         def merge(cond_BlGV, uncond_BlGV, symbol):
-            scale = settings.of_symbols(weight, symbol, cond_BlGV.shape[2])
+            scale = samplers.of_symbols(weight, symbol, cond_BlGV.shape[2])
             scale = scale[..., None] if scale.ndim else scale
             return guidance.merge(cond_BlGV, uncond_BlGV, scale)
 
         def sample(logits_BlGV, symbol):
-            seen["invalid_B"] = seen.get("invalid_B", False) | filters.invalid(logits_BlGV)
+            seen["invalid_B"] = seen.get("invalid_B", False) | samplers.invalid(logits_BlGV)
             return sampler.draw(logits_BlGV, keys_B=keys_B, step=index, symbol=symbol)
 
         def draw(logits_BlGV, symbol=0):

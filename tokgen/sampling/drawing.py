@@ -22,7 +22,7 @@ def draw_tokens(generator, codec, cond, keys_B, sampler, given=None):
 
 
 @jax.jit
-def paint(tokenizer, tokens_BLG):
+def decode_pixels(tokenizer, tokens_BLG):
     """(uint8 images of tokens, [B] true where a pixel was not finite)."""
     return reconstruction.bytes_of(tokenizer.decode(tokens_BLG))
 
@@ -80,10 +80,10 @@ def drawn(
                 tokens_BLG, invalid_B = draw_tokens(
                     generator, tokenizer.quantizer, cond_B, keys_B, sampler, held
                 )
-                image_BHW3, unpainted_B = paint(tokenizer, tokens_BLG)
+                image_BHW3, broken_B = decode_pixels(tokenizer, tokens_BLG)
             kept, number = min(batch, N - start), functools.partial(_number, first + start)
             boundary.refuse(np.asarray(invalid_B)[:kept], "logits", number)
-            boundary.refuse(np.asarray(unpainted_B)[:kept], "what the decoder paints", number)
+            boundary.refuse(np.asarray(broken_B)[:kept], "what the decoder gives", number)
             yield np.asarray(tokens_BLG)[:kept], np.asarray(image_BHW3)[:kept]
             bar.update(kept)
 

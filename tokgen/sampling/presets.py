@@ -30,9 +30,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from tokgen import ranges, report
+from tokgen import choices, ranges, report
 from tokgen.interfaces import Generator, UserError
-from tokgen.sampling import decode, guidance, sampler as filters
+from tokgen.sampling import decode, guidance, sampler as samplers
 
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": "constant", "weight": 1.0}
 KNOBS = {"steps": 0, "schedule": "", "exponent": 0.0}
@@ -43,7 +43,7 @@ MASKED = KNOBS | {
     "drawing": "temperature",
 }
 CHOICES = {
-    "ranking": ("log_probability", "raw_logit"),
+    "ranking": tuple(samplers.RANKINGS),
     "annealing": ("none", "softmax"),
     "drawing": ("temperature", "noise"),
     "precision": ("float32", "bfloat16"),
@@ -52,7 +52,9 @@ LOADING = {"precision": "float32"}  # not the sampler's: how the networks are lo
 SCHEDULE = ("power", "first", "last")  # what a guidance schedule may take beside its weight
 
 
-def prepare(generator: Generator, settings: Mapping[str, Any]) -> tuple[Generator, filters.Sampler]:
+def prepare(
+    generator: Generator, settings: Mapping[str, Any]
+) -> tuple[Generator, samplers.Sampler]:
     """The generator as a preset wants it, a copy where it differs, and the Sampler for its plan."""
     _check(settings)
     knobs = generator.knobs
@@ -82,7 +84,7 @@ def prepare(generator: Generator, settings: Mapping[str, Any]) -> tuple[Generato
     return generator, sampler(rest, steps, generator.layout.groups)
 
 
-def sampler(settings: Mapping[str, Any], steps: int, symbols: int = 1) -> filters.Sampler:
+def sampler(settings: Mapping[str, Any], steps: int, symbols: int = 1) -> samplers.Sampler:
     """The Sampler of a preset, for a plan of so many steps over positions of so many symbols."""
     _check(settings)
     extra = {name: settings[name] for name in SCHEDULE if name in settings}
@@ -102,12 +104,12 @@ def sampler(settings: Mapping[str, Any], steps: int, symbols: int = 1) -> filter
     if settings["drawing"] == "noise":
         factors = tuple(a * b for a, b in zip(softening, jitter, strict=True))
     try:
-        return filters.Sampler(
+        return samplers.Sampler(
             temperature=_scaled(_temperature(settings["temperature"], steps, symbols), factors),
             top_k=settings["top_k"],
             top_p=settings["top_p"],
             guidance=_weights(settings, extra, steps, symbols),
-            confidence=getattr(filters, settings["ranking"]),
+            confidence=samplers.RANKINGS[settings["ranking"]],
             jitter=jitter if settings["noise"] else 0.0,
             confidence_temperature=softening if set(softening) != {1.0} else 1.0,
         )
@@ -123,9 +125,7 @@ def named(presets: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]
     """
     own = {k: v for k, v in presets.get("default", {}).items() if k in MASKED}
     known = {"no_guidance": own} | {key: dict(value) for key, value in presets.items()}
-    if name not in known:
-        raise UserError(f"preset must be one of {', '.join(sorted(known))}; found {name!r}")
-    return PLAIN | known[name]
+    return PLAIN | choices.named(known, name, "preset")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +152,7 @@ def choose(
     presets: Mapping[str, Mapping[str, Any]],
     choice: Choice,
     classes: Sequence[str],
-) -> tuple[dict[str, Any], Generator, filters.Sampler]:
+) -> tuple[dict[str, Any], Generator, samplers.Sampler]:
     """(settings, generator, sampler) of a choice among a checkpoint's presets.
 
     Guidance is off where there are no `classes` to guide towards; asked for, it is an error.
@@ -181,7 +181,7 @@ def choose(
     return settings, chosen, sampler_
 
 
-def without_effect(choice: Choice, sampler: filters.Sampler) -> dict[str, str]:
+def without_effect(choice: Choice, sampler: samplers.Sampler) -> dict[str, str]:
     """{option: when it has an effect} of what is asked for in vain: a draw is of the likeliest."""
     idle = {}
     if not np.any(sampler.temperature):
@@ -199,7 +199,7 @@ def precision(meta: Mapping[str, Any], choice: Choice) -> str:
 
 
 def unguided(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The same settings without guidance, whatever its schedule calls none."""
+    """A preset's settings without guidance, whatever its schedule calls none."""
     kept = {name: value for name, value in settings.items() if name not in SCHEDULE}
     return kept | {"guidance": "constant", "weight": 1.0}
 
@@ -210,9 +210,9 @@ def _check(settings: Mapping[str, Any]) -> None:
     if unknown:
         raise UserError(f"a preset has no field {unknown[0]!r}; it has {', '.join(fields)}")
     settings = fields | dict(settings)
-    for name, choices in CHOICES.items():
-        if settings[name] not in choices:
-            raise UserError(f"{name} must be one of {', '.join(choices)}; found {settings[name]!r}")
+    for name, known in CHOICES.items():
+        if settings[name] not in known:
+            raise UserError(choices.refusal(known, settings[name], name))
     steps = settings["steps"]
     if isinstance(steps, bool) or (steps != 0 and not ranges.fits(steps, ranges.Steps)):
         raise UserError(
@@ -252,7 +252,7 @@ def _scaled(temperature: Any, factors: tuple[float, ...]) -> Any:
     if set(factors) == {1.0}:
         return temperature
     # checked before it is multiplied: [0.9] * 8 is a list
-    entries = filters.Sampler(temperature=temperature).temperature
+    entries = samplers.Sampler(temperature=temperature).temperature
     entries = entries if isinstance(entries, tuple) else (entries,) * len(factors)
     if len(entries) != len(factors):
         raise UserError(

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import numbers
 from collections.abc import Callable
 
 import chex
@@ -26,9 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokgen import interfaces, rng
-from tokgen.sampling import settings
 
 SETTINGS = ("temperature", "top_k", "top_p", "guidance", "jitter", "confidence_temperature")
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 def log_probability(
@@ -42,6 +44,9 @@ def log_probability(
 def raw_logit(logits_BlGV: interfaces.Array, tokens_BlG: interfaces.Array) -> interfaces.Array:
     """[B, l, G] logits of tokens, not normalised: what TiTok and MaskGen rank by."""
     return jnp.take_along_axis(logits_BlGV, tokens_BlG[..., None], axis=-1)[..., 0]
+
+
+RANKINGS = {"log_probability": log_probability, "raw_logit": raw_logit}  # what a preset may name
 
 
 def per_image_uniform(
@@ -102,7 +107,7 @@ class Sampler:
 
     def __post_init__(self):
         for name in SETTINGS:
-            object.__setattr__(self, name, settings.checked(name, getattr(self, name)))
+            object.__setattr__(self, name, checked(name, getattr(self, name)))
         lengths = self._lengths()
         if len(set(lengths.values())) > 1:
             found = ", ".join(f"{name} has {length}" for name, length in lengths.items())
@@ -140,10 +145,10 @@ class Sampler:
         chex.assert_rank(logits_BlGV, 4)
         chex.assert_shape(keys_B, logits_BlGV.shape[:1])
         logits_BlGV = logits_BlGV.astype(jnp.float32)
-        temperature = settings.at(self.temperature, step)
-        temperature = settings.of_symbols(temperature, symbol, logits_BlGV.shape[2])
+        temperature = at_step(self.temperature, step)
+        temperature = of_symbols(temperature, symbol, logits_BlGV.shape[2])
 
-        top_k, top_p = settings.at(self.top_k, step), settings.at(self.top_p, step)
+        top_k, top_p = at_step(self.top_k, step), at_step(self.top_p, step)
         # Python numbers decide here, and what is traced in the program
         alone = (temperature == 0, top_k == 1, top_p * logits_BlGV.shape[-1] <= 1)
 
@@ -160,11 +165,11 @@ class Sampler:
 
     def _confidence(self, logits_BlGV, tokens_BlG, keys_B, step, symbol):
         """[B, l, G] of softened logits, with Gumbel noise (MaskGIT, arXiv:2202.04200, sec. 3.2)."""
-        softening = settings.at(self.confidence_temperature, step)
+        softening = at_step(self.confidence_temperature, step)
         if not (isinstance(softening, float) and softening == 1):
             logits_BlGV = logits_BlGV / softening
         confidence_BlG = self.confidence(logits_BlGV, tokens_BlG)
-        jitter = settings.at(self.jitter, step)
+        jitter = at_step(self.jitter, step)
         if isinstance(jitter, float) and jitter == 0:
             return confidence_BlG
         gumbel_BlG = self.gumbel(keys_B, step, symbol, tokens_BlG.shape)
@@ -201,7 +206,7 @@ def masses(
     if not (isinstance(top_p, float | int) and top_p == 1):
         total_BlG = jnp.sum(mass_BlGV, axis=-1)
         # a p that rounds to nothing still needs something: the likeliest token
-        need_BlG = jnp.maximum(jnp.asarray(top_p, jnp.float32) * total_BlG, settings.SMALLEST)
+        need_BlG = jnp.maximum(jnp.asarray(top_p, jnp.float32) * total_BlG, SMALLEST)
         need_BlG = jnp.where(jnp.asarray(top_p) < 1, need_BlG, jnp.inf)
         mass_BlGV = jnp.where(_reaching(logits_BlGV, mass_BlGV, need_BlG), mass_BlGV, 0)
     return mass_BlGV
@@ -264,3 +269,97 @@ def _ordered(logits_BlGV: interfaces.Array) -> interfaces.Array:
     bits_BlGV = jax.lax.bitcast_convert_type(logits_BlGV, jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits_BlGV >= sign, ~bits_BlGV, bits_BlGV | sign)
+
+
+# ---------------------------------------------------------------- settings
+
+
+def at_step(setting: float | tuple, step: interfaces.Array | int) -> interfaces.Array | float:
+    """A setting's value at a step; static where it is the same at every step."""
+    if not isinstance(setting, tuple):
+        return setting
+    if isinstance(step, int) and not 0 <= step < len(setting):
+        raise interfaces.UserError(
+            f"step {step} needs a setting of its own; found {len(setting)} entries: give one per "
+            "decoding step, or one number for all"
+        )
+    return setting[0] if len(set(setting)) == 1 else jnp.asarray(setting)[step]
+
+
+def of_symbols(entry: object, symbol: int, groups: int) -> object:
+    """Of an entry with one number per symbol, those of `groups` symbols from `symbol` on.
+
+    As [1, 1, G], or as one number where they agree; an entry that is one number comes back as is.
+    """
+    if not isinstance(entry, tuple) and jnp.ndim(entry) == 0:
+        return entry
+    if symbol + groups > len(entry):
+        raise interfaces.UserError(
+            f"settings per symbol need one number for each; found {len(entry)} for a position of "
+            f"{symbol + groups} symbols or more: give one per symbol, or one number for all"
+        )
+    entry = entry[symbol : symbol + groups]
+    if isinstance(entry, tuple) and len(set(entry)) == 1:
+        return entry[0]
+    return jnp.asarray(entry, jnp.float32)[None, None]
+
+
+def checked(name: str, setting: object) -> float | tuple:
+    """A number, or one entry per decoding step; lists, as JSON has them, become tuples."""
+    if not isinstance(setting, tuple | list):
+        if name == "guidance":
+            raise interfaces.UserError(
+                f"guidance needs one weight per decoding step; found {setting!r}; write "
+                f"guidance.constant({setting!r}, steps)"
+            )
+        return _number(name, setting)
+    if not setting and name != "guidance":
+        raise interfaces.UserError(
+            f"{name} needs a number, or one per decoding step; found none; leave it out to keep "
+            "the default"
+        )
+    if name not in ("temperature", "guidance"):
+        return tuple(_number(name, entry) for entry in setting)
+    return _rows(name, setting)
+
+
+def _rows(name: str, setting: tuple | list) -> tuple:
+    """Entries of as many numbers each: one, or one per symbol of a position."""
+    symbols = {len(entry) for entry in setting if isinstance(entry, tuple | list)}
+    if not symbols:
+        return tuple(_number(name, entry) for entry in setting)
+    if len(symbols) > 1 or 0 in symbols:
+        raise interfaces.UserError(
+            f"an entry of {name} is one number, or one for every symbol of a position; found "
+            f"entries of {' and '.join(map(str, sorted(symbols)))} numbers"
+        )
+    (width,) = symbols
+    rows = (e if isinstance(e, tuple | list) else (e,) * width for e in setting)
+    return tuple(tuple(_number(name, number) for number in row) for row in rows)
+
+
+def _number(name: str, value: object) -> float | int:
+    """One entry of a setting as a Python number, checked."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if name == "top_k":
+        good = number and isinstance(value, numbers.Integral) and 0 <= value < 2**31
+        need = "a whole number, 0 or more; 0 keeps all"
+    elif name == "top_p":
+        good = number and 0 < value <= 1
+        need = "a number above 0 and at most 1; 1 keeps all"
+    elif name == "jitter":
+        good = number and 0 <= value <= LARGEST
+        need = "a finite number, 0 or more; 0 adds nothing"
+    elif name == "confidence_temperature":
+        good = number and SMALLEST <= value <= LARGEST
+        need = f"a number from {SMALLEST:.2g} to {LARGEST:.2g}; 1 changes nothing"
+    elif name == "temperature":
+        # float32 would make 0 of 1e-40 and infinity of 1e40, without a word
+        good = number and (value == 0 or SMALLEST <= value <= LARGEST)
+        need = f"0, which is greedy, or a number from {SMALLEST:.2g} to {LARGEST:.2g}"
+    else:
+        good = number and math.isfinite(value)
+        need = "finite numbers, one per decoding step; 1 is no guidance"
+    if not good:
+        raise interfaces.UserError(f"{name} must be {need}; found {value!r}")
+    return int(value) if name == "top_k" else float(value)

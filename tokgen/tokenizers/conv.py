@@ -172,12 +172,12 @@ def _check_blocks(blocks: int, widths: tuple[int, ...]) -> None:
 
 
 def _check_size(size: tuple[int, int] | None, grid: tuple[int, int], stem: int, levels: int):
-    """What is painted must be as large as the image."""
+    """What is decoded must be as large as the image."""
     stride = stem * 2 ** (levels - 1)
-    painted = tuple(side * stride for side in grid)
-    if size is not None and tuple(size) != painted:
+    decoded = tuple(side * stride for side in grid)
+    if size is not None and tuple(size) != decoded:
         raise UserError(
-            f"the decoder must paint images of {tuple(size)}; from a grid of {grid} with stem "
-            f"{stem} and {levels} widths, a stride of {stride}, it paints {painted}: give it the "
+            f"the decoder must give images of {tuple(size)}; from a grid of {grid} with stem "
+            f"{stem} and {levels} widths, a stride of {stride}, it gives {decoded}: give it the "
             "stem and the number of widths of the encoder"
         )

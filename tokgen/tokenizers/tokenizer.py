@@ -48,8 +48,8 @@ class Tokenizer(nnx.Module):
         latents_BPC = self.encoder(image_BHW3 * (high - low) + low)
         if self.layout is not None and latents_BPC.ndim == 3:
             what = f"latents of images {tuple(image_BHW3.shape[1:])}"
-            places = self.layout.spans[-1][1]
-            boundary.latents(latents_BPC, places, self.quantizer.inputs, what)
+            positions = self.layout.spans[-1][1]
+            boundary.latents(latents_BPC, positions, self.quantizer.inputs, what)
         return latents_BPC
 
     def encode(self, image_BHW3: jax.Array) -> jax.Array:
@@ -70,7 +70,7 @@ class Tokenizer(nnx.Module):
         """Images [B, H, W, 3] of tokens, in [0, 1]; `cond` for a decoder that reads text."""
         image_BHW3, invalid_B = self.decoded(tokens_BLG, cond=cond)
         if boundary.known(invalid_B):
-            boundary.refuse(invalid_B, "what the decoder paints")
+            boundary.refuse(invalid_B, "what the decoder gives")
         return image_BHW3
 
     def decoded(
@@ -84,9 +84,9 @@ class Tokenizer(nnx.Module):
 
     def decode_latents(self, latents_BPC: jax.Array, *, cond: jax.Array | None = None) -> jax.Array:
         """Images of quantized latents, clipped to [0, 1]; what is not finite is NaN."""
-        painted_BHW3 = self.paint(latents_BPC, cond=cond)
+        image_BHW3 = self.decode_unclipped(latents_BPC, cond=cond)
         # an infinite pixel is not white
-        return jnp.where(jnp.isfinite(painted_BHW3), jnp.clip(painted_BHW3, 0, 1), jnp.nan)
+        return jnp.where(jnp.isfinite(image_BHW3), jnp.clip(image_BHW3, 0, 1), jnp.nan)
 
     def reconstruct(
         self,
@@ -97,12 +97,14 @@ class Tokenizer(nnx.Module):
     ) -> tuple[jax.Array, Quantized]:
         """(images, not clipped: training needs the gradient; what the quantizer returned)."""
         quantized = self.quantizer(self.latents(image_BHW3), key=key)
-        return self.paint(quantized.latents_BPC, cond=cond), quantized
+        return self.decode_unclipped(quantized.latents_BPC, cond=cond), quantized
 
-    def paint(self, latents_BPC: jax.Array, *, cond: jax.Array | None = None) -> jax.Array:
+    def decode_unclipped(
+        self, latents_BPC: jax.Array, *, cond: jax.Array | None = None
+    ) -> jax.Array:
         """Images of quantized latents, not clipped: a loss needs the gradient beyond white."""
         low, high = self.pixels
         text = () if cond is None else (cond,)
         # float32: losses and pixels are compared in it
-        painted = self.decoder(latents_BPC, *text).astype(jnp.float32)
-        return (painted - low) / (high - low)
+        image_BHW3 = self.decoder(latents_BPC, *text).astype(jnp.float32)
+        return (image_BHW3 - low) / (high - low)

@@ -1,4 +1,4 @@
-"""A decoder of two: it predicts the codes of another tokenizer, whose decoder paints them.
+"""A decoder of two: it predicts the codes of another tokenizer, whose decoder gives them.
 
 The two-stage form of TiTok (arXiv:2406.07550, section 3.3). First `codes` learns to predict what a
 frozen tokenizer writes for the image; then the pixel decoder of that tokenizer is tuned on what

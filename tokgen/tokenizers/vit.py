@@ -3,7 +3,7 @@
 TiTok (arXiv:2406.07550) and its relatives with text (TA-TiTok, arXiv:2501.07730). The encoder sees
 the patches followed by learned latent tokens, whose outputs are the latents. The decoder sees a
 mask token for every patch followed by the latents, and by text features where it was given any;
-what stands at the masks is painted. Both begin with a class token that nobody reads.
+what stands at the masks becomes pixels. Both begin with a class token that nobody reads.
 """
 
 from __future__ import annotations

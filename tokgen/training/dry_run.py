@@ -1,19 +1,16 @@
-"""A training program without its numbers: what it is told is checked, then traced, before any work.
+"""A training program without its numbers: all that it will run is traced, before any work.
 
-First every field is held against the signature that it is for, and against the others (`*_fields`,
-which touches no device). Then the networks, a step of every kind that the run will take and the
-default preset's decode are traced with shapes in the place of arrays: what cannot run is told in
-one message, before the work directory holds anything and before a device has computed.
+The networks, a step of every kind that the run will take and the default preset's decode are traced
+with shapes in the place of arrays: what cannot run is told in one message, before the work
+directory holds anything and before a device has computed. `fields.py` has held every field before.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +18,13 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from tokgen import parameters, ranges, rng, sharding
-from tokgen.backbones import perceptual
+from tokgen import parameters, rng, sharding
 from tokgen.config import building
-from tokgen.data import datasets, views
+from tokgen.data import datasets
 from tokgen.interfaces import PyTree, Text, TokenLayout, UserError
-from tokgen.nn import precision, transformer
-from tokgen.sampling import decode, presets, sampler as filters
+from tokgen.sampling import decode, presets, sampler as samplers
 from tokgen.training import (
+    fields,
     gan as gans,
     optimizer as optimizers,
     safeguards,
@@ -37,250 +33,11 @@ from tokgen.training import (
     train_state,
 )
 
-# What a tokenizer's step may compute beside perceptual distances: weights are looked up by name
-TERMS = (
-    *("l1", "l2", "codes", "codebook", "commitment", "index", "sample_entropy", "batch_entropy"),
-    "kl",
-)
-
-ENTROPIES = ("sample_entropy", "batch_entropy")  # what training may raise as well as lower
-
-
-# ---------------------------------------------------------------- the fields of a config
-
-
-@dataclasses.dataclass(frozen=True)
-class HeldOut:
-    """The section `held_out` of a tokenizer's config: images that are measured at a save."""
-
-    images: ranges.Count
-
-
-@dataclasses.dataclass(frozen=True)
-class HeldOutAndDrawn:
-    """That of a generator's: also pictures of each class in the grid that is drawn."""
-
-    images: ranges.Count
-    samples: Annotated[int, ranges.Range(0, 256)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """The section `report`: after so many steps figures are written, and a checkpoint is saved."""
-
-    scalars: ranges.Count
-    save: ranges.Count
-
-
-@dataclasses.dataclass(frozen=True)
-class Keep:
-    """The section `keep`: how many of the latest and of the best steps stay."""
-
-    latest: ranges.Whole
-    best: ranges.Whole
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """The section `data` of a generator's config."""
-
-    tokens: str
-    tokenizer: str
-    images: str = ""
-    views: str = "center,flip"
-    text: str = ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Fields:
-    """What the configs of both programs have at their top."""
-
-    seed: ranges.Seed
-    steps: ranges.Count
-    batch_size: ranges.Batch
-    precision: dict
-    data: dict
-    optimizer: dict
-    ema: ranges.Rate
-    average: str = "muse"
-    mesh: dict
-    strategy: str
-    held_out: dict
-    report: dict
-    keep: dict
-    init_from: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenizerFields(Fields):
-    """Those of a tokenizer's config."""
-
-    view: dict
-    pixels: tuple[ranges.Weight, ranges.Weight]
-    encoder: dict
-    quantizer: dict
-    decoder: dict
-    loss: Mapping[str, ranges.Weight]
-    anneal: Mapping[str, tuple[ranges.Amount, ranges.Fraction]] = dataclasses.field(
-        default_factory=dict
-    )
-    perceptual: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    teacher: str = ""
-    stages: tuple[dict, ...] = ()
-    discriminator: dict
-    safeguards: dict = dataclasses.field(default_factory=dict)
-    max_bad: ranges.Share
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GeneratorFields(Fields):
-    """Those of a generator's config."""
-
-    generator: dict
-    presets: Mapping[str, dict]
-    max_bad: ranges.Share = 1e-3
-
-
-def names(fields: type[Fields]) -> tuple[str, ...]:
-    """What the config of a program may have at its top."""
-    return tuple(field.name for field in dataclasses.fields(fields))
-
-
-SHARED = dict(
-    precision=(precision.Precision, ()),
-    report=(Report, ()),
-    keep=(Keep, ()),
-    mesh=(sharding.make_mesh, ()),
-)
-
-
-def tokenizer_fields(settings) -> None:
-    """Every field of a tokenizer's config, alone and together; no device is touched."""
-    discriminator = settings.get("discriminator")
-    # also of a discriminator that is off: it may be turned on
-    stated = hasattr(discriminator, "items") and (
-        discriminator.get("weight") or discriminator.get("optimizer")
-    )
-    its = {"discriminator__optimizer": (optimizers.optimizer, ("steps", "begin"))} if stated else {}
-    building.check(
-        settings,
-        TokenizerFields,
-        view=(views.View, ()),
-        optimizer=(optimizers.optimizer, ("steps", "begin")),
-        discriminator=(gans.GAN, ()),
-        **its,
-        safeguards=(safeguards.Limits, ()),
-        held_out=(HeldOut, ()),
-        **SHARED,
-    )
-    ranges.refuse([*_shared(settings), *_weights(settings)])
-    plan = stages.plan(settings)
-    gan = building.call(gans.GAN, settings.discriminator, "discriminator")
-    building.call(safeguards.Limits, settings.get("safeguards", {}), "safeguards")
-    building.call(views.View, settings.view, "view")
-    if stated:
-        _optimizer(gan.optimizer, "discriminator.optimizer", settings.steps)
-    if gan.weight and "name" not in gan.network:
-        raise UserError(
-            f"discriminator.weight={gan.weight:g} needs a discriminator: give "
-            "discriminator.network a name, such as patchgan, or set discriminator.weight=0"
-        )
-    for number, stage in enumerate(plan):
-        _check_aim(stage, {**settings.loss, **stage.loss}, f"stages[{number}]")
-    tokenizer_step.check_frozen(settings, plan)
-
-
-def generator_fields(settings) -> None:
-    """Every field of a generator's config, alone and together; no device is touched."""
-    building.check(
-        settings,
-        GeneratorFields,
-        data=(Tokens, ()),
-        held_out=(HeldOutAndDrawn, ()),
-        generator__rates=(transformer.Rates, ()),
-        optimizer=(optimizers.optimizer, ("steps", "begin")),
-        **SHARED,
-    )
-    found = _shared(settings)
-    if settings.generator.get("label_drop") == 1:
-        found.append(
-            "generator.label_drop must be below 1 in training: at 1 the classes are never seen; "
-            "found 1"
-        )
-    ranges.refuse(found)
-    building.call(transformer.Rates, settings.generator.get("rates", {}), "generator.rates")
-    _optimizer(settings.optimizer, "optimizer", settings.steps)
-    views.stored(settings.data.get("views", "center,flip"))
-    presets.named(settings.presets.to_dict(), "default")
-
-
-def _check_aim(stage: stages.Stage, weights: Mapping[str, float], name: str) -> None:
-    """A stage descends something, and no distance upwards."""
-    negative = [term for term, w in weights.items() if w < 0 and term not in ENTROPIES]
-    if negative:
-        told = ", ".join(f"loss.{term}={weights[term]:g}" for term in negative)
-        raise UserError(
-            f"a weight of config.loss is at least 0, but for {' and '.join(ENTROPIES)}; found "
-            f"{told}"
-        )
-    aims = ("codes",) if stage.objective == "codes" else ("l1", "l2", *perceptual.known())
-    if not any(weights.get(term) for term in aims):
-        raise UserError(
-            f"{name} compares nothing with the image: one of the weights {', '.join(aims)} of "
-            "config.loss must be above 0"
-        )
-
-
-def _optimizer(section, name: str, steps: int) -> None:
-    building.call(optimizers.optimizer, section, name, steps=steps)
-
-
-# What has a default, and is read by those who are handed a config or a checkpoint
-STATED = ("precision.params", "precision.compute", "view.size", "view.channels")
-
-
-def _shared(settings) -> list[str]:
-    """What is wrong between fields that both programs have."""
-    found = []
-    for section, name in (field.split(".") for field in STATED):
-        if section in settings and name not in settings[section]:
-            found.append(f"{section} needs {name!r}")
-    if settings.strategy not in sharding.STRATEGIES:
-        names = ", ".join(sharding.STRATEGIES)
-        near = difflib.get_close_matches(settings.strategy, sharding.STRATEGIES, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        found.append(f"strategy must be one of {names}; found {settings.strategy!r}{hint}")
-    sizes = [settings.mesh.get(axis, 1) for axis in sharding.AXES]
-    if 0 in sizes or sizes.count(-1) > 1:
-        found.append(
-            f"the sizes of the mesh are at least 1, but for one that may be -1, all that are "
-            f"left; found {sizes}"
-        )
-    building.call(precision.Precision, settings.precision, "precision")
-    train_state.average_of(settings.get("average", "muse"))
-    return found
-
-
-def _weights(settings) -> list[str]:
-    """Names of losses, distances and annealed terms that nothing computes."""
-    found, distances = [], tuple(perceptual.known())
-    for section, known in (("loss", (*TERMS, *distances)), ("perceptual", distances)):
-        for name in settings.get(section, {}):
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
-                found.append(f"{section} has no term {name!r}{hint}")
-    for name in settings.get("anneal", {}):
-        if name not in settings.loss:
-            found.append(f"anneal.{name} needs a weight of that name in config.loss")
-    return found
-
-
 # ---------------------------------------------------------------- what runs, traced
 
 
 def tokenizer(
-    settings,
+    settings: ml_collections.ConfigDict,
     mesh: jax.sharding.Mesh,
     frozen: PyTree,
     *,
@@ -292,7 +49,7 @@ def tokenizer(
     `frozen` is what `tokenizer_step.load_frozen` gives, as arrays or as shapes; `text` the shape of
     the features of one image, where the data has any; `memory` the bytes of all devices together.
     """
-    tokenizer_fields(settings)
+    fields.check_tokenizer(settings)
     plan = stages.plan(settings)
     gan = building.call(gans.GAN, settings.discriminator, "discriminator")
     limits = building.call(safeguards.Limits, settings.get("safeguards", {}), "safeguards")
@@ -312,7 +69,7 @@ def tokenizer(
 
 
 def generator(
-    settings,
+    settings: ml_collections.ConfigDict,
     layout: TokenLayout,
     classes: int,
     mesh: jax.sharding.Mesh,
@@ -321,7 +78,7 @@ def generator(
     *,
     text: tuple[int, int] | None = None,
     memory: int | None = None,
-) -> tuple[nnx.Module, filters.Sampler]:
+) -> tuple[nnx.Module, samplers.Sampler]:
     """(the Generator as shapes, the default preset's Sampler) after all that will run was traced.
 
     That is a step of training, and the decode by the default preset; UserError for what cannot run.
@@ -329,7 +86,7 @@ def generator(
     `train_step` gives (settings, structure, optimizer) -> step; `codec` is the tokenizer's
     quantizer, as arrays or as shapes.
     """
-    generator_fields(settings)
+    fields.check_generator(settings)
     sharding.check_batch(settings.batch_size, mesh)
     optimizer = building.call(
         optimizers.optimizer, settings.optimizer, "optimizer", steps=settings.steps
@@ -362,12 +119,16 @@ def generator(
     return shapes, samplers["default"][1]
 
 
-def _decoded(sampler, generator, codec, cond):
+def _decoded(
+    sampler: samplers.Sampler, generator: nnx.Module, codec: nnx.Module, cond: PyTree
+) -> jax.Array:
     keys_B = rng.per_image(0, "sample", jnp.arange(len(jax.tree.leaves(cond)[0])))
     return decode.generate(generator, codec, cond, sampler, keys_B=keys_B).tokens_BLG
 
 
-def _prepared(settings, shapes: nnx.Module, name: str):
+def _prepared(
+    settings: ml_collections.ConfigDict, shapes: nnx.Module, name: str
+) -> tuple[nnx.Module, samplers.Sampler]:
     """(generator, sampler) of a preset; one without "no class" cannot be guided by default."""
     try:
         made, sampler = presets.prepare(shapes, presets.named(settings.presets.to_dict(), name))
@@ -386,7 +147,12 @@ def _cond(shapes: nnx.Module, batch: Mapping[str, Any]) -> PyTree:
     return Text(batch["text"], batch["mask"])
 
 
-def _tokens(settings, layout: TokenLayout, shapes, text) -> dict[str, jax.ShapeDtypeStruct]:
+def _tokens(
+    settings: ml_collections.ConfigDict,
+    layout: TokenLayout,
+    shapes: nnx.Module,
+    text: tuple[int, int] | None,
+) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of the stream, as shapes."""
     B = settings.batch_size
     batch = {
@@ -426,7 +192,7 @@ def networks_of(
     return networks, graphs, optimizer
 
 
-def _turned(networks, graphs, optimizer):
+def _turned(networks: PyTree, graphs: Any, optimizer: Any) -> tuple[Any, PyTree]:
     return (graphs, optimizer), networks
 
 

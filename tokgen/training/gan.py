@@ -115,7 +115,7 @@ def build(gan: GAN, settings: ml_collections.ConfigDict, *, rngs: nnx.Rngs) -> n
 
 
 def views(discriminator: nnx.Module, gan: GAN, key: Array) -> tuple[Callable, Callable]:
-    """(image -> logits for the discriminator's own loss, the same for the tokenizer's).
+    """(image -> logits for the discriminator's own loss, image -> logits for the tokenizer's).
 
     They differ where a network normalises by the batch it is handed: the tokenizer's images are
     scored by running statistics, each alone.
@@ -151,7 +151,7 @@ def discriminator_step(gan: GAN, graph: nnx.GraphDef, optimizer: optimizers.Opti
         image_BHW3: Array,
         reconstruction_BHW3: Array,
         key: Array,
-    ):
+    ) -> tuple[train_state.TrainState, dict[str, Array], dict[str, Array]]:
         reconstruction_BHW3 = jax.lax.stop_gradient(reconstruction_BHW3)
 
         def loss(params):

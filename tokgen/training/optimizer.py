@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from tokgen import parameters, ranges
+from tokgen import choices, parameters, ranges
 from tokgen.interfaces import Array, PyTree, UserError
 
 KERNELS = r"(.*/)?kernel"
@@ -153,9 +153,7 @@ def optimizer(
     By default these are the matrices: no norms, biases, embeddings, codebooks. With
     `weight_decay_end` the decay goes there in half a cosine over all steps.
     """
-    moments = {"adamw": _adam, "muon": _muon}
-    if name not in moments:
-        raise UserError(f"optimizer must be one of {sorted(moments)}; found {name!r}")
+    moments = choices.named({"adamw": _adam, "muon": _muon}, name, "optimizer")
     try:
         re.compile(decayed)
     except re.error as error:
@@ -163,7 +161,7 @@ def optimizer(
             f"decayed must be a pattern of paths; found {decayed!r}: {error}"
         ) from error
     links = [optax.clip_by_global_norm(clip)] if clip else []
-    links.append(moments[name](b1, b2))
+    links.append(moments(b1, b2))
     options = dict(warmup=warmup, start=start, decay=decay, final=final, hold=hold)
     options |= dict(drops=drops, restarts=restarts, begin=begin)
     shrink = (lambda step: weight_decay) if weight_decay else None

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from tokgen import parameters, ranges
+from tokgen import choices, parameters, ranges
 from tokgen.config import building as configs
 from tokgen.interfaces import UserError
 from tokgen.training import optimizer as optimizers
@@ -51,10 +51,8 @@ def plan(settings) -> tuple[Stage, ...]:
         section = {key: configs.plain(value) for key, value in section.items()}
         stage = configs.call(Stage, section, f"stages[{number}]")
         if stage.objective not in OBJECTIVES:
-            raise UserError(
-                f"stages[{number}].objective must be one of {', '.join(OBJECTIVES)}; found "
-                f"{stage.objective!r}"
-            )
+            what = f"stages[{number}].objective"
+            raise UserError(choices.refusal(OBJECTIVES, stage.objective, what))
         unknown = sorted(set(stage.loss) - set(settings.loss))
         if unknown:
             raise UserError(

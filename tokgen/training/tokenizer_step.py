@@ -78,7 +78,7 @@ def pixels(
     latents_BPC = tokenizer.latents(image_BHW3)
     key = rng.use(rng.key(settings.seed, "train", step), rng.QUANTIZER)
     quantized = tokenizer.quantizer(latents_BPC, key=key)
-    reconstruction_BHW3 = tokenizer.paint(quantized.latents_BPC, cond=batch.get("text"))
+    reconstruction_BHW3 = tokenizer.decode_unclipped(quantized.latents_BPC, cond=batch.get("text"))
     terms = losses.reconstruction(image_BHW3, reconstruction_BHW3) | quantized.losses
     for name, distance in frozen.get("perceptual", {}).items():
         terms[name] = jnp.mean(distance(2 * image_BHW3 - 1, 2 * reconstruction_BHW3 - 1))
@@ -182,7 +182,9 @@ def plain_step(
     weights, graph = {**settings.loss, **stage.loss}, graphs["model"]
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(networks: Networks, batch: Mapping[str, Array], frozen: PyTree):
+    def step(
+        networks: Networks, batch: Mapping[str, Array], frozen: PyTree
+    ) -> tuple[Networks, dict[str, Array], Array]:
         model = networks["model"]
         key = rng.key(settings.seed, "train", model.step)
 
@@ -220,7 +222,9 @@ def adversarial_step(
     discriminate = gans.discriminator_step(gan, graphs["discriminator"], discriminator_optimizer)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(networks: Networks, batch: Mapping[str, Array], frozen: PyTree):
+    def step(
+        networks: Networks, batch: Mapping[str, Array], frozen: PyTree
+    ) -> tuple[Networks, dict[str, Array], Array]:
         names = ("model", "discriminator", "averages")
         model, discriminator, averages = (networks[name] for name in names)
         image_BHW3 = reconstruction.from_uint8(batch["image"])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 
-from tokgen import parameters, rng, sharding
+from tokgen import choices, parameters, rng, sharding
 from tokgen.interfaces import Array, PyTree, UserError
 from tokgen.training import optimizer as optimizers
 
@@ -37,9 +37,7 @@ class TrainState:
 
 def average_of(name: str) -> Callable[[Array], Array]:
     """How an average begins, by the name that a config gives as `average`."""
-    if name not in AVERAGES:
-        raise UserError(f"config.average must be one of {', '.join(AVERAGES)}; found {name!r}")
-    return AVERAGES[name]
+    return choices.named(AVERAGES, name, "config.average")
 
 
 def create(

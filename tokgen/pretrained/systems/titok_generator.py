@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from tokgen.interfaces import TokenLayout, UserError
 from tokgen.pretrained import keymap, parity
 from tokgen.pretrained.families import masked
 from tokgen.pretrained.system import System, Weights
-from tokgen.sampling import guidance, sampler as filters
+from tokgen.sampling import guidance, sampler as samplers
 
 HEADS = 16  # of both published widths, 768 and 1024
 BERT, UVIT = "model.", ""  # what the keys outside the blocks begin with
@@ -51,16 +51,16 @@ DECODES = {
 
 def tokens(published: dict, weights: Mapping[str, np.ndarray], *, form: str):
     """(layout, classes): rows of the table are codes, the mask, classes, no class."""
-    words, _ = masked.need(weights, WORDS[form], 2, NAMES[form])
-    codes, _ = masked.need(weights, f"{form}lm_head.weight", 2, NAMES[form])
-    places = masked.need(weights, PLACES[form], 2 if form == BERT else 3, NAMES[form])
+    words, _ = keymap.need(weights, WORDS[form], 2, NAMES[form])
+    codes, _ = keymap.need(weights, f"{form}lm_head.weight", 2, NAMES[form])
+    shape = keymap.need(weights, PLACES[form], 2 if form == BERT else 3, NAMES[form])
     classes = words - codes - 2
     if classes < 1:
         raise UserError(
             f"{WORDS[form]} needs a row for each of {codes} codes, the mask, every class and no "
             f"class; found {words} rows"
         )
-    return TokenLayout((codes,), ((1, places[-2] - 1),)), classes
+    return TokenLayout((codes,), ((1, shape[-2] - 1),)), classes
 
 
 def settings(published: dict, weights: Weights, *, form: str) -> ml_collections.ConfigDict:
@@ -71,9 +71,9 @@ def settings(published: dict, weights: Weights, *, form: str) -> ml_collections.
     config = configs.load(f"configs/generator/titok.py:{variant}")
     config.precision.compute = "float32"
     ours = config.generator
-    ours.width = masked.need(weights, WORDS[form], 2, NAMES[form])[1]
+    ours.width = keymap.need(weights, WORDS[form], 2, NAMES[form])[1]
     ours.heads = section.get("num_attention_heads", HEADS)
-    ours.hidden = masked.need(weights, HIDDEN[form], 1, NAMES[form])[0]
+    ours.hidden = keymap.need(weights, HIDDEN[form], 1, NAMES[form])[0]
     last = ".output.dense.bias" if form == BERT else ".mlp.fc2.bias"
     ours.depth = sum(key.endswith(last) and ".attention." not in key for key in weights)
     if form == BERT:
@@ -165,7 +165,7 @@ def _replayed(folder) -> tuple[int, masked.Replay]:
         return drawn_BlG.astype(jnp.int32), left * confidence
 
     weights = guidance.linear(1 + 3.0, steps)
-    return steps, masked.Replay(choose, guidance=weights, confidence=filters.raw_logit)
+    return steps, masked.Replay(choose, guidance=weights, confidence=samplers.raw_logit)
 
 
 def _decodes(folder, generator) -> dict[str, np.ndarray]:
@@ -174,7 +174,7 @@ def _decodes(folder, generator) -> dict[str, np.ndarray]:
         steps = len(folder.arrays[f"{name}_steps"])
         softening = masked.annealing(steps) if name == "greedy_annealed" else 1.0
         sampler = masked.greedy(
-            weights_of(steps), confidence=filters.raw_logit, confidence_temperature=softening
+            weights_of(steps), confidence=samplers.raw_logit, confidence_temperature=softening
         )
         final, grids, _ = masked.run(masked.watched(generator, steps=steps), labels_B, sampler)
         found |= {name: final[..., 0], f"{name}_steps": grids[..., 0]}
@@ -183,7 +183,7 @@ def _decodes(folder, generator) -> dict[str, np.ndarray]:
     return found | {"noise_tokens": final[..., 0]}
 
 
-def arrays(folder, *, form: str, rows) -> dict[str, np.ndarray]:
+def arrays(folder: parity.Folder, *, form: str, rows: Callable) -> dict[str, np.ndarray]:
     """The arrays of the fixtures `titok_imagebert` and `titok_uvit`."""
     generator = folder.module()
     whole, mask_BLG = masked.batch(folder)
