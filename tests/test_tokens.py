@@ -59,7 +59,7 @@ def test_other_images_are_refused(tokenizer, image_NHW3, call, change, said):
 
 
 def test_tokens_of_another_layout_are_refused(tokenizer):
-    with pytest.raises(UserError, match="must be 64 places"):
+    with pytest.raises(UserError, match="must be 64 positions"):
         tokens.decode(tokenizer, np.zeros((2, 63, 1), np.int32))
     with pytest.raises(UserError, match="0 to 239"):
         tokens.decode(tokenizer, np.full((2, 64, 1), 240))

@@ -19,30 +19,56 @@ if TYPE_CHECKING:  # X as X: it is passed on
         load_tokenizer_of as load_tokenizer_of,
     )
     from tokgen.errors import UserError as UserError
+    from tokgen.evaluation.checkpoint_validation import (
+        Settings as ValidationSettings,  # noqa: F401
+        validate as validate,
+    )
+    from tokgen.evaluation.comparison import compare as compare
+    from tokgen.evaluation.reference_making import (
+        Settings as ReferenceSettings,  # noqa: F401
+        make as make_reference,  # noqa: F401
+    )
     from tokgen.evaluation.score import score as score
     from tokgen.evaluation.score_settings import Settings as ScoreSettings  # noqa: F401
+    from tokgen.evaluation.sweep import (
+        Settings as SweepSettings,  # noqa: F401
+        sweep as sweep,
+    )
     from tokgen.image_grid import grid as grid, save_png as save_png
     from tokgen.samples import Samples as Samples, sample as sample
     from tokgen.sampling.presets import Choice as SamplingChoice  # noqa: F401
-    from tokgen.tokens import decode as decode, encode as encode, reconstruct as reconstruct
+    from tokgen.tokens import (
+        decode as decode,
+        encode as encode,
+        pretokenize as pretokenize,
+        reconstruct as reconstruct,
+    )
 
 # Name -> (its module, what it is called there)
 _HOMES = {
     "Loaded": ("tokgen.checkpoints.checkpoint", "Loaded"),
+    "ReferenceSettings": ("tokgen.evaluation.reference_making", "Settings"),
     "Samples": ("tokgen.samples", "Samples"),
     "SamplingChoice": ("tokgen.sampling.presets", "Choice"),
     "ScoreSettings": ("tokgen.evaluation.score_settings", "Settings"),
+    "SweepSettings": ("tokgen.evaluation.sweep", "Settings"),
     "UserError": ("tokgen.errors", "UserError"),
+    "ValidationSettings": ("tokgen.evaluation.checkpoint_validation", "Settings"),
+    "compare": ("tokgen.evaluation.comparison", "compare"),
     "decode": ("tokgen.tokens", "decode"),
     "encode": ("tokgen.tokens", "encode"),
     "grid": ("tokgen.image_grid", "grid"),
     "load_generator": ("tokgen.checkpoints.checkpoint", "load_generator"),
     "load_tokenizer": ("tokgen.checkpoints.checkpoint", "load_tokenizer"),
     "load_tokenizer_of": ("tokgen.checkpoints.checkpoint", "load_tokenizer_of"),
+    "make_reference": ("tokgen.evaluation.reference_making", "make"),
+    "pretokenize": ("tokgen.tokens", "pretokenize"),
     "reconstruct": ("tokgen.tokens", "reconstruct"),
     "sample": ("tokgen.samples", "sample"),
     "save_png": ("tokgen.image_grid", "save_png"),
     "score": ("tokgen.evaluation.score", "score"),
+    "sweep": ("tokgen.evaluation.sweep", "sweep"),
+    "validate": ("tokgen.evaluation.checkpoint_validation", "validate"),
 }
 
 __all__ = [*_HOMES]

@@ -1,15 +1,16 @@
-"""Images into tokens and back, as arrays, by a tokenizer that was loaded from a checkpoint."""
+"""Images into tokens and back by a tokenizer of a checkpoint: arrays, and whole sets of images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 
-from tokgen import boundary, sharding
+from tokgen import boundary, runtime, sharding
 from tokgen.checkpoints import checkpoint
-from tokgen.data import online_tokens
+from tokgen.data import online_tokens, pretokenization
 from tokgen.errors import UserError
 from tokgen.metrics import reconstruction
 from tokgen.sampling import drawing
@@ -62,6 +63,32 @@ def reconstruct(
     return _images(
         _reconstructed(tokenizer.module, part) + (rows,) for part, rows in _parts(image_NHW3, batch)
     )
+
+
+def pretokenize(
+    tokenizer: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    data: str = "",
+    labels: str = "",
+    views: Sequence[str] = ("center", "flip"),
+    batch: int = 100,
+    max_bad: float = 1e-3,
+    precision: str = "float32",
+    overwrite: bool = False,
+) -> None:
+    """Token shards of a set of images, in the folder `out`; what is there of them is gone on with.
+
+    `tokenizer` is a work directory or one step of it, loaded in `precision`. `data` to `max_bad`
+    are as in pretokenization.pretokenize. UserError where `out` holds other tokens and is not to be
+    replaced with `overwrite`, and where more images than `max_bad` of them cannot be read.
+    """
+    pretokenization.check(batch=batch, max_bad=max_bad)
+    with pretokenization.folder(out, overwrite=overwrite, inputs=(tokenizer, data)) as place:
+        runtime.devices(batch)
+        loaded = checkpoint.load_tokenizer(tokenizer, compute=precision)
+        given = dict(data=data, labels=labels, views=views, batch=batch, max_bad=max_bad)
+        pretokenization.pretokenize(loaded, place, **given)
 
 
 @jax.jit

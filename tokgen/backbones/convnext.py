@@ -19,7 +19,7 @@ def _norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 class ConvNeXtBlock(nnx.Module):
-    """[B, H, W, C] -> the same: 7x7 per channel, norm, two linear maps; arXiv:2201.03545."""
+    """[B, H, W, C] -> [B, H, W, C]: 7x7 per channel, norm, two linear maps; arXiv:2201.03545."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.conv = imagenet.conv(width, width, 7, padding=3, feature_group_count=width, rngs=rngs)

@@ -51,7 +51,7 @@ class LayerNorm(nnx.Module):
 
 
 class Block(nnx.Module):
-    """[B, L, D] -> the same: attention and MLP, each after a norm and beside a skip."""
+    """[B, L, D] -> [B, L, D]: attention and MLP, each after a norm and beside a skip."""
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
         self.heads = heads

@@ -21,7 +21,7 @@ from tokgen.nn import resample
 SIZE = 299  # pixels
 EPSILON = 1e-3  # of the batch norms
 SFID_CHANNELS = 7
-# Means over the places after the first and second pooling, before the auxiliary head and at the
+# Means over the positions after the first and second pooling, before the auxiliary head and at the
 # end (FID); the first channels of Mixed_6d's 1x1 branch (sFID); logits, also without their bias
 # (Inception Score).
 NAMES = ("64", "192", "768", "pool3", "spatial", "logits", "logits_unbiased")

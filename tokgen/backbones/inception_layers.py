@@ -32,13 +32,15 @@ def largest_around(x_BHWC: jax.Array) -> jax.Array:
 
 
 def mean_around(x_BHWC: jax.Array) -> jax.Array:
-    """Means of the places among the 3 x 3 around every one that lie inside the image."""
+    """Means of the positions among the 3 x 3 around every one that lie inside the image."""
     sums_BHWC = _window(x_BHWC, 0.0, jax.lax.add, 1, "SAME")
     ones_BHW1 = jnp.ones((1, *x_BHWC.shape[1:3], 1), jnp.float32)
     return sums_BHWC / _window(ones_BHW1, 0.0, jax.lax.add, 1, "SAME")
 
 
-def _window(x_BHWC, start: float, join: Callable, stride: int, padding: str) -> jax.Array:
+def _window(
+    x_BHWC: jax.Array, start: float, join: Callable, stride: int, padding: str
+) -> jax.Array:
     return jax.lax.reduce_window(x_BHWC, start, join, (1, 3, 3, 1), (1, stride, stride, 1), padding)
 
 

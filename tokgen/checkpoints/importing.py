@@ -13,7 +13,7 @@ from tokgen import choices, output, records, runtime
 from tokgen.checkpoints import checkpoint, exporting, imported as imports
 from tokgen.errors import UserError
 from tokgen.pretrained import system as systems, transfer
-from tokgen.pretrained.formats import reader
+from tokgen.pretrained.formats import paths
 
 LARGEST_YAML = 2**20  # characters; it is slow to read
 
@@ -139,7 +139,7 @@ def _source(file: pathlib.Path, system: str) -> dict:
     found = systems.named(system)
     return {
         "system": system,
-        "file": pathlib.Path(reader.located(file)).name.removesuffix(reader.INDEX),
+        "file": pathlib.Path(paths.located(file)).name.removesuffix(paths.INDEX),
         "sha256": transfer.digest(file),
         "home": found.home,
         "licence": found.licence,
@@ -153,7 +153,7 @@ def _configuration(file: pathlib.Path, given: Path | Mapping) -> tuple[dict, tup
     if given:
         return _read(given), ()
     beside = (file if file.is_dir() else file.parent) / "config.json"
-    if (file.is_dir() or file.name.endswith(reader.INDEX)) and beside.is_file():
+    if (file.is_dir() or file.name.endswith(paths.INDEX)) and beside.is_file():
         return _read(beside), (f"the configuration is {beside}",)
     return {}, ()
 

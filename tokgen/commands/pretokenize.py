@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from tokgen import options, output, runtime
+from tokgen import options, output
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,20 +32,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Encode what is not there yet; a folder with other tokens is refused."""
-    from tokgen.checkpoints import checkpoint
-    from tokgen.data import pixels, pretokenization
+    from tokgen import tokens
+    from tokgen.data import pixels
 
-    views = pixels.stored(args.views)
-    pretokenization.check(batch=args.batch, max_bad=args.max_bad)
-    inputs = (args.tokenizer, args.data)
-    with pretokenization.folder(args.out, overwrite=args.overwrite, inputs=inputs) as out:
-        runtime.devices(args.batch)
-        pretokenization.pretokenize(
-            checkpoint.load_tokenizer(args.tokenizer, compute=args.precision),
-            out,
-            data=args.data,
-            labels=args.labels,
-            views=views,
-            batch=args.batch,
-            max_bad=args.max_bad,
-        )
+    tokens.pretokenize(
+        args.tokenizer,
+        args.out,
+        data=args.data,
+        labels=args.labels,
+        views=pixels.stored(args.views),
+        batch=args.batch,
+        max_bad=args.max_bad,
+        precision=args.precision,
+        overwrite=args.overwrite,
+    )

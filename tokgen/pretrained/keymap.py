@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -63,7 +63,7 @@ POINTWISE_OUT = one(
 
 
 def reshaped(*published: int) -> Rule:
-    """The same numbers in the same order; `published` is the shape in the file."""
+    """Numbers in the order of the file, in our shape; `published` is the shape in the file."""
     return one(lambda a, shape: a.reshape(shape), lambda a: a.reshape(published))
 
 
@@ -320,3 +320,16 @@ def split(
 def count(weights: dict[str, np.ndarray]) -> int:
     """Elements of all arrays."""
     return sum(math.prod(array.shape) for array in weights.values())
+
+
+def need(weights: Mapping[str, np.ndarray], key: str, rank: int, what: str) -> tuple[int, ...]:
+    """The shape of an array that must be there."""
+    if key not in weights:
+        raise UserError(
+            f"a file of {what} needs the key {key!r}; found {len(weights)} keys without it, such "
+            f"as {', '.join(sorted(weights)[:3])}: is --system right?"
+        )
+    shape = weights[key].shape
+    if len(shape) != rank:
+        raise UserError(f"{key} of {what} has {rank} axes; found the shape {shape}")
+    return shape

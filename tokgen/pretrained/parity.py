@@ -178,7 +178,7 @@ def there(gradients: dict[str, np.ndarray], names: Sequence[str]) -> tuple[str, 
 
 
 def drawn(salt: str, key: str, shape: Sequence[int]) -> np.ndarray:
-    """A weight that a fixture describes and does not store: the same numbers everywhere."""
+    """A weight that a fixture describes and does not store: equal numbers on every machine."""
     random = np.random.default_rng(zlib.crc32((salt + key).encode()))
     if key.endswith("num_batches_tracked"):
         return np.zeros(shape, np.int64)
@@ -279,7 +279,7 @@ def compare_fixture(
 
 
 def hold(folder: Folder) -> tuple[list[Line], dict[str, np.ndarray]]:
-    """(a line per array of the fixture, what our model computed under the same names)."""
+    """(a line per array of the fixture, what our model computed, by the names of these)."""
     # accelerators multiply float32 in TF32 or bfloat16 unless told otherwise
     with jax.default_matmul_precision("highest"):
         computed = jax.device_get(folder.system.parity(folder))

@@ -19,7 +19,7 @@ from tokgen import archives
 from tokgen.config import building, reading as configs
 from tokgen.interfaces import TokenLayout, UserError
 from tokgen.pretrained import entries, keymap, system as systems
-from tokgen.pretrained.formats import reader
+from tokgen.pretrained.formats import paths, reader
 
 # Of arrays of another system
 _MISFITS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
@@ -272,7 +272,7 @@ def _as_published(weights: systems.Weights, dtype: str, others: dict[str, str]) 
 
 def digest(path: str | pathlib.Path) -> str:
     """SHA-256 of a file; of one in parts, of the digests of them all."""
-    sums = [archives.sha256(part) for part in reader.files(reader.located(path))]
+    sums = [archives.sha256(part) for part in paths.files(paths.located(path))]
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 

@@ -18,7 +18,7 @@ import safetensors.numpy
 from flax import serialization, traverse_util
 
 from tokgen import interfaces
-from tokgen.pretrained.formats import pickles, reader, writer
+from tokgen.pretrained.formats import paths, pickles, reader, writer
 
 # An assembler for the pickles of torch.save, which is not installed here.
 
@@ -567,7 +567,7 @@ def test_a_file_in_parts(form, name, tmp_path):
         for key, array in (parts[0] | parts[1]).items():
             np.testing.assert_array_equal(found[key], array, strict=True)
         assert reader.outline(path) == reader.Outline(form, {"": ("a", "b.c", "d")})
-    assert reader.located(tmp_path) == str(index)
+    assert paths.located(tmp_path) == str(index)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from flax import nnx
 from tokgen.config import building as configs
 from tokgen.interfaces import UserError
 from tokgen.pretrained import entries, keymap, parity, transfer
+from tokgen.pretrained.families import titok
 from tokgen.pretrained.systems import titok_tokenizer
 
 FIXTURES = ("titok_legacy", "titok_onestage_vq", "titok_onestage_vae", "tatitok_vq")
@@ -23,7 +24,7 @@ def folder(request, shared):
 def test_the_round_trip_is_exact(folder):
     weights = entries.weights(folder.file(), folder.system)
     module = folder.module()
-    published = keymap.publish(module, titok_tokenizer.rows(module))
+    published = keymap.publish(module, titok.rows(module))
     assert set(published) == set(weights)
     for key, array in weights.items():
         assert published[key].shape == array.shape
@@ -70,13 +71,13 @@ TEXT = {
     ids=["b64", "bl64_vq8k", "tatitok_bl64_vq", "bl64_vae", "tatitok_bl32_vae"],
 )
 def test_published_sizes_without_a_configuration(weights, tensors, parameters, heads):
-    config = titok_tokenizer.settings({}, weights)
+    config = titok.settings({}, weights)
     module = nnx.eval_shape(lambda: configs.tokenizer(config, rngs=nnx.Rngs(0)))
     assert transfer.parameters(module) == parameters
     assert config.view.size == (256, 256) and config.encoder.heads == 12
     decoder = module.decoder.codes if "codes" in config.decoder else module.decoder
     assert decoder.transformer.heads == heads
-    rows = titok_tokenizer.rows(module)
+    rows = titok.rows(module)
     assert len({row.key for row in rows}) == len(rows) == tensors
 
 
@@ -86,10 +87,10 @@ def test_heads_that_no_array_shows_are_asked_for(shared):
     weights = entries.weights(
         folder / "tokenizer_titok.bin", titok_tokenizer.SYSTEMS["titok_legacy"]
     )
-    assert titok_tokenizer.settings(published, weights).decoder.codes.heads == 4
+    assert titok.settings(published, weights).decoder.codes.heads == 4
     del published["arch"]["vit_dec_heads"]
     with pytest.raises(UserError, match="width 48.*arch.vit_dec_heads"):
-        titok_tokenizer.settings(published, weights)
+        titok.settings(published, weights)
 
 
 @pytest.mark.parametrize(
@@ -108,13 +109,13 @@ def test_files_that_do_not_fit_are_refused(changed, message):
         if shape is not None:
             weights |= abstract(**{key: shape})
     with pytest.raises(UserError, match=message):
-        titok_tokenizer.settings({}, weights)
+        titok.settings({}, weights)
 
 
 def test_gradients_keep_their_norm_under_published_names(shared):
     """What stage1_grad_norm_all rests on: a table moves numbers and changes none."""
     module = parity.Folder(shared / "parity" / "titok_onestage_vq").module()
-    published = keymap.publish(module, titok_tokenizer.rows(module))
+    published = keymap.publish(module, titok.rows(module))
     ours = sum(
         np.sum(np.float64(leaf) ** 2) for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))
     )

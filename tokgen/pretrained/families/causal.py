@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.experimental
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from tokgen import rng
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
@@ -110,7 +112,7 @@ def still(generator):
     return generator
 
 
-def batch(tokens_BLG, cond, order_BL=None) -> TokenBatch:
+def batch(tokens_BLG: jax.Array, cond: Any, order_BL: jax.Array = None) -> TokenBatch:
     """Arrays of a fixture as a batch; tokens without an axis of symbols have one."""
     tokens = jnp.asarray(tokens_BLG)
     tokens = tokens[..., None] if tokens.ndim == 2 else tokens
@@ -136,7 +138,7 @@ def slots(generator, batch: TokenBatch) -> jax.Array:
 
 
 @jax.jit
-def prefilled(generator, cond, order_BL) -> jax.Array:
+def prefilled(generator: nnx.Module, cond: Any, order_BL: jax.Array) -> jax.Array:
     """Logits [B, prefix, V] of a single symbol, as the prefix fills the cache."""
     x_BlD, slots_l = generator.conditioning(cond), jnp.arange(generator.conditioning.slots)
     cache = tuple(
@@ -167,7 +169,7 @@ class Recorder:
 _generate = jax.jit(decode.generate, static_argnums=(1, 3))
 
 
-def stepped(generator, tokens_BLG, cond) -> np.ndarray:
+def stepped(generator: nnx.Module, tokens_BLG: jax.Array, cond: Any) -> np.ndarray:
     """Logits [B, L, G, V] of one-token steps through the cache, fed with `tokens_BLG`."""
     recorder, tokens_BLG = Recorder(), jnp.asarray(tokens_BLG)
     B, L, G = tokens_BLG.shape
@@ -178,10 +180,10 @@ def stepped(generator, tokens_BLG, cond) -> np.ndarray:
     )
     jax.effects_barrier()
     shown = np.concatenate([np.asarray(logits) for logits in recorder.seen], axis=1)
-    return shown.reshape(B, L, G, -1)  # all symbols of a place, or one after the other
+    return shown.reshape(B, L, G, -1)  # all symbols of a position, or one after the other
 
 
-def greedy(generator, cond, weights) -> np.ndarray:
+def greedy(generator: nnx.Module, cond: Any, weights: Sequence[float]) -> np.ndarray:
     """The likeliest tokens [B, L, G] under guidance, one weight per step (and symbol).
 
     -1 where decoding through the cache and without one differ.
@@ -204,7 +206,9 @@ def decodes(names: Sequence[str], steps: int) -> Iterator[tuple[str, tuple]]:
 
 
 @jax.jit
-def _chosen(generator, tokens_BLG, both, place, symbol, weight):
+def _chosen(
+    generator: nnx.Module, tokens_BLG: jax.Array, both: Any, place: int, symbol: int, weight: float
+):
     """The tokens with the likeliest symbol at a place of the raster order."""
     twice = jnp.concatenate([tokens_BLG, tokens_BLG])
     logits_BLGV = generator.logits(batch(twice, both))
@@ -213,7 +217,7 @@ def _chosen(generator, tokens_BLG, both, place, symbol, weight):
     return tokens_BLG.at[:, place, symbol].set(guidance.merge(cond_BV, null_BV, weight).argmax(-1))
 
 
-def _uncached(generator, cond, weights) -> np.ndarray:
+def _uncached(generator: nnx.Module, cond: Any, weights: Sequence[float]) -> np.ndarray:
     both = jax.tree.map(lambda *pair: jnp.concatenate(pair), cond, generator.null(cond))
     L, G = generator.layout.length, generator.layout.groups
     tokens_BLG = jnp.zeros((len(jax.tree.leaves(cond)[0]), L, G), jnp.int32)
@@ -226,7 +230,9 @@ def _uncached(generator, cond, weights) -> np.ndarray:
     return np.asarray(tokens_BLG)
 
 
-def losses(folder, generator, batch: TokenBatch, names) -> dict[str, np.ndarray]:
+def losses(
+    folder: parity.Folder, generator: nnx.Module, batch: TokenBatch, names: Sequence[str]
+) -> dict[str, np.ndarray]:
     """The training loss of a batch, the share of tokens that are right, norms of gradients."""
 
     def loss(module):

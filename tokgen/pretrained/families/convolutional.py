@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from flax import nnx
 
 from tokgen import parameters
 from tokgen.interfaces import Quantized, UserError
@@ -88,7 +89,7 @@ def fused(key: str, path: str) -> list[keymap.Row]:
 
 
 def rows(
-    network,
+    network: nnx.Module,
     path: str,
     name: Callable[[Stage], str],
     *,
@@ -162,7 +163,12 @@ class Trained:
     params: dict[str, jax.Array]
 
 
-def trained(quantizer, latents_BPC, cotangent_BPC, weights: dict[str, float]) -> Trained:
+def trained(
+    quantizer: nnx.Module,
+    latents_BPC: jax.Array,
+    cotangent_BPC: jax.Array,
+    weights: dict[str, float],
+) -> Trained:
     """Run the training form; losses without a weight are left out."""
     graph, params, stats = parameters.split(quantizer)
 

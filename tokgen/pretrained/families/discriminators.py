@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable
 
 import jax
@@ -32,8 +33,13 @@ def patchgan_rows(network: patchgan.Discriminator) -> list[keymap.Row]:
 
 
 def filled(
-    make: Callable, rows: Callable, weights: Weights, file, aside: tuple[str, ...] = ()
+    make: Callable,
+    rows: Callable,
+    weights: Weights,
+    file: str | pathlib.Path,
+    aside: tuple[str, ...] = (),
 ) -> nnx.Module:
+    """`make()` with the arrays of a file, by its key table; those of `aside` are left out."""
     network = nnx.eval_shape(make)
     weights, _ = keymap.split(weights, aside)
     return keymap.fill(network, rows(network), weights, source=str(file))
@@ -63,7 +69,7 @@ def _channels_first(array: jax.Array) -> np.ndarray:
 
 
 def patchgan_pair(
-    weights: Weights, width: int, layers: int, channels: int, file
+    weights: Weights, width: int, layers: int, channels: int, file: str | pathlib.Path
 ) -> tuple[nnx.Module, nnx.Module]:
     """(the network as it trains, the network with its running statistics put in)."""
     training = filled(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 
 from tokgen import rng
 from tokgen.generators import masked
-from tokgen.interfaces import TokenBatch, UserError
+from tokgen.interfaces import TokenBatch
 from tokgen.pretrained import keymap
 from tokgen.sampling import decode, sampler as samplers
 
@@ -39,19 +40,6 @@ def fused(key: str, path: str, *, bias: str = "") -> list[keymap.Row]:
         biases = tuple(f"{name}/bias" for name in three)
         found.append(keymap.Row(bias, biases, keymap.thirds(keymap.VECTOR)))
     return found
-
-
-def need(weights: Mapping[str, np.ndarray], key: str, rank: int, what: str) -> tuple[int, ...]:
-    """The shape of an array that must be there."""
-    if key not in weights:
-        raise UserError(
-            f"a file of {what} needs the key {key!r}; found {len(weights)} keys without it, such "
-            f"as {', '.join(sorted(weights)[:3])}: is --system right?"
-        )
-    shape = weights[key].shape
-    if len(shape) != rank:
-        raise UserError(f"{key} of {what} has {rank} axes; found the shape {shape}")
-    return shape
 
 
 # ---------------------------------------------------------------- fixtures
@@ -108,13 +96,19 @@ class Replay:
     def __init__(self, choose: Callable, *, guidance: tuple = (), confidence: Callable):
         self.choose, self.guidance, self.confidence = choose, guidance, confidence
 
-    def draw(self, logits_BlGV, *, keys_B, step, symbol=0):
+    def draw(self, logits_BlGV: jax.Array, *, keys_B: jax.Array, step: int, symbol: int = 0):
         """(tokens, confidence)."""
         tokens_BlG, noise_BlG = self.choose(logits_BlGV, step)
         return tokens_BlG, self.confidence(logits_BlGV, tokens_BlG) + noise_BlG
 
 
-def run(generator: masked.Generator, labels_B, sampler, *, given=None):
+def run(
+    generator: masked.Generator,
+    labels_B: jax.Array,
+    sampler: Any,
+    *,
+    given: tuple[jax.Array, jax.Array] | None = None,
+):
     """(final tokens [B, L, G], grids that the model was fed, tokens drawn), the last two [S, ...].
 
     Of drawn tokens, those at known slots are the known ones.

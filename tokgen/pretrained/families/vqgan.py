@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import ml_collections
 import numpy as np
+from flax import nnx
 
 from tokgen.config import reading as configs
-from tokgen.pretrained import keymap
+from tokgen.pretrained import keymap, parity as comparison
 from tokgen.pretrained.families import convolutional
 
 BASE, MULTIPLIERS, BLOCKS, HIDDEN = 128, (1, 1, 2, 2, 4), 2, 256  # as published
@@ -24,7 +25,9 @@ def stage_key(stage: convolutional.Stage) -> str:
     return f"{side}.{stage.level}.{'attn' if stage.kind == 'attention' else 'block'}.{stage.index}"
 
 
-def networks(tokenizer, key=stage_key, attention=convolutional.separate) -> list[keymap.Row]:
+def networks(
+    tokenizer: nnx.Module, key: Callable = stage_key, attention: Callable = convolutional.separate
+) -> list[keymap.Row]:
     """Encoder, decoder and the convolutions between them and the quantizer."""
     rows = []
     for side, prefix in (("encoder", "quant_conv"), ("decoder", "post_quant_conv")):
@@ -119,7 +122,7 @@ def reconstructed(folder, tokenizer) -> dict[str, np.ndarray]:
     }
 
 
-def trained(folder, quantizer, weights: dict[str, float]):
+def trained(folder: comparison.Folder, quantizer: nnx.Module, weights: dict[str, float]):
     """(the training form on the fixture's latents, gradient of the latents as a map)"""
     q_BHWC = convolutional.nhwc(folder.given("q_latents"))
     found = convolutional.trained(
@@ -134,6 +137,25 @@ def trained(folder, quantizer, weights: dict[str, float]):
         for array in (found.out.latents_BPC, found.latents)
     )
     return found, out, gradient
+
+
+def compared(
+    found: dict[str, np.ndarray],
+    training: convolutional.Trained,
+    out: np.ndarray,
+    gradient: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """What fixtures of one codebook share: `found` of `reconstructed`, the rest of `trained`."""
+    return {
+        "latents": found["latents"],
+        "indices": found["tokens"].ravel(),
+        "quantized": found["quantized"],
+        "decoded": found["decoded"],
+        "q_indices": training.out.tokens_BLG.ravel(),
+        "q_out": out,
+        "q_grad_latents": gradient,
+        "q_grad_codebook": training.params["codebook"],
+    }
 
 
 def average(key: str) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import pathlib
 import pickle
 import struct
 import zipfile
@@ -25,8 +24,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import safetensors
 
-from tokgen import archives, interfaces, records
-from tokgen.pretrained.formats import graphdef, msgpack, pickles
+from tokgen import interfaces
+from tokgen.pretrained.formats import graphdef, msgpack, paths, pickles, torch_file
 
 DEEPEST = 64  # dicts within dicts
 SHALLOW = 4  # dicts around a state dict
@@ -34,7 +33,6 @@ MOST_ENTRIES = 10**6
 LONGEST_NAMES = 2**26  # characters, of all names together: a dict may be mentioned many times
 OVERLAP = 4  # times the file's size that all arrays may take: tied weights are stored once
 LONGEST_MESSAGE = 900
-INDEX = ".index.json"
 # Entries around a state dict that trainers write, whatever the network
 CONTAINERS = (
     *("state_dict", "model", "module", "net", "network", "model_state_dict", "params", "weights"),
@@ -42,10 +40,7 @@ CONTAINERS = (
 )
 # Parts of names that torch.compile and those that shard a network put into them
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack")
 
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-LEGACY_PROTOCOL = 1001
 
 # Those of safetensors that numpy and ml_dtypes have, and the bytes of one number.
 _SAFETENSORS = {
@@ -84,15 +79,15 @@ def read(
     class (the callbacks and settings of a Lightning file), which is an error otherwise.
     """
 
-    def arrays(form, tree, fetch, size):
+    def arrays(form: str, tree: Any, fetch: Fetch, size: int):
         del form
         return _arrays(_descended(tree, unwrap), fetch, size, flatten)
 
-    path = located(path)
-    parts = [_opened(part, unknown, arrays) for part in files(path)]
+    path = paths.located(path)
+    parts = [_opened(part, unknown, arrays) for part in paths.files(path)]
     found = {name: array for part in parts for name, array in part.items()}
-    if path.endswith(INDEX):
-        _same_names(path, [set(part) for part in parts])
+    if path.endswith(paths.INDEX):
+        paths.check_names(path, [set(part) for part in parts])
     return found
 
 
@@ -112,7 +107,7 @@ def network(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def unwrapped(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same arrays without WRAPPERS inside of their names."""
+    """`arrays` with WRAPPERS left away inside of their names."""
     found = {}
     for name, array in arrays.items():
         for part in WRAPPERS:
@@ -145,76 +140,13 @@ class Outline:
 
 def outline(path: str | os.PathLike, unknown: str = "refuse") -> Outline:
     """What is in a weight file; nothing of its arrays is read."""
-    path = located(path)
-    found = [_opened(part, unknown, _outlined) for part in files(path)]
+    path = paths.located(path)
+    found = [_opened(part, unknown, _outlined) for part in paths.files(path)]
     entries: dict[str, tuple[str, ...]] = {}
     for part in found:
         for entry, names in part.entries.items():
             entries[entry] = entries.get(entry, ()) + names
     return Outline(found[0].form, entries)
-
-
-def located(path: str | os.PathLike) -> str:
-    """The weight file, or the index of several, that a path means: itself, or one in a folder."""
-    path = os.fspath(path)
-    if os.path.isfile(path):
-        return path
-    if not os.path.isdir(path):
-        raise interfaces.UserError(f"weight file: there is no file {path}")
-    names = sorted(os.listdir(path))
-    for suffixes in ((f".safetensors{INDEX}",), (INDEX,), (".safetensors",), SUFFIXES):
-        found = [name for name in names if name.endswith(suffixes)]
-        if len(found) == 1:
-            return os.path.join(path, found[0])
-        if found:
-            break
-    raise interfaces.UserError(
-        f"weight file: there is no file {path}, which is a folder: name the file in it, one of "
-        f"{', '.join(found[:5]) or ', '.join(names[:5]) or 'none'}{' ...' if found[5:] else ''}"
-    )
-
-
-def files(path: str) -> list[str]:
-    """The file of a path, or those that an index names, which lie beside it."""
-    if not path.endswith(INDEX):
-        return [path]
-    folder = os.path.dirname(path)
-    return [os.path.join(folder, name) for name in sorted(set(_index(path).values()))]
-
-
-def _index(path: str) -> dict[str, str]:
-    """Which part holds which array, of `....index.json` as Hugging Face's programs write it."""
-    try:
-        found = records.load(pathlib.Path(path))
-    except (OSError, ValueError) as error:
-        raise interfaces.UserError(f"the index {path} cannot be read: {error}") from error
-    names = found.get("weight_map") if isinstance(found, dict) else None
-    if not isinstance(names, dict) or not names:
-        raise interfaces.UserError(
-            f"the index {path} needs a weight_map, from the name of every array to its file"
-        )
-    if len(names) > MOST_ENTRIES:
-        raise interfaces.UserError(f"the index {path} has more than {MOST_ENTRIES} entries")
-    for name in dict.fromkeys(map(str, names.values())):
-        archives.plain(name, f"a file in the index {path}")
-        if not os.path.isfile(os.path.join(os.path.dirname(path), name)):
-            raise interfaces.UserError(
-                f"the index {path} names {name}, which is not beside it: fetch all parts"
-            )
-    return {name: str(file) for name, file in names.items()}
-
-
-def _same_names(path: str, found: list[set[str]]) -> None:
-    """An error where the parts hold others than the index says."""
-    index = _index(path)
-    for file, names in zip(files(path), found, strict=True):
-        file = os.path.basename(file)
-        wanted = {name for name, part in index.items() if part == file}
-        if wanted != names:
-            raise interfaces.UserError(
-                f"{file} and its index {path} differ in {', '.join(sorted(wanted ^ names)[:5])}: "
-                "fetch both again"
-            )
 
 
 def _opened(path: str, unknown: str, use: Callable) -> Any:
@@ -230,7 +162,7 @@ def _opened(path: str, unknown: str, use: Callable) -> Any:
                 raise interfaces.UserError(problem)
             form = _form(start, path)
             tree, fetch = _FORMS[form](file, pickles.POLICIES[unknown])
-            return use(form, tree, fetch, _length(file))
+            return use(form, tree, fetch, torch_file.length(file))
     except interfaces.UserError as error:
         raise interfaces.UserError(f"weight file {path}: {_printable(error)}") from error
     except (safetensors.SafetensorError, *_DAMAGE) as error:
@@ -305,16 +237,12 @@ def _form(start: bytes, path: str) -> str:
     )
 
 
-def _length(file: BinaryIO) -> int:
-    return os.fstat(file.fileno()).st_size
-
-
 # Each reader of a form returns a tree of dicts whose leaves are arrays or describe them, and what
-# fetches the numbers of a storage.
-Fetch = Callable[[pickles.Storage], np.ndarray]
+# fetches the numbers of a storage, if they lie in some.
+Fetch = torch_file.Fetch | None
 
 
-def _read_safetensors(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch | None]:
+def _read_safetensors(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch]:
     del policy
     weights = safetensors.safe_open(file.name, framework="numpy")
     arrays = {}
@@ -345,101 +273,20 @@ class _Lying:
         return self.file.get_tensor(self.key)
 
 
-def _read_flax(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch | None]:
+def _read_flax(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch]:
     del policy
     return msgpack.read(file.name), None
 
 
-def _read_graphdef(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch | None]:
+def _read_graphdef(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch]:
     del policy
     return graphdef.read(file.name), None
 
 
-def _read_zip(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch | None]:
-    archive = zipfile.ZipFile(file)  # closes nothing: the file is the caller's
-    members = _members(archive, _length(file))
-    programs = [name for name in members if name.split("/")[1:] == ["data.pkl"]]
-    if len(programs) != 1:
-        raise interfaces.UserError("it is a zip file without one data.pkl in one folder")
-    folder = programs[0].removesuffix("data.pkl")
-    if f"{folder}byteorder" in members and archive.read(f"{folder}byteorder") != b"little":
-        raise interfaces.UserError("it was written on a big-endian machine; convert it there")
-    if members[programs[0]].file_size > pickles.LARGEST:
-        raise interfaces.UserError(f"its pickle is larger than {pickles.LARGEST} bytes")
-    tree, _ = pickles.unpickled(archive.read(programs[0]), {}, policy)
-
-    def fetch(storage: pickles.Storage) -> np.ndarray:
-        name = f"{folder}data/{storage.key}"
-        found = members[name].file_size if name in members else "none"
-        need = storage.size * storage.dtype.itemsize
-        if found != need:
-            raise interfaces.UserError(f"its {name:.200} must have {need} bytes, has {found}")
-        return np.frombuffer(archive.read(name), storage.dtype)
-
-    return tree, fetch
-
-
-def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
-    """The members of a file of `size` bytes, if `torch.save` may have written them."""
-    members = {member.filename: member for member in archive.infolist()}
-    if len(members) < len(archive.infolist()):
-        raise interfaces.UserError("two of its members have one name")
-    # torch.save stores without compressing; so no member is larger than the file, nor all.
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members.values()):
-        raise interfaces.UserError("its members are compressed, which torch.save never does")
-    if sum(member.file_size for member in members.values()) > size:
-        raise interfaces.UserError("its members claim more bytes than the file has")
-    if any(not 0 <= member.header_offset < size for member in members.values()):
-        raise interfaces.UserError("one of its members lies outside the file")
-    return members
-
-
-def _read_legacy(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch | None]:
-    """The form before PyTorch 1.6: five pickles (magic number, protocol, system, the object, the
-    keys of its storages), then each storage as its number of elements and its bytes."""
-    storages: dict[str, pickles.Storage] = {}
-    places: dict[str, int] = {}
-    file.seek(0)
-    for wanted in (LEGACY_MAGIC, LEGACY_PROTOCOL):
-        found = _next_pickle(file, {}, pickles.REFUSE)
-        if type(found) is not int or found != wanted:
-            raise interfaces.UserError("it is a pickle, but not one of torch.save")
-    _next_pickle(file, {}, pickles.REFUSE)
-    tree, keys = _next_pickle(file, storages, policy), _next_pickle(file, {}, pickles.REFUSE)
-    if not isinstance(keys, list) or set(keys) != set(storages):
-        raise interfaces.UserError("its list of storages differs from those it mentions")
-    for key in keys:
-        need = storages[key].size
-        (found,) = struct.unpack("<q", file.read(8))
-        if found != need:
-            raise interfaces.UserError(f"its {key:.100} must have {need} elements, has {found}")
-        places[key] = file.tell()
-        end = places[key] + need * storages[key].dtype.itemsize
-        if end > _length(file):
-            raise interfaces.UserError(f"it is cut off within the storage {key:.100}")
-        file.seek(end)
-
-    def fetch(storage: pickles.Storage) -> np.ndarray:
-        file.seek(places[storage.key])
-        return np.frombuffer(file.read(storage.size * storage.dtype.itemsize), storage.dtype)
-
-    return tree, fetch
-
-
-def _next_pickle(
-    file: BinaryIO, storages: dict[str, pickles.Storage], policy: pickles.Policy
-) -> Any:
-    start = file.tell()
-    program = file.read(min(pickles.LARGEST, _length(file) - start))  # read(n) takes n at once
-    value, length = pickles.unpickled(program, storages, policy)
-    file.seek(start + length)
-    return value
-
-
 _FORMS = {
     "safetensors": _read_safetensors,
-    "zip": _read_zip,
-    "legacy": _read_legacy,
+    "zip": torch_file.read_zip,
+    "legacy": torch_file.read_legacy,
     "flax": _read_flax,
     "graphdef": _read_graphdef,
 }
@@ -448,7 +295,7 @@ _FORMS = {
 _LEAVES = (np.ndarray, pickles.Tensor, msgpack.Packed, _Lying)
 
 
-def _arrays(tree: Any, fetch: Fetch | None, size: int, flatten: bool) -> dict[str, np.ndarray]:
+def _arrays(tree: Any, fetch: Fetch, size: int, flatten: bool) -> dict[str, np.ndarray]:
     leaves = _leaves(tree, flatten)
     claimed = sum(leaf.nbytes for leaf in leaves.values())
     if claimed > OVERLAP * size:

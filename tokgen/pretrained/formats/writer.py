@@ -212,7 +212,7 @@ def _put_flax(file: BinaryIO, arrays: Tree, metadata: dict[str, str]) -> None:
 
 
 def _nested(arrays: Tree) -> Tree:
-    """The same arrays, the dots of their names as dicts."""
+    """`arrays` as dicts within dicts, one for each dot of their names."""
     tree: Tree = {}
     for name, array in arrays.items():
         if isinstance(array, dict):

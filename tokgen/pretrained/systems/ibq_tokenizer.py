@@ -24,20 +24,12 @@ def parity(folder) -> dict[str, np.ndarray]:
     weights |= {name: w * published["entropy_loss_weight"] for name, w in entropy.items()}
     training, out, gradient = vqgan.trained(folder, tokenizer.quantizer, weights)
     losses = training.out.losses
-    return {
-        "latents": found["latents"],
-        "indices": found["tokens"].ravel(),
-        "quantized": found["quantized"],
-        "decoded": found["decoded"],
-        "q_indices": training.out.tokens_BLG.ravel(),
-        "q_out": out,
+    return vqgan.compared(found, training, out, gradient) | {
         "q_loss": training.loss,
         "q_quant_loss": sum(w * losses[name] for name, w in quant.items()),
         "q_entropy_loss": sum(w * losses[name] for name, w in entropy.items()),
         "q_sample_entropy": losses["sample_entropy"],
         "q_avg_entropy": losses["batch_entropy"],
-        "q_grad_latents": gradient,
-        "q_grad_codebook": training.params["codebook"],
     }
 
 

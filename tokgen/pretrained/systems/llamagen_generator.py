@@ -12,9 +12,10 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from flax import nnx
 
 from tokgen.config import reading as configs
-from tokgen.interfaces import Text, TokenLayout, UserError
+from tokgen.interfaces import Text, TokenBatch, TokenLayout, UserError
 from tokgen.pretrained import keymap, parity as comparison
 from tokgen.pretrained.families import causal
 from tokgen.pretrained.system import System
@@ -137,7 +138,9 @@ def parity(folder) -> dict[str, np.ndarray]:
     return computed | {name: found[name] for name in ("loss", "grad_norms", "grad_norm_all")}
 
 
-def _taught(folder, generator, batch) -> dict[str, np.ndarray]:
+def _taught(
+    folder: comparison.Folder, generator: nnx.Module, batch: TokenBatch
+) -> dict[str, np.ndarray]:
     """What t2i is trained with: the mask, and a mean over the samples that count."""
     valid_B = jnp.asarray(folder.given("train_valid")).astype(jnp.float32)
     text, slots = batch.cond, generator.conditioning.slots - 1 + generator.layout.length

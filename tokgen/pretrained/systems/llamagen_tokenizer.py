@@ -73,19 +73,11 @@ def parity(folder) -> dict[str, np.ndarray]:
     training, out, gradient = vqgan.trained(folder, tokenizer.quantizer, weights)
     losses = training.out.losses
     entropy = losses.get("sample_entropy", 0.0) - losses.get("batch_entropy", 0.0)
-    return {
-        "latents": found["latents"],
-        "indices": found["tokens"].ravel(),
-        "quantized": found["quantized"],
-        "decoded": found["decoded"],
+    return vqgan.compared(found, training, out, gradient) | {
         "forward": found["decoded"],
-        "q_indices": training.out.tokens_BLG.ravel(),
-        "q_out": out,
         "q_vq_loss": losses["codebook"],
         "q_commit_loss": beta * losses["commitment"],
         "q_entropy_loss": ratio * entropy,
-        "q_grad_latents": gradient,
-        "q_grad_codebook": training.params["codebook"],
     }
 
 

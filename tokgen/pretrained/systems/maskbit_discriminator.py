@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import jax.numpy as jnp
 from flax import nnx
 
@@ -63,7 +65,7 @@ def _label(name: str) -> str:
     return name.partition(".")[0].removeprefix("v2_")
 
 
-def _blur(weights: Weights, options: dict, file) -> blur.Discriminator:
+def _blur(weights: Weights, options: dict, file: str | pathlib.Path) -> blur.Discriminator:
     down = "average"
     if options.get("blur_resample", False):
         down = f"blur{options.get('blur_kernel_size', 4)}"

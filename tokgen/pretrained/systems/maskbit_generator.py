@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from flax import nnx
 
 from tokgen.config import reading as configs
 from tokgen.generators import mask_schedules, masked as objectives
-from tokgen.interfaces import TokenBatch, TokenLayout, UserError
+from tokgen.interfaces import DecodeState, TokenBatch, TokenLayout, UserError
 from tokgen.pretrained import keymap, parity
 from tokgen.pretrained.families import convolutional, masked
 from tokgen.pretrained.system import System, Weights
@@ -46,8 +48,8 @@ RATIOS = ("arccos", "cosine", "linear", "square", "root")
 
 def lfq_tokens(published: dict, weights: Mapping[str, np.ndarray], *, key: str = INPUT):
     """(layout, classes) of LFQ-BERT: bits in symbols of equal size."""
-    bits = masked.need(weights, f"{key}.weight", 2, WHAT)[1]
-    columns = masked.need(weights, "prediction_layer.bias", 1, WHAT)[0]
+    bits = keymap.need(weights, f"{key}.weight", 2, WHAT)[1]
+    columns = keymap.need(weights, "prediction_layer.bias", 1, WHAT)[0]
     splits = published.get("codebook_splits")
     if splits is None:
         # symbols of 2^b values each: as many as give the head its columns, two where one would, too
@@ -64,21 +66,23 @@ def lfq_tokens(published: dict, weights: Mapping[str, np.ndarray], *, key: str =
 def bert_tokens(published: dict, weights: Mapping[str, np.ndarray]):
     """(layout, classes) of the BERT over tokens: a table per symbol."""
     del published
-    rows = masked.need(weights, "tok_emb_list.0.weight", 2, WHAT)[0]
+    rows = keymap.need(weights, "tok_emb_list.0.weight", 2, WHAT)[0]
     splits = sum(key.startswith("tok_emb_list.") for key in weights)
     return _layout(weights, (rows - 1,) * splits)
 
 
 def _layout(weights: Mapping[str, np.ndarray], vocab: tuple[int, ...]):
-    places = masked.need(weights, "pos_emb", 3, WHAT)[1]
-    edge = math.isqrt(max(places - 1, 0))
-    if edge == 0 or edge**2 != places - 1:
-        raise UserError(f"pos_emb needs a square of tokens and the class; found {places} places")
-    classes = masked.need(weights, "class_emb.weight", 2, WHAT)[0] - 1
+    slots = keymap.need(weights, "pos_emb", 3, WHAT)[1]
+    edge = math.isqrt(max(slots - 1, 0))
+    if edge == 0 or edge**2 != slots - 1:
+        raise UserError(f"pos_emb needs a square of tokens and the class; found {slots} positions")
+    classes = keymap.need(weights, "class_emb.weight", 2, WHAT)[0] - 1
     return TokenLayout(vocab, ((edge, edge),)), classes
 
 
-def settings(published: dict, weights: Weights, *, layout_of) -> ml_collections.ConfigDict:
+def settings(
+    published: dict, weights: Weights, *, layout_of: Callable
+) -> ml_collections.ConfigDict:
     """Our config: all but the number of heads is read from the weights."""
     layout, _ = layout_of(published, weights)
     bits = sum(size.bit_length() - 1 for size in layout.vocab)
@@ -87,9 +91,9 @@ def settings(published: dict, weights: Weights, *, layout_of) -> ml_collections.
     config = configs.load(f"configs/generator/maskbit.py:{variant}")
     config.precision.compute = "float32"
     ours = config.generator
-    ours.width = masked.need(weights, "class_emb.weight", 2, WHAT)[1]
+    ours.width = keymap.need(weights, "class_emb.weight", 2, WHAT)[1]
     ours.heads = published.get("heads", HEADS)
-    ours.hidden = masked.need(weights, "transformer.layers.0.1.net.0.bias", 1, WHAT)[0]
+    ours.hidden = keymap.need(weights, "transformer.layers.0.1.net.0.bias", 1, WHAT)[0]
     ours.depth = sum(key.endswith(".1.net.2.bias") for key in weights)
     ours.variant = "bert_prenorm" if "norm_after_transformer.weight" in weights else "bert"
     rate = published.get("dropout", ours.rates.residual)
@@ -165,7 +169,9 @@ def _watched(generator, **knobs):
     inner = masked.watched(generator, **knobs)
     absent, slots = generator.layout.absent, generator.layout.length * generator.layout.groups
 
-    def step(state, phase, index, codec, draw):
+    def step(
+        state: DecodeState, phase: Any, index: jax.Array | int, codec: nnx.Module, draw: Callable
+    ):
         unknown_BLG = state.tokens_BLG == absent
         drawn_BLG, confidence_BLG = draw(inner.logits(TokenBatch(state.tokens_BLG, state.cond)))
         sorted_BN = jnp.where(unknown_BLG, confidence_BLG, jnp.inf).reshape(-1, slots).sort(-1)
@@ -211,7 +217,7 @@ def _joined(generator, tokens_BLG) -> np.ndarray:
     return np.sum(np.asarray(tokens_BLG) * values_G, axis=-1)
 
 
-def _images(folder, generator, tokens_BLG) -> np.ndarray:
+def _images(folder: parity.Folder, generator: nnx.Module, tokens_BLG: jax.Array) -> np.ndarray:
     """Images of tokens by the tokenizer beside, which writes them as one symbol."""
     tokenizer = folder.beside().module()
     tokenizer.quantizer.groups = (tokenizer.quantizer.channels,)
@@ -221,7 +227,9 @@ def _images(folder, generator, tokens_BLG) -> np.ndarray:
     return convolutional.nchw(decode(tokenizer, ids_BL1))
 
 
-def _losses(generator, whole, mask_BLG, logits_BLGV) -> dict[str, jax.Array]:
+def _losses(
+    generator: nnx.Module, whole: TokenBatch, mask_BLG: jax.Array, logits_BLGV: jax.Array
+) -> dict[str, jax.Array]:
     """The terms of the published loss module but the loss itself."""
     splits = generator.layout.groups
     hits_BLG = logits_BLGV.argmax(-1) == whole.tokens_BLG
@@ -235,7 +243,9 @@ def _losses(generator, whole, mask_BLG, logits_BLGV) -> dict[str, jax.Array]:
     }
 
 
-def arrays(folder, *, rows, normed) -> dict[str, np.ndarray]:
+def arrays(
+    folder: parity.Folder, *, rows: Callable, normed: Sequence[str]
+) -> dict[str, np.ndarray]:
     """The arrays of the fixtures `maskbit_lfqbert` and `maskbit_bert`."""
     generator = folder.module()
     whole, mask_BLG = masked.batch(folder)
@@ -266,7 +276,7 @@ def arrays(folder, *, rows, normed) -> dict[str, np.ndarray]:
     return found
 
 
-def _system(layout_of, rows, normed, **options) -> System:
+def _system(layout_of: Callable, rows: Callable, normed: Sequence[str], **options) -> System:
     return System(
         functools.partial(arrays, rows=rows, normed=normed),
         functools.partial(settings, layout_of=layout_of),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -45,7 +47,9 @@ def lookup_rows(tokenizer) -> list[keymap.Row]:
     ]
 
 
-def _settings(recipe: str, published: dict, weights) -> ml_collections.ConfigDict:
+def _settings(
+    recipe: str, published: dict, weights: Mapping[str, np.ndarray]
+) -> ml_collections.ConfigDict:
     config = configs.load(recipe)
     learned = published.get("sample_with_conv", "encoder.down.0.down_conv.weight" in weights)
     convolutional.sections(
@@ -73,7 +77,7 @@ def bit_buffers(tokenizer) -> dict[str, np.ndarray]:
 
 
 def _whole(quantizer):
-    """The same bits as one symbol, as published."""
+    """A quantizer of as many bits, with one symbol for all, as published."""
     return lfq.Quantizer(quantizer.channels, grid=quantizer.layout.grids[0])
 
 

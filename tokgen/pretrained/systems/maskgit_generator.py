@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from flax import nnx
 
 from tokgen.config import reading as configs
 from tokgen.generators import mask_schedules
@@ -57,13 +58,13 @@ def _words() -> keymap.Rule:
 
 def _sides(published: dict, weights: Weights) -> tuple[int, int, int]:
     """(codes, classes, cells along an edge)."""
-    words = masked.need(weights, WORDS, 2, "MaskGIT's transformer")[0]
-    slots = masked.need(weights, PLACES, 2, "MaskGIT's transformer")[0]
+    words = keymap.need(weights, WORDS, 2, "MaskGIT's transformer")[0]
+    slots = keymap.need(weights, PLACES, 2, "MaskGIT's transformer")[0]
     classes = published.get("num_class", words - 1 - published.get("codebook_size", CODES))
     codes, edge = words - 1 - classes, math.isqrt(max(slots - 1, 0))
     if codes < 2 or classes < 1 or edge**2 != slots - 1:
         raise UserError(
-            f"{words} words need to be codes, {classes} classes and the mask, {slots} places a "
+            f"{words} words need to be codes, {classes} classes and the mask, {slots} positions a "
             "class and a square of tokens; give a config with codebook_size and num_class"
         )
     return codes, classes, edge
@@ -78,14 +79,14 @@ def tokens(published: dict, weights: Weights) -> tuple[TokenLayout, int]:
 def settings(published: dict, weights: Weights) -> ml_collections.ConfigDict:
     """Our config: all sizes are read from the weights."""
     _, _, edge = _sides(published, weights)
-    width, heads, _ = masked.need(weights, QUERY, 3, "MaskGIT's transformer")
+    width, heads, _ = keymap.need(weights, QUERY, 3, "MaskGIT's transformer")
     config = configs.load(f"configs/generator/maskgit.py:{512 if edge > 16 else 256}")
     config.precision.compute = "float32"
     section = config.generator
     section.width, section.heads = width, heads
     section.depth = sum(key.endswith("Mlp_0.layer_output.bias") for key in weights)
     key = "params.TransformerLayer_0.Mlp_0.intermediate_output.bias"
-    section.hidden = masked.need(weights, key, 1, "MaskGIT's transformer")[0]
+    section.hidden = keymap.need(weights, key, 1, "MaskGIT's transformer")[0]
     section.smoothing = published.get("label_smoothing", section.smoothing)
     hidden = published.get("hidden_dropout_prob", section.rates.residual)
     section.rates.token = section.rates.residual = hidden
@@ -130,7 +131,7 @@ def _pair(key: str, path: str, first: str = "kernel") -> list[keymap.Row]:
 # ---------------------------------------------------------------- the fixture
 
 
-def _published(generator, tokens_BL, labels_B) -> np.ndarray:
+def _published(generator: nnx.Module, tokens_BL: jax.Array, labels_B: jax.Array) -> np.ndarray:
     """Tokens behind their class's word, as the published decoder records them."""
     words_B1 = np.asarray(labels_B)[:, None] + generator.layout.absent
     return np.concatenate([words_B1, tokens_BL], axis=1)
@@ -148,7 +149,7 @@ def compiled(schedule: str, steps: int) -> np.ndarray:
     return np.clip(left_T.astype(np.float32), np.float32(mask_schedules.LEAST), np.float32(1))
 
 
-def _wanted(share_T, index, count_B: jax.Array) -> jax.Array:
+def _wanted(share_T: jax.Array, index: jax.Array | int, count_B: jax.Array) -> jax.Array:
     return jnp.floor(count_B * share_T[index])
 
 
@@ -243,7 +244,7 @@ def arrays(folder) -> dict[str, np.ndarray]:
     }
 
 
-def _loss(generator, *, whole, mask_BLG):
+def _loss(generator: nnx.Module, *, whole: TokenBatch, mask_BLG: jax.Array):
     return generator.masked_loss(whole, mask_BLG)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from tokgen.config import reading as configs
 from tokgen.interfaces import UserError
 from tokgen.pretrained import keymap
-from tokgen.pretrained.families import convolutional
+from tokgen.pretrained.families import convolutional, titok
 from tokgen.pretrained.system import System
 from tokgen.quantizers import entropy
 
@@ -25,26 +25,11 @@ CHOICES = {
 }
 
 
-def name(stage: convolutional.Stage) -> str:
-    """The port's prefix of a stage; `up` is indexed by level, 0 the finest."""
-    if stage.level is None:
-        return f"mid.{stage.index}"
-    side = "down" if stage.path.startswith("encoder") else "up"
-    if stage.kind == "up":
-        return f"up.{stage.level}.upsample_conv"
-    return f"{side}.{stage.level}.block.{stage.index}"
-
-
-def decoder_rows(decoder, path: str, prefix: str) -> list[keymap.Row]:
-    """The pixel decoder, which TiTok keeps a fine-tuned copy of."""
-    return convolutional.rows(decoder, path, name, prefix=prefix)
-
-
 def port_rows(tokenizer) -> list[keymap.Row]:
     """The keys of `maskgit-vqgan-imagenet-f16-256.bin`."""
     return [
-        *convolutional.rows(tokenizer.encoder, "encoder", name, prefix="encoder."),
-        *decoder_rows(tokenizer.decoder, "decoder", "decoder."),
+        *convolutional.rows(tokenizer.encoder, "encoder", titok.port_stage_key, prefix="encoder."),
+        *titok.decoder_rows(tokenizer.decoder, "decoder", "decoder."),
         keymap.row("quantize.embedding.weight", "quantizer/codebook"),
     ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import ml_collections
@@ -62,7 +62,15 @@ def rows(generator) -> list[keymap.Row]:
     for i in range(generator.transformer.depth):
         key, path = f"blocks.{i}", "transformer/blocks"
 
-        def both(theirs, ours, kernel, bias, key=key, path=path, i=i):
+        def both(
+            theirs: str,
+            ours: str,
+            kernel: tuple[str, keymap.Rule],
+            bias: keymap.Rule,
+            key: str = key,
+            path: str = path,
+            i: int = i,
+        ):
             return [
                 keymap.row(f"{key}.{theirs}.weight", (f"{path}/{ours}/{kernel[0]}", i), kernel[1]),
                 keymap.row(f"{key}.{theirs}.bias", (f"{path}/{ours}/bias", i), bias),
@@ -85,7 +93,7 @@ def rows(generator) -> list[keymap.Row]:
     return found
 
 
-def _adaptive(key: str, path: str, layer: int | None, order) -> list[keymap.Row]:
+def _adaptive(key: str, path: str, layer: int | None, order: Sequence[int]) -> list[keymap.Row]:
     """A linear map to shifts, scales and gates, in the published order."""
     places = [f"{path}/{leaf}" if layer is None else (f"{path}/{leaf}", layer) for leaf in LEAVES]
     return [

@@ -20,16 +20,8 @@ def parity(folder) -> dict[str, np.ndarray]:
     )
     weights = {far: 1.0, near: folder.setting("beta")}
     training, out, gradient = vqgan.trained(folder, tokenizer.quantizer, weights)
-    return {
-        "latents": found["latents"],
-        "indices": found["tokens"].ravel(),
-        "quantized": found["quantized"],
-        "decoded": found["decoded"],
-        "q_indices": training.out.tokens_BLG.ravel(),
-        "q_out": out,
+    return vqgan.compared(found, training, out, gradient) | {
         "q_loss": training.loss,
-        "q_grad_latents": gradient,
-        "q_grad_codebook": training.params["codebook"],
     }
 
 

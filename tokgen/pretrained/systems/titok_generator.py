@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -51,16 +51,16 @@ DECODES = {
 
 def tokens(published: dict, weights: Mapping[str, np.ndarray], *, form: str):
     """(layout, classes): rows of the table are codes, the mask, classes, no class."""
-    words, _ = masked.need(weights, WORDS[form], 2, NAMES[form])
-    codes, _ = masked.need(weights, f"{form}lm_head.weight", 2, NAMES[form])
-    places = masked.need(weights, PLACES[form], 2 if form == BERT else 3, NAMES[form])
+    words, _ = keymap.need(weights, WORDS[form], 2, NAMES[form])
+    codes, _ = keymap.need(weights, f"{form}lm_head.weight", 2, NAMES[form])
+    shape = keymap.need(weights, PLACES[form], 2 if form == BERT else 3, NAMES[form])
     classes = words - codes - 2
     if classes < 1:
         raise UserError(
             f"{WORDS[form]} needs a row for each of {codes} codes, the mask, every class and no "
             f"class; found {words} rows"
         )
-    return TokenLayout((codes,), ((1, places[-2] - 1),)), classes
+    return TokenLayout((codes,), ((1, shape[-2] - 1),)), classes
 
 
 def settings(published: dict, weights: Weights, *, form: str) -> ml_collections.ConfigDict:
@@ -71,9 +71,9 @@ def settings(published: dict, weights: Weights, *, form: str) -> ml_collections.
     config = configs.load(f"configs/generator/titok.py:{variant}")
     config.precision.compute = "float32"
     ours = config.generator
-    ours.width = masked.need(weights, WORDS[form], 2, NAMES[form])[1]
+    ours.width = keymap.need(weights, WORDS[form], 2, NAMES[form])[1]
     ours.heads = section.get("num_attention_heads", HEADS)
-    ours.hidden = masked.need(weights, HIDDEN[form], 1, NAMES[form])[0]
+    ours.hidden = keymap.need(weights, HIDDEN[form], 1, NAMES[form])[0]
     last = ".output.dense.bias" if form == BERT else ".mlp.fc2.bias"
     ours.depth = sum(key.endswith(last) and ".attention." not in key for key in weights)
     if form == BERT:
@@ -183,7 +183,7 @@ def _decodes(folder, generator) -> dict[str, np.ndarray]:
     return found | {"noise_tokens": final[..., 0]}
 
 
-def arrays(folder, *, form: str, rows) -> dict[str, np.ndarray]:
+def arrays(folder: parity.Folder, *, form: str, rows: Callable) -> dict[str, np.ndarray]:
     """The arrays of the fixtures `titok_imagebert` and `titok_uvit`."""
     generator = folder.module()
     whole, mask_BLG = masked.batch(folder)

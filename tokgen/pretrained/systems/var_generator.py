@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from flax import nnx
 
 from tokgen import rng
 from tokgen.config import reading as configs
@@ -145,7 +146,7 @@ def tokens(published: dict, weights: system.Weights) -> tuple[TokenLayout, int]:
     if sides is None or sum(n * n for n in sides) != length:
         raise UserError(
             f"the grids of a VAR need the sides patch_nums whose squares add up to its {length} "
-            f"places; found {sides}: give its configuration as --config FILE"
+            f"positions; found {sides}: give its configuration as --config FILE"
         )
     codes, classes = (
         convolutional.side(weights, key)[0] for key in ("head.weight", "class_emb.weight")
@@ -192,12 +193,14 @@ def arrays(folder) -> dict[str, np.ndarray]:
 
 
 @jax.jit
-def _taught(generator, codec, batch):
+def _taught(generator: nnx.Module, codec: nnx.Module, batch: TokenBatch):
     known_BlC = codec.known_before(batch.tokens_BLG)
     return known_BlC, generator.logits(batch, codec)[:, :, 0]
 
 
-def _greedy(generator, tokenizer, label_B, weights: tuple[float, ...]):
+def _greedy(
+    generator: nnx.Module, tokenizer: nnx.Module, label_B: jax.Array, weights: tuple[float, ...]
+):
     """(tokens [B, L], guided logits [B, L, V], images NCHW in [0, 1]).
 
     -1 where decoding through the cache and without one differ.
@@ -227,7 +230,9 @@ def _decoded(tokenizer, latents_BPC):
     return tokenizer.decode_latents(latents_BPC)
 
 
-def _trained(generator, codec, batch, smoothing: str) -> dict[str, np.ndarray]:
+def _trained(
+    generator: nnx.Module, codec: nnx.Module, batch: TokenBatch, smoothing: str
+) -> dict[str, np.ndarray]:
     """Loss and gradient norms, nothing dropped."""
     generator = jax.tree.map(lambda leaf: leaf, generator)
     generator.smoothing, generator.label_drop = float(smoothing), 0.0
