@@ -18,7 +18,7 @@ from flax import nnx
 from tokgen import image_grid, metrics_log, parameters, report, sharding
 from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.config import building, migration
-from tokgen.data import datasets, loader, pixels as images, scan
+from tokgen.data import datasets, loader, scan, views
 from tokgen.evaluation import validation
 from tokgen.interfaces import UserError
 from tokgen.training import (
@@ -56,7 +56,7 @@ def main(
     source = building.build(settings.data, "data", split="train", **known)
     held_out = building.build(settings.data, "data", split="held_out", **known)
     datasets.tell(datasets.called(settings.data), train=source, held_out=held_out)
-    view = building.call(images.View, settings.view, "view")
+    view = building.call(views.View, settings.view, "view")
     begin, play = gan.steps(steps)
 
     mesh = building.call(sharding.make_mesh, settings.mesh, "mesh")

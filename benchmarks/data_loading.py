@@ -23,7 +23,7 @@ import machine
 import numpy as np
 from PIL import Image
 
-from tokgen.data import folder, loader, pixels as images, shapes, sources
+from tokgen.data import folder, loader, shapes, sources, views
 
 SIZE = (256, 256)
 BATCH = 64
@@ -47,11 +47,11 @@ def main() -> None:
         source = folder.Source(path, split="all")
         ways = {
             "plain PIL loop": lambda: plain(source),
-            "stream, centre crop": lambda: streamed(source, images.View(SIZE)),
+            "stream, centre crop": lambda: streamed(source, views.View(SIZE)),
             "stream, random crop and flip": lambda: streamed(
-                source, images.View(SIZE, crop="random", flip=True)
+                source, views.View(SIZE, crop="random", flip=True)
             ),
-            "stream, 4 threads": lambda: streamed(source, images.View(SIZE), threads=4),
+            "stream, 4 threads": lambda: streamed(source, views.View(SIZE), threads=4),
         }
         measured = {name: [] for name in ways}
         for _ in range(arguments.repeats):  # in turn, so that a busy moment hits all of them
@@ -59,7 +59,7 @@ def main() -> None:
                 measured[name].append(rate(way))
     drawn = shapes.Source(count=BATCH if arguments.quick else 20_000)
     measured["shapes of 32 x 32, stream"] = [
-        rate(lambda: take(drawn, images.View((32, 32), flip=True), threads=1))
+        rate(lambda: take(drawn, views.View((32, 32), flip=True), threads=1))
         for _ in range(arguments.repeats)
     ]
     loop = statistics.median(measured["plain PIL loop"])
@@ -113,14 +113,14 @@ class Counted(sources.Around):
         return self.inner[index]
 
 
-def streamed(source: sources.RandomAccess, view: images.View, threads: int = 1) -> int:
+def streamed(source: sources.RandomAccess, view: views.View, threads: int = 1) -> int:
     """As many batches as an epoch has; the images that were loaded for them and ahead of them."""
     counted = Counted(source)
     take(counted, view, threads)
     return next(counted.read)
 
 
-def take(source: sources.RandomAccess, view: images.View, threads: int) -> int:
+def take(source: sources.RandomAccess, view: views.View, threads: int) -> int:
     """As many batches as an epoch has; the images in them."""
     with loader.batches(
         source, view, seed=0, batch_size=BATCH, threads=threads, prefetch=threads

@@ -26,7 +26,7 @@ from PIL import Image
 
 from tokgen import runtime
 from tokgen.checkpoints import checkpoint
-from tokgen.data import datasets, folder, loader, pixels as images, sources
+from tokgen.data import datasets, folder, loader, sources, views
 from tokgen.evaluation import (
     collect,
     feature_extractors,
@@ -81,7 +81,7 @@ def pixels(
 ) -> tuple[np.ndarray, np.ndarray]:
     """uint8 images of a source and their labels, evenly over it."""
     index_N = np.arange(min(count, len(source))) * len(source) // min(count, len(source))
-    view = images.fixed("center", size, 3)
+    view = views.fixed("center", size, 3)
     parts = list(loader.once(source, view, batch_size=PART, indices=index_N))
     return tuple(np.concatenate([part[name] for part in parts]) for name in ("image", "label"))
 

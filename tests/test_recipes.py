@@ -12,7 +12,7 @@ from flax import nnx
 from tests import recipes
 from tokgen import parameters, sharding
 from tokgen.config import building, reading as configs
-from tokgen.data import captioned, loader, pixels as images, shapes
+from tokgen.data import captioned, loader, shapes, views
 from tokgen.nn import precision
 from tokgen.training import (
     gan as gans,
@@ -117,7 +117,7 @@ def checked(settings: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     building.check(
         settings,
         precision=(precision.Precision, ()),
-        view=(images.View, ()),
+        view=(views.View, ()),
         optimizer=(optimizers.optimizer, ("steps", "begin")),
         discriminator=(gans.GAN, ()),
         **(rival if settings.discriminator.weight > 0 else {}),
@@ -289,7 +289,7 @@ def steps_of(settings, folder, teacher=None):
     plan = stages.plan(settings)
     gan = building.call(gans.GAN, settings.discriminator, "discriminator")
     begin, _ = gan.steps(settings.steps)
-    view = building.call(images.View, settings.view, "view")
+    view = building.call(views.View, settings.view, "view")
     batches = loader.batches(
         source_of(settings, folder), view, seed=0, batch_size=settings.batch_size, threads=0
     )

@@ -16,7 +16,7 @@ from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.config import building, reading as configs
 from tokgen.data import (
     folder as folder_,
-    pixels as images,
+    pixels,
     pretokenization,
     shapes,
     sources,
@@ -108,7 +108,7 @@ def test_it_is_a_function_without_a_command_line(tmp_path):
 def test_any_number_of_devices_writes_the_same_shards_and_decodes_once(tmp_path, monkeypatch):
     """Eight devices and batches of five; one device and one batch of all."""
     folder = saved(tmp_path / "tokenizer", dict(name="vq", codes=64, channels=4))
-    rng, decode, decoded = np.random.default_rng(0), images.decode, []
+    rng, decode, decoded = np.random.default_rng(0), pixels.decode, []
     (tmp_path / "pictures").mkdir()
     for number in range(11):
         picture = rng.integers(0, 256, (20 + number, 24, 3), dtype=np.uint8)
@@ -118,7 +118,7 @@ def test_any_number_of_devices_writes_the_same_shards_and_decodes_once(tmp_path,
         decoded.append(1)
         return decode(*words, **options)
 
-    monkeypatch.setattr(images, "decode", counted)
+    monkeypatch.setattr(pixels, "decode", counted)
     single = Mesh(
         np.asarray(jax.devices()[:1]).reshape(1, 1, 1),
         sharding.AXES,
@@ -193,8 +193,8 @@ def broken(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "set" / name).mkdir(parents=True)
         for number in range(6):
-            pixels = draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "set" / name / f"{number}.png")
+            values = draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(values).save(tmp_path / "set" / name / f"{number}.png")
     (tmp_path / "set" / "cat" / "1.png").write_text("a page in the place of a picture")
     whole = (tmp_path / "set" / "dog" / "2.png").read_bytes()
     (tmp_path / "set" / "dog" / "2.png").write_bytes(whole[:-200])

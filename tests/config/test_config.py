@@ -14,7 +14,7 @@ from flax import nnx
 from tests import recipes
 from tokgen import interfaces, parameters, report
 from tokgen.config import building, reading as configs
-from tokgen.data import pixels as images
+from tokgen.data import views
 from tokgen.nn import precision
 from tokgen.quantizers import fsq
 from tokgen.training import fields
@@ -536,11 +536,11 @@ def test_check_tells_the_problems_of_all_sections_together():
         config.view.sise = (32, 32)
         config.precision.compote = "bfloat16"
     with pytest.raises(interfaces.UserError) as caught:
-        building.check(config, view=(images.View, ()), precision=(precision.Precision, ()))
+        building.check(config, view=(views.View, ()), precision=(precision.Precision, ()))
     message = str(caught.value)
     for part in ("with_", "'convv'", "'levls'; did you mean 'levels'", "sise", "compote"):
         assert part in message
-    building.check(load(), view=(images.View, ()), precision=(precision.Precision, ()))
+    building.check(load(), view=(views.View, ()), precision=(precision.Precision, ()))
 
 
 def test_a_config_from_a_checkpoint_builds_the_same():

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tokgen import interfaces
 from tokgen.config import building
-from tokgen.data import captioned, folder, loader, pixels as images, shapes
+from tokgen.data import captioned, folder, loader, shapes, views
 
 
 def features(path, count, dtype=np.float32, split="train"):
@@ -31,7 +31,7 @@ def pictures(path, count, broken=()):
 
 
 def taken(source, steps=3):
-    view = images.View((8, 8), flip=True)
+    view = views.View((8, 8), flip=True)
     with loader.batches(source, view, seed=1, batch_size=4, max_bad=1.0) as batches:
         return [next(batches) for _ in range(steps)], batches.bad
 
@@ -59,7 +59,7 @@ def test_the_replacement_of_a_broken_image_brings_its_own_text(tmp_path):
 def test_one_pass_keeps_the_order_that_is_asked_for(tmp_path):
     drawn = shapes.Source((8, 8), count=6)
     source = captioned.Source(drawn, features(tmp_path, 6))
-    (batch,) = loader.once(source, images.View((8, 8)), batch_size=3, indices=[5, 0, 2])
+    (batch,) = loader.once(source, views.View((8, 8)), batch_size=3, indices=[5, 0, 2])
     np.testing.assert_array_equal(batch["text"][:, 1, 2], [5, 0, 2])
     np.testing.assert_array_equal(batch["image"][1], drawn[0]["image"])
     assert source.name(4) == drawn.name(4) and source.classes == drawn.classes

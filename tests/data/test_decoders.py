@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokgen.data import pixels as images
+from tokgen.data import pixels, views
 
 
 def picture(mode: str, form: str, **options) -> bytes:
@@ -32,17 +32,17 @@ def picture(mode: str, form: str, **options) -> bytes:
 )
 def test_same_pixels_as_pil(mode, form, options, channels):
     data = picture(mode, form, **options)
-    found = images.decode(data, channels, decoder="simplejpeg")
-    np.testing.assert_array_equal(found, images.decode(data, channels))
+    found = pixels.decode(data, channels, decoder="simplejpeg")
+    np.testing.assert_array_equal(found, pixels.decode(data, channels))
 
 
 def test_orientation_is_applied_by_both():
     exif = Image.Exif()
     exif[0x0112] = 6
     data = picture("RGB", "JPEG", exif=exif.tobytes())
-    found = images.decode(data, 3, decoder="simplejpeg")
+    found = pixels.decode(data, 3, decoder="simplejpeg")
     assert found.shape == (53, 37, 3)
-    np.testing.assert_array_equal(found, images.decode(data, 3))
+    np.testing.assert_array_equal(found, pixels.decode(data, 3))
 
 
 def test_broken_metadata_break_no_image_for_either(monkeypatch):
@@ -52,17 +52,17 @@ def test_broken_metadata_break_no_image_for_either(monkeypatch):
         raise SyntaxError("not a TIFF file")
 
     monkeypatch.setattr(Image.Image, "getexif", broken)
-    found = images.decode(data, 3, decoder="simplejpeg")
-    np.testing.assert_array_equal(found, images.decode(data, 3))
+    found = pixels.decode(data, 3, decoder="simplejpeg")
+    np.testing.assert_array_equal(found, pixels.decode(data, 3))
 
 
 def test_broken_jpeg_is_broken_for_both():
     data = picture("RGB", "JPEG")[:200]
-    for decoder in images.DECODERS:
-        with pytest.raises(images.BrokenImage):
-            images.decode(data, 3, decoder=decoder)
+    for decoder in pixels.DECODERS:
+        with pytest.raises(pixels.BrokenImage):
+            pixels.decode(data, 3, decoder=decoder)
 
 
 def test_unknown_decoder_is_refused():
     with pytest.raises(ValueError, match="decoder must be one of pil, simplejpeg; found 'fast'"):
-        images.View((8, 8), decoder="fast")
+        views.View((8, 8), decoder="fast")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tokgen import interfaces
-from tokgen.data import folder, pixels as images
+from tokgen.data import folder, pixels
 
 
 def write(root, *names):
@@ -36,7 +36,7 @@ def test_class_folders_give_sorted_classes_and_nested_images_belong_to_them(tmp_
     assert source.classes == ("ant", "zebra")
     assert names(source) == ["ant/0.jpeg", "ant/x/y/1.JPG", "zebra/A.PNG", "zebra/b.png"]
     assert [source[index]["label"] for index in range(4)] == [0, 0, 1, 1]
-    assert images.decode(source[3]["image"], 3).shape == (2, 2, 3)
+    assert pixels.decode(source[3]["image"], 3).shape == (2, 2, 3)
     assert source[-1] == source[3]
     with pytest.raises(IndexError):
         source[4]
@@ -262,7 +262,7 @@ def test_layouts_that_are_understood(tmp_path, layout, train, held_out, classes)
     assert parts[0].classes == parts[1].classes == (known if classes is None else classes)
     for part in parts:
         for index in range(len(part)):
-            images.decode(part[index]["image"], 3)
+            pixels.decode(part[index]["image"], 3)
             if part.classes:
                 own = part.classes[part[index]["label"]].lower()
                 assert own in part.name(index).lower().split("/")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tokgen import interfaces
-from tokgen.data import folder, loader, pixels as images, shapes, sources, token_shards, unreadable
+from tokgen.data import folder, loader, shapes, sources, token_shards, unreadable, views
 
 
 class Numbered(sources.RandomAccess):
@@ -35,7 +35,7 @@ class Numbered(sources.RandomAccess):
         return f"picture-{index}"
 
 
-RANDOM = images.View((8, 12), crop="random", flip=True)
+RANDOM = views.View((8, 12), crop="random", flip=True)
 
 
 def take(count, *arguments, **keywords):
@@ -107,7 +107,7 @@ def test_crops_and_flips_change_from_epoch_to_epoch():
 
 
 def test_views_do_not_shift_the_order():
-    plain = take(3, Numbered(20), images.View((12, 18)), seed=5, batch_size=8)
+    plain = take(3, Numbered(20), views.View((12, 18)), seed=5, batch_size=8)
     random = take(3, Numbered(20), RANDOM, seed=5, batch_size=8)
     for left, right in zip(plain, random, strict=True):
         np.testing.assert_array_equal(left["label"], right["label"])
@@ -117,7 +117,7 @@ def test_views_do_not_shift_the_order():
 
 
 def test_a_broken_image_is_replaced_by_the_next_of_its_permutation_and_moves_no_other():
-    view = images.View((12, 18))
+    view = views.View((12, 18))
     sound = take(6, Numbered(20), view, seed=2, batch_size=10)
     order = np.concatenate([batch["label"] for batch in sound]).reshape(3, 20)
     broken = {int(order[0, 3]), int(order[0, 4]), int(order[1, 19])}
@@ -166,7 +166,7 @@ def test_distinct_files_are_allowed_however_often_they_are_met():
 def test_what_is_unreadable_is_told_once_by_name(capfd):
     source = Numbered(20, broken=(3, 8))
     for _ in range(2):
-        with loader.once(source, images.View((12, 18)), batch_size=5) as batches:
+        with loader.once(source, views.View((12, 18)), batch_size=5) as batches:
             assert [len(batch["label"]) for batch in batches] == [5, 5, 5, 3]
     with loader.batches(source, RANDOM, seed=0, batch_size=20, max_bad=1.0) as batches:
         next(batches)
@@ -177,7 +177,7 @@ def test_what_is_unreadable_is_told_once_by_name(capfd):
 
 def test_a_wall_of_broken_files_is_a_few_lines(capfd):
     source = Numbered(250, broken=range(1, 250, 2))
-    list(loader.once(source, images.View((12, 18)), batch_size=10))
+    list(loader.once(source, views.View((12, 18)), batch_size=10))
     said = capfd.readouterr().err
     assert "125 of 250 images cannot be read" in said and len(said.splitlines()) < 75
 
@@ -194,7 +194,7 @@ def test_a_file_that_vanishes_is_a_broken_image(tmp_path):
         Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / f"{number}.png")
     source = folder.Source(tmp_path, split="all")
     (tmp_path / "2.png").unlink()
-    with loader.batches(source, images.View((4, 4)), seed=0, batch_size=6) as batches:
+    with loader.batches(source, views.View((4, 4)), seed=0, batch_size=6) as batches:
         batch = next(batches)
         assert batches.bad == 1 and batches.broken == ("2.png",)
     assert sorted(set(batch["image"][:, 0, 0, 0].tolist())) == [0, 1, 3, 4, 5]
@@ -202,7 +202,7 @@ def test_a_file_that_vanishes_is_a_broken_image(tmp_path):
 
 def test_drawn_images_come_in_batches_and_are_the_same_as_one_by_one():
     source = shapes.Source((16, 24), count=50)
-    view = images.View((16, 24), flip=True)
+    view = views.View((16, 24), flip=True)
 
     class OneByOne(sources.RandomAccess):
         def __len__(self):
@@ -221,7 +221,7 @@ def test_drawn_images_come_in_batches_and_are_the_same_as_one_by_one():
 
 def test_one_pass_is_in_order_and_whole():
     source = Numbered(11, broken=(3, 10))
-    view = images.View((12, 18))
+    view = views.View((12, 18))
     with loader.once(source, view, batch_size=4) as batches:
         found = list(batches)
         assert batches.bad == 2 and batches.seen == 9
@@ -243,8 +243,8 @@ def test_one_pass_is_in_order_and_whole():
 def test_threads_change_nothing_of_one_pass_and_decode_once():
     """In pieces of a batch, by threads, for several views at once."""
     source = Numbered(23, broken=(3, 4, 5, 6, 7, 22))
-    names = images.stored("ten,center")
-    every = images.Every(tuple(images.fixed(name, (12, 18)) for name in names))
+    names = views.stored("ten,center")
+    every = views.Every(tuple(views.fixed(name, (12, 18)) for name in names))
     alone = list(loader.once(source, every, batch_size=5))
     assert sorted(source.read) == list(range(23))
     for threads in (1, 2, 4, 9):
@@ -255,8 +255,8 @@ def test_threads_change_nothing_of_one_pass_and_decode_once():
         assert sorted(source.read) == list(range(23))
     with loader.once(source, every, batch_size=2, threads=3) as passing:
         next(passing)  # what was loaded ahead is dropped
-    views = [loader.once(source, view, batch_size=5) for view in every.views]
-    for batch, *singles in zip(alone, *views, strict=True):
+    several = [loader.once(source, view, batch_size=5) for view in every.views]
+    for batch, *singles in zip(alone, *several, strict=True):
         pixels = np.stack([single["image"] for single in singles], axis=1)
         np.testing.assert_array_equal(batch["image"], pixels)
 
@@ -346,7 +346,7 @@ def test_a_view_is_needed_for_images_and_channels_agree():
     with pytest.raises(interfaces.UserError, match="needs a view"):
         loader.batches(Numbered(4), seed=0, batch_size=2)
     with pytest.raises(interfaces.UserError, match="channels"):
-        take(1, shapes.Source(), images.View((32, 32), 1), seed=0, batch_size=2)
+        take(1, shapes.Source(), views.View((32, 32), 1), seed=0, batch_size=2)
 
 
 def test_names_of_any_bytes_and_files_that_may_not_be_read_are_told(tmp_path, capfd, monkeypatch):
@@ -362,7 +362,7 @@ def test_names_of_any_bytes_and_files_that_may_not_be_read_are_told(tmp_path, ca
         return read(index)
 
     monkeypatch.setattr(source, "open", refused)
-    assert not list(loader.once(source, images.View((4, 4)), batch_size=2, least=0))
+    assert not list(loader.once(source, views.View((4, 4)), batch_size=2, least=0))
     said = capfd.readouterr().err
     assert "1.png: PermissionError: Permission denied" in said
     assert "a\\udcff\\nb.png: the file is empty (0 bytes)" in said
@@ -371,7 +371,7 @@ def test_names_of_any_bytes_and_files_that_may_not_be_read_are_told(tmp_path, ca
 def test_labels_beyond_the_classes_are_no_labels():
     source = Numbered(9)
     source.classes = tuple("abcdefg")
-    with loader.once(source, images.View((12, 18)), batch_size=9) as batches:
+    with loader.once(source, views.View((12, 18)), batch_size=9) as batches:
         np.testing.assert_array_equal(next(batches)["label"], np.arange(7))
         assert batches.broken == ("picture-7", "picture-8")
 
@@ -380,6 +380,6 @@ def test_sources_of_one_set_tell_each_image_once(capfd):
     first, second = Numbered(9, broken=(4,)), Numbered(9, broken=(4, 5))
     unreadable.share(first, second)
     for source in (first, second):
-        list(loader.once(source, images.View((12, 18)), batch_size=9))
+        list(loader.once(source, views.View((12, 18)), batch_size=9))
     said = capfd.readouterr().err
     assert said.count("picture-4: ") == said.count("picture-5: ") == 1

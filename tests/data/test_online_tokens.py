@@ -12,9 +12,9 @@ from tokgen.data import (
     folder,
     loader,
     online_tokens,
-    pixels as images,
     shapes,
     token_shards,
+    views,
 )
 
 SIZE, GRID, VOCAB = (16, 24), (4, 6), (97, 31)
@@ -46,7 +46,7 @@ def shards(path, parts):
         index = np.arange(shard.start, shard.stop)
         per_view = []
         for name in VIEWS:
-            view = images.fixed(name, SIZE)
+            view = views.fixed(name, SIZE)
             (part,) = loader.once(parts[shard.split], view, batch_size=7, indices=index)
             per_view.append(encode(part["image"]))
         writer.write(shard, np.stack(per_view, axis=1), part["label"])

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from tokgen import interfaces
-from tokgen.data import pixels as images
+from tokgen.data import pixels, views
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -92,27 +92,27 @@ FLAT = {
 @pytest.mark.parametrize("kind", FLAT)
 def test_kinds_of_file_have_their_documented_pixels(kind):
     data, pixel = FLAT[kind]
-    pixels = images.decode(data, 3)
-    assert pixels.dtype == np.uint8 and pixels.shape[2] == 3
+    array = pixels.decode(data, 3)
+    assert array.dtype == np.uint8 and array.shape[2] == 3
     np.testing.assert_allclose(
-        pixels.astype(int), np.broadcast_to(pixel, pixels.shape), atol=1 if kind == "cmyk" else 0
+        array.astype(int), np.broadcast_to(pixel, array.shape), atol=1 if kind == "cmyk" else 0
     )
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
 def test_sixteen_bits_are_divided_by_257_and_never_saturate(form):
     ramp = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
-    pixels = images.decode(encoded(Image.fromarray(ramp), form), 1)
-    np.testing.assert_array_equal(pixels[..., 0], np.floor(ramp / 257 + 0.5))
-    assert (pixels == 255).mean() < 0.01
+    array = pixels.decode(encoded(Image.fromarray(ramp), form), 1)
+    np.testing.assert_array_equal(array[..., 0], np.floor(ramp / 257 + 0.5))
+    assert (array == 255).mean() < 0.01
 
 
 def wide_png(colour, rows, *, significant=(), clear=()):
     """A PNG of 16 bits a sample: one row of pixels, with what it states of them."""
     extra = png_chunk(b"sBIT", bytes(significant)) if significant else b""
     extra += png_chunk(b"tRNS", struct.pack(f">{len(clear)}H", *clear)) if clear else b""
-    pixels = np.array(rows, ">u2")
-    return png(len(pixels), 1, 16, colour, b"\0" + pixels.tobytes(), extra)
+    array = np.array(rows, ">u2")
+    return png(len(array), 1, 16, colour, b"\0" + array.tobytes(), extra)
 
 
 def tiff(bits, form, kind, row, largest=0):
@@ -163,9 +163,9 @@ DEEP = {
 
 @pytest.mark.parametrize("kind", DEEP)
 def test_the_significant_bits_are_those_that_the_file_states(kind):
-    data, pixels = DEEP[kind]
-    found = images.decode(data, 3 if np.ndim(pixels) == 2 else 1)
-    np.testing.assert_array_equal(found[0].squeeze(-1) if found.shape[2] == 1 else found[0], pixels)
+    data, array = DEEP[kind]
+    found = pixels.decode(data, 3 if np.ndim(array) == 2 else 1)
+    np.testing.assert_array_equal(found[0].squeeze(-1) if found.shape[2] == 1 else found[0], array)
 
 
 @pytest.mark.parametrize(
@@ -181,15 +181,15 @@ def test_the_significant_bits_are_those_that_the_file_states(kind):
     ],
 )
 def test_depths_without_a_range_are_broken(data, why):
-    with pytest.raises(images.BrokenImage, match=why):
-        images.decode(data, 3)
+    with pytest.raises(pixels.BrokenImage, match=why):
+        pixels.decode(data, 3)
 
 
 def test_deep_images_are_turned_upright():
     exif = Image.Exif()
     exif[0x0112] = 6
     ramp = np.array([[0, 257, 514]], np.uint16)
-    found = images.decode(encoded(Image.fromarray(ramp), exif=exif), 1)
+    found = pixels.decode(encoded(Image.fromarray(ramp), exif=exif), 1)
     np.testing.assert_array_equal(found[..., 0], [[0], [1], [2]])
 
 
@@ -210,13 +210,13 @@ def test_exif_orientation_is_applied(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
-    np.testing.assert_array_equal(images.decode(data, 3), upright)
+    np.testing.assert_array_equal(pixels.decode(data, 3), upright)
 
 
 def test_one_channel_is_the_luma_of_the_composite():
-    pixels = images.decode(rgba((0, 0, 0, 0)), 1)
-    assert pixels.shape == (2, 3, 1) and (pixels == 255).all()
-    colour = images.decode(encoded(Image.new("RGB", (1, 1), (10, 200, 90))), 1)
+    array = pixels.decode(rgba((0, 0, 0, 0)), 1)
+    assert array.shape == (2, 3, 1) and (array == 255).all()
+    colour = pixels.decode(encoded(Image.new("RGB", (1, 1), (10, 200, 90))), 1)
     assert abs(int(colour[0, 0, 0]) - (0.299 * 10 + 0.587 * 200 + 0.114 * 90)) <= 1
 
 
@@ -252,8 +252,8 @@ BROKEN = {
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_what_is_no_image_is_a_broken_image(kind):
-    with pytest.raises(images.BrokenImage):
-        images.decode(BROKEN[kind], 3)
+    with pytest.raises(pixels.BrokenImage):
+        pixels.decode(BROKEN[kind], 3)
 
 
 def test_a_bomb_is_refused_from_its_header(monkeypatch):
@@ -264,11 +264,11 @@ def test_a_bomb_is_refused_from_its_header(monkeypatch):
         raise AssertionError("decoded")
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
-    with pytest.raises(images.BrokenImage, match="pixels"):
-        images.decode(data, 3)
+    with pytest.raises(pixels.BrokenImage, match="pixels"):
+        pixels.decode(data, 3)
     # Below PIL's own limits ours still counts.
-    with pytest.raises(images.BrokenImage, match="more than the 1023"):
-        images.decode(PNG, 3, max_pixels=1023)
+    with pytest.raises(pixels.BrokenImage, match="more than the 1023"):
+        pixels.decode(PNG, 3, max_pixels=1023)
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG"])
@@ -280,15 +280,15 @@ def test_damaged_bytes_decode_or_are_broken_and_nothing_else(form):
         damaged = bytearray(data)
         damaged[rng.integers(len(data))] ^= int(rng.integers(1, 256))
         try:
-            assert images.decode(bytes(damaged), 3).shape[2] == 3
-        except images.BrokenImage:
+            assert pixels.decode(bytes(damaged), 3).shape[2] == 3
+        except pixels.BrokenImage:
             broken += 1
     assert broken >= (150 if form == "PNG" else 1)  # JPEG has no checksums
 
 
 def test_channels_are_one_or_three():
     with pytest.raises(interfaces.UserError, match="channels=4"):
-        images.decode(PNG, 4)
+        pixels.decode(PNG, 4)
 
 
 def adm(image, size):
@@ -298,24 +298,24 @@ def adm(image, size):
         picture = picture.resize(tuple(x // 2 for x in picture.size), Image.BOX)
     scale = size / min(picture.size)
     picture = picture.resize(tuple(round(x * scale) for x in picture.size), Image.BICUBIC)
-    pixels = np.array(picture)
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top : top + size, left : left + size]
+    array = np.array(picture)
+    top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
+    return array[top : top + size, left : left + size]
 
 
 @pytest.mark.parametrize("shape", [(375, 500), (97, 64), (31, 200), (20, 24), (64, 64)])
 def test_the_centre_of_a_square_is_adms(shape):
     image = noise(*shape)
-    np.testing.assert_array_equal(images.centre(image, (32, 32)), adm(image, 32))
+    np.testing.assert_array_equal(views.centre(image, (32, 32)), adm(image, 32))
 
 
 SHAPES = [(100, 150), (150, 100), (5, 5), (1, 1), (1, 3000), (33, 48)]
 
 
-@pytest.mark.parametrize("crop", images.CROPS)
+@pytest.mark.parametrize("crop", views.CROPS)
 def test_any_image_becomes_the_size_that_was_asked_for(crop):
     for channels, size in ((1, (32, 48)), (3, (32, 48)), (3, (48, 32)), (3, (7, 64))):
-        view = images.View(size, channels, crop=crop)
+        view = views.View(size, channels, crop=crop)
         for shape in SHAPES:
             out = view(noise(*shape, channels), np.random.default_rng(0))
             assert out.shape == (*size, channels) and out.dtype == np.uint8, (shape, size)
@@ -325,31 +325,31 @@ def test_a_rectangle_shows_the_middle_undistorted():
     # Twice as large as the view, with 8 further columns on each side: halved and cut.
     inner = np.kron(noise(32, 48, seed=3), np.ones((2, 2, 1), np.uint8))
     image = np.pad(inner, ((0, 0), (8, 8), (0, 0)))
-    np.testing.assert_array_equal(images.centre(image, (32, 48)), inner[::2, ::2])
+    np.testing.assert_array_equal(views.centre(image, (32, 48)), inner[::2, ::2])
 
 
 def test_right_sized_images_are_not_touched():
     image = noise(32, 48)
     for crop in ("center", "random"):
-        view = images.View((32, 48), crop=crop)
+        view = views.View((32, 48), crop=crop)
         np.testing.assert_array_equal(view(image, np.random.default_rng(0)), image)
 
 
 def test_views_are_functions_of_the_image_and_the_generator():
     image = noise(80, 60)
-    view = images.View([32, 32], crop="random", flip=True)
-    assert hash(view) == hash(images.View((32, 32), crop="random", flip=True))
+    view = views.View([32, 32], crop="random", flip=True)
+    assert hash(view) == hash(views.View((32, 32), crop="random", flip=True))
     seen = [view(image, np.random.default_rng(seed)) for seed in range(8)]
     again = [view(image, np.random.default_rng(seed)) for seed in range(8)]
     np.testing.assert_array_equal(seen, again)
-    assert len({pixels.tobytes() for pixels in seen}) == 8
+    assert len({array.tobytes() for array in seen}) == 8
 
 
 def test_random_crops_keep_to_the_zoom():
     """On a ramp of slope 1 per pixel the slope of the crop is the scale."""
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[:, None], (200, 200))
     image = np.repeat(ramp[..., None], 3, axis=2)
-    view = images.View((80, 80), crop="random", zoom=1.25)
+    view = views.View((80, 80), crop="random", zoom=1.25)
     rng = np.random.default_rng(0)
     seen = np.array([view(image, rng)[:, 0, 0].astype(float) for _ in range(60)])
     side = 200 / ((seen[:, 70] - seen[:, 10]) / 60)  # the shorter side before the cut
@@ -361,7 +361,7 @@ def test_random_crops_keep_to_the_zoom():
 
 def test_half_of_the_images_are_flipped():
     image = noise(8, 8)
-    view = images.View((8, 8), flip=True)
+    view = views.View((8, 8), flip=True)
     rng = np.random.default_rng(0)
     flipped = [np.array_equal(view(image, rng), image[:, ::-1]) for _ in range(400)]
     assert 150 < sum(flipped) < 250
@@ -369,11 +369,11 @@ def test_half_of_the_images_are_flipped():
 
 def test_stored_views_are_the_centre_and_its_mirror_image():
     image = noise(50, 70)
-    middle = images.fixed("center", (32, 48))(image, None)
-    np.testing.assert_array_equal(middle, images.centre(image, (32, 48)))
-    np.testing.assert_array_equal(images.fixed("flip", (32, 48))(image, None), middle[:, ::-1])
+    middle = views.fixed("center", (32, 48))(image, None)
+    np.testing.assert_array_equal(middle, views.centre(image, (32, 48)))
+    np.testing.assert_array_equal(views.fixed("flip", (32, 48))(image, None), middle[:, ::-1])
     with pytest.raises(interfaces.UserError, match="center, flip, top_left"):
-        images.fixed("random", (32, 48))
+        views.fixed("random", (32, 48))
 
 
 @pytest.mark.parametrize("shape", [(375, 500), (97, 64), (32, 32)])
@@ -385,23 +385,23 @@ def test_the_ten_crops_are_those_of_adms_centre_at_a_tenth_more(shape, size):
     end, middle = larger - size, int(round((larger - size) / 2.0))
     places = [(0, 0), (0, end), (end, 0), (end, end), (middle, middle)]
     expected = []
-    for pixels in (centre, centre[:, ::-1]):
+    for array in (centre, centre[:, ::-1]):
         for top, left in places:
-            expected.append(pixels[top : top + size, left : left + size])
-    names = images.stored("ten")
+            expected.append(array[top : top + size, left : left + size])
+    names = views.stored("ten")
     assert len(names) == 10
-    found = [images.fixed(name, (size, size))(image, None) for name in names]
+    found = [views.fixed(name, (size, size))(image, None) for name in names]
     np.testing.assert_array_equal(found, expected)
-    assert len({pixels.tobytes() for pixels in found}) == 10
+    assert len({array.tobytes() for array in found}) == 10
 
 
 def test_ten_crops_of_published_sizes_and_lists_of_views():
-    assert [int(side * images.TEN_ZOOM) for side in (256, 384)] == [281, 422]
-    assert images.stored("center,flip") == ("center", "flip")
-    assert images.stored("center,ten") == ("center", *images.TEN)
+    assert [int(side * views.TEN_ZOOM) for side in (256, 384)] == [281, 422]
+    assert views.stored("center,flip") == ("center", "flip")
+    assert views.stored("center,ten") == ("center", *views.TEN)
     for wrong in ("", "centre", "flip,flip", "ten,middle", "random"):
         with pytest.raises(interfaces.UserError, match="views must be different ones"):
-            images.stored(wrong)
+            views.stored(wrong)
 
 
 @pytest.mark.parametrize(
@@ -410,4 +410,4 @@ def test_ten_crops_of_published_sizes_and_lists_of_views():
 )
 def test_impossible_views_are_refused(wrong):
     with pytest.raises(interfaces.UserError):
-        images.View(**{"size": (32, 32), **wrong})
+        views.View(**{"size": (32, 32), **wrong})

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tokgen import cli, interfaces, runtime
-from tokgen.data import folder, pixels as images, scan, shapes, sources
+from tokgen.data import folder, pixels, scan, shapes, sources
 
 LARGE = (9000, 9000)  # more pixels than are allowed, in a few bytes
 
@@ -59,7 +59,7 @@ def test_a_scan_is_kept_until_a_file_changes(tmp_path, cache, monkeypatch):
     root = write(tmp_path / "base")
     damaged(root)
     first = scan.full(folder.Source(root, split="all"))
-    monkeypatch.setattr(images, "decode", None)  # nothing is decoded again
+    monkeypatch.setattr(pixels, "decode", None)  # nothing is decoded again
     source = folder.Source(root, split="all")
     assert scan.full(source) == first and len(source.unreadable) == 4
     for file in cache.iterdir():  # whatever became of it, it is no result

@@ -1,12 +1,15 @@
 """What every source says of itself, held against the protocol; a source of one's own, as told."""
 
+import io
 import pathlib
 import re
 
 import numpy as np
 import pytest
+import tensorflow_datasets
+from PIL import Image
 
-from tests.data import test_online_tokens, test_tfds
+from tests.data import test_online_tokens
 from tokgen import data
 from tokgen.config import building
 from tokgen.data import (
@@ -16,11 +19,12 @@ from tokgen.data import (
     markov,
     npz,
     online_tokens,
-    pixels as images,
+    pixels,
     shapes,
     sources,
     tfds,
     token_shards,
+    views,
 )
 from tokgen.interfaces import TokenLayout, UserError
 
@@ -28,12 +32,30 @@ DOCUMENT = pathlib.Path(__file__).resolve().parents[2] / "docs" / "data.md"
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
+class TokgenDrawn(tensorflow_datasets.core.GeneratorBasedBuilder):
+    VERSION = tensorflow_datasets.core.Version("1.0.0")
+
+    def _info(self):
+        features = tensorflow_datasets.features
+        named = {"image": features.Image(shape=(8, 8, 3)), "label": features.ClassLabel(names="ab")}
+        return self.dataset_info_from_configs(features=features.FeaturesDict(named))
+
+    def _split_generators(self, _):
+        return {"train": self._generate_examples(6), "test": self._generate_examples(2)}
+
+    def _generate_examples(self, count):
+        for number in range(count):
+            with io.BytesIO() as file:
+                Image.new("RGB", (8, 8), (number, 0, 0)).save(file, "PNG")
+                yield number, {"image": file.getvalue(), "label": number % 2}
+
+
 @pytest.fixture(scope="module")
 def every(tmp_path_factory):
     """One source of every kind, by its name."""
     path = tmp_path_factory.mktemp("sources")
     test_online_tokens.pictures(path / "images")
-    test_tfds.TokgenTiny(data_dir=path, file_format="array_record").download_and_prepare()
+    TokgenDrawn(data_dir=path, file_format="array_record").download_and_prepare()
     parts = {
         split: folder.Source(path / "images", split=split, held_out=0.3)
         for split in token_shards.SPLITS
@@ -47,7 +69,7 @@ def every(tmp_path_factory):
     return {
         "folder": parts["train"],
         "one image": folder.OneImage(next((path / "images" / "a").iterdir())),
-        "tfds": tfds.Source("tokgen_tiny", data_dir=str(path)),
+        "tfds": tfds.Source("tokgen_drawn", data_dir=str(path)),
         "shapes": drawn,
         "npz": npz.Source(path / "a.npz"),
         "archive": npz.Archive(path / "a.npz", classes=shapes.CLASSES),
@@ -111,7 +133,7 @@ def test_records_are_as_the_protocol_has_them(every, kind):
         else:
             assert isinstance(record["image"], bytes)
             form, size = sources.header(source, int(index))
-            assert form == "PNG" and size == images.decode(record["image"], 3).shape[:2]
+            assert form == "PNG" and size == pixels.decode(record["image"], 3).shape[:2]
         if source.holds == "files":
             with source.open(int(index)) as file:
                 assert file.read() == record["image"]
@@ -135,7 +157,7 @@ def test_a_source_of_ones_own_is_one_file(tmp_path, monkeypatch):
     building.check(dict(data=dict(name="stripes", count=50)))
     source = building.build(dict(name="stripes", count=50), "data", split="train")
     assert len(source) == 50 and source.classes == ("across", "down")
-    with loader.batches(source, images.View((16, 16)), seed=0, batch_size=4) as batches:
+    with loader.batches(source, views.View((16, 16)), seed=0, batch_size=4) as batches:
         batch = next(batches)
     assert batch["image"].shape == (4, 16, 16, 3) and batch["image"].std() > 50
     other = building.build(dict(name="stripes", count=50), "data", split="held_out")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tokgen import cli, interfaces
 from tokgen.config import building, reading
-from tokgen.data import classes, datasets, loader, pixels as images, tfds
+from tokgen.data import classes, datasets, loader, pixels, tfds, views
 
 
 def png(number):
@@ -95,7 +95,7 @@ def prepared(tmp_path_factory):
 
 
 def numbers(source):
-    return sorted(int(images.decode(source[i]["image"], 3)[0, 0, 0]) for i in range(len(source)))
+    return sorted(int(pixels.decode(source[i]["image"], 3)[0, 0, 0]) for i in range(len(source)))
 
 
 def test_records_are_the_bytes_of_the_files_and_their_labels(prepared):
@@ -104,8 +104,8 @@ def test_records_are_the_bytes_of_the_files_and_their_labels(prepared):
     assert numbers(source) == list(range(12))
     for index in range(12):
         record = source[index]
-        pixels = images.decode(record["image"], 3)
-        np.testing.assert_array_equal(pixels[..., 0] % 3, record["label"])
+        array = pixels.decode(record["image"], 3)
+        np.testing.assert_array_equal(array[..., 0] % 3, record["label"])
     with pytest.raises(IndexError):
         source[12]
 
@@ -227,9 +227,9 @@ def damaged(prepared, tmp_path, monkeypatch):
 )
 def test_a_damaged_shard_is_images_that_cannot_be_read(prepared, damaged, change, why, lost):
     """To whoever reads it: by name, as damaged files are; the rest of the set is there."""
-    place, view = damaged(change), images.fixed("center", (8, 8), 3)
+    place, view = damaged(change), views.fixed("center", (8, 8), 3)
     source = tfds.Source("tokgen_tiny", data_dir=place)
-    with pytest.raises(images.BrokenImage, match=why):
+    with pytest.raises(pixels.BrokenImage, match=why):
         source[0]
     assert source.fingerprint != tfds.Source("tokgen_tiny", data_dir=prepared).fingerprint
     both = tfds.Source("tokgen_tiny", split="all", data_dir=place)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokgen.data import npz, pixels as images
+from tokgen.data import npz, pixels
 from tokgen.evaluation import given_images
 from tokgen.interfaces import UserError
 
@@ -215,7 +215,7 @@ def test_fewer_images_are_taken_from_all_over_a_set(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "ending", [e for e in (".jpe", ".JFIF", ".avif", ".webp") if e.lower() in images.EXTENSIONS]
+    "ending", [e for e in (".jpe", ".JFIF", ".avif", ".webp") if e.lower() in pixels.EXTENSIONS]
 )
 def test_forms_that_change_pixels_are_refused_by_every_ending(tmp_path, ending):
     (tmp_path / f"a{ending}").write_bytes(b"whatever it holds")

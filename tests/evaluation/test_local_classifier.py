@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.evaluation import test_feature_extractors
 from tokgen import interfaces, parameters, sharding
-from tokgen.data import folder, pixels as images, shapes
+from tokgen.data import folder, pixels, shapes, views
 from tokgen.evaluation import local_classifier
 
 WAYS = ((0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1))
@@ -35,8 +35,8 @@ def photographs(tmp_path):
             place = tmp_path / "images" / split / name
             place.mkdir(parents=True)
             for number in range(count):
-                pixels = draw.integers(0, 100, (16, 16, 3)) + 150 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(place / f"{number}.png")
+                array = draw.integers(0, 100, (16, 16, 3)) + 150 * label
+                Image.fromarray(array.astype(np.uint8)).save(place / f"{number}.png")
     return tmp_path / "images"
 
 
@@ -61,7 +61,7 @@ def test_classifier_of_photographs_learns_is_kept_and_belongs_to_its_images(
     recipe = dataclasses.replace(local_classifier.PHOTOGRAPHS, steps=30, batch=8, ema=0.5)
     first = local_classifier.of_photographs(photographs, (16, 16), recipe=recipe)
     held_out = folder.Source(photographs, split="held_out")
-    image_NHW3 = np.stack([images.decode(held_out[i]["image"], 3) for i in range(4)])
+    image_NHW3 = np.stack([pixels.decode(held_out[i]["image"], 3) for i in range(4)])
     found_N = local_classifier.predictions(first, image_NHW3, batch=3)
     np.testing.assert_array_equal(found_N, [held_out[i]["label"] for i in range(4)])
     monkeypatch.setattr(local_classifier, "_trained", None)
@@ -76,11 +76,11 @@ def test_classifier_of_photographs_learns_is_kept_and_belongs_to_its_images(
 
 def test_every_photograph_is_seen_once_in_each_epoch(photographs):
     source = folder.Source(photographs, split="train")
-    batches = local_classifier._shuffled(source, images.fixed("center", (16, 16), 3), 9, seed=4)
+    batches = local_classifier._shuffled(source, views.fixed("center", (16, 16), 3), 9, seed=4)
     drawn = [next(batches) for _ in range(8)]  # three epochs of 24
     label_N = np.concatenate([batch["label"] for batch in drawn])
     bytes_N = [image.tobytes() for batch in drawn for image in batch["image"]]
-    whole = {images.decode(source[i]["image"], 3).tobytes(): source[i]["label"] for i in range(24)}
+    whole = {pixels.decode(source[i]["image"], 3).tobytes(): source[i]["label"] for i in range(24)}
     epochs = [bytes_N[first : first + 24] for first in (0, 24, 48)]
     assert all(set(epoch) == set(whole) for epoch in epochs) and len(whole) == 24
     assert [whole[image] for image in bytes_N] == label_N.tolist()
@@ -94,8 +94,8 @@ def test_photograph_is_classified_by_ten_views():
     image_NHW3 = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
     wider = np.pad(image_NHW3, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
     moved = [wider[:, 1 + y : 17 + y, 1 + x : 17 + x] for y, x in WAYS]
-    views = np.concatenate([*moved, *(view[:, :, ::-1] for view in moved)]).astype(np.float32)
-    logits_NV = jax.jit(lambda network, views: network(views))(network, views / 255)
+    several = np.concatenate([*moved, *(view[:, :, ::-1] for view in moved)]).astype(np.float32)
+    logits_NV = jax.jit(lambda network, several: network(several))(network, several / 255)
     logits_NV = np.asarray(logits_NV, np.float64).reshape(10, 40, 10)
     ranked_NV = np.sort(logits_NV.sum(0), axis=-1)
     clear_N = ranked_NV[:, -1] - ranked_NV[:, -2] > 1e-4

@@ -16,10 +16,10 @@ from tokgen.data import (
     classes,
     datasets,
     online_tokens,
-    pixels as images,
     pretokenization,
     sources,
     token_shards,
+    views,
 )
 from tokgen.evaluation import validation
 from tokgen.generators import autoregressive
@@ -28,7 +28,7 @@ from tokgen.quantizers import vq
 from tokgen.sampling import drawing, sampler as samplers
 from tokgen.tokenizers import tokenizer
 
-VIEW = images.fixed("center", (2, 4), 3)
+VIEW = views.fixed("center", (2, 4), 3)
 CLASSES = ("cat", "dog")
 ONE = jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
 

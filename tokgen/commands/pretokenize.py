@@ -33,14 +33,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Encode what is not there yet; a folder with other tokens is refused."""
     from tokgen import tokens
-    from tokgen.data import pixels
+    from tokgen.data import views
 
     tokens.pretokenize(
         args.tokenizer,
         args.out,
         data=args.data,
         labels=args.labels,
-        views=pixels.stored(args.views),
+        views=views.stored(args.views),
         batch=args.batch,
         max_bad=args.max_bad,
         precision=args.precision,

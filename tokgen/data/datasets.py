@@ -15,7 +15,7 @@ import numpy as np
 
 from tokgen import report
 from tokgen.config import building
-from tokgen.data import captioned, classes, npz, online_tokens, pixels as images, token_shards
+from tokgen.data import captioned, classes, npz, online_tokens, token_shards, views
 from tokgen.interfaces import PyTree, Text, UserError
 
 TFDS = "tfds:"  # before the name of a tensorflow_datasets set, where a path may stand
@@ -71,9 +71,15 @@ def condition(batch: dict) -> PyTree:
     return Text(batch["text"], mask_BT)
 
 
-def view_of(settings) -> images.View:
+def view_of(settings) -> views.View:
     """The centre view of the pixels that a tokenizer's config names."""
-    return images.fixed("center", tuple(settings.view.size), settings.view.channels)
+    return views_of(settings, ("center",))[0]
+
+
+def views_of(settings, names: Sequence[str]) -> list[views.View]:
+    """Stored views, by their names, of the pixels that a tokenizer's config names."""
+    size, channels = tuple(settings.view.size), settings.view.channels
+    return [views.fixed(name, size, channels) for name in names]
 
 
 def generator_source(
@@ -108,7 +114,7 @@ def generator_source(
         pictures = pictures.inner
     return online_tokens.Source(
         captioned.Source(pictures, text, split=split) if text else pictures,
-        images.stored(data.get("views", "center,flip")),
+        views.stored(data.get("views", "center,flip")),
         size=tuple(tokenizer.config.view.size),
         channels=tokenizer.config.view.channels,
         layout=tokenizer.layout.to_json(),

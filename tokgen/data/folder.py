@@ -27,9 +27,9 @@ from typing import BinaryIO
 import numpy as np
 
 from tokgen import interfaces, ranges
-from tokgen.data import classes as names_, pixels as images, sources
+from tokgen.data import classes as names_, pixels, sources
 
-EXTENSIONS = images.EXTENSIONS
+EXTENSIONS = pixels.EXTENSIONS
 SPLITS = ("train", "held_out", "all")
 # The names of held-out folders; where there are several, the first of this list is read. `test`
 # comes last: many sets keep images without classes in it.

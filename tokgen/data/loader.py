@@ -22,7 +22,7 @@ import grain
 import numpy as np
 
 from tokgen import interfaces
-from tokgen.data import pixels as images, sources, unreadable
+from tokgen.data import pixels, sources, unreadable, views
 
 _PATIENCE = 16  # neighbours tried for one broken element; so many in a row are no accident
 THREADS = min(4, os.cpu_count() or 1)
@@ -93,7 +93,7 @@ class Batches:
 
 def batches(
     source,
-    view: images.View | None = None,
+    view: views.View | None = None,
     *,
     seed: int,
     batch_size: int,
@@ -159,7 +159,7 @@ def batches(
 
 def once(
     source,
-    view: images.View | None = None,
+    view: views.View | None = None,
     *,
     batch_size: int,
     indices: Sequence[int] | None = None,
@@ -270,7 +270,7 @@ def _epoch_neighbours(order, elements: np.ndarray, source) -> Callable:
     return neighbours
 
 
-def _loader(source, view: images.View | None) -> Callable:
+def _loader(source, view: views.View | None) -> Callable:
     """(indices, rngs, neighbours) -> (batch, [(index, reason) of the broken]), for this source.
 
     Without neighbours the broken are left out, and a batch of nothing is empty.
@@ -316,7 +316,7 @@ def _readable_tokens(source, missing, index: int, neighbours, row: int) -> int:
 def _load_images(source, view, index_B, rngs, neighbours) -> tuple[dict, list]:
     # A source that draws its images draws many at the price of few.
     drawn = source.__getitems__(index_B) if source.holds == "pixels" else None
-    places, records, pixels, broken = [], [], [], []
+    places, records, seen, broken = [], [], [], []
     for row, (index, rng) in enumerate(zip(index_B, rngs, strict=True)):
         record = drawn[row] if drawn else {"image": b""}
         if isinstance(record["image"], bytes):
@@ -324,13 +324,13 @@ def _load_images(source, view, index_B, rngs, neighbours) -> tuple[dict, list]:
             broken += failures
         if record is None:
             continue
-        pixels.append(view(_checked(record["image"], view), rng))
+        seen.append(view(_checked(record["image"], view), rng))
         # kept without its pixels: those of a photograph are many times those of its view
         records.append({name: value for name, value in record.items() if name != "image"})
         places.append((int(index), rng))
     if not places:
         return {}, broken
-    return {"image": np.stack(pixels), **_told(records, places, neighbours)}, broken
+    return {"image": np.stack(seen), **_told(records, places, neighbours)}, broken
 
 
 def _readable(source, view, index: int, neighbours, row: int) -> tuple[dict | None, list]:
@@ -343,7 +343,7 @@ def _readable(source, view, index: int, neighbours, row: int) -> tuple[dict | No
     for place in itertools.chain((index,), following):
         try:
             return sources.read(source, int(place), view.channels, view.decoder), failures
-        except images.BrokenImage as error:
+        except pixels.BrokenImage as error:
             failures.append((int(place), str(error)))
     if neighbours:
         raise _hopeless(source, failures, len(failures))
@@ -360,7 +360,7 @@ def _hopeless(source, failures: list, count: int) -> interfaces.UserError:
     )
 
 
-def _checked(image_HWC: np.ndarray, view: images.View) -> np.ndarray:
+def _checked(image_HWC: np.ndarray, view: views.View) -> np.ndarray:
     if image_HWC.shape[2] != view.channels:
         raise interfaces.UserError(
             f"the source draws {image_HWC.shape[2]} channels and the view has {view.channels}; "

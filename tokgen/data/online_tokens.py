@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from tokgen import interfaces
-from tokgen.data import pixels as images, sources
+from tokgen.data import sources, views
 from tokgen.metrics import reconstruction
 
 
@@ -31,7 +31,7 @@ class Drawn:
       views: of one size, one number of channels and one decoder.
     """
 
-    views: tuple[images.View, ...]
+    views: tuple[views.View, ...]
 
     def __post_init__(self):
         forms = {(view.size, view.channels, view.decoder) for view in self.views}
@@ -85,7 +85,7 @@ class Source(sources.Around):
             raise interfaces.UserError("the source of images is empty: there is nothing to encode")
         super().__init__(inner)
         self.views = tuple(views)
-        self.view = Drawn(tuple(images.fixed(name, tuple(size), channels) for name in views))
+        self.view = _drawn(views, tuple(size), channels)
         self.layout, self.encode = layout, encode
         what = [self.views, list(self.view.size), channels, tokenizer]
         self.fingerprint, *earlier = (
@@ -93,3 +93,7 @@ class Source(sources.Around):
             for of_images in (inner.fingerprint, *inner.earlier)
         )
         self.earlier = tuple(earlier)
+
+
+def _drawn(names: Sequence[str], size: tuple[int, int], channels: int) -> Drawn:
+    return Drawn(tuple(views.fixed(name, size, channels) for name in names))

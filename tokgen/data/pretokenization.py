@@ -24,10 +24,10 @@ from tokgen.data import (
     datasets,
     loader,
     online_tokens,
-    pixels as images,
     sources,
     token_shards,
     unreadable,
+    views,
 )
 from tokgen.interfaces import TokenLayout, UserError
 
@@ -80,7 +80,7 @@ def pretokenize(
     Args:
       data: a folder of images; empty for the data set of the tokenizer's config.
       labels: how the classes of a folder are read; empty for as in that config.
-      views: stored views, of pixels.STORED.
+      views: stored views, of views.STORED.
       batch: images encoded together.
       max_bad: the share of the images that may be unreadable.
     """
@@ -104,9 +104,7 @@ def pretokenize(
             source.unreadable.looked += shard.stop - shard.start
             for index, (_, reason) in missing.items():
                 source.unreadable.add(index, reason)
-    size, channels = tuple(settings.view.size), settings.view.channels
-    fixed = [images.fixed(name, size, channels) for name in views]
-    _write(tokenizer.module, parts, writer, fixed, batch, max_bad)
+    _write(tokenizer.module, parts, writer, datasets.views_of(settings, views), batch, max_bad)
     writer.finish()
     for source in parts.values():
         source.unreadable.tell(unreadable.LEFT_OUT)
@@ -151,7 +149,7 @@ def _write(
     tokenizer,
     parts: Mapping[str, sources.RandomAccess],
     writer: token_shards.Writer,
-    views: Sequence[images.View],
+    fixed: Sequence[views.View],
     batch: int,
     max_bad: float,
 ) -> None:
@@ -166,7 +164,7 @@ def _write(
         for shard, count in zip(remaining, counts, strict=True):
             source = parts[shard.split]
             tokens_BXLG, label_B, missing = _shard(
-                tokenizer, source, shard, views, batch, mesh, bar
+                tokenizer, source, shard, fixed, batch, mesh, bar
             )
             # before it is written: what is there stays, and the next run may allow more
             source.unreadable.looked += count
@@ -178,7 +176,7 @@ def _shard(
     tokenizer,
     source: sources.RandomAccess,
     shard: token_shards.Shard,
-    views: Sequence[images.View],
+    fixed: Sequence[views.View],
     batch: int,
     mesh: jax.sharding.Mesh,
     bar,
@@ -189,11 +187,11 @@ def _shard(
     """
     count = shard.stop - shard.start
     layout = tokenizer.layout
-    tokens_BXLG = np.zeros((count, len(views), layout.length, layout.groups), np.int32)
+    tokens_BXLG = np.zeros((count, len(fixed), layout.length, layout.groups), np.int32)
     label_B, seen_B = np.zeros(count, np.int32), np.zeros(count, bool)
     passing = loader.once(
         source,
-        images.Every(tuple(views)),
+        views.Every(tuple(fixed)),
         batch_size=batch,
         indices=np.arange(shard.start, shard.stop),
         least=0,
@@ -203,7 +201,7 @@ def _shard(
         for part in passing:
             rows, named = part["index"] - shard.start, datasets.named(source, part["index"])
             label_B[rows], seen_B[rows] = part["label"], True
-            for number in range(len(views)):
+            for number in range(len(fixed)):
                 laid = sharding.filled(part["image"][:, number], batch, mesh)
                 found_BLG = jax.device_get(online_tokens.encode(tokenizer, laid))[: len(rows)]
                 invalid_B = (found_BLG < 0).any((1, 2))

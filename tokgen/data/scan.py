@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from tokgen import records, report, runtime
-from tokgen.data import pixels as images, sources, unreadable
+from tokgen.data import pixels, sources, unreadable
 from tokgen.interfaces import UserError
 
 FORMAT = 1
@@ -135,8 +135,8 @@ def full(source, channels: int = 3) -> Found:
             digests[index] = b"unreadable"
             record = sources.record(source, index)
             digests[index] = hashlib.sha256(record["image"]).digest()
-            seen[index] = images.header(record["image"])
-            sources.pixels(record, channels)
+            seen[index] = pixels.header(record["image"])
+            sources.decoded(record, channels)
 
         decoded = _each(source, range(len(source)), one, what="scan")
         found = _found(len(source), decoded, seen)
@@ -214,7 +214,7 @@ def _each(
             count += 1
             try:
                 one(index)
-            except images.BrokenImage as error:
+            except pixels.BrokenImage as error:
                 broken.append((index, error))
         return count, broken
 

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from tokgen.data import pixels as images, unreadable as unreadable_
+from tokgen.data import pixels, unreadable as unreadable_, views
 
 HOLDS = ("files", "bytes", "pixels", "tokens")
 
@@ -62,7 +62,7 @@ class RandomAccess:
     unread: Mapping[str, Mapping[str, int]] = types.MappingProxyType({})
     layout: dict | None = None
     views: tuple[str, ...] = ()
-    view: images.View | None = None
+    view: views.View | None = None
     header: dict | None = None
     missing: Mapping[int, tuple[str, str]] = types.MappingProxyType({})
     text_shape: tuple[int, int] | None = None
@@ -133,7 +133,7 @@ def innermost(source: RandomAccess) -> RandomAccess:
     return source
 
 
-class Unavailable(images.BrokenImage):
+class Unavailable(pixels.BrokenImage):
     """A file that cannot be read at all: gone, not allowed, a disk that fails."""
 
 
@@ -142,7 +142,7 @@ def read(source: RandomAccess, index: int, channels: int, decoder: str = "pil") 
 
     Images that a source holds as pixels are given as they are.
     """
-    return pixels(record(source, index), channels, decoder)
+    return decoded(record(source, index), channels, decoder)
 
 
 def record(source: RandomAccess, index: int) -> dict:
@@ -153,15 +153,15 @@ def record(source: RandomAccess, index: int) -> dict:
         raise _unavailable(error) from error
     classes = len(source.classes)
     if classes and not 0 <= found["label"] < classes:
-        raise images.BrokenImage(f"its label is {found['label']}, and there are {classes} classes")
+        raise pixels.BrokenImage(f"its label is {found['label']}, and there are {classes} classes")
     return found
 
 
-def pixels(found: dict, channels: int, decoder: str = "pil") -> dict:
+def decoded(found: dict, channels: int, decoder: str = "pil") -> dict:
     """A record with pixels in the place of the bytes of its image; or BrokenImage."""
     if not isinstance(found["image"], bytes):
         return found
-    return {**found, "image": images.decode(found["image"], channels, decoder=decoder)}
+    return {**found, "image": pixels.decode(found["image"], channels, decoder=decoder)}
 
 
 def header(source: RandomAccess, index: int) -> tuple[str, tuple[int, int]]:
@@ -172,8 +172,8 @@ def header(source: RandomAccess, index: int) -> tuple[str, tuple[int, int]]:
     try:
         if source.holds == "files":
             with source.open(index) as file:
-                return images.header(file)
-        return images.header(source[index]["image"])
+                return pixels.header(file)
+        return pixels.header(source[index]["image"])
     except OSError as error:
         raise _unavailable(error) from error
 

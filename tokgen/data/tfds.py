@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets
 
 from tokgen import interfaces
-from tokgen.data import pixels as images, sources
+from tokgen.data import pixels, sources
 
 SPLITS = ("train", "held_out", "all")
 LABELS = ("feature", "none")
@@ -105,7 +105,7 @@ class Source(sources.RandomAccess):
             try:
                 record = self._record(n * self._length // count)
                 digest.update(hashlib.sha256(record["image"]).digest())
-            except images.BrokenImage:  # it is told when it is read
+            except pixels.BrokenImage:  # it is told when it is read
                 digest.update(b"unreadable")
         return digest.hexdigest()
 
@@ -116,7 +116,7 @@ class Source(sources.RandomAccess):
         count = min(_LOOKED, self._length)
         try:
             for n in range(count):
-                with contextlib.suppress(images.BrokenImage):  # it is told when it is read
+                with contextlib.suppress(pixels.BrokenImage):  # it is told when it is read
                     self[n * self._length // count]
         except interfaces.UserError as error:
             if doubtful != "drop":

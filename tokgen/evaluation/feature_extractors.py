@@ -20,7 +20,7 @@ from flax import nnx
 
 from tokgen import archives, boundary, choices, parameters, sharding
 from tokgen.backbones import features as networks
-from tokgen.data import loader, pixels as images, sources
+from tokgen.data import loader, sources, views
 from tokgen.evaluation import local_classifier
 from tokgen.interfaces import UserError
 from tokgen.metrics import reconstruction
@@ -159,7 +159,7 @@ def accuracy(
 
     At most `count` of a source.
     """
-    view = images.fixed("center", seen(size), 3)
+    view = views.fixed("center", seen(size), 3)
     hits, step = [], 0
     for batch in loader.once(
         source, view, batch_size=200, indices=loader.evenly(len(source), count)

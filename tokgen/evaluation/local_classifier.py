@@ -25,7 +25,7 @@ import optax
 from flax import nnx
 
 from tokgen import archives, boundary, parameters, report, rng, runtime, sharding
-from tokgen.data import folder, loader, pixels as images, shapes, sources
+from tokgen.data import folder, loader, pixels, shapes, sources, views
 from tokgen.interfaces import PyTree, UserError
 from tokgen.metrics import reconstruction
 from tokgen.nn import conv, norms
@@ -150,7 +150,7 @@ def load_or_train(
 
     def train():
         source = shapes.Source(size, channels, split="train", seed=seed, form="hard", count=40_000)
-        view = images.fixed("center", size, channels)
+        view = views.fixed("center", size, channels)
         with loader.batches(source, view, seed=seed, batch_size=recipe.batch) as batches:
             return _trained(make, batches, recipe, _turned, seed)
 
@@ -188,14 +188,14 @@ def of_images(
         return PhotographClassifier(channels, classes, rngs=nnx.Rngs(rng.key(seed, "init")))
 
     def train():
-        view = images.fixed("center", size, channels)
+        view = views.fixed("center", size, channels)
         look = _shifted if source.classes else _moved
         with contextlib.closing(_shuffled(source, view, recipe.batch, seed)) as batches:
             told = batches if source.classes else _upright(batches, classes, seed)
             return _trained(make, told, recipe, look, seed)
 
     what = (size, channels, seed, recipe, source.fingerprint)
-    return _kept((folder, images, conv, norms), what, make, train)
+    return _kept((folder, pixels, views, conv, norms), what, make, train)
 
 
 def turns_of(size: tuple[int, int]) -> int:
@@ -300,7 +300,7 @@ def _trained(
 
 
 def _shuffled(
-    source: sources.RandomAccess, view: images.View, batch: int, seed: int
+    source: sources.RandomAccess, view: views.View, batch: int, seed: int
 ) -> Iterator[dict]:
     """Endless batches of images that are decoded once, a permutation after the other."""
     with loader.once(source, view, batch_size=500) as passing:

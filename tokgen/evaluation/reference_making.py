@@ -11,7 +11,7 @@ import numpy as np
 
 from tokgen import output, report, runtime
 from tokgen.checkpoints import checkpoint
-from tokgen.data import datasets, loader, npz, pixels, sources, unreadable
+from tokgen.data import datasets, loader, npz, pixels, sources, unreadable, views
 from tokgen.evaluation import feature_extractors, local_classifier, protocols, references
 from tokgen.interfaces import UserError
 from tokgen.metrics import moments
@@ -207,7 +207,7 @@ def passing(
     source: sources.RandomAccess, size: tuple[int, int], index_N: np.ndarray
 ) -> loader.Batches:
     """The images in parts, by ADM's centre crop."""
-    view = pixels.fixed("center", size, 3)
+    view = views.fixed("center", size, 3)
     return loader.once(source, view, batch_size=PART, indices=index_N)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tokgen.data import datasets, loader, pixels, sources
+from tokgen.data import datasets, loader, pixels, sources, views
 from tokgen.evaluation import (
     collect,
     feature_extractors,
@@ -242,7 +242,7 @@ def _pixels(source: sources.RandomAccess, index: int, size: tuple[int, int]) -> 
         record.add(index, str(error))
         record.tell("the page shows them gray")
         return np.full((*size, 3), 128, np.uint8)
-    return pixels.fixed("center", size, 3)(found, np.random.default_rng(0))
+    return views.fixed("center", size, 3)(found, np.random.default_rng(0))
 
 
 def _reconstructions(line: Mapping, found: collect.Found, images: given_images.Images) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from tokgen import boundary, orders, report, rng, sharding
-from tokgen.data import datasets, loader, pixels as images, sources
+from tokgen.data import datasets, loader, sources, views
 from tokgen.interfaces import Generator, TokenBatch, TokenLayout, UserError
 from tokgen.metrics import codebook, reconstruction as quality
 
@@ -93,7 +93,7 @@ def watched(batches: Iterable[dict], total: int, what: str) -> Iterator[dict]:
             bar.update(len(part["label"]))
 
 
-def bounded(view: images.View, count: int, batch: int = 0) -> int:
+def bounded(view: views.View, count: int, batch: int = 0) -> int:
     """Images at a time: `batch`, or by default fewer of larger ones; no more than there are."""
     rows, columns = view.size
     return min(batch or max(1, min(50, PIXELS // (rows * columns))), count)
@@ -102,7 +102,7 @@ def bounded(view: images.View, count: int, batch: int = 0) -> int:
 def reconstruction(
     tokenizer: nnx.Module,
     source: sources.RandomAccess,
-    view: images.View,
+    view: views.View,
     *,
     count: int,
     batch: int = 0,

@@ -143,11 +143,8 @@ class Generator(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(mean nats per position, scalars). The condition is dropped with its stated rate."""
         batch, B = self._checked(batch), len(batch.tokens_BLG)
-        drop_B = jax.random.bernoulli(rng.use(key, rng.LABEL_DROP), self.label_drop, (B,))
-        cond = jax.tree.map(
-            lambda null, cond: jnp.where(drop_B.reshape(-1, *(1,) * (cond.ndim - 1)), null, cond),
-            self.null(batch.cond),
-            batch.cond,
+        cond = dropout.conditions(
+            batch.cond, self.null(batch.cond), self.label_drop, rng.use(key, rng.LABEL_DROP)
         )
         if batch.order_BL is None:
             batch = batch.replace(order_BL=self.training_orders(step, key, B))

@@ -185,8 +185,10 @@ class Generator(nnx.Module):
         del step, codec
         batch, B = self._checked(batch), len(batch.tokens_BLG)
         if self.label_drop:
-            drop_B = jax.random.bernoulli(rng.use(key, rng.LABEL_DROP), self.label_drop, (B,))
-            batch = batch.replace(cond=jnp.where(drop_B, self.null(batch.cond), batch.cond))
+            cond = dropout.conditions(
+                batch.cond, self.null(batch.cond), self.label_drop, rng.use(key, rng.LABEL_DROP)
+            )
+            batch = batch.replace(cond=cond)
         mask_BLG = self.masks(rng.numbered(rng.use(key, rng.MASK), B))
         return self.masked_loss(batch, mask_BLG, key=rng.use(key, rng.DROPOUT))
 

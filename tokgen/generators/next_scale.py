@@ -132,10 +132,10 @@ class Generator(nnx.Module):
         """
         del step
         batch = self._checked(batch)
-        drop_B = jax.random.bernoulli(
-            rng.use(key, rng.LABEL_DROP), self.label_drop, batch.cond.shape
+        cond = dropout.conditions(
+            batch.cond, self.null(batch.cond), self.label_drop, rng.use(key, rng.LABEL_DROP)
         )
-        batch = batch.replace(cond=jnp.where(drop_B, self.null(batch.cond), batch.cond))
+        batch = batch.replace(cond=cond)
         logits_BLGV = self.logits(batch, codec, key=rng.use(key, rng.DROPOUT))
         nats_BLG, even_BLG = self._nats(logits_BLGV, batch.tokens_BLG)
         loss_BLG = (1 - self.smoothing) * nats_BLG + self.smoothing * even_BLG

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from tokgen.interfaces import PyTree
+
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Dropout as a function of a key; none without one."""
@@ -20,3 +22,13 @@ def drop_path(x_BlD: jax.Array, rate: jax.Array | float, key: jax.Array | None) 
         return x_BlD
     keep_B11 = jax.random.bernoulli(key, 1 - rate, (len(x_BlD), 1, 1))
     return jnp.where(keep_B11, x_BlD / (1 - rate), 0).astype(x_BlD.dtype)
+
+
+def conditions(cond: PyTree, null: PyTree, rate: float, key: jax.Array) -> PyTree:
+    """Conditions, each replaced by its null with a probability of `rate` (arXiv:2207.12598)."""
+    drop_B = jax.random.bernoulli(key, rate, (len(jax.tree.leaves(cond)[0]),))
+
+    def one(null, cond):
+        return jnp.where(drop_B.reshape(-1, *(1,) * (cond.ndim - 1)), null, cond)
+
+    return jax.tree.map(one, null, cond)

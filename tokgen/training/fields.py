@@ -15,7 +15,7 @@ import ml_collections
 from tokgen import choices, ranges, sharding
 from tokgen.backbones import perceptual
 from tokgen.config import building
-from tokgen.data import pixels as images
+from tokgen.data import views
 from tokgen.interfaces import UserError
 from tokgen.nn import precision, transformer
 from tokgen.sampling import presets
@@ -153,7 +153,7 @@ def check_tokenizer(settings: ml_collections.ConfigDict) -> None:
     building.check(
         settings,
         TokenizerFields,
-        view=(images.View, ()),
+        view=(views.View, ()),
         optimizer=(optimizers.optimizer, ("steps", "begin")),
         discriminator=(gans.GAN, ()),
         **its,
@@ -165,7 +165,7 @@ def check_tokenizer(settings: ml_collections.ConfigDict) -> None:
     plan = stages.plan(settings)
     gan = building.call(gans.GAN, settings.discriminator, "discriminator")
     building.call(safeguards.Limits, settings.get("safeguards", {}), "safeguards")
-    building.call(images.View, settings.view, "view")
+    building.call(views.View, settings.view, "view")
     if stated:
         _optimizer(gan.optimizer, "discriminator.optimizer", settings.steps)
     if gan.weight and "name" not in gan.network:
@@ -198,7 +198,7 @@ def check_generator(settings: ml_collections.ConfigDict) -> None:
     ranges.refuse(found)
     building.call(transformer.Rates, settings.generator.get("rates", {}), "generator.rates")
     _optimizer(settings.optimizer, "optimizer", settings.steps)
-    images.stored(settings.data.get("views", "center,flip"))
+    views.stored(settings.data.get("views", "center,flip"))
     presets.named(settings.presets.to_dict(), "default")
 
 
