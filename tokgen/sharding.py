@@ -173,7 +173,7 @@ def dividing(batch: int) -> jax.sharding.Mesh:
     return jax.make_mesh((count, 1, 1), AXES, axis_types=axis_types, devices=jax.devices()[:count])
 
 
-def filled(tree: PyTree, rows: int, mesh) -> PyTree:
+def filled(tree: PyTree, rows: int, mesh: jax.sharding.Mesh) -> PyTree:
     """Arrays that lead with images, laid over the devices of a batch.
 
     Filled up by their last row, to `rows` and on to a number that the devices divide: one program
@@ -182,12 +182,16 @@ def filled(tree: PyTree, rows: int, mesh) -> PyTree:
     alone = jax.process_count() == 1  # of many, each would have to hold the others' images, too
     over = ways(mesh) if alone else 1
 
-    def fill(array):
-        missing = -(-max(rows, len(array)) // over) * over - len(array)
-        return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
+    def fill(array: np.ndarray) -> np.ndarray:
+        return padded(array, -(-max(rows, len(array)) // over) * over)
 
     where = of_batch(mesh) if alone else replicated(mesh)
     return jax.device_put(jax.tree.map(fill, tree), where)
+
+
+def padded(array: np.ndarray, rows: int) -> np.ndarray:
+    """An array of images filled up to so many rows, by its last one."""
+    return np.concatenate([array, np.repeat(array[-1:], rows - len(array), axis=0)])
 
 
 def global_batch(batch: Mapping[str, np.ndarray], mesh) -> dict[str, jax.Array]:
