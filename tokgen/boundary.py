@@ -82,14 +82,14 @@ def images(image: Any, size: tuple[int, ...] | None = None, what: str = "images"
             )
 
 
-def pair(image: Any, painted: Any) -> None:
+def pair(image: Any, decoded: Any) -> None:
     """Images and their reconstructions: of one shape, as `images` has them."""
-    for array, what in ((image, "images"), (painted, "reconstructions")):
+    for array, what in ((image, "images"), (decoded, "reconstructions")):
         images(array, what=what)
-    if image.shape != painted.shape:
+    if image.shape != decoded.shape:
         raise UserError(
             f"images and reconstructions must be of one shape; found {tuple(image.shape)} and "
-            f"{tuple(painted.shape)}: give each image its own"
+            f"{tuple(decoded.shape)}: give each image its own"
         )
 
 

@@ -89,7 +89,10 @@ def refuse(wrong: Mapping[str, str]) -> None:
 
 
 def check_mode(args: argparse.Namespace, modes: Mapping[str, Collection[str]], mode: str) -> None:
-    """The same of a command with modes: in which of them each option has an effect."""
+    """One error for all options that were given and are idle in this mode of a command.
+
+    `modes` names those in which each option has an effect.
+    """
     check(args, {name: " and ".join(of) for name, of in modes.items() if mode not in of})
 
 

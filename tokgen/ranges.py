@@ -115,7 +115,7 @@ def checked(function: Callable) -> Callable:
 
 
 def check(record: Any) -> None:
-    """The same of the fields of a dataclass, for its `__post_init__`."""
+    """A UserError for fields of a dataclass out of their ranges, for its `__post_init__`."""
     fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
     refuse(problems(type(record), fields))
 

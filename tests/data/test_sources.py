@@ -20,6 +20,7 @@ from tokgen.data import (
     shapes,
     sources,
     tfds,
+    token_header,
     token_shards,
 )
 from tokgen.interfaces import TokenLayout, UserError
@@ -53,7 +54,7 @@ def every(tmp_path_factory):
     TokgenDrawn(data_dir=path, file_format="array_record").download_and_prepare()
     parts = {
         split: folder.Source(path / "images", split=split, held_out=0.3)
-        for split in token_shards.SPLITS
+        for split in token_header.SPLITS
     }
     test_online_tokens.shards(path / "tokens", parts)
     drawn, shards = shapes.Source((8, 8), count=13), token_shards.Source(path / "tokens")

@@ -222,16 +222,20 @@ def test_an_adaptive_norm_looks_at_the_latents_of_the_whole_image():
     scale = deviation @ wide(layer.scale.kernel) + wide(layer.scale.bias)
     shift = latents.astype(np.float64).mean(1) @ wide(layer.shift.kernel) + wide(layer.shift.bias)
     expected = by_groups(x.astype(np.float64)) * scale[:, None, None] + shift[:, None, None]
-    found = layer(jnp.asarray(x), jnp.asarray(latents))
+    found = layer(jnp.asarray(x), latents_BPC=jnp.asarray(latents))
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
-    gradient = jax.grad(lambda latents: layer(jnp.asarray(x), latents).sum())(jnp.asarray(latents))
+
+    def summed(latents_BPC):
+        return layer(jnp.asarray(x), latents_BPC=latents_BPC).sum()
+
+    gradient = jax.grad(summed)(jnp.asarray(latents))
     assert np.isfinite(gradient).all()
     # in bfloat16 the statistics stay float32
-    narrow = layer(jnp.asarray(x, jnp.bfloat16), jnp.asarray(latents))
+    narrow = layer(jnp.asarray(x, jnp.bfloat16), latents_BPC=jnp.asarray(latents))
     assert narrow.dtype == jnp.bfloat16
     np.testing.assert_allclose(narrow.astype(jnp.float32), expected, rtol=0.02, atol=0.02)
 
 
-def test_an_unknown_kit_is_refused():
+def test_an_unknown_variant_is_refused():
     with pytest.raises(ValueError, match="'vgan'"):
         conv.named("vgan")

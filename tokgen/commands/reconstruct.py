@@ -84,7 +84,7 @@ def _reconstructed(args: argparse.Namespace, out: output.Folder) -> dict:
     fitting = max(1, PIXELS // (2 * scale**2 * view.size[0] * view.size[1]))
     if fitting < min(args.shown, args.number, len(source)):
         report.say(f"pairs.png shows {fitting} pairs of {view.size} pixels; no program opens more")
-    figures, (image, painted) = validation.reconstruction(
+    figures, (image, decoded) = validation.reconstruction(
         loaded.module,
         source,
         view,
@@ -93,7 +93,7 @@ def _reconstructed(args: argparse.Namespace, out: output.Folder) -> dict:
         batch=args.batch,
         shown=min(args.shown, fitting),
     )
-    image_grid.save_png(out.path / "pairs.png", image_grid.beside(image, painted, scale=scale))
+    image_grid.save_png(out.path / "pairs.png", image_grid.beside(image, decoded, scale=scale))
     record = {"checkpoint": str(loaded.step), "images": str(path), **figures}
     if "unreadable" in figures:
         record["unreadable_files"] = source.unreadable.record()["files"]

@@ -1,8 +1,8 @@
 """Another source with text features beside its images: for decoders, and conditions of generators.
 
     features/train.npy       [N, T, E], row i belongs to image i of the source's training part
-    features/held_out.npy    the same of its held-out part
-    features/all.npy         the same of all images, for `tokgen reconstruct`
+    features/held_out.npy    text features of its held-out part
+    features/all.npy         text features of all images, for `tokgen reconstruct`
     features/train_mask.npy  [N, T] of 0 and 1, where a text is; generators read it, padded on the
                              left. Without the file every feature counts
 

@@ -115,7 +115,7 @@ def batches(
       process: (p, n), which of how many.
       threads: batches loaded at the same time; 0 loads them when they are asked for.
       prefetch: batches kept ready, at least `threads`.
-      max_bad: the share of images that may be unreadable; token shards were judged when made.
+      max_bad: the share of images that may be unreadable; of token shards, when made.
     """
     part, parts = process
     if batch_size < 1 or parts < 1 or batch_size % parts or not 0 <= part < parts:

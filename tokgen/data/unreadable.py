@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from tokgen import interfaces, report
 
-ENOUGH = 10_000  # images over which an allowed share is judged at least
+ENOUGH = 10_000  # images over which an allowed share is taken at least
 NAMED = 10  # images that a message names
 _RECORDED = 20  # images that a record names
 REPLACED, LEFT_OUT = "others stand in", "left out"

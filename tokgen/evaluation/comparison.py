@@ -246,8 +246,8 @@ def runs_table(lines: Mapping[str, Mapping]) -> str:
     """How each run was made."""
     rows = []
     for name, line in lines.items():
-        supply = {k: v for k, v in line["images"].items() if k != "seed"}
-        rows.append((name, metric_table.plain(supply), f"seed {line['seed']}, {line['time']}"))
+        images = {k: v for k, v in line["images"].items() if k != "seed"}
+        rows.append((name, metric_table.plain(images), f"seed {line['seed']}, {line['time']}"))
     return page.table(("run", "images of", "when"), rows, "long")
 
 

@@ -131,7 +131,7 @@ def _within(x_ND: np.ndarray, sigma: float) -> float:
 
 
 def _across(x_ND: np.ndarray, y_MD: np.ndarray, sigma: float) -> float:
-    """The same over all pairs from two sets."""
+    """Mean of exp(-|x - y|^2 / 2 sigma^2) - 1 over all pairs of one from each set, by blocks."""
     total = 0.0
     for n in range(0, len(x_ND), ROWS):
         for m in range(0, len(y_MD), ROWS):

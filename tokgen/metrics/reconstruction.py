@@ -62,23 +62,23 @@ def from_uint8(image_BHW3: Array) -> Array:
     return image_BHW3.astype(jnp.float32) / 255
 
 
-def psnr(image_BHW3: Array, painted_BHW3: Array) -> Array:
+def psnr(image_BHW3: Array, decoded_BHW3: Array) -> Array:
     """[B] peak signal-to-noise ratio in dB, of one image each; equal images give 100."""
-    boundary.pair(image_BHW3, painted_BHW3)
-    error = image_BHW3.astype(jnp.float32) - painted_BHW3.astype(jnp.float32)
+    boundary.pair(image_BHW3, decoded_BHW3)
+    error = image_BHW3.astype(jnp.float32) - decoded_BHW3.astype(jnp.float32)
     mean_B = jnp.mean(error * error, axis=(1, 2, 3))
     return -10 * jnp.log10(jnp.maximum(mean_B, 1e-10))
 
 
-def ssim(image_BHW3: Array, painted_BHW3: Array) -> Array:
+def ssim(image_BHW3: Array, decoded_BHW3: Array) -> Array:
     """[B] structural similarity: Gaussian window of 11, sigma 1.5, valid windows, mean of colours.
 
     Wang et al. 2004, Eq. 13, with K1 = 0.01, K2 = 0.03 and a range of 1.
     """
-    boundary.pair(image_BHW3, painted_BHW3)
+    boundary.pair(image_BHW3, decoded_BHW3)
     if min(image_BHW3.shape[1:3]) < WINDOW:
         raise UserError(f"SSIM needs images of at least {WINDOW} pixels; found {image_BHW3.shape}")
-    x, y = image_BHW3.astype(jnp.float32), painted_BHW3.astype(jnp.float32)
+    x, y = image_BHW3.astype(jnp.float32), decoded_BHW3.astype(jnp.float32)
     mean_x, mean_y = _blur(x), _blur(y)
     variance_x = _blur(x * x) - mean_x**2
     variance_y = _blur(y * y) - mean_y**2

@@ -1,9 +1,15 @@
-"""Convolutions over images, and the blocks of which encoders and decoders are made."""
+"""Convolutions over images, and the stages of which encoders and decoders are made.
+
+A stage (`Stage`) is a block, an attention, a change of scale or a norm that follows the latents.
+A network runs its stages in turn and tells all of them by name what they may need beside their
+input: an encoder nothing, a decoder its latents. A stage takes what it reads and leaves the rest.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +18,14 @@ from flax import nnx
 from tokgen import choices
 from tokgen.nn import attention, linear, norms
 from tokgen.nn.precision import Precision
+
+
+class Stage(Protocol):
+    """One entry of the `stages` of an encoder or a decoder."""
+
+    def __call__(self, x_BHWC: jax.Array, **told: jax.Array) -> jax.Array:
+        """[B, H, W, C] to the next stage's. `told`: in a decoder `latents_BPC` [B, P, C], the
+        quantized latents as the quantizer gives them; in an encoder nothing."""
 
 
 class Conv(nnx.Module):
@@ -73,7 +87,7 @@ class Residual(nnx.Module):
         differ = inputs != outputs
         self.conv_skip = Conv(inputs, outputs, 1, bias=bias, **options) if differ else None
 
-    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+    def __call__(self, x_BHWC: jax.Array, **_) -> jax.Array:
         """Same height and width."""
         y_BHWC = self.conv1(jax.nn.silu(self.norm1(x_BHWC)))
         y_BHWC = self.conv2(jax.nn.silu(self.norm2(y_BHWC)))
@@ -100,7 +114,7 @@ class SelfResidual(nnx.Module):
         differ = inputs != outputs
         self.conv_skip = Conv(outputs, outputs, 1, bias=False, **options) if differ else None
 
-    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+    def __call__(self, x_BHWC: jax.Array, **_) -> jax.Array:
         """Same height and width."""
         y_BHWC = self.conv1(jax.nn.silu(self.norm1(x_BHWC)))
         y_BHWC = self.conv2(jax.nn.silu(self.norm2(y_BHWC)))
@@ -127,7 +141,7 @@ class LightResidual(nnx.Module):
         self.conv2 = Conv(outputs, outputs, 1, gain=0.1, **options)
         self.conv_skip = Conv(inputs, outputs, 1, **options) if inputs != outputs else None
 
-    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+    def __call__(self, x_BHWC: jax.Array, **_) -> jax.Array:
         """Same height and width."""
         y_BHWC = self.conv2(jax.nn.silu(self.conv1(self.norm(x_BHWC))))
         return (x_BHWC if self.conv_skip is None else self.conv_skip(x_BHWC)) + y_BHWC
@@ -148,7 +162,7 @@ class Attention(nnx.Module):
             width, 1, biased=attention.ALL, std=linear.fan_in, **options
         )
 
-    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+    def __call__(self, x_BHWC: jax.Array, **_) -> jax.Array:
         """Same height and width."""
         B, H, W, C = x_BHWC.shape
         y_BPC, _ = self.attention(self.norm(x_BHWC).reshape(B, H * W, C))
@@ -161,7 +175,7 @@ class Downsample(nnx.Module):
     def __init__(self, width: int, *, padding="SAME", precision: Precision, rngs: nnx.Rngs):
         self.conv = Conv(width, width, stride=2, padding=padding, precision=precision, rngs=rngs)
 
-    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+    def __call__(self, x_BHWC: jax.Array, **_) -> jax.Array:
         """Half the height and width."""
         return self.conv(x_BHWC)
 
@@ -177,7 +191,7 @@ class Average(nnx.Module):
     def __init__(self, width: int, **options):
         del width, options
 
-    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+    def __call__(self, x_BHWC: jax.Array, **_) -> jax.Array:
         """Half the height and width."""
         B, H, W, C = x_BHWC.shape
         return x_BHWC.reshape(B, H // 2, 2, W // 2, 2, C).mean((2, 4))
@@ -189,7 +203,7 @@ class Upsample(nnx.Module):
     def __init__(self, width: int, *, precision: Precision, rngs: nnx.Rngs):
         self.conv = Conv(width, width, precision=precision, rngs=rngs)
 
-    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+    def __call__(self, x_BHWC: jax.Array, **_) -> jax.Array:
         """Twice the height and width."""
         return self.conv(upsample(x_BHWC))
 
@@ -200,7 +214,7 @@ class Unfold(nnx.Module):
     def __init__(self, width: int, *, precision: Precision, rngs: nnx.Rngs):
         self.conv = Conv(width, 4 * width, precision=precision, rngs=rngs)
 
-    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+    def __call__(self, x_BHWC: jax.Array, **_) -> jax.Array:
         """Twice the height and width."""
         return depth_to_space(self.conv(x_BHWC), 2)
 
@@ -218,7 +232,7 @@ class AdaptiveNorm(nnx.Module):
         self.scale = linear.Linear(latent, width, **options)
         self.shift = linear.Linear(latent, width, **options)
 
-    def __call__(self, x_BHWC: jax.Array, latents_BPC: jax.Array) -> jax.Array:
+    def __call__(self, x_BHWC: jax.Array, *, latents_BPC: jax.Array, **_) -> jax.Array:
         """Same height and width."""
         # float32: a channel of bits that never changes has the variance 0
         wide_BPC = latents_BPC.astype(jnp.float32)

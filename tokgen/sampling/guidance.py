@@ -19,7 +19,7 @@ import numbers
 
 import jax.numpy as jnp
 
-from tokgen import interfaces
+from tokgen import choices, interfaces
 
 
 def merge(
@@ -39,13 +39,8 @@ def merge(
 
 
 def schedule(name: str, weight: float, steps: int, **settings) -> tuple[float, ...]:
-    """Weights of the schedule that a config names, by the name of its function in this file."""
-    function = globals().get(name) if isinstance(name, str) else None
-    if not _is_schedule(function):
-        names = sorted(key for key, value in globals().items() if _is_schedule(value))
-        raise interfaces.UserError(
-            f"a guidance schedule is one of {', '.join(names)}; found {name!r}"
-        )
+    """Weights of the schedule that a config names; `settings` are what it takes beyond the two."""
+    function = choices.named(SCHEDULES, name, "guidance")
     signature = inspect.signature(function)
     try:
         signature.bind(weight, steps, **settings)
@@ -112,6 +107,16 @@ def interval(weight: float, steps: int, first: int, last: int) -> tuple[float, .
     return tuple(float(weight) if first <= i <= last else 1.0 for i in range(steps))
 
 
+SCHEDULES = {
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+    "power_cosine": power_cosine,
+    "per_scale": per_scale,
+    "interval": interval,
+}
+
+
 def _ramp(weight: float, ratio: float) -> float:
     return 1 + (weight - 1) * (1 - math.cos(math.pi * ratio)) / 2
 
@@ -134,11 +139,3 @@ def _is_number(value: object) -> bool:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _is_schedule(value: object) -> bool:
-    """True for the functions of this file that take (weight, steps, ...): the schedules."""
-    own = inspect.isfunction(value) and value.__module__ == __name__
-    if not own or value.__name__.startswith("_"):
-        return False
-    return list(inspect.signature(value).parameters)[:2] == ["weight", "steps"]

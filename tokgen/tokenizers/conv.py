@@ -143,10 +143,7 @@ class Decoder(nnx.Module):
             x_BHWC = self.conv_latent(x_BHWC)
         x_BHWC = self.conv_in(x_BHWC)
         for stage in self.stages:
-            if isinstance(stage, conv.AdaptiveNorm):
-                x_BHWC = stage(x_BHWC, latents_BPC)
-            else:
-                x_BHWC = stage(x_BHWC)
+            x_BHWC = stage(x_BHWC, latents_BPC=latents_BPC)
         x_BHWC = self.conv_out(jax.nn.silu(self.norm(x_BHWC)))
         return conv.depth_to_space(x_BHWC, self.stem)
 

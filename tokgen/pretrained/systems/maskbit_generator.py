@@ -298,7 +298,7 @@ OLDER = dict(key="token_emb")
 
 SYSTEMS = {
     "maskbit_lfqbert": _system(lfq_tokens, lfq_rows, LFQ_NORMED, **BITS),
-    # the same, when its first map was called an embedding
+    # maskbit_lfqbert when its first map was called an embedding
     "maskbit_lfqbert_older": _system(
         functools.partial(lfq_tokens, **OLDER),
         functools.partial(lfq_rows, **OLDER),
