@@ -137,6 +137,11 @@ def of_batch(mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def told(mesh) -> str:
+    """A mesh in words: `mesh data 8, fsdp 1, tensor 1`."""
+    return "mesh " + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+
+
 def ways(mesh) -> int:
     """Over how many devices a batch lies."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
