@@ -22,7 +22,7 @@ def get_config(variant="raster"):
     if variant not in (*SHARED, *GRIDS):
         raise ValueError(f"variants are {', '.join((*SHARED, *GRIDS))}")
     like = variant if variant in SHARED else "raster"
-    config = reading.load(f"configs/generator/shapes.py:{like}")
+    config = reading.shipped(f"configs/generator/shapes.py:{like}")
     config.generator.update(GRIDS.get(variant, {}))
     config.steps = 3500
     config.presets.default.update(temperature=1.0, weight=1.5)

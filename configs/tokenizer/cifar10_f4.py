@@ -19,7 +19,7 @@ def get_config(variant=""):
     if variant not in ("", "vq", "ema", "gan", "pyramid"):
         raise ValueError("variants are vq, ema, gan and pyramid")
     like = f":{variant}" if variant in ("vq", "ema", "pyramid") else ""
-    config = reading.load(f"configs/tokenizer/shapes.py{like}")
+    config = reading.shipped(f"configs/tokenizer/shapes.py{like}")
     config.steps = 10_000 if variant == "pyramid" else 20_000
     config.data = dict(name="folder", path="", held_out=0.02)
     config.view = dict(size=(32, 32), channels=3, crop="center", zoom=1.25, flip=True)

@@ -31,6 +31,14 @@ def programs() -> pathlib.Path:
     return inside if inside.is_dir() else package.parent
 
 
+def shipped(reference: str) -> ml_collections.ConfigDict:
+    """The config of `PATH[:variant]` as it comes with tokgen, for configs that build on it.
+
+    Whatever lies in the present folder, and wherever a copy of the other config lies.
+    """
+    return load(str(programs() / reference))
+
+
 def load(reference: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     """The config of `PATH[:variant]` with overrides `a.b=value`; all problems in one error."""
     path, _, variant = reference.partition(":")
