@@ -571,12 +571,12 @@ def test_arguments_that_a_section_leaves_to_their_defaults_can_be_set():
 @pytest.mark.parametrize("name", ["generator/cifar10", "tokenizer/cifar10_f4"])
 def test_a_config_that_builds_on_another_takes_the_shipped_one(tmp_path, monkeypatch, name):
     """A copy may lie anywhere, and a file of that name in the present folder is not meant."""
-    wanted = building.plain(reading.load(f"configs/{name}.py"))
-    file = reading.programs() / "configs" / f"{name}.py"
+    wanted = building.plain(configs.load(f"configs/{name}.py"))
+    file = configs.programs() / "configs" / f"{name}.py"
     copy = tmp_path / "mine.py"
     copy.write_text(file.read_text())
     other = tmp_path / "configs" / name.partition("/")[0] / "shapes.py"
     other.parent.mkdir(parents=True)
     other.write_text("raise ValueError('another')")
     monkeypatch.chdir(tmp_path)
-    assert building.plain(reading.load(str(copy))) == wanted
+    assert building.plain(configs.load(str(copy))) == wanted
