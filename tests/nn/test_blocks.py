@@ -142,7 +142,9 @@ def test_quartered_scores_are_a_quarter():
 def test_a_u_joins_the_last_in_first(depth):
     u = lively(
         transformer.UShaped(
-            D, depth, N, variant=variants.UVIT, hidden=12, precision=FLOAT32, rngs=nnx.Rngs(0)
+            transformer.Config(D, depth, N, variants.UVIT, hidden=12),
+            precision=FLOAT32,
+            rngs=nnx.Rngs(0),
         )
     )
     half = depth // 2
@@ -169,11 +171,7 @@ def test_a_modulation_computed_beforehand_is_the_blocks_own():
     for form in ("var", "var_shared"):
         whole = lively(
             transformer.Transformer(
-                D,
-                2,
-                N,
-                variant=variants.named(form),
-                hidden=12,
+                transformer.Config(D, 2, N, variants.named(form), hidden=12),
                 precision=FLOAT32,
                 rngs=nnx.Rngs(0),
             )
@@ -192,11 +190,7 @@ def test_dropped_paths_rise_with_depth_and_keep_the_mean():
     assert abs(kept.mean() - 1) < 4 * np.sqrt(0.2 / 0.8 / len(kept))
     np.testing.assert_array_equal(dropout.drop_path(x_BlD, 0.2, None), x_BlD)
     deep = transformer.Transformer(
-        D,
-        3,
-        N,
-        variant=variants.VIT,
-        rates=transformer.Rates(path=0.999),
+        transformer.Config(D, 3, N, variants.VIT, rates=transformer.Rates(path=0.999)),
         precision=FLOAT32,
         rngs=nnx.Rngs(0),
     )

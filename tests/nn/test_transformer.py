@@ -17,14 +17,9 @@ RATES = transformer.Rates(attention=0.2, residual=0.1)
 @functools.cache
 def _make(rates=RATES, precision=FLOAT32, **options):
     return transformer.Transformer(
-        WIDTH,
-        DEPTH,
-        HEADS,
-        variant=variants.LLAMA_NARROW,
-        rates=rates,
+        transformer.Config(WIDTH, DEPTH, HEADS, variants.LLAMA_NARROW, rates=rates, **options),
         precision=precision,
         rngs=nnx.Rngs(0),
-        **options,
     )
 
 
@@ -202,7 +197,7 @@ def test_compute_and_cache_are_in_the_compute_dtype():
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="width=16, heads=3"):
         transformer.Transformer(
-            16, 1, 3, variant=variants.LLAMA, precision=FLOAT32, rngs=nnx.Rngs(0)
+            transformer.Config(16, 1, 3, variants.LLAMA), precision=FLOAT32, rngs=nnx.Rngs(0)
         )
     for name in ("token", "attention", "residual"):
         with pytest.raises(ValueError, match=f"{name} must be .* below 1; found 1.0"):

@@ -100,7 +100,7 @@ class Generator(nnx.Module):
         sizes = dict(heads=heads, hidden=hidden)
         running = dict(rates=rates or transformer.Rates(), remat=remat, unroll=unroll)
         self.transformer = transformer.Transformer(
-            width, depth, variant=variant, **sizes, **running, **options
+            transformer.Config(width, depth, variant=variant, **sizes, **running), **options
         )
         more = dict(depth=factor, **sizes, **running) if factor else {}
         self.head = head_names.named(head)(layout, width, variant=variant, **more, **options)

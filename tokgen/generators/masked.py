@@ -101,13 +101,13 @@ class Generator(nnx.Module):
         layout: TokenLayout,
         classes: int,
         *,
+        steps: ranges.Steps = 8,
+        schedule: str = "arccos",
+        exponent: ranges.Amount = 2.0,
         width: ranges.Width,
         depth: ranges.Depth,
         heads: ranges.Heads,
         hidden: ranges.Hidden | None = None,
-        steps: ranges.Steps = 8,
-        schedule: str = "arccos",
-        exponent: ranges.Amount = 2.0,
         masking: str = "counted",
         visible: ranges.Amount = 0.0,
         smoothing: ranges.Rate = 0.0,
@@ -148,14 +148,9 @@ class Generator(nnx.Module):
         self.positions = positions.Learned(layout, 1, width, heads, **options)
         self.entry = choices.named(ENTRIES, entry, "entry")(width, **options)
         self.transformer = choices.named(STACKS, stack, "stack")(
-            width,
-            depth,
-            heads,
-            hidden=hidden,
-            variant=variant,
-            rates=rates or transformer.Rates(),
-            remat=remat,
-            unroll=unroll,
+            transformer.Config(
+                width, depth, heads, variant, hidden, rates or transformer.Rates(), remat, unroll
+            ),
             **options,
         )
         self.closing = variant.closing(width, **options) if variant.closing else None

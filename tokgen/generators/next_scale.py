@@ -82,14 +82,9 @@ class Generator(nnx.Module):
         self.positions = embeddings.Table(layout.length, width, **options)
         self.levels = embeddings.Table(len(layout.grids), width, **options)
         self.transformer = transformer.Transformer(
-            width,
-            depth,
-            heads,
-            hidden=hidden,
-            variant=variant,
-            rates=rates or transformer.Rates(),
-            remat=remat,
-            unroll=unroll,
+            transformer.Config(
+                width, depth, heads, variant, hidden, rates or transformer.Rates(), remat, unroll
+            ),
             precision=precision,
             rngs=rngs,
         )

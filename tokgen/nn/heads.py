@@ -252,7 +252,7 @@ class Factor(nnx.Module):
         some = dict(precision=precision, rngs=rngs)
         self.positions = positions.Rotary2D(row, 1, width, heads, **some)
         self.transformer = transformer.Transformer(
-            width, depth, heads, variant=variant, **options, **some
+            transformer.Config(width, depth, heads, variant, **options), **some
         )
         self.norm = variant.norm(width, **some)
 

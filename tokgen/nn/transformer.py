@@ -31,6 +31,26 @@ class Rates:
         ranges.check(self)
 
 
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a stack of blocks is, and how it runs in training.
+
+    Args:
+        hidden: width of the MLPs; None: the variant's own.
+        remat: blocks are computed again in the backward pass, and not kept.
+        unroll: blocks in one turn of the scan over them.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    variant: blocks.Variant
+    hidden: int | None = None
+    rates: Rates = Rates()
+    remat: bool = False
+    unroll: int = 1
+
+
 class Transformer(nnx.Module):
     """Vectors [B, l, D] through `depth` blocks. It ends with its last block: the norm before the
     logits belongs to the head. What generators disagree about arrives as values: variant, a mask or
@@ -40,26 +60,15 @@ class Transformer(nnx.Module):
     takes them apart for decoding, where a scan would copy weights and cache at every step.
     """
 
-    def __init__(
-        self,
-        width: int,
-        depth: int,
-        heads: int,
-        *,
-        variant: blocks.Variant,
-        hidden: int | None = None,
-        rates: Rates = Rates(),
-        remat: bool = False,
-        unroll: int = 1,
-        precision: Precision,
-        rngs: nnx.Rngs,
-    ):
-        self.blocks = _stacked(width, depth, heads, hidden, variant, precision, rngs)
-        self.shared = (
-            variant.shared(width, precision=precision, rngs=rngs) if variant.shared else None
-        )
-        self.depth, self.heads, self.size = depth, heads, width // heads
-        self.rates, self.remat, self.unroll, self.precision = rates, remat, unroll, precision
+    def __init__(self, config: Config, *, precision: Precision, rngs: nnx.Rngs):
+        options = dict(precision=precision, rngs=rngs)
+        self.blocks = _stacked(config, config.depth, **options)
+        shared = config.variant.shared
+        self.shared = shared(config.width, **options) if shared else None
+        self.depth, self.heads = config.depth, config.heads
+        self.size = config.width // config.heads
+        self.rates, self.remat, self.unroll = config.rates, config.remat, config.unroll
+        self.precision = precision
 
     def cache(self, rows: int) -> tuple[attention.KVCache, ...]:
         """An empty cache per layer."""
@@ -86,7 +95,7 @@ class Transformer(nnx.Module):
         *,
         cond: jax.Array | None = None,
         modulation: tuple[jax.Array, ...] | None = None,
-        cache=None,
+        cache: tuple[attention.KVCache, ...] | None = None,
         key: jax.Array | None = None,
         **context: Any,
     ) -> tuple[jax.Array, tuple[attention.KVCache, ...] | None]:
@@ -99,7 +108,14 @@ class Transformer(nnx.Module):
         paths_Y = self.rates.path * jnp.arange(self.depth) / max(self.depth - 1, 1)
         base = None if cond is None else self._base(cond)
 
-        def run(block, x_BlD, layer_modulation, path, layer_key, layer_cache):
+        def run(
+            block: nnx.Module,
+            x_BlD: jax.Array,
+            layer_modulation: jax.Array | None,
+            path: jax.Array,
+            layer_key: jax.Array | None,
+            layer_cache: attention.KVCache | None,
+        ) -> tuple[jax.Array, attention.KVCache | None]:
             if layer_modulation is None and base is not None:
                 layer_modulation = block.modulate(base)
             adapted = {} if layer_modulation is None else {"modulation": layer_modulation}
@@ -144,34 +160,25 @@ class UShaped(nnx.Module):
     ways: no cache.
     """
 
-    def __init__(
-        self,
-        width: int,
-        depth: int,
-        heads: int,
-        *,
-        variant: blocks.Variant,
-        hidden: int | None = None,
-        rates: Rates = Rates(),
-        remat: bool = False,
-        unroll: int = 1,
-        precision: Precision,
-        rngs: nnx.Rngs,
-    ):
-        if rates.path:
-            raise UserError(f"a U-shaped stack drops no whole branches; found path={rates.path}")
-        if depth < 2:
-            raise UserError(f"a U-shaped stack needs a depth of at least 2; found depth={depth}")
-        self.half = depth // 2
+    def __init__(self, config: Config, *, precision: Precision, rngs: nnx.Rngs):
+        width, path = config.width, config.rates.path
+        if path:
+            raise UserError(f"a U-shaped stack drops no whole branches; found path={path}")
+        if config.depth < 2:
+            raise UserError(
+                f"a U-shaped stack needs a depth of at least 2; found depth={config.depth}"
+            )
+        self.half = config.depth // 2
         self.depth = 2 * self.half + 1
-        self.blocks = _stacked(width, self.depth, heads, hidden, variant, precision, rngs)
+        self.blocks = _stacked(config, self.depth, precision=precision, rngs=rngs)
 
         def make(key):
-            options = dict(std=variant.std, precision=precision, rngs=nnx.Rngs(key))
+            options = dict(std=config.variant.std, precision=precision, rngs=nnx.Rngs(key))
             return linear.Linear(2 * width, width, bias=True, **options)
 
         self.skips = jax.vmap(make)(rng.numbered(rngs.params(), self.half))
-        self.rates, self.remat, self.unroll, self.precision = rates, remat, unroll, precision
+        self.rates, self.remat, self.unroll = config.rates, config.remat, config.unroll
+        self.precision = precision
 
     def unstacked(self) -> UShaped:
         """Itself: its steps are few and each reads every weight once."""
@@ -185,7 +192,7 @@ class UShaped(nnx.Module):
         keys = rng.numbered(key, self.depth)
         half = self.half
 
-        def part(tree, begin, end):
+        def part(tree: nnx.Module | jax.Array | None, begin: int, end: int | None):
             return jax.tree.map(lambda leaf: leaf[begin:end], tree)
 
         def enter(x_BlD, layer):
@@ -218,11 +225,12 @@ def unstacked(owner: nnx.Module, *names: str) -> nnx.Module:
     return apart
 
 
-def _stacked(width, depth, heads, hidden, variant: blocks.Variant, precision, rngs) -> nnx.Module:
+def _stacked(config: Config, depth: int, *, precision: Precision, rngs: nnx.Rngs) -> nnx.Module:
     """`depth` blocks in one, their parameters stacked."""
+    width, heads, variant = config.width, config.heads, config.variant
     if width % heads:
         raise UserError(f"heads must divide width: width={width}, heads={heads}")
-    hidden = variant.hidden(width) if hidden is None else hidden
+    hidden = variant.hidden(width) if config.hidden is None else config.hidden
 
     def make(key):
         return variant.block(width, heads, hidden, variant, precision=precision, rngs=nnx.Rngs(key))

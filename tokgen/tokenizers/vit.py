@@ -43,7 +43,7 @@ class Table(nnx.Module):
         return jnp.broadcast_to(table_lD[None], (rows, *table_lD.shape))
 
 
-def _gain(std: Callable[[int], float], fan_in: int) -> float:
+def _gain(std: linear.Std, fan_in: int) -> float:
     """The gain with which a convolution starts at the spread that linear maps have."""
     # Conv draws with gain / sqrt(fan in) and cuts at two of it, which leaves 0.8796 of the spread
     return std(fan_in) * fan_in**0.5 / 0.8796
@@ -104,7 +104,7 @@ class Encoder(nnx.Module):
         self.latent_positions = Table(tokens, width, **options)
         self.norm_in = variant.norm(width, **options)
         self.transformer = transformer.Transformer(
-            width, depth, heads, variant=variant, remat=remat, **options
+            transformer.Config(width, depth, heads, variant, remat=remat), **options
         )
         self.norm_out = variant.norm(width, **options)
         self.readout = linear.Linear(width, latent, bias=True, std=variant.std, **options)
@@ -134,7 +134,7 @@ class Encoder(nnx.Module):
 class Pixels(nnx.Module):
     """A patch per position, then a 3 x 3 convolution over the image that smooths their seams."""
 
-    def __init__(self, width, channels, grid, patch, *, std, precision: Precision, rngs: nnx.Rngs):
+    def __init__(self, width: int, channels: int, grid: tuple[int, int], patch: int, *, std: linear.Std, precision: Precision, rngs: nnx.Rngs):
         options = dict(precision=precision, rngs=rngs)
         self.patches = linear.Linear(width, patch**2 * channels, bias=True, std=std, **options)
         self.conv_out = conv.Conv(channels, channels, gain=_gain(std, 9 * channels), **options)
@@ -149,8 +149,7 @@ class Pixels(nnx.Module):
 class Codes(nnx.Module):
     """Logits over `channels` codes of another tokenizer: two maps with a tanh between them."""
 
-    def __init__(self, width, channels, grid, patch, *, std, precision: Precision, rngs: nnx.Rngs):
-        del grid, patch
+    def __init__(self, width: int, channels: int, *_, std: linear.Std, precision: Precision, rngs: nnx.Rngs):
         options = dict(bias=True, std=std, precision=precision, rngs=rngs)
         self.hidden = linear.Linear(width, 2 * width, **options)
         self.logits = linear.Linear(2 * width, channels, **options)
@@ -167,7 +166,7 @@ HEADS = {"pixels": Pixels, "codes": Codes}
 class Text(nnx.Module):
     """Text features [B, l, inputs] as slots of the sequence."""
 
-    def __init__(self, length, inputs, width, *, std, precision: Precision, rngs: nnx.Rngs):
+    def __init__(self, length: int, inputs: int, width: int, *, std: linear.Std, precision: Precision, rngs: nnx.Rngs):
         options = dict(precision=precision, rngs=rngs)
         self.embed = linear.Linear(inputs, width, bias=True, std=std, **options)
         self.positions = Table(length, width, **options)
@@ -237,7 +236,7 @@ class Decoder(nnx.Module):
         self.text = NoText() if text is None else Text(*text, width, std=variant.std, **options)
         self.norm_in = variant.norm(width, **options)
         self.transformer = transformer.Transformer(
-            width, depth, heads, variant=variant, remat=remat, **options
+            transformer.Config(width, depth, heads, variant, remat=remat), **options
         )
         self.norm_out = variant.norm(width, **options)
         make = choices.named(HEADS, head, "head")
