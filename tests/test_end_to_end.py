@@ -26,7 +26,7 @@ from PIL import Image
 from tokgen import cli, image_grid, parameters, runtime, sharding
 from tokgen.checkpoints import checkpoint
 from tokgen.data import token_shards
-from tokgen.training import dry_run, launch
+from tokgen.training import fields, launch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS, EVERY = 5, 2
@@ -111,7 +111,7 @@ def story(name, *words):
         # signals stay those of the tests
         patch.setattr(launch.signal, "signal", lambda number, handler: None)
         with pytest.raises(SystemExit) as caught:
-            launch.run(module.main, getattr(dry_run, f"{name}_fields"), module.__doc__)
+            launch.run(module.main, getattr(fields, f"check_{name}"), module.__doc__)
     return caught.value.code
 
 

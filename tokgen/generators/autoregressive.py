@@ -21,6 +21,7 @@ from flax import nnx
 from tokgen import boundary, orders, ranges, rng
 from tokgen.interfaces import DecodeState, Phase, Quantizer, TokenBatch, TokenLayout, UserError
 from tokgen.nn import (
+    blocks,
     conditioning as conditioning_names,
     dropout,
     embeddings,
@@ -71,7 +72,7 @@ class Generator(nnx.Module):
         variant: str = "llama",
         head: str = "linear",
         factor: Annotated[int, ranges.Range(0, 512)] = 0,
-        rates: transformer.Rates | None = None,
+        rates: dropout.Rates | None = None,
         label_drop: ranges.Share = 0.1,
         window: ranges.Positions = 64,
         budget: Annotated[int, ranges.Range(0, 2**62)] = 2**31,
@@ -98,12 +99,14 @@ class Generator(nnx.Module):
             layout, self.conditioning.slots, width, heads, **options
         )
         sizes = dict(heads=heads, hidden=hidden)
-        running = dict(rates=rates or transformer.Rates(), remat=remat, unroll=unroll)
+        running = dict(rates=rates or dropout.Rates(), remat=remat, unroll=unroll)
         self.transformer = transformer.Transformer(
-            transformer.Config(width, depth, variant=variant, **sizes, **running), **options
+            blocks.Config(width, depth, variant=variant, **sizes, **running), **options
         )
         more = dict(depth=factor, **sizes, **running) if factor else {}
-        self.head = head_names.named(head)(layout, width, variant=variant, **more, **options)
+        self.head = head_names.named(head)(
+            head_names.Config(layout, width, variant), **more, **options
+        )
         self._check_groups(positions)
 
     @property

@@ -17,6 +17,7 @@ from tokgen import boundary, choices, ranges, rng
 from tokgen.generators import mask_schedules
 from tokgen.interfaces import DecodeState, Phase, Quantizer, TokenBatch, TokenLayout, UserError
 from tokgen.nn import (
+    blocks,
     dropout,
     embeddings,
     heads as head_names,
@@ -117,7 +118,7 @@ class Generator(nnx.Module):
         stack: str = "stack",
         variant: str = "vit",
         head: str = "linear",
-        rates: transformer.Rates | None = None,
+        rates: dropout.Rates | None = None,
         label_drop: ranges.Share | None = 0.1,
         remat: bool = False,
         unroll: ranges.Depth = 1,
@@ -148,14 +149,14 @@ class Generator(nnx.Module):
         self.positions = positions.Learned(layout, 1, width, heads, **options)
         self.entry = choices.named(ENTRIES, entry, "entry")(width, **options)
         self.transformer = choices.named(STACKS, stack, "stack")(
-            transformer.Config(
-                width, depth, heads, variant, hidden, rates or transformer.Rates(), remat, unroll
+            blocks.Config(
+                width, depth, heads, variant, hidden, rates or dropout.Rates(), remat, unroll
             ),
             **options,
         )
         self.closing = variant.closing(width, **options) if variant.closing else None
         self.head = head_names.named(head)(
-            layout, width, classes=classes, variant=variant, **options
+            head_names.Config(layout, width, variant, classes), **options
         )
 
     def check(self, cond: jax.Array) -> None:

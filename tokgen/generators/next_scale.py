@@ -27,6 +27,7 @@ from tokgen.interfaces import (
     UserError,
 )
 from tokgen.nn import (
+    blocks,
     dropout,
     embeddings,
     heads as head_names,
@@ -65,7 +66,7 @@ class Generator(nnx.Module):
         gates: ranges.Amount = 1e-3,
         smoothing: ranges.Rate = 0.0,
         label_drop: ranges.Share = 0.1,
-        rates: transformer.Rates | None = None,
+        rates: dropout.Rates | None = None,
         remat: bool = False,
         unroll: ranges.Depth = 1,
         precision: Precision,
@@ -82,15 +83,17 @@ class Generator(nnx.Module):
         self.positions = embeddings.Table(layout.length, width, **options)
         self.levels = embeddings.Table(len(layout.grids), width, **options)
         self.transformer = transformer.Transformer(
-            transformer.Config(
-                width, depth, heads, variant, hidden, rates or transformer.Rates(), remat, unroll
+            blocks.Config(
+                width, depth, heads, variant, hidden, rates or dropout.Rates(), remat, unroll
             ),
             precision=precision,
             rngs=rngs,
         )
         # float32, as published: the last product decides draws and losses
         wide = dataclasses.replace(precision, compute="float32")
-        self.head = head_names.Adaptive(layout, width, variant=variant, precision=wide, rngs=rngs)
+        self.head = head_names.Adaptive(
+            head_names.Config(layout, width, variant), precision=wide, rngs=rngs
+        )
         _rescale(self, width, gates, rngs)
 
     def check(self, label_B: jax.Array) -> None:

@@ -2,53 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen import ranges, rng
+from tokgen import rng
 from tokgen.interfaces import UserError
 from tokgen.nn import attention, blocks, linear
 from tokgen.nn.precision import Precision
-
-
-@dataclasses.dataclass(frozen=True)
-class Rates:
-    """Dropout rates: of the tokens' vectors, attention weights, residual branches, hidden values
-    of the MLPs, and of whole branches (`path`, rising from 0 at the first block to it at the last).
-    """
-
-    token: ranges.Rate = 0.0
-    attention: ranges.Rate = 0.0
-    residual: ranges.Rate = 0.0
-    hidden: ranges.Rate = 0.0
-    path: ranges.Rate = 0.0
-
-    def __post_init__(self):
-        ranges.check(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What a stack of blocks is, and how it runs in training.
-
-    Args:
-        hidden: width of the MLPs; None: the variant's own.
-        remat: blocks are computed again in the backward pass, and not kept.
-        unroll: blocks in one turn of the scan over them.
-    """
-
-    width: int
-    depth: int
-    heads: int
-    variant: blocks.Variant
-    hidden: int | None = None
-    rates: Rates = Rates()
-    remat: bool = False
-    unroll: int = 1
 
 
 class Transformer(nnx.Module):
@@ -60,7 +23,7 @@ class Transformer(nnx.Module):
     takes them apart for decoding, where a scan would copy weights and cache at every step.
     """
 
-    def __init__(self, config: Config, *, precision: Precision, rngs: nnx.Rngs):
+    def __init__(self, config: blocks.Config, *, precision: Precision, rngs: nnx.Rngs):
         options = dict(precision=precision, rngs=rngs)
         self.blocks = _stacked(config, config.depth, **options)
         shared = config.variant.shared
@@ -119,8 +82,8 @@ class Transformer(nnx.Module):
             if layer_modulation is None and base is not None:
                 layer_modulation = block.modulate(base)
             adapted = {} if layer_modulation is None else {"modulation": layer_modulation}
-            options = dict(rates=self.rates, path=path, key=layer_key, cache=layer_cache)
-            return block(x_BlD, **options, **adapted, **context)
+            drop = blocks.Drop(self.rates, path, layer_key)
+            return block(x_BlD, drop=drop, cache=layer_cache, **adapted, **context)
 
         if isinstance(self.blocks, nnx.List):
             caches = []
@@ -160,7 +123,7 @@ class UShaped(nnx.Module):
     ways: no cache.
     """
 
-    def __init__(self, config: Config, *, precision: Precision, rngs: nnx.Rngs):
+    def __init__(self, config: blocks.Config, *, precision: Precision, rngs: nnx.Rngs):
         width, path = config.width, config.rates.path
         if path:
             raise UserError(f"a U-shaped stack drops no whole branches; found path={path}")
@@ -197,13 +160,13 @@ class UShaped(nnx.Module):
 
         def enter(x_BlD, layer):
             block, layer_key = layer
-            x_BlD, _ = block(x_BlD, rates=self.rates, key=layer_key, **context)
+            x_BlD, _ = block(x_BlD, drop=blocks.Drop(self.rates, key=layer_key), **context)
             return x_BlD, x_BlD
 
         def leave(x_BlD, layer):
             block, layer_key, skip, entered_BlD = layer
             x_BlD = skip(jnp.concatenate([x_BlD, entered_BlD], axis=-1))
-            x_BlD, _ = block(x_BlD, rates=self.rates, key=layer_key, **context)
+            x_BlD, _ = block(x_BlD, drop=blocks.Drop(self.rates, key=layer_key), **context)
             return x_BlD, None
 
         enter, leave = (jax.checkpoint(f) if self.remat else f for f in (enter, leave))
@@ -225,15 +188,15 @@ def unstacked(owner: nnx.Module, *names: str) -> nnx.Module:
     return apart
 
 
-def _stacked(config: Config, depth: int, *, precision: Precision, rngs: nnx.Rngs) -> nnx.Module:
+def _stacked(
+    config: blocks.Config, depth: int, *, precision: Precision, rngs: nnx.Rngs
+) -> nnx.Module:
     """`depth` blocks in one, their parameters stacked."""
-    width, heads, variant = config.width, config.heads, config.variant
-    if width % heads:
-        raise UserError(f"heads must divide width: width={width}, heads={heads}")
-    hidden = variant.hidden(width) if config.hidden is None else config.hidden
+    if config.width % config.heads:
+        raise UserError(f"heads must divide width: width={config.width}, heads={config.heads}")
 
     def make(key):
-        return variant.block(width, heads, hidden, variant, precision=precision, rngs=nnx.Rngs(key))
+        return config.variant.block(config, precision=precision, rngs=nnx.Rngs(key))
 
     return jax.vmap(make)(rng.numbered(rngs.params(), depth))
 
