@@ -20,7 +20,7 @@ from flax import nnx
 from tokgen import image_grid, metrics_log, parameters, report, rng, sharding
 from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.config import building, migration
-from tokgen.data import datasets, loader, scan, token_shards
+from tokgen.data import datasets, loader, scan, token_header
 from tokgen.evaluation import validation
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
 from tokgen.sampling import drawing, presets
@@ -155,7 +155,7 @@ def read(data, order):
     The classes of images are in `order`, where they are the same: that of the run that goes on.
     """
     if data.tokens:
-        source, held_out = (datasets.generator_source(data, s) for s in token_shards.SPLITS)
+        source, held_out = (datasets.generator_source(data, s) for s in token_header.SPLITS)
         made_by = source.header["tokenizer"]
         tokenizer = checkpoint.load_tokenizer(data.tokenizer or made_by["path"])
         checkpoint.check_tokens(tokenizer, source.header, source.path)
@@ -168,7 +168,7 @@ def read(data, order):
         )
     # in float32, as shards are made
     tokenizer = checkpoint.load_tokenizer(data.tokenizer, compute="float32")
-    parts = (datasets.generator_source(data, s, tokenizer, order) for s in token_shards.SPLITS)
+    parts = (datasets.generator_source(data, s, tokenizer, order) for s in token_header.SPLITS)
     return *parts, tokenizer
 
 

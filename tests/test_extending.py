@@ -19,6 +19,9 @@ SECTIONS = {
 
 
 def test_every_section_has_a_file_and_its_use():
+    kinds = ("quantizer", "order", "source of data", "discriminator", "frozen network")
+    kinds = (*kinds, "published system", "metric")
+    assert {title.split(" ", 1)[1] for title in SECTIONS} == set(kinds)
     for title, blocks in SECTIONS.items():
         assert len(blocks) == 2 and FILE.match(blocks[0]), title
         assert not FILE.match(blocks[1]), title

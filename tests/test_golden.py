@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tokgen import metrics_log, parameters
-from tokgen.checkpoints import checkpoint, imported
+from tokgen.checkpoints import checkpoint, exporting, imported
 from tokgen.config import building, migration, reading
 from tokgen.data import token_shards
 from tokgen.evaluation import collect
@@ -185,7 +185,7 @@ def test_a_run_that_was_stopped_goes_on(golden, name):
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["export_vit", "export_raster"])
 def test_an_export_is_read_with_the_fingerprint_that_it_states(golden, tmp_path, name):
-    found, record = imported.of_export(golden / "root" / name)
+    found, record = exporting.read(golden / "root" / name)
     step = imported.save_imported(tmp_path, found, {})
     assert checkpoint.load(step).fingerprint == record["fingerprint"]
 

@@ -20,6 +20,7 @@ from tokgen.data import (
     pretokenization,
     shapes,
     sources,
+    token_header,
     token_shards,
 )
 from tokgen.interfaces import UserError
@@ -216,7 +217,7 @@ def test_what_cannot_be_read_is_told_and_has_no_tokens(broken, tmp_path, capfd):
     listed = {}
     encode = jax.jit(lambda tokenizer, image_BHW3: tokenizer.encode(image_BHW3))
     tokenizer = checkpoint.load_tokenizer(folder).module
-    for split in token_shards.SPLITS:
+    for split in token_header.SPLITS:
         shards, images_ = (
             token_shards.Source(out, split=split),
             folder_.Source(pictures, split=split),

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tokgen import interfaces
-from tokgen.data import folder, pixels
+from tokgen.data import folder, folder_layout, folder_split, pixels
 
 
 def write(root, *names):
@@ -47,7 +47,7 @@ def test_a_flat_folder_has_no_classes(tmp_path):
     assert source.classes == () and [record["label"] for record in source] == [0, 0]
 
 
-@pytest.mark.parametrize("held_out", folder.HELD_OUT)
+@pytest.mark.parametrize("held_out", folder_layout.HELD_OUT)
 def test_split_folders_are_read_as_splits(tmp_path, held_out):
     write(tmp_path, "train/a/1.png", "train/b/2.png", f"{held_out}/b/3.png")
     train, other = folder.Source(tmp_path), folder.Source(tmp_path, split="held_out")
@@ -337,7 +337,7 @@ def test_holding_out_leaves_every_class_an_image(tmp_path):
 
 def test_held_out_images_are_those_of_before(tmp_path):
     write(tmp_path, *(f"c{n % 3}/{n}.png" for n in range(60)))
-    place = {f"c{n % 3}/{n}.png": folder._place(f"c{n % 3}/{n}.png") for n in range(60)}
+    place = {f"c{n % 3}/{n}.png": folder_split.place_of(f"c{n % 3}/{n}.png") for n in range(60)}
     wanted = {name for name, where in place.items() if where < 0.1} | {min(place, key=place.get)}
     assert set(names(folder.Source(tmp_path, split="held_out", held_out=0.1))) == wanted
 

@@ -8,7 +8,16 @@ import pytest
 from PIL import Image
 
 from tokgen import interfaces
-from tokgen.data import folder, loader, shapes, sources, token_shards, unreadable, views
+from tokgen.data import (
+    folder,
+    loader,
+    shapes,
+    sources,
+    token_shards,
+    token_writer,
+    unreadable,
+    views,
+)
 
 
 class Numbered(sources.RandomAccess):
@@ -263,7 +272,7 @@ def test_threads_change_nothing_of_one_pass_and_decode_once():
 
 @pytest.fixture
 def shards(tmp_path):
-    writer = token_shards.Writer(
+    writer = token_writer.Writer(
         tmp_path / "tokens",
         images={"train": 10},
         layout={"vocab": [100, 7], "grids": [[1, 3]]},

@@ -13,7 +13,9 @@ from tokgen.data import (
     loader,
     online_tokens,
     shapes,
+    token_header,
     token_shards,
+    token_writer,
     views,
 )
 
@@ -32,7 +34,7 @@ def encode(image_BHW3):
 
 def shards(path, parts):
     """Written image by image and view by view, as pretokenizing does."""
-    writer = token_shards.Writer(
+    writer = token_writer.Writer(
         path,
         images={split: len(source) for split, source in parts.items()},
         layout=LAYOUT,
@@ -76,15 +78,15 @@ def both(request, tmp_path):
         pictures(tmp_path / "images")
         parts = {
             s: folder.Source(tmp_path / "images", split=s, held_out=0.3)
-            for s in token_shards.SPLITS
+            for s in token_header.SPLITS
         }
     else:
-        parts = {s: shapes.Source((20, 30), count=13, split=s) for s in token_shards.SPLITS}
+        parts = {s: shapes.Source((20, 30), count=13, split=s) for s in token_header.SPLITS}
     shards(tmp_path / "tokens", parts)
     return parts, tmp_path / "tokens"
 
 
-@pytest.mark.parametrize("split", token_shards.SPLITS)
+@pytest.mark.parametrize("split", token_header.SPLITS)
 def test_the_stream_gives_the_tokens_of_the_shards(both, split):
     parts, path = both
     packed, flying = token_shards.Source(path, split=split), source_of(parts, split)
@@ -176,7 +178,7 @@ def test_images_without_tokens_are_replaced_by_the_same_ones_as_broken_images(tm
     """A run on the fly and one from shards see the same elements also where images are broken."""
     pictures(tmp_path / "images")
     sound = {
-        s: folder.Source(tmp_path / "images", split=s, held_out=0.3) for s in token_shards.SPLITS
+        s: folder.Source(tmp_path / "images", split=s, held_out=0.3) for s in token_header.SPLITS
     }
     shards(tmp_path / "tokens", sound)
     packed, flying = token_shards.Source(tmp_path / "tokens"), source_of(sound, "train")

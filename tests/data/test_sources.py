@@ -1,7 +1,6 @@
-"""What every source says of itself, held against the protocol; a source of one's own, as told."""
+"""What every source says of itself, held against the protocol."""
 
 import io
-import pathlib
 import re
 
 import numpy as np
@@ -10,12 +9,10 @@ import tensorflow_datasets
 from PIL import Image
 
 from tests.data import test_online_tokens
-from tokgen import data
 from tokgen.config import building
 from tokgen.data import (
     captioned,
     folder,
-    loader,
     markov,
     npz,
     online_tokens,
@@ -23,12 +20,11 @@ from tokgen.data import (
     shapes,
     sources,
     tfds,
+    token_header,
     token_shards,
-    views,
 )
 from tokgen.interfaces import TokenLayout, UserError
 
-DOCUMENT = pathlib.Path(__file__).resolve().parents[2] / "docs" / "data.md"
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
@@ -58,7 +54,7 @@ def every(tmp_path_factory):
     TokgenDrawn(data_dir=path, file_format="array_record").download_and_prepare()
     parts = {
         split: folder.Source(path / "images", split=split, held_out=0.3)
-        for split in token_shards.SPLITS
+        for split in token_header.SPLITS
     }
     test_online_tokens.shards(path / "tokens", parts)
     drawn, shards = shapes.Source((8, 8), count=13), token_shards.Source(path / "tokens")
@@ -148,20 +144,6 @@ def test_all_sources_of_the_room_are_held(every):
                 assert found in held
 
 
-def test_a_source_of_ones_own_is_one_file(tmp_path, monkeypatch):
-    """The example of docs/data.md, as it stands there, named by a config."""
-    told = DOCUMENT.read_text().partition("## A source of your own")[2]
-    (code,) = re.findall(r"```python\n(.*?)```", told, re.DOTALL)
-    (tmp_path / "stripes.py").write_text(code)
-    monkeypatch.setattr(data, "__path__", [*data.__path__, str(tmp_path)])
-    building.check(dict(data=dict(name="stripes", count=50)))
-    source = building.build(dict(name="stripes", count=50), "data", split="train")
-    assert len(source) == 50 and source.classes == ("across", "down")
-    with loader.batches(source, views.View((16, 16)), seed=0, batch_size=4) as batches:
-        batch = next(batches)
-    assert batch["image"].shape == (4, 16, 16, 3) and batch["image"].std() > 50
-    other = building.build(dict(name="stripes", count=50), "data", split="held_out")
-    assert other.fingerprint != source.fingerprint
-    assert not np.array_equal(other[0]["image"], source[0]["image"])
+def test_fields_of_a_source_are_its_arguments():
     with pytest.raises(UserError, match="data has no argument 'counts'; did you mean 'count'"):
-        building.check(dict(data=dict(name="stripes", counts=50)))
+        building.check(dict(data=dict(name="shapes", counts=50)))

@@ -15,7 +15,7 @@ import pytest
 from array_record.python import array_record_module
 
 from tokgen import archives, interfaces
-from tokgen.data import token_shards
+from tokgen.data import token_header, token_shards, token_writer
 
 COUNTS = {"train": 11, "held_out": 3}
 
@@ -47,7 +47,7 @@ def fill(writer, shards):
 
 
 def write(path, **changes):
-    writer = token_shards.Writer(path, **plan(**changes))
+    writer = token_writer.Writer(path, **plan(**changes))
     fill(writer, writer.remaining())
     writer.finish()
     return path
@@ -63,7 +63,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("verify", [True, False])
-@pytest.mark.parametrize("split", token_shards.SPLITS)
+@pytest.mark.parametrize("split", token_header.SPLITS)
 def test_tokens_come_back_as_they_were_written(folder, split, verify):
     source = token_shards.Source(folder, split=split, verify=verify)
     tokens_BXLG, label_B = content(split)
@@ -102,7 +102,7 @@ def test_records_are_packed_as_documented(folder):
 )
 def test_the_smallest_integer_that_holds_the_alphabet(tmp_path, vocab, dtype):
     layout = {"vocab": [vocab], "grids": [[1, 2]]}
-    writer = token_shards.Writer(
+    writer = token_writer.Writer(
         tmp_path, **plan(layout=layout, images={"train": 2}, views=["center"])
     )
     (shard,) = writer.remaining()
@@ -142,7 +142,7 @@ def test_fingerprints_follow_the_tokens_and_not_the_place(tmp_path):
 
 def test_processes_share_the_shards(tmp_path, folder):
     path = tmp_path / "shared"
-    writers = [token_shards.Writer(path, **plan()) for _ in range(2)]
+    writers = [token_writer.Writer(path, **plan()) for _ in range(2)]
     parts = [writer.remaining((part, 2)) for part, writer in enumerate(writers)]
     assert sorted(shard.file for part in parts for shard in part) == sorted(
         shard.file for shard in writers[0].shards()
@@ -157,11 +157,11 @@ def test_processes_share_the_shards(tmp_path, folder):
 
 def test_a_stopped_writer_writes_only_what_is_missing(tmp_path, folder):
     path = tmp_path / "stopped"
-    writer = token_shards.Writer(path, **plan())
+    writer = token_writer.Writer(path, **plan())
     fill(writer, writer.remaining()[:2])
     with pytest.raises(interfaces.UserError, match="not finished"):
         token_shards.Source(path)
-    again = token_shards.Writer(path, **plan())
+    again = token_writer.Writer(path, **plan())
     assert [shard.file for shard in again.remaining()] == [s.file for s in again.shards()[2:]]
     # One that was damaged meanwhile, and one that lost its note, are written again.
     shards = again.shards()
@@ -171,17 +171,17 @@ def test_a_stopped_writer_writes_only_what_is_missing(tmp_path, folder):
     fill(again, again.remaining())
     again.finish()
     assert contents(path) == contents(folder)
-    assert token_shards.Writer(path, **plan()).remaining() == []
+    assert token_writer.Writer(path, **plan()).remaining() == []
 
 
 def test_images_that_could_not_be_read_are_listed_and_have_no_tokens(tmp_path):
     path = tmp_path / "tokens"
-    writer = token_shards.Writer(path, **plan())
+    writer = token_writer.Writer(path, **plan())
     first, *others = writer.shards()
     missing = {1: ("daisy/1.png", "cut off"), 3: ("rose/3.png", "empty")}
     writer.write(first, *content(first.split, first.start, first.stop), missing)
     assert writer.written("train") == [(first, missing)]
-    writer = token_shards.Writer(path, **plan())  # stopped, and begun again
+    writer = token_writer.Writer(path, **plan())  # stopped, and begun again
     assert writer.written("train") == [(first, missing)]
     fill(writer, writer.remaining())
     writer.finish()
@@ -197,7 +197,7 @@ def test_images_that_could_not_be_read_are_listed_and_have_no_tokens(tmp_path):
 
 
 def test_a_split_without_a_readable_image_is_refused(tmp_path):
-    writer = token_shards.Writer(tmp_path, **plan())
+    writer = token_writer.Writer(tmp_path, **plan())
     for shard in writer.shards():
         numbers = range(shard.start, shard.stop) if shard.split == "held_out" else ()
         missing = dict.fromkeys(numbers, ("a", "b"))
@@ -212,13 +212,13 @@ def test_a_fingerprint_of_before_is_known(tmp_path):
     write(tmp_path / "old", data=old)
     earlier = {"train": ("o",), "held_out": ("p",)}
     assert (
-        token_shards.Writer(tmp_path / "old", **plan(data=new), earlier=earlier).remaining() == []
+        token_writer.Writer(tmp_path / "old", **plan(data=new), earlier=earlier).remaining() == []
     )
     for changed in ({"earlier": {}}, {"earlier": {"train": ("o",)}}):
         with pytest.raises(interfaces.UserError, match="something else"):
-            token_shards.Writer(tmp_path / "old", **plan(data=new), **changed)
+            token_writer.Writer(tmp_path / "old", **plan(data=new), **changed)
     with pytest.raises(interfaces.UserError, match="something else"):
-        token_shards.Writer(tmp_path / "old", **plan(data={**new, "source": "x"}), earlier=earlier)
+        token_writer.Writer(tmp_path / "old", **plan(data={**new, "source": "x"}), earlier=earlier)
 
 
 class Killed(BaseException):
@@ -251,7 +251,7 @@ def test_a_writer_that_stops_at_any_rename_resumes(tmp_path, folder, monkeypatch
             kill_at_rename(patch, stop, killed)
             with pytest.raises(Killed):
                 write(path)
-        if not (path / token_shards.HEADER).exists():
+        if not (path / token_header.HEADER).exists():
             with pytest.raises(interfaces.UserError):
                 token_shards.Source(path)
         write(path)
@@ -273,7 +273,7 @@ def test_a_killed_process_resumes(tmp_path, folder):
     path = tmp_path / "killed"
     ended = subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=root, timeout=60)
     assert ended.returncode == -signal.SIGKILL
-    assert len(token_shards.Writer(path, **plan()).remaining()) == 3
+    assert len(token_writer.Writer(path, **plan()).remaining()) == 3
     write(path)
     assert contents(path) == contents(folder)
 
@@ -289,18 +289,18 @@ def test_another_plan_is_refused_and_overwrites_nothing(folder):
         {"images": {"train": 12, "held_out": 3}},
     ):
         with pytest.raises(interfaces.UserError, match=next(iter(changes))):
-            token_shards.Writer(folder, **plan(**changes))
+            token_writer.Writer(folder, **plan(**changes))
     assert contents(folder) == before
-    assert token_shards.Writer(folder, **plan(tokenizer=plan()["tokenizer"] | {"path": "moved"}))
+    assert token_writer.Writer(folder, **plan(tokenizer=plan()["tokenizer"] | {"path": "moved"}))
 
 
 def test_other_folders_are_not_written_into(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(interfaces.UserError, match="thesis.tex"):
-        token_shards.Writer(tmp_path, **plan())
+        token_writer.Writer(tmp_path, **plan())
     assert os.listdir(tmp_path) == ["thesis.tex"]
     with pytest.raises(interfaces.UserError, match="is a file"):
-        token_shards.Writer(tmp_path / "thesis.tex", **plan())
+        token_writer.Writer(tmp_path / "thesis.tex", **plan())
 
 
 SHARD = "train-00001-of-00003.array_record"
@@ -360,15 +360,15 @@ def label_beyond_the_classes(path):
 def edit(path, change):
     """Change a header as it was before headers had digests: what else is wrong with it is told."""
     before_digests(path)
-    header = json.loads((path / token_shards.HEADER).read_text())
+    header = json.loads((path / token_header.HEADER).read_text())
     change(header)
-    (path / token_shards.HEADER).write_text(json.dumps(header))
+    (path / token_header.HEADER).write_text(json.dumps(header))
 
 
 def before_digests(path):
-    header = json.loads((path / token_shards.HEADER).read_text())
+    header = json.loads((path / token_header.HEADER).read_text())
     header.pop("digest", None)
-    (path / token_shards.HEADER).write_text(json.dumps({**header, "format": 1}))
+    (path / token_header.HEADER).write_text(json.dumps({**header, "format": 1}))
 
 
 def edited(change):
@@ -379,7 +379,7 @@ def edited(change):
 
 
 def no_json(path):
-    (path / token_shards.HEADER).write_text('{"format": 1,')
+    (path / token_header.HEADER).write_text('{"format": 1,')
 
 
 BODIES = (
@@ -395,7 +395,7 @@ BODIES = (
 )
 HEADERS = {
     "no json": no_json,
-    "a list": lambda path: (path / token_shards.HEADER).write_text("[]"),
+    "a list": lambda path: (path / token_header.HEADER).write_text("[]"),
     "other version": edited(lambda h: h.update(format=3)),
     "smaller alphabet": edited(lambda h: h["layout"].update(vocab=[200, 16])),
     "alphabet beyond the integer": edited(lambda h: h["layout"].update(vocab=[70_000, 16])),
@@ -488,10 +488,10 @@ TAMPERED = {
 
 @pytest.mark.parametrize("kind", TAMPERED)
 def test_a_header_that_was_changed_is_refused(folder, kind):
-    header = json.loads((folder / token_shards.HEADER).read_text())
+    header = json.loads((folder / token_header.HEADER).read_text())
     TAMPERED[kind](header)
-    (folder / token_shards.HEADER).write_text(json.dumps(header))
-    for split in token_shards.SPLITS:
+    (folder / token_header.HEADER).write_text(json.dumps(header))
+    for split in token_header.SPLITS:
         with pytest.raises(interfaces.UserError, match="tokgen pretokenize") as error:
             token_shards.Source(folder, split=split, verify=False)
         assert str(folder) in str(error.value)
@@ -499,9 +499,9 @@ def test_a_header_that_was_changed_is_refused(folder, kind):
 
 def test_where_the_tokenizer_lies_may_change(folder):
     before = token_shards.Source(folder).fingerprint
-    header = json.loads((folder / token_shards.HEADER).read_text())
+    header = json.loads((folder / token_header.HEADER).read_text())
     header["tokenizer"]["path"] = "moved"
-    (folder / token_shards.HEADER).write_text(json.dumps(header, indent=3))
+    (folder / token_header.HEADER).write_text(json.dumps(header, indent=3))
     assert token_shards.Source(folder).fingerprint == before
 
 
@@ -509,12 +509,12 @@ def test_token_sets_without_a_digest_are_the_same_token_sets(folder):
     """As they were written before: read, with the fingerprint that runs know; and finished anew."""
     before, kept = token_shards.Source(folder), contents(folder)
     before_digests(folder)
-    header = json.loads((folder / token_shards.HEADER).read_text())
+    header = json.loads((folder / token_header.HEADER).read_text())
     assert header["format"] == 1 and "digest" not in header
     header["tokenizer"]["path"] = ""
     written = hashlib.sha256(json.dumps(["train", header], sort_keys=True).encode()).hexdigest()
     assert token_shards.Source(folder).fingerprint == written == before.fingerprint
-    again = token_shards.Writer(folder, **plan())
+    again = token_writer.Writer(folder, **plan())
     assert not again.remaining()
     again.finish()
     assert contents(folder) == kept
@@ -524,7 +524,7 @@ def test_shards_of_which_the_header_knows_nothing_are_named(folder, tmp_path):
     other = write(tmp_path / "other", shard_images=2)
     for name in ("train-00005-of-00006.array_record", "held_out-00001-of-00002.array_record"):
         shutil.copy(other / name, folder / name)
-    for split in token_shards.SPLITS:
+    for split in token_header.SPLITS:
         with pytest.raises(interfaces.UserError, match="does not name: held_out-00001.*, train-00"):
             token_shards.Source(folder, split=split)
 
@@ -533,7 +533,7 @@ def test_a_shard_of_another_set_is_refused(folder, tmp_path):
     """Of as many images, as wide, within the alphabet."""
     other = write(tmp_path / "other", classes=("rose", "daisy"))
     rng = np.random.default_rng(1)
-    writer = token_shards.Writer(tmp_path / "third", **plan())
+    writer = token_writer.Writer(tmp_path / "third", **plan())
     for shard in writer.shards():
         count = shard.stop - shard.start
         writer.write(shard, rng.integers(0, 16, (count, 2, 5, 2)), np.zeros(count, int))
@@ -581,5 +581,5 @@ def test_what_is_no_folder_of_tokens_is_refused(tmp_path, folder):
 )
 def test_impossible_plans_are_refused(tmp_path, wrong):
     with pytest.raises(interfaces.UserError):
-        token_shards.Writer(tmp_path / "new", **plan(**wrong))
+        token_writer.Writer(tmp_path / "new", **plan(**wrong))
     assert not (tmp_path / "new").exists()

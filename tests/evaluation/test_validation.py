@@ -18,7 +18,7 @@ from tokgen.data import (
     online_tokens,
     pretokenization,
     sources,
-    token_shards,
+    token_header,
     views,
 )
 from tokgen.evaluation import validation
@@ -104,7 +104,7 @@ def test_one_value_has_no_standard_error():
 def test_what_is_marked_as_no_token_is_not_written():
     found, source = made(encoder=np.nan), Source()
     assert (np.asarray(online_tokens.encode(found, source.image_NHW3)) == -1).all()
-    shard = token_shards.Shard("train", "none", 1, 4)
+    shard = token_header.Shard("train", "none", 1, 4)
     with pytest.raises(interfaces.UserError, match="encoder sees .* 3 of 3 images: 1.png, 2.png"):
         pretokenization._shard(found, source, shard, [VIEW], 3, ONE, tqdm.tqdm())
 

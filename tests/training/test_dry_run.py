@@ -133,6 +133,14 @@ def weights(tmp_path):
     return tmp_path / "weights"
 
 
+@pytest.mark.parametrize("reference", test_config.FILES)
+def test_every_file_that_ships_is_accepted(reference, weights):
+    """As it is, once it is told where weights lie: no field of it is unknown to its program."""
+    settings = recipes.load(reference)
+    given(settings, weights)
+    getattr(fields, f"check_{reference.partition('/')[0]}")(settings)
+
+
 def test_mutants_of_every_config_are_refused_or_traced(mesh, weights, capsys):
     traced, found, tries = set(), collections.Counter(), chosen()
     for mutant in tries:

@@ -43,9 +43,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print it; all files that cannot be read by name."""
-    from tokgen.data import classes, datasets, token_shards
+    from tokgen.data import classes, datasets, token_header
 
-    shards = (pathlib.Path(args.data) / token_shards.HEADER).exists()
+    shards = (pathlib.Path(args.data) / token_header.HEADER).exists()
     idle = {}
     if datasets.kind_of(args.data) != "tfds":
         idle |= dict.fromkeys(("splits", "data_dir", "label"), "sets of TFDS, as tfds:NAME")
@@ -140,10 +140,10 @@ def _sizes(sizes: dict[tuple[int, int], int]) -> str:
 
 def _shards(args: argparse.Namespace) -> None:
     """What the header of a token set says; with --scan full, what its records hold."""
-    from tokgen.data import classes, token_shards
+    from tokgen.data import classes, token_header, token_shards
 
     sources, wrong = {}, {}
-    for split in token_shards.SPLITS:
+    for split in token_header.SPLITS:
         try:
             sources[split] = token_shards.Source(args.data, split=split, verify=args.scan == "full")
         except UserError as error:

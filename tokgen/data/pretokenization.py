@@ -25,7 +25,8 @@ from tokgen.data import (
     loader,
     online_tokens,
     sources,
-    token_shards,
+    token_header,
+    token_writer,
     unreadable,
     views,
 )
@@ -53,7 +54,7 @@ def folder(
     `inputs` are what must not lie in it: it may be replaced.
     """
     return output.growing(
-        path, records=token_shards.RECORDS, lock=".lock", overwrite=overwrite, inputs=inputs
+        path, records=token_header.RECORDS, lock=".lock", overwrite=overwrite, inputs=inputs
     )
 
 
@@ -92,10 +93,10 @@ def pretokenize(
         )
     settings = tokenizer.config
     # those who go on keep the order of the classes; what replaces a set has one of its own
-    order = () if out.staged else token_shards.recorded_classes(out.path)
+    order = () if out.staged else token_header.recorded_classes(out.path)
     parts = {
         split: datasets.image_source(settings, data, split, labels=labels, order=order)
-        for split in token_shards.SPLITS
+        for split in token_header.SPLITS
     }
     datasets.tell(datasets.called(settings.get("data", {}), data), **parts)
     writer = _writer(tokenizer, parts, out, views=views, data=data)
@@ -123,7 +124,7 @@ def _writer(
     *,
     views: Sequence[str],
     data: str,
-) -> token_shards.Writer:
+) -> token_writer.Writer:
     """The writer of the shards, with all that their header is to say."""
     described = {"path": data} if data else tokenizer.config.data.to_dict()
     about = dict(
@@ -142,13 +143,13 @@ def _writer(
         made_by = {name: about["tokenizer"][name] for name in ("fingerprint", "precision")}
         out.claim(about | {"tokenizer": made_by})
     earlier = {split: source.earlier for split, source in parts.items()}
-    return token_shards.Writer(out.path, **about, earlier=earlier)
+    return token_writer.Writer(out.path, **about, earlier=earlier)
 
 
 def _write(
     tokenizer,
     parts: Mapping[str, sources.RandomAccess],
-    writer: token_shards.Writer,
+    writer: token_writer.Writer,
     fixed: Sequence[views.View],
     batch: int,
     max_bad: float,
@@ -175,7 +176,7 @@ def _write(
 def _shard(
     tokenizer,
     source: sources.RandomAccess,
-    shard: token_shards.Shard,
+    shard: token_header.Shard,
     fixed: Sequence[views.View],
     batch: int,
     mesh: jax.sharding.Mesh,

@@ -8,7 +8,15 @@ import time
 
 from tokgen import options, report, runtime
 from tokgen.checkpoints import checkpoint
-from tokgen.data import captioned, classes, datasets, sources, token_shards, unreadable
+from tokgen.data import (
+    captioned,
+    classes,
+    datasets,
+    sources,
+    token_header,
+    token_shards,
+    unreadable,
+)
 from tokgen.evaluation import validation
 from tokgen.interfaces import UserError
 
@@ -184,7 +192,7 @@ def _data_of(loaded: checkpoint.Loaded, path: str) -> dict:
     record = loaded.meta["tokens"]
     data["tokens"] = str(checkpoint.referred(record, loaded.step)) if record else ""
     shards = any(
-        (pathlib.Path(path) / name).exists() for name in (token_shards.HEADER, token_shards.PLAN)
+        (pathlib.Path(path) / name).exists() for name in (token_header.HEADER, token_header.PLAN)
     )
     if path and shards:
         data["tokens"] = path

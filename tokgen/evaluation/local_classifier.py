@@ -25,7 +25,17 @@ import optax
 from flax import nnx
 
 from tokgen import archives, boundary, parameters, report, rng, runtime, sharding
-from tokgen.data import folder, loader, pixels, shapes, sources, views
+from tokgen.data import (
+    folder,
+    folder_layout,
+    folder_listing,
+    folder_split,
+    loader,
+    pixels,
+    shapes,
+    sources,
+    views,
+)
 from tokgen.interfaces import PyTree, UserError
 from tokgen.metrics import reconstruction
 from tokgen.nn import conv, norms
@@ -195,7 +205,8 @@ def of_images(
             return _trained(make, told, recipe, look, seed)
 
     what = (size, channels, seed, recipe, source.fingerprint)
-    return _kept((folder, pixels, views, conv, norms), what, make, train)
+    understanding = (folder, folder_layout, folder_listing, folder_split)  # who is of which class
+    return _kept((*understanding, pixels, views, conv, norms), what, make, train)
 
 
 def turns_of(size: tuple[int, int]) -> int:

@@ -75,6 +75,7 @@ class Tokens:
     tokens: str
     tokenizer: str
     images: str = ""
+    labels: str = ""
     views: str = "center,flip"
     text: str = ""
 

@@ -1,0 +1,84 @@
+"""A record of token shards: the label, then the tokens of every view, in as few bytes as they need.
+
+A label is a little-endian uint32; after it come views x L x G tokens, little-endian, in the
+smallest unsigned integer that holds the alphabet.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from array_record.python import array_record_module
+
+_LABEL_BYTES = 4
+# One record per group: a read decodes what it asked for and nothing else.
+_WRITER_OPTIONS = "group_size:1"
+# Reading ahead is waste where every read goes somewhere else.
+_READER_OPTIONS = "readahead_buffer_size:0"
+
+
+class Packing:
+    """Between arrays and records, as a header describes them."""
+
+    def __init__(self, header: Mapping):
+        vocab, grids = header["layout"]["vocab"], header["layout"]["grids"]
+        self.vocab_G = np.array(vocab, np.int64)
+        self.labels = max(1, len(header["classes"]))
+        length = sum(rows * columns for rows, columns in grids)
+        self.shape = (len(header["views"]), length, len(vocab))
+        self.dtype = np.dtype(header["dtype"]).newbyteorder("<")
+        self.width = _LABEL_BYTES + math.prod(self.shape) * self.dtype.itemsize
+
+    def records(self, tokens_BXLG: np.ndarray, label_B: np.ndarray) -> np.ndarray:
+        """uint8 [B, width]"""
+        tokens_BXLG, label_B = np.asarray(tokens_BXLG), np.asarray(label_B)
+        shape = (len(label_B), *self.shape)
+        if tokens_BXLG.shape != shape or tokens_BXLG.dtype.kind not in "iu":
+            raise ValueError(
+                f"tokens must be integers {shape}: images, views, positions, symbols; found "
+                f"{tokens_BXLG.dtype} {tokens_BXLG.shape}"
+            )
+        problem = self.range_problem(tokens_BXLG, label_B)
+        if problem:
+            raise ValueError(problem)
+        count = len(label_B)
+        tokens_BU = np.ascontiguousarray(tokens_BXLG.astype(self.dtype)).reshape(count, -1)
+        labels_B1 = label_B.astype("<u4").reshape(count, 1)
+        return np.concatenate([labels_B1.view(np.uint8), tokens_BU.view(np.uint8)], axis=1)
+
+    def unpack(self, records: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """int32 [B, views, L, G] and int64 [B]"""
+        record_BU = np.frombuffer(b"".join(records), np.uint8).reshape(-1, self.width)
+        labels_B1 = np.ascontiguousarray(record_BU[:, :_LABEL_BYTES]).view("<u4")
+        tokens_BU = np.ascontiguousarray(record_BU[:, _LABEL_BYTES:]).view(self.dtype)
+        return (
+            tokens_BU.reshape(-1, *self.shape).astype(np.int32),
+            labels_B1[:, 0].astype(np.int64),
+        )
+
+    def range_problem(self, tokens_BXLG: np.ndarray, label_B: np.ndarray) -> str:
+        """What lies outside its alphabet; empty if nothing does."""
+        if not len(label_B):
+            return ""
+        low_G, high_G = tokens_BXLG.min(axis=(0, 1, 2)), tokens_BXLG.max(axis=(0, 1, 2))
+        for symbol, (low, high) in enumerate(zip(low_G, high_G, strict=True)):
+            if low < 0 or high >= self.vocab_G[symbol]:
+                return (
+                    f"tokens of symbol {symbol} must lie in [0, {self.vocab_G[symbol]}); found "
+                    f"{low} to {high}"
+                )
+        if label_B.min() < 0 or label_B.max() >= self.labels:
+            return (
+                f"labels must lie in [0, {self.labels}); found {label_B.min()} to {label_B.max()}"
+            )
+        return ""
+
+
+def reader(path: str) -> array_record_module.ArrayRecordReader:
+    """Reads the records of a file, a few here and there."""
+    return array_record_module.ArrayRecordReader(path, options=_READER_OPTIONS)
+
+
+def writer(path: str) -> array_record_module.ArrayRecordWriter:
+    """Writes a file that `reader` reads a few records of at little cost."""
+    return array_record_module.ArrayRecordWriter(path, _WRITER_OPTIONS)

@@ -1,0 +1,253 @@
+"""Writes token shards, each whole or not at all, and goes on where it was stopped.
+
+Every process knows from the counts alone which shards are its own. A shard is there when its file
+is, with a hidden note beside it that has its checksum; the header, which is written last, takes up
+the notes, and they go.
+"""
+
+import json
+import os
+import types
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tokgen import archives, interfaces
+from tokgen.data import token_header, token_records
+
+SHARD = 8192  # images of a shard
+
+
+class Writer:
+    """Writes shards into a folder, each whole or not at all, and skips those already there.
+
+        writer = token_writer.Writer(out, images={"train": 50_000}, layout=..., ...)
+        for shard in writer.remaining(process=(0, 1)):
+            writer.write(shard, tokens_BXLG, label_B)       # X: the views
+        writer.finish()                                     # one process, after all have written
+
+    Args:
+      images: split to number of images.
+      layout: {"vocab": [...], "grids": [[rows, columns], ...]}.
+      tokenizer: {"path", "fingerprint", "precision"}; a moved tokenizer is still the same one.
+      data: JSON that describes the source, with its "fingerprint".
+      views: their names, in the order in which they are written.
+      classes: the names of the labels; empty if there are none.
+      earlier: fingerprints that earlier versions gave the same source, by split.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        images: Mapping[str, int],
+        layout: Mapping,
+        tokenizer: Mapping,
+        data: Mapping,
+        views: Sequence[str] = ("center",),
+        classes: Sequence[str] = (),
+        shard_images: int = SHARD,
+        earlier: Mapping[str, Sequence[str]] = types.MappingProxyType({}),
+    ):
+        self.path = os.fspath(path)
+        plan = {
+            "format": token_header.FORMAT,
+            "layout": token_header.plain_layout(layout),
+            "tokenizer": dict(tokenizer),
+            "data": dict(data),
+            "views": list(views),
+            "dtype": token_header.smallest_integer(layout["vocab"]),
+            "classes": list(classes),
+            "shard_images": int(shard_images),
+            "images": {split: int(count) for split, count in images.items()},
+        }
+        token_header.check_plan(plan)
+        self._plan = json.loads(json.dumps(plan))  # as it will be read back: lists, no tuples
+        self._packing = token_records.Packing(self._plan)
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
+            raise interfaces.UserError(f"token shards need a folder; {self.path} is a file")
+        os.makedirs(self.path, exist_ok=True)
+        self._resume(earlier)
+
+    def _resume(self, earlier: Mapping[str, Sequence[str]]) -> None:
+        """Take up the plan that is there if it is this one; refuse any other."""
+        for name in (token_header.HEADER, token_header.PLAN):
+            if os.path.exists(os.path.join(self.path, name)):
+                finished = name == token_header.HEADER
+                read = token_header.read if finished else token_header.read_plan
+                found = read(self.path)
+                if _is_known(self._plan["data"], found.get("data"), earlier):
+                    self._plan["data"] = found["data"]  # as it was written
+                differences = _differences(self._plan, token_header.plan_of(found))
+                if differences:
+                    raise interfaces.UserError(
+                        f"{self.path} holds token shards of something else; choose another folder, "
+                        "or empty this one. Different are\n" + "\n".join(differences)
+                    )
+                self._finished = token_header.shards_by_file(found) if finished else {}
+                return
+        # Another process may have written the plan a moment ago.
+        others = [
+            name for name in os.listdir(self.path) if name[0] != "." and name != token_header.PLAN
+        ]
+        if others:
+            raise interfaces.UserError(
+                f"token shards need an empty folder; {self.path} holds {sorted(others)[0]} and no "
+                f"{token_header.PLAN}: choose another folder"
+            )
+        self._finished = {}
+        token_header.save(self.path, token_header.PLAN, self._plan)
+
+    def shards(self) -> list[token_header.Shard]:
+        """Every shard of every split."""
+        return [
+            shard
+            for split, count in self._plan["images"].items()
+            for shard in token_header.shards_of_split(split, count, self._plan["shard_images"])
+        ]
+
+    def remaining(self, process: tuple[int, int] = (0, 1)) -> list[token_header.Shard]:
+        """The shards of process (p, n) that are not there, or not as their notes say."""
+        part, parts = process
+        return [shard for shard in self.shards()[part::parts] if self._note(shard) is None]
+
+    def written(self, split: str) -> list[tuple[token_header.Shard, dict[int, tuple[str, str]]]]:
+        """The shards of a split that are there, and {index: (name, why)} of their unreadable."""
+        found = [(s, self._noted(s)) for s in self.shards() if s.split == split]
+        return [(shard, token_header.unreadable(note)) for shard, note in found if note is not None]
+
+    def _note(self, shard: token_header.Shard) -> dict | None:
+        """What was written of a shard; None where the file doesn't bear it out."""
+        note, path = self._noted(shard), os.path.join(self.path, shard.file)
+        if note is None or not os.path.exists(path) or archives.sha256(path) != note.get("sha256"):
+            return None
+        return note
+
+    def _noted(self, shard: token_header.Shard) -> dict | None:
+        """What is said of a shard that was written."""
+        note, beside = self._finished.get(shard.file), _beside(os.path.join(self.path, shard.file))
+        if note is None and os.path.exists(beside):
+            try:
+                note = token_header.load(self.path, os.path.basename(beside))
+                token_header.unreadable(note)
+            except (ValueError, TypeError):  # cut off: the shard is written again
+                return None
+        return note
+
+    def write(
+        self,
+        shard: token_header.Shard,
+        tokens_BXLG: np.ndarray,
+        label_B: np.ndarray,
+        unreadable: Mapping[int, tuple[str, str]] = types.MappingProxyType({}),
+    ) -> None:
+        """One shard: its tokens [images, views, L, G] and its labels.
+
+        `unreadable` has (name, reason) of the images, by their numbers in the split, whose tokens
+        are none because they could not be read.
+        """
+        record_BU = self._packing.records(tokens_BXLG, label_B)
+        if len(record_BU) != shard.stop - shard.start:
+            raise ValueError(
+                f"{shard.file} takes {shard.stop - shard.start} images; found {len(record_BU)}"
+            )
+        path = os.path.join(self.path, shard.file)
+        temporary = _temporary(path)
+        if os.path.exists(temporary):  # of a run that was killed
+            os.remove(temporary)
+        try:
+            writer = token_records.writer(temporary)
+            for record_U in record_BU:
+                writer.write(record_U.tobytes())
+            writer.close()
+        except RuntimeError as error:
+            raise interfaces.UserError(
+                f"{path} could not be written: {error}; make room, then run the same command again"
+            ) from error
+        note = {"file": shard.file, "images": len(record_BU), "sha256": archives.sha256(temporary)}
+        if unreadable:
+            note["unreadable"] = [[int(index), *unreadable[index]] for index in sorted(unreadable)]
+        _commit(temporary, path)
+        # The note comes second: a shard without one is written again, which costs time only.
+        token_header.save(self.path, os.path.basename(_beside(path)), note)
+
+    def finish(self) -> None:
+        """Write the header, and by that declare the folder complete."""
+        notes = {shard.file: self._note(shard) for shard in self.shards()}
+        missing = [file for file, note in notes.items() if note is None]
+        if missing:
+            raise interfaces.UserError(
+                f"{len(missing)} shards of {self.path} are missing, {missing[0]} the first: run "
+                "the same command again; it writes only these"
+            )
+        splits = {}
+        for split, count in self._plan["images"].items():
+            own = [
+                notes[s.file]
+                for s in token_header.shards_of_split(split, count, self._plan["shard_images"])
+            ]
+            splits[split] = {"images": count, "shards": own}
+            if unreadable := sum(len(note.get("unreadable", [])) for note in own):
+                if unreadable == count:
+                    raise interfaces.UserError(
+                        f"none of the {count} images of {split} could be read: no tokens; "
+                        "repair them, or give other images"
+                    )
+                splits[split]["unreadable"] = unreadable
+        header = {key: value for key, value in self._plan.items() if key != "images"}
+        header["splits"] = splits
+        token_header.save(
+            self.path, token_header.HEADER, {**header, "digest": token_header.digest(header)}
+        )
+        self._finished = notes
+        for name in os.listdir(self.path):
+            if name == token_header.PLAN or (
+                name.startswith(".") and name.endswith((".note", ".part"))
+            ):
+                os.remove(os.path.join(self.path, name))
+
+
+def _is_known(data: dict, found: object, earlier: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a header's `data` are the same but for fingerprints of an earlier version."""
+    if not isinstance(found, dict) or not isinstance(data.get("fingerprint"), dict):
+        return False
+    known = {
+        s: (fingerprint, *earlier.get(s, ())) for s, fingerprint in data["fingerprint"].items()
+    }
+    there = found.get("fingerprint")
+    same = isinstance(there, dict) and there.keys() == known.keys()
+    rest = {name: value for name, value in found.items() if name != "fingerprint"}
+    return (
+        same
+        and all(there[split] in known[split] for split in known)
+        and rest == {name: value for name, value in data.items() if name != "fingerprint"}
+    )
+
+
+def _differences(need: dict, found: dict) -> list[str]:
+    """In what a plan that is there differs from the one wanted, a line each."""
+    lines = []
+    # not the format: one that can be read can be gone on with
+    for key in sorted((need.keys() | found.keys()) - {"format"}):
+        left, right = need.get(key), found.get(key)
+        if key == "tokenizer" and isinstance(left, dict) and isinstance(right, dict):
+            left, right = ({**side, "path": ""} for side in (left, right))
+        if left != right:
+            lines.append(f"  {key}: {right} there, {left} wanted")
+    return lines
+
+
+def _beside(path: str) -> str:
+    """The note of a shard: hidden, and gone when the header holds it."""
+    return os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.note")
+
+
+def _temporary(path: str) -> str:
+    return os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.part")
+
+
+def _commit(temporary: str, target: str) -> None:
+    """Rename, with the contents on the disk first: a crash shows the old state or the new one."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, target)
