@@ -83,7 +83,7 @@ def main(request: launch.Request) -> None:
     networks, what = runs.resume_or_start(run, {"model": network})
     network = networks["model"]
     report.say(report.table(parameters.paths(network.params)))
-    report.say(f"{what}; {len(source)} images of {layout.length} tokens, {dict(mesh.shape)}")
+    report.say(f"{what}; {len(source)} images of {layout.length} tokens, {sharding.told(mesh)}")
     step_of = train_step(settings, graph, optimizer)
 
     if jax.process_index() == 0:  # once per job

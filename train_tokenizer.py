@@ -88,7 +88,7 @@ def main(request: launch.Request) -> None:
         networks["model"] = tokenizer_step.adopt(networks["model"], frozen["teacher"])
     report.say(report.table(parameters.paths(networks["model"].params)))
     length = f"{layout.length} tokens" if layout else "continuous latents"
-    report.say(f"{what}; {len(source)} images, {length} each, {dict(mesh.shape)}")
+    report.say(f"{what}; {len(source)} images, {length} each, {sharding.told(mesh)}")
 
     if jax.process_index() == 0:  # once per job
         scan.before(

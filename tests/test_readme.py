@@ -142,6 +142,38 @@ def test_command_parses(line):
     assert ("generator" in settings) == (words[0] == "train_generator.py")
 
 
+TOLD = re.compile(r"(?:tokgen \w|python train_|python benchmarks/)[^`\n]*")
+SOURCES = [*(ROOT / "configs").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+
+
+def told_commands(text: str) -> set[str]:
+    """Commands of a text: indented lines, which a backslash continues, and code within lines."""
+    lines = re.findall(r"^ {4}(\S.*)$", re.sub(r"\s*\\+\n\s+", " ", text), re.MULTILINE)
+    within = (re.sub(r"\s+", " ", code) for code in re.findall(r"`([^`]+)`", text))
+    return {code for code in (*lines, *within) if TOLD.fullmatch(code)}
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *(str(f.relative_to(ROOT)) for f in SOURCES)])
+def test_commands_that_are_told_have_their_options_and_fields(document):
+    """Of figures, too: whoever doubts one can measure it again. Capitals stand for something."""
+    for command in told_commands((ROOT / document).read_text(encoding="utf-8")):
+        words = [word for word in re.sub(r"[\[\]]", "", command).split() if word != "..."]
+        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        if words[:2] == ["tokgen", "COMMAND"]:
+            continue
+        if words[0] == "tokgen":
+            assert options <= set(parser_of(words[1])._option_string_actions), command
+        elif words[1].startswith("benchmarks/"):
+            program = (ROOT / words[1]).read_text(encoding="utf-8")
+            assert all(f'"{option}"' in program for option in options), command
+        elif "FILE" not in command.partition("--config ")[2].split(" ")[0]:
+            kind = words[1].removeprefix("train_").removesuffix(".py")
+            words = [word.removesuffix(":NAME") for word in words[2:]]
+            some = {"--config": f"configs/{kind}/shapes.py", "--workdir": "DIR"}
+            words += [w for name, path in some.items() if name not in options for w in (name, path)]
+            launch.parse(words, "")
+
+
 def test_own_folder_example_is_trained_at_its_size():
     (line,) = [line for line in COMMANDS if "data.path=flowers" in line]
     settings, _ = launch.parse(shlex.split(line)[2:], "")

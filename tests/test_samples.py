@@ -206,7 +206,8 @@ def test_steps_and_noise_take_the_presets_place(capsys):
     assert (settings["steps"], settings["noise"], settings["weight"]) == (4, 2.0, 1.0)
     assert generator.steps == 4 and sampler == samplers.Sampler(jitter=(1.5, 1.0, 0.5, 0.0))
     said = capsys.readouterr()
-    assert "departs from preset 'default'" in said.out + said.err
+    assert "departs from preset 'default': " in said.out + said.err
+    assert "{" not in said.out + said.err
     assert loaded.module.steps == 1
 
 

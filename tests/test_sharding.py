@@ -150,6 +150,11 @@ def test_every_parameter_has_a_row_and_every_row_a_parameter():
     assert not dead, f"rows that no parameter needs: {dead}"
 
 
+def test_a_mesh_in_words():
+    mesh = AbstractMesh((4, 2, 1), ("data", "fsdp", "tensor"))
+    assert sharding.told(mesh) == "mesh data 4, fsdp 2, tensor 1"
+
+
 def test_moments_and_averages_lie_as_their_parameter():
     module = nnx.eval_shape(functools.partial(_generator, LAYOUT))
     mesh = AbstractMesh((2, 2, 2), sharding.AXES)

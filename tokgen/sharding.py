@@ -141,6 +141,11 @@ def of_batch(mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def told(mesh) -> str:
+    """A mesh in words: `mesh data 8, fsdp 1, tensor 1`."""
+    return "mesh " + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+
+
 def ways(mesh) -> int:
     """Over how many devices a batch lies."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
@@ -186,12 +191,16 @@ def filled(tree: PyTree, rows: int, mesh: jax.sharding.Mesh) -> PyTree:
     alone = jax.process_count() == 1  # of many, each would have to hold the others' images, too
     over = ways(mesh) if alone else 1
 
-    def fill(array):
-        missing = -(-max(rows, len(array)) // over) * over - len(array)
-        return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
+    def fill(array: np.ndarray) -> np.ndarray:
+        return padded(array, -(-max(rows, len(array)) // over) * over)
 
     where = of_batch(mesh) if alone else replicated(mesh)
     return jax.device_put(jax.tree.map(fill, tree), where)
+
+
+def padded(array: np.ndarray, rows: int) -> np.ndarray:
+    """An array of images filled up to so many rows, by its last one."""
+    return np.concatenate([array, np.repeat(array[-1:], rows - len(array), axis=0)])
 
 
 def global_batch(batch: Mapping[str, np.ndarray], mesh) -> dict[str, jax.Array]:

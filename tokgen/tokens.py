@@ -113,6 +113,8 @@ def _parts(array_N: np.ndarray, batch: int) -> Iterator[tuple[jax.Array, int]]:
     """(a part over the devices, filled up to the batch; how many of its rows are meant)."""
     if batch < 1:
         raise UserError(f"batch must be at least 1; found {batch}")
+    if not len(array_N):
+        raise UserError("at least one image is needed, or the tokens of one; found none")
     batch, mesh = drawing.even(len(array_N), batch), sharding.current()
     for start in range(0, len(array_N), batch):
         part = np.asarray(array_N[start : start + batch])

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from tokgen import interfaces, parameters, sharding
-from tokgen.checkpoints import checkpoint, manifest, run as runs
+from tokgen.checkpoints import checkpoint, description, manifest, run as runs
 from tokgen.config import building, migration, reading as configs
 from tokgen.training import optimizer as optimizers, train_state
 
@@ -108,6 +108,17 @@ def equal(a, b):
 
 
 # ---------------------------------------------------------------- save and restore
+
+
+def test_a_step_is_described(base):
+    config, network, workdir = base
+    found = description.describe(workdir, verify=True)
+    count = sum(leaf.size for leaf in jax.tree.leaves(network.params))
+    assert found.rows["parameters"] == f"{count:,}" and found.rows["kind"] == "tokenizer"
+    assert found.rows["classes"] == "2: a, b" and found.rows["data"] == "abc"
+    assert found.rows["arrays"] == f"{found.arrays}, all verified"
+    assert workdir in found.step.parents
+    assert found.config["steps"] == config.steps
 
 
 def test_a_resumed_state_is_bit_equal_and_lies_as_before(base):

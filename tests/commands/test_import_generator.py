@@ -206,6 +206,13 @@ def test_words_that_do_not_fit_are_told(made, tmp_path, capfd):
     assert not (tmp_path / "out").exists()
 
 
+def test_its_tokenizer_is_looked_at_before_the_weights_are_read(made, tmp_path, monkeypatch, capfd):
+    folder, words, _, _ = made
+    monkeypatch.setattr(transfer, "read", None)  # reading would fail
+    wrong = (*words, "--out", tmp_path / "out", "--tokenizer", folder / "run")
+    assert "holds a generator; need the checkpoint of a tokenizer" in told(capfd, *wrong)
+
+
 def test_images_of_other_classes_and_texts_are_not_scored(made, tmp_path, capfd):
     folder = made[0]
     for name in ("daisy", "rose"):

@@ -348,3 +348,11 @@ def test_two_metrics_of_one_name_are_a_mistake(tmp_path, monkeypatch):
     monkeypatch.setattr(tokgen.metrics, "__path__", paths)
     with pytest.raises(ValueError, match="two metrics are called fid"):
         metric_table.known()
+
+
+def test_beside_a_share_stands_a_share():
+    found = {"value": 0.5, "expected": 0.96875, "k": 5}
+    *_, beside = metric_table.cells("coverage", found)
+    assert beside == "96.88\N{NO-BREAK SPACE}% expected of equal sets; k = 5"
+    *_, beside = metric_table.cells("codebook_usage", found)
+    assert beside == "0.9688 expected of as many tokens at random"

@@ -89,13 +89,15 @@ def import_file(
                 raise UserError(f"--tokenizer is for generators; {file} is a tokenizer itself")
             classes, source = tuple(record["classes"]), record.get("source")
             source = source if isinstance(source, dict) else {}
+            named = checkpoint.load_tokenizer(tokenizer) if tokenizer else None
         else:
+            # first: of a large file the reading takes minutes
+            named = checkpoint.load_tokenizer(tokenizer) if tokenizer else None
             published, notes = _configuration(file, config)
             model = transfer.read(
                 file, system, published, overrides=overrides, entry=entry, unknown=unknown
             )
             source = _source(file, system)
-        named = checkpoint.load_tokenizer(tokenizer) if tokenizer else None
         step = imports.save_imported(place.path, model, source, named, classes)
     return Import(
         out=place.target,

@@ -56,7 +56,13 @@ class Source(sources.Around):
       features: folder with a file per split, such as `train.npy`: float16 or float32.
     """
 
-    def __init__(self, images, features: str | os.PathLike, *, split: str = "train"):
+    def __init__(
+        self,
+        images: sources.RandomAccess | dict,
+        features: str | os.PathLike,
+        *,
+        split: str = "train",
+    ):
         super().__init__(images)
         self.fingerprint = images.fingerprint
         if not len(images):  # nothing is held out, and has no texts
@@ -132,8 +138,7 @@ def _array(path: str) -> np.ndarray:
 def _fingerprint(images: str, text_NTE: np.ndarray, mask_NT: np.ndarray | None) -> str:
     """Of the images, the array's form, and all rows of it or as many as are quickly read."""
     digest = hashlib.sha256(f"{images}\0{text_NTE.dtype.str}\0{text_NTE.shape}".encode())
-    count = min(len(text_NTE), _SAMPLED)
-    for index in np.arange(count) * len(text_NTE) // max(count, 1):
+    for index in sources.evenly(len(text_NTE), _SAMPLED):
         digest.update(np.ascontiguousarray(text_NTE[index]).tobytes())
     if mask_NT is not None:
         digest.update(mask_NT.tobytes())

@@ -194,7 +194,7 @@ def told(what: str, sources: Mapping[str, object]) -> str:
                     f"class{'es' * (len(none) > 1)}: {listed(none, 4)}"
                 )
     if "held_out" in sources and not len(sources["held_out"]):
-        lines.append("nothing is held out: there are no held-out figures")
+        lines.append("nothing is held out: there are no held-out metrics")
     for source in sources.values():
         lines += source.notes
     unread = {}

@@ -8,15 +8,16 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from tokgen import report
 from tokgen.config import building
-from tokgen.data import captioned, classes, npz, online_tokens, token_shards, views
-from tokgen.interfaces import PyTree, Text, UserError
+from tokgen.data import captioned, classes, npz, online_tokens, sources, token_shards, views
+from tokgen.interfaces import Generator, PyTree, Text, UserError
 
 TFDS = "tfds:"  # before the name of a tensorflow_datasets set, where a path may stand
 
@@ -38,7 +39,7 @@ def from_path(
     data_dir: str = "",
     label: str = "",
     held_out: float | None = None,
-):
+) -> sources.RandomAccess:
     """The images that a path names: a folder, an .npz, or a TFDS set as `tfds:NAME`.
 
     Args:
@@ -83,12 +84,12 @@ def views_of(settings, names: Sequence[str]) -> list[views.View]:
 
 
 def generator_source(
-    data,
+    data: Mapping[str, Any],
     split: str,
-    tokenizer=None,
+    tokenizer: online_tokens.Tokenizer | None = None,
     order: Sequence[str] = (),
     labels: str = "",
-):
+) -> sources.RandomAccess:
     """What a config's `data` gives to a generator: token shards, or images to encode; with text.
 
     `tokenizer` is for images; it should compute in float32, as pretokenizing does. `order` is that
@@ -123,7 +124,7 @@ def generator_source(
     )
 
 
-def check_text(generator, text: str, option: str) -> None:
+def check_text(generator: Generator, text: str, option: str) -> None:
     """An error where a generator reads text and there is none, or the other way round."""
     cond = generator.cond
     if (cond == "text") != bool(text):
@@ -134,7 +135,9 @@ def check_text(generator, text: str, option: str) -> None:
         )
 
 
-def image_source(settings, path: str, split: str, *, labels: str = "", **context):
+def image_source(
+    settings: Mapping[str, Any], path: str, split: str, *, labels: str = "", **context: Any
+) -> sources.RandomAccess:
     """The images of a folder, or of the data set that the config names.
 
     `labels` says how they are read in the place of the config; `context` are arguments that a

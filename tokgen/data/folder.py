@@ -120,11 +120,12 @@ class Source(sources.RandomAccess):
     def fingerprint(self) -> str:
         """Of classes, names, labels, sizes, and blocks of the contents."""
         # The largest sets are sampled: reading a little of a million files takes minutes.
-        count = min(len(self), _HASHED)
-        index_n = np.arange(count) * len(self) // max(count, 1)
+        index_n = sources.evenly(len(self), _HASHED)
         digest = hashlib.sha256(self.earlier[0].encode())
         with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-            for block in pool.map(self._blocks, np.array_split(index_n, max(1, count // 64))):
+            for block in pool.map(
+                self._blocks, np.array_split(index_n, max(1, len(index_n) // 64))
+            ):
                 digest.update(block)
         return digest.hexdigest()
 

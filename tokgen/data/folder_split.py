@@ -32,7 +32,7 @@ def share(
         raise interfaces.UserError(
             f"nothing is held out of {path}: it has {len(files)} image(s) and "
             f"held_out={held_out}; two images and a share above 0 are needed; or say "
-            "data.held_out=0 (--config.data.held_out=0) to train without held-out figures"
+            "data.held_out=0 (--config.data.held_out=0) to train without held-out metrics"
         )
     return [file for file in files if file[0] in aside], []
 

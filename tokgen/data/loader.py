@@ -16,7 +16,7 @@ import collections
 import concurrent.futures
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -28,6 +28,8 @@ _PATIENCE = 16  # neighbours tried for one broken element; so many in a row are 
 THREADS = min(4, os.cpu_count() or 1)
 # Streams of random numbers from one seed: grain takes the first for itself.
 _VIEW_STREAM = 1
+# Of a row of a batch: the indices that follow it in its permutation
+_Neighbours = Callable[[int], Iterator[int]]
 
 
 class Batches:
@@ -39,7 +41,15 @@ class Batches:
     be so: one more is a UserError that names some.
     """
 
-    def __init__(self, loaded, source, *, step: int, max_bad: float, fate: str):
+    def __init__(
+        self,
+        loaded: Iterable[tuple[dict, Sequence]],
+        source: sources.RandomAccess,
+        *,
+        step: int,
+        max_bad: float,
+        fate: str,
+    ):
         self._loaded = iter(loaded)
         self._length = len(source)
         self._max_bad = max_bad
@@ -92,7 +102,7 @@ class Batches:
 
 
 def batches(
-    source,
+    source: sources.RandomAccess,
     view: views.View | None = None,
     *,
     seed: int,
@@ -158,7 +168,7 @@ def batches(
 
 
 def once(
-    source,
+    source: sources.RandomAccess,
     view: views.View | None = None,
     *,
     batch_size: int,
@@ -232,7 +242,9 @@ def _joined(pieces: list[tuple[dict, list]]) -> tuple[dict, list]:
     return batch, [failure for _, broken in pieces for failure in broken]
 
 
-def _enough(passing, record: unreadable.Record, least: int):
+def _enough(
+    passing: Iterable[tuple[dict, Sequence]], record: unreadable.Record, least: int
+) -> Iterator[tuple[dict, Sequence]]:
     """What passes; an error at its end where it was too little."""
     count = 0
     for batch, broken in passing:
@@ -259,18 +271,20 @@ def _rng(seed: int, element: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(counter=counter, key=[seed, _VIEW_STREAM]))
 
 
-def _epoch_neighbours(order, elements: np.ndarray, source) -> Callable:
+def _epoch_neighbours(
+    order: grain.MapDataset, elements: np.ndarray, source: sources.RandomAccess
+) -> _Neighbours:
     """row -> the indices that follow it in its own permutation, round its end."""
     length = len(source)
 
-    def neighbours(row: int):
+    def neighbours(row: int) -> Iterator[int]:
         epoch, place = divmod(int(elements[row]), length)
         return (order[epoch * length + (place + n) % length] for n in range(1, length))
 
     return neighbours
 
 
-def _loader(source, view: views.View | None) -> Callable:
+def _loader(source: sources.RandomAccess, view: views.View | None) -> Callable:
     """(indices, rngs, neighbours) -> (batch, [(index, reason) of the broken]), for this source.
 
     Without neighbours the broken are left out, and a batch of nothing is empty.
@@ -283,7 +297,12 @@ def _loader(source, view: views.View | None) -> Callable:
     return lambda *which: _load_tokens(source, *which)
 
 
-def _load_tokens(source, index_B, rngs, neighbours) -> tuple[dict, list]:
+def _load_tokens(
+    source: sources.RandomAccess,
+    index_B: np.ndarray,
+    rngs: Sequence[np.random.Generator | None],
+    neighbours: _Neighbours | None,
+) -> tuple[dict, list]:
     missing, places, broken = source.missing, [], []
     for row, index in enumerate(index_B):
         if int(index) in missing:
@@ -305,7 +324,13 @@ def _load_tokens(source, index_B, rngs, neighbours) -> tuple[dict, list]:
     return {"tokens": tokens_BLG, **_told(records, places, neighbours)}, broken
 
 
-def _readable_tokens(source, missing, index: int, neighbours, row: int) -> int:
+def _readable_tokens(
+    source: sources.RandomAccess,
+    missing: Mapping[int, tuple[str, str]],
+    index: int,
+    neighbours: _Neighbours,
+    row: int,
+) -> int:
     """The next index in the order whose image could be read when the tokens were made."""
     for neighbour in itertools.islice(neighbours(row), _PATIENCE):
         if int(neighbour) not in missing:
@@ -313,7 +338,13 @@ def _readable_tokens(source, missing, index: int, neighbours, row: int) -> int:
     raise _hopeless(source, [(index, missing[index][1])], _PATIENCE + 1)
 
 
-def _load_images(source, view, index_B, rngs, neighbours) -> tuple[dict, list]:
+def _load_images(
+    source: sources.RandomAccess,
+    view: views.View,
+    index_B: np.ndarray,
+    rngs: Sequence[np.random.Generator | None],
+    neighbours: _Neighbours | None,
+) -> tuple[dict, list]:
     # A source that draws its images draws many at the price of few.
     drawn = source.__getitems__(index_B) if source.holds == "pixels" else None
     places, records, seen, broken = [], [], [], []
@@ -333,7 +364,13 @@ def _load_images(source, view, index_B, rngs, neighbours) -> tuple[dict, list]:
     return {"image": np.stack(seen), **_told(records, places, neighbours)}, broken
 
 
-def _readable(source, view, index: int, neighbours, row: int) -> tuple[dict | None, list]:
+def _readable(
+    source: sources.RandomAccess,
+    view: views.View,
+    index: int,
+    neighbours: _Neighbours | None,
+    row: int,
+) -> tuple[dict | None, list]:
     """(record at `index`, or the next one in the order that can be read; what could not be).
 
     Its image as pixels. None where it cannot be read and there are no neighbours.
@@ -350,7 +387,7 @@ def _readable(source, view, index: int, neighbours, row: int) -> tuple[dict | No
     return None, failures
 
 
-def _hopeless(source, failures: list, count: int) -> interfaces.UserError:
+def _hopeless(source: sources.RandomAccess, failures: list, count: int) -> interfaces.UserError:
     named = "\n".join(
         f"  {unreadable.name_of(source, index)}: {reason}"
         for index, reason in failures[: unreadable.NAMED]
@@ -369,7 +406,9 @@ def _checked(image_HWC: np.ndarray, view: views.View) -> np.ndarray:
     return image_HWC
 
 
-def _told(records: list[dict], places: list, neighbours) -> dict[str, np.ndarray]:
+def _told(
+    records: list[dict], places: list, neighbours: _Neighbours | None
+) -> dict[str, np.ndarray]:
     """Labels; text and its mask, where the records have them; in one pass, which these are."""
     told = {"label": np.array([record["label"] for record in records], np.int32)}
     for name in ("text", "mask"):
@@ -378,9 +417,3 @@ def _told(records: list[dict], places: list, neighbours) -> dict[str, np.ndarray
     if neighbours is None:
         told["index"] = np.array([index for index, _ in places], np.int64)
     return told
-
-
-def evenly(length: int, count: int) -> np.ndarray:
-    """At most `count` of so many indices, evenly over a set that may be sorted by class."""
-    count = min(length, count)
-    return np.arange(count) * length // max(count, 1)

@@ -217,7 +217,7 @@ def codes(symbols: int) -> np.ndarray:
     return np.sqrt(symbols, dtype=np.float32) * np.eye(symbols, dtype=np.float32)
 
 
-def _tables(classes, rules, symbols, concentration, seed) -> np.ndarray:
+def _tables(classes: int, rules: int, symbols: int, concentration: float, seed: int) -> np.ndarray:
     """[A, R, U, U, V] products of a row of the class and of each of the two tokens."""
     if classes < 1 or not concentration > 0:
         raise interfaces.UserError(
@@ -253,7 +253,9 @@ def _mesh_contexts(grid: tuple[int, int], table_RUUV: np.ndarray) -> np.ndarray:
     return joint_LUU
 
 
-def _pyramid_contexts(parent_L, rule_L, table_RUUV: np.ndarray) -> np.ndarray:
+def _pyramid_contexts(
+    parent_L: np.ndarray, rule_L: np.ndarray, table_RUUV: np.ndarray
+) -> np.ndarray:
     """[L, U, U] joint distribution of the parent's parent and the parent of every cell."""
     V, L = table_RUUV.shape[-1], len(parent_L)
     joint_LUU = np.zeros((L, V + 1, V + 1))

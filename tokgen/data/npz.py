@@ -176,7 +176,7 @@ def _no_images(path: pathlib.Path, names: Iterable[str]) -> str:
     return f"{path} has no array arr_0 of images; found {', '.join(there[:_LISTED]) or 'nothing'}"
 
 
-def check_pixels(shape: Sequence[int], dtype, what: str) -> None:
+def check_pixels(shape: Sequence[int], dtype: np.dtype | str, what: str) -> None:
     """An error where an array cannot be bytes of images [N, H, W, 3]."""
     if np.dtype(dtype) != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
         raise UserError(

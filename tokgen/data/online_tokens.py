@@ -7,14 +7,28 @@ draw of shards of these images and views, and gives its pixels, which whoever re
 import dataclasses
 import hashlib
 import json
+import pathlib
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import jax
+import ml_collections
 import numpy as np
+from flax import nnx
 
 from tokgen import interfaces
 from tokgen.data import sources, views
 from tokgen.metrics import reconstruction
+
+
+class Tokenizer(Protocol):
+    """A tokenizer as its checkpoint is loaded."""
+
+    module: nnx.Module  # what encodes
+    config: ml_collections.ConfigDict
+    layout: interfaces.TokenLayout | None
+    fingerprint: str
+    step: pathlib.Path  # where it lies
 
 
 @jax.jit

@@ -11,13 +11,12 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import jax
-import ml_collections
 import numpy as np
+from flax import nnx
 
 from tokgen import boundary, output, report, sharding
 from tokgen.data import (
@@ -30,17 +29,10 @@ from tokgen.data import (
     unreadable,
     views,
 )
-from tokgen.interfaces import TokenLayout, UserError
+from tokgen.interfaces import UserError
 
-
-class Tokenizer(Protocol):
-    """A tokenizer as its checkpoint is loaded."""
-
-    module: object  # what encodes
-    config: ml_collections.ConfigDict
-    layout: TokenLayout | None
-    fingerprint: str
-    step: pathlib.Path  # where it lies
+if TYPE_CHECKING:
+    import tqdm
 
 
 def folder(
@@ -67,7 +59,7 @@ def check(*, batch: int, max_bad: float) -> None:
 
 
 def pretokenize(
-    tokenizer: Tokenizer,
+    tokenizer: online_tokens.Tokenizer,
     out: output.Folder,
     *,
     data: str = "",
@@ -118,7 +110,7 @@ def pretokenize(
 
 
 def _writer(
-    tokenizer: Tokenizer,
+    tokenizer: online_tokens.Tokenizer,
     parts: Mapping[str, sources.RandomAccess],
     out: output.Folder,
     *,
@@ -147,7 +139,7 @@ def _writer(
 
 
 def _write(
-    tokenizer,
+    tokenizer: nnx.Module,
     parts: Mapping[str, sources.RandomAccess],
     writer: token_writer.Writer,
     fixed: Sequence[views.View],
@@ -174,13 +166,13 @@ def _write(
 
 
 def _shard(
-    tokenizer,
+    tokenizer: nnx.Module,
     source: sources.RandomAccess,
     shard: token_header.Shard,
     fixed: Sequence[views.View],
     batch: int,
     mesh: jax.sharding.Mesh,
-    bar,
+    bar: tqdm.tqdm | report.Lines,
 ) -> tuple[np.ndarray, np.ndarray, dict[int, tuple[str, str]]]:
     """(tokens [images, views, L, G], labels, {index: (name, reason)} of the unreadable) of a shard.
 

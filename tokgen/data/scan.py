@@ -55,7 +55,14 @@ def pictures(source: sources.RandomAccess) -> sources.RandomAccess | None:
     return source if source.holds in ("files", "bytes") else None
 
 
-def before(source, held_out, measured: np.ndarray, *, channels: int, max_bad: float) -> None:
+def before(
+    source: sources.RandomAccess,
+    held_out: sources.RandomAccess,
+    measured: np.ndarray,
+    *,
+    channels: int,
+    max_bad: float,
+) -> None:
     """The scan before step 1: what cannot be read is told, or is an error where it is too much.
 
     `measured` are the held-out images that figures will be of.
@@ -85,13 +92,13 @@ def before(source, held_out, measured: np.ndarray, *, channels: int, max_bad: fl
     )
 
 
-def _start(source, channels: int) -> Found:
+def _start(source: sources.RandomAccess, channels: int) -> Found:
     found = headers(source)
     found.decoded = decode(source, evenly(len(source)), channels, seconds=SECONDS)
     return found
 
 
-def _tokens_told(source, fate: str) -> None:
+def _tokens_told(source: sources.RandomAccess, fate: str) -> None:
     """Say which images of token shards have no tokens."""
     if source.missing:
         record = source.unreadable
@@ -100,7 +107,7 @@ def _tokens_told(source, fate: str) -> None:
         record.tell(fate)
 
 
-def readable(source, index_N: np.ndarray, channels: int = 3) -> np.ndarray:
+def readable(source: sources.RandomAccess, index_N: np.ndarray, channels: int = 3) -> np.ndarray:
     """Those of some indices whose images can be read: all are decoded, and the others told.
 
     None at all is an error: nothing could be measured.
@@ -125,7 +132,7 @@ def readable(source, index_N: np.ndarray, channels: int = 3) -> np.ndarray:
     return found
 
 
-def full(source, channels: int = 3) -> Found:
+def full(source: sources.RandomAccess, channels: int = 3) -> Found:
     """Every image in full: its header, its pixels, and a hash of all bytes."""
 
     def look() -> Found:
@@ -150,7 +157,7 @@ def full(source, channels: int = 3) -> Found:
     return _kept(source, f"full {channels}", look)
 
 
-def headers(source) -> Found:
+def headers(source: sources.RandomAccess) -> Found:
     """The header of every image; nothing is decoded.
 
     Nor looked at, where a source gives whole images only: that would read all of them.
@@ -173,7 +180,13 @@ def _found(count: int, decoded: int, seen: Mapping[int, tuple[str, tuple[int, in
     return Found(count, decoded, dict(forms), dict(sizes))
 
 
-def decode(source, indices: Iterable[int], channels: int, *, seconds: float = math.inf) -> int:
+def decode(
+    source: sources.RandomAccess,
+    indices: Iterable[int],
+    channels: int,
+    *,
+    seconds: float = math.inf,
+) -> int:
     """Decode images, as many as there is time for; how many were."""
 
     def one(index: int) -> None:
@@ -193,7 +206,7 @@ def evenly(length: int) -> np.ndarray:
 
 
 def _each(
-    source,
+    source: sources.RandomAccess,
     indices: Iterable[int],
     one: Callable,
     *,
@@ -235,7 +248,7 @@ def _each(
     return done
 
 
-def _kept(source, what: str, look: Callable[[], Found]) -> Found:
+def _kept(source: sources.RandomAccess, what: str, look: Callable[[], Found]) -> Found:
     """What `look` finds, or found before: with the images that could not be read then."""
     record, file = source.unreadable, _file(source, what)
     if file is not None and (kept := _read(file, source)) is not None:

@@ -178,7 +178,9 @@ def _uniform(seed: int, split: int, index_B: np.ndarray) -> np.ndarray:
     return (x >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
 
 
-def _coverage(uniform_BU, label_B, size: tuple[int, int], freedom: Freedom) -> np.ndarray:
+def _coverage(
+    uniform_BU: np.ndarray, label_B: np.ndarray, size: tuple[int, int], freedom: Freedom
+) -> np.ndarray:
     """float32 [B, H, W, 1]: the share of each pixel that the shape covers."""
     rows, columns = size
     scale = min(size) / 32
@@ -204,7 +206,7 @@ def _coverage(uniform_BU, label_B, size: tuple[int, int], freedom: Freedom) -> n
     return alpha_BHW1
 
 
-def _inside(uniform_B, margin_B, side: int) -> np.ndarray:
+def _inside(uniform_B: np.ndarray, margin_B: np.ndarray, side: int) -> np.ndarray:
     """A coordinate at least `margin` from both ends; the middle where there is no such place."""
     free_B = np.maximum(side - 2 * margin_B, 0)
     return side / 2 + (uniform_B - np.float32(0.5)) * free_B
@@ -226,7 +228,7 @@ def _colours(uniform_BU, freedom: Freedom) -> tuple[np.ndarray, np.ndarray, np.n
     return _contrasting(uniform_BU, near_B3, far_B3), near_B3, far_B3
 
 
-def _contrasting(uniform_BU, near_B3, far_B3) -> np.ndarray:
+def _contrasting(uniform_BU: np.ndarray, near_B3: np.ndarray, far_B3: np.ndarray) -> np.ndarray:
     """The first candidate at least CONTRAST from the whole gradient, else the farthest corner.
 
     From the ends alone would not do: gray is far from black and white, and vanishes between them.
@@ -242,7 +244,7 @@ def _contrasting(uniform_BU, near_B3, far_B3) -> np.ndarray:
     return np.take_along_axis(choice_BN3, chosen_B[:, None, None], axis=1)[:, 0]
 
 
-def _segment_distance(point, start, end) -> np.ndarray:
+def _segment_distance(point: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
     along = end - start
     length = np.maximum(np.sum(along * along, axis=-1, keepdims=True), 1e-12)
     share = np.clip(np.sum((point - start) * along, axis=-1, keepdims=True) / length, 0, 1)
@@ -271,49 +273,49 @@ def _ramp(uniform_B, size: tuple[int, int]) -> np.ndarray:
     return (np.float32(0.5) + (down * y_H1 + right * x_W) / reach)[..., None]
 
 
-def _disc(x, y, r):
+def _disc(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
     return np.hypot(x, y) - r
 
 
-def _ring(x, y, r):
+def _ring(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
     return np.abs(np.hypot(x, y) - 0.76 * r) - 0.24 * r
 
 
-def _box(x, y, half_x, half_y):
+def _box(x: np.ndarray, y: np.ndarray, half_x: np.ndarray, half_y: np.ndarray) -> np.ndarray:
     return np.maximum(np.abs(x) - half_x, np.abs(y) - half_y)
 
 
-def _square(x, y, r):
+def _square(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
     return _box(x, y, 0.7 * r, 0.7 * r)
 
 
-def _frame(x, y, r):
+def _frame(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
     return np.maximum(_square(x, y, r), -_box(x, y, 0.36 * r, 0.36 * r))
 
 
-def _triangle(x, y, r):
+def _triangle(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
     """Equilateral, its corners on the circle of radius r: three half-planes at r / 2."""
     return np.maximum(y, np.abs(x) * np.float32(0.75**0.5) - 0.5 * y) - 0.5 * r
 
 
-def _bar(x, y, r):
+def _bar(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
     return _box(x, y, 0.95 * r, 0.28 * r)
 
 
-def _crescent(x, y, r):
+def _crescent(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
     return np.maximum(np.hypot(x, y) - r, 0.8 * r - np.hypot(x - 0.5 * r, y))
 
 
-def _pair(x, y, r):
+def _pair(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
     return np.hypot(np.abs(x) - 0.56 * r, y) - 0.43 * r
 
 
-def _corner(x, y, r):
+def _corner(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
     """A thick L: the square less its upper right part."""
     return np.maximum(_square(x, y, r), np.minimum(0.18 * r - y, 0.18 * r + x))
 
 
-def _equals(x, y, r):
+def _equals(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
     return _box(x, np.abs(y) - 0.46 * r, 0.74 * r, 0.2 * r)
 
 

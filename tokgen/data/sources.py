@@ -133,6 +133,12 @@ def innermost(source: RandomAccess) -> RandomAccess:
     return source
 
 
+def evenly(length: int, count: int) -> np.ndarray:
+    """At most `count` of so many indices, evenly over a set that may be sorted by class."""
+    count = min(length, count)
+    return np.arange(count) * length // max(count, 1)
+
+
 class Unavailable(pixels.BrokenImage):
     """A file that cannot be read at all: gone, not allowed, a disk that fails."""
 

@@ -100,10 +100,9 @@ class Source(sources.RandomAccess):
     def fingerprint(self) -> str:
         """Of the set as it says of itself, and of some of its images, evenly over the split."""
         digest = hashlib.sha256(self.earlier[0].encode())
-        count = min(_HASHED, self._length)
-        for n in range(count):
+        for index in sources.evenly(self._length, _HASHED).tolist():
             try:
-                record = self._record(n * self._length // count)
+                record = self._record(index)
                 digest.update(hashlib.sha256(record["image"]).digest())
             except pixels.BrokenImage:  # it is told when it is read
                 digest.update(b"unreadable")
@@ -161,7 +160,11 @@ class Source(sources.RandomAccess):
 
 
 def _classes(
-    dataset: str, features, label: str, count: int, labels: str
+    dataset: str,
+    features: tensorflow_datasets.features.FeaturesDict,
+    label: str,
+    count: int,
+    labels: str,
 ) -> tuple[str, tuple[str, ...]]:
     """(the feature that is the label, its classes); "" and none where there are no labels."""
     if labels == "none":

@@ -162,7 +162,7 @@ def accuracy(
     view = views.fixed("center", seen(size), 3)
     hits, step = [], 0
     for batch in loader.once(
-        source, view, batch_size=200, indices=loader.evenly(len(source), count)
+        source, view, batch_size=200, indices=sources.evenly(len(source), count)
     ):
         image_BHW3, label_B = batch["image"], batch["label"]
         if not source.classes:
@@ -186,12 +186,10 @@ def features(
     """float32 [N, D] of every layer that is asked for, over all devices."""
     mesh = sharding.make_mesh() if mesh is None else mesh
     layers, batch = layers or extractor.layers, EACH * mesh.size
-    laid, whole = sharding.of_batch(mesh), sharding.replicated(mesh)
-    network, found = jax.device_put(extractor.network, whole), []
+    network, found = jax.device_put(extractor.network, sharding.replicated(mesh)), []
     for start in range(0, len(image_NHW3), batch):
         part = image_NHW3[start : start + batch]
-        padded = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
-        values = _seen(network, jax.device_put(padded, laid), layers)
+        values = _seen(network, sharding.filled(part, batch, mesh), layers)
         found.append({name: np.asarray(value)[: len(part)] for name, value in values.items()})
     return {name: np.concatenate([part[name] for part in found]) for name in layers}
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from tokgen import options, records
-from tokgen.data import folder, loader, npz, pixels, scan, sources
+from tokgen.data import folder, npz, pixels, scan, sources
 from tokgen.interfaces import UserError
 
 LOSSY = tuple(
@@ -147,7 +147,7 @@ class Spread:
 
     def __init__(self, images: Images, count: int):
         self.images, self.size = images, images.size
-        self.index_N = loader.evenly(len(images), count)
+        self.index_N = sources.evenly(len(images), count)
         self.classes = images.classes
         self.identity = {**images.identity, "spread": [count, len(images)]}
 

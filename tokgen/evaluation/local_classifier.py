@@ -94,7 +94,12 @@ class PhotographClassifier(nnx.Module):
     """Convolutions on 2 x 2 pixels at a time, a residual block after each halving, their mean."""
 
     def __init__(
-        self, channels: int, classes: int, widths: tuple[int, ...] = (48, 96, 192), *, rngs
+        self,
+        channels: int,
+        classes: int,
+        widths: tuple[int, ...] = (48, 96, 192),
+        *,
+        rngs: nnx.Rngs,
     ):
         options = dict(precision=Precision(compute="float32"), rngs=rngs)
         blocks, width = [Block(4 * channels, widths[0], 1, **options)], widths[0]
@@ -363,8 +368,8 @@ def predictions(classifier: nnx.Module, image_NHW3: np.ndarray, *, batch: int = 
     found = []
     for start in range(0, len(image_NHW3), batch):
         part = image_NHW3[start : start + batch]
-        padded = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
-        class_B, damaged = jax.device_get(_predict(classifier, jnp.asarray(padded)))
+        given_BHW3 = jnp.asarray(sharding.padded(part, batch))
+        class_B, damaged = jax.device_get(_predict(classifier, given_BHW3))
         if damaged:
             raise UserError(
                 "the classifier's weights must be finite; found numbers that are not: remove it "

@@ -18,7 +18,7 @@ import numpy as np
 
 from tokgen import archives
 from tokgen.checkpoints import checkpoint
-from tokgen.data import datasets, loader, npz, scan
+from tokgen.data import datasets, loader, npz, scan, sources
 from tokgen.evaluation import feature_extractors, validation
 from tokgen.interfaces import PyTree, UserError
 from tokgen.metrics import codebook
@@ -127,7 +127,14 @@ class Drawn:
 class Reconstructed:
     """Reconstructions of a source's images, beside the originals and what was measured of each."""
 
-    def __init__(self, loaded: checkpoint.Loaded, source, *, count: int, distances: Mapping):
+    def __init__(
+        self,
+        loaded: checkpoint.Loaded,
+        source: sources.RandomAccess,
+        *,
+        count: int,
+        distances: Mapping,
+    ):
         self.tokenizer, self.source = loaded.module, source
         self.view = datasets.view_of(loaded.config)
         self.size = tuple(loaded.config.view.size)

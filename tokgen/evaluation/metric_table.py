@@ -114,8 +114,13 @@ def cells(name: str, found: Mapping) -> tuple[str, str, str]:
     elif "error" in found:
         interval = f"standard error {number(name, found['error'])}"
     forms = known()[name].beside if name in known() else {}
-    notes = [form.format(plain(found[key])) for key, form in forms.items() if key in found]
+    notes = [form.format(_beside(name, found[key])) for key, form in forms.items() if key in found]
     return number(name, found["value"]), interval, "; ".join(notes)
+
+
+def _beside(name: str, value: object) -> str:
+    """What a metric is read beside; beside a share a share, not a number of something."""
+    return number(name, value) if isinstance(value, float) else plain(value)
 
 
 def rows(line: Mapping) -> list[tuple[str, str, str, str, str]]:

@@ -95,7 +95,7 @@ def _written(settings: Settings, file: pathlib.Path) -> dict:
     datasets.tell(settings.data, **{split: source})
     extractor = extractor_of(settings, source, size)
     count = min(len(source), settings.images or len(source))
-    index_N = loader.evenly(len(source), count)
+    index_N = sources.evenly(len(source), count)
     batches = passing(source, size, index_N)
     found = measured(extractor, batches, index_N, settings.seed)
     kept = feature_extractors.arrays(extractor) if extractor.name == "local" else {}

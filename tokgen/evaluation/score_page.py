@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tokgen.data import datasets, loader, pixels, sources, views
+from tokgen.data import datasets, pixels, sources, views
 from tokgen.evaluation import (
     collect,
     feature_extractors,
@@ -129,7 +129,7 @@ def rows_of(label_N: np.ndarray, count: int) -> dict[int, np.ndarray]:
     if not len(label_N):
         return {-1: np.arange(min(count, CLASSES * SHOWN))}
     known = np.unique(label_N[:count])
-    chosen = known[loader.evenly(len(known), CLASSES)]
+    chosen = known[sources.evenly(len(known), CLASSES)]
     return {int(label): np.flatnonzero(label_N[:count] == label)[:SHOWN] for label in chosen}
 
 

@@ -26,7 +26,7 @@ def spread(length: int, count: int) -> np.ndarray:
 
     The first few are what a picture shows: they shouldn't be of one class.
     """
-    return np.random.default_rng(0).permutation(loader.evenly(length, count))
+    return np.random.default_rng(0).permutation(sources.evenly(length, count))
 
 
 @jax.jit

@@ -161,7 +161,8 @@ def choose(
     now = PLAIN | MASKED | settings
     changed = {name: value for name, value in choice.asked().items() if value != now[name]}
     if changed:
-        report.say(f"departs from preset {choice.preset!r}: {changed}")
+        told = ", ".join(f"{name} {value}" for name, value in changed.items())
+        report.say(f"departs from preset {choice.preset!r}: {told}")
     settings |= changed
     chosen, sampler_ = prepare(generator, settings)
     labels = generator.cond == "label"
