@@ -210,7 +210,9 @@ def test_its_tokenizer_is_looked_at_before_the_weights_are_read(made, tmp_path, 
     folder, words, _, _ = made
     monkeypatch.setattr(transfer, "read", None)  # reading would fail
     wrong = (*words, "--out", tmp_path / "out", "--tokenizer", folder / "run")
-    assert "holds a generator; need the checkpoint of a tokenizer" in told(capfd, *wrong)
+    assert "holds a generator; need the checkpoint of a tokenizer" in command_line.refused(
+        capfd, *wrong
+    )
 
 
 def test_images_of_other_classes_and_texts_are_not_scored(made, tmp_path, capfd):
