@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import functools
-import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,17 +29,9 @@ from tokgen.training import dry_run, fields, launch, optimizer as optimizers, tr
 WithWhat = tuple[Sequence, checkpoint.Loaded]  # the held-out source, the tokenizer
 
 
-def main(
-    settings: ml_collections.ConfigDict,
-    workdir: pathlib.Path,
-    accept: tuple[str, ...] = (),
-    back: int | None = None,
-) -> None:
-    """Train until `settings.steps`, from wherever the work directory stands.
-
-    `accept`: what may differ from the run that stands there, "data" or nothing; `back`: the step
-    to go on from, later ones are set aside.
-    """
+def main(request: launch.Request) -> None:
+    """Train until `settings.steps`, from wherever the work directory stands."""
+    settings, workdir, back = request.settings, request.workdir, request.back
     fields.check_generator(settings)
     seed, steps, every = settings.seed, settings.steps, settings.report
     source, held_out, tokenizer = read(settings.data, runs.classes(workdir, back))
@@ -81,7 +72,7 @@ def main(
         data=source.fingerprint,
         held_out=held_out.fingerprint,
         earlier=source.earlier,
-        accept=accept,
+        accept=request.accept,
         fields=fields.names(fields.GeneratorFields),
         tokenizer=checkpoint.reference(tokenizer.step, workdir)
         | {"fingerprint": tokenizer.fingerprint},

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -35,17 +34,9 @@ from tokgen.training import (
 SHOWN = ("l1", "l2", "codes", "lpips", "discriminator_loss", "usage")
 
 
-def main(
-    settings: ml_collections.ConfigDict,
-    workdir: pathlib.Path,
-    accept: tuple[str, ...] = (),
-    back: int | None = None,
-) -> None:
-    """Train until `settings.steps`, from wherever the work directory stands.
-
-    `accept`: what may differ from the run that stands there, "data" or nothing; `back`: the step
-    to go on from, later ones are set aside.
-    """
+def main(request: launch.Request) -> None:
+    """Train until `settings.steps`, from wherever the work directory stands."""
+    settings, workdir, back = request.settings, request.workdir, request.back
     fields.check_tokenizer(settings)
     seed, steps, every = settings.seed, settings.steps, settings.report
     plan = stages.plan(settings)
@@ -75,7 +66,7 @@ def main(
         data=source.fingerprint,
         held_out=held_out.fingerprint,
         earlier=source.earlier,
-        accept=accept,
+        accept=request.accept,
         fields=fields.names(fields.TokenizerFields),
         kept=(play,),
     )

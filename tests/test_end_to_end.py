@@ -116,7 +116,7 @@ def story(name, *words):
 
 
 def program(name, *words):
-    """The same to its end."""
+    """A training program that runs to its end."""
     assert not story(name, *words)
 
 

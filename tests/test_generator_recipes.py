@@ -13,7 +13,7 @@ from tests import recipes
 from tokgen import parameters, sharding
 from tokgen.config import building, reading as configs
 from tokgen.interfaces import TokenBatch
-from tokgen.nn import precision, transformer
+from tokgen.nn import dropout, precision
 from tokgen.sampling import decode, presets
 from tokgen.training import optimizer as optimizers, train_state
 
@@ -43,7 +43,7 @@ def test_a_docstring_says_what_is_built(reference):
     building.check(
         settings,
         precision=(precision.Precision, ()),
-        generator__rates=(transformer.Rates, ()),
+        generator__rates=(dropout.Rates, ()),
         optimizer=(optimizers.optimizer, ("steps",)),
         mesh=(sharding.make_mesh, ()),
     )

@@ -15,7 +15,7 @@ from tokgen import interfaces, losses, parameters, rng
 from tokgen.discriminators import augment, feature_heads
 from tokgen.evaluation import local_classifier
 from tokgen.generators import autoregressive, masked, next_scale
-from tokgen.nn import transformer
+from tokgen.nn import dropout
 from tokgen.nn.precision import FLOAT32
 from tokgen.quantizers import gaussian, multiscale, vq
 from tokgen.sampling import decode, sampler as samplers
@@ -175,8 +175,8 @@ def recorder(monkeypatch):
     return Recorder(monkeypatch)
 
 
-RATES = transformer.Rates(token=0.1, attention=0.1, residual=0.1, hidden=0.1, path=0.1)
-UNBRANCHED = transformer.Rates(token=0.1, attention=0.1, residual=0.1, hidden=0.1)
+RATES = dropout.Rates(token=0.1, attention=0.1, residual=0.1, hidden=0.1, path=0.1)
+UNBRANCHED = dropout.Rates(token=0.1, attention=0.1, residual=0.1, hidden=0.1)
 SIZES = dict(width=8, depth=2, heads=2, hidden=8, precision=FLOAT32)
 SINGLE = interfaces.TokenLayout((4,), ((2, 2),))
 PAIRS = interfaces.TokenLayout((4, 4), ((2, 2),))

@@ -29,6 +29,7 @@ from tokgen.errors import UserError as UserError  # a word of every interface
 
 Array = jax.Array
 PyTree = Any
+Given = tuple[jax.Array, jax.Array]  # tokens_BLG, V where none is given, and where one is
 
 
 class Statistic(nnx.Variable):
@@ -323,9 +324,7 @@ class Generator(Protocol):
     def plan(self) -> tuple[Phase, ...]:
         """The decoding steps; of static attributes alone."""
 
-    def start(
-        self, cond: PyTree, codec: Quantizer, *, keys_B: Array, given: tuple[Array, Array]
-    ) -> DecodeState:
+    def start(self, cond: PyTree, codec: Quantizer, *, keys_B: Array, given: Given) -> DecodeState:
         """The state before the first step; UserError for a condition or codec that is none of its.
 
         `given` are tokens [B, L, G], V where none is given, and the mask that says where one is.

@@ -90,7 +90,9 @@ def letters(path: str) -> str:
     raise ValueError(f"no row of sharding.TABLE matches the parameter {path!r}; rows:\n{rows}")
 
 
-def spec(path: str, shape: tuple[int, ...], strategy: str, mesh) -> PartitionSpec:
+def spec(
+    path: str, shape: tuple[int, ...], strategy: str, mesh: jax.sharding.Mesh
+) -> PartitionSpec:
     """The partition of one parameter.
 
     A mesh axis serves the first letter that asks for it and divides it; a dimension that does not
@@ -122,7 +124,9 @@ def spec(path: str, shape: tuple[int, ...], strategy: str, mesh) -> PartitionSpe
     return PartitionSpec(*parts)
 
 
-def of_parameter(path: str, shape: tuple[int, ...], strategy: str, mesh) -> NamedSharding:
+def of_parameter(
+    path: str, shape: tuple[int, ...], strategy: str, mesh: jax.sharding.Mesh
+) -> NamedSharding:
     """The sharding of one parameter (or of its moment or its average: the shape is the same)."""
     return NamedSharding(mesh, spec(path, shape, strategy, mesh))
 
@@ -147,7 +151,7 @@ def ways(mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def check_batch(batch: int, mesh, name: str = "config.batch_size") -> None:
+def check_batch(batch: int, mesh: jax.sharding.Mesh, name: str = "config.batch_size") -> None:
     """An error with the numbers that fit where a batch does not lie evenly over its devices.
 
     For training, where another number of images would be another run; `filled` is for the rest.

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from tokgen import cli, interfaces, parameters, runtime, sharding
+from tests import command_line
+from tokgen import interfaces, parameters, runtime, sharding
 from tokgen.checkpoints import checkpoint, imported as imports, run as runs
 from tokgen.config import building, reading as configs
 from tokgen.pretrained import entries, keymap, parity, system, transfer
@@ -73,19 +74,6 @@ def offered(monkeypatch):
     monkeypatch.setattr(system, "known", lambda: known)
 
 
-def command(*words):
-    return cli.main([str(word) for word in words])
-
-
-def told(capfd, *words):
-    """What a command says that ends with a mistake of the user's: one message."""
-    capfd.readouterr()
-    assert command(*words) == 2
-    said = capfd.readouterr()
-    assert "Traceback" not in said.err + said.out and said.err.count("error:") == 1, said.err
-    return said.err
-
-
 def tokenizer_in(folder, change=0.0):
     """The checkpoint of a tokenizer, with one weight moved."""
     fixture = parity.Folder(HERE / "taming_vqgan", "taming_vqgan")
@@ -127,8 +115,11 @@ def made(tmp_path_factory):
         known = system.known() | {"tiny": TINY}
         patch.setattr(runtime, "devices", lambda batch_size=0: None)
         patch.setattr(system, "known", lambda: known)
-        assert command(*words, "--out", folder / "run", "--tokenizer", folder / "tokenizer") == 0
-        assert command(*words, "--out", folder / "alone") == 0
+        assert (
+            command_line.call(*words, "--out", folder / "run", "--tokenizer", folder / "tokenizer")
+            == 0
+        )
+        assert command_line.call(*words, "--out", folder / "alone") == 0
     return folder, words, weights, tokenizer
 
 
@@ -153,7 +144,7 @@ def test_an_import_holds_what_sampling_needs(made):
 @pytest.mark.parametrize("which", ["run", "alone"])
 def test_an_export_gives_the_file_back(made, which, tmp_path):
     folder, _, weights, _ = made
-    assert command("export", folder / which, "--out", tmp_path) == 0
+    assert command_line.call("export", folder / which, "--out", tmp_path) == 0
     found = entries.weights(tmp_path / "tiny.pt", TINY)
     assert set(found) == set(weights)
     for key, array in weights.items():
@@ -167,7 +158,7 @@ def test_an_export_gives_the_file_back(made, which, tmp_path):
 
 def test_an_import_without_its_tokenizer_asks_for_it(made, tmp_path, capfd):
     folder, words, _, tokenizer = made
-    assert command(*words, "--out", tmp_path / "out") == 0
+    assert command_line.call(*words, "--out", tmp_path / "out") == 0
     hint = f"tokgen sample {tmp_path / 'out'} --out DIR --tokenizer CKPT --classes 0-3 --number 2"
     assert hint in capfd.readouterr().err
     loaded = checkpoint.load_generator(folder / "alone")
@@ -190,10 +181,10 @@ def coarse(made, tmp_path):
 def test_a_tokenizer_of_other_tokens_is_refused_with_both_layouts(made, coarse, tmp_path, capfd):
     folder, (words, theirs, ours) = made[0], coarse
     place = ("--tokenizer", folder / "tokenizer")
-    said = told(capfd, *words, "--out", tmp_path / "out", *place)
+    said = command_line.refused(capfd, *words, "--out", tmp_path / "out", *place)
     assert str(theirs) in said and str(ours) in said
     assert not (tmp_path / "out").exists()
-    assert command(*words, "--out", tmp_path / "out") == 0
+    assert command_line.call(*words, "--out", tmp_path / "out") == 0
     loaded = checkpoint.load_generator(tmp_path / "out")
     with pytest.raises(interfaces.UserError) as caught:
         checkpoint.load_tokenizer_of(loaded, str(folder / "tokenizer"))
@@ -205,11 +196,13 @@ def test_words_that_do_not_fit_are_told(made, tmp_path, capfd):
     out = ("--out", tmp_path / "out")
     tokenizer = ("--tokenizer", folder / "tokenizer")
     wrong = (*words[:2], "--system", "taming_vqgan", *out, *tokenizer)
-    assert "--tokenizer is for generators" in told(capfd, *wrong)
+    assert "--tokenizer is for generators" in command_line.refused(capfd, *wrong)
     wrong = (*words, *out, "--tokenizer", folder / "run")
-    assert "holds a generator; need the checkpoint of a tokenizer" in told(capfd, *wrong)
+    assert "holds a generator; need the checkpoint of a tokenizer" in command_line.refused(
+        capfd, *wrong
+    )
     wrong = (*words[:4], *out)  # without its configuration
-    assert "do not look like tiny" in told(capfd, *wrong)
+    assert "do not look like tiny" in command_line.refused(capfd, *wrong)
     assert not (tmp_path / "out").exists()
 
 
@@ -217,7 +210,9 @@ def test_its_tokenizer_is_looked_at_before_the_weights_are_read(made, tmp_path, 
     folder, words, _, _ = made
     monkeypatch.setattr(transfer, "read", None)  # reading would fail
     wrong = (*words, "--out", tmp_path / "out", "--tokenizer", folder / "run")
-    assert "holds a generator; need the checkpoint of a tokenizer" in told(capfd, *wrong)
+    assert "holds a generator; need the checkpoint of a tokenizer" in command_line.refused(
+        capfd, *wrong
+    )
 
 
 def test_images_of_other_classes_and_texts_are_not_scored(made, tmp_path, capfd):
@@ -227,10 +222,12 @@ def test_images_of_other_classes_and_texts_are_not_scored(made, tmp_path, capfd)
             (tmp_path / "flowers" / name).mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / f"flowers/{name}/{i}.png")
     words = ("evaluate", folder / "run", "--data", tmp_path / "flowers", "--split", "all")
-    refused = told(capfd, *words)
+    refused = command_line.refused(capfd, *words)
     assert "must be among those of the generator; found daisy, rose" in refused
     assert "flowers: 2 classes (daisy 3, rose 3); all 6" in refused
-    assert "the generator's condition is a label" in told(capfd, *words, "--text", tmp_path)
+    assert "the generator's condition is a label" in command_line.refused(
+        capfd, *words, "--text", tmp_path
+    )
 
 
 # ---------------------------------------------------------------- fine-tuning

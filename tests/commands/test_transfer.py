@@ -14,7 +14,8 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from tokgen import cli, image_grid, interfaces, parameters, runtime, sharding
+from tests import command_line
+from tokgen import image_grid, interfaces, parameters, runtime, sharding
 from tokgen.checkpoints import checkpoint, exporting, imported as imports, run as runs
 from tokgen.config import building as configs
 from tokgen.pretrained import entries, parity, system
@@ -31,19 +32,6 @@ SHARED = ("maskgit_tokenizer", "maskbit_tokenizer", "titok_onestage_vq", "var_vq
 def one_process(monkeypatch):
     """jax is set up already, by conftest; a command must not set it up once more."""
     monkeypatch.setattr(runtime, "devices", lambda batch_size=0: None)
-
-
-def command(*words):
-    return cli.main([str(word) for word in words])
-
-
-def told(capfd, *words):
-    """What a command says that ends with a mistake of the user's: one message."""
-    capfd.readouterr()
-    assert command(*words) == 2
-    said = capfd.readouterr()
-    assert "Traceback" not in said.err + said.out and said.err.count("error:") == 1, said.err
-    return said.err
 
 
 def published(path, name, folder):
@@ -63,11 +51,13 @@ def there_and_back(path, name, folder, capfd):
     """Import, encode, export."""
     file, config, fixture = published(path, name, folder)
     out, back = folder / "imported", folder / "exported"
-    assert command("import", file, "--system", name, "--config", config, "--out", out) == 0
+    assert (
+        command_line.call("import", file, "--system", name, "--config", config, "--out", out) == 0
+    )
     loaded = checkpoint.load_tokenizer(out)
     encodes_as_published(loaded.module, fixture)
     says_where_it_comes_from(out, file, name, capfd)
-    assert command("export", out, "--out", back) == 0
+    assert command_line.call("export", out, "--out", back) == 0
     (again,) = back.rglob(f"{'*' if file.name == 'model.safetensors' else '.'}/{file.name}")
     wanted, found = (entries.weights(f, fixture.system) for f in (file, again))
     assert list(found) and set(found) == set(wanted)
@@ -107,7 +97,7 @@ def says_where_it_comes_from(out, file, name, capfd):
     wanted = dict(system=name, file=file.name, sha256=digest, home=found.home)
     assert source.items() >= (wanted | dict(licence=found.licence, dtype="float32")).items()
     capfd.readouterr()
-    assert command("checkpoint", out, "--verify") == 0
+    assert command_line.call("checkpoint", out, "--verify") == 0
     (line,) = [s for s in capfd.readouterr().out.splitlines() if s.startswith("source ")]
     assert all(word in line for word in (name, file.name, digest, found.licence))
 
@@ -151,7 +141,7 @@ def taming(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime, "devices", lambda batch_size=0: None)
         words = ("import", file, "--system", "taming_vqgan", "--config", config)
-        assert command(*words, "--out", folder / "run") == 0
+        assert command_line.call(*words, "--out", folder / "run") == 0
     return folder / "run", file, config, fixture.weights()
 
 
@@ -159,7 +149,7 @@ def test_a_second_import_into_one_folder_is_refused(taming, capfd):
     out, file, config, _ = taming
     before = checkpoint.read_meta(checkpoint.find(out))
     words = ("import", file, "--system", "taming_vqgan", "--config", config, "--out", out)
-    assert "it holds checkpoints; name a new folder" in told(capfd, *words)
+    assert "it holds checkpoints; name a new folder" in command_line.refused(capfd, *words)
     assert checkpoint.read_meta(checkpoint.find(out)) == before
 
 
@@ -172,27 +162,31 @@ def test_misfits_are_one_message_and_leave_nothing(taming, tmp_path, capfd):
     changed["quant_conv.bias"] = np.zeros(7, np.float32)
     writer.write(other, changed, form="torch", wrap=("state_dict",))
     words = ("import", other, "--system", "taming_vqgan", "--config", config, "--out", out)
-    said = told(capfd, *words)
+    said = command_line.refused(capfd, *words)
     for part in ("1 missing: decoder.conv_in.bias", "1 left over: decoder.surplus", "(7,)", "(8,)"):
         assert part in said, said
     strange = tmp_path / "\x1b[2J"
-    said = told(capfd, "import", strange, "--system", "taming_vqgan", "--out", out)
+    said = command_line.refused(capfd, "import", strange, "--system", "taming_vqgan", "--out", out)
     assert "?[2J" in said and "\x1b" not in said
     other.with_suffix(".bin").write_bytes(b"")
     words = ("import", file, "--out", out)
-    assert "did you mean 'taming_vqgan'" in told(capfd, *words, "--system", "taming_vqgam")
-    assert "found 'lpips'" in told(capfd, *words, "--system", "lpips")
-    assert "--system right" in told(capfd, *words, "--system", "llamagen_vq")
-    assert str(tmp_path / "none.ckpt") in told(
+    assert "did you mean 'taming_vqgan'" in command_line.refused(
+        capfd, *words, "--system", "taming_vqgam"
+    )
+    assert "found 'lpips'" in command_line.refused(capfd, *words, "--system", "lpips")
+    assert "--system right" in command_line.refused(capfd, *words, "--system", "llamagen_vq")
+    assert str(tmp_path / "none.ckpt") in command_line.refused(
         capfd, "import", tmp_path / "none.ckpt", "--system", "taming_vqgan", "--out", out
     )
     words = ("import", tmp_path, "--system", "taming_vqgan", "--out", out)
-    assert "is a folder: name the file in it, one of other.bin, other.ckpt" in told(capfd, *words)
+    assert "is a folder: name the file in it, one of other.bin, other.ckpt" in command_line.refused(
+        capfd, *words
+    )
     broken = tmp_path / "broken.json"
     for text in ("- 1", "a: [", ""):
         broken.write_text(text)
         words = ("import", file, "--system", "taming_vqgan", "--out", out, "--config", broken)
-        assert str(broken) in told(capfd, *words)
+        assert str(broken) in command_line.refused(capfd, *words)
     assert not out.exists()
 
 
@@ -200,10 +194,10 @@ def test_export_refuses_what_the_model_is_not(taming, tmp_path, capfd):
     out = taming[0]
     for name in ("var_vqvae", "titok_legacy", "lpips"):
         words = ("export", out, "--out", tmp_path / "x", "--system", name)
-        assert name in told(capfd, *words)
+        assert name in command_line.refused(capfd, *words)
         assert not (tmp_path / "x").exists()
     # IBQ's keys are taming's: the same arrays under another name of the file
-    assert command("export", out, "--out", tmp_path / "y", "--system", "ibq") == 0
+    assert command_line.call("export", out, "--out", tmp_path / "y", "--system", "ibq") == 0
     assert (tmp_path / "y" / "ibq.bin").is_file()
 
 
@@ -211,18 +205,18 @@ def test_a_decoder_of_text_reconstructs_with_features(shared, tmp_path, capfd):
     fixture, out = shared / "parity" / "tatitok_vq", tmp_path / "imported"
     file, config, _ = published(fixture, "tatitok_vq", tmp_path)
     words = ("import", file, "--system", "tatitok_vq", "--config", config, "--out", out)
-    assert command(*words) == 0
+    assert command_line.call(*words) == 0
     assert "IMAGES --text DIR" in capfd.readouterr().err
     image, text = tmp_path / "image.png", tmp_path / "text"
     image_grid.save_png(image, np.zeros((40, 40, 3), np.uint8))
     words = ("reconstruct", out, image, "--out", tmp_path / "look")
-    assert "--text must name a folder with all.npy" in told(capfd, *words)
+    assert "--text must name a folder with all.npy" in command_line.refused(capfd, *words)
     shape = checkpoint.load_tokenizer(out).config.decoder.text
     text.mkdir()
     painted = []
     for number in (0.0, 1.0):
         np.save(text / "all.npy", np.full((1, *shape), number, np.float32))
-        assert command(*words, "--text", text, "--overwrite") == 0
+        assert command_line.call(*words, "--text", text, "--overwrite") == 0
         painted.append((tmp_path / "look" / "pairs.png").read_bytes())
     assert painted[0] != painted[1]
 
@@ -301,14 +295,14 @@ def test_weights_that_are_not_finite_are_neither_imported_nor_begun_from(taming,
     broken = tmp_path / "broken.ckpt"
     writer.write(broken, weights | {"decoder.conv_in.bias": wrong}, form="torch")
     words = ("import", broken, "--system", "taming_vqgan", "--config", config)
-    said = told(capfd, *words, "--out", tmp_path / "out")
+    said = command_line.refused(capfd, *words, "--out", tmp_path / "out")
     assert "not finite in 1 arrays: decoder.conv_in.bias (1 of" in said
     assert not (tmp_path / "out").exists()
     # an import of an earlier version may hold them
     imported = parity.Folder(HERE / "taming_vqgan", "taming_vqgan").imported()
     imported.module.decoder.conv_in.bias[...] = jnp.asarray(wrong)
     imports.save_imported(tmp_path / "old", imported, {})
-    said = told(capfd, "checkpoint", tmp_path / "old", "--verify")
+    said = command_line.refused(capfd, "checkpoint", tmp_path / "old", "--verify")
     assert "not finite, in model/params/decoder/conv_in/bias: it was read as" in said
     with pytest.raises(interfaces.UserError, match="not finite, in model/params/decoder/conv_in/b"):
         beginning(settings_of(tmp_path / "old"), tmp_path / "run")
@@ -325,7 +319,7 @@ def test_an_export_of_a_moved_checkpoint_is_the_same(taming, tmp_path):
     """The arrays that lay aside travel with the step."""
     out, file, _, weights = taming
     moved = shutil.copytree(out, tmp_path / "moved")
-    assert command("export", moved, "--out", tmp_path / "x") == 0
+    assert command_line.call("export", moved, "--out", tmp_path / "x") == 0
     found = entries.weights(tmp_path / "x" / file.name, system.named("taming_vqgan"))
     assert set(found) == set(weights)
     for key in weights:
@@ -342,7 +336,7 @@ def test_a_record_does_not_say_where_an_export_writes(taming, tmp_path, monkeypa
         return dataclasses.replace(loaded, meta=meta), imported
 
     monkeypatch.setattr(imports, "load_imported", told)
-    assert command("export", taming[0], "--out", root / "out") == 0
+    assert command_line.call("export", taming[0], "--out", root / "out") == 0
     assert "is not used" in capfd.readouterr().err
     files = {str(f.relative_to(root)) for f in tmp_path.rglob("*") if f.is_file()}
     assert files == {"out/model.safetensors", "out/config.json", "out/taming_vqgan.bin"}
@@ -356,8 +350,8 @@ def test_others_may_read_what_is_written_if_the_mask_says_so(taming, tmp_path):
     before = os.umask(0o027)
     try:
         words = ("import", taming[1], "--system", "taming_vqgan", "--config", taming[2])
-        assert command(*words, "--out", tmp_path / "run") == 0
-        assert command("export", taming[0], "--out", tmp_path / "out") == 0
+        assert command_line.call(*words, "--out", tmp_path / "run") == 0
+        assert command_line.call("export", taming[0], "--out", tmp_path / "out") == 0
     finally:
         os.umask(before)
     modes = {f: oct(f.stat().st_mode & 0o777) for f in tmp_path.rglob("*") if f.is_file()}
@@ -371,11 +365,11 @@ def test_live_weights_and_average_go_there_and_back(taming, tmp_path, capfd):
     both = tmp_path / "both.pt"
     writer.write_entries(both, {("model",): weights, ("ema",): half}, form="torch")
     words = ("import", both, "--system", "taming_vqgan", "--config", config)
-    assert command(*words, "--out", tmp_path / "run") == 0
+    assert command_line.call(*words, "--out", tmp_path / "run") == 0
     assert "the average 'ema' is used (--entry model takes the live" in capfd.readouterr().err
-    assert command("checkpoint", tmp_path / "run") == 0
+    assert command_line.call("checkpoint", tmp_path / "run") == 0
     assert "average_dtypes" in capfd.readouterr().out
-    assert command("export", tmp_path / "run", "--out", tmp_path / "x") == 0
+    assert command_line.call("export", tmp_path / "run", "--out", tmp_path / "x") == 0
     assert "in the entries model and ema" in capfd.readouterr().err
     for entry, wanted in (("model", weights), ("ema", half)):
         found = reader.read(tmp_path / "x" / "both.pt", entry)
@@ -385,10 +379,10 @@ def test_live_weights_and_average_go_there_and_back(taming, tmp_path, capfd):
     used = safetensors.numpy.load_file(tmp_path / "x" / "model.safetensors")
     bias = used["params.encoder.conv_in.bias"]
     np.testing.assert_array_equal(bias, weights["encoder.conv_in.bias"] + 1)
-    assert command(*words, "--out", tmp_path / "live", "--entry", "model") == 0
+    assert command_line.call(*words, "--out", tmp_path / "live", "--entry", "model") == 0
     assert "ema" not in {p.split("/")[1] for p in manifest_of(tmp_path / "live")}
     # an export that keeps the average apart is the same network again, by its fingerprint
-    assert command("import", tmp_path / "x", "--out", tmp_path / "again") == 0
+    assert command_line.call("import", tmp_path / "x", "--out", tmp_path / "again") == 0
     again = checkpoint.load_tokenizer(tmp_path / "again")
     assert again.fingerprint == checkpoint.load_tokenizer(tmp_path / "run").fingerprint
 
@@ -399,17 +393,17 @@ def manifest_of(out):
 
 def test_an_export_is_imported_again(taming, tmp_path, capfd):
     out = tmp_path / "x"
-    assert command("export", taming[0], "--out", out) == 0
-    assert command("import", out / "model.safetensors", "--out", tmp_path / "again") == 0
+    assert command_line.call("export", taming[0], "--out", out) == 0
+    assert command_line.call("import", out / "model.safetensors", "--out", tmp_path / "again") == 0
     one, again = (checkpoint.load_tokenizer(path) for path in (taming[0], tmp_path / "again"))
     assert one.fingerprint == again.fingerprint and one.layout == again.layout
     words = ("import", out, "--out", tmp_path / "more")
-    assert "is an export of tokgen" in told(capfd, *words, "--entry", "ema")
-    assert "is a tokenizer itself" in told(capfd, *words, "--tokenizer", taming[0])
-    assert "leave out --system" in told(capfd, *words, "--system", "taming_vqgan")
+    assert "is an export of tokgen" in command_line.refused(capfd, *words, "--entry", "ema")
+    assert "is a tokenizer itself" in command_line.refused(capfd, *words, "--tokenizer", taming[0])
+    assert "leave out --system" in command_line.refused(capfd, *words, "--system", "taming_vqgan")
     for record in ("", "[]", '{"config": {}}', '{"config": {"view": 1}, "fingerprint": "a"}'):
         (out / "config.json").write_text(record)
-        assert "error:" in told(capfd, *words)
+        assert "error:" in command_line.refused(capfd, *words)
     assert not (tmp_path / "more").exists()
 
 
@@ -460,5 +454,5 @@ def test_files_that_are_none_are_one_message(taming, suffix, tmp_path, capfd):
             ("evaluate", path, "--protocol", "inception", "--reference", path, "--out", out),
         ):
             if name != "json" or "--config" not in words:  # a configuration may hold anything
-                assert told(capfd, *words).count("\n") < 12, (name, words)
+                assert command_line.refused(capfd, *words).count("\n") < 12, (name, words)
     assert not out.exists()

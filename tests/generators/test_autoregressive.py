@@ -10,7 +10,7 @@ from flax import nnx
 
 from tokgen import interfaces, orders
 from tokgen.generators import autoregressive
-from tokgen.nn import transformer
+from tokgen.nn import dropout
 from tokgen.nn.precision import FLOAT32
 from tokgen.sampling import decode, sampler as samplers
 
@@ -329,7 +329,7 @@ def test_a_model_without_classes_has_one_row_and_nothing_to_be_guided_by():
 
 @pytest.mark.parametrize("rate", ["token", "attention", "residual"])
 def test_every_dropout_rate_acts_in_training_and_in_training_only(rate):
-    generator = _lively(rates=transformer.Rates(**{rate: 0.3}), label_drop=0.0)
+    generator = _lively(rates=dropout.Rates(**{rate: 0.3}), label_drop=0.0)
     batch = _batch(generator)
     losses = [float(loss(generator, batch, jax.random.key(i))[0]) for i in (0, 0, 1)]
     assert losses[0] == losses[1] and abs(losses[0] - losses[2]) > 1e-3

@@ -12,7 +12,7 @@ from flax import nnx
 
 from tokgen import interfaces
 from tokgen.generators import masked
-from tokgen.nn import transformer
+from tokgen.nn import dropout
 from tokgen.nn.precision import FLOAT32
 from tokgen.sampling import decode, presets, sampler as samplers
 
@@ -325,7 +325,7 @@ def test_the_loss_is_its_reference_and_what_is_masked_stays_hidden(name):
 
 
 def test_a_training_step_hides_slots_and_labels_by_its_key():
-    drops = _make(PLAIN, label_drop=0.5, rates=transformer.Rates(residual=0.5))
+    drops = _make(PLAIN, label_drop=0.5, rates=dropout.Rates(residual=0.5))
     batch, _ = _batch(PLAIN, B=6)
     seen = []
 
@@ -452,7 +452,7 @@ def test_nats_are_an_unbiased_estimate_of_the_mean_over_orders():
         (dict(variant="var"), "no condition for an adaptive variant"),
         (dict(head="factor"), "nor symbols in turn"),
         (dict(inputs="bits", head="tied_per_position"), "needs inputs='tokens'"),
-        (dict(stack="u_shaped", rates=transformer.Rates(path=0.1)), "drops no whole branches"),
+        (dict(stack="u_shaped", rates=dropout.Rates(path=0.1)), "drops no whole branches"),
     ],
 )
 def test_a_constructor_says_what_it_needs(options, said):

@@ -10,7 +10,7 @@ from flax import nnx
 from tokgen import interfaces, parameters, sharding
 from tokgen.config import building, reading as configs
 from tokgen.generators import next_scale
-from tokgen.nn import transformer
+from tokgen.nn import dropout
 from tokgen.nn.precision import FLOAT32, Precision
 from tokgen.quantizers import multiscale, vq
 from tokgen.sampling import decode, presets, sampler as samplers
@@ -330,7 +330,7 @@ def load(variant):
     building.check(
         settings,
         precision=(Precision, ()),
-        generator__rates=(transformer.Rates, ()),
+        generator__rates=(dropout.Rates, ()),
         optimizer=(optimizers.optimizer, ("steps",)),
         mesh=(sharding.make_mesh, ()),
     )

@@ -11,7 +11,7 @@ from flax import nnx
 
 from tokgen import interfaces
 from tokgen.generators import autoregressive
-from tokgen.nn import transformer
+from tokgen.nn import dropout
 from tokgen.nn.precision import FLOAT32
 from tokgen.sampling import decode, sampler
 
@@ -185,8 +185,8 @@ def test_the_class_reaches_every_block_of_ibq_and_dropout_reaches_the_factors():
     assert np.all(np.abs(kernels).max((1, 3)) > 0)  # of both layers, all six vectors
     rows = np.abs(np.asarray(found.conditioning.labels.table[...])).max(1)
     np.testing.assert_array_equal(rows > 0, np.arange(CLASSES + 1) == 3)
-    dropped = make("factor", rates=transformer.Rates(residual=0.5), label_drop=0.0)
+    dropped = make("factor", rates=dropout.Rates(residual=0.5), label_drop=0.0)
     batch = interfaces.TokenBatch(jnp.zeros((2, L, 2), jnp.int32), jnp.asarray([0, 1]))
-    dropped.transformer.rates = transformer.Rates()  # what is left acts in the head alone
+    dropped.transformer.rates = dropout.Rates()  # what is left acts in the head alone
     one, two = (float(loss(dropped, batch, 0, jax.random.key(i))[0]) for i in range(2))
     assert abs(one - two) > 1e-3

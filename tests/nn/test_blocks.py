@@ -13,7 +13,7 @@ from tokgen.nn.precision import FLOAT32
 
 B, L, D, N = 2, 5, 8, 2
 K = D // N
-RATES = transformer.Rates()
+RATES = dropout.Rates()
 
 
 def lively(module: nnx.Module, seed: int = 0) -> nnx.Module:
@@ -23,7 +23,10 @@ def lively(module: nnx.Module, seed: int = 0) -> nnx.Module:
 
 
 def made(variant: blocks.Variant, seed: int = 0):
-    return lively(variant.block(D, N, 12, variant, precision=FLOAT32, rngs=nnx.Rngs(0)), seed)
+    return lively(
+        variant.block(blocks.Config(D, 1, N, variant, 12), precision=FLOAT32, rngs=nnx.Rngs(0)),
+        seed,
+    )
 
 
 def numbers(*shape, seed=1):
@@ -79,7 +82,7 @@ def test_bert_norms_after_the_sum():
     y = x.astype(np.float64)
     y = normed(y + attended(block.attention, y, scaled), 1e-12, block.attention_norm)
     y = normed(y + mlp(block.mlp, y, exact), 1e-12, block.mlp_norm)
-    found, cache = block(jnp.asarray(x), rates=RATES)
+    found, cache = block(jnp.asarray(x), drop=blocks.Drop(RATES))
     assert cache is None
     np.testing.assert_allclose(found, y, rtol=1e-4, atol=1e-5)
 
@@ -114,7 +117,7 @@ def test_adaptive_blocks_shift_scale_and_gate(form):
     y = y + gate * attended(block.attention, first, head_norm if affine else cosine)
     second = normed(y, 1e-6, block.mlp_norm if affine else None) * (1 + scale2) + shift2
     y = y + gate2 * mlp(block.mlp, second, exact if affine else by_tanh)
-    found, _ = block(jnp.asarray(x), rates=RATES, modulation=modulation)
+    found, _ = block(jnp.asarray(x), drop=blocks.Drop(RATES), modulation=modulation)
     np.testing.assert_allclose(found, y, rtol=1e-4, atol=1e-4)
     # VAR's keys have no bias, all of RAR's maps do
     assert (block.attention.key.bias is None) == (not affine)
@@ -142,7 +145,9 @@ def test_quartered_scores_are_a_quarter():
 def test_a_u_joins_the_last_in_first(depth):
     u = lively(
         transformer.UShaped(
-            D, depth, N, variant=variants.UVIT, hidden=12, precision=FLOAT32, rngs=nnx.Rngs(0)
+            blocks.Config(D, depth, N, variants.UVIT, hidden=12),
+            precision=FLOAT32,
+            rngs=nnx.Rngs(0),
         )
     )
     half = depth // 2
@@ -155,12 +160,12 @@ def test_a_u_joins_the_last_in_first(depth):
 
     entered = []
     for i in range(half):
-        x, _ = layer(u.blocks, i)(x, rates=RATES)
+        x, _ = layer(u.blocks, i)(x, drop=blocks.Drop(RATES))
         entered.append(x)
-    x, _ = layer(u.blocks, half)(x, rates=RATES)
+    x, _ = layer(u.blocks, half)(x, drop=blocks.Drop(RATES))
     for i in range(half):
         x = layer(u.skips, i)(jnp.concatenate([x, entered.pop()], -1))
-        x, _ = layer(u.blocks, half + 1 + i)(x, rates=RATES)
+        x, _ = layer(u.blocks, half + 1 + i)(x, drop=blocks.Drop(RATES))
     assert cache is None
     np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-5)
 
@@ -169,11 +174,7 @@ def test_a_modulation_computed_beforehand_is_the_blocks_own():
     for form in ("var", "var_shared"):
         whole = lively(
             transformer.Transformer(
-                D,
-                2,
-                N,
-                variant=variants.named(form),
-                hidden=12,
+                blocks.Config(D, 2, N, variants.named(form), hidden=12),
                 precision=FLOAT32,
                 rngs=nnx.Rngs(0),
             )
@@ -192,16 +193,12 @@ def test_dropped_paths_rise_with_depth_and_keep_the_mean():
     assert abs(kept.mean() - 1) < 4 * np.sqrt(0.2 / 0.8 / len(kept))
     np.testing.assert_array_equal(dropout.drop_path(x_BlD, 0.2, None), x_BlD)
     deep = transformer.Transformer(
-        D,
-        3,
-        N,
-        variant=variants.VIT,
-        rates=transformer.Rates(path=0.999),
+        blocks.Config(D, 3, N, variants.VIT, rates=dropout.Rates(path=0.999)),
         precision=FLOAT32,
         rngs=nnx.Rngs(0),
     )
     x = jnp.asarray(numbers(64, L, D))
-    first, _ = jax.tree.map(lambda leaf: leaf[0], deep.blocks)(x, rates=RATES)
+    first, _ = jax.tree.map(lambda leaf: leaf[0], deep.blocks)(x, drop=blocks.Drop(RATES))
     found, _ = deep(x, key=jax.random.key(1))
     # the first block is never left out, the last nearly always
     last_left = np.isclose(found, _two(deep, x, jax.random.key(1)), atol=1e-5).all((1, 2)).mean()
@@ -213,5 +210,5 @@ def _two(deep, x, key):
     keys = jax.random.split(key, 3)
     for i in range(2):
         block = jax.tree.map(lambda leaf, i=i: leaf[i], deep.blocks)
-        x, _ = block(x, rates=deep.rates, path=0.999 * i / 2, key=keys[i])
+        x, _ = block(x, drop=blocks.Drop(deep.rates, 0.999 * i / 2, keys[i]))
     return x

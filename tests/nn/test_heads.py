@@ -12,7 +12,7 @@ OPTIONS = dict(precision=FLOAT32, rngs=nnx.Rngs(0))
 
 def test_a_head_starts_uniform_in_float32_and_never_offers_what_is_not_there():
     half = Precision("float32", "bfloat16")
-    head = heads.Linear(LAYOUT, 8, variant=variants.LLAMA, precision=half, rngs=nnx.Rngs(0))
+    head = heads.Linear(heads.Config(LAYOUT, 8, variants.LLAMA), precision=half, rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 8)), jnp.bfloat16)
     logits = np.asarray(head(x))
     assert logits.dtype == np.float32 and logits.shape == (2, 3, 2, 16)
@@ -21,7 +21,7 @@ def test_a_head_starts_uniform_in_float32_and_never_offers_what_is_not_there():
 
 
 def test_a_head_is_a_norm_and_a_product():
-    head = heads.Linear(LAYOUT, 8, variant=variants.LLAMA, **OPTIONS)
+    head = heads.Linear(heads.Config(LAYOUT, 8, variants.LLAMA), **OPTIONS)
     rng = np.random.default_rng(2)
     head.head.kernel[...] = jnp.asarray(rng.normal(size=(8, 2, 16)), jnp.float32)
     x = rng.normal(size=(2, 3, 8))

@@ -7,24 +7,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen.nn import positions, transformer, variants
+from tokgen.nn import blocks, dropout, positions, transformer, variants
 from tokgen.nn.precision import FLOAT32, Precision
 
 WIDTH, DEPTH, HEADS, L = 16, 2, 2, 6
-RATES = transformer.Rates(attention=0.2, residual=0.1)
+RATES = dropout.Rates(attention=0.2, residual=0.1)
 
 
 @functools.cache
 def _make(rates=RATES, precision=FLOAT32, **options):
     return transformer.Transformer(
-        WIDTH,
-        DEPTH,
-        HEADS,
-        variant=variants.LLAMA_NARROW,
-        rates=rates,
+        blocks.Config(WIDTH, DEPTH, HEADS, variants.LLAMA_NARROW, rates=rates, **options),
         precision=precision,
         rngs=nnx.Rngs(0),
-        **options,
     )
 
 
@@ -138,7 +133,7 @@ def test_dropout_is_a_pure_function_of_the_key():
     np.testing.assert_array_equal(one, again)
     assert np.all(np.abs(one - other).max((1, 2)) > 1e-2)
     none = call(model, None)
-    still = _make(rates=transformer.Rates())
+    still = _make(rates=dropout.Rates())
     np.testing.assert_array_equal(none, call(still, None))
     np.testing.assert_array_equal(none, call(still, jax.random.key(0)))
     assert np.abs(none - one).max() > 1e-2
@@ -151,7 +146,7 @@ def test_layers_do_not_share_their_dropout():
     alike = jax.tree.map(lambda leaf: leaf, model)
     alike.blocks = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), model.blocks)
     layer = jax.tree.map(lambda leaf: leaf[0], model.blocks)
-    call = jax.jit(lambda x, key: layer(x, rates=RATES, key=key, **context)[0])
+    call = jax.jit(lambda x, key: layer(x, drop=blocks.Drop(RATES, key=key), **context)[0])
     assert np.abs(call(x, keys[0]) - call(x, keys[1])).max() > 1e-2
     stacked = jax.jit(lambda x, key: alike(x, key=key, **context)[0])(x, jax.random.key(0))
     np.testing.assert_allclose(stacked, call(call(x, keys[0]), keys[1]), rtol=1e-4, atol=1e-5)
@@ -162,8 +157,8 @@ def test_each_rate_drops_something(rate):
     x, context = _inputs()
     model = _make()
     layer = jax.tree.map(lambda leaf: leaf[0], model.blocks)
-    rates = transformer.Rates(**{rate: 0.5})
-    call = jax.jit(lambda key: layer(x, rates=rates, key=key, **context)[0])
+    rates = dropout.Rates(**{rate: 0.5})
+    call = jax.jit(lambda key: layer(x, drop=blocks.Drop(rates, key=key), **context)[0])
     assert np.abs(call(jax.random.key(0)) - call(jax.random.key(1))).max() > 1e-2
 
 
@@ -202,8 +197,8 @@ def test_compute_and_cache_are_in_the_compute_dtype():
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="width=16, heads=3"):
         transformer.Transformer(
-            16, 1, 3, variant=variants.LLAMA, precision=FLOAT32, rngs=nnx.Rngs(0)
+            blocks.Config(16, 1, 3, variants.LLAMA), precision=FLOAT32, rngs=nnx.Rngs(0)
         )
     for name in ("token", "attention", "residual"):
         with pytest.raises(ValueError, match=f"{name} must be .* below 1; found 1.0"):
-            dataclasses.replace(transformer.Rates(), **{name: 1.0})
+            dataclasses.replace(dropout.Rates(), **{name: 1.0})

@@ -9,7 +9,7 @@ from flax import nnx
 from tokgen import parameters, sharding
 from tokgen.config import building, reading as configs
 from tokgen.interfaces import TokenLayout, UserError
-from tokgen.nn import precision, transformer
+from tokgen.nn import dropout, precision
 from tokgen.pretrained import parity, transfer
 from tokgen.sampling import presets
 from tokgen.training import optimizer as optimizers
@@ -192,7 +192,7 @@ def load(reference):
     building.check(
         config,
         precision=(precision.Precision, ()),
-        generator__rates=(transformer.Rates, ()),
+        generator__rates=(dropout.Rates, ()),
         optimizer=(optimizers.optimizer, ("steps",)),
         mesh=(sharding.make_mesh, ()),
     )

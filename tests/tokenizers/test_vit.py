@@ -10,7 +10,7 @@ from flax import nnx
 
 from tokgen import losses
 from tokgen.interfaces import UserError
-from tokgen.nn import transformer, variants
+from tokgen.nn import blocks, transformer, variants
 from tokgen.nn.precision import FLOAT32, Precision
 from tokgen.quantizers import gaussian, vq
 from tokgen.tokenizers import conv, two_stage, vit
@@ -150,7 +150,7 @@ def test_a_block_against_its_equations(key):
     """x + out(softmax(q k / sqrt(K)) v), then x + down(gelu(up(x))), biases everywhere; float64."""
     N, K = 2, 4
     made = transformer.Transformer(
-        N * K, 1, N, variant=variants.VIT, precision=FLOAT32, rngs=nnx.Rngs(0)
+        blocks.Config(N * K, 1, N, variants.VIT), precision=FLOAT32, rngs=nnx.Rngs(0)
     )
     rng = np.random.default_rng(0)
     made = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), made)

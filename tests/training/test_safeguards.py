@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
 
 import train_tokenizer
 from tokgen import interfaces, metrics_log, runtime, sharding
@@ -158,6 +157,8 @@ def test_worse_compares_with_the_step_before_the_adversarial_term(tmp_path, monk
 
 # ---------------------------------------------------------------- whole runs, of a few steps
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 SMALL = (
     *("data.size=(8, 8)", "data.count=40", "view.size=(8, 8)", "encoder.widths=(16,)"),
     *("decoder.widths=(16,)", "encoder.blocks=1", "decoder.blocks=1", "batch_size=8"),
@@ -184,26 +185,12 @@ class Killed(BaseException):
     """As if the process ended."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """A mesh of one device compiles fastest; signals stay those of the tests."""
-    device = np.asarray(jax.devices()[:1]).reshape(1, 1, 1)
-    mesh = Mesh(device, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda data=-1, fsdp=1, tensor=1: mesh)
-        patch.setattr(launch.signal, "signal", lambda number, handler: None)
-        patch.setattr(metrics_log, "curves", lambda workdir: None)
-        # a run sets its mesh for good: what this module leaves must not meet the next one
-        with jax.set_mesh(Mesh(np.empty((), object), ())):
-            yield
-
-
 def train(workdir, *overrides, back=None, **guards):
     settings = reading.load("configs/tokenizer/shapes.py:vq", (*SMALL, *overrides))
     with settings.unlocked():
         settings.safeguards.update(guards)
     with runs.lock(workdir):
-        train_tokenizer.main(settings, workdir, back=back)
+        train_tokenizer.main(launch.Request(settings, workdir, back=back))
 
 
 def killed(monkeypatch, workdir, *overrides, function, at, module=sharding, **guards):
@@ -412,7 +399,7 @@ def test_a_return_across_a_boundary_of_stages(tmp_path):
         second = dict(share=3 / 7, train="decoder/.*", optimizer=dict(clip=0.0, weight_decay=0.0))
         settings.stages = (dict(share=4 / 7), second)
     with runs.lock(tmp_path):
-        train_tokenizer.main(settings, tmp_path)
+        train_tokenizer.main(launch.Request(settings, tmp_path))
     assert steps_of(tmp_path) == [3, 5, 7] and safeguards.returned(tmp_path) == 1
     before, after = entries(tmp_path, 5), entries(tmp_path, 7)
     for path, entry in before.items():

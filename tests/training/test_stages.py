@@ -9,7 +9,6 @@ import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, Mesh
 
 import train_tokenizer
 from tokgen import interfaces, metrics_log, parameters, sharding
@@ -19,6 +18,8 @@ from tokgen.nn import precision
 from tokgen.quantizers import vq
 from tokgen.tokenizers import conv, tokenizer, two_stage, vit
 from tokgen.training import gan as gans, launch, stages, tokenizer_step, train_state
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 SMALL = (
     *("data.size=(8, 8)", "data.count=40", "view.size=(8, 8)", "encoder.widths=(16,)"),
@@ -138,23 +139,9 @@ def test_the_schedule_of_a_stage_counts_from_its_begin():
 # ---------------------------------------------------------------- runs that cross a boundary
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """A mesh of one device compiles fastest; signals stay those of the tests."""
-    device = np.asarray(jax.devices()[:1]).reshape(1, 1, 1)
-    mesh = Mesh(device, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda data=-1, fsdp=1, tensor=1: mesh)
-        patch.setattr(launch.signal, "signal", lambda number, handler: None)
-        patch.setattr(metrics_log, "curves", lambda workdir: None)
-        # a run sets its mesh for good: what this module leaves must not meet the next one
-        with jax.set_mesh(Mesh(np.empty((), object), ())):
-            yield
-
-
 def train(workdir, settings):
     with runs.lock(workdir):
-        train_tokenizer.main(settings, workdir)
+        train_tokenizer.main(launch.Request(settings, workdir))
 
 
 def manifest(workdir, step):

@@ -41,7 +41,7 @@ def plain():
 
 @functools.cache
 def full():
-    """The same with clipping, weight decay and an average."""
+    """A training state with clipping, weight decay and an average."""
     optimizer = optimizers.optimizer(
         100, learning_rate=0.1, decay="constant", clip=1.0, weight_decay=0.5
     )

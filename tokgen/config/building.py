@@ -22,6 +22,7 @@ from flax import nnx
 from tokgen import choices, ranges
 from tokgen.config import migration
 from tokgen.interfaces import TokenLayout, UserError
+from tokgen.nn import dropout
 
 # Sections that name a class: the package, the class, and the arguments that come from elsewhere.
 CLASSES = {
@@ -245,11 +246,11 @@ def _pixels(size: tuple[ranges.Side, ranges.Side], channels: ranges.Width = 3, *
 
 def generator(config: Any, layout: TokenLayout, classes: int, *, rngs: nnx.Rngs) -> nnx.Module:
     """The Generator that a config describes, for tokens of a layout."""
-    from tokgen.nn import precision, transformer
+    from tokgen.nn import precision
 
     _need(config, "precision", "generator")
     at = call(precision.Precision, config["precision"], "precision")
     section = dict(config["generator"].items())
-    rates = call(transformer.Rates, section.pop("rates", {}), "generator.rates")
+    rates = call(dropout.Rates, section.pop("rates", {}), "generator.rates")
     context = dict(layout=layout, classes=classes, rates=rates, precision=at, rngs=rngs)
     return build(section, "generator", **context)

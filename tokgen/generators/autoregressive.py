@@ -19,8 +19,20 @@ import optax
 from flax import nnx
 
 from tokgen import boundary, orders, ranges, rng
-from tokgen.interfaces import DecodeState, Phase, Quantizer, TokenBatch, TokenLayout, UserError
+from tokgen.generators import autoregressive_options, token_groups
+from tokgen.interfaces import (
+    DecodeState,
+    Draw,
+    Given,
+    Phase,
+    PyTree,
+    Quantizer,
+    TokenBatch,
+    TokenLayout,
+)
 from tokgen.nn import (
+    attention,
+    blocks,
     conditioning as conditioning_names,
     dropout,
     embeddings,
@@ -71,7 +83,7 @@ class Generator(nnx.Module):
         variant: str = "llama",
         head: str = "linear",
         factor: Annotated[int, ranges.Range(0, 512)] = 0,
-        rates: transformer.Rates | None = None,
+        rates: dropout.Rates | None = None,
         label_drop: ranges.Share = 0.1,
         window: ranges.Positions = 64,
         budget: Annotated[int, ranges.Range(0, 2**62)] = 2**31,
@@ -80,8 +92,8 @@ class Generator(nnx.Module):
         precision: Precision,
         rngs: nnx.Rngs,
     ):
-        _check_variant(variant, conditioning, head)
-        _check_options(conditioning, texts, head, factor, shuffle)
+        autoregressive_options.check_variant(variant, conditioning, head)
+        autoregressive_options.check(conditioning, texts, head, factor, shuffle)
         variant = variants.named(variant)
         options = dict(precision=precision, rngs=rngs)
         self.layout, self.classes = layout, classes
@@ -98,13 +110,15 @@ class Generator(nnx.Module):
             layout, self.conditioning.slots, width, heads, **options
         )
         sizes = dict(heads=heads, hidden=hidden)
-        running = dict(rates=rates or transformer.Rates(), remat=remat, unroll=unroll)
+        running = dict(rates=rates or dropout.Rates(), remat=remat, unroll=unroll)
         self.transformer = transformer.Transformer(
-            width, depth, variant=variant, **sizes, **running, **options
+            blocks.Config(width, depth, variant=variant, **sizes, **running), **options
         )
         more = dict(depth=factor, **sizes, **running) if factor else {}
-        self.head = head_names.named(head)(layout, width, variant=variant, **more, **options)
-        self._check_groups(positions)
+        self.head = head_names.named(head)(
+            head_names.Config(layout, width, variant), **more, **options
+        )
+        token_groups.check(groups, layout, positions)
 
     @property
     def cond(self) -> str:
@@ -128,18 +142,20 @@ class Generator(nnx.Module):
         """[B, L] the position handled at each place, per image."""
         return jax.vmap(lambda key: self.order(self.layout, rng.use(key, rng.ORDER)))(keys_B)
 
-    def logits(self, batch: TokenBatch, codec: Quantizer | None = None, *, key=None) -> jax.Array:
+    def logits(
+        self, batch: TokenBatch, codec: Quantizer | None = None, *, key: jax.Array | None = None
+    ) -> jax.Array:
         """Teacher-forced logits [B, L, G, V]; row j is place j of the order."""
         del codec
         batch = self._checked(batch)
         order_BL = self._order_of(batch)
         sequence_BLG = jnp.take_along_axis(batch.tokens_BLG, order_BL[..., None], axis=1)
         inputs_BlD = self.embeddings(sequence_BLG[:, :-1])
-        hidden_BLD, cond = self._taught(inputs_BlD, order_BL, batch.cond, self.positions, key)
-        return self._ended(hidden_BLD, cond, sequence_BLG[..., :-1], rng.use(key, rng.HEAD))
+        hidden_BLD, cond = self.taught(inputs_BlD, order_BL, batch.cond, self.positions, key)
+        return self.ended(hidden_BLD, cond, sequence_BLG[..., :-1], rng.use(key, rng.HEAD))
 
     def loss(
-        self, batch: TokenBatch, codec: Quantizer | None = None, *, step, key
+        self, batch: TokenBatch, codec: Quantizer | None = None, *, step: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(mean nats per position, scalars). The condition is dropped with its stated rate."""
         batch, B = self._checked(batch), len(batch.tokens_BLG)
@@ -154,13 +170,15 @@ class Generator(nnx.Module):
         # stages have other shapes: one program holds all of them, and a step runs its own
         nats, hits = jax.lax.switch(
             jnp.sum(jnp.asarray(step) >= ends),
-            [functools.partial(self._grouped, side) for side in sides] + [self._plain],
+            [functools.partial(token_groups.loss, self, side) for side in sides] + [self._plain],
             batch,
             key,
         )
         return nats, {"nats_per_token": nats, "token_accuracy": hits}
 
-    def nats(self, batch: TokenBatch, codec: Quantizer | None = None, *, key=None) -> jax.Array:
+    def nats(
+        self, batch: TokenBatch, codec: Quantizer | None = None, *, key: jax.Array | None = None
+    ) -> jax.Array:
         """[B, L] nats of the tokens, place by place: exact, nothing dropped."""
         del key
         batch = self._checked(batch)
@@ -184,7 +202,9 @@ class Generator(nnx.Module):
             phases.append(Phase(first, steps, first, 1, slots - 1 + first + steps))
         return tuple(phases)
 
-    def start(self, cond, codec: Quantizer | None = None, *, keys_B, given) -> DecodeState:
+    def start(
+        self, cond: PyTree, codec: Quantizer | None = None, *, keys_B: jax.Array, given: Given
+    ) -> DecodeState:
         """The state before the first step."""
         self.check(cond)
         tokens_BLG, given_BLG = given
@@ -198,7 +218,9 @@ class Generator(nnx.Module):
             cache=self.transformer.cache(len(keys_B)),
         )
 
-    def step(self, state: DecodeState, phase: Phase, index, codec, draw) -> DecodeState:
+    def step(
+        self, state: DecodeState, phase: Phase, index: jax.Array | int, codec: Quantizer, draw: Draw
+    ) -> DecodeState:
         """Draw the token of one place."""
         place = phase.place(index)
         if phase.first == 0:
@@ -222,19 +244,32 @@ class Generator(nnx.Module):
         state = self._drawn(state, hidden_BlD[:, -1:], position_B1, cond, draw)
         return state.replace(cache=cache)
 
-    def _drawn(self, state: DecodeState, hidden_B1D, position_B1, cond, draw) -> DecodeState:
+    def _drawn(
+        self,
+        state: DecodeState,
+        hidden_B1D: jax.Array,
+        position_B1: jax.Array,
+        cond: PyTree,
+        draw: Draw,
+    ) -> DecodeState:
         """The state with the symbols of a position: all at once, or in the head's turns."""
         tokens_B1G = state.read(position_B1)
         given_B1G = jnp.take_along_axis(state.given_BLG, position_B1[..., None], axis=1)
         for first in self.head.turns:
-            logits_B1gV = self._ended(hidden_B1D, cond, tokens_B1G[..., :first])
+            logits_B1gV = self.ended(hidden_B1D, cond, tokens_B1G[..., :first])
             drawn_B1g, _ = draw(logits_B1gV[:, :, first:], symbol=first)
             reach = slice(first, first + drawn_B1g.shape[-1])
             kept_B1g = jnp.where(given_B1G[..., reach], tokens_B1G[..., reach], drawn_B1g)
             tokens_B1G = tokens_B1G.at[..., reach].set(kept_B1g)
         return state.write(position_B1, tokens_B1G)
 
-    def _ended(self, hidden_BlD, cond, given_Blt, key=None) -> jax.Array:
+    def ended(
+        self,
+        hidden_BlD: jax.Array,
+        cond: PyTree,
+        given_Blt: jax.Array,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
         """Logits of the symbols that the head gives at once, `given_Blt` known."""
         rows_GVD = self.embeddings.table[...]
         return self.head(hidden_BlD, cond=cond, given=given_Blt, embeddings=rows_GVD, key=key)
@@ -255,7 +290,7 @@ class Generator(nnx.Module):
         order_L = self.order(self.layout, jax.random.key(0))
         return jnp.broadcast_to(order_L, batch.tokens_BLG.shape[:2])
 
-    def training_orders(self, step, key, B: int) -> jax.Array:
+    def training_orders(self, step: jax.Array | int, key: jax.Array, B: int) -> jax.Array:
         """[B, L] orders of a training step: the generator's own, or shuffled ones for a share."""
         keys_B = rng.numbered(rng.use(key, rng.ORDER), B)
         order_BL = self.orders(keys_B)
@@ -278,36 +313,14 @@ class Generator(nnx.Module):
         nats_BLG = optax.softmax_cross_entropy_with_integer_labels(logits_BLGV, targets_BLG)
         return nats_BLG.sum(-1).mean(), (logits_BLGV.argmax(-1) == targets_BLG).mean()
 
-    def _grouped(self, side: int, batch: TokenBatch, key) -> tuple[jax.Array, jax.Array]:
-        """What `_plain` gives, of square groups: a prediction for all tokens of the next (NPP)."""
-        ((rows, columns),) = self.layout.grids
-        coarse = TokenLayout(self.layout.vocab, ((rows // side, columns // side),))
-
-        def gathered(x_BL_):
-            """[B, L, ...] -> [B, groups, side^2, ...]."""
-            rest = x_BL_.shape[2:]
-            x = x_BL_.reshape(-1, rows // side, side, columns // side, side, *rest)
-            return x.swapaxes(2, 3).reshape(-1, coarse.length, side * side, *rest)
-
-        inputs_BlD = gathered(self.embeddings(batch.tokens_BLG)).mean(2)[:, :-1]
-        order_Bl = jnp.broadcast_to(jnp.arange(coarse.length), (len(inputs_BlD), coarse.length))
-        width, precision = inputs_BlD.shape[-1], self.transformer.precision
-        coarsely = position_names.Rotary2D(
-            coarse,
-            self.conditioning.slots,
-            width,
-            self.transformer.heads,
-            precision=precision,
-            rngs=None,
-        )
-        hidden_BlD, cond = self._taught(inputs_BlD, order_Bl, batch.cond, coarsely, key)
-        targets_BlPG = gathered(batch.tokens_BLG)
-        logits_Bl1GV = self._ended(hidden_BlD, cond, targets_BlPG[:, :, 0, :-1])[:, :, None]
-        logits_BlPGV = jnp.broadcast_to(logits_Bl1GV, (*targets_BlPG.shape, self.layout.absent))
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits_BlPGV, targets_BlPG)
-        return nats.sum(-1).mean(), (logits_BlPGV.argmax(-1) == targets_BlPG).mean()
-
-    def _taught(self, inputs_BlD, order_BL, cond, positions, key):
+    def taught(
+        self,
+        inputs_BlD: jax.Array,
+        order_BL: jax.Array,
+        cond: PyTree,
+        positions: nnx.Module,
+        key: jax.Array,
+    ):
         """(outputs [B, L, D] that predict the places of an order, what adaptive heads are told)."""
         L = order_BL.shape[1]
         inputs_BlD = jnp.concatenate([self.conditioning(cond), inputs_BlD], axis=1)
@@ -323,16 +336,16 @@ class Generator(nnx.Module):
 
     def hidden(
         self,
-        inputs_BlD,
-        order_BL,
-        slots_l,
-        cond,
-        positions,
+        inputs_BlD: jax.Array,
+        order_BL: jax.Array,
+        slots_l: jax.Array,
+        cond: PyTree,
+        positions: nnx.Module,
         *,
-        slots,
-        modulation=None,
-        cache=None,
-        key=None,
+        slots: int,
+        modulation: tuple[jax.Array, ...] | None = None,
+        cache: tuple[attention.KVCache, ...] | None = None,
+        key: jax.Array | None = None,
     ):
         """(outputs [B, l, D], cache) of some slots: each sees itself and the slots before it."""
         added_BlD, rotary = positions(order_BL, slots_l)
@@ -368,46 +381,3 @@ class Generator(nnx.Module):
         if size * self.transformer.precision.compute_dtype.itemsize > self.budget:
             return None
         return self.transformer.modulation(self.conditioning.adapt(cond, slots_S))
-
-    def _check_groups(self, positions: str) -> None:
-        if not self.groups:
-            return
-        grids, sides = self.layout.grids, [side for side, _ in self.groups]
-        fits = len(grids) == 1 and all(n % side == 0 for n in grids[0] for side in sides)
-        if not fits or positions != "rotary" or self.layout.groups != 1:
-            raise UserError(
-                "groups of tokens need rotary positions and one grid of single symbols that their "
-                f"sides divide; found positions={positions!r}, {self.layout}, sides {sides}"
-            )
-        ends = [end for _, end in self.groups]
-        if ends != sorted(set(ends)):
-            raise UserError(f"groups are in the order of their last steps; found {self.groups}")
-
-
-def _check_options(conditioning: str, texts, head: str, factor: int, shuffle) -> None:
-    """What only one conditioning or head takes; the rest would be read by nobody."""
-    if texts is not None and conditioning != "captions":
-        raise UserError(
-            f"texts are for conditioning='captions'; found conditioning={conditioning!r}, "
-            f"texts={texts}"
-        )
-    if (head == "factor") != (factor > 0):
-        raise UserError(
-            "factor is the depth of the head 'factor', at least 1 there and 0 with all others; "
-            f"found head={head!r}, factor={factor}"
-        )
-    if shuffle is not None and shuffle[0] > shuffle[1]:
-        raise UserError(f"shuffle is (first, last) step of its fall; found {tuple(shuffle)}")
-
-
-def _check_variant(variant: str, conditioning: str, head: str) -> None:
-    told = conditioning in conditioning_names.ADAPTIVE
-    if variants.named(variant).adaptive != told or (head in head_names.ADAPTIVE and not told):
-        raise UserError(
-            "an adaptive variant needs conditioning that its blocks are told, no other can be told "
-            f"one, and an adaptive head needs it too; found variant={variant!r}, "
-            f"conditioning={conditioning!r}, head={head!r}: blocks are told "
-            f"{' and '.join(conditioning_names.ADAPTIVE)}"
-        )
-    if head in head_names.TIED:
-        raise UserError(f"head {head!r} is for masked generators; use 'linear', for example")

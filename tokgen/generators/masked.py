@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import boundary, choices, ranges, rng
+from tokgen import boundary, choices, interfaces, ranges, rng
 from tokgen.generators import mask_schedules
 from tokgen.interfaces import DecodeState, Phase, Quantizer, TokenBatch, TokenLayout, UserError
 from tokgen.nn import (
+    blocks,
     dropout,
     embeddings,
     heads as head_names,
@@ -35,7 +36,7 @@ STACKS = {"stack": transformer.Transformer, "u_shaped": transformer.UShaped}
 class Typed(nnx.Module):
     """BERT's embeddings: a vector for the type of a segment, always the first, then a norm."""
 
-    def __init__(self, width: int, *, precision: Precision, rngs):
+    def __init__(self, width: int, *, precision: Precision, rngs: nnx.Rngs):
         options = dict(precision=precision, rngs=rngs)
         self.types = embeddings.Table(2, width, std=linear.published, **options)
         self.norm = norms.bert_norm(width, **options)
@@ -101,13 +102,13 @@ class Generator(nnx.Module):
         layout: TokenLayout,
         classes: int,
         *,
+        steps: ranges.Steps = 8,
+        schedule: str = "arccos",
+        exponent: ranges.Amount = 2.0,
         width: ranges.Width,
         depth: ranges.Depth,
         heads: ranges.Heads,
         hidden: ranges.Hidden | None = None,
-        steps: ranges.Steps = 8,
-        schedule: str = "arccos",
-        exponent: ranges.Amount = 2.0,
         masking: str = "counted",
         visible: ranges.Amount = 0.0,
         smoothing: ranges.Rate = 0.0,
@@ -117,7 +118,7 @@ class Generator(nnx.Module):
         stack: str = "stack",
         variant: str = "vit",
         head: str = "linear",
-        rates: transformer.Rates | None = None,
+        rates: dropout.Rates | None = None,
         label_drop: ranges.Share | None = 0.1,
         remat: bool = False,
         unroll: ranges.Depth = 1,
@@ -148,19 +149,14 @@ class Generator(nnx.Module):
         self.positions = positions.Learned(layout, 1, width, heads, **options)
         self.entry = choices.named(ENTRIES, entry, "entry")(width, **options)
         self.transformer = choices.named(STACKS, stack, "stack")(
-            width,
-            depth,
-            heads,
-            hidden=hidden,
-            variant=variant,
-            rates=rates or transformer.Rates(),
-            remat=remat,
-            unroll=unroll,
+            blocks.Config(
+                width, depth, heads, variant, hidden, rates or dropout.Rates(), remat, unroll
+            ),
             **options,
         )
         self.closing = variant.closing(width, **options) if variant.closing else None
         self.head = head_names.named(head)(
-            layout, width, classes=classes, variant=variant, **options
+            head_names.Config(layout, width, variant, classes), **options
         )
 
     def check(self, cond: jax.Array) -> None:
@@ -171,7 +167,9 @@ class Generator(nnx.Module):
         """The labels that stand for no class."""
         return self.labels.null(cond)
 
-    def logits(self, batch: TokenBatch, codec: Quantizer | None = None, *, key=None) -> jax.Array:
+    def logits(
+        self, batch: TokenBatch, codec: Quantizer | None = None, *, key: jax.Array | None = None
+    ) -> jax.Array:
         """Logits [B, L, G, V] of all slots, where `batch` says V for those that are unknown."""
         del codec
         batch = self._checked(batch, absent=True)
@@ -179,7 +177,7 @@ class Generator(nnx.Module):
         return columns_BLGX[..., : self.layout.absent]
 
     def loss(
-        self, batch: TokenBatch, codec: Quantizer | None = None, *, step, key
+        self, batch: TokenBatch, codec: Quantizer | None = None, *, step: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(smoothed, weighted cross-entropy of slots, scalars); label and slots drop at random."""
         del step, codec
@@ -193,7 +191,7 @@ class Generator(nnx.Module):
         return self.masked_loss(batch, mask_BLG, key=rng.use(key, rng.DROPOUT))
 
     def masked_loss(
-        self, batch: TokenBatch, mask_BLG: jax.Array, *, key=None
+        self, batch: TokenBatch, mask_BLG: jax.Array, *, key: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss with slots masked as given and nothing else dropped at random but by `key`."""
         batch = self._checked(batch)
@@ -210,7 +208,9 @@ class Generator(nnx.Module):
             "token_accuracy": jnp.sum(hits_BLG) / masked,
         }
 
-    def nats(self, batch: TokenBatch, codec: Quantizer | None = None, *, key=None) -> jax.Array:
+    def nats(
+        self, batch: TokenBatch, codec: Quantizer | None = None, *, key: jax.Array | None = None
+    ) -> jax.Array:
         """[B, L]: one random estimate, by a random order, of a bound on the nats of the tokens.
 
         A number n of slots, uniform from 1 to all N, is masked; their nats times N / n. In
@@ -243,14 +243,28 @@ class Generator(nnx.Module):
         mask_schedules.named(self.schedule)  # a preset may have named another
         return (Phase(0, self.steps, 0, self.layout.length),)
 
-    def start(self, cond, codec: Quantizer | None = None, *, keys_B, given) -> DecodeState:
+    def start(
+        self,
+        cond: jax.Array,
+        codec: Quantizer | None = None,
+        *,
+        keys_B: jax.Array,
+        given: interfaces.Given,
+    ) -> DecodeState:
         """The state before the first step."""
         self.check(cond)
         tokens_BLG, given_BLG = given
         order_BL = jnp.broadcast_to(jnp.arange(self.layout.length), tokens_BLG.shape[:2])
         return DecodeState(tokens_BLG, given_BLG, order_BL, cond, keys_B)
 
-    def step(self, state: DecodeState, phase: Phase, index, codec, draw) -> DecodeState:
+    def step(
+        self,
+        state: DecodeState,
+        phase: Phase,
+        index: jax.Array | int,
+        codec: Quantizer,
+        draw: interfaces.Draw,
+    ) -> DecodeState:
         """Draw every unknown slot, then mask the least confident again."""
         unknown_BLG = state.tokens_BLG == self.layout.absent
         logits_BLGV = self.logits(TokenBatch(state.tokens_BLG, state.cond))
@@ -262,7 +276,7 @@ class Generator(nnx.Module):
         tokens_BLG = jnp.where(unknown_BLG & again_BLG, self.layout.absent, tokens_BLG)
         return state.replace(tokens_BLG=tokens_BLG)
 
-    def left(self, index, first_B: jax.Array, unknown_B: jax.Array) -> jax.Array:
+    def left(self, index: jax.Array | int, first_B: jax.Array, unknown_B: jax.Array) -> jax.Array:
         """[B] how many slots stay unknown after step `index`: at least one, and fewer than before.
 
         Of the `first_B` that were unknown at first; none after the last step.
@@ -297,11 +311,15 @@ class Generator(nnx.Module):
         share_B = mask_schedules.share(self.schedule, time_B, L * G, self.exponent)
         return self.masking(uniform_BN, share_B).reshape(-1, L, G)
 
-    def columns(self, tokens_BLG: jax.Array, cond: jax.Array, *, key=None) -> jax.Array:
+    def columns(
+        self, tokens_BLG: jax.Array, cond: jax.Array, *, key: jax.Array | None = None
+    ) -> jax.Array:
         """[B, L, G, V, then what else the head's rows stand for]; V is an unknown token."""
         return self.read_out(self.hidden(tokens_BLG, cond, key=key)[:, 1:])
 
-    def hidden(self, tokens_BLG: jax.Array, cond: jax.Array, *, key=None) -> jax.Array:
+    def hidden(
+        self, tokens_BLG: jax.Array, cond: jax.Array, *, key: jax.Array | None = None
+    ) -> jax.Array:
         """[B, 1 + L, D] behind the last block: the label's slot, then those of the positions."""
         L = self.layout.length
         x_BlD = jnp.concatenate([self.labels(cond)[:, None], self.embeddings(tokens_BLG)], axis=1)

@@ -19,6 +19,8 @@ from flax import nnx
 from tokgen import boundary, ranges, rng
 from tokgen.interfaces import (
     DecodeState,
+    Draw,
+    Given,
     Phase,
     Quantizer,
     ScaleCodec,
@@ -27,6 +29,7 @@ from tokgen.interfaces import (
     UserError,
 )
 from tokgen.nn import (
+    blocks,
     dropout,
     embeddings,
     heads as head_names,
@@ -65,7 +68,7 @@ class Generator(nnx.Module):
         gates: ranges.Amount = 1e-3,
         smoothing: ranges.Rate = 0.0,
         label_drop: ranges.Share = 0.1,
-        rates: transformer.Rates | None = None,
+        rates: dropout.Rates | None = None,
         remat: bool = False,
         unroll: ranges.Depth = 1,
         precision: Precision,
@@ -82,20 +85,17 @@ class Generator(nnx.Module):
         self.positions = embeddings.Table(layout.length, width, **options)
         self.levels = embeddings.Table(len(layout.grids), width, **options)
         self.transformer = transformer.Transformer(
-            width,
-            depth,
-            heads,
-            hidden=hidden,
-            variant=variant,
-            rates=rates or transformer.Rates(),
-            remat=remat,
-            unroll=unroll,
+            blocks.Config(
+                width, depth, heads, variant, hidden, rates or dropout.Rates(), remat, unroll
+            ),
             precision=precision,
             rngs=rngs,
         )
         # float32, as published: the last product decides draws and losses
         wide = dataclasses.replace(precision, compute="float32")
-        self.head = head_names.Adaptive(layout, width, variant=variant, precision=wide, rngs=rngs)
+        self.head = head_names.Adaptive(
+            head_names.Config(layout, width, variant), precision=wide, rngs=rngs
+        )
         _rescale(self, width, gates, rngs)
 
     def check(self, label_B: jax.Array) -> None:
@@ -106,7 +106,9 @@ class Generator(nnx.Module):
         """The labels that stand for no class."""
         return self.labels.null(label_B)
 
-    def logits(self, batch: TokenBatch, codec: Quantizer, *, key=None) -> jax.Array:
+    def logits(
+        self, batch: TokenBatch, codec: Quantizer, *, key: jax.Array | None = None
+    ) -> jax.Array:
         """Teacher-forced logits [B, L, G, V]; the order is coarse to fine, always."""
         self._check_codec(codec)
         batch = self._checked(batch)
@@ -124,7 +126,7 @@ class Generator(nnx.Module):
         return self.head(hidden_BLD.astype(jnp.float32), cond=cond_B1D)
 
     def loss(
-        self, batch: TokenBatch, codec: Quantizer, *, step, key
+        self, batch: TokenBatch, codec: Quantizer, *, step: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(mean smoothed nats per position, scalars: without smoothing, also per scale).
 
@@ -145,7 +147,9 @@ class Generator(nnx.Module):
             scalars[f"nats_scale_{scale}"] = nats_BLG[:, start : start + size].sum(-1).mean()
         return loss_BLG.sum(-1).mean(), scalars
 
-    def nats(self, batch: TokenBatch, codec: Quantizer, *, key=None) -> jax.Array:
+    def nats(
+        self, batch: TokenBatch, codec: Quantizer, *, key: jax.Array | None = None
+    ) -> jax.Array:
         """[B, L] nats of the tokens, coarse to fine: exact, nothing dropped."""
         del key
         batch = self._checked(batch)
@@ -162,7 +166,9 @@ class Generator(nnx.Module):
             for scale, (start, size) in enumerate(self.layout.spans)
         )
 
-    def start(self, cond, codec: Quantizer, *, keys_B, given) -> DecodeState:
+    def start(
+        self, cond: jax.Array, codec: Quantizer, *, keys_B: jax.Array, given: Given
+    ) -> DecodeState:
         """The state before the first step."""
         self._check_codec(codec)
         self.check(cond)
@@ -179,7 +185,9 @@ class Generator(nnx.Module):
             latents_BPC=codec.empty(B),
         )
 
-    def step(self, state: DecodeState, phase: Phase, index, codec: Quantizer, draw) -> DecodeState:
+    def step(
+        self, state: DecodeState, phase: Phase, index: jax.Array | int, codec: Quantizer, draw: Draw
+    ) -> DecodeState:
         """Draw the tokens of one scale, and add them to what is known."""
         del index  # a phase is one step
         scale, stop = phase.first, phase.start + phase.size

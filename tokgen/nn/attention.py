@@ -22,7 +22,7 @@ class KVCache:
     values_BNSK: jax.Array
 
     @classmethod
-    def empty(cls, rows: int, heads: int, size: int, dtype) -> KVCache:
+    def empty(cls, rows: int, heads: int, size: int, dtype: jax.typing.DTypeLike) -> KVCache:
         """A cache without slots."""
         return cls(*(jnp.zeros((rows, heads, 0, size), dtype) for _ in range(2)))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,25 +18,41 @@ from tokgen import rng
 from tokgen.nn import attention, dropout, linear
 from tokgen.nn.precision import Precision
 
+Cache = attention.KVCache | None
+Out = tuple[jax.Array, Cache]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drop:
+    """What a block drops in training: nothing without a key."""
+
+    rates: dropout.Rates
+    path: jax.Array | float = 0.0  # of this block's whole branches, where `rates` has any
+    key: jax.Array | None = None
+
 
 class PreNorm(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     adaptive = False
 
-    def __init__(self, width: int, heads: int, hidden: int, variant: Variant, *, precision, rngs):
+    def __init__(self, config: Config, *, precision: Precision, rngs: nnx.Rngs):
         self.attention_norm, self.attention, self.mlp_norm, self.mlp = _layers(
-            width, heads, hidden, variant, precision=precision, rngs=rngs
+            config, precision=precision, rngs=rngs
         )
 
-    def __call__(self, x_BlD, *, rates, path=0.0, key=None, cache=None, **context):
+    def __call__(self, x_BlD: jax.Array, *, drop: Drop, cache: Cache = None, **context: Any) -> Out:
         """(outputs [B, l, D], cache)."""
-        after, keys = _branches(rates, path, key)
+        after, keys = _branches(drop)
         y_BlD, cache = self.attention(
-            self.attention_norm(x_BlD), cache=cache, rate=rates.attention, key=keys[0], **context
+            self.attention_norm(x_BlD),
+            cache=cache,
+            rate=drop.rates.attention,
+            key=keys[0],
+            **context,
         )
         x_BlD = x_BlD + after(y_BlD, keys[1])
-        y_BlD = self.mlp(self.mlp_norm(x_BlD), rate=rates.hidden, key=keys[2])
+        y_BlD = self.mlp(self.mlp_norm(x_BlD), rate=drop.rates.hidden, key=keys[2])
         return x_BlD + after(y_BlD, keys[3]), cache
 
 
@@ -44,19 +61,19 @@ class PostNorm(nnx.Module):
 
     adaptive = False
 
-    def __init__(self, width: int, heads: int, hidden: int, variant: Variant, *, precision, rngs):
+    def __init__(self, config: Config, *, precision: Precision, rngs: nnx.Rngs):
         self.attention_norm, self.attention, self.mlp_norm, self.mlp = _layers(
-            width, heads, hidden, variant, precision=precision, rngs=rngs
+            config, precision=precision, rngs=rngs
         )
 
-    def __call__(self, x_BlD, *, rates, path=0.0, key=None, cache=None, **context):
+    def __call__(self, x_BlD: jax.Array, *, drop: Drop, cache: Cache = None, **context: Any) -> Out:
         """(outputs [B, l, D], cache)."""
-        after, keys = _branches(rates, path, key)
+        after, keys = _branches(drop)
         y_BlD, cache = self.attention(
-            x_BlD, cache=cache, rate=rates.attention, key=keys[0], **context
+            x_BlD, cache=cache, rate=drop.rates.attention, key=keys[0], **context
         )
         x_BlD = self.attention_norm(x_BlD + after(y_BlD, keys[1]))
-        y_BlD = self.mlp(x_BlD, rate=rates.hidden, key=keys[2])
+        y_BlD = self.mlp(x_BlD, rate=drop.rates.hidden, key=keys[2])
         return self.mlp_norm(x_BlD + after(y_BlD, keys[3])), cache
 
 
@@ -69,11 +86,9 @@ class Adaptive(nnx.Module):
 
     adaptive = True
 
-    def __init__(self, width: int, heads: int, hidden: int, variant: Variant, *, precision, rngs):
-        options = dict(precision=precision, rngs=rngs)
-        self.attention_norm, self.attention, self.mlp_norm, self.mlp = _layers(
-            width, heads, hidden, variant, **options
-        )
+    def __init__(self, config: Config, *, precision: Precision, rngs: nnx.Rngs):
+        options, width, variant = dict(precision=precision, rngs=rngs), config.width, config.variant
+        self.attention_norm, self.attention, self.mlp_norm, self.mlp = _layers(config, **options)
         self.modulation = linear.Linear(width, (6, width), bias=True, std=None, **options)
         if variant.starts:
             kernel = self.modulation.kernel
@@ -85,9 +100,9 @@ class Adaptive(nnx.Module):
         """The six vectors [B, l, 6, D] of a condition."""
         return self.modulation(jax.nn.silu(cond_BlD))
 
-    def __call__(self, x_BlD, *, rates, modulation, path=0.0, key=None, cache=None, **context):
-        """(outputs [B, l, D], cache)."""
-        return _adapted(self, x_BlD, modulation, rates, path, key, cache, context)
+    def __call__(self, x_BlD: jax.Array, *, modulation: jax.Array, **told: Any) -> Out:
+        """(outputs [B, l, D], cache), told the six vectors [B, l or 1, 6, D] of `modulate`."""
+        return _adapted(self, x_BlD, modulation, **told)
 
 
 class SharedAdaptive(nnx.Module):
@@ -96,21 +111,21 @@ class SharedAdaptive(nnx.Module):
 
     adaptive = True
 
-    def __init__(self, width: int, heads: int, hidden: int, variant: Variant, *, precision, rngs):
+    def __init__(self, config: Config, *, precision: Precision, rngs: nnx.Rngs):
         self.attention_norm, self.attention, self.mlp_norm, self.mlp = _layers(
-            width, heads, hidden, variant, precision=precision, rngs=rngs
+            config, precision=precision, rngs=rngs
         )
         # N(0, 1) / sqrt(D), as published
-        draw = jax.random.normal(rngs.params(), (6, width), precision.params_dtype)
-        self.table = nnx.Param(draw * width**-0.5)
+        draw = jax.random.normal(rngs.params(), (6, config.width), precision.params_dtype)
+        self.table = nnx.Param(draw * config.width**-0.5)
 
     def modulate(self, shared_Bl6D: jax.Array) -> jax.Array:
         """The six vectors [B, l, 6, D] of this block."""
         return shared_Bl6D + self.table[...].astype(shared_Bl6D.dtype)[None, None]
 
-    def __call__(self, x_BlD, *, rates, modulation, path=0.0, key=None, cache=None, **context):
-        """(outputs [B, l, D], cache)."""
-        return _adapted(self, x_BlD, modulation, rates, path, key, cache, context)
+    def __call__(self, x_BlD: jax.Array, *, modulation: jax.Array, **told: Any) -> Out:
+        """(outputs [B, l, D], cache), told the six vectors [B, l or 1, 6, D] of `modulate`."""
+        return _adapted(self, x_BlD, modulation, **told)
 
 
 class Shared(nnx.Module):
@@ -126,13 +141,15 @@ class Shared(nnx.Module):
         return self.modulation(jax.nn.silu(cond_BlD))
 
 
-def _layers(width: int, heads: int, hidden: int, variant: Variant, **options) -> tuple:
+def _layers(config: Config, **options) -> tuple:
     """What every block is made of: norm, attention, norm, MLP."""
+    width, variant = config.width, config.variant
+    hidden = variant.hidden(width) if config.hidden is None else config.hidden
     return (
         variant.norm(width, **options),
         attention.Attention(
             width,
-            heads,
+            config.heads,
             biased=variant.biased,
             similarity=variant.similarity,
             std=variant.std,
@@ -143,30 +160,40 @@ def _layers(width: int, heads: int, hidden: int, variant: Variant, **options) ->
     )
 
 
-def _branches(rates, path, key) -> tuple[Callable, tuple]:
+def _branches(drop: Drop) -> tuple[Callable, tuple]:
     """(what becomes of a residual branch, keys of attention, its branch, MLP, its branch)."""
     uses = (rng.ATTENTION, rng.ATTENDED, rng.HIDDEN, rng.MAPPED)
-    keys = tuple(rng.use(key, what) for what in uses)
+    keys = tuple(rng.use(drop.key, what) for what in uses)
 
     def after(y_BlD, key):
-        y_BlD = dropout.dropout(y_BlD, rates.residual, rng.use(key, rng.RESIDUAL))
-        if rates.path == 0.0 or key is None:
+        y_BlD = dropout.dropout(y_BlD, drop.rates.residual, rng.use(key, rng.RESIDUAL))
+        if drop.rates.path == 0.0 or key is None:
             return y_BlD
-        return dropout.drop_path(y_BlD, path, rng.use(key, rng.PATH))
+        return dropout.drop_path(y_BlD, drop.path, rng.use(key, rng.PATH))
 
     return after, keys
 
 
-def _adapted(block, x_BlD, modulation_Bl6D, rates, path, key, cache, context):
+def _adapted(
+    block: Adaptive | SharedAdaptive,
+    x_BlD: jax.Array,
+    modulation_Bl6D: jax.Array,
+    *,
+    drop: Drop,
+    cache: Cache = None,
+    **context: Any,
+) -> Out:
     """(outputs, cache) of an adaptive block, from its six vectors."""
-    after, keys = _branches(rates, path, key)
+    after, keys = _branches(drop)
     six = (modulation_Bl6D[..., i, :].astype(x_BlD.dtype) for i in range(6))
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = six
     y_BlD = block.attention_norm(x_BlD) * (1 + scale) + shift
-    y_BlD, cache = block.attention(y_BlD, cache=cache, rate=rates.attention, key=keys[0], **context)
+    y_BlD, cache = block.attention(
+        y_BlD, cache=cache, rate=drop.rates.attention, key=keys[0], **context
+    )
     x_BlD = x_BlD + after(gate * y_BlD, keys[1])
     y_BlD = block.mlp_norm(x_BlD) * (1 + mlp_scale) + mlp_shift
-    y_BlD = block.mlp(y_BlD, rate=rates.hidden, key=keys[2])
+    y_BlD = block.mlp(y_BlD, rate=drop.rates.hidden, key=keys[2])
     return x_BlD + after(mlp_gate * y_BlD, keys[3]), cache
 
 
@@ -189,3 +216,23 @@ class Variant:
     def adaptive(self) -> bool:
         """Whether the blocks follow a condition."""
         return self.block.adaptive
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a stack of blocks is, and how it runs in training.
+
+    Args:
+        hidden: width of the MLPs; None: the variant's own.
+        remat: blocks are computed again in the backward pass, and not kept.
+        unroll: blocks in one turn of the scan over them.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    variant: Variant
+    hidden: int | None = None
+    rates: dropout.Rates = dropout.Rates()
+    remat: bool = False
+    unroll: int = 1

@@ -44,7 +44,7 @@ class Label(nnx.Module):
         told: Callable = nothing,
         variant: blocks.Variant,
         precision: Precision,
-        rngs,
+        rngs: nnx.Rngs,
     ):
         del length
         self.slots, self.told = 1, told
@@ -97,7 +97,7 @@ class ClsLabel(nnx.Module):
         *,
         variant: blocks.Variant,
         precision: Precision,
-        rngs,
+        rngs: nnx.Rngs,
     ):
         self.slots = 2
         options = dict(std=variant.std, precision=precision, rngs=rngs)
@@ -133,7 +133,7 @@ class Captions(nnx.Module):
         texts: tuple[int, int] = (120, 2048),
         variant: blocks.Variant,
         precision: Precision,
-        rngs,
+        rngs: nnx.Rngs,
     ):
         del classes, length
         self.slots, channels = texts

@@ -75,7 +75,7 @@ class Residual(nnx.Module):
         inputs: int,
         outputs: int,
         *,
-        norm,
+        norm: Callable,
         bias: bool = True,
         precision: Precision,
         rngs: nnx.Rngs,
@@ -106,7 +106,9 @@ class SelfResidual(nnx.Module):
     input is lost there. The published weights were trained so.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, norm, precision: Precision, rngs: nnx.Rngs):
+    def __init__(
+        self, inputs: int, outputs: int, *, norm: Callable, precision: Precision, rngs: nnx.Rngs
+    ):
         options = dict(precision=precision, rngs=rngs)
         self.norm1, self.norm2 = norm(inputs, **options), norm(outputs, **options)
         self.conv1 = Conv(inputs, outputs, bias=False, **options)
@@ -129,7 +131,7 @@ class LightResidual(nnx.Module):
         inputs: int,
         outputs: int,
         *,
-        norm,
+        norm: Callable,
         size: int = 3,
         precision: Precision,
         rngs: nnx.Rngs,
@@ -155,7 +157,7 @@ def local(inputs: int, outputs: int, **options) -> LightResidual:
 class Attention(nnx.Module):
     """x + attention(norm(x)) over all positions, with one head (the AttnBlock of VQGAN)."""
 
-    def __init__(self, width: int, *, norm, precision: Precision, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, norm: Callable, precision: Precision, rngs: nnx.Rngs):
         options = dict(precision=precision, rngs=rngs)
         self.norm = norm(width, **options)
         self.attention = attention.Attention(
@@ -172,7 +174,14 @@ class Attention(nnx.Module):
 class Downsample(nnx.Module):
     """A convolution of stride 2; SAME pads even images at the right and the bottom only."""
 
-    def __init__(self, width: int, *, padding="SAME", precision: Precision, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        *,
+        padding: str | tuple[tuple[int, int], ...] = "SAME",
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ):
         self.conv = Conv(width, width, stride=2, padding=padding, precision=precision, rngs=rngs)
 
     def __call__(self, x_BHWC: jax.Array, **_) -> jax.Array:

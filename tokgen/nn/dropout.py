@@ -1,11 +1,30 @@
-"""Dropout and stochastic depth, as functions of a key: none without one."""
+"""Dropout and stochastic depth, as functions of a key, none without one; and their rates."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
+from tokgen import ranges
 from tokgen.interfaces import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Dropout rates: of the tokens' vectors, attention weights, residual branches, hidden values
+    of the MLPs, and of whole branches (`path`, rising from 0 at the first block to it at the last).
+    """
+
+    token: ranges.Rate = 0.0
+    attention: ranges.Rate = 0.0
+    residual: ranges.Rate = 0.0
+    hidden: ranges.Rate = 0.0
+    path: ranges.Rate = 0.0
+
+    def __post_init__(self):
+        ranges.check(self)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

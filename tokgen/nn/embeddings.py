@@ -20,7 +20,14 @@ class Tokens(nnx.Module):
     """
 
     def __init__(
-        self, layout: TokenLayout, width: int, *, extra: int = 0, std, precision: Precision, rngs
+        self,
+        layout: TokenLayout,
+        width: int,
+        *,
+        extra: int = 0,
+        std: linear.Std,
+        precision: Precision,
+        rngs: nnx.Rngs,
     ):
         shape = (layout.groups, layout.absent + extra, width)
         # rows are looked up one at a time: their scale is that of the vectors, not of a product
@@ -48,9 +55,15 @@ class Bits(nnx.Module):
     """
 
     def __init__(
-        self, layout: TokenLayout, width: int, *, extra: int = 0, std, precision: Precision, rngs
+        self,
+        layout: TokenLayout,
+        width: int,
+        *,
+        std: linear.Std,
+        precision: Precision,
+        rngs: nnx.Rngs,
+        **_,  # `extra`: zeros need no row
     ):
-        del extra  # zeros need no row
         self.rows = None  # nothing that a head could be tied to
         self.widths = tuple(int(size).bit_length() - 1 for size in layout.vocab)
         if tuple(2**bits for bits in self.widths) != layout.vocab:
@@ -85,7 +98,14 @@ class Labels(nnx.Module):
     """
 
     def __init__(
-        self, classes: int, width: int, *, nulls: int = 1, std, precision: Precision, rngs
+        self,
+        classes: int,
+        width: int,
+        *,
+        nulls: int = 1,
+        std: linear.Std,
+        precision: Precision,
+        rngs: nnx.Rngs,
     ):
         if classes + nulls < 1:
             raise UserError(
@@ -122,7 +142,9 @@ class Labels(nnx.Module):
 class Table(nnx.Module):
     """Rows that are looked up by number."""
 
-    def __init__(self, rows: int, width: int, *, std, precision: Precision, rngs):
+    def __init__(
+        self, rows: int, width: int, *, std: linear.Std, precision: Precision, rngs: nnx.Rngs
+    ):
         draw = jax.random.normal(rngs.params(), (rows, width), precision.params_dtype)
         self.table = nnx.Param(std(width) * draw)
 

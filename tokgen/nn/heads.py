@@ -8,6 +8,7 @@ loss sees.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -20,6 +21,16 @@ from tokgen.nn import blocks, conditioning, linear, mlp, norms, positions, trans
 from tokgen.nn.precision import Precision
 
 
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What every head is told of its generator; `classes` are those of its labels."""
+
+    layout: TokenLayout
+    width: int
+    variant: blocks.Variant
+    classes: int = 0
+
+
 class Linear(nnx.Module):
     """Norm, then a linear map."""
 
@@ -27,22 +38,19 @@ class Linear(nnx.Module):
 
     def __init__(
         self,
-        layout: TokenLayout,
-        width: int,
+        config: Config,
         *,
-        classes: int = 0,
-        variant: blocks.Variant,
-        norm=None,
+        norm: Callable | None = None,
         bias: bool = False,
-        std=None,
+        std: linear.Std | None = None,
         precision: Precision,
-        rngs,
+        rngs: nnx.Rngs,
     ):
-        del classes
-        self.norm = (norm or variant.norm)(width, precision=precision, rngs=rngs)
+        layout = config.layout
+        self.norm = (norm or config.variant.norm)(config.width, precision=precision, rngs=rngs)
         # zeros unless published otherwise: the first predictions are uniform, the first loss log V
         self.head = linear.Linear(
-            width,
+            config.width,
             (layout.groups, layout.absent),
             bias=bias,
             std=std,
@@ -56,16 +64,14 @@ class Linear(nnx.Module):
         return finished(self.head(self.norm(x_BlD)), self.layout)
 
 
-def biased(layout: TokenLayout, width: int, *, variant: blocks.Variant, **options) -> Linear:
+def biased(config: Config, **options) -> Linear:
     """Norm, then a linear map with a bias (TiTok's U-ViT)."""
-    return Linear(layout, width, variant=variant, bias=True, std=variant.std, **options)
+    return Linear(config, bias=True, std=config.variant.std, **options)
 
 
-def bare(layout: TokenLayout, width: int, *, variant: blocks.Variant, **options) -> Linear:
+def bare(config: Config, **options) -> Linear:
     """A linear map with a bias and no norm: post-norm blocks end with one (TiTok's BERT)."""
-    return Linear(
-        layout, width, variant=variant, norm=norms.Identity, bias=True, std=variant.std, **options
-    )
+    return Linear(config, norm=norms.Identity, bias=True, std=config.variant.std, **options)
 
 
 class Adaptive(nnx.Module):
@@ -75,24 +81,20 @@ class Adaptive(nnx.Module):
 
     def __init__(
         self,
-        layout: TokenLayout,
-        width: int,
+        config: Config,
         *,
-        classes: int = 0,
-        variant: blocks.Variant,
-        norm=norms.Standardized,
-        start=None,
+        norm: Callable = norms.Standardized,
+        start: linear.Std | None = None,
         bias: bool = True,
         precision: Precision,
-        rngs,
+        rngs: nnx.Rngs,
     ):
-        del classes
-        options = dict(precision=precision, rngs=rngs)
+        options, layout, width = dict(precision=precision, rngs=rngs), config.layout, config.width
         self.norm = norm(width, **options)
         # shift, scale
         self.modulation = linear.Linear(width, (2, width), bias=True, std=start, **options)
         vectors = (layout.groups, layout.absent)
-        self.head = linear.Linear(width, vectors, bias=bias, std=variant.std, **options)
+        self.head = linear.Linear(width, vectors, bias=bias, std=config.variant.std, **options)
         self.layout = layout
 
     def __call__(self, x_BlD: jax.Array, *, cond: jax.Array, **_) -> jax.Array:
@@ -107,12 +109,10 @@ def half_published(fan_in: int) -> float:
     return 0.5 * linear.published(fan_in)
 
 
-def adaptive_rms(
-    layout: TokenLayout, width: int, *, variant: blocks.Variant, **options
-) -> Adaptive:
+def adaptive_rms(config: Config, **options) -> Adaptive:
     """`Adaptive` over an RMSNorm, with a map that starts at zero and has no bias (IBQ)."""
-    norm = dict(norm=variant.norm, start=half_published)
-    head = Adaptive(layout, width, variant=variant, bias=False, **norm, **options)
+    norm = dict(norm=config.variant.norm, start=half_published)
+    head = Adaptive(config, bias=False, **norm, **options)
     head.head.kernel[...] = jnp.zeros_like(head.head.kernel[...])
     return head
 
@@ -122,21 +122,11 @@ class Transformed(nnx.Module):
 
     turns, stacks = (0,), ()
 
-    def __init__(
-        self,
-        layout: TokenLayout,
-        width: int,
-        *,
-        classes: int = 0,
-        variant: blocks.Variant,
-        precision: Precision,
-        rngs,
-    ):
-        del classes
-        options = dict(bias=True, std=variant.std, precision=precision, rngs=rngs)
-        self.dense = linear.Linear(width, width, **options)
-        self.norm = norms.bert_norm(width, precision=precision, rngs=rngs)
-        self.head = linear.Linear(width, (layout.groups, layout.absent), **options)
+    def __init__(self, config: Config, *, precision: Precision, rngs: nnx.Rngs):
+        options, layout = dict(precision=precision, rngs=rngs), config.layout
+        self.dense, self.norm = _dense(config, **options)
+        vectors, std = (layout.groups, layout.absent), config.variant.std
+        self.head = linear.Linear(config.width, vectors, bias=True, std=std, **options)
         self.layout = layout
 
     def __call__(self, x_BlD: jax.Array, **_) -> jax.Array:
@@ -153,20 +143,9 @@ class TiedPerPosition(nnx.Module):
 
     turns, stacks = (0,), ()
 
-    def __init__(
-        self,
-        layout: TokenLayout,
-        width: int,
-        *,
-        classes: int = 0,
-        variant: blocks.Variant,
-        precision: Precision,
-        rngs,
-    ):
-        del classes
-        options = dict(precision=precision, rngs=rngs)
-        self.dense = linear.Linear(width, width, bias=True, std=variant.std, **options)
-        self.norm = norms.bert_norm(width, **options)
+    def __init__(self, config: Config, *, precision: Precision, rngs: nnx.Rngs):
+        layout = config.layout
+        self.dense, self.norm = _dense(config, precision=precision, rngs=rngs)
         shape = (layout.groups, layout.length, layout.absent)
         self.bias = nnx.Param(jnp.zeros(shape, precision.params_dtype))
         self.layout, self.precision = layout, precision
@@ -190,26 +169,18 @@ class TiedToAll(nnx.Module):
 
     turns, stacks = (0,), ()
 
-    def __init__(
-        self,
-        layout: TokenLayout,
-        width: int,
-        *,
-        classes: int = 0,
-        variant: blocks.Variant,
-        precision: Precision,
-        rngs,
-    ):
+    def __init__(self, config: Config, *, precision: Precision, rngs: nnx.Rngs):
+        layout = config.layout
         if layout.groups != 1:
             raise UserError(f"MaskGIT's head needs one symbol per position; found {layout.vocab}")
-        options = dict(precision=precision, rngs=rngs)
-        self.dense = linear.Linear(width, width, bias=True, std=variant.std, **options)
-        self.norm = norms.bert_norm(width, **options)
-        words, self.classes = layout.absent + classes + 1, classes
+        self.dense, self.norm = _dense(config, precision=precision, rngs=rngs)
+        words, self.classes = layout.absent + config.classes + 1, config.classes
         self.bias = nnx.Param(jnp.zeros(words, precision.params_dtype))
         self.layout, self.precision = layout, precision
 
-    def __call__(self, x_BlD: jax.Array, *, embeddings: jax.Array, labels: jax.Array, **_):
+    def __call__(
+        self, x_BlD: jax.Array, *, embeddings: jax.Array, labels: jax.Array, **_
+    ) -> jax.Array:
         """[B, l, D] against rows [1, V + 1, D] and [classes, D] -> [B, l, 1, V + classes + 1]."""
         x_BlD = self.norm(mlp.tanh_gelu(self.dense(x_BlD)))
         V = self.layout.absent
@@ -232,18 +203,15 @@ class Factor(nnx.Module):
 
     def __init__(
         self,
-        layout: TokenLayout,
-        width: int,
+        config: Config,
         *,
         depth: int,
         heads: int,
-        classes: int = 0,
-        variant: blocks.Variant,
         precision: Precision,
-        rngs,
+        rngs: nnx.Rngs,
         **options,
     ):
-        del classes
+        layout, width, variant = config.layout, config.width, config.variant
         G, V = layout.groups, layout.absent
         if G < 2:
             raise UserError(f"factors need two symbols per position or more; found {layout.vocab}")
@@ -252,7 +220,7 @@ class Factor(nnx.Module):
         some = dict(precision=precision, rngs=rngs)
         self.positions = positions.Rotary2D(row, 1, width, heads, **some)
         self.transformer = transformer.Transformer(
-            width, depth, heads, variant=variant, **options, **some
+            blocks.Config(width, depth, heads, variant, **options), **some
         )
         self.norm = variant.norm(width, **some)
 
@@ -262,7 +230,13 @@ class Factor(nnx.Module):
         self.logits = jax.vmap(make)(rng.numbered(rngs.params(), G))
 
     def __call__(
-        self, x_BlD, *, given: jax.Array, embeddings: jax.Array, key=None, **_
+        self,
+        x_BlD: jax.Array,
+        *,
+        given: jax.Array,
+        embeddings: jax.Array,
+        key: jax.Array | None = None,
+        **_,
     ) -> jax.Array:
         """[B, l, D], t symbols [B, l, t] and their rows [G, V, D] -> logits [B, l, t + 1, V]."""
         t = given.shape[-1]
@@ -279,6 +253,13 @@ class Factor(nnx.Module):
             for g in range(t + 1)
         ]
         return finished(jnp.stack(logits_BltV, axis=2), self.layout)
+
+
+def _dense(config: Config, **options) -> tuple[linear.Linear, nnx.Module]:
+    """The dense layer and the norm with which BERT's head begins; GELU stands between them."""
+    width, std = config.width, config.variant.std
+    dense = linear.Linear(width, width, bias=True, std=std, **options)
+    return dense, norms.bert_norm(width, **options)
 
 
 def finished(logits_BlGV: jax.Array, layout: TokenLayout) -> jax.Array:

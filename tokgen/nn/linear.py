@@ -10,6 +10,8 @@ from flax import nnx
 
 from tokgen.nn.precision import Precision
 
+Std = Callable[[int], float]  # the standard deviation with which a map starts, of its fan in
+
 
 def published(fan_in: int) -> float:
     """Standard deviation 0.02, as GPT-2 and nearly all published image generators start."""
@@ -36,7 +38,7 @@ class Linear(nnx.Module):
         outputs: int | tuple[int, ...],
         *,
         bias: bool = False,
-        std: Callable[[int], float] | None = published,
+        std: Std | None = published,
         precision: Precision,
         rngs: nnx.Rngs,
     ):

@@ -40,13 +40,17 @@ def tanh_gelu(x: jax.Array) -> jax.Array:
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x)), without biases (arXiv:2002.05202)."""
 
-    def __init__(self, width: int, hidden: int, *, std, precision: Precision, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, hidden: int, *, std: linear.Std, precision: Precision, rngs: nnx.Rngs
+    ):
         options = dict(std=std, precision=precision, rngs=rngs)
         self.gate = linear.Linear(width, hidden, **options)
         self.up = linear.Linear(width, hidden, **options)
         self.down = linear.Linear(hidden, width, **options)
 
-    def __call__(self, x_BlD: jax.Array, *, rate: float = 0.0, key=None) -> jax.Array:
+    def __call__(
+        self, x_BlD: jax.Array, *, rate: float = 0.0, key: jax.Array | None = None
+    ) -> jax.Array:
         """[B, l, D] -> [B, l, D]; `rate` drops hidden values."""
         hidden_BlF = jax.nn.silu(self.gate(x_BlD)) * self.up(x_BlD)
         hidden_BlF = dropout.dropout(hidden_BlF, rate, key)
@@ -62,7 +66,7 @@ class GeluMLP(nnx.Module):
         hidden: int,
         *,
         activation: Callable = exact_gelu,
-        std,
+        std: linear.Std,
         precision: Precision,
         rngs: nnx.Rngs,
     ):
@@ -71,7 +75,9 @@ class GeluMLP(nnx.Module):
         self.down = linear.Linear(hidden, width, **options)
         self.activation = activation
 
-    def __call__(self, x_BlD: jax.Array, *, rate: float = 0.0, key=None) -> jax.Array:
+    def __call__(
+        self, x_BlD: jax.Array, *, rate: float = 0.0, key: jax.Array | None = None
+    ) -> jax.Array:
         """[B, l, D] -> [B, l, D]; `rate` drops hidden values."""
         hidden_BlF = dropout.dropout(self.activation(self.up(x_BlD)), rate, key)
         return self.down(sharding.constrain(hidden_BlF, "BLF"))

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from tokgen import choices
-from tokgen.interfaces import UserError
+from tokgen.interfaces import TokenLayout, UserError
 from tokgen.nn.precision import Precision
 
 Rotary = tuple[jax.Array, jax.Array]  # cos and sin, each [B or 1, 1, l, K/2]
@@ -42,7 +42,16 @@ class Rotary2D(nnx.Module):
     An input token carries the angle of its own position (LlamaGen's convention).
     """
 
-    def __init__(self, layout, prefix: int, width: int, heads: int, *, precision, rngs):
+    def __init__(
+        self,
+        layout: TokenLayout,
+        prefix: int,
+        width: int,
+        heads: int,
+        *,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ):
         del precision, rngs
         if len(layout.grids) != 1:
             raise UserError(f"rotary positions need one grid; the layout has {layout.grids}")
@@ -67,14 +76,14 @@ class Learned(nnx.Module):
 
     def __init__(
         self,
-        layout,
+        layout: TokenLayout,
         prefix: int,
         width: int,
         heads: int,
         *,
         spare: int = 0,
         precision: Precision,
-        rngs,
+        rngs: nnx.Rngs,
     ):
         del heads
         self.prefix = prefix
@@ -101,14 +110,14 @@ class TargetAware(nnx.Module):
 
     def __init__(
         self,
-        layout,
+        layout: TokenLayout,
         prefix: int,
         width: int,
         heads: int,
         *,
         rows: int = 0,
         precision: Precision,
-        rngs,
+        rngs: nnx.Rngs,
     ):
         options = dict(precision=precision, rngs=rngs)
         spare = max(rows - prefix, 0)
@@ -125,7 +134,7 @@ class TargetAware(nnx.Module):
         return own_BlD + jnp.where(predicts_l[None, :, None], target_BlD, 0), None
 
 
-def rar(layout, prefix: int, width: int, heads: int, **options) -> TargetAware:
+def rar(layout: TokenLayout, prefix: int, width: int, heads: int, **options) -> TargetAware:
     """Tables of as many rows as RAR's files have: 1024 beyond those of the image."""
     return TargetAware(layout, prefix, width, heads, rows=1024, **options)
 

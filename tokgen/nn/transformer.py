@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen import ranges, rng
+from tokgen import rng
 from tokgen.interfaces import UserError
 from tokgen.nn import attention, blocks, linear
 from tokgen.nn.precision import Precision
-
-
-@dataclasses.dataclass(frozen=True)
-class Rates:
-    """Dropout rates: of the tokens' vectors, attention weights, residual branches, hidden values
-    of the MLPs, and of whole branches (`path`, rising from 0 at the first block to it at the last).
-    """
-
-    token: ranges.Rate = 0.0
-    attention: ranges.Rate = 0.0
-    residual: ranges.Rate = 0.0
-    hidden: ranges.Rate = 0.0
-    path: ranges.Rate = 0.0
-
-    def __post_init__(self):
-        ranges.check(self)
 
 
 class Transformer(nnx.Module):
@@ -40,26 +23,15 @@ class Transformer(nnx.Module):
     takes them apart for decoding, where a scan would copy weights and cache at every step.
     """
 
-    def __init__(
-        self,
-        width: int,
-        depth: int,
-        heads: int,
-        *,
-        variant: blocks.Variant,
-        hidden: int | None = None,
-        rates: Rates = Rates(),
-        remat: bool = False,
-        unroll: int = 1,
-        precision: Precision,
-        rngs: nnx.Rngs,
-    ):
-        self.blocks = _stacked(width, depth, heads, hidden, variant, precision, rngs)
-        self.shared = (
-            variant.shared(width, precision=precision, rngs=rngs) if variant.shared else None
-        )
-        self.depth, self.heads, self.size = depth, heads, width // heads
-        self.rates, self.remat, self.unroll, self.precision = rates, remat, unroll, precision
+    def __init__(self, config: blocks.Config, *, precision: Precision, rngs: nnx.Rngs):
+        options = dict(precision=precision, rngs=rngs)
+        self.blocks = _stacked(config, config.depth, **options)
+        shared = config.variant.shared
+        self.shared = shared(config.width, **options) if shared else None
+        self.depth, self.heads = config.depth, config.heads
+        self.size = config.width // config.heads
+        self.rates, self.remat, self.unroll = config.rates, config.remat, config.unroll
+        self.precision = precision
 
     def cache(self, rows: int) -> tuple[attention.KVCache, ...]:
         """An empty cache per layer."""
@@ -86,7 +58,7 @@ class Transformer(nnx.Module):
         *,
         cond: jax.Array | None = None,
         modulation: tuple[jax.Array, ...] | None = None,
-        cache=None,
+        cache: tuple[attention.KVCache, ...] | None = None,
         key: jax.Array | None = None,
         **context: Any,
     ) -> tuple[jax.Array, tuple[attention.KVCache, ...] | None]:
@@ -99,12 +71,19 @@ class Transformer(nnx.Module):
         paths_Y = self.rates.path * jnp.arange(self.depth) / max(self.depth - 1, 1)
         base = None if cond is None else self._base(cond)
 
-        def run(block, x_BlD, layer_modulation, path, layer_key, layer_cache):
+        def run(
+            block: nnx.Module,
+            x_BlD: jax.Array,
+            layer_modulation: jax.Array | None,
+            path: jax.Array,
+            layer_key: jax.Array | None,
+            layer_cache: attention.KVCache | None,
+        ) -> tuple[jax.Array, attention.KVCache | None]:
             if layer_modulation is None and base is not None:
                 layer_modulation = block.modulate(base)
             adapted = {} if layer_modulation is None else {"modulation": layer_modulation}
-            options = dict(rates=self.rates, path=path, key=layer_key, cache=layer_cache)
-            return block(x_BlD, **options, **adapted, **context)
+            drop = blocks.Drop(self.rates, path, layer_key)
+            return block(x_BlD, drop=drop, cache=layer_cache, **adapted, **context)
 
         if isinstance(self.blocks, nnx.List):
             caches = []
@@ -144,34 +123,25 @@ class UShaped(nnx.Module):
     ways: no cache.
     """
 
-    def __init__(
-        self,
-        width: int,
-        depth: int,
-        heads: int,
-        *,
-        variant: blocks.Variant,
-        hidden: int | None = None,
-        rates: Rates = Rates(),
-        remat: bool = False,
-        unroll: int = 1,
-        precision: Precision,
-        rngs: nnx.Rngs,
-    ):
-        if rates.path:
-            raise UserError(f"a U-shaped stack drops no whole branches; found path={rates.path}")
-        if depth < 2:
-            raise UserError(f"a U-shaped stack needs a depth of at least 2; found depth={depth}")
-        self.half = depth // 2
+    def __init__(self, config: blocks.Config, *, precision: Precision, rngs: nnx.Rngs):
+        width, path = config.width, config.rates.path
+        if path:
+            raise UserError(f"a U-shaped stack drops no whole branches; found path={path}")
+        if config.depth < 2:
+            raise UserError(
+                f"a U-shaped stack needs a depth of at least 2; found depth={config.depth}"
+            )
+        self.half = config.depth // 2
         self.depth = 2 * self.half + 1
-        self.blocks = _stacked(width, self.depth, heads, hidden, variant, precision, rngs)
+        self.blocks = _stacked(config, self.depth, precision=precision, rngs=rngs)
 
         def make(key):
-            options = dict(std=variant.std, precision=precision, rngs=nnx.Rngs(key))
+            options = dict(std=config.variant.std, precision=precision, rngs=nnx.Rngs(key))
             return linear.Linear(2 * width, width, bias=True, **options)
 
         self.skips = jax.vmap(make)(rng.numbered(rngs.params(), self.half))
-        self.rates, self.remat, self.unroll, self.precision = rates, remat, unroll, precision
+        self.rates, self.remat, self.unroll = config.rates, config.remat, config.unroll
+        self.precision = precision
 
     def unstacked(self) -> UShaped:
         """Itself: its steps are few and each reads every weight once."""
@@ -185,18 +155,18 @@ class UShaped(nnx.Module):
         keys = rng.numbered(key, self.depth)
         half = self.half
 
-        def part(tree, begin, end):
+        def part(tree: nnx.Module | jax.Array | None, begin: int, end: int | None):
             return jax.tree.map(lambda leaf: leaf[begin:end], tree)
 
         def enter(x_BlD, layer):
             block, layer_key = layer
-            x_BlD, _ = block(x_BlD, rates=self.rates, key=layer_key, **context)
+            x_BlD, _ = block(x_BlD, drop=blocks.Drop(self.rates, key=layer_key), **context)
             return x_BlD, x_BlD
 
         def leave(x_BlD, layer):
             block, layer_key, skip, entered_BlD = layer
             x_BlD = skip(jnp.concatenate([x_BlD, entered_BlD], axis=-1))
-            x_BlD, _ = block(x_BlD, rates=self.rates, key=layer_key, **context)
+            x_BlD, _ = block(x_BlD, drop=blocks.Drop(self.rates, key=layer_key), **context)
             return x_BlD, None
 
         enter, leave = (jax.checkpoint(f) if self.remat else f for f in (enter, leave))
@@ -218,14 +188,15 @@ def unstacked(owner: nnx.Module, *names: str) -> nnx.Module:
     return apart
 
 
-def _stacked(width, depth, heads, hidden, variant: blocks.Variant, precision, rngs) -> nnx.Module:
+def _stacked(
+    config: blocks.Config, depth: int, *, precision: Precision, rngs: nnx.Rngs
+) -> nnx.Module:
     """`depth` blocks in one, their parameters stacked."""
-    if width % heads:
-        raise UserError(f"heads must divide width: width={width}, heads={heads}")
-    hidden = variant.hidden(width) if hidden is None else hidden
+    if config.width % config.heads:
+        raise UserError(f"heads must divide width: width={config.width}, heads={config.heads}")
 
     def make(key):
-        return variant.block(width, heads, hidden, variant, precision=precision, rngs=nnx.Rngs(key))
+        return config.variant.block(config, precision=precision, rngs=nnx.Rngs(key))
 
     return jax.vmap(make)(rng.numbered(rngs.params(), depth))
 

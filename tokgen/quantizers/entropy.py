@@ -77,7 +77,9 @@ def _chances(log_odds_nC: jax.Array) -> jax.Array:
     return jax.nn.softmax(highest("nC,VC->nV", log_odds_nC / 2, codes_VC))
 
 
-def _entropies(targets, chances, scaled, form: str) -> dict[str, jax.Array]:
+def _entropies(
+    targets: jax.Array, chances: jax.Array, scaled: jax.Array, form: str
+) -> dict[str, jax.Array]:
     if form == "shifted":  # by a constant, which a softmax does not see
         logs = jax.nn.log_softmax(scaled + GUARD)
     else:

@@ -199,7 +199,9 @@ class Quantizer(nnx.Module):
         smooth_BPC = smooth_BHWC.reshape(B, P, C)
         return (1 - self.ratio) * upsampled_BPC + self.ratio * smooth_BPC
 
-    def _resized(self, latents_BlC: jax.Array, source: int, target: int, matrix) -> jax.Array:
+    def _resized(
+        self, latents_BlC: jax.Array, source: int, target: int, matrix: Callable
+    ) -> jax.Array:
         """From the grid of one scale to that of another."""
         B, _, C = latents_BlC.shape
         image_BHWC = latents_BlC.reshape(B, *self.layout.grids[source], C)

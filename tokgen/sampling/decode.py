@@ -85,12 +85,14 @@ def generate(
         against = against.unstacked()
         weak = against.start(cond, codec, keys_B=keys_B, given=given)
 
-    def step(state, weak, phase, index):
+    def step(
+        state: DecodeState, weak: DecodeState | None, phase: Phase, index: Array | int
+    ) -> tuple[DecodeState, DecodeState | None]:
         double = len(state.tokens_BLG) == 2 * B
         weight = None if weights is None else jnp.asarray(weights, jnp.float32)[index]
         seen = {}
 
-        def merge(cond_BlGV, uncond_BlGV, symbol):
+        def merge(cond_BlGV: Array, uncond_BlGV: Array, symbol: int) -> Array:
             scale = samplers.of_symbols(weight, symbol, cond_BlGV.shape[2])
             scale = scale[..., None] if scale.ndim else scale
             return guidance.merge(cond_BlGV, uncond_BlGV, scale)
@@ -131,7 +133,12 @@ def generate(
                 state, weak = step(state, weak, phase, index)
             continue
 
-        def body(carry, index, phase=phase, fixed=(state, weak)):
+        def body(
+            carry: PyTree,
+            index: Array,
+            phase: Phase = phase,
+            fixed: tuple[DecodeState, DecodeState | None] = (state, weak),
+        ):
             state, weak = (_insert(*pair) for pair in zip(fixed, carry, strict=True))
             state, weak = step(state, weak, phase, index)
             return (_carried(state), _carried(weak)), None

@@ -7,15 +7,23 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+from flax import nnx
 
 from tokgen import boundary, report, rng, sharding
-from tokgen.interfaces import PyTree
+from tokgen.interfaces import Generator, Given, PyTree, Quantizer, Sampler
 from tokgen.metrics import reconstruction
 from tokgen.sampling import decode
 
 
 @functools.partial(jax.jit, static_argnames="sampler")
-def draw_tokens(generator, codec, cond, keys_B, sampler, given=None):
+def draw_tokens(
+    generator: Generator,
+    codec: Quantizer | None,
+    cond: PyTree,
+    keys_B: jax.Array,
+    sampler: Sampler,
+    given: Given | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """(tokens_BLG, invalid_B): one program per sampler and batch size."""
     state = decode.generate(generator, codec, cond, sampler, keys_B=keys_B, given=given)
     return state.tokens_BLG, state.invalid_B
@@ -28,10 +36,10 @@ def decode_pixels(tokenizer, tokens_BLG):
 
 
 def draw(
-    generator,
-    tokenizer,
+    generator: Generator,
+    tokenizer: nnx.Module,
     cond: PyTree,
-    sampler,
+    sampler: Sampler,
     *,
     seed: int,
     batch: int,
@@ -54,10 +62,10 @@ def draw(
 
 
 def drawn(
-    generator,
-    tokenizer,
+    generator: Generator,
+    tokenizer: nnx.Module,
     cond: PyTree,
-    sampler,
+    sampler: Sampler,
     *,
     seed: int,
     batch: int,

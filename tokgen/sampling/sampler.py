@@ -74,7 +74,13 @@ def per_image_gumbel(
     return -jnp.log(-jnp.log(jnp.maximum(uniform_BlG, 1e-20)))
 
 
-def _uniform(keys_B, use, step, symbol, shape):
+def _uniform(
+    keys_B: interfaces.Array,
+    use: int,
+    step: interfaces.Array | int,
+    symbol: int,
+    shape: tuple[int, int, int],
+) -> interfaces.Array:
     _, places, groups = shape
 
     def one_image(key):
@@ -163,7 +169,14 @@ class Sampler:
             tokens_BlG = jnp.where(greedy_BlG, tokens_BlG, drawn_BlG)
         return tokens_BlG, self._confidence(logits_BlGV, tokens_BlG, keys_B, step, symbol)
 
-    def _confidence(self, logits_BlGV, tokens_BlG, keys_B, step, symbol):
+    def _confidence(
+        self,
+        logits_BlGV: interfaces.Array,
+        tokens_BlG: interfaces.Array,
+        keys_B: interfaces.Array,
+        step: interfaces.Array | int,
+        symbol: int,
+    ) -> interfaces.Array:
         """[B, l, G] of softened logits, with Gumbel noise (MaskGIT, arXiv:2202.04200, sec. 3.2)."""
         softening = at_step(self.confidence_temperature, step)
         if not (isinstance(softening, float) and softening == 1):

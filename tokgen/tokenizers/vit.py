@@ -8,7 +8,6 @@ what stands at the masks becomes pixels. Both begin with a class token that nobo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated
 
 import jax
@@ -17,7 +16,7 @@ from flax import nnx
 
 from tokgen import choices, ranges
 from tokgen.interfaces import UserError
-from tokgen.nn import conv, linear, transformer, variants
+from tokgen.nn import blocks, conv, linear, transformer, variants
 from tokgen.nn.precision import Precision
 
 
@@ -43,7 +42,7 @@ class Table(nnx.Module):
         return jnp.broadcast_to(table_lD[None], (rows, *table_lD.shape))
 
 
-def _gain(std: Callable[[int], float], fan_in: int) -> float:
+def _gain(std: linear.Std, fan_in: int) -> float:
     """The gain with which a convolution starts at the spread that linear maps have."""
     # Conv draws with gain / sqrt(fan in) and cuts at two of it, which leaves 0.8796 of the spread
     return std(fan_in) * fan_in**0.5 / 0.8796
@@ -104,7 +103,7 @@ class Encoder(nnx.Module):
         self.latent_positions = Table(tokens, width, **options)
         self.norm_in = variant.norm(width, **options)
         self.transformer = transformer.Transformer(
-            width, depth, heads, variant=variant, remat=remat, **options
+            blocks.Config(width, depth, heads, variant, remat=remat), **options
         )
         self.norm_out = variant.norm(width, **options)
         self.readout = linear.Linear(width, latent, bias=True, std=variant.std, **options)
@@ -134,7 +133,17 @@ class Encoder(nnx.Module):
 class Pixels(nnx.Module):
     """A patch per position, then a 3 x 3 convolution over the image that smooths their seams."""
 
-    def __init__(self, width, channels, grid, patch, *, std, precision: Precision, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        channels: int,
+        grid: tuple[int, int],
+        patch: int,
+        *,
+        std: linear.Std,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ):
         options = dict(precision=precision, rngs=rngs)
         self.patches = linear.Linear(width, patch**2 * channels, bias=True, std=std, **options)
         self.conv_out = conv.Conv(channels, channels, gain=_gain(std, 9 * channels), **options)
@@ -149,8 +158,9 @@ class Pixels(nnx.Module):
 class Codes(nnx.Module):
     """Logits over `channels` codes of another tokenizer: two maps with a tanh between them."""
 
-    def __init__(self, width, channels, grid, patch, *, std, precision: Precision, rngs: nnx.Rngs):
-        del grid, patch
+    def __init__(
+        self, width: int, channels: int, *_, std: linear.Std, precision: Precision, rngs: nnx.Rngs
+    ):
         options = dict(bias=True, std=std, precision=precision, rngs=rngs)
         self.hidden = linear.Linear(width, 2 * width, **options)
         self.logits = linear.Linear(2 * width, channels, **options)
@@ -167,7 +177,16 @@ HEADS = {"pixels": Pixels, "codes": Codes}
 class Text(nnx.Module):
     """Text features [B, l, inputs] as slots of the sequence."""
 
-    def __init__(self, length, inputs, width, *, std, precision: Precision, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        length: int,
+        inputs: int,
+        width: int,
+        *,
+        std: linear.Std,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ):
         options = dict(precision=precision, rngs=rngs)
         self.embed = linear.Linear(inputs, width, bias=True, std=std, **options)
         self.positions = Table(length, width, **options)
@@ -237,7 +256,7 @@ class Decoder(nnx.Module):
         self.text = NoText() if text is None else Text(*text, width, std=variant.std, **options)
         self.norm_in = variant.norm(width, **options)
         self.transformer = transformer.Transformer(
-            width, depth, heads, variant=variant, remat=remat, **options
+            blocks.Config(width, depth, heads, variant, remat=remat), **options
         )
         self.norm_out = variant.norm(width, **options)
         make = choices.named(HEADS, head, "head")

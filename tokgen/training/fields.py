@@ -17,7 +17,7 @@ from tokgen.backbones import perceptual
 from tokgen.config import building
 from tokgen.data import views
 from tokgen.interfaces import UserError
-from tokgen.nn import precision, transformer
+from tokgen.nn import dropout, precision
 from tokgen.sampling import presets
 from tokgen.training import (
     gan as gans,
@@ -186,7 +186,7 @@ def check_generator(settings: ml_collections.ConfigDict) -> None:
         GeneratorFields,
         data=(Tokens, ()),
         held_out=(HeldOutAndDrawn, ()),
-        generator__rates=(transformer.Rates, ()),
+        generator__rates=(dropout.Rates, ()),
         optimizer=(optimizers.optimizer, ("steps", "begin")),
         **SHARED,
     )
@@ -197,7 +197,7 @@ def check_generator(settings: ml_collections.ConfigDict) -> None:
             "found 1"
         )
     ranges.refuse(found)
-    building.call(transformer.Rates, settings.generator.get("rates", {}), "generator.rates")
+    building.call(dropout.Rates, settings.generator.get("rates", {}), "generator.rates")
     _optimizer(settings.optimizer, "optimizer", settings.steps)
     views.stored(settings.data.get("views", "center,flip"))
     presets.named(settings.presets.to_dict(), "default")

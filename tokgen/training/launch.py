@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import signal
@@ -17,6 +18,22 @@ from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.config import reading
 
 REPEAT = 2.0  # seconds in which a signal that comes again is the same request
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a training run is asked for.
+
+    Attributes:
+        workdir: where the run is kept; one that stands there goes on.
+        accept: what may differ from the run that stands there, "data" or nothing.
+        back: the step to go on from, later ones are set aside; None: the latest.
+    """
+
+    settings: ml_collections.ConfigDict
+    workdir: pathlib.Path
+    accept: tuple[str, ...] = ()
+    back: int | None = None
 
 
 def parse(
@@ -105,14 +122,13 @@ class Stop:
 
 
 def run(
-    story: Callable[..., None],
+    story: Callable[[Request], None],
     check: Callable[[ml_collections.ConfigDict], None],
     description: str,
 ) -> None:
     """A training program: a user's mistake ends in one message and exit code 2.
 
-    Its `story` is told the config, the work directory, what may have changed, and the step to go
-    back to. `check` looks at the config before a work directory or a device is touched.
+    `check` looks at the config before a work directory or a device is touched.
     """
 
     def told() -> None:
@@ -123,6 +139,6 @@ def run(
                 runs.check_whole(arguments.workdir, arguments.start)
             runtime.devices(settings.batch_size)
             accept = ("data",) if arguments.accept_data else ()
-            story(settings, arguments.workdir, accept, arguments.start)
+            story(Request(settings, arguments.workdir, accept, arguments.start))
 
     sys.exit(runtime.call(pathlib.Path(sys.argv[0]).name, told))

@@ -14,7 +14,7 @@ from flax import nnx
 
 from tokgen import rng
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
-from tokgen.nn import transformer
+from tokgen.nn import dropout
 from tokgen.pretrained import keymap, parity
 from tokgen.sampling import decode, guidance, sampler as samplers
 
@@ -108,7 +108,7 @@ def still(generator):
     generator.label_drop = 0.0
     for module in (generator, generator.head):
         if hasattr(module, "transformer"):
-            module.transformer.rates = transformer.Rates()
+            module.transformer.rates = dropout.Rates()
     return generator
 
 

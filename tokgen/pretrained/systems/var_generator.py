@@ -11,7 +11,7 @@ from flax import nnx
 from tokgen import rng
 from tokgen.config import reading as configs
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
-from tokgen.nn import transformer
+from tokgen.nn import dropout
 from tokgen.pretrained import keymap, parity, system
 from tokgen.pretrained.families import causal, convolutional
 from tokgen.quantizers import multiscale
@@ -236,7 +236,7 @@ def _trained(
     """Loss and gradient norms, nothing dropped."""
     generator = jax.tree.map(lambda leaf: leaf, generator)
     generator.smoothing, generator.label_drop = float(smoothing), 0.0
-    generator.transformer.rates = transformer.Rates()
+    generator.transformer.rates = dropout.Rates()
     key = jax.random.key(0)
     loss, _, gradients = parity.gradients(
         generator,
