@@ -259,7 +259,11 @@ def test_both_networks_of_the_gan_move(tokenizer):
     train = [line for line in lines if line["split"] == "train"]
     assert [line["step"] for line in train] == [2, 4, 5]
     for line in train:
-        assert line["adversarial_weight"] > 0 and line["discriminator"] > 0 and line["skipped"] == 0
+        assert (
+            line["adversarial_weight"] > 0
+            and line["discriminator_loss"] > 0
+            and line["skipped"] == 0
+        )
     held_out = [line for line in lines if line["split"] == "held_out"]
     assert [line["step"] for line in held_out] == [2, 4, 5] and held_out[-1]["psnr_db"] > 3
     with Image.open(tokenizer / "images" / "reconstructions-0000005.png") as image:
