@@ -1,11 +1,10 @@
-"""`hf://OWNER/NAME/FOLDER` is a checkpoint in the hub's own cache; the package may be absent."""
+"""`hf://OWNER/NAME/FOLDER` is a checkpoint in the hub's own cache."""
 
 import sys
 import types
 
 import pytest
 
-from tokgen import cli
 from tokgen.checkpoints import checkpoint
 from tokgen.interfaces import UserError
 
@@ -36,9 +35,3 @@ def test_what_cannot_be_fetched_is_one_message(tmp_path, monkeypatch):
         checkpoint.find("hf://nobody/nothing")
     with pytest.raises(UserError, match="hf://OWNER/NAME"):
         checkpoint.find("hf:///x")
-
-
-def test_without_the_package_the_remedy_is_told(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert cli.main(["evaluate", "hf://a/b"]) == 2
-    assert 'pip install "tokgen[hub]"' in capsys.readouterr().err

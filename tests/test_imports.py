@@ -18,7 +18,7 @@ FILES = sorted([*(ROOT / "tokgen").rglob("*.py"), *ROOT.glob("train_*.py")])
 LAYERS = (
     ("errors",),
     ("choices", "image_grid", "interfaces", "options", "ranges", "records", "rng"),
-    ("archives", "boundary", "parameters", "report", "sharding", "losses", "orders"),
+    ("archives", "boundary", "parameters", "report", "sharding", "losses", "orders", "zoo"),
     ("output", "metrics_log", "nn", "metrics"),
     ("runtime", "quantizers", "tokenizers", "generators", "backbones", "sampling"),
     ("discriminators", "config"),
@@ -41,6 +41,7 @@ EXCEPTIONS = {}
 SYMBOLS = {
     ("tokgen.pretrained.system", "System"): "what every file of pretrained is a list of",
     ("tokgen.pretrained.system", "Weights"): "a type in every signature of pretrained",
+    ("tokgen.zoo.model", "Model"): "what every file of the zoo is a table of",
     ("tokgen.nn.precision", "Precision"): "a type in nearly every signature of nn",
 }
 # The alphabet itself: its names are the vocabulary of every file.
@@ -57,6 +58,7 @@ DYNAMIC = {
     "tokgen.evaluation.metric_table": "every file of metrics",
     "tokgen.pretrained.system": "every file of its folder",
     "tokgen.quantizers.multiscale": "the quantizer that it is given by name",
+    "tokgen.zoo.model": "every file of its folder",
 }
 
 # Nothing that was read from a file may be executed.

@@ -71,10 +71,10 @@ def test_wheel_metadata(wheel):
     assert "Requires-Python: >=3.11" in lines
     assert "License-Expression: Apache-2.0" in lines
     extras = {line.split(": ")[1] for line in lines if line.startswith("Provides-Extra")}
-    assert extras == {"cuda12", "cuda13", "tpu", "fastdata", "hub"}
+    assert extras == {"cuda12", "cuda13", "tpu", "fastdata"}
     required = [line.split(": ", 1)[1] for line in lines if line.startswith("Requires-Dist")]
     core = {requirement_name(line) for line in required if "extra ==" not in line}
-    assert {"jax", "flax", "optax", "matplotlib", "tensorboardx"} <= core
+    assert {"jax", "flax", "optax", "matplotlib", "tensorboardx", "huggingface-hub"} <= core
     assert not core & {"torch", "tensorflow", "keras"}
     (points,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
     assert b"tokgen = tokgen.cli:main" in wheel.read(points)

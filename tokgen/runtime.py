@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from tokgen.errors import UserError
 
 # Import name of an optional package -> the extra in pyproject.toml that installs it.
-EXTRAS = {"simplejpeg": "fastdata", "huggingface_hub": "hub"}
+EXTRAS = {"simplejpeg": "fastdata"}
 
 # By convention of shells, 128 and the number of the signal.
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}

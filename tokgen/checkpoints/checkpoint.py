@@ -59,7 +59,7 @@ def find(path: str | os.PathLike) -> pathlib.Path:
 
 
 def _downloaded(reference: str) -> pathlib.Path:
-    """A folder of a hub repository, fetched into the hub's own cache (extra `hub`)."""
+    """A folder of a hub repository, fetched into the hub's own cache."""
     import huggingface_hub
 
     owner, name, *inside = [*reference.removeprefix("hf://").split("/"), ""]

@@ -1,0 +1,1 @@
+"""Published models by name: a file of data per system, a row per model."""

@@ -1,0 +1,80 @@
+"""What the zoo says of a published model; every other file of the folder is data, MODELS by name.
+
+Nothing heavy is imported here: `tokgen models` prints the table without jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import os
+import pkgutil
+from collections.abc import Mapping
+
+from tokgen import choices, zoo
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A published file, and what it takes to use it.
+
+    Attributes:
+        system: of `pretrained.system`: how the file is read.
+        file: its name; in a repository of the hub, its path there.
+        repository: OWNER/NAME on the Hugging Face hub; "" where the file lies elsewhere.
+        address: where a file lies that is not on the hub: a URL to be opened by the user.
+        parameters: numbers that an optimizer would move.
+        size: bytes of the file.
+        licence: the terms of the weights, as their authors state them.
+        tokenizer: of a generator, the name of its tokenizer in the zoo; "" of a tokenizer.
+        pixels: rows and columns of the images that it was made for.
+        fid: as published: of a generator FID of 50,000 samples, of a tokenizer rFID; None where
+            none is.
+        paper: where the model is described.
+        configuration: the published configuration, where the weights do not say it all.
+        overrides: fields of our config that change no weight, as `tokgen import --set` takes them.
+        unknown: "opaque" for files with objects beside the weights, which are stepped over.
+        classes: the names that labels have: "imagenet", or "" for none.
+    """
+
+    system: str
+    file: str
+    parameters: int
+    size: int
+    licence: str
+    paper: str
+    repository: str = ""
+    address: str = ""
+    tokenizer: str = ""
+    pixels: int = 256
+    fid: float | None = None
+    configuration: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
+    unknown: str = "refuse"
+    classes: str = ""
+
+    @property
+    def kind(self) -> str:
+        """A tokenizer or a generator."""
+        return "generator" if self.tokenizer else "tokenizer"
+
+
+@functools.cache
+def known() -> dict[str, Model]:
+    """Every model by name: the files of the folder in order, their rows as they stand."""
+    models: dict[str, Model] = {}
+    for file in pkgutil.iter_modules(zoo.__path__):
+        module = importlib.import_module(f"tokgen.zoo.{file.name}")
+        models |= getattr(module, "MODELS", {})
+    return models
+
+
+def named(name: str) -> Model:
+    """The model of a name, or an error with the nearest names."""
+    return choices.named(known(), name, "a published model")
+
+
+def is_name(text: str | os.PathLike) -> bool:
+    """Whether a CKPT names a published model; a path that exists is that path."""
+    return isinstance(text, str) and text in known() and not os.path.exists(text)
