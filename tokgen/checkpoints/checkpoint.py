@@ -244,7 +244,7 @@ def restore(step: pathlib.Path, wanted: dict[str, Any], meta: dict) -> dict[str,
         for path, leaf in wanted.items()
     }
     # arrays have the names there that they were written with
-    names = {path: _name(meta.get("written", {}).get(path, path)) for path in wanted}
+    names = {path: name(meta.get("written", {}).get(path, path)) for path in wanted}
     target = {names[path]: leaf for path, leaf in target.items()}
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
@@ -325,13 +325,14 @@ def not_finite(leaves: dict[str, jax.Array]) -> list[str]:
     return [path for path, found in jax.device_get(fine).items() if not found]
 
 
-def _name(path: str) -> str:
+def name(path: str) -> str:
+    """Of a leaf in the store."""
     return path.replace("/", ".")  # a slash would become a folder in the store
 
 
 def named(leaves: dict[str, Any]) -> dict[str, Any]:
     """Leaves under the names that they have in the store."""
-    return {_name(path): leaf for path, leaf in leaves.items()}
+    return {name(path): leaf for path, leaf in leaves.items()}
 
 
 def unflatten(tree: PyTree, leaves: dict[str, jax.Array]) -> PyTree:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tokgen import records
 
@@ -20,11 +22,12 @@ FIGURES = "figures.json"  # comes after the seal, and has a digest of its own
 
 
 @jax.jit
-def checksum(leaf: jax.Array) -> jax.Array:
+def checksum(leaf: jax.Array, before: jax.Array | int = 0) -> jax.Array:
     """Two 32-bit sums of the bits, each element times an odd number of its own.
 
-    Sums of integers modulo 2^32 have no order: any sharding gives the same, and no array has to
-    leave its device. A single changed element is always seen.
+    Sums of integers modulo 2^32 have no order: any sharding gives the same, no array has to leave
+    its device, and those of its pieces add up; `before` are the elements before a piece. A single
+    changed element is always seen.
     """
     if jnp.issubdtype(leaf.dtype, jnp.bool_):
         leaf = leaf.astype(jnp.uint8)
@@ -33,6 +36,8 @@ def checksum(leaf: jax.Array) -> jax.Array:
     index = jnp.zeros(leaf.shape, jnp.uint32)
     for axis, size in enumerate(leaf.shape):
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+
+    index = index + jnp.asarray(before, jnp.uint32)
 
     def mixed(constant):
         x = (index + jnp.uint32(1)) * jnp.uint32(constant)
@@ -45,14 +50,32 @@ def checksum(leaf: jax.Array) -> jax.Array:
 def of(leaves: dict[str, jax.Array]) -> dict[str, dict]:
     """Shape, dtype and checksum of every leaf."""
     sums = jax.device_get({path: checksum(leaf) for path, leaf in leaves.items()})
+    return {path: _entry(leaf, sums[path]) for path, leaf in leaves.items()}
+
+
+def _entry(leaf: jax.Array | jax.ShapeDtypeStruct, sums: np.ndarray) -> dict:
     return {
-        path: {
-            "shape": list(leaf.shape),
-            "dtype": str(leaf.dtype),
-            "checksum": "".join(f"{int(part):08x}" for part in sums[path]),
-        }
-        for path, leaf in leaves.items()
+        "shape": list(leaf.shape),
+        "dtype": str(leaf.dtype),
+        "checksum": "".join(f"{int(part):08x}" for part in sums),
     }
+
+
+class Sums:
+    """Checksums of leaves that arrive in pieces: whole, or layer by layer."""
+
+    def __init__(self):
+        self.found: dict[str, np.ndarray] = {}
+
+    def add(self, path: str, layer: int, piece: np.ndarray) -> None:
+        """Take in a piece of a leaf, the first layer or another of the same shape."""
+        before = np.uint32(layer * piece.size % 2**32)
+        found = np.asarray(checksum(piece, before))
+        self.found[path] = self.found.get(path, np.zeros(2, np.uint32)) + found
+
+    def manifest(self, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, dict]:
+        """As `of`, of the leaves whose pieces were all taken in."""
+        return {path: _entry(leaf, self.found[path]) for path, leaf in leaves.items()}
 
 
 def digest(meta: dict) -> str:
