@@ -189,8 +189,8 @@ def _prepared(settings: Settings) -> _Prepared:
     if not precision:
         meta = checkpoint.read_meta(checkpoint.find(settings.checkpoint))
         precision = presets.precision(meta, choice)
-    loaded = checkpoint.load_generator(settings.checkpoint, compute=precision)
-    tokenizer = checkpoint.load_tokenizer_of(loaded, settings.tokenizer)
+    loaded = checkpoint.load_to_draw(settings.checkpoint, compute=precision)
+    tokenizer = checkpoint.load_to_decode(loaded, settings.tokenizer)
     cond, kind_N, classes = conditions(settings, loaded)
     found, generator, sampler = presets.choose(
         loaded.module, loaded.config.presets.to_dict(), choice, loaded.classes
