@@ -9,6 +9,7 @@ import pytest
 
 from tests import command_line
 from tokgen import cli
+from tokgen.checkpoints import checkpoint
 from tokgen.commands import models
 from tokgen.zoo import model as zoo
 
@@ -66,6 +67,7 @@ def test_a_system_or_a_family(capsys):
 def test_what_is_here_is_marked(capsys, cache):
     assert "*" not in said(capsys)
     (cache / "models" / "rar-b").mkdir(parents=True)
+    assert models.folder("rar-b") == checkpoint.pulled("rar-b")
     table = said(capsys)
     assert re.findall(r"^\* (\S+)", table, re.MULTILINE)[0] == "rar-b" and str(cache) in table
     assert "tokgen pull" not in said(capsys, "rar-b")
