@@ -30,13 +30,7 @@ def small(tmp_path_factory):
 def served(small, tmp_path, monkeypatch):
     """A hub that has both, an empty cache, and a zoo that knows no others."""
     rows, files = small
-    other = zoo.Model(
-        system="maskgit_tokenizer",
-        file="tokenizer_imagenet256_checkpoint",
-        address="https://storage.example/maskgit",
-        **dict(parameters=10, size=40, licence="Apache-2.0", paper="arXiv:2202.04200"),
-    )
-    elsewhere = {"maskgit-tokenizer": other}
+    elsewhere = {name: zoo.known()[name] for name in ("maskgit-tokenizer-256", "maskgit-256")}
     monkeypatch.setattr(zoo, "known", lambda: rows | elsewhere)
     monkeypatch.setenv("TOKGEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(runtime, "devices", lambda batch_size=0: None)
@@ -177,14 +171,16 @@ def test_a_file_that_the_user_has_is_imported_without_a_question(served, small):
 
 
 def test_a_file_that_is_not_on_the_hub_has_its_address_told(served):
-    with pytest.raises(errors.UserError) as caught:
-        pulling.pull("maskgit-tokenizer", yes=True)
-    for words in (
-        "https://storage.example/maskgit",
-        "tokgen pull maskgit-tokenizer --file FILE",
-        "tokgen import FILE --system maskgit_tokenizer --out DIR",
-    ):
-        assert words in str(caught.value)
+    for name in ("maskgit-tokenizer-256", "maskgit-256"):  # of a generator its tokenizer's first
+        with pytest.raises(errors.UserError) as caught:
+            pulling.pull(name, yes=True)
+        for words in (
+            zoo.named("maskgit-tokenizer-256").address,
+            "tokgen pull maskgit-tokenizer-256 --file FILE",
+            "tokgen import FILE --system maskgit_tokenizer --out DIR",
+        ):
+            assert words in str(caught.value)
+    assert served.requests == []
 
 
 def test_what_is_removed_is_gone(served):

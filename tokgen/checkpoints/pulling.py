@@ -116,22 +116,35 @@ def _bring(name: str, file: str | os.PathLike) -> None:
         found = file or hub.fetch(model.repository, model.file, _fetched(name))
         report.say(f"{name}: importing {pathlib.Path(found).name}")
         try:
-            importing.import_file(
-                found,
-                place,
-                model.system,
-                config=model.configuration,
-                overrides=model.overrides,
-                unknown=model.unknown,
-                tokenizer=folder(model.tokenizer) if model.tokenizer else "",
-                classes=CLASSES.get(model.classes, ()),
-            )
+            _import(name, found)
         except UserError as error:
             if not isinstance(error.__cause__, OSError):  # the disk has its part in those
                 shutil.rmtree(_fetched(name), ignore_errors=True)
             raise UserError(f"{model.file} cannot be imported as {name}: {error}") from error
         shutil.rmtree(_fetched(name), ignore_errors=True)
     report.say(f"{name} is here: {place} ({report.amount(taken(place))})")
+
+
+def _import(name: str, file: str | os.PathLike) -> None:
+    """A published file into a checkpoint, read as one of the systems that its row names."""
+    model = zoo.named(name)
+    systems = [one for one in (model.system, model.otherwise) if one]
+    for system in systems:
+        try:
+            importing.import_file(
+                file,
+                folder(name),
+                system,
+                config=model.configuration,
+                overrides=model.overrides,
+                unknown=model.unknown,
+                tokenizer=folder(model.tokenizer) if model.tokenizer else "",
+                classes=CLASSES.get(model.classes, ()),
+            )
+            return
+        except UserError as error:
+            if isinstance(error.__cause__, OSError) or system == systems[-1]:
+                raise
 
 
 def _check_homes(name: str, wanted: Sequence[str]) -> None:
