@@ -70,29 +70,7 @@ def test_training_example_learns(tmp_path):
 @pytest.fixture
 def trained(tmp_path) -> pathlib.Path:
     """A folder with `runs/generator` and its tokenizer, tiny and as they started."""
-    narrow = ["encoder.widths=(16,)", "decoder.widths=(16,)", "encoder.blocks=1"]
-    tokenizer = reading.load(TOKENIZER, narrow)
-    layout = TokenLayout((240,), ((8, 8),))
-    recipes.save(
-        tmp_path / "runs" / "tokenizer",
-        tokenizer,
-        lambda: building.tokenizer(tokenizer, rngs=nnx.Rngs(0)),
-        kind="tokenizer",
-        layout=layout,
-        best="l2",
-    )
-    loaded = checkpoint.load_tokenizer(tmp_path / "runs" / "tokenizer")
-    generator = reading.load(GENERATOR, ["generator.width=16", "generator.depth=1"])
-    workdir = tmp_path / "runs" / "generator"
-    recipes.save(
-        workdir,
-        generator,
-        lambda: building.generator(generator, layout, 10, rngs=nnx.Rngs(0)),
-        kind="generator",
-        layout=layout,
-        best="nats_per_token",
-        tokenizer=checkpoint.reference(loaded.step, workdir) | {"fingerprint": loaded.fingerprint},
-    )
+    recipes.tiny(tmp_path, "raster")
     return tmp_path
 
 
