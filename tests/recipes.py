@@ -151,9 +151,7 @@ def tiny(folder: pathlib.Path, *families: str) -> None:
     )
     loaded = checkpoint.load_tokenizer(folder / "runs" / "tokenizer")
     for number, family in enumerate(families):
-        settings = load(
-            f"generator/shapes:{family}", ["generator.width=16", "generator.depth=1"]
-        )
+        settings = load(f"generator/shapes:{family}", ["generator.width=16", "generator.depth=1"])
         workdir = folder / "runs" / (family if number else "generator")
         save(
             workdir,

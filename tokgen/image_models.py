@@ -433,9 +433,7 @@ class ImageGenerator:
                 "it: log_likelihood(images)"
             )
         if draws < 1 or not 0 <= seed < 2**32:
-            raise UserError(
-                f"draws must be at least 1, seed in [0, 2**32); found {draws}, {seed}"
-            )
+            raise UserError(f"draws must be at least 1, seed in [0, 2**32); found {draws}, {seed}")
         return -self._nats(images, tokens, classes, text, batch, draws=draws, seed=seed).mean(1)
 
     def fit(self, images: pictures.Pictures) -> np.ndarray:
@@ -545,7 +543,9 @@ class ImageGenerator:
                 "for all, or a list with one for each; found none"
             )
         else:
-            cond = np.asarray(names.chosen(0 if classes is None else classes, self.classes), np.int32)
+            cond = np.asarray(
+                names.chosen(0 if classes is None else classes, self.classes), np.int32
+            )
             rows = len(cond)
         if rows not in (1, count):
             raise UserError(

@@ -110,9 +110,7 @@ class Samples:
     def _repr_png_(self) -> bytes:
         """A row per class, as notebooks ask for it; of many images some."""
         number = int(np.argmax(np.append(self.kind_N, -1) != self.kind_N[0]))
-        picture, _ = _sheet_of(
-            dict(enumerate(self.image_NHW3)), len(self), number, pixels=NOTEBOOK
-        )
+        picture, _ = _sheet_of(dict(enumerate(self.image_NHW3)), len(self), number, pixels=NOTEBOOK)
         file = io.BytesIO()
         image_grid.to_pil(picture[None])[0].save(file, "PNG")
         return file.getvalue()

@@ -4,6 +4,7 @@ A label is a number, and means nothing without the names that it counts. Whereve
 one set to another they are matched by name, here.
 """
 
+import difflib
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tokgen import interfaces
+from tokgen.data import imagenet
 
 # Of classes that nobody chose: all of so many, or some of them evenly over all
 FEW, SOME = 16, 8
@@ -41,6 +43,41 @@ def folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
+def spoken(name: str) -> str:
+    """A name as it may be typed: in any case, and with -, _ or spaces between its words."""
+    return " ".join(re.split(r"[\s_-]+", folded(name))).strip()
+
+
+def of_imagenet(names: Sequence[str]) -> bool:
+    """Whether the names are ImageNet's thousand, as words or as wnids, in the order of labels."""
+    return tuple(names) in (imagenet.NAMES, imagenet.SYNSETS)
+
+
+def translated(found: Sequence[str], known: Sequence[str]) -> list[str] | None:
+    """ImageNet's classes found, in the words of those known; None where one side has others.
+
+    One side has names where the other has wnids, as class folders and TFDS have.
+    """
+    for table in (imagenet.NAME_OF, imagenet.SYNSET_OF):
+        words = [table.get(name) for name in found]
+        if words and set(words) <= set(known):
+            return words
+    return None
+
+
+def common(old: Sequence[str], new: Sequence[str]) -> tuple[list[int], list[int]]:
+    """(numbers in `old`, numbers in `new`) of the classes that both have, in the order of `new`.
+
+    By name as it may be typed, ImageNet's also by wnid; by the very name where that is not unique.
+    """
+    keys = [[spoken(imagenet.NAME_OF.get(name, name)) for name in names] for names in (old, new)]
+    if any(len(set(names)) < len(names) for names in keys):
+        keys = [old, new]
+    number = {name: n for n, name in enumerate(keys[0])}
+    pairs = [(number[name], n) for n, name in enumerate(keys[1]) if name in number]
+    return [there for there, _ in pairs], [here for _, here in pairs]
+
+
 def recorded(names: Sequence[str], order: Sequence[str]) -> tuple[str, ...]:
     """The names in a recorded order, if that is one of the same names; else as they are."""
     return tuple(order if sorted(order) == sorted(names) else names)
@@ -51,9 +88,9 @@ def matched(
 ) -> tuple[np.ndarray, str]:
     """(the number among `known` of each class found, what is to be said of it).
 
-    By name; if need be by the same name in other case. Numbers stand for names where one side has
-    nothing else and both agree in how many there are. Anything else is an error: `what` has the
-    classes found, and `whose` those that are known.
+    By name; if need be by the same name in other case, or ImageNet's by wnid. Numbers stand for
+    names where one side has nothing else and both agree in how many there are. Anything else is an
+    error: `what` has the classes found, and `whose` those that are known.
     """
     if not known:  # whoever knows no classes reads no labels
         said = f"{whose} has no classes: those of {what} are not used" if found else ""
@@ -74,6 +111,10 @@ def matched(
                 if name != names[0]
             ]
             return label_C, f"classes of {what} are read in other case: {listed(changed)}"
+    if words := translated(found, known):
+        return np.array([number[name] for name in words], np.int32), (
+            f"classes of {what} are ImageNet's: {found[0]} is read as {words[0]}"
+        )
     same = len(found) == len(known)
     if same and counted(known) and not numbered(found):
         return np.arange(len(found), dtype=np.int32), (
@@ -102,7 +143,8 @@ def labels_of(text: str, classes: Sequence[str]) -> list[int]:
     """Labels that a text asks for: names, numbers or ranges (`0-9`), comma between, or `all`.
 
     Without any: all where they are few, else some evenly over them. Where the names are numbers
-    themselves, numbers and ranges are of names.
+    themselves, numbers and ranges are of names. A name may be in other case, have - or _ for its
+    spaces, or be the wnid of a class of ImageNet's.
     """
     count = max(len(classes), 1)
     if not text and count > FEW:
@@ -133,10 +175,7 @@ def labels_of(text: str, classes: Sequence[str]) -> list[int]:
                 )
             labels.extend(label_of[number] for number in range(low, high + 1))
         else:
-            raise interfaces.UserError(
-                f"unknown class {part!r}; need ids 0 to {count - 1} or names: "
-                f"{', '.join(classes[:20]) or 'none, the model is unconditional'}"
-            )
+            labels.append(_label_of(part, classes))
     return labels
 
 
@@ -150,9 +189,10 @@ def chosen(
     """
     if isinstance(wanted, str):
         return [list(classes).index(wanted)] if wanted in classes else labels_of(wanted, classes)
-    several = isinstance(wanted, list | tuple | range) or np.ndim(wanted) == 1
+    if hasattr(wanted, "__array__"):
+        wanted = np.asarray(wanted).tolist()
     labels = []
-    for part in wanted if several else (wanted,):
+    for part in wanted if isinstance(wanted, list | tuple | range) else (wanted,):
         if isinstance(part, str) and part.strip():
             labels += chosen(part, classes)
         elif isinstance(part, int | np.integer) and not isinstance(part, bool):
@@ -170,6 +210,35 @@ def chosen(
     if not labels:
         raise interfaces.UserError("classes must name at least one class; found an empty list")
     return labels
+
+
+def _label_of(text: str, classes: Sequence[str]) -> int:
+    """The label of a name that is not spelled as it is known, or an error with the nearest."""
+    words = translated([text], classes) or [text]
+    alike = [n for n, name in enumerate(classes) if spoken(name) == spoken(words[0])]
+    if len(alike) == 1:
+        return alike[0]
+    if alike:
+        raise interfaces.UserError(
+            f"class {text!r} may be any of {', '.join(classes[n] for n in alike)}: "
+            "write it as it is known, or give its number"
+        )
+    known = f"names: {listed(classes, 20)}" if classes else "none, the model is unconditional"
+    raise interfaces.UserError(
+        f"unknown class {text!r}{_hint(text, classes)}; need ids 0 to {max(len(classes), 1) - 1} "
+        f"or {known}"
+    )
+
+
+def _hint(text: str, classes: Sequence[str]) -> str:
+    """`; did you mean giant panda or lesser panda?`: names with that word, or written nearly so."""
+    text = spoken(text)
+    known = {spoken(name): name for name in classes}
+    # a word inside a name is nearer than its letters are: "panda" is no typo of "paddle"
+    near = [name for name in known if f" {text} " in f" {name} "] if text else []
+    near = near or difflib.get_close_matches(text, known, 3)
+    names = [shown(known[name]) for name in near[:4]]
+    return f"; did you mean {' or '.join(names)}?" if names else ""
 
 
 def shown(name: str) -> str:
