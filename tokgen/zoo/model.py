@@ -24,9 +24,12 @@ class Model:
         file: its name; in a repository of the hub, its path there.
         repository: OWNER/NAME on the Hugging Face hub; "" where the file lies elsewhere.
         address: where a file lies that is not on the hub: a URL to be opened by the user.
-        parameters: numbers that an optimizer would move.
-        size: bytes of the file.
-        licence: the terms of the weights, as their authors state them.
+        parameters: numbers that an optimizer would move, in our model.
+        size: bytes of the file, about: those of its arrays where no source states the file's own.
+            The hub says it exactly when the file is asked for.
+        licence: the terms of the weights, as where they lie states them. Where only the code that
+            made them has a licence: that one, and "(code)"; the weights' own are not stated.
+        family: the name of the published work.
         tokenizer: of a generator, the name of its tokenizer in the zoo; "" of a tokenizer.
         pixels: rows and columns of the images that it was made for.
         fid: as published: of a generator FID of 50,000 samples, of a tokenizer rFID; None where
@@ -36,6 +39,7 @@ class Model:
         overrides: fields of our config that change no weight, as `tokgen import --set` takes them.
         unknown: "opaque" for files with objects beside the weights, which are stepped over.
         classes: the names that labels have: "imagenet", or "" for none.
+        otherwise: another system, of a file whose keys are not those of `system`.
     """
 
     system: str
@@ -43,6 +47,7 @@ class Model:
     parameters: int
     size: int
     licence: str
+    family: str
     paper: str
     repository: str = ""
     address: str = ""
@@ -53,6 +58,17 @@ class Model:
     overrides: tuple[str, ...] = ()
     unknown: str = "refuse"
     classes: str = ""
+    otherwise: str = ""
+
+    @property
+    def condition(self) -> str:
+        """What a generator is told: "class" or "text"; "" of a tokenizer."""
+        return "" if not self.tokenizer else "class" if self.classes else "text"
+
+    @property
+    def home(self) -> str:
+        """Where the file lies, for people."""
+        return f"huggingface.co/{self.repository}" if self.repository else self.address
 
     @property
     def kind(self) -> str:

@@ -65,6 +65,13 @@ def _tensor(storage, offset, shape, strides):
     )
 
 
+def _typed(made, arguments, state=b"N"):
+    return _call(
+        *("torch._tensor", "_rebuild_from_type_v2"),
+        *(made, _name("torch", "Tensor"), arguments, state),
+    )
+
+
 def _program(value):
     return b"\x80\x02" + value + b"."
 
@@ -146,6 +153,19 @@ def test_views_parameters_and_shared_storages(form, path):
         assert array.flags.c_contiguous and array.flags.writeable
     arrays["whole"][:] = 0  # a copy: nothing else changes
     np.testing.assert_array_equal(arrays["corner"], grid[1:, 1:3])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tensors_with_attributes(form, path):
+    """As FSDP leaves them, in LlamaGen's largest files: the attributes are dropped."""
+    data = np.arange(6, dtype=np.float32)
+    storage = _storage("a", 6, tail=b"N" if form is _legacy else b"")
+    shape, strides = _tuple(_int(2), _int(3)), _tuple(_int(3), _int(1))
+    arguments = _tuple(storage, _int(0), shape, strides, b"\x89", b"N")
+    made = _name("torch._utils", "_rebuild_tensor_v2")
+    value = _dict(a=_typed(made, arguments, _dict(_is_flat_param=b"\x88", names=_tuple())))
+    arrays = reader.read(form(path, value, a=data))
+    np.testing.assert_array_equal(arrays["a"], data.reshape(2, 3))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -272,7 +292,12 @@ def test_refused_programs(form, path, canary):
         (_call("numpy.core.multiarray", "_reconstruct", command), "refused"),
         (_call("functools", "partial"), "functools.partial, which is refused"),
         (_dict(a=_call("builtins", "getattr", table, _text("x"))), "builtins.getattr"),
-        (_call("torch", "FloatStorage", _int(9)), "calls a dtype"),
+        (_call("torch", "FloatStorage", _int(9)), "calls a dtype or a type"),
+        (_call("torch", "Tensor", _int(9)), "calls a dtype or a type"),
+        (_typed(table, _tuple()), "not made of a tensor"),
+        (_typed(_name("torch", "Size"), _tuple(_tuple(_int(9)))), "not made of a tensor"),
+        (_typed(_name("torch._tensor", "_rebuild_from_type_v2"), _tuple()), "not made of a tensor"),
+        (_typed(_name("torch._utils", "_rebuild_tensor_v2"), _int(9)), "of no arguments"),
         (b"(" + command + b"ios\nsystem\n", "opcode INST is refused"),
         (b"(" + _name("os", "system") + command + b"o", "opcode OBJ is refused"),
         (table + b")\x81", "NEWOBJ class argument"),

@@ -236,7 +236,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _no_call(*args) -> None:
-    raise interfaces.UserError("its pickle calls a dtype")
+    raise interfaces.UserError("its pickle calls a dtype or a type")
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *ignored: Any) -> Tensor:
@@ -276,6 +276,19 @@ def _parameter(tensor: Any, *ignored: Any) -> Tensor:
     return tensor
 
 
+def _typed(made: Any, kind: Any, arguments: Any, *ignored: Any) -> Tensor:
+    """`torch._tensor._rebuild_from_type_v2`: a tensor that carried attributes, which are dropped.
+
+    Files of sharded training (FSDP) have them.
+    """
+    del kind, ignored
+    if not isinstance(made, Name) or made.call not in (_tensor, _parameter):
+        raise interfaces.UserError("a tensor with attributes is not made of a tensor")
+    if not isinstance(arguments, tuple):
+        raise interfaces.UserError("a tensor with attributes is made of no arguments")
+    return made(*arguments)
+
+
 def _size(values: Any) -> tuple[int, ...]:
     """`torch.Size`."""
     if not _is_size(values):
@@ -293,7 +306,11 @@ _NAMES = {
     ("collections", "OrderedDict"): _Table,
     ("collections", "defaultdict"): _defaults,
     ("torch", "Size"): _size,
+    ("torch", "Tensor"): _no_call,
+    ("torch.nn.parameter", "Parameter"): _no_call,
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._tensor", "_rebuild_from_type"): _typed,
+    ("torch._tensor", "_rebuild_from_type_v2"): _typed,
 }
