@@ -19,7 +19,6 @@ from PIL import Image
 
 from tests import recipes
 from tokgen import cli, parameters as state
-from tokgen.checkpoints import checkpoint
 from tokgen.config import building, reading
 from tokgen.interfaces import TokenLayout
 from tokgen.training import launch
@@ -29,7 +28,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOTEBOOK = json.loads((ROOT / "colab" / "quickstart.ipynb").read_text(encoding="utf-8"))
 TEXTS = (
     *("architecture", "checkpoints", "data", "evaluation", "extending", "generators"),
-    "tokenizers",
+    *("library", "tokenizers"),
 )
 DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in TEXTS), "benchmarks/RESULTS.md"]
 TOKENIZER, GENERATOR = "configs/tokenizer/shapes.py", "configs/generator/shapes.py"
@@ -82,6 +81,8 @@ def test_sampling_example_draws_eight_of_every_class(trained):
     assert pixels.shape == (10 * 66 + 2, 8 * 66 + 2, 3)
     drawn = pixels[2:66, 2:66], pixels[2:66, 68:132]
     assert np.any(drawn[0] != drawn[1])
+    with Image.open(trained / "first.png") as picture:
+        assert picture.size == (32, 32)
 
 
 def test_examples_are_short():

@@ -10,9 +10,9 @@
     nats = -model.log_likelihood(samples.images, classes="ring")
 
 `load` gives an ImageGenerator or an ImageTokenizer; `models` lists what is published, and `pull`
-fetches it. `sample`, `encode`, `decode`, `reconstruct`, `pretokenize`, `validate`, `make_reference`,
-`score`, `sweep`, `compare`, `import_file` and `export_checkpoint` are the commands of `tokgen` without
-a command line. What cannot be used is refused with a UserError. docs/library.md has it on a page.
+fetches it. `sample`, `pretokenize`, `validate`, `make_reference`, `score`, `sweep`, `compare`,
+`import_file` and `export_checkpoint` are the commands of `tokgen` without a command line. What
+cannot be used is refused with a UserError. docs/library.md has it on a page.
 
 Nothing heavy is imported before it is asked for: `import tokgen` is no more than a table.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 
 import numpy as np
@@ -45,7 +46,7 @@ def beside(left_BHW3: np.ndarray, right_BHW3: np.ndarray, pairs: int = 4, **look
     return grid(both, 2 * pairs, **look)
 
 
-def save_png(path: pathlib.Path, image_HW3: np.ndarray) -> None:
+def save_png(path: str | os.PathLike, image_HW3: np.ndarray) -> None:
     """uint8 [H, W, 3 or 1] as PNG; the file appears whole or not at all.
 
     Args:
@@ -53,8 +54,9 @@ def save_png(path: pathlib.Path, image_HW3: np.ndarray) -> None:
         image_HW3: the pixels.
 
     Examples:
-        >>> tokgen.save_png(pathlib.Path("black.png"), np.zeros((32, 32, 3), np.uint8))
+        >>> tokgen.save_png("black.png", np.zeros((32, 32, 3), np.uint8))
     """
+    path = pathlib.Path(path)
     part = path.with_name(f".{path.name}.part")
     image_HW3 = image_HW3[..., 0] if image_HW3.shape[-1] == 1 else image_HW3
     Image.fromarray(image_HW3).save(part, format="PNG")
@@ -76,8 +78,8 @@ def to_pil(image_NHW3: np.ndarray) -> list[Image.Image]:
     if not fits or image_NHW3.dtype != np.uint8:
         raise UserError(
             "images must be uint8 [N, H, W, 3 or 1]; found "
-            f"{image_NHW3.dtype} {list(image_NHW3.shape)}: give one image as image[None], floats in "
-            "[0, 1] as np.uint8(255 * image + 0.5)"
+            f"{image_NHW3.dtype} {list(image_NHW3.shape)}: give one image as image[None], floats "
+            "in [0, 1] as np.uint8(255 * image + 0.5)"
         )
     gray = image_NHW3.shape[-1] == 1
     return [Image.fromarray(image[..., 0] if gray else image) for image in image_NHW3]

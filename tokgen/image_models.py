@@ -1,9 +1,9 @@
 """Models as a library user holds them: loaded once, asked often; images in and out.
 
 `load` gives an ImageGenerator, which draws images and has its tokenizer with it, or an
-ImageTokenizer, which turns images into tokens and back. Networks are loaded and compiled once. Images
-that come in are PIL images, lists of them, or arrays (data/pictures.py); what goes out is arrays, and
-`tokgen.to_pil` makes PIL images of them.
+ImageTokenizer, which turns images into tokens and back. Networks are loaded and compiled once.
+Images that come in are PIL images, lists of them, or arrays (data/pictures.py); what goes out is
+arrays, and `tokgen.to_pil` makes PIL images of them.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class ImageTokenizer:
             (1, 64, 1)
             >>> tokenizer.encode(PIL.Image.new("RGB", (640, 480)))
             Traceback (most recent call last):
-            tokgen.errors.UserError: images must be 32 x 32 pixels (rows x columns), the size that ...
+            tokgen.errors.UserError: images must be 32 x 32 pixels (rows x columns), ...
         """
         return arrays.encode(self.encoder, self._exact(images), batch=batch)
 
@@ -386,8 +386,8 @@ class ImageGenerator:
         """
         if not self.loaded.module.exact:
             raise UserError(
-                "log_likelihood needs a generator with an exact likelihood; found one that draws in "
-                "any order: log_likelihood_bound(images) estimates a lower bound of it"
+                "log_likelihood needs a generator with an exact likelihood; found a masked one: "
+                "log_likelihood_bound estimates a lower bound of it"
             )
         return -self._nats(images, tokens, classes, text, batch, draws=1, seed=0)[:, 0]
 
@@ -402,7 +402,7 @@ class ImageGenerator:
         draws: int = 8,
         seed: int = 0,
     ) -> np.ndarray:
-        """A random estimate of a lower bound of ln p(tokens | class), in nats: of masked generators.
+        """An estimate of a lower bound of ln p(tokens | class), in nats, of masked generators.
 
         The mean over `draws` of -(N / n) nats of n masked slots among N, n uniform: in expectation
         the log-likelihood of drawing slot by slot in a random order, at most that of the mixture of
@@ -580,10 +580,8 @@ def _headline(handle: ImageGenerator | ImageTokenizer, loaded: checkpoint.Loaded
 
 def _told(layout: TokenLayout) -> str:
     """`16 x 16 tokens of 1024`; of several grids the first and the last."""
-    (first, *_, last) = (layout.grids[0], *layout.grids)
-    grids = f"{last[0]} x {last[1]}"
-    if len(layout.grids) > 1:
-        grids = f"{layout.length} tokens on {len(layout.grids)} grids, {first[0]} x {first[1]} to {grids},"
-    else:
-        grids = f"{grids} tokens"
-    return f"{grids} of {' and '.join(map(str, layout.vocab))}"
+    alphabets = " and ".join(map(str, layout.vocab))
+    first, last = (f"{rows} x {columns}" for rows, columns in (layout.grids[0], layout.grids[-1]))
+    if len(layout.grids) == 1:
+        return f"{last} tokens of {alphabets}"
+    return f"{layout.length} tokens of {alphabets} on {len(layout.grids)} grids, {first} to {last}"

@@ -139,9 +139,9 @@ def pretokenize(
             of them cannot be read.
 
     Examples:
-        >>> tokgen.pretokenize("runs/tokenizer", "tokens", data="photographs", batch=4)
-        >>> sorted(path.name for path in pathlib.Path("tokens").iterdir())[:1]
-        ['header.json']
+        >>> tokgen.pretokenize("runs/tokenizer", "tokens", data="photographs", batch=8)
+        >>> pathlib.Path("tokens", "layout.json").exists()
+        True
     """
     pretokenization.check(batch=batch, max_bad=max_bad)
     with pretokenization.folder(out, overwrite=overwrite, inputs=(tokenizer, data)) as place:

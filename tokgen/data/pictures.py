@@ -1,7 +1,7 @@
 """Pictures that a library user holds, as bytes: files, PIL images, arrays.
 
-What a PIL image or a file becomes is told in docs/data.md. Everything else that is no image of bytes,
-or of floating numbers in [0, 1], is refused here, before a device sees it.
+What a PIL image or a file becomes is told in docs/data.md. Everything else that is no image of
+bytes, or of floating numbers in [0, 1], is refused here, before a device sees it.
 """
 
 from __future__ import annotations

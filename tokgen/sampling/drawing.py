@@ -50,7 +50,8 @@ def draw(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens [N, L, G], uint8 images [N, H, W, 3]) of conditions, numbered from `first`.
 
-    `what` names the job on a progress bar; there is none without a name, nor before `delay` seconds.
+    `what` names the job on a progress bar; there is none without a name, nor before `delay`
+    seconds.
 
     `cond` is label_N, or a tree of arrays that lead with the images, such as a Text. Image i
     depends on (seed, i, its condition) only: not on the batch, nor on its neighbours.
