@@ -15,7 +15,7 @@ import sys
 import types
 from collections.abc import Sequence
 
-from tokgen import choices, runtime
+from tokgen import choices, options, runtime
 
 # Name of the file in tokgen/commands -> its line in the help, which is shown without importing it.
 COMMANDS = {
@@ -28,6 +28,8 @@ COMMANDS = {
     "reference": "make the statistics that samples are scored against",
     "compare": "put scored runs side by side: a table, plots, samples of the same seeds",
     "sweep": "score guidance, temperature and steps on shared seeds; the best, with error bars",
+    "models": "list the published models that have a name, or say everything of one",
+    "pull": "fetch a published model by name, with its tokenizer, into the cache",
     "import": "turn published weights into a checkpoint",
     "export": "write a checkpoint as safetensors, and in the form of its published system",
     "parity": "hold published weights and outputs against our model, array by array",
@@ -96,11 +98,21 @@ def _fewer(name: str) -> str:
 def _run(name: str, words: Sequence[str]) -> None:
     parser = _parser_of(name)
     args = parser.parse_args(words)
-    # after the help, which must not wait for jax
-    from tokgen import options
-
     args.given = options.given(parser, words)
+    for argument in options.checkpoints(parser):
+        setattr(args, argument, _place(getattr(args, argument), args.yes))
     module(name).run(args)
+
+
+def _place(checkpoint: str, yes: bool) -> str:
+    """A CKPT as a path: of a published model that is named, its folder, pulled if need be."""
+    from tokgen.zoo import model
+
+    if not model.is_name(checkpoint):
+        return checkpoint
+    from tokgen.checkpoints import pulling
+
+    return str(pulling.pull(checkpoint, yes=yes))
 
 
 def _parser_of(name: str) -> argparse.ArgumentParser:
@@ -109,6 +121,8 @@ def _parser_of(name: str) -> argparse.ArgumentParser:
         prog=f"tokgen {name}", description=command.__doc__, allow_abbrev=False
     )
     command.arguments(parser)
+    if options.checkpoints(parser):
+        options.consent(parser)
     return parser
 
 

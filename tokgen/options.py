@@ -36,6 +36,25 @@ EVALUATE = {
 }
 
 
+def checkpoint(text: str) -> str:
+    """The type of an argument that is a CKPT: a path, or the name of a published model."""
+    return text
+
+
+def checkpoints(parser: argparse.ArgumentParser) -> list[str]:
+    """The arguments of a command that are CKPTs."""
+    return [action.dest for action in parser._actions if action.type is checkpoint]
+
+
+def consent(parser: argparse._ActionsContainer) -> None:
+    """`--yes`, of every command that may fetch a published model."""
+    parser.add_argument(
+        "--yes",
+        action="store_true",
+        help="fetch a published model that is named and not here yet without a question",
+    )
+
+
 def labels(parser: argparse._ActionsContainer, default: str) -> None:
     """`--labels`, of every command that reads images with classes."""
     parser.add_argument(

@@ -157,6 +157,15 @@ def say(text: str) -> None:
             print(text, file=sys.stderr, flush=True)
 
 
+def amount(size: float) -> str:
+    """`1.241 GB` of a number of bytes."""
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.4g} {unit}"
+        size /= 1000
+    return f"{size:,.4g} GB"
+
+
 def table(leaves: Mapping[str, Any]) -> str:
     """Parameters by path: shape, number, sharding; and their sum."""
     rows = []

@@ -88,7 +88,8 @@ def built(name: str) -> tuple[dict[str, np.ndarray], nnx.Module, nnx.Module]:
     configs.override(config, model.overrides)
     if layout is None:
         return arrays, theirs, nnx.eval_shape(lambda: building.tokenizer(config, rngs=nnx.Rngs(0)))
-    assert classes == {"class": 1000, "text": 0}[model.condition]
+    assert classes == (1000 if model.classes else 0)
+    assert not model.text or model.text.endswith("{} x {}".format(*config.generator.texts))
     return (
         arrays,
         theirs,
@@ -145,7 +146,8 @@ def test_every_published_system_has_a_row():
     for name, model in MODELS.items():
         assert (importable[model.system].tokens is not None) == (model.kind == "generator"), name
         assert model.unknown in ("refuse", "opaque") and model.classes in ("imagenet", "")
-        assert model.kind == "generator" or not model.classes
+        assert not (model.classes and (model.text or model.kind == "tokenizer"))
+        assert model.classes or model.text or model.kind == "tokenizer"
 
 
 def test_names_are_plain():
@@ -178,8 +180,14 @@ def test_a_path_that_exists_is_that_path(tmp_path, monkeypatch):
     assert zoo.is_name("rar-b") and not zoo.is_name("rar-c") and not zoo.is_name(tmp_path)
     (tmp_path / "rar-b").mkdir()
     assert not zoo.is_name("rar-b")
-    with pytest.raises(UserError, match="did you mean 'rar-xl'"):
-        zoo.named("rar-xll")
+    for name, near in (
+        ("rar-xll", "rar-xl or rar-xxl"),
+        ("RAR-B", "rar-b or"),
+        ("x" * 9999, "xxx"),
+    ):
+        with pytest.raises(UserError, match=near) as refused:
+            zoo.named(name)
+        assert len(str(refused.value)) < 250 and "83 in all" in str(refused.value)
 
 
 def test_the_table_needs_no_jax():

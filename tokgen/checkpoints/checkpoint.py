@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
+import functools
 import hashlib
 import json
 import logging
@@ -28,10 +30,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from tokgen import parameters, records, rng, sharding
+from tokgen import parameters, records, report, rng, runtime, sharding
 from tokgen.checkpoints import manifest
 from tokgen.config import building as configs, migration
 from tokgen.interfaces import PyTree, TokenLayout, UserError
+from tokgen.pretrained import hub
+from tokgen.zoo import model as zoo
 
 FORMAT = 1
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)  # of damaged files
@@ -41,11 +45,21 @@ FOLDER = "checkpoints"
 def find(path: str | os.PathLike) -> pathlib.Path:
     """The step that CKPT means: a step itself, or the best step of a work directory.
 
-    `hf://OWNER/NAME[/FOLDER]` is such a folder in a repository of the Hugging Face hub.
+    `hf://OWNER/NAME[/FOLDER]` is such a folder in a repository of the Hugging Face hub, which is
+    fetched; a name of the zoo is the model that `tokgen pull` put into the cache: nothing is.
     """
-    given = _downloaded(str(path)) if str(path).startswith("hf://") else pathlib.Path(path)
+    if str(path).startswith("hf://"):
+        given = hub.folder(str(path))
+    elif zoo.is_name(path):
+        given = pulled(str(path))
+        if not given.exists():
+            raise UserError(_to_pull(str(path)))
+    else:
+        given = pathlib.Path(path)
+        if str(path) in zoo.known() and given.exists():
+            _tell_local(str(path))
     if not given.exists():
-        raise UserError(f"no checkpoint at {given}: there is no such path")
+        raise UserError(f"no checkpoint at {given}: there is no such path{_no_name(str(path))}")
     for folder in (given, given / FOLDER):
         if folder.is_dir() and not _is_step(folder):
             found = [s for s in folder.iterdir() if s.name.isdigit() and _is_step(s)]
@@ -58,21 +72,33 @@ def find(path: str | os.PathLike) -> pathlib.Path:
     )
 
 
-def _downloaded(reference: str) -> pathlib.Path:
-    """A folder of a hub repository, fetched into the hub's own cache."""
-    import huggingface_hub
+def pulled(name: str) -> pathlib.Path:
+    """Where a published model lies once it is pulled."""
+    return runtime.cache_folder() / "models" / name
 
-    owner, name, *inside = [*reference.removeprefix("hf://").split("/"), ""]
-    folder = "/".join(inside).strip("/")
-    if not owner or not name:
-        raise UserError(f"a hub reference is hf://OWNER/NAME[/FOLDER]; found {reference}")
-    try:
-        root = huggingface_hub.snapshot_download(
-            f"{owner}/{name}", allow_patterns=[f"{folder}/**"] if folder else None
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot fetch {reference}: {error}") from error
-    return pathlib.Path(root) / folder
+
+def _to_pull(name: str) -> str:
+    model = zoo.named(name)
+    return (
+        f"{name} is a published model that was not fetched yet ({report.amount(model.size)}, "
+        f"licence {model.licence}): tokgen pull {name} does that, in Python "
+        f'tokgen.pull("{name}", yes=True)'
+    )
+
+
+def _no_name(path: str) -> str:
+    """What is to be said of what may have been meant as a published model's name."""
+    if os.sep in path:
+        return ""
+    near = difflib.get_close_matches(path, zoo.known(), 1)
+    return ", and no published model of that name" + (
+        f"; did you mean {near[0]!r}?" if near else ""
+    )
+
+
+@functools.cache
+def _tell_local(name: str) -> None:
+    report.say(f"{name} is the one in this folder, not the published model of that name")
 
 
 def _is_step(folder: pathlib.Path) -> bool:
@@ -432,7 +458,7 @@ def load_tokenizer_of(generator: Loaded, path: str = "") -> Loaded:
         tokenizer = load_tokenizer(path)
         check_layout(tokenizer, generator.layout, f"generator {generator.step}")
         return tokenizer
-    place = pathlib.Path(path) if path else referred(wanted, generator.step)
+    place = find(path) if path else referred(wanted, generator.step)
     if not os.path.exists(place):
         raise UserError(
             f"the tokenizer of {generator.step} is not at {place}; say where it is now with "

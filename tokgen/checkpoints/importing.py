@@ -53,6 +53,7 @@ def import_file(
     overrides: Sequence[str] = (),
     unknown: str = "refuse",
     tokenizer: Path = "",
+    classes: Sequence[str] = (),
 ) -> Import:
     """Write a checkpoint of step 0 to the new folder `out`, with licence and hash of its source.
 
@@ -67,6 +68,8 @@ def import_file(
         overrides: fields of our config that change no weight, as "view.size=384,384".
         unknown: "refuse" or "opaque": objects of unknown classes are an error, or are left out.
         tokenizer: of a generator, the checkpoint of its tokenizer.
+        classes: names of a generator's classes in the order of their numbers, which stay without
+            names where there are not as many.
 
     Raises:
         UserError: the file does not fit the system, or `out` is not new.
@@ -89,12 +92,12 @@ def import_file(
         inputs.append(config)
     with output.folder(out, records={}, inputs=inputs) as place:
         runtime.devices()
-        classes, notes = (), ()
+        notes, names = (), tuple(classes)
         if exported:
             model, record = exporting.read(file)
             if tokenizer and model.kind != "generator":
                 raise UserError(f"--tokenizer is for generators; {file} is a tokenizer itself")
-            classes, source = tuple(record["classes"]), record.get("source")
+            names, source = tuple(record["classes"]), record.get("source")
             source = source if isinstance(source, dict) else {}
             named = checkpoint.load_tokenizer(tokenizer) if tokenizer else None
         else:
@@ -105,7 +108,8 @@ def import_file(
                 file, system, published, overrides=overrides, entry=entry, unknown=unknown
             )
             source = _source(file, system)
-        step = imports.save_imported(place.path, model, source, named, classes)
+            names = names if len(names) == model.classes else ()
+        step = imports.save_imported(place.path, model, source, named, names)
     return Import(
         out=place.target,
         step=place.target / step.relative_to(place.path),

@@ -310,20 +310,13 @@ def _room(run: Run, size: int) -> None:
     if free >= missing * size:
         return
     said = (
-        f"a checkpoint of this run takes {_bytes(size)}, and up to {missing} more are kept at a "
-        f"time (config.keep): {_bytes(missing * size)}; found {_bytes(free)} free in {run.workdir}"
+        f"a checkpoint of this run takes {report.amount(size)}, and up to {missing} more are kept "
+        f"at a time (config.keep): {report.amount(missing * size)}; found {report.amount(free)} "
+        f"free in {run.workdir}"
     )
     if free < size:
         raise UserError(f"{said}, not enough for one; make room, or use another --workdir")
     report.say(f"warning: {said}; make room, or keep fewer")
-
-
-def _bytes(size: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.4g} {unit}"
-        size /= 1000
-    return f"{size:,.4g} GB"
 
 
 def check_whole(workdir: pathlib.Path, step: int) -> list[int]:

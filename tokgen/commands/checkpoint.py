@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 
-from tokgen import report
+from tokgen import options, report
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="a work directory, or one step of it")
+    parser.add_argument(
+        "checkpoint", type=options.checkpoint, help="a work directory, or one step of it"
+    )
     parser.add_argument("--verify", action="store_true", help="read and check every array")
     parser.add_argument("--config", action="store_true", help="print the config inside, as JSON")
 

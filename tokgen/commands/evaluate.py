@@ -16,7 +16,9 @@ from tokgen.evaluation import protocols
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint", help="a work directory or one step of it; or samples: .npz, folder of images"
+        "checkpoint",
+        type=options.checkpoint,
+        help="a work directory or one step of it; or samples: .npz, folder of images",
     )
     parser.add_argument(
         "--reconstruction", action="store_true", help="of a tokenizer; told from the checkpoint"
@@ -37,7 +39,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", default=None, help="append the metrics to this JSONL file; of a score: its folder"
     )
-    parser.add_argument("--tokenizer", default="", help="where the generator's tokenizer lies now")
+    parser.add_argument(
+        "--tokenizer",
+        type=options.checkpoint,
+        default="",
+        help="where the generator's tokenizer lies now",
+    )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier score at --out, as a whole"
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from tokgen import output, report
+from tokgen import options, output, report
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="a work directory, or one step of it")
+    parser.add_argument(
+        "checkpoint", type=options.checkpoint, help="a work directory, or one step of it"
+    )
     parser.add_argument("--out", required=True, help="folder to write to; must be new or empty")
     output.arguments(parser)
     parser.add_argument(

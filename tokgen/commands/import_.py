@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from tokgen import report
+from tokgen import options, report
 
 if TYPE_CHECKING:
     from tokgen.checkpoints import importing
@@ -38,7 +38,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, help="folder of the checkpoint; must be new")
     parser.add_argument(
-        "--tokenizer", default="", help="of a generator: the checkpoint of its tokenizer"
+        "--tokenizer",
+        type=options.checkpoint,
+        default="",
+        help="of a generator: the checkpoint of its tokenizer",
     )
     parser.add_argument(
         "--set",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from tokgen import runtime
+from tokgen import options, runtime
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--tokenizer", default="", help="a checkpoint: only what fits this tokenizer's tokens"
+        "--tokenizer",
+        type=options.checkpoint,
+        default="",
+        help="a checkpoint: only what fits this tokenizer's tokens",
     )
 
 

@@ -8,7 +8,9 @@ from tokgen import options, output
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokenizer", required=True, help="checkpoint of the tokenizer")
+    parser.add_argument(
+        "--tokenizer", type=options.checkpoint, required=True, help="checkpoint of the tokenizer"
+    )
     parser.add_argument("--data", default="", help="image folder; default: the tokenizer's data")
     parser.add_argument("--out", required=True, help="folder of the token shards")
     options.labels(parser, "as in the tokenizer's config")

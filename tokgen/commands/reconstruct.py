@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from tokgen import output, report
+from tokgen import options, output, report
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="of a tokenizer: a work directory, or one step of it")
+    parser.add_argument(
+        "checkpoint",
+        type=options.checkpoint,
+        help="of a tokenizer: a work directory, or one step of it",
+    )
     parser.add_argument("images", help="an image, or a folder of images")
     parser.add_argument("--out", required=True, help="folder for pairs.png and figures.json")
     parser.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from tokgen import output, report
+from tokgen import options, output, report
 
 if TYPE_CHECKING:
     from tokgen import samples
@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="of a generator: a work directory, or one step of it")
+    parser.add_argument(
+        "checkpoint",
+        type=options.checkpoint,
+        help="of a generator: a work directory, or one step of it",
+    )
     parser.add_argument("--out", required=True, help="folder for the images; must be new or empty")
     output.arguments(parser)
     parser.add_argument(
@@ -28,7 +32,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--number", type=int, default=8, help="images per class or text (default 8)"
     )
     sampling_arguments(parser)
-    parser.add_argument("--tokenizer", default="", help="where the tokenizer lies now, if moved")
+    parser.add_argument(
+        "--tokenizer",
+        type=options.checkpoint,
+        default="",
+        help="where the tokenizer lies now, if moved",
+    )
     parser.add_argument("--no-png", action="store_true", help="only the grid and the .npz")
 
 

@@ -14,7 +14,11 @@ from tokgen.evaluation import protocols
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="of a generator: a work directory, or one step of it")
+    parser.add_argument(
+        "checkpoint",
+        type=options.checkpoint,
+        help="of a generator: a work directory, or one step of it",
+    )
     parser.add_argument("--protocol", required=True, help=", ".join(protocols.PROTOCOLS))
     parser.add_argument("--reference", required=True, help="what tokgen reference wrote")
     parser.add_argument("--out", required=True, help="folder of the evaluations and the page")
@@ -38,7 +42,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     score.add_argument("--batch", type=int, default=32, help="images decoded together")
     score.add_argument("--precision", choices=("float32", "bfloat16"), help="of the networks")
     score.add_argument("--text", default="", help="captions of a generator that reads text")
-    score.add_argument("--tokenizer", default="", help="where the tokenizer lies now, if moved")
+    score.add_argument(
+        "--tokenizer",
+        type=options.checkpoint,
+        default="",
+        help="where the tokenizer lies now, if moved",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

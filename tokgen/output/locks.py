@@ -15,6 +15,7 @@ from tokgen import report
 from tokgen.errors import UserError
 
 HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # what flock says of a lock that is held
+WAIT = 0.5  # seconds between looks at a lock that is waited for
 _unlocked: set[int] = set()  # file systems without locks, each told of once
 
 
@@ -69,6 +70,26 @@ def passing(file: pathlib.Path, refusal: str) -> Iterator[None]:
             finally:
                 file.unlink(missing_ok=True)
             return
+
+
+@contextlib.contextmanager
+def waiting(file: pathlib.Path, told: str) -> Iterator[None]:
+    """Hold a lock file as `passing` does, once whoever has it is done.
+
+    `told` is said of the process that is waited for, which is {} in it.
+    """
+    with contextlib.ExitStack() as stack:
+        said = False
+        while True:
+            try:
+                stack.enter_context(passing(file, told))
+                break
+            except UserError as held:
+                if not said:
+                    report.say(str(held))
+                said = True
+                time.sleep(WAIT)
+        yield
 
 
 def in_use(target: str | os.PathLike, option: str) -> str:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 
 import ml_collections
 
-from tokgen import report, runtime
-from tokgen.checkpoints import checkpoint, run as runs
+from tokgen import options, report, runtime
+from tokgen.checkpoints import checkpoint, pulling, run as runs
 from tokgen.config import reading
+from tokgen.zoo import model as zoo
 
 REPEAT = 2.0  # seconds in which a signal that comes again is the same request
 
@@ -61,6 +62,7 @@ def parse(
         metavar="STEP",
         help="resume at this step of the work directory; later ones are set aside, not deleted",
     )
+    options.consent(parser)
     arguments, rest = parser.parse_known_args(argv)
     overrides, iterator = [], iter(rest)
     for text in iterator:
@@ -75,6 +77,12 @@ def _named(text: str) -> pathlib.Path:
     if not text:
         raise argparse.ArgumentTypeError("it is empty; name a folder for the run")
     return pathlib.Path(text)
+
+
+def _checkpoints(settings: ml_collections.ConfigDict) -> list[str]:
+    """The fields of a config that are CKPTs."""
+    data = settings.get("data", {})
+    return [settings.get("init_from", ""), settings.get("teacher", ""), data.get("tokenizer", "")]
 
 
 def _pictures(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[str]:
@@ -134,6 +142,9 @@ def run(
     def told() -> None:
         settings, arguments = parse(sys.argv[1:], description)
         check(settings)
+        for named in _checkpoints(settings):
+            if zoo.is_name(named):
+                pulling.pull(named, yes=arguments.yes)
         with runs.lock(arguments.workdir, _pictures(settings, arguments.workdir)):
             if arguments.start is not None:
                 runs.check_whole(arguments.workdir, arguments.start)

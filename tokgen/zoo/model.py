@@ -6,13 +6,15 @@ Nothing heavy is imported here: `tokgen models` prints the table without jax.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import importlib
 import os
 import pkgutil
 from collections.abc import Mapping
 
-from tokgen import choices, zoo
+from tokgen import zoo
+from tokgen.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Model:
         overrides: fields of our config that change no weight, as `tokgen import --set` takes them.
         unknown: "opaque" for files with objects beside the weights, which are stepped over.
         classes: the names that labels have: "imagenet", or "" for none.
+        text: features of texts that a generator, or a tokenizer's decoder, reads: of which network,
+            how many of how many channels; "" where it reads none.
         otherwise: another system, of a file whose keys are not those of `system`.
     """
 
@@ -58,12 +62,8 @@ class Model:
     overrides: tuple[str, ...] = ()
     unknown: str = "refuse"
     classes: str = ""
+    text: str = ""
     otherwise: str = ""
-
-    @property
-    def condition(self) -> str:
-        """What a generator is told: "class" or "text"; "" of a tokenizer."""
-        return "" if not self.tokenizer else "class" if self.classes else "text"
 
     @property
     def home(self) -> str:
@@ -98,7 +98,14 @@ def known() -> dict[str, Model]:
 
 def named(name: str) -> Model:
     """The model of a name, or an error with the nearest names."""
-    return choices.named(known(), name, "a published model")
+    if name in known():
+        return known()[name]
+    near = difflib.get_close_matches(str(name).lower(), known(), 3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    raise UserError(
+        f"no published model is called {name!r:.100}{hint} `tokgen models` lists them, "
+        f"{len(known())} in all"
+    )
 
 
 def is_name(text: str | os.PathLike) -> bool:

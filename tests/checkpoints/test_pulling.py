@@ -1,0 +1,240 @@
+"""Published models by name, from a hub on the loopback: pulled once, then without a network."""
+
+import pathlib
+import shutil
+import threading
+import time
+import types
+
+import pytest
+from huggingface_hub import constants
+
+import tokgen
+from tests import command_line, loopback, published
+from tokgen import errors, report, runtime
+from tokgen.checkpoints import checkpoint, pulling
+from tokgen.data import imagenet
+from tokgen.pretrained import hub
+from tokgen.zoo import model as zoo
+
+NAME, TOKENIZER = "var-d16", "var-tokenizer"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(rows of the zoo, files) of a small generator and its tokenizer."""
+    return published.rows(tmp_path_factory.mktemp("files"), NAME)
+
+
+@pytest.fixture
+def served(small, tmp_path, monkeypatch):
+    """A hub that has both, an empty cache, and a zoo that knows no others."""
+    rows, files = small
+    elsewhere = {name: zoo.known()[name] for name in ("maskgit-tokenizer-256", "maskgit-256")}
+    monkeypatch.setattr(zoo, "known", lambda: rows | elsewhere)
+    monkeypatch.setenv("TOKGEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(runtime, "devices", lambda batch_size=0: None)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub, "PAUSE", 0.001)
+    monkeypatch.chdir(tmp_path)
+    with loopback.serving() as found:
+        found.files |= files
+        form = found.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", found.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", form)
+        yield found
+
+
+@pytest.fixture
+def said(monkeypatch):
+    lines = []
+    monkeypatch.setattr(report, "say", lines.append)
+    return lines
+
+
+def kept():
+    """What lies in the cache of models."""
+    place = runtime.cache_folder() / "models"
+    return sorted(one.name for one in place.iterdir()) if place.is_dir() else []
+
+
+def test_one_command_draws_and_a_second_asks_nobody(served, tmp_path, capfd):
+    words = ("sample", NAME, "--classes", "golden retriever", "--number", "1")
+    assert command_line.call(*words, "--yes", "--out", "one") == 0
+    said = capfd.readouterr().err
+    for one in (NAME, TOKENIZER):
+        row = zoo.named(one)
+        assert f"{row.file}, {report.amount(row.size)}, from {row.repository}" in said
+    assert "licence MIT" in said and "1 images in one" in said
+    expected = []
+    for row in map(zoo.named, (TOKENIZER, NAME)):
+        expected += [
+            f"HEAD /{row.repository}/resolve/main/{row.file}",
+            f"GET /{row.repository}/resolve/{loopback.COMMIT}/{row.file}",
+            f"GET /stored/{row.repository}/{row.file}",
+        ]
+    assert served.asked() == expected
+    for request in served.requests:
+        assert not {"authorization", "cookie"} & set(request.headers)
+    assert kept() == [NAME, TOKENIZER]  # neither files nor locks
+    served.requests.clear()
+    served.status = 500
+    assert command_line.call(*words, "--out", "two") == 0
+    assert served.requests == []
+    one, two = (tmp_path / name / "samples.npz" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    (picture,) = (tmp_path / "one").glob("seed0-*.png")
+    assert "golden_retriever" in picture.name
+
+
+def repository_file(name):
+    row = zoo.named(name)
+    return f"{row.repository}/{row.file}"
+
+
+def test_what_is_pulled_says_where_it_is_from(served):
+    place = pulling.pull(NAME, yes=True)
+    assert place == pulling.folder(NAME) == runtime.cache_folder() / "models" / NAME
+    loaded = checkpoint.load_generator(NAME)
+    assert loaded.classes == imagenet.NAMES and loaded.step.parent.parent == place
+    source = loaded.meta["source"]
+    assert source["file"] == "var_d16.pth" and source["system"] == "var"
+    found = checkpoint.load_tokenizer_of(loaded)
+    assert found.step.parent.parent.resolve() == pulling.folder(TOKENIZER)
+    assert checkpoint.load_tokenizer_of(loaded, TOKENIZER).fingerprint == found.fingerprint
+    served.requests.clear()
+    assert pulling.pull(NAME) == place and served.requests == []
+
+
+def test_a_tokenizer_that_is_here_is_not_fetched_again(served, said):
+    pulling.pull(TOKENIZER, yes=True)
+    served.requests.clear()
+    pulling.pull(NAME, yes=True)
+    assert not [line for line in served.asked() if "vae" in line]
+    assert not [line for line in said[-6:] if line.startswith(f"{TOKENIZER}:")]
+
+
+def test_nothing_is_fetched_without_a_word(served, monkeypatch):
+    with pytest.raises(errors.UserError, match="needs your word: add --yes .*yes=True"):
+        pulling.pull(NAME)
+    for answer in ("n\n", "\n", ""):
+        terminal(monkeypatch, answer)
+        with pytest.raises(errors.UserError, match="not fetched, as you said"):
+            pulling.pull(NAME)
+    assert served.requests == [] and kept() == []
+    terminal(monkeypatch, "y\n")
+    pulling.pull(NAME)
+    assert kept() == [NAME, TOKENIZER]
+
+
+def terminal(monkeypatch, answer):
+    """A person who answers."""
+    keys = types.SimpleNamespace(isatty=lambda: True, readline=lambda: answer)
+    screen = types.SimpleNamespace(isatty=lambda: True, write=lambda text: None, flush=lambda: None)
+    monkeypatch.setattr(pulling, "sys", types.SimpleNamespace(stdin=keys, stderr=screen))
+
+
+def test_a_name_in_python_is_not_fetched_unasked(served):
+    with pytest.raises(errors.UserError, match=r'tokgen pull var-d16 .* tokgen.pull\("var-d16"'):
+        tokgen.sample(NAME)
+    assert served.requests == []
+
+
+def test_a_name_that_is_misspelt(served):
+    with pytest.raises(errors.UserError, match="did you mean 'var-d16'"):
+        checkpoint.find("var-d15")
+    with pytest.raises(errors.UserError, match="did you mean 'var-d16'"):
+        pulling.pull("var-d15", yes=True)
+    with pytest.raises(errors.UserError) as caught:
+        checkpoint.find("runs/nothing")
+    assert "published" not in str(caught.value)
+
+
+def test_a_folder_of_that_name_comes_first(served, said, tmp_path):
+    pulling.pull(TOKENIZER, yes=True)
+    checkpoint._tell_local.cache_clear()
+    shutil.copytree(pulling.folder(TOKENIZER), tmp_path / NAME)
+    assert checkpoint.find(NAME) == pathlib.Path(NAME) / "checkpoints" / "0"
+    assert said[-1] == f"{NAME} is the one in this folder, not the published model of that name"
+
+
+def test_a_file_that_the_user_has_is_imported_without_a_question(served, small):
+    _, files = small
+    pulling.pull(TOKENIZER, file=files[repository_file(TOKENIZER)])
+    pulling.pull(NAME, file=files[repository_file(NAME)])
+    assert served.requests == [] and kept() == [NAME, TOKENIZER]
+    assert checkpoint.load_generator(NAME).classes == imagenet.NAMES
+    assert all(file.exists() for file in files.values())
+    pulling.remove(NAME)
+    with pytest.raises(errors.UserError, match="no file gone.pth: --file names"):
+        pulling.pull(NAME, file="gone.pth")
+
+
+def test_a_file_that_is_not_on_the_hub_has_its_address_told(served):
+    for name in ("maskgit-tokenizer-256", "maskgit-256"):  # of a generator its tokenizer's first
+        with pytest.raises(errors.UserError) as caught:
+            pulling.pull(name, yes=True)
+        for words in (
+            zoo.named("maskgit-tokenizer-256").address,
+            "tokgen pull maskgit-tokenizer-256 --file FILE",
+            "tokgen import FILE --system maskgit_tokenizer --out DIR",
+        ):
+            assert words in str(caught.value)
+    assert served.requests == []
+
+
+def test_what_is_removed_is_gone(served):
+    pulling.pull(NAME, yes=True)
+    with pytest.raises(errors.UserError, match=f"{NAME}, which is here, needs the tokenizer"):
+        pulling.remove(TOKENIZER)
+    assert "is removed; it took" in pulling.remove(NAME)
+    assert kept() == [TOKENIZER] and pulling.remove(NAME) == f"{NAME} is not here"
+    pulling.pull(NAME, yes=True)
+    assert kept() == [NAME, TOKENIZER]
+
+
+def test_room_is_looked_for_before_anything_is_asked(served, monkeypatch):
+    monkeypatch.setattr(pulling.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10**5))
+    with pytest.raises(errors.UserError, match=r"take .* MB; found 100 kB free .*TOKGEN_CACHE"):
+        pulling.pull(NAME, yes=True)
+    assert served.requests == []
+
+
+def test_a_file_of_another_model_leaves_nothing_and_can_be_fetched_again(served, small):
+    rows, files = small
+    good = files[repository_file(NAME)]
+    served.files[repository_file(NAME)] = files[repository_file(TOKENIZER)]
+    with pytest.raises(errors.UserError, match="var_d16.pth cannot be imported as var-d16: "):
+        pulling.pull(NAME, yes=True)
+    assert NAME not in kept()
+    served.files[repository_file(NAME)] = good
+    pulling.pull(NAME, yes=True)
+    assert kept() == [NAME, TOKENIZER]
+
+
+def test_what_was_fetched_is_imported_after_a_kill(served, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pulling.importing, "import_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pulling.pull(TOKENIZER, yes=True)
+    assert kept() == [f".{TOKENIZER}.fetched"]
+    served.requests.clear()
+    pulling.pull(TOKENIZER, yes=True)
+    assert served.requests == [] and kept() == [TOKENIZER]
+
+
+def test_another_process_that_pulls_is_waited_for(served, said, monkeypatch):
+    monkeypatch.setattr(pulling.locks, "WAIT", 0.01)
+    place, found = pulling.folder(TOKENIZER), []
+    place.parent.mkdir(parents=True)
+    with pulling.locks.passing(place.with_name(f".{TOKENIZER}.pull"), "held"):
+        second = threading.Thread(target=lambda: found.append(pulling.pull(TOKENIZER, yes=True)))
+        second.start()
+        while not [line for line in said if "is being pulled by process" in line]:
+            time.sleep(0.01)
+        place.mkdir()  # as the first one does when it is done
+    second.join()
+    assert found == [place] and served.requests == []

@@ -1,0 +1,216 @@
+"""Published models by name: fetched, imported into this user's cache, and found there.
+
+`pull` fetches the file of a row of the zoo, and that of its tokenizer, says before what that takes
+and under which licence, and imports both as `tokgen import` does. What lies in the cache is a whole
+checkpoint: a process that is killed leaves none, and the same call goes on with what it fetched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+
+from tokgen import report, runtime
+from tokgen.checkpoints import checkpoint, importing
+from tokgen.data import imagenet
+from tokgen.errors import UserError
+from tokgen.output import failures, locks
+from tokgen.pretrained import hub
+from tokgen.zoo import model as zoo
+
+CLASSES = {"imagenet": imagenet.NAMES}
+BYTES = 4  # of a number in a checkpoint
+
+
+def folder(name: str) -> pathlib.Path:
+    """Where the checkpoint of a published model lies, or will lie."""
+    zoo.named(name)
+    return checkpoint.pulled(name)
+
+
+def pull(name: str, *, yes: bool = False, file: str | os.PathLike = "") -> pathlib.Path:
+    """Bring a published model and its tokenizer into the cache; the folder of its checkpoint.
+
+    Nothing is asked, and no request made, for what is there already.
+
+    Args:
+        name: of the zoo, as `tokgen models` lists them.
+        yes: fetch without a question; a terminal is asked else.
+        file: the published file, where the user has it: it is imported, and not fetched.
+
+    Raises:
+        UserError: nobody agrees, the hub does not give the file, it is not what the hub says it
+            is, it does not fit, or there is no room.
+    """
+    model, place = zoo.named(name), folder(name)
+    if place.exists():
+        return place
+    needed = [one for one in (model.tokenizer, name) if one and not folder(one).exists()]
+    wanted = [one for one in needed if one != name or not file]
+    _check_homes(name, wanted)
+    if file and not os.path.exists(file):
+        raise UserError(
+            f"no file {file}: --file names the published {model.file}, where you have it"
+        )
+    _check_room(needed, wanted)
+    _tell(name, needed, wanted)
+    if wanted:
+        _check_agreed(name, sum(zoo.named(one).size for one in wanted), yes)
+    for one in needed:
+        _bring(one, file if one == name else "")
+    return place
+
+
+def remove(name: str) -> str:
+    """Remove a published model from the cache, and what was fetched of it; what is to be said."""
+    place = folder(name)
+    for other, model in zoo.known().items():
+        if model.tokenizer == name and folder(other).exists():
+            raise UserError(
+                f"{other}, which is here, needs the tokenizer {name}: remove that first, with "
+                f"tokgen pull {other} --remove"
+            )
+    with _held(name):
+        size, fetched = taken(place), _fetched(name)
+        part = place.with_name(f".{name}.removed")
+        if place.exists():
+            place.replace(part)  # at one blow: a half is never found
+        for one in (part, fetched):
+            shutil.rmtree(one, ignore_errors=True)
+    if not size:
+        return f"{name} is not here"
+    return f"{name} is removed; it took {report.amount(size)}"
+
+
+def taken(place: pathlib.Path) -> int:
+    """Bytes that a folder takes; 0 where there is none."""
+    return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+
+
+def _fetched(name: str) -> pathlib.Path:
+    """Where the published file lies until it is imported."""
+    return folder(name).with_name(f".{name}.fetched")
+
+
+@contextlib.contextmanager
+def _held(name: str) -> Iterator[None]:
+    """One process at a time brings or removes a model; others wait for it."""
+    place = folder(name)
+    with failures.told(place.parent, option=""):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = place.with_name(f".{name}.pull")
+        with locks.waiting(lock, f"{name} is being pulled by {{}}; waiting for it"):
+            yield
+
+
+def _bring(name: str, file: str | os.PathLike) -> None:
+    """Fetch a file, import it, and remove it: an export gives it back."""
+    model, place = zoo.named(name), folder(name)
+    with _held(name):
+        if place.exists():  # by another process, meanwhile
+            return
+        found = file or hub.fetch(model.repository, model.file, _fetched(name))
+        report.say(f"{name}: importing {pathlib.Path(found).name}")
+        try:
+            _import(name, found)
+        except UserError as error:
+            if not isinstance(error.__cause__, OSError):  # the disk has its part in those
+                shutil.rmtree(_fetched(name), ignore_errors=True)
+            raise UserError(f"{model.file} cannot be imported as {name}: {error}") from error
+        shutil.rmtree(_fetched(name), ignore_errors=True)
+    report.say(f"{name} is here: {place} ({report.amount(taken(place))})")
+
+
+def _import(name: str, file: str | os.PathLike) -> None:
+    """A published file into a checkpoint, read as one of the systems that its row names."""
+    model = zoo.named(name)
+    systems = [one for one in (model.system, model.otherwise) if one]
+    for system in systems:
+        try:
+            importing.import_file(
+                file,
+                folder(name),
+                system,
+                config=model.configuration,
+                overrides=model.overrides,
+                unknown=model.unknown,
+                tokenizer=folder(model.tokenizer) if model.tokenizer else "",
+                classes=CLASSES.get(model.classes, ()),
+            )
+            return
+        except UserError as error:
+            if isinstance(error.__cause__, OSError) or system == systems[-1]:
+                raise
+
+
+def _check_homes(name: str, wanted: Sequence[str]) -> None:
+    """An error where a file that is wanted does not lie on the hub."""
+    for one in wanted:
+        model = zoo.named(one)
+        if not model.repository:
+            whose = "" if one == name else f"the tokenizer of {name}, {one}, first: "
+            tokenizer = f" --tokenizer {model.tokenizer}" if model.tokenizer else ""
+            raise UserError(
+                f"{whose}{model.file} of {one} ({report.amount(model.size)}, licence "
+                f"{model.licence}) does not lie on the Hugging Face hub: fetch it from "
+                f"{model.address}, then tokgen pull {one} --file FILE, or, to keep it elsewhere, "
+                f"tokgen import FILE --system {model.system}{tokenizer} --out DIR"
+            )
+
+
+def _check_room(needed: Sequence[str], wanted: Sequence[str]) -> None:
+    """An error where the disk cannot hold the files and the checkpoints."""
+    place = runtime.cache_folder()
+    models = [zoo.named(one) for one in needed]
+    # a file goes when its checkpoint is there, so that the largest comes on top
+    files = [zoo.named(one).size - taken(_fetched(one)) for one in wanted]
+    size = sum(BYTES * model.parameters for model in models) + max(files, default=0)
+    there = next(one for one in (place, *place.absolute().parents) if one.exists())
+    free = shutil.disk_usage(there).free
+    if free < size:
+        raise UserError(
+            f"{' and '.join(needed)} take {report.amount(size)}; found {report.amount(free)} free "
+            f"in {place}: make room, or name another folder with TOKGEN_CACHE"
+        )
+
+
+def _tell(name: str, needed: Sequence[str], wanted: Sequence[str]) -> None:
+    """What is about to be done, under which licence."""
+    for one in needed:
+        model = zoo.named(one)
+        figures = f"{model.parameters:,} parameters"
+        if model.fid is not None:
+            figures += f", {'rFID' if model.kind == 'tokenizer' else 'FID'} {model.fid:g}"
+        whose = "" if one == name else f" of {name}"
+        report.say(
+            f"{one}: {model.kind}{whose}, {figures} ({model.paper}); licence {model.licence}"
+        )
+        if one in wanted:
+            report.say(
+                f"  {model.file}, {report.amount(model.size)}, from {model.repository} at "
+                f"{hub.host()}"
+            )
+    size = sum(BYTES * zoo.named(one).parameters for one in needed)
+    report.say(
+        f"  to {checkpoint.pulled(name).parent}, where {report.amount(size)} stay; the files are "
+        "not kept: tokgen export gives them back"
+    )
+
+
+def _check_agreed(name: str, size: int, yes: bool) -> None:
+    """An error unless the user agrees to what was said."""
+    if yes:
+        return
+    amount = report.amount(size)
+    if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UserError(
+            f"{name} is not here, and to fetch {amount} needs your word: add --yes to the command "
+            "(yes=True in Python), or run it at a terminal, which is asked"
+        )
+    print(f"fetch {amount}? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UserError(f"{name} was not fetched, as you said")
