@@ -6,13 +6,14 @@ import pathlib
 import pydoc
 import re
 import typing
+from collections.abc import Iterator
 
 import numpy as np
 import PIL.Image
 import pytest
 
 import tokgen
-from tests import recipes
+from tests import published, recipes
 from tokgen import runtime
 from tokgen.evaluation import feature_extractors
 
@@ -43,6 +44,7 @@ def place(tmp_path_factory) -> pathlib.Path:
     """The folder that examples are told in: three runs, a photo, a folder of photographs."""
     folder = tmp_path_factory.mktemp("library")
     recipes.tiny(folder, "raster", "masked")
+    published.rows(folder, "rar-b")
     draw = np.random.default_rng(0)
     photo = draw.integers(0, 256, (48, 64, 3), np.uint8)
     PIL.Image.fromarray(photo).save(folder / "photo.png")
@@ -55,10 +57,13 @@ def place(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture
-def there(place, monkeypatch) -> None:
-    """In that folder, with the devices that conftest chose."""
+def there(place, monkeypatch) -> Iterator[None]:
+    """In that folder, with the devices that conftest chose, and a hub that has small files."""
     monkeypatch.chdir(place)
     monkeypatch.setattr(runtime, "devices", lambda batch_size=0: None)
+    small, files = published.rows(place, "rar-b")
+    with published.served(published.KNOWN | small, files, place, monkeypatch):
+        yield
 
 
 def failures(name: str) -> str:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # X as X: it is passed on
     )
     from tokgen.checkpoints.exporting import export_checkpoint as export_checkpoint
     from tokgen.checkpoints.importing import import_file as import_file
+    from tokgen.checkpoints.pulling import pull as pull
     from tokgen.errors import UserError as UserError
     from tokgen.evaluation.checkpoint_validation import (
         Settings as ValidationSettings,  # noqa: F401
@@ -90,6 +91,7 @@ _HOMES = {
     "make_reference": ("tokgen.evaluation.reference_making", "make"),
     "models": ("tokgen.zoo.model", "known"),
     "pretokenize": ("tokgen.tokens", "pretokenize"),
+    "pull": ("tokgen.checkpoints.pulling", "pull"),
     "reconstruct": ("tokgen.tokens", "reconstruct"),
     "sample": ("tokgen.samples", "sample"),
     "save_png": ("tokgen.image_grid", "save_png"),

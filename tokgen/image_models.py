@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 
 from tokgen import boundary, choices, parameters, runtime, samples, tokens as arrays
-from tokgen.checkpoints import checkpoint
+from tokgen.checkpoints import checkpoint, pulling
 from tokgen.data import captioned, classes as names, datasets, pictures
 from tokgen.errors import UserError
 from tokgen.evaluation import validation
@@ -44,7 +44,8 @@ def load(
         ImageGenerator or ImageTokenizer.
 
     Raises:
-        UserError: there is no such checkpoint, it is damaged, or its tokenizer is another one.
+        UserError: there is no such checkpoint, it is damaged, its tokenizer is another one, or a
+            published model was not fetched.
 
     Examples:
         >>> model = tokgen.load("runs/generator")
@@ -52,11 +53,15 @@ def load(
         2 samples of 32 x 32 pixels: ring
         >>> tokgen.load("runs/tokenizer").layout
         TokenLayout(vocab=(240,), grids=((8, 8),))
+        >>> tokgen.load("rar-b", yes=True).classes[207]
+        'golden retriever'
     """
     if precision and precision not in PRECISIONS:
         raise UserError(choices.refusal(PRECISIONS, precision, "precision"))
     runtime.devices()
     name = str(path) if zoo.is_name(path) else ""
+    if name:
+        pulling.pull(name, yes=yes)
     step = checkpoint.find(path)
     meta = checkpoint.read_meta(step)
     if meta["kind"] == "tokenizer":
