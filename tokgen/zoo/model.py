@@ -108,6 +108,11 @@ def named(name: str) -> Model:
     )
 
 
+def of(system: str) -> dict[str, Model]:
+    """The models that are read as a system, by name."""
+    return {n: model for n, model in known().items() if system in (model.system, model.otherwise)}
+
+
 def is_name(text: str | os.PathLike) -> bool:
     """Whether a CKPT names a published model; a path that exists is that path."""
     return isinstance(text, str) and text in known() and not os.path.exists(text)
