@@ -60,6 +60,7 @@ def import_file(
 
     Args:
         file: a weight file, the index of one in parts, a folder with one; or an export of ours.
+        out: the folder of the run.
         system: the published system that it is of, of `pretrained.system.importable()`; "" where
             the file is an export of ours, which says all of itself.
         config: the published configuration, or its file (JSON or YAML), where sizes are not the
@@ -73,6 +74,12 @@ def import_file(
 
     Raises:
         UserError: the file does not fit the system, or `out` is not new.
+
+    Examples:
+        >>> export = tokgen.export_checkpoint("runs/tokenizer", "to_import")
+        >>> found = tokgen.import_file(export.out, "runs/imported")
+        >>> found.parameters, tokgen.load("runs/imported").fingerprint[:4] == "dead"
+        (14051, False)
     """
     file = pathlib.Path(file)
     exported = not system and exporting.is_export(file)
