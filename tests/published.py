@@ -6,17 +6,21 @@ numbers in them are random, so what they draw is noise: of the right size, of a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
+import pytest
 from flax import nnx
+from huggingface_hub import constants
 
+from tests import loopback
 from tokgen import parameters
 from tokgen.config import building, reading
 from tokgen.interfaces import TokenLayout
-from tokgen.pretrained import system
+from tokgen.pretrained import hub, system
 from tokgen.pretrained.formats import writer
 from tokgen.zoo import model as zoo
 
@@ -118,6 +122,26 @@ SMALL = {
         configuration=dict(heads=4),
     ),
 }
+
+
+@contextlib.contextmanager
+def served(
+    rows: dict[str, zoo.Model],
+    files: dict[str, pathlib.Path],
+    folder: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[loopback.Hub]:
+    """A hub that has these files, a zoo that knows these rows, and caches in `folder`."""
+    monkeypatch.setattr(zoo, "known", lambda: rows)
+    monkeypatch.setenv("TOKGEN_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr(hub, "PAUSE", 0.001)
+    with loopback.serving() as found:
+        found.files |= files
+        form = found.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", found.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", form)
+        yield found
 
 
 def write(name: str, file: pathlib.Path) -> None:

@@ -5,8 +5,9 @@ import pathlib
 from flax import nnx
 
 from tokgen import sharding
-from tokgen.checkpoints import run as runs
+from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.config import building, reading as configs
+from tokgen.data import shapes
 from tokgen.interfaces import TokenLayout
 from tokgen.quantizers import multiscale
 from tokgen.training import optimizer as optimizers, train_state
@@ -129,6 +130,40 @@ SECTIONS = {
     "generator": ("generator", "precision"),
 }
 _built: dict[str, nnx.Module] = {}
+
+
+def tiny(folder: pathlib.Path, *families: str) -> None:
+    """`runs/tokenizer` below a folder, and `runs/FAMILY` of generators, tiny and as they started.
+
+    The first of the families, of configs/generator/shapes.py, lies in `runs/generator`.
+    """
+    narrow = ["encoder.widths=(16,)", "decoder.widths=(16,)", "encoder.blocks=1"]
+    tokenizer = load("tokenizer/shapes", narrow)
+    layout, names = square(8, 240), tuple(shapes.Source().classes)
+    save(
+        folder / "runs" / "tokenizer",
+        tokenizer,
+        lambda: building.tokenizer(tokenizer, rngs=nnx.Rngs(0)),
+        kind="tokenizer",
+        layout=layout,
+        best="l2",
+        classes=names,
+    )
+    loaded = checkpoint.load_tokenizer(folder / "runs" / "tokenizer")
+    for number, family in enumerate(families):
+        settings = load(f"generator/shapes:{family}", ["generator.width=16", "generator.depth=1"])
+        workdir = folder / "runs" / (family if number else "generator")
+        save(
+            workdir,
+            settings,
+            lambda settings=settings: building.generator(settings, layout, 10, rngs=nnx.Rngs(0)),
+            kind="generator",
+            layout=layout,
+            best="nats_per_token",
+            classes=names,
+            tokenizer=checkpoint.reference(loaded.step, workdir)
+            | {"fingerprint": loaded.fingerprint},
+        )
 
 
 def save(workdir: pathlib.Path, settings, make, *, best: str, **meta) -> None:

@@ -7,14 +7,12 @@ import time
 import types
 
 import pytest
-from huggingface_hub import constants
 
 import tokgen
 from tests import command_line, loopback, published
 from tokgen import errors, report, runtime
 from tokgen.checkpoints import checkpoint, pulling
 from tokgen.data import imagenet
-from tokgen.pretrained import hub
 from tokgen.zoo import model as zoo
 
 NAME, TOKENIZER = "var-d16", "var-tokenizer"
@@ -31,17 +29,9 @@ def served(small, tmp_path, monkeypatch):
     """A hub that has both, an empty cache, and a zoo that knows no others."""
     rows, files = small
     elsewhere = {name: zoo.known()[name] for name in ("maskgit-tokenizer-256", "maskgit-256")}
-    monkeypatch.setattr(zoo, "known", lambda: rows | elsewhere)
-    monkeypatch.setenv("TOKGEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(runtime, "devices", lambda batch_size=0: None)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(hub, "PAUSE", 0.001)
     monkeypatch.chdir(tmp_path)
-    with loopback.serving() as found:
-        found.files |= files
-        form = found.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", found.address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", form)
+    with published.served(rows | elsewhere, files, tmp_path, monkeypatch) as found:
         yield found
 
 

@@ -45,6 +45,12 @@ def pull(name: str, *, yes: bool = False, file: str | os.PathLike = "") -> pathl
     Raises:
         UserError: nobody agrees, the hub does not give the file, it is not what the hub says it
             is, it does not fit, or there is no room.
+
+    Examples:
+        >>> tokgen.pull("rar-b", yes=True).name
+        'rar-b'
+        >>> tokgen.load("rar-b").classes[207]
+        'golden retriever'
     """
     model, place = zoo.named(name), folder(name)
     if place.exists():

@@ -78,7 +78,17 @@ class Model:
 
 @functools.cache
 def known() -> dict[str, Model]:
-    """Every model by name: the files of the folder in order, their rows as they stand."""
+    """Every published model by name: the files of the folder in order, their rows as they stand.
+
+    Returns:
+        {name: Model}: system, file, its bytes, parameters, licence, published FID, tokenizer.
+
+    Examples:
+        >>> tokgen.models()["var-d16"].tokenizer
+        'var-tokenizer'
+        >>> sum(model.kind == "generator" for model in tokgen.models().values()) > 1
+        True
+    """
     models: dict[str, Model] = {}
     for file in pkgutil.iter_modules(zoo.__path__):
         module = importlib.import_module(f"tokgen.zoo.{file.name}")
@@ -96,6 +106,11 @@ def named(name: str) -> Model:
         f"no published model is called {name!r:.100}{hint} `tokgen models` lists them, "
         f"{len(known())} in all"
     )
+
+
+def of(system: str) -> dict[str, Model]:
+    """The models that are read as a system, by name."""
+    return {n: model for n, model in known().items() if system in (model.system, model.otherwise)}
 
 
 def is_name(text: str | os.PathLike) -> bool:
