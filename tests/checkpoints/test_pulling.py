@@ -131,9 +131,9 @@ def test_a_name_in_python_is_not_fetched_unasked(served):
 
 
 def test_a_name_that_is_misspelt(served):
-    with pytest.raises(errors.UserError, match="did you mean 'var-d16'"):
+    with pytest.raises(errors.UserError, match="did you mean var-d16"):
         checkpoint.find("var-d15")
-    with pytest.raises(errors.UserError, match="did you mean 'var-d16'"):
+    with pytest.raises(errors.UserError, match="did you mean var-d16"):
         pulling.pull("var-d15", yes=True)
     with pytest.raises(errors.UserError) as caught:
         checkpoint.find("runs/nothing")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
@@ -88,12 +87,12 @@ def _to_pull(name: str) -> str:
 
 def _no_name(path: str) -> str:
     """What is to be said of what may have been meant as a published model's name."""
-    if os.sep in path:
+    if os.sep in path or path in zoo.known():
         return ""
-    near = difflib.get_close_matches(path, zoo.known(), 1)
-    return ", and no published model of that name" + (
-        f"; did you mean {near[0]!r}?" if near else ""
-    )
+    try:
+        zoo.named(path)
+    except UserError as error:
+        return f"; {error}"
 
 
 @functools.cache

@@ -158,13 +158,13 @@ def _check_homes(name: str, wanted: Sequence[str]) -> None:
     for one in wanted:
         model = zoo.named(one)
         if not model.repository:
-            whose = "" if one == name else f"the tokenizer of {name}, {one}, first: "
+            first = "" if one == name else f"{name} needs its tokenizer {one} first; "
             tokenizer = f" --tokenizer {model.tokenizer}" if model.tokenizer else ""
             raise UserError(
-                f"{whose}{model.file} of {one} ({report.amount(model.size)}, licence "
-                f"{model.licence}) does not lie on the Hugging Face hub: fetch it from "
-                f"{model.address}, then tokgen pull {one} --file FILE, or, to keep it elsewhere, "
-                f"tokgen import FILE --system {model.system}{tokenizer} --out DIR"
+                f"{first}{one} is not on the Hugging Face hub: fetch {model.file} "
+                f"({report.amount(model.size)}, licence {model.licence}) from {model.address} and "
+                f"then: tokgen pull {one} --file FILE (into the cache), or: tokgen import FILE "
+                f"--system {model.system}{tokenizer} --out DIR"
             )
 
 
