@@ -2,9 +2,10 @@
 
 import pathlib
 
+import jax
 from flax import nnx
 
-from tokgen import sharding
+from tokgen import parameters, sharding
 from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.config import building, reading as configs
 from tokgen.data import shapes
@@ -133,9 +134,10 @@ _built: dict[str, nnx.Module] = {}
 
 
 def tiny(folder: pathlib.Path, *families: str) -> None:
-    """`runs/tokenizer` below a folder, and `runs/FAMILY` of generators, tiny and as they started.
+    """`runs/tokenizer` below a folder, and `runs/FAMILY` of generators, tiny, of random numbers.
 
-    The first of the families, of configs/generator/shapes.py, lies in `runs/generator`.
+    The first of the families, of configs/generator/shapes.py, lies in `runs/generator`. Each has a
+    preset `half`, in bfloat16.
     """
     narrow = ["encoder.widths=(16,)", "decoder.widths=(16,)", "encoder.blocks=1"]
     tokenizer = load("tokenizer/shapes", narrow)
@@ -152,11 +154,14 @@ def tiny(folder: pathlib.Path, *families: str) -> None:
     loaded = checkpoint.load_tokenizer(folder / "runs" / "tokenizer")
     for number, family in enumerate(families):
         settings = load(f"generator/shapes:{family}", ["generator.width=16", "generator.depth=1"])
+        settings.presets.half = dict(settings.presets.default, precision="bfloat16")
         workdir = folder / "runs" / (family if number else "generator")
         save(
             workdir,
             settings,
-            lambda settings=settings: building.generator(settings, layout, 10, rngs=nnx.Rngs(0)),
+            lambda settings=settings: scattered(
+                building.generator(settings, layout, 10, rngs=nnx.Rngs(0))
+            ),
             kind="generator",
             layout=layout,
             best="nats_per_token",
@@ -166,10 +171,23 @@ def tiny(folder: pathlib.Path, *families: str) -> None:
         )
 
 
+def scattered(module: nnx.Module) -> nnx.Module:
+    """A network with noise on every parameter: new ones begin with heads that say nothing."""
+    graph, params, stats = parameters.split(module)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(7), len(leaves))
+    noisy = [
+        leaf + 0.3 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return parameters.merge(graph, jax.tree.unflatten(tree, noisy), stats)
+
+
 def save(workdir: pathlib.Path, settings, make, *, best: str, **meta) -> None:
     """A work directory with a checkpoint of step 0."""
     optimizer = optimizers.optimizer(steps=1, learning_rate=1e-3)
-    _, network = train_state.create(make, optimizer, mesh=sharding.make_mesh())
+    # of one device: eight of them are written one by one
+    _, network = train_state.create(make, optimizer, mesh=sharding.dividing(1))
     classes = tuple(f"shape{number}" for number in range(10))
     meta = {"classes": classes} | meta
     run = runs.start(workdir, settings, best=best, data="", **meta)

@@ -108,6 +108,13 @@ def test_a_typo_is_told_with_the_nearest(capfd):
     assert "did you mean 'rar'" in command_line.refused(capfd, "models", "--system", "rarr")
 
 
+def test_options_without_an_effect_are_refused(capfd):
+    none = command_line.refused(capfd, "models", "--system", "rar", "--tokenizers")
+    assert "of rar no tokenizer has a name" in none
+    for words in (("--system", "rar"), ("--tokenizers",)):
+        assert "the whole table" in command_line.refused(capfd, "models", "rar-b", *words)
+
+
 @pytest.mark.parametrize(
     ("number", "text"),
     [(0, "0"), (999, "999"), (1000, "1.00k"), (999_600, "1.00M"), (71_883_403, "71.9M")]

@@ -9,7 +9,8 @@ import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from tokgen import choices, runtime
+from tokgen import choices, options, runtime
+from tokgen.errors import UserError
 from tokgen.zoo import model as zoo
 
 HERE = "*"
@@ -32,6 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the table, or what is known of one model."""
     if args.name:
+        options.check(args, dict.fromkeys(("system", "tokenizers"), "the whole table"))
         models = {args.name: zoo.named(args.name)}
     else:
         models = _chosen(args.system, "tokenizer" if args.tokenizers else "")
@@ -50,11 +52,14 @@ def _chosen(system: str, kind: str) -> dict[str, zoo.Model]:
     names = {name: {m.system, m.otherwise, m.family.lower()} - {""} for name, m in known.items()}
     if system:
         choices.named(dict.fromkeys(sorted(set().union(*names.values()))), system, "--system")
-    return {
+    found = {
         name: model
         for name, model in known.items()
         if (not system or system in names[name]) and kind in ("", model.kind)
     }
+    if not found:
+        raise UserError(f"of {system} no {kind} has a name: leave out --tokenizers")
+    return found
 
 
 def folder(name: str) -> pathlib.Path:
