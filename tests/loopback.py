@@ -46,6 +46,7 @@ class Hub:
         location: where large files are said to lie, in the place of here.
         ignores: ranges are not heard of.
         hangs: seconds before each answer.
+        stalls: seconds in the middle of every body.
         bare: without commit, size and hash, as a login page.
         requests: all of them, in order.
     """
@@ -59,6 +60,7 @@ class Hub:
     location: str = ""
     ignores: bool = False
     hangs: float = 0.0
+    stalls: float = 0.0
     bare: bool = False
     requests: list[Request] = dataclasses.field(default_factory=list)
     address: str = ""
@@ -177,4 +179,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             hub.cuts -= 1
             data = data[: len(data) // 2]
             self.close_connection = True
-        self.wfile.write(data)
+        if hub.stalls:
+            self.wfile.write(data[: len(data) // 2])
+            self.wfile.flush()
+            data = data[len(data) // 2 :]
+            time.sleep(hub.stalls)
+        with contextlib.suppress(OSError):  # whoever asked may be gone
+            self.wfile.write(data)

@@ -6,20 +6,25 @@ numbers in them are random, so what they draw is noise: of the right size, of a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
+import pytest
 from flax import nnx
+from huggingface_hub import constants
 
+from tests import loopback
 from tokgen import parameters
 from tokgen.config import building, reading
 from tokgen.interfaces import TokenLayout
-from tokgen.pretrained import system
+from tokgen.pretrained import hub, system
 from tokgen.pretrained.formats import writer
 from tokgen.zoo import model as zoo
 
+KNOWN = zoo.known()  # those of full size, whatever a test puts in their place
 CODES, SIDE, CLASSES = 16, 4, 1000
 FLAT = TokenLayout((CODES,), ((SIDE, SIDE),))
 SCALES = (1, 2, 4)
@@ -31,12 +36,8 @@ NETWORK = dict(widths=(32, 32), blocks=1)
 class Small:
     """A model as small as its system allows: what is set in its recipe, and what is said of it."""
 
-    system: str
-    repository: str
-    file: str
     recipe: str
     fields: Callable[[object], None]
-    tokenizer: str = ""
     layout: TokenLayout = FLAT
     configuration: dict = dataclasses.field(default_factory=dict)
     overrides: tuple[str, ...] = ()
@@ -77,84 +78,75 @@ def _generator(**more):
 
 SMALL = {
     "llamagen-tokenizer": Small(
-        "llamagen_vq",
-        "FoundationVision/LlamaGen",
-        "vq_ds16_c2i.pt",
         "tokenizer/llamagen_vq",
         _llamagen_vq,
         configuration=dict(num_res_blocks=1),
         overrides=("view.size=8,8",),
     ),
     "llamagen-b": Small(
-        "llamagen_c2i",
-        "FoundationVision/LlamaGen",
-        "c2i_B_256.pt",
         "generator/llamagen",
         _generator(),
-        tokenizer="llamagen-tokenizer",
         configuration=dict(n_head=4, block_size=16),
     ),
     "maskgit-vqgan": Small(
-        "maskgit_vqgan",
-        "fun-research/TiTok",
-        "maskgit-vqgan-imagenet-f16-256.bin",
         "tokenizer/maskgit_vqgan",
         _maskgit_vqgan,
         configuration=dict(hidden_channels=32, channel_mult=[1, 1], num_res_blocks=1, resolution=8),
     ),
     "rar-b": Small(
-        "rar",
-        "yucornetto/RAR",
-        "rar_b.bin",
         "generator/rar",
         _generator(),
-        tokenizer="maskgit-vqgan",
         configuration=dict(model=dict(generator=dict(num_attention_heads=4))),
     ),
     "var-tokenizer": Small(
-        "var_vqvae",
-        "FoundationVision/var",
-        "vae_ch160v4096z32.pth",
         "tokenizer/var_vqvae",
         _var_vqvae,
         configuration=dict(ch_mult=[1, 1], num_res_blocks=1, v_patch_nums=list(SCALES)),
     ),
     "var-d16": Small(
-        "var",
-        "FoundationVision/var",
-        "var_d16.pth",
         "generator/var",
         _generator(channels=8),
         layout=PYRAMID,
-        tokenizer="var-tokenizer",
         configuration=dict(patch_nums=list(SCALES)),
     ),
     "maskbit-tokenizer-14bit": Small(
-        "maskbit_tokenizer",
-        "markweber/maskbit",
-        "maskbit_tokenizer_14bit.bin",
         "tokenizer/maskbit",
         _maskbit_tokenizer,
         configuration=dict(hidden_channels=32, channel_mult=[1, 1], num_res_blocks=1),
         overrides=("view.size=8,8", "quantizer.groups=2,2"),
     ),
     "maskbit-14bit": Small(
-        "maskbit_lfqbert",
-        "markweber/maskbit",
-        "maskbit_generator_14bit.bin",
         "generator/maskbit",
         _generator(),
         layout=TokenLayout((4, 4), ((SIDE, SIDE),)),
-        tokenizer="maskbit-tokenizer-14bit",
         configuration=dict(heads=4),
     ),
 }
 
 
+@contextlib.contextmanager
+def served(
+    rows: dict[str, zoo.Model],
+    files: dict[str, pathlib.Path],
+    folder: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[loopback.Hub]:
+    """A hub that has these files, a zoo that knows these rows, and caches in `folder`."""
+    monkeypatch.setattr(zoo, "known", lambda: rows)
+    monkeypatch.setenv("TOKGEN_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr(hub, "PAUSE", 0.001)
+    with loopback.serving() as found:
+        found.files |= files
+        form = found.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", found.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", form)
+        yield found
+
+
 def write(name: str, file: pathlib.Path) -> None:
     """The published file of a model of SMALL."""
-    small = SMALL[name]
-    found = system.named(small.system)
+    small, found = SMALL[name], system.named(KNOWN[name].system)
     config = reading.load(f"configs/{small.recipe}.py")
     small.fields(config)
     config.precision.compute = "float32"
@@ -185,23 +177,17 @@ def write(name: str, file: pathlib.Path) -> None:
 def rows(folder: pathlib.Path, *names: str) -> tuple[dict[str, zoo.Model], dict[str, pathlib.Path]]:
     """(rows of the zoo of these and their tokenizers, what a hub has of them), made in `folder`."""
     models, files = {}, {}
-    for name in dict.fromkeys(one for n in names for one in (SMALL[n].tokenizer, n) if one):
-        small = SMALL[name]
-        key = f"{small.repository}/{small.file}"
+    for name in dict.fromkeys(one for n in names for one in (KNOWN[n].tokenizer, n) if one):
+        key = f"{KNOWN[name].repository}/{KNOWN[name].file}"
         files[key] = folder / key
         if not files[key].exists():
             write(name, files[key])
-        models[name] = zoo.Model(
-            system=small.system,
-            repository=small.repository,
-            file=small.file,
-            tokenizer=small.tokenizer,
-            parameters=files[key].stat().st_size // 4,
-            size=files[key].stat().st_size,
-            licence="MIT",
-            paper="arXiv:0000.00000",
-            classes="imagenet" if small.tokenizer else "",
-            configuration=small.configuration,
-            overrides=small.overrides,
+        size = files[key].stat().st_size
+        models[name] = dataclasses.replace(
+            KNOWN[name],
+            parameters=size // 4,
+            size=size,
+            configuration=SMALL[name].configuration,
+            overrides=SMALL[name].overrides,
         )
     return models, files

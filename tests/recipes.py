@@ -2,11 +2,13 @@
 
 import pathlib
 
+import jax
 from flax import nnx
 
-from tokgen import sharding
-from tokgen.checkpoints import run as runs
+from tokgen import parameters, sharding
+from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.config import building, reading as configs
+from tokgen.data import shapes
 from tokgen.interfaces import TokenLayout
 from tokgen.quantizers import multiscale
 from tokgen.training import optimizer as optimizers, train_state
@@ -131,10 +133,61 @@ SECTIONS = {
 _built: dict[str, nnx.Module] = {}
 
 
+def tiny(folder: pathlib.Path, *families: str) -> None:
+    """`runs/tokenizer` below a folder, and `runs/FAMILY` of generators, tiny, of random numbers.
+
+    The first of the families, of configs/generator/shapes.py, lies in `runs/generator`. Each has a
+    preset `half`, in bfloat16.
+    """
+    narrow = ["encoder.widths=(16,)", "decoder.widths=(16,)", "encoder.blocks=1"]
+    tokenizer = load("tokenizer/shapes", narrow)
+    layout, names = square(8, 240), tuple(shapes.Source().classes)
+    save(
+        folder / "runs" / "tokenizer",
+        tokenizer,
+        lambda: building.tokenizer(tokenizer, rngs=nnx.Rngs(0)),
+        kind="tokenizer",
+        layout=layout,
+        best="l2",
+        classes=names,
+    )
+    loaded = checkpoint.load_tokenizer(folder / "runs" / "tokenizer")
+    for number, family in enumerate(families):
+        settings = load(f"generator/shapes:{family}", ["generator.width=16", "generator.depth=1"])
+        settings.presets.half = dict(settings.presets.default, precision="bfloat16")
+        workdir = folder / "runs" / (family if number else "generator")
+        save(
+            workdir,
+            settings,
+            lambda settings=settings: scattered(
+                building.generator(settings, layout, 10, rngs=nnx.Rngs(0))
+            ),
+            kind="generator",
+            layout=layout,
+            best="nats_per_token",
+            classes=names,
+            tokenizer=checkpoint.reference(loaded.step, workdir)
+            | {"fingerprint": loaded.fingerprint},
+        )
+
+
+def scattered(module: nnx.Module) -> nnx.Module:
+    """A network with noise on every parameter: new ones begin with heads that say nothing."""
+    graph, params, stats = parameters.split(module)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(7), len(leaves))
+    noisy = [
+        leaf + 0.3 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return parameters.merge(graph, jax.tree.unflatten(tree, noisy), stats)
+
+
 def save(workdir: pathlib.Path, settings, make, *, best: str, **meta) -> None:
     """A work directory with a checkpoint of step 0."""
     optimizer = optimizers.optimizer(steps=1, learning_rate=1e-3)
-    _, network = train_state.create(make, optimizer, mesh=sharding.make_mesh())
+    # of one device: eight of them are written one by one
+    _, network = train_state.create(make, optimizer, mesh=sharding.dividing(1))
     classes = tuple(f"shape{number}" for number in range(10))
     meta = {"classes": classes} | meta
     run = runs.start(workdir, settings, best=best, data="", **meta)

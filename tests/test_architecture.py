@@ -54,6 +54,7 @@ BESIDE = {
     "runtime": "the process around a walk",
     "archives": "files that others give",
     "image_grid": "pictures for people",
+    "image_models": "samples and tokens, with networks that stay",
     "metrics_log": "what is written of a step",
     "report": "what is said of it",
     "interfaces": "its words are everywhere",

@@ -28,6 +28,7 @@ LAYERS = (
     ("training",),
     ("evaluation",),
     ("demo", "samples", "tokens"),
+    ("image_models",),
     ("commands", "train_tokenizer", "train_generator"),
     ("cli",),
 )

@@ -54,6 +54,7 @@ def test_wheel_carries_package_configs_and_training_programs(wheel):
     expected = files("tokgen") | {f"tokgen/programs/{name}" for name in outside}
     assert {name for name in names if name.endswith(".py")} == expected
     assert all(name.startswith("tokgen/") for name in names)
+    assert "tokgen/py.typed" in names  # so that type checkers believe its annotations
     assert not [name for name in names if "__pycache__" in name]
 
 

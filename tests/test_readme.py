@@ -19,7 +19,6 @@ from PIL import Image
 
 from tests import recipes
 from tokgen import cli, parameters as state
-from tokgen.checkpoints import checkpoint
 from tokgen.config import building, reading
 from tokgen.interfaces import TokenLayout
 from tokgen.training import launch
@@ -29,7 +28,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOTEBOOK = json.loads((ROOT / "colab" / "quickstart.ipynb").read_text(encoding="utf-8"))
 TEXTS = (
     *("architecture", "checkpoints", "data", "evaluation", "extending", "generators"),
-    "tokenizers",
+    *("library", "tokenizers"),
 )
 DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in TEXTS), "benchmarks/RESULTS.md"]
 TOKENIZER, GENERATOR = "configs/tokenizer/shapes.py", "configs/generator/shapes.py"
@@ -70,29 +69,7 @@ def test_training_example_learns(tmp_path):
 @pytest.fixture
 def trained(tmp_path) -> pathlib.Path:
     """A folder with `runs/generator` and its tokenizer, tiny and as they started."""
-    narrow = ["encoder.widths=(16,)", "decoder.widths=(16,)", "encoder.blocks=1"]
-    tokenizer = reading.load(TOKENIZER, narrow)
-    layout = TokenLayout((240,), ((8, 8),))
-    recipes.save(
-        tmp_path / "runs" / "tokenizer",
-        tokenizer,
-        lambda: building.tokenizer(tokenizer, rngs=nnx.Rngs(0)),
-        kind="tokenizer",
-        layout=layout,
-        best="l2",
-    )
-    loaded = checkpoint.load_tokenizer(tmp_path / "runs" / "tokenizer")
-    generator = reading.load(GENERATOR, ["generator.width=16", "generator.depth=1"])
-    workdir = tmp_path / "runs" / "generator"
-    recipes.save(
-        workdir,
-        generator,
-        lambda: building.generator(generator, layout, 10, rngs=nnx.Rngs(0)),
-        kind="generator",
-        layout=layout,
-        best="nats_per_token",
-        tokenizer=checkpoint.reference(loaded.step, workdir) | {"fingerprint": loaded.fingerprint},
-    )
+    recipes.tiny(tmp_path, "raster")
     return tmp_path
 
 
@@ -104,6 +81,8 @@ def test_sampling_example_draws_eight_of_every_class(trained):
     assert pixels.shape == (10 * 66 + 2, 8 * 66 + 2, 3)
     drawn = pixels[2:66, 2:66], pixels[2:66, 68:132]
     assert np.any(drawn[0] != drawn[1])
+    with Image.open(trained / "first.png") as picture:
+        assert picture.size == (32, 32)
 
 
 def test_examples_are_short():

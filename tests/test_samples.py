@@ -113,7 +113,10 @@ def _text(count: int = 3) -> dict[str, np.ndarray]:
 
 
 def _loaded(module, classes=(), **presets):
-    config = types.SimpleNamespace(presets=ml_collections.ConfigDict(presets))
+    config = types.SimpleNamespace(
+        presets=ml_collections.ConfigDict(presets),
+        precision=types.SimpleNamespace(compute="float32"),
+    )
     return types.SimpleNamespace(
         module=module, classes=classes, config=config, layout=module.layout
     )

@@ -11,6 +11,13 @@ class UserError(ValueError):
     """Something the user gave cannot be used: the message says need, found and remedy.
 
     Where an object lies in memory, which messages of others tell, helps nobody and is left out.
+
+    Examples:
+        >>> try:
+        ...     tokgen.load("runs/generator", precision="float8")
+        ... except tokgen.UserError as error:
+        ...     print(error)
+        precision must be one of float32, bfloat16; found 'float8'; did you mean 'float32'?
     """
 
     def __init__(self, message: str = ""):

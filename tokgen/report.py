@@ -20,11 +20,20 @@ EVERY, MINUTE = 30, 60  # seconds between lines in a log file, and those that a 
 
 
 def bar(
-    total: int, *, initial: int = 0, unit: str = "step", what: str = "", shown: bool = True
+    total: int,
+    *,
+    initial: int = 0,
+    unit: str = "step",
+    what: str = "",
+    shown: bool = True,
+    delay: float = 0,
 ) -> tqdm.tqdm | Lines:
-    """A progress bar with speed and time to go; where there is no terminal, a line now and then."""
-    if not sys.stderr.isatty():
-        return Lines(total, initial=initial, unit=unit, what=what, shown=shown)
+    """A progress bar with speed and time to go; in a log file a line now and then.
+
+    Nothing is shown of what takes less than `delay` seconds.
+    """
+    if not sys.stderr.isatty() and not notebook():
+        return Lines(total, initial=initial, unit=unit, what=what, shown=shown, delay=delay)
     import tqdm
 
     return tqdm.tqdm(
@@ -37,7 +46,13 @@ def bar(
         mininterval=0.2,
         maxinterval=1,
         smoothing=0.05,
+        delay=delay,
     )
+
+
+def notebook() -> bool:
+    """Whether this process is a notebook's, which draws bars although it is no terminal."""
+    return "ipykernel" in sys.modules
 
 
 class Lines:
@@ -55,9 +70,10 @@ class Lines:
         unit: str = "step",
         what: str = "",
         shown: bool = True,
+        delay: float = 0,
         clock: Callable[[], float] | None = None,
     ):
-        self.total, self.unit, self.shown = total, unit, shown
+        self.total, self.unit, self.shown, self.delay = total, unit, shown, delay
         self.clock = clock or time.monotonic
         self.name = f"{what}: " if what else ""
         self.n, self.postfix = initial, ""
@@ -91,8 +107,8 @@ class Lines:
 
     def close(self) -> None:
         """The last line: what was done, in which time."""
-        if self.shown and self.did:
-            now = self.clock()
+        now = self.clock()
+        if self.shown and self.did and now - self.started >= self.delay:
             rate = self.did / max(now - self.started, 1e-9)
             say(f"{self.name}{self._done()} in {_span(now - self.started)}, {self._speed(rate)}")
         self.shown = False
@@ -133,7 +149,7 @@ def say(text: str) -> None:
     """
     text = printable(text)
     with contextlib.suppress(OSError):
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() or notebook():
             import tqdm
 
             tqdm.tqdm.write(text, file=sys.stderr)

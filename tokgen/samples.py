@@ -7,15 +7,18 @@ condition) and on nothing beside it, so both give the same images.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import numbers
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
 from tokgen import image_grid, options, output, report, runtime
 from tokgen.checkpoints import checkpoint
@@ -28,6 +31,10 @@ from tokgen.sampling import drawing, presets, sampler as samplers
 RECORDS = {"samples.json": ("checkpoint", "settings")}
 COLUMNS = 16  # images of a row of grid.png
 PIXELS, SIDE = 2**26, 2**14  # of grid.png, at most; SIDE is its height
+DELAY = 2  # seconds of a draw from Python before it says how far it is
+NOTEBOOK = 2**22  # pixels of what a notebook shows, which keeps it in its file
+
+Classes = str | int | Sequence[str | int] | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +43,8 @@ class Settings:
 
     Attributes:
         checkpoint: of a generator: a work directory, or one step of it.
-        classes: names, ids or ranges (`0-9,cat`), or `all`; "": all of few, some of many.
+        classes: names, ids or ranges (`0-9,cat`), or `all`; "": all of few, some of many. Or a
+            label, or a list of names and labels.
         text: .npz of features [N, T, E] and mask [N, T], for a generator that reads text.
         number: images per class or text.
         seed: of the draws, from 0 to 2**32 - 1.
@@ -47,7 +55,7 @@ class Settings:
     """
 
     checkpoint: str
-    classes: str = ""
+    classes: Classes = ""
     text: str = ""
     number: int = 8
     seed: int = 0
@@ -57,9 +65,9 @@ class Settings:
     sampling: presets.Choice = presets.Choice()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Samples:
-    """What was drawn.
+    """What was drawn: arrays, and the same images for people; a notebook shows them.
 
     Attributes:
         tokens_NLG: int32 tokens.
@@ -67,6 +75,14 @@ class Samples:
         kind_N: the label of each image; of a generator that reads text, the row of its text.
         classes: names of the classes that were drawn, in their order; () for texts.
         settings: how they were drawn, every setting of the sampler by name.
+
+    Examples:
+        >>> samples = tokgen.sample("runs/generator", classes="ring,0", number=3)
+        >>> samples
+        6 samples of 32 x 32 pixels: ring, disc
+        >>> samples.image_NHW3.shape, samples.image_NHW3.dtype, samples.tokens_NLG.shape
+        ((6, 32, 32, 3), dtype('uint8'), (6, 64, 1))
+        >>> samples.images[0].save("first.png")
     """
 
     tokens_NLG: np.ndarray
@@ -74,6 +90,30 @@ class Samples:
     kind_N: np.ndarray
     classes: tuple[str, ...]
     settings: dict[str, Any]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The images for PIL."""
+        return image_grid.to_pil(self.image_NHW3)
+
+    def __len__(self) -> int:
+        return len(self.image_NHW3)
+
+    def __repr__(self) -> str:
+        rows, columns = self.image_NHW3.shape[1:3]
+        texts = f"{len(np.unique(self.kind_N))} texts"
+        what = names_.listed(self.classes) if any(self.classes) else ""
+        what = what if self.classes else texts
+        said = f"{len(self)} samples of {rows} x {columns} pixels"
+        return f"{said}: {what}" if what else said
+
+    def _repr_png_(self) -> bytes:
+        """A row per class, as notebooks ask for it; of many images some."""
+        number = int(np.argmax(np.append(self.kind_N, -1) != self.kind_N[0]))
+        picture, _ = _sheet_of(dict(enumerate(self.image_NHW3)), len(self), number, pixels=NOTEBOOK)
+        file = io.BytesIO()
+        image_grid.to_pil(picture[None])[0].save(file, "PNG")
+        return file.getvalue()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +128,12 @@ class _Prepared:
     settings: dict[str, Any]
     generator: Generator
     sampler: samplers.Sampler
-    precision: str
 
 
 def sample(
     generator: str | os.PathLike,
     *,
-    classes: str = "",
+    classes: Classes = "",
     text: str = "",
     number: int = 8,
     seed: int = 0,
@@ -108,21 +147,74 @@ def sample(
     noise: float | None = None,
     precision: str = "",
     tokenizer: str = "",
+    progress: bool = True,
 ) -> Samples:
-    """Images of a trained generator, `number` of each class or text: of a work directory or a step.
+    """Images of a trained generator, `number` of each class or text, loaded for this call alone.
 
-    `temperature` to `noise` are in the place of the preset's settings; None leaves them. The rest
-    is as in Settings. UserError where the generator has no such class, setting or text.
+    What `tokgen.load(generator).sample` gives, to the bit, which loads once for many calls.
+
+    Args:
+        generator: its checkpoint: a work directory, one step of it, or a published model's name.
+        classes: names, ids or ranges in a text (`0-9,cat`), or `all`; a label; or a list of names
+            and labels. "": all of few, some of many.
+        text: .npz of features [N, T, E] and mask [N, T], for a generator that reads text.
+        number: images per class or text.
+        seed: of the draws, from 0 to 2**32 - 1: image i depends on (seed, i, its class) alone.
+        batch: images drawn and decoded together.
+        preset: the checkpoint's sampling settings by name.
+        temperature, top_k, top_p, guidance, steps, noise: in the place of the preset's settings;
+            None leaves them. `guidance` is w of `uncond + w (cond - uncond)` (arXiv:2207.12598).
+        precision: of the networks, float32 or bfloat16; "" is the preset's.
+        tokenizer: where the generator's tokenizer lies now; "": where it lay when it was trained.
+        progress: whether a long draw shows how far it is.
+
+    Returns:
+        Samples: tokens, uint8 images, labels, settings.
+
+    Raises:
+        UserError: the generator has no such class, setting or text.
+
+    Examples:
+        >>> samples = tokgen.sample("runs/generator", classes=[3, 7], number=2, temperature=0.8)
+        >>> samples.kind_N
+        array([3, 3, 7, 7], dtype=int32)
+        >>> samples.settings["temperature"]
+        0.8
     """
     choice = presets.Choice(preset, temperature, top_k, top_p, guidance, steps, noise)
     settings = Settings(
         os.fspath(generator), classes, text, number, seed, batch, precision, tokenizer, choice
     )
     check(settings)
-    ready = _prepared(settings)
-    drawn = (ready.generator, ready.tokenizer.module, ready.cond, ready.sampler)
-    tokens_NLG, image_NHW3 = drawing.draw(*drawn, seed=seed, batch=batch, what="")
+    return drawn(settings, *networks(settings), progress=progress)
+
+
+def drawn(
+    settings: Settings,
+    loaded: checkpoint.Loaded,
+    tokenizer: checkpoint.Loaded,
+    *,
+    progress: bool = True,
+) -> Samples:
+    """What settings ask for, of networks that are loaded already."""
+    ready = _prepared(settings, loaded, tokenizer)
+    asked = (ready.generator, tokenizer.module, ready.cond, ready.sampler)
+    how = dict(seed=settings.seed, batch=settings.batch, what="sample" if progress else "")
+    tokens_NLG, image_NHW3 = drawing.draw(*asked, **how, delay=DELAY)
     return Samples(tokens_NLG, image_NHW3, ready.kind_N, tuple(ready.classes), ready.settings)
+
+
+def networks(settings: Settings) -> tuple[checkpoint.Loaded, checkpoint.Loaded]:
+    """The generator of the settings in the precision that they ask for, and its tokenizer.
+
+    Both for nothing but drawing: no encoder, and no parameter twice.
+    """
+    compute = settings.precision
+    if not compute:
+        meta = checkpoint.read_meta(checkpoint.find(settings.checkpoint))
+        compute = presets.precision(meta, settings.sampling)
+    loaded = checkpoint.load_to_draw(settings.checkpoint, compute=compute)
+    return loaded, checkpoint.load_to_decode(loaded, settings.tokenizer)
 
 
 def write(
@@ -146,6 +238,10 @@ def write(
 
 def check(settings: Settings) -> None:
     """Errors of the settings, before anything is loaded."""
+    for name in ("number", "batch", "seed"):
+        value = getattr(settings, name)
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            raise UserError(f"--{name} must be a whole number; found {value!r}")
     if settings.number < 1 or settings.batch < 1:
         raise UserError(
             f"--number and --batch must be at least 1; found {settings.number}, {settings.batch}"
@@ -163,9 +259,10 @@ def conditions(
             "--text needs a generator that reads text; found one of "
             f"{len(loaded.classes)} classes: use --classes"
         )
+    unchosen = isinstance(settings.classes, str) and not settings.classes
     if loaded.module.cond == "label":
-        labels = names_.labels_of(settings.classes, loaded.classes)
-        if not settings.classes and len(labels) < len(loaded.classes):
+        labels = names_.chosen(settings.classes, loaded.classes)
+        if unchosen and len(labels) < len(loaded.classes):
             report.say(
                 f"{len(labels)} of {len(loaded.classes)} classes are drawn, evenly over them: "
                 f"{names_.listed([loaded.classes[i] for i in labels])}; --classes chooses others, "
@@ -173,30 +270,27 @@ def conditions(
             )
         label_N = np.repeat(np.asarray(labels, np.int32), settings.number)
         return label_N, label_N, [loaded.classes[i] if loaded.classes else "" for i in labels]
-    if settings.classes or not settings.text:
+    if not unchosen or not settings.text:
         raise UserError(
             "the generator reads text: it needs --text FILE.npz with arrays features [N, T, E] "
-            f"and mask [N, T]; found {'--classes' if settings.classes else 'none'}"
+            f"and mask [N, T]; found {'none' if unchosen else '--classes'}"
         )
     text = captioned.conditions(settings.text)
     row_N = np.repeat(np.arange(len(text.mask_BT), dtype=np.int32), settings.number)
     return jax.tree.map(lambda leaf: leaf[row_N], text), row_N, []
 
 
-def _prepared(settings: Settings) -> _Prepared:
-    """Load the networks; the conditions and the sampler that they are drawn with."""
-    choice, precision = settings.sampling, settings.precision
-    if not precision:
-        meta = checkpoint.read_meta(checkpoint.find(settings.checkpoint))
-        precision = presets.precision(meta, choice)
-    loaded = checkpoint.load_to_draw(settings.checkpoint, compute=precision)
-    tokenizer = checkpoint.load_to_decode(loaded, settings.tokenizer)
+def _prepared(
+    settings: Settings, loaded: checkpoint.Loaded, tokenizer: checkpoint.Loaded
+) -> _Prepared:
+    """The conditions and the sampler that networks are asked with."""
+    choice = settings.sampling
     cond, kind_N, classes = conditions(settings, loaded)
     found, generator, sampler = presets.choose(
         loaded.module, loaded.config.presets.to_dict(), choice, loaded.classes
     )
     options.refuse(presets.without_effect(choice, sampler))
-    return _Prepared(loaded, tokenizer, cond, kind_N, classes, found, generator, sampler, precision)
+    return _Prepared(loaded, tokenizer, cond, kind_N, classes, found, generator, sampler)
 
 
 def _filled(settings: Settings, place: output.Folder, png: bool) -> tuple[int, str]:
@@ -204,7 +298,7 @@ def _filled(settings: Settings, place: output.Folder, png: bool) -> tuple[int, s
 
     (how many images there are, what the grid shows)
     """
-    ready = _prepared(settings)
+    ready = _prepared(settings, *networks(settings))
     record = {
         "checkpoint": str(ready.loaded.step),
         "fingerprint": ready.loaded.fingerprint,
@@ -216,7 +310,7 @@ def _filled(settings: Settings, place: output.Folder, png: bool) -> tuple[int, s
         "names": list(ready.loaded.classes),  # what the numbers of samples.npz are called
         "text": settings.text,
         "number": settings.number,
-        "precision": ready.precision,
+        "precision": ready.loaded.config.precision.compute,
         "versions": checkpoint.versions(),
     }
     parts = place.path / "parts"
@@ -254,9 +348,7 @@ def _kept(parts: pathlib.Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def _written(out: pathlib.Path, parts: pathlib.Path, kind_N: np.ndarray, number: int) -> str:
     """samples.npz, tokens.npy and grid.png of the parts, read one by one; what the grid shows."""
     first_BHW3 = next(_kept(parts))[1]
-    rows, columns, colours = first_BHW3.shape[1:]
-    scale = max(1, 64 // rows)
-    layout_RX, told = sheet(len(kind_N), number, (scale * rows, scale * columns))
+    layout_RX, _, _ = _layout(first_BHW3.shape[1:], len(kind_N), number)
     wanted = dict.fromkeys(layout_RX[layout_RX >= 0].tolist())
     shape = (len(kind_N), *first_BHW3.shape[1:])
     with given_images.writing(out / "samples.npz", shape, kind_N) as add:
@@ -268,20 +360,41 @@ def _written(out: pathlib.Path, parts: pathlib.Path, kind_N: np.ndarray, number:
             wanted |= {i: image_BHW3[i - start] for i in wanted if start <= i < stop}
             start = stop
     np.save(out / "tokens.npy", np.concatenate(tokens))
-    blank = np.full((rows, columns, colours), 255, np.uint8)
-    shown = np.stack([wanted[i] if i >= 0 else blank for i in layout_RX.reshape(-1).tolist()])
-    image_grid.save_png(out / "grid.png", image_grid.grid(shown, layout_RX.shape[1], scale=scale))
+    picture, told = _sheet_of(wanted, len(kind_N), number)
+    image_grid.save_png(out / "grid.png", picture)
     return told
 
 
-def sheet(count: int, number: int, size: tuple[int, int]) -> tuple[np.ndarray, str]:
+def _sheet_of(
+    image_of: Mapping[int, np.ndarray], count: int, number: int, pixels: int = PIXELS
+) -> tuple[np.ndarray, str]:
+    """(the sheet of images [H, W, 3], in words): those that stand on it, by their numbers."""
+    shape = next(iter(image_of.values())).shape
+    layout_RX, scale, told = _layout(shape, count, number, pixels)
+    blank = np.full(shape, 255, np.uint8)
+    shown = np.stack([image_of[i] if i >= 0 else blank for i in layout_RX.reshape(-1).tolist()])
+    return image_grid.grid(shown, layout_RX.shape[1], scale=scale), told
+
+
+def _layout(
+    shape: Sequence[int], count: int, number: int, pixels: int = PIXELS
+) -> tuple[np.ndarray, int, str]:
+    """(which image stands where, the scale of each, in words): small ones are enlarged."""
+    scale = max(1, 64 // shape[0])
+    layout_RX, told = sheet(count, number, (scale * shape[0], scale * shape[1]), pixels)
+    return layout_RX, scale, told
+
+
+def sheet(
+    count: int, number: int, size: tuple[int, int], pixels: int = PIXELS
+) -> tuple[np.ndarray, str]:
     """(which image stands where [rows, columns], -1 for none; in words) of `grid.png`.
 
     A class, of which there are `number` images of `size` pixels, begins a row. A picture of more
     than PIXELS pixels no program opens: then only some of the images stand in it.
     """
     columns = min(number, COLUMNS)
-    room = max(1, PIXELS // (columns * size[0] * size[1]))
+    room = max(1, pixels // (columns * size[0] * size[1]))
     room = min(room, max(1, SIDE // size[0]))
     kinds = count // number
     chosen = np.arange(min(kinds, room)) * kinds // min(kinds, room)

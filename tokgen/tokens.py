@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tokgen import boundary, runtime, sharding
 from tokgen.checkpoints import checkpoint
@@ -17,10 +18,24 @@ from tokgen.sampling import drawing
 
 
 def encode(tokenizer: checkpoint.Loaded, image_NHW3: np.ndarray, *, batch: int = 32) -> np.ndarray:
-    """Tokens [N, L, G] of uint8 images of the size that the tokenizer was trained on.
+    """Tokens of images by a tokenizer that `load_tokenizer` gave.
 
-    UserError for images of another type or size, for a continuous tokenizer, which writes no
-    tokens, and where the encoder gives something that is not finite, with the images' numbers.
+    Args:
+        tokenizer: what `load_tokenizer` gives.
+        image_NHW3: uint8 [N, H, W, 3], of the size that it was trained on.
+        batch: images at a time.
+
+    Returns:
+        int32 [N, L, G].
+
+    Raises:
+        UserError: images of another type or size; a continuous tokenizer, which writes no tokens;
+            where the encoder gives something that is not finite, with the images' numbers.
+
+    Examples:
+        >>> tokenizer = tokgen.load_tokenizer("runs/tokenizer")
+        >>> tokgen.encode(tokenizer, np.zeros((3, 32, 32, 3), np.uint8)).shape
+        (3, 64, 1)
     """
     if tokenizer.layout is None:
         raise UserError(
@@ -37,12 +52,27 @@ def encode(tokenizer: checkpoint.Loaded, image_NHW3: np.ndarray, *, batch: int =
 
 
 def decode(tokenizer: checkpoint.Loaded, tokens_NLG: np.ndarray, *, batch: int = 32) -> np.ndarray:
-    """uint8 images [N, H, W, 3] of tokens [N, L, G].
+    """Images of tokens by a tokenizer that `load_tokenizer` gave.
 
-    UserError for tokens that the tokenizer's layout does not have, and where a pixel is not finite,
-    with the images' numbers.
+    Args:
+        tokenizer: what `load_tokenizer` gives.
+        tokens_NLG: integers [N, L, G].
+        batch: images at a time.
+
+    Returns:
+        uint8 [N, H, W, 3].
+
+    Raises:
+        UserError: tokens that the tokenizer's layout does not have; where a pixel is not finite,
+            with the images' numbers.
+
+    Examples:
+        >>> tokenizer = tokgen.load_tokenizer("runs/tokenizer")
+        >>> tokgen.decode(tokenizer, np.zeros((3, 64, 1), int)).shape
+        (3, 32, 32, 3)
     """
-    tokens_NLG = np.asarray(tokens_NLG)
+    _check_text(tokenizer)
+    tokens_NLG = array(tokens_NLG)
     if tokenizer.layout is not None:
         tokens_NLG = np.asarray(boundary.tokens(tokens_NLG, tokenizer.layout))
     return _images(
@@ -54,11 +84,25 @@ def decode(tokenizer: checkpoint.Loaded, tokens_NLG: np.ndarray, *, batch: int =
 def reconstruct(
     tokenizer: checkpoint.Loaded, image_NHW3: np.ndarray, *, batch: int = 32
 ) -> np.ndarray:
-    """uint8 images [N, H, W, 3] of images, through the tokenizer and back.
+    """Images through the tokenizer and back: what `decode` makes of `encode`, to rounding.
 
-    What `decode` makes of `encode`, to rounding; also by a tokenizer without tokens. UserError as
-    in both.
+    Args:
+        tokenizer: what `load_tokenizer` gives; also one without tokens.
+        image_NHW3: uint8 [N, H, W, 3], of the size that it was trained on.
+        batch: images at a time.
+
+    Returns:
+        uint8 [N, H, W, 3].
+
+    Raises:
+        UserError: as of `encode` and `decode`.
+
+    Examples:
+        >>> tokenizer = tokgen.load_tokenizer("runs/tokenizer")
+        >>> tokgen.reconstruct(tokenizer, np.zeros((3, 32, 32, 3), np.uint8)).shape
+        (3, 32, 32, 3)
     """
+    _check_text(tokenizer)
     _check(tokenizer, image_NHW3)
     return _images(
         _reconstructed(tokenizer.module, part) + (rows,) for part, rows in _parts(image_NHW3, batch)
@@ -79,9 +123,25 @@ def pretokenize(
 ) -> None:
     """Token shards of a set of images, in the folder `out`; what is there of them is gone on with.
 
-    `tokenizer` is a work directory or one step of it, loaded in `precision`. `data` to `max_bad`
-    are as in pretokenization.pretokenize. UserError where `out` holds other tokens and is not to be
-    replaced with `overwrite`, and where more images than `max_bad` of them cannot be read.
+    Args:
+        tokenizer: its checkpoint: a work directory, or one step of it.
+        out: the folder of what is written.
+        data: a folder of images, or what a config's `data` names; "": what it was trained on.
+        labels: what class folders mean: folders, outer or none; "": as its config says.
+        views: what is stored of each image, of data.views.STORED.
+        batch: images at a time.
+        max_bad: share of the images that may be unreadable; they are left out and told.
+        precision: of the network, float32 or bfloat16.
+        overwrite: replace an earlier set of tokens.
+
+    Raises:
+        UserError: `out` holds other tokens and is not to be replaced, or more images than `max_bad`
+            of them cannot be read.
+
+    Examples:
+        >>> tokgen.pretokenize("runs/tokenizer", "tokens", data="photographs", batch=8)
+        >>> pathlib.Path("tokens", "layout.json").exists()
+        True
     """
     pretokenization.check(batch=batch, max_bad=max_bad)
     with pretokenization.folder(out, overwrite=overwrite, inputs=(tokenizer, data)) as place:
@@ -98,6 +158,26 @@ def _reconstructed(tokenizer, image_BHW3):
     return reconstruction.bytes_of(tokenizer.reconstruct(image_BHW3)[0])
 
 
+def array(tokens: ArrayLike) -> np.ndarray:
+    """Tokens as an array of numpy's, or an error where they are none."""
+    try:
+        return np.asarray(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:  # uneven lists, a tensor elsewhere
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"tokens must be an array of integers [images, positions, symbols]; found "
+            f"{type(tokens).__name__}, which numpy cannot read: {said}"
+        ) from error
+
+
+def _check_text(tokenizer: checkpoint.Loaded) -> None:
+    if tokenizer.config.decoder.get("text"):
+        raise UserError(
+            f"the decoder of {tokenizer.step} reads text, which is given with its images: use "
+            "tokgen reconstruct --text"
+        )
+
+
 def _check(tokenizer: checkpoint.Loaded, image_NHW3: np.ndarray) -> None:
     image_NHW3 = np.asarray(image_NHW3)
     view = tokenizer.config.view
@@ -105,7 +185,7 @@ def _check(tokenizer: checkpoint.Loaded, image_NHW3: np.ndarray) -> None:
     if image_NHW3.dtype != np.uint8 or image_NHW3.shape[1:] != size or not len(image_NHW3):
         raise UserError(
             f"images must be uint8 [N, {', '.join(map(str, size))}]; found {image_NHW3.dtype} "
-            f"{list(image_NHW3.shape)}: resize them to what the tokenizer was trained on"
+            f"{list(image_NHW3.shape)}: tokgen.load(tokenizer).fit(images) cuts and resizes them"
         )
 
 

@@ -82,3 +82,51 @@ def test_names_become_parts_of_file_names():
     assert classes.file_name(9, ()) == "class9"
     assert len(set(found)) == len(names) and all(len(n.encode()) < 60 for n in found)
     assert all("/" not in name and name.isprintable() for name in found)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "labels"),
+    [
+        (1, [1]),
+        (np.int32(2), [2]),
+        ("cat", [0]),
+        ("cat, fat", [2]),  # a name, whatever it holds
+        ("1-2", [1, 2]),
+        ([2, "cat", 2], [2, 0, 2]),
+        (["cat, fat", "0-1"], [2, 0, 1]),
+        (np.array([1, 1]), [1, 1]),
+        (range(3), [0, 1, 2]),
+        ("", [0, 1, 2]),
+    ],
+)
+def test_classes_are_chosen_as_on_the_command_line_or_as_labels(wanted, labels):
+    assert classes.chosen(wanted, ("cat", "dog", "cat, fat")) == labels
+
+
+def test_a_number_is_a_label_and_a_text_a_name():
+    old = ("1", "2", "3")
+    assert classes.chosen(1, old) == [1] and classes.chosen("1", old) == [0]
+    assert classes.chosen(["1", 1], old) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        (3, "labels are 0 to 2 .*found 3"),
+        (-1, "labels are 0 to 2"),
+        (1.0, "found 1.0"),
+        (True, "found True"),
+        (None, "found None"),
+        ([], "at least one class"),
+        ([""], "found ''"),
+        (np.array([0.5]), "found 0.5"),
+        (np.array([[1]]), r"found \[1\]"),
+        (b"cat", "found b'cat'"),
+        ({"cat": 1}, "found {'cat': 1}"),
+    ],
+)
+def test_what_names_no_class_is_refused(wanted, said):
+    with pytest.raises(interfaces.UserError, match=said):
+        classes.chosen(wanted, ("cat", "dog", "cow"))
+    with pytest.raises(interfaces.UserError, match="unconditional"):
+        classes.chosen(1, ())

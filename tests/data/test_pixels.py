@@ -99,6 +99,35 @@ def test_kinds_of_file_have_their_documented_pixels(kind):
     )
 
 
+@pytest.mark.parametrize("kind", FLAT)
+def test_an_image_that_is_open_is_read_as_its_file(kind):
+    data, _ = FLAT[kind]
+    for channels in (1, 3):
+        with Image.open(io.BytesIO(data)) as image:
+            found = pixels.of_image(image, channels)
+        # of 16-bit colour PIL keeps the high bytes
+        off = 1 if kind == "16-bit colour" else 0
+        np.testing.assert_allclose(found, pixels.decode(data, channels).astype(int), atol=off)
+
+
+def test_images_without_a_stated_range_are_refused_open_too():
+    for mode in ("F", "I"):
+        with pytest.raises(pixels.BrokenImage, match="no stated range"):
+            pixels.of_image(Image.new(mode, (2, 2)), 3)
+    deep = Image.fromarray(np.array([[0, 257 * 9, 65535]], np.uint16))
+    np.testing.assert_array_equal(pixels.of_image(deep, 1)[..., 0], [[0, 9, 255]])
+
+
+def test_an_open_image_is_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.fromarray(noise(4, 6))
+    with Image.open(io.BytesIO(encoded(stored, exif=exif))) as image:
+        found = pixels.of_image(image, 3)
+    np.testing.assert_array_equal(found, pixels.decode(encoded(stored, exif=exif), 3))
+    assert found.shape == (6, 4, 3)
+
+
 @pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
 def test_sixteen_bits_are_divided_by_257_and_never_saturate(form):
     ramp = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)

@@ -14,9 +14,9 @@ from flax import nnx
 from tokgen import cli, runtime
 from tokgen.interfaces import Statistic, UserError
 from tokgen.pretrained import keymap, parity, system
+from tokgen.zoo import model as zoo
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-HERE = ROOT / "tests" / "fixtures"
+HERE = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
 SHARED = (
     *("maskgit_vqgan", "maskgit_tokenizer", "llamagen_vq", "maskbit_tokenizer"),
     *("maskbit_vqganplus", "titok_legacy", "titok_onestage_vq", "titok_onestage_vae"),
@@ -453,26 +453,10 @@ def test_every_system_is_held_somewhere():
 
 
 def test_every_system_says_where_its_weights_come_from():
+    """Itself, or the zoo for it; not both."""
     for name, found in system.known().items():
-        assert found.home or name == "maskbit_bert", name  # of which no weights are published
+        assert bool(found.home) != bool(zoo.of(name)) or name == "maskbit_bert", name
         assert found.licence and callable(found.parity), name
         assert (found.settings is None) == (found.rows is None), name
     with pytest.raises(UserError, match="must be one of"):
         system.named("")
-
-
-@pytest.mark.parametrize("document", ["tokenizers", "generators"])
-def test_documents_say_where_the_weights_of_every_system_are(document):
-    """The table of `--system` says what the systems say, and names each once."""
-    text = (ROOT / "docs" / f"{document}.md").read_text(encoding="utf-8")
-    keymap = text.split("| `--system` |")[1].split("\n\n")[0].splitlines()[2:]
-    kind = {"tokenizers": True, "generators": False}[document]
-    importable = {n: s for n, s in system.known().items() if s.settings is not None}
-    expected = []
-    for name, found in importable.items():
-        files = ", ".join(f"`{file}`" for file in found.files) or "none are published"
-        cells = [f"`{name}`", files, found.home or "-", *([] if kind else [found.licence])]
-        if (found.tokens is None) == kind:
-            expected.append("| " + " | ".join(cells) + " |")
-        assert bool(found.files) == bool(found.home)
-    assert sorted(keymap) == sorted(expected)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import ml_collections
 import pytest
@@ -25,6 +26,24 @@ def test_a_work_directory_is_none_of_what_the_run_reads(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         launch.parse(["--config", "a.py", "--workdir="], "")
     assert end.value.code == 2 and "--workdir: it is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("yes", [False, True])
+def test_checkpoints_of_a_config_may_be_names(yes, tmp_path, monkeypatch):
+    """Each field that is a CKPT; what is no name is left alone."""
+    pulled, begun = [], []
+    monkeypatch.setattr(launch.pulling, "pull", lambda name, yes: pulled.append((name, yes)))
+    monkeypatch.setattr(runtime, "devices", lambda batch_size: None)
+    words = ["train", "--config", "configs/generator/shapes.py", "--workdir", str(tmp_path / "run")]
+    words += ["--config.init_from=rar-b", "--config.data.tokenizer=maskgit-vqgan"]
+    monkeypatch.setattr(sys, "argv", [*words, *["--yes"] * yes])
+    with pytest.raises(SystemExit) as end:
+        launch.run(begun.append, lambda settings: None, "")
+    assert end.value.code == 0 and pulled == [("rar-b", yes), ("maskgit-vqgan", yes)]
+    (request,) = begun
+    assert request.settings.init_from == "rar-b"  # the name stays, and finds its folder anywhere
+    teacher = {"teacher": "maskgit-vqgan", "init_from": "runs/other", "data": {}}
+    assert "maskgit-vqgan" in launch._checkpoints(ml_collections.ConfigDict(teacher))
 
 
 # ---------------------------------------------------------------- how a run hears its end

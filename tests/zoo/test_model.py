@@ -1,6 +1,7 @@
 """The table of published models: names, and figures that are those of the networks themselves."""
 
 import functools
+import pathlib
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tokgen.interfaces import TokenLayout
 from tokgen.pretrained import keymap, system as systems, transfer
 from tokgen.zoo import model as zoo
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 # What an import must come to: the recipe of a published size
 SIZES = {
     "llamagen-tokenizer-f8": "tokenizer/llamagen_vq:vq8",
@@ -88,7 +90,8 @@ def built(name: str) -> tuple[dict[str, np.ndarray], nnx.Module, nnx.Module]:
     configs.override(config, model.overrides)
     if layout is None:
         return arrays, theirs, nnx.eval_shape(lambda: building.tokenizer(config, rngs=nnx.Rngs(0)))
-    assert classes == {"class": 1000, "text": 0}[model.condition]
+    assert classes == (1000 if model.classes else 0)
+    assert not model.text or model.text.endswith("{} x {}".format(*config.generator.texts))
     return (
         arrays,
         theirs,
@@ -145,7 +148,8 @@ def test_every_published_system_has_a_row():
     for name, model in MODELS.items():
         assert (importable[model.system].tokens is not None) == (model.kind == "generator"), name
         assert model.unknown in ("refuse", "opaque") and model.classes in ("imagenet", "")
-        assert model.kind == "generator" or not model.classes
+        assert not (model.classes and (model.text or model.kind == "tokenizer"))
+        assert model.classes or model.text or model.kind == "tokenizer"
 
 
 def test_names_are_plain():
@@ -178,8 +182,14 @@ def test_a_path_that_exists_is_that_path(tmp_path, monkeypatch):
     assert zoo.is_name("rar-b") and not zoo.is_name("rar-c") and not zoo.is_name(tmp_path)
     (tmp_path / "rar-b").mkdir()
     assert not zoo.is_name("rar-b")
-    with pytest.raises(UserError, match="did you mean 'rar-xl'"):
-        zoo.named("rar-xll")
+    for name, near in (
+        ("rar-xll", "rar-xl or rar-xxl"),
+        ("RAR-B", "rar-b or"),
+        ("x" * 9999, "xxx"),
+    ):
+        with pytest.raises(UserError, match=near) as refused:
+            zoo.named(name)
+        assert len(str(refused.value)) < 250 and "83 in all" in str(refused.value)
 
 
 def test_the_table_needs_no_jax():
@@ -189,3 +199,37 @@ def test_the_table_needs_no_jax():
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == ""
+
+
+def expanded(text: str) -> list[str]:
+    """`a-{b,c}` as a shell expands it; every group takes its words in step."""
+    groups = [group.split(",") for group in re.findall(r"\{([^}]*)\}", text)]
+    count = max(map(len, groups), default=1)
+    assert all(len(group) == count for group in groups), text
+    parts = re.split(r"\{[^}]*\}", text)
+    return [
+        "".join(part + (groups[n][k] if n < len(groups) else "") for n, part in enumerate(parts))
+        for k in range(count)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "generator"])
+def test_documents_have_the_table(kind):
+    """Every row, its name, system, file, place and licence, and nothing else."""
+    text = (ROOT / "docs" / f"{kind}s.md").read_text(encoding="utf-8")
+    told = {}
+    for line in text.split("| name | `--system` |")[1].split("\n\n")[0].splitlines()[2:]:
+        cells = [cell.strip().replace("`", "") for cell in line.strip("|").split("|")]
+        names = expanded(cells[0])
+        others = [expanded(cell) for cell in cells[1:]]
+        assert all(len(cell) in (1, len(names)) for cell in others), line
+        for number, name in enumerate(names):
+            assert name not in told
+            told[name] = [cell[number if len(cell) > 1 else 0] for cell in others]
+    wanted = {}
+    for name, model in MODELS.items():
+        if model.kind == kind:
+            systems_ = " or ".join(one for one in (model.system, model.otherwise) if one)
+            place = model.home.removeprefix("https://").removesuffix(f"/{model.file}").strip("/")
+            wanted[name] = [systems_, model.file, place, model.licence]
+    assert told == wanted

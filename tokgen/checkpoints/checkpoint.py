@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
@@ -90,12 +89,12 @@ def _to_pull(name: str) -> str:
 
 def _no_name(path: str) -> str:
     """What is to be said of what may have been meant as a published model's name."""
-    if os.sep in path:
+    if os.sep in path or path in zoo.known():
         return ""
-    near = difflib.get_close_matches(path, zoo.known(), 1)
-    return ", and no published model of that name" + (
-        f"; did you mean {near[0]!r}?" if near else ""
-    )
+    try:
+        zoo.named(path)
+    except UserError as error:
+        return f"; {error}"
 
 
 @functools.cache
@@ -414,11 +413,26 @@ def unflatten(tree: PyTree, leaves: dict[str, jax.Array]) -> PyTree:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A network loaded for use, with what its checkpoint says of it."""
+    """A network loaded for use, with what its checkpoint says of it.
+
+    Attributes:
+        module: the network: plain functions of arrays, as `generators` and `tokenizers` have them.
+        config: the whole config that it was trained or imported with.
+        layout: of its tokens; None of a continuous bottleneck.
+        classes: names by label; () where there are none.
+        step: where the checkpoint lies.
+        meta: its record, in JSON.
+        fingerprint: a hash of weights and form: equal where it computes the same.
+
+    Examples:
+        >>> loaded = tokgen.load_generator("runs/generator")
+        >>> loaded.layout.length, loaded.classes[:2], loaded.config.generator.name
+        (64, ('disc', 'ring'), 'autoregressive')
+    """
 
     module: nnx.Module
     config: ml_collections.ConfigDict
-    layout: TokenLayout | None  # None: a continuous bottleneck
+    layout: TokenLayout | None
     classes: tuple[str, ...]
     step: pathlib.Path
     meta: dict
@@ -426,17 +440,56 @@ class Loaded:
 
 
 def load_tokenizer(path: str | os.PathLike, *, compute: str = "") -> Loaded:
-    """The tokenizer of a checkpoint, with its averaged weights; `compute` overrides the dtype."""
+    """The tokenizer of a checkpoint, with its averaged weights, as a module that can be changed.
+
+    Args:
+        path: a work directory, one step of it, or the name of a published model that is here.
+        compute: "float32" or "bfloat16", in the place of the config's `precision.compute`.
+
+    Raises:
+        UserError: there is no such checkpoint, it is damaged, or holds a generator.
+
+    Examples:
+        >>> tokenizer = tokgen.load_tokenizer("runs/tokenizer")
+        >>> tokenizer.module.encode(np.zeros((1, 32, 32, 3), np.float32)).shape
+        (1, 64, 1)
+    """
     return load(path, "tokenizer", compute=compute)
 
 
 def load_generator(path: str | os.PathLike, *, compute: str = "") -> Loaded:
-    """The generator of a checkpoint, with its averaged weights; `compute` overrides the dtype."""
+    """The generator of a checkpoint, with its averaged weights, as a module that can be changed.
+
+    Args:
+        path: a work directory, one step of it, or the name of a published model that is here.
+        compute: "float32" or "bfloat16", in the place of the config's `precision.compute`.
+
+    Raises:
+        UserError: there is no such checkpoint, it is damaged, or holds a tokenizer.
+
+    Examples:
+        >>> generator = tokgen.load_generator("runs/generator", compute="bfloat16")
+        >>> generator.module.layout.grids, generator.config.precision.compute
+        (((8, 8),), 'bfloat16')
+    """
     return load(path, "generator", compute=compute)
 
 
 def load_tokenizer_of(generator: Loaded, path: str = "") -> Loaded:
-    """The tokenizer that a generator was trained with; `path` says where it lies now, if moved."""
+    """The tokenizer that a generator was trained with.
+
+    Args:
+        generator: what `load_generator` gives.
+        path: where its tokenizer lies now, if it was moved.
+
+    Raises:
+        UserError: it is not there, or is another one.
+
+    Examples:
+        >>> generator = tokgen.load_generator("runs/generator")
+        >>> tokgen.load_tokenizer_of(generator).layout == generator.layout
+        True
+    """
     return _tokenizer_of(generator, path, load_tokenizer)
 
 

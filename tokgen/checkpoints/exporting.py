@@ -53,12 +53,24 @@ class Export:
 def export_checkpoint(
     path: str | os.PathLike, out: str | os.PathLike, system: str = "", *, overwrite: bool = False
 ) -> Export:
-    """Write OURS, CONFIG and the published file of the checkpoint at `path` to the folder `out`.
+    """Write a checkpoint for others: safetensors with its config, and the published file.
 
-    `system` names whose published form that is; "" takes the one it was imported from, if any.
+    Args:
+        path: the checkpoint: a work directory, or one step of it.
+        out: the folder of OURS, CONFIG and that file.
+        system: whose published form is written; "": of what it was imported from, if anything.
+        overwrite: replace an earlier export.
+
+    Returns:
+        Export: what was written.
 
     Raises:
         UserError: the model has not the form of the system, or `out` is not free.
+
+    Examples:
+        >>> export = tokgen.export_checkpoint("runs/tokenizer", "exported")
+        >>> sorted(path.name for path in export.out.iterdir())
+        ['config.json', 'model.safetensors']
     """
     with output.folder(out, records=RECORDS, overwrite=overwrite, inputs=(path,)) as place:
         runtime.devices()

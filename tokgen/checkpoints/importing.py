@@ -15,6 +15,7 @@ from tokgen.checkpoints import checkpoint, exporting, imported as imports
 from tokgen.errors import UserError
 from tokgen.pretrained import system as systems, transfer
 from tokgen.pretrained.formats import paths
+from tokgen.zoo import model as zoo
 
 LARGEST_YAML = 2**20  # characters; it is slow to read
 
@@ -65,6 +66,7 @@ def import_file(
 
     Args:
         file: a weight file, the index of one in parts, a folder with one; or an export of ours.
+        out: the folder of the run.
         system: the published system that it is of, of `pretrained.system.importable()`; "" where
             the file is an export of ours, which says all of itself.
         config: the published configuration, or its file (JSON or YAML), where sizes are not the
@@ -78,6 +80,12 @@ def import_file(
 
     Raises:
         UserError: the file does not fit the system, or `out` is not new.
+
+    Examples:
+        >>> export = tokgen.export_checkpoint("runs/tokenizer", "to_import")
+        >>> found = tokgen.import_file(export.out, "runs/imported")
+        >>> found.parameters, tokgen.load("runs/imported").fingerprint[:4] == "dead"
+        (14051, False)
     """
     file = pathlib.Path(file)
     exported = not system and exporting.is_export(file)
@@ -124,11 +132,12 @@ def _check(file: pathlib.Path, system: str, tokenizer: Path) -> None:
     """Refuse what cannot be imported, before anything is read."""
     found = choices.named(systems.importable(), system, "--system")
     if not file.exists():
+        rows = {name: f"{name} ({row.file})" for name, row in zoo.of(system).items()}
         raise UserError(
-            f"no file {file}; the published ones of {system} are {', '.join(found.files)} "
-            f"at {found.home}"
-            if found.home
-            else f"no file {file}; of {system} no weights are published"
+            f"no file {file}; tokgen pull NAME fetches one that is published, and imports it: "
+            f"{', '.join(rows.values())}"
+            if rows
+            else f"no file {file}; of {system} no weights are published that have a name here"
         )
     if tokenizer and found.tokens is None:
         raise UserError(f"--tokenizer is for generators; {system} is a tokenizer itself")
@@ -147,13 +156,15 @@ def _refuse_given(file: pathlib.Path, given: Sequence[str]) -> None:
 
 
 def _source(file: pathlib.Path, system: str) -> dict:
-    """What the record says of a published file."""
-    found = systems.named(system)
+    """What the record says of a published file; where it lies, as far as its name tells."""
+    found, rows = systems.named(system), zoo.of(system).values()
+    name = pathlib.Path(paths.located(file)).name.removesuffix(paths.INDEX)
+    homes = [row.home for row in rows if row.file == name] or [row.home for row in rows]
     return {
         "system": system,
-        "file": pathlib.Path(paths.located(file)).name.removesuffix(paths.INDEX),
+        "file": name,
         "sha256": transfer.digest(file),
-        "home": found.home,
+        "home": ", ".join(dict.fromkeys(homes)) or found.home,
         "licence": found.licence,
     }
 

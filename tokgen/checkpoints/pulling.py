@@ -45,6 +45,12 @@ def pull(name: str, *, yes: bool = False, file: str | os.PathLike = "") -> pathl
     Raises:
         UserError: nobody agrees, the hub does not give the file, it is not what the hub says it
             is, it does not fit, or there is no room.
+
+    Examples:
+        >>> tokgen.pull("rar-b", yes=True).name
+        'rar-b'
+        >>> tokgen.load("rar-b").classes[207]
+        'golden retriever'
     """
     model, place = zoo.named(name), folder(name)
     if place.exists():
@@ -116,16 +122,7 @@ def _bring(name: str, file: str | os.PathLike) -> None:
         found = file or hub.fetch(model.repository, model.file, _fetched(name))
         report.say(f"{name}: importing {pathlib.Path(found).name}")
         try:
-            importing.import_file(
-                found,
-                place,
-                model.system,
-                config=model.configuration,
-                overrides=model.overrides,
-                unknown=model.unknown,
-                tokenizer=folder(model.tokenizer) if model.tokenizer else "",
-                classes=CLASSES.get(model.classes, ()),
-            )
+            _import(name, found)
         except UserError as error:
             if not isinstance(error.__cause__, OSError):  # the disk has its part in those
                 shutil.rmtree(_fetched(name), ignore_errors=True)
@@ -134,18 +131,40 @@ def _bring(name: str, file: str | os.PathLike) -> None:
     report.say(f"{name} is here: {place} ({report.amount(taken(place))})")
 
 
+def _import(name: str, file: str | os.PathLike) -> None:
+    """A published file into a checkpoint, read as one of the systems that its row names."""
+    model = zoo.named(name)
+    systems = [one for one in (model.system, model.otherwise) if one]
+    for system in systems:
+        try:
+            importing.import_file(
+                file,
+                folder(name),
+                system,
+                config=model.configuration,
+                overrides=model.overrides,
+                unknown=model.unknown,
+                tokenizer=folder(model.tokenizer) if model.tokenizer else "",
+                classes=CLASSES.get(model.classes, ()),
+            )
+            return
+        except UserError as error:
+            if isinstance(error.__cause__, OSError) or system == systems[-1]:
+                raise
+
+
 def _check_homes(name: str, wanted: Sequence[str]) -> None:
     """An error where a file that is wanted does not lie on the hub."""
     for one in wanted:
         model = zoo.named(one)
         if not model.repository:
-            whose = "" if one == name else f"the tokenizer of {name}, {one}, first: "
+            first = "" if one == name else f"{name} needs its tokenizer {one} first; "
             tokenizer = f" --tokenizer {model.tokenizer}" if model.tokenizer else ""
             raise UserError(
-                f"{whose}{model.file} of {one} ({report.amount(model.size)}, licence "
-                f"{model.licence}) does not lie on the Hugging Face hub: fetch it from "
-                f"{model.address}, then tokgen pull {one} --file FILE, or, to keep it elsewhere, "
-                f"tokgen import FILE --system {model.system}{tokenizer} --out DIR"
+                f"{first}{one} is not on the Hugging Face hub: fetch {model.file} "
+                f"({report.amount(model.size)}, licence {model.licence}) from {model.address} and "
+                f"then: tokgen pull {one} --file FILE (into the cache), or: tokgen import FILE "
+                f"--system {model.system}{tokenizer} --out DIR"
             )
 
 

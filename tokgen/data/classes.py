@@ -179,6 +179,39 @@ def labels_of(text: str, classes: Sequence[str]) -> list[int]:
     return labels
 
 
+def chosen(
+    wanted: str | int | Sequence[str | int] | np.ndarray, classes: Sequence[str]
+) -> list[int]:
+    """Labels that a library user asks for: a text as of `labels_of`, a label, or a list of these.
+
+    In a list a text that is a name is that name, whatever it holds; a number is a label, the place
+    of its name, also where the names are numbers.
+    """
+    if isinstance(wanted, str):
+        return [list(classes).index(wanted)] if wanted in classes else labels_of(wanted, classes)
+    if hasattr(wanted, "__array__"):
+        wanted = np.asarray(wanted).tolist()
+    labels = []
+    for part in wanted if isinstance(wanted, list | tuple | range) else (wanted,):
+        if isinstance(part, str) and part.strip():
+            labels += chosen(part, classes)
+        elif isinstance(part, int | np.integer) and not isinstance(part, bool):
+            if not 0 <= part < max(len(classes), 1):
+                named = f" ({listed(classes)})" if classes else ", the model is unconditional"
+                raise interfaces.UserError(
+                    f"labels are 0 to {max(len(classes), 1) - 1}{named}; found {part}"
+                )
+            labels.append(int(part))
+        else:
+            raise interfaces.UserError(
+                "classes must be a text of names, numbers or ranges (`0-9,cat`), a label, or a "
+                f"list of names and labels; found {part!r:.100}"
+            )
+    if not labels:
+        raise interfaces.UserError("classes must name at least one class; found an empty list")
+    return labels
+
+
 def _label_of(text: str, classes: Sequence[str]) -> int:
     """The label of a name that is not spelled as it is known, or an error with the nearest."""
     words = translated([text], classes) or [text]

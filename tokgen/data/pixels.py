@@ -84,6 +84,26 @@ def decode(
         raise BrokenImage(_why(error)) from error
 
 
+def of_image(image: Image.Image, channels: int) -> np.ndarray:
+    """uint8 [H, W, channels] of a PIL image in memory, by the rules of files, or BrokenImage.
+
+    16 bits have their full range: what a file states of them, PIL does not keep.
+    """
+    check_channels(channels)
+    try:
+        image.load()
+        found = image
+        if image.mode.startswith("I;16"):
+            found = Image.fromarray(_eight_bits(np.asarray(image), 65535))
+        elif image.mode == "I":
+            raise BrokenImage("integers of 32 bits have no stated range")
+        return _pixels(_upright(found, image), channels)
+    except BrokenImage:
+        raise
+    except _DAMAGE as error:
+        raise BrokenImage(_why(error)) from error
+
+
 def header(file: BinaryIO | bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[str, tuple[int, int]]:
     """(format, (rows, columns)) as the header says, or BrokenImage; nothing is decoded."""
     file = io.BytesIO(file) if isinstance(file, bytes) else file

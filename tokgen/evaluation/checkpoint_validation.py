@@ -40,6 +40,10 @@ class Settings:
         seed: of those draws; None is 0.
         batch: images at a time, at most.
         precision: of the networks; "" is the config's.
+
+    Examples:
+        >>> tokgen.ValidationSettings("runs/tokenizer", data="photographs", split="all").images
+        1000
     """
 
     checkpoint: str
@@ -74,7 +78,24 @@ class Measured:
 
 
 def validate(settings: Settings) -> tuple[dict, dict]:
-    """(a record of what was measured, of what and how; the metrics by names for people)."""
+    """Held-out metrics of a tokenizer, or the likelihood of a generator: `tokgen evaluate`.
+
+    Args:
+        settings: what is measured, and of which images.
+
+    Returns:
+        (a record of what was measured, of what and how; the metrics by names for people). Nats are
+        per token; `l2` is on the scale of [-1, 1], `psnr_db` of [0, 1].
+
+    Raises:
+        UserError: the images cannot be read, or are none of the checkpoint's.
+
+    Examples:
+        >>> settings = tokgen.ValidationSettings("runs/tokenizer", data="photographs", split="all")
+        >>> record, metrics = tokgen.validate(settings)
+        >>> record["images"], "psnr_db" in metrics
+        (16, True)
+    """
     runtime.devices()
     step = checkpoint.find(settings.checkpoint)
     kind = checkpoint.read_meta(step)["kind"]

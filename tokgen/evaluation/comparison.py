@@ -37,9 +37,27 @@ SAME = {
 def compare(
     paths: Sequence[str], out: str, *, every: bool = False, overwrite: bool = False
 ) -> dict[str, dict]:
-    """{name: result} of folders of scores; table, plots and samples are written to `out` as a page.
+    """Several scores in one table, with plots and samples side by side, as a page.
 
-    The last result of each folder, or `every` one. `overwrite` replaces an earlier comparison.
+    Args:
+        paths: folders of scores.
+        out: the folder of the page.
+        every: all results of each folder, and not the last.
+        overwrite: replace an earlier comparison.
+
+    Returns:
+        {name: result}, as `score` gives it.
+
+    Raises:
+        UserError: there are fewer than two results, or they are of different protocols.
+
+    Examples:
+        >>> few = dict(reference="reference.npz", samples=16, accept=("few",))
+        >>> for seed, out in enumerate(("first", "second")):
+        ...     settings = tokgen.ScoreSettings("runs/generator", "local", out, seed=seed, **few)
+        ...     _ = tokgen.score(settings)
+        >>> list(tokgen.compare(["first", "second"], "compared"))
+        ['first', 'second']
     """
     lines, folders = read(paths, every=every)
     if len(lines) < 2:

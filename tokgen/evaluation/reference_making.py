@@ -40,6 +40,10 @@ class Settings:
         steps: to train the local network; None is as its recipe says.
         seed: of that training, and of which images are kept.
         overwrite: whether an earlier reference at `out` is replaced.
+
+    Examples:
+        >>> tokgen.ReferenceSettings("photographs", "reference.npz", size=(32,)).protocol
+        'local'
     """
 
     data: str
@@ -60,7 +64,23 @@ class Settings:
 
 
 def make(settings: Settings) -> dict:
-    """Measure the images and write what they are like; the record of the reference."""
+    """Statistics that samples are scored against: `tokgen reference`.
+
+    Args:
+        settings: what it is made of, and where it goes.
+
+    Returns:
+        The record of the reference, which lies in its file too.
+
+    Raises:
+        UserError: the images cannot be read, or the network's weights are others.
+
+    Examples:
+        >>> few = tokgen.ReferenceSettings("photographs", "reference.npz", size=(32,), steps=2)
+        >>> record = tokgen.make_reference(few)
+        >>> record["protocol"], record["size"]
+        ('local', [32, 32])
+    """
     check(settings)
     read = () if datasets.kind_of(settings.data) == "tfds" else (settings.data,)
     given = dict(overwrite=settings.overwrite, inputs=(*read, settings.weights, settings.network))

@@ -29,7 +29,24 @@ from tokgen.sampling import presets
 
 
 def score(settings: score_settings.Settings) -> dict:
-    """The result, as a line of JSON; it is written to the folder, with a page that shows it."""
+    """Samples, or a tokenizer's reconstructions, against a reference: `tokgen evaluate --protocol`.
+
+    Args:
+        settings: what is scored, against what, and where the result goes.
+
+    Returns:
+        The result, as a line of JSON: protocol, settings, versions, `metrics` by name. It is also
+        written to the folder, with a page that shows it.
+
+    Raises:
+        UserError: what is scored and the reference cannot be compared, or are too few.
+
+    Examples:
+        >>> few = dict(reference="reference.npz", samples=16, accept=("few",))
+        >>> line = tokgen.score(tokgen.ScoreSettings("runs/generator", "local", "scored", **few))
+        >>> line["metrics"]["fid"]["value"] > 0
+        True
+    """
     score_settings.check(settings)
     score_settings.check_kind(settings)
     with opened(settings) as place:

@@ -36,6 +36,13 @@ class Settings:
         tokenizer: where the generator's tokenizer lies now.
         precision: of the networks; "" is the preset's, of a tokenizer float32.
         sampling: the generator's preset, and what is in the place of its settings.
+
+    Examples:
+        >>> settings = tokgen.ScoreSettings(
+        ...     "runs/generator", "local", "scored", reference="reference.npz", samples=2000
+        ... )
+        >>> settings.seed, settings.sampling.preset
+        (0, 'default')
     """
 
     scored: str

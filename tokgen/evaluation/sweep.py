@@ -54,6 +54,11 @@ class Settings:
             leaves it as it is there.
         seeds: of every combination.
         by: the metric that chooses the best.
+
+    Examples:
+        >>> shared = tokgen.ScoreSettings("runs/generator", "local", "swept", reference="ref.npz")
+        >>> tokgen.SweepSettings(shared, guidance=(1.0, 1.5, 2.0), temperature=(0.9, 1.0)).seeds
+        3
     """
 
     score: score_settings.Settings
@@ -65,9 +70,24 @@ class Settings:
 
 
 def sweep(settings: Settings) -> dict:
-    """Score every combination with every seed: which is the best, and how surely.
+    """Score every combination of sampling settings with every seed: `tokgen sweep`.
 
-    The summary, which is also written to the folder, with a page that shows it.
+    Args:
+        settings: what all scores share, and what is swept.
+
+    Returns:
+        The summary: every setting with mean and deviation, the best, its ties. It is also written
+        to the folder, with a page that shows it.
+
+    Raises:
+        UserError: as of `score`; a setting that the generator has not.
+
+    Examples:
+        >>> few = dict(reference="reference.npz", samples=16, accept=("few",))
+        >>> shared = tokgen.ScoreSettings("runs/generator", "local", "swept", **few)
+        >>> summary = tokgen.sweep(tokgen.SweepSettings(shared, temperature=(0.5, 1.0), seeds=1))
+        >>> summary["by"], sorted(summary["settings"])
+        ('fid', ['t0.5', 't1'])
     """
     grid = grid_of(settings)
     check(settings)

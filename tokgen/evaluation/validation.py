@@ -14,7 +14,7 @@ from flax import nnx
 
 from tokgen import boundary, orders, report, rng, sharding
 from tokgen.data import datasets, loader, sources, views
-from tokgen.interfaces import Generator, TokenBatch, TokenLayout, UserError
+from tokgen.interfaces import Generator, PyTree, Text, TokenBatch, TokenLayout, UserError
 from tokgen.metrics import codebook, reconstruction as quality
 
 PIXELS = 50 * 256 * 256  # of the images that are put through a tokenizer at a time
@@ -214,7 +214,7 @@ def likelihood(
         if label_C is not None:
             part["label"] = label_C[part["label"]]
         padded = sharding.filled(part, batch, mesh)
-        keys_B, nats_RB = rng.per_image(seed, "eval", padded.pop("index")), []
+        keys_B = rng.per_image(seed, "eval", padded.pop("index"))
         if "image" in padded:
             padded["tokens"] = source.encode(padded.pop("image"))
         naming = datasets.named(source, part["index"])
@@ -222,13 +222,8 @@ def likelihood(
         boundary.refuse((seen_BLG < 0).any((1, 2)), "what the encoder sees", naming)
         boundary.tokens(seen_BLG, generator.layout)
         generator.check(datasets.condition(part))
-        for draw in range(draws):
-            own_B = jax.vmap(rng.number, (0, None))(keys_B, draw)
-            nats_B = jax.device_get(program(generator, codec, padded, own_B))[:rows]
-            boundary.refuse(~np.isfinite(nats_B), "nats of an image", naming)
-            nats_RB.append(nats_B)
-        total.append(np.stack(nats_RB, axis=1))
-    nats_NR = np.concatenate(total).astype(np.float64) / generator.layout.length
+        total.append(_drawn(program, generator, codec, padded, keys_B, draws, rows, naming))
+    nats_NR = np.concatenate(total) / generator.layout.length
     nats_N = nats_NR.mean(axis=1)
     metrics = {
         "nats_per_token": float(nats_N.mean()),
@@ -239,6 +234,64 @@ def likelihood(
     if draws > 1 or not exact:
         metrics |= {"nats_orders_error": draw_error(nats_NR), "orders": draws}
     return metrics
+
+
+def nats(
+    generator: Generator,
+    codec: nnx.Module | None,
+    tokens_NLG: np.ndarray,
+    cond: PyTree,
+    *,
+    batch: int,
+    draws: int = 1,
+    seed: int = 0,
+) -> np.ndarray:
+    """[N, draws] nats of the tokens of each image, in float64.
+
+    Exact, and a draw like another, or, of a generator that says otherwise (`exact`), each the
+    estimate of an upper bound by a random order that depends on (seed, the image's place).
+    `cond` leads with the images: label_N, or a Text.
+    """
+    generator.check(cond)
+    program = _exact if generator.exact else _bound
+    given = {"tokens": tokens_NLG, "index": np.arange(len(tokens_NLG))}
+    if isinstance(cond, Text):
+        given |= {"text": cond.features_BTE, "mask": cond.mask_BT}
+    else:
+        given |= {"label": cond}
+    total, mesh = [], sharding.current()
+    for start in range(0, len(tokens_NLG), batch):
+        part = {name: np.asarray(array[start : start + batch]) for name, array in given.items()}
+        rows = len(part["index"])
+        padded = sharding.filled(part, batch, mesh)
+        keys_B = rng.per_image(seed, "eval", padded.pop("index"))
+        named = functools.partial(_number, start)
+        total.append(_drawn(program, generator, codec, padded, keys_B, draws, rows, named))
+    return np.concatenate(total)
+
+
+def _number(first: int, row: int) -> str:
+    return f"number {first + row}"
+
+
+def _drawn(
+    program: Callable[..., jax.Array],
+    generator: Generator,
+    codec: nnx.Module | None,
+    padded: dict,
+    keys_B: jax.Array,
+    draws: int,
+    rows: int,
+    named: Callable[[int], str],
+) -> np.ndarray:
+    """[rows, draws] nats of the images of a batch, draw by draw; they are finite."""
+    found = []
+    for draw in range(draws):
+        own_B = jax.vmap(rng.number, (0, None))(keys_B, draw)
+        nats_B = jax.device_get(program(generator, codec, padded, own_B))[:rows]
+        boundary.refuse(~np.isfinite(nats_B), "nats of an image", named)
+        found.append(nats_B)
+    return np.stack(found, axis=1).astype(np.float64)
 
 
 def draw_error(value_NR: np.ndarray) -> float | None:

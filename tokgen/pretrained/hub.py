@@ -51,7 +51,7 @@ def fetch(repository: str, file: str, folder: pathlib.Path) -> pathlib.Path:
     found = _whole(folder, file) or _cached(repository, file)
     if found is not None:
         return found
-    with _told(repository, file, FILE):
+    with _told(repository, file, FILE), _without_empty(folder):
         said, revised = _described(repository, file)
         place = folder / said.etag
         for other in _folders(folder):
@@ -61,14 +61,30 @@ def fetch(repository: str, file: str, folder: pathlib.Path) -> pathlib.Path:
         part = place / (pathlib.PurePosixPath(file).name + PART)
         with failures.told(part, option=""):
             _read(revised, part, said.size)
-    if not _matches(part, said.etag):
-        part.unlink()
-        raise UserError(
-            f"{file} of {repository} is not what {host()} says it is: {said.size:,} bytes came, "
-            f"and their hash is not {said.etag[:16]}...; they were removed. Run the same command "
-            "again; if it happens again, look at the proxy or mirror (HF_ENDPOINT) in between"
-        )
+        if not _matches(part, said.etag):
+            shutil.rmtree(place)
+            raise UserError(
+                f"{file} of {repository} is not what {host()} says it is: {said.size:,} bytes "
+                f"came, and their hash is not {said.etag[:16]}...; they were removed. Run the same "
+                "command again; if it happens again, look at the proxy or mirror (HF_ENDPOINT) in "
+                "between"
+            )
     return part.replace(part.with_suffix(""))
+
+
+@contextlib.contextmanager
+def _without_empty(folder: pathlib.Path) -> Iterator[None]:
+    """A folder without files and folders that hold nothing, where the block ends in an error."""
+    try:
+        yield
+    except BaseException:
+        for one in (*sorted(folder.rglob("*"), reverse=True), folder):
+            with contextlib.suppress(OSError):
+                if one.is_dir():
+                    one.rmdir()
+                elif not one.stat().st_size:
+                    one.unlink()
+        raise
 
 
 def folder(reference: str) -> pathlib.Path:

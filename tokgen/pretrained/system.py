@@ -45,8 +45,8 @@ class System:
         averaged: the entry beside the live weights in which the moving average is published.
         form: how the published file is written, a form of `writer.py`.
         wrap: the entry around the state dict when exporting.
-        home, files: where the weights are published, the one source of what docs/tokenizers.md and
-            docs/generators.md say; alternatives are written as a shell expands them.
+        home: where the weights of a system lie that has no row in `tokgen.zoo`, which says it of
+            the others.
         licence: the terms of the code that made them.
     """
 
@@ -61,7 +61,6 @@ class System:
     form: str = "torch"
     wrap: tuple[str, ...] = ()
     home: str = ""
-    files: tuple[str, ...] = ()
     licence: str = "not stated by its authors"
     tokens: Callable[[dict, Mapping[str, np.ndarray]], tuple[TokenLayout, int]] | None = None
     beside: str = ""

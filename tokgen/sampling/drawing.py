@@ -46,17 +46,19 @@ def draw(
     first: int = 0,
     given: tuple[np.ndarray, np.ndarray] | None = None,
     what: str = "sample",
+    delay: float = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens [N, L, G], uint8 images [N, H, W, 3]) of conditions, numbered from `first`.
 
-    `what` names the job on a progress bar; there is none without a name.
+    `what` names the job on a progress bar; there is none without a name, nor before `delay`
+    seconds.
 
     `cond` is label_N, or a tree of arrays that lead with the images, such as a Text. Image i
     depends on (seed, i, its condition) only: not on the batch, nor on its neighbours.
     """
     found = drawn(
         *(generator, tokenizer, cond, sampler),
-        **dict(seed=seed, batch=batch, first=first, given=given, what=what),
+        **dict(seed=seed, batch=batch, first=first, given=given, what=what, delay=delay),
     )
     return tuple(map(np.concatenate, zip(*found, strict=True)))
 
@@ -73,12 +75,14 @@ def drawn(
     done: int = 0,
     given: tuple[np.ndarray, np.ndarray] | None = None,
     what: str = "sample",
+    delay: float = 0,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """What `draw` gives, batch by batch, but for the `done` first."""
     N = len(jax.tree.leaves(cond)[0])
     generator.check(cond)  # before any work on the devices
     batch, mesh = even(N - done, batch), sharding.current()
-    with report.bar(N, initial=done, unit="image", what=what, shown=bool(what)) as bar:
+    how = dict(unit="image", what=what, shown=bool(what), delay=delay)
+    with report.bar(N, initial=done, **how) as bar:
         for start in range(done, N, batch):
             index_B = np.arange(start, min(start + batch, N))
             asked = jax.tree.map(lambda leaf, index=index_B: np.asarray(leaf)[index], (cond, given))

@@ -130,7 +130,12 @@ def named(presets: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A preset by name, and what is asked for in the place of its settings; None leaves them."""
+    """A preset by name, and what is asked for in the place of its settings; None leaves them.
+
+    Examples:
+        >>> tokgen.SamplingChoice("no_guidance", temperature=0.9, top_k=100).asked()
+        {'temperature': 0.9, 'top_k': 100}
+    """
 
     preset: str = "default"
     temperature: float | None = None

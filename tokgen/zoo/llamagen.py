@@ -51,6 +51,7 @@ def _of_texts(file: str, pixels: int, tokenizer: str) -> Model:
         tokenizer=tokenizer,
         pixels=pixels,
         configuration=CELLS[pixels],
+        text="FLAN-T5-XL, 120 x 2048",
         **FAMILY,
     )
 

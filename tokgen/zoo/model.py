@@ -6,13 +6,15 @@ Nothing heavy is imported here: `tokgen models` prints the table without jax.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import importlib
 import os
 import pkgutil
 from collections.abc import Mapping
 
-from tokgen import choices, zoo
+from tokgen import zoo
+from tokgen.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Model:
         overrides: fields of our config that change no weight, as `tokgen import --set` takes them.
         unknown: "opaque" for files with objects beside the weights, which are stepped over.
         classes: the names that labels have: "imagenet", or "" for none.
+        text: features of texts that a generator, or a tokenizer's decoder, reads: of which network,
+            how many of how many channels; "" where it reads none.
         otherwise: another system, of a file whose keys are not those of `system`.
     """
 
@@ -58,12 +62,8 @@ class Model:
     overrides: tuple[str, ...] = ()
     unknown: str = "refuse"
     classes: str = ""
+    text: str = ""
     otherwise: str = ""
-
-    @property
-    def condition(self) -> str:
-        """What a generator is told: "class" or "text"; "" of a tokenizer."""
-        return "" if not self.tokenizer else "class" if self.classes else "text"
 
     @property
     def home(self) -> str:
@@ -78,7 +78,17 @@ class Model:
 
 @functools.cache
 def known() -> dict[str, Model]:
-    """Every model by name: the files of the folder in order, their rows as they stand."""
+    """Every published model by name: the files of the folder in order, their rows as they stand.
+
+    Returns:
+        {name: Model}: system, file, its bytes, parameters, licence, published FID, tokenizer.
+
+    Examples:
+        >>> tokgen.models()["var-d16"].tokenizer
+        'var-tokenizer'
+        >>> sum(model.kind == "generator" for model in tokgen.models().values()) > 1
+        True
+    """
     models: dict[str, Model] = {}
     for file in pkgutil.iter_modules(zoo.__path__):
         module = importlib.import_module(f"tokgen.zoo.{file.name}")
@@ -88,7 +98,19 @@ def known() -> dict[str, Model]:
 
 def named(name: str) -> Model:
     """The model of a name, or an error with the nearest names."""
-    return choices.named(known(), name, "a published model")
+    if name in known():
+        return known()[name]
+    near = difflib.get_close_matches(str(name).lower(), known(), 3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    raise UserError(
+        f"no published model is called {name!r:.100}{hint} `tokgen models` lists them, "
+        f"{len(known())} in all"
+    )
+
+
+def of(system: str) -> dict[str, Model]:
+    """The models that are read as a system, by name."""
+    return {n: model for n, model in known().items() if system in (model.system, model.otherwise)}
 
 
 def is_name(text: str | os.PathLike) -> bool:

@@ -14,6 +14,7 @@ def _tokenizer(form: str, parameters: int, nbytes: int, fid: float) -> Model:
         family="TA-TiTok",
         paper="arXiv:2501.07730",
         fid=fid,
+        text="CLIP ViT-L/14-336, 77 x 768",
     )
 
 

@@ -89,8 +89,6 @@ SYSTEMS = {
         rows,
         tokens=tokens,
         beside="ibq",
-        home="huggingface.co/TencentARC/IBQ-AR-{B,L,XL,XXL}",
-        files=("AR_256_{B,L,XL,XXL}.ckpt",),
         **seed_voken.GENERATOR,
     ),
 }

@@ -38,9 +38,6 @@ SYSTEMS = {
         parity,
         functools.partial(vqgan.settings, recipe="configs/tokenizer/ibq.py", blocks=4),
         vqgan.rows,
-        home="huggingface.co/TencentARC/IBQ-Tokenizer-{1024,8192,16384,262144}; of the others "
-        "huggingface.co/TencentARC/IBQ-Tokenizer-{16384,262144}-Pretrain",
-        files=("imagenet256_{1024,8192,16384,262144}.ckpt", "IBQ_pretrain_{16384,262144}.ckpt"),
         **seed_voken.TOKENIZER,
     ),
 }

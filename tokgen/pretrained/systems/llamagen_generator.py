@@ -183,14 +183,10 @@ _COMMON = dict(
 SYSTEMS = {
     "llamagen_c2i": System(
         parity,
-        home="huggingface.co/FoundationVision/LlamaGen; NPP: huggingface.co/pytttttt/LlamaGen-NPP",
-        files=("c2i_{B,L}_{256,384}.pt", "c2i_{XL,XXL,3B}_384.pt", "c2i_{B,L,XL,XXL}_256.pt"),
         **_COMMON,
     ),
     "llamagen_t2i": System(
         parity,
-        home="huggingface.co/peizesun/llamagen_t2i",
-        files=("t2i_XL_stage1_256.pt", "t2i_XL_stage2_512.pt"),
         **_COMMON,
     ),
 }

@@ -91,8 +91,6 @@ SYSTEMS = {
         wrap=("model",),
         aside=(r"quantize\.codebook_used",),
         derived=meter,
-        home="huggingface.co/FoundationVision/LlamaGen; huggingface.co/peizesun/llamagen_t2i",
-        files=("vq_ds{8,16}_c2i.pt", "vq_ds16_t2i.pt"),
         licence="MIT",
     ),
 }

@@ -291,8 +291,6 @@ def _system(layout_of: Callable, rows: Callable, normed: Sequence[str], **option
 BITS = dict(
     aside=("bits_to_indices",),
     derived=bit_values,
-    home="huggingface.co/markweber/maskbit_generator_{10,12,14,16,18}bit",
-    files=("maskbit_generator_{10,12,14,16,18}bit.bin",),
 )
 OLDER = dict(key="token_emb")
 

@@ -187,16 +187,12 @@ SYSTEMS = {
         _networks,
         aside=(r"quantize\.(bits_to_indices|codebook)",),
         derived=bit_buffers,
-        home="huggingface.co/markweber/maskbit_tokenizer_{10,12,14,16,18}bit",
-        files=("maskbit_tokenizer_{10,12,14,16,18}bit.bin",),
         licence="Apache-2.0",
     ),
     "maskbit_vqganplus": System(
         lookup_parity,
         lookup_settings,
         lookup_rows,
-        home="huggingface.co/markweber/vqgan_plus_{paper,12bit}",
-        files=("vqgan_plus_*.bin",),
         licence="Apache-2.0",
     ),
 }

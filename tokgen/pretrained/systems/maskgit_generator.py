@@ -256,8 +256,6 @@ SYSTEMS = {
         tokens=tokens,
         beside="maskgit_tokenizer",
         form="flax",
-        home="storage.googleapis.com/maskgit-public/checkpoints",
-        files=("maskgit_imagenet{256,512}_checkpoint",),
         licence="Apache-2.0",
     ),
 }

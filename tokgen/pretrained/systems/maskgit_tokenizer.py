@@ -180,8 +180,6 @@ SYSTEMS = {
         port_parity,
         settings,
         port_rows,
-        home="huggingface.co/fun-research/TiTok",
-        files=("maskgit-vqgan-imagenet-f16-256.bin",),
         licence="Apache-2.0",
     ),
     "maskgit_tokenizer": System(
@@ -189,8 +187,6 @@ SYSTEMS = {
         settings,
         flax_rows,
         form="flax",
-        home="storage.googleapis.com/maskgit-public/checkpoints",
-        files=("tokenizer_imagenet{256,512}_checkpoint",),
         licence="Apache-2.0",
     ),
 }

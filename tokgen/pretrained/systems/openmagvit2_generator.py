@@ -99,8 +99,6 @@ SYSTEMS = {
         rows,
         tokens=tokens,
         beside="openmagvit2",
-        home="huggingface.co/TencentARC/Open-MAGVIT2-AR-{B,L,XL}-256-resolution",
-        files=("AR_256_{B,L,XL}.ckpt",),
         **seed_voken.GENERATOR,
     ),
 }

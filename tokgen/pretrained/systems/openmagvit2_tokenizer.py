@@ -97,9 +97,6 @@ SYSTEMS = {
         parity,
         settings,
         rows,
-        home="huggingface.co/TencentARC/Open-MAGVIT2-Tokenizer-{128,256}-resolution; of the others "
-        "huggingface.co/TencentARC/Open-MAGVIT2-Tokenizer-{16384,262144}-Pretrain",
-        files=("imagenet_{128,256}_L.ckpt", "pretrain256_{16384,262144}.ckpt"),
         **seed_voken.TOKENIZER,
     ),
 }

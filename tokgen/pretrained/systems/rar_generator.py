@@ -181,8 +181,6 @@ SYSTEMS = {
         tokens=tokens,
         unwrap=("state_dict", "model"),
         beside="maskgit_vqgan",
-        home="huggingface.co/yucornetto/RAR",
-        files=("rar_{b,l,xl,xxl}.bin",),
         licence="Apache-2.0",
     ),
 }

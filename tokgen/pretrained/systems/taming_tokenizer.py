@@ -36,8 +36,6 @@ SYSTEMS = {
         unwrap=("state_dict",),
         wrap=("state_dict",),
         aside=(r"loss\..*",),  # LPIPS and the discriminator
-        home="github.com/CompVis/taming-transformers (links to heibox.uni-heidelberg.de)",
-        files=("last.ckpt",),
         licence="MIT",
     ),
 }

@@ -217,7 +217,6 @@ def _system(form: str, rows, **options) -> System:
         rows,
         tokens=functools.partial(tokens, form=form),
         beside="titok_legacy",
-        home="huggingface.co/fun-research/TiTok",
         licence="Apache-2.0",
         **options,
     )
@@ -228,8 +227,7 @@ SYSTEMS = {
     "titok_imagebert": _system(
         BERT,
         bert_rows,
-        files=("generator_titok_{l32,b64}.bin",),
         aside=(r"model\.embeddings\.position_ids",),
     ),
-    "titok_uvit": _system(UVIT, uvit_rows, files=("generator_titok_s128.bin",)),
+    "titok_uvit": _system(UVIT, uvit_rows),
 }

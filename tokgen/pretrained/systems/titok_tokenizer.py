@@ -155,45 +155,34 @@ def continuous(folder) -> dict[str, jax.Array]:
     }
 
 
-def _system(name: str, home: str, **options) -> system.System:
+def _system(name: str, **options) -> system.System:
     options |= dict(settings=titok.settings_of(name), rows=titok.rows, licence="Apache-2.0")
-    return system.System(home=f"huggingface.co/{home}", **options)
+    return system.System(**options)
 
 
-HUB = "model.safetensors"
 SYSTEMS = {
     "titok_legacy": _system(
         "titok_legacy",
-        "fun-research/TiTok",
-        files=("tokenizer_titok_{l32,b64,s128}.bin",),
         parity=legacy,
     ),
     "titok_onestage_vq": _system(
         "titok_onestage_vq",
-        "yucornetto/tokenizer_titok_{bl64,bl128,sl256}_vq8k_imagenet",
-        files=(HUB,),
         parity=codes,
         form="safetensors",
     ),
     "titok_onestage_vae": _system(
         "titok_onestage_vae",
-        "yucornetto/tokenizer_titok_{ll32,bl64,bl128}_vae_c16_imagenet",
-        files=(HUB,),
         parity=continuous,
         form="safetensors",
     ),
     "tatitok_vq": _system(
         "tatitok_vq",
-        "turkeyju/tokenizer_tatitok_{bl32,bl64,bl128}_vq",
-        files=(HUB,),
         parity=codes,
         # a running share of every code, kept by training with clustering
         aside=(r"quantize\.embed_prob",),
     ),
     "tatitok_vae": _system(
         "tatitok_vae",
-        "turkeyju/tokenizer_tatitok_{bl32_vae,bl64_vae,sl128_vae}",
-        files=(HUB,),
         parity=continuous,
     ),
 }

@@ -261,13 +261,12 @@ PUBLISHED = dict(
     unwrap=NESTED,
     aside=(BUFFERS,),
     derived=buffers,
-    home="huggingface.co/FoundationVision/var",
     licence="MIT",
     tokens=tokens,
     beside="var_vqvae",
 )
 
 SYSTEMS = {
-    "var": system.System(files=("var_d{16,20,24,30}.pth",), **PUBLISHED),
-    "var_shared_aln": system.System(files=("var_d36.pth",), **PUBLISHED),
+    "var": system.System(**PUBLISHED),
+    "var_shared_aln": system.System(**PUBLISHED),
 }

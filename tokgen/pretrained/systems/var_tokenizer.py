@@ -99,8 +99,6 @@ SYSTEMS = {
         settings,
         rows,
         unwrap=("trainer.vae_local",),  # of the generator's training checkpoints
-        home="huggingface.co/FoundationVision/var",
-        files=("vae_ch160v4096z32.pth",),
         licence="MIT",
     ),
 }

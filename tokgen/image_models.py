@@ -1,0 +1,592 @@
+"""Models as a library user holds them: loaded once, asked often; images in and out.
+
+`load` gives an ImageGenerator, which draws images and has its tokenizer with it, or an
+ImageTokenizer, which turns images into tokens and back. Networks are loaded and compiled once.
+Images that come in are PIL images, lists of them, or arrays (data/pictures.py); what goes out is
+arrays, and `tokgen.to_pil` makes PIL images of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from tokgen import boundary, choices, parameters, runtime, samples, tokens as arrays
+from tokgen.checkpoints import checkpoint, pulling
+from tokgen.data import captioned, classes as names, datasets, pictures
+from tokgen.errors import UserError
+from tokgen.evaluation import validation
+from tokgen.interfaces import PyTree, TokenLayout
+from tokgen.sampling import drawing, presets
+from tokgen.zoo import model as zoo
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+def load(
+    path: str | os.PathLike, *, tokenizer: str = "", precision: str = "", yes: bool = False
+) -> ImageGenerator | ImageTokenizer:
+    """A trained, imported or published model: what it is decides what is given.
+
+    Args:
+        path: a work directory (its best step is meant), one step of it, `hf://OWNER/NAME`, or
+            the name of a published model, of `tokgen.models()`.
+        tokenizer: of a generator: where its tokenizer lies now; "": where it lay in training.
+        precision: of the network, "float32" or "bfloat16"; "" is the preset's, or float32.
+        yes: fetch a published model that is not here yet without asking.
+
+    Returns:
+        ImageGenerator or ImageTokenizer.
+
+    Raises:
+        UserError: there is no such checkpoint, it is damaged, its tokenizer is another one, or a
+            published model was not fetched.
+
+    Examples:
+        >>> model = tokgen.load("runs/generator")
+        >>> model.sample(classes="ring", number=2)
+        2 samples of 32 x 32 pixels: ring
+        >>> tokgen.load("runs/tokenizer").layout
+        TokenLayout(vocab=(240,), grids=((8, 8),))
+        >>> tokgen.load("rar-b", yes=True).classes[207]
+        'golden retriever'
+    """
+    if precision and precision not in PRECISIONS:
+        raise UserError(choices.refusal(PRECISIONS, precision, "precision"))
+    runtime.devices()
+    name = str(path) if zoo.is_name(path) else ""
+    if name:
+        pulling.pull(name, yes=yes)
+    step = checkpoint.find(path)
+    meta = checkpoint.read_meta(step)
+    if meta["kind"] == "tokenizer":
+        if tokenizer:
+            raise UserError(
+                f"tokenizer= is for generators; {path} is a tokenizer itself: leave it out"
+            )
+        loaded = checkpoint.load_tokenizer(step, compute=precision or "float32")
+        return ImageTokenizer(loaded, loaded, name)
+    compute = precision or presets.precision(meta, presets.Choice())
+    loaded = checkpoint.load_generator(step, compute=compute)
+    decoder = checkpoint.load_tokenizer_of(loaded, tokenizer)
+    encoder = decoder
+    if decoder.config.precision.compute != "float32":  # tokens are those of token sets
+        encoder = checkpoint.load_tokenizer(decoder.step, compute="float32")
+    return ImageGenerator(loaded, ImageTokenizer(encoder, decoder), name, precision)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ImageTokenizer:
+    """A tokenizer: images into tokens and back. `tokgen.load` makes it.
+
+    Attributes:
+        encoder: the tokenizer as it encodes: in float32, unless it was loaded otherwise.
+        decoder: the same as it decodes: of a generator, as samples are decoded.
+        name: of a published model; "" of any other.
+
+    Examples:
+        >>> tokenizer = tokgen.load("runs/tokenizer")
+        >>> tokenizer
+        ImageTokenizer of conv and fsq: 14,051 parameters, float32, step 0 in runs/tokenizer
+        8 x 8 tokens of 240; images of 32 x 32 pixels
+        >>> image_NHW3 = tokenizer.fit("photo.png")
+        >>> tokens_NLG = tokenizer.encode(image_NHW3)
+        >>> tokens_NLG.shape, tokens_NLG.dtype
+        ((1, 64, 1), dtype('int32'))
+        >>> tokenizer.decode(tokens_NLG).shape
+        (1, 32, 32, 3)
+    """
+
+    encoder: checkpoint.Loaded
+    decoder: checkpoint.Loaded
+    name: str = ""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(rows, columns) of its images."""
+        return datasets.view_of(self.encoder.config).size
+
+    @property
+    def layout(self) -> TokenLayout | None:
+        """Alphabets and grids of its tokens; None of a continuous one, which has no tokens."""
+        return self.encoder.layout
+
+    @property
+    def config(self) -> ml_collections.ConfigDict:
+        """The whole config that it was trained or imported with."""
+        return self.encoder.config
+
+    @property
+    def step(self) -> os.PathLike:
+        """Where its checkpoint lies."""
+        return self.encoder.step
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of weights and form: equal where tokens mean the same."""
+        return self.encoder.fingerprint
+
+    def fit(self, images: pictures.Pictures) -> np.ndarray:
+        """Images of any size as the model sees them: cut in the middle and resized (ADM's crop).
+
+        Args:
+            images: a file's path, a PIL image, an array of uint8 [H, W, 3] or [N, H, W, 3] or of
+                floats in [0, 1], or a list of these. What alpha, orientation and 16 bits become is
+                told in docs/data.md; `tokgen reconstruct` sees the same of a file.
+
+        Returns:
+            uint8 [N, rows, columns, 3].
+
+        Examples:
+            >>> tokgen.load("runs/tokenizer").fit(["photo.png", PIL.Image.new("L", (99, 50))]).shape
+            (2, 32, 32, 3)
+        """
+        return pictures.fitted(images, datasets.view_of(self.encoder.config))
+
+    def encode(self, images: pictures.Pictures, *, batch: int = 32) -> np.ndarray:
+        """Tokens of images, as pretokenizing makes them.
+
+        Args:
+            images: of the model's size: a PIL image, a list of them, or an array, uint8 or floats
+                in [0, 1], [H, W, 3] or [N, H, W, 3]; others go through `fit` first.
+            batch: images at a time.
+
+        Returns:
+            int32 [N, L, G].
+
+        Raises:
+            UserError: images of another size, type or range; a continuous tokenizer.
+
+        Examples:
+            >>> tokenizer = tokgen.load("runs/tokenizer")
+            >>> tokenizer.encode(PIL.Image.new("RGB", (32, 32), "red")).shape
+            (1, 64, 1)
+            >>> tokenizer.encode(PIL.Image.new("RGB", (640, 480)))
+            Traceback (most recent call last):
+            tokgen.errors.UserError: images must be 32 x 32 pixels (rows x columns), ...
+        """
+        return arrays.encode(self.encoder, self._exact(images), batch=batch)
+
+    def decode(self, tokens: np.ndarray, *, batch: int = 32) -> np.ndarray:
+        """Images of tokens.
+
+        Args:
+            tokens: integers [N, L, G] of its layout.
+            batch: images at a time.
+
+        Returns:
+            uint8 [N, rows, columns, 3]; `tokgen.to_pil` makes PIL images of them.
+
+        Raises:
+            UserError: tokens that its layout does not have.
+
+        Examples:
+            >>> tokenizer = tokgen.load("runs/tokenizer")
+            >>> images = tokgen.to_pil(tokenizer.decode(np.zeros((2, 64, 1), int)))
+            >>> images[0].size
+            (32, 32)
+        """
+        return arrays.decode(self.decoder, tokens, batch=batch)
+
+    def reconstruct(self, images: pictures.Pictures, *, batch: int = 32) -> np.ndarray:
+        """Images through the tokenizer and back; also of one without tokens.
+
+        Args:
+            images: as of `encode`.
+            batch: images at a time.
+
+        Returns:
+            uint8 [N, rows, columns, 3].
+
+        Raises:
+            UserError: images of another size, type or range.
+
+        Examples:
+            >>> tokgen.load("runs/tokenizer").reconstruct(np.zeros((2, 32, 32, 3))).dtype
+            dtype('uint8')
+        """
+        return arrays.reconstruct(self.encoder, self._exact(images), batch=batch)
+
+    def _exact(self, images: pictures.Pictures) -> np.ndarray:
+        return pictures.exact(images, datasets.view_of(self.encoder.config))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("sample", "log_likelihood", "log_likelihood_bound", "classes", "tokenizer"):
+            raise AttributeError(
+                f"a tokenizer has no {name}, which is a generator's; it has encode, decode, "
+                "reconstruct, fit, layout, size, config, fingerprint, step"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __repr__(self) -> str:
+        rows, columns = self.size
+        tokens = _told(self.layout) if self.layout else "no tokens: continuous"
+        told = f"{tokens}; images of {rows} x {columns} pixels"
+        return f"{_headline(self, self.encoder)}\n{told}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ImageGenerator:
+    """A generator with its tokenizer: it draws images, and says how likely images are.
+
+    `tokgen.load` makes it. Networks are loaded once, and compiled at the first call of a kind.
+
+    Attributes:
+        loaded: the generator, with what its checkpoint says of it.
+        tokenizer: the tokenizer of its tokens.
+        name: of a published model; "" of any other.
+        precision: that was asked for; "" where presets decide.
+
+    Examples:
+        >>> model = tokgen.load("runs/generator")
+        >>> model
+        ImageGenerator of autoregressive: 12,000 parameters, float32, step 0 in runs/generator
+        8 x 8 tokens of 240; 10 classes (disc, ring, square ... (7 more)); images of 32 x 32 pixels
+        >>> samples = model.sample(classes=["ring", 3], number=2, seed=1)
+        >>> tokens_NLG = model.encode(samples.images)
+        >>> model.log_likelihood(samples.images, classes=samples.kind_N).shape
+        (4,)
+    """
+
+    loaded: checkpoint.Loaded
+    tokenizer: ImageTokenizer
+    name: str = ""
+    precision: str = ""
+    _others: dict[str, checkpoint.Loaded] = dataclasses.field(default_factory=dict)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(rows, columns) of its images."""
+        return self.tokenizer.size
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Alphabets and grids of its tokens."""
+        return self.loaded.layout
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names by label; () of one that is unconditional, or reads text."""
+        return self.loaded.classes
+
+    @property
+    def presets(self) -> tuple[str, ...]:
+        """Names of the sampling settings that its checkpoint carries."""
+        return tuple(dict.fromkeys((*self.config.presets, "no_guidance")))
+
+    @property
+    def config(self) -> ml_collections.ConfigDict:
+        """The whole config that it was trained or imported with."""
+        return self.loaded.config
+
+    @property
+    def step(self) -> os.PathLike:
+        """Where its checkpoint lies."""
+        return self.loaded.step
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of weights and form: equal where it computes the same."""
+        return self.loaded.fingerprint
+
+    def sample(
+        self,
+        classes: samples.Classes = "",
+        *,
+        number: int = 8,
+        seed: int = 0,
+        preset: str = "default",
+        text: str = "",
+        batch: int = 32,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float | None = None,
+        steps: int | None = None,
+        noise: float | None = None,
+        progress: bool = True,
+    ) -> samples.Samples:
+        """Draw images, `number` of each class or text: what `tokgen sample` draws, to the bit.
+
+        Args:
+            classes: names, ids or ranges in a text (`0-9,cat`), or `all`; a label, the place of
+                its name in `classes`; or a list of names and labels. "": all of few, some of many.
+            number: images per class or text.
+            seed: from 0 to 2**32 - 1; image i depends on (seed, i, its class) and nothing else.
+            preset: sampling settings by name, of `presets`.
+            text: .npz of features [N, T, E] and mask [N, T], for a generator that reads text.
+            batch: images drawn and decoded together.
+            temperature, top_k, top_p, guidance, steps, noise: in the place of the preset's
+                settings; None leaves them.
+            progress: whether a draw of more than two seconds shows how far it is.
+
+        Returns:
+            Samples: `.images` for PIL, `.image_NHW3`, `.tokens_NLG`, `.kind_N`.
+
+        Raises:
+            UserError: it has no such class, preset or setting.
+
+        Examples:
+            >>> model = tokgen.load("runs/generator")
+            >>> model.sample("ring", number=2, guidance=2.0, seed=3).images[0].size
+            (32, 32)
+            >>> model.sample("teapot")
+            Traceback (most recent call last):
+            tokgen.errors.UserError: unknown class 'teapot'...
+        """
+        choice = presets.Choice(preset, temperature, top_k, top_p, guidance, steps, noise)
+        settings = samples.Settings(
+            checkpoint=os.fspath(self.step),
+            classes=classes,
+            text=text,
+            number=number,
+            seed=seed,
+            batch=batch,
+            precision=self.precision,
+            sampling=choice,
+        )
+        samples.check(settings)
+        loaded = self._computing(self.precision or presets.precision(self.loaded.meta, choice))
+        return samples.drawn(settings, loaded, self.tokenizer.decoder, progress=progress)
+
+    def log_likelihood(
+        self,
+        images: pictures.Pictures | None = None,
+        *,
+        tokens: np.ndarray | None = None,
+        classes: samples.Classes | None = None,
+        text: str = "",
+        batch: int = 32,
+    ) -> np.ndarray:
+        """ln p(tokens | class) of images, in nats: exact, of generators that have it.
+
+        Of autoregressive and next-scale generators. A masked one has a bound only, and is refused:
+        `log_likelihood_bound` is its way. Divide by `-math.log(2)` for bits.
+
+        Args:
+            images: as of `encode`; their tokens are what is likely.
+            tokens: integers [N, L, G] in their place.
+            classes: of all images, or one for each: a name, a label, or a list of these. None of a
+                generator without classes.
+            text: .npz of the features that each image was drawn from, or of one text for all.
+            batch: images at a time.
+
+        Returns:
+            float64 [N], at most 0.
+
+        Raises:
+            UserError: a masked generator; images, tokens or classes that are none of its.
+
+        Examples:
+            >>> model = tokgen.load("runs/generator")
+            >>> samples = model.sample("ring", number=2)
+            >>> nats_N = -model.log_likelihood(tokens=samples.tokens_NLG, classes="ring")
+            >>> nats_N.shape, nats_N.dtype
+            ((2,), dtype('float64'))
+        """
+        if not self.loaded.module.exact:
+            raise UserError(
+                "log_likelihood needs a generator with an exact likelihood; found a masked one: "
+                "log_likelihood_bound estimates a lower bound of it"
+            )
+        return -self._nats(images, tokens, classes, text, batch, draws=1, seed=0)[:, 0]
+
+    def log_likelihood_bound(
+        self,
+        images: pictures.Pictures | None = None,
+        *,
+        tokens: np.ndarray | None = None,
+        classes: samples.Classes | None = None,
+        text: str = "",
+        batch: int = 32,
+        draws: int = 8,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """An estimate of a lower bound of ln p(tokens | class), in nats, of masked generators.
+
+        The mean over `draws` of -(N / n) nats of n masked slots among N, n uniform: in expectation
+        the log-likelihood of drawing slot by slot in a random order, at most that of the mixture of
+        all orders (arXiv:2110.02037, equation 2). An estimate of one image may lie above it.
+
+        Args:
+            images, tokens, classes, text, batch: as of `log_likelihood`.
+            draws: random maskings of each image; the error falls with its square root.
+            seed: of them: a draw depends on (seed, place of the image) alone.
+
+        Returns:
+            float64 [N].
+
+        Raises:
+            UserError: a generator whose likelihood is exact; images, tokens or classes that are
+                none of its.
+
+        Examples:
+            >>> masked = tokgen.load("runs/masked")
+            >>> samples = masked.sample("ring", number=2)
+            >>> bound_N = masked.log_likelihood_bound(samples.images, classes="ring", draws=2)
+            >>> bound_N.shape
+            (2,)
+        """
+        if self.loaded.module.exact:
+            raise UserError(
+                "log_likelihood_bound is for generators without an exact likelihood; this one has "
+                "it: log_likelihood(images)"
+            )
+        if draws < 1 or not 0 <= seed < 2**32:
+            raise UserError(f"draws must be at least 1, seed in [0, 2**32); found {draws}, {seed}")
+        return -self._nats(images, tokens, classes, text, batch, draws=draws, seed=seed).mean(1)
+
+    def fit(self, images: pictures.Pictures) -> np.ndarray:
+        """Images of any size, or their files, as the model sees them: `ImageTokenizer.fit`.
+
+        Examples:
+            >>> tokgen.load("runs/generator").fit("photo.png").shape
+            (1, 32, 32, 3)
+        """
+        return self.tokenizer.fit(images)
+
+    def encode(self, images: pictures.Pictures, *, batch: int = 32) -> np.ndarray:
+        """Tokens of images, int32 [N, L, G]: `ImageTokenizer.encode`.
+
+        Examples:
+            >>> tokgen.load("runs/generator").encode(PIL.Image.new("RGB", (32, 32))).shape
+            (1, 64, 1)
+        """
+        return self.tokenizer.encode(images, batch=batch)
+
+    def decode(self, tokens: np.ndarray, *, batch: int = 32) -> np.ndarray:
+        """uint8 images [N, rows, columns, 3] of tokens [N, L, G]: `ImageTokenizer.decode`.
+
+        Examples:
+            >>> model = tokgen.load("runs/generator")
+            >>> samples = model.sample(0, number=2)
+            >>> bool((model.decode(samples.tokens_NLG) == samples.image_NHW3).all())
+            True
+        """
+        return self.tokenizer.decode(tokens, batch=batch)
+
+    def reconstruct(self, images: pictures.Pictures, *, batch: int = 32) -> np.ndarray:
+        """Images through its tokenizer and back, uint8: `ImageTokenizer.reconstruct`.
+
+        Examples:
+            >>> model = tokgen.load("runs/generator")
+            >>> model.reconstruct(model.fit("photo.png")).shape
+            (1, 32, 32, 3)
+        """
+        return self.tokenizer.reconstruct(images, batch=batch)
+
+    def _computing(self, precision: str) -> checkpoint.Loaded:
+        """The generator in a precision, loaded again where a preset asks for another one."""
+        if precision == self.loaded.config.precision.compute:
+            return self.loaded
+        if precision not in self._others:
+            self._others[precision] = checkpoint.load_generator(self.step, compute=precision)
+        return self._others[precision]
+
+    def _nats(
+        self,
+        images: pictures.Pictures | None,
+        tokens: np.ndarray | None,
+        classes: samples.Classes | None,
+        text: str,
+        batch: int,
+        *,
+        draws: int,
+        seed: int,
+    ) -> np.ndarray:
+        """[N, draws] nats of images, or of their tokens."""
+        if (images is None) == (tokens is None):
+            found = "neither" if images is None else "both"
+            raise UserError(f"images or tokens= must be given, one of them; found {found}")
+        if batch < 1:
+            raise UserError(f"batch must be at least 1; found {batch}")
+        if images is not None:
+            pixels_NHW3 = self.tokenizer._exact(images)  # wrong ones are told before wrong classes
+            count = len(pixels_NHW3)
+        else:
+            tokens = np.asarray(boundary.tokens(arrays.array(tokens), self.layout))
+            count = len(tokens)
+        if not count:
+            raise UserError("at least one image is needed, or the tokens of one; found none")
+        cond = self._cond(classes, text, count)
+        self.loaded.module.check(cond)
+        if images is not None:
+            tokens = arrays.encode(self.tokenizer.encoder, pixels_NHW3, batch=batch)
+        return validation.nats(
+            self.loaded.module,
+            self.tokenizer.decoder.module.quantizer,
+            tokens,
+            cond,
+            batch=drawing.even(count, batch),
+            draws=draws,
+            seed=seed,
+        )
+
+    def _cond(self, classes: samples.Classes | None, text: str, count: int) -> PyTree:
+        """The condition of each of so many images: one for all of them, or one for each."""
+        if self.loaded.module.cond == "text":
+            if classes is not None or not text:
+                raise UserError(
+                    "the generator reads text: it needs text= of an .npz with arrays features "
+                    f"[N, T, E] and mask [N, T]; found {'classes' if text else 'none'}"
+                )
+            cond = captioned.conditions(text)
+            rows = len(cond.mask_BT)
+        elif text:
+            raise UserError(
+                "text= needs a generator that reads text; found one of "
+                f"{len(self.classes)} classes: use classes="
+            )
+        elif classes is None and self.classes:
+            raise UserError(
+                f"the class of each image is needed: classes= one of {names.listed(self.classes)} "
+                "for all, or a list with one for each; found none"
+            )
+        else:
+            cond = np.asarray(
+                names.chosen(0 if classes is None else classes, self.classes), np.int32
+            )
+            rows = len(cond)
+        if rows not in (1, count):
+            raise UserError(
+                f"classes or texts must be one for all images, or one for each of {count}; found "
+                f"{rows}"
+            )
+        return jax.tree.map(lambda leaf: np.repeat(leaf, count // rows, axis=0), cond)
+
+    def __repr__(self) -> str:
+        rows, columns = self.size
+        kinds = f"{len(self.classes)} classes ({names.listed(self.classes, 3)})"
+        if not self.classes:
+            kinds = "texts" if self.loaded.module.cond == "text" else "no classes"
+        told = f"{_told(self.layout)}; {kinds}; images of {rows} x {columns} pixels"
+        return f"{_headline(self, self.loaded)}\n{told}"
+
+
+def _headline(handle: ImageGenerator | ImageTokenizer, loaded: checkpoint.Loaded) -> str:
+    """What it is, how large, how it computes, and where it lies."""
+    config, source = loaded.config, loaded.meta.get("source") or {}
+    made = config.generator.name if "generator" in config else None
+    made = made or f"{config.encoder.name} and {config.quantizer.name}"
+    what = handle.name or source.get("system", "") or made
+    count = parameters.count(parameters.split(loaded.module)[1])
+    run = loaded.step.parent.parent if loaded.step.name.isdigit() else loaded.step
+    run = os.path.normpath(run)
+    return (
+        f"{type(handle).__name__} of {what}: {count:,} parameters, "
+        f"{config.precision.compute}, step {loaded.meta['step']} in {run}"
+    )
+
+
+def _told(layout: TokenLayout) -> str:
+    """`16 x 16 tokens of 1024`; of several grids the first and the last."""
+    alphabets = " and ".join(map(str, layout.vocab))
+    first, last = (f"{rows} x {columns}" for rows, columns in (layout.grids[0], layout.grids[-1]))
+    if len(layout.grids) == 1:
+        return f"{last} tokens of {alphabets}"
+    return f"{layout.length} tokens of {alphabets} on {len(layout.grids)} grids, {first} to {last}"
