@@ -6,6 +6,7 @@ Each model's file, and its tokenizer's, is written in the published form, its na
 dtypes those of the zoo's row, its numbers random: nothing is downloaded. Then `tokgen import` and
 `tokgen sample --number 1 --batch 1` (one class) run, each in a process of its own. "peak" is the
 most memory that the process ever held, "s" its seconds from start to end, compiling included.
+A picture that would take longer than the limit, by what its steps read of parameters, is not drawn.
 Files are deleted when their row is printed; FOLDER needs room for two of each size.
 """
 
@@ -27,9 +28,9 @@ from flax import nnx
 
 from tokgen import parameters
 from tokgen.config import building, reading
-from tokgen.interfaces import TokenLayout
 from tokgen.pretrained import system as systems
 from tokgen.pretrained.formats import stored, writer
+from tokgen.sampling import decode
 from tokgen.zoo import model as zoo
 
 PACKAGES = ("jax", "flax", "orbax-checkpoint", "tensorstore", "numpy")
@@ -53,7 +54,23 @@ RECIPES = {
     "llamagen-3b": "generator/llamagen.py:3b384",
 }
 GENERATORS = [name for name, recipe in RECIPES.items() if recipe.startswith("generator")]
+# --quick: fields of the recipes, the published configuration, what an import sets
+SIDE = {"encoder.widths": (32, 32), "encoder.blocks": 1, "encoder.hidden": 32}
+TINY = {
+    "llamagen-tokenizer": (
+        {**SIDE, **{name.replace("encoder", "decoder"): value for name, value in SIDE.items()}}
+        | {"quantizer.codes": 16},
+        {"num_res_blocks": 1},
+        ("view.size=8,8",),
+    ),
+    "llamagen-l": (
+        {"generator.width": 32, "generator.depth": 2, "generator.heads": 4, "generator.hidden": 64},
+        {"n_head": 4, "block_size": 16},
+        (),
+    ),
+}
 GB = 1e9
+READ = 5 * GB  # bytes of parameters that a core reads in a second: every step reads all of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,35 +91,44 @@ def main() -> int:
     parser.add_argument("--out", help="folder for the files; default: a temporary one")
     parser.add_argument("--limit", type=float, default=15, help="minutes of one process")
     parser.add_argument("--precisions", default="float32,bfloat16")
+    parser.add_argument("--quick", action="store_true", help="a tiny network: does it work?")
     arguments = parser.parse_args()
-    names = arguments.models.split(",")
+    names, sizes = arguments.models.split(","), {}
+    if arguments.quick:
+        names, sizes = ["llamagen-l"], TINY
     precisions = arguments.precisions.split(",")
     print(machine.header(PACKAGES), flush=True)
     columns = "".join(f"{f'picture, {name}':>26}" for name in precisions)
     print(f"{'model':24}{'file':>9}{'import':>20}{'of file':>9}{columns}", flush=True)
     with tempfile.TemporaryDirectory(dir=arguments.out) as folder:
         for name in names:
-            shown(name, pathlib.Path(folder), arguments.limit * 60, precisions)
+            shown(name, pathlib.Path(folder), arguments.limit * 60, precisions, sizes)
     return 0
 
 
-def shown(name: str, folder: pathlib.Path, limit: float, precisions: list[str]) -> None:
+def shown(
+    name: str, folder: pathlib.Path, limit: float, precisions: list[str], sizes: dict
+) -> None:
     """Measure a generator and print its row, and that of its tokenizer."""
     tokenizer = zoo.named(name).tokenizer
     runs = {each: folder / each for each in (tokenizer, name)}
     for each, out in runs.items():
-        model, file = zoo.named(each), folder / zoo.named(each).file
-        if problem := lacking(model):
+        _, *said = sizes.get(each, ({}, zoo.named(each).configuration, zoo.named(each).overrides))
+        model = dataclasses.replace(zoo.named(each), configuration=said[0], overrides=said[1])
+        file = folder / model.file
+        if problem := lacking(model, folder):
             print(f"{each:24}{model.size / GB:6.2f} GB  not measured: {problem}", flush=True)
             break
-        network, layout = made(each)
+        network = made(each, sizes)
         written(file, model, network)
         taken = imported(file, model, out, runs[tokenizer] if model.tokenizer else None, limit)
         size = file.stat().st_size
         file.unlink()
         row = f"{each:24}{size / GB:6.2f} GB{taken!s:>20}{taken.peak / size:8.2f}x"
         if each == name and not taken.failed:
-            row += "".join(f"{picture(out, found, limit)!s:>26}" for found in precisions)
+            minutes = decode.steps(network) * model.size / READ / 60
+            late = Measured(failed=f"about {minutes:.0f} minutes") if 60 * minutes > limit else None
+            row += "".join(f"{late or picture(out, found, limit)!s:>26}" for found in precisions)
         print(row, flush=True)
         if taken.failed:
             break
@@ -110,9 +136,9 @@ def shown(name: str, folder: pathlib.Path, limit: float, precisions: list[str]) 
         shutil.rmtree(out, ignore_errors=True)
 
 
-def lacking(model: zoo.Model) -> str:
+def lacking(model: zoo.Model, folder: pathlib.Path) -> str:
     """What this machine has too little of for a model; "" if it has enough."""
-    free, wanted = shutil.disk_usage(tempfile.gettempdir()).free, 2.2 * model.size
+    free, wanted = shutil.disk_usage(folder).free, 2.1 * model.size
     if free < wanted:
         return f"it needs {wanted / GB:.0f} GB of disk, {free / GB:.0f} are free"
     there = available()
@@ -128,17 +154,19 @@ def available() -> float:
     return int(found) * 2**10
 
 
-def made(name: str) -> tuple[nnx.Module, TokenLayout]:
-    """(the network of a row, its tokens); shapes, no numbers."""
+def made(name: str, sizes: dict) -> nnx.Module:
+    """The network of a row: shapes, no numbers."""
     config = reading.load(str(CONFIGS / RECIPES[name]))
     model = zoo.named(name)
+    fields, _, overrides = sizes.get(name, ({}, {}, model.overrides))
+    config.update_from_flattened_dict(fields)
     if model.tokenizer:
-        _, layout = made(model.tokenizer)
+        layout = made(model.tokenizer, sizes).layout
         make = lambda: building.generator(config, layout, CLASSES, rngs=nnx.Rngs(0))  # noqa: E731
-        return nnx.eval_shape(make), layout
-    reading.override(config, model.overrides)
-    network = nnx.eval_shape(lambda: building.tokenizer(config, rngs=nnx.Rngs(0)))
-    return network, network.layout
+    else:
+        reading.override(config, overrides)
+        make = lambda: building.tokenizer(config, rngs=nnx.Rngs(0))  # noqa: E731
+    return nnx.eval_shape(make)
 
 
 def written(file: pathlib.Path, model: zoo.Model, network: nnx.Module) -> None:
@@ -189,24 +217,33 @@ def imported(
         words += ["--config", config]
     for field in model.overrides:
         words += ["--set", field]
-    return ran([*words, *(["--tokenizer", tokenizer] if tokenizer else [])], limit)
+    words += ["--tokenizer", tokenizer] if tokenizer else []
+    return ran(words, limit, file.parent / "cache")
 
 
 def picture(run: pathlib.Path, precision: str, limit: float) -> Measured:
     """What the first picture takes, of one class."""
     out = run.with_name(f"{run.name}-{precision}")
     words = ["sample", run, "--classes", CLASS, "--number", 1, "--batch", 1]
-    found = ran([*words, "--precision", precision, "--out", out], limit)
-    shutil.rmtree(out, ignore_errors=True)
+    cache = run.with_name(f"{run.name}-{precision}-cache")
+    found = ran([*words, "--precision", precision, "--out", out], limit, cache)
+    for folder in (out, cache):
+        shutil.rmtree(folder, ignore_errors=True)
     return found
 
 
-def ran(words: list, limit: float) -> Measured:
-    """A command of tokgen in its own process: a peak never comes down again."""
+def ran(words: list, limit: float, cache: pathlib.Path) -> Measured:
+    """A command of tokgen in its own process: a peak never comes down again.
+
+    `cache` keeps no program that was compiled before.
+    """
     started = time.monotonic()
     log = tempfile.TemporaryFile()  # noqa: SIM115
     process = subprocess.Popen(
-        [sys.executable, "-m", "tokgen.cli", *map(str, words)], stdout=log, stderr=log
+        [sys.executable, "-m", "tokgen.cli", *map(str, words)],
+        stdout=log,
+        stderr=log,
+        env=os.environ | {"TOKGEN_CACHE": str(cache)},
     )
     while True:
         found, status, usage = os.wait4(process.pid, os.WNOHANG)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
 import logging
@@ -562,6 +563,11 @@ def load(path: str | os.PathLike, kind: str = "", *, compute: str = "", which: s
     `which` weights: "params" or "ema"; the averaged ones where there are, unless it says.
     """
     return _loaded(path, kind, compute, which, lambda module: module)
+
+
+def load_reference(path: str | os.PathLike) -> Loaded:
+    """Of a tokenizer what its generators refer to; none of its arrays is read."""
+    return _loaded(path, "tokenizer", "", "", lambda module: nnx.Dict())
 
 
 def load_to_draw(path: str | os.PathLike, *, compute: str = "") -> Loaded:

@@ -106,10 +106,10 @@ def import_file(
                 raise UserError(f"--tokenizer is for generators; {file} is a tokenizer itself")
             names, source = tuple(record["classes"]), record.get("source")
             source = source if isinstance(source, dict) else {}
-            named = checkpoint.load_tokenizer(tokenizer) if tokenizer else None
+            named = checkpoint.load_reference(tokenizer) if tokenizer else None
         else:
             # first: of a large file the reading takes minutes
-            named = checkpoint.load_tokenizer(tokenizer) if tokenizer else None
+            named = checkpoint.load_reference(tokenizer) if tokenizer else None
             published, notes = _configuration(file, config)
             model = transfer.held(
                 file, system, published, overrides=overrides, entry=entry, unknown=unknown

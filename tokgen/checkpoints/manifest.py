@@ -57,7 +57,7 @@ def _summed(bits: jax.Array, index: jax.Array) -> jax.Array:
 
 @jax.jit
 def _checksum_in_blocks(leaf: jax.Array) -> jax.Array:
-    """As `checksum`, of a large array that lies in one piece: what is needed on the way is small."""
+    """As `checksum`, of a large array in one piece; what it needs on the way is small."""
     flat = leaf.reshape(-1)
 
     def body(number, sums):

@@ -90,12 +90,15 @@ class Source:
             )
         found = np.empty(count, np.uint8)
         self.file.seek(start)
-        taken = filled(self.file, found)
-        if taken < count or self._state() != (self.size, self.written):
+        self.check(whole=filled(self.file, found) == count)
+        return found
+
+    def check(self, *, whole: bool = True) -> None:
+        """UserError where the file is no longer what was opened, or did not give the `whole`."""
+        if not whole or self._state() != (self.size, self.written):
             raise interfaces.UserError(
                 "it was altered or cut off while it was read; try again when nothing writes to it"
             )
-        return found
 
 
 def filled(file: io.BufferedIOBase, array: np.ndarray) -> int:

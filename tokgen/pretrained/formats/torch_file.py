@@ -45,6 +45,7 @@ def read_zip(source: stored.Source, policy: pickles.Policy) -> tuple[Any, Fetch]
         with archive.open(name) as member:  # at its end the checksum is compared
             if stored.filled(member, numbers) < need or member.read(1):
                 raise EOFError(f"{name:.200} ends early")
+        source.check()
         return numbers.view(storage.dtype)
 
     return tree, fetch
