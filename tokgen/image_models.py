@@ -280,6 +280,11 @@ class ImageGenerator:
         return tuple(dict.fromkeys((*self.config.presets, "no_guidance")))
 
     @property
+    def exact(self) -> bool:
+        """Whether it has a `log_likelihood`; else a `log_likelihood_bound` only."""
+        return self.loaded.module.exact
+
+    @property
     def config(self) -> ml_collections.ConfigDict:
         """The whole config that it was trained or imported with."""
         return self.loaded.config
@@ -390,7 +395,7 @@ class ImageGenerator:
             >>> nats_N.shape, nats_N.dtype
             ((2,), dtype('float64'))
         """
-        if not self.loaded.module.exact:
+        if not self.exact:
             raise UserError(
                 "log_likelihood needs a generator with an exact likelihood; found a masked one: "
                 "log_likelihood_bound estimates a lower bound of it"
@@ -433,7 +438,7 @@ class ImageGenerator:
             >>> bound_N.shape
             (2,)
         """
-        if self.loaded.module.exact:
+        if self.exact:
             raise UserError(
                 "log_likelihood_bound is for generators without an exact likelihood; this one has "
                 "it: log_likelihood(images)"
