@@ -349,7 +349,7 @@ def test_likelihoods_of_images_are_those_of_their_tokens_and_of_tokgen_evaluate(
         (dict(images=noise(3), classes=[0, 1]), "one for each of 3; found 2"),
         (dict(images=noise(2), classes="teapot"), "unknown class"),
         (dict(images=noise(2), classes=0, text="a.npz"), "text= needs a generator that reads"),
-        (dict(images=noise(2), classes=0, batch=0), "batch must be at least 1"),
+        (dict(images=noise(2), classes=0, batch=2.5), "batch must be a whole number.*found 2.5"),
     ],
 )
 def test_likelihoods_that_cannot_be_told_are_refused(model, masked, monkeypatch, asked, said):
@@ -364,7 +364,7 @@ def test_a_likelihood_is_exact_or_called_a_bound(model, masked):
         masked.log_likelihood(noise(1), classes=0)
     with pytest.raises(UserError, match="this one has it: log_likelihood"):
         model.log_likelihood_bound(noise(1), classes=0)
-    with pytest.raises(UserError, match="draws must be at least 1"):
+    with pytest.raises(UserError, match="draws must be a whole number from 1"):
         masked.log_likelihood_bound(noise(1), classes=0, draws=0)
     one = masked.log_likelihood_bound(noise(3), classes=0, draws=2, seed=1)
     np.testing.assert_allclose(
