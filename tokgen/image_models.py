@@ -257,7 +257,7 @@ class ImageGenerator:
     tokenizer: ImageTokenizer
     name: str = ""
     precision: str = ""
-    _others: dict[str, checkpoint.Loaded] = dataclasses.field(default_factory=dict)
+    _others: dict[str, checkpoint.Loaded] = dataclasses.field(default_factory=dict, init=False)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -365,8 +365,9 @@ class ImageGenerator:
     ) -> np.ndarray:
         """ln p(tokens | class) of images, in nats: exact, of generators that have it.
 
-        Of autoregressive and next-scale generators. A masked one has a bound only, and is refused:
-        `log_likelihood_bound` is its way. Divide by `-math.log(2)` for bits.
+        Of autoregressive and next-scale generators, under the generator's own order. A masked one
+        has a bound only, and is refused: `log_likelihood_bound` is its way. Divide by
+        `-math.log(2)` for bits.
 
         Args:
             images: as of `encode`; their tokens are what is likely.
