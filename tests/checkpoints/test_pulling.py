@@ -227,6 +227,14 @@ def test_room_is_looked_for_before_anything_is_asked(served, monkeypatch):
     assert served.requests == []
 
 
+def test_a_cache_that_cannot_be_made_is_one_message(served):
+    runtime.cache_folder().mkdir()
+    (runtime.cache_folder() / "models").write_text("a file")
+    with pytest.raises(errors.UserError, match="models: file exists; see to its permissions"):
+        pulling.pull(NAME, yes=True)
+    assert served.requests == []
+
+
 def test_a_file_of_another_model_leaves_nothing_and_can_be_fetched_again(here, small):
     shutil.rmtree(pulling.folder(NAME))
     served, files = here, small[1]

@@ -108,8 +108,9 @@ def _fetched(name: str) -> pathlib.Path:
 def _held(name: str) -> Iterator[None]:
     """One process at a time brings or removes a model; others wait for it."""
     place = folder(name)
-    with failures.told(place.parent, option=""):
+    with failures.reserved(place.parent, option=""):
         place.parent.mkdir(parents=True, exist_ok=True)
+    with failures.told(place.parent, option=""):
         lock = place.with_name(f".{name}.pull")
         with locks.waiting(lock, f"{name} is being pulled by {{}}; waiting for it"):
             yield
