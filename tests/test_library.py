@@ -5,6 +5,8 @@ import inspect
 import pathlib
 import pydoc
 import re
+import subprocess
+import sys
 import typing
 from collections.abc import Iterator
 
@@ -122,6 +124,14 @@ def test_everything_public_is_annotated(name):
     bare = [p.name for p in signature.parameters.values() if p.annotation is inspect._empty]
     assert set(bare) <= {"self"} and signature.return_annotation is not inspect._empty
     assert "return" in typing.get_type_hints(entry)  # and names that exist
+
+
+def test_import_takes_less_than_a_third_of_a_second():
+    """The quickest of three: another process may have the core."""
+    code = "import time; t = time.perf_counter(); import tokgen; print(time.perf_counter() - t)"
+    run = dict(cwd=ROOT, capture_output=True, text=True, check=True)
+    took = [float(subprocess.run([sys.executable, "-c", code], **run).stdout) for _ in range(3)]
+    assert min(took) < 0.3
 
 
 def test_dir_lists_what_is_meant_to_be_called_and_nothing_else():

@@ -1,6 +1,7 @@
 """What people look at: grids, the metrics file of a resumed run, curves, the table."""
 
 import json
+import sys
 import types
 
 import jax
@@ -151,6 +152,29 @@ def test_progress_that_is_taken_back_has_the_rate_of_what_is_done_again(capsys):
     silent.update(9)
     silent.close()
     assert capsys.readouterr().err == ""
+
+
+def test_what_is_done_soon_is_not_told(capsys):
+    now = [0.0]
+    for took, lines in ((1, 0), (3, 1)):
+        now[0] = 0.0
+        with report.Lines(2, unit="image", what="sample", delay=2, clock=lambda: now[0]) as bar:
+            now[0] = took
+            bar.update(2)
+        assert capsys.readouterr().err.count("sample: 2/2 images") == lines
+
+
+def test_a_notebook_draws_bars_although_it_is_no_terminal(monkeypatch, capsys):
+    assert isinstance(report.bar(2), report.Lines)
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    with report.bar(2, what="sample", delay=60) as bar:
+        bar.update(2)
+    assert not isinstance(bar, report.Lines) and capsys.readouterr().err == ""
+    with report.bar(2, what="sample") as bar:
+        bar.update(2)
+        report.say("a line above it")
+    said = capsys.readouterr().err
+    assert "sample: 100%" in said and "a line above it\n" in said
 
 
 def test_a_bar_without_a_terminal_is_lines(capsys):

@@ -65,8 +65,20 @@ def test_tokens_of_another_layout_are_refused(tokenizer):
         tokens.decode(tokenizer, np.full((2, 64, 1), 240))
     with pytest.raises(UserError, match="found none"):
         tokens.decode(tokenizer, np.zeros((0, 64, 1), np.int32))
-    with pytest.raises(UserError, match="batch must be at least 1"):
+    with pytest.raises(UserError, match="batch must be a whole number from 1 to"):
         tokens.decode(tokenizer, np.zeros((2, 64, 1), np.int32), batch=0)
+
+
+def test_a_decoder_that_reads_text_is_told_how_it_gets_it(tokenizer, image_NHW3):
+    config = {**tokenizer.config, "decoder": {"text": (77, 768)}}
+    reader = types.SimpleNamespace(**{**vars(tokenizer), "config": types.SimpleNamespace(**config)})
+    for call, given in (
+        (tokens.decode, np.zeros((2, 64, 1), np.int32)),
+        (tokens.reconstruct, image_NHW3),
+    ):
+        with pytest.raises(UserError, match="reads text.*tokgen reconstruct --text"):
+            call(reader, given)
+    tokens.encode(reader, image_NHW3)  # it needs no text
 
 
 def test_a_continuous_tokenizer_reconstructs_and_writes_no_tokens(image_NHW3):

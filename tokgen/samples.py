@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import numbers
 import os
 import pathlib
 import shutil
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from tokgen import image_grid, options, output, report, runtime
+from tokgen import image_grid, options, output, ranges, report, runtime
 from tokgen.checkpoints import checkpoint
 from tokgen.data import captioned, classes as names_
 from tokgen.errors import UserError
@@ -240,7 +239,7 @@ def check(settings: Settings) -> None:
     """Errors of the settings, before anything is loaded."""
     for name in ("number", "batch", "seed"):
         value = getattr(settings, name)
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        if not ranges.fits(value, int):
             raise UserError(f"--{name} must be a whole number; found {value!r}")
     if settings.number < 1 or settings.batch < 1:
         raise UserError(

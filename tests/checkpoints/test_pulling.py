@@ -196,17 +196,41 @@ def test_a_file_that_is_not_on_the_hub_has_its_address_told(served):
 
 
 def test_what_is_removed_is_gone(here):
-    with pytest.raises(errors.UserError, match=f"{NAME}, which is here, needs the tokenizer"):
-        pulling.remove(TOKENIZER)
     assert "is removed; it took" in pulling.remove(NAME)
     assert kept() == [TOKENIZER] and pulling.remove(NAME) == f"{NAME} is not here"
     pulling.remove(TOKENIZER)
     assert kept() == [] and here.requests == []
 
 
+def test_a_tokenizer_that_was_removed_is_brought_back_for_its_generator(here):
+    assert f"; {NAME} will fetch it again" in pulling.remove(TOKENIZER)
+    before = checkpoint.read_meta(checkpoint.find(NAME))["tokenizer"]["fingerprint"]
+    with pytest.raises(errors.UserError, match="needs your word"):
+        pulling.pull(NAME)
+    pulling.pull(NAME, yes=True)
+    assert not [line for line in here.asked() if "var_d16" in line]
+    loaded = checkpoint.load_generator(NAME)
+    assert checkpoint.load_tokenizer_of(loaded).fingerprint == before
+
+
+def test_a_damaged_model_says_how_it_is_fetched_again(here):
+    (file,) = pulling.folder(NAME).glob("checkpoints/0/meta/metadata")
+    file.write_text("{")
+    with pytest.raises(errors.UserError, match=f"tokgen pull {NAME} --remove, then tokgen pull"):
+        checkpoint.load_generator(NAME)
+
+
 def test_room_is_looked_for_before_anything_is_asked(served, monkeypatch):
     monkeypatch.setattr(pulling.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10**5))
     with pytest.raises(errors.UserError, match=r"take .* MB; found 100 kB free .*TOKGEN_CACHE"):
+        pulling.pull(NAME, yes=True)
+    assert served.requests == []
+
+
+def test_a_cache_that_cannot_be_made_is_one_message(served):
+    runtime.cache_folder().mkdir()
+    (runtime.cache_folder() / "models").write_text("a file")
+    with pytest.raises(errors.UserError, match="models: file exists; see to its permissions"):
         pulling.pull(NAME, yes=True)
     assert served.requests == []
 

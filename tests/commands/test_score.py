@@ -295,6 +295,16 @@ def test_labels_cross_by_name_or_not_at_all(names, known, real, labels, capsys):
         assert "no metrics by class: " in capsys.readouterr().err
 
 
+def test_labels_mean_nothing_to_a_local_network_without_classes(capsys):
+    """It tells which way is up: of 5 classes labels had no logit, of 4 they had others'."""
+    images = types.SimpleNamespace(classes=("a", "b", "c", "d"))
+    for record in ({"name": "local"}, {"name": "local", "classes": []}):
+        extractor = types.SimpleNamespace(record=record)
+        reference = types.SimpleNamespace(record={"classes": []})
+        assert scores.labels_of(np.arange(4), images, 4, extractor, reference)[1] == 0
+        assert "the reference has no classes" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- a published network
 
 

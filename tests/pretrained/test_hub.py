@@ -1,7 +1,10 @@
 """A file of a hub on the loopback: whole and verified, or one message; nothing else is asked."""
 
 import hashlib
+import os
 import pathlib
+import subprocess
+import sys
 import types
 
 import huggingface_hub
@@ -250,6 +253,20 @@ def test_a_damaged_file_of_the_hubs_own_cache_is_left_and_fetched_anew(served, s
     link = cached(tmp_path, BYTES[1:], hashlib.sha256(BYTES).hexdigest())
     assert fetched(tmp_path / "place").read_bytes() == BYTES
     assert "does not match its hash" in said[0] and link.read_bytes() == BYTES[1:]
+
+
+def test_an_environment_that_cannot_be_meant(served, tmp_path, monkeypatch):
+    pointed(monkeypatch, "127.0.0.1:80")
+    with pytest.raises(errors.UserError, match="HF_ENDPOINT must begin with"):
+        fetched(tmp_path / "place")
+    code = "from tokgen.pretrained import hub; hub._check_environment()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"HF_HUB_DOWNLOAD_TIMEOUT": "soon"},
+        capture_output=True,
+        text=True,
+    )
+    assert "UserError: a variable of the environment that begins with HF_" in done.stderr
 
 
 # ---------------------------------------------------------------- hf://

@@ -240,6 +240,12 @@ def is_whole(step: pathlib.Path) -> bool:
 
 
 def _damaged(step: pathlib.Path, what: str) -> UserError:
+    name = step.parent.parent.name
+    if name in zoo.known() and step.parent.parent.resolve() == pulled(name).resolve():
+        return UserError(
+            f"checkpoint {step} is damaged: {what}; tokgen pull {name} --remove, then tokgen pull "
+            f"{name}, brings it anew"
+        )
     siblings = [s for s in step.parent.iterdir() if s.name.isdigit() and s != step]
     whole = sorted((s.name for s in siblings if is_whole(s)), key=int)
     earlier = [name for name in whole if step.name.isdigit() and int(name) < int(step.name)]

@@ -52,10 +52,9 @@ def pull(name: str, *, yes: bool = False, file: str | os.PathLike = "") -> pathl
         >>> tokgen.load("rar-b").classes[207]
         'golden retriever'
     """
-    model, place = zoo.named(name), folder(name)
-    if place.exists():
+    model, place, needed = zoo.named(name), folder(name), missing(name)
+    if not needed:
         return place
-    needed = [one for one in (model.tokenizer, name) if one and not folder(one).exists()]
     wanted = [one for one in needed if one != name or not file]
     _check_homes(name, wanted)
     if file and not os.path.exists(file):
@@ -71,15 +70,15 @@ def pull(name: str, *, yes: bool = False, file: str | os.PathLike = "") -> pathl
     return place
 
 
+def missing(name: str) -> list[str]:
+    """The names of what must be brought before a model can be used: its tokenizer, itself."""
+    both = (zoo.named(name).tokenizer, name)
+    return [one for one in both if one and not folder(one).exists()]
+
+
 def remove(name: str) -> str:
     """Remove a published model from the cache, and what was fetched of it; what is to be said."""
     place = folder(name)
-    for other, model in zoo.known().items():
-        if model.tokenizer == name and folder(other).exists():
-            raise UserError(
-                f"{other}, which is here, needs the tokenizer {name}: remove that first, with "
-                f"tokgen pull {other} --remove"
-            )
     with _held(name):
         size, fetched = taken(place), _fetched(name)
         part = place.with_name(f".{name}.removed")
@@ -89,7 +88,10 @@ def remove(name: str) -> str:
             shutil.rmtree(one, ignore_errors=True)
     if not size:
         return f"{name} is not here"
-    return f"{name} is removed; it took {report.amount(size)}"
+    users = [one for one, model in zoo.known().items() if model.tokenizer == name]
+    users = [one for one in users if folder(one).exists()]
+    again = f"; {', '.join(users)} will fetch it again" if users else ""
+    return f"{name} is removed; it took {report.amount(size)}{again}"
 
 
 def taken(place: pathlib.Path) -> int:
@@ -106,8 +108,9 @@ def _fetched(name: str) -> pathlib.Path:
 def _held(name: str) -> Iterator[None]:
     """One process at a time brings or removes a model; others wait for it."""
     place = folder(name)
-    with failures.told(place.parent, option=""):
+    with failures.reserved(place.parent, option=""):
         place.parent.mkdir(parents=True, exist_ok=True)
+    with failures.told(place.parent, option=""):
         lock = place.with_name(f".{name}.pull")
         with locks.waiting(lock, f"{name} is being pulled by {{}}; waiting for it"):
             yield
@@ -168,13 +171,18 @@ def _check_homes(name: str, wanted: Sequence[str]) -> None:
             )
 
 
+def _staying(name: str) -> int:
+    """About the bytes of a checkpoint: all that the file has, averages too, or float32 of it."""
+    model = zoo.named(name)
+    return max(BYTES * model.parameters, model.size)
+
+
 def _check_room(needed: Sequence[str], wanted: Sequence[str]) -> None:
     """An error where the disk cannot hold the files and the checkpoints."""
     place = runtime.cache_folder()
-    models = [zoo.named(one) for one in needed]
     # a file goes when its checkpoint is there, so that the largest comes on top
     files = [zoo.named(one).size - taken(_fetched(one)) for one in wanted]
-    size = sum(BYTES * model.parameters for model in models) + max(files, default=0)
+    size = sum(map(_staying, needed)) + max(files, default=0)
     there = next(one for one in (place, *place.absolute().parents) if one.exists())
     free = shutil.disk_usage(there).free
     if free < size:
@@ -190,7 +198,7 @@ def _tell(name: str, needed: Sequence[str], wanted: Sequence[str]) -> None:
         model = zoo.named(one)
         figures = f"{model.parameters:,} parameters"
         if model.fid is not None:
-            figures += f", {'rFID' if model.kind == 'tokenizer' else 'FID'} {model.fid:g}"
+            figures += f", {'rFID' if model.kind == 'tokenizer' else 'FID'} {model.fid:.2f}"
         whose = "" if one == name else f" of {name}"
         report.say(
             f"{one}: {model.kind}{whose}, {figures} ({model.paper}); licence {model.licence}"
@@ -200,10 +208,10 @@ def _tell(name: str, needed: Sequence[str], wanted: Sequence[str]) -> None:
                 f"  {model.file}, {report.amount(model.size)}, from {model.repository} at "
                 f"{hub.host()}"
             )
-    size = sum(BYTES * zoo.named(one).parameters for one in needed)
+    size = sum(map(_staying, needed))
     report.say(
-        f"  to {checkpoint.pulled(name).parent}, where {report.amount(size)} stay; the files are "
-        "not kept: tokgen export gives them back"
+        f"  to {checkpoint.pulled(name).parent}, where about {report.amount(size)} stay; the files "
+        "are not kept: tokgen export gives them back"
     )
 
 

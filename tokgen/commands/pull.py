@@ -33,12 +33,12 @@ def run(args: argparse.Namespace) -> None:
         options.check(args, dict.fromkeys(("yes", "file"), "pulling"))
         report.say(pulling.remove(args.name))
         return
-    if pulling.folder(args.name).exists():
-        options.check(args, {"file": f"a model that is not here; first --remove {args.name}"})
+    if pulling.missing(args.name):
+        pulling.pull(args.name, yes=args.yes, file=args.file)
+    else:
+        options.check(args, {"file": f"a model that is not here: tokgen pull {args.name} --remove"})
         place = pulling.folder(args.name)
         report.say(f"{args.name} is here: {place} ({report.amount(pulling.taken(place))})")
-    else:
-        pulling.pull(args.name, yes=args.yes, file=args.file)
     report.say(f"try: {_next(args.name, model)}")
 
 

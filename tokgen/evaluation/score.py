@@ -177,7 +177,15 @@ def labels_of(
     known = tuple(extractor.record.get("classes", ()))
     real = () if reference is None else tuple(reference.record.get("classes", ()))
     target = known or real
-    if not classes or not target:
+    if not classes:
+        return label_N, classes
+    if not target and extractor.record.get("name") == "local":
+        report.say(
+            "no metrics by class: the reference has no classes, and its network tells which way "
+            "an image is up"
+        )
+        return label_N, 0
+    if not target:
         return label_N, classes
     names = tuple(images.classes)
     if (known and real and real != known) or (not names and classes > len(target)):

@@ -48,6 +48,7 @@ def fetch(repository: str, file: str, folder: pathlib.Path) -> pathlib.Path:
     Raises:
         UserError: it cannot be had, or is not what the hub says it is; in words for the user.
     """
+    _check_environment()
     found = _whole(folder, file) or _cached(repository, file)
     if found is not None:
         return found
@@ -92,6 +93,7 @@ def folder(reference: str) -> pathlib.Path:
 
     It may be a private one: the token of this user is sent, if there is one.
     """
+    _check_environment()
     import huggingface_hub
 
     owner, name, *inside = [*reference.removeprefix("hf://").split("/"), ""]
@@ -99,11 +101,25 @@ def folder(reference: str) -> pathlib.Path:
     if not owner or not name:
         raise UserError(f"a hub reference is hf://OWNER/NAME[/FOLDER]; found {reference}")
     repository = f"{owner}/{name}"
-    with _told(repository, within or "the files", "copy the folder from elsewhere"):
+    with _told(repository, within or "files", "copy the folder from elsewhere"):
         root = huggingface_hub.snapshot_download(
             repository, allow_patterns=[f"{within}/**"] if within else None
         )
     return pathlib.Path(root) / within
+
+
+def _check_environment() -> None:
+    """An error for what the environment says of the hub and huggingface_hub cannot take."""
+    try:
+        from huggingface_hub import constants
+    except ValueError as error:  # it reads its numbers when it is imported
+        raise UserError(
+            f"a variable of the environment that begins with HF_ cannot be read ({error}): mend it"
+        ) from error
+    if not constants.ENDPOINT.startswith(("http://", "https://")):
+        raise UserError(
+            f"HF_ENDPOINT must begin with https:// or http://; found {constants.ENDPOINT!r}"
+        )
 
 
 def _folders(place: pathlib.Path) -> list[pathlib.Path]:

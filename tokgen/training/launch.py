@@ -44,7 +44,7 @@ def parse(
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s --config=PATH[:variant] --workdir=DIR [--from=STEP] "
+        usage="%(prog)s --config=PATH[:variant] --workdir=DIR [--from=STEP] [--yes] "
         "[--config.FIELD=VALUE ...]",
         allow_abbrev=False,
     )
