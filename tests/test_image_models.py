@@ -15,7 +15,7 @@ from flax import nnx
 from PIL import Image
 
 import tokgen
-from tests import command_line, recipes
+from tests import command_line, published, recipes
 from tokgen import image_models, runtime, samples, tokens as arrays
 from tokgen.checkpoints import checkpoint
 from tokgen.config import building
@@ -349,7 +349,7 @@ def test_likelihoods_of_images_are_those_of_their_tokens_and_of_tokgen_evaluate(
         (dict(images=noise(3), classes=[0, 1]), "one for each of 3; found 2"),
         (dict(images=noise(2), classes="teapot"), "unknown class"),
         (dict(images=noise(2), classes=0, text="a.npz"), "text= needs a generator that reads"),
-        (dict(images=noise(2), classes=0, batch=0), "batch must be at least 1"),
+        (dict(images=noise(2), classes=0, batch=2.5), "batch must be a whole number.*found 2.5"),
     ],
 )
 def test_likelihoods_that_cannot_be_told_are_refused(model, masked, monkeypatch, asked, said):
@@ -364,7 +364,7 @@ def test_a_likelihood_is_exact_or_called_a_bound(model, masked):
         masked.log_likelihood(noise(1), classes=0)
     with pytest.raises(UserError, match="this one has it: log_likelihood"):
         model.log_likelihood_bound(noise(1), classes=0)
-    with pytest.raises(UserError, match="draws must be at least 1"):
+    with pytest.raises(UserError, match="draws must be a whole number from 1"):
         masked.log_likelihood_bound(noise(1), classes=0, draws=0)
     one = masked.log_likelihood_bound(noise(3), classes=0, draws=2, seed=1)
     np.testing.assert_allclose(
@@ -386,6 +386,35 @@ def test_a_generator_that_reads_text_is_asked_with_texts(tmp_path):
             model._cond(classes, text, 2)
     with pytest.raises(UserError, match="one for each of 3; found 2"):
         model._cond(None, str(tmp_path / "text.npz"), 3)
+
+
+# ---------------------------------------------------------------- by name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["llamagen-b", "rar-b", "var-d16", "maskbit-14bit"])
+def test_ten_lines_from_a_published_name(name, tmp_path, monkeypatch):
+    rows, files = published.rows(tmp_path, name)
+    with published.served(rows, files, tmp_path, monkeypatch) as hub:
+        with pytest.raises(UserError, match="yes=True"):
+            tokgen.load(name)
+        assert hub.requests == []
+        model = tokgen.load(name, yes=True)
+        hub.requests.clear()
+        assert repr(tokgen.load(name)) == repr(model) and hub.requests == []
+    assert repr(model).startswith(f"ImageGenerator of {name}: ") and "tench, goldfish" in repr(
+        model
+    )
+    samples = model.sample("golden retriever", number=3, seed=1)
+    assert samples.images[0].size == model.size and samples.kind_N.tolist() == [207] * 3
+    np.testing.assert_array_equal(model.decode(samples.tokens_NLG), samples.image_NHW3)
+    tokens_NLG = model.encode(samples.images)
+    assert tokens_NLG.shape == samples.tokens_NLG.shape
+    likely = model.log_likelihood if model.exact else model.log_likelihood_bound
+    log_p_N = likely(samples.images, classes=207)
+    assert log_p_N.shape == (3,) and np.isfinite(log_p_N).all() and (log_p_N < 0).all()
+    again_N = likely(tokens=tokens_NLG, classes="golden retriever")
+    np.testing.assert_allclose(log_p_N, again_N, rtol=1e-6)
 
 
 # ---------------------------------------------------------------- what it says of itself

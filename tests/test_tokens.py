@@ -65,7 +65,7 @@ def test_tokens_of_another_layout_are_refused(tokenizer):
         tokens.decode(tokenizer, np.full((2, 64, 1), 240))
     with pytest.raises(UserError, match="found none"):
         tokens.decode(tokenizer, np.zeros((0, 64, 1), np.int32))
-    with pytest.raises(UserError, match="batch must be at least 1"):
+    with pytest.raises(UserError, match="batch must be a whole number from 1 to"):
         tokens.decode(tokenizer, np.zeros((2, 64, 1), np.int32), batch=0)
 
 

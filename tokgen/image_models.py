@@ -16,7 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from tokgen import boundary, choices, parameters, runtime, samples, tokens as arrays
+from tokgen import boundary, choices, parameters, ranges, runtime, samples, tokens as arrays
 from tokgen.checkpoints import checkpoint, pulling
 from tokgen.data import captioned, classes as names, datasets, pictures
 from tokgen.errors import UserError
@@ -280,6 +280,11 @@ class ImageGenerator:
         return tuple(dict.fromkeys((*self.config.presets, "no_guidance")))
 
     @property
+    def exact(self) -> bool:
+        """Whether it has a `log_likelihood`; else a `log_likelihood_bound` only."""
+        return self.loaded.module.exact
+
+    @property
     def config(self) -> ml_collections.ConfigDict:
         """The whole config that it was trained or imported with."""
         return self.loaded.config
@@ -390,7 +395,7 @@ class ImageGenerator:
             >>> nats_N.shape, nats_N.dtype
             ((2,), dtype('float64'))
         """
-        if not self.loaded.module.exact:
+        if not self.exact:
             raise UserError(
                 "log_likelihood needs a generator with an exact likelihood; found a masked one: "
                 "log_likelihood_bound estimates a lower bound of it"
@@ -433,13 +438,11 @@ class ImageGenerator:
             >>> bound_N.shape
             (2,)
         """
-        if self.loaded.module.exact:
+        if self.exact:
             raise UserError(
                 "log_likelihood_bound is for generators without an exact likelihood; this one has "
                 "it: log_likelihood(images)"
             )
-        if draws < 1 or not 0 <= seed < 2**32:
-            raise UserError(f"draws must be at least 1, seed in [0, 2**32); found {draws}, {seed}")
         return -self._nats(images, tokens, classes, text, batch, draws=draws, seed=seed).mean(1)
 
     def fit(self, images: pictures.Pictures) -> np.ndarray:
@@ -504,8 +507,12 @@ class ImageGenerator:
         if (images is None) == (tokens is None):
             found = "neither" if images is None else "both"
             raise UserError(f"images or tokens= must be given, one of them; found {found}")
-        if batch < 1:
-            raise UserError(f"batch must be at least 1; found {batch}")
+        numbers = (
+            ("batch", batch, ranges.Batch),
+            ("draws", draws, ranges.Count),
+            ("seed", seed, ranges.Seed),
+        )
+        ranges.refuse(filter(None, (ranges.problem(*number) for number in numbers)))
         if images is not None:
             pixels_NHW3 = self.tokenizer._exact(images)  # wrong ones are told before wrong classes
             count = len(pixels_NHW3)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import numbers
 import os
 import pathlib
 import shutil
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from tokgen import image_grid, options, output, report, runtime
+from tokgen import image_grid, options, output, ranges, report, runtime
 from tokgen.checkpoints import checkpoint
 from tokgen.data import captioned, classes as names_
 from tokgen.errors import UserError
@@ -205,13 +204,16 @@ def drawn(
 
 
 def networks(settings: Settings) -> tuple[checkpoint.Loaded, checkpoint.Loaded]:
-    """The generator of the settings in the precision that they ask for, and its tokenizer."""
+    """The generator of the settings in the precision that they ask for, and its tokenizer.
+
+    Both for nothing but drawing: no encoder, and no parameter twice.
+    """
     compute = settings.precision
     if not compute:
         meta = checkpoint.read_meta(checkpoint.find(settings.checkpoint))
         compute = presets.precision(meta, settings.sampling)
-    loaded = checkpoint.load_generator(settings.checkpoint, compute=compute)
-    return loaded, checkpoint.load_tokenizer_of(loaded, settings.tokenizer)
+    loaded = checkpoint.load_to_draw(settings.checkpoint, compute=compute)
+    return loaded, checkpoint.load_to_decode(loaded, settings.tokenizer)
 
 
 def write(
@@ -237,7 +239,7 @@ def check(settings: Settings) -> None:
     """Errors of the settings, before anything is loaded."""
     for name in ("number", "batch", "seed"):
         value = getattr(settings, name)
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        if not ranges.fits(value, int):
             raise UserError(f"--{name} must be a whole number; found {value!r}")
     if settings.number < 1 or settings.batch < 1:
         raise UserError(

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from tokgen import boundary, runtime, sharding
+from tokgen import boundary, ranges, runtime, sharding
 from tokgen.checkpoints import checkpoint
 from tokgen.data import online_tokens, pretokenization
 from tokgen.errors import UserError
@@ -191,8 +191,8 @@ def _check(tokenizer: checkpoint.Loaded, image_NHW3: np.ndarray) -> None:
 
 def _parts(array_N: np.ndarray, batch: int) -> Iterator[tuple[jax.Array, int]]:
     """(a part over the devices, filled up to the batch; how many of its rows are meant)."""
-    if batch < 1:
-        raise UserError(f"batch must be at least 1; found {batch}")
+    if wrong := ranges.problem("batch", batch, ranges.Batch):
+        raise UserError(wrong)
     if not len(array_N):
         raise UserError("at least one image is needed, or the tokens of one; found none")
     batch, mesh = drawing.even(len(array_N), batch), sharding.current()
