@@ -234,6 +234,16 @@ def test_metrics():
         assert peak >= first > 10
 
 
+@pytest.mark.long
+def test_full_size():
+    header, columns, tokenizer, generator = quick("full_size", "--precisions", "float32")
+    check_header(header)
+    assert columns.split()[:4] == ["model", "file", "import", "of"]
+    assert tokenizer.startswith("llamagen-tokenizer ") and generator.startswith("llamagen-l ")
+    assert len(figures(tokenizer)) == 3  # the file, the peak, seconds
+    assert len(figures(generator)) == 5 and "failed" not in tokenizer + generator
+
+
 def test_every_benchmark_is_run_here_and_told_in_the_results():
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     results = (FOLDER / "RESULTS.md").read_text(encoding="utf-8")

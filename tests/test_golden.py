@@ -186,7 +186,7 @@ def test_a_run_that_was_stopped_goes_on(golden, name):
 @pytest.mark.parametrize("name", ["export_vit", "export_raster"])
 def test_an_export_is_read_with_the_fingerprint_that_it_states(golden, tmp_path, name):
     found, record = exporting.read(golden / "root" / name)
-    step = imported.save_imported(tmp_path, found, {})
+    step = imported.save_fitting(tmp_path, found, {})
     assert checkpoint.load(step).fingerprint == record["fingerprint"]
 
 

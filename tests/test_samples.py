@@ -251,8 +251,8 @@ def stand_ins(tmp_path, monkeypatch):
     monkeypatch.setattr(samples.runtime, "devices", lambda: None)
     monkeypatch.setattr(samples.checkpoint, "find", lambda path: path)
     monkeypatch.setattr(samples.checkpoint, "read_meta", lambda step: {"kind": "tokenizer"})
-    monkeypatch.setattr(samples.checkpoint, "load_generator", lambda *_, **more: loaded)
-    monkeypatch.setattr(samples.checkpoint, "load_tokenizer_of", lambda *_: painter)
+    monkeypatch.setattr(samples.checkpoint, "load_to_draw", lambda *_, **more: loaded)
+    monkeypatch.setattr(samples.checkpoint, "load_to_decode", lambda *_: painter)
     real, batches = drawing.sharding.filled, []
 
     def filled(tree, batch, mesh):

@@ -15,7 +15,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -158,14 +158,21 @@ def arrays(path: str | os.PathLike, without: Collection[str] = ()) -> dict[str, 
 
 def check_numbers(weights: Mapping[str, np.ndarray], source: str) -> None:
     """An error that names the arrays with numbers that are none, or that float32 does not hold."""
-    wrong = []
-    for key, array in weights.items():
-        if array.dtype.kind in "cb":
-            raise UserError(f"{key} of {source} holds {array.dtype}, which no weight is")
-        with np.errstate(over="ignore"):
-            fine = np.isfinite(array.astype(np.float32, copy=False))
-        if not fine.all():
-            wrong.append(f"{key} ({fine.size - np.count_nonzero(fine)} of {fine.size})")
+    wrong = [what for key, array in weights.items() if (what := not_finite(key, array, source))]
+    refuse_numbers(wrong, source)
+
+
+def not_finite(key: str, array: np.ndarray, source: str) -> str:
+    """Of an array with numbers that are none its name and how many; "" where there are none."""
+    if array.dtype.kind in "cb":
+        raise UserError(f"{key} of {source} holds {array.dtype}, which no weight is")
+    with np.errstate(over="ignore"):
+        fine = np.isfinite(array.astype(np.float32, copy=False))
+    return "" if fine.all() else f"{key} ({fine.size - np.count_nonzero(fine)} of {fine.size})"
+
+
+def refuse_numbers(wrong: Sequence[str], source: str) -> None:
+    """The error of arrays that `not_finite` found."""
     if wrong:
         shown = ", ".join(wrong[:6]) + (f" and {len(wrong) - 6} more" if len(wrong) > 6 else "")
         raise UserError(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from tokgen.interfaces import PyTree, Statistic
@@ -45,6 +48,60 @@ def matching(tree: PyTree, pattern: str) -> PyTree:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: compiled.fullmatch("/".join(map(entry, path))) is not None, tree
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """In the place of an array that is not there yet: which one, or which of its first axis.
+
+    What only moves arrays and takes rows of them, as `unstacked` does, may be called on a module of
+    marks; they say afterwards what has to go where.
+    """
+
+    path: str
+    dtype: np.dtype
+    rows: tuple[int, ...] = ()
+
+    def __getitem__(self, row: int) -> Mark:
+        return dataclasses.replace(self, rows=(*self.rows, row))
+
+    def of(self, array: jax.Array) -> jax.Array:
+        """What is marked, of the array that is at `path`."""
+        return array[self.rows].astype(self.dtype) if self.rows else array.astype(self.dtype)
+
+
+def marked(module: nnx.Module) -> nnx.Module:
+    """A module of shapes as one of marks; paths begin with params/ or stats/."""
+    graph, params, stats = split(module)
+
+    def mark(name):
+        return lambda path, leaf: Mark(f"{name}/{'/'.join(map(entry, path))}", leaf.dtype)
+
+    return merge(
+        graph,
+        jax.tree_util.tree_map_with_path(mark("params"), params),
+        jax.tree_util.tree_map_with_path(mark("stats"), stats),
+    )
+
+
+def narrowed(module: nnx.Module) -> nnx.Module:
+    """A module of marks whose parameters have the dtype in which they are used.
+
+    Modules whose parameters are cast before anything is done with them name these in `CAST`.
+    """
+    dtypes = {
+        "/".join(map(str, (*path, leaf))): part.precision.compute_dtype
+        for path, part in nnx.iter_modules(module)
+        for leaf in getattr(part, "CAST", ())
+    }
+    graph, params, stats = split(module)
+
+    def narrow(path: Any, mark: Mark) -> Mark:
+        dtype = dtypes.get("/".join(map(entry, path)), mark.dtype)
+        smaller = np.dtype(dtype).itemsize < np.dtype(mark.dtype).itemsize
+        return dataclasses.replace(mark, dtype=dtype) if smaller else mark
+
+    return merge(graph, jax.tree_util.tree_map_with_path(narrow, params), stats)
 
 
 def count(params: PyTree) -> int:

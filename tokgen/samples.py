@@ -204,13 +204,16 @@ def drawn(
 
 
 def networks(settings: Settings) -> tuple[checkpoint.Loaded, checkpoint.Loaded]:
-    """The generator of the settings in the precision that they ask for, and its tokenizer."""
+    """The generator of the settings in the precision that they ask for, and its tokenizer.
+
+    Both for nothing but drawing: no encoder, and no parameter twice.
+    """
     compute = settings.precision
     if not compute:
         meta = checkpoint.read_meta(checkpoint.find(settings.checkpoint))
         compute = presets.precision(meta, settings.sampling)
-    loaded = checkpoint.load_generator(settings.checkpoint, compute=compute)
-    return loaded, checkpoint.load_tokenizer_of(loaded, settings.tokenizer)
+    loaded = checkpoint.load_to_draw(settings.checkpoint, compute=compute)
+    return loaded, checkpoint.load_to_decode(loaded, settings.tokenizer)
 
 
 def write(

@@ -67,7 +67,7 @@ def recipe(name: str) -> str:
 def published(model: zoo.Model, module: nnx.Module) -> dict[str, np.ndarray]:
     """The arrays of the published file, without their numbers."""
     system, arrays = systems.named(model.system), {}
-    shapes = {path: leaf.shape for path, leaf in keymap._flat(module)[0].items()}
+    shapes = {path: leaf.shape for path, leaf in keymap._flat(module).items()}
     for row in system.rows(module):
         parts = [
             np.broadcast_to(np.int8(0), shapes[p] if isinstance(p, str) else shapes[p[0]][1:])
@@ -105,7 +105,7 @@ def test_figures_are_those_of_the_network(name):
     model = MODELS[name]
     arrays, theirs, ours = built(name)
     assert transfer.parameters(ours) == model.parameters
-    shapes = [{k: v.shape for k, v in keymap._flat(m)[0].items()} for m in (theirs, ours)]
+    shapes = [{k: v.shape for k, v in keymap._flat(m).items()} for m in (theirs, ours)]
     assert shapes[0] == shapes[1]
     size = sum(array.nbytes for array in arrays.values()) * COPIES.get(model.system, 1)
     if model.system in WITHIN:

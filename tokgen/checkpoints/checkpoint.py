@@ -14,12 +14,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
 import logging
+import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +41,7 @@ from tokgen.zoo import model as zoo
 FORMAT = 1
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)  # of damaged files
 FOLDER = "checkpoints"
+TOGETHER = 2**27  # bytes of leaves that are read at the same time
 
 
 def find(path: str | os.PathLike) -> pathlib.Path:
@@ -257,6 +260,13 @@ def _damaged(step: pathlib.Path, what: str) -> UserError:
 
 def restore(step: pathlib.Path, wanted: dict[str, Any], meta: dict) -> dict[str, jax.Array]:
     """Leaves of a step, verified, with the shapes, dtypes and shardings of `wanted`."""
+    return dict(restored(step, wanted, meta))
+
+
+def restored(
+    step: pathlib.Path, wanted: dict[str, Any], meta: dict
+) -> Iterator[tuple[str, jax.Array]]:
+    """As `restore`, leaf by leaf: who lets go of them has few in memory at a time."""
     if wrong := manifest.misfit(step):
         raise _damaged(step, wrong)
     record, problems = meta["manifest"], []
@@ -270,40 +280,73 @@ def restore(step: pathlib.Path, wanted: dict[str, Any], meta: dict) -> dict[str,
     if problems:
         shown = "\n  ".join(problems[:10])
         raise UserError(f"checkpoint {step} holds other arrays than this model:\n  {shown}")
-    target = {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-        for path, leaf in wanted.items()
-    }
     # arrays have the names there that they were written with
-    names = {path: _name(meta.get("written", {}).get(path, path)) for path in wanted}
-    target = {names[path]: leaf for path, leaf in target.items()}
+    names = {path: name(meta.get("written", {}).get(path, path)) for path in wanted}
     logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
+    folder, checkpointer = (step / "state").absolute(), ocp.PyTreeCheckpointer()
+    with _readable(step):
         # the store cuts and fills arrays to any size that is asked for, without a word
-        stored = ocp.PyTreeCheckpointer().metadata((step / "state").absolute()).item_metadata
+        stored = checkpointer.metadata(folder).item_metadata
         for path, leaf in wanted.items():
             if tuple(stored[names[path]].shape) != tuple(leaf.shape):
                 raise ValueError(f"{path} is {stored[names[path]].shape} there, not {leaf.shape}")
-        found = ocp.PyTreeCheckpointer().restore(
-            (step / "state").absolute(),
-            args=ocp.args.PyTreeRestore(
-                item=target,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                partial_restore=True,
-            ),
-        )
-        leaves = {path: found[names[path]] for path in wanted}
+    for group in _groups(wanted):
+        target = {
+            names[path]: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            for path, leaf in group.items()
+        }
+        with _readable(step):
+            found = checkpointer.restore(
+                folder,
+                args=ocp.args.PyTreeRestore(
+                    item=target,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                    partial_restore=True,
+                ),
+            )
+            leaves = {path: found.pop(names[path]) for path in group}
+        sums = manifest.of(leaves)
+        wrong = [path for path in group if sums[path]["checksum"] != record[path]["checksum"]]
+        if wrong:
+            raise _damaged(
+                step, f"the checksum of {', '.join(wrong[:3])} does not match its manifest"
+            )
+        for path in group:
+            yield path, leaves.pop(path)
+        # Orbax's futures refer to each other, and to what they read
+        if sum(map(_bytes, group.values())) > TOGETHER // 4:
+            gc.collect()
+
+
+def _bytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+
+
+def _groups(wanted: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Leaves that are read together: a leaf, or several of TOGETHER bytes at most."""
+    group, taken = {}, 0
+    for path, leaf in wanted.items():
+        size = _bytes(leaf)
+        if group and taken + size > TOGETHER:
+            yield group
+            group, taken = {}, 0
+        group[path] = leaf
+        taken += size
+    if group:
+        yield group
+
+
+@contextlib.contextmanager
+def _readable(step: pathlib.Path) -> Iterator[None]:
+    """What the store raises of damaged files, as one message."""
+    try:
+        yield
     except Exception as error:
         # Orbax raises this very class for an array that it cannot read
         if type(error) is not Exception and not isinstance(error, _UNREADABLE):
             raise
         first = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
         raise _damaged(step, f"its arrays cannot be read ({first})") from error
-    sums = manifest.of(leaves)
-    wrong = [path for path in wanted if sums[path]["checksum"] != record[path]["checksum"]]
-    if wrong:
-        raise _damaged(step, f"the checksum of {', '.join(wrong[:3])} does not match its manifest")
-    return leaves
 
 
 def resumed(step: pathlib.Path, wanted: dict[str, Any], meta: dict) -> dict[str, jax.Array]:
@@ -356,13 +399,14 @@ def not_finite(leaves: dict[str, jax.Array]) -> list[str]:
     return [path for path, found in jax.device_get(fine).items() if not found]
 
 
-def _name(path: str) -> str:
+def name(path: str) -> str:
+    """Of a leaf in the store."""
     return path.replace("/", ".")  # a slash would become a folder in the store
 
 
 def named(leaves: dict[str, Any]) -> dict[str, Any]:
     """Leaves under the names that they have in the store."""
-    return {_name(path): leaf for path, leaf in leaves.items()}
+    return {name(path): leaf for path, leaf in leaves.items()}
 
 
 def unflatten(tree: PyTree, leaves: dict[str, jax.Array]) -> PyTree:
@@ -453,6 +497,10 @@ def load_tokenizer_of(generator: Loaded, path: str = "") -> Loaded:
         >>> tokgen.load_tokenizer_of(generator).layout == generator.layout
         True
     """
+    return _tokenizer_of(generator, path, load_tokenizer)
+
+
+def _tokenizer_of(generator: Loaded, path: str, load: Callable[[Any], Loaded]) -> Loaded:
     wanted = generator.meta["tokenizer"]
     if wanted is None:  # imported alone
         if not path:
@@ -460,7 +508,7 @@ def load_tokenizer_of(generator: Loaded, path: str = "") -> Loaded:
                 f"generator {generator.step} was imported without its tokenizer; say where that "
                 "is with --tokenizer PATH"
             )
-        tokenizer = load_tokenizer(path)
+        tokenizer = load(path)
         check_layout(tokenizer, generator.layout, f"generator {generator.step}")
         return tokenizer
     place = find(path) if path else referred(wanted, generator.step)
@@ -469,7 +517,7 @@ def load_tokenizer_of(generator: Loaded, path: str = "") -> Loaded:
             f"the tokenizer of {generator.step} is not at {place}; say where it is now with "
             "--tokenizer PATH"
         )
-    tokenizer = load_tokenizer(place)
+    tokenizer = load(place)
     check_tokenizer(tokenizer, wanted["fingerprint"], f"generator {generator.step}")
     check_layout(tokenizer, generator.layout, f"generator {generator.step}")
     return tokenizer
@@ -520,6 +568,51 @@ def load(path: str | os.PathLike, kind: str = "", *, compute: str = "", which: s
 
     `which` weights: "params" or "ema"; the averaged ones where there are, unless it says.
     """
+    return _loaded(path, kind, compute, which, lambda module: module)
+
+
+def load_reference(path: str | os.PathLike) -> Loaded:
+    """Of a tokenizer what its generators refer to; none of its arrays is read."""
+    return _loaded(path, "tokenizer", "", "", lambda module: nnx.Dict())
+
+
+def load_to_draw(path: str | os.PathLike, *, compute: str = "") -> Loaded:
+    """The generator of a checkpoint, for nothing but drawing: its layers taken apart.
+
+    Parameters have the dtype that they are used in. As with `load_generator` the tokens are, but
+    no second copy of the parameters is made on the way.
+    """
+
+    def drawing(module: nnx.Module) -> nnx.Module:
+        return parameters.narrowed(module).unstacked()
+
+    return _loaded(path, "generator", compute, "", drawing)
+
+
+def load_to_decode(generator: Loaded, path: str = "") -> Loaded:
+    """As `load_tokenizer_of`, without the encoder: for nothing but decoding."""
+    return _tokenizer_of(generator, path, _load_decoder)
+
+
+def _load_decoder(path: str | os.PathLike) -> Loaded:
+    def decoding(module: nnx.Module) -> nnx.Module:
+        module.encoder = None
+        return module
+
+    return _loaded(path, "tokenizer", "", "", decoding)
+
+
+def _loaded(
+    path: str | os.PathLike,
+    kind: str,
+    compute: str,
+    which: str,
+    form: Callable[[nnx.Module], nnx.Module],
+) -> Loaded:
+    """`load`; `form` makes of the network's shapes those of what is wanted of it.
+
+    It may leave parts out, change dtypes of floating leaves, and take rows of leaves.
+    """
     step = find(path)
     meta = read_meta(step)
     if kind and meta["kind"] != kind:
@@ -539,7 +632,7 @@ def load(path: str | os.PathLike, kind: str = "", *, compute: str = "", which: s
         def make():
             return configs.generator(config, layout, len(classes), rngs=nnx.Rngs(key))
 
-    graph, params, stats = parameters.split(nnx.eval_shape(make))
+    _, params, stats = parameters.split(nnx.eval_shape(make))
     averaged = any(p.startswith("model/ema/") for p in meta["manifest"])
     which = which or ("ema" if averaged else "params")
     mesh = sharding.make_mesh()
@@ -556,17 +649,19 @@ def load(path: str | os.PathLike, kind: str = "", *, compute: str = "", which: s
         p: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
         for p, leaf in wanted.items()
     }
-    leaves = restore(step, wanted, meta)
-    params, stats = (
-        unflatten(
-            tree,
-            {
-                p: leaves[f"model/{name}/{p}"].astype(a.dtype)
-                for p, a in parameters.paths(tree).items()
-            },
-        )
-        for tree, name in ((params, which), (stats, "stats"))
-    )
+    graph, *trees = parameters.split(form(parameters.marked(nnx.eval_shape(make))))
+    users: dict[str, list] = {}
+    for number, tree in enumerate(trees):
+        for ours, mark in parameters.paths(tree).items():
+            part, _, inside = mark.path.partition("/")
+            stored = f"model/{which if part == 'params' else part}/{inside}"
+            users.setdefault(stored, []).append((number, ours, mark))
+    wanted = {path: leaf for path, leaf in wanted.items() if path in users}
+    filled: list[dict[str, jax.Array]] = [{}, {}]
+    for path, leaf in restored(step, wanted, meta):
+        for number, ours, mark in users[path]:
+            filled[number][ours] = mark.of(leaf)
+    params, stats = (unflatten(*pair) for pair in zip(trees, filled, strict=True))
     return Loaded(
         module=parameters.merge(graph, params, stats),
         config=config,

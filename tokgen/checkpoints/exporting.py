@@ -184,7 +184,7 @@ def _place(key: str) -> str:
     return path.removeprefix("model/").replace("/", ".")
 
 
-def read(path: pathlib.Path) -> tuple[transfer.Imported, dict]:
+def read(path: pathlib.Path) -> tuple[transfer.Fitting, dict]:
     """(the network of an export's own file, its record): what was used, so no live weights apart.
 
     An average stays one, so that the network has the fingerprint that it had.
@@ -214,12 +214,20 @@ def read(path: pathlib.Path) -> tuple[transfer.Imported, dict]:
         for name, tree in (("params", params), ("stats", stats))
         for place in parameters.paths(tree)
     ]
-    weights = {_place(key): array for key, array in reader.read(folder / OURS).items()}
-    network = keymap.fill(module, rows, weights, source=str(folder / OURS))
-    average = network if record.get("which") == "ema" else None
+    weights = {_place(key): array for key, array in reader.lying(folder / OURS).items()}
+    keymap.check(module, rows, weights, source=str(folder / OURS))
     source = record.get("source")
     form = imports.form_of(source if isinstance(source, dict) else {}, str(folder))
-    imported = transfer.Imported(
-        config, network, average, {}, form, layout, len(classes) if "generator" in config else 0
+    found = transfer.Fitting(
+        config,
+        module,
+        tuple(rows),
+        weights,
+        weights if record.get("which") == "ema" else {},
+        str(folder / OURS),
+        {},
+        form,
+        layout,
+        len(classes) if "generator" in config else 0,
     )
-    return imported, record
+    return found, record

@@ -6,18 +6,25 @@ in a file of their own in the step, so that an export can give them back.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import pathlib
+from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tokgen import parameters, records
-from tokgen.checkpoints import checkpoint, run as runs
+from tokgen.checkpoints import checkpoint, run as runs, stream
 from tokgen.interfaces import UserError
 from tokgen.pretrained import entries, transfer
 from tokgen.pretrained.formats import reader, writer
 
 ASIDE = "aside.safetensors"
+COUNTS = ("step", "skipped")  # of a TrainState
+FIGURES = {"imported": 0.0}
 
 
 def save_imported(
@@ -32,35 +39,65 @@ def save_imported(
     Classes of a generator are named by their numbers where `classes` has no names for them: a
     published file has none.
     """
+    with _started(workdir, imported, source, tokenizer, classes) as run:
+        _, params, stats = parameters.split(imported.module)
+        average = None if imported.average is None else parameters.split(imported.average)[1]
+        zero = jnp.zeros((), jnp.int32)
+        # the paths of a TrainState, without what an optimizer would keep
+        state = dict(step=zero, skipped=zero, params=params, stats=stats)
+        state |= {} if average is None else {"ema": average}
+        run.save({"model": state}, FIGURES)
+    return run.folder(0)
+
+
+def save_fitting(
+    workdir: pathlib.Path,
+    fitting: transfer.Fitting,
+    source: dict,
+    tokenizer: checkpoint.Loaded | None = None,
+    classes: tuple[str, ...] = (),
+) -> pathlib.Path:
+    """As `save_imported`, each array read when it is written: memory holds few of them."""
+    with _started(workdir, fitting, source, tokenizer, classes) as run:
+        zero = np.zeros((), np.int32)
+        counts = {f"model/{name}": jax.ShapeDtypeStruct((), zero.dtype) for name in COUNTS}
+        leaves = {f"model/{path}": leaf for path, leaf in fitting.leaves().items()}
+        pieces = ((f"model/{path}", layer, part) for path, layer, part in fitting.pieces())
+        pieces = itertools.chain(((path, None, zero) for path in counts), pieces)
+        run.save_stream(0, stream.Stream(counts | leaves, pieces), FIGURES)
+    return run.folder(0)
+
+
+@contextlib.contextmanager
+def _started(
+    workdir: pathlib.Path,
+    model: transfer.Imported | transfer.Fitting,
+    source: dict,
+    tokenizer: checkpoint.Loaded | None,
+    classes: tuple[str, ...],
+) -> Iterator[runs.Run]:
+    """The run of an import; what has no place in our model is written beside its step."""
     made_by = None
     if tokenizer is not None:
-        checkpoint.check_layout(tokenizer, imported.layout, "the generator")
+        checkpoint.check_layout(tokenizer, model.layout, "the generator")
         made_by = checkpoint.reference(tokenizer.step, workdir)
         made_by |= {"fingerprint": tokenizer.fingerprint}
-    _, params, stats = parameters.split(imported.module)
-    average = None if imported.average is None else parameters.split(imported.average)[1]
-    zero = jnp.zeros((), jnp.int32)
-    # the paths of a TrainState, without what an optimizer would keep
-    state = dict(step=zero, skipped=zero, params=params, stats=stats)
-    state |= {} if average is None else {"ema": average}
     with runs.lock(workdir):
         run = runs.start(
             workdir,
-            imported.config,
-            kind=imported.kind,
-            layout=imported.layout,
-            classes=classes or tuple(str(number) for number in range(imported.classes)),
+            model.config,
+            kind=model.kind,
+            layout=model.layout,
+            classes=classes or tuple(str(number) for number in range(model.classes)),
             best="imported",
             data="",
             tokenizer=made_by,
-            source=source | _recorded(imported.form),
+            source=source | _recorded(model.form),
         )
-        run.save({"model": state}, {"imported": 0.0})
-        step = workdir / checkpoint.FOLDER / "0"
-        if imported.aside:
-            writer.write(step / ASIDE, imported.aside, form="safetensors")
+        yield run
+        if model.aside:
+            writer.write(run.folder(0) / ASIDE, model.aside, form="safetensors")
         run.close()
-    return step
 
 
 def load_imported(path: str | os.PathLike) -> tuple[checkpoint.Loaded, transfer.Imported]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ class Import:
 
     Attributes:
         out, step: the folder of the run, and the step in it.
-        model: the model, with what the file has beside it.
+        fitting: what the file holds of the model: its sizes, and what it has beside it.
         parameters: how many numbers an optimizer would move.
         source: what the checkpoint's record says: system, file, sha256, home, licence; of an export
             what it says itself.
@@ -37,11 +38,16 @@ class Import:
 
     out: pathlib.Path
     step: pathlib.Path
-    model: transfer.Imported
+    fitting: transfer.Fitting
     parameters: int
     source: dict
     tokenizer: bool
     notes: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def model(self) -> transfer.Imported:
+        """The model, read from the step when it is first asked for."""
+        return imports.load_imported(self.step)[1]
 
 
 def import_file(
@@ -100,22 +106,22 @@ def import_file(
                 raise UserError(f"--tokenizer is for generators; {file} is a tokenizer itself")
             names, source = tuple(record["classes"]), record.get("source")
             source = source if isinstance(source, dict) else {}
-            named = checkpoint.load_tokenizer(tokenizer) if tokenizer else None
+            named = checkpoint.load_reference(tokenizer) if tokenizer else None
         else:
             # first: of a large file the reading takes minutes
-            named = checkpoint.load_tokenizer(tokenizer) if tokenizer else None
+            named = checkpoint.load_reference(tokenizer) if tokenizer else None
             published, notes = _configuration(file, config)
-            model = transfer.read(
+            model = transfer.held(
                 file, system, published, overrides=overrides, entry=entry, unknown=unknown
             )
             source = _source(file, system)
             names = names if len(names) == model.classes else ()
-        step = imports.save_imported(place.path, model, source, named, names)
+        step = imports.save_fitting(place.path, model, source, named, names)
     return Import(
         out=place.target,
         step=place.target / step.relative_to(place.path),
-        model=model,
-        parameters=transfer.parameters(model.module),
+        fitting=model,
+        parameters=transfer.parameters(model.network),
         source=source,
         tokenizer=bool(tokenizer),
         notes=(*notes, *model.notes),

@@ -9,30 +9,43 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tokgen import records
 
+BLOCK = 2**20  # elements
 SIZES = "sizes.json"
 FIGURES = "figures.json"  # comes after the seal, and has a digest of its own
 
 
 @jax.jit
-def checksum(leaf: jax.Array) -> jax.Array:
+def checksum(leaf: jax.Array, before: jax.Array | int = 0) -> jax.Array:
     """Two 32-bit sums of the bits, each element times an odd number of its own.
 
-    Sums of integers modulo 2^32 have no order: any sharding gives the same, and no array has to
-    leave its device. A single changed element is always seen.
+    Sums of integers modulo 2^32 have no order: any sharding gives the same, no array has to leave
+    its device, and those of its pieces add up; `before` are the elements before a piece. A single
+    changed element is always seen.
     """
-    if jnp.issubdtype(leaf.dtype, jnp.bool_):
-        leaf = leaf.astype(jnp.uint8)
-    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
     index = jnp.zeros(leaf.shape, jnp.uint32)
     for axis, size in enumerate(leaf.shape):
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    return _summed(_bits(leaf), index + jnp.asarray(before, jnp.uint32))
+
+
+def _bits(leaf: jax.Array) -> jax.Array:
+    """The bits of every element as a number."""
+    if jnp.issubdtype(leaf.dtype, jnp.bool_):
+        leaf = leaf.astype(jnp.uint8)
+    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+    return jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
+
+
+def _summed(bits: jax.Array, index: jax.Array) -> jax.Array:
+    """Both sums of elements of these numbers."""
 
     def mixed(constant):
         x = (index + jnp.uint32(1)) * jnp.uint32(constant)
@@ -42,17 +55,56 @@ def checksum(leaf: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(bits * mixed(c), dtype=jnp.uint32) for c in (0x9E3779B1, 0x85EBCA77)])
 
 
+@jax.jit
+def _checksum_in_blocks(leaf: jax.Array) -> jax.Array:
+    """As `checksum`, of a large array in one piece; what it needs on the way is small."""
+    flat = leaf.reshape(-1)
+
+    def body(number, sums):
+        first = number * BLOCK
+        start = jnp.minimum(first, flat.size - BLOCK)  # the last block overlaps that before it
+        place = start + jnp.arange(BLOCK, dtype=jnp.int32)
+        bits = _bits(jax.lax.dynamic_slice(flat, (start,), (BLOCK,)))
+        bits = jnp.where(place >= first, bits, 0)
+        return sums + _summed(bits, place.astype(jnp.uint32))
+
+    return jax.lax.fori_loop(0, -(-flat.size // BLOCK), body, jnp.zeros(2, jnp.uint32))
+
+
+def _checksum_of(leaf: jax.Array) -> jax.Array:
+    whole = isinstance(leaf, jax.Array) and leaf.is_fully_replicated
+    return _checksum_in_blocks(leaf) if whole and BLOCK < leaf.size < 2**31 else checksum(leaf)
+
+
 def of(leaves: dict[str, jax.Array]) -> dict[str, dict]:
     """Shape, dtype and checksum of every leaf."""
-    sums = jax.device_get({path: checksum(leaf) for path, leaf in leaves.items()})
+    sums = jax.device_get({path: _checksum_of(leaf) for path, leaf in leaves.items()})
+    return {path: _entry(leaf, sums[path]) for path, leaf in leaves.items()}
+
+
+def _entry(leaf: jax.Array | jax.ShapeDtypeStruct, sums: np.ndarray) -> dict:
     return {
-        path: {
-            "shape": list(leaf.shape),
-            "dtype": str(leaf.dtype),
-            "checksum": "".join(f"{int(part):08x}" for part in sums[path]),
-        }
-        for path, leaf in leaves.items()
+        "shape": list(leaf.shape),
+        "dtype": str(leaf.dtype),
+        "checksum": "".join(f"{int(part):08x}" for part in sums),
     }
+
+
+class Sums:
+    """Checksums of leaves that arrive in pieces: whole, or layer by layer."""
+
+    def __init__(self):
+        self.found: dict[str, np.ndarray] = {}
+
+    def add(self, path: str, layer: int, piece: np.ndarray) -> None:
+        """Take in a piece of a leaf, the first layer or another of the same shape."""
+        before = np.uint32(layer * piece.size % 2**32)
+        found = np.asarray(checksum(piece, before))
+        self.found[path] = self.found.get(path, np.zeros(2, np.uint32)) + found
+
+    def manifest(self, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, dict]:
+        """As `of`, of the leaves whose pieces were all taken in."""
+        return {path: _entry(leaf, self.found[path]) for path, leaf in leaves.items()}
 
 
 def digest(meta: dict) -> str:

@@ -23,10 +23,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from tokgen import output, parameters, records, report
-from tokgen.checkpoints import checkpoint, continuation, finetuning, manifest
+from tokgen.checkpoints import checkpoint, continuation, finetuning, manifest, stream as streams
 from tokgen.config import building
 from tokgen.interfaces import PyTree, TokenLayout, UserError
 
+PATIENCE = 24 * 3600  # seconds that a save may take: of a published model it is all of the import
 ASIDE = "set_aside"  # steps that a run went back behind
 
 
@@ -96,6 +97,19 @@ class Run:
         self.wait()
         leaves = parameters.paths(states_by_name)
         step = int(jax.device_get(leaves["model/step"]))
+        state = ocp.args.StandardSave(checkpoint.named(leaves))
+        meta = ocp.args.JsonSave(self._meta(step, metrics, manifest.of(leaves)))
+        self._commit(step, state, meta)
+
+    def save_stream(self, step: int, stream: streams.Stream, metrics: dict[str, float]) -> None:
+        """As `save`, of arrays that arrive in pieces."""
+        self.wait()
+        state = streams.StateSave(stream.tree(checkpoint.name))
+        meta = streams.RecordSave(lambda: self._meta(step, metrics, stream.manifest()))
+        self._commit(step, state, meta)
+
+    def _meta(self, step: int, metrics: dict[str, float] | None, found: dict[str, dict]) -> dict:
+        """The record of a step whose manifest is `found`."""
         meta = {
             **self.meta,
             "format": checkpoint.FORMAT,
@@ -103,21 +117,23 @@ class Run:
             "config": building.plain(self.config),
             "metrics": None if metrics is None else records.finite(metrics),
             "versions": checkpoint.versions(),
-            "manifest": manifest.of(leaves),
+            "manifest": found,
         }
-        meta["digest"] = manifest.digest(meta)
+        return meta | {"digest": manifest.digest(meta)}
+
+    def _commit(
+        self, step: int, state: ocp.args.CheckpointArgs, meta: ocp.args.CheckpointArgs
+    ) -> None:
+        """Write a step whole, or nothing of it."""
         # told below in one message, and not in Orbax's and asyncio's tracebacks besides
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         sys.unraisablehook = _unheard
         try:
-            self.manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(checkpoint.named(leaves)),
-                    meta=ocp.args.JsonSave(meta),
-                ),
-            )
+            self.manager.save(step, args=ocp.args.Composite(state=state, meta=meta))
             self.manager.wait_until_finished()
+        except UserError:
+            _clear(self.workdir)
+            raise
         except (OSError, ValueError) as error:
             # the store tells of the disk in a ValueError
             if not isinstance(error, OSError) and "os_error_code" not in str(error):
@@ -249,7 +265,10 @@ def start(
     manager = ocp.CheckpointManager(
         (workdir / checkpoint.FOLDER).absolute(),
         options=ocp.CheckpointManagerOptions(
-            max_to_keep=None, enable_async_checkpointing=True, create=True
+            max_to_keep=None,
+            enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(timeout_secs=PATIENCE),
+            create=True,
         ),
     )
     meta = {

@@ -79,19 +79,19 @@ def run(args: argparse.Namespace) -> None:
 
 def _told(made: importing.Import, system: str) -> list[str]:
     """What is to be said of it."""
-    average = "; the moving average is used" if system and made.model.average is not None else ""
-    what = system or f"{made.model.kind} of tokgen"
-    lines = [f"{what}: {made.parameters:,} parameters, {_tokens(made.model)}{average}"]
+    average = "; the moving average is used" if system and made.fitting.average else ""
+    what = system or f"{made.fitting.kind} of tokgen"
+    lines = [f"{what}: {made.parameters:,} parameters, {_tokens(made.fitting)}{average}"]
     if system:
         lines += [f"{name}: {made.source[name]}" for name in ("sha256", "licence", "home")]
     lines += made.notes
-    if made.model.aside:
-        names = ", ".join(sorted(made.model.aside)[:6])
+    if made.fitting.aside:
+        names = ", ".join(sorted(made.fitting.aside)[:6])
         lines.append(f"set aside, given back by an export: {names}")
     return [*lines, f"saved as {made.step}; try: {_next(made)}"]
 
 
-def _tokens(model: transfer.Imported) -> str:
+def _tokens(model: transfer.Fitting) -> str:
     """What its tokens are."""
     if model.layout is None:
         return "continuous latents"
@@ -101,13 +101,13 @@ def _tokens(model: transfer.Imported) -> str:
 
 def _next(made: importing.Import) -> str:
     """What can be done with it."""
-    model = made.model
+    model = made.fitting
     if model.kind == "generator":
         where = "" if made.tokenizer else " --tokenizer CKPT"
         named = "" if made.tokenizer else " (its tokenizer must be named)"
         # a few images: a thousand classes would take hours
         few = f" --classes 0-{min(4, model.classes) - 1}" if model.classes else ""
-        if model.module.cond == "text":
+        if model.network.cond == "text":
             few = " --text FILE.npz"
         return f"tokgen sample {made.out} --out DIR{where}{few} --number 2{named}"
     text = " --text DIR" if model.config.decoder.get("text") else ""

@@ -31,6 +31,8 @@ class Stage(Protocol):
 class Conv(nnx.Module):
     """[B, H, W, I] -> [B, H / stride, W / stride, O]; SAME padding unless it is given."""
 
+    CAST = ("kernel", "bias")  # to the compute dtype, before anything is done with them
+
     def __init__(
         self,
         inputs: int,

@@ -32,6 +32,8 @@ def third(fan_in: int) -> float:
 class Linear(nnx.Module):
     """[..., D] -> [..., *out]; a kernel of shape [D, *out], or [*inputs, out] with `inputs`."""
 
+    CAST = ("kernel", "bias")  # to the compute dtype, before anything is done with them
+
     def __init__(
         self,
         inputs: int | tuple[int, ...],

@@ -41,8 +41,8 @@ class Transformer(nnx.Module):
         )
 
     def unstacked(self) -> Transformer:
-        """A transformer of the same arrays with its layers taken apart."""
-        return _apart(self)
+        """A transformer of the same arrays with its layers taken apart, as they may be already."""
+        return self if isinstance(self.blocks, nnx.List) else _apart(self)
 
     def modulation(self, cond_BlD: jax.Array) -> tuple[jax.Array, ...]:
         """What every block needs from the condition, layer by layer, to be computed once."""

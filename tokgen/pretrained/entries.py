@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-import numpy as np
-
 from tokgen.interfaces import UserError
 from tokgen.pretrained import system as systems
-from tokgen.pretrained.formats import reader
+from tokgen.pretrained.formats import reader, stored
 
 AVERAGES = ("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "module_ema")
 
@@ -39,10 +37,10 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """The arrays of a published file that belong to a system."""
+    """The arrays of a published file that belong to a system, not read yet."""
 
-    weights: dict[str, np.ndarray]
-    average: dict[str, np.ndarray]  # of an entry of its own; empty where there is none
+    weights: dict[str, stored.Stored]
+    average: dict[str, stored.Stored]  # of an entry of its own; empty where there is none
     form: Form
     notes: tuple[str, ...]
 
@@ -51,7 +49,8 @@ def weights(
     path: str | pathlib.Path, system: systems.System, *, unknown: str = "refuse"
 ) -> systems.Weights:
     """The live arrays of a published file, unwrapped as the system publishes them."""
-    return contents(path, system, unknown=unknown).weights
+    found = contents(path, system, unknown=unknown).weights
+    return {key: array.read() for key, array in found.items()}
 
 
 def contents(
@@ -67,8 +66,7 @@ def contents(
 
     def read(name):
         within = filter(None, name.split("."))
-        found = reader.read(path, *within, flatten=flatten, unknown=unknown)
-        return {k: a for k, a in found.items() if not flatten or isinstance(a, np.ndarray)}
+        return reader.lying(path, *within, flatten=flatten, unknown=unknown)
 
     notes = []
     if average is not None:

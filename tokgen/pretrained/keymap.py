@@ -18,8 +18,10 @@ from flax import nnx
 
 from tokgen import archives, parameters
 from tokgen.interfaces import UserError
+from tokgen.pretrained.formats import stored
 
 Shape = tuple[int, ...]
+Weights = Mapping[str, np.ndarray | stored.Stored]
 SHOWN = 40  # names in a message
 
 
@@ -142,6 +144,11 @@ class Row:
     places: tuple[Place, ...]
     rule: Rule = AS_IS
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the parameters that it fills, or layers of."""
+        return tuple(place if isinstance(place, str) else place[0] for place in self.places)
+
 
 def row(key: str, place: Place, rule: Rule = AS_IS) -> Row:
     """A row with a single place."""
@@ -167,49 +174,59 @@ class Misfit(UserError):
         self.problems = problems
 
 
-def _flat(module: nnx.Module) -> tuple[dict, tuple]:
-    graph, params, stats = parameters.split(module)
-    return {**parameters.paths(params), **parameters.paths(stats)}, (graph, params, stats)
+def _flat(module: nnx.Module) -> dict:
+    _, params, stats = parameters.split(module)
+    return {**parameters.paths(params), **parameters.paths(stats)}
+
+
+def numbers(array: np.ndarray | stored.Stored) -> np.ndarray:
+    """The numbers of an array, which may lie in a file still."""
+    return array.read() if isinstance(array, stored.Stored) else np.asarray(array)
+
+
+def _shapes(entry: Row, places: Mapping[str, Shape]) -> list[Shape]:
+    """Of what a row fills."""
+    return [
+        tuple(places[place]) if isinstance(place, str) else tuple(places[place[0]][1:])
+        for place in entry.places
+    ]
+
+
+def _fits(entry: Row, shape: Shape, shapes: Sequence[Shape]) -> bool:
+    """Whether an array of `shape` becomes ours by the rule of a row, and ours become one again."""
+    try:
+        parts = entry.rule.ours(np.broadcast_to(np.int8(0), shape), shapes)
+        # as many numbers in another order would be other weights
+        blank = [np.broadcast_to(np.int8(0), part.shape) for part in parts]
+        back = entry.rule.published(blank).shape
+    except (ValueError, IndexError):
+        return False
+    return back == shape and [part.shape for part in parts] == list(shapes)
 
 
 def _problems(
-    places: dict[str, Shape], rows: Iterable[Row], weights: dict[str, np.ndarray]
-) -> tuple[dict[str, np.ndarray], list[str], int]:
-    """(our arrays by path, everything that does not fit, how many arrays that is)."""
-    filled: dict[str, np.ndarray] = {}
-    layers: dict[str, dict[int, np.ndarray]] = {}
+    places: Mapping[str, Shape], rows: Iterable[Row], weights: Weights
+) -> tuple[set[str], list[str], int]:
+    """(paths that are filled, everything that does not fit, how many arrays that is)."""
+    filled: set[str] = set()
+    layers: dict[str, set[int]] = {}
     missing, wrong, used = [], [], set()
     for entry in rows:
         if entry.key not in weights:
             missing.append(entry.key)
             continue
         used.add(entry.key)
-        paths = [place if isinstance(place, str) else place[0] for place in entry.places]
-        shapes = [
-            places[path] if isinstance(place, str) else places[path][1:]
-            for path, place in zip(paths, entry.places, strict=True)
-        ]
-        array = weights[entry.key]
-        try:
-            parts = entry.rule.ours(array, shapes)
-            # as many numbers in another order would be other weights
-            blank = [np.broadcast_to(np.int8(0), part.shape) for part in parts]
-            if entry.rule.published(blank).shape != array.shape:
-                parts = [np.empty(0)] * len(shapes)
-        except (ValueError, IndexError):
-            parts = [np.empty(0)] * len(shapes)
-        if any(part.shape != tuple(shape) for part, shape in zip(parts, shapes, strict=True)):
-            need = f"for {', '.join(paths)} {', '.join(str(tuple(s)) for s in shapes)}"
-            wrong.append(f"{entry.key} has the shape {array.shape}, which does not fit {need}")
+        shape, shapes = tuple(weights[entry.key].shape), _shapes(entry, places)
+        if not _fits(entry, shape, shapes):
+            need = f"for {', '.join(entry.paths)} {', '.join(map(str, shapes))}"
+            wrong.append(f"{entry.key} has the shape {shape}, which does not fit {need}")
             continue
-        for place, path, part in zip(entry.places, paths, parts, strict=True):
+        for place in entry.places:
             if isinstance(place, str):
-                filled[path] = part
+                filled.add(place)
             else:
-                layers.setdefault(path, {})[place[1]] = part
-    for path, parts in layers.items():
-        if sorted(parts) == list(range(places[path][0])):
-            filled[path] = np.stack([parts[i] for i in sorted(parts)])
+                layers.setdefault(place[0], set()).add(place[1])
+    filled |= {path for path, there in layers.items() if there == set(range(places[path][0]))}
     left = sorted(set(weights) - used)
     problems = []
     for what, names in (("missing", missing), ("left over", left)):
@@ -221,32 +238,60 @@ def _problems(
     return filled, [*problems, *wrong[:SHOWN], *more], len(missing) + len(left) + len(wrong)
 
 
-def fill(
-    module: nnx.Module, rows: Iterable[Row], weights: dict[str, np.ndarray], *, source: str
-) -> nnx.Module:
-    """`module` (its shapes suffice) with the parameters of a published file, in float32.
+def check(module: nnx.Module, rows: Iterable[Row], weights: Weights, *, source: str) -> None:
+    """Misfit, with everything that does not fit, unless the arrays fill `module`; none is read.
 
-    Statistics without a row start at zero, as in a new module. `source` names the file in errors.
+    Statistics may lack a row. `source` names the file in errors.
     """
-    rows = list(rows)
-    leaves, (graph, params, stats) = _flat(module)
-    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    shapes = {path: tuple(leaf.shape) for path, leaf in _flat(module).items()}
     filled, problems, count = _problems(shapes, rows, weights)
-    unset = sorted(set(parameters.paths(params)) - set(filled))
+    unset = sorted(set(parameters.paths(parameters.split(module)[1])) - filled)
     if unset and not problems:
         problems.append(f"no key for {len(unset)} of our parameters: {', '.join(unset)}")
     if problems:
         problems.append("are --system and the sizes (--config) those of the file?")
         lines = [f"{source} does not fit this system and sizes:", *problems]
         raise Misfit("\n  ".join(lines), count)
-    archives.check_numbers({entry.key: weights[entry.key] for entry in rows}, source)
+
+
+def parts(
+    entry: Row, array: np.ndarray, leaves: Mapping
+) -> list[tuple[str, int | None, np.ndarray]]:
+    """(our path, layer of a stacked one, numbers in its dtype) of all that one array fills.
+
+    `leaves` are ours by path, their shapes and dtypes suffice.
+    """
+    shapes = _shapes(entry, {path: leaf.shape for path, leaf in leaves.items()})
+    found = []
+    for place, part in zip(entry.places, entry.rule.ours(array, shapes), strict=True):
+        path, layer = (place, None) if isinstance(place, str) else place
+        found.append((path, layer, part.astype(leaves[path].dtype, copy=False)))
+    return found
+
+
+def fill(module: nnx.Module, rows: Iterable[Row], weights: Weights, *, source: str) -> nnx.Module:
+    """`module` (its shapes suffice) with the parameters of a published file, in float32.
+
+    Statistics without a row start at zero, as in a new module. `source` names the file in errors.
+    """
+    rows = list(rows)
+    check(module, rows, weights, source=source)
+    graph, params, stats = parameters.split(module)
+    leaves, wrong = _flat(module), []
+    # ours: views of what was given would be shared between runs
+    filled = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+    for entry in rows:
+        array = numbers(weights[entry.key])
+        if found := archives.not_finite(entry.key, array, source):
+            wrong.append(found)
+            continue
+        for path, layer, part in parts(entry, array, leaves):
+            filled[path][... if layer is None else layer] = part
+    archives.refuse_numbers(wrong, source)
 
     def value(path, leaf):
-        # writable copies: views of a file's bytes would be shared between runs
-        array = filled.get("/".join(parameters.entry(key) for key in path))
-        if array is None:
-            array = np.zeros(leaf.shape)
-        return jax.numpy.asarray(np.array(array, dtype=leaf.dtype))
+        del leaf
+        return jax.numpy.asarray(filled.pop("/".join(parameters.entry(key) for key in path)))
 
     params, stats = (jax.tree_util.tree_map_with_path(value, tree) for tree in (params, stats))
     return parameters.merge(graph, params, stats)
@@ -254,13 +299,11 @@ def fill(
 
 def publish(module: nnx.Module, rows: Iterable[Row]) -> dict[str, np.ndarray]:
     """The arrays of `module` under their published names and layouts: the inverse of `fill`."""
-    leaves, _ = _flat(module)
-    arrays = {path: np.asarray(leaf) for path, leaf in leaves.items()}
-    published = {}
-    for entry in rows:
-        parts = _parts(entry, arrays)
-        published[entry.key] = np.ascontiguousarray(entry.rule.published(parts))
-    return published
+    arrays = {path: np.asarray(leaf) for path, leaf in _flat(module).items()}
+    return {
+        entry.key: np.ascontiguousarray(entry.rule.published(_parts(entry, arrays)))
+        for entry in rows
+    }
 
 
 def _parts(entry: Row, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -281,8 +324,7 @@ def gradients(
     """
     found = {}
     for entry in rows:
-        paths = {place if isinstance(place, str) else place[0] for place in entry.places}
-        if paths <= set(slopes):  # no statistic
+        if set(entry.paths) <= set(slopes):  # no statistic
             shape = published[entry.key].shape
             found[entry.key] = _transposed(entry.rule, _parts(entry, slopes), shape)
     return found

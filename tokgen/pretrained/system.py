@@ -18,8 +18,9 @@ import numpy as np
 from tokgen import choices
 from tokgen.interfaces import TokenLayout
 from tokgen.pretrained import keymap, systems as systems_
+from tokgen.pretrained.formats import stored
 
-Weights = dict[str, np.ndarray]
+Weights = dict[str, np.ndarray | stored.Stored]
 
 
 @dataclasses.dataclass(frozen=True)

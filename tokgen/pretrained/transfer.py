@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import ml_collections
@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from tokgen import archives
+from tokgen import archives, parameters as parameters_
 from tokgen.config import building, reading as configs
 from tokgen.interfaces import TokenLayout, UserError
 from tokgen.pretrained import entries, keymap, system as systems
@@ -53,6 +53,104 @@ class Imported:
         return self.module if self.average is None else self.average
 
 
+@dataclasses.dataclass(frozen=True)
+class Fitting:
+    """A published file held against a model of ours; its numbers may lie in it still.
+
+    Attributes:
+        network: of our model, the shapes.
+        rows: the key table between both.
+        weights, average: what it accounts for, by published names; of the moving average those
+            that are its own, none where there is none.
+        source: what the file is called in errors.
+        Others are those of `Imported`.
+    """
+
+    config: ml_collections.ConfigDict
+    network: nnx.Module
+    rows: tuple[keymap.Row, ...]
+    weights: systems.Weights
+    average: systems.Weights
+    source: str
+    aside: systems.Weights
+    form: entries.Form
+    layout: TokenLayout | None
+    classes: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """What the config describes: a tokenizer or a generator."""
+        return "generator" if "generator" in self.config else "tokenizer"
+
+    def imported(self) -> Imported:
+        """The model, every array read."""
+        module = keymap.fill(self.network, self.rows, self.weights, source=self.source)
+        average = None
+        if self.average:
+            # what has no average (usage counts) stays as it is
+            weights, source = self.weights | self.average, _averages(self.source)
+            average = keymap.fill(self.network, self.rows, weights, source=source)
+        return Imported(
+            self.config,
+            module,
+            average,
+            {key: keymap.numbers(array) for key, array in self.aside.items()},
+            self.form,
+            self.layout,
+            self.classes,
+            self.notes,
+        )
+
+    def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What a checkpoint holds of it, by path: params/..., stats/... and, of an average, ema/...
+
+        Shapes and dtypes.
+        """
+        _, params, stats = parameters_.split(self.network)
+        trees = {"params": params, "stats": stats} | ({"ema": params} if self.average else {})
+        return {
+            f"{name}/{path}": jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            for name, tree in trees.items()
+            for path, leaf in parameters_.paths(tree).items()
+        }
+
+    def pieces(self) -> Iterator[tuple[str, int | None, np.ndarray]]:
+        """(path of a leaf, layer of a stacked one or None, numbers): all of `leaves`, in pieces.
+
+        Each array of the file is read once, and nobody keeps it. UserError at the end where
+        numbers are not finite.
+        """
+        _, params, stats = parameters_.split(self.network)
+        trained, counted = parameters_.paths(params), parameters_.paths(stats)
+        leaves, wrong = trained | counted, {self.source: [], _averages(self.source): []}
+
+        def read(weights, row, source):
+            array = keymap.numbers(weights[row.key])
+            found = archives.not_finite(row.key, array, source)
+            wrong[source] += [found] if found else []
+            return [] if found else keymap.parts(row, array, leaves)
+
+        for row in self.rows:
+            parts = read(self.weights, row, self.source)
+            for path, layer, part in parts:
+                yield f"{'params' if path in trained else 'stats'}/{path}", layer, part
+            if row.key in self.average:
+                parts = read(self.average, row, _averages(self.source))
+            for path, layer, part in parts:
+                if self.average and path in trained:
+                    yield f"ema/{path}", layer, part
+        for source, found in wrong.items():
+            archives.refuse_numbers(found, source)
+        filled = {path for row in self.rows for path in row.paths}
+        for path in set(counted) - filled:  # as in a new module
+            yield f"stats/{path}", None, np.zeros(counted[path].shape, counted[path].dtype)
+
+
+def _averages(source: str) -> str:
+    return f"{source} (moving averages)"
+
+
 def read(
     path: str | pathlib.Path,
     name: str,
@@ -62,7 +160,20 @@ def read(
     entry: str = "",
     unknown: str = "refuse",
 ) -> Imported:
-    """Import a published file; `published` is its configuration, None where sizes are standard.
+    """Import a published file, all of its numbers; see `held`."""
+    return held(path, name, published, overrides=overrides, entry=entry, unknown=unknown).imported()
+
+
+def held(
+    path: str | pathlib.Path,
+    name: str,
+    published: dict | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    entry: str = "",
+    unknown: str = "refuse",
+) -> Fitting:
+    """A published file; `published` is its configuration, None where sizes are standard.
 
     `overrides` are fields of our config, `view.size=384,384`; `entry` says which entry of the file
     is meant; `unknown` is the reader's: what is to be done about objects of unknown classes.
@@ -71,7 +182,7 @@ def read(
     if system.settings is None:
         raise UserError(f"{name} is no tokenizer or generator: it can be compared, not imported")
     found = entries.contents(path, system, entry=entry, unknown=unknown)
-    return fit(
+    return fitting(
         found.weights,
         name,
         published or {},
@@ -94,7 +205,31 @@ def fit(
     form: entries.Form = PLAIN,
     notes: Sequence[str] = (),
 ) -> Imported:
-    """The model of published arrays; `source` names them in errors.
+    """The model of published arrays; see `fitting`."""
+    return fitting(
+        weights,
+        name,
+        published,
+        source=source,
+        overrides=overrides,
+        average=average,
+        form=form,
+        notes=notes,
+    ).imported()
+
+
+def fitting(
+    weights: systems.Weights,
+    name: str,
+    published: dict,
+    *,
+    source: str,
+    overrides: Sequence[str] = (),
+    average: systems.Weights | None = None,
+    form: entries.Form = PLAIN,
+    notes: Sequence[str] = (),
+) -> Fitting:
+    """Published arrays held against the model that they are of; `source` names them in errors.
 
     Where they do not fit by their names, what all names begin with is left away.
     """
@@ -107,7 +242,7 @@ def fit(
     errors = []
     for prefix in ("", *_prefixes(weights, system.aside)):
         try:
-            imported = _fit(
+            found = _fit(
                 _shorn(weights, prefix),
                 system,
                 name,
@@ -122,7 +257,7 @@ def fit(
             continue
         if prefix:
             wrapped.append(f"{prefix!r}, with which its names begin, is left away")
-        return dataclasses.replace(imported, notes=tuple(wrapped))
+        return dataclasses.replace(found, notes=tuple(wrapped))
     # the attempt that came the farthest says the most
     raise min(errors, key=lambda e: e.problems if isinstance(e, keymap.Misfit) else np.inf)
 
@@ -150,7 +285,7 @@ def _fit(
     overrides: Sequence[str],
     average: systems.Weights,
     form: entries.Form,
-) -> Imported:
+) -> Fitting:
     empty = [key for key, array in keymap.split(weights, system.aside)[0].items() if not array.size]
     if empty:
         raise UserError(
@@ -176,12 +311,12 @@ def _fit(
         names = {entry.key: system.average(entry.key) for entry in rows}
         average = {live: weights[ema] for live, ema in names.items() if ema in weights}
         weights = {k: a for k, a in weights.items() if k not in set(names.values())}
-    module = keymap.fill(make, rows, weights, source=source)
-    averaged = None
+    keymap.check(make, rows, weights, source=source)
     if average:
-        # what has no average (usage counts) stays as it is
-        averaged = keymap.fill(make, rows, weights | average, source=f"{source} (moving averages)")
-    return Imported(config, module, averaged, aside, form, layout, classes)
+        keymap.check(make, rows, weights | average, source=_averages(source))
+    return Fitting(
+        config, make, tuple(rows), weights, average, source, aside, form, layout, classes
+    )
 
 
 def sizes(

@@ -1,4 +1,4 @@
-"""What `flax.serialization` writes, read from the bytes where they lie.
+"""What `flax.serialization` writes, its arrays left where they lie.
 
 The file is walked once and nothing is made of its arrays but descriptions: the package `msgpack`
 would first make a list as long as the file claims, and copy every array. Flax keeps an array as
@@ -17,9 +17,11 @@ import ml_dtypes
 import numpy as np
 
 from tokgen import interfaces
+from tokgen.pretrained.formats import stored
 
 DEEPEST = 64  # containers within containers
 MOST_ENTRIES = 10**6
+WINDOW = 2**12  # bytes that are read at once: numbers and names are short
 CHUNKED = "__msgpack_chunked_array__"
 ARRAY, COMPLEX, SCALAR = 1, 2, 3  # Flax's extensions
 
@@ -49,21 +51,32 @@ _SIZED = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Span:
+    """Bytes of the file that were stepped over."""
+
+    start: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Packed:
     """An array as it lies in the file, whole or in chunks one after the other."""
 
+    source: stored.Source
     dtype: np.dtype
     shape: tuple[int, ...]
-    chunks: tuple[memoryview, ...]
+    chunks: tuple[Span, ...]
 
     @property
     def nbytes(self) -> int:
         """What the array takes."""
-        return sum(len(chunk) for chunk in self.chunks)
+        return sum(chunk.size for chunk in self.chunks)
 
     def array(self) -> np.ndarray:
-        """A view of the file where that is possible."""
-        parts = [np.frombuffer(chunk, self.dtype) for chunk in self.chunks]
+        """Read it."""
+        parts = [
+            self.source.read(chunk.start, chunk.size).view(self.dtype) for chunk in self.chunks
+        ]
         return (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(self.shape)
 
 
@@ -72,35 +85,43 @@ def looks_so(start: bytes) -> bool:
     return bool(start) and (0x81 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF))
 
 
-def read(path: str) -> Any:
+def read(source: stored.Source) -> Any:
     """The value of a file, its arrays as `Packed`."""
-    walk = _Walk(memoryview(np.memmap(path, np.uint8, "r")))
+    walk = _Walk(source, 0, source.size)
     value = walk.value(0)
-    if walk.place != len(walk.data):
+    if walk.place != walk.end:
         raise interfaces.UserError(
-            f"its message ends at byte {walk.place} of {len(walk.data)}: it is not Flax's, or "
-            "damaged"
+            f"its message ends at byte {walk.place} of {walk.end}: it is not Flax's, or damaged"
         )
     return value
 
 
 class _Walk:
-    """A place in the bytes, and what was met so far."""
+    """A place in the bytes from a start to an end, and what was met so far."""
 
-    def __init__(self, data: memoryview):
-        self.data = data
-        self.place = 0
+    def __init__(self, source: stored.Source, start: int, end: int):
+        self.source = source
+        self.place, self.end = start, end
         self.entries = 0
+        self.window, self.first = b"", 0  # bytes read ahead, and where they begin
 
-    def take(self, count: int) -> memoryview:
-        """The next `count` bytes."""
-        if count > len(self.data) - self.place:
+    def skip(self, count: int) -> Span:
+        """The next `count` bytes, not read."""
+        if count > self.end - self.place:
             raise interfaces.UserError(
                 f"it is damaged, or cut off: at byte {self.place} it claims {count} more, and has "
-                f"{len(self.data) - self.place}"
+                f"{self.end - self.place}"
             )
         self.place += count
-        return self.data[self.place - count : self.place]
+        return Span(self.place - count, count)
+
+    def take(self, count: int) -> bytes:
+        """The next `count` bytes."""
+        start = self.skip(count).start
+        if not self.first <= start <= start + count <= self.first + len(self.window):
+            ahead = min(max(count, WINDOW), self.end - start)
+            self.window, self.first = self.source.read(start, ahead).tobytes(), start
+        return self.window[start - self.first : start - self.first + count]
 
     def value(self, depth: int) -> Any:
         """The next value."""
@@ -134,9 +155,8 @@ class _Walk:
             return self._dict(size, depth)
         if kind == "extension":
             code = struct.unpack("b", self.take(1))[0]
-            return self._extension(code, self.take(size))
-        data = self.take(size)
-        return str(data, "utf-8") if kind == "text" else data
+            return self._extension(code, self.skip(size))
+        return str(self.take(size), "utf-8") if kind == "text" else self.skip(size)
 
     def _dict(self, size: int, depth: int) -> Any:
         found = {}
@@ -149,24 +169,24 @@ class _Walk:
             found[key] = self.value(depth + 1)
         return _joined(found) if CHUNKED in found else found
 
-    def _extension(self, code: int, data: memoryview) -> Packed:
+    def _extension(self, code: int, data: Span) -> Packed:
         if code == COMPLEX:
             raise interfaces.UserError("it holds a complex number, which no weight is")
         if code not in (ARRAY, SCALAR):
             raise interfaces.UserError(f"it holds an extension of kind {code}, not one of Flax's")
-        walk = _Walk(data)
+        walk = _Walk(self.source, data.start, data.start + data.size)
         parts = walk.value(DEEPEST - 2)  # a list of a list, and no deeper
-        if not isinstance(parts, list) or len(parts) != 3 or walk.place != len(data):
+        if not isinstance(parts, list) or len(parts) != 3 or walk.place != walk.end:
             raise interfaces.UserError("an array is not made of a shape, a dtype and bytes")
         self.entries += walk.entries
         shape, name, content = parts
-        if not isinstance(shape, list) or not isinstance(content, memoryview):
+        if not isinstance(shape, list) or not isinstance(content, Span):
             raise interfaces.UserError("an array is not made of a shape, a dtype and bytes")
         if not isinstance(name, str) or name not in DTYPES:
             raise interfaces.UserError(
                 f"an array has the dtype {name!r:.50}; those read are {', '.join(DTYPES)}"
             )
-        return _checked(Packed(DTYPES[name], tuple(shape), (content,)))
+        return _checked(Packed(self.source, DTYPES[name], tuple(shape), (content,)))
 
 
 def _joined(found: dict) -> Packed:
@@ -177,7 +197,7 @@ def _joined(found: dict) -> Packed:
     if len({chunk.dtype for chunk in chunks}) > 1:
         raise interfaces.UserError("the chunks of a large array have several dtypes")
     content = tuple(data for chunk in chunks for data in chunk.chunks)
-    return _checked(Packed(chunks[0].dtype, tuple(sizes), content))
+    return _checked(Packed(chunks[0].source, chunks[0].dtype, tuple(sizes), content))
 
 
 def _numbered(values: Any) -> list:

@@ -12,20 +12,25 @@ pickles within are inspected before they run (`pickles`).
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
+import functools
+import json
 import math
 import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
 
 from tokgen import interfaces
-from tokgen.pretrained.formats import graphdef, msgpack, paths, pickles, torch_file
+from tokgen.pretrained.formats import graphdef, msgpack, paths, pickles, stored, torch_file
 
 DEEPEST = 64  # dicts within dicts
 SHALLOW = 4  # dicts around a state dict
@@ -42,10 +47,14 @@ CONTAINERS = (
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
-# Those of safetensors that numpy and ml_dtypes have, and the bytes of one number.
+# Those of safetensors that numpy and ml_dtypes have.
 _SAFETENSORS = {
-    **dict(F64=8, F32=4, F16=2, BF16=2, I64=8, I32=4, I16=2, I8=1),
-    **dict(U64=8, U32=4, U16=2, U8=1, BOOL=1, C64=8),
+    name: np.dtype(dtype)
+    for name, dtype in {
+        **dict(F64="<f8", F32="<f4", F16="<f2", BF16=ml_dtypes.bfloat16),
+        **dict(I64="<i8", I32="<i4", I16="<i2", I8="i1"),
+        **dict(U64="<u8", U32="<u4", U16="<u2", U8="u1", BOOL="?", C64="<c8"),
+    }.items()
 }
 
 # All that damaged or hostile bytes make zipfile, pickletools and the unpickler raise.
@@ -72,6 +81,21 @@ def read(
 ) -> dict[str, np.ndarray]:
     """The arrays of a weight file by their names, copied, in the machine's byte order.
 
+    The arguments are those of `lying`.
+    """
+    return {
+        name: array.read()
+        for name, array in lying(path, *unwrap, flatten=flatten, unknown=unknown).items()
+    }
+
+
+def lying(
+    path: str | os.PathLike, *unwrap: str, flatten: bool = False, unknown: str = "refuse"
+) -> dict[str, stored.Stored]:
+    """The arrays of a weight file by their names, none of them read yet.
+
+    Numbers that several of them share stay in memory while one of these is left.
+
     `unwrap` names the entries to descend into: `read(path, "state_dict")`; the last may be what the
     names of an entry begin with. With `flatten`,
     dicts within dicts are joined by dots; without it they are an error. Flax's files are such
@@ -79,9 +103,9 @@ def read(
     class (the callbacks and settings of a Lightning file), which is an error otherwise.
     """
 
-    def arrays(form: str, tree: Any, fetch: Fetch, size: int):
+    def arrays(form: str, tree: Any, fetch: Fetch, source: stored.Source):
         del form
-        return _arrays(_descended(tree, unwrap), fetch, size, flatten)
+        return _arrays(_descended(tree, unwrap), fetch, source, flatten)
 
     path = paths.located(path)
     parts = [_opened(part, unknown, arrays) for part in paths.files(path)]
@@ -150,19 +174,26 @@ def outline(path: str | os.PathLike, unknown: str = "refuse") -> Outline:
 
 
 def _opened(path: str, unknown: str, use: Callable) -> Any:
-    """What `use` makes of (form, tree, what fetches numbers, size) of one file."""
+    """What `use` makes of (form, tree, what fetches numbers, the open file) of one file."""
     if unknown not in pickles.POLICIES:
         raise interfaces.UserError(
             f"unknown={unknown!r}: give one of {', '.join(pickles.POLICIES)}"
         )
+    with _telling(path):
+        source = stored.Source(path)
+        start = source.file.read(256)
+        if (problem := _no_weights(start)) is not None:
+            raise interfaces.UserError(problem)
+        form = _form(start, path)
+        tree, fetch = _FORMS[form](source, pickles.POLICIES[unknown])
+        return use(form, tree, fetch, source)
+
+
+@contextlib.contextmanager
+def _telling(path: str) -> Iterator[None]:
+    """Errors of a file as one message that names it."""
     try:
-        with open(path, "rb") as file:
-            start = file.read(256)
-            if (problem := _no_weights(start)) is not None:
-                raise interfaces.UserError(problem)
-            form = _form(start, path)
-            tree, fetch = _FORMS[form](file, pickles.POLICIES[unknown])
-            return use(form, tree, fetch, torch_file.length(file))
+        yield
     except interfaces.UserError as error:
         raise interfaces.UserError(f"weight file {path}: {_printable(error)}") from error
     except (safetensors.SafetensorError, *_DAMAGE) as error:
@@ -174,9 +205,9 @@ def _opened(path: str, unknown: str, use: Callable) -> Any:
         raise interfaces.UserError(f"weight file {path} can't be read: {error}") from error
 
 
-def _outlined(form: str, tree: Any, fetch: Any, size: int) -> Outline:
+def _outlined(form: str, tree: Any, fetch: Any, source: stored.Source) -> Outline:
     """Of one file; what holds no array is left out."""
-    del fetch, size
+    del fetch, source
     if form == "flax":
         return Outline(form, {"": tuple(_leaves(tree, flatten=True))})
     form = {"zip": "torch", "legacy": "torch"}.get(form, form)
@@ -242,17 +273,24 @@ def _form(start: bytes, path: str) -> str:
 Fetch = torch_file.Fetch | None
 
 
-def _read_safetensors(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch]:
+def _read_safetensors(source: stored.Source, policy: pickles.Policy) -> tuple[Any, Fetch]:
     del policy
-    weights = safetensors.safe_open(file.name, framework="numpy")
+    # the package holds the header against the file: sizes, gaps, overlaps
+    safetensors.safe_open(source.path, framework="numpy")
+    first = 8 + int.from_bytes(source.read(0, 8).tobytes(), "little")
+    header = json.loads(source.read(8, first - 8).tobytes())
     arrays = {}
-    for key in sorted(weights.keys()):
-        found = weights.get_slice(key)
-        if found.get_dtype() not in _SAFETENSORS:
+    for key in sorted(set(header) - {"__metadata__"}):
+        entry = header[key]
+        if entry["dtype"] not in _SAFETENSORS:
             raise interfaces.UserError(
-                f"{key:.100} has the dtype {found.get_dtype()}, which numpy lacks"
+                f"{key:.100} has the dtype {entry['dtype']}, which numpy lacks"
             )
-        arrays[key] = _Lying(weights, key, _SAFETENSORS[found.get_dtype()], found.get_shape())
+        start, end = entry["data_offsets"]
+        found = _Lying(source, first + start, _SAFETENSORS[entry["dtype"]], tuple(entry["shape"]))
+        if end - start != found.nbytes:
+            raise interfaces.UserError(f"{key:.100} must have {found.nbytes} bytes")
+        arrays[key] = found
     return arrays, None
 
 
@@ -260,27 +298,27 @@ def _read_safetensors(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetc
 class _Lying:
     """An array of safetensors, not read yet."""
 
-    file: Any
-    key: str
-    itemsize: int
-    shape: list[int]
+    source: stored.Source
+    start: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def array(self) -> np.ndarray:
-        return self.file.get_tensor(self.key)
+        return self.source.read(self.start, self.nbytes).view(self.dtype).reshape(self.shape)
 
 
-def _read_flax(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch]:
+def _read_flax(source: stored.Source, policy: pickles.Policy) -> tuple[Any, Fetch]:
     del policy
-    return msgpack.read(file.name), None
+    return msgpack.read(source), None
 
 
-def _read_graphdef(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch]:
+def _read_graphdef(source: stored.Source, policy: pickles.Policy) -> tuple[Any, Fetch]:
     del policy
-    return graphdef.read(file.name), None
+    return graphdef.read(source.path), None
 
 
 _FORMS = {
@@ -295,23 +333,46 @@ _FORMS = {
 _LEAVES = (np.ndarray, pickles.Tensor, msgpack.Packed, _Lying)
 
 
-def _arrays(tree: Any, fetch: Fetch, size: int, flatten: bool) -> dict[str, np.ndarray]:
+def _arrays(
+    tree: Any, fetch: Fetch, source: stored.Source, flatten: bool
+) -> dict[str, stored.Stored]:
     leaves = _leaves(tree, flatten)
     claimed = sum(leaf.nbytes for leaf in leaves.values())
-    if claimed > OVERLAP * size:
-        raise interfaces.UserError(f"its tensors claim {claimed} bytes, the file has {size}")
-    storages: dict[str, np.ndarray] = {}
-    arrays = {}
-    for name, leaf in leaves.items():
-        if isinstance(leaf, pickles.Tensor):
+    if claimed > OVERLAP * source.size:
+        raise interfaces.UserError(f"its tensors claim {claimed} bytes, the file has {source.size}")
+    users = collections.Counter(
+        leaf.storage.key for leaf in leaves.values() if isinstance(leaf, pickles.Tensor)
+    )
+    shared: dict[str, np.ndarray] = {}
+
+    def numbers(leaf: Any) -> np.ndarray:
+        with _telling(source.path):
+            if not isinstance(leaf, pickles.Tensor):
+                return _cleaned(leaf if isinstance(leaf, np.ndarray) else leaf.array())
             key = leaf.storage.key
-            if key not in storages:
-                storages[key] = fetch(leaf.storage)
-            leaf = leaf.view(storages[key])
-        elif isinstance(leaf, msgpack.Packed | _Lying):
-            leaf = leaf.array()
-        arrays[name] = _cleaned(leaf)
-    return arrays
+            storage = shared[key] if key in shared else fetch(leaf.storage)
+            if users[key] > 1:
+                shared[key] = storage
+            array = leaf.view(storage)
+            # all of its storage, in its order: nobody else has it
+            alone = users[key] == 1 and array.nbytes == storage.nbytes and array.flags.c_contiguous
+            return _cleaned(storage.reshape(array.shape) if alone else array.copy())
+
+    return {
+        name: stored.Stored(
+            _native(_dtype(leaf)), tuple(leaf.shape), functools.partial(numbers, leaf)
+        )
+        for name, leaf in leaves.items()
+    }
+
+
+def _dtype(leaf: Any) -> np.dtype:
+    return leaf.storage.dtype if isinstance(leaf, pickles.Tensor) else leaf.dtype
+
+
+def _native(dtype: np.dtype) -> np.dtype:
+    """In the machine's byte order."""
+    return dtype.newbyteorder("=")
 
 
 def _descended(tree: Any, unwrap: tuple[str, ...]) -> Any:
@@ -387,7 +448,7 @@ def _holds_any(value: Any) -> bool:
 
 
 def _cleaned(array: np.ndarray) -> np.ndarray:
-    """A copy; of truth values one that holds nothing but 0 and 1."""
+    """In rows, writable; truth values are nothing but 0 and 1."""
     if array.dtype == np.bool_:
         return np.array(array.view(np.uint8) != 0)
-    return np.array(array, array.dtype.newbyteorder("="), order="C")
+    return np.require(array, _native(array.dtype), ["C", "W"])

@@ -6,31 +6,25 @@ What a file claims is compared with the bytes that are there, before anything is
 
 from __future__ import annotations
 
-import os
 import struct
 import zipfile
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from tokgen import interfaces
-from tokgen.pretrained.formats import pickles
+from tokgen.pretrained.formats import pickles, stored
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 Fetch = Callable[[pickles.Storage], np.ndarray]
 
 
-def length(file: BinaryIO) -> int:
-    """Bytes of an open file."""
-    return os.fstat(file.fileno()).st_size
-
-
-def read_zip(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch]:
+def read_zip(source: stored.Source, policy: pickles.Policy) -> tuple[Any, Fetch]:
     """The form of PyTorch 1.6 and later: one pickle, and a member for each storage."""
-    archive = zipfile.ZipFile(file)  # closes nothing: the file is the caller's
-    members = _members(archive, length(file))
+    archive = zipfile.ZipFile(source.file)  # closes nothing: the file is the source's
+    members = _members(archive, source.size)
     programs = [name for name in members if name.split("/")[1:] == ["data.pkl"]]
     if len(programs) != 1:
         raise interfaces.UserError("it is a zip file without one data.pkl in one folder")
@@ -47,7 +41,12 @@ def read_zip(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch]:
         need = storage.size * storage.dtype.itemsize
         if found != need:
             raise interfaces.UserError(f"its {name:.200} must have {need} bytes, has {found}")
-        return np.frombuffer(archive.read(name), storage.dtype)
+        numbers = np.empty(need, np.uint8)
+        with archive.open(name) as member:  # at its end the checksum is compared
+            if stored.filled(member, numbers) < need or member.read(1):
+                raise EOFError(f"{name:.200} ends early")
+        source.check()
+        return numbers.view(storage.dtype)
 
     return tree, fetch
 
@@ -67,18 +66,19 @@ def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
     return members
 
 
-def read_legacy(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch]:
+def read_legacy(source: stored.Source, policy: pickles.Policy) -> tuple[Any, Fetch]:
     """The form before PyTorch 1.6: five pickles (magic number, protocol, system, the object, the
     keys of its storages), then each storage as its number of elements and its bytes."""
+    file = source.file
     storages: dict[str, pickles.Storage] = {}
     places: dict[str, int] = {}
     file.seek(0)
     for wanted in (LEGACY_MAGIC, LEGACY_PROTOCOL):
-        found = _next_pickle(file, {}, pickles.REFUSE)
+        found = _next_pickle(source, {}, pickles.REFUSE)
         if type(found) is not int or found != wanted:
             raise interfaces.UserError("it is a pickle, but not one of torch.save")
-    _next_pickle(file, {}, pickles.REFUSE)
-    tree, keys = _next_pickle(file, storages, policy), _next_pickle(file, {}, pickles.REFUSE)
+    _next_pickle(source, {}, pickles.REFUSE)
+    tree, keys = _next_pickle(source, storages, policy), _next_pickle(source, {}, pickles.REFUSE)
     if not isinstance(keys, list) or set(keys) != set(storages):
         raise interfaces.UserError("its list of storages differs from those it mentions")
     for key in keys:
@@ -88,22 +88,23 @@ def read_legacy(file: BinaryIO, policy: pickles.Policy) -> tuple[Any, Fetch]:
             raise interfaces.UserError(f"its {key:.100} must have {need} elements, has {found}")
         places[key] = file.tell()
         end = places[key] + need * storages[key].dtype.itemsize
-        if end > length(file):
+        if end > source.size:
             raise interfaces.UserError(f"it is cut off within the storage {key:.100}")
         file.seek(end)
 
     def fetch(storage: pickles.Storage) -> np.ndarray:
-        file.seek(places[storage.key])
-        return np.frombuffer(file.read(storage.size * storage.dtype.itemsize), storage.dtype)
+        found = source.read(places[storage.key], storage.size * storage.dtype.itemsize)
+        return found.view(storage.dtype)
 
     return tree, fetch
 
 
 def _next_pickle(
-    file: BinaryIO, storages: dict[str, pickles.Storage], policy: pickles.Policy
+    source: stored.Source, storages: dict[str, pickles.Storage], policy: pickles.Policy
 ) -> Any:
+    file = source.file
     start = file.tell()
-    program = file.read(min(pickles.LARGEST, length(file) - start))  # read(n) takes n at once
+    program = file.read(min(pickles.LARGEST, source.size - start))  # read(n) takes n at once
     value, taken = pickles.unpickled(program, storages, policy)
     file.seek(start + taken)
     return value

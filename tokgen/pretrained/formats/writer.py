@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from tokgen import interfaces
-from tokgen.pretrained.formats import msgpack, pickles
+from tokgen.pretrained.formats import msgpack, pickles, stored
 
 FLAX_CHUNK = 2**30  # bytes; Flax writes longer arrays in pieces of this
 ALIGNMENT = 64  # bytes, of a storage within the file: PyTorch maps it into memory
@@ -85,17 +85,25 @@ def write_entries(
         temporary.unlink(missing_ok=True)
 
 
-def _ready(name: str, array: Any, dtypes: list[str], form: str) -> np.ndarray:
-    """A contiguous array of little-endian numbers, and a name that a file can have."""
+def _ready(name: str, array: Any, dtypes: list[str], form: str) -> np.ndarray | stored.Stored:
+    """An array under a name that a file can have; one that is not read yet stays so."""
     if not isinstance(name, str) or not name:
         raise interfaces.UserError(f"the name of an array must be a text, is {name!r}")
-    array = np.asarray(array)
+    if not isinstance(array, stored.Stored):
+        array = np.asarray(array)
     if array.dtype.name not in dtypes:
         raise interfaces.UserError(
             f"{name} has the dtype {array.dtype}, which the form {form} can't hold; convert it to "
             f"one of {', '.join(dtypes)}"
         )
-    return np.array(array, array.dtype.newbyteorder("<"), order="C", copy=None)
+    return array
+
+
+def _bytes(array: np.ndarray | stored.Stored) -> memoryview:
+    """The numbers of an array in rows, little-endian."""
+    array = array.read() if isinstance(array, stored.Stored) else array
+    array = np.array(array, array.dtype.newbyteorder("<"), order="C", copy=None)
+    return array.reshape(-1).view(np.uint8).data
 
 
 Tree = dict[str, Any]  # dicts within dicts, of arrays
@@ -126,20 +134,20 @@ def _put_safetensors(file: BinaryIO, arrays: Tree, metadata: dict[str, str]) -> 
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
     for name in ordered:
-        file.write(arrays[name].reshape(-1).view(np.uint8).data)
+        file.write(_bytes(arrays[name]))
 
 
 def _put_torch(file: BinaryIO, tree: Tree, metadata: dict[str, str]) -> None:
     _no_metadata(metadata)
-    stored: list[np.ndarray] = []
-    program = b"\x80\x02" + _dict(tree, stored) + b"."
+    found: list[np.ndarray] = []
+    program = b"\x80\x02" + _dict(tree, found) + b"."
     if len(program) > pickles.LARGEST:
         raise interfaces.UserError("the names of the arrays are too many to be read again")
     with zipfile.ZipFile(file, "w") as archive:
         _add(archive, "data.pkl", program)
         _add(archive, "byteorder", b"little")
-        for i, array in enumerate(stored):
-            _add(archive, f"data/{i}", array.reshape(-1).view(np.uint8).data)
+        for i, array in enumerate(found):
+            _add(archive, f"data/{i}", _bytes(array))
         _add(archive, "version", b"3\n")
 
 
@@ -179,16 +187,16 @@ def _items(pairs: list[tuple[str, bytes]]) -> bytes:
     return b"(" + b"".join(_text(name) + value for name, value in pairs) + b"u"
 
 
-def _dict(tree: Tree, stored: list[np.ndarray]) -> bytes:
-    """A dict; one of arrays is an OrderedDict, as state dicts are. Arrays go to `stored`."""
+def _dict(tree: Tree, found: list[np.ndarray]) -> bytes:
+    """A dict; one of arrays is an OrderedDict, as state dicts are. Arrays go to `found`."""
     items, plain = [], False
     for name, value in tree.items():
         if isinstance(value, dict):
             plain = True
-            items.append((name, _dict(value, stored)))
+            items.append((name, _dict(value, found)))
         else:
-            items.append((name, _tensor(str(len(stored)), value)))
-            stored.append(value)
+            items.append((name, _tensor(str(len(found)), value)))
+            found.append(value)
     return (b"}" if plain else _global("collections", "OrderedDict") + b")R") + _items(items)
 
 
@@ -246,7 +254,7 @@ def _put_message(put: Callable[[bytes], Any], value: Any) -> None:
         put(_head(len(data), 0xA0, 32, (0xD9, 0xDA, 0xDB)) + data)
     elif value.nbytes > FLAX_CHUNK:
         step = max(1, FLAX_CHUNK // value.itemsize)
-        flat = value.reshape(-1)
+        flat = np.asarray(value).reshape(-1)
         pieces = [flat[start : start + step] for start in range(0, flat.size, step)]
         numbered = [{str(i): x for i, x in enumerate(xs)} for xs in (value.shape, pieces)]
         _put_message(put, {msgpack.CHUNKED: True, "shape": numbered[0], "chunks": numbered[1]})
@@ -267,7 +275,7 @@ def _put_array(put: Callable[[bytes], Any], array: np.ndarray) -> None:
     else:
         put(_head(length, 0, 0, (0xC7, 0xC8, 0xC9)))
     put(bytes([msgpack.ARRAY]) + inner)
-    put(array.reshape(-1).view(np.uint8).data)
+    put(_bytes(array))
 
 
 def _head(size: int, short: int, limit: int, codes: tuple[int | None, ...]) -> bytes:

@@ -1,0 +1,149 @@
+"""Steps that are written in pieces are the steps that are written whole."""
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from tokgen.checkpoints import checkpoint, imported as imports, importing, manifest, stream
+from tokgen.errors import UserError
+from tokgen.pretrained import parity, system, transfer
+from tokgen.pretrained.formats import stored, writer
+
+HERE = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
+FIXTURES = {"taming_vqgan": "taming_vqgan", "openmagvit2_ema": "openmagvit2"}
+
+
+def held(name):
+    """What an import holds against the model of a fixture."""
+    fixture = parity.Folder(HERE / name, FIXTURES[name])
+    return transfer.fitting(fixture.weights(), fixture.name, fixture.config, source="here")
+
+
+def record(step):
+    meta = checkpoint.read_meta(step)
+    return {name: value for name, value in meta.items() if name != "versions"}
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_a_step_in_pieces_is_the_step_of_the_whole_model(tmp_path, name):
+    fitting = held(name)
+    whole = imports.save_imported(tmp_path / "whole", fitting.imported(), {})
+    pieces = imports.save_fitting(tmp_path / "pieces", fitting, {})
+    assert record(whole) == record(pieces)
+    assert checkpoint.load(whole).fingerprint == checkpoint.load(pieces).fingerprint
+    checkpoint.verify(pieces)
+
+
+def test_sums_of_pieces_are_those_of_the_whole():
+    whole = np.random.default_rng(0).normal(size=(5, 3, 7)).astype(np.float32)
+    sums = manifest.Sums()
+    for layer in (3, 0, 4, 1, 2):
+        sums.add("a", layer, whole[layer])
+    leaf = jax.ShapeDtypeStruct(whole.shape, whole.dtype)
+    assert sums.manifest({"a": leaf}) == manifest.of({"a": jax.numpy.asarray(whole)})
+
+
+@pytest.mark.parametrize("size", [1, 1000, 3])
+def test_sums_in_blocks_are_those_of_the_whole(monkeypatch, size):
+    leaf = jax.numpy.asarray(np.random.default_rng(0).normal(size=(5, 3, 7)).astype(np.float32))
+    wanted = manifest.of({"a": leaf})
+    monkeypatch.setattr(manifest, "BLOCK", size)
+    jax.clear_caches()
+    assert manifest.of({"a": leaf}) == wanted
+    jax.clear_caches()
+
+
+def test_a_step_whose_pieces_end_early_is_not_there(tmp_path):
+    fitting = held("taming_vqgan")
+    fitting.weights["decoder.conv_in.bias"] = stored.Stored(
+        np.dtype("f4"), fitting.weights["decoder.conv_in.bias"].shape, unreadable
+    )
+    with pytest.raises(UserError, match="the file is gone"):
+        imports.save_fitting(tmp_path, fitting, {})
+    assert not [f for f in (tmp_path / checkpoint.FOLDER).iterdir() if not f.name.startswith(".")]
+
+
+def unreadable():
+    raise UserError("the file is gone")
+
+
+def test_pieces_must_make_the_leaves():
+    leaf = jax.ShapeDtypeStruct((2, 3), np.dtype("f4"))
+    found = stream.Stream({"a": leaf}, iter(()))
+    found.error = ValueError("came in other pieces")
+    found.ended.set()
+    with pytest.raises(ValueError, match="other pieces"):
+        found.manifest()
+
+
+def test_every_array_is_read_once(tmp_path, monkeypatch):
+    """Of the file, after its header; what a checksum of the file reads is not counted."""
+    fixture = parity.Folder(HERE / "taming_vqgan", "taming_vqgan")
+    read = []
+    fetched = stored.Stored.read
+
+    def counted(self):
+        read.append(id(self))
+        return fetched(self)
+
+    monkeypatch.setattr(stored.Stored, "read", counted)
+    file = tmp_path / "x.ckpt"
+    writer.write(file, fixture.weights(), form="torch", wrap=("state_dict",))
+    made = importing.import_file(file, tmp_path / "out", "taming_vqgan", config=fixture.config)
+    assert len(read) == len(set(read)) == len(made.fitting.weights) + len(made.fitting.aside)
+
+
+LARGE = """
+import resource, sys
+from tokgen.checkpoints import importing
+importing.import_file(sys.argv[1], sys.argv[2], "llamagen_c2i", config={"n_head": 16})
+unit = 2**20 if sys.platform == "darwin" else 2**10
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+"""
+
+
+@pytest.mark.long
+def test_an_import_takes_less_memory_than_its_file(tmp_path):
+    width, hidden, depth = 1024, 4096, 8
+    shapes = {
+        "cls_embedding.embedding_table.weight": (1001, width),
+        "tok_embeddings.weight": (16384, width),
+        "norm.weight": (width,),
+        "output.weight": (16384, width),
+        "freqs_cis": (257, 32, 2),
+    }
+    for layer in range(depth):
+        shapes |= {
+            f"layers.{layer}.attention.wqkv.weight": (3 * width, width),
+            f"layers.{layer}.attention.wo.weight": (width, width),
+            f"layers.{layer}.feed_forward.w1.weight": (hidden, width),
+            f"layers.{layer}.feed_forward.w3.weight": (hidden, width),
+            f"layers.{layer}.feed_forward.w2.weight": (width, hidden),
+            f"layers.{layer}.attention_norm.weight": (width,),
+            f"layers.{layer}.ffn_norm.weight": (width,),
+        }
+    arrays = {
+        name: stored.Stored(
+            np.dtype("f4"),
+            shape,
+            lambda shape=shape: np.random.default_rng(0).normal(size=shape).astype(np.float32),
+        )
+        for name, shape in shapes.items()
+    }
+    file = tmp_path / "large.pt"
+    found = system.named("llamagen_c2i")
+    writer.write(file, arrays, form=found.form, wrap=found.wrap)
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE, str(file), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    size = file.stat().st_size / 2**20
+    assert size > 600
+    assert float(done.stdout) < size + 250  # of which jax and the store take 350

@@ -1,0 +1,109 @@
+"""What is loaded for drawing: the tokens are those of the whole network, with fewer bytes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests import recipes
+from tokgen import parameters, rng
+from tokgen.checkpoints import checkpoint, run as runs
+from tokgen.config import building
+from tokgen.sampling import drawing, presets
+
+SIDES = (1, 2, 4)
+# Recipe, alphabet of a position; every family, and what their networks differ by
+FAMILIES = [
+    ("generator/var", (16,)),
+    ("generator/var:d36s", (16,)),
+    ("generator/llamagen", (16,)),
+    ("generator/rar", (16,)),
+    ("generator/npp", (16,)),
+    ("generator/ibq", (16,)),
+    ("generator/openmagvit2", (8, 16)),
+    ("generator/maskgit", (16,)),
+    ("generator/maskbit", (4, 4)),
+    ("generator/titok", (16,)),
+    ("generator/titok:s128", (16,)),
+    ("generator/shapes:random", (16,)),
+]
+
+
+def saved(folder, reference, vocab):
+    """The step of a small generator of random numbers, and the codec of its tokens."""
+    config = recipes.load(reference)
+    config.generator.update(width=32, depth=3, heads=2)
+    if "hidden" in config.generator:
+        config.generator.hidden = 48
+    codec, layout = None, recipes.square(4, *vocab)
+    if config.generator.name == "next_scale":
+        config.generator.channels = 8
+        section = recipes.load("tokenizer/var_vqvae").quantizer
+        section.scales = SIDES
+        section.quantizer.update(codes=16, channels=8)
+        codec = building.build(section, "quantizer", grid=(4, 4), rngs=nnx.Rngs(0))
+        layout = codec.layout
+    make = nnx.eval_shape(lambda: building.generator(config, layout, 10, rngs=nnx.Rngs(0)))
+    _, params, _ = parameters.split(make)
+    random = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(random.normal(size=leaf.shape, scale=0.2), leaf.dtype), params
+    )
+    zero = jnp.zeros((), jnp.int32)
+    run = runs.start(
+        folder,
+        config,
+        kind="generator",
+        layout=layout,
+        classes=tuple(f"class{number}" for number in range(10)),
+        best="imported",
+        data="",
+    )
+    run.save({"model": dict(step=zero, skipped=zero, params=params, stats={})}, {"imported": 0.0})
+    run.close()
+    return run.folder(0), codec
+
+
+def drawn(loaded, codec):
+    """Tokens of two classes by the preset of the config."""
+    found = loaded.config.presets.to_dict()
+    _, generator, sampler = presets.choose(loaded.module, found, presets.Choice(), loaded.classes)
+    keys_B = rng.per_image(0, "sample", jnp.arange(2))
+    tokens_BLG, invalid_B = drawing.draw_tokens(
+        generator, codec, jnp.asarray([3, 7]), keys_B, sampler
+    )
+    assert not np.any(invalid_B)
+    return np.asarray(tokens_BLG)
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "reference, vocab",
+    [
+        pytest.param(*row, id=row[0], marks=() if row == FAMILIES[0] else pytest.mark.long)
+        for row in FAMILIES
+    ],
+)
+def test_tokens_are_those_of_the_whole_network(tmp_path, reference, vocab, compute):
+    step, codec = saved(tmp_path, reference, vocab)
+    whole = checkpoint.load_generator(step, compute=compute)
+    spare = checkpoint.load_to_draw(step, compute=compute)
+    tokens_BLG = drawn(whole, codec)
+    np.testing.assert_array_equal(drawn(spare, codec), tokens_BLG)
+    assert len(np.unique(tokens_BLG)) > 2
+    assert spare.fingerprint == whole.fingerprint
+    sizes = [jax.tree.leaves(each.module) for each in (whole, spare)]
+    count = [sum(leaf.size for leaf in leaves) for leaves in sizes]
+    nbytes = [sum(leaf.nbytes for leaf in leaves) for leaves in sizes]
+    assert count[0] == count[1]
+    assert nbytes[1] < 0.9 * nbytes[0] if compute == "bfloat16" else nbytes[1] == nbytes[0]
+
+
+def test_norms_and_tables_keep_their_dtype(tmp_path):
+    step, _ = saved(tmp_path, *FAMILIES[0])
+    _, params, _ = parameters.split(checkpoint.load_to_draw(step, compute="bfloat16").module)
+    for path, leaf in parameters.paths(params).items():
+        # the last map gives logits, which are float32 whatever is computed before
+        narrow = path.endswith(("/kernel", "/bias")) and not path.startswith("head/head/")
+        assert leaf.dtype == (jnp.bfloat16 if narrow else jnp.float32), path
