@@ -43,6 +43,7 @@ class Hub:
         longer: bytes that are sent beyond the size that is told.
         status: what is answered to everything, where it is not 0.
         busy: so many first requests are answered with status 503.
+        moved: repositories by the names that they had, which lead to those that they have.
         location: where large files are said to lie, in the place of here.
         ignores: ranges are not heard of.
         hangs: seconds before each answer.
@@ -57,6 +58,7 @@ class Hub:
     longer: int = 0
     status: int = 0
     busy: int = 0
+    moved: dict[str, str] = dataclasses.field(default_factory=dict)
     location: str = ""
     ignores: bool = False
     hangs: float = 0.0
@@ -135,6 +137,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._empty(503, {})
         stored = self.path.startswith("/stored/")
         match = PATH.fullmatch(self.path)
+        if match and match[1] in hub.moved:
+            now = self.path.replace(match[1], hub.moved[match[1]])
+            return self._empty(307, {"Location": now})
         key = self.path.removeprefix("/stored/") if stored else match and f"{match[1]}/{match[3]}"
         if key not in hub.files:
             return self._empty(404, {"X-Error-Code": "EntryNotFound"})

@@ -118,6 +118,25 @@ def test_a_download_that_is_killed_is_gone_on_with(call, hub, made):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("seconds", [0.0, 0.7, 1.5])
+def test_an_import_that_is_killed_is_made_anew(seconds, call, hub):
+    killed = call("pull", "var-d16", "--yes", start=subprocess.Popen)
+    for line in killed.stderr:
+        if line.startswith("var-tokenizer: importing"):
+            break
+    time.sleep(seconds)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    fetched = hub.asked()
+    done = call("pull", "var-d16", "--yes")
+    assert done.returncode == 0, done.stderr
+    again = [line for line in hub.asked()[len(fetched) :] if line in fetched]
+    assert again == []  # what was fetched is not fetched again
+    assert call("checkpoint", "var-d16", "--verify").returncode == 0
+    assert call("checkpoint", "var-tokenizer", "--verify").returncode == 0
+
+
+@pytest.mark.long
 def test_two_processes_at_once(call, hub):
     both = [call("pull", "var-d16", "--yes", start=subprocess.Popen) for _ in range(2)]
     told = [process.communicate(timeout=250)[1] for process in both]

@@ -249,6 +249,9 @@ def test_a_tokenizer_says_what_it_has(place):
 def test_what_cannot_be_loaded_is_one_message(place, tmp_path):
     with pytest.raises(UserError, match="no checkpoint at"):
         tokgen.load(tmp_path / "nothing")
+    for wrong in (3, None, ""):
+        with pytest.raises(UserError, match="path of a checkpoint, or the name"):
+            tokgen.load(wrong)
     with pytest.raises(UserError, match="precision must be one of"):
         tokgen.load(place / "generator", precision="half")
 

@@ -147,7 +147,7 @@ def test_no_help_text_waits_for_a_network_or_a_picture():
     code = (
         "import contextlib, io, sys, tokgen; from tokgen import cli\n"
         "heavy = {'jax', 'flax', 'orbax', 'optax', 'grain', 'tensorflow_datasets', 'matplotlib'}\n"
-        "heavy |= {'numpy', 'scipy', 'PIL', 'ml_collections', 'tqdm', 'yaml'}\n"
+        "heavy |= {'numpy', 'scipy', 'PIL', 'ml_collections', 'tqdm', 'yaml', 'huggingface_hub'}\n"
         "for name in ('', *cli.COMMANDS):\n"
         "    quiet = contextlib.redirect_stdout(io.StringIO())\n"
         "    with quiet as said, contextlib.suppress(SystemExit):\n"

@@ -85,4 +85,6 @@ def test_a_continuous_tokenizer_reconstructs_and_writes_no_tokens(image_NHW3):
     continuous = loaded("quantizer.name=gaussian", "quantizer.channels=4")
     with pytest.raises(UserError, match="continuous tokenizer, which writes no tokens"):
         tokens.encode(continuous, image_NHW3)
+    with pytest.raises(UserError, match="continuous tokenizer, which reads no tokens"):
+        tokens.decode(continuous, np.zeros((5, 64, 1), np.int32))
     assert tokens.reconstruct(continuous, image_NHW3).shape == image_NHW3.shape

@@ -58,6 +58,11 @@ def load(
     """
     if precision and precision not in PRECISIONS:
         raise UserError(choices.refusal(PRECISIONS, precision, "precision"))
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise UserError(
+            "load needs the path of a checkpoint, or the name of a published model, of "
+            f"tokgen.models(); found {path!r:.100}"
+        )
     runtime.devices()
     name = str(path) if zoo.is_name(path) else ""
     if name:

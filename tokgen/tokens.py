@@ -72,9 +72,12 @@ def decode(tokenizer: checkpoint.Loaded, tokens_NLG: np.ndarray, *, batch: int =
         (3, 32, 32, 3)
     """
     _check_text(tokenizer)
-    tokens_NLG = array(tokens_NLG)
-    if tokenizer.layout is not None:
-        tokens_NLG = np.asarray(boundary.tokens(tokens_NLG, tokenizer.layout))
+    if tokenizer.layout is None:
+        raise UserError(
+            f"{tokenizer.step} holds a continuous tokenizer, which reads no tokens; reconstruct "
+            "takes it"
+        )
+    tokens_NLG = np.asarray(boundary.tokens(array(tokens_NLG), tokenizer.layout))
     return _images(
         drawing.decode_pixels(tokenizer.module, part) + (rows,)
         for part, rows in _parts(tokens_NLG, batch)

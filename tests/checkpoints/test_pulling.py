@@ -1,6 +1,7 @@
 """Published models by name, from a hub on the loopback: pulled once, then without a network."""
 
 import contextlib
+import dataclasses
 import pathlib
 import shutil
 import threading
@@ -14,6 +15,7 @@ from tests import command_line, loopback, published
 from tokgen import errors, report, runtime
 from tokgen.checkpoints import checkpoint, pulling
 from tokgen.data import imagenet
+from tokgen.pretrained import parity
 from tokgen.zoo import model as zoo
 
 NAME, TOKENIZER = "var-d16", "var-tokenizer"
@@ -274,3 +276,27 @@ def test_another_process_that_pulls_is_waited_for(served, said, monkeypatch):
         place.mkdir()  # as the first one does when it is done
     second.join()
     assert found == [place] and served.requests == []
+
+
+FIXTURES = {  # generator and tokenizer: the rows whose systems they are of, fields that fit
+    ("rar", "maskgit_vqgan"): ("rar-b", {"maskgit-vqgan": ("view.size=8,8",)}),
+    ("var", "var_vqvae"): ("var-d16", {}),
+    ("llamagen_c2i", "llamagen_vq"): ("llamagen-b", {"llamagen-tokenizer": ("view.size=8,8",)}),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pair", FIXTURES)
+def test_files_of_the_original_code_come_by_name(pair, shared, tmp_path, monkeypatch):
+    name, overrides = FIXTURES[pair]
+    rows, files = {}, {}
+    for folder, one in zip(pair, (name, published.KNOWN[name].tokenizer), strict=True):
+        fixture, row = parity.Folder(shared / "parity" / folder), published.KNOWN[one]
+        said = dict(configuration=fixture.config, overrides=overrides.get(one, ()))
+        rows[one] = dataclasses.replace(row, parameters=10, size=10, **said)
+        files[f"{row.repository}/{row.file}"] = fixture.file()
+    monkeypatch.chdir(tmp_path)
+    with published.served(rows, files, tmp_path, monkeypatch):
+        words = ("sample", name, "--classes", "3", "--number", "1", "--yes", "--out", "look")
+        assert command_line.call(*words) == 0
+    assert checkpoint.load_generator(pulling.folder(name)).classes[3] == "3"  # it has but ten

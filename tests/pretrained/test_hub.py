@@ -154,6 +154,12 @@ def test_a_file_may_lie_at_another_address(served, tmp_path):
         assert not {"authorization", "cookie"} & set(other.requests[0].headers)
 
 
+def test_a_repository_that_was_renamed(served, tmp_path):
+    served.moved["somebody/former"] = NAME
+    found = hub.fetch("somebody/former", FILE, tmp_path / "place")
+    assert found.read_bytes() == BYTES
+
+
 def test_other_bytes_at_another_address_are_refused(served, tmp_path):
     with loopback.serving() as other:
         other.files, other.alters = served.files, True

@@ -73,7 +73,9 @@ def _one(picture: Any, channels: int, files: bool, number: int) -> np.ndarray:
             )
         path = pathlib.Path(picture)
         if not path.is_file():
-            raise UserError(f"no image file {path}: give the path of one, or a list of paths")
+            raise UserError(
+                f"no image file {os.fspath(picture)}: give the path of one, or a list of paths"
+            )
         try:
             return pixels.decode(path.read_bytes(), channels)
         except pixels.BrokenImage as error:
