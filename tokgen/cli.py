@@ -99,9 +99,13 @@ def _run(name: str, words: Sequence[str]) -> None:
     parser = _parser_of(name)
     args = parser.parse_args(words)
     args.given = options.given(parser, words)
+    command = module(name)
+    # what is refused anyway is refused before something is fetched for it
+    if hasattr(command, "check"):
+        command.check(args)
     for argument in options.checkpoints(parser):
         setattr(args, argument, _place(getattr(args, argument), args.yes))
-    module(name).run(args)
+    command.run(args)
 
 
 def _place(checkpoint: str, yes: bool) -> str:

@@ -20,12 +20,13 @@ import numpy as np
 from PIL import Image
 
 from tokgen import image_grid, options, output, ranges, report, runtime
-from tokgen.checkpoints import checkpoint
+from tokgen.checkpoints import checkpoint, pulling
 from tokgen.data import captioned, classes as names_
 from tokgen.errors import UserError
 from tokgen.evaluation import given_images, made_images
 from tokgen.interfaces import Generator, PyTree
 from tokgen.sampling import drawing, presets, sampler as samplers
+from tokgen.zoo import model as zoo
 
 RECORDS = {"samples.json": ("checkpoint", "settings")}
 COLUMNS = 16  # images of a row of grid.png
@@ -249,17 +250,44 @@ def check(settings: Settings) -> None:
         raise UserError(f"--seed must lie in [0, 2**32); found {settings.seed}")
 
 
+def check_write(settings: Settings, out: str | os.PathLike, *, overwrite: bool = False) -> None:
+    """What `write` would refuse, sooner: before a published model is fetched."""
+    check(settings)
+    output.check_folder(out, records=RECORDS, overwrite=overwrite)
+    if not zoo.is_name(settings.checkpoint):
+        return
+    pulling.check_kind(settings.checkpoint, "generator")
+    model = zoo.named(settings.checkpoint)
+    classes = pulling.CLASSES.get(model.classes, ())
+    _check_condition(settings, "text" if model.text else "label", len(classes))
+    if classes:
+        names_.chosen(settings.classes, classes)
+
+
+def _check_condition(settings: Settings, cond: str, classes: int) -> None:
+    """An error where a generator with that condition is told the other, or none."""
+    if cond == "label":
+        if settings.text:
+            raise UserError(
+                f"--text needs a generator that reads text; found one of {classes} classes: use "
+                "--classes"
+            )
+        return
+    unchosen = isinstance(settings.classes, str) and not settings.classes
+    if not unchosen or not settings.text:
+        raise UserError(
+            "the generator reads text: it needs --text FILE.npz with arrays features [N, T, E] "
+            f"and mask [N, T]; found {'none' if unchosen else '--classes'}"
+        )
+
+
 def conditions(
     settings: Settings, loaded: checkpoint.Loaded
 ) -> tuple[PyTree, np.ndarray, list[str]]:
     """(the condition of every image, the number of its class or text [N], names of the classes)."""
-    if loaded.module.cond == "label" and settings.text:
-        raise UserError(
-            "--text needs a generator that reads text; found one of "
-            f"{len(loaded.classes)} classes: use --classes"
-        )
-    unchosen = isinstance(settings.classes, str) and not settings.classes
+    _check_condition(settings, loaded.module.cond, len(loaded.classes))
     if loaded.module.cond == "label":
+        unchosen = isinstance(settings.classes, str) and not settings.classes
         labels = names_.chosen(settings.classes, loaded.classes)
         if unchosen and len(labels) < len(loaded.classes):
             report.say(
@@ -269,11 +297,6 @@ def conditions(
             )
         label_N = np.repeat(np.asarray(labels, np.int32), settings.number)
         return label_N, label_N, [loaded.classes[i] if loaded.classes else "" for i in labels]
-    if not unchosen or not settings.text:
-        raise UserError(
-            "the generator reads text: it needs --text FILE.npz with arrays features [N, T, E] "
-            f"and mask [N, T]; found {'none' if unchosen else '--classes'}"
-        )
     text = captioned.conditions(settings.text)
     row_N = np.repeat(np.arange(len(text.mask_BT), dtype=np.int32), settings.number)
     return jax.tree.map(lambda leaf: leaf[row_N], text), row_N, []

@@ -149,6 +149,34 @@ def terminal(monkeypatch, answer):
     monkeypatch.setattr(pulling, "sys", types.SimpleNamespace(stdin=keys, stderr=screen))
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["sample", NAME, "--out", "taken"], "is not empty"),
+        (["sample", NAME, "--out", "new", "--classes", "goldn retriever"], "golden retriever"),
+        (["sample", NAME, "--out", "new", "--classes", "1000"], "0 to 999"),
+        (["sample", NAME, "--out", "new", "--text", "x.npz"], "found one of 1000 classes"),
+        (["sample", "llamagen-t2i-256", "--out", "new"], "reads text"),
+        (["sample", NAME, "--out", "new", "--number", "0"], "must be at least 1"),
+        (["sample", TOKENIZER, "--out", "new"], "need a generator"),
+        (["reconstruct", NAME, "taken", "--out", "new"], "need a tokenizer"),
+        (["reconstruct", TOKENIZER, "nowhere", "--out", "new"], "found nothing"),
+        (["reconstruct", TOKENIZER, "taken", "--out", "taken"], "is not empty"),
+        (["pretokenize", "--tokenizer", NAME, "--out", "new"], "need a tokenizer"),
+        (["export", NAME, "--out", "taken"], "is not empty"),
+    ],
+)
+def test_what_is_refused_anyway_is_refused_before_it_is_fetched(
+    words, told, served, tmp_path, capfd, monkeypatch
+):
+    known = zoo.known() | {"llamagen-t2i-256": published.KNOWN["llamagen-t2i-256"]}
+    monkeypatch.setattr(zoo, "known", lambda: known)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").write_text("mine")
+    assert told in command_line.refused(capfd, *words, "--yes")
+    assert served.requests == []
+
+
 def test_a_name_in_python_is_not_fetched_unasked(served):
     with pytest.raises(errors.UserError, match=r'tokgen pull var-d16 .* tokgen.pull\("var-d16"'):
         tokgen.sample(NAME)

@@ -76,6 +76,14 @@ def missing(name: str) -> list[str]:
     return [one for one in both if one and not folder(one).exists()]
 
 
+def check_kind(name: str, kind: str) -> None:
+    """An error where a CKPT names a published model of the other kind; a path is not looked at."""
+    if zoo.is_name(name) and zoo.named(name).kind != kind:
+        raise UserError(
+            f"{name} is a {zoo.named(name).kind}; need a {kind}: tokgen models has both"
+        )
+
+
 def remove(name: str) -> str:
     """Remove a published model from the cache, and what was fetched of it; what is to be said."""
     place = folder(name)

@@ -20,6 +20,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse a place that is taken."""
+    from tokgen.checkpoints import exporting
+
+    output.check_folder(args.out, records=exporting.RECORDS, overwrite=args.overwrite)
+
+
 def run(args: argparse.Namespace) -> None:
     """model.safetensors (our names, the weights that are used), config.json, the published file."""
     from tokgen.checkpoints import exporting

@@ -32,6 +32,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse what is no tokenizer."""
+    from tokgen.checkpoints import pulling
+
+    pulling.check_kind(args.tokenizer, "tokenizer")
+
+
 def run(args: argparse.Namespace) -> None:
     """Encode what is not there yet; a folder with other tokens is refused."""
     from tokgen import tokens

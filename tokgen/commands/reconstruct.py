@@ -6,6 +6,7 @@ import argparse
 import pathlib
 
 from tokgen import options, output, report
+from tokgen.errors import UserError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", default="float32", choices=("float32", "bfloat16"), help="of the networks"
     )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what is no tokenizer, no image, and a place that is taken."""
+    from tokgen.checkpoints import pulling
+    from tokgen.evaluation import reconstructions
+
+    pulling.check_kind(args.checkpoint, "tokenizer")
+    output.check_folder(args.out, records=reconstructions.RECORDS, overwrite=args.overwrite)
+    if not pathlib.Path(args.images).exists():
+        raise UserError(
+            f"an image, or a folder of images, is needed at {args.images}; found nothing"
+        )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -93,6 +93,13 @@ def settings_of(args: argparse.Namespace) -> samples.Settings:
     )
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse what is refused without a network."""
+    from tokgen import samples
+
+    samples.check_write(settings_of(args), args.out, overwrite=args.overwrite)
+
+
 def run(args: argparse.Namespace) -> None:
     """Draw, and write everything that says how."""
     from tokgen import samples

@@ -93,6 +93,18 @@ class Folder:
             records_.save(self.path / name, text + "\n")
 
 
+def check_folder(
+    path: str | os.PathLike,
+    *,
+    records: Mapping[str, Sequence[str]],
+    option: str = "--out",
+    overwrite: bool = False,
+) -> None:
+    """What `folder` would refuse of its place, sooner: before a model is fetched for it."""
+    with failures.reserved(path, option):
+        places.check_free(places.target_of(path, option, ()), records, option, overwrite)
+
+
 @contextlib.contextmanager
 def folder(
     path: str | os.PathLike,
