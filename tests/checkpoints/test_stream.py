@@ -1,8 +1,14 @@
 """Steps that are written in pieces are the steps that are written whole."""
 
+import errno
+import functools
+import os
 import pathlib
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import numpy as np
@@ -10,7 +16,7 @@ import pytest
 
 from tokgen.checkpoints import checkpoint, imported as imports, importing, manifest, stream
 from tokgen.errors import UserError
-from tokgen.pretrained import parity, system, transfer
+from tokgen.pretrained import keymap, parity, system, transfer
 from tokgen.pretrained.formats import stored, writer
 
 HERE = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
@@ -65,6 +71,41 @@ def test_a_step_whose_pieces_end_early_is_not_there(tmp_path):
     with pytest.raises(UserError, match="the file is gone"):
         imports.save_fitting(tmp_path, fitting, {})
     assert not [f for f in (tmp_path / checkpoint.FOLDER).iterdir() if not f.name.startswith(".")]
+
+
+def test_an_interrupt_ends_a_step_that_is_under_way(tmp_path):
+    fitting = held("taming_vqgan")
+    read = []
+
+    def fetch(array):
+        read.append(array)
+        if len(read) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        return array
+
+    for key, array in fitting.weights.items():
+        array = keymap.numbers(array)
+        fitting.weights[key] = stored.Stored(
+            array.dtype, array.shape, functools.partial(fetch, array)
+        )
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        imports.save_fitting(tmp_path, fitting, {})
+    left = [t.name for t in threading.enumerate() if t not in before and not t.daemon]
+    assert not [name for name in left if not name.startswith("metadata_store")]  # which is idle
+    assert len(read) < 10 < len(fitting.weights)
+    assert not list((tmp_path / checkpoint.FOLDER).iterdir())
+
+
+def test_an_error_of_the_store_is_told_and_nothing_waits_for_the_record(tmp_path, monkeypatch):
+    async def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stream._Handler, "_open_and_write", refuse)
+    with pytest.raises(UserError, match="step 0 could not be saved.*No space left"):
+        imports.save_fitting(tmp_path, held("taming_vqgan"), {})
+    assert not list((tmp_path / checkpoint.FOLDER).iterdir())
 
 
 def unreadable():
