@@ -113,7 +113,7 @@ SMALL = {
         "tokenizer/maskbit",
         _maskbit_tokenizer,
         configuration=dict(hidden_channels=32, channel_mult=[1, 1], num_res_blocks=1),
-        overrides=("view.size=8,8", "quantizer.groups=2,2"),
+        overrides=("view.size=8,8",),
     ),
     "maskbit-14bit": Small(
         "generator/maskbit",

@@ -347,6 +347,7 @@ def test_likelihoods_of_images_are_those_of_their_tokens_and_of_tokgen_evaluate(
     ("asked", "said"),
     [
         (dict(images=noise(2)), "the class of each image is needed.*disc, ring"),
+        (dict(images=noise(10), classes=""), "the class of each image is needed.*found none"),
         (dict(classes=0), "one of them; found neither"),
         (dict(images=noise(2), tokens=np.zeros((2, 64, 1), int), classes=0), "found both"),
         (dict(images=noise(3), classes=[0, 1]), "one for each of 3; found 2"),

@@ -555,7 +555,7 @@ class ImageGenerator:
                 "text= needs a generator that reads text; found one of "
                 f"{len(self.classes)} classes: use classes="
             )
-        elif classes is None and self.classes:
+        elif self.classes and (classes is None or (isinstance(classes, str) and not classes)):
             raise UserError(
                 f"the class of each image is needed: classes= one of {names.listed(self.classes)} "
                 "for all, or a list with one for each; found none"

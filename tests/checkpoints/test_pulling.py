@@ -25,7 +25,9 @@ ELSEWHERE = ("maskgit-tokenizer-256", "maskgit-256")  # whose files are not on t
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """(rows of the zoo, files) of a small generator and its tokenizer."""
-    return published.rows(tmp_path_factory.mktemp("files"), NAME)
+    rows, files = published.rows(tmp_path_factory.mktemp("files"), NAME)
+    rows[NAME] = dataclasses.replace(rows[NAME], licence="not stated")  # other than its system's
+    return rows, files
 
 
 @contextlib.contextmanager
@@ -114,6 +116,7 @@ def test_what_is_pulled_says_where_it_is_from(here):
     assert loaded.classes == imagenet.NAMES and loaded.step.parent.parent == place
     source = loaded.meta["source"]
     assert source["file"] == "var_d16.pth" and source["system"] == "var"
+    assert source["licence"] == "not stated" and source["home"] == zoo.named(NAME).home
     found = checkpoint.load_tokenizer_of(loaded)
     assert found.step.parent.parent.resolve() == pulling.folder(TOKENIZER)
     assert checkpoint.load_tokenizer_of(loaded, TOKENIZER).fingerprint == found.fingerprint
@@ -248,6 +251,42 @@ def test_a_damaged_model_says_how_it_is_fetched_again(here):
     file.write_text("{")
     with pytest.raises(errors.UserError, match=f"tokgen pull {NAME} --remove, then tokgen pull"):
         checkpoint.load_generator(NAME)
+
+
+def test_a_damaged_tokenizer_is_told_before_its_generator_is_fetched(here):
+    shutil.rmtree(pulling.folder(NAME))
+    (file,) = pulling.folder(TOKENIZER).glob("checkpoints/0/meta/metadata")
+    file.write_text("{")
+    with pytest.raises(errors.UserError, match=f"tokgen pull {TOKENIZER} --remove, then"):
+        pulling.pull(NAME, yes=True)
+    assert here.requests == []
+
+
+def test_a_removal_that_was_killed_is_gone_on_with(here):
+    half = pulling.folder(NAME).with_name(f".{NAME}.removed")
+    (half / "checkpoints").mkdir(parents=True)
+    assert "is removed" in pulling.remove(NAME)
+    assert kept() == [TOKENIZER]
+
+
+def test_a_wrong_file_costs_nothing_of_what_was_fetched(here, small, monkeypatch):
+    shutil.rmtree(pulling.folder(NAME))
+    monkeypatch.setattr(pulling.hub, "TRIES", 1)
+    here.cuts = 1
+    with pytest.raises(errors.UserError, match="goes on"):
+        pulling.pull(NAME, yes=True)
+    with pytest.raises(errors.UserError, match="cannot be imported as var-d16"):
+        pulling.pull(NAME, file=small[1][repository_file(TOKENIZER)])
+    assert kept() == [f".{NAME}.fetched", TOKENIZER]
+
+
+def test_of_one_file_under_two_names_the_first_is_told(here, said, monkeypatch):
+    twin = f"{TOKENIZER}-512"
+    known = zoo.known() | {twin: zoo.named(TOKENIZER)}
+    monkeypatch.setattr(zoo, "known", lambda: known)
+    with pytest.raises(errors.UserError, match="needs your word"):
+        pulling.pull(twin)
+    assert [line for line in said if f"tokgen export {TOKENIZER} --out DIR" in line]
 
 
 def test_room_is_looked_for_before_anything_is_asked(served, monkeypatch):

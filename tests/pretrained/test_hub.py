@@ -114,6 +114,20 @@ def test_a_part_of_another_revision_is_not_gone_on_with(served, tmp_path, monkey
     assert list(left(tmp_path / "place").values()) == [len(later)]
 
 
+def test_a_size_other_than_told_is_said_before_a_byte_is_read(served, said, tmp_path):
+    size = len(BYTES)
+    hub.fetch(NAME, FILE, tmp_path / "one", about=int(0.95 * size))
+    assert said == []
+    served.cuts = 1
+    hub.fetch(NAME, FILE, tmp_path / "two", about=size // 2)
+    assert said[0] == f"{FILE} is {report.amount(size)} large, and not {report.amount(size // 2)}"
+
+
+def test_a_password_of_a_mirror_is_not_told(monkeypatch):
+    pointed(monkeypatch, "https://me:secret@mirror.example/hub")
+    assert hub.host() == "mirror.example/hub"
+
+
 def test_a_server_without_ranges_begins_anew(served, tmp_path):
     served.cuts, served.ignores = 1, True
     assert fetched(tmp_path / "place").read_bytes() == BYTES

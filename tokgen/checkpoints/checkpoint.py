@@ -502,16 +502,20 @@ def load_tokenizer_of(generator: Loaded, path: str = "") -> Loaded:
 
 def _tokenizer_of(generator: Loaded, path: str, load: Callable[[Any], Loaded]) -> Loaded:
     wanted = generator.meta["tokenizer"]
+    try:
+        given = find(path) if path else None
+    except UserError as error:
+        raise UserError(f"--tokenizer {path}: {error}") from error
     if wanted is None:  # imported alone
-        if not path:
+        if given is None:
             raise UserError(
                 f"generator {generator.step} was imported without its tokenizer; say where that "
                 "is with --tokenizer PATH"
             )
-        tokenizer = load(path)
+        tokenizer = load(given)
         check_layout(tokenizer, generator.layout, f"generator {generator.step}")
         return tokenizer
-    place = find(path) if path else referred(wanted, generator.step)
+    place = given or referred(wanted, generator.step)
     if not os.path.exists(place):
         raise UserError(
             f"the tokenizer of {generator.step} is not at {place}; say where it is now with "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -61,6 +62,7 @@ def import_file(
     unknown: str = "refuse",
     tokenizer: Path = "",
     classes: Sequence[str] = (),
+    row: zoo.Model | None = None,
 ) -> Import:
     """Write a checkpoint of step 0 to the new folder `out`, with licence and hash of its source.
 
@@ -77,6 +79,8 @@ def import_file(
         tokenizer: of a generator, the checkpoint of its tokenizer.
         classes: names of a generator's classes in the order of their numbers, which stay without
             names where there are not as many.
+        row: the published model that the file is of, from `tokgen.models()`; None looks for it by
+            the file's name. It says what `config` and `overrides` do not.
 
     Raises:
         UserError: the file does not fit the system, or `out` is not new.
@@ -110,11 +114,12 @@ def import_file(
         else:
             # first: of a large file the reading takes minutes
             named = checkpoint.load_reference(tokenizer) if tokenizer else None
-            published, notes = _configuration(file, config)
+            rows = {"": row} if row else _rows(file, system)
+            published, overrides, notes = _settings(file, config, overrides, rows)
             model = transfer.held(
                 file, system, published, overrides=overrides, entry=entry, unknown=unknown
             )
-            source = _source(file, system)
+            source = _source(file, system, rows)
             names = names if len(names) == model.classes else ()
         step = imports.save_fitting(place.path, model, source, named, names)
     return Import(
@@ -155,18 +160,71 @@ def _refuse_given(file: pathlib.Path, given: Sequence[str]) -> None:
         )
 
 
-def _source(file: pathlib.Path, system: str) -> dict:
-    """What the record says of a published file; where it lies, as far as its name tells."""
-    found, rows = systems.named(system), zoo.of(system).values()
-    name = pathlib.Path(paths.located(file)).name.removesuffix(paths.INDEX)
-    homes = [row.home for row in rows if row.file == name] or [row.home for row in rows]
+def _name(file: pathlib.Path) -> str:
+    """Of the weight file that a path means."""
+    return pathlib.Path(paths.located(file)).name.removesuffix(paths.INDEX)
+
+
+def _rows(file: pathlib.Path, system: str) -> dict[str, zoo.Model]:
+    """The published models that a file may be of, by their names: those whose file is called so."""
+    name = _name(file)
+    rows = zoo.of(system)
+    return {key: row for key, row in rows.items() if pathlib.PurePosixPath(row.file).name == name}
+
+
+def _source(file: pathlib.Path, system: str, rows: Mapping[str, zoo.Model]) -> dict:
+    """What the record says of a published file; where it lies, as far as its rows tell."""
+    found = systems.named(system)
+    homes = [row.home for row in (rows or zoo.of(system)).values()]
+    licences = [row.licence for row in rows.values()]
     return {
         "system": system,
-        "file": name,
+        "file": _name(file),
         "sha256": transfer.digest(file),
         "home": ", ".join(dict.fromkeys(homes)) or found.home,
-        "licence": found.licence,
+        "licence": " or ".join(dict.fromkeys(licences)) or found.licence,
     }
+
+
+def _settings(
+    file: pathlib.Path,
+    config: Path | Mapping,
+    overrides: Sequence[str],
+    rows: Mapping[str, zoo.Model],
+) -> tuple[dict, tuple[str, ...], tuple[str, ...]]:
+    """(the published configuration, fields of ours, what is to be told).
+
+    The weights do not tell all of it, as how many tokens an image has. What is not given either is
+    that of the file's rows, where they agree.
+    """
+    published, notes = _configuration(file, config)
+    special = {name: row for name, row in rows.items() if row.configuration or row.overrides}
+    if not special:
+        return published, tuple(overrides), notes
+    if len({_options(row.configuration, row.overrides) for row in rows.values()}) > 1:
+        plain = next((name for name in rows if name not in special), "any, with usual sizes")
+        others = [
+            f"for {name} add {_options(row.configuration, row.overrides)}"
+            for name, row in special.items()
+        ]
+        if not published and not overrides:
+            told = f"{_name(file)} is the file of {' and '.join(rows)}: it is read as of {plain}"
+            notes += ("; ".join([told, *others]),)
+        return published, tuple(overrides), notes
+    row, names = next(iter(special.values())), " or ".join(filter(None, special))
+    given = {override.partition("=")[0] for override in overrides}
+    fields = tuple(field for field in row.overrides if field.partition("=")[0] not in given)
+    missing = {name: v for name, v in row.configuration.items() if name not in published}
+    if names and (missing or fields):
+        told = f"{_name(file)} is the file of {names}: it is read with {_options(missing, fields)}"
+        notes += (f"{told}, which a --config or --set of yours replaces",)
+    return {**missing, **published}, (*fields, *overrides), notes
+
+
+def _options(configuration: Mapping, fields: Sequence[str]) -> str:
+    """What a row says, as options of `tokgen import`."""
+    said = [f"--config of {json.dumps(dict(configuration))}"] if configuration else []
+    return " ".join([*said, *(f"--set {field}" for field in fields)])
 
 
 def _configuration(file: pathlib.Path, given: Path | Mapping) -> tuple[dict, tuple[str, ...]]:

@@ -56,6 +56,8 @@ def pull(name: str, *, yes: bool = False, file: str | os.PathLike = "") -> pathl
     if not needed:
         return place
     wanted = [one for one in needed if one != name or not file]
+    if model.tokenizer and model.tokenizer not in needed:
+        checkpoint.load_reference(folder(model.tokenizer))  # a damaged one is told now
     _check_homes(name, wanted)
     if file and not os.path.exists(file):
         raise UserError(
@@ -90,6 +92,7 @@ def remove(name: str) -> str:
     with _held(name):
         size, fetched = taken(place), _fetched(name)
         part = place.with_name(f".{name}.removed")
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
         if place.exists():
             place.replace(part)  # at one blow: a half is never found
         for one in (part, fetched):
@@ -130,15 +133,17 @@ def _bring(name: str, file: str | os.PathLike) -> None:
     with _held(name):
         if place.exists():  # by another process, meanwhile
             return
-        found = file or hub.fetch(model.repository, model.file, _fetched(name))
+        fetched = _fetched(name)
+        found = file or hub.fetch(model.repository, model.file, fetched, about=model.size)
         report.say(f"{name}: importing {pathlib.Path(found).name}")
         try:
             _import(name, found)
         except UserError as error:
-            if not isinstance(error.__cause__, OSError):  # the disk has its part in those
-                shutil.rmtree(_fetched(name), ignore_errors=True)
+            # the disk has its part in errors of the system
+            if not (file or isinstance(error.__cause__, OSError)):
+                shutil.rmtree(fetched, ignore_errors=True)
             raise UserError(f"{model.file} cannot be imported as {name}: {error}") from error
-        shutil.rmtree(_fetched(name), ignore_errors=True)
+        shutil.rmtree(fetched, ignore_errors=True)
     report.say(f"{name} is here: {place} ({report.amount(taken(place))})")
 
 
@@ -152,11 +157,10 @@ def _import(name: str, file: str | os.PathLike) -> None:
                 file,
                 folder(name),
                 system,
-                config=model.configuration,
-                overrides=model.overrides,
                 unknown=model.unknown,
                 tokenizer=folder(model.tokenizer) if model.tokenizer else "",
                 classes=CLASSES.get(model.classes, ()),
+                row=model,
             )
             return
         except UserError as error:
@@ -216,11 +220,23 @@ def _tell(name: str, needed: Sequence[str], wanted: Sequence[str]) -> None:
                 f"  {model.file}, {report.amount(model.size)}, from {model.repository} at "
                 f"{hub.host()}"
             )
+            if twin := _twin(one):
+                report.say(
+                    f"  {twin} is of the same file: tokgen export {twin} --out DIR writes it, and "
+                    f"tokgen pull {one} --file takes it"
+                )
     size = sum(map(_staying, needed))
     report.say(
         f"  to {checkpoint.pulled(name).parent}, where about {report.amount(size)} stay; the files "
         "are not kept: tokgen export gives them back"
     )
+
+
+def _twin(name: str) -> str:
+    """A model that is here, and whose published file is the same one; "" where there is none."""
+    places = {one: (model.home, model.file) for one, model in zoo.known().items()}
+    same = [one for one, place in places.items() if place == places[name] and one != name]
+    return next((one for one in same if folder(one).exists()), "")
 
 
 def _check_agreed(name: str, size: int, yes: bool) -> None:

@@ -31,6 +31,7 @@ TRIES, PAUSE = 5, 1.0  # attempts in a row that bring nothing; seconds after the
 PART = ".part"  # what the name of a file ends in that is not whole yet
 CHUNK, UNIT = 2**20, 10**6  # bytes that are hashed at a time; bytes that progress counts
 SHOWN = 10 * UNIT  # smaller files are there before a bar is
+NEAR = 0.9, 1.1  # of the size that was told: what is no news
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # the hub's: git's SHA-1 of small files, or SHA-256
 FILE = "fetch it elsewhere and name it with --file PATH"  # what goes without the hub
 
@@ -39,11 +40,12 @@ WHO = dict(library_name="tokgen", library_version=tokgen.__version__)
 T = TypeVar("T")
 
 
-def fetch(repository: str, file: str, folder: pathlib.Path) -> pathlib.Path:
+def fetch(repository: str, file: str, folder: pathlib.Path, *, about: int = 0) -> pathlib.Path:
     """A file of the repository OWNER/NAME, verified against the hub's own hash; where it lies.
 
     It is written to `folder`/HASH, and what a process that ended left there is gone on with. No
-    request is made for one that is whole there, or in the hub's cache of this user.
+    request is made for one that is whole there, or in the hub's cache of this user. A size far from
+    `about`, which the user was told, is said.
 
     Raises:
         UserError: it cannot be had, or is not what the hub says it is; in words for the user.
@@ -54,6 +56,9 @@ def fetch(repository: str, file: str, folder: pathlib.Path) -> pathlib.Path:
         return found
     with _told(repository, file, FILE), _without_empty(folder):
         said, revised = _described(repository, file)
+        if about and not NEAR[0] * about < said.size < NEAR[1] * about:
+            size = report.amount(said.size)
+            report.say(f"{file} is {size} large, and not {report.amount(about)}")
         place = folder / said.etag
         for other in _folders(folder):
             if other != place:  # of another revision of the file
@@ -374,7 +379,8 @@ def _private() -> Iterator[None]:
 
 
 def host() -> str:
-    """The hub that is asked, without its https://."""
+    """The hub that is asked, without its https:// and without a password."""
     from huggingface_hub import constants
 
-    return constants.ENDPOINT.partition("://")[2] or constants.ENDPOINT
+    place = constants.ENDPOINT.partition("://")[2] or constants.ENDPOINT
+    return place.rpartition("@")[2]

@@ -16,7 +16,6 @@ def _tokenizer(bits: int, parameters: int, nbytes: int, fid: float) -> Model:
         parameters=parameters,
         size=nbytes,
         fid=fid,
-        overrides=(f"quantizer.groups={bits // 2},{bits // 2}",),
         **FAMILY,
     )
 

@@ -6,7 +6,6 @@ A tokenizer's file holds the live weights and their averages, a generator's its 
 from tokgen.zoo.model import Model
 
 FAMILY = dict(licence="Apache-2.0", family="Open-MAGVIT2", paper="arXiv:2409.04410")
-HALVES = "quantizer.groups=6,12"
 
 
 def _tokenizer(name: str, file: str, parameters: int, nbytes: int, fid: float, **more) -> Model:
@@ -38,20 +37,18 @@ def _generator(size: str, parameters: int, nbytes: int, fid: float) -> Model:
 
 MODELS = {
     "openmagvit2-tokenizer": _tokenizer(
-        *("256-resolution", "imagenet_256_L.ckpt", 115_127_829, 921_022_632, 1.17),
-        overrides=(HALVES,),
+        "256-resolution", "imagenet_256_L.ckpt", 115_127_829, 921_022_632, 1.17
     ),
     "openmagvit2-tokenizer-128": _tokenizer(
         *("128-resolution", "imagenet_128_L.ckpt", 112_021_653, 896_173_224, 1.18),
         pixels=128,
-        overrides=(HALVES, "view.size=128,128"),
+        overrides=("view.size=128,128",),
     ),
     "openmagvit2-tokenizer-pretrain-262144": _tokenizer(
-        *("262144-Pretrain", "pretrain256_262144.ckpt", 115_127_829, 921_022_632, 1.67),
-        overrides=(HALVES,),
+        "262144-Pretrain", "pretrain256_262144.ckpt", 115_127_829, 921_022_632, 1.67
     ),
     "openmagvit2-tokenizer-pretrain-16384": _tokenizer(
-        *("16384-Pretrain", "pretrain256_16384.ckpt", 115_094_033, 920_752_264, 2.55),
+        "16384-Pretrain", "pretrain256_16384.ckpt", 115_094_033, 920_752_264, 2.55
     ),
     "openmagvit2-b": _generator("B", 351_827_968, 1_834_793_044, 3.08),
     "openmagvit2-l": _generator("L", 814_684_160, 3_677_960_276, 2.51),
