@@ -79,7 +79,18 @@ def failures(name: str) -> str:
     return "".join(said)
 
 
-@pytest.mark.parametrize("name", [name for name in ENTRIES if name not in SCORES])
+# Methods have the examples of functions nearly; pulling by name is tested beside `pulling`.
+SLOW = {name for name in ENTRIES if "." in name} | {"load", "pull", "import_file", "validate"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.long] * (name in SLOW))
+        for name in ENTRIES
+        if name not in SCORES
+    ],
+)
 def test_examples_of_docstrings_are_true(name, there):
     assert failures(name) == ""
 
@@ -145,6 +156,7 @@ def test_help_tells_the_way_in():
         assert words in said
 
 
+@pytest.mark.long
 def test_the_page_is_true_from_top_to_bottom(there):
     words = {}
     blocks = re.findall(r"(?ms)^```python\n(.*?)^```$", PAGE)
