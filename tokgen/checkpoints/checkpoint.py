@@ -387,8 +387,8 @@ def verify(step: pathlib.Path) -> None:
         path: jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"], sharding=whole)
         for path, entry in meta["manifest"].items()
     }
-    leaves = restore(step, wanted, meta)
-    if wrong := not_finite(leaves):
+    wrong = [p for path, leaf in restored(step, wanted, meta) for p in not_finite({path: leaf})]
+    if wrong:
         raise UserError(
             f"checkpoint {step} holds numbers that are not finite, in {', '.join(wrong[:5])}"
             f"{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}: it was read as it was "
