@@ -167,6 +167,14 @@ def test_the_page_is_true_from_top_to_bottom(there):
     assert words["log_p_N"].shape == (2,) and words["best"] in words["model"].classes
 
 
+def test_the_first_example_of_the_readme_draws_a_published_model(there):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"(?ms)^```python\n(.*?)^```$", readme)[1]
+    exec(compile(block, "README.md, the first block", "exec"), {})
+    with PIL.Image.open("dog.png") as picture:
+        assert picture.size == (8, 8)
+
+
 def test_the_page_names_all_that_is_public():
     told = set(re.findall(r"\w+", PAGE))
     module_level = {"Loaded", "SamplingChoice", "Samples", "encode", "decode", "reconstruct"}

@@ -9,6 +9,7 @@ import time
 import types
 
 import pytest
+from huggingface_hub import constants
 
 import tokgen
 from tests import command_line, loopback, published
@@ -96,8 +97,11 @@ def test_one_command_draws(drawn, small):
     for row in small[0].values():
         assert f"{row.file}, {report.amount(row.size)}, from {row.repository}" in said
     assert "licence MIT" in said and "1 images in one" in said
-    expected = []
-    for row in map(small[0].get, (TOKENIZER, NAME)):
+    rows = [small[0][name] for name in (TOKENIZER, NAME)]
+    expected = [
+        f"HEAD /{row.repository}/resolve/main/{row.file}" for row in rows
+    ]  # is either there?
+    for row in rows:
         expected += [
             f"HEAD /{row.repository}/resolve/main/{row.file}",
             f"GET /{row.repository}/resolve/{loopback.COMMIT}/{row.file}",
@@ -192,6 +196,28 @@ def test_what_is_refused_anyway_is_refused_before_it_is_fetched(
     (tmp_path / "taken" / "mine.txt").write_text("mine")
     assert told in command_line.refused(capfd, *words, "--yes")
     assert served.requests == []
+
+
+def test_a_model_that_the_hub_lacks_is_told_before_its_tokenizer_is_fetched(served):
+    del served.files[repository_file(NAME)]
+    with pytest.raises(errors.UserError, match=r"has no var_d16.pth .*HF_ENDPOINT"):
+        pulling.pull(NAME, yes=True)
+    assert not [line for line in served.asked() if line.startswith("GET")]
+
+
+def test_without_a_hub_the_file_that_is_missing_has_its_own_command(served, small, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    file = next(iter(small[1].values()))
+    with pytest.raises(errors.UserError, match=f"then: tokgen pull {TOKENIZER} --file PATH"):
+        pulling.pull(NAME, yes=True, file=file)
+
+
+def test_a_slash_after_a_name_and_a_folder_that_hides_one(here, tmp_path, monkeypatch):
+    with pytest.raises(errors.UserError, match=f"is called {NAME}, without a slash"):
+        checkpoint.find(f"{NAME}/")
+    (tmp_path / NAME).mkdir()
+    with pytest.raises(errors.UserError, match="hides the published model"):
+        checkpoint.find(NAME)
 
 
 def test_a_name_in_python_is_not_fetched_unasked(served):

@@ -1,26 +1,41 @@
 """Steps that are written in pieces are the steps that are written whole."""
 
+import errno
+import functools
+import os
 import pathlib
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import numpy as np
 import pytest
 
+from tokgen import parameters
 from tokgen.checkpoints import checkpoint, imported as imports, importing, manifest, stream
 from tokgen.errors import UserError
-from tokgen.pretrained import parity, system, transfer
+from tokgen.pretrained import keymap, parity, system, transfer
 from tokgen.pretrained.formats import stored, writer
 
 HERE = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
-FIXTURES = {"taming_vqgan": "taming_vqgan", "openmagvit2_ema": "openmagvit2"}
+# A generator, whose layers are stacked; an average in one entry; arrays that lie aside
+FIXTURES = {
+    "ibq_generator": "ibq_generator",
+    "openmagvit2_ema": "openmagvit2",
+    "taming_vqgan": "taming_vqgan",
+}
+SMALL = "ibq_generator"
 
 
-def held(name):
-    """What an import holds against the model of a fixture."""
-    fixture = parity.Folder(HERE / name, FIXTURES[name])
-    return transfer.fitting(fixture.weights(), fixture.name, fixture.config, source="here")
+def held(name, folder=HERE):
+    """What an import holds against the model of a fixture; of SMALL with an average, too."""
+    fixture = parity.Folder(folder / name, FIXTURES.get(name, name))
+    weights = fixture.weights()
+    average = {key: array / 2 for key, array in weights.items()} if name == SMALL else None
+    return transfer.fitting(weights, fixture.name, fixture.config, source="here", average=average)
 
 
 def record(step):
@@ -28,7 +43,10 @@ def record(step):
     return {name: value for name, value in meta.items() if name != "versions"}
 
 
-@pytest.mark.parametrize("name", FIXTURES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name == SMALL else pytest.mark.long) for name in FIXTURES],
+)
 def test_a_step_in_pieces_is_the_step_of_the_whole_model(tmp_path, name):
     fitting = held(name)
     whole = imports.save_imported(tmp_path / "whole", fitting.imported(), {})
@@ -36,6 +54,26 @@ def test_a_step_in_pieces_is_the_step_of_the_whole_model(tmp_path, name):
     assert record(whole) == record(pieces)
     assert checkpoint.load(whole).fingerprint == checkpoint.load(pieces).fingerprint
     checkpoint.verify(pieces)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", system.importable())
+def test_pieces_are_the_numbers_of_the_model(shared, name):
+    if not (shared / "parity" / name).is_dir():
+        pytest.skip(f"no fixture of {name} is shared")
+    fitting = held(name, shared / "parity")
+    found = {path: np.full(leaf.shape, np.nan) for path, leaf in fitting.leaves().items()}
+    for path, layer, part in fitting.pieces():
+        found[path][... if layer is None else layer] = part
+    imported = fitting.imported()
+    _, params, stats = parameters.split(imported.module)
+    wanted = {"params": params, "stats": stats}
+    if imported.average is not None:
+        wanted["ema"] = parameters.split(imported.average)[1]
+    wanted = parameters.paths(wanted)
+    assert set(wanted) == set(found)
+    for path, leaf in wanted.items():
+        np.testing.assert_array_equal(found[path], leaf, path)
 
 
 def test_sums_of_pieces_are_those_of_the_whole():
@@ -51,20 +89,54 @@ def test_sums_of_pieces_are_those_of_the_whole():
 def test_sums_in_blocks_are_those_of_the_whole(monkeypatch, size):
     leaf = jax.numpy.asarray(np.random.default_rng(0).normal(size=(5, 3, 7)).astype(np.float32))
     wanted = manifest.of({"a": leaf})
+    traced = manifest._checksum_in_blocks.__wrapped__
     monkeypatch.setattr(manifest, "BLOCK", size)
-    jax.clear_caches()
+    monkeypatch.setattr(manifest, "_checksum_in_blocks", jax.jit(lambda leaf: traced(leaf)))
     assert manifest.of({"a": leaf}) == wanted
-    jax.clear_caches()
 
 
 def test_a_step_whose_pieces_end_early_is_not_there(tmp_path):
-    fitting = held("taming_vqgan")
-    fitting.weights["decoder.conv_in.bias"] = stored.Stored(
-        np.dtype("f4"), fitting.weights["decoder.conv_in.bias"].shape, unreadable
-    )
+    fitting = held(SMALL)
+    last = fitting.rows[-1].key
+    fitting.weights[last] = stored.Stored(np.dtype("f4"), fitting.weights[last].shape, unreadable)
     with pytest.raises(UserError, match="the file is gone"):
         imports.save_fitting(tmp_path, fitting, {})
     assert not [f for f in (tmp_path / checkpoint.FOLDER).iterdir() if not f.name.startswith(".")]
+
+
+def test_an_interrupt_ends_a_step_that_is_under_way(tmp_path):
+    fitting = held(SMALL)
+    read = []
+
+    def fetch(array):
+        read.append(array)
+        if len(read) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        return array
+
+    for key, array in fitting.weights.items():
+        array = keymap.numbers(array)
+        fitting.weights[key] = stored.Stored(
+            array.dtype, array.shape, functools.partial(fetch, array)
+        )
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        imports.save_fitting(tmp_path, fitting, {})
+    left = [t.name for t in threading.enumerate() if t not in before and not t.daemon]
+    assert not [name for name in left if not name.startswith("metadata_store")]  # which is idle
+    assert len(read) < 10 < len(fitting.weights)
+    assert not list((tmp_path / checkpoint.FOLDER).iterdir())
+
+
+def test_an_error_of_the_store_is_told_and_nothing_waits_for_the_record(tmp_path, monkeypatch):
+    async def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stream._Handler, "_open_and_write", refuse)
+    with pytest.raises(UserError, match="step 0 could not be saved.*No space left"):
+        imports.save_fitting(tmp_path, held(SMALL), {})
+    assert not list((tmp_path / checkpoint.FOLDER).iterdir())
 
 
 def unreadable():
@@ -82,7 +154,10 @@ def test_pieces_must_make_the_leaves():
 
 def test_every_array_is_read_once(tmp_path, monkeypatch):
     """Of the file, after its header; what a checksum of the file reads is not counted."""
-    fixture = parity.Folder(HERE / "taming_vqgan", "taming_vqgan")
+    fixture, found = parity.Folder(HERE / SMALL, SMALL), system.named(SMALL)
+    weights = fixture.weights() | {"first_stage_model.conv.weight": np.ones((2, 3), np.float32)}
+    file = tmp_path / "x.ckpt"
+    writer.write(file, weights, form="torch", wrap=found.wrap)
     read = []
     fetched = stored.Stored.read
 
@@ -91,10 +166,9 @@ def test_every_array_is_read_once(tmp_path, monkeypatch):
         return fetched(self)
 
     monkeypatch.setattr(stored.Stored, "read", counted)
-    file = tmp_path / "x.ckpt"
-    writer.write(file, fixture.weights(), form="torch", wrap=("state_dict",))
-    made = importing.import_file(file, tmp_path / "out", "taming_vqgan", config=fixture.config)
+    made = importing.import_file(file, tmp_path / "out", SMALL, config=fixture.config)
     assert len(read) == len(set(read)) == len(made.fitting.weights) + len(made.fitting.aside)
+    assert made.fitting.aside
 
 
 LARGE = """

@@ -77,12 +77,17 @@ def drawn(loaded, codec):
     return np.asarray(tokens_BLG)
 
 
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "reference, vocab",
+    "reference, vocab, compute",
     [
-        pytest.param(*row, id=row[0], marks=() if row == FAMILIES[0] else pytest.mark.long)
+        pytest.param(
+            *row,
+            compute,
+            id=f"{row[0]}-{compute}",
+            marks=() if (row, compute) == (FAMILIES[0], "bfloat16") else pytest.mark.long,
+        )
         for row in FAMILIES
+        for compute in ("float32", "bfloat16")
     ],
 )
 def test_tokens_are_those_of_the_whole_network(tmp_path, reference, vocab, compute):

@@ -69,8 +69,10 @@ def find(path: str | os.PathLike) -> pathlib.Path:
                 return _best(found)
         elif folder.is_dir():
             return folder
+    hidden = "; it hides the published model of that name: rename it, or run this elsewhere"
     raise UserError(
         f"no checkpoint at {given}: need a work directory with {FOLDER}/STEP inside, or one step"
+        f"{hidden if str(path) in zoo.known() else ''}"
     )
 
 
@@ -90,7 +92,9 @@ def _to_pull(name: str) -> str:
 
 def _no_name(path: str) -> str:
     """What is to be said of what may have been meant as a published model's name."""
-    if os.sep in path or path in zoo.known():
+    if path.rstrip(os.sep) in zoo.known():
+        return f"; the published model is called {path.rstrip(os.sep)}, without a slash"
+    if os.sep in path:
         return ""
     try:
         zoo.named(path)
@@ -383,8 +387,8 @@ def verify(step: pathlib.Path) -> None:
         path: jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"], sharding=whole)
         for path, entry in meta["manifest"].items()
     }
-    leaves = restore(step, wanted, meta)
-    if wrong := not_finite(leaves):
+    wrong = [p for path, leaf in restored(step, wanted, meta) for p in not_finite({path: leaf})]
+    if wrong:
         raise UserError(
             f"checkpoint {step} holds numbers that are not finite, in {', '.join(wrong[:5])}"
             f"{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}: it was read as it was "

@@ -15,7 +15,8 @@ import math
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import ml_collections
@@ -28,6 +29,7 @@ from tokgen.config import building
 from tokgen.interfaces import PyTree, TokenLayout, UserError
 
 PATIENCE = 24 * 3600  # seconds that a save may take: of a published model it is all of the import
+LINGER = 5  # seconds that a save which was interrupted has to end
 ASIDE = "set_aside"  # steps that a run went back behind
 
 
@@ -106,7 +108,24 @@ class Run:
         self.wait()
         state = streams.StateSave(stream.tree(checkpoint.name))
         meta = streams.RecordSave(lambda: self._meta(step, metrics, stream.manifest()))
-        self._commit(step, state, meta)
+        try:
+            self._commit(step, state, meta, lambda: self._wait_for(stream))
+        except BaseException:
+            # Ctrl-C comes to this thread alone: the others would go on to the end of the file
+            stream.stop()
+            deadline = time.monotonic() + LINGER
+            while self.manager.is_saving_in_progress() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            _clear(self.workdir)
+            raise
+
+    def _wait_for(self, stream: streams.Stream) -> None:
+        """Until a stream has ended, or its step has failed.
+
+        Not by joining threads, as Orbax waits: Python takes one for ended where Ctrl-C comes.
+        """
+        while self.manager.is_saving_in_progress() and not stream.ended.wait(0.1):
+            pass
 
     def _meta(self, step: int, metrics: dict[str, float] | None, found: dict[str, dict]) -> dict:
         """The record of a step whose manifest is `found`."""
@@ -122,14 +141,19 @@ class Run:
         return meta | {"digest": manifest.digest(meta)}
 
     def _commit(
-        self, step: int, state: ocp.args.CheckpointArgs, meta: ocp.args.CheckpointArgs
+        self,
+        step: int,
+        state: ocp.args.CheckpointArgs,
+        meta: ocp.args.CheckpointArgs,
+        wait: Callable[[], None] = lambda: None,
     ) -> None:
-        """Write a step whole, or nothing of it."""
+        """Write a step whole, or nothing of it; `wait` is called while it is written."""
         # told below in one message, and not in Orbax's and asyncio's tracebacks besides
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         sys.unraisablehook = _unheard
         try:
             self.manager.save(step, args=ocp.args.Composite(state=state, meta=meta))
+            wait()
             self.manager.wait_until_finished()
         except UserError:
             _clear(self.workdir)

@@ -8,9 +8,10 @@ any other step is.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ class Stream:
         self.specs: dict[str, tuple[dict, Any]] = {}
         self.sums = manifest.Sums()
         self.error: BaseException | None = None
-        self.ended = threading.Event()
+        self.begun, self.ended, self.stopped = (threading.Event() for _ in range(3))
 
     def tree(self, name: Callable[[str], str]) -> dict[str, _Leaf]:
         """What Orbax is to save, by the names that leaves have in the store."""
@@ -47,23 +48,36 @@ class Stream:
             raise self.error
         return self.sums.manifest(self.leaves)
 
+    def stop(self) -> None:
+        """Write no further piece: the step fails. Returns when the last one is written."""
+        self.stopped.set()
+        if self.begun.is_set():
+            self.ended.wait()
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """An error inside ends the stream: who waits for the record is told of it."""
+        self.begun.set()
+        try:
+            yield
+        except BaseException as error:
+            self.error = self.error or error
+            self.ended.set()
+            raise
+
     async def add(self, path: str, spec: dict, context: Any) -> None:
         """Say where a leaf lies in the store; with the last of them, write all."""
         self.specs[path] = spec, context
-        if len(self.specs) < len(self.leaves):
-            return
-        try:
+        if len(self.specs) == len(self.leaves):
             await self._write()
-        except BaseException as error:
-            self.error = error
-            raise
-        finally:
             self.ended.set()
 
     async def _write(self) -> None:
         stores: dict[str, Any] = {}
         missing = {path: int(np.prod(leaf.shape)) for path, leaf in self.leaves.items()}
         for path, layer, numbers in self.pieces:
+            if self.stopped.is_set():
+                raise InterruptedError("stopped before its end")
             numbers = np.asarray(numbers, self.leaves[path].dtype, order="C")
             if path not in stores:
                 stores[path] = await self._opened(path, layered=layer is not None)
@@ -101,6 +115,11 @@ class _Leaf:
 
 class _Handler(ocp.type_handlers.NumpyHandler):
     """Stores leaves as numpy arrays are stored."""
+
+    async def _background_serialize(self, values: Sequence[_Leaf], *args: Any, **kwargs: Any):
+        # Orbax waits for the record first, whatever became of the arrays
+        with values[0].stream.failing():
+            await super()._background_serialize(values, *args, **kwargs)
 
     async def _open_and_write(self, value: _Leaf, tspec: dict, ts_context: Any) -> None:
         await value.stream.add(value.path, tspec, ts_context)
