@@ -88,7 +88,8 @@ def test_from_nothing_to_a_picture_with_one_command_and_then_without_a_network(
     assert done.returncode == 0, done.stderr
     files = {rows[one].file for one in (name, rows[name].tokenizer)}
     assert {pathlib.PurePosixPath(request.path).name for request in hub.requests} == files
-    assert len(hub.requests) == 6 and {r.method for r in hub.requests} == {"HEAD", "GET"}
+    # of each file: is it there, what is it, where is it, the file itself
+    assert [r.method for r in hub.requests] == ["HEAD"] * 2 + 2 * ["HEAD", "GET", "GET"]
     hub.requests.clear()
     done = call(*words, "two", HF_ENDPOINT=loopback.nobody(), HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
@@ -131,7 +132,7 @@ def test_an_import_that_is_killed_is_made_anew(seconds, call, hub):
     done = call("pull", "var-d16", "--yes")
     assert done.returncode == 0, done.stderr
     again = [line for line in hub.asked()[len(fetched) :] if line in fetched]
-    assert again == []  # what was fetched is not fetched again
+    assert not [line for line in again if line.startswith("GET")]  # nothing is fetched twice
     assert call("checkpoint", "var-d16", "--verify").returncode == 0
     assert call("checkpoint", "var-tokenizer", "--verify").returncode == 0
 

@@ -62,7 +62,10 @@ def noise(count: int, seed: int = 0) -> np.ndarray:
     ("asked", "words"),
     [
         (dict(classes="ring,3", number=2, seed=4), ("--classes", "ring,3")),
-        (dict(classes=[1, 3], number=2, seed=4, preset="half"), ("--preset", "half")),
+        pytest.param(
+            *(dict(classes=[1, 3], number=2, seed=4, preset="half"), ("--preset", "half")),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_all_ways_to_draw_give_the_same_bits(model, place, tmp_path, asked, words):
@@ -104,6 +107,7 @@ def test_networks_are_loaded_and_compiled_once(place, monkeypatch):
     assert loads[2:] == [("generator", "bfloat16")]  # a preset's own precision, once
 
 
+@pytest.mark.long
 def test_one_precision_where_it_is_asked_for(place):
     model = tokgen.load(place / "generator", precision="bfloat16")
     assert model.config.precision.compute == "bfloat16" and "bfloat16" in repr(model)
@@ -271,7 +275,10 @@ def tiny(layout: TokenLayout, family: str, classes: int = 3) -> image_models.Ima
     return image_models.ImageGenerator(loaded, types.SimpleNamespace(decoder=codec))
 
 
-@pytest.mark.parametrize(("family", "vocab"), [("raster", (2, 3)), ("random", (3,))])
+@pytest.mark.parametrize(
+    ("family", "vocab"),
+    [pytest.param("raster", (2, 3), marks=pytest.mark.long), ("random", (3,))],
+)
 def test_probabilities_of_all_images_add_up_to_one(family, vocab):
     layout = TokenLayout(vocab, ((1, 3),))
     model = tiny(layout, family)

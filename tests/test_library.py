@@ -79,7 +79,18 @@ def failures(name: str) -> str:
     return "".join(said)
 
 
-@pytest.mark.parametrize("name", [name for name in ENTRIES if name not in SCORES])
+# Methods have the examples of functions nearly; pulling by name is tested beside `pulling`.
+SLOW = {name for name in ENTRIES if "." in name} | {"load", "pull", "import_file", "validate"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.long] * (name in SLOW))
+        for name in ENTRIES
+        if name not in SCORES
+    ],
+)
 def test_examples_of_docstrings_are_true(name, there):
     assert failures(name) == ""
 
@@ -145,6 +156,7 @@ def test_help_tells_the_way_in():
         assert words in said
 
 
+@pytest.mark.long
 def test_the_page_is_true_from_top_to_bottom(there):
     words = {}
     blocks = re.findall(r"(?ms)^```python\n(.*?)^```$", PAGE)
@@ -153,6 +165,14 @@ def test_the_page_is_true_from_top_to_bottom(there):
         exec(compile(block, f"docs/library.md, block {number}", "exec"), words)
     assert pathlib.Path("ring.png").exists() and pathlib.Path("pairs.png").exists()
     assert words["log_p_N"].shape == (2,) and words["best"] in words["model"].classes
+
+
+def test_the_first_example_of_the_readme_draws_a_published_model(there):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"(?ms)^```python\n(.*?)^```$", readme)[1]
+    exec(compile(block, "README.md, the first block", "exec"), {})
+    with PIL.Image.open("dog.png") as picture:
+        assert picture.size == (8, 8)
 
 
 def test_the_page_names_all_that_is_public():

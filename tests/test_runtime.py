@@ -1,6 +1,9 @@
 """The process: devices that cannot be used are one message, caches have a place."""
 
+import os
 import pathlib
+import subprocess
+import sys
 import tempfile
 
 import jax
@@ -70,3 +73,14 @@ def test_a_cache_that_cannot_be_written_is_said(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TOKGEN_CACHE", str(tmp_path / "cache"))
     runtime.devices()
     assert changed["jax_compilation_cache_dir"] == str(tmp_path / "cache" / "xla")
+
+
+def test_devices_that_jax_has_started_stay():
+    code = (
+        "import jax, tokgen.runtime as runtime; jax.numpy.zeros(1); runtime.devices(64); "
+        "runtime.devices(64); print(jax.local_device_count())"
+    )
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=120)
+    assert found.stdout.split() == ["1"], found.stderr

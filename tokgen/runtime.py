@@ -175,12 +175,24 @@ def devices(batch_size: int = 0) -> None:
     count = int(os.environ.get("JAX_NUM_CPU_DEVICES") or 8 * asked)
     if batch_size and not count:
         count = max(n for n in range(1, min(cores(), 8) + 1) if batch_size % n == 0)
-        jax.config.update("jax_num_cpu_devices", count)
+        count = _counted(count)
     if count > 1:
         # XLA sizes its thread pool by NPROC. With one thread per device, programs with collectives
         # that are in flight together take each other's threads and wait for ever (jax 0.10.2).
         os.environ.setdefault("NPROC", str(max(4 * count, cores())))
     check_platform()
+
+
+def _counted(count: int) -> int:
+    """Ask jax for so many CPU devices; how many there are: once it has started they stay."""
+    import jax
+
+    if jax.config.jax_num_cpu_devices != count:
+        try:
+            jax.config.update("jax_num_cpu_devices", count)
+        except RuntimeError:
+            return jax.local_device_count()
+    return count
 
 
 def check_platform() -> None:

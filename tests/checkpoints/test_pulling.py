@@ -9,6 +9,7 @@ import time
 import types
 
 import pytest
+from huggingface_hub import constants
 
 import tokgen
 from tests import command_line, loopback, published
@@ -48,19 +49,33 @@ def served(small, tmp_path):
         yield found
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What one command left, said and asked for."""
+
+    folder: pathlib.Path
+    models: pathlib.Path
+    said: list[str]
+    asked: list[str]
+    requests: list[loopback.Request]
+
+
 @pytest.fixture(scope="module")
-def models(small, tmp_path_factory):
-    """A cache into which both were pulled once."""
-    folder = tmp_path_factory.mktemp("pulled")
-    with serving(small, folder):
-        pulling.pull(NAME, yes=True)
-        return runtime.cache_folder() / "models"
+def drawn(small, tmp_path_factory):
+    """An image by name, from an empty cache, with one command."""
+    folder, lines = tmp_path_factory.mktemp("drawn"), []
+    words = ("sample", NAME, "--classes", "golden retriever", "--number", "1", "--out", "one")
+    with serving(small, folder) as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "say", lines.append)
+        assert command_line.call(*words, "--yes") == 0
+        models = runtime.cache_folder() / "models"
+        return Drawn(folder, models, lines, hub.asked(), hub.requests)
 
 
 @pytest.fixture
-def here(models, served):
+def here(drawn, served):
     """The hub, and both models in the cache."""
-    shutil.copytree(models, runtime.cache_folder() / "models")
+    shutil.copytree(drawn.models, runtime.cache_folder() / "models")
     return served
 
 
@@ -77,31 +92,34 @@ def kept():
     return sorted(one.name for one in place.iterdir()) if place.is_dir() else []
 
 
-def test_one_command_draws_and_the_next_asks_nobody(served, tmp_path, capfd):
-    words = ("sample", NAME, "--classes", "golden retriever", "--number", "1")
-    assert command_line.call(*words, "--yes", "--out", "one") == 0
-    said = capfd.readouterr().err
-    for one in (NAME, TOKENIZER):
-        row = zoo.named(one)
+def test_one_command_draws(drawn, small):
+    said = "\n".join(drawn.said)
+    for row in small[0].values():
         assert f"{row.file}, {report.amount(row.size)}, from {row.repository}" in said
     assert "licence MIT" in said and "1 images in one" in said
-    expected = []
-    for row in map(zoo.named, (TOKENIZER, NAME)):
+    rows = [small[0][name] for name in (TOKENIZER, NAME)]
+    expected = [
+        f"HEAD /{row.repository}/resolve/main/{row.file}" for row in rows
+    ]  # is either there?
+    for row in rows:
         expected += [
             f"HEAD /{row.repository}/resolve/main/{row.file}",
             f"GET /{row.repository}/resolve/{loopback.COMMIT}/{row.file}",
             f"GET /stored/{row.repository}/{row.file}",
         ]
-    assert served.asked() == expected
-    for request in served.requests:
+    assert drawn.asked == expected
+    for request in drawn.requests:
         assert not {"authorization", "cookie"} & set(request.headers)
-    assert kept() == [NAME, TOKENIZER]  # neither files nor locks
-    served.requests.clear()
-    served.status = 500
-    assert command_line.call("checkpoint", NAME, "--verify") == 0
-    assert served.requests == []
-    (picture,) = (tmp_path / "one").glob("seed0-*.png")
+    # neither files nor locks
+    assert sorted(one.name for one in drawn.models.iterdir()) == [NAME, TOKENIZER]
+    (picture,) = (drawn.folder / "one").glob("seed0-*.png")
     assert "golden_retriever" in picture.name
+
+
+def test_the_next_command_asks_nobody(here):
+    here.status = 500
+    assert command_line.call("checkpoint", NAME) == 0
+    assert here.requests == []
 
 
 def repository_file(name):
@@ -112,22 +130,22 @@ def repository_file(name):
 def test_what_is_pulled_says_where_it_is_from(here):
     place = pulling.pull(NAME)
     assert place == pulling.folder(NAME) == runtime.cache_folder() / "models" / NAME
-    loaded = checkpoint.load_generator(NAME)
-    assert loaded.classes == imagenet.NAMES and loaded.step.parent.parent == place
-    source = loaded.meta["source"]
+    model = tokgen.load(NAME, tokenizer=TOKENIZER)
+    assert model.classes == imagenet.NAMES and model.step.parent.parent == place
+    assert f"ImageGenerator of {NAME}: " in repr(model)
+    source = model.loaded.meta["source"]
     assert source["file"] == "var_d16.pth" and source["system"] == "var"
     assert source["licence"] == "not stated" and source["home"] == zoo.named(NAME).home
-    found = checkpoint.load_tokenizer_of(loaded)
-    assert found.step.parent.parent.resolve() == pulling.folder(TOKENIZER)
-    assert checkpoint.load_tokenizer_of(loaded, TOKENIZER).fingerprint == found.fingerprint
+    assert model.tokenizer.step.parent.parent.resolve() == pulling.folder(TOKENIZER)
     assert here.requests == []
 
 
-def test_a_tokenizer_that_is_here_is_not_fetched_again(here, said):
+def test_a_tokenizer_that_is_here_is_not_fetched_again(here, said, monkeypatch):
     shutil.rmtree(pulling.folder(NAME))
+    brought = []
+    monkeypatch.setattr(pulling, "_bring", lambda name, file: brought.append(name))
     pulling.pull(NAME, yes=True)
-    assert not [line for line in here.asked() if "vae" in line]
-    assert not [line for line in said[-6:] if line.startswith(f"{TOKENIZER}:")]
+    assert brought == [NAME] and not [line for line in said if line.startswith(f"{TOKENIZER}:")]
 
 
 def test_nothing_is_fetched_without_a_word(served, monkeypatch):
@@ -180,6 +198,28 @@ def test_what_is_refused_anyway_is_refused_before_it_is_fetched(
     assert served.requests == []
 
 
+def test_a_model_that_the_hub_lacks_is_told_before_its_tokenizer_is_fetched(served):
+    del served.files[repository_file(NAME)]
+    with pytest.raises(errors.UserError, match=r"has no var_d16.pth .*HF_ENDPOINT"):
+        pulling.pull(NAME, yes=True)
+    assert not [line for line in served.asked() if line.startswith("GET")]
+
+
+def test_without_a_hub_the_file_that_is_missing_has_its_own_command(served, small, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    file = next(iter(small[1].values()))
+    with pytest.raises(errors.UserError, match=f"then: tokgen pull {TOKENIZER} --file PATH"):
+        pulling.pull(NAME, yes=True, file=file)
+
+
+def test_a_slash_after_a_name_and_a_folder_that_hides_one(here, tmp_path, monkeypatch):
+    with pytest.raises(errors.UserError, match=f"is called {NAME}, without a slash"):
+        checkpoint.find(f"{NAME}/")
+    (tmp_path / NAME).mkdir()
+    with pytest.raises(errors.UserError, match="hides the published model"):
+        checkpoint.find(NAME)
+
+
 def test_a_name_in_python_is_not_fetched_unasked(served):
     with pytest.raises(errors.UserError, match=r'tokgen pull var-d16 .* tokgen.pull\("var-d16"'):
         tokgen.sample(NAME)
@@ -203,12 +243,13 @@ def test_a_folder_of_that_name_comes_first(here, said, tmp_path):
     assert said[-1] == f"{NAME} is the one in this folder, not the published model of that name"
 
 
-def test_a_file_that_the_user_has_is_imported_without_a_question(served, small):
+def test_a_file_that_the_user_has_is_imported_without_a_question(here, small):
     _, files = small
-    pulling.pull(TOKENIZER, file=files[repository_file(TOKENIZER)])
+    pulling.remove(NAME)
     pulling.pull(NAME, file=files[repository_file(NAME)])
-    assert served.requests == [] and kept() == [NAME, TOKENIZER]
-    assert checkpoint.load_generator(NAME).classes == imagenet.NAMES
+    assert here.requests == [] and kept() == [NAME, TOKENIZER]
+    meta = checkpoint.read_meta(checkpoint.find(NAME))
+    assert tuple(meta["classes"]) == imagenet.NAMES
     assert all(file.exists() for file in files.values())
     pulling.remove(NAME)
     with pytest.raises(errors.UserError, match="no file gone.pth: --file names"):
@@ -235,6 +276,7 @@ def test_what_is_removed_is_gone(here):
     assert kept() == [] and here.requests == []
 
 
+@pytest.mark.long
 def test_a_tokenizer_that_was_removed_is_brought_back_for_its_generator(here):
     assert f"; {NAME} will fetch it again" in pulling.remove(TOKENIZER)
     before = checkpoint.read_meta(checkpoint.find(NAME))["tokenizer"]["fingerprint"]
@@ -269,13 +311,18 @@ def test_a_removal_that_was_killed_is_gone_on_with(here):
     assert kept() == [TOKENIZER]
 
 
+def refused(name, file):
+    raise errors.UserError("other keys")
+
+
 def test_a_wrong_file_costs_nothing_of_what_was_fetched(here, small, monkeypatch):
     shutil.rmtree(pulling.folder(NAME))
     monkeypatch.setattr(pulling.hub, "TRIES", 1)
     here.cuts = 1
     with pytest.raises(errors.UserError, match="goes on"):
         pulling.pull(NAME, yes=True)
-    with pytest.raises(errors.UserError, match="cannot be imported as var-d16"):
+    monkeypatch.setattr(pulling, "_import", refused)
+    with pytest.raises(errors.UserError, match="cannot be imported as var-d16: other keys"):
         pulling.pull(NAME, file=small[1][repository_file(TOKENIZER)])
     assert kept() == [f".{NAME}.fetched", TOKENIZER]
 
@@ -304,29 +351,29 @@ def test_a_cache_that_cannot_be_made_is_one_message(served):
     assert served.requests == []
 
 
-def test_a_file_of_another_model_leaves_nothing_and_can_be_fetched_again(here, small):
+def test_a_file_of_another_model_leaves_nothing(here, small):
     shutil.rmtree(pulling.folder(NAME))
     served, files = here, small[1]
-    good = files[repository_file(NAME)]
     served.files[repository_file(NAME)] = files[repository_file(TOKENIZER)]
     with pytest.raises(errors.UserError, match="var_d16.pth cannot be imported as var-d16: "):
         pulling.pull(NAME, yes=True)
-    assert NAME not in kept()
-    served.files[repository_file(NAME)] = good
-    pulling.pull(NAME, yes=True)
-    assert kept() == [NAME, TOKENIZER]
+    assert kept() == [TOKENIZER]
 
 
-def test_what_was_fetched_is_imported_after_a_kill(served, monkeypatch):
+def test_what_was_fetched_is_imported_after_a_kill(served, small, monkeypatch):
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(pulling.importing, "import_file", killed)
-        with pytest.raises(KeyboardInterrupt):
-            pulling.pull(TOKENIZER, yes=True)
+    def imported(file, out, system, **_):
+        assert file.read_bytes() == small[1][repository_file(TOKENIZER)].read_bytes()
+        out.mkdir()
+
+    monkeypatch.setattr(pulling.importing, "import_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pulling.pull(TOKENIZER, yes=True)
     assert kept() == [f".{TOKENIZER}.fetched"]
     served.requests.clear()
+    monkeypatch.setattr(pulling.importing, "import_file", imported)
     pulling.pull(TOKENIZER, yes=True)
     assert served.requests == [] and kept() == [TOKENIZER]
 

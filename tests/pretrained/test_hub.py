@@ -193,8 +193,8 @@ def test_an_address_that_cannot_be_read(location, served, tmp_path):
 @pytest.mark.parametrize(
     ("status", "words", "requests"),
     [
-        (401, "does not give .* --file PATH", 1),
-        (403, "does not give .* --file PATH", 1),
+        (401, "does not give .* fetch it elsewhere", 1),
+        (403, "does not give .* fetch it elsewhere", 1),
         (404, "has no deep/model.pth", 1),
         (429, "no more requests for now .* in 7 s", 1),
         (500, "out of order", hub.TRIES),
@@ -224,7 +224,9 @@ def test_what_is_no_hub(served, tmp_path):
 def test_a_hub_that_does_not_answer(served, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "TRIES", 2)
     pointed(monkeypatch, loopback.nobody())
-    with pytest.raises(errors.UserError, match="(?i)connection refused.*HF_ENDPOINT.*--file PATH"):
+    with pytest.raises(
+        errors.UserError, match="(?i)connection refused.*HF_ENDPOINT.*fetch it elsewhere"
+    ):
         fetched(tmp_path / "place")
 
 
@@ -238,7 +240,7 @@ def test_a_hub_that_hangs(served, tmp_path, monkeypatch):
 
 def test_without_a_network(served, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(errors.UserError, match="HF_HUB_OFFLINE is set.*--file PATH"):
+    with pytest.raises(errors.UserError, match="HF_HUB_OFFLINE is set.*fetch it elsewhere"):
         fetched(tmp_path / "place")
     assert served.requests == []
 

@@ -69,8 +69,10 @@ def find(path: str | os.PathLike) -> pathlib.Path:
                 return _best(found)
         elif folder.is_dir():
             return folder
+    hidden = "; it hides the published model of that name: rename it, or run this elsewhere"
     raise UserError(
         f"no checkpoint at {given}: need a work directory with {FOLDER}/STEP inside, or one step"
+        f"{hidden if str(path) in zoo.known() else ''}"
     )
 
 
@@ -90,7 +92,9 @@ def _to_pull(name: str) -> str:
 
 def _no_name(path: str) -> str:
     """What is to be said of what may have been meant as a published model's name."""
-    if os.sep in path or path in zoo.known():
+    if path.rstrip(os.sep) in zoo.known():
+        return f"; the published model is called {path.rstrip(os.sep)}, without a slash"
+    if os.sep in path:
         return ""
     try:
         zoo.named(path)

@@ -57,7 +57,7 @@ def pull(name: str, *, yes: bool = False, file: str | os.PathLike = "") -> pathl
         return place
     wanted = [one for one in needed if one != name or not file]
     if model.tokenizer and model.tokenizer not in needed:
-        checkpoint.load_reference(folder(model.tokenizer))  # a damaged one is told now
+        checkpoint.read_meta(checkpoint.find(folder(model.tokenizer)))  # a damaged one is told now
     _check_homes(name, wanted)
     if file and not os.path.exists(file):
         raise UserError(
@@ -67,6 +67,10 @@ def pull(name: str, *, yes: bool = False, file: str | os.PathLike = "") -> pathl
     _tell(name, needed, wanted)
     if wanted:
         _check_agreed(name, sum(zoo.named(one).size for one in wanted), yes)
+    _make(place.parent)
+    if len(wanted) > 1:  # before the first of them takes its time
+        for one in wanted:
+            hub.check(*_asked(one), without=_elsewhere(one))
     for one in needed:
         _bring(one, file if one == name else "")
     return place
@@ -91,14 +95,21 @@ def remove(name: str) -> str:
     place = folder(name)
     with _held(name):
         size, fetched = taken(place), _fetched(name)
+        begun = taken(fetched)
         part = place.with_name(f".{name}.removed")
         shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
         if place.exists():
             place.replace(part)  # at one blow: a half is never found
         for one in (part, fetched):
             shutil.rmtree(one, ignore_errors=True)
+    if begun and not size:
+        return f"{name} is not here; {report.amount(begun)} that had come of it are removed"
     if not size:
         return f"{name} is not here"
+    tokenizer = zoo.named(name).tokenizer
+    if tokenizer and folder(tokenizer).exists():
+        stays = f"; its tokenizer {tokenizer} stays ({report.amount(taken(folder(tokenizer)))})"
+        return f"{name} is removed; it took {report.amount(size)}{stays}"
     users = [one for one, model in zoo.known().items() if model.tokenizer == name]
     users = [one for one in users if folder(one).exists()]
     again = f"; {', '.join(users)} will fetch it again" if users else ""
@@ -110,17 +121,33 @@ def taken(place: pathlib.Path) -> int:
     return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
 
 
+def _asked(name: str) -> tuple[str, str, pathlib.Path]:
+    """What the hub is asked for: repository and file; and where it goes."""
+    model = zoo.named(name)
+    return model.repository, model.file, _fetched(name)
+
+
+def _elsewhere(name: str) -> str:
+    """What helps where the hub does not."""
+    return f"fetch it elsewhere, and then: tokgen pull {name} --file PATH"
+
+
 def _fetched(name: str) -> pathlib.Path:
     """Where the published file lies until it is imported."""
     return folder(name).with_name(f".{name}.fetched")
+
+
+def _make(models: pathlib.Path) -> None:
+    """The folder of all models."""
+    with failures.reserved(models, option=""):
+        models.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
 def _held(name: str) -> Iterator[None]:
     """One process at a time brings or removes a model; others wait for it."""
     place = folder(name)
-    with failures.reserved(place.parent, option=""):
-        place.parent.mkdir(parents=True, exist_ok=True)
+    _make(place.parent)
     with failures.told(place.parent, option=""):
         lock = place.with_name(f".{name}.pull")
         with locks.waiting(lock, f"{name} is being pulled by {{}}; waiting for it"):
@@ -134,7 +161,7 @@ def _bring(name: str, file: str | os.PathLike) -> None:
         if place.exists():  # by another process, meanwhile
             return
         fetched = _fetched(name)
-        found = file or hub.fetch(model.repository, model.file, fetched, about=model.size)
+        found = file or _found(name)
         report.say(f"{name}: importing {pathlib.Path(found).name}")
         try:
             _import(name, found)
@@ -145,6 +172,16 @@ def _bring(name: str, file: str | os.PathLike) -> None:
             raise UserError(f"{model.file} cannot be imported as {name}: {error}") from error
         shutil.rmtree(fetched, ignore_errors=True)
     report.say(f"{name} is here: {place} ({report.amount(taken(place))})")
+
+
+def _found(name: str) -> pathlib.Path:
+    """The file of a model, fetched."""
+    try:
+        about = zoo.named(name).size
+        return hub.fetch(*_asked(name), about=about, without=_elsewhere(name))
+    except (KeyboardInterrupt, runtime.Stopped):
+        report.say(f"{name}: the same command goes on with what came")
+        raise
 
 
 def _import(name: str, file: str | os.PathLike) -> None:

@@ -10,7 +10,9 @@ from tokgen import options, report
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint", type=options.checkpoint, help="a work directory, or one step of it"
+        "checkpoint",
+        type=options.checkpoint,
+        help="a work directory, one step of it, or a published model's name",
     )
     parser.add_argument("--verify", action="store_true", help="read and check every array")
     parser.add_argument("--config", action="store_true", help="print the config inside, as JSON")

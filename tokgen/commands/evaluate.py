@@ -18,7 +18,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         type=options.checkpoint,
-        help="a work directory or one step of it; or samples: .npz, folder of images",
+        help="a work directory, one step of it, or a published model's name; or samples: .npz, "
+        "folder of images",
     )
     parser.add_argument(
         "--reconstruction", action="store_true", help="of a tokenizer; told from the checkpoint"

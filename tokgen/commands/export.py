@@ -9,7 +9,9 @@ from tokgen import options, output, report
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint", type=options.checkpoint, help="a work directory, or one step of it"
+        "checkpoint",
+        type=options.checkpoint,
+        help="a work directory, one step of it, or a published model's name",
     )
     parser.add_argument("--out", required=True, help="folder to write to; must be new or empty")
     output.arguments(parser)

@@ -50,6 +50,7 @@ def _chosen(system: str, kind: str) -> dict[str, zoo.Model]:
     """Those of a system, or of a family by its name, and of a kind; "" is any."""
     known = zoo.known()
     names = {name: {m.system, m.otherwise, m.family.lower()} - {""} for name, m in known.items()}
+    system = system.lower()
     if system:
         choices.named(dict.fromkeys(sorted(set().union(*names.values()))), system, "--system")
     found = {

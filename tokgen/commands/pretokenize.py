@@ -34,9 +34,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what is no tokenizer."""
+    from tokgen import runtime
     from tokgen.checkpoints import pulling
+    from tokgen.data import pretokenization
 
+    pretokenization.check(batch=args.batch, max_bad=args.max_bad)
     pulling.check_kind(args.tokenizer, "tokenizer")
+    # before it is pulled: an import starts jax, which counts its devices once
+    runtime.devices(args.batch)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         type=options.checkpoint,
-        help="of a tokenizer: a work directory, or one step of it",
+        help="of a tokenizer: a work directory, one step of it, or a published model's name",
     )
     parser.add_argument("images", help="an image, or a folder of images")
     parser.add_argument("--out", required=True, help="folder for pairs.png and figures.json")

@@ -16,7 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         type=options.checkpoint,
-        help="of a generator: a work directory, or one step of it",
+        help="of a generator: a work directory, one step of it, or a published model's name",
     )
     parser.add_argument("--out", required=True, help="folder for the images; must be new or empty")
     output.arguments(parser)

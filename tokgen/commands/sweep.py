@@ -17,7 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         type=options.checkpoint,
-        help="of a generator: a work directory, or one step of it",
+        help="of a generator: a work directory, one step of it, or a published model's name",
     )
     parser.add_argument("--protocol", required=True, help=", ".join(protocols.PROTOCOLS))
     parser.add_argument("--reference", required=True, help="what tokgen reference wrote")

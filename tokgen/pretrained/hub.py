@@ -33,19 +33,38 @@ CHUNK, UNIT = 2**20, 10**6  # bytes that are hashed at a time; bytes that progre
 SHOWN = 10 * UNIT  # smaller files are there before a bar is
 NEAR = 0.9, 1.1  # of the size that was told: what is no news
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # the hub's: git's SHA-1 of small files, or SHA-256
-FILE = "fetch it elsewhere and name it with --file PATH"  # what goes without the hub
+ELSEWHERE = "fetch it elsewhere"  # what goes without the hub
+PUBLIC = "huggingface.co"
 
 WHO = dict(library_name="tokgen", library_version=tokgen.__version__)
 
 T = TypeVar("T")
 
 
-def fetch(repository: str, file: str, folder: pathlib.Path, *, about: int = 0) -> pathlib.Path:
+def check(repository: str, file: str, folder: pathlib.Path, *, without: str = ELSEWHERE) -> None:
+    """An error where `fetch` would not get the file, and it is not here: one request, of its size.
+
+    `without` is what helps where the hub does not.
+    """
+    _check_environment()
+    if not _folders(folder) and _cached_blob(repository, file) is None:
+        with _told(repository, file, without):
+            _described(repository, file)
+
+
+def fetch(
+    repository: str,
+    file: str,
+    folder: pathlib.Path,
+    *,
+    about: int = 0,
+    without: str = ELSEWHERE,
+) -> pathlib.Path:
     """A file of the repository OWNER/NAME, verified against the hub's own hash; where it lies.
 
     It is written to `folder`/HASH, and what a process that ended left there is gone on with. No
     request is made for one that is whole there, or in the hub's cache of this user. A size far from
-    `about`, which the user was told, is said.
+    `about`, which the user was told, is said. `without` is what helps where the hub does not.
 
     Raises:
         UserError: it cannot be had, or is not what the hub says it is; in words for the user.
@@ -54,7 +73,7 @@ def fetch(repository: str, file: str, folder: pathlib.Path, *, about: int = 0) -
     found = _whole(folder, file) or _cached(repository, file)
     if found is not None:
         return found
-    with _told(repository, file, FILE), _without_empty(folder):
+    with _told(repository, file, without), _without_empty(folder):
         said, revised = _described(repository, file)
         if about and not NEAR[0] * about < said.size < NEAR[1] * about:
             size = report.amount(said.size)
@@ -146,20 +165,25 @@ def _whole(place: pathlib.Path, file: str) -> pathlib.Path | None:
 
 
 def _cached(repository: str, file: str) -> pathlib.Path | None:
-    """The file in the hub's own cache, if it is whole there; the name of a blob is its hash."""
-    import huggingface_hub
-
-    found = huggingface_hub.try_to_load_from_cache(repository, file)
-    if not isinstance(found, str):
+    """The file in the hub's own cache, if it is whole there."""
+    found = _cached_blob(repository, file)
+    if found is None:
         return None
     blob = pathlib.Path(os.path.realpath(found))
-    if not HASH.fullmatch(blob.name):
-        return None
     if not _matches(blob, blob.name):
         report.say(f"{found} does not match its hash: it is left where it is, and fetched anew")
         return None
     report.say(f"{file} is taken from the hub's cache, {found}")
     return pathlib.Path(found)
+
+
+def _cached_blob(repository: str, file: str) -> str | None:
+    """Where the hub's own cache has a file under its hash, which is the name of a blob."""
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(repository, file)
+    named = isinstance(found, str) and HASH.fullmatch(os.path.basename(os.path.realpath(found)))
+    return found if named else None
 
 
 def _matches(file: pathlib.Path, digest: str) -> bool:
@@ -337,9 +361,8 @@ def _refused(repository: str, file: str, error: BaseException, without: str) -> 
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"{what} is not here, and HF_HUB_OFFLINE is set: unset it, or {without}"
     if status == 404:
-        return (
-            f"{asked} has no {what} (status 404): it was moved or removed; look for it at {asked}"
-        )
+        other = "" if asked == PUBLIC else f"; HF_ENDPOINT names this hub in the place of {PUBLIC}"
+        return f"{asked} has no {what} (status 404): it was moved or removed{other}"
     if status in (401, 403):
         return (
             f"{asked} does not give {what} (status {status}): it may be gone, or asks for an "

@@ -144,6 +144,8 @@ def run(
         check(settings)
         for named in _checkpoints(settings):
             if zoo.is_name(named):
+                # first: an import starts jax, which counts its devices once
+                runtime.devices(settings.batch_size)
                 pulling.pull(named, yes=arguments.yes)
         with runs.lock(arguments.workdir, _pictures(settings, arguments.workdir)):
             if arguments.start is not None:
