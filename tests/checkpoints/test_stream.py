@@ -1,5 +1,6 @@
 """Steps that are written in pieces are the steps that are written whole."""
 
+import dataclasses
 import errno
 import functools
 import os
@@ -173,6 +174,29 @@ def test_every_array_is_read_once(tmp_path, monkeypatch):
     made = importing.import_file(file, tmp_path / "out", SMALL, config=fixture.config)
     assert len(read) == len(set(read)) == len(made.fitting.weights) + len(made.fitting.aside)
     assert made.fitting.aside
+
+
+def test_weights_that_are_their_own_average_are_read_once():
+    """As those of an export, which holds what is used alone."""
+    fitting, read = held(SMALL), []
+
+    def fetch(key, array):
+        read.append(key)
+        return array
+
+    weights = {
+        key: stored.Stored(array.dtype, array.shape, functools.partial(fetch, key, array))
+        for key, array in fitting.weights.items()
+    }
+    found = dataclasses.replace(fitting, weights=weights, average=weights)
+    pieces = {(path, layer): part for path, layer, part in found.pieces()}
+    assert sorted(read) == sorted(weights)
+    averages = {path for path, _ in pieces if path.startswith("ema/")}
+    assert averages == {path for path in found.leaves() if path.startswith("ema/")}
+    for path, layer in pieces:
+        if path.startswith("ema/"):
+            live = pieces[path.replace("ema/", "params/"), layer]
+            np.testing.assert_array_equal(pieces[path, layer], live)
 
 
 # VmHWM: what getrusage says is never less than what the parent held

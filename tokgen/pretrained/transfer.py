@@ -135,7 +135,8 @@ class Fitting:
             parts = read(self.weights, row, self.source)
             for path, layer, part in parts:
                 yield f"{'params' if path in trained else 'stats'}/{path}", layer, part
-            if row.key in self.average:
+            # an export of ours has one array for both
+            if self.average.get(row.key, self.weights[row.key]) is not self.weights[row.key]:
                 parts = read(self.average, row, _averages(self.source))
             for path, layer, part in parts:
                 if self.average and path in trained:
