@@ -20,6 +20,7 @@ from tokgen.pretrained import parity
 from tokgen.zoo import model as zoo
 
 NAME, TOKENIZER = "var-d16", "var-tokenizer"
+IMPORT = ("import", "--system", "var")
 ELSEWHERE = ("maskgit-tokenizer-256", "maskgit-256")  # whose files are not on the hub
 
 
@@ -185,6 +186,9 @@ def terminal(monkeypatch, answer):
         (["reconstruct", TOKENIZER, "taken", "--out", "taken"], "is not empty"),
         (["pretokenize", "--tokenizer", NAME, "--out", "new"], "need a tokenizer"),
         (["export", NAME, "--out", "taken"], "is not empty"),
+        ([*IMPORT, "nowhere.pth", "--tokenizer", TOKENIZER, "--out", "new"], "no file nowhere.pth"),
+        ([*IMPORT, "taken", "--tokenizer", TOKENIZER, "--out", "taken"], "is not empty"),
+        ([*IMPORT, "taken", "--tokenizer", NAME, "--out", "new"], "need a tokenizer"),
     ],
 )
 def test_what_is_refused_anyway_is_refused_before_it_is_fetched(
