@@ -245,7 +245,9 @@ def ran(words: list, limit: float, cache: pathlib.Path) -> Measured:
         stderr=log,
         env=os.environ | {"TOKGEN_CACHE": str(cache)},
     )
+    peak = 0.0
     while True:
+        peak = held(process.pid) or peak
         found, status, usage = os.wait4(process.pid, os.WNOHANG)
         seconds = time.monotonic() - started
         if found:
@@ -261,7 +263,19 @@ def ran(words: list, limit: float, cache: pathlib.Path) -> Measured:
         killed = " (killed)" if os.WIFSIGNALED(status) else ""
         return Measured(failed=f"failed{killed}: {said[-1]:.200}")
     unit = 1 if sys.platform == "darwin" else 2**10
-    return Measured(usage.ru_maxrss * unit, seconds)
+    return Measured(peak or usage.ru_maxrss * unit, seconds)
+
+
+def held(process: int) -> float:
+    """The most bytes that a process has held so far; 0 where the system does not say.
+
+    Not `ru_maxrss`: on Linux that is never less than what its parent held when it began.
+    """
+    try:
+        lines = pathlib.Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) * 2.0**10 for line in lines if line.startswith("VmHWM")), 0.0)
 
 
 if __name__ == "__main__":

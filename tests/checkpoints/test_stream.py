@@ -91,8 +91,12 @@ def test_sums_in_blocks_are_those_of_the_whole(monkeypatch, size):
     wanted = manifest.of({"a": leaf})
     traced = manifest._checksum_in_blocks.__wrapped__
     monkeypatch.setattr(manifest, "BLOCK", size)
-    monkeypatch.setattr(manifest, "_checksum_in_blocks", jax.jit(lambda leaf: traced(leaf)))
+    monkeypatch.setattr(manifest, "_checksum_in_blocks", jax.jit(lambda *given: traced(*given)))
     assert manifest.of({"a": leaf}) == wanted
+    sums = manifest.Sums()
+    for layer, piece in enumerate(np.asarray(leaf)):
+        sums.add("a", layer, piece)
+    assert sums.manifest({"a": leaf}) == wanted
 
 
 def test_a_step_whose_pieces_end_early_is_not_there(tmp_path):
@@ -171,15 +175,17 @@ def test_every_array_is_read_once(tmp_path, monkeypatch):
     assert made.fitting.aside
 
 
+# VmHWM: what getrusage says is never less than what the parent held
 LARGE = """
-import resource, sys
+import pathlib, sys
 from tokgen.checkpoints import importing
 importing.import_file(sys.argv[1], sys.argv[2], "llamagen_c2i", config={"n_head": 16})
-unit = 2**20 if sys.platform == "darwin" else 2**10
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+print(next(int(line.split()[1]) / 2**10 for line in lines if line.startswith("VmHWM")))
 """
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 @pytest.mark.long
 def test_an_import_takes_less_memory_than_its_file(tmp_path):
     width, hidden, depth = 1024, 4096, 8
@@ -220,4 +226,4 @@ def test_an_import_takes_less_memory_than_its_file(tmp_path):
     assert done.returncode == 0, done.stderr
     size = file.stat().st_size / 2**20
     assert size > 600
-    assert float(done.stdout) < size + 250  # of which jax and the store take 350
+    assert float(done.stdout) < size + 200  # jax and the store take 300, a copy of all `size` more

@@ -56,9 +56,9 @@ def _summed(bits: jax.Array, index: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _checksum_in_blocks(leaf: jax.Array) -> jax.Array:
+def _checksum_in_blocks(leaf: jax.Array, before: jax.Array | int = 0) -> jax.Array:
     """As `checksum`, of a large array in one piece; what it needs on the way is small."""
-    flat = leaf.reshape(-1)
+    flat, before = leaf.reshape(-1), jnp.asarray(before, jnp.uint32)
 
     def body(number, sums):
         first = number * BLOCK
@@ -66,14 +66,15 @@ def _checksum_in_blocks(leaf: jax.Array) -> jax.Array:
         place = start + jnp.arange(BLOCK, dtype=jnp.int32)
         bits = _bits(jax.lax.dynamic_slice(flat, (start,), (BLOCK,)))
         bits = jnp.where(place >= first, bits, 0)
-        return sums + _summed(bits, place.astype(jnp.uint32))
+        return sums + _summed(bits, place.astype(jnp.uint32) + before)
 
     return jax.lax.fori_loop(0, -(-flat.size // BLOCK), body, jnp.zeros(2, jnp.uint32))
 
 
-def _checksum_of(leaf: jax.Array) -> jax.Array:
-    whole = isinstance(leaf, jax.Array) and leaf.is_fully_replicated
-    return _checksum_in_blocks(leaf) if whole and BLOCK < leaf.size < 2**31 else checksum(leaf)
+def _checksum_of(leaf: jax.Array | np.ndarray, before: np.uint32 | int = 0) -> jax.Array:
+    whole = isinstance(leaf, np.ndarray) or leaf.is_fully_replicated
+    in_blocks = whole and BLOCK < leaf.size < 2**31
+    return (_checksum_in_blocks if in_blocks else checksum)(leaf, before)
 
 
 def of(leaves: dict[str, jax.Array]) -> dict[str, dict]:
@@ -99,7 +100,7 @@ class Sums:
     def add(self, path: str, layer: int, piece: np.ndarray) -> None:
         """Take in a piece of a leaf, the first layer or another of the same shape."""
         before = np.uint32(layer * piece.size % 2**32)
-        found = np.asarray(checksum(piece, before))
+        found = np.asarray(_checksum_of(piece, before))
         self.found[path] = self.found.get(path, np.zeros(2, np.uint32)) + found
 
     def manifest(self, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, dict]:
