@@ -20,6 +20,8 @@ from tokgen.pretrained import parity
 from tokgen.zoo import model as zoo
 
 NAME, TOKENIZER = "var-d16", "var-tokenizer"
+SWEEP = ("sweep", "--protocol", "adm-50k", "--reference", "nowhere.npz", "--out", "new")
+IMPORT = ("import", "--system", "var")
 ELSEWHERE = ("maskgit-tokenizer-256", "maskgit-256")  # whose files are not on the hub
 
 
@@ -185,6 +187,16 @@ def terminal(monkeypatch, answer):
         (["reconstruct", TOKENIZER, "taken", "--out", "taken"], "is not empty"),
         (["pretokenize", "--tokenizer", NAME, "--out", "new"], "need a tokenizer"),
         (["export", NAME, "--out", "taken"], "is not empty"),
+        (
+            ["evaluate", NAME, "--protocol", "adm-50k", "--out", "new"],
+            "compares with a reference",
+        ),
+        (["evaluate", NAME, "--samples", "9"], "are of a score"),
+        ([*SWEEP, NAME, "--temperature", "0.5", "1", "--seeds", "0"], "--seeds must be at least 1"),
+        ([*SWEEP, TOKENIZER, "--temperature", "0.5", "1"], "need a generator"),
+        ([*IMPORT, "nowhere.pth", "--tokenizer", TOKENIZER, "--out", "new"], "no file nowhere.pth"),
+        ([*IMPORT, "taken", "--tokenizer", TOKENIZER, "--out", "taken"], "is not empty"),
+        ([*IMPORT, "taken", "--tokenizer", NAME, "--out", "new"], "need a tokenizer"),
     ],
 )
 def test_what_is_refused_anyway_is_refused_before_it_is_fetched(

@@ -97,7 +97,7 @@ def import_file(
         given = dict(config=config, entry=entry, set=overrides, opaque=unknown != "refuse")
         _refuse_given(file, [name for name, value in given.items() if value])
     else:
-        _check(file, system, tokenizer)
+        check(file, system, tokenizer)
     inputs = [file if file.is_file() else "", tokenizer]
     if not isinstance(config, Mapping):
         inputs.append(config)
@@ -133,8 +133,8 @@ def import_file(
     )
 
 
-def _check(file: pathlib.Path, system: str, tokenizer: Path) -> None:
-    """Refuse what cannot be imported, before anything is read."""
+def check(file: pathlib.Path, system: str, tokenizer: Path) -> None:
+    """Refuse what cannot be imported as a published file, before anything is read."""
     found = choices.named(systems.importable(), system, "--system")
     if not file.exists():
         rows = {name: f"{name} ({row.file})" for name, row in zoo.of(system).items()}
@@ -202,13 +202,13 @@ def _settings(
     if not special:
         return published, tuple(overrides), notes
     if len({_options(row.configuration, row.overrides) for row in rows.values()}) > 1:
-        plain = next((name for name in rows if name not in special), "any, with usual sizes")
+        plain = next((name for name in rows if name not in special), "one of usual sizes")
         others = [
             f"for {name} add {_options(row.configuration, row.overrides)}"
             for name, row in special.items()
         ]
         if not published and not overrides:
-            told = f"{_name(file)} is the file of {' and '.join(rows)}: it is read as of {plain}"
+            told = f"{_name(file)} is the file of {' and '.join(rows)}: it is read as {plain}"
             notes += ("; ".join([told, *others]),)
         return published, tuple(overrides), notes
     row, names = next(iter(special.values())), " or ".join(filter(None, special))

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from typing import TYPE_CHECKING
 
 from tokgen import options, output, report
 from tokgen.commands import sample
 from tokgen.errors import UserError
 from tokgen.evaluation import protocols
+
+if TYPE_CHECKING:
+    from tokgen.evaluation import score_settings
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,10 +71,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     sample.sampling_arguments(score)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Print the metrics and, with --out, append them to a file; with --protocol, score."""
+def check(args: argparse.Namespace) -> None:
+    """Refuse what is refused of any checkpoint."""
     if args.protocol:
-        _score(args)
+        from tokgen.evaluation import score_settings
+
+        score_settings.check(_settings_of(args))
         return
     if args.reference or args.weights or args.assume or args.samples or args.lpips:
         raise UserError(
@@ -79,7 +85,14 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.overwrite:
         raise UserError("--overwrite is of a score; without --protocol metrics are added to --out")
-    _validate(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the metrics and, with --out, append them to a file; with --protocol, score."""
+    if args.protocol:
+        _score(args)
+    else:
+        _validate(args)
 
 
 def shared(args: argparse.Namespace) -> dict:
@@ -93,10 +106,11 @@ def shared(args: argparse.Namespace) -> dict:
     }
 
 
-def _score(args: argparse.Namespace) -> None:
-    from tokgen.evaluation import score, score_settings
+def _settings_of(args: argparse.Namespace) -> score_settings.Settings:
+    """What the options of a score ask for."""
+    from tokgen.evaluation import score_settings
 
-    settings = score_settings.Settings(
+    return score_settings.Settings(
         **shared(args),
         reconstruction=args.reconstruction,
         lpips=tuple(args.lpips),
@@ -105,7 +119,12 @@ def _score(args: argparse.Namespace) -> None:
         labels=args.labels,
         sampling=sample.choice_of(args),
     )
-    score_settings.check(settings)
+
+
+def _score(args: argparse.Namespace) -> None:
+    from tokgen.evaluation import score, score_settings
+
+    settings = _settings_of(args)
     kinds = {"": options.SAMPLES, "tokenizer": options.RECONSTRUCTED, "generator": options.DRAWN}
     options.check_mode(args, options.EVALUATE, kinds[score_settings.check_kind(settings)])
     print(score.table(score.score(settings)))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 from typing import TYPE_CHECKING
 
-from tokgen import options, report
+from tokgen import options, output, report
 
 if TYPE_CHECKING:
     from tokgen.checkpoints import importing
@@ -57,6 +58,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="step over objects of unknown classes in the file (training state of Lightning "
         "checkpoints); they are dropped, never called",
     )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what is no file of the system, what is no tokenizer, and a place that is taken."""
+    from tokgen.checkpoints import exporting, importing, pulling
+
+    file = pathlib.Path(args.file)
+    if args.system or not exporting.is_export(file):
+        importing.check(file, args.system, args.tokenizer)
+    pulling.check_kind(args.tokenizer, "tokenizer")
+    output.check_folder(args.out, records={})
 
 
 def run(args: argparse.Namespace) -> None:

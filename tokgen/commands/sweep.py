@@ -50,6 +50,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse what is no generator, and what is refused of any."""
+    from tokgen.checkpoints import pulling
+    from tokgen.evaluation import sweep
+
+    pulling.check_kind(args.checkpoint, "generator")
+    settings = settings_of(args)
+    sweep.grid_of(settings)
+    sweep.check(settings)
+
+
 def run(args: argparse.Namespace) -> None:
     """Score every setting with every seed, and say which is the best, and how surely."""
     from tokgen.evaluation import sweep
