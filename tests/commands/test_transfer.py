@@ -366,6 +366,7 @@ def test_others_may_read_what_is_written_if_the_mask_says_so(taming, tmp_path):
     assert len(modes) > 5 and set(modes.values()) == {"0o640"}, modes
 
 
+@pytest.mark.long
 def test_live_weights_and_average_go_there_and_back(taming, tmp_path, capfd):
     _, file, config, weights = taming
     weights = {k: a for k, a in weights.items() if not k.startswith("loss.")}
