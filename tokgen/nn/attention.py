@@ -41,6 +41,64 @@ class KVCache:
         return KVCache(jnp.pad(self.keys_BNSK, pad), jnp.pad(self.values_BNSK, pad))
 
 
+@struct.dataclass
+class StackedCache:
+    """Keys and values of all layers, for a scan over them; leads with the rows, as all of a state.
+
+    [B, Y, N, S, K]: a product reads a layer where it lies.
+    """
+
+    keys_BYNSK: jax.Array
+    values_BYNSK: jax.Array
+
+    @classmethod
+    def empty(
+        cls, rows: int, layers: int, heads: int, size: int, dtype: jax.typing.DTypeLike
+    ) -> StackedCache:
+        """A cache without slots."""
+        return cls(*(jnp.zeros((rows, layers, heads, 0, size), dtype) for _ in range(2)))
+
+    def grow(self, slots: int) -> StackedCache:
+        """The cache with room for `slots` slots; it never shrinks."""
+        more = max(0, slots - self.keys_BYNSK.shape[3])
+        pad = ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))
+        return StackedCache(jnp.pad(self.keys_BYNSK, pad), jnp.pad(self.values_BYNSK, pad))
+
+
+@struct.dataclass
+class Layer:
+    """One layer of a StackedCache; `Attention` takes it for a KVCache."""
+
+    stack: StackedCache
+    index: jax.Array
+
+    @property
+    def keys_BNSK(self) -> jax.Array:
+        """The layer's keys."""
+        return self._read(self.stack.keys_BYNSK)
+
+    @property
+    def values_BNSK(self) -> jax.Array:
+        """The layer's values."""
+        return self._read(self.stack.values_BYNSK)
+
+    def _read(self, stack_BYNSK: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(stack_BYNSK, self.index, axis=1, keepdims=False)
+
+    def write(self, keys_BNlK: jax.Array, values_BNlK: jax.Array, at: jax.Array | int) -> Layer:
+        """The layer with l slots written from slot `at` on, in the stack where they lie."""
+
+        def put(old, new):
+            return jax.lax.dynamic_update_slice(
+                old, new[:, None].astype(old.dtype), (0, self.index, 0, at, 0)
+            )
+
+        stack = StackedCache(
+            put(self.stack.keys_BYNSK, keys_BNlK), put(self.stack.values_BYNSK, values_BNlK)
+        )
+        return self.replace(stack=stack)
+
+
 def attend(
     queries_BNlK: jax.Array,
     keys_BNSK: jax.Array,
