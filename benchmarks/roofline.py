@@ -54,7 +54,10 @@ KINDS = {
 GRIDS = tuple((side, side) for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 # Published generators of 256 pixels: the recipe, and what their tokenizers give
 PUBLISHED = {
-    **{f"rar-{size}": (f"rar.py:{size}", ((1024,), ((16, 16),))) for size in ("b", "l", "xl", "xxl")},
+    **{
+        f"rar-{size}": (f"rar.py:{size}", ((1024,), ((16, 16),)))
+        for size in ("b", "l", "xl", "xxl")
+    },
     **{
         f"llamagen-{size}": (f"llamagen.py:{size}", ((16384,), ((16, 16),)))
         for size in ("b", "l", "xl", "xxl", "3b")

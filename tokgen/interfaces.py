@@ -193,8 +193,11 @@ class Cache(Protocol):
     """What a layer, or a stack of them, keeps of the slots before: `nn.attention.KVCache`,
     `nn.attention.StackedCache`. A pytree whose arrays lead with the rows."""
 
-    def grow(self, slots: int) -> Cache:
-        """The cache with room for `slots` slots; it keeps what is in it, and never shrinks."""
+    def grow(self, slots: int, most: int = 0) -> Cache:
+        """The cache with room for `slots` slots, or at once for the `most` that there will be.
+
+        It keeps what is in it, and never shrinks.
+        """
 
 
 @dataclasses.dataclass(frozen=True)

@@ -190,7 +190,9 @@ def test_compute_and_cache_are_in_the_compute_dtype():
     x, context = _inputs()
     call = jax.jit(lambda model: model(x, **context)[0])
     out = call(model)
-    assert out.dtype == jnp.bfloat16 and model.unstacked().cache(1)[0].keys_BNSK.dtype == jnp.bfloat16
+    assert (
+        out.dtype == jnp.bfloat16 and model.unstacked().cache(1)[0].keys_BNSK.dtype == jnp.bfloat16
+    )
     assert model.cache(1)[0].keys_BYNSK.dtype == jnp.bfloat16
     wide = call(_make())
     np.testing.assert_allclose(np.float32(out), wide, atol=0.1 * np.abs(wide).max())

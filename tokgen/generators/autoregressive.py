@@ -367,6 +367,7 @@ class Generator(nnx.Module):
             mask=self.conditioning.seen(cond, slots_l, slots),
             cache=cache,
             at=slots_l[0],
+            slots=slots,
             key=key,
         )
 

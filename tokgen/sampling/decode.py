@@ -28,7 +28,6 @@ from tokgen.interfaces import (
 )
 from tokgen.sampling import guidance, sampler as samplers
 
-
 # Platforms whose compiler reads a layer of a stack, and writes its cache, where they lie.
 SCANNED = ("tpu",)
 
@@ -136,10 +135,11 @@ def generate(
         flags = state.invalid_B | (_twice(seen["invalid_B"]) if double else seen["invalid_B"])
         return state.replace(invalid_B=flags), seen.get("weak", weak)
 
-    for phase in _split(generator.plan(), guided):
+    plan = _split(generator.plan(), guided)
+    for phase in plan:
         if double and phase.first >= guided:
             state, double = _first(state, B), False
-        state, weak = _grow(state, phase.slots), _grow(weak, phase.slots)
+        state, weak = (_grow(s, phase.slots, plan[-1].slots) for s in (state, weak))
         if phase.steps == 1 or observe is not None:
             for index in range(phase.first, phase.first + phase.steps):
                 if observe is not None:
@@ -218,10 +218,10 @@ def _twice(tree):
     return jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), tree)
 
 
-def _grow(state: DecodeState | None, slots: int) -> DecodeState | None:
+def _grow(state: DecodeState | None, slots: int, most: int) -> DecodeState | None:
     if state is None or state.cache is None:
         return state
-    return state.replace(cache=tuple(layer.grow(slots) for layer in state.cache))
+    return state.replace(cache=tuple(layer.grow(slots, most) for layer in state.cache))
 
 
 def _carried(state: DecodeState | None):
