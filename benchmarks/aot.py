@@ -1,6 +1,6 @@
 """Decodes at full size, compiled for one TPU that is not here.
 
-    python benchmarks/decode.py --aot v5e:2x2 [--aot v6e:2x2] [--cases rar-xxl:64]
+    python benchmarks/decode.py --aot v5e:2x2 [--cases rar-xxl:64 ...] [--apart]
 
 The compiler is libtpu's (`pip install -c constraints.txt "tokgen[tpu]"`), in a process of the CPU.
 Shapes alone go in, bfloat16; no weights are made. Said of each program: the compiler's CPU seconds;
@@ -41,6 +41,7 @@ def run(topology: str, cases=(), *, scanned: bool = True, shrunk: tuple[str, ...
         scanned: over stacked layers, as `decode.laid_out` has it on a TPU; or layers apart.
         shrunk: overrides of the recipes, for a try.
     """
+    jax.config.update("jax_platforms", "cpu")
     chip = topology.partition(":")[0]
     # this process is the CPU's, the program a TPU's
     decode.SCANNED = (*decode.SCANNED, "cpu") if scanned else ()

@@ -150,27 +150,29 @@ class Program:
 
     def _used(self, name: str, number: int, whole: int) -> float:
         """Bytes that a fusion reads of a parameter: slices where it is only sliced."""
-        inside = self.computations[name]
+        inside = self.computations[name].values()
         parameter = next(
-            i for i in inside.values() if i.kind == "parameter" and f"parameter({number})" in i.line
+            i for i in inside if i.kind == "parameter" and f"parameter({number})" in i.line
         )
-        waiting, total = [parameter.name], 0
-        while waiting:
-            value = waiting.pop()
-            for user in inside.values():
-                if value not in user.operands:
-                    continue
-                first = user.operands[0] == value
-                if user.kind == "bitcast":
-                    waiting.append(user.name)
-                elif user.kind in SLICES and first:
-                    total += sum(array.bytes for array in user.arrays)
-                elif user.kind == "dynamic-update-slice" and first:
-                    continue
-                elif user.kind == "fusion":
-                    total += self._used(user.called["calls"], user.operands.index(value), whole)
-                else:
-                    return whole
+        return min(whole, self._used_of(name, parameter.name))
+
+    def _used_of(self, name: str, value: str) -> float:
+        total = 0
+        for user in self.computations[name].values():
+            if value not in user.operands:
+                continue
+            first = user.operands[0] == value
+            if user.kind == "bitcast" and not user.root:
+                total += self._used_of(name, user.name)
+            elif user.kind in SLICES and first:
+                size = sum(array.bytes for array in user.arrays)
+                total += size if user.root else min(size, self._used_of(name, user.name))
+            elif user.kind == "dynamic-update-slice" and first:
+                continue
+            elif user.kind == "fusion":
+                total += self._used(user.called["calls"], user.operands.index(value), math.inf)
+            else:
+                return math.inf
         return total
 
     def _written(self, instruction: Instruction) -> float:
