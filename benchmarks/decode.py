@@ -4,7 +4,9 @@
     python benchmarks/decode.py [--config PATH[:variant]] [--batch 1 8 64]
     python benchmarks/decode.py --aot v5e:2x2 [--cases rar-xxl:64 ...]
 
-The last compiles for a TPU that is not here (aot.py). The first prints CPU seconds of one call of `ROWS` on one core, weights random, four images where
+The last compiles for a TPU that is not here (aot.py).
+
+The first prints CPU seconds of one call of `ROWS` on one core, weights random, four images where
 nothing else is said, and the same of the peer from its checkout (peers.py), turn by turn.
 
 The second prints tokens per second, guided and not.

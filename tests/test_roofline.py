@@ -1,4 +1,4 @@
-"""The roofline against figures that were computed by hand; a program's text against what it says."""
+"""The roofline against figures computed by hand; a program's text against what it says."""
 
 import importlib
 import pathlib
