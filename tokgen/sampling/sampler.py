@@ -4,9 +4,9 @@ In the order of LlamaGen's sampler (arXiv:2406.06525), with guidance merged befo
 top-k, top-p, draw. Both filters are the question for a threshold: the largest value such that
 what is at least as large still weighs enough, where top-k weighs tokens and top-p weighs
 probability (the nucleus of arXiv:1904.09751). It is answered by bisecting the bits of float32,
-32 halvings and exact, at the cost of one pass over the logits each, by a CPU in its cache; the draw inverts the
-cumulative distribution at one uniform number per image, position and symbol. Beside its token a
-draw has a confidence, for generators that keep the surest.
+32 halvings and exact, at the cost of one pass over the logits each, by a CPU in its cache; the draw
+inverts the cumulative distribution at one uniform number per image, position and symbol. Beside its
+token a draw has a confidence, for generators that keep the surest.
 
 Ties stay together. Every token as large as the k-th is kept, as in LlamaGen and VAR, and every
 token as likely as the one that reaches p. So a filter never asks in which order tokens stand.
@@ -382,7 +382,7 @@ def invalid(logits_BlGV: interfaces.Array) -> interfaces.Array:
 def _reaching(
     logits_BlGV: interfaces.Array, weights_BlGV: interfaces.Array, need: interfaces.Array
 ) -> interfaces.Array:
-    """[B, l, G, 1] the largest threshold such that the weights of all logits not below reach `need`.
+    """[B, l, G, 1] the largest threshold at which the weights of what is not below reach `need`.
 
     -inf where they never do. It is found bit by bit, from the highest down. Rounding is monotone,
     so a sum over fewer tokens in the same order is never larger, and the halvings agree with each
