@@ -338,7 +338,7 @@ def _filled(settings: Settings, place: output.Folder, png: bool) -> tuple[int, s
     parts = place.path / "parts"
     place.claim(record | {"conditions": made_images.conditions(ready.cond), "png": png})
     done = sum(len(image_BHW3) for _, image_BHW3 in _kept(parts))
-    for tokens_BLG, image_BHW3 in drawing.drawn(
+    for tokens_BLG, image_BHW3, _ in drawing.drawn(
         *(ready.generator, ready.tokenizer.module, ready.cond, ready.sampler),
         **dict(seed=settings.seed, batch=settings.batch, done=done),
     ):

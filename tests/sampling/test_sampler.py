@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 
@@ -8,7 +9,7 @@ import pytest
 import scipy.stats
 from jax.extend import core
 
-from tokgen import interfaces
+from tokgen import interfaces, sharding
 from tokgen.sampling import sampler as samplers
 
 V = 64
@@ -17,12 +18,12 @@ GRID = list(
 )  # 60 settings: temperature, top-k, top-p
 
 draw = functools.partial(jax.jit, static_argnums=0)(
-    lambda sampler, logits, keys, step: sampler.draw(logits, keys_B=keys, step=step)
+    lambda sampler, logits, keys, step: sampler.draw(logits, keys_B=keys, step=step)[:2]
 )
 masses = jax.jit(
-    lambda logits, temperature, top_k, top_p: samplers.masses(
+    lambda logits, temperature, top_k, top_p: samplers.filtered(
         logits, temperature=temperature, top_k=top_k, top_p=top_p
-    )
+    )[0]
 )
 
 
@@ -100,10 +101,10 @@ def test_numbers_known_to_the_compiler_filter_like_traced_ones():
     logits = jnp.asarray(_rows())
     for temperature, top_k, top_p in GRID[::7]:
         static = jax.jit(
-            functools.partial(samplers.masses, temperature=temperature, top_k=top_k, top_p=top_p)
+            functools.partial(samplers.filtered, temperature=temperature, top_k=top_k, top_p=top_p)
         )
         traced = masses(logits, temperature, top_k, top_p)
-        np.testing.assert_allclose(static(logits), traced, rtol=1e-6)
+        np.testing.assert_allclose(static(logits)[0], traced, rtol=1e-6)
 
 
 def test_every_k_of_floats_of_every_size():
@@ -241,7 +242,7 @@ def test_settings_per_step_in_a_scan_equal_one_number_at_a_time():
         assert fixed.steps is None
         expected, _ = draw(fixed, logits, keys, step)
         np.testing.assert_array_equal(in_scan[step], expected)
-    eager, _ = varied.draw(logits, keys_B=keys, step=3)  # outside jit, by a Python number
+    eager, *_ = varied.draw(logits, keys_B=keys, step=3)  # outside jit, by a Python number
     np.testing.assert_array_equal(eager, in_scan[3])
     np.testing.assert_array_equal(in_scan[0], np.argmax(logits, -1))
     assert len(np.unique(np.asarray(in_scan[1:]))) > 10
@@ -271,7 +272,9 @@ def test_asked_for_one_token_there_is_nothing_to_draw():
     logits[:, :, 1, 6:] = -np.inf  # a smaller alphabet
     logits, keys_B = jnp.asarray(logits), jax.random.split(jax.random.key(3), 4)
     weights = (3.0, 1.0)
-    greedy, sure = samplers.Sampler(temperature=0.0, jitter=2.0).draw(logits, keys_B=keys_B, step=1)
+    greedy, sure = samplers.Sampler(temperature=0.0, jitter=2.0).draw(
+        logits, keys_B=keys_B, step=1
+    )[:2]
     np.testing.assert_array_equal(greedy, jnp.argmax(logits, -1))
     for options in (
         dict(top_k=1),
@@ -285,7 +288,7 @@ def test_asked_for_one_token_there_is_nothing_to_draw():
     ):
         sampler = samplers.Sampler(jitter=2.0, **options)
         for step in (1, jnp.asarray(1)):
-            tokens, confidence = sampler.draw(logits, keys_B=keys_B, step=step)
+            tokens, confidence, _ = sampler.draw(logits, keys_B=keys_B, step=step)
             np.testing.assert_array_equal(tokens, greedy, err_msg=str(options))
             np.testing.assert_array_equal(confidence, sure, err_msg=str(options))
 
@@ -305,7 +308,7 @@ def test_a_recorded_draw_is_replayed():
     uniforms = jnp.asarray([0.0, 0.2499999, 0.25, 0.5, 0.9999999, 1.0])
     sampler = samplers.Sampler(noise=lambda keys, step, symbol, shape: uniforms.reshape(shape))
     logits = jnp.broadcast_to(jnp.log(mass), (1, 6, 1, 5))
-    tokens, _ = sampler.draw(logits, keys_B=jax.random.split(jax.random.key(0), 1), step=0)
+    tokens, *_ = sampler.draw(logits, keys_B=jax.random.split(jax.random.key(0), 1), step=0)
     np.testing.assert_array_equal(tokens.ravel(), [0, 0, 1, 3, 3, 3])
 
 
@@ -321,7 +324,7 @@ def test_the_draw_never_leaves_what_is_kept():
     edges = total[rises[:500]] / total[-1]
     uniforms = np.concatenate([rng.uniform(size=500), edges, [0.0, 1.0]]).astype(np.float32)
     inverse = jax.jit(jax.vmap(samplers.inverse_cdf, in_axes=(None, 0)))
-    tokens = np.asarray(inverse(jnp.asarray(mass), jnp.asarray(uniforms)))
+    tokens = np.asarray(inverse(jnp.asarray(mass), jnp.asarray(uniforms))[0])
     assert np.all(mass[tokens] > 0)
     cumulative = np.cumsum(mass, dtype=np.float64) / mass.sum(dtype=np.float64)
     below = cumulative[tokens] - mass[tokens] / mass.sum(dtype=np.float64)
@@ -438,7 +441,7 @@ def test_each_symbol_is_drawn_at_its_own_temperature():
         assert _chi_square(tokens[..., symbol], own) > 1e-4
         assert _chi_square(tokens[..., symbol], other) < 1e-4
         # by Python numbers: the same tokens
-        in_turn, _ = drawn_in_turn(logits[:50, :, :1], keys_B=keys[:50], step=1, symbol=symbol)
+        in_turn, *_ = drawn_in_turn(logits[:50, :, :1], keys_B=keys[:50], step=1, symbol=symbol)
         np.testing.assert_array_equal(in_turn[..., 0], tokens[:50, :, symbol])
     greedy, _ = draw(samplers.Sampler(temperature=((0.0, 1.7),) * 2, top_k=9), logits, keys, 1)
     np.testing.assert_array_equal(greedy[..., 0], np.argmax(LOGITS_V))
@@ -464,7 +467,7 @@ def test_nothing_is_sorted_and_what_is_off_is_not_compiled():
     assert "cumsum" in plain and not plain & loops
     assert not program(samplers.Sampler(top_k=16384, top_p=(1.0, 1.0))) & loops
     greedy = program(samplers.Sampler(temperature=0.0, top_k=5, top_p=0.5))
-    assert "argmax" in greedy and not greedy & (loops | {"cumsum", "random_bits"})
+    assert "reduce_max" in greedy and not greedy & (loops | {"cumsum", "random_bits"})
 
 
 def test_a_sampler_is_a_value():
@@ -515,3 +518,96 @@ def test_settings_that_cannot_be_are_refused(settings, words):
         samplers.Sampler(**settings)
     for word in words.split(" ") if "(" not in words else [words.removeprefix("temperature ")]:
         assert word in str(error.value)
+
+
+# ---------------------------------------------------------------- rows in turn
+
+
+@pytest.mark.parametrize("images, places", [(1, 7), (3, 3), (4, 2), (5, 5)])
+def test_rows_taken_in_turn_are_drawn_as_all_at_once(images, places, monkeypatch):
+    """Eight rows at a time, which divide 8 rows and neither 7, 9 nor 25."""
+    rng = np.random.default_rng(22)
+    logits = jnp.asarray(rng.normal(size=(images, places, 1, 40)) * 3, jnp.float32)
+    uniform = jnp.asarray(rng.uniform(size=(images, places, 1)), jnp.float32)
+    temperature = jnp.asarray(rng.uniform(0.5, 2, (images, places, 1)), jnp.float32)
+    options = dict(temperature=temperature, top_k=11, top_p=0.9)
+    whole, _ = jax.jit(functools.partial(samplers.drawn, **options))(logits, uniform)
+    monkeypatch.setattr(samplers, "CACHED", 8 * 40 * 4)
+    in_turn, near = jax.jit(functools.partial(samplers.drawn, **options))(logits, uniform)
+    np.testing.assert_array_equal(in_turn, whole)
+    assert in_turn.shape == near.shape == (images, places, 1) and len(np.unique(whole)) > 4
+
+
+def _lowered(platform: str) -> str:
+    logits = jax.ShapeDtypeStruct((4, 64, 1, 4096), jnp.float32)
+    uniform = jax.ShapeDtypeStruct((4, 64, 1), jnp.float32)
+    return jax.jit(samplers.drawn).trace(logits, uniform).lower(lowering_platforms=(platform,))
+
+
+def test_an_accelerator_takes_all_rows_at_once():
+    assert "while" in _lowered("cpu").as_text()
+    assert "while" not in _lowered("tpu").as_text() + _lowered("cuda").as_text()
+
+
+def test_no_row_leaves_its_device():
+    """Each of eight devices takes its own images' rows in turn, also where rows are many."""
+    mesh = sharding.make_mesh()
+    where = sharding.of_batch(mesh)
+    shapes = ((8, 20, 1, 4096), (8, 20, 1))
+    logits, uniform = (jax.ShapeDtypeStruct(s, jnp.float32, sharding=where) for s in shapes)
+    with jax.set_mesh(mesh):
+        options = dict(top_k=9, top_p=0.5)
+        program = jax.jit(functools.partial(samplers.drawn, **options)).lower(logits, uniform)
+    text = program.compile().as_text()
+    assert "while" in text and mesh.size == 8
+    moved = ("all-gather", "all-to-all", "all-reduce", "permute")
+    assert not [name for name in moved if name in text]
+    assert "f32[1,8,4096]" in text and "f32[8,8,4096]" not in text
+
+
+# ---------------------------------------------------------------- near ties
+
+
+def near(sampler, row, uniform, wanted=None):
+    """Whether a draw from a row of logits, by a uniform, is near a tie."""
+    sampler = dataclasses.replace(sampler, noise=lambda *_: jnp.full((1, 1, 1), uniform))
+    logits = jnp.asarray(row, jnp.float32)[None, None, None]
+    keys_B = jax.random.split(jax.random.key(0), 1)
+    return bool(sampler.draw(logits, keys_B=keys_B, step=0, wanted_BlG=wanted).near_B[0])
+
+
+def test_a_uniform_next_to_a_boundary_is_near_a_tie():
+    row, sampler = np.log([1.0, 1.0, 2.0]), samplers.Sampler()
+    for boundary in (0.25, 0.5):
+        for away, expected in ((4e-7, True), (5e-6, False)):
+            assert near(sampler, row, boundary + away) == expected
+            assert near(sampler, row, boundary - away) == expected
+    unwanted = jnp.zeros((1, 1, 1), bool)
+    assert not near(sampler, row, 0.25, unwanted) and near(sampler, row, 0.25, ~unwanted)
+
+
+def test_a_threshold_that_rounding_may_move_is_near_a_tie():
+    """Only where the mass that it brings or takes could reach the uniform."""
+    row = np.asarray([3.0, 2.0, 1.0 + 2e-6, 1.0, -9.0])  # the third and the fourth, by top-k 3
+    mass = np.exp(row[:3]) / np.exp(row[:3]).sum()
+    for away, expected in ((0.9, True), (1.1, False)):
+        uniform = mass[0] - away * mass[2]
+        assert near(samplers.Sampler(top_k=3), row, uniform) == expected
+        assert not near(samplers.Sampler(top_k=2), row, uniform)
+        assert not near(samplers.Sampler(top_k=4), row, uniform)
+
+
+def test_a_sum_that_rounding_may_lift_over_p_is_near_a_tie():
+    row = np.log([8.0, 4.0, 2.0, 1.0, 1.0])
+    above = 8 / 14 - 1 / 14  # of 14 kept: a mass of 2 that goes may move the boundary here
+    for p, expected in ((14 / 16, True), (0.86, False), (14 / 16 + 3e-7, True), (0.80, False)):
+        assert near(samplers.Sampler(top_p=p), row, above) == expected, p
+    assert not near(samplers.Sampler(top_p=14 / 16), row, 0.3)
+
+
+def test_two_that_are_as_good_as_equal_are_near_a_tie_where_one_is_asked_for():
+    for options in (dict(temperature=0.0), dict(top_k=1), dict(temperature=(0.0, 1.0))):
+        sampler = samplers.Sampler(**options)
+        assert near(sampler, [1.0, 3.0, 3.0 - 1e-6], 0.3)
+        assert not near(sampler, [1.0, 3.0, 2.999], 0.3)
+        assert not near(sampler, [1.0, 3.0, 2.999, 1.0], 0.3)

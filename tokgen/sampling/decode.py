@@ -28,6 +28,19 @@ from tokgen.interfaces import (
 )
 from tokgen.sampling import guidance, sampler as samplers
 
+# Platforms whose compiler reads a layer of a stack, and writes its cache, where they lie.
+SCANNED = ("tpu",)
+
+
+def laid_out(generator: Generator) -> Generator:
+    """The generator as this platform decodes it best: its layers stacked, or apart.
+
+    A scan over stacked layers makes a program of one layer, whatever the depth: RAR-XXL compiles in
+    a ninth of the time, and moves no byte more on a TPU (`benchmarks/decode.py --aot` counts
+    them). Elsewhere it copies the layer's weights and cache at every step.
+    """
+    return generator if jax.default_backend() in SCANNED else generator.unstacked()
+
 
 def steps(generator: Generator) -> int:
     """Decoding steps of a generator's plan."""
@@ -60,7 +73,8 @@ def generate(
             a decode outside `jax.jit`, the tokens are the same.
 
     Returns:
-        The final state; `invalid_B` is true where some logits were not finite.
+        The final state; `invalid_B` is true where some logits were not finite, `near_B` where
+        rounding could have changed a token.
     """
     weights, guided = _guidance(generator, sampler)
     B, layout = len(keys_B), generator.layout
@@ -72,17 +86,18 @@ def generate(
         given = _held(given, layout)
     given = jnp.where(given[1], given[0], layout.absent).astype(jnp.int32), given[1]
 
-    generator = generator.unstacked()
+    generator = laid_out(generator)
     double = guided > 0 and against is None
     if double:
         both = jax.tree.map(_join, cond, generator.null(cond))
         state = generator.start(both, codec, keys_B=_twice(keys_B), given=_twice(given))
     else:
         state = generator.start(cond, codec, keys_B=keys_B, given=given)
-    state = state.replace(invalid_B=jnp.zeros(len(state.keys_B), bool))
+    no_B = jnp.zeros(len(state.keys_B), bool)
+    state = state.replace(invalid_B=no_B, near_B=no_B)
     weak = None
     if against is not None:
-        against = against.unstacked()
+        against = laid_out(against)
         weak = against.start(cond, codec, keys_B=keys_B, given=given)
 
     def step(
@@ -97,21 +112,25 @@ def generate(
             scale = scale[..., None] if scale.ndim else scale
             return guidance.merge(cond_BlGV, uncond_BlGV, scale)
 
-        def sample(logits_BlGV, symbol):
+        def sample(logits_BlGV, symbol, wanted_BlG):
             seen["invalid_B"] = seen.get("invalid_B", False) | samplers.invalid(logits_BlGV)
-            return sampler.draw(logits_BlGV, keys_B=keys_B, step=index, symbol=symbol)
+            where = {} if wanted_BlG is None else dict(wanted_BlG=wanted_BlG[:B])
+            drawn = sampler.draw(logits_BlGV, keys_B=keys_B, step=index, symbol=symbol, **where)
+            seen["near_B"] = seen.get("near_B", False) | drawn.near_B
+            return drawn.tokens_BlG, drawn.confidence_BlG
 
-        def draw(logits_BlGV, symbol=0):
+        def draw(logits_BlGV, symbol=0, wanted_BlG=None):
             if double:
                 merged_BlGV = merge(logits_BlGV[:B], logits_BlGV[B:], symbol)
-                return _twice(sample(merged_BlGV, symbol))
+                return _twice(sample(merged_BlGV, symbol, wanted_BlG))
             if against is None or phase.first >= guided:
-                return sample(logits_BlGV, symbol)
+                return sample(logits_BlGV, symbol, wanted_BlG)
             if "weak" in seen:
                 raise ValueError("guidance against a network needs one draw per step; found more")
 
-            def draw_weak(weak_BlGV, symbol=0):
-                seen["drawn"] = sample(merge(logits_BlGV, weak_BlGV, symbol), symbol)
+            def draw_weak(weak_BlGV, symbol=0, wanted_BlG=wanted_BlG):
+                merged_BlGV = merge(logits_BlGV, weak_BlGV, symbol)
+                seen["drawn"] = sample(merged_BlGV, symbol, wanted_BlG)
                 return seen["drawn"]
 
             # both networks must see the same token, so the weak one's step is taken in the draw
@@ -119,13 +138,16 @@ def generate(
             return seen["drawn"]
 
         state = generator.step(state, phase, index, codec, draw)
-        flags = state.invalid_B | (_twice(seen["invalid_B"]) if double else seen["invalid_B"])
-        return state.replace(invalid_B=flags), seen.get("weak", weak)
+        flags = {name: seen[name] for name in ("invalid_B", "near_B")}
+        flags = _twice(flags) if double else flags
+        flags = {name: getattr(state, name) | flag for name, flag in flags.items()}
+        return state.replace(**flags), seen.get("weak", weak)
 
-    for phase in _split(generator.plan(), guided):
+    plan = _split(generator.plan(), guided)
+    for phase in plan:
         if double and phase.first >= guided:
             state, double = _first(state, B), False
-        state, weak = _grow(state, phase.slots), _grow(weak, phase.slots)
+        state, weak = (_grow(s, phase.slots, plan[-1].slots) for s in (state, weak))
         if phase.steps == 1 or observe is not None:
             for index in range(phase.first, phase.first + phase.steps):
                 if observe is not None:
@@ -204,10 +226,10 @@ def _twice(tree):
     return jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), tree)
 
 
-def _grow(state: DecodeState | None, slots: int) -> DecodeState | None:
+def _grow(state: DecodeState | None, slots: int, most: int) -> DecodeState | None:
     if state is None or state.cache is None:
         return state
-    return state.replace(cache=tuple(layer.grow(slots) for layer in state.cache))
+    return state.replace(cache=tuple(layer.grow(slots, most) for layer in state.cache))
 
 
 def _carried(state: DecodeState | None):
