@@ -163,10 +163,7 @@ def _lowered(fewer: Callable, plain: Callable) -> Callable:
 
     def wide(x_BHWI: jax.Array, kernel_hwIO: jax.Array) -> jax.Array:
         # float32: sums of eight bits would lose what the plain form keeps
-        x_wide, kernel_wide = x_BHWI.astype(jnp.float32), kernel_hwIO.astype(jnp.float32)
-        # else the sums of every layer's weights are made first, and all are held
-        x_wide, kernel_wide = jax.lax.optimization_barrier((x_wide, kernel_wide))
-        y_BHWO = fewer(x_wide, kernel_wide)
+        y_BHWO = fewer(x_BHWI.astype(jnp.float32), kernel_hwIO.astype(jnp.float32))
         return y_BHWO.astype(x_BHWI.dtype)
 
     @jax.custom_jvp
