@@ -156,7 +156,7 @@ def test_images_of_texts(tmp_path):
     warm = samplers.Sampler(temperature=2.0)
     tokens, _ = drawing.draw(Reader(), Painter(), cond, warm, seed=0, batch=4)
     part = interfaces.Text(cond.features_BTE[5:], cond.mask_BT[5:])
-    alone, _ = drawing.draw(Reader(), Painter(), part, warm, seed=0, batch=4, first=5)
+    alone, _ = drawing.draw(Reader(), Painter(), part, warm, seed=0, batch=4, index_N=[5])
     np.testing.assert_array_equal(alone, tokens[5:])
 
 
@@ -239,6 +239,8 @@ def test_a_filter_is_refused_where_the_likeliest_is_taken_anyway(preset, words, 
 )
 def test_no_more_is_drawn_than_is_asked_for(count, batch, expected):
     assert drawing.even(count, batch) == expected
+    on_three = drawing.even(count, batch, 3)
+    assert on_three % 3 == 0 and on_three >= expected and on_three < max(batch, expected) + 3
 
 
 @pytest.fixture

@@ -338,9 +338,11 @@ def _filled(settings: Settings, place: output.Folder, png: bool) -> tuple[int, s
     parts = place.path / "parts"
     place.claim(record | {"conditions": made_images.conditions(ready.cond), "png": png})
     done = sum(len(image_BHW3) for _, image_BHW3 in _kept(parts))
+    rest = np.arange(done, len(ready.kind_N))
+    cond = jax.tree.map(lambda leaf: leaf[rest], ready.cond)
     for tokens_BLG, image_BHW3, _ in drawing.drawn(
-        *(ready.generator, ready.tokenizer.module, ready.cond, ready.sampler),
-        **dict(seed=settings.seed, batch=settings.batch, done=done),
+        *(ready.generator, ready.tokenizer.module, cond, ready.sampler),
+        **dict(seed=settings.seed, batch=settings.batch, index_N=rest),
     ):
         for i, image_HW3 in enumerate(image_BHW3, done):
             if png:
