@@ -255,6 +255,7 @@ def stand_ins(tmp_path, monkeypatch):
     monkeypatch.setattr(samples.checkpoint, "read_meta", lambda step: {"kind": "tokenizer"})
     monkeypatch.setattr(samples.checkpoint, "load_to_draw", lambda *_, **more: loaded)
     monkeypatch.setattr(samples.checkpoint, "load_to_decode", lambda *_: painter)
+    monkeypatch.setattr(drawing.sharding, "current", drawing.sharding.single)
     real, batches = drawing.sharding.filled, []
 
     def filled(tree, batch, mesh):

@@ -77,8 +77,7 @@ def make_mesh(
             f"the mesh must use all devices: data x fsdp x tensor = {data} x {fsdp} x {tensor}, "
             f"devices = {devices}; set one of them to -1 to take what is left"
         )
-    # Auto stated: jax.make_mesh defaults to explicit axes in current JAX
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return _of(None, *sizes)
 
 
 def letters(path: str) -> str:
@@ -172,14 +171,23 @@ def current() -> jax.sharding.Mesh:
     return make_mesh() if mesh.empty else mesh
 
 
+def single() -> jax.sharding.Mesh:
+    """A mesh of one device."""
+    return _of(jax.devices()[:1], 1, 1, 1)
+
+
 def dividing(batch: int) -> jax.sharding.Mesh:
     """A mesh of as many devices as divide a batch, for what trains with a fixed one."""
     mesh = make_mesh()
     if batch % ways(mesh) == 0 or jax.process_count() > 1:
         return mesh
     count = max(n for n in range(1, ways(mesh)) if batch % n == 0)
-    axis_types = (AxisType.Auto,) * 3
-    return jax.make_mesh((count, 1, 1), AXES, axis_types=axis_types, devices=jax.devices()[:count])
+    return _of(jax.devices()[:count], count, 1, 1)
+
+
+def _of(devices: list[jax.Device] | None, *sizes: int) -> jax.sharding.Mesh:
+    # Auto stated: jax.make_mesh defaults to explicit axes in current JAX
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def filled(tree: PyTree, rows: int, mesh: jax.sharding.Mesh) -> PyTree:
