@@ -230,6 +230,17 @@ def by_rows(program: Callable[..., PyTree], whole: tuple, rows: tuple) -> PyTree
     return jax.shard_map(alone, **specs, check_vma=False)(whole, rows)
 
 
+def step_by_step(networks: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+    """Both, such that what is gathered of networks over several devices is of this step alone.
+
+    The compiler would gather it before all steps and keep it: no network larger than a device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes or mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+        return networks, state
+    return jax.lax.optimization_barrier((networks, state))
+
+
 def padded(array: np.ndarray, rows: int) -> np.ndarray:
     """An array of images filled up to so many rows, by its last one."""
     return np.concatenate([array, np.repeat(array[-1:], rows - len(array), axis=0)])

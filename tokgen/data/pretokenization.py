@@ -152,7 +152,7 @@ def _write(
         report.say(f"every shard of {writer.path} is there already")
         return
     counts = [shard.stop - shard.start for shard in remaining]
-    batch, mesh = min(batch, max(counts)), sharding.make_mesh()
+    batch, mesh = min(batch, max(counts)), sharding.current()
     with report.bar(sum(counts), unit="image", what="pretokenize") as bar:
         for shard, count in zip(remaining, counts, strict=True):
             source = parts[shard.split]

@@ -184,7 +184,7 @@ def features(
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, np.ndarray]:
     """float32 [N, D] of every layer that is asked for, over all devices."""
-    mesh = sharding.make_mesh() if mesh is None else mesh
+    mesh = sharding.current() if mesh is None else mesh
     layers, batch = layers or extractor.layers, EACH * mesh.size
     network, found = jax.device_put(extractor.network, sharding.replicated(mesh)), []
     for start in range(0, len(image_NHW3), batch):
