@@ -163,8 +163,9 @@ def test_eight_devices_measure_an_eighth_each(monkeypatch):
         *((feature_extractors, "_seen"), (local_classifier, "_predict")),
     }  # fmt: skip
     for room, name in programs:
+        program = getattr(room, name)
 
-        def measured(*given, name=name, program=getattr(room, name), **static):
+        def measured(*given, name=name, program=program, **static):
             compiled = program.lower(*given, **static).compile()
             flops = work.setdefault(name, {})
             flops[sharding.current().size] = compiled.cost_analysis()["flops"]

@@ -154,7 +154,6 @@ def pretokenize(
 def _reconstructed(tokenizer, image_BHW3):
     """(uint8 images, [B] true where a pixel is not finite) of uint8 images."""
 
-
     def of(tokenizer, image_BHW3):
         image_BHW3 = reconstruction.from_uint8(image_BHW3)
         return reconstruction.bytes_of(tokenizer.reconstruct(image_BHW3)[0])

@@ -35,7 +35,6 @@ class Tokenizer(Protocol):
 def encode(tokenizer, image_BHW3):
     """Tokens of uint8 images; -1 where something was not finite. Pretokenizing runs it too."""
 
-
     def of(tokenizer, image_BHW3):
         return tokenizer.encode(reconstruction.from_uint8(image_BHW3))
 
