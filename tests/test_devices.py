@@ -124,7 +124,9 @@ def test_a_network_over_several_devices_is_whole_on_none(name, strategy, sizes):
     shared, share, program = drawn(laid(module, strategy, mesh), codec, mesh, True)
     np.testing.assert_array_equal(shared, alone)
     assert share < 0.25 * work
-    large = [sorted(leaf.shape) for leaf in jax.tree.leaves(module) if leaf.size > 2000]
+    # but for maps of the condition: what blocks are told is computed once, before the steps
+    weights = [leaf.shape for leaf in jax.tree.leaves(module) if leaf.shape[1:] != (6, 48)]
+    large = [sorted(shape) for shape in weights if np.prod(shape) > 2000]
     entry = program[program.index("\nENTRY") :]
     gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", entry)
     if len(module.plan()) < decode.steps(module):  # what is one loop has no step outside of it
@@ -169,7 +171,7 @@ def test_eight_devices_measure_an_eighth_each(monkeypatch):
             compiled = program.lower(*given, **static).compile()
             flops = work.setdefault(name, {})
             flops[sharding.current().size] = compiled.cost_analysis()["flops"]
-            return compiled(*(each for each in given if each != ("seen",)))
+            return compiled(*(each for each in given if each is not seer.layers))
 
         monkeypatch.setattr(room, name, measured)
 
@@ -192,5 +194,6 @@ def test_eight_devices_measure_an_eighth_each(monkeypatch):
     for alone, shared in zip(*found, strict=True):
         np.testing.assert_allclose(shared, alone, rtol=1e-5, atol=1e-5)
     assert len(work) == len(programs)
+    assert work["_seen"][8] == work.pop("_seen")[1]  # of eight times as many images in a batch
     for name, flops in work.items():
         assert flops[8] < 0.17 * flops[1], name
