@@ -166,7 +166,9 @@ def seconds(
     keys_B = rng.per_image(arguments.seed, "sample", jnp.arange(arguments.batch))
 
     def way():
-        drawn_BLG, _ = drawing.draw_tokens(generator, tokenizer.quantizer, label_B, keys_B, sampler)
+        drawn_BLG, *_ = drawing.draw_tokens(
+            generator, tokenizer.quantizer, label_B, keys_B, sampler
+        )
         jax.block_until_ready(drawing.decode_pixels(tokenizer, drawn_BLG))
 
     way()  # compiles

@@ -331,8 +331,8 @@ def test_an_image_that_is_not_finite_ends_it(stand_ins, monkeypatch, tmp_path):
     draw_tokens = drawing.draw_tokens
 
     def invalid(*words):
-        tokens, invalid_B = draw_tokens(*words)
-        return tokens, invalid_B | (len(stand_ins.batches) > 1)
+        tokens, invalid_B, near_B = draw_tokens(*words)
+        return tokens, invalid_B | (len(stand_ins.batches) > 1), near_B
 
     monkeypatch.setattr(drawing, "draw_tokens", invalid)
     with pytest.raises(UserError, match="logits must be finite.*: number 2"):

@@ -19,7 +19,7 @@ they cross an interface; the range that a network sees belongs to its tokenizer.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -186,7 +186,7 @@ class ScaleCodec(Protocol):
 #     none that is V after the last step.
 
 # Fields of a state that a step may change, and that are carried through a loop.
-CARRIED = ("tokens_BLG", "cache", "latents_BPC", "invalid_B")
+CARRIED = ("tokens_BLG", "cache", "latents_BPC", "invalid_B", "near_B")
 
 
 class Cache(Protocol):
@@ -231,7 +231,7 @@ class DecodeState:
     """Where a decode stands; every array leads with the rows of the batch.
 
     A generator makes it in `start` and leaves what it has no use for at None; `invalid_B` is the
-    driver's own.
+    driver's own, and `near_B` is set to false by it before the first step.
     """
 
     tokens_BLG: Array  # drawn so far; V marks "not yet"
@@ -243,6 +243,7 @@ class DecodeState:
     cache: tuple[Cache, ...] | None = None  # one per layer; None where slots see both ways
     latents_BPC: Array | None = None  # what a scale codec has accumulated
     invalid_B: Array | None = None  # true where logits were not finite; written by the driver
+    near_B: Array | None = None  # true where rounding could have changed what was drawn
 
     def read(self, positions_Bl: Array) -> Array:
         """Tokens [B, l, G] at some positions."""
@@ -259,12 +260,27 @@ class DecodeState:
 class Draw(Protocol):
     """What a step draws tokens with."""
 
-    def __call__(self, logits_BlGV: Array, symbol: int = 0) -> tuple[Array, Array]:
+    def __call__(
+        self, logits_BlGV: Array, symbol: int = 0, wanted_BlG: Array | None = None
+    ) -> tuple[Array, Array]:
         """(tokens [B, l, G] int32, their confidence [B, l, G]) of float logits.
 
         `logits_BlGV` may be those of some of a position's symbols, of which `symbol` is the first;
-        they are -inf where V is beyond a symbol's alphabet.
+        they are -inf where V is beyond a symbol's alphabet. `wanted_BlG` is true where a token is
+        taken, None where all are: the others may be anything, and no near tie counts there.
         """
+
+
+class Drawn(NamedTuple):
+    """What a sampler draws.
+
+    A draw is near a tie where rounding of the logits, as a program of another size or on another
+    device may round them, could have drawn another token.
+    """
+
+    tokens_BlG: Array  # int32
+    confidence_BlG: Array
+    near_B: Array  # true where some draw of the image's was near a tie
 
 
 class Sampler(Protocol):
@@ -275,8 +291,14 @@ class Sampler(Protocol):
     steps: int | None  # decoding steps that its settings are written for; None fits any number
 
     def draw(
-        self, logits_BlGV: Array, *, keys_B: Array, step: Array | int, symbol: int = 0
-    ) -> tuple[Array, Array]:
+        self,
+        logits_BlGV: Array,
+        *,
+        keys_B: Array,
+        step: Array | int,
+        symbol: int = 0,
+        wanted_BlG: Array | None = None,
+    ) -> Drawn:
         """What `Draw` gives, of rows that are the images alone: image i by its key, `keys_B[i]`."""
 
 

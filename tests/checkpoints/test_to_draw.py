@@ -70,7 +70,7 @@ def drawn(loaded, codec):
     found = loaded.config.presets.to_dict()
     _, generator, sampler = presets.choose(loaded.module, found, presets.Choice(), loaded.classes)
     keys_B = rng.per_image(0, "sample", jnp.arange(2))
-    tokens_BLG, invalid_B = drawing.draw_tokens(
+    tokens_BLG, invalid_B, _ = drawing.draw_tokens(
         generator, codec, jnp.asarray([3, 7]), keys_B, sampler
     )
     assert not np.any(invalid_B)

@@ -172,7 +172,7 @@ def test_a_traced_label_that_is_none_is_flagged():
     network = generator()
     network.head.head.kernel[...] = jnp.ones_like(network.head.head.kernel[...])
     keys_B = jax.random.split(jax.random.key(0), 4)
-    _, invalid_B = drawing.draw_tokens(
+    _, invalid_B, _ = drawing.draw_tokens(
         network, None, jnp.array([0, 3, -1, 2]), keys_B, samplers.Sampler()
     )
     assert invalid_B.tolist() == [False, True, True, False]  # 2 is no class, as `null` gives it

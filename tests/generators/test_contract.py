@@ -134,7 +134,7 @@ def test_a_step_changes_only_what_is_carried_and_no_shape(name):
     layout, asked = generator.layout, []
     shape = (2 * B, layout.length, layout.groups)
 
-    def draw(logits_BlGV, symbol=0):
+    def draw(logits_BlGV, symbol=0, wanted_BlG=None):
         rows, positions, groups, size = logits_BlGV.shape
         assert rows == 2 * B and size == layout.absent and logits_BlGV.dtype == jnp.float32
         assert symbol + groups <= layout.groups

@@ -304,7 +304,8 @@ class Replay:
 
     def draw(self, logits_BlGV, *, keys_B, step, symbol=0):
         tokens_BlG = self.recorded[step][:, :, symbol : symbol + logits_BlGV.shape[2]]
-        return tokens_BlG, jnp.zeros(tokens_BlG.shape)
+        near_B = jnp.zeros(len(keys_B), bool)
+        return interfaces.Drawn(tokens_BlG, jnp.zeros(tokens_BlG.shape), near_B)
 
 
 def test_a_sampler_is_whatever_draws():

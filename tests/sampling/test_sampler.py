@@ -17,12 +17,12 @@ GRID = list(
 )  # 60 settings: temperature, top-k, top-p
 
 draw = functools.partial(jax.jit, static_argnums=0)(
-    lambda sampler, logits, keys, step: sampler.draw(logits, keys_B=keys, step=step)
+    lambda sampler, logits, keys, step: sampler.draw(logits, keys_B=keys, step=step)[:2]
 )
 masses = jax.jit(
-    lambda logits, temperature, top_k, top_p: samplers.masses(
+    lambda logits, temperature, top_k, top_p: samplers.filtered(
         logits, temperature=temperature, top_k=top_k, top_p=top_p
-    )
+    )[0]
 )
 
 
@@ -100,10 +100,10 @@ def test_numbers_known_to_the_compiler_filter_like_traced_ones():
     logits = jnp.asarray(_rows())
     for temperature, top_k, top_p in GRID[::7]:
         static = jax.jit(
-            functools.partial(samplers.masses, temperature=temperature, top_k=top_k, top_p=top_p)
+            functools.partial(samplers.filtered, temperature=temperature, top_k=top_k, top_p=top_p)
         )
         traced = masses(logits, temperature, top_k, top_p)
-        np.testing.assert_allclose(static(logits), traced, rtol=1e-6)
+        np.testing.assert_allclose(static(logits)[0], traced, rtol=1e-6)
 
 
 def test_every_k_of_floats_of_every_size():
@@ -241,7 +241,7 @@ def test_settings_per_step_in_a_scan_equal_one_number_at_a_time():
         assert fixed.steps is None
         expected, _ = draw(fixed, logits, keys, step)
         np.testing.assert_array_equal(in_scan[step], expected)
-    eager, _ = varied.draw(logits, keys_B=keys, step=3)  # outside jit, by a Python number
+    eager, *_ = varied.draw(logits, keys_B=keys, step=3)  # outside jit, by a Python number
     np.testing.assert_array_equal(eager, in_scan[3])
     np.testing.assert_array_equal(in_scan[0], np.argmax(logits, -1))
     assert len(np.unique(np.asarray(in_scan[1:]))) > 10
@@ -271,7 +271,7 @@ def test_asked_for_one_token_there_is_nothing_to_draw():
     logits[:, :, 1, 6:] = -np.inf  # a smaller alphabet
     logits, keys_B = jnp.asarray(logits), jax.random.split(jax.random.key(3), 4)
     weights = (3.0, 1.0)
-    greedy, sure = samplers.Sampler(temperature=0.0, jitter=2.0).draw(logits, keys_B=keys_B, step=1)
+    greedy, sure = samplers.Sampler(temperature=0.0, jitter=2.0).draw(logits, keys_B=keys_B, step=1)[:2]
     np.testing.assert_array_equal(greedy, jnp.argmax(logits, -1))
     for options in (
         dict(top_k=1),
@@ -285,7 +285,7 @@ def test_asked_for_one_token_there_is_nothing_to_draw():
     ):
         sampler = samplers.Sampler(jitter=2.0, **options)
         for step in (1, jnp.asarray(1)):
-            tokens, confidence = sampler.draw(logits, keys_B=keys_B, step=step)
+            tokens, confidence, _ = sampler.draw(logits, keys_B=keys_B, step=step)
             np.testing.assert_array_equal(tokens, greedy, err_msg=str(options))
             np.testing.assert_array_equal(confidence, sure, err_msg=str(options))
 
@@ -305,7 +305,7 @@ def test_a_recorded_draw_is_replayed():
     uniforms = jnp.asarray([0.0, 0.2499999, 0.25, 0.5, 0.9999999, 1.0])
     sampler = samplers.Sampler(noise=lambda keys, step, symbol, shape: uniforms.reshape(shape))
     logits = jnp.broadcast_to(jnp.log(mass), (1, 6, 1, 5))
-    tokens, _ = sampler.draw(logits, keys_B=jax.random.split(jax.random.key(0), 1), step=0)
+    tokens, *_ = sampler.draw(logits, keys_B=jax.random.split(jax.random.key(0), 1), step=0)
     np.testing.assert_array_equal(tokens.ravel(), [0, 0, 1, 3, 3, 3])
 
 
@@ -321,7 +321,7 @@ def test_the_draw_never_leaves_what_is_kept():
     edges = total[rises[:500]] / total[-1]
     uniforms = np.concatenate([rng.uniform(size=500), edges, [0.0, 1.0]]).astype(np.float32)
     inverse = jax.jit(jax.vmap(samplers.inverse_cdf, in_axes=(None, 0)))
-    tokens = np.asarray(inverse(jnp.asarray(mass), jnp.asarray(uniforms)))
+    tokens = np.asarray(inverse(jnp.asarray(mass), jnp.asarray(uniforms))[0])
     assert np.all(mass[tokens] > 0)
     cumulative = np.cumsum(mass, dtype=np.float64) / mass.sum(dtype=np.float64)
     below = cumulative[tokens] - mass[tokens] / mass.sum(dtype=np.float64)
@@ -438,7 +438,7 @@ def test_each_symbol_is_drawn_at_its_own_temperature():
         assert _chi_square(tokens[..., symbol], own) > 1e-4
         assert _chi_square(tokens[..., symbol], other) < 1e-4
         # by Python numbers: the same tokens
-        in_turn, _ = drawn_in_turn(logits[:50, :, :1], keys_B=keys[:50], step=1, symbol=symbol)
+        in_turn, *_ = drawn_in_turn(logits[:50, :, :1], keys_B=keys[:50], step=1, symbol=symbol)
         np.testing.assert_array_equal(in_turn[..., 0], tokens[:50, :, symbol])
     greedy, _ = draw(samplers.Sampler(temperature=((0.0, 1.7),) * 2, top_k=9), logits, keys, 1)
     np.testing.assert_array_equal(greedy[..., 0], np.argmax(LOGITS_V))

@@ -29,6 +29,7 @@ from tokgen.nn import (
 )
 from tokgen.nn.precision import Precision
 
+NEAR = 1e-5  # confidences closer than this rank as rounding has it; they are sums of logits
 LEAST = 1e-8  # added weight, where there may be none
 STACKS = {"stack": transformer.Transformer, "u_shaped": transformer.UShaped}
 
@@ -255,7 +256,8 @@ class Generator(nnx.Module):
         self.check(cond)
         tokens_BLG, given_BLG = given
         order_BL = jnp.broadcast_to(jnp.arange(self.layout.length), tokens_BLG.shape[:2])
-        return DecodeState(tokens_BLG, given_BLG, order_BL, cond, keys_B)
+        near_B = jnp.zeros(len(keys_B), bool)
+        return DecodeState(tokens_BLG, given_BLG, order_BL, cond, keys_B, near_B=near_B)
 
     def step(
         self,
@@ -268,13 +270,14 @@ class Generator(nnx.Module):
         """Draw every unknown slot, then mask the least confident again."""
         unknown_BLG = state.tokens_BLG == self.layout.absent
         logits_BLGV = self.logits(TokenBatch(state.tokens_BLG, state.cond))
-        drawn_BLG, confidence_BLG = draw(logits_BLGV)
+        drawn_BLG, confidence_BLG = draw(logits_BLGV, wanted_BlG=unknown_BLG)
         confidence_BLG = jnp.where(unknown_BLG, confidence_BLG, jnp.inf)
         first_B = jnp.sum(~state.given_BLG, axis=(1, 2))
-        again_BLG = self._least(confidence_BLG, self.left(index, first_B, unknown_BLG.sum((1, 2))))
+        left_B = self.left(index, first_B, unknown_BLG.sum((1, 2)))
+        again_BLG, near_B = self._least(confidence_BLG, left_B)
         tokens_BLG = jnp.where(unknown_BLG, drawn_BLG, state.tokens_BLG)
         tokens_BLG = jnp.where(unknown_BLG & again_BLG, self.layout.absent, tokens_BLG)
-        return state.replace(tokens_BLG=tokens_BLG)
+        return state.replace(tokens_BLG=tokens_BLG, near_B=state.near_B | near_B)
 
     def left(self, index: jax.Array | int, first_B: jax.Array, unknown_B: jax.Array) -> jax.Array:
         """[B] how many slots stay unknown after step `index`: at least one, and fewer than before.
@@ -351,8 +354,14 @@ class Generator(nnx.Module):
         boundary.rows(tokens=tokens_BLG, conditions=batch.cond)
         return batch.replace(tokens_BLG=tokens_BLG)
 
-    def _least(self, confidence_BLG: jax.Array, left_B: jax.Array) -> jax.Array:
-        """[B, L, G] true for the `left_B` least confident slots."""
+    def _least(self, confidence_BLG: jax.Array, left_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """([B, L, G] true for the `left_B` least confident slots, [B] where rounding may tell).
+
+        It may where the last of them and the first of the others are as good as equal.
+        """
         flat_BN = confidence_BLG.reshape(len(confidence_BLG), -1)
         rank_BN = jnp.argsort(jnp.argsort(flat_BN, axis=-1), axis=-1)
-        return (rank_BN < left_B[:, None]).reshape(confidence_BLG.shape)
+        least_BN = rank_BN < left_B[:, None]
+        last_B = jnp.max(jnp.where(least_BN, flat_BN, -jnp.inf), axis=-1)
+        next_B = jnp.min(jnp.where(least_BN, jnp.inf, flat_BN), axis=-1)
+        return least_BN.reshape(confidence_BLG.shape), next_B - last_B < NEAR

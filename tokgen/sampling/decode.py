@@ -60,7 +60,8 @@ def generate(
             a decode outside `jax.jit`, the tokens are the same.
 
     Returns:
-        The final state; `invalid_B` is true where some logits were not finite.
+        The final state; `invalid_B` is true where some logits were not finite, `near_B` where
+        rounding could have changed a token.
     """
     weights, guided = _guidance(generator, sampler)
     B, layout = len(keys_B), generator.layout
@@ -79,7 +80,8 @@ def generate(
         state = generator.start(both, codec, keys_B=_twice(keys_B), given=_twice(given))
     else:
         state = generator.start(cond, codec, keys_B=keys_B, given=given)
-    state = state.replace(invalid_B=jnp.zeros(len(state.keys_B), bool))
+    no_B = jnp.zeros(len(state.keys_B), bool)
+    state = state.replace(invalid_B=no_B, near_B=no_B)
     weak = None
     if against is not None:
         against = against.unstacked()
@@ -97,21 +99,25 @@ def generate(
             scale = scale[..., None] if scale.ndim else scale
             return guidance.merge(cond_BlGV, uncond_BlGV, scale)
 
-        def sample(logits_BlGV, symbol):
+        def sample(logits_BlGV, symbol, wanted_BlG):
             seen["invalid_B"] = seen.get("invalid_B", False) | samplers.invalid(logits_BlGV)
-            return sampler.draw(logits_BlGV, keys_B=keys_B, step=index, symbol=symbol)
+            where = {} if wanted_BlG is None else dict(wanted_BlG=wanted_BlG[:B])
+            drawn = sampler.draw(logits_BlGV, keys_B=keys_B, step=index, symbol=symbol, **where)
+            seen["near_B"] = seen.get("near_B", False) | drawn.near_B
+            return drawn.tokens_BlG, drawn.confidence_BlG
 
-        def draw(logits_BlGV, symbol=0):
+        def draw(logits_BlGV, symbol=0, wanted_BlG=None):
             if double:
                 merged_BlGV = merge(logits_BlGV[:B], logits_BlGV[B:], symbol)
-                return _twice(sample(merged_BlGV, symbol))
+                return _twice(sample(merged_BlGV, symbol, wanted_BlG))
             if against is None or phase.first >= guided:
-                return sample(logits_BlGV, symbol)
+                return sample(logits_BlGV, symbol, wanted_BlG)
             if "weak" in seen:
                 raise ValueError("guidance against a network needs one draw per step; found more")
 
-            def draw_weak(weak_BlGV, symbol=0):
-                seen["drawn"] = sample(merge(logits_BlGV, weak_BlGV, symbol), symbol)
+            def draw_weak(weak_BlGV, symbol=0, wanted_BlG=wanted_BlG):
+                merged_BlGV = merge(logits_BlGV, weak_BlGV, symbol)
+                seen["drawn"] = sample(merged_BlGV, symbol, wanted_BlG)
                 return seen["drawn"]
 
             # both networks must see the same token, so the weak one's step is taken in the draw
@@ -119,8 +125,10 @@ def generate(
             return seen["drawn"]
 
         state = generator.step(state, phase, index, codec, draw)
-        flags = state.invalid_B | (_twice(seen["invalid_B"]) if double else seen["invalid_B"])
-        return state.replace(invalid_B=flags), seen.get("weak", weak)
+        flags = {name: seen[name] for name in ("invalid_B", "near_B")}
+        flags = _twice(flags) if double else flags
+        flags = {name: getattr(state, name) | flag for name, flag in flags.items()}
+        return state.replace(**flags), seen.get("weak", weak)
 
     for phase in _split(generator.plan(), guided):
         if double and phase.first >= guided:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,6 +16,14 @@ from tokgen.metrics import reconstruction
 from tokgen.sampling import decode
 
 
+class Part(NamedTuple):
+    """Images of one batch, on the host."""
+
+    tokens_BLG: np.ndarray
+    image_BHW3: np.ndarray  # uint8
+    near_B: np.ndarray  # true where rounding could have changed a token
+
+
 @functools.partial(jax.jit, static_argnames="sampler")
 def draw_tokens(
     generator: Generator,
@@ -23,10 +32,10 @@ def draw_tokens(
     keys_B: jax.Array,
     sampler: Sampler,
     given: Given | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """(tokens_BLG, invalid_B): one program per sampler and batch size."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(tokens_BLG, invalid_B, near_B): one program per sampler and batch size."""
     state = decode.generate(generator, codec, cond, sampler, keys_B=keys_B, given=given)
-    return state.tokens_BLG, state.invalid_B
+    return state.tokens_BLG, state.invalid_B, state.near_B
 
 
 @jax.jit
@@ -60,7 +69,8 @@ def draw(
         *(generator, tokenizer, cond, sampler),
         **dict(seed=seed, batch=batch, first=first, given=given, what=what, delay=delay),
     )
-    return tuple(map(np.concatenate, zip(*found, strict=True)))
+    tokens, images, _ = map(np.concatenate, zip(*found, strict=True))
+    return tokens, images
 
 
 def drawn(
@@ -76,8 +86,8 @@ def drawn(
     given: tuple[np.ndarray, np.ndarray] | None = None,
     what: str = "sample",
     delay: float = 0,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What `draw` gives, batch by batch, but for the `done` first."""
+) -> Iterator[Part]:
+    """What `draw` gives, batch by batch, but for the `done` first; and which are near a tie."""
     N = len(jax.tree.leaves(cond)[0])
     generator.check(cond)  # before any work on the devices
     batch, mesh = even(N - done, batch), sharding.current()
@@ -89,14 +99,14 @@ def drawn(
             (cond_B, held), laid_B = sharding.filled((asked, first + index_B), batch, mesh)
             keys_B = rng.per_image(seed, "sample", laid_B)
             with jax.set_mesh(mesh):  # so that the networks can say how their activations lie
-                tokens_BLG, invalid_B = draw_tokens(
+                tokens_BLG, invalid_B, near_B = draw_tokens(
                     generator, tokenizer.quantizer, cond_B, keys_B, sampler, held
                 )
                 image_BHW3, broken_B = decode_pixels(tokenizer, tokens_BLG)
             kept, number = min(batch, N - start), functools.partial(_number, first + start)
             boundary.refuse(np.asarray(invalid_B)[:kept], "logits", number)
             boundary.refuse(np.asarray(broken_B)[:kept], "what the decoder gives", number)
-            yield np.asarray(tokens_BLG)[:kept], np.asarray(image_BHW3)[:kept]
+            yield Part(*(np.asarray(a)[:kept] for a in (tokens_BLG, image_BHW3, near_B)))
             bar.update(kept)
 
 

@@ -12,6 +12,11 @@ Ties stay together. Every token as large as the k-th is kept, as in LlamaGen and
 token as likely as the one that reaches p. So a filter never asks in which order tokens stand.
 Where one token is asked for there is nothing to draw: temperature 0, top-k 1 and a p that the
 likeliest of V tokens always reaches alone (1 / V) are one program, the first of the largest.
+
+A program of another batch size rounds logits otherwise, and a draw near a tie may then fall
+otherwise. Such draws are flagged, `Drawn.near_B`: the uniform lies next to a boundary of the
+cumulative distribution, nearer than rounding may move it and than the mass that rounding may bring
+over a filter's threshold; or the two largest of which one is asked for are as good as equal.
 """
 
 from __future__ import annotations
@@ -30,6 +35,10 @@ import numpy as np
 from tokgen import interfaces, rng
 
 SETTINGS = ("temperature", "top_k", "top_p", "guidance", "jitter", "confidence_temperature")
+# What rounding is trusted to stay below. Of a uniform: float32 sums of masses err by some 1e-7 of
+# their total, and logits that err by 1e-6 move a boundary by at most 2.5e-7 of it for each that
+# errs one way. Of logits: float32 products of a few hundred numbers, guided, err by some 1e-6.
+NEAR, NEAR_LOGITS = 1e-6, 1e-5
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
@@ -142,11 +151,13 @@ class Sampler:
         keys_B: interfaces.Array,
         step: interfaces.Array | int,
         symbol: int = 0,
-    ) -> tuple[interfaces.Array, interfaces.Array]:
+        wanted_BlG: interfaces.Array | None = None,
+    ) -> interfaces.Drawn:
         """Tokens [B, l, G] and their confidence, float32 inside whatever the logits are.
 
         `step` may be traced, as in a scan. Logits of -inf are never drawn; where `invalid` is
-        true a token is still in range, and means nothing.
+        true a token is still in range, and means nothing. Where `wanted_BlG` is false no near tie
+        counts.
         """
         chex.assert_rank(logits_BlGV, 4)
         chex.assert_shape(keys_B, logits_BlGV.shape[:1])
@@ -158,16 +169,21 @@ class Sampler:
         # Python numbers decide here, and what is traced in the program
         alone = (temperature == 0, top_k == 1, top_p * logits_BlGV.shape[-1] <= 1)
 
-        tokens_BlG = jnp.argmax(logits_BlGV, axis=-1).astype(jnp.int32)
+        tokens_BlG, near_BlG = likeliest(logits_BlGV)
         if not any(one is True for one in alone):
-            mass_BlGV = masses(logits_BlGV, temperature=temperature, top_k=top_k, top_p=top_p)
+            mass_BlGV, unsure_BlG = filtered(
+                logits_BlGV, temperature=temperature, top_k=top_k, top_p=top_p
+            )
             uniform_BlG = self.noise(keys_B, step, symbol, tokens_BlG.shape)
             chex.assert_shape(uniform_BlG, tokens_BlG.shape)
-            drawn_BlG = inverse_cdf(mass_BlGV, uniform_BlG)
+            drawn_BlG, margin_BlG = inverse_cdf(mass_BlGV, uniform_BlG)
             greedy = functools.reduce(jnp.logical_or, map(jnp.asarray, alone))
             greedy_BlG = jnp.broadcast_to(greedy, tokens_BlG.shape)
             tokens_BlG = jnp.where(greedy_BlG, tokens_BlG, drawn_BlG)
-        return tokens_BlG, self._confidence(logits_BlGV, tokens_BlG, keys_B, step, symbol)
+            near_BlG = jnp.where(greedy_BlG, near_BlG, margin_BlG < NEAR + unsure_BlG)
+        confidence_BlG = self._confidence(logits_BlGV, tokens_BlG, keys_B, step, symbol)
+        near_BlG = near_BlG if wanted_BlG is None else near_BlG & wanted_BlG
+        return interfaces.Drawn(tokens_BlG, confidence_BlG, jnp.any(near_BlG, axis=(1, 2)))
 
     def _confidence(
         self,
@@ -190,15 +206,25 @@ class Sampler:
         return confidence_BlG + jitter * gumbel_BlG
 
 
-def masses(
+def likeliest(logits_BlGV: interfaces.Array) -> tuple[interfaces.Array, interfaces.Array]:
+    """([B, l, G] the first of the largest, int32; true where another is as good as equal)."""
+    tokens_BlG = jnp.argmax(logits_BlGV, axis=-1).astype(jnp.int32)
+    symbols_BlGV = jax.lax.broadcasted_iota(jnp.int32, logits_BlGV.shape, logits_BlGV.ndim - 1)
+    others_BlGV = jnp.where(symbols_BlGV == tokens_BlG[..., None], -jnp.inf, logits_BlGV)
+    second_BlG = jnp.max(others_BlGV, axis=-1)
+    return tokens_BlG, jnp.max(logits_BlGV, axis=-1) - second_BlG < NEAR_LOGITS
+
+
+def filtered(
     logits_BlGV: interfaces.Array,
     *,
     temperature: interfaces.Array | float = 1.0,
     top_k: interfaces.Array | int = 0,
     top_p: interfaces.Array | float = 1.0,
-) -> interfaces.Array:
-    """Probabilities [B, l, G, V] up to a factor: the likeliest has 1, what is filtered out 0.
+) -> tuple[interfaces.Array, interfaces.Array]:
+    """(masses [B, l, G, V], the share of their sum that rounding may bring or take [B, l, G]).
 
+    A mass is a probability up to a factor: the likeliest has 1, what is filtered out 0.
     `temperature` is a number, or an array that broadcasts with [B, l, G]. A filter that a Python
     number turns off is not in the program. Thresholds are put to the logits and not to what
     temperature makes of them: the order is the same, and no two logits become a tie by rounding.
@@ -210,23 +236,34 @@ def masses(
     scale = jnp.where(jnp.asarray(temperature) > 0, temperature, 1).astype(jnp.float32)
     scale = scale[..., None] if scale.ndim else scale
     mass_BlGV = jnp.exp((logits_BlGV - peak_BlG1) / scale)
+    moved_BlG = jnp.zeros(logits_BlGV.shape[:-1])
 
     if not (isinstance(top_k, int) and (top_k == 0 or top_k >= logits_BlGV.shape[-1])):
         # weighing every token 1, the k-th largest reaches k; never reached, all are kept
         need = jnp.where(jnp.asarray(top_k) > 0, top_k, np.iinfo(np.int32).max)
         ones_BlGV = jnp.ones_like(logits_BlGV, jnp.int32)
-        mass_BlGV = jnp.where(_reaching(logits_BlGV, ones_BlGV, need), mass_BlGV, 0)
+        kept_BlGV = _reaching(logits_BlGV, ones_BlGV, need)
+        moved_BlG = _unsure(logits_BlGV, mass_BlGV, kept_BlGV)
+        mass_BlGV = jnp.where(kept_BlGV, mass_BlGV, 0)
     if not (isinstance(top_p, float | int) and top_p == 1):
         total_BlG = jnp.sum(mass_BlGV, axis=-1)
         # a p that rounds to nothing still needs something: the likeliest token
         need_BlG = jnp.maximum(jnp.asarray(top_p, jnp.float32) * total_BlG, SMALLEST)
         need_BlG = jnp.where(jnp.asarray(top_p) < 1, need_BlG, jnp.inf)
-        mass_BlGV = jnp.where(_reaching(logits_BlGV, mass_BlGV, need_BlG), mass_BlGV, 0)
-    return mass_BlGV
+        kept_BlGV = _reaching(logits_BlGV, mass_BlGV, need_BlG)
+        reach_BlG = moved_BlG + NEAR * total_BlG
+        moved_BlG = moved_BlG + _unsure(logits_BlGV, mass_BlGV, kept_BlGV, need_BlG, reach_BlG)
+        mass_BlGV = jnp.where(kept_BlGV, mass_BlGV, 0)
+    # twice: the boundaries move with what lies below them, and with the total
+    return mass_BlGV, 2 * moved_BlG / jnp.sum(mass_BlGV, axis=-1)
 
 
-def inverse_cdf(mass_BlGV: interfaces.Array, uniform_BlG: interfaces.Array) -> interfaces.Array:
+def inverse_cdf(
+    mass_BlGV: interfaces.Array, uniform_BlG: interfaces.Array
+) -> tuple[interfaces.Array, interfaces.Array]:
     """Tokens [B, l, G]: the first of positive mass whose cumulative mass exceeds uniform x total.
+
+    And [B, l, G] how far the uniform lies from where another token begins.
 
     The sum runs in float32 along the alphabet. It is a parallel one, so rounding may lower it from
     one token to the next, or raise it where the mass is 0: hence "of positive mass", and where
@@ -241,7 +278,11 @@ def inverse_cdf(mass_BlGV: interfaces.Array, uniform_BlG: interfaces.Array) -> i
     beyond_BlGV = kept_BlGV & (cumulative_BlGV > bound_BlG1)
     first_BlG = jnp.min(jnp.where(beyond_BlGV, symbols_BlGV, V), axis=-1)
     last_BlG = jnp.max(jnp.where(kept_BlGV, symbols_BlGV, 0), axis=-1)
-    return jnp.minimum(first_BlG, last_BlG)
+    tokens_BlG = jnp.minimum(first_BlG, last_BlG)
+    above_BlG1 = jnp.take_along_axis(cumulative_BlGV, tokens_BlG[..., None], -1)
+    below_BlG1 = above_BlG1 - jnp.take_along_axis(mass_BlGV, tokens_BlG[..., None], -1)
+    margin_BlG1 = jnp.minimum(above_BlG1 - bound_BlG1, bound_BlG1 - below_BlG1)
+    return tokens_BlG, (margin_BlG1 / cumulative_BlGV[..., -1:])[..., 0]
 
 
 def invalid(logits_BlGV: interfaces.Array) -> interfaces.Array:
@@ -273,6 +314,29 @@ def _reaching(
     lowest_BlG = jnp.zeros(keys_BlGV.shape[:-1], jnp.uint32)
     least_BlG = jax.lax.fori_loop(0, 32, halve, lowest_BlG)
     return keys_BlGV >= least_BlG[..., None]
+
+
+def _unsure(
+    logits_BlGV: interfaces.Array,
+    mass_BlGV: interfaces.Array,
+    kept_BlGV: interfaces.Array,
+    need_BlG: interfaces.Array | None = None,
+    reach_BlG: interfaces.Array | None = None,
+) -> interfaces.Array:
+    """[B, l, G] mass next to a threshold, where rounding may move it to the next logit; else 0.
+
+    It may where the logits on its two sides are as good as equal; or where the sums of masses on
+    its two sides are within `reach` of what is needed.
+    """
+    inside_BlG1 = jnp.min(jnp.where(kept_BlGV, logits_BlGV, jnp.inf), axis=-1, keepdims=True)
+    outside_BlG1 = jnp.max(jnp.where(kept_BlGV, -jnp.inf, logits_BlGV), axis=-1, keepdims=True)
+    beside_BlGV = (logits_BlGV >= outside_BlG1) & (logits_BlGV <= inside_BlG1)
+    unsure_BlG = (inside_BlG1 - outside_BlG1)[..., 0] < NEAR_LOGITS
+    if need_BlG is not None:
+        with_BlG = jnp.sum(jnp.where(kept_BlGV, mass_BlGV, 0), axis=-1)
+        without_BlG = jnp.sum(jnp.where(logits_BlGV > inside_BlG1, mass_BlGV, 0), axis=-1)
+        unsure_BlG |= (with_BlG - need_BlG < reach_BlG) | (need_BlG - without_BlG < reach_BlG)
+    return jnp.where(unsure_BlG, jnp.sum(jnp.where(beside_BlGV, mass_BlGV, 0), axis=-1), 0)
 
 
 def _ordered(logits_BlGV: interfaces.Array) -> interfaces.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import rng
+from tokgen import interfaces, rng
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
 from tokgen.nn import dropout
 from tokgen.pretrained import keymap, parity
@@ -159,11 +159,12 @@ class Recorder:
     def __init__(self):
         self.seen: list[np.ndarray] = []
 
-    def draw(self, logits_BlGV, **_):
+    def draw(self, logits_BlGV, *, keys_B, **_):
         """The likeliest tokens, and no confidence."""
         jax.experimental.io_callback(self.seen.append, None, logits_BlGV, ordered=True)
         tokens_BlG = logits_BlGV.argmax(-1).astype(jnp.int32)
-        return tokens_BlG, jnp.zeros(tokens_BlG.shape)
+        near_B = jnp.zeros(len(keys_B), bool)
+        return interfaces.Drawn(tokens_BlG, jnp.zeros(tokens_BlG.shape), near_B)
 
 
 _generate = jax.jit(decode.generate, static_argnums=(1, 3))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokgen import rng
+from tokgen import interfaces, rng
 from tokgen.generators import masked
 from tokgen.interfaces import TokenBatch
 from tokgen.pretrained import keymap
@@ -82,10 +82,10 @@ class Recorder:
         self.guidance, self.steps = sampler.guidance, sampler.steps
 
     def draw(self, logits_BlGV, **where):
-        """(tokens, confidence) as the sampler draws them."""
-        tokens_BlG, confidence_BlG = self.sampler.draw(logits_BlGV, **where)
-        self.drawn.append(np.asarray(tokens_BlG))
-        return tokens_BlG, confidence_BlG
+        """What the sampler draws."""
+        drawn = self.sampler.draw(logits_BlGV, **where)
+        self.drawn.append(np.asarray(drawn.tokens_BlG))
+        return drawn
 
 
 class Replay:
@@ -96,10 +96,11 @@ class Replay:
     def __init__(self, choose: Callable, *, guidance: tuple = (), confidence: Callable):
         self.choose, self.guidance, self.confidence = choose, guidance, confidence
 
-    def draw(self, logits_BlGV: jax.Array, *, keys_B: jax.Array, step: int, symbol: int = 0):
-        """(tokens, confidence)."""
+    def draw(self, logits_BlGV: jax.Array, *, keys_B: jax.Array, step: int, **_):
+        """Tokens and confidence as recorded, none of them near a tie."""
         tokens_BlG, noise_BlG = self.choose(logits_BlGV, step)
-        return tokens_BlG, self.confidence(logits_BlGV, tokens_BlG) + noise_BlG
+        confidence_BlG = self.confidence(logits_BlGV, tokens_BlG) + noise_BlG
+        return interfaces.Drawn(tokens_BlG, confidence_BlG, jnp.zeros(len(keys_B), bool))
 
 
 def run(
