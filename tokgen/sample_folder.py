@@ -130,28 +130,39 @@ def _filled(
     record, beside = _record(settings, ready, png)
     place.claim(record, beside)
     total, index_KX = len(kind_N), _by_kind(settings, kind_N)
-    told = (
-        f"{total} images in {place.target}: samples.npz (arr_0 images, arr_1 labels), samples.json "
-        "(settings), grid.png"
-    )
     if _checksum(path):
         _verify(path)
         shutil.rmtree(path / sample_parts.FOLDER, ignore_errors=True)
-        return f"{told}; all were there already, and samples.npz has its checksum"
+        return f"{_told(place, index_KX, total)}; they were there already, and samples.npz as it was made"
     _check_room(settings, ready, place, png)
     _draw(settings, ready, place, png, share)
     there = sample_parts.there(path)
     if missing := total - sample_parts.count(there, total):
         return (
             f"part {share[0]}/{share[1]} is drawn; {total - missing:,} of {total:,} images are in "
-            f"{place.target}: the part that ends last puts them together"
+            f"{place.target}: the part that ends last puts them together, as does this command again"
         )
     where = str(place.target).replace("{", "{{").replace("}", "}}")
     with locks.waiting(path / MERGING, f"{{}} puts the images of {where} together: waiting for it"):
         if not _checksum(path):  # by the process that was waited for
             _merged(path, kind_N, index_KX, record | beside)
         shutil.rmtree(path / sample_parts.FOLDER, ignore_errors=True)
-    return told
+    return _told(place, index_KX, total)
+
+
+def _told(place: output.Folder, index_KX: np.ndarray, count: int) -> str:
+    """What lies in a folder that is finished, in words."""
+    found = records.load(place.path / sample_parts.RECORD)
+    _, _, shown = samples.laid_out(found["size"], index_KX, count)
+    near = len(found["near_ties"])
+    rounded = (
+        f"; {near} of them have a draw near a tie: with another batch, or elsewhere, their tokens "
+        "may differ"
+    )
+    return (
+        f"{count} images in {place.target}: grid.png ({shown}), samples.npz (arr_0 images, arr_1 "
+        f"labels), samples.json (settings){rounded * bool(near)}"
+    )
 
 
 def _record(settings: samples.Settings, ready: samples.Prepared, png: bool) -> tuple[dict, dict]:
@@ -317,7 +328,7 @@ def _merged(path: pathlib.Path, kind_N: np.ndarray, index_KX: np.ndarray, record
             left.unlink(missing_ok=True)
     total, whole = len(kind_N), path / sample_parts.WHOLE
     first = _part(path, 0, min(sample_parts.EACH, total))
-    layout_RX, _, _ = samples.laid_out(first["image"].shape[1:], index_KX)
+    layout_RX, _, _ = samples.laid_out(first["image"].shape[1:], index_KX, total)
     wanted = dict.fromkeys(np.unique(layout_RX[layout_RX >= 0]).tolist())
     near, shape = [], (total, *first["image"].shape[1:3], 3)
     with (
@@ -332,16 +343,12 @@ def _merged(path: pathlib.Path, kind_N: np.ndarray, index_KX: np.ndarray, record
             near += (start + np.flatnonzero(part["near"])).tolist()
             wanted |= {i: part["image"][i - start] for i in range(start, stop) if i in wanted}
             bar.update(stop - start)
-    picture, shown = samples.sheet_of(wanted, index_KX)
+    picture, _ = samples.sheet_of(wanted, index_KX, total)
     image_grid.save_png(path / "grid.png", picture)
     digest = archives.sha256(whole)
-    records.save(_checksum_file(path), f"{digest}  {whole.name}\n")
+    records.save(path / f"{whole.name}.sha256", f"{digest}  {whole.name}\n")
     found = {"near_ties": near, "sha256": digest}
     records.save(path / sample_parts.RECORD, json.dumps({**record, **found}, indent=2) + "\n")
-    report.say(
-        f"grid.png: {shown}; {len(near):,} of {total:,} images have a draw near a tie, where "
-        "another batch, device or precision may draw another token"
-    )
 
 
 def _part(path: pathlib.Path, start: int, stop: int) -> dict[str, np.ndarray]:
@@ -373,10 +380,6 @@ def _writing(
     made.replace(path)
 
 
-def _checksum_file(path: pathlib.Path) -> pathlib.Path:
-    return path / f"{sample_parts.WHOLE}.sha256"
-
-
 def _checksum(path: pathlib.Path) -> str:
     """The checksum of a folder that is finished; "" of any other."""
     try:
@@ -392,6 +395,6 @@ def _verify(path: pathlib.Path) -> None:
     found = archives.sha256(whole) if whole.exists() else "no such file"
     if found != expected:
         raise UserError(
-            f"{whole} is damaged: its SHA-256 must be {expected}; found {found}: restore a copy, or "
-            "remove the folder and draw it again"
+            f"{whole} is damaged: its SHA-256 must be {expected}; found {found}: restore a copy, "
+            "or remove the folder and draw it again"
         )

@@ -112,7 +112,8 @@ class Samples:
         """A row per class, as notebooks ask for it; of many images some."""
         number = int(np.argmax(np.append(self.kind_N, -1) != self.kind_N[0]))
         index_KX = np.arange(len(self)).reshape(-1, number)
-        picture, _ = sheet_of(dict(enumerate(self.image_NHW3)), index_KX, pixels=NOTEBOOK)
+        image_of = dict(enumerate(self.image_NHW3))
+        picture, _ = sheet_of(image_of, index_KX, len(self), pixels=NOTEBOOK)
         file = io.BytesIO()
         image_grid.to_pil(picture[None])[0].save(file, "PNG")
         return file.getvalue()
@@ -323,41 +324,42 @@ def prepared(
 
 
 def sheet_of(
-    image_of: Mapping[int, np.ndarray], index_KX: np.ndarray, pixels: int = PIXELS
+    image_of: Mapping[int, np.ndarray], index_KX: np.ndarray, count: int, pixels: int = PIXELS
 ) -> tuple[np.ndarray, str]:
     """(the sheet of images [H, W, 3], in words) of those that stand on it, by their numbers.
 
-    A row of `index_KX` has the numbers of the images of a class or text.
+    A row of `index_KX` has the numbers of the images of a class or text, of `count` in all.
     """
     shape = next(iter(image_of.values())).shape
-    layout_RX, scale, told = laid_out(shape, index_KX, pixels)
+    layout_RX, scale, told = laid_out(shape, index_KX, count, pixels)
     blank = np.full(shape, 255, np.uint8)
     shown = np.stack([image_of[i] if i >= 0 else blank for i in layout_RX.reshape(-1).tolist()])
     return image_grid.grid(shown, layout_RX.shape[1], scale=scale), told
 
 
 def laid_out(
-    shape: Sequence[int], index_KX: np.ndarray, pixels: int = PIXELS
+    shape: Sequence[int], index_KX: np.ndarray, count: int, pixels: int = PIXELS
 ) -> tuple[np.ndarray, int, str]:
     """(which image stands where, the scale of each, in words): small ones are enlarged."""
     scale = max(1, 64 // shape[0])
     size = (scale * shape[0], scale * shape[1])
-    layout_RX, told = sheet(index_KX.size, index_KX.shape[1], size, pixels)
+    layout_RX, told = sheet(count, index_KX.shape[1], size, pixels, len(index_KX))
     return np.where(layout_RX < 0, -1, index_KX.reshape(-1)[layout_RX]), scale, told
 
 
 def sheet(
-    count: int, number: int, size: tuple[int, int], pixels: int = PIXELS
+    count: int, number: int, size: tuple[int, int], pixels: int = PIXELS, kinds: int = 0
 ) -> tuple[np.ndarray, str]:
     """(which image stands where [rows, columns], -1 for none; in words) of `grid.png`.
 
-    A class, of which there are `number` images of `size` pixels, begins a row. A picture of more
+    A class, of which there are `number` images of `size` pixels, begins a row; there are `kinds` of
+    them, or as many as the `count` of all images affords. A picture of more
     than PIXELS pixels no program opens: then only some of the images stand in it.
     """
     columns = min(number, COLUMNS)
     room = max(1, pixels // (columns * size[0] * size[1]))
     room = min(room, max(1, SIDE // size[0]))
-    kinds = count // number
+    kinds = kinds or count // number
     chosen = np.arange(min(kinds, room)) * kinds // min(kinds, room)
     each = max(1, min(-(-number // columns), room // len(chosen)))
     index_KX = np.arange(each * columns)

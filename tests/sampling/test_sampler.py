@@ -271,7 +271,9 @@ def test_asked_for_one_token_there_is_nothing_to_draw():
     logits[:, :, 1, 6:] = -np.inf  # a smaller alphabet
     logits, keys_B = jnp.asarray(logits), jax.random.split(jax.random.key(3), 4)
     weights = (3.0, 1.0)
-    greedy, sure = samplers.Sampler(temperature=0.0, jitter=2.0).draw(logits, keys_B=keys_B, step=1)[:2]
+    greedy, sure = samplers.Sampler(temperature=0.0, jitter=2.0).draw(
+        logits, keys_B=keys_B, step=1
+    )[:2]
     np.testing.assert_array_equal(greedy, jnp.argmax(logits, -1))
     for options in (
         dict(top_k=1),

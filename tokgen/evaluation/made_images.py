@@ -115,7 +115,7 @@ class Drawn:
             *(self.generator, self.tokenizer, cond, self.sampler),
             seed=self.seed,
             batch=self.batch,
-            first=start,
+            index_N=start + index_B,
             what="",
         )
         part = {"image": coloured(image_NHWC[: stop - start])}

@@ -67,9 +67,10 @@ def load(out: pathlib.Path, start: int, stop: int) -> dict[str, np.ndarray] | No
     place = file(out, start)
     part = made_images.loaded_part(place)
     if part is not None and {len(array) for array in part.values()} != {stop - start}:
+        lengths = ", ".join(f"{name} {len(array)}" for name, array in part.items())
         raise UserError(
-            f"{place} is damaged: it must hold {stop - start} images; found "
-            f"{ {name: len(array) for name, array in part.items()} }; remove it, and it is made again"
+            f"{place} is damaged: it must hold {stop - start} images; found {lengths}; remove it, "
+            "and it is made again"
         )
     return part
 

@@ -4,9 +4,9 @@ A folder of results is one result. It is filled in a hidden folder beside its pl
 and renamed into it: a process that is killed at any moment leaves what was there before, or the new
 result. What an unfinished one is of stands in a record inside it, so that the same command goes on
 with it. Folders that grow (`growing`: token shards, scores, samples by the ten thousand) are filled
-in place, and say themselves whether they are finished. `file` is for a single file, `lines` for one that lines are added to,
-`workdir` for the work directory of a run: callers need these five. They are made of places, locks
-and failures, the files of this folder.
+in place, and say themselves whether they are finished. `file` is for a single file, `lines` for one
+that lines are added to, `workdir` for the work directory of a run: callers need these five. They
+are made of places, locks and failures, the files of this folder.
 """
 
 from __future__ import annotations
@@ -208,8 +208,8 @@ def growing(
 ) -> Iterator[Folder]:
     """A folder that is filled in place, and gone on with after a kill.
 
-    By one process at a time, or by one for each name of a `lock`: `lock` and others that match
-    places.LOCKS. `migrated` puts what earlier versions wrote into `record` into today's words. With `overwrite`
+    By one process at a time; or by one for each `lock`, of names that match places.LOCKS.
+    `migrated` puts what earlier versions wrote into `record` into today's words. With `overwrite`
     an earlier result is replaced whole, as in `folder`, by what is made beside it.
     """
     with failures.reserved(path, option):

@@ -15,6 +15,7 @@ import pathlib
 import shutil
 import socket
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 
 from tokgen import records as records_
@@ -91,8 +92,9 @@ def strangers(target: pathlib.Path, option: str) -> list[str]:
 
 
 def beside(file: pathlib.Path) -> pathlib.Path:
-    """Where to write what is to be `file`: a name that no process on any machine has as well."""
-    return file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}.part")
+    """Where to write what is to be `file`: a name that nobody else has, on any machine."""
+    own = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+    return file.with_name(f".{file.name}.{own}.part")
 
 
 def few(names: Sequence[str]) -> str:
