@@ -1,7 +1,12 @@
-"""Tokens per second of decoding, with a cache and without one, guided and not.
+"""Decoding: published networks beside their peers; and with a cache and without one.
 
+    python benchmarks/decode.py --table [--peers DIR --python PYTHON] [--rows NAME ...]
     python benchmarks/decode.py [--config PATH[:variant]] [--batch 1 8 64]
 
+The first prints CPU seconds of one call of `ROWS` on one core, weights random, four images where
+nothing else is said, and the same of the peer from its checkout (peers.py), turn by turn.
+
+The second prints tokens per second, guided and not.
 The network is a config's, with weights as they start: what is drawn doesn't matter, how long it
 takes does. With a cache it is `sampling.decode.generate`, which `tokgen sample` uses. Without one,
 every token costs a forward pass over the whole sequence: the same keys, so the same tokens, and the
@@ -9,21 +14,144 @@ share that agrees is printed (rounding may part them in rare draws). CPU seconds
 """
 
 import argparse
+import dataclasses
 import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import beside
 import jax
 import jax.numpy as jnp
 import machine
+import networks
 import numpy as np
 import training_step
 from flax import nnx
 
 from tokgen import rng, runtime
 from tokgen.config import building
-from tokgen.interfaces import Generator, TokenBatch
-from tokgen.sampling import decode, guidance, presets, sampler as samplers
+from tokgen.interfaces import Generator, TokenBatch, TokenLayout
+from tokgen.sampling import decode, drawing, guidance, presets, sampler as samplers
 
 WEIGHT = 2.0  # of the guidance
+BATCH, CLASSES = 4, 1000  # of the rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A network, how it is sampled, and the peer's name of the same."""
+
+    config: str  # by its name in configs/
+    layout: TokenLayout
+    sampling: Mapping[str, Any]
+    peer: beside.Peer
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the config, changed
+    tokenizer: str = ""  # whose quantizer is the codec
+    pixels: bool = False  # tokens are decoded to pixels, too
+    images: int = BATCH
+
+
+def _square(vocab: int, groups: int = 1, side: int = 16) -> TokenLayout:
+    return TokenLayout((vocab,) * groups, ((side, side),))
+
+
+SMALL = {"generator.width": 384, "generator.depth": 6, "generator.heads": 6}
+PYRAMID = TokenLayout((4096,), tuple((n, n) for n in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)))
+VAR = dict(guidance="per_scale", weight=1.5, top_k=900, top_p=0.95)
+RAR = dict(guidance="power_cosine", weight=16.0, power=2.75)
+HALF = dict(guidance="interval", weight=2.0, first=0, last=127)
+TITOK = dict(guidance="linear", weight=5.5, ranking="raw_logit", annealing="softmax")
+TITOK |= dict(drawing="noise", noise=9.5, steps=8)
+MASKBIT = dict(guidance="power_cosine", weight=8.1, power=3.0, noise=7.8, steps=2)
+WAYS = ("eager", "compiled", "frozen")
+D6 = {"generator.width": 384, "generator.depth": 6, "generator.heads": 6}
+
+ROWS = {
+    "RAR 384x6": Row(
+        *("generator/rar.py:b", _square(1024), RAR, beside.Peer("RAR 384x6")),
+        SMALL | {"generator.hidden": 1536},
+    ),
+    "RAR-B": Row("generator/rar.py:b", _square(1024), RAR, beside.Peer("RAR-B")),
+    "LlamaGen 384x6": Row(
+        *("generator/llamagen.py:b", _square(16384), dict(guidance="constant", weight=2.0)),
+        *(beside.Peer("LlamaGen 384x6", WAYS), SMALL),
+    ),
+    "LlamaGen 384x6, half": Row(
+        *("generator/llamagen.py:b", _square(16384), HALF),
+        *(beside.Peer("LlamaGen 384x6, half"), SMALL),
+    ),
+    "GPT-B": Row(
+        *("generator/llamagen.py:b", _square(16384), dict(guidance="constant", weight=2.0)),
+        beside.Peer("GPT-B"),
+    ),
+    "VAR-d6 tokens": Row(
+        *("generator/var.py:d16", PYRAMID, VAR, beside.Peer("VAR-d6 tokens"), D6),
+        "tokenizer/var_vqvae.py:256",
+    ),
+    "VAR-d6": Row(
+        *("generator/var.py:d16", PYRAMID, VAR, beside.Peer("VAR-d6"), D6),
+        *("tokenizer/var_vqvae.py:256", True),
+    ),
+    "VAR-d16": Row(
+        *("generator/var.py:d16", PYRAMID, VAR, beside.Peer("VAR-d16"), {}),
+        *("tokenizer/var_vqvae.py:256", True),
+    ),
+    "MaskBit, 2 steps": Row(
+        *("generator/maskbit.py:14bit", _square(128, 2), MASKBIT),
+        beside.Peer("MaskBit, 2 steps"),
+    ),
+    "TiTok generator 384x6": Row(
+        *("generator/titok.py:l32", TokenLayout((4096,), ((1, 32),)), TITOK),
+        beside.Peer("TiTok generator 384x6"),
+        SMALL | {"generator.hidden": 1536},
+    ),
+    "TiTok-L-32 generator": Row(
+        *("generator/titok.py:l32", TokenLayout((4096,), ((1, 32),)), TITOK),
+        beside.Peer("TiTok-L-32 generator"),
+    ),
+    "MaskGIT 384x6": Row(
+        *("generator/maskgit.py:256", _square(1024), dict(noise=4.5, steps=8)),
+        beside.Peer("MaskGIT in JAX", ours=True),
+        SMALL | {"generator.hidden": 1536},
+    ),
+}
+SAMPLER = "sampler, 1024 x 4096"
+PEERS = {SAMPLER: beside.Peer("VAR's sampler"), **{name: row.peer for name, row in ROWS.items()}}
+# --quick: of every row
+TINY = {"generator.width": 32, "generator.depth": 1, "generator.heads": 2, "generator.hidden": 64}
+
+
+def way_of(name: str, precision: str, quick: bool) -> Callable[[], object]:
+    """What one turn of a row calls."""
+    if name == SAMPLER:
+        return sampler_way()
+    row = ROWS[name]
+    fields = {**row.fields, **(TINY if quick else {})}
+    generator = networks.generator(row.config, fields, row.layout, CLASSES, precision)
+    generator, sampler = presets.prepare(generator, dict(row.sampling))
+    codec = tokenizer = None
+    if row.tokenizer:
+        tokenizer = networks.tokenizer(row.tokenizer, {}, precision)
+        tokenizer.encoder = None
+        codec = tokenizer.quantizer
+    label_B = jnp.arange(row.images)
+    keys_B = rng.per_image(0, "sample", jnp.arange(row.images))
+
+    def way():
+        tokens_BLG, *_ = drawing.draw_tokens(generator, codec, label_B, keys_B, sampler)
+        found = drawing.decode_pixels(tokenizer, tokens_BLG) if row.pixels else tokens_BLG
+        return jax.block_until_ready(found)
+
+    return way
+
+
+def sampler_way() -> Callable[[], object]:
+    """1,024 draws of 4,096 logits, as VAR's last scale of four images has them."""
+    sampler = samplers.Sampler(top_k=900, top_p=0.95)
+    logits_BlGV = 3 * jax.random.normal(jax.random.key(0), (BATCH, 256, 1, 4096))
+    keys_B = rng.per_image(0, "sample", jnp.arange(BATCH))
+    draw = jax.jit(lambda logits_BlGV: sampler.draw(logits_BlGV, keys_B=keys_B, step=0))
+    return lambda: jax.block_until_ready(draw(logits_BlGV))
 
 
 def main() -> None:
@@ -31,9 +159,18 @@ def main() -> None:
     parser.add_argument("--config", default=training_step.CONFIGS[1], metavar="PATH[:variant]")
     parser.add_argument("--batch", type=int, nargs="+", default=(1, 8, 64))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--precision", choices=beside.PRECISIONS, help="default: float32; all")
     parser.add_argument("--quick", action="store_true", help="a tiny network: does it work?")
+    parser.add_argument("--table", action="store_true", help="the published networks")
+    beside.arguments(parser)
     arguments = parser.parse_args()
+    if arguments.serve:
+        return machine.serve(lambda: way_of(arguments.serve, arguments.precision, arguments.quick))
+    if arguments.table:
+        print(machine.header(training_step.PACKAGES))
+        precisions = (arguments.precision,) if arguments.precision else beside.PRECISIONS
+        return beside.table("decode.py", PEERS, precisions, arguments)
+    arguments.precision = arguments.precision or "float32"
     if arguments.quick:
         arguments.batch, arguments.repeats = (2,), 1
     runtime.devices()
@@ -97,7 +234,7 @@ def without_cache(
         if guided:
             weight = jnp.asarray(sampler.guidance, jnp.float32)[index]
             logits_B1GV = guidance.merge(logits_B1GV[:B], logits_B1GV[B:], weight)
-        drawn_B1G = sampler.draw(logits_B1GV, keys_B=keys_B, step=index).tokens_BlG
+        drawn_B1G, _ = sampler.draw(logits_B1GV, keys_B=keys_B, step=index)
         position_B = jax.lax.dynamic_index_in_dim(orders_BL, index, 1, keepdims=False)
         return tokens_BLG.at[jnp.arange(B), position_B].set(drawn_B1G[:, 0])
 

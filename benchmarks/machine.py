@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
@@ -65,3 +66,19 @@ def peak_mib() -> float:
     """The most memory that this process ever held, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB on Linux
+
+
+def serve(make: Callable[[], Callable[[], object]]) -> None:
+    """The side of a process that `beside` measures: `make` gives what is to be called.
+
+    Called once, and then once per line of the standard input. What it took goes out as lines of
+    JSON; whatever else is printed goes to the standard error.
+    """
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1) as out:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        way = make()
+        (wall,), (cpu,) = measured(way, 1)
+        print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak_mib()}), file=out)
+        for _ in sys.stdin:
+            (wall,), (cpu,) = measured(way, 1)
+            print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak_mib()}), file=out)

@@ -19,7 +19,8 @@ from tokgen.config import building, reading
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
-PROGRAMS = {file.stem for file in FOLDER.glob("*.py")} - {"machine"}
+PARTS = {"machine", "beside", "networks", "peers"}  # of programs
+PROGRAMS = {file.stem for file in FOLDER.glob("*.py")} - PARTS
 PAIR = ["configs/tokenizer/shapes.py", "configs/generator/shapes.py"]
 
 
@@ -70,6 +71,19 @@ def test_decode_without_cache_draws_what_is_drawn_with_one():
         ["2", weight, cache] for weight in ("1.0", "2.0") for cache in ("yes", "no")
     ]
     assert {row[-1] for row in rows} == {"100.00%"}
+
+
+@pytest.mark.long
+def test_decode_table():
+    """A row per network and dtype, measured in a process of its own; a peer only where it is."""
+    rows = ["TiTok generator 384x6", "sampler, 1024 x 4096"]
+    header, titles, *lines = quick("decode", "--table", "--pairs", "1", "--rows", *rows)
+    check_header(header)
+    assert titles.split()[:2] == ["task", "dtype"] and len(lines) == 4
+    for line, row in zip(lines, [rows[0], rows[0], rows[1], rows[1]], strict=True):
+        assert line.startswith(row)
+        cost, least, most, first, peak = figures(line[38:])
+        assert 0 < least <= cost <= most and first > 0 and peak > 100
 
 
 @pytest.mark.long

@@ -1,0 +1,74 @@
+"""Networks of random weights, in the form in which a checkpoint is loaded to draw or to decode."""
+
+import pathlib
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tokgen import parameters, rng
+from tokgen.config import building, reading
+from tokgen.interfaces import TokenLayout
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+
+def generator(
+    config: str, fields: dict, layout: TokenLayout, classes: int, precision: str
+) -> nnx.Module:
+    """A generator of a config with some fields changed, its layers apart."""
+    settings = settled(config, fields, precision)
+
+    def make():
+        return building.generator(settings, layout, classes, rngs=nnx.Rngs(rng.key(0, "init")))
+
+    return filled(make, lambda module: parameters.narrowed(module).unstacked())
+
+
+def tokenizer(config: str, fields: dict, precision: str) -> nnx.Module:
+    """A tokenizer of a config with some fields changed."""
+    settings = settled(config, fields, precision)
+    return filled(lambda: building.tokenizer(settings, rngs=nnx.Rngs(rng.key(0, "init"))))
+
+
+def settled(config: str, fields: dict, precision: str):
+    """A shipped config, by its name in configs/, with fields of it changed."""
+    settings = reading.load(str(CONFIGS / config))
+    settings.precision.compute = precision
+    for field, value in fields.items():
+        *sections, name = field.split(".")
+        section = settings
+        for part in sections:
+            section = section[part]
+        with section.ignore_type():
+            section[name] = value
+    return settings
+
+
+def filled(
+    make: Callable[[], nnx.Module], form: Callable[[nnx.Module], nnx.Module] = lambda module: module
+) -> nnx.Module:
+    """The module that `form` makes of `make`'s, without ever holding another: small numbers, scales
+    about 1."""
+    shapes = nnx.eval_shape(make)
+    _, params, stats = parameters.split(shapes)
+    stored = parameters.paths({"params": params, "stats": stats})
+    graph, *trees = parameters.split(form(parameters.marked(shapes)))
+    draw = np.random.default_rng(0)
+
+    def array(mark: parameters.Mark) -> jnp.ndarray:
+        shape = stored[mark.path].shape[len(mark.rows) :]
+        if not jnp.issubdtype(mark.dtype, jnp.floating):
+            return jnp.zeros(shape, mark.dtype)
+        noise = 0.02 * draw.standard_normal(shape, np.float32)
+        return jnp.asarray(noise + mark.path.endswith("scale"), mark.dtype)
+
+    params, stats = (_mapped(array, tree) for tree in trees)
+    return parameters.merge(graph, params, stats)
+
+
+def _mapped(array: Callable, tree):
+    if isinstance(tree, dict):
+        return {name: _mapped(array, branch) for name, branch in tree.items()}
+    return array(tree)
