@@ -124,7 +124,7 @@ def test_so_many_in_all_are_one_archive_in_the_order_that_is_stated(painted, tmp
     # once more: nothing is drawn, and what is there is held against its checksum
     drawn = len(painted.rows)
     assert _run(tmp_path / "out", *TOTAL) == found and len(painted.rows) == drawn
-    assert "there already, and samples.npz as it was made" in capsys.readouterr().err
+    assert "there already, and samples.npz has its checksum" in capsys.readouterr().err
     whole = found["samples.npz"]
     (tmp_path / "out" / "samples.npz").write_bytes(whole[:900] + b"!" + whole[901:])
     with pytest.raises(UserError, match="samples.npz is damaged: its SHA-256 must be "):

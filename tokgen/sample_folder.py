@@ -133,14 +133,15 @@ def _filled(
     if _checksum(path):
         _verify(path)
         shutil.rmtree(path / sample_parts.FOLDER, ignore_errors=True)
-        return f"{_told(place, index_KX, total)}; they were there already, and samples.npz as it was made"
+        told = _told(place, index_KX, total)
+        return f"{told}; they were there already, and samples.npz has its checksum"
     _check_room(settings, ready, place, png)
     _draw(settings, ready, place, png, share)
     there = sample_parts.there(path)
     if missing := total - sample_parts.count(there, total):
         return (
             f"part {share[0]}/{share[1]} is drawn; {total - missing:,} of {total:,} images are in "
-            f"{place.target}: the part that ends last puts them together, as does this command again"
+            f"{place.target}: the part that ends last puts them together, or this command again"
         )
     where = str(place.target).replace("{", "{{").replace("}", "}}")
     with locks.waiting(path / MERGING, f"{{}} puts the images of {where} together: waiting for it"):
