@@ -11,10 +11,8 @@ import threading
 import time
 import types
 
-import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from tests.evaluation import test_made_images
 from tests.test_samples import Painter, Reader, _loaded, _text
@@ -48,10 +46,6 @@ def _run(out, *words: str) -> str:
 def _bytes(out) -> dict[str, bytes]:
     names = [name for name in os.listdir(out) if not name.startswith("lock")]  # of other processes
     return {n: (out / n).read_bytes() for n in names if (out / n).is_file()}
-
-
-def one_device() -> jax.sharding.Mesh:
-    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), drawing.sharding.AXES)
 
 
 def _image(seed: int, index: int, label: int) -> np.ndarray:
@@ -88,7 +82,7 @@ def painted(monkeypatch):
     monkeypatch.setattr(samples, "networks", lambda settings: (loaded, loaded))
     monkeypatch.setattr(samples, "prepared", prepared)
     monkeypatch.setattr(drawing, "drawn", drawn)
-    monkeypatch.setattr(drawing.sharding, "current", one_device)
+    monkeypatch.setattr(drawing.sharding, "current", drawing.sharding.single)
     monkeypatch.setattr(sample_parts, "EACH", 8)
     return types.SimpleNamespace(rows=rows, loaded=loaded)
 
@@ -413,7 +407,7 @@ def stand_ins(tmp_path, monkeypatch):
     monkeypatch.setattr(samples.checkpoint, "read_meta", lambda step: {"kind": "tokenizer"})
     monkeypatch.setattr(samples.checkpoint, "load_to_draw", lambda *_, **more: loaded)
     monkeypatch.setattr(samples.checkpoint, "load_to_decode", lambda *_: painter)
-    monkeypatch.setattr(drawing.sharding, "current", one_device)
+    monkeypatch.setattr(drawing.sharding, "current", drawing.sharding.single)
     monkeypatch.setattr(sample_parts, "EACH", 4)
     real, batches = drawing.sharding.filled, []
 

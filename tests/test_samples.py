@@ -240,6 +240,8 @@ def test_a_filter_is_refused_where_the_likeliest_is_taken_anyway(preset, words, 
 )
 def test_no_more_is_drawn_than_is_asked_for(count, batch, expected):
     assert drawing.even(count, batch) == expected
+    on_three = drawing.even(count, batch, 3)
+    assert on_three % 3 == 0 and on_three >= expected and on_three < max(batch, expected) + 3
 
 
 def test_of_so_many_in_all_every_class_has_its_share():

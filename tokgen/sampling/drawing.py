@@ -34,14 +34,22 @@ def draw_tokens(
     given: Given | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(tokens_BLG, invalid_B, near_B): one program per sampler and batch size."""
-    state = decode.generate(generator, codec, cond, sampler, keys_B=keys_B, given=given)
-    return state.tokens_BLG, state.invalid_B, state.near_B
+
+    def of(generator, codec, cond, keys_B, given):
+        state = decode.generate(generator, codec, cond, sampler, keys_B=keys_B, given=given)
+        return state.tokens_BLG, state.invalid_B, state.near_B
+
+    return sharding.by_rows(of, (generator, codec), (cond, keys_B, given))
 
 
 @jax.jit
 def decode_pixels(tokenizer, tokens_BLG):
     """(uint8 images of tokens, [B] true where a pixel was not finite)."""
-    return reconstruction.bytes_of(tokenizer.decode(tokens_BLG))
+
+    def of(tokenizer, tokens_BLG):
+        return reconstruction.bytes_of(tokenizer.decode(tokens_BLG))
+
+    return sharding.by_rows(of, (tokenizer,), (tokens_BLG,))
 
 
 def draw(
