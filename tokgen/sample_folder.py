@@ -324,9 +324,6 @@ def _merged(path: pathlib.Path, kind_N: np.ndarray, index_KX: np.ndarray, record
 
     Killed at any point, it is begun again; the record that says the checksum is written last.
     """
-    for name in (sample_parts.WHOLE, TOKENS):  # of processes that were killed
-        for left in path.glob(f".{name}.*.part"):
-            left.unlink(missing_ok=True)
     total, whole = len(kind_N), path / sample_parts.WHOLE
     first = _part(path, 0, min(sample_parts.EACH, total))
     layout_RX, _, _ = samples.laid_out(first["image"].shape[1:], index_KX, total)
@@ -367,6 +364,8 @@ def _writing(
     path: pathlib.Path, shape: tuple[int, ...], dtype: np.dtype
 ) -> Iterator[Callable[[np.ndarray], object]]:
     """A function that adds rows to a new .npy of a shape; it appears whole or not at all."""
+    for left in path.parent.glob(f".{path.name}.*.part"):  # by processes that were killed
+        left.unlink(missing_ok=True)
     made = places.beside(path)
     with open(made, "wb") as target:
         header = {

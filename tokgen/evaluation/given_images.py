@@ -168,8 +168,11 @@ def writing(
 ) -> Iterator[Callable[[np.ndarray], object]]:
     """A function that adds images to a new `path`, an archive of `shape` [N, H, W, C] in the end.
 
-    It appears whole or not at all, also when the machine dies. Equal images make equal files.
+    It appears whole or not at all, also when the machine dies. Equal images make equal files. One
+    process at a time writes it: what those before it left unfinished is removed.
     """
+    for left in path.parent.glob(f".{path.name}.*.part"):
+        left.unlink(missing_ok=True)
     part = places.beside(path)
     with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as target:
         # a date of its own would make equal images unequal files
