@@ -28,7 +28,7 @@ from tokgen.zoo import model as zoo
 
 RECORDS = {sample_parts.RECORD: ("checkpoint", "settings")}
 MERGING = "lock-merging"  # held by who puts the parts together
-CHUNKS = 16  # batches whose conditions are in memory together
+CHUNKS = 16  # batches whose texts are in memory together
 LARGE = 10**9  # bytes that are told before they are written
 TOKENS = "tokens.npy"
 # How labels are made of (seed, total, classes), for whoever wants the same
@@ -287,8 +287,9 @@ def _batches(
     chunks = [
         c for c in chunks if np.isin(c // sample_parts.EACH * sample_parts.EACH, missing).any()
     ]
-    for k in range(0, len(chunks), CHUNKS):
-        several = chunks[k : k + CHUNKS]
+    together = len(chunks) if ready.kinds.texts is None else CHUNKS
+    for k in range(0, len(chunks), together):
+        several = chunks[k : k + together]
         index_M = np.concatenate([sharding.padded(chunk, batch) for chunk in several])
         parts = drawing.drawn(
             *(ready.generator, ready.tokenizer.module, ready.kinds.cond(index_M), ready.sampler),

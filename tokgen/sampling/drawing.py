@@ -13,7 +13,7 @@ from flax import nnx
 from tokgen import boundary, report, rng, sharding
 from tokgen.interfaces import Generator, Given, PyTree, Quantizer, Sampler
 from tokgen.metrics import reconstruction
-from tokgen.sampling import decode
+from tokgen.sampling import decode, memory
 
 
 class Part(NamedTuple):
@@ -102,6 +102,7 @@ def drawn(
     generator.check(cond)  # before any work on the devices
     mesh = sharding.current()
     batch = even(N, batch, sharding.ways(mesh))
+    memory.check(generator, tokenizer.quantizer, cond, sampler, batch, mesh)
     with report.bar(N, unit="image", what=what, shown=bool(what), delay=delay) as bar:
         for start in range(0, N, batch):
             rows = slice(start, start + batch)
