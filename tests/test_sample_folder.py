@@ -6,7 +6,11 @@ import errno
 import json
 import os
 import pathlib
+import random
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -14,6 +18,7 @@ import types
 import numpy as np
 import pytest
 
+from tests import recipes
 from tests.evaluation import test_made_images
 from tests.test_samples import Painter, Reader, _loaded, _text
 from tokgen import archives, options, sample_folder, samples
@@ -498,3 +503,91 @@ def test_an_image_that_is_not_finite_ends_it(stand_ins, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="logits must be finite.*: number 2"):
         stand_ins.run("out", "--number", "1", "--batch", "2")
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- real processes, really killed
+
+
+def _started(place: pathlib.Path, out: pathlib.Path, *words: str, devices: int = 1):
+    """`tokgen sample` of a tiny generator in a process of its own."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "NPROC": str(max(4, 4 * devices)),
+    }
+    command = [sys.executable, "-m", "tokgen.cli", "sample", str(place / "runs" / "generator")]
+    return subprocess.Popen(
+        [*command, "--out", str(out), *words],
+        cwd=place,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _ended(process) -> str:
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return said
+
+
+def _same(one: pathlib.Path, other: pathlib.Path) -> int:
+    """How many images have other tokens, all near a tie; the pixels of the others are the same.
+
+    But for a grey level.
+    """
+    near = set()
+    for folder in (one, other):
+        near |= set(json.loads((folder / "samples.json").read_text())["near_ties"])
+    tokens = [np.load(folder / "tokens.npy") for folder in (one, other)]
+    images = []
+    for folder in (one, other):
+        with np.load(folder / "samples.npz") as arrays:
+            images.append(arrays["arr_0"].astype(int))
+            labels = arrays["arr_1"]
+    assert len(labels) == len(tokens[0])
+    differs_N = (tokens[0] != tokens[1]).any((1, 2))
+    assert set(np.flatnonzero(differs_N).tolist()) <= near
+    assert np.abs(images[0] - images[1])[~differs_N].max() <= 1
+    return int(differs_N.sum())
+
+
+@pytest.mark.long
+def test_killed_ten_times_the_files_are_the_same_to_the_byte(tmp_path):
+    """By SIGKILL, amid drawing and amid putting together; then elsewhere, and in shares."""
+    recipes.tiny(tmp_path, "raster")
+    words = ("--total", "512", "--batch", "16", "--seed", "3")
+    _ended(_started(tmp_path, tmp_path / "whole", *words))
+    whole, out, kills = _bytes(tmp_path / "whole"), tmp_path / "out", 0
+    moments = random.Random(0)
+    # how many parts there are, of 16, when a process is killed; 17: while they are put together
+    for parts in (1, 2, 4, 5, 7, 9, 12, 15, 16, 17):
+        process = _started(tmp_path, out, *words)
+        while process.poll() is None:
+            there = len(sample_parts.there(out))
+            merging = list(out.glob(".samples.npz.*.part")) if parts > 16 else there >= parts
+            if merging:
+                time.sleep(moments.uniform(0, 0.05))
+                process.kill()
+                kills += process.wait() == -signal.SIGKILL
+                break
+            time.sleep(0.001)
+        process.communicate()
+    _ended(_started(tmp_path, out, *words))
+    assert kills >= 9  # the last may have been too late
+    assert _bytes(out) == whole and sorted(os.listdir(out)) == sorted(whole)
+    # another batch and other devices go on with what one process left; and all anew in shares
+    process = _started(tmp_path, tmp_path / "other", *words, devices=8)
+    while len(sample_parts.there(tmp_path / "other")) < 6:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    seven = (*words[:2], "--batch", "7", *words[4:])
+    _ended(_started(tmp_path, tmp_path / "other", *seven))
+    shares = [_started(tmp_path, tmp_path / "shares", *seven, "--part", f"{i}/2") for i in (1, 2)]
+    said = "".join(_ended(process) for process in shares)
+    assert "512 images in" in said
+    for name in ("other", "shares"):
+        _same(tmp_path / "whole", tmp_path / name)
+    assert sorted(os.listdir(tmp_path / "shares")) == sorted(whole)
