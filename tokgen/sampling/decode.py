@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokgen import boundary, interfaces
+from tokgen import boundary, interfaces, sharding
 from tokgen.interfaces import (
     Array,
     DecodeState,
@@ -137,7 +137,8 @@ def generate(
             seen["weak"] = against.step(weak, phase, index, codec, draw_weak)
             return seen["drawn"]
 
-        state = generator.step(state, phase, index, codec, draw)
+        network, state = sharding.step_by_step(generator, state)
+        state = network.step(state, phase, index, codec, draw)
         flags = {name: seen[name] for name in ("invalid_B", "near_B")}
         flags = _twice(flags) if double else flags
         flags = {name: getattr(state, name) | flag for name, flag in flags.items()}
