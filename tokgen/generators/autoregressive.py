@@ -37,6 +37,7 @@ from tokgen.nn import (
     dropout,
     embeddings,
     heads as head_names,
+    linear,
     positions as position_names,
     transformer,
     variants,
@@ -188,9 +189,14 @@ class Generator(nnx.Module):
         return optax.softmax_cross_entropy_with_integer_labels(logits_BLGV, targets_BLG).sum(-1)
 
     def unstacked(self) -> Generator:
-        """A copy for decoding, with the layers of the transformer and of the head apart."""
+        """A copy for decoding, with the layers of the transformer and of the head apart.
+
+        What lies on a CPU is in panels, as far as it isn't traced: a step has few rows.
+        """
         apart = transformer.unstacked(self, "transformer")
         apart.head = transformer.unstacked(self.head, *self.head.stacks)
+        linear.panelled(apart.transformer, but=("modulation",))
+        linear.panelled(apart.head, but=("logits",))  # a stack of maps
         return apart
 
     def plan(self) -> tuple[Phase, ...]:
