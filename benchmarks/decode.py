@@ -2,6 +2,9 @@
 
     python benchmarks/decode.py --table [--peers DIR --python PYTHON] [--rows NAME ...]
     python benchmarks/decode.py [--config PATH[:variant]] [--batch 1 8 64]
+    python benchmarks/decode.py --aot v5e:2x2 [--cases rar-xxl:64 ...]
+
+The last compiles for a TPU that is not here (aot.py).
 
 The first prints CPU seconds of one call of `ROWS` on one core, weights random, four images where
 nothing else is said, and the same of the peer from its checkout (peers.py), turn by turn.
@@ -16,9 +19,11 @@ share that agrees is printed (rounding may part them in rare draws). CPU seconds
 import argparse
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import aot
 import beside
 import jax
 import jax.numpy as jnp
@@ -154,7 +159,7 @@ def sampler_way() -> Callable[[], object]:
     return lambda: jax.block_until_ready(draw(logits_BlGV))
 
 
-def main() -> None:
+def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default=training_step.CONFIGS[1], metavar="PATH[:variant]")
     parser.add_argument("--batch", type=int, nargs="+", default=(1, 8, 64))
@@ -162,8 +167,16 @@ def main() -> None:
     parser.add_argument("--precision", choices=beside.PRECISIONS, help="default: float32; all")
     parser.add_argument("--quick", action="store_true", help="a tiny network: does it work?")
     parser.add_argument("--table", action="store_true", help="the published networks")
+    parser.add_argument("--aot", metavar="TOPOLOGY", help="compile for a TPU, as v5e:2x2")
+    parser.add_argument("--cases", nargs="+", default=(), help="of --aot, as rar-xxl:64")
+    parser.add_argument("--apart", action="store_true", help="--aot: layers apart, not scanned")
     beside.arguments(parser)
     arguments = parser.parse_args()
+    if arguments.aot:
+        cases = [
+            (name, int(batch)) for name, _, batch in (c.partition(":") for c in arguments.cases)
+        ]
+        return not aot.run(arguments.aot, cases, scanned=not arguments.apart)
     if arguments.serve:
         return machine.serve(lambda: way_of(arguments.serve, arguments.precision, arguments.quick))
     if arguments.table:
@@ -243,4 +256,4 @@ def without_cache(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

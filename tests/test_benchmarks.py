@@ -19,7 +19,7 @@ from tokgen.config import building, reading
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
-PARTS = {"machine", "beside", "networks", "peers"}  # of programs
+PARTS = {"machine", "beside", "networks", "peers", "aot", "compiled"}  # of programs
 PROGRAMS = {file.stem for file in FOLDER.glob("*.py")} - PARTS
 PAIR = ["configs/tokenizer/shapes.py", "configs/generator/shapes.py"]
 
@@ -256,6 +256,13 @@ def test_full_size():
     assert tokenizer.startswith("llamagen-tokenizer ") and generator.startswith("llamagen-l ")
     assert len(figures(tokenizer)) == 4  # the file, the peak, seconds, the peak in files
     assert len(figures(generator)) == 6 and "failed" not in tokenizer + generator
+
+
+@pytest.mark.long
+def test_roofline():
+    chip, titles, row = quick("roofline", "--chip", "A100", "--batch", "2")
+    assert chip.startswith("A100: 312 TFLOP/s, 2.00 TB/s, 80 GB") and titles.endswith("images/s")
+    assert row.startswith("rar-b ") and len(figures(row)) == 5 and min(figures(row)) > 0
 
 
 def test_every_benchmark_is_run_here_and_told_in_the_results():

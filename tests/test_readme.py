@@ -144,6 +144,9 @@ def test_commands_that_are_told_have_their_options_and_fields(document):
             assert options <= set(parser_of(words[1])._option_string_actions), command
         elif words[1].startswith("benchmarks/"):
             program = (ROOT / words[1]).read_text(encoding="utf-8")
+            for part in re.findall(r"^import (\w+)$", program, re.MULTILINE):
+                if (ROOT / "benchmarks" / f"{part}.py").exists():  # it may add options
+                    program += (ROOT / "benchmarks" / f"{part}.py").read_text(encoding="utf-8")
             assert all(f'"{option}"' in program for option in options), command
         elif "FILE" not in command.partition("--config ")[2].split(" ")[0]:
             kind = words[1].removeprefix("train_").removesuffix(".py")

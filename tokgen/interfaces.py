@@ -190,10 +190,14 @@ CARRIED = ("tokens_BLG", "cache", "latents_BPC", "invalid_B", "near_B")
 
 
 class Cache(Protocol):
-    """What one layer keeps of the slots before, as `nn.attention.KVCache`; a pytree of rows."""
+    """What a layer, or a stack of them, keeps of the slots before: `nn.attention.KVCache`,
+    `nn.attention.StackedCache`. A pytree whose arrays lead with the rows."""
 
-    def grow(self, slots: int) -> Cache:
-        """The cache with room for `slots` slots; it keeps what is in it, and never shrinks."""
+    def grow(self, slots: int, most: int = 0) -> Cache:
+        """The cache with room for `slots` slots, or at once for the `most` that there will be.
+
+        It keeps what is in it, and never shrinks.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +244,7 @@ class DecodeState:
     cond: PyTree
     keys_B: Array  # one key per image: an image does not depend on its batch
     modulation: PyTree = None  # what the blocks need from the condition, when computed beforehand
-    cache: tuple[Cache, ...] | None = None  # one per layer; None where slots see both ways
+    cache: tuple[Cache, ...] | None = None  # per layer, or one; None where slots see both ways
     latents_BPC: Array | None = None  # what a scale codec has accumulated
     invalid_B: Array | None = None  # true where logits were not finite; written by the driver
     near_B: Array | None = None  # true where rounding could have changed what was drawn
@@ -340,7 +344,8 @@ class Generator(Protocol):
     def unstacked(self) -> Generator:
         """A copy for decoding, with its stacks of layers apart; itself where it has none.
 
-        A scan over layers inside the loop over steps would copy weights and cache at every step.
+        Where a scan over layers inside the loop over steps would copy weights and cache at every
+        step; `sampling.decode.laid_out` knows where.
         """
 
     def plan(self) -> tuple[Phase, ...]:

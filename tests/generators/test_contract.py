@@ -194,6 +194,28 @@ def test_given_tokens_stay_all_others_are_drawn_and_rows_do_not_see_each_other(n
     np.testing.assert_array_equal(np.asarray(other)[::-1], found)
 
 
+@pytest.mark.parametrize("name", ["rar", "next_scale"])
+def test_a_decode_that_scans_over_layers_draws_the_same(name, monkeypatch):
+    """As on a TPU, where the cache is one, and rows are dropped from it when guidance ends."""
+    monkeypatch.setattr(decode, "SCANNED", ("cpu",))
+    module, layout, options = GENERATORS[name]
+    how = dict(SMALL, **options, depth=2)
+    generator, codec, cond = module.Generator(layout, 5, **how, rngs=nnx.Rngs(3)), *make(name)[1:]
+    keys_B = rng.per_image(0, "sample", jnp.arange(B))
+    guided = sampler.Sampler(guidance=(2.0,) + (1.0,) * (decode.steps(generator) - 1))
+
+    @jax.jit
+    def last_state(generator):
+        return decode.generate(generator, codec, cond, guided, keys_B=keys_B)
+
+    states = [last_state(form) for form in (generator, generator.unstacked())]
+    np.testing.assert_array_equal(*(state.tokens_BLG for state in states))
+    (whole,), layers = (state.cache for state in states)
+    for number, layer in enumerate(layers):
+        np.testing.assert_allclose(whole.keys_BYNSK[:, number], layer.keys_BNSK, atol=1e-5)
+        np.testing.assert_allclose(whole.values_BYNSK[:, number], layer.values_BNSK, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", GENERATORS)
 def test_logits_loss_and_nats_have_their_shapes(name):
     generator, codec, cond = make(name)

@@ -36,6 +36,7 @@ from tokgen.checkpoints import manifest
 from tokgen.config import building as configs, migration
 from tokgen.interfaces import PyTree, TokenLayout, UserError
 from tokgen.pretrained import hub
+from tokgen.sampling import decode
 from tokgen.zoo import model as zoo
 
 FORMAT = 1
@@ -585,14 +586,14 @@ def load_reference(path: str | os.PathLike) -> Loaded:
 
 
 def load_to_draw(path: str | os.PathLike, *, compute: str = "") -> Loaded:
-    """The generator of a checkpoint, for nothing but drawing: its layers taken apart.
+    """The generator of a checkpoint, for nothing but drawing: laid out as it is decoded best.
 
     Parameters have the dtype that they are used in. As with `load_generator` the tokens are, but
     no second copy of the parameters is made on the way.
     """
 
     def drawing(module: nnx.Module) -> nnx.Module:
-        return parameters.narrowed(module).unstacked()
+        return decode.laid_out(parameters.narrowed(module))
 
     return _loaded(path, "generator", compute, "", drawing)
 

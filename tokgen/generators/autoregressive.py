@@ -361,8 +361,8 @@ class Generator(nnx.Module):
             count = len(slots_l)
             modulation = tuple(
                 layer  # one for all slots
-                if layer.shape[1] == 1
-                else jax.lax.dynamic_slice_in_dim(layer, slots_l[0], count, axis=1)
+                if layer.shape[-3] == 1
+                else jax.lax.dynamic_slice_in_dim(layer, slots_l[0], count, axis=layer.ndim - 3)
                 for layer in modulation
             )
         return self.transformer(
@@ -373,6 +373,7 @@ class Generator(nnx.Module):
             mask=self.conditioning.seen(cond, slots_l, slots),
             cache=cache,
             at=slots_l[0],
+            slots=slots,
             key=key,
         )
 

@@ -201,6 +201,7 @@ class Generator(nnx.Module):
             modulation=state.modulation,
             cache=state.cache,
             at=phase.start,
+            slots=stop,
         )
         tokens_BlG, _ = draw(self.head(hidden_BlD.astype(jnp.float32), cond=cond_B1D))
         positions_Bl = state.order_BL[:, phase.start : stop]

@@ -34,11 +34,72 @@ class KVCache:
 
         return KVCache(put(self.keys_BNSK, keys_BNlK), put(self.values_BNSK, values_BNlK))
 
-    def grow(self, slots: int) -> KVCache:
+    def read(self, slots: int | None = None) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, N, S, K] of the first `slots` slots; None: of all."""
+        return self.keys_BNSK[:, :, :slots], self.values_BNSK[:, :, :slots]
+
+    def grow(self, slots: int, most: int = 0) -> KVCache:
         """The cache with room for `slots` slots; it never shrinks."""
+        del most
         more = max(0, slots - self.keys_BNSK.shape[2])
         pad = ((0, 0), (0, 0), (0, more), (0, 0))
         return KVCache(jnp.pad(self.keys_BNSK, pad), jnp.pad(self.values_BNSK, pad))
+
+
+@struct.dataclass
+class StackedCache:
+    """Keys and values of all layers, for a scan over them; leads with the rows, as all of a state.
+
+    [B, Y, N, S, K]: a product reads a layer where it lies.
+    """
+
+    keys_BYNSK: jax.Array
+    values_BYNSK: jax.Array
+
+    @classmethod
+    def empty(
+        cls, rows: int, layers: int, heads: int, size: int, dtype: jax.typing.DTypeLike
+    ) -> StackedCache:
+        """A cache without slots."""
+        return cls(*(jnp.zeros((rows, layers, heads, 0, size), dtype) for _ in range(2)))
+
+    def grow(self, slots: int, most: int = 0) -> StackedCache:
+        """The cache with room for `most` slots, at once: it is read in part, and never copied."""
+        more = max(0, max(slots, most) - self.keys_BYNSK.shape[3])
+        pad = ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))
+        return StackedCache(jnp.pad(self.keys_BYNSK, pad), jnp.pad(self.values_BYNSK, pad))
+
+
+@struct.dataclass
+class Layer:
+    """One layer of a StackedCache; `Attention` takes it for a KVCache."""
+
+    stack: StackedCache
+    index: jax.Array
+
+    def read(self, slots: int | None = None) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, N, S, K] of the layer's first `slots` slots; None: of all."""
+
+        def part(stack_BYNSK):
+            B, _, N, S, K = stack_BYNSK.shape
+            # one slice, of layer and slots: of two, the first would be brought near whole
+            where, sizes = (0, self.index, 0, 0, 0), (B, 1, N, slots or S, K)
+            return jax.lax.dynamic_slice(stack_BYNSK, where, sizes)[:, 0]
+
+        return part(self.stack.keys_BYNSK), part(self.stack.values_BYNSK)
+
+    def write(self, keys_BNlK: jax.Array, values_BNlK: jax.Array, at: jax.Array | int) -> Layer:
+        """The layer with l slots written from slot `at` on, in the stack where they lie."""
+
+        def put(old, new):
+            return jax.lax.dynamic_update_slice(
+                old, new[:, None].astype(old.dtype), (0, self.index, 0, at, 0)
+            )
+
+        stack = StackedCache(
+            put(self.stack.keys_BYNSK, keys_BNlK), put(self.stack.values_BYNSK, values_BNlK)
+        )
+        return self.replace(stack=stack)
 
 
 def attend(
@@ -156,10 +217,14 @@ class Attention(nnx.Module):
         mask: jax.Array | None = None,
         cache: KVCache | None = None,
         at: jax.Array | int = 0,
+        slots: int | None = None,
         rate: float = 0.0,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """(outputs [B, l, D], the cache with slots at .. at + l written)."""
+    ) -> tuple[jax.Array, KVCache | Layer | None]:
+        """(outputs [B, l, D], the cache with slots at .. at + l written).
+
+        Of a cache, the first `slots` are read; None: all.
+        """
         queries, keys, values = (
             sharding.constrain(jnp.swapaxes(project(x_BlD), 1, 2), "BNLK")
             for project in (self.query, self.key, self.value)
@@ -169,6 +234,6 @@ class Attention(nnx.Module):
             queries, keys = positions.rotate(queries, rotary), positions.rotate(keys, rotary)
         if cache is not None:
             cache = cache.write(keys, values, at)
-            keys, values = cache.keys_BNSK, cache.values_BNSK
+            keys, values = cache.read(slots)
         mixed = attend(queries, keys, values, mask, rate=rate, key=key)
         return self.out(jnp.swapaxes(mixed, 1, 2)), cache

@@ -19,8 +19,9 @@ class Transformer(nnx.Module):
     logits belongs to the head. What generators disagree about arrives as values: variant, a mask or
     none (causality included), rotary rows or none, a condition or none, a cache or none.
 
-    Layers are stacked (parameters lead with Y), so that training may scan over them; `unstacked`
-    takes them apart for decoding, where a scan would copy weights and cache at every step.
+    Layers are stacked (parameters lead with Y), so that training may scan over them, and decoding
+    on a TPU. `unstacked` takes them apart for decoding elsewhere, where a scan would copy weights
+    and cache at every step.
     """
 
     def __init__(self, config: blocks.Config, *, precision: Precision, rngs: nnx.Rngs):
@@ -33,9 +34,12 @@ class Transformer(nnx.Module):
         self.rates, self.remat, self.unroll = config.rates, config.remat, config.unroll
         self.precision = precision
 
-    def cache(self, rows: int) -> tuple[attention.KVCache, ...]:
-        """An empty cache per layer."""
+    def cache(self, rows: int) -> tuple[attention.KVCache | attention.StackedCache, ...]:
+        """An empty cache per layer; of stacked layers, one for all."""
         dtype = self.precision.compute_dtype
+        if not isinstance(self.blocks, nnx.List):
+            shape = rows, self.depth, self.heads, self.size
+            return (attention.StackedCache.empty(*shape, dtype),)
         return tuple(
             attention.KVCache.empty(rows, self.heads, self.size, dtype) for _ in range(self.depth)
         )
@@ -45,12 +49,13 @@ class Transformer(nnx.Module):
         return self if isinstance(self.blocks, nnx.List) else _apart(self)
 
     def modulation(self, cond_BlD: jax.Array) -> tuple[jax.Array, ...]:
-        """What every block needs from the condition, layer by layer, to be computed once."""
+        """What every block needs from the condition, to be computed once: [B, l, 6, D] per layer,
+        or [B, Y, l, 6, D] of stacked ones."""
         base = self._base(cond_BlD)
         if isinstance(self.blocks, nnx.List):
             return tuple(block.modulate(base) for block in self.blocks)
         stacked = jax.lax.map(lambda block: block.modulate(base), self.blocks)
-        return tuple(stacked[i] for i in range(self.depth))
+        return (jnp.swapaxes(stacked, 0, 1),)
 
     def __call__(
         self,
@@ -58,10 +63,10 @@ class Transformer(nnx.Module):
         *,
         cond: jax.Array | None = None,
         modulation: tuple[jax.Array, ...] | None = None,
-        cache: tuple[attention.KVCache, ...] | None = None,
+        cache: tuple[attention.KVCache | attention.StackedCache, ...] | None = None,
         key: jax.Array | None = None,
         **context: Any,
-    ) -> tuple[jax.Array, tuple[attention.KVCache, ...] | None]:
+    ) -> tuple[jax.Array, tuple[attention.KVCache | attention.StackedCache, ...] | None]:
         """(outputs [B, l, D], cache); `context` (mask, rotary, at) reaches every block.
 
         Adaptive blocks read `cond` [B, l, D], or the `modulation` computed of it beforehand.
@@ -77,8 +82,8 @@ class Transformer(nnx.Module):
             layer_modulation: jax.Array | None,
             path: jax.Array,
             layer_key: jax.Array | None,
-            layer_cache: attention.KVCache | None,
-        ) -> tuple[jax.Array, attention.KVCache | None]:
+            layer_cache: attention.KVCache | attention.Layer | None,
+        ) -> tuple[jax.Array, attention.KVCache | attention.Layer | None]:
             if layer_modulation is None and base is not None:
                 layer_modulation = block.modulate(base)
             adapted = {} if layer_modulation is None else {"modulation": layer_modulation}
@@ -95,19 +100,19 @@ class Transformer(nnx.Module):
                 caches.append(layer_cache)
             return x_BlD, None if cache is None else tuple(caches)
 
-        def stacked(layers):
-            return (
-                None if layers is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-            )
-
-        def body(x_BlD, layer):
-            block, *rest = layer
-            return run(block, x_BlD, *rest)
+        def body(carry, layer):
+            # the cache is carried whole: what a scan takes in slices and gives in slices is copied
+            (x_BlD, stack), (index, block, *rest) = carry, layer
+            view = None if stack is None else attention.Layer(stack, index)
+            x_BlD, view = run(block, x_BlD, *rest, view)
+            return (x_BlD, None if stack is None else view.stack), None
 
         body = jax.checkpoint(body) if self.remat else body
-        layers = (self.blocks, stacked(modulation), paths_Y, keys, stacked(cache))
-        x_BlD, caches = jax.lax.scan(body, x_BlD, layers, unroll=self.unroll)
-        return x_BlD, None if cache is None else _rows(caches, self.depth)
+        stack = None if cache is None else cache[0]
+        modulation = None if modulation is None else jnp.swapaxes(modulation[0], 0, 1)
+        layers = (jnp.arange(self.depth), self.blocks, modulation, paths_Y, keys)
+        (x_BlD, stack), _ = jax.lax.scan(body, (x_BlD, stack), layers, unroll=self.unroll)
+        return x_BlD, None if cache is None else (stack,)
 
     def _base(self, cond_BlD: jax.Array) -> jax.Array:
         """What the blocks are told: the condition, or what they share of it."""

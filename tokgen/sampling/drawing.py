@@ -13,7 +13,7 @@ from flax import nnx
 from tokgen import boundary, report, rng, sharding
 from tokgen.interfaces import Generator, Given, PyTree, Quantizer, Sampler
 from tokgen.metrics import reconstruction
-from tokgen.sampling import decode
+from tokgen.sampling import decode, memory
 
 
 class Part(NamedTuple):
@@ -91,6 +91,7 @@ def drawn(
     N = len(jax.tree.leaves(cond)[0])
     generator.check(cond)  # before any work on the devices
     batch, mesh = even(N - done, batch), sharding.current()
+    memory.check(generator, tokenizer.quantizer, cond, sampler, batch, mesh)
     how = dict(unit="image", what=what, shown=bool(what), delay=delay)
     with report.bar(N, initial=done, **how) as bar:
         for start in range(done, N, batch):

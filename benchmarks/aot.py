@@ -1,0 +1,157 @@
+"""Decodes at full size, compiled for one TPU that is not here.
+
+    python benchmarks/decode.py --aot v5e:2x2 [--cases rar-xxl:64 ...] [--apart]
+
+The compiler is libtpu's (`pip install -c constraints.txt "tokgen[tpu]"`), in a process of the CPU.
+Shapes alone go in, bfloat16; no weights are made. Said of each program: the compiler's CPU seconds;
+bytes of arguments, temporaries and outputs against the chip's memory; what a step moves through it,
+read from the program's text (`compiled`), against weights and the cache in use (`roofline`); copies
+of the size of a layer's matrix or cache inside of a loop; and the images a second that the chip's
+roofline allows. All steps are guided, as published.
+"""
+
+import time
+
+import compiled as programs
+import jax
+import jax.numpy as jnp
+import numpy as np
+import roofline
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tokgen import rng
+from tokgen.config import building, reading
+from tokgen.sampling import decode, presets
+
+CASES = {
+    "v5e": (("rar-b", 64), ("rar-xxl", 64), ("var-d30", 16), ("maskbit", 64)),
+    "v6e": (("rar-xxl", 128), ("var-d30", 64)),
+}
+BOUND = 1.25  # bytes of a step may be so many times weights and cache in use
+GB = 1e9
+
+
+def run(topology: str, cases=(), *, scanned: bool = True, shrunk: tuple[str, ...] = ()) -> bool:
+    """Compile and print; whether every program fits, and moves no more than it may.
+
+    Args:
+        cases: (generator, batch) pairs; those of the topology's chip where there are none.
+        scanned: over stacked layers, as `decode.laid_out` has it on a TPU; or layers apart.
+        shrunk: overrides of the recipes, for a try.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    chip = topology.partition(":")[0]
+    # this process is the CPU's, the program a TPU's
+    decode.SCANNED = (*decode.SCANNED, "cpu") if scanned else ()
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    where = NamedSharding(Mesh(np.array([device]), ("one",)), PartitionSpec())
+    print(f"{topology}, one {device.device_kind}; {said(chip)}", flush=True)
+    found = [case(name, batch, chip, where, shrunk) for name, batch in cases or CASES[chip]]
+    return all(found)
+
+
+def said(chip: str) -> str:
+    """A chip's constants."""
+    found = roofline.CHIPS[chip]
+    return (
+        f"{found.memory / GB:.0f} GB, {found.bandwidth / 1e12:.3f} TB/s, "
+        f"{found.flops / 1e12:.0f} TFLOP/s ({found.source})"
+    )
+
+
+def case(name: str, batch: int, chip: str, where: NamedSharding, shrunk: tuple[str, ...]) -> bool:
+    """Compile one, print what is said of it; whether it is as it should be."""
+    began = time.process_time()
+    generator, codec, sampler = made(name, shrunk)
+    net = roofline.network(generator)
+    lowered = jax.jit(draw, static_argnames="sampler").lower(
+        *placed((generator, codec, conditions(batch), keys(batch)), where), sampler=sampler
+    )
+    traced = time.process_time() - began
+    compiled = lowered.compile()
+    seconds = time.process_time() - began
+    memory = compiled.memory_analysis()
+    parts = [memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes]
+    room = roofline.CHIPS[chip].memory
+    fits = sum(parts) <= room
+    steps = roofline.steps(net, batch, ahead=False)
+    rate = roofline.images_per_second(net, batch, roofline.CHIPS[chip])
+    work = sum(step.flops for step in steps) / batch
+    print(
+        f"{name}, batch {batch}: {seconds:.0f} CPU s ({traced:.0f} of them traced); arguments, "
+        f"temporaries, outputs {', '.join(f'{part / GB:.2f}' for part in parts)} GB, "
+        f"{sum(parts) / room:.0%} of {room / GB:.0f} GB{'' if fits else ': it does not fit'}\n"
+        f"  cache {2 * batch * roofline.cache_per_row(net) / GB:.2f} GB, "
+        f"{roofline.cache_per_row(net) / 1e6:.1f} MB a row; {work / 1e9:.0f} GFLOP an image; "
+        f"roofline {rate:.1f} images/s",
+        flush=True,
+    )
+    return moved(net, batch, programs.Program(compiled.as_text())) and fits
+
+
+def moved(net: roofline.Network, batch: int, program: programs.Program) -> bool:
+    """Print what the steps move; whether that is as it should be."""
+    row = roofline.cache_per_row(net) // 2 // net.layers  # keys of a layer, say
+    least = min(net.width**2 * net.itemsize, 2 * batch * row or net.width**2 * net.itemsize)
+    loops = [loop for loop in program.loops(least) if loop.turns > net.layers or not net.cached]
+    wanted = [step.bytes for step in roofline.steps(net, batch, ahead=False)]
+    if not loops:  # every step a part of the entry
+        print(
+            f"  all steps: {program.bytes() / GB:.2f} GB moved, matrices, cache and what lies "
+            f"between layers {sum(wanted) / GB:.2f} GB, {program.bytes() / sum(wanted):.2f} times"
+        )
+        return True
+    # loops take the last steps
+    first, found, good = len(wanted) - sum(loop.turns for loop in loops), [], True
+    for loop in loops:
+        need = sum(wanted[first : first + loop.turns]) / loop.turns
+        print(
+            f"  {loop.turns} steps: {loop.bytes / GB:.3f} GB each, {loop.bytes / need:.2f} times "
+            f"{need / GB:.3f} GB; copies of weights or cache: {programs.counted(loop.moves)}"
+        )
+        first += loop.turns
+        found.append(loop.turns * loop.bytes)
+        good = good and not loop.moves
+    ratio = sum(found) / sum(wanted[-sum(loop.turns for loop in loops) :])
+    print(f"  all of them: {ratio:.2f} times (at most {BOUND})", flush=True)
+    return good and (ratio <= BOUND or not net.cached)
+
+
+def made(name: str, shrunk: tuple[str, ...] = ()):
+    """(generator, codec, sampler) of a published model: shapes alone, the published preset."""
+    settings, layout = roofline.settings_of(name)
+    reading.override(settings, shrunk)
+    make = lambda: building.generator(settings, layout, 1000, rngs=nnx.Rngs(0))  # noqa: E731
+    generator, codec = nnx.eval_shape(make), None
+    if name.startswith("var"):
+        tokenizer = reading.load("configs/tokenizer/var_vqvae.py:256")
+        build = lambda: building.tokenizer(tokenizer, rngs=nnx.Rngs(0))  # noqa: E731
+        codec = nnx.eval_shape(build).quantizer
+    preset = {k: v for k, v in dict(settings.presets.paper).items() if k != "precision"}
+    generator, sampler = presets.prepare(generator, preset)
+    return jax.eval_shape(decode.laid_out, generator), codec, sampler
+
+
+def draw(generator, codec, label_B, keys_B, sampler):
+    """Tokens [B, L, G] and what is said of them, as `tokgen sample` draws them."""
+    state = decode.generate(generator, codec, label_B, sampler, keys_B=keys_B)
+    return state.tokens_BLG, state.invalid_B
+
+
+def conditions(batch: int) -> jax.ShapeDtypeStruct:
+    """Labels."""
+    return jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+
+def keys(batch: int) -> jax.ShapeDtypeStruct:
+    """A key per image."""
+    return jax.eval_shape(lambda: rng.per_image(0, "sample", jnp.arange(batch)))
+
+
+def placed(tree, where: NamedSharding):
+    """Shapes, said to lie on a device."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree
+    )
