@@ -109,7 +109,8 @@ def test_what_is_drawn_from_is_what_teacher_forcing_says_of_the_sample(kind, opt
     jax.block_until_ready(state.tokens_BLG)
     jax.effects_barrier()
     # a budget of 0: nothing is computed beforehand, every step asks the blocks anew
-    kept = jax.eval_shape(generator._modulation, label_B)
+    phase = generator.plan()[1]
+    kept = jax.eval_shape(lambda label_B: generator.told(label_B, phase, 1, 2), label_B)
     assert (kept is None) == (kind == "factor" or options.get("budget") == 0)
     batch = interfaces.TokenBatch(state.tokens_BLG, label_B, state.order_BL)
     forced = np.asarray(logits(generator, batch))

@@ -128,10 +128,15 @@ def panelled(module: nnx.Module, *, but: tuple[str, ...] = ()) -> None:
             panelled(part, but=but)
 
 
+def on_cpu(array: jax.Array) -> bool:
+    """Whether an array lies whole on every one of its devices, and they are CPUs; not if traced."""
+    if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array):
+        return False
+    cpus = all(device.platform == "cpu" for device in array.devices())
+    return cpus and array.is_fully_replicated
+
+
 def _suits(linear: Linear) -> bool:
     kernel = linear.kernel[...]
-    if isinstance(kernel, jax.core.Tracer) or not isinstance(kernel, jax.Array):
-        return False
-    on_cpu = all(device.platform == "cpu" for device in kernel.devices())
     outputs = math.prod(kernel.shape[linear.rank :])
-    return on_cpu and kernel.is_fully_replicated and outputs % PANEL == 0 and outputs > PANEL
+    return on_cpu(kernel) and outputs % PANEL == 0 and outputs > PANEL
