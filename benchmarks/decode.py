@@ -247,7 +247,7 @@ def without_cache(
         if guided:
             weight = jnp.asarray(sampler.guidance, jnp.float32)[index]
             logits_B1GV = guidance.merge(logits_B1GV[:B], logits_B1GV[B:], weight)
-        drawn_B1G, _ = sampler.draw(logits_B1GV, keys_B=keys_B, step=index)
+        drawn_B1G, *_ = sampler.draw(logits_B1GV, keys_B=keys_B, step=index)
         position_B = jax.lax.dynamic_index_in_dim(orders_BL, index, 1, keepdims=False)
         return tokens_BLG.at[jnp.arange(B), position_B].set(drawn_B1G[:, 0])
 

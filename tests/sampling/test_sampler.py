@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 
@@ -8,7 +9,7 @@ import pytest
 import scipy.stats
 from jax.extend import core
 
-from tokgen import interfaces
+from tokgen import interfaces, sharding
 from tokgen.sampling import sampler as samplers
 
 V = 64
@@ -466,7 +467,7 @@ def test_nothing_is_sorted_and_what_is_off_is_not_compiled():
     assert "cumsum" in plain and not plain & loops
     assert not program(samplers.Sampler(top_k=16384, top_p=(1.0, 1.0))) & loops
     greedy = program(samplers.Sampler(temperature=0.0, top_k=5, top_p=0.5))
-    assert "argmax" in greedy and not greedy & (loops | {"cumsum", "random_bits"})
+    assert "reduce_max" in greedy and not greedy & (loops | {"cumsum", "random_bits"})
 
 
 def test_a_sampler_is_a_value():
@@ -517,3 +518,96 @@ def test_settings_that_cannot_be_are_refused(settings, words):
         samplers.Sampler(**settings)
     for word in words.split(" ") if "(" not in words else [words.removeprefix("temperature ")]:
         assert word in str(error.value)
+
+
+# ---------------------------------------------------------------- rows in turn
+
+
+@pytest.mark.parametrize("images, places", [(1, 7), (3, 3), (4, 2), (5, 5)])
+def test_rows_taken_in_turn_are_drawn_as_all_at_once(images, places, monkeypatch):
+    """Eight rows at a time, which divide 8 rows and neither 7, 9 nor 25."""
+    rng = np.random.default_rng(22)
+    logits = jnp.asarray(rng.normal(size=(images, places, 1, 40)) * 3, jnp.float32)
+    uniform = jnp.asarray(rng.uniform(size=(images, places, 1)), jnp.float32)
+    temperature = jnp.asarray(rng.uniform(0.5, 2, (images, places, 1)), jnp.float32)
+    options = dict(temperature=temperature, top_k=11, top_p=0.9)
+    whole, _ = jax.jit(functools.partial(samplers.drawn, **options))(logits, uniform)
+    monkeypatch.setattr(samplers, "CACHED", 8 * 40 * 4)
+    in_turn, near = jax.jit(functools.partial(samplers.drawn, **options))(logits, uniform)
+    np.testing.assert_array_equal(in_turn, whole)
+    assert in_turn.shape == near.shape == (images, places, 1) and len(np.unique(whole)) > 4
+
+
+def _lowered(platform: str) -> str:
+    logits = jax.ShapeDtypeStruct((4, 64, 1, 4096), jnp.float32)
+    uniform = jax.ShapeDtypeStruct((4, 64, 1), jnp.float32)
+    return jax.jit(samplers.drawn).trace(logits, uniform).lower(lowering_platforms=(platform,))
+
+
+def test_an_accelerator_takes_all_rows_at_once():
+    assert "while" in _lowered("cpu").as_text()
+    assert "while" not in _lowered("tpu").as_text() + _lowered("cuda").as_text()
+
+
+def test_no_row_leaves_its_device():
+    """Each of eight devices takes its own images' rows in turn, also where rows are many."""
+    mesh = sharding.make_mesh()
+    where = sharding.of_batch(mesh)
+    shapes = ((8, 20, 1, 4096), (8, 20, 1))
+    logits, uniform = (jax.ShapeDtypeStruct(s, jnp.float32, sharding=where) for s in shapes)
+    with jax.set_mesh(mesh):
+        options = dict(top_k=9, top_p=0.5)
+        program = jax.jit(functools.partial(samplers.drawn, **options)).lower(logits, uniform)
+    text = program.compile().as_text()
+    assert "while" in text and mesh.size == 8
+    moved = ("all-gather", "all-to-all", "all-reduce", "permute")
+    assert not [name for name in moved if name in text]
+    assert "f32[1,8,4096]" in text and "f32[8,8,4096]" not in text
+
+
+# ---------------------------------------------------------------- near ties
+
+
+def near(sampler, row, uniform, wanted=None):
+    """Whether a draw from a row of logits, by a uniform, is near a tie."""
+    sampler = dataclasses.replace(sampler, noise=lambda *_: jnp.full((1, 1, 1), uniform))
+    logits = jnp.asarray(row, jnp.float32)[None, None, None]
+    keys_B = jax.random.split(jax.random.key(0), 1)
+    return bool(sampler.draw(logits, keys_B=keys_B, step=0, wanted_BlG=wanted).near_B[0])
+
+
+def test_a_uniform_next_to_a_boundary_is_near_a_tie():
+    row, sampler = np.log([1.0, 1.0, 2.0]), samplers.Sampler()
+    for boundary in (0.25, 0.5):
+        for away, expected in ((4e-7, True), (5e-6, False)):
+            assert near(sampler, row, boundary + away) == expected
+            assert near(sampler, row, boundary - away) == expected
+    unwanted = jnp.zeros((1, 1, 1), bool)
+    assert not near(sampler, row, 0.25, unwanted) and near(sampler, row, 0.25, ~unwanted)
+
+
+def test_a_threshold_that_rounding_may_move_is_near_a_tie():
+    """Only where the mass that it brings or takes could reach the uniform."""
+    row = np.asarray([3.0, 2.0, 1.0 + 2e-6, 1.0, -9.0])  # the third and the fourth, by top-k 3
+    mass = np.exp(row[:3]) / np.exp(row[:3]).sum()
+    for away, expected in ((0.9, True), (1.1, False)):
+        uniform = mass[0] - away * mass[2]
+        assert near(samplers.Sampler(top_k=3), row, uniform) == expected
+        assert not near(samplers.Sampler(top_k=2), row, uniform)
+        assert not near(samplers.Sampler(top_k=4), row, uniform)
+
+
+def test_a_sum_that_rounding_may_lift_over_p_is_near_a_tie():
+    row = np.log([8.0, 4.0, 2.0, 1.0, 1.0])
+    above = 8 / 14 - 1 / 14  # of 14 kept: a mass of 2 that goes may move the boundary here
+    for p, expected in ((14 / 16, True), (0.86, False), (14 / 16 + 3e-7, True), (0.80, False)):
+        assert near(samplers.Sampler(top_p=p), row, above) == expected, p
+    assert not near(samplers.Sampler(top_p=14 / 16), row, 0.3)
+
+
+def test_two_that_are_as_good_as_equal_are_near_a_tie_where_one_is_asked_for():
+    for options in (dict(temperature=0.0), dict(top_k=1), dict(temperature=(0.0, 1.0))):
+        sampler = samplers.Sampler(**options)
+        assert near(sampler, [1.0, 3.0, 3.0 - 1e-6], 0.3)
+        assert not near(sampler, [1.0, 3.0, 2.999], 0.3)
+        assert not near(sampler, [1.0, 3.0, 2.999, 1.0], 0.3)

@@ -4,9 +4,9 @@ In the order of LlamaGen's sampler (arXiv:2406.06525), with guidance merged befo
 top-k, top-p, draw. Both filters are the question for a threshold: the largest value such that
 what is at least as large still weighs enough, where top-k weighs tokens and top-p weighs
 probability (the nucleus of arXiv:1904.09751). It is answered by bisecting the bits of float32,
-32 halvings and exact, at the cost of one pass over the logits each; the draw inverts the
-cumulative distribution at one uniform number per image, position and symbol. Beside its token a
-draw has a confidence, for generators that keep the surest.
+32 halvings and exact, at the cost of one pass over the logits each, by a CPU in its cache; the draw
+inverts the cumulative distribution at one uniform number per image, position and symbol. Beside its
+token a draw has a confidence, for generators that keep the surest.
 
 Ties stay together. Every token as large as the k-th is kept, as in LlamaGen and VAR, and every
 token as likely as the one that reaches p. So a filter never asks in which order tokens stand.
@@ -32,13 +32,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokgen import interfaces, rng
+from tokgen import interfaces, rng, sharding
 
 SETTINGS = ("temperature", "top_k", "top_p", "guidance", "jitter", "confidence_temperature")
 # What rounding is trusted to stay below. Of a uniform: float32 sums of masses err by some 1e-7 of
 # their total, and logits that err by 1e-6 move a boundary by at most 2.5e-7 of it for each that
 # errs one way. Of logits: float32 products of a few hundred numbers, guided, err by some 1e-6.
 NEAR, NEAR_LOGITS = 1e-6, 1e-5
+CACHED = 2**17  # bytes of logits that are filtered at a time where a core has a cache of its own
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
@@ -171,16 +172,14 @@ class Sampler:
 
         tokens_BlG, near_BlG = likeliest(logits_BlGV)
         if not any(one is True for one in alone):
-            mass_BlGV, unsure_BlG = filtered(
-                logits_BlGV, temperature=temperature, top_k=top_k, top_p=top_p
-            )
             uniform_BlG = self.noise(keys_B, step, symbol, tokens_BlG.shape)
             chex.assert_shape(uniform_BlG, tokens_BlG.shape)
-            drawn_BlG, margin_BlG = inverse_cdf(mass_BlGV, uniform_BlG)
+            options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+            found = drawn(logits_BlGV, uniform_BlG, **options)
             greedy = functools.reduce(jnp.logical_or, map(jnp.asarray, alone))
             greedy_BlG = jnp.broadcast_to(greedy, tokens_BlG.shape)
-            tokens_BlG = jnp.where(greedy_BlG, tokens_BlG, drawn_BlG)
-            near_BlG = jnp.where(greedy_BlG, near_BlG, margin_BlG < NEAR + unsure_BlG)
+            tokens_BlG = jnp.where(greedy_BlG, tokens_BlG, found[0])
+            near_BlG = jnp.where(greedy_BlG, near_BlG, found[1])
         confidence_BlG = self._confidence(logits_BlGV, tokens_BlG, keys_B, step, symbol)
         near_BlG = near_BlG if wanted_BlG is None else near_BlG & wanted_BlG
         return interfaces.Drawn(tokens_BlG, confidence_BlG, jnp.any(near_BlG, axis=(1, 2)))
@@ -207,12 +206,75 @@ class Sampler:
 
 
 def likeliest(logits_BlGV: interfaces.Array) -> tuple[interfaces.Array, interfaces.Array]:
-    """([B, l, G] the first of the largest, int32; true where another is as good as equal)."""
-    tokens_BlG = jnp.argmax(logits_BlGV, axis=-1).astype(jnp.int32)
-    symbols_BlGV = jax.lax.broadcasted_iota(jnp.int32, logits_BlGV.shape, logits_BlGV.ndim - 1)
-    others_BlGV = jnp.where(symbols_BlGV == tokens_BlG[..., None], -jnp.inf, logits_BlGV)
-    second_BlG = jnp.max(others_BlGV, axis=-1)
-    return tokens_BlG, jnp.max(logits_BlGV, axis=-1) - second_BlG < NEAR_LOGITS
+    """([B, l, G] the first of the largest, int32; true where another is as good as equal).
+
+    A token in range where a logit is no number.
+    """
+    symbols_BlGV, V = _symbols(logits_BlGV), logits_BlGV.shape[-1]
+    peak_BlG1 = jnp.max(logits_BlGV, axis=-1, keepdims=True)
+    # XLA's own argmax is a reduction of pairs, ten times as slow on a CPU
+    first_BlG = jnp.min(jnp.where(logits_BlGV == peak_BlG1, symbols_BlGV, V - 1), axis=-1)
+    others_BlGV = jnp.where(symbols_BlGV == first_BlG[..., None], -jnp.inf, logits_BlGV)
+    return first_BlG, peak_BlG1[..., 0] - jnp.max(others_BlGV, axis=-1) < NEAR_LOGITS
+
+
+def drawn(
+    logits_BlGV: interfaces.Array,
+    uniform_BlG: interfaces.Array,
+    *,
+    temperature: interfaces.Array | float = 1.0,
+    top_k: interfaces.Array | int = 0,
+    top_p: interfaces.Array | float = 1.0,
+) -> tuple[interfaces.Array, interfaces.Array]:
+    """([B, l, G] tokens of what the filters keep, true where one is near a tie).
+
+    Row by row; on a CPU, as many rows at a time as its cache holds, which the filters read some
+    seventy times.
+    """
+    shape, over = uniform_BlG.shape, _devices(len(logits_BlGV))
+    temperature_BlG = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), shape)
+    rows = (uniform_BlG, temperature_BlG, logits_BlGV)
+    # every device has a row of its own, whose rows it takes in turn: none goes to another device
+    rows = [a.reshape(over, -1, *a.shape[len(shape) :]) for a in rows]
+
+    def some(uniform_NR, temperature_NR, logits_NRV):
+        options = dict(temperature=temperature_NR, top_k=top_k, top_p=top_p)
+        mass_NRV, unsure_NR = filtered(logits_NRV, **options)
+        tokens_NR, margin_NR = inverse_cdf(mass_NRV, uniform_NR)
+        return tokens_NR, margin_NR < NEAR + unsure_NR
+
+    size = max(1, CACHED // (4 * logits_BlGV.shape[-1]))
+    in_turn = functools.partial(_in_turn, some, size)
+    if size >= rows[0].shape[1]:
+        in_turn = some
+    found = jax.lax.platform_dependent(*rows, cpu=in_turn, default=some)
+    return tuple(array.reshape(shape) for array in found)
+
+
+def _in_turn(function: Callable, size: int, *rows: interfaces.Array) -> tuple:
+    """`function` of arrays [N, R, ...], `size` rows of R at a time."""
+    count = rows[0].shape[1]
+    last = count - size  # where the last ones begin, some of which were done before
+
+    def part(start):
+        some = (jax.lax.dynamic_slice_in_dim(a, start, size, axis=1) for a in rows)
+        return function(*some)
+
+    starts = np.minimum(np.arange(0, count, size), last)
+    found = jax.lax.map(part, jnp.asarray(starts))
+
+    def joined(array_XNR):
+        whole_NR = jnp.moveaxis(array_XNR[:-1], 0, 1).reshape(len(rows[0]), -1)
+        return jnp.concatenate([whole_NR, array_XNR[-1][:, whole_NR.shape[1] - last :]], axis=1)
+
+    return jax.tree.map(joined, found)
+
+
+def _devices(images: int) -> int:
+    """Over how many devices so many images lie evenly, of the mesh that is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    over = 1 if mesh.empty else sharding.ways(mesh)
+    return over if images % over == 0 else 1
 
 
 def filtered(
@@ -240,22 +302,21 @@ def filtered(
 
     if not (isinstance(top_k, int) and (top_k == 0 or top_k >= logits_BlGV.shape[-1])):
         # weighing every token 1, the k-th largest reaches k; never reached, all are kept
-        need = jnp.where(jnp.asarray(top_k) > 0, top_k, np.iinfo(np.int32).max)
-        ones_BlGV = jnp.ones_like(logits_BlGV, jnp.int32)
-        kept_BlGV = _reaching(logits_BlGV, ones_BlGV, need)
-        moved_BlG = _unsure(logits_BlGV, mass_BlGV, kept_BlGV)
-        mass_BlGV = jnp.where(kept_BlGV, mass_BlGV, 0)
+        need = jnp.where(jnp.asarray(top_k) > 0, top_k, jnp.inf)
+        least_BlG1 = _reaching(logits_BlGV, jnp.float32(1), need)
+        moved_BlG = _unsure(logits_BlGV, mass_BlGV, least_BlG1)
+        mass_BlGV = jnp.where(logits_BlGV >= least_BlG1, mass_BlGV, 0)
     if not (isinstance(top_p, float | int) and top_p == 1):
         total_BlG = jnp.sum(mass_BlGV, axis=-1)
         # a p that rounds to nothing still needs something: the likeliest token
         need_BlG = jnp.maximum(jnp.asarray(top_p, jnp.float32) * total_BlG, SMALLEST)
         need_BlG = jnp.where(jnp.asarray(top_p) < 1, need_BlG, jnp.inf)
-        kept_BlGV = _reaching(logits_BlGV, mass_BlGV, need_BlG)
+        least_BlG1 = _reaching(logits_BlGV, mass_BlGV, need_BlG)
         reach_BlG = moved_BlG + NEAR * total_BlG
-        moved_BlG = moved_BlG + _unsure(logits_BlGV, mass_BlGV, kept_BlGV, need_BlG, reach_BlG)
-        mass_BlGV = jnp.where(kept_BlGV, mass_BlGV, 0)
-    # twice: the boundaries move with what lies below them, and with the total
-    return mass_BlGV, 2 * moved_BlG / jnp.sum(mass_BlGV, axis=-1)
+        moved_BlG += _unsure(logits_BlGV, mass_BlGV, least_BlG1, need_BlG, reach_BlG)
+        mass_BlGV = jnp.where(logits_BlGV >= least_BlG1, mass_BlGV, 0)
+    # what comes or goes moves a boundary by at most its share, above and below it alike
+    return mass_BlGV, moved_BlG / jnp.sum(mass_BlGV, axis=-1)
 
 
 def inverse_cdf(
@@ -265,24 +326,47 @@ def inverse_cdf(
 
     And [B, l, G] how far the uniform lies from where another token begins.
 
-    The sum runs in float32 along the alphabet. It is a parallel one, so rounding may lower it from
-    one token to the next, or raise it where the mass is 0: hence "of positive mass", and where
-    none exceeds, the last of positive mass (0 where there is none). A token of mass 0 is never
-    drawn, and none out of range.
+    The sum runs in float32 along the alphabet, over blocks first and then inside of the one that
+    is met. It is a parallel one, so rounding may lower it from one token to the next, or raise it
+    where the mass is 0: hence "of positive mass", and where none exceeds, the last of positive mass
+    (0 where there is none). A token of mass 0 is never drawn, and none out of range.
     """
     V = mass_BlGV.shape[-1]
-    cumulative_BlGV = jnp.cumsum(mass_BlGV, axis=-1)
-    bound_BlG1 = uniform_BlG[..., None] * cumulative_BlGV[..., -1:]
-    kept_BlGV = mass_BlGV > 0
-    symbols_BlGV = jax.lax.broadcasted_iota(jnp.int32, mass_BlGV.shape, mass_BlGV.ndim - 1)
-    beyond_BlGV = kept_BlGV & (cumulative_BlGV > bound_BlG1)
-    first_BlG = jnp.min(jnp.where(beyond_BlGV, symbols_BlGV, V), axis=-1)
+    size = 1 << (V - 1).bit_length() // 2  # as many blocks as tokens in each
+    padding = [(0, 0)] * (mass_BlGV.ndim - 1) + [(0, -V % size)]
+    mass_BlGNS = jnp.pad(mass_BlGV, padding).reshape(*mass_BlGV.shape[:-1], -1, size)
+    block_BlGN = jnp.sum(mass_BlGNS, axis=-1)
+    upto_BlGN = jnp.cumsum(block_BlGN, axis=-1)
+    total_BlG = upto_BlGN[..., -1]
+    bound_BlG1 = (uniform_BlG * total_BlG)[..., None]
+
+    block_BlG1 = _first(block_BlGN > 0, upto_BlGN > bound_BlG1)
+    below_BlG1 = _taken(upto_BlGN, block_BlG1) - _taken(block_BlGN, block_BlG1)
+    mass_BlGS = jnp.take_along_axis(mass_BlGNS, block_BlG1[..., None], axis=-2)[..., 0, :]
+    upto_BlGS = below_BlG1 + jnp.cumsum(mass_BlGS, axis=-1)
+    place_BlG1 = _first(mass_BlGS > 0, upto_BlGS > bound_BlG1)
+
+    above_BlG1 = _taken(upto_BlGS, place_BlG1) - bound_BlG1
+    margin_BlG1 = jnp.minimum(above_BlG1, _taken(mass_BlGS, place_BlG1) - above_BlG1)
+    tokens_BlG = (block_BlG1 * size + place_BlG1)[..., 0]
+    return tokens_BlG, margin_BlG1[..., 0] / total_BlG
+
+
+def _first(kept_BlGV: interfaces.Array, beyond_BlGV: interfaces.Array) -> interfaces.Array:
+    """[B, l, G, 1] the first that is kept and beyond, else the last that is kept, else 0."""
+    symbols_BlGV, V = _symbols(kept_BlGV), kept_BlGV.shape[-1]
+    first_BlG = jnp.min(jnp.where(kept_BlGV & beyond_BlGV, symbols_BlGV, V), axis=-1)
     last_BlG = jnp.max(jnp.where(kept_BlGV, symbols_BlGV, 0), axis=-1)
-    tokens_BlG = jnp.minimum(first_BlG, last_BlG)
-    above_BlG1 = jnp.take_along_axis(cumulative_BlGV, tokens_BlG[..., None], -1)
-    below_BlG1 = above_BlG1 - jnp.take_along_axis(mass_BlGV, tokens_BlG[..., None], -1)
-    margin_BlG1 = jnp.minimum(above_BlG1 - bound_BlG1, bound_BlG1 - below_BlG1)
-    return tokens_BlG, (margin_BlG1 / cumulative_BlGV[..., -1:])[..., 0]
+    return jnp.minimum(first_BlG, last_BlG)[..., None]
+
+
+def _symbols(array_BlGV: interfaces.Array) -> interfaces.Array:
+    """[B, l, G, V] numbers of the symbols."""
+    return jax.lax.broadcasted_iota(jnp.int32, array_BlGV.shape, array_BlGV.ndim - 1)
+
+
+def _taken(array_BlGV: interfaces.Array, index_BlG1: interfaces.Array) -> interfaces.Array:
+    return jnp.take_along_axis(array_BlGV, index_BlG1, axis=-1)
 
 
 def invalid(logits_BlGV: interfaces.Array) -> interfaces.Array:
@@ -298,54 +382,54 @@ def invalid(logits_BlGV: interfaces.Array) -> interfaces.Array:
 def _reaching(
     logits_BlGV: interfaces.Array, weights_BlGV: interfaces.Array, need: interfaces.Array
 ) -> interfaces.Array:
-    """[B, l, G, V] true for the fewest largest logits whose weights reach `need`, ties included.
+    """[B, l, G, 1] the largest threshold at which the weights of what is not below reach `need`.
 
-    All of them where they never do. The threshold is found bit by bit, from the highest down.
-    Rounding is monotone, so a sum over fewer tokens in the same order is never larger, and the
-    halvings agree with each other.
+    -inf where they never do. It is found bit by bit, from the highest down. Rounding is monotone,
+    so a sum over fewer tokens in the same order is never larger, and the halvings agree with each
+    other.
     """
-    keys_BlGV = _ordered(logits_BlGV)
 
     def halve(i, least_BlG):
         higher_BlG = least_BlG | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        counted_BlGV = jnp.where(keys_BlGV >= higher_BlG[..., None], weights_BlGV, 0)
+        counted_BlGV = jnp.where(logits_BlGV >= _float(higher_BlG)[..., None], weights_BlGV, 0)
         return jnp.where(jnp.sum(counted_BlGV, axis=-1) >= need, higher_BlG, least_BlG)
 
-    lowest_BlG = jnp.zeros(keys_BlGV.shape[:-1], jnp.uint32)
+    lowest_BlG = jnp.zeros(logits_BlGV.shape[:-1], jnp.uint32)
     least_BlG = jax.lax.fori_loop(0, 32, halve, lowest_BlG)
-    return keys_BlGV >= least_BlG[..., None]
+    return jnp.where(least_BlG == 0, -jnp.inf, _float(least_BlG))[..., None]
 
 
 def _unsure(
     logits_BlGV: interfaces.Array,
     mass_BlGV: interfaces.Array,
-    kept_BlGV: interfaces.Array,
+    least_BlG1: interfaces.Array,
     need_BlG: interfaces.Array | None = None,
     reach_BlG: interfaces.Array | None = None,
 ) -> interfaces.Array:
-    """[B, l, G] mass next to a threshold, where rounding may move it to the next logit; else 0.
+    """[B, l, G] mass that may come or go, where rounding may move a threshold by a logit; else 0.
 
-    It may where the logits on its two sides are as good as equal; or where the sums of masses on
-    its two sides are within `reach` of what is needed.
+    It may where the logits on its two sides are as good as equal; or where the sums of masses with
+    and without those at the threshold are within `reach` of what is needed.
     """
-    inside_BlG1 = jnp.min(jnp.where(kept_BlGV, logits_BlGV, jnp.inf), axis=-1, keepdims=True)
-    outside_BlG1 = jnp.max(jnp.where(kept_BlGV, -jnp.inf, logits_BlGV), axis=-1, keepdims=True)
-    beside_BlGV = (logits_BlGV >= outside_BlG1) & (logits_BlGV <= inside_BlG1)
-    unsure_BlG = (inside_BlG1 - outside_BlG1)[..., 0] < NEAR_LOGITS
+
+    def mass_of(chosen_BlGV):
+        return jnp.sum(jnp.where(chosen_BlGV, mass_BlGV, 0), axis=-1)
+
+    lower_BlGV = jnp.where(logits_BlGV < least_BlG1, logits_BlGV, -jnp.inf)
+    next_BlG1 = jnp.max(lower_BlGV, axis=-1, keepdims=True)
+    here_BlG, below_BlG = mass_of(logits_BlGV == least_BlG1), mass_of(logits_BlGV == next_BlG1)
+    unsure_BlG = (least_BlG1 - next_BlG1)[..., 0] < NEAR_LOGITS
     if need_BlG is not None:
-        with_BlG = jnp.sum(jnp.where(kept_BlGV, mass_BlGV, 0), axis=-1)
-        without_BlG = jnp.sum(jnp.where(logits_BlGV > inside_BlG1, mass_BlGV, 0), axis=-1)
-        unsure_BlG |= (with_BlG - need_BlG < reach_BlG) | (need_BlG - without_BlG < reach_BlG)
-    return jnp.where(unsure_BlG, jnp.sum(jnp.where(beside_BlGV, mass_BlGV, 0), axis=-1), 0)
+        spare_BlG = mass_of(logits_BlGV >= least_BlG1) - need_BlG
+        unsure_BlG |= (spare_BlG < reach_BlG) | (here_BlG - spare_BlG < reach_BlG)
+    return jnp.where(unsure_BlG, jnp.maximum(here_BlG, below_BlG), 0)
 
 
-def _ordered(logits_BlGV: interfaces.Array) -> interfaces.Array:
-    """uint32 in the order of the floats: the sign bit set, and negative numbers turned over."""
-    # -0.0 and 0.0 are equal, their bits are not
-    logits_BlGV = jnp.where(logits_BlGV == 0, 0.0, logits_BlGV)
-    bits_BlGV = jax.lax.bitcast_convert_type(logits_BlGV, jnp.uint32)
+def _float(order: interfaces.Array) -> interfaces.Array:
+    """Floats by their order: uint32, the sign bit set for positive ones, negative turned over."""
     sign = jnp.uint32(1 << 31)
-    return jnp.where(bits_BlGV >= sign, ~bits_BlGV, bits_BlGV | sign)
+    bits = jnp.where(order >= sign, order ^ sign, ~order)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 # ---------------------------------------------------------------- settings
