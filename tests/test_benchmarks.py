@@ -86,6 +86,16 @@ def test_decode_table():
         assert 0 < least <= cost <= most and first > 0 and peak > 100
 
 
+def test_tokenizers():
+    header, titles, *lines = quick("tokenizers", "--precision", "float32")
+    check_header(header)
+    assert titles.split()[:2] == ["task", "dtype"]
+    assert [line.split()[2] for line in lines] == ["decode", "encode"]
+    for line in lines:
+        cost, least, most, first, peak = figures(line[38:])
+        assert 0 < least <= cost <= most and first > 0 and peak > 100
+
+
 @pytest.mark.long
 def test_memory():
     header, columns, *lines = quick("memory")

@@ -28,7 +28,7 @@ LAYERS = (
     ("training",),
     ("evaluation",),
     ("demo", "samples", "tokens"),
-    ("image_models",),
+    ("image_models", "sample_folder"),
     ("commands", "train_tokenizer", "train_generator"),
     ("cli",),
 )

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import types
 
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from flax import nnx
 from tokgen import interfaces, options, samples
 from tokgen.commands import sample
 from tokgen.data import captioned, classes as classes_
+from tokgen.evaluation import made_images
 from tokgen.interfaces import UserError
 from tokgen.sampling import drawing, presets, sampler as samplers
 
@@ -53,8 +53,8 @@ def test_of_many_classes_a_few_are_drawn(capfd):
     assert classes_.labels_of("all", many) == list(range(1000))
     assert classes_.labels_of("all", ("one", "all")) == [1]
     labelled = types.SimpleNamespace(cond="label", layout=Reader.layout)
-    _, label_N, _ = samples.conditions(_settings("--number", "2"), _loaded(labelled, many))
-    assert len(label_N) == 16
+    asked = samples.kinds(_settings("--number", "2"), _loaded(labelled, many))
+    assert len(asked.kind_N) == 16
     told = capfd.readouterr().err
     assert "8 of 1000 classes" in told and "--classes all draws 2,000 images" in told
 
@@ -143,11 +143,12 @@ def prepared(args, loaded):
 def test_images_of_texts(tmp_path):
     np.savez(tmp_path / "text.npz", **_text())
     settings = _settings("--text", str(tmp_path / "text.npz"), "--number", "2")
-    cond, row_N, classes = samples.conditions(settings, _loaded(Reader()))
+    asked = samples.kinds(settings, _loaded(Reader()))
+    cond, row_N = asked.cond(np.arange(6)), asked.kind_N
     np.testing.assert_array_equal(row_N, [0, 0, 1, 1, 2, 2])
     np.testing.assert_array_equal(cond.features_BTE, _text()["features"][row_N])
     np.testing.assert_array_equal(cond.mask_BT, _text()["mask"][row_N])
-    assert classes == [] and cond.mask_BT.dtype == bool
+    assert asked.classes == [] and cond.mask_BT.dtype == bool
     sampler = samplers.Sampler(temperature=0, guidance=(3.0,))
     tokens, images = drawing.draw(Reader(), Painter(), cond, sampler, seed=0, batch=4)
     seen = np.where(cond.mask_BT[..., None], cond.features_BTE, 0).sum(1)
@@ -156,7 +157,7 @@ def test_images_of_texts(tmp_path):
     warm = samplers.Sampler(temperature=2.0)
     tokens, _ = drawing.draw(Reader(), Painter(), cond, warm, seed=0, batch=4)
     part = interfaces.Text(cond.features_BTE[5:], cond.mask_BT[5:])
-    alone, _ = drawing.draw(Reader(), Painter(), part, warm, seed=0, batch=4, first=5)
+    alone, _ = drawing.draw(Reader(), Painter(), part, warm, seed=0, batch=4, index_N=[5])
     np.testing.assert_array_equal(alone, tokens[5:])
 
 
@@ -190,12 +191,12 @@ def test_what_is_no_text_is_refused(tmp_path):
         with pytest.raises(UserError, match=f"--text needs.*{name}"):
             captioned.conditions(str(tmp_path / name))
     with pytest.raises(UserError, match="needs --text FILE.npz.*found none"):
-        samples.conditions(_settings(), _loaded(Reader()))
+        samples.kinds(_settings(), _loaded(Reader()))
     with pytest.raises(UserError, match="needs --text FILE.npz.*found --classes"):
-        samples.conditions(_settings("--text", "a.npz", "--classes", "0"), _loaded(Reader()))
+        samples.kinds(_settings("--text", "a.npz", "--classes", "0"), _loaded(Reader()))
     other = types.SimpleNamespace(cond="label", layout=Reader.layout)
     with pytest.raises(UserError, match="of 4 classes: use --classes"):
-        samples.conditions(_settings("--text", "a.npz"), _loaded(other, CLASSES))
+        samples.kinds(_settings("--text", "a.npz"), _loaded(other, CLASSES))
 
 
 def test_steps_and_noise_take_the_presets_place(capsys):
@@ -239,105 +240,30 @@ def test_a_filter_is_refused_where_the_likeliest_is_taken_anyway(preset, words, 
 )
 def test_no_more_is_drawn_than_is_asked_for(count, batch, expected):
     assert drawing.even(count, batch) == expected
+    on_three = drawing.even(count, batch, 3)
+    assert on_three % 3 == 0 and on_three >= expected and on_three < max(batch, expected) + 3
 
 
-@pytest.fixture
-def stand_ins(tmp_path, monkeypatch):
-    """A generator and tokenizer in the place of checkpoints; what was drawn, batch by batch."""
-    np.savez(tmp_path / "text.npz", **_text(5))
-    loaded = _loaded(Reader(), default={"temperature": 2.0})
-    loaded.step, loaded.fingerprint = tmp_path / "G", "f"
-    painter = types.SimpleNamespace(module=Painter(), fingerprint="t")
-    monkeypatch.setattr(samples.runtime, "devices", lambda: None)
-    monkeypatch.setattr(samples.checkpoint, "find", lambda path: path)
-    monkeypatch.setattr(samples.checkpoint, "read_meta", lambda step: {"kind": "tokenizer"})
-    monkeypatch.setattr(samples.checkpoint, "load_to_draw", lambda *_, **more: loaded)
-    monkeypatch.setattr(samples.checkpoint, "load_to_decode", lambda *_: painter)
-    real, batches = drawing.sharding.filled, []
+def test_of_so_many_in_all_every_class_has_its_share():
+    labelled = types.SimpleNamespace(cond="label", layout=Reader.layout)
+    many = tuple(map(str, range(1000)))
 
-    def filled(tree, batch, mesh):
-        batches.append(batch)
-        return real(tree, batch, mesh)
+    def kind_N(*words, classes=many):
+        return samples.kinds(_settings(*words), _loaded(labelled, classes)).kind_N
 
-    monkeypatch.setattr(drawing.sharding, "filled", filled)
-
-    def run(name, *words):
-        out = ["--out", str(tmp_path / name)]
-        sample.run(_args("--text", str(tmp_path / "text.npz"), *out, *words))
-        return {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
-
-    return types.SimpleNamespace(run=run, batches=batches, loaded=loaded)
-
-
-def test_samples_that_were_killed_go_on_to_the_same_images(stand_ins, monkeypatch, tmp_path):
-    whole = stand_ins.run("whole", "--number", "3", "--batch", "4")
-    assert stand_ins.batches == [4, 4, 4, 4]
-    png = [name for name in whole if name.startswith("seed0-")]
-    assert len(png) == 15 and set(whole) - set(png) == {
-        *("samples.npz", "samples.json", "tokens.npy", "grid.png")
-    }
-    save = samples.made_images.save_part
-
-    def dying(file, arrays):
-        if len(stand_ins.batches) == 2:
-            raise KeyboardInterrupt
-        save(file, arrays)
-
-    stand_ins.batches.clear()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(samples.made_images, "save_part", dying)
-        stand_ins.run("killed", "--number", "3", "--batch", "4")
-    assert not (tmp_path / "killed").exists()
-    with pytest.raises(UserError, match="seed: 0 there, 1 here"):
-        stand_ins.run("killed", "--number", "3", "--seed", "1")
-    # in other batches: eleven are left
-    assert stand_ins.run("killed", "--number", "3", "--batch", "6") == whole
-    assert stand_ins.batches == [4, 4, 6, 6]
-    assert list(tmp_path.glob(".*")) == []
-
-
-def test_python_draws_the_images_that_the_command_writes(stand_ins, tmp_path):
-    stand_ins.run("out", "--number", "2", "--temperature", "0.5", "--no-png")
-    text = str(tmp_path / "text.npz")
-    found = samples.sample("G", text=text, number=2, temperature=0.5, batch=3)
-    with np.load(tmp_path / "out" / "samples.npz") as arrays:
-        np.testing.assert_array_equal(found.image_NHW3, arrays["arr_0"])
-        np.testing.assert_array_equal(found.kind_N, arrays["arr_1"])
-    np.testing.assert_array_equal(found.tokens_NLG, np.load(tmp_path / "out" / "tokens.npy"))
-    record = json.loads((tmp_path / "out" / "samples.json").read_text())
-    assert found.classes == () and found.settings == record["settings"]
-    assert record["settings"]["temperature"] == 0.5
-    with pytest.raises(UserError, match="--number and --batch must be at least 1; found 0, 32"):
-        samples.sample("G", text=text, number=0)
-
-
-def test_samples_are_not_mixed_with_others(stand_ins, tmp_path):
-    first = stand_ins.run("out", "--number", "2", "--batch", "32")
-    assert stand_ins.batches == [10]  # and not 32
-    with pytest.raises(UserError, match="--overwrite"):
-        stand_ins.run("out", "--number", "1")
-    stand_ins.loaded.module = None  # noticed before anything is loaded
-    with pytest.raises(UserError, match="--overwrite"):
-        stand_ins.run("out", "--number", "1")
-    stand_ins.loaded.module = Reader()
-    second = stand_ins.run("out", "--number", "1", "--overwrite", "--no-png")
-    assert set(second) == {"samples.npz", "samples.json", "tokens.npy", "grid.png"}
-    with np.load(tmp_path / "out" / "samples.npz") as arrays:
-        assert arrays["arr_0"].shape == (5, 2, 2, 3)
-    assert len(first) == 14
-
-
-def test_an_image_that_is_not_finite_ends_it(stand_ins, monkeypatch, tmp_path):
-    draw_tokens = drawing.draw_tokens
-
-    def invalid(*words):
-        tokens, invalid_B, near_B = draw_tokens(*words)
-        return tokens, invalid_B | (len(stand_ins.batches) > 1), near_B
-
-    monkeypatch.setattr(drawing, "draw_tokens", invalid)
-    with pytest.raises(UserError, match="logits must be finite.*: number 2"):
-        stand_ins.run("out", "--number", "1", "--batch", "2")
-    assert not (tmp_path / "out").exists()
+    equal_N = kind_N("--total", "50000", "--seed", "3")  # of all classes, and not of some
+    assert set(np.bincount(equal_N)) == {50}
+    # the formula that samples.json states; and the images that tokgen evaluate scores
+    order_N = np.random.default_rng([3, 5]).permutation(50000)
+    np.testing.assert_array_equal(equal_N, (np.arange(50000) % 1000)[order_N])
+    np.testing.assert_array_equal(equal_N, made_images.balanced(50000, 1000, 3))
+    drawn_N = kind_N("--total", "50000", "--class-counts", "drawn", "--seed", "3")
+    expected_N = np.random.default_rng([3, 6]).integers(0, 1000, 50000)
+    np.testing.assert_array_equal(drawn_N, expected_N)
+    assert np.bincount(drawn_N).std() == pytest.approx(50**0.5, rel=0.1)  # of a multinomial
+    some_N = kind_N("--total", "7", "--classes", "hot-dog,0", classes=CLASSES)
+    assert sorted(some_N) == [0, 0, 0, 2, 2, 2, 2]
+    assert kind_N("--total", "3", classes=()).tolist() == [0, 0, 0]
 
 
 def test_where_images_stand_in_the_grid():

@@ -1,34 +1,31 @@
-"""Images of a trained generator: drawn in Python, or written into a folder that a kill spares.
+"""Images of a trained generator, drawn in Python: arrays, and the same for people.
 
-`sample` gives arrays; `write` is what `tokgen sample` calls. Image i depends on (seed, i, its
-condition) and on nothing beside it, so both give the same images.
+`sample_folder` writes the same images: image i depends on (seed, i, its condition) and on nothing
+beside it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import os
-import pathlib
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
 
-from tokgen import image_grid, options, output, ranges, report, runtime
-from tokgen.checkpoints import checkpoint, pulling
+from tokgen import image_grid, options, ranges, report
+from tokgen.checkpoints import checkpoint
 from tokgen.data import captioned, classes as names_
 from tokgen.errors import UserError
-from tokgen.evaluation import given_images, made_images
+from tokgen.evaluation import made_images, sample_parts
 from tokgen.interfaces import Generator, PyTree
 from tokgen.sampling import drawing, presets, sampler as samplers
-from tokgen.zoo import model as zoo
 
-RECORDS = {"samples.json": ("checkpoint", "settings")}
+# How often each class is drawn, of so many images in all -> how labels are made of a seed
+CLASS_COUNTS = {"equal": made_images.balanced, "drawn": made_images.drawn_classes}
 COLUMNS = 16  # images of a row of grid.png
 PIXELS, SIDE = 2**26, 2**14  # of grid.png, at most; SIDE is its height
 DELAY = 2  # seconds of a draw from Python before it says how far it is
@@ -47,6 +44,8 @@ class Settings:
             label, or a list of names and labels.
         text: .npz of features [N, T, E] and mask [N, T], for a generator that reads text.
         number: images per class or text.
+        total: images in all, in the place of `number`; 0: as many as `number` says.
+        class_counts: of `total`: equal, every class as often as the others; or drawn, uniformly.
         seed: of the draws, from 0 to 2**32 - 1.
         batch: images drawn and decoded together.
         precision: of the networks, float32 or bfloat16; "" is the preset's.
@@ -63,6 +62,8 @@ class Settings:
     precision: str = ""
     tokenizer: str = ""
     sampling: presets.Choice = presets.Choice()
+    total: int = 0
+    class_counts: str = "equal"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -110,21 +111,43 @@ class Samples:
     def _repr_png_(self) -> bytes:
         """A row per class, as notebooks ask for it; of many images some."""
         number = int(np.argmax(np.append(self.kind_N, -1) != self.kind_N[0]))
-        picture, _ = _sheet_of(dict(enumerate(self.image_NHW3)), len(self), number, pixels=NOTEBOOK)
+        index_KX = np.arange(len(self)).reshape(-1, number)
+        image_of = dict(enumerate(self.image_NHW3))
+        picture, _ = sheet_of(image_of, index_KX, len(self), pixels=NOTEBOOK)
         file = io.BytesIO()
         image_grid.to_pil(picture[None])[0].save(file, "PNG")
         return file.getvalue()
 
 
 @dataclasses.dataclass(frozen=True)
-class _Prepared:
+class Kinds:
+    """What each image is asked to be.
+
+    Attributes:
+        kind_N: its label; or the row of its text.
+        texts: what the rows are of, a Text; None of a generator without.
+        classes: names of the classes that are drawn, in their order; () for texts.
+    """
+
+    kind_N: np.ndarray
+    texts: PyTree
+    classes: list[str]
+
+    def cond(self, index_N: np.ndarray) -> PyTree:
+        """What a generator is told of images, by their numbers."""
+        kind_N = self.kind_N[index_N]
+        if self.texts is None:
+            return kind_N
+        return jax.tree.map(lambda leaf: leaf[kind_N], self.texts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
     """Everything that a draw needs, loaded and held against each other."""
 
     loaded: checkpoint.Loaded
     tokenizer: checkpoint.Loaded
-    cond: PyTree  # leads with the images, N
-    kind_N: np.ndarray
-    classes: list[str]
+    kinds: Kinds
     settings: dict[str, Any]
     generator: Generator
     sampler: samplers.Sampler
@@ -197,11 +220,13 @@ def drawn(
     progress: bool = True,
 ) -> Samples:
     """What settings ask for, of networks that are loaded already."""
-    ready = _prepared(settings, loaded, tokenizer)
-    asked = (ready.generator, tokenizer.module, ready.cond, ready.sampler)
+    ready = prepared(settings, loaded, tokenizer)
+    kinds = ready.kinds
+    cond = kinds.cond(np.arange(len(kinds.kind_N)))
+    asked = (ready.generator, tokenizer.module, cond, ready.sampler)
     how = dict(seed=settings.seed, batch=settings.batch, what="sample" if progress else "")
     tokens_NLG, image_NHW3 = drawing.draw(*asked, **how, delay=DELAY)
-    return Samples(tokens_NLG, image_NHW3, ready.kind_N, tuple(ready.classes), ready.settings)
+    return Samples(tokens_NLG, image_NHW3, kinds.kind_N, tuple(kinds.classes), ready.settings)
 
 
 def networks(settings: Settings) -> tuple[checkpoint.Loaded, checkpoint.Loaded]:
@@ -217,28 +242,9 @@ def networks(settings: Settings) -> tuple[checkpoint.Loaded, checkpoint.Loaded]:
     return loaded, checkpoint.load_to_decode(loaded, settings.tokenizer)
 
 
-def write(
-    settings: Settings, out: str | os.PathLike, *, png: bool = True, overwrite: bool = False
-) -> str:
-    """Draw into a new folder; what is to be said.
-
-    It holds samples.npz (the layout of ADM's evaluator), tokens.npy, grid.png, samples.json and,
-    with `png`, a file per image. Stopped at any point, the same call goes on with it.
-    """
-    check(settings)
-    inputs = (settings.checkpoint, settings.tokenizer, settings.text)
-    with output.folder(out, records=RECORDS, overwrite=overwrite, inputs=inputs) as place:
-        runtime.devices()
-        count, shown = _filled(settings, place, png)
-    return (
-        f"{count} images in {out}: grid.png ({shown}), samples.npz (arr_0 images, "
-        "arr_1 labels), samples.json (settings)"
-    )
-
-
 def check(settings: Settings) -> None:
     """Errors of the settings, before anything is loaded."""
-    for name in ("number", "batch", "seed"):
+    for name in ("number", "batch", "seed", "total"):
         value = getattr(settings, name)
         if not ranges.fits(value, int):
             raise UserError(f"--{name} must be a whole number; found {value!r}")
@@ -248,23 +254,17 @@ def check(settings: Settings) -> None:
         )
     if not 0 <= settings.seed < 2**32:
         raise UserError(f"--seed must lie in [0, 2**32); found {settings.seed}")
+    if not 0 <= settings.total <= sample_parts.MOST:
+        raise UserError(
+            f"--total must lie in [1, {sample_parts.MOST:,}], images in all; found {settings.total}"
+        )
+    if settings.class_counts not in CLASS_COUNTS:
+        raise UserError(
+            f"--class-counts must be {' or '.join(CLASS_COUNTS)}; found {settings.class_counts!r}"
+        )
 
 
-def check_write(settings: Settings, out: str | os.PathLike, *, overwrite: bool = False) -> None:
-    """What `write` would refuse, sooner: before a published model is fetched."""
-    check(settings)
-    output.check_folder(out, records=RECORDS, overwrite=overwrite)
-    if not zoo.is_name(settings.checkpoint):
-        return
-    pulling.check_kind(settings.checkpoint, "generator")
-    model = zoo.named(settings.checkpoint)
-    classes = pulling.CLASSES.get(model.classes, ())
-    _check_condition(settings, "text" if model.text else "label", len(classes))
-    if classes:
-        names_.chosen(settings.classes, classes)
-
-
-def _check_condition(settings: Settings, cond: str, classes: int) -> None:
+def check_condition(settings: Settings, cond: str, classes: int) -> None:
     """An error where a generator with that condition is told the other, or none."""
     if cond == "label":
         if settings.text:
@@ -281,144 +281,85 @@ def _check_condition(settings: Settings, cond: str, classes: int) -> None:
         )
 
 
-def conditions(
-    settings: Settings, loaded: checkpoint.Loaded
-) -> tuple[PyTree, np.ndarray, list[str]]:
-    """(the condition of every image, the number of its class or text [N], names of the classes)."""
-    _check_condition(settings, loaded.module.cond, len(loaded.classes))
+def kinds(settings: Settings, loaded: checkpoint.Loaded) -> Kinds:
+    """What each image is asked to be, in the order of their numbers."""
+    check_condition(settings, loaded.module.cond, len(loaded.classes))
     if loaded.module.cond == "label":
         unchosen = isinstance(settings.classes, str) and not settings.classes
         labels = names_.chosen(settings.classes, loaded.classes)
-        if unchosen and len(labels) < len(loaded.classes):
+        if unchosen and settings.total:
+            labels = list(range(max(len(loaded.classes), 1)))
+        elif unchosen and len(labels) < len(loaded.classes):
             report.say(
                 f"{len(labels)} of {len(loaded.classes)} classes are drawn, evenly over them: "
                 f"{names_.listed([loaded.classes[i] for i in labels])}; --classes chooses others, "
                 f"--classes all draws {len(loaded.classes) * settings.number:,} images"
             )
-        label_N = np.repeat(np.asarray(labels, np.int32), settings.number)
-        return label_N, label_N, [loaded.classes[i] if loaded.classes else "" for i in labels]
+        names = [loaded.classes[i] if loaded.classes else "" for i in labels]
+        return Kinds(_repeated(settings, np.asarray(labels, np.int32)), None, names)
     text = captioned.conditions(settings.text)
-    row_N = np.repeat(np.arange(len(text.mask_BT), dtype=np.int32), settings.number)
-    return jax.tree.map(lambda leaf: leaf[row_N], text), row_N, []
+    rows = np.arange(len(text.mask_BT), dtype=np.int32)
+    return Kinds(_repeated(settings, rows), text, [])
 
 
-def _prepared(
+def _repeated(settings: Settings, kind_K: np.ndarray) -> np.ndarray:
+    """[N] the kind of each image: `number` of each, or `total` in all in a mixed order."""
+    if not settings.total:
+        return np.repeat(kind_K, settings.number)
+    which = CLASS_COUNTS[settings.class_counts]
+    return kind_K[which(settings.total, len(kind_K), settings.seed)]
+
+
+def prepared(
     settings: Settings, loaded: checkpoint.Loaded, tokenizer: checkpoint.Loaded
-) -> _Prepared:
+) -> Prepared:
     """The conditions and the sampler that networks are asked with."""
     choice = settings.sampling
-    cond, kind_N, classes = conditions(settings, loaded)
+    asked = kinds(settings, loaded)
     found, generator, sampler = presets.choose(
         loaded.module, loaded.config.presets.to_dict(), choice, loaded.classes
     )
     options.refuse(presets.without_effect(choice, sampler))
-    return _Prepared(loaded, tokenizer, cond, kind_N, classes, found, generator, sampler)
+    return Prepared(loaded, tokenizer, asked, found, generator, sampler)
 
 
-def _filled(settings: Settings, place: output.Folder, png: bool) -> tuple[int, str]:
-    """Draw what an unfinished result does not have yet, and write all.
-
-    (how many images there are, what the grid shows)
-    """
-    ready = _prepared(settings, *networks(settings))
-    record = {
-        "checkpoint": str(ready.loaded.step),
-        "fingerprint": ready.loaded.fingerprint,
-        "tokenizer": ready.tokenizer.fingerprint,
-        "seed": settings.seed,
-        "preset": settings.sampling.preset,
-        "settings": ready.settings,
-        "classes": ready.classes,
-        "names": list(ready.loaded.classes),  # what the numbers of samples.npz are called
-        "text": settings.text,
-        "number": settings.number,
-        "precision": ready.loaded.config.precision.compute,
-        "versions": checkpoint.versions(),
-    }
-    parts = place.path / "parts"
-    place.claim(record | {"conditions": made_images.conditions(ready.cond), "png": png})
-    done = sum(len(image_BHW3) for _, image_BHW3 in _kept(parts))
-    for tokens_BLG, image_BHW3, _ in drawing.drawn(
-        *(ready.generator, ready.tokenizer.module, ready.cond, ready.sampler),
-        **dict(seed=settings.seed, batch=settings.batch, done=done),
-    ):
-        for i, image_HW3 in enumerate(image_BHW3, done):
-            if png:
-                kind = f"text{ready.kind_N[i]}"
-                if not settings.text:
-                    kind = names_.file_name(int(ready.kind_N[i]), ready.loaded.classes)
-                name = f"seed{settings.seed}-{i:05d}-{kind}.png"
-                image_grid.save_png(place.path / name, image_HW3)
-        # last: what is in a part has its pictures
-        part = {"tokens": tokens_BLG, "image": image_BHW3}
-        made_images.save_part(parts / f"{done:07d}.npz", part)
-        done += len(image_BHW3)
-    shown = _written(place.path, parts, ready.kind_N, settings.number)
-    shutil.rmtree(parts)
-    (place.path / "samples.json").write_text(json.dumps(record, indent=2) + "\n")
-    return len(ready.kind_N), shown
-
-
-def _kept(parts: pathlib.Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The tokens and images of the parts that were made, from the first on without a gap."""
-    start = 0
-    while (found := made_images.loaded_part(parts / f"{start:07d}.npz")) is not None:
-        yield found["tokens"], found["image"]
-        start += len(found["image"])
-
-
-def _written(out: pathlib.Path, parts: pathlib.Path, kind_N: np.ndarray, number: int) -> str:
-    """samples.npz, tokens.npy and grid.png of the parts, read one by one; what the grid shows."""
-    first_BHW3 = next(_kept(parts))[1]
-    layout_RX, _, _ = _layout(first_BHW3.shape[1:], len(kind_N), number)
-    wanted = dict.fromkeys(layout_RX[layout_RX >= 0].tolist())
-    shape = (len(kind_N), *first_BHW3.shape[1:])
-    with given_images.writing(out / "samples.npz", shape, kind_N) as add:
-        tokens, start = [], 0
-        for tokens_BLG, image_BHW3 in _kept(parts):
-            add(image_BHW3)
-            tokens.append(tokens_BLG)
-            stop = start + len(image_BHW3)
-            wanted |= {i: image_BHW3[i - start] for i in wanted if start <= i < stop}
-            start = stop
-    np.save(out / "tokens.npy", np.concatenate(tokens))
-    picture, told = _sheet_of(wanted, len(kind_N), number)
-    image_grid.save_png(out / "grid.png", picture)
-    return told
-
-
-def _sheet_of(
-    image_of: Mapping[int, np.ndarray], count: int, number: int, pixels: int = PIXELS
+def sheet_of(
+    image_of: Mapping[int, np.ndarray], index_KX: np.ndarray, count: int, pixels: int = PIXELS
 ) -> tuple[np.ndarray, str]:
-    """(the sheet of images [H, W, 3], in words): those that stand on it, by their numbers."""
+    """(the sheet of images [H, W, 3], in words) of those that stand on it, by their numbers.
+
+    A row of `index_KX` has the numbers of the images of a class or text, of `count` in all.
+    """
     shape = next(iter(image_of.values())).shape
-    layout_RX, scale, told = _layout(shape, count, number, pixels)
+    layout_RX, scale, told = laid_out(shape, index_KX, count, pixels)
     blank = np.full(shape, 255, np.uint8)
     shown = np.stack([image_of[i] if i >= 0 else blank for i in layout_RX.reshape(-1).tolist()])
     return image_grid.grid(shown, layout_RX.shape[1], scale=scale), told
 
 
-def _layout(
-    shape: Sequence[int], count: int, number: int, pixels: int = PIXELS
+def laid_out(
+    shape: Sequence[int], index_KX: np.ndarray, count: int, pixels: int = PIXELS
 ) -> tuple[np.ndarray, int, str]:
     """(which image stands where, the scale of each, in words): small ones are enlarged."""
     scale = max(1, 64 // shape[0])
-    layout_RX, told = sheet(count, number, (scale * shape[0], scale * shape[1]), pixels)
-    return layout_RX, scale, told
+    size = (scale * shape[0], scale * shape[1])
+    layout_RX, told = sheet(count, index_KX.shape[1], size, pixels, len(index_KX))
+    return np.where(layout_RX < 0, -1, index_KX.reshape(-1)[layout_RX]), scale, told
 
 
 def sheet(
-    count: int, number: int, size: tuple[int, int], pixels: int = PIXELS
+    count: int, number: int, size: tuple[int, int], pixels: int = PIXELS, kinds: int = 0
 ) -> tuple[np.ndarray, str]:
     """(which image stands where [rows, columns], -1 for none; in words) of `grid.png`.
 
-    A class, of which there are `number` images of `size` pixels, begins a row. A picture of more
+    A class, of which there are `number` images of `size` pixels, begins a row; there are `kinds` of
+    them, or as many as the `count` of all images affords. A picture of more
     than PIXELS pixels no program opens: then only some of the images stand in it.
     """
     columns = min(number, COLUMNS)
     room = max(1, pixels // (columns * size[0] * size[1]))
     room = min(room, max(1, SIDE // size[0]))
-    kinds = count // number
+    kinds = kinds or count // number
     chosen = np.arange(min(kinds, room)) * kinds // min(kinds, room)
     each = max(1, min(-(-number // columns), room // len(chosen)))
     index_KX = np.arange(each * columns)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -77,8 +77,7 @@ def make_mesh(
             f"the mesh must use all devices: data x fsdp x tensor = {data} x {fsdp} x {tensor}, "
             f"devices = {devices}; set one of them to -1 to take what is left"
         )
-    # Auto stated: jax.make_mesh defaults to explicit axes in current JAX
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return _of(None, *sizes)
 
 
 def letters(path: str) -> str:
@@ -172,14 +171,23 @@ def current() -> jax.sharding.Mesh:
     return make_mesh() if mesh.empty else mesh
 
 
+def single() -> jax.sharding.Mesh:
+    """A mesh of one device."""
+    return _of(jax.devices()[:1], 1, 1, 1)
+
+
 def dividing(batch: int) -> jax.sharding.Mesh:
     """A mesh of as many devices as divide a batch, for what trains with a fixed one."""
     mesh = make_mesh()
     if batch % ways(mesh) == 0 or jax.process_count() > 1:
         return mesh
     count = max(n for n in range(1, ways(mesh)) if batch % n == 0)
-    axis_types = (AxisType.Auto,) * 3
-    return jax.make_mesh((count, 1, 1), AXES, axis_types=axis_types, devices=jax.devices()[:count])
+    return _of(jax.devices()[:count], count, 1, 1)
+
+
+def _of(devices: list[jax.Device] | None, *sizes: int) -> jax.sharding.Mesh:
+    # Auto stated: jax.make_mesh defaults to explicit axes in current JAX
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def filled(tree: PyTree, rows: int, mesh: jax.sharding.Mesh) -> PyTree:
@@ -188,14 +196,49 @@ def filled(tree: PyTree, rows: int, mesh: jax.sharding.Mesh) -> PyTree:
     Filled up by their last row, to `rows` and on to a number that the devices divide: one program
     serves all, and each device does its share. Callers take as many rows as they gave.
     """
-    alone = jax.process_count() == 1  # of many, each would have to hold the others' images, too
-    over = ways(mesh) if alone else 1
 
     def fill(array: np.ndarray) -> np.ndarray:
-        return padded(array, -(-max(rows, len(array)) // over) * over)
+        return padded(array, -(-max(rows, len(array)) // ways(mesh)) * ways(mesh))
 
-    where = of_batch(mesh) if alone else replicated(mesh)
+    # every process has all of it: `by_rows` takes each device's part
+    where = of_batch(mesh) if jax.process_count() == 1 else replicated(mesh)
     return jax.device_put(jax.tree.map(fill, tree), where)
+
+
+def by_rows(program: Callable[..., PyTree], whole: tuple, rows: tuple) -> PyTree:
+    """program(*whole, *rows), of `rows` that lead with images, by all devices: each its own images.
+
+    For what makes something of each image, that leads with the images, too. Where every device has
+    the networks in `whole` to itself, none waits for another; where they lie over several, on a
+    mesh of `fsdp` or `tensor`, the compiler divides the work. As it is without a mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return program(*whole, *rows)
+    many, own = jax.process_count() > 1, PartitionSpec(BATCH)
+    if ways(mesh) < mesh.size or mesh.shape["fsdp"] > 1:
+        found = program(*whole, *jax.lax.with_sharding_constraint(rows, own))
+        # of many processes, each reads all of it
+        return jax.lax.with_sharding_constraint(found, PartitionSpec()) if many else found
+
+    def alone(whole: tuple, rows: tuple) -> PyTree:
+        found = program(*whole, *rows)
+        return jax.lax.all_gather(found, BATCH, tiled=True) if many else found
+
+    out = PartitionSpec() if many else own
+    specs = dict(in_specs=(PartitionSpec(), own), out_specs=out)
+    return jax.shard_map(alone, **specs, check_vma=False)(whole, rows)
+
+
+def step_by_step(networks: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+    """Both, such that what is gathered of networks over several devices is of this step alone.
+
+    The compiler would gather it before all steps and keep it: no network larger than a device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes or mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+        return networks, state
+    return jax.lax.optimization_barrier((networks, state))
 
 
 def padded(array: np.ndarray, rows: int) -> np.ndarray:
@@ -217,7 +260,7 @@ def global_batch(batch: Mapping[str, np.ndarray], mesh) -> dict[str, jax.Array]:
 def constrain(x: jax.Array, axes: str) -> jax.Array:
     """`x` laid out by the activation rules, one letter per dimension; nothing without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.manual_axes:  # a device's own rows lie on it
         return x
     parts = []
     for letter, size in zip(axes, x.shape, strict=True):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
+from flax import nnx
 from numpy.typing import ArrayLike
 
 from tokgen import boundary, ranges, runtime, sharding
 from tokgen.checkpoints import checkpoint
 from tokgen.data import online_tokens, pretokenization
-from tokgen.errors import UserError
+from tokgen.interfaces import PyTree, UserError
 from tokgen.metrics import reconstruction
 from tokgen.sampling import drawing
 
@@ -44,8 +45,8 @@ def encode(tokenizer: checkpoint.Loaded, image_NHW3: np.ndarray, *, batch: int =
         )
     _check(tokenizer, image_NHW3)
     found = []
-    for part, rows in _parts(image_NHW3, batch):
-        found.append(np.asarray(online_tokens.encode(tokenizer.module, part))[:rows])
+    for tokens_BLG, rows in _made(online_tokens.encode, tokenizer.module, image_NHW3, batch):
+        found.append(np.asarray(tokens_BLG)[:rows])
     tokens_NLG = np.concatenate(found)
     boundary.refuse((tokens_NLG < 0).any((1, 2)), "what the encoder sees in an image")
     return tokens_NLG
@@ -78,10 +79,7 @@ def decode(tokenizer: checkpoint.Loaded, tokens_NLG: np.ndarray, *, batch: int =
             "takes it"
         )
     tokens_NLG = np.asarray(boundary.tokens(array(tokens_NLG), tokenizer.layout))
-    return _images(
-        drawing.decode_pixels(tokenizer.module, part) + (rows,)
-        for part, rows in _parts(tokens_NLG, batch)
-    )
+    return _images(_made(drawing.decode_pixels, tokenizer.module, tokens_NLG, batch))
 
 
 def reconstruct(
@@ -107,9 +105,7 @@ def reconstruct(
     """
     _check_text(tokenizer)
     _check(tokenizer, image_NHW3)
-    return _images(
-        _reconstructed(tokenizer.module, part) + (rows,) for part, rows in _parts(image_NHW3, batch)
-    )
+    return _images(_made(_reconstructed, tokenizer.module, image_NHW3, batch))
 
 
 def pretokenize(
@@ -157,8 +153,12 @@ def pretokenize(
 @jax.jit
 def _reconstructed(tokenizer, image_BHW3):
     """(uint8 images, [B] true where a pixel is not finite) of uint8 images."""
-    image_BHW3 = reconstruction.from_uint8(image_BHW3)
-    return reconstruction.bytes_of(tokenizer.reconstruct(image_BHW3)[0])
+
+    def of(tokenizer, image_BHW3):
+        image_BHW3 = reconstruction.from_uint8(image_BHW3)
+        return reconstruction.bytes_of(tokenizer.reconstruct(image_BHW3)[0])
+
+    return sharding.by_rows(of, (tokenizer,), (image_BHW3,))
 
 
 def array(tokens: ArrayLike) -> np.ndarray:
@@ -192,22 +192,27 @@ def _check(tokenizer: checkpoint.Loaded, image_NHW3: np.ndarray) -> None:
         )
 
 
-def _parts(array_N: np.ndarray, batch: int) -> Iterator[tuple[jax.Array, int]]:
-    """(a part over the devices, filled up to the batch; how many of its rows are meant)."""
+def _made(
+    program: Callable[..., PyTree], network: nnx.Module, array_N: np.ndarray, batch: int
+) -> Iterator[tuple[PyTree, int]]:
+    """(what a program makes of a part over the devices, how many of its rows are meant)."""
     if wrong := ranges.problem("batch", batch, ranges.Batch):
         raise UserError(wrong)
     if not len(array_N):
         raise UserError("at least one image is needed, or the tokens of one; found none")
-    batch, mesh = drawing.even(len(array_N), batch), sharding.current()
+    mesh = sharding.current()
+    batch = drawing.even(len(array_N), batch, sharding.ways(mesh))
     for start in range(0, len(array_N), batch):
         part = np.asarray(array_N[start : start + batch])
-        yield sharding.filled(part, batch, mesh), len(part)
+        with jax.set_mesh(mesh):
+            made = program(network, sharding.filled(part, batch, mesh))
+        yield made, len(part)
 
 
-def _images(parts: Iterator[tuple[jax.Array, jax.Array, int]]) -> np.ndarray:
+def _images(parts: Iterator[tuple[tuple[jax.Array, jax.Array], int]]) -> np.ndarray:
     """All images of some parts; an error where pixels are not finite."""
     images, invalid = [], []
-    for image_BHW3, invalid_B, rows in parts:
+    for (image_BHW3, invalid_B), rows in parts:
         images.append(np.asarray(image_BHW3)[:rows])
         invalid.append(np.asarray(invalid_B)[:rows])
     boundary.refuse(np.concatenate(invalid), "what the decoder gives")

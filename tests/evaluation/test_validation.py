@@ -163,7 +163,9 @@ def test_samples_are_of_known_classes_and_of_finite_pixels():
             drawn([0, label], made())
     _, image_NHW3 = drawn([0, 1, 1], made())
     assert image_NHW3.dtype == np.uint8 and image_NHW3.shape == (3, 2, 4, 3)
-    with pytest.raises(interfaces.UserError, match="decoder gives .*: number 0, number 1;"):
+    with pytest.raises(
+        interfaces.UserError, match="decoder gives .*: number 0, number 1, number 2;"
+    ):
         drawn([0, 1, 1], made(decoder=np.nan))
 
 

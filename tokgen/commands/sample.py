@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from tokgen import options, output, report
+from tokgen.errors import UserError
 
 if TYPE_CHECKING:
     from tokgen import samples
@@ -18,7 +19,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         type=options.checkpoint,
         help="of a generator: a work directory, one step of it, or a published model's name",
     )
-    parser.add_argument("--out", required=True, help="folder for the images; must be new or empty")
+    parser.add_argument(
+        "--out", required=True, help="folder for the images: new, empty, or of the same --total"
+    )
     output.arguments(parser)
     parser.add_argument(
         "--classes",
@@ -31,6 +34,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--number", type=int, default=8, help="images per class or text (default 8)"
     )
+    parser.add_argument(
+        "--total",
+        type=int,
+        default=0,
+        help="images in all, as 50000, in the place of --number; goes on with a folder of the same",
+    )
+    parser.add_argument(
+        "--class-counts",
+        default="equal",
+        choices=("equal", "drawn"),
+        help="of --total: as many of each class (default), or each image's class drawn uniformly",
+    )
+    parser.add_argument(
+        "--part",
+        default="",
+        metavar="I/N",
+        help="of --total: draw share I of N into the same --out",
+    )
     sampling_arguments(parser)
     parser.add_argument(
         "--tokenizer",
@@ -38,7 +59,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="where the tokenizer lies now, if moved",
     )
-    parser.add_argument("--no-png", action="store_true", help="only the grid and the .npz")
+    parser.add_argument(
+        "--png",
+        action=argparse.BooleanOptionalAction,
+        help="a file for each image beside the grid and the .npz; default: unless --total",
+    )
 
 
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,19 +115,27 @@ def settings_of(args: argparse.Namespace) -> samples.Settings:
         precision=args.precision or "",
         tokenizer=args.tokenizer,
         sampling=choice_of(args),
+        total=args.total,
+        class_counts=args.class_counts,
     )
 
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what is refused without a network."""
-    from tokgen import samples
+    from tokgen import sample_folder
 
-    samples.check_write(settings_of(args), args.out, overwrite=args.overwrite)
+    idle = {"number": "images of each class, without --total"}
+    if not (args.total or options.is_given(args, "total")):
+        idle = dict.fromkeys(("class_counts", "part"), "a number of images in all, --total")
+    elif not args.total:
+        raise UserError("--total must be at least 1, images in all; found 0")
+    options.check(args, idle)
+    sample_folder.check_write(settings_of(args), args.out, overwrite=args.overwrite, part=args.part)
 
 
 def run(args: argparse.Namespace) -> None:
     """Draw, and write everything that says how."""
-    from tokgen import samples
+    from tokgen import sample_folder
 
-    settings = settings_of(args)
-    report.say(samples.write(settings, args.out, png=not args.no_png, overwrite=args.overwrite))
+    how = dict(png=args.png, overwrite=args.overwrite, part=args.part)
+    report.say(sample_folder.write(settings_of(args), args.out, **how))

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from tokgen import interfaces
+from tokgen import interfaces, sharding
 from tokgen.data import sources, views
 from tokgen.metrics import reconstruction
 
@@ -34,7 +34,11 @@ class Tokenizer(Protocol):
 @jax.jit
 def encode(tokenizer, image_BHW3):
     """Tokens of uint8 images; -1 where something was not finite. Pretokenizing runs it too."""
-    return tokenizer.encode(reconstruction.from_uint8(image_BHW3))
+
+    def of(tokenizer, image_BHW3):
+        return tokenizer.encode(reconstruction.from_uint8(image_BHW3))
+
+    return sharding.by_rows(of, (tokenizer,), (image_BHW3,))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -152,7 +152,7 @@ def _write(
         report.say(f"every shard of {writer.path} is there already")
         return
     counts = [shard.stop - shard.start for shard in remaining]
-    batch, mesh = min(batch, max(counts)), sharding.make_mesh()
+    batch, mesh = min(batch, max(counts)), sharding.current()
     with report.bar(sum(counts), unit="image", what="pretokenize") as bar:
         for shard, count in zip(remaining, counts, strict=True):
             source = parts[shard.split]
@@ -196,7 +196,8 @@ def _shard(
             label_B[rows], seen_B[rows] = part["label"], True
             for number in range(len(fixed)):
                 laid = sharding.filled(part["image"][:, number], batch, mesh)
-                found_BLG = jax.device_get(online_tokens.encode(tokenizer, laid))[: len(rows)]
+                with jax.set_mesh(mesh):
+                    found_BLG = jax.device_get(online_tokens.encode(tokenizer, laid))[: len(rows)]
                 invalid_B = (found_BLG < 0).any((1, 2))
                 boundary.refuse(invalid_B, "what the encoder sees in an image", named)
                 tokens_BXLG[rows, number] = found_BLG

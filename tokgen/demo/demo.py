@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 from PIL import Image
@@ -167,9 +168,11 @@ def measure(folder: pathlib.Path, classifier: nnx.Module, number: int) -> tuple[
     coded, reconstructed, mesh = [], [], sharding.current()
     for start in range(0, len(real), 100):
         part = sharding.filled(real[start : start + 100], 100, mesh)
-        part = online_tokens.encode(tokenizer.module, part)
+        with jax.set_mesh(mesh):
+            part = online_tokens.encode(tokenizer.module, part)
+            image_BHW3, _ = drawing.decode_pixels(tokenizer.module, part)
         coded.append(np.asarray(part)[:100])
-        reconstructed.append(np.asarray(drawing.decode_pixels(tokenizer.module, part)[0])[:100])
+        reconstructed.append(np.asarray(image_BHW3)[:100])
     coded, reconstructed = np.concatenate(coded), np.concatenate(reconstructed)
 
     held_tokens = token_shards.Source(folder / "tokens", split="held_out")

@@ -24,6 +24,7 @@ from tokgen.evaluation import (
     metric_table,
     protocols,
     references,
+    sample_parts,
 )
 from tokgen.interfaces import UserError
 from tokgen.metrics import bootstrap, codebook, metric, moments as moments_
@@ -61,14 +62,13 @@ def collect(
 ) -> Found:
     """See `count` of the images, but for those that were seen before."""
     bounds = [(start, min(start + PART, count)) for start in range(0, count, PART)]
-    folder, parts = out / "parts", []
+    files, parts = [_file(out, images, *each) for each in bounds], []
     with report.bar(count, unit="image", what="evaluate") as bar:
-        for start, stop in bounds:
-            file = folder / f"{start:07d}-{stop:07d}.npz"
+        for file, (start, stop) in zip(files, bounds, strict=True):
             if made_images.loaded_part(file) is None:
                 made_images.save_part(file, _seen(images.part(start, stop), extractor, start))
             bar.update(stop - start)
-    parts = [made_images.loaded_part(folder / f"{a:07d}-{b:07d}.npz") for a, b in bounds]
+    parts = [made_images.loaded_part(file) for file in files]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     summed = {
         name.removeprefix("counts/"): np.sum([part[name] for part in parts], axis=0)
@@ -83,6 +83,12 @@ def collect(
         joined["digest"],
         joined["constant"],
     )
+
+
+def _file(out: pathlib.Path, images: given_images.Images, start: int, stop: int) -> pathlib.Path:
+    """Where what was seen of images lies: by their numbers, also where others come in between."""
+    first = images.number(start) if isinstance(images, sample_parts.Growing) else start
+    return out / "parts" / f"{first:07d}-{first + stop - start:07d}.npz"
 
 
 def _seen(

@@ -184,12 +184,13 @@ def features(
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, np.ndarray]:
     """float32 [N, D] of every layer that is asked for, over all devices."""
-    mesh = sharding.make_mesh() if mesh is None else mesh
+    mesh = sharding.current() if mesh is None else mesh
     layers, batch = layers or extractor.layers, EACH * mesh.size
     network, found = jax.device_put(extractor.network, sharding.replicated(mesh)), []
     for start in range(0, len(image_NHW3), batch):
         part = image_NHW3[start : start + batch]
-        values = _seen(network, sharding.filled(part, batch, mesh), layers)
+        with jax.set_mesh(mesh):
+            values = _seen(network, sharding.filled(part, batch, mesh), layers)
         found.append({name: np.asarray(value)[: len(part)] for name, value in values.items()})
     return {name: np.concatenate([part[name] for part in found]) for name in layers}
 
@@ -198,10 +199,13 @@ def features(
 def _seen(
     network: nnx.Module, image_BHW3: jax.Array, layers: tuple[str, ...]
 ) -> dict[str, jax.Array]:
-    # accelerators multiply float32 in TF32 or bfloat16 unless told otherwise
-    with jax.default_matmul_precision("highest"):
-        found = network(image_BHW3)
-    return {name: found[name] for name in layers}
+    def of(network, image_BHW3):
+        # accelerators multiply float32 in TF32 or bfloat16 unless told otherwise
+        with jax.default_matmul_precision("highest"):
+            found = network(image_BHW3)
+        return {name: found[name] for name in layers}
+
+    return sharding.by_rows(of, (network,), (image_BHW3,))
 
 
 def fingerprint(name: str, network: nnx.Module) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import pathlib
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 from tokgen import options, records
 from tokgen.data import folder, npz, pixels, scan, sources
 from tokgen.interfaces import UserError
+from tokgen.output import places
 
 LOSSY = tuple(
     ending for form in ("JPEG", "WEBP", "GIF", "AVIF") for ending in pixels.ENDINGS.get(form, ())
@@ -166,9 +168,12 @@ def writing(
 ) -> Iterator[Callable[[np.ndarray], object]]:
     """A function that adds images to a new `path`, an archive of `shape` [N, H, W, C] in the end.
 
-    It appears whole or not at all. Equal images make equal files.
+    It appears whole or not at all, also when the machine dies. Equal images make equal files. One
+    process at a time writes it: what those before it left unfinished is removed.
     """
-    part = path.with_name(f".{path.name}.part")
+    for left in path.parent.glob(f".{path.name}.*.part"):
+        left.unlink(missing_ok=True)
+    part = places.beside(path)
     with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as target:
         # a date of its own would make equal images unequal files
         with target.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
@@ -182,6 +187,8 @@ def writing(
         if label_N is not None:
             with target.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
                 np.lib.format.write_array(member, label_N.astype(np.int64), allow_pickle=False)
+    with open(part, "rb") as written:
+        os.fsync(written.fileno())
     part.replace(path)
 
 

@@ -7,7 +7,7 @@ import pathlib
 import jax
 import numpy as np
 
-from tokgen import report
+from tokgen import options, report
 from tokgen.backbones import lpips
 from tokgen.checkpoints import checkpoint
 from tokgen.data import captioned, datasets, npz
@@ -18,6 +18,7 @@ from tokgen.evaluation import (
     made_images,
     protocols,
     references,
+    sample_parts,
     score_settings,
 )
 from tokgen.interfaces import UserError
@@ -45,7 +46,15 @@ def images_of(
 
 def given(settings: score_settings.Settings) -> tuple[given_images.Images, int]:
     """(images of a file or a folder, all of them or some evenly over them; classes)."""
+    told = sample_parts.record(settings.scored)
+    if told is not None and not (pathlib.Path(settings.scored) / sample_parts.WHOLE).exists():
+        options.refuse({"labels": "folders of images"} if settings.labels else {})
+        images = sample_parts.Growing(settings.scored, told, collect.PART)
+        report.say(f"{images.told()}: a score is of these; the same command later goes on")
+        return images, len(images.classes) or images.kinds
     images = given_images.given(settings.scored, settings.accept, settings.labels)
+    if told is not None:  # a score that was begun while it was filled goes on
+        images.identity = sample_parts.identity(settings.scored, told)
     pictures = isinstance(images, given_images.Pictures)
     datasets.tell(settings.scored, all=images.source if pictures else images)
     if 0 < settings.samples < len(images):
@@ -139,6 +148,11 @@ def count_of(settings: score_settings.Settings, images: given_images.Images) -> 
         raise UserError(
             f"{settings.protocol} is defined for {protocol.samples} samples; --samples asks for "
             f"{wanted}: leave it out, or score under the protocol local or cmmd"
+        )
+    if wanted > len(images) and isinstance(images, sample_parts.Growing):
+        raise UserError(
+            f"{settings.protocol} needs {wanted} images; {images.told()}: wait for tokgen sample, "
+            "which fills it, or score what is there under the protocol local or cmmd"
         )
     if wanted > len(images):
         raise UserError(

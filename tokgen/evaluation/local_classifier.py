@@ -359,17 +359,22 @@ def _moved(image_BHW3: jax.Array, key: jax.Array) -> jax.Array:
 
 @jax.jit
 def _predict(classifier, image_BHW3):
+    def of(classifier, image_BHW3):
+        return classifier.classes(reconstruction.from_uint8(image_BHW3))
+
     # of numbers that are no numbers the likeliest class is the first
-    return classifier.classes(reconstruction.from_uint8(image_BHW3)), boundary.damaged(classifier)
+    class_B = sharding.by_rows(of, (classifier,), (image_BHW3,))
+    return class_B, boundary.damaged(classifier)
 
 
 def predictions(classifier: nnx.Module, image_NHW3: np.ndarray, *, batch: int = 100) -> np.ndarray:
     """[N] the class that a classifier sees in each uint8 image."""
-    found = []
+    found, mesh = [], sharding.current()
     for start in range(0, len(image_NHW3), batch):
         part = image_NHW3[start : start + batch]
-        given_BHW3 = jnp.asarray(sharding.padded(part, batch))
-        class_B, damaged = jax.device_get(_predict(classifier, given_BHW3))
+        given_BHW3 = sharding.filled(part, batch, mesh)
+        with jax.set_mesh(mesh):
+            class_B, damaged = jax.device_get(_predict(classifier, given_BHW3))
         if damaged:
             raise UserError(
                 "the classifier's weights must be finite; found numbers that are not: remove it "

@@ -24,13 +24,19 @@ from tokgen.interfaces import PyTree, UserError
 from tokgen.metrics import codebook
 from tokgen.sampling import drawing
 
-LABELS = 5  # a stream of numpy's, for the order of the classes
+LABELS, CLASSES = 5, 6  # streams of numpy's, for the order of the classes, and for drawing them
 
 
 def balanced(count: int, classes: int, seed: int) -> np.ndarray:
     """[count] labels, every class as often as the others, in a mixed order."""
     order = np.random.default_rng([seed, LABELS]).permutation(count)
     return (np.arange(count) % max(classes, 1))[order].astype(np.int32)
+
+
+def drawn_classes(count: int, classes: int, seed: int) -> np.ndarray:
+    """[count] labels, each drawn uniformly from all classes."""
+    drawn_N = np.random.default_rng([seed, CLASSES]).integers(0, max(classes, 1), count)
+    return drawn_N.astype(np.int32)
 
 
 def conditions(cond: PyTree) -> str:
@@ -109,7 +115,7 @@ class Drawn:
             *(self.generator, self.tokenizer, cond, self.sampler),
             seed=self.seed,
             batch=self.batch,
-            first=start,
+            index_N=start + index_B,
             what="",
         )
         part = {"image": coloured(image_NHWC[: stop - start])}
@@ -199,11 +205,16 @@ def save_part(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays under a name that appears whole or not at all, also when the machine dies."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.part")
-    with open(part, "wb") as out:
+    write_part(part, arrays)
+    part.replace(file)
+
+
+def write_part(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Arrays as .npz, on the disk when this returns. Equal arrays make equal files."""
+    with open(file, "wb") as out:
         np.savez(out, **arrays)
         out.flush()
         os.fsync(out.fileno())
-    part.replace(file)
 
 
 def loaded_part(file: pathlib.Path) -> dict[str, np.ndarray] | None:

@@ -21,6 +21,7 @@ from tokgen.evaluation import (
     metric_table,
     protocols,
     references,
+    sample_parts,
     score_page,
     score_settings,
 )
@@ -92,9 +93,10 @@ def measured(
     if reference is not None:
         references.check(reference, settings.protocol, extractor, size=images.size, count=count)
         reference = inputs.with_features(reference, extractor)
+    growing = isinstance(images, sample_parts.Growing) and count == len(images)
     identity = {
         "protocol": settings.protocol,
-        "samples": count,
+        "samples": images.total if growing else count,  # more will come, and belong to it
         "images": images.identity,
         "size": list(images.size),
         "extractor": extractor.record,
@@ -121,6 +123,8 @@ def measured(
     metrics, absent = metric_table.score(compared, metric_table.of_protocol(settings.protocol))
     metrics = collect.of_pairs(found, settings.seed) | metrics
     line = collect.record(identity, metrics, absent, found)
+    if growing:
+        line |= {"samples": count, "total": images.total}
     if isinstance(images, made_images.Reconstructed) and images.unreadable:
         line["unreadable"] = images.source.unreadable.record()
     _finish(place, line, found, images, extractor, reference)
@@ -221,8 +225,9 @@ def described(reference: references.Reference | None) -> dict:
 def table(line: Mapping) -> str:
     """A result for the terminal: every metric with its interval and what it stands beside."""
     reference = line["reference"]
+    of = f" of {line['total']}" if "total" in line else ""
     rows = [
-        f"protocol {line['protocol']}, {line['samples']} images, {line['extractor']['name']} "
+        f"protocol {line['protocol']}, {line['samples']}{of} images, {line['extractor']['name']} "
         f"{line['extractor']['fingerprint'][:12]}, reference {reference['dataset']} "
         f"{reference.get('split', '')} ({reference.get('count', line['samples'])})"
     ]

@@ -62,7 +62,9 @@ def made(line: Mapping) -> str:
     """The table of what was measured, of what, by what."""
     protocol = protocols.PROTOCOLS.get(line["protocol"])
     about = f"{line['protocol']}: {protocol.about}" if protocol else line["protocol"]
-    rows = [("protocol", about), ("images", f"{line['samples']} of {_by(line['size'])} pixels")]
+    so_far = f" of {line['total']} that will be there," if "total" in line else ""
+    images = f"{line['samples']}{so_far} of {_by(line['size'])} pixels"
+    rows = [("protocol", about), ("images", images)]
     for part, name in (("images", "scored"), ("reference", "reference"), ("extractor", "network")):
         for key, value in line[part].items():
             shown = _by(value) if key == "size" else metric_table.plain(value)

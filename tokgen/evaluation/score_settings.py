@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 
 from tokgen.checkpoints import checkpoint
-from tokgen.evaluation import protocols
+from tokgen.evaluation import protocols, sample_parts
 from tokgen.interfaces import UserError
 from tokgen.sampling import presets
 
@@ -107,7 +107,7 @@ def check(settings: Settings) -> None:
 def kind_of(path: str) -> str:
     """ "tokenizer" or "generator" of a checkpoint; "" of samples."""
     place = pathlib.Path(path)
-    if place.is_file() or (place.is_dir() and (place / "samples.npz").exists()):
+    if place.is_file() or _is_drawn(place):
         return ""
     try:
         step = checkpoint.find(path)
@@ -134,4 +134,9 @@ def check_kind(settings: Settings) -> str:
 
 
 def _is_pictures(place: pathlib.Path) -> bool:
-    return not kind_of(str(place)) and not (place / "samples.npz").exists()
+    return not kind_of(str(place)) and not _is_drawn(place)
+
+
+def _is_drawn(place: pathlib.Path) -> bool:
+    """Whether a folder is one that tokgen sample wrote, or is filling."""
+    return (place / sample_parts.WHOLE).is_file() or sample_parts.record(place) is not None

@@ -37,25 +37,29 @@ def _reconstruct(
     distances: dict[str, nnx.Module],
 ) -> tuple[jax.Array | None, jax.Array, dict[str, jax.Array], jax.Array]:
     """(tokens_BLG or None, bytes_BHW3, {measure: [B] values}, [B] true where one is not finite)."""
-    latents_BPC = tokenizer.latents(image_BHW3)
-    invalid_B = boundary.not_finite(latents_BPC) | boundary.damaged(tokenizer.quantizer)
-    if tokenizer.layout is None:  # continuous: the most likely latents in the place of codes
-        tokens_BLG, codes_BPC = None, tokenizer.quantizer.mode(latents_BPC)
-    else:
-        tokens_BLG = tokenizer.quantizer.encode(latents_BPC)
-        codes_BPC = tokenizer.quantizer.decode(tokens_BLG)
-    decoded = tokenizer.decode_latents(codes_BPC, cond=text_BTE)
-    bytes_BHW3, undecoded_B = quality.bytes_of(decoded)
-    # through bytes: the metrics are those of the files that a user would get
-    decoded = quality.from_uint8(bytes_BHW3)
-    measured = {"psnr_db": quality.psnr(image_BHW3, decoded)}
-    # on the scale of the loss, [-1, 1]
-    measured["l2"] = 4 * jnp.mean(jnp.square(image_BHW3 - decoded), (1, 2, 3))
-    if min(image_BHW3.shape[1:3]) >= quality.WINDOW:
-        measured["ssim"] = quality.ssim(image_BHW3, decoded)
-    for name, distance in distances.items():
-        measured[name] = distance(2 * image_BHW3 - 1, 2 * decoded - 1)
-    return tokens_BLG, bytes_BHW3, measured, invalid_B | undecoded_B
+
+    def of(tokenizer, distances, image_BHW3, text_BTE):
+        latents_BPC = tokenizer.latents(image_BHW3)
+        invalid_B = boundary.not_finite(latents_BPC) | boundary.damaged(tokenizer.quantizer)
+        if tokenizer.layout is None:  # continuous: the most likely latents in the place of codes
+            tokens_BLG, codes_BPC = None, tokenizer.quantizer.mode(latents_BPC)
+        else:
+            tokens_BLG = tokenizer.quantizer.encode(latents_BPC)
+            codes_BPC = tokenizer.quantizer.decode(tokens_BLG)
+        decoded = tokenizer.decode_latents(codes_BPC, cond=text_BTE)
+        bytes_BHW3, undecoded_B = quality.bytes_of(decoded)
+        # through bytes: the metrics are those of the files that a user would get
+        decoded = quality.from_uint8(bytes_BHW3)
+        measured = {"psnr_db": quality.psnr(image_BHW3, decoded)}
+        # on the scale of the loss, [-1, 1]
+        measured["l2"] = 4 * jnp.mean(jnp.square(image_BHW3 - decoded), (1, 2, 3))
+        if min(image_BHW3.shape[1:3]) >= quality.WINDOW:
+            measured["ssim"] = quality.ssim(image_BHW3, decoded)
+        for name, distance in distances.items():
+            measured[name] = distance(2 * image_BHW3 - 1, 2 * decoded - 1)
+        return tokens_BLG, bytes_BHW3, measured, invalid_B | undecoded_B
+
+    return sharding.by_rows(of, (tokenizer, distances), (image_BHW3, text_BTE))
 
 
 def reconstruct(
@@ -74,7 +78,8 @@ def reconstruct(
     """
     rows, mesh = len(part["image"]), sharding.current()
     given = sharding.filled((quality.from_uint8(part["image"]), part.get("text")), batch, mesh)
-    found = jax.device_get(_reconstruct(tokenizer, *given, dict(distances)))
+    with jax.set_mesh(mesh):
+        found = jax.device_get(_reconstruct(tokenizer, *given, dict(distances)))
     tokens_BLG, decoded, values, invalid_B = jax.tree.map(lambda leaf: leaf[:rows], found)
     boundary.refuse(invalid_B, "what encoder and decoder make of an image", named)
     for name, value_B in values.items():
@@ -161,11 +166,15 @@ def _exact(
     order: orders.Order | None = None,
 ) -> jax.Array:
     """[B] nats of the images, under the generator's own order or each under one of its key."""
-    order_BL = None
-    if order is not None:
-        order_BL = jax.vmap(lambda key: order(generator.layout, key))(keys_B)
-    batch = TokenBatch(batch["tokens"], datasets.condition(batch), order_BL)
-    return generator.nats(batch, codec).sum(-1)
+
+    def of(generator, codec, batch, keys_B):
+        order_BL = None
+        if order is not None:
+            order_BL = jax.vmap(lambda key: order(generator.layout, key))(keys_B)
+        batch = TokenBatch(batch["tokens"], datasets.condition(batch), order_BL)
+        return generator.nats(batch, codec).sum(-1)
+
+    return sharding.by_rows(of, (generator, codec), (batch, keys_B))
 
 
 @jax.jit
@@ -174,11 +183,14 @@ def _bound(
 ) -> jax.Array:
     """[B] nats of the images, each by a draw of its own key: it depends on nothing beside it."""
 
-    def of(one, key):
-        one = jax.tree.map(lambda leaf: leaf[None], one)
-        return generator.nats(one, codec, key=key)[0].sum()
+    def of(generator, codec, batch, keys_B):
+        def of_one(one, key):
+            one = jax.tree.map(lambda leaf: leaf[None], one)
+            return generator.nats(one, codec, key=key)[0].sum()
 
-    return jax.vmap(of)(TokenBatch(batch["tokens"], datasets.condition(batch)), keys_B)
+        return jax.vmap(of_one)(TokenBatch(batch["tokens"], datasets.condition(batch)), keys_B)
+
+    return sharding.by_rows(of, (generator, codec), (batch, keys_B))
 
 
 def likelihood(
@@ -216,13 +228,15 @@ def likelihood(
         padded = sharding.filled(part, batch, mesh)
         keys_B = rng.per_image(seed, "eval", padded.pop("index"))
         if "image" in padded:
-            padded["tokens"] = source.encode(padded.pop("image"))
+            with jax.set_mesh(mesh):
+                padded["tokens"] = source.encode(padded.pop("image"))
         naming = datasets.named(source, part["index"])
         seen_BLG = np.asarray(jax.device_get(padded["tokens"]))[:rows]
         boundary.refuse((seen_BLG < 0).any((1, 2)), "what the encoder sees", naming)
         boundary.tokens(seen_BLG, generator.layout)
         generator.check(datasets.condition(part))
-        total.append(_drawn(program, generator, codec, padded, keys_B, draws, rows, naming))
+        with jax.set_mesh(mesh):
+            total.append(_drawn(program, generator, codec, padded, keys_B, draws, rows, naming))
     nats_NR = np.concatenate(total) / generator.layout.length
     nats_N = nats_NR.mean(axis=1)
     metrics = {
@@ -266,7 +280,8 @@ def nats(
         padded = sharding.filled(part, batch, mesh)
         keys_B = rng.per_image(seed, "eval", padded.pop("index"))
         named = functools.partial(_number, start)
-        total.append(_drawn(program, generator, codec, padded, keys_B, draws, rows, named))
+        with jax.set_mesh(mesh):
+            total.append(_drawn(program, generator, codec, padded, keys_B, draws, rows, named))
     return np.concatenate(total)
 
 

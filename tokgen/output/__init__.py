@@ -3,10 +3,10 @@
 A folder of results is one result. It is filled in a hidden folder beside its place (`.NAME.part`)
 and renamed into it: a process that is killed at any moment leaves what was there before, or the new
 result. What an unfinished one is of stands in a record inside it, so that the same command goes on
-with it. Folders that grow (`growing`: token shards, scores) are filled in place, and say themselves
-whether they are finished. `file` is for a single file, `lines` for one that lines are added to,
-`workdir` for the work directory of a run: callers need these five. They are made of places, locks
-and failures, the files of this folder.
+with it. Folders that grow (`growing`: token shards, scores, samples by the ten thousand) are filled
+in place, and say themselves whether they are finished. `file` is for a single file, `lines` for one
+that lines are added to, `workdir` for the work directory of a run: callers need these five. They
+are made of places, locks and failures, the files of this folder.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from tokgen import records as records_, report
@@ -57,21 +58,25 @@ class Folder:
     continued: bool = False
     migrated: Callable[[dict], dict] = dict
 
-    def claim(self, identity: Mapping) -> bool:
+    def claim(self, identity: Mapping, beside: Mapping = types.MappingProxyType({})) -> bool:
         """Make the folder that of one result; whether an unfinished one of the same is there.
 
-        An error where it is another one's, with what differs.
+        An error where it is another one's, with what differs. `beside` stands in the record as
+        well, and may differ. Of several processes that begin at once, one makes the record.
         """
-        file, text = self.path / self.record, json.dumps(identity, indent=2, sort_keys=True)
+        file = self.path / self.record
+        text = json.dumps({**identity, **beside}, indent=2, sort_keys=True)
         self.continued = True
-        if not file.exists():
-            self._write(text)
+        if not file.exists() and self._begun(text):
             return False
         try:
             before = self.migrated(records_.load(file))
         except ValueError as error:
             raise UserError(f"{file} is damaged: {error}; use another {self.option}") from error
-        now, before = _flat(json.loads(text)), _flat(before)
+        now = _flat({n: value for n, value in json.loads(text).items() if n not in beside})
+        if isinstance(before, dict):
+            before = {n: value for n, value in before.items() if n not in beside}
+        before = _flat(before)
         changed = [
             f"{name}: {before.get(name, 'absent')} there, {now.get(name, 'absent')} here"
             for name in sorted({*before, *now})
@@ -88,6 +93,23 @@ class Folder:
             "--overwrite, which replaces it:\n  " + "\n  ".join(line[:300] for line in changed)
         )
 
+    def _begun(self, text: str) -> bool:
+        """Make the record, unless another process was faster; whether this one did."""
+        if self.staged:
+            self._write(text)
+            return True
+        file = self.path / self.record
+        made = records_.save(places.beside(file), text + "\n")
+        try:
+            os.link(made, file)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            made.replace(file)
+        finally:
+            made.unlink(missing_ok=True)
+        return True
+
     def _write(self, text: str) -> None:
         for name in {self.record, places.RECORD} if self.staged else {self.record}:
             records_.save(self.path / name, text + "\n")
@@ -103,6 +125,33 @@ def check_folder(
     """What `folder` would refuse of its place, sooner: before a model is fetched for it."""
     with failures.reserved(path, option):
         places.check_free(places.target_of(path, option, ()), records, option, overwrite)
+
+
+def check_growing(
+    path: str | os.PathLike,
+    *,
+    records: Mapping[str, Sequence[str]],
+    option: str = "--out",
+    overwrite: bool = False,
+) -> None:
+    """What `growing` would refuse of its place, sooner, but for what `claim` does."""
+    with failures.reserved(path, option):
+        target = places.target_of(path, option, ())
+        names = places.strangers(target, option)
+        if overwrite and names:
+            places.check_free(target, records, option, overwrite)
+    _check_own(path, names, records, option)
+
+
+def _check_own(
+    path: str | os.PathLike, names: Sequence[str], records: Collection[str], option: str
+) -> None:
+    """An error where a folder holds names, and no record of what they are."""
+    if names and not set(names) & set(records):
+        raise UserError(
+            f"{option} {path} is not empty: it holds {places.few(names)} of something else, and "
+            f"no {' or '.join(records)} that says of what; use another {option}"
+        )
 
 
 @contextlib.contextmanager
@@ -157,25 +206,22 @@ def growing(
     inputs: Sequence[str | os.PathLike] = (),
     migrated: Callable[[dict], dict] = dict,
 ) -> Iterator[Folder]:
-    """A folder that is filled in place, by one process at a time, and gone on with after a kill.
+    """A folder that is filled in place, and gone on with after a kill.
 
+    By one process at a time; or by one for each `lock`, of names that match places.LOCKS.
     `migrated` puts what earlier versions wrote into `record` into today's words. With `overwrite`
     an earlier result is replaced whole, as in `folder`, by what is made beside it.
     """
     with failures.reserved(path, option):
         target = places.target_of(path, option, inputs)
-        names = places.entries(target, option)
+        names = places.strangers(target, option)
     with contextlib.ExitStack() as stack:
         if overwrite and names:
             given = dict(records=records, option=option, overwrite=True, inputs=inputs)
             found = stack.enter_context(folder(path, **given))
             found.record = record
         else:
-            if names and not set(names) & set(records):
-                raise UserError(
-                    f"{option} {path} is not empty: it holds {places.few(names)} of something "
-                    f"else, and no {' or '.join(records)} that says of what; use another {option}"
-                )
+            _check_own(path, names, records, option)
             found = Folder(pathlib.Path(path), target, option, record, what, staged=False)
         found.migrated = migrated
         with failures.reserved(path, option):

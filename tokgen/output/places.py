@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fnmatch
 import os
 import pathlib
 import shutil
+import socket
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 
 from tokgen import records as records_
@@ -23,6 +26,8 @@ RECORD = ".record.json"  # of an unfinished result: what it is of
 MARK = ".unfinished"
 LOCK = "lock"
 OWN = {LOCK, ".lock", ".part"}  # what may lie in an empty folder
+LOCKS = f"{LOCK}-*"  # of a folder that several processes fill
+BESIDE = ".*.part"  # what is written, and not in its place yet
 RUN = "checkpoints"  # what makes a folder a work directory
 _LONGEST = 200  # bytes of a name that leave room for what is added to it
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
@@ -78,6 +83,18 @@ def entries(target: pathlib.Path, option: str) -> list[str]:
         return sorted(set(os.listdir(target)) - OWN)
     except OSError as error:
         raise UserError(failures.described(error, target, option)) from error
+
+
+def strangers(target: pathlib.Path, option: str) -> list[str]:
+    """What is in a folder that processes may be filling already: not what they are about to."""
+    names = entries(target, option)
+    return [n for n in names if not any(fnmatch.fnmatch(n, own) for own in (LOCKS, BESIDE))]
+
+
+def beside(file: pathlib.Path) -> pathlib.Path:
+    """Where to write what is to be `file`: a name that nobody else has, on any machine."""
+    own = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+    return file.with_name(f".{file.name}.{own}.part")
 
 
 def few(names: Sequence[str]) -> str:

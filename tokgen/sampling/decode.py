@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokgen import boundary, interfaces
+from tokgen import boundary, interfaces, sharding
 from tokgen.interfaces import (
     Array,
     DecodeState,
@@ -142,7 +142,8 @@ def generate(
             seen["weak"] = _stepped(against, weak, told[1], phase, index, codec, draw_weak)
             return seen["drawn"]
 
-        state = _stepped(generator, state, told[0], phase, index, codec, draw)
+        network, state = sharding.step_by_step(generator, state)
+        state = _stepped(network, state, told[0], phase, index, codec, draw)
         flags = {name: seen[name] for name in ("invalid_B", "near_B")}
         flags = _twice(flags) if double else flags
         flags = {name: getattr(state, name) | flag for name, flag in flags.items()}

@@ -34,14 +34,22 @@ def draw_tokens(
     given: Given | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(tokens_BLG, invalid_B, near_B): one program per sampler and batch size."""
-    state = decode.generate(generator, codec, cond, sampler, keys_B=keys_B, given=given)
-    return state.tokens_BLG, state.invalid_B, state.near_B
+
+    def of(generator, codec, cond, keys_B, given):
+        state = decode.generate(generator, codec, cond, sampler, keys_B=keys_B, given=given)
+        return state.tokens_BLG, state.invalid_B, state.near_B
+
+    return sharding.by_rows(of, (generator, codec), (cond, keys_B, given))
 
 
 @jax.jit
 def decode_pixels(tokenizer, tokens_BLG):
     """(uint8 images of tokens, [B] true where a pixel was not finite)."""
-    return reconstruction.bytes_of(tokenizer.decode(tokens_BLG))
+
+    def of(tokenizer, tokens_BLG):
+        return reconstruction.bytes_of(tokenizer.decode(tokens_BLG))
+
+    return sharding.by_rows(of, (tokenizer,), (tokens_BLG,))
 
 
 def draw(
@@ -52,22 +60,23 @@ def draw(
     *,
     seed: int,
     batch: int,
-    first: int = 0,
+    index_N: np.ndarray | None = None,
     given: tuple[np.ndarray, np.ndarray] | None = None,
     what: str = "sample",
     delay: float = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [N, L, G], uint8 images [N, H, W, 3]) of conditions, numbered from `first`.
+    """(tokens [N, L, G], uint8 images [N, H, W, 3]) of conditions.
 
     `what` names the job on a progress bar; there is none without a name, nor before `delay`
     seconds.
 
-    `cond` is label_N, or a tree of arrays that lead with the images, such as a Text. Image i
-    depends on (seed, i, its condition) only: not on the batch, nor on its neighbours.
+    `cond` is label_N, or a tree of arrays that lead with the images, such as a Text. `index_N` has
+    the number of each image; None numbers them from 0. Image i depends on (seed, i, its condition)
+    only: not on the batch, nor on its neighbours, nor on which others are drawn.
     """
     found = drawn(
         *(generator, tokenizer, cond, sampler),
-        **dict(seed=seed, batch=batch, first=first, given=given, what=what, delay=delay),
+        **dict(seed=seed, batch=batch, index_N=index_N, given=given, what=what, delay=delay),
     )
     tokens, images, _ = map(np.concatenate, zip(*found, strict=True))
     return tokens, images
@@ -81,40 +90,47 @@ def drawn(
     *,
     seed: int,
     batch: int,
-    first: int = 0,
-    done: int = 0,
+    index_N: np.ndarray | None = None,
     given: tuple[np.ndarray, np.ndarray] | None = None,
     what: str = "sample",
     delay: float = 0,
 ) -> Iterator[Part]:
-    """What `draw` gives, batch by batch, but for the `done` first; and which are near a tie."""
+    """What `draw` gives, batch by batch, and which images are near a tie."""
     N = len(jax.tree.leaves(cond)[0])
+    index_N = np.arange(N) if index_N is None else np.asarray(index_N)
+    boundary.rows(conditions=cond, numbers=index_N, given=given)
     generator.check(cond)  # before any work on the devices
-    batch, mesh = even(N - done, batch), sharding.current()
+    mesh = sharding.current()
+    batch = even(N, batch, sharding.ways(mesh))
     memory.check(generator, tokenizer.quantizer, cond, sampler, batch, mesh)
-    how = dict(unit="image", what=what, shown=bool(what), delay=delay)
-    with report.bar(N, initial=done, **how) as bar:
-        for start in range(done, N, batch):
-            index_B = np.arange(start, min(start + batch, N))
-            asked = jax.tree.map(lambda leaf, index=index_B: np.asarray(leaf)[index], (cond, given))
-            (cond_B, held), laid_B = sharding.filled((asked, first + index_B), batch, mesh)
+    generator = decode.laid_out(generator)  # once, and not in every call of the program
+    with report.bar(N, unit="image", what=what, shown=bool(what), delay=delay) as bar:
+        for start in range(0, N, batch):
+            rows = slice(start, start + batch)
+            asked = jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[rows], (cond, given))
+            (cond_B, held), laid_B = sharding.filled((asked, index_N[rows]), batch, mesh)
             keys_B = rng.per_image(seed, "sample", laid_B)
             with jax.set_mesh(mesh):  # so that the networks can say how their activations lie
                 tokens_BLG, invalid_B, near_B = draw_tokens(
                     generator, tokenizer.quantizer, cond_B, keys_B, sampler, held
                 )
                 image_BHW3, broken_B = decode_pixels(tokenizer, tokens_BLG)
-            kept, number = min(batch, N - start), functools.partial(_number, first + start)
+            kept, number = min(batch, N - start), functools.partial(_number, index_N[rows])
             boundary.refuse(np.asarray(invalid_B)[:kept], "logits", number)
             boundary.refuse(np.asarray(broken_B)[:kept], "what the decoder gives", number)
             yield Part(*(np.asarray(a)[:kept] for a in (tokens_BLG, image_BHW3, near_B)))
             bar.update(kept)
 
 
-def even(count: int, batch: int) -> int:
-    """The batch, at most as asked for, by which `count` images are drawn with least filling up."""
-    return max(1, -(-count // max(1, -(-count // batch))))
+def even(count: int, batch: int, devices: int = 1) -> int:
+    """The batch by which `count` images are drawn with least filling up: at most as asked for.
+
+    But for what the devices do not divide: each has as many rows as the others.
+    """
+    batch = -(-batch // devices) * devices
+    each = max(1, -(-count // max(1, -(-count // batch))))
+    return -(-each // devices) * devices
 
 
-def _number(first: int, row: int) -> str:
-    return f"number {first + row}"
+def _number(index_B: np.ndarray, row: int) -> str:
+    return f"number {index_B[row]}"
