@@ -93,6 +93,7 @@ class Network:
 
     layers: int
     width: int
+    hidden: tuple[int, ...]  # widths of the MLPs
     streamed: int  # of the matrices that every step reads, but for:
     adaptive: int  # the maps to adaptive norms
     told: int  # slots for which they are evaluated: 1 where all slots are told the same
@@ -117,6 +118,7 @@ def network(generator: Generator) -> Network:
     return Network(
         layers=transformer.depth,
         width=kernel.shape[-1],
+        hidden=(kernel.shape[-2],),
         streamed=streamed,
         adaptive=adaptive,
         told=_told(generator),
