@@ -260,7 +260,7 @@ def _span(steps: int) -> int:
 def _told(
     generator: Generator, state: DecodeState, B: int, phase: Phase, index: Array | int, steps: int
 ) -> PyTree:
-    """What a generator computes beforehand for some steps: the null rows are alike, one is asked."""
+    """What a generator computes beforehand for some steps; of the null rows, for the first."""
     ask = getattr(generator, "told", None)
     return None if ask is None else ask(_first(state.cond, B + 1), phase, index, steps)
 
