@@ -45,7 +45,6 @@ from tokgen.nn import (
 from tokgen.nn.precision import Precision
 from tokgen.orders import random
 
-
 LAYERS = 32  # of all windows together, that are compiled for a CPU
 
 
