@@ -94,13 +94,17 @@ def case(name: str, batch: int, chip: str, where: NamedSharding, shrunk: tuple[s
         f"roofline {rate:.1f} images/s",
         flush=True,
     )
-    return moved(net, batch, programs.Program(compiled.as_text())) and fits
+    phases = [phase.steps for phase in generator.plan() if phase.steps > 1]
+    return moved(net, batch, phases, programs.Program(compiled.as_text())) and fits
 
 
-def moved(net: roofline.Network, batch: int, program: programs.Program) -> bool:
-    """Print what the steps move; whether that is as it should be."""
+def moved(net: roofline.Network, batch: int, phases: list[int], program: programs.Program) -> bool:
+    """Print what the steps move, those of `phases` of many steps; is it as it should be?"""
     wanted = [step.bytes for step in roofline.steps(net, batch, ahead=False)]
-    loops = [loop for loop in program.loops(net.width**2 * net.itemsize) if loop.turns > 30]
+    # the last ones of the entry: the first step has loops of its own, over layers
+    loops = program.loops(net.width**2 * net.itemsize)[-len(phases) :] if phases else []
+    if [loop.turns for loop in loops] != phases:
+        raise ValueError(f"steps in loops of {phases}; found {[loop.turns for loop in loops]}")
     if not loops:  # every step is a part of the entry
         ratio = program.bytes() / sum(wanted)
         print(

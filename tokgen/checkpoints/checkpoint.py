@@ -595,7 +595,9 @@ def load_to_draw(path: str | os.PathLike, *, compute: str = "") -> Loaded:
     def drawing(module: nnx.Module) -> nnx.Module:
         return decode.laid_out(parameters.narrowed(module))
 
-    return _loaded(path, "generator", compute, "", drawing)
+    loaded = _loaded(path, "generator", compute, "", drawing)
+    # once more, now that there are values: what can be said of shapes alone is done already
+    return dataclasses.replace(loaded, module=decode.laid_out(loaded.module))
 
 
 def load_to_decode(generator: Loaded, path: str = "") -> Loaded:

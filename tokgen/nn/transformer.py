@@ -186,7 +186,8 @@ class UShaped(nnx.Module):
 
 
 def unstacked(owner: nnx.Module, *names: str) -> nnx.Module:
-    """A copy of a module in which its stacks of these names are taken apart."""
+    """A copy of a module in which its stacks of these names are taken apart; one that is apart
+    already is shared."""
     apart = jax.tree.map(lambda leaf: leaf, owner)
     for name in names:
         setattr(apart, name, getattr(owner, name).unstacked())
