@@ -58,6 +58,7 @@ class Move:
     """An instruction that only copies from the large memory into the large memory."""
 
     name: str
+    size: int  # values
     bytes: int
     times: int
 
@@ -218,7 +219,8 @@ class Program:
                 if kinds <= MOVES and size >= least:
                     read = self._read(name, instruction)
                     if read >= least:  # what comes from fast memory was computed, not copied
-                        yield Move(instruction.name, int(size), times)
+                        values = max(math.prod(array.shape) for array in instruction.arrays)
+                        yield Move(instruction.name, values, int(size), times)
 
 
 def parsed(line: str) -> Instruction:

@@ -93,6 +93,7 @@ class Network:
 
     layers: int
     width: int
+    hidden: tuple[int, ...]  # widths of the MLPs
     streamed: int  # of the matrices that every step reads, but for:
     adaptive: int  # the maps to adaptive norms
     told: int  # slots for which they are evaluated: 1 where all slots are told the same
@@ -117,6 +118,7 @@ def network(generator: Generator) -> Network:
     return Network(
         layers=transformer.depth,
         width=kernel.shape[-1],
+        hidden=(kernel.shape[-2],),
         streamed=streamed,
         adaptive=adaptive,
         told=_told(generator),
@@ -222,11 +224,11 @@ def this_cpu(dtype: str = "float32", *, side: int = 1024, repeats: int = 3) -> C
     draw = np.random.default_rng(0)
     matrix = jnp.asarray(draw.standard_normal((side, side)), dtype)
     # a matrix for one row: far larger than the processor's caches
-    long = jnp.broadcast_to(matrix, (32, side, side)).copy()
+    long = jnp.broadcast_to(matrix.astype(jnp.float32), (32, side, side)).copy()
     product = jax.jit(lambda a: a @ a)
-    read = jax.jit(lambda a, v: jnp.einsum("rij,j->ri", a, v, preferred_element_type=jnp.float32))
+    read = jax.jit(lambda a, v: jnp.einsum("rij,j->ri", a, v))
     rate = 2 * side**3 / _least(lambda: product(matrix), repeats)
-    width = long.nbytes / _least(lambda: read(long, matrix[0]), repeats)
+    width = long.nbytes / _least(lambda: read(long, long[0, 0]), repeats)
     return Chip(rate, width, 0, f"measured in this run, {dtype}")
 
 

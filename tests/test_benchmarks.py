@@ -86,6 +86,16 @@ def test_decode_table():
         assert 0 < least <= cost <= most and first > 0 and peak > 100
 
 
+def test_tokenizers():
+    header, titles, *lines = quick("tokenizers", "--precision", "float32")
+    check_header(header)
+    assert titles.split()[:2] == ["task", "dtype"]
+    assert [line.split()[2] for line in lines] == ["decode", "encode"]
+    for line in lines:
+        cost, least, most, first, peak = figures(line[38:])
+        assert 0 < least <= cost <= most and first > 0 and peak > 100
+
+
 @pytest.mark.long
 def test_memory():
     header, columns, *lines = quick("memory")
@@ -256,6 +266,20 @@ def test_full_size():
     assert tokenizer.startswith("llamagen-tokenizer ") and generator.startswith("llamagen-l ")
     assert len(figures(tokenizer)) == 4  # the file, the peak, seconds, the peak in files
     assert len(figures(generator)) == 6 and "failed" not in tokenizer + generator
+
+
+@pytest.mark.long
+def test_device(tmp_path, monkeypatch):
+    """On a CPU, whose rates are measured; what is not reached is listed, and no case runs over."""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    header, columns, row, missed = quick("device")
+    check_header(header)
+    assert columns.split()[:3] == ["case", "device", "compiled"] and row.startswith("rar-b:64 ")
+    assert min(figures(row)) > 0 and missed == "not reached: rar-b:1 (no time left)"
+    (found,) = json.loads((tmp_path / "device.json").read_text())["found"]
+    assert found["sound"] and found["roofline"] > 0 and found["batch"] == 2
+    *_, missed = quick("device", "--seconds", "1")
+    assert missed == "not reached: rar-b:64 (no time left), rar-b:1 (no time left)"
 
 
 @pytest.mark.long

@@ -139,7 +139,7 @@ def test_a_programs_bytes_are_those_that_leave_the_large_memory(compiled):
     assert loop.turns == 5 and loop.bytes == 16 * 128 * 2 + 8 * 128 * 2 + 2 * whole
     assert program.bytes() == 5 * loop.bytes
     (move,) = loop.moves
-    assert (move.name, move.bytes, move.times) == ("again", whole, 1)
+    assert (move.name, move.size, move.bytes, move.times) == ("again", whole // 2, whole, 1)
     assert compiled.counted(loop.moves) == "1 of 0.3 MB" and compiled.counted([]) == "none"
 
 

@@ -1,6 +1,7 @@
 """The generator's program: its step's key and average, and whose figures are measured."""
 
 import types
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,18 @@ def test_every_step_has_a_key_of_its_own(step):
         _, scalars = made(state.replace(step=jnp.asarray(number, jnp.int32)))
         assert scalars["drawn"] == jax.random.uniform(rng.key(3, "train", number))
         assert scalars["at"] == number
+
+
+def test_a_step_works_in_the_memory_of_the_state_that_it_is_given(step):
+    """Donated, and really reused: every array of it, or the compiler warns."""
+    settings, state, _ = step
+    optimizer = optimizers.optimizer(9, learning_rate=0.1, decay="constant")
+    made = train_generator.train_step(settings, parameters.split(Telling())[0], optimizer)
+    given = jax.tree.map(jnp.copy, state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made(given, BATCH, None)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
 
 
 def test_nothing_is_learnt_from_images_that_were_not_encoded(step):

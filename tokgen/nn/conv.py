@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokgen import choices
-from tokgen.nn import attention, linear, norms
+from tokgen.nn import attention, linear, norms, winograd
 from tokgen.nn.precision import Precision
 
 
@@ -56,14 +56,31 @@ class Conv(nnx.Module):
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         """Convolve, in the compute dtype."""
-        dtype = self.precision.compute_dtype
-        y_BHWC = jax.lax.conv_general_dilated(
-            x_BHWC.astype(dtype),
-            self.kernel[...].astype(dtype),
+        kernel = self.kernel[...]
+        plain = self.stride == 1 and self.padding == "SAME"
+        if plain and winograd.pays(x_BHWC.shape, kernel.shape):
+            return self._product(winograd.same, x_BHWC)
+        return self._product(self._written, x_BHWC)
+
+    def doubled(self, x_BHWC: jax.Array) -> jax.Array:
+        """The convolution of a map whose every place is first shown 2 x 2 times."""
+        B, H, W, C = x_BHWC.shape
+        if winograd.pays((B, 2 * H, 2 * W, C), self.kernel[...].shape):
+            return self._product(winograd.doubled, x_BHWC)
+        return self(upsample(x_BHWC))
+
+    def _written(self, x_BHWC: jax.Array, kernel_hwIO: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x_BHWC,
+            kernel_hwIO,
             (self.stride, self.stride),
             self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
+
+    def _product(self, product: Callable, x_BHWC: jax.Array) -> jax.Array:
+        dtype = self.precision.compute_dtype
+        y_BHWC = product(x_BHWC.astype(dtype), self.kernel[...].astype(dtype))
         if self.bias is None:
             return y_BHWC
         return y_BHWC + self.bias[...].astype(dtype).reshape(1, 1, 1, -1)
@@ -216,7 +233,7 @@ class Upsample(nnx.Module):
 
     def __call__(self, x_BHWC: jax.Array, **_) -> jax.Array:
         """Twice the height and width."""
-        return self.conv(upsample(x_BHWC))
+        return self.conv.doubled(x_BHWC)
 
 
 class Unfold(nnx.Module):

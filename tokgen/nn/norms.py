@@ -115,11 +115,16 @@ def grouped(x_BHWC: jax.Array, groups: int = 32, eps: float = 1e-6) -> jax.Array
 
     Two-pass variance, as PyTorch computes it.
     """
-    B, H, W, C = x_BHWC.shape
-    wide = x_BHWC.astype(jnp.float32).reshape(B, H * W, groups, C // groups)
-    wide = wide - jnp.mean(wide, axis=(1, 3), keepdims=True)
-    variance = jnp.mean(wide * wide, axis=(1, 3), keepdims=True)
-    return (wide * jax.lax.rsqrt(variance + eps)).reshape(B, H, W, C)
+    B, _, _, C = x_BHWC.shape
+
+    def mean_B11C(x_BHWC):
+        # sums of channels, then of groups: channels lie side by side, groups alone do not
+        sums_BgC = jnp.mean(x_BHWC, axis=(1, 2)).reshape(B, groups, C // groups)
+        return jnp.repeat(jnp.mean(sums_BgC, axis=2), C // groups, axis=1)[:, None, None]
+
+    wide = x_BHWC.astype(jnp.float32)
+    wide = wide - mean_B11C(wide)
+    return wide * jax.lax.rsqrt(mean_B11C(wide * wide) + eps)
 
 
 def torch_norm(width: int, *, precision: Precision, rngs: nnx.Rngs | None = None):
