@@ -138,5 +138,7 @@ def on_cpu(array: jax.Array) -> bool:
 
 def _suits(linear: Linear) -> bool:
     kernel = linear.kernel[...]
+    if not on_cpu(kernel):  # it may have no shape yet
+        return False
     outputs = math.prod(kernel.shape[linear.rank :])
-    return on_cpu(kernel) and outputs % PANEL == 0 and outputs > PANEL
+    return outputs % PANEL == 0 and outputs > PANEL
