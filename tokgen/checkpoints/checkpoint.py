@@ -595,7 +595,9 @@ def load_to_draw(path: str | os.PathLike, *, compute: str = "") -> Loaded:
     def drawing(module: nnx.Module) -> nnx.Module:
         return decode.laid_out(parameters.narrowed(module))
 
-    return _loaded(path, "generator", compute, "", drawing)
+    loaded = _loaded(path, "generator", compute, "", drawing)
+    # once more, now that there are values: what can be said of shapes alone is done already
+    return dataclasses.replace(loaded, module=decode.laid_out(loaded.module))
 
 
 def load_to_decode(generator: Loaded, path: str = "") -> Loaded:
@@ -635,11 +637,11 @@ def _loaded(
     if meta["kind"] == "tokenizer":
 
         def make():
-            return configs.tokenizer(config, rngs=nnx.Rngs(key))
+            return configs.tokenizer(config, rngs=rng.rngs(key))
     else:
 
         def make():
-            return configs.generator(config, layout, len(classes), rngs=nnx.Rngs(key))
+            return configs.generator(config, layout, len(classes), rngs=rng.rngs(key))
 
     _, params, stats = parameters.split(nnx.eval_shape(make))
     averaged = any(p.startswith("model/ema/") for p in meta["manifest"])
