@@ -82,7 +82,9 @@ def case(name: str, batch: int, chip: str, where: NamedSharding, shrunk: tuple[s
     parts = [memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes]
     room = roofline.CHIPS[chip].memory
     fits = sum(parts) <= room
-    steps = roofline.steps(net, batch, ahead=False)
+    rows = (batch + 1) * min(decode.SPAN, net.told)
+    table = rows * net.adaptive // net.width * net.itemsize  # of what adaptive norms need
+    steps = roofline.steps(net, batch, ahead=table <= getattr(generator, "budget", table))
     rate = roofline.images_per_second(net, batch, roofline.CHIPS[chip])
     work = sum(step.flops for step in steps) / batch
     print(
@@ -95,16 +97,27 @@ def case(name: str, batch: int, chip: str, where: NamedSharding, shrunk: tuple[s
         flush=True,
     )
     phases = [phase.steps for phase in generator.plan() if phase.steps > 1]
-    return moved(net, batch, phases, programs.Program(compiled.as_text())) and fits
+    program = programs.Program(compiled.as_text())
+    return moved(net, batch, steps, phases, program) and fits
 
 
-def moved(net: roofline.Network, batch: int, phases: list[int], program: programs.Program) -> bool:
+def moved(
+    net: roofline.Network,
+    batch: int,
+    steps: list[roofline.Step],
+    phases: list[int],
+    program: programs.Program,
+) -> bool:
     """Print what the steps move, those of `phases` of many steps; is it as it should be?"""
-    wanted = [step.bytes for step in roofline.steps(net, batch, ahead=False)]
-    # the last ones of the entry: the first step has loops of its own, over layers
-    loops = program.loops(net.width**2 * net.itemsize)[-len(phases) :] if phases else []
-    if [loop.turns for loop in loops] != phases:
-        raise ValueError(f"steps in loops of {phases}; found {[loop.turns for loop in loops]}")
+    wanted = [step.bytes for step in steps]
+    # others are over layers, of what comes before a phase
+    waiting, loops = list(phases), []
+    for loop in reversed(program.loops(net.width**2 * net.itemsize)):
+        if waiting and loop.turns == waiting[-1]:
+            loops.insert(0, loop)
+            waiting.pop()
+    if waiting:
+        raise ValueError(f"no loops of {waiting} steps in the program")
     if not loops:  # every step is a part of the entry
         ratio = program.bytes() / sum(wanted)
         print(

@@ -187,7 +187,7 @@ def _filled_from(name, weights):
 
 def _published(name):
     rng = np.random.default_rng(3)
-    slots = nnx.eval_shape(lambda: SMALL[name](rngs=rng.rngs(0))).slots()
+    slots = nnx.eval_shape(lambda: SMALL[name](rngs=nnx.Rngs(0))).slots()
     return {
         key: rng.uniform(0.1, 1, slot.needed()).astype(np.float32) for key, slot in slots.items()
     }

@@ -18,7 +18,7 @@ def _made(channels=3, width=4, layers=1, norm="batch"):
     """With parameters from numpy: JAX compiles a program for each shape that it draws."""
     rng = np.random.default_rng(0)
     module = nnx.eval_shape(
-        lambda: patchgan.Discriminator(channels, width, layers, norm, rngs=rng.rngs(0))
+        lambda: patchgan.Discriminator(channels, width, layers, norm, rngs=nnx.Rngs(0))
     )
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.1, 0.2, leaf.shape), "f4"), module)
 
