@@ -44,7 +44,7 @@ def saved(folder, reference, vocab):
         section.quantizer.update(codes=16, channels=8)
         codec = building.build(section, "quantizer", grid=(4, 4), rngs=nnx.Rngs(0))
         layout = codec.layout
-    make = nnx.eval_shape(lambda: building.generator(config, layout, 10, rngs=nnx.Rngs(0)))
+    make = nnx.eval_shape(lambda: building.generator(config, layout, 10, rngs=rng.rngs(0)))
     _, params, _ = parameters.split(make)
     random = np.random.default_rng(1)
     params = jax.tree.map(

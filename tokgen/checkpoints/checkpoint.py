@@ -637,11 +637,11 @@ def _loaded(
     if meta["kind"] == "tokenizer":
 
         def make():
-            return configs.tokenizer(config, rngs=nnx.Rngs(key))
+            return configs.tokenizer(config, rngs=rng.rngs(key))
     else:
 
         def make():
-            return configs.generator(config, layout, len(classes), rngs=nnx.Rngs(key))
+            return configs.generator(config, layout, len(classes), rngs=rng.rngs(key))
 
     _, params, stats = parameters.split(nnx.eval_shape(make))
     averaged = any(p.startswith("model/ema/") for p in meta["manifest"])

@@ -141,7 +141,7 @@ class UShaped(nnx.Module):
         self.blocks = _stacked(config, self.depth, precision=precision, rngs=rngs)
 
         def make(key):
-            options = dict(std=config.variant.std, precision=precision, rngs=nnx.Rngs(key))
+            options = dict(std=config.variant.std, precision=precision, rngs=rng.rngs(key))
             return linear.Linear(2 * width, width, bias=True, **options)
 
         self.skips = jax.vmap(make)(rng.numbered(rngs.params(), self.half))
@@ -202,7 +202,7 @@ def _stacked(
         raise UserError(f"heads must divide width: width={config.width}, heads={config.heads}")
 
     def make(key):
-        return config.variant.block(config, precision=precision, rngs=nnx.Rngs(key))
+        return config.variant.block(config, precision=precision, rngs=rng.rngs(key))
 
     return jax.vmap(make)(rng.numbered(rngs.params(), depth))
 
