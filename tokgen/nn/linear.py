@@ -68,7 +68,7 @@ class Linear(nnx.Module):
 
 
 PANEL, MANY = 64, 256  # outputs side by side; rows from which the kernel is read more than once
-# XLA's products on a CPU that give bfloat16 take twice as long: they convert the kernel at every call
+# Products that give bfloat16 take twice as long on a CPU: XLA converts the kernel at every call
 WIDE = jnp.float32
 
 
