@@ -44,7 +44,7 @@ def main(request: launch.Request) -> None:
     optimizer = building.call(optimizers.optimizer, settings.optimizer, "optimizer", steps=steps)
 
     def make():
-        rngs = nnx.Rngs(rng.key(seed, "init"))
+        rngs = rng.rngs(rng.key(seed, "init"))
         return building.generator(settings, layout, len(classes), rngs=rngs)
 
     mesh = building.call(sharding.make_mesh, settings.mesh, "mesh")

@@ -82,7 +82,9 @@ def case(name: str, batch: int, chip: str, where: NamedSharding, shrunk: tuple[s
     parts = [memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes]
     room = roofline.CHIPS[chip].memory
     fits = sum(parts) <= room
-    steps = roofline.steps(net, batch, ahead=False)
+    rows = (batch + 1) * min(decode.SPAN, net.told)
+    table = rows * net.adaptive // net.width * net.itemsize  # of what adaptive norms need
+    steps = roofline.steps(net, batch, ahead=table <= getattr(generator, "budget", table))
     rate = roofline.images_per_second(net, batch, roofline.CHIPS[chip])
     work = sum(step.flops for step in steps) / batch
     print(
@@ -94,13 +96,28 @@ def case(name: str, batch: int, chip: str, where: NamedSharding, shrunk: tuple[s
         f"roofline {rate:.1f} images/s",
         flush=True,
     )
-    return moved(net, batch, programs.Program(compiled.as_text())) and fits
+    phases = [phase.steps for phase in generator.plan() if phase.steps > 1]
+    program = programs.Program(compiled.as_text())
+    return moved(net, batch, steps, phases, program) and fits
 
 
-def moved(net: roofline.Network, batch: int, program: programs.Program) -> bool:
-    """Print what the steps move; whether that is as it should be."""
-    wanted = [step.bytes for step in roofline.steps(net, batch, ahead=False)]
-    loops = [loop for loop in program.loops(net.width**2 * net.itemsize) if loop.turns > 30]
+def moved(
+    net: roofline.Network,
+    batch: int,
+    steps: list[roofline.Step],
+    phases: list[int],
+    program: programs.Program,
+) -> bool:
+    """Print what the steps move, those of `phases` of many steps; is it as it should be?"""
+    wanted = [step.bytes for step in steps]
+    # others are over layers, of what comes before a phase
+    waiting, loops = list(phases), []
+    for loop in reversed(program.loops(net.width**2 * net.itemsize)):
+        if waiting and loop.turns == waiting[-1]:
+            loops.insert(0, loop)
+            waiting.pop()
+    if waiting:
+        raise ValueError(f"no loops of {waiting} steps in the program")
     if not loops:  # every step is a part of the entry
         ratio = program.bytes() / sum(wanted)
         print(

@@ -224,11 +224,11 @@ def this_cpu(dtype: str = "float32", *, side: int = 1024, repeats: int = 3) -> C
     draw = np.random.default_rng(0)
     matrix = jnp.asarray(draw.standard_normal((side, side)), dtype)
     # a matrix for one row: far larger than the processor's caches
-    long = jnp.broadcast_to(matrix, (32, side, side)).copy()
+    long = jnp.broadcast_to(matrix.astype(jnp.float32), (32, side, side)).copy()
     product = jax.jit(lambda a: a @ a)
-    read = jax.jit(lambda a, v: jnp.einsum("rij,j->ri", a, v, preferred_element_type=jnp.float32))
+    read = jax.jit(lambda a, v: jnp.einsum("rij,j->ri", a, v))
     rate = 2 * side**3 / _least(lambda: product(matrix), repeats)
-    width = long.nbytes / _least(lambda: read(long, matrix[0]), repeats)
+    width = long.nbytes / _least(lambda: read(long, long[0, 0]), repeats)
     return Chip(rate, width, 0, f"measured in this run, {dtype}")
 
 

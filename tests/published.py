@@ -17,7 +17,7 @@ from flax import nnx
 from huggingface_hub import constants
 
 from tests import loopback
-from tokgen import parameters
+from tokgen import parameters, rng
 from tokgen.config import building, reading
 from tokgen.interfaces import TokenLayout
 from tokgen.pretrained import hub, system
@@ -151,10 +151,10 @@ def write(name: str, file: pathlib.Path) -> None:
     small.fields(config)
     config.precision.compute = "float32"
     if found.tokens is None:
-        make = nnx.eval_shape(lambda: building.tokenizer(config, rngs=nnx.Rngs(0)))
+        make = nnx.eval_shape(lambda: building.tokenizer(config, rngs=rng.rngs(0)))
     else:
         make = nnx.eval_shape(
-            lambda: building.generator(config, small.layout, CLASSES, rngs=nnx.Rngs(0))
+            lambda: building.generator(config, small.layout, CLASSES, rngs=rng.rngs(0))
         )
     random = np.random.default_rng(len(name))
     _, params, stats = parameters.split(make)

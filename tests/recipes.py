@@ -5,7 +5,7 @@ import pathlib
 import jax
 from flax import nnx
 
-from tokgen import parameters, sharding
+from tokgen import parameters, rng, sharding
 from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.config import building, reading as configs
 from tokgen.data import shapes
@@ -122,7 +122,7 @@ def abstract(reference: str) -> nnx.Module:
     key = repr((asked, own))
     if key not in _built:
         make = getattr(building, kind)
-        _built[key] = nnx.eval_shape(lambda: make(settings, *own, rngs=nnx.Rngs(0)))
+        _built[key] = nnx.eval_shape(lambda: make(settings, *own, rngs=rng.rngs(0)))
     return _built[key]
 
 

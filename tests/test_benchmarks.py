@@ -269,6 +269,20 @@ def test_full_size():
 
 
 @pytest.mark.long
+def test_device(tmp_path, monkeypatch):
+    """On a CPU, whose rates are measured; what is not reached is listed, and no case runs over."""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    header, columns, row, missed = quick("device")
+    check_header(header)
+    assert columns.split()[:3] == ["case", "device", "compiled"] and row.startswith("rar-b:64 ")
+    assert min(figures(row)) > 0 and missed == "not reached: rar-b:1 (no time left)"
+    (found,) = json.loads((tmp_path / "device.json").read_text())["found"]
+    assert found["sound"] and found["roofline"] > 0 and found["batch"] == 2
+    *_, missed = quick("device", "--seconds", "1")
+    assert missed == "not reached: rar-b:64 (no time left), rar-b:1 (no time left)"
+
+
+@pytest.mark.long
 def test_roofline():
     chip, titles, row = quick("roofline", "--chip", "A100", "--batch", "2")
     assert chip.startswith("A100: 312 TFLOP/s, 2.00 TB/s, 80 GB") and titles.endswith("images/s")

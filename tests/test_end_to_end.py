@@ -26,6 +26,7 @@ from PIL import Image
 from tokgen import cli, image_grid, parameters, runtime, sharding
 from tokgen.checkpoints import checkpoint
 from tokgen.data import token_shards
+from tokgen.sampling import memory
 from tokgen.training import fields, launch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -562,6 +563,25 @@ def test_usage_errors_of_sample(place, generator, capfd, words, parts):
     said = told(capfd, lambda: cli.main(["sample", str(generator), "--out", str(out), *words]))
     assert all(part in said for part in parts), said
     assert not out.exists()
+
+
+@pytest.mark.parametrize("words", [("--number", "2048"), ("--total", "4096")])
+def test_a_batch_that_no_device_holds_is_refused(place, generator, capfd, monkeypatch, words):
+    """As on an accelerator, which says what it has; nothing is drawn.
+
+    A folder of very many images may be begun: the same command with a smaller batch goes on.
+    """
+    monkeypatch.setattr(memory, "room", lambda mesh: 200_000)
+    out = place / "nothing"
+    words = ("sample", str(generator), "--out", str(out), *words, "--batch", "4096")
+    said = told(capfd, lambda: cli.main([*words]))
+    for part in (
+        "a batch of 4096 images needs",
+        "keys and values",
+        "the largest --batch that fits",
+    ):
+        assert part in said, said
+    assert not list(out.rglob("*.png")) and not list(out.rglob("*.npz"))
 
 
 def test_damaged_and_missing_checkpoints(place, tokenizer, generator, capfd):

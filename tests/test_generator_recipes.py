@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from tests import recipes
-from tokgen import parameters, sharding
+from tokgen import parameters, rng, sharding
 from tokgen.config import building, reading as configs
 from tokgen.interfaces import TokenBatch
 from tokgen.nn import dropout, precision
@@ -146,7 +146,7 @@ def test_a_file_trains_two_steps_and_samples(reference):
     settings, (layout, _) = shrunk(reference), SHRUNK[reference]
     optimizer = building.call(optimizers.optimizer, settings.optimizer, "optimizer", steps=STEPS)
     graph, *variables = parameters.split(
-        nnx.eval_shape(lambda: building.generator(settings, layout, 3, rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda: building.generator(settings, layout, 3, rngs=rng.rngs(0)))
     )
     random = np.random.default_rng(0)
     # away from zeros, behind which nothing moves at first

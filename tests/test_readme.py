@@ -18,7 +18,7 @@ from flax import nnx
 from PIL import Image
 
 from tests import recipes
-from tokgen import cli, parameters as state
+from tokgen import cli, parameters as state, rng
 from tokgen.config import building, reading
 from tokgen.interfaces import TokenLayout
 from tokgen.training import launch
@@ -159,7 +159,7 @@ def test_commands_that_are_told_have_their_options_and_fields(document):
 def test_own_folder_example_is_trained_at_its_size():
     (line,) = [line for line in COMMANDS if "data.path=flowers" in line]
     settings, _ = launch.parse(shlex.split(line)[2:], "")
-    make = nnx.eval_shape(lambda: building.tokenizer(settings, rngs=nnx.Rngs(0)))
+    make = nnx.eval_shape(lambda: building.tokenizer(settings, rngs=rng.rngs(0)))
     assert settings.data.path == "flowers"
     assert make.layout.grids == ((16, 24),)
 

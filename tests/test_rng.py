@@ -327,3 +327,35 @@ def test_no_two_draws_of_a_tokenizers_step_share_a_key(recorder):
 def test_no_two_initial_draws_share_a_key(family, recorder):
     recorder.watch(lambda: (FAMILIES[family][0](), None)[1])
     assert recorder.shared() == [] and len(recorder.eaten) > 5
+
+
+# ---------------------------------------------------------------- for the making of modules
+
+
+def _made(rngs):
+    """Two layers of flax, one of them with a stream of its own, and the keys that come after."""
+    module = nnx.Sequential(nnx.Linear(2, 3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
+    return nnx.state(module), [_data(rngs.params()), _data(rngs()), _data(rngs.other())]
+
+
+def test_modules_are_made_with_the_keys_of_nnx():
+    for key in (7, rng.key(3, "init")):
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            *jax.tree.map(
+                lambda leaf: (
+                    _data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+                ),
+                (_made(rng.rngs(key)), _made(nnx.Rngs(key))),
+            ),
+        )
+
+
+def test_shapes_are_traced_without_the_wording_of_errors(monkeypatch):
+    said = []
+    tracer = type(jax.make_jaxpr(lambda x: said.append(x) or x)(0.0) and said.pop())
+    monkeypatch.setattr(tracer, "_origin_msg", lambda self: said.append(self) or "")
+    nnx.eval_shape(lambda: vq.Quantizer(4, 2, rngs=rng.rngs(0), grid=(2, 2)))
+    assert not said
+    nnx.eval_shape(lambda: vq.Quantizer(4, 2, rngs=nnx.Rngs(0), grid=(2, 2)))
+    assert said, "nnx words none now: rng.rngs may go"

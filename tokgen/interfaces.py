@@ -174,9 +174,13 @@ class ScaleCodec(Protocol):
 #   - rows that are the images of the batch, or those followed by as many with the `null` of their
 #     conditions. The second half may go between two steps, so that rows are counted anew in each;
 #   - tokens that are V where none is given, and a cache with room for `phase.slots` slots;
-#   - a `draw` that samples, merges guidance, and gives both halves the same tokens.
+#   - a `draw` that samples, merges guidance, and gives both halves the same tokens;
+#   - of a generator that has `told(cond, phase, index, steps)`, to ask it before the loop over so
+#     many steps of a phase from `index` on, and to hand each step its own as `state.modulation`.
 #
 # A generator promises
+#   - that what it has `told`, if anything, is arrays [rows, ..., slots, 6, D] of those steps, one
+#     slot where all steps are alike, and that all nulls of a batch are told the same;
 #   - rows that do not see each other: an image is the same in any batch;
 #   - to ask `draw` in every step, for logits of each position that the step handles: all symbols
 #     at once, or some of them in turn;

@@ -20,6 +20,7 @@ import zlib
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 STREAMS = ("init", "train", "sample", "eval")
 NUMBERS = 2**24  # what `number` may be given lies below, where it is not a step or an image
@@ -93,3 +94,34 @@ def numbered(key: jax.Array | None, count: int) -> jax.Array | None:
     if count >= NUMBERS:
         raise ValueError(f"at most {NUMBERS - 1} of a kind have keys of their own; found {count}")
     return jax.vmap(lambda n: number(key, n))(jnp.arange(count))
+
+
+# ---------------------------------------------------------------- for the making of modules
+
+
+class _Stream(nnx.RngStream):
+    """A stream that counts its keys in Python."""
+
+    def __init__(self, key: jax.Array | int, *, tag: str):
+        super().__init__(key, tag=tag)
+        self.drawn = 0
+
+    def __call__(self) -> jax.Array:
+        key = jax.random.fold_in(self.key[...], self.drawn)
+        self.drawn += 1
+        return key
+
+    def fork(self) -> nnx.RngStream:
+        """For a module to keep: that one counts as nnx does."""
+        return nnx.RngStream(self(), tag=self.tag)
+
+
+def rngs(key: jax.Array | int) -> nnx.Rngs:
+    """`nnx.Rngs(key)`, the same keys, for modules that are made under a trace.
+
+    There nnx counts with an array, and at each key jax words an error that nobody reads, the
+    longer the more has been traced (flax 0.12.8, jax 0.10.2): half of the time that shapes take.
+    """
+    found = nnx.Rngs()
+    found.default = _Stream(key, tag="default")
+    return found

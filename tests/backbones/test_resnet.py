@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import interfaces
+from tokgen import interfaces, rng
 from tokgen.backbones import convnext, perceptual, resnet
 
 
@@ -84,7 +84,7 @@ FULL = {"resnet50": resnet.ResNet50, "convnext_small": convnext.ConvNeXtSmall}
     "name, published", [("resnet50", 25_557_032), ("convnext_small", 50_223_688)]
 )
 def test_parameters_are_as_many_as_published(name, published):
-    network = nnx.eval_shape(lambda: FULL[name](rngs=nnx.Rngs(0)))
+    network = nnx.eval_shape(lambda: FULL[name](rngs=rng.rngs(0)))
     params = nnx.state(network, nnx.Param)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == published
     slots = network.slots()

@@ -12,7 +12,7 @@ from flax import nnx
 from PIL import Image
 
 from tests import command_line
-from tokgen import interfaces, parameters, runtime, sharding
+from tokgen import interfaces, parameters, rng, runtime, sharding
 from tokgen.checkpoints import checkpoint, imported as imports, run as runs
 from tokgen.config import building, reading as configs
 from tokgen.pretrained import entries, keymap, parity, system, transfer
@@ -90,7 +90,7 @@ def published_in(folder, layout):
     blank = {"embed.weight": np.zeros((layout.absent + CLASSES + 1, 16))}
     config = settings(said, blank)
     make = nnx.eval_shape(
-        lambda: building.generator(config, layout, CLASSES, rngs=nnx.Rngs(0)),
+        lambda: building.generator(config, layout, CLASSES, rngs=rng.rngs(0)),
     )
     leaves, random = parameters.paths(parameters.split(make)[1]), np.random.default_rng(3)
     filled = {path: random.normal(size=leaf.shape) for path, leaf in leaves.items()}
@@ -239,7 +239,7 @@ def began(workdir, init_from, layout, tokenizer, classes=CLASSES, ema=0.0, names
     config = settings({"dim": 16}, {})
     config.init_from = str(init_from)
     config.generator.update(changes)
-    make = nnx.eval_shape(lambda: building.generator(config, layout, classes, rngs=nnx.Rngs(0)))
+    make = nnx.eval_shape(lambda: building.generator(config, layout, classes, rngs=rng.rngs(0)))
     _, params, stats = parameters.split(make)
     whole = sharding.replicated(sharding.make_mesh())
     params = jax.tree.map(

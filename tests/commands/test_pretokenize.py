@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 from PIL import Image
 
-from tokgen import cli, parameters, runtime, sharding
+from tokgen import cli, parameters, rng, runtime, sharding
 from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.config import building, reading as configs
 from tokgen.data import (
@@ -43,7 +43,7 @@ def saved(folder, quantizer, compute="float32"):
     config = configs.load("configs/tokenizer/shapes.py", SMALL)
     with config.unlocked():
         config.quantizer, config.precision.compute = quantizer, compute
-    module = nnx.eval_shape(lambda: building.tokenizer(config, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: building.tokenizer(config, rngs=rng.rngs(0)))
     _, params, stats = parameters.split(module)
     draw = np.random.default_rng(0).normal
     params, stats = jax.tree.map(

@@ -15,7 +15,7 @@ import safetensors.numpy
 from flax import nnx
 
 from tests import command_line
-from tokgen import image_grid, interfaces, parameters, runtime, sharding
+from tokgen import image_grid, interfaces, parameters, rng, runtime, sharding
 from tokgen.checkpoints import checkpoint, exporting, imported as imports, run as runs
 from tokgen.config import building as configs
 from tokgen.pretrained import entries, parity, system
@@ -242,7 +242,7 @@ def beginning(settings, workdir, **others):
     """(states, what was done) as a run begins, with zeros that must be overwritten."""
     optimizer = optimizers.optimizer(4, learning_rate=1e-3)
 
-    module = nnx.eval_shape(lambda: configs.tokenizer(settings, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: configs.tokenizer(settings, rngs=rng.rngs(0)))
     _, params, stats = parameters.split(module)
     zero = jnp.zeros((), jnp.int32)
 

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from tests import recipes
-from tokgen import interfaces, parameters, report
+from tokgen import interfaces, parameters, report, rng
 from tokgen.config import building, reading as configs
 from tokgen.data import views
 from tokgen.nn import precision
@@ -375,7 +375,7 @@ def test_another_name_keeps_sizes_and_builds():
         assert config.generator[name] == before[name]
     assert config.generator.rates == before.rates
     layout = interfaces.TokenLayout((240,), ((8, 8),))
-    module = nnx.eval_shape(lambda: building.generator(config, layout, 10, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: building.generator(config, layout, 10, rngs=rng.rngs(0)))
     assert module.knobs
 
 
@@ -386,7 +386,7 @@ def test_a_section_inside_another_may_be_named_anew():
         *("quantizer.quantizer.name=vq", "quantizer.scales=(1, 2, 8)", "quantizer.name=multiscale"),
     )
     assert config.quantizer.scales == (1, 2, 8) and config.quantizer.quantizer.codes == 64
-    module = nnx.eval_shape(lambda: building.tokenizer(config, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: building.tokenizer(config, rngs=rng.rngs(0)))
     assert module.layout.vocab == (64,) and len(module.layout.grids) == 3
 
 
@@ -463,7 +463,7 @@ def test_sections_within_sections_are_built_with_what_they_state_themselves():
     with config.unlocked():
         config.decoder.pixels.grid = (2, 2)
     building.check(config)
-    module = nnx.eval_shape(lambda: building.tokenizer(config, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: building.tokenizer(config, rngs=rng.rngs(0)))
     assert module.layout.grids == ((1, 2), (1, 5)) and module.layout.vocab == (16,)
     assert module.decoder.pixels.conv_in.kernel.shape == (3, 3, 6, 16)
     assert module.decoder.codes.embed.kernel.shape == (4, 8)  # the quantizer's channels
@@ -521,10 +521,10 @@ def test_a_value_that_the_constructor_refuses_names_its_section():
         building.build(section, "quantizer", grid=(1, 1), rngs=nnx.Rngs(0))
     config = load("tokenizer/shapes", "view.size=(30, 32)")
     with pytest.raises(interfaces.UserError, match="section 'encoder'.*stride"):
-        nnx.eval_shape(lambda: building.tokenizer(config, rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda: building.tokenizer(config, rngs=rng.rngs(0)))
     config = load("tokenizer/shapes", "precision.compute=float16")
     with pytest.raises(interfaces.UserError, match="section 'precision'.*float16"):
-        nnx.eval_shape(lambda: building.tokenizer(config, rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda: building.tokenizer(config, rngs=rng.rngs(0)))
 
 
 def test_check_tells_the_problems_of_all_sections_together():
@@ -550,7 +550,7 @@ def test_a_config_from_a_checkpoint_builds_the_same():
     config = load("tokenizer/shapes")
     again = ml_collections.ConfigDict(json.loads(json.dumps(building.plain(config))))
     first, second = (
-        nnx.eval_shape(lambda c=c: building.tokenizer(c, rngs=nnx.Rngs(0))) for c in (config, again)
+        nnx.eval_shape(lambda c=c: building.tokenizer(c, rngs=rng.rngs(0))) for c in (config, again)
     )
     assert jax.tree.structure(first) == jax.tree.structure(second)
 

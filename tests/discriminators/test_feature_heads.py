@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from tokgen import interfaces
+from tokgen import interfaces, rng
 from tokgen.backbones import dino, imagenet
 from tokgen.discriminators import feature_heads
 from tokgen.pretrained.formats import reader
@@ -97,7 +97,7 @@ def test_readouts_follow_the_written_out_transformer(discriminator):
 
 
 def test_the_trunk_has_as_many_numbers_as_published():
-    trunk = nnx.eval_shape(lambda: dino.ViT(rngs=nnx.Rngs(0)))
+    trunk = nnx.eval_shape(lambda: dino.ViT(rngs=rng.rngs(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(trunk)) == 21_665_664
     assert trunk.slots()["pos_embed"].needed() == (1, 197, 384)
     assert trunk.slots()["blocks.11.attn.qkv.weight"].needed() == (1152, 384)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import interfaces
+from tokgen import interfaces, rng
 from tokgen.discriminators import blur, stylegan
 
 
@@ -22,13 +22,13 @@ def _image(*shape):
 
 @pytest.mark.parametrize("stages, published", [(3, 1_909_889), (4, 7_431_297)])
 def test_the_blur_discriminator_has_as_many_parameters_as_published(stages, published):
-    network = nnx.eval_shape(lambda: blur.Discriminator(stages=stages, rngs=nnx.Rngs(0)))
+    network = nnx.eval_shape(lambda: blur.Discriminator(stages=stages, rngs=rng.rngs(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(network)) == published
 
 
 def test_published_widths_of_the_stylegan_discriminator():
     """The table of its paper: 512 up to 32 pixels, then halved at each doubling."""
-    network = nnx.eval_shape(lambda: stylegan.Discriminator(multiplier=2, rngs=nnx.Rngs(0)))
+    network = nnx.eval_shape(lambda: stylegan.Discriminator(multiplier=2, rngs=rng.rngs(0)))
     widths = [block.conv_out.kernel.shape[2:] for block in network.blocks]
     assert network.conv_in.kernel.shape == (3, 3, 3, 128)
     assert widths == [(128, 256), (256, 512), (512, 512), (512, 512), (512, 512), (512, 512)]
@@ -82,14 +82,14 @@ def test_bfloat16_images_are_judged_in_float32():
 )
 def test_wrong_arguments_are_named(make, words):
     with pytest.raises(interfaces.UserError, match=words):
-        nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+        nnx.eval_shape(lambda: make(rng.rngs(0)))
 
 
 def test_wrong_images_are_named():
-    whole = nnx.eval_shape(lambda: stylegan.Discriminator(3, 16, (4, 4, 4), rngs=nnx.Rngs(0)))
+    whole = nnx.eval_shape(lambda: stylegan.Discriminator(3, 16, (4, 4, 4), rngs=rng.rngs(0)))
     with pytest.raises(interfaces.UserError, match=r"\[16, 16, 3\].*\(1, 16, 8, 3\)"):
         whole(_image(1, 16, 8, 3))
-    patches = nnx.eval_shape(lambda: blur.Discriminator(3, 4, 3, rngs=nnx.Rngs(0)))
+    patches = nnx.eval_shape(lambda: blur.Discriminator(3, 4, 3, rngs=rng.rngs(0)))
     with pytest.raises(interfaces.UserError, match=r"at least 8 x 8.*\(1, 7, 8, 3\)"):
         patches(_image(1, 7, 8, 3))
     with pytest.raises(interfaces.UserError, match=r"\[B, H, W, 3\]"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import interfaces
+from tokgen import interfaces, rng
 from tokgen.discriminators import patchgan
 from tokgen.pretrained.formats import reader
 
@@ -59,7 +59,7 @@ def test_logits_follow_the_written_out_network():
 
 
 def test_parameters_are_as_many_as_published():
-    network = nnx.eval_shape(lambda: patchgan.Discriminator(rngs=nnx.Rngs(0)))
+    network = nnx.eval_shape(lambda: patchgan.Discriminator(rngs=rng.rngs(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(network)) == 2_765_633
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import interfaces, parameters, sharding
+from tokgen import interfaces, parameters, rng, sharding
 from tokgen.config import building, reading as configs
 from tokgen.generators import next_scale
 from tokgen.nn import dropout
@@ -342,7 +342,7 @@ def test_published_sizes(variant):
     millions, sides, shared = PUBLISHED[variant]
     settings = load(variant)
     layout = interfaces.TokenLayout((4096,), tuple((n, n) for n in sides))
-    generator = nnx.eval_shape(lambda: building.generator(settings, layout, 1000, rngs=nnx.Rngs(0)))
+    generator = nnx.eval_shape(lambda: building.generator(settings, layout, 1000, rngs=rng.rngs(0)))
     params = parameters.paths(parameters.split(generator)[1])
     count, depth = parameters.count(params), settings.generator.depth
     assert abs(count / 1e6 - millions) < 0.005
@@ -381,9 +381,9 @@ def test_the_published_schedule():
 def test_the_small_one_builds_for_its_tokenizer():
     settings = configs.load("configs/generator/cifar10.py:next_scale")
     made_by = configs.load("configs/tokenizer/cifar10_f4.py:pyramid")
-    tokenizer = nnx.eval_shape(lambda: building.tokenizer(made_by, rngs=nnx.Rngs(0)))
+    tokenizer = nnx.eval_shape(lambda: building.tokenizer(made_by, rngs=rng.rngs(0)))
     generator = nnx.eval_shape(
-        lambda: building.generator(settings, tokenizer.layout, 10, rngs=nnx.Rngs(0))
+        lambda: building.generator(settings, tokenizer.layout, 10, rngs=rng.rngs(0))
     )
     tokens = jax.ShapeDtypeStruct((2, tokenizer.layout.length, 1), jnp.int32)
     label_B = jax.ShapeDtypeStruct((2,), jnp.int32)

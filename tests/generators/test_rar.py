@@ -11,7 +11,7 @@ from flax import nnx
 
 from tokgen import interfaces
 from tokgen.generators import autoregressive
-from tokgen.nn import dropout
+from tokgen.nn import dropout, linear
 from tokgen.nn.precision import FLOAT32
 from tokgen.sampling import decode, sampler
 
@@ -83,8 +83,8 @@ class Recorder:
 
     steps, guidance = None, ()
 
-    def __init__(self):
-        self.seen, self.sampler = [], sampler.Sampler()
+    def __init__(self, own=None):
+        self.seen, self.sampler = [], own or sampler.Sampler()
 
     def draw(self, logits_BlGV, **options):
         jax.experimental.io_callback(self.seen.append, None, logits_BlGV, ordered=True)
@@ -109,7 +109,8 @@ def test_what_is_drawn_from_is_what_teacher_forcing_says_of_the_sample(kind, opt
     jax.block_until_ready(state.tokens_BLG)
     jax.effects_barrier()
     # a budget of 0: nothing is computed beforehand, every step asks the blocks anew
-    kept = jax.eval_shape(generator._modulation, label_B)
+    phase = generator.plan()[1]
+    kept = jax.eval_shape(lambda label_B: generator.told(label_B, phase, 1, 2), label_B)
     assert (kept is None) == (kind == "factor" or options.get("budget") == 0)
     batch = interfaces.TokenBatch(state.tokens_BLG, label_B, state.order_BL)
     forced = np.asarray(logits(generator, batch))
@@ -126,6 +127,56 @@ def test_what_is_drawn_from_is_what_teacher_forcing_says_of_the_sample(kind, opt
     chosen = np.take_along_axis(chances, tokens[..., None], -1)[..., 0].sum(-1)
     found = jax.jit(lambda generator, batch: generator.nats(batch))(generator, batch)
     np.testing.assert_allclose(found, -chosen, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights", "window"),
+    [
+        ("rar", (4.0,) * 4 + (1.0,) * 5, 8),
+        ("rar", (), 3),
+        ("ibq", (2.0,) * 9, 8),
+        ("factor", (0.5, 3.0) + (1.0,) * 7, 4),
+    ],
+)
+def test_what_a_cpu_decodes_fast_is_what_teacher_forcing_says(kind, weights, window, monkeypatch):
+    """Maps in panels, windows that span turns of the told steps, one null row for the batch."""
+    monkeypatch.setattr(decode, "SPAN", 4)
+    layout, own = KINDS[kind]
+    sizes = dict(width=128, depth=2, heads=2, hidden=256, window=window)
+    plain = autoregressive.Generator(
+        layout, CLASSES, **sizes, precision=FLOAT32, rngs=nnx.Rngs(0), **own
+    )
+    draw = np.random.default_rng(1)
+    leaves, structure = jax.tree.flatten(plain)
+    some = [jnp.asarray(0.06 * draw.normal(size=leaf.shape), jnp.float32) for leaf in leaves]
+    plain = jax.tree.unflatten(structure, some)
+    fast = plain.unstacked()
+    assert isinstance(fast.transformer.blocks[0].attention.query, linear.Panels)
+    recorder = Recorder(sampler.Sampler(temperature=0))
+    recorder.guidance = weights
+    label_B, keys_B = jnp.asarray([0, 3, 4]), jax.random.split(jax.random.key(5), 3)
+    run = jax.jit(decode.generate, static_argnums=(1, 3))
+    state = run(fast, None, label_B, recorder, keys_B=keys_B)
+    jax.block_until_ready(state.tokens_BLG)
+    jax.effects_barrier()
+
+    def forced(label_B):
+        batch = interfaces.TokenBatch(state.tokens_BLG, label_B, state.order_BL)
+        return np.asarray(logits(plain, batch), np.float64)
+
+    cond, weight = forced(label_B), np.asarray(weights or (1.0,) * L)[:, None, None]
+    null = forced(jnp.full_like(label_B, CLASSES)) if weights else cond
+    finite = np.isfinite(cond)
+    cond, null = np.where(finite, cond, -1e9), np.where(finite, null, -1e9)
+    merged = null + weight * (cond - null)
+    shown = np.concatenate(recorder.seen, axis=1).reshape(merged.shape)
+    np.testing.assert_allclose(np.where(finite, shown, -1e9), merged, rtol=0, atol=1e-5)
+    tokens = np.take_along_axis(
+        np.asarray(state.tokens_BLG), np.asarray(state.order_BL)[..., None], 1
+    )
+    taken = np.take_along_axis(merged, tokens[..., None], -1)[..., 0]
+    assert np.all(merged.max(-1) - taken < 2e-5)  # greedy, but for ties
+    assert len(np.unique(tokens)) > 3
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,60 @@ def test_a_linear_map_is_a_sum_over_its_inputs(inputs, outputs, bias):
     np.testing.assert_allclose(layer(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [1, 5, linear.MANY + 1])
+@pytest.mark.parametrize("inputs, outputs", [(24, 128), ((2, 12), (4, 48))])
+def test_panels_are_the_linear_map(inputs, outputs, rows):
+    layer = linear.Linear(inputs, outputs, bias=True, precision=FLOAT32, rngs=nnx.Rngs(0))
+    layer.kernel[...] = jnp.asarray(_numbers(2, *layer.kernel.shape))
+    layer.bias[...] = jnp.asarray(_numbers(3, *layer.bias.shape))
+    x = _numbers(4, rows, 1, *layer.kernel.shape[: layer.rank])
+    size = x[0].size
+    kernel = np.asarray(layer.kernel[...], np.float64).reshape(size, -1)
+    expected = x.reshape(rows, size).astype(np.float64) @ kernel
+    expected = expected.reshape(rows, 1, *layer.bias.shape) + np.asarray(layer.bias[...])
+    found = linear.Panels(layer)(jnp.asarray(x))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_panels_in_bfloat16_round_once():
+    layer = linear.Linear(64, 128, bias=True, precision=HALF, rngs=nnx.Rngs(0))
+    layer.kernel[...] = jnp.asarray(_numbers(2, 64, 128))
+    layer.bias[...] = jnp.asarray(_numbers(3, 128))
+    panels, x = linear.Panels(layer), jnp.asarray(_numbers(4, 3, 64), jnp.bfloat16)
+    assert panels.kernel[...].dtype == jnp.bfloat16
+    kernel = np.asarray(layer.kernel[...].astype(jnp.bfloat16), np.float64)
+    exact = np.asarray(x, np.float64) @ kernel + np.asarray(layer.bias[...], np.float64)
+    found = np.asarray(panels(x), np.float64)
+    # half a unit in the last of eight bits, and float32's rounding of the sum
+    assert np.all(np.abs(found - exact) <= 2.0**-8 * np.abs(exact) + 1e-5)
+
+
+def test_what_goes_to_panels():
+    some = dict(precision=FLOAT32, rngs=nnx.Rngs(0))
+
+    class Layer(nnx.Module):
+        def __init__(self):
+            self.wide, self.left = linear.Linear(8, (2, 64), **some), linear.Linear(8, 128, **some)
+
+    class Whole(nnx.Module):
+        def __init__(self):
+            self.wide, self.layers = linear.Linear(8, 128, **some), nnx.List([Layer()])
+            self.narrow, self.uneven = linear.Linear(8, 64, **some), linear.Linear(8, 100, **some)
+
+    @jax.jit
+    def traced(whole):
+        linear.panelled(whole)
+        return isinstance(whole.wide, linear.Linear)
+
+    whole = Whole()
+    assert traced(whole)
+    linear.panelled(whole, but=("left",))
+    layer = whole.layers[0]
+    assert isinstance(whole.wide, linear.Panels) and isinstance(layer.wide, linear.Panels)
+    for left in (layer.left, whole.narrow, whole.uneven):
+        assert isinstance(left, linear.Linear)
+
+
 def test_starts_have_their_stated_scale():
     for std, expected in ((linear.published, 0.02), (linear.fan_in, 128**-0.5)):
         layer = linear.Linear(128, 256, std=std, precision=FLOAT32, rngs=nnx.Rngs(0))

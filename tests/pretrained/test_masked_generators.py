@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import parameters, sharding
+from tokgen import parameters, rng, sharding
 from tokgen.config import building, reading as configs
 from tokgen.interfaces import TokenLayout, UserError
 from tokgen.nn import dropout, precision
@@ -204,7 +204,7 @@ def test_a_recipe_has_the_published_size_and_settings_that_fit(reference):
     layout, count, millions = RECIPES[reference]
     config = load(reference)
     generator = nnx.eval_shape(
-        lambda: building.generator(config, layout, 1000, rngs=nnx.Rngs(0)),
+        lambda: building.generator(config, layout, 1000, rngs=rng.rngs(0)),
     )
     params = parameters.split(generator)[1]
     assert parameters.count(params) == count
@@ -233,7 +233,7 @@ def test_presets_are_the_published_settings():
     layout, *_ = RECIPES["titok:l32"]
     known = load("titok:l32").presets.to_dict()
     generator = nnx.eval_shape(
-        lambda: building.generator(load("titok:l32"), layout, 1000, rngs=nnx.Rngs(0))
+        lambda: building.generator(load("titok:l32"), layout, 1000, rngs=rng.rngs(0))
     )
     _, sampler = presets.prepare(generator, known["default"])
     scale = np.array([0.0, 0.5625, 1.125, 1.6875, 2.25, 2.8125, 3.375, 3.9375])
@@ -246,7 +246,7 @@ def test_presets_are_the_published_settings():
 
     bits = nnx.eval_shape(
         lambda: building.generator(
-            load("maskbit:14bit"), RECIPES["maskbit:14bit"][0], 1000, rngs=nnx.Rngs(0)
+            load("maskbit:14bit"), RECIPES["maskbit:14bit"][0], 1000, rngs=rng.rngs(0)
         )
     )
     known = load("maskbit:14bit").presets.to_dict()

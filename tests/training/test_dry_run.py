@@ -12,7 +12,7 @@ from flax import nnx
 import train_generator
 from tests import mutants, recipes
 from tests.config import test_config
-from tokgen import interfaces, sharding
+from tokgen import interfaces, rng, sharding
 from tokgen.config import building, reading as configs
 from tokgen.training import (
     dry_run,
@@ -74,7 +74,7 @@ def codec(layout, channels: int):
     inner = dict(name="vq", codes=layout.vocab[0], channels=channels)
     section = dict(name="multiscale", scales=layout.grids, phi=4, quantizer=inner)
     make = functools.partial(building.build, section, "quantizer", grid=layout.grids[-1])
-    return nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: make(rngs=rng.rngs(0)))
 
 
 def rehearsed(reference: str, settings, mesh) -> None:

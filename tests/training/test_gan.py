@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from tokgen import interfaces, losses, parameters
+from tokgen import interfaces, losses, parameters, rng
 from tokgen.config import building, reading
 from tokgen.discriminators import augment, feature_heads, patchgan, stylegan
 from tokgen.training import (
@@ -100,7 +100,7 @@ def settings_of(size=(16, 16), channels=3):
 
 def built(network, settings=None, **gan):
     gan = gans.GAN(weight=1.0, network=network, **gan)
-    return nnx.eval_shape(lambda: gans.build(gan, settings or settings_of(), rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: gans.build(gan, settings or settings_of(), rngs=rng.rngs(0)))
 
 
 def test_the_discriminator_is_the_one_that_is_named(capfd):

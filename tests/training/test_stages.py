@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import train_tokenizer
-from tokgen import interfaces, metrics_log, parameters, sharding
+from tokgen import interfaces, metrics_log, parameters, rng, sharding
 from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.config import building, reading
 from tokgen.nn import precision
@@ -106,7 +106,7 @@ def test_a_plan_that_cannot_be_is_refused(sections, words):
 )
 def test_a_stage_must_fit_the_tokenizer(section, words):
     settings = settings_of(section)
-    shapes = nnx.eval_shape(lambda: building.tokenizer(settings, rngs=nnx.Rngs(0)))
+    shapes = nnx.eval_shape(lambda: building.tokenizer(settings, rngs=rng.rngs(0)))
     stages.check(stages.plan(settings_of(dict(train="decoder/.*"))), shapes)
     with pytest.raises(interfaces.UserError, match=words):
         stages.check(stages.plan(settings), shapes)

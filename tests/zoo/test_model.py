@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from tests import recipes
+from tokgen import rng
 from tokgen.config import building, reading as configs
 from tokgen.errors import UserError
 from tokgen.interfaces import TokenLayout
@@ -89,13 +90,13 @@ def built(name: str) -> tuple[dict[str, np.ndarray], nnx.Module, nnx.Module]:
     )
     configs.override(config, model.overrides)
     if layout is None:
-        return arrays, theirs, nnx.eval_shape(lambda: building.tokenizer(config, rngs=nnx.Rngs(0)))
+        return arrays, theirs, nnx.eval_shape(lambda: building.tokenizer(config, rngs=rng.rngs(0)))
     assert classes == (1000 if model.classes else 0)
     assert not model.text or model.text.endswith("{} x {}".format(*config.generator.texts))
     return (
         arrays,
         theirs,
-        nnx.eval_shape(lambda: building.generator(config, layout, classes, rngs=nnx.Rngs(0))),
+        nnx.eval_shape(lambda: building.generator(config, layout, classes, rngs=rng.rngs(0))),
     )
 
 
@@ -127,7 +128,7 @@ def layout_of(name: str) -> TokenLayout:
         **{key: value for key, value in encoder.items() if key != "name"}
     )
     make = functools.partial(building.build, config.quantizer, "quantizer", grid=grid)
-    return nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))).layout
+    return nnx.eval_shape(lambda: make(rngs=rng.rngs(0))).layout
 
 
 @pytest.mark.parametrize("name", [name for name, m in MODELS.items() if m.kind == "generator"])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import interfaces
+from tokgen import interfaces, rng
 from tokgen.backbones import alexnet, perceptual, vgg, weights as files
 
 EPSILON = 1e-10  # added to the length of a feature vector, as published
@@ -66,7 +66,7 @@ def from_weights(weights: files.Weights) -> LPIPS:
     weights = {_published(key): array for key, array in weights.items()}
     weights = {key: array for key, array in weights.items() if not key.startswith(UNUSED)}
     # Shapes only: drawing 15 million initial values to throw them away takes seconds.
-    trunk = nnx.eval_shape(lambda: _kind(weights)(rngs=nnx.Rngs(0)))
+    trunk = nnx.eval_shape(lambda: _kind(weights)(rngs=rng.rngs(0)))
     heads = {
         f"lin{level}.model.1.weight": (1, width, 1, 1) for level, width in enumerate(trunk.widths)
     }

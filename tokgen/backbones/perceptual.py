@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import backbones, choices, interfaces
+from tokgen import backbones, choices, interfaces, rng
 from tokgen.backbones import weights as files
 from tokgen.nn import resample
 
@@ -96,7 +96,7 @@ def of_classifier(network: type[nnx.Module], name: str, source: str) -> Distance
     """
 
     def make(weights: files.Weights) -> Logits:
-        module = nnx.eval_shape(lambda: network(rngs=nnx.Rngs(0)))
+        module = nnx.eval_shape(lambda: network(rngs=rng.rngs(0)))
         unused = re.compile("|".join(module.unused) or "$^")
         weights = {key: array for key, array in weights.items() if not unused.fullmatch(key)}
         files.fill(module.slots(), weights, what=name, source=source)

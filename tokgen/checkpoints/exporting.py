@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from tokgen import archives, output, parameters, records, runtime
+from tokgen import archives, output, parameters, records, rng, runtime
 from tokgen.checkpoints import checkpoint, imported as imports
 from tokgen.config import building, migration
 from tokgen.errors import UserError
@@ -202,8 +202,8 @@ def read(path: pathlib.Path) -> tuple[transfer.Fitting, dict]:
 
     def make():
         if "generator" in config:
-            return building.generator(config, layout, len(classes), rngs=nnx.Rngs(0))
-        return building.tokenizer(config, rngs=nnx.Rngs(0))
+            return building.generator(config, layout, len(classes), rngs=rng.rngs(0))
+        return building.tokenizer(config, rngs=rng.rngs(0))
 
     if "generator" in config and layout is None or not all(isinstance(c, str) for c in classes):
         raise UserError(f"{folder / CONFIG} must state the layout and the classes of a generator")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from flax import nnx
 
+from tokgen import rng
 from tokgen.config import building
 from tokgen.errors import UserError
 from tokgen.interfaces import Generator, Quantizer, TokenLayout
@@ -58,7 +59,7 @@ def quantizer(kind: str, side: int) -> Quantizer:
     section = dict(TOKENIZERS[kind])
     if section["name"] == "multiscale":
         section["scales"] = tuple(range(1, side + 1))
-    return building.build(section, "quantizer", grid=grid, rngs=nnx.Rngs(0))
+    return building.build(section, "quantizer", grid=grid, rngs=rng.rngs(0))
 
 
 def generator(
@@ -73,7 +74,7 @@ def generator(
     if section.get("head") == "factor":
         section["factor"] = 1
     settings = dict(generator=section, precision=dict(params="float32", compute="float32"))
-    return building.generator(settings, codec.layout, classes, rngs=nnx.Rngs(0))
+    return building.generator(settings, codec.layout, classes, rngs=rng.rngs(0))
 
 
 def reason(kind: str, codec: Quantizer) -> str:

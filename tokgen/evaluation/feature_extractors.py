@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import archives, boundary, choices, parameters, sharding
+from tokgen import archives, boundary, choices, parameters, rng, sharding
 from tokgen.backbones import features as networks
 from tokgen.data import loader, sources, views
 from tokgen.evaluation import local_classifier
@@ -132,7 +132,7 @@ def from_arrays(kept: Mapping[str, np.ndarray], about: Mapping) -> Extractor:
         raise UserError(f"the arrays of a local network lack {error}; make them again") from error
 
     def make():
-        return Local(local_classifier.PhotographClassifier(channels, classes, rngs=nnx.Rngs(0)))
+        return Local(local_classifier.PhotographClassifier(channels, classes, rngs=rng.rngs(0)))
 
     graph, params, stats = parameters.split(nnx.eval_shape(make))
     wanted = {path: leaf.shape for path, leaf in parameters.paths(params).items()}

@@ -160,7 +160,7 @@ def load_or_train(
     recipe = Recipe(STEPS, BATCH, RATE, ema=0.995)
 
     def make():
-        rngs = nnx.Rngs(rng.key(seed, "init"))
+        rngs = rng.rngs(rng.key(seed, "init"))
         return ShapeClassifier(size, channels, len(shapes.CLASSES), rngs=rngs)
 
     def train():
@@ -200,7 +200,7 @@ def of_images(
     classes = len(source.classes) or turns_of(size)
 
     def make():
-        return PhotographClassifier(channels, classes, rngs=nnx.Rngs(rng.key(seed, "init")))
+        return PhotographClassifier(channels, classes, rngs=rng.rngs(rng.key(seed, "init")))
 
     def train():
         view = views.fixed("center", size, channels)

@@ -37,12 +37,15 @@ from tokgen.nn import (
     dropout,
     embeddings,
     heads as head_names,
+    linear,
     positions as position_names,
     transformer,
     variants,
 )
 from tokgen.nn.precision import Precision
 from tokgen.orders import random
+
+LAYERS = 32  # of all windows together, that are compiled for a CPU
 
 
 class Generator(nnx.Module):
@@ -188,9 +191,20 @@ class Generator(nnx.Module):
         return optax.softmax_cross_entropy_with_integer_labels(logits_BLGV, targets_BLG).sum(-1)
 
     def unstacked(self) -> Generator:
-        """A copy for decoding, with the layers of the transformer and of the head apart."""
+        """A copy for decoding, with the layers of the transformer and of the head apart.
+
+        What lies on a CPU is in panels, as far as it isn't traced: a step has few rows.
+        """
         apart = transformer.unstacked(self, "transformer")
         apart.head = transformer.unstacked(self.head, *self.head.stacks)
+        linear.panelled(apart.transformer, but=("modulation",))
+        linear.panelled(apart.head, but=("logits",))  # a stack of maps
+        if linear.on_cpu(self.embeddings.table[...]):
+            # XLA updates no bfloat16 in place on a CPU, and multiplies it as float32
+            apart.transformer.cached = jnp.dtype("float32")
+            # every window is compiled, layer by layer, and a core gains little from the next one
+            windows = max(1, LAYERS // self.transformer.depth)
+            apart.window = max(self.window, -(-(self.layout.length - 1) // windows))
         return apart
 
     def plan(self) -> tuple[Phase, ...]:
@@ -214,9 +228,24 @@ class Generator(nnx.Module):
             order_BL=self.orders(keys_B),
             cond=cond,
             keys_B=keys_B,
-            modulation=self._modulation(cond),
             cache=self.transformer.cache(len(keys_B)),
         )
+
+    def told(
+        self, cond: PyTree, phase: Phase, index: jax.Array | int, steps: int
+    ) -> tuple[jax.Array, ...] | None:
+        """What adaptive blocks need at the slots of some steps, where it stays within budget."""
+        slots_l = self.conditioning.slots - 1 + phase.place(index) + jnp.arange(steps)
+        if phase.first == 0:
+            slots_l = jnp.arange(self.conditioning.slots)
+        shape = jax.eval_shape(self.conditioning.adapt, cond, slots_l)
+        if shape is None:
+            return None
+        # the tables of slots are the same for all rows, the sum is not
+        size = 6 * shape.size * self.transformer.depth
+        if size * self.transformer.precision.compute_dtype.itemsize > self.budget:
+            return None
+        return self.transformer.modulation(self.conditioning.adapt(cond, slots_l))
 
     def step(
         self, state: DecodeState, phase: Phase, index: jax.Array | int, codec: Quantizer, draw: Draw
@@ -351,14 +380,6 @@ class Generator(nnx.Module):
         added_BlD, rotary = positions(order_BL, slots_l)
         inputs_BlD = inputs_BlD if added_BlD is None else inputs_BlD + added_BlD
         told = self.conditioning.adapt(cond, slots_l)
-        if modulation is not None:
-            count = len(slots_l)
-            modulation = tuple(
-                layer  # one for all slots
-                if layer.shape[-3] == 1
-                else jax.lax.dynamic_slice_in_dim(layer, slots_l[0], count, axis=layer.ndim - 3)
-                for layer in modulation
-            )
         return self.transformer(
             inputs_BlD,
             cond=told,
@@ -370,15 +391,3 @@ class Generator(nnx.Module):
             slots=slots,
             key=key,
         )
-
-    def _modulation(self, cond):
-        """What adaptive blocks need at every slot, computed once, where it stays within budget."""
-        slots_S = jnp.arange(self.conditioning.slots - 1 + self.layout.length)
-        shape = jax.eval_shape(self.conditioning.adapt, cond, slots_S)
-        if shape is None:
-            return None
-        # the tables of slots are the same for all rows, the sum is not
-        size = 6 * shape.size * self.transformer.depth
-        if size * self.transformer.precision.compute_dtype.itemsize > self.budget:
-            return None
-        return self.transformer.modulation(self.conditioning.adapt(cond, slots_S))

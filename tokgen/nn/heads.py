@@ -225,7 +225,7 @@ class Factor(nnx.Module):
         self.norm = variant.norm(width, **some)
 
         def make(key):
-            return linear.Linear(width, V, std=None, precision=precision, rngs=nnx.Rngs(key))
+            return linear.Linear(width, V, std=None, precision=precision, rngs=rng.rngs(key))
 
         self.logits = jax.vmap(make)(rng.numbered(rngs.params(), G))
 

@@ -32,11 +32,11 @@ class Transformer(nnx.Module):
         self.depth, self.heads = config.depth, config.heads
         self.size = config.width // config.heads
         self.rates, self.remat, self.unroll = config.rates, config.remat, config.unroll
-        self.precision = precision
+        self.precision, self.cached = precision, precision.compute_dtype
 
     def cache(self, rows: int) -> tuple[attention.KVCache | attention.StackedCache, ...]:
         """An empty cache per layer; of stacked layers, one for all."""
-        dtype = self.precision.compute_dtype
+        dtype = self.cached
         if not isinstance(self.blocks, nnx.List):
             shape = rows, self.depth, self.heads, self.size
             return (attention.StackedCache.empty(*shape, dtype),)
@@ -141,7 +141,7 @@ class UShaped(nnx.Module):
         self.blocks = _stacked(config, self.depth, precision=precision, rngs=rngs)
 
         def make(key):
-            options = dict(std=config.variant.std, precision=precision, rngs=nnx.Rngs(key))
+            options = dict(std=config.variant.std, precision=precision, rngs=rng.rngs(key))
             return linear.Linear(2 * width, width, bias=True, **options)
 
         self.skips = jax.vmap(make)(rng.numbered(rngs.params(), self.half))
@@ -186,7 +186,8 @@ class UShaped(nnx.Module):
 
 
 def unstacked(owner: nnx.Module, *names: str) -> nnx.Module:
-    """A copy of a module in which its stacks of these names are taken apart."""
+    """A copy of a module in which its stacks of these names are taken apart; one that is apart
+    already is shared."""
     apart = jax.tree.map(lambda leaf: leaf, owner)
     for name in names:
         setattr(apart, name, getattr(owner, name).unstacked())
@@ -201,7 +202,7 @@ def _stacked(
         raise UserError(f"heads must divide width: width={config.width}, heads={config.heads}")
 
     def make(key):
-        return config.variant.block(config, precision=precision, rngs=nnx.Rngs(key))
+        return config.variant.block(config, precision=precision, rngs=rng.rngs(key))
 
     return jax.vmap(make)(rng.numbered(rngs.params(), depth))
 

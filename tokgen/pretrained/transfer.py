@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from tokgen import archives, parameters as parameters_
+from tokgen import archives, parameters as parameters_, rng
 from tokgen.config import building, reading as configs
 from tokgen.interfaces import TokenLayout, UserError
 from tokgen.pretrained import entries, keymap, system as systems
@@ -296,10 +296,10 @@ def _fit(
     config, layout, classes = sizes(weights, system, name, published, source=source)
     configs.override(config, overrides)
     if layout is None:
-        make = nnx.eval_shape(lambda: building.tokenizer(config, rngs=nnx.Rngs(0)))
+        make = nnx.eval_shape(lambda: building.tokenizer(config, rngs=rng.rngs(0)))
         layout = make.layout
     else:
-        make = nnx.eval_shape(lambda: building.generator(config, layout, classes, rngs=nnx.Rngs(0)))
+        make = nnx.eval_shape(lambda: building.generator(config, layout, classes, rngs=rng.rngs(0)))
     rows = list(system.rows(make))
     weights, aside = keymap.split(weights, system.aside)
     dtype, dtypes = _dtypes(weights)

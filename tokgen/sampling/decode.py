@@ -8,6 +8,7 @@ the same tokens (classifier-free guidance, arXiv:2207.12598).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -101,7 +102,11 @@ def generate(
         weak = against.start(cond, codec, keys_B=keys_B, given=given)
 
     def step(
-        state: DecodeState, weak: DecodeState | None, phase: Phase, index: Array | int
+        state: DecodeState,
+        weak: DecodeState | None,
+        told: tuple[PyTree, PyTree],
+        phase: Phase,
+        index: Array | int,
     ) -> tuple[DecodeState, DecodeState | None]:
         double = len(state.tokens_BLG) == 2 * B
         weight = None if weights is None else jnp.asarray(weights, jnp.float32)[index]
@@ -134,11 +139,11 @@ def generate(
                 return seen["drawn"]
 
             # both networks must see the same token, so the weak one's step is taken in the draw
-            seen["weak"] = against.step(weak, phase, index, codec, draw_weak)
+            seen["weak"] = _stepped(against, weak, told[1], phase, index, codec, draw_weak)
             return seen["drawn"]
 
         network, state = sharding.step_by_step(generator, state)
-        state = network.step(state, phase, index, codec, draw)
+        state = _stepped(network, state, told[0], phase, index, codec, draw)
         flags = {name: seen[name] for name in ("invalid_B", "near_B")}
         flags = _twice(flags) if double else flags
         flags = {name: getattr(state, name) | flag for name, flag in flags.items()}
@@ -149,25 +154,53 @@ def generate(
         if double and phase.first >= guided:
             state, double = _first(state, B), False
         state, weak = (_grow(s, phase.slots, plan[-1].slots) for s in (state, weak))
+
+        def tell(
+            index: Array | int,
+            steps: int,
+            phase: Phase = phase,
+            states: tuple[DecodeState, DecodeState | None] = (state, weak),
+        ) -> tuple[PyTree, PyTree]:
+            return tuple(
+                None if state is None else _told(network, state, B, phase, index, steps)
+                for network, state in zip((generator, against), states, strict=True)
+            )
+
         if phase.steps == 1 or observe is not None:
             for index in range(phase.first, phase.first + phase.steps):
                 if observe is not None:
                     observe(_first(state, B), index)
-                state, weak = step(state, weak, phase, index)
+                state, weak = step(state, weak, tell(index, 1), phase, index)
             continue
 
-        def body(
-            carry: PyTree,
-            index: Array,
-            phase: Phase = phase,
-            fixed: tuple[DecodeState, DecodeState | None] = (state, weak),
-        ):
-            state, weak = (_insert(*pair) for pair in zip(fixed, carry, strict=True))
-            state, weak = step(state, weak, phase, index)
-            return (_carried(state), _carried(weak)), None
+        # of shapes alone: what is the same at all steps is asked for once
+        two = jax.eval_shape(functools.partial(tell, phase.first, 2))
+        span = _span(phase.steps) if _changes(two) else phase.steps
 
-        indices = jnp.arange(phase.first, phase.first + phase.steps)
-        carry, _ = jax.lax.scan(body, (_carried(state), _carried(weak)), indices)
+        def several(
+            carry: PyTree,
+            first: Array | int,
+            phase: Phase = phase,
+            span: int = span,
+            fixed: tuple[DecodeState, DecodeState | None] = (state, weak),
+            tell: Callable[[Array | int, int], tuple[PyTree, PyTree]] = tell,
+        ):
+            told = tell(first, span)
+
+            def body(carry: PyTree, offset: Array):
+                state, weak = (_insert(*pair) for pair in zip(fixed, carry, strict=True))
+                now = tuple(_at(each, offset) for each in told)
+                state, weak = step(state, weak, now, phase, first + offset)
+                return (_carried(state), _carried(weak)), None
+
+            return jax.lax.scan(body, carry, jnp.arange(span))
+
+        carry = (_carried(state), _carried(weak))
+        if span == phase.steps:
+            carry, _ = several(carry, phase.first)
+        else:
+            firsts = jnp.arange(phase.first, phase.first + phase.steps, span)
+            carry, _ = jax.lax.scan(several, carry, firsts)
         state, weak = (_insert(*pair) for pair in zip((state, weak), carry, strict=True))
     return _first(state, B)
 
@@ -213,6 +246,62 @@ def _split(plan: tuple[Phase, ...], guided: int) -> list[Phase]:
         inside = phase.first < guided < phase.first + phase.steps
         phases.extend(phase.split(guided) if inside else (phase,))
     return phases
+
+
+SPAN = 32  # steps at most for which at once is computed what a generator computes beforehand
+
+
+def _span(steps: int) -> int:
+    """Of a phase of `steps`, how many are told at once: as many in each turn, if not too few."""
+    span = max(count for count in range(1, SPAN + 1) if steps % count == 0)
+    return span if span >= min(steps, SPAN // 4) else steps
+
+
+def _told(
+    generator: Generator, state: DecodeState, B: int, phase: Phase, index: Array | int, steps: int
+) -> PyTree:
+    """What a generator computes beforehand for some steps; of the null rows, for the first."""
+    ask, rows = getattr(generator, "told", None), len(state.tokens_BLG)
+
+    def all_rows(leaf):
+        null = jnp.broadcast_to(leaf[-1:], (rows - len(leaf), *leaf.shape[1:]))
+        return jnp.concatenate([leaf, null]) if len(leaf) < rows else leaf
+
+    if ask is None:
+        return None
+    return jax.tree.map(all_rows, ask(_first(state.cond, B + 1), phase, index, steps))
+
+
+def _changes(told: PyTree) -> bool:
+    """Whether it differs from step to step."""
+    return any(leaf.shape[-3] > 1 for leaf in jax.tree.leaves(told))
+
+
+def _at(told: PyTree, offset: Array) -> PyTree:
+    """Of what was told for several steps, that of one."""
+
+    def one(leaf):
+        if leaf.shape[-3] == 1:
+            return leaf
+        return jax.lax.dynamic_slice_in_dim(leaf, offset, 1, axis=leaf.ndim - 3)
+
+    return jax.tree.map(one, told)
+
+
+def _stepped(
+    generator: Generator,
+    state: DecodeState,
+    told: PyTree,
+    phase: Phase,
+    index: Array | int,
+    codec: Quantizer | None,
+    draw: interfaces.Draw,
+) -> DecodeState:
+    """The state after a step, for which `told` is the modulation, if anything is told."""
+    if told is None:
+        return generator.step(state, phase, index, codec, draw)
+    before, state = state.modulation, state.replace(modulation=told)
+    return generator.step(state, phase, index, codec, draw).replace(modulation=before)
 
 
 def _first(tree, count: int):

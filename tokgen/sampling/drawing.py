@@ -103,6 +103,7 @@ def drawn(
     mesh = sharding.current()
     batch = even(N, batch, sharding.ways(mesh))
     memory.check(generator, tokenizer.quantizer, cond, sampler, batch, mesh)
+    generator = decode.laid_out(generator)  # once, and not in every call of the program
     with report.bar(N, unit="image", what=what, shown=bool(what), delay=delay) as bar:
         for start in range(0, N, batch):
             rows = slice(start, start + batch)

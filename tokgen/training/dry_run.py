@@ -54,7 +54,7 @@ def tokenizer(
     gan = building.call(gans.GAN, settings.discriminator, "discriminator")
     limits = building.call(safeguards.Limits, settings.get("safeguards", {}), "safeguards")
     sharding.check_batch(settings.batch_size, mesh)
-    shapes = nnx.eval_shape(lambda: building.tokenizer(settings, rngs=nnx.Rngs(0)))
+    shapes = nnx.eval_shape(lambda: building.tokenizer(settings, rngs=rng.rngs(0)))
     stages.check(plan, shapes)
     begin, _ = gan.steps(settings.steps)
     batch = _pictures(settings, text)
@@ -93,7 +93,7 @@ def generator(
     )
 
     def make():
-        rngs = nnx.Rngs(rng.key(settings.seed, "init"))
+        rngs = rng.rngs(rng.key(settings.seed, "init"))
         return building.generator(settings, layout, classes, rngs=rngs)
 
     shapes = nnx.eval_shape(make)

@@ -38,7 +38,7 @@ def create(
     seed, steps = settings.seed, settings.steps
     train_state.average_of(settings.get("average", "muse"))
     graph, model = train_state.create(
-        lambda: building.tokenizer(settings, rngs=nnx.Rngs(rng.key(seed, "init"))),
+        lambda: building.tokenizer(settings, rngs=rng.rngs(rng.key(seed, "init"))),
         stages.optimizer(settings, stage),
         mesh=mesh,
         strategy=settings.strategy,
@@ -53,7 +53,7 @@ def create(
         steps=steps - gan.steps(steps)[0],
     )
     discriminator_graph, discriminator = train_state.create(
-        lambda: gans.build(gan, settings, rngs=nnx.Rngs(rng.key(seed, "init", 1))),
+        lambda: gans.build(gan, settings, rngs=rng.rngs(rng.key(seed, "init", 1))),
         optimizer,
         mesh=mesh,
     )

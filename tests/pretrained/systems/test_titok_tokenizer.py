@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tokgen import rng
 from tokgen.config import building as configs
 from tokgen.interfaces import UserError
 from tokgen.pretrained import entries, keymap, parity, transfer
@@ -72,7 +73,7 @@ TEXT = {
 )
 def test_published_sizes_without_a_configuration(weights, tensors, parameters, heads):
     config = titok.settings({}, weights)
-    module = nnx.eval_shape(lambda: configs.tokenizer(config, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: configs.tokenizer(config, rngs=rng.rngs(0)))
     assert transfer.parameters(module) == parameters
     assert config.view.size == (256, 256) and config.encoder.heads == 12
     decoder = module.decoder.codes if "codes" in config.decoder else module.decoder

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tokgen import rng
 from tokgen.discriminators import patchgan
 from tokgen.pretrained import keymap
 from tokgen.pretrained.system import Weights
@@ -73,7 +74,7 @@ def patchgan_pair(
 ) -> tuple[nnx.Module, nnx.Module]:
     """(the network as it trains, the network with its running statistics put in)."""
     training = filled(
-        lambda: patchgan.Discriminator(channels, width, layers, rngs=nnx.Rngs(0)),
+        lambda: patchgan.Discriminator(channels, width, layers, rngs=rng.rngs(0)),
         patchgan_rows,
         weights,
         file,
@@ -92,7 +93,7 @@ def patchgan_pair(
         rows += keymap.pair(conv, f"convs/{n}", keymap.CONV)
     rows += keymap.pair(f"main.{3 * layers + 2}", "last", keymap.CONV)
     evaluating = filled(
-        lambda: patchgan.Discriminator(channels, width, layers, norm="none", rngs=nnx.Rngs(0)),
+        lambda: patchgan.Discriminator(channels, width, layers, norm="none", rngs=rng.rngs(0)),
         lambda network: rows,
         folded,
         file,

@@ -5,9 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from tokgen import losses
+from tokgen import losses, rng
 from tokgen.discriminators import patchgan, stylegan
 from tokgen.pretrained import keymap
 from tokgen.pretrained.families import discriminators
@@ -92,7 +91,7 @@ def disc_stylegan(folder) -> Weights:
     widths = discriminators.widths(size, channels)
     network = discriminators.filled(
         lambda: stylegan.Discriminator(
-            real.shape[3], size, widths, form="strided", rngs=nnx.Rngs(0)
+            real.shape[3], size, widths, form="strided", rngs=rng.rngs(0)
         ),
         strided_rows,
         reader.read(file),

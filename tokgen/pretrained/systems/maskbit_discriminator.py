@@ -5,9 +5,8 @@ from __future__ import annotations
 import pathlib
 
 import jax.numpy as jnp
-from flax import nnx
 
-from tokgen import losses
+from tokgen import losses, rng
 from tokgen.discriminators import blur
 from tokgen.pretrained import keymap
 from tokgen.pretrained.families import discriminators
@@ -80,7 +79,7 @@ def _blur(weights: Weights, options: dict, file: str | pathlib.Path) -> blur.Dis
             options["num_stages"],
             down,
             activation,
-            rngs=nnx.Rngs(0),
+            rngs=rng.rngs(0),
         ),
         blur_rows,
         weights,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from flax import nnx
 
-from tokgen import losses
+from tokgen import losses, rng
 from tokgen.discriminators import stylegan
 from tokgen.pretrained import keymap
 from tokgen.pretrained.families import discriminators
@@ -44,7 +43,7 @@ def maskgit_discriminator(folder) -> Weights:
                 size,
                 discriminators.widths(size, folder.setting("filters")),
                 form=form,
-                rngs=nnx.Rngs(0),
+                rngs=rng.rngs(0),
             ),
             maskgit_rows,
             weights,
