@@ -196,4 +196,4 @@ def test_eight_devices_measure_an_eighth_each(monkeypatch):
     assert len(work) == len(programs)
     assert work["_seen"][8] == work.pop("_seen")[1]  # of eight times as many images in a batch
     for name, flops in work.items():
-        assert flops[8] < 0.17 * flops[1], name
+        assert flops[8] < 0.2 * flops[1], name
