@@ -65,9 +65,9 @@ class Mark:
     def __getitem__(self, row: int) -> Mark:
         return dataclasses.replace(self, rows=(*self.rows, row))
 
-    def of(self, array: jax.Array) -> jax.Array:
-        """What is marked, of the array that is at `path`."""
-        return array[self.rows].astype(self.dtype) if self.rows else array.astype(self.dtype)
+    def of(self, array: np.ndarray, layer: bool = False) -> np.ndarray:
+        """What is marked, of the array that is at `path`; or of its right layer alone."""
+        return array[self.rows[layer:]].astype(self.dtype, copy=False)
 
 
 def marked(module: nnx.Module) -> nnx.Module:

@@ -130,6 +130,11 @@ def of_parameter(
     return NamedSharding(mesh, spec(path, shape, strategy, mesh))
 
 
+def of_network(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The sharding of a parameter of what draws or measures: over `fsdp` and `tensor`, if used."""
+    return of_parameter(path, shape, "tensor", mesh)
+
+
 def replicated(mesh) -> NamedSharding:
     """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

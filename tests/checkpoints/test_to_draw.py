@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from tests import recipes
-from tokgen import parameters, rng
-from tokgen.checkpoints import checkpoint, run as runs
+from tokgen import parameters, rng, sharding
+from tokgen.checkpoints import checkpoint, run as runs, stream
 from tokgen.config import building
 from tokgen.sampling import drawing, presets
 
@@ -103,6 +103,64 @@ def test_tokens_are_those_of_the_whole_network(tmp_path, reference, vocab, compu
     nbytes = [sum(leaf.nbytes for leaf in leaves) for leaves in sizes]
     assert count[0] == count[1]
     assert nbytes[1] < 0.9 * nbytes[0] if compute == "bfloat16" else nbytes[1] == nbytes[0]
+
+
+@pytest.mark.parametrize("layered", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_network_is_loaded_piece_by_piece_into_its_shards(tmp_path, monkeypatch, layered):
+    """A step that was written layer by layer is read so, and no device holds all of it."""
+    step, codec = saved(tmp_path / "whole", *FAMILIES[2])
+    if layered:
+        step = rewritten(step, tmp_path / "pieces")
+    alone = checkpoint.load_generator(step, compute="float32")
+    tokens_BLG = drawn(alone, codec)
+    sizes, read = [], checkpoint.pieces.read
+
+    def watched(*words):
+        for path, layer, numbers in read(*words):
+            sizes.append(numbers.size)
+            yield path, layer, numbers
+
+    monkeypatch.setattr(checkpoint.pieces, "read", watched)
+    with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
+        shared = checkpoint.load_to_draw(step, compute="float32")
+        np.testing.assert_array_equal(drawn(shared, codec), tokens_BLG)
+    leaves = jax.tree.leaves(shared.module)
+    most = max(leaf.size for leaf in leaves)
+    assert max(sizes) == most if layered else max(sizes) > most
+    kernels = [leaf for leaf in leaves if leaf.size >= 32 * 32]
+    assert kernels and all(leaf.addressable_shards[0].data.size < leaf.size for leaf in kernels)
+    assert shared.fingerprint == alone.fingerprint
+
+
+def rewritten(step, folder):
+    """The step of a run whose leaves are written layer by layer, as an import writes them."""
+    meta = checkpoint.read_meta(step)
+    found = checkpoint.load(step)
+    params = parameters.paths(parameters.split(found.module)[1])
+    leaves = {f"model/params/{path}": np.asarray(leaf) for path, leaf in params.items()}
+    leaves |= {f"model/{name}": np.zeros((), np.int32) for name in ("step", "skipped")}
+
+    def pieces():
+        for path, leaf in leaves.items():
+            if "/blocks/" in path:
+                yield from ((path, layer, row) for layer, row in enumerate(leaf))
+            else:
+                yield path, None, leaf
+
+    shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+    run = runs.start(
+        folder,
+        found.config,
+        kind="generator",
+        layout=found.layout,
+        classes=found.classes,
+        best="imported",
+        data="",
+    )
+    run.save_stream(0, stream.Stream(shapes, pieces()), {"imported": 0.0})
+    run.close()
+    assert meta["manifest"] == checkpoint.read_meta(run.folder(0))["manifest"]
+    return run.folder(0)
 
 
 def test_norms_and_tables_keep_their_dtype(tmp_path):

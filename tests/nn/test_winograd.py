@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tokgen import sharding
 from tokgen.nn import winograd
 
 
@@ -83,6 +84,38 @@ def test_bfloat16_is_rounded_once():
     assert found.dtype == jnp.bfloat16
     exact = windows(np.asarray(x, np.float32), np.asarray(kernel, np.float32))
     np.testing.assert_allclose(np.asarray(found, np.float32), exact, rtol=2**-8, atol=1e-3)
+
+
+def test_layers_of_one_size_are_one_program_and_hold_what_one_needs():
+    x, kernel = jnp.zeros((1, 16, 16, 64)), jnp.zeros((3, 3, 64, 64))
+
+    def layers(count):
+        def network(x, kernels):
+            for kernel in kernels:
+                x = jnp.tanh(winograd.same(x, kernel))
+            return x
+
+        compiled = jax.jit(network).lower(x, [kernel] * count).compile()
+        return compiled.memory_analysis().temp_size_in_bytes, compiled.as_text().count(" call(")
+
+    (one, _), (four, calls) = layers(1), layers(4)
+    # the sums of a layer's weights are twice as large as the weights, the map is less than half
+    assert one > 2 * kernel.nbytes and four < one + kernel.nbytes and calls >= 4
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_images_over_devices_need_no_others(name, monkeypatch):
+    monkeypatch.setattr(winograd, "WHOLE", 0)
+    fast, plain, _ = FORMS[name]
+    mesh = sharding.make_mesh()
+    x, kernel = drawn(len(mesh.devices.flat), 8, 4, 32), drawn(3, 3, 32, 16, seed=1)
+    program = jax.jit(lambda x, kernel: fast(x, kernel))
+    laid = sharding.global_batch({"image": x}, mesh)["image"]
+    compiled = program.lower(laid, kernel).compile()
+    assert not any(word in compiled.as_text() for word in ("all-gather", "all-reduce", "permute"))
+    found = compiled(laid, jnp.asarray(kernel))
+    assert found.sharding.is_equivalent_to(laid.sharding, 4)
+    np.testing.assert_allclose(found, plain(x, kernel), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -21,7 +21,7 @@ import logging
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from tokgen import parameters, records, report, rng, runtime, sharding
-from tokgen.checkpoints import manifest
+from tokgen.checkpoints import manifest, pieces
 from tokgen.config import building as configs, migration
 from tokgen.interfaces import PyTree, TokenLayout, UserError
 from tokgen.pretrained import hub
@@ -272,21 +272,7 @@ def restored(
     step: pathlib.Path, wanted: dict[str, Any], meta: dict
 ) -> Iterator[tuple[str, jax.Array]]:
     """As `restore`, leaf by leaf: who lets go of them has few in memory at a time."""
-    if wrong := manifest.misfit(step):
-        raise _damaged(step, wrong)
-    record, problems = meta["manifest"], []
-    for path, leaf in wanted.items():
-        if path not in record:
-            problems.append(f"{path}: absent there, {tuple(leaf.shape)} here")
-            continue
-        there = (tuple(record[path]["shape"]), record[path]["dtype"])
-        if there != (tuple(leaf.shape), str(leaf.dtype)):
-            problems.append(f"{path}: {there} there, {(tuple(leaf.shape), str(leaf.dtype))} here")
-    if problems:
-        shown = "\n  ".join(problems[:10])
-        raise UserError(f"checkpoint {step} holds other arrays than this model:\n  {shown}")
-    # arrays have the names there that they were written with
-    names = {path: name(meta.get("written", {}).get(path, path)) for path in wanted}
+    record, names = meta["manifest"], _named(step, wanted, meta)
     logging.getLogger("absl").setLevel(logging.ERROR)
     folder, checkpointer = (step / "state").absolute(), ocp.PyTreeCheckpointer()
     with _readable(step):
@@ -321,6 +307,25 @@ def restored(
         # Orbax's futures refer to each other, and to what they read
         if sum(map(_bytes, group.values())) > TOGETHER // 4:
             gc.collect()
+
+
+def _named(step: pathlib.Path, wanted: Mapping[str, Any], meta: dict) -> dict[str, str]:
+    """What leaves are called in the store; an error where it does not hold them as wanted."""
+    if wrong := manifest.misfit(step):
+        raise _damaged(step, wrong)
+    record, problems = meta["manifest"], []
+    for path, leaf in wanted.items():
+        if path not in record:
+            problems.append(f"{path}: absent there, {tuple(leaf.shape)} here")
+            continue
+        there = (tuple(record[path]["shape"]), record[path]["dtype"])
+        if there != (tuple(leaf.shape), str(leaf.dtype)):
+            problems.append(f"{path}: {there} there, {(tuple(leaf.shape), str(leaf.dtype))} here")
+    if problems:
+        shown = "\n  ".join(problems[:10])
+        raise UserError(f"checkpoint {step} holds other arrays than this model:\n  {shown}")
+    # arrays have the names there that they were written with
+    return {path: name(meta.get("written", {}).get(path, path)) for path in wanted}
 
 
 def _bytes(leaf: Any) -> int:
@@ -646,8 +651,7 @@ def _loaded(
     _, params, stats = parameters.split(nnx.eval_shape(make))
     averaged = any(p.startswith("model/ema/") for p in meta["manifest"])
     which = which or ("ema" if averaged else "params")
-    mesh = sharding.make_mesh()
-    whole = sharding.replicated(mesh)
+    mesh = sharding.current()
     # averages are float32 whatever the parameters are
     wanted = {
         f"model/{which}/{p}": _as_recorded(leaf, meta["manifest"].get(f"model/{which}/{p}"))
@@ -656,10 +660,6 @@ def _loaded(
         for p, leaf in parameters.paths(params).items()
     }
     wanted.update({f"model/stats/{p}": leaf for p, leaf in parameters.paths(stats).items()})
-    wanted = {
-        p: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
-        for p, leaf in wanted.items()
-    }
     graph, *trees = parameters.split(form(parameters.marked(nnx.eval_shape(make))))
     users: dict[str, list] = {}
     for number, tree in enumerate(trees):
@@ -668,10 +668,16 @@ def _loaded(
             stored = f"model/{which if part == 'params' else part}/{inside}"
             users.setdefault(stored, []).append((number, ours, mark))
     wanted = {path: leaf for path, leaf in wanted.items() if path in users}
+    apart = {path for path, uses in users.items() if all(mark.rows for *_, mark in uses)}
     filled: list[dict[str, jax.Array]] = [{}, {}]
-    for path, leaf in restored(step, wanted, meta):
+    for path, layer, numbers in _pieces(step, wanted, meta, apart):
         for number, ours, mark in users[path]:
-            filled[number][ours] = mark.of(leaf)
+            if layer is not None and mark.rows[0] != layer:
+                continue
+            found, where = mark.of(numbers, layer is not None), sharding.replicated(mesh)
+            if meta["kind"] == "generator" and number == 0:
+                where = sharding.of_network(ours, found.shape, mesh)
+            filled[number][ours] = jax.device_put(found, where)
     params, stats = (unflatten(*pair) for pair in zip(trees, filled, strict=True))
     return Loaded(
         module=parameters.merge(graph, params, stats),
@@ -682,6 +688,17 @@ def _loaded(
         meta=meta,
         fingerprint=fingerprint(meta, which),
     )
+
+
+def _pieces(
+    step: pathlib.Path, wanted: Mapping[str, Any], meta: dict, apart: Collection[str]
+) -> Iterator[pieces.Piece]:
+    """Leaves of a step as `pieces.read` gives them."""
+    names = _named(step, wanted, meta)
+    with _readable(step):
+        yield from pieces.read(
+            *((step / "state").resolve(), wanted, meta["manifest"], names.__getitem__, apart)
+        )
 
 
 def fingerprint(meta: dict, which: str) -> str:

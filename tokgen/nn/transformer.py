@@ -32,7 +32,7 @@ class Transformer(nnx.Module):
         self.depth, self.heads = config.depth, config.heads
         self.size = config.width // config.heads
         self.rates, self.remat, self.unroll = config.rates, config.remat, config.unroll
-        self.precision = precision
+        self.precision, self.cached = precision, precision.compute_dtype
 
     def cache(
         self, rows: int, groups: int | None = None
@@ -41,7 +41,7 @@ class Transformer(nnx.Module):
 
         In that, the heads lie side by side in so many groups; None: each by itself.
         """
-        dtype = self.precision.compute_dtype
+        dtype = self.cached
         if not isinstance(self.blocks, nnx.List):
             groups = groups or self.heads
             shape = rows, self.depth, groups, self.heads * self.size // groups

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import xla_metadata
 
 # Sizes from which the products saved cost more than the sums that save them, and their compiling
 LEAST = 96  # channels
@@ -96,8 +97,10 @@ def _in_strips(rows: Callable, x_BHWI: jax.Array, scale: int) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(y_BHWO, part_BhWO, start, axis=1), None
 
     channels = jax.eval_shape(rows, x_BHWI).shape[-1]
-    empty_BHWO = jnp.zeros((B, scale * H, scale * W, channels), x_BHWI.dtype)
-    return jax.lax.scan(strip, empty_BHWO, jnp.arange(0, H, size))[0]
+    # any number: all are written over. One of the map's, since equal zeros of several layers would
+    # be made once, at the start, and copied
+    any_BHWO = jnp.broadcast_to(x_BHWI[:, :1, :1, :1], (B, scale * H, scale * W, channels))
+    return jax.lax.scan(strip, any_BHWO, jnp.arange(0, H, size))[0]
 
 
 def _doubled_inputs(x_BHWI: jax.Array, places: int, *, axis: int) -> list[jax.Array]:
@@ -161,9 +164,15 @@ def _matrices(points: Sequence[float], taps: int) -> tuple[np.ndarray, np.ndarra
 def _lowered(fewer: Callable, plain: Callable) -> Callable:
     """`fewer` where a CPU computes, `plain` elsewhere, and the derivatives of `plain`."""
 
+    fewer = jax.jit(fewer)
+
     def wide(x_BHWI: jax.Array, kernel_hwIO: jax.Array) -> jax.Array:
         # float32: sums of eight bits would lose what the plain form keeps
-        y_BHWO = fewer(x_BHWI.astype(jnp.float32), kernel_hwIO.astype(jnp.float32))
+        x_wide, kernel_wide = x_BHWI.astype(jnp.float32), kernel_hwIO.astype(jnp.float32)
+        # Called, not written out at every layer: what has the same sizes is compiled once, and the
+        # sums of a layer's weights are held while it computes, not from the start
+        with xla_metadata.set_xla_metadata(inlineable="false"):
+            y_BHWO = fewer(x_wide, kernel_wide)
         return y_BHWO.astype(x_BHWI.dtype)
 
     @jax.custom_jvp
