@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 
 from tests import recipes
-from tokgen import parameters, rng, sharding, tokens
+from tokgen import parameters, rng, runtime, sharding, tokens
 from tokgen.config import building
 from tokgen.data import online_tokens
+from tokgen.errors import UserError
 from tokgen.evaluation import feature_extractors, local_classifier, validation
 from tokgen.sampling import decode, drawing, sampler as samplers
 
@@ -131,6 +132,19 @@ def test_a_network_over_several_devices_is_whole_on_none(name, strategy, sizes):
     gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", entry)
     if len(module.plan()) < decode.steps(module):  # what is one loop has no step outside of it
         assert large and not [s for s in gathered if sorted(map(int, s.split(","))) in large]
+
+
+def test_a_command_is_told_how_devices_share_the_work():
+    with runtime.over("2,-1,2"):
+        assert dict(sharding.current().shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert sharding.ways(sharding.current()) == 8
+    for text, words in (
+        ("8", "three numbers"),
+        ("1,2,x", "three numbers"),
+        ("3,1,1", "devices = 8"),
+    ):
+        with pytest.raises(UserError, match=words), runtime.over(text):
+            raise AssertionError("it was taken")
 
 
 class Seer(nnx.Module):

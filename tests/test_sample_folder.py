@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import types
 
 import numpy as np
@@ -192,6 +193,24 @@ def test_killed_while_it_is_put_together_it_is_put_together_by_the_next_call(
             assert _run(out, *TOTAL) == whole, (name, nth)
             assert sorted(os.listdir(out)) == sorted(whole), (name, nth)
     assert ended > 25 and left  # seven parts, and five files of the whole
+
+
+def test_one_part_is_in_memory_while_they_are_put_together(painted, tmp_path, monkeypatch):
+    total, size = 1600, (64, 48)
+    monkeypatch.setattr(sample_parts, "EACH", 40)
+    for start, stop in sample_parts.bounds(total):
+        image_BHW3 = np.full((stop - start, *size, 3), start % 256, np.uint8)
+        part = {"image": image_BHW3, "tokens": np.zeros((stop - start, 2, 1), np.int32)}
+        sample_parts.save(tmp_path, start, part | {"near": np.zeros(stop - start, bool)})
+    index_KX = np.arange(0, total, 40)[:, None]  # an image of each part stands on the sheet
+    tracemalloc.start()
+    try:
+        kind_N = np.arange(total) // 40
+        sample_folder._merged(tmp_path, kind_N, index_KX, {})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "samples.npz").stat().st_size > total * 64 * 48 * 3 > 2 * peak
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2), (2, 3, 1)])
@@ -455,7 +474,7 @@ def test_samples_that_were_killed_go_on_to_the_same_images(stand_ins, monkeypatc
         stand_ins.run("killed", "--number", "3", "--seed", "1")
     # in other batches: eleven are left
     assert stand_ins.run("killed", "--number", "3", "--batch", "6") == whole
-    assert stand_ins.batches == [4, 4, 5, 5, 5]
+    assert stand_ins.batches == [4, 4, 4, 5, 5, 5]  # one was under way
     assert list(tmp_path.glob(".*")) == []
 
 

@@ -6,6 +6,7 @@ Nothing heavy is imported before a subcommand is chosen.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import itertools
@@ -105,7 +106,9 @@ def _run(name: str, words: Sequence[str]) -> None:
         command.check(args)
     for argument in options.checkpoints(parser):
         setattr(args, argument, _place(getattr(args, argument), args.yes))
-    command.run(args)
+    mesh = getattr(args, "mesh", "")
+    with runtime.over(mesh) if mesh else contextlib.nullcontext():
+        command.run(args)
 
 
 def _place(checkpoint: str, yes: bool) -> str:

@@ -27,6 +27,7 @@ EVALUATE = {
     "tokenizer": (GENERATOR, DRAWN),
     "seed": (GENERATOR, *SCORES),
     "batch": (*HELD_OUT, DRAWN),
+    "mesh": (*HELD_OUT, RECONSTRUCTED, DRAWN),
     "precision": (*HELD_OUT, RECONSTRUCTED, DRAWN),
     "lpips": (RECONSTRUCTED,),
     **dict.fromkeys(("overwrite", "protocol", "reference", "assume", "weights"), SCORES),
@@ -44,6 +45,17 @@ def checkpoint(text: str) -> str:
 def checkpoints(parser: argparse.ArgumentParser) -> list[str]:
     """The arguments of a command that are CKPTs."""
     return [action.dest for action in parser._actions if action.type is checkpoint]
+
+
+def mesh(parser: argparse._ActionsContainer) -> None:
+    """`--mesh`, of every command that draws or measures."""
+    parser.add_argument(
+        "--mesh",
+        default="",
+        metavar="DATA,FSDP,TENSOR",
+        help="how devices share the work, as 2,1,4: images over 2, a network over 4; default: "
+        "images over all, each with the whole network",
+    )
 
 
 def consent(parser: argparse._ActionsContainer) -> None:

@@ -183,6 +183,25 @@ def devices(batch_size: int = 0) -> None:
     check_platform()
 
 
+@contextlib.contextmanager
+def over(mesh: str) -> Iterator[None]:
+    """What is loaded, drawn and measured inside lies over the devices as `--mesh` says.
+
+    Raises:
+        UserError: it isn't three numbers, or other ones than there are devices.
+    """
+    import jax
+
+    from tokgen import sharding
+
+    sizes = mesh.split(",")
+    if len(sizes) != 3 or not all(size.strip().lstrip("-").isdigit() for size in sizes):
+        raise UserError(f"--mesh must be three numbers, DATA,FSDP,TENSOR, as 2,1,4; found {mesh!r}")
+    devices()
+    with jax.set_mesh(sharding.make_mesh(*map(int, sizes))):
+        yield
+
+
 def _counted(count: int) -> int:
     """Ask jax for so many CPU devices; how many there are: once it has started they stay."""
     import jax

@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 
 import numpy as np
 
@@ -250,9 +251,21 @@ def _draw(
     if done == count:
         return
     drawn: dict[int, dict[str, np.ndarray]] = {}  # of parts that are not whole yet
-    with report.bar(count, initial=done, unit="image", what=what) as bar:
+
+    def save(start: int, arrays: dict[str, np.ndarray]) -> None:
+        if png:  # first: what is in a part has its pictures
+            _save_pngs(path, settings, ready, start, arrays["image"])
+        sample_parts.save(path, start, arrays)
+
+    with (
+        report.bar(count, initial=done, unit="image", what=what) as bar,
+        futures.ThreadPoolExecutor(1) as writer,  # the devices need not wait for the disk
+    ):
+        written: list[futures.Future] = []
         for index_B, arrays in _batches(settings, ready, own, there):
             start_B = index_B // sample_parts.EACH * sample_parts.EACH
+            while written:  # what went wrong is raised here, and no more than a batch waits
+                written.pop().result()
             for start in np.unique(start_B).tolist():
                 if start in there:
                     continue
@@ -262,10 +275,10 @@ def _draw(
                     found = {n: np.concatenate([before[n], array]) for n, array in found.items()}
                 drawn[start] = found
                 if start + len(found["image"]) == min(start + sample_parts.EACH, total):
-                    if png:  # first: what is in a part has its pictures
-                        _save_pngs(path, settings, ready, start, found["image"])
-                    sample_parts.save(path, start, drawn.pop(start))
+                    written.append(writer.submit(save, start, drawn.pop(start)))
             bar.update(int((~np.isin(start_B, list(there))).sum()))
+        while written:
+            written.pop().result()
 
 
 def _batches(
@@ -340,7 +353,9 @@ def _merged(path: pathlib.Path, kind_N: np.ndarray, index_KX: np.ndarray, record
             add(made_images.coloured(part["image"]))
             note(part["tokens"])
             near += (start + np.flatnonzero(part["near"])).tolist()
-            wanted |= {i: part["image"][i - start] for i in range(start, stop) if i in wanted}
+            # copies: a view would keep its whole part in memory
+            own = [i for i in range(start, stop) if i in wanted]
+            wanted |= {i: part["image"][i - start].copy() for i in own}
             bar.update(stop - start)
     picture, _ = samples.sheet_of(wanted, index_KX, total)
     image_grid.save_png(path / "grid.png", picture)

@@ -361,6 +361,14 @@ def test_only_the_broken_image_is_flagged_and_its_token_is_in_range(row, expecte
         np.testing.assert_array_equal(tokens[::2], others[::2])
 
 
+def test_one_bad_number_among_many_flags_its_image():
+    logits = np.random.default_rng(23).normal(size=(6, 5, 2, 4096)).astype(np.float32)
+    logits[1, 4, 1, 4095], logits[3, 0, 0, 17], logits[4, 2, 1] = np.nan, np.inf, -np.inf
+    logits[5, 1, 1, 1:] = -np.inf
+    found = jax.jit(samplers.invalid)(jnp.asarray(logits))
+    np.testing.assert_array_equal(found, [False, True, False, True, True, False])
+
+
 def test_confidence_knows_neither_temperature_nor_filters():
     logits = _rows()[:2]
     keys = jax.random.split(jax.random.key(17), 2)

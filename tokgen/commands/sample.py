@@ -84,6 +84,7 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16"),
         help="of the networks; default: the preset's",
     )
+    options.mesh(parser)
 
 
 def choice_of(args: argparse.Namespace) -> presets.Choice:

@@ -41,6 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     score.add_argument("--noise", type=float, help="of a masked generator's choice of tokens")
     score.add_argument("--batch", type=int, default=32, help="images decoded together")
     score.add_argument("--precision", choices=("float32", "bfloat16"), help="of the networks")
+    options.mesh(score)
     score.add_argument("--text", default="", help="captions of a generator that reads text")
     score.add_argument(
         "--tokenizer",

@@ -200,6 +200,8 @@ class Generator(nnx.Module):
         linear.panelled(apart.transformer, but=("modulation",))
         linear.panelled(apart.head, but=("logits",))  # a stack of maps
         if linear.on_cpu(self.embeddings.table[...]):
+            # XLA updates no bfloat16 in place on a CPU, and multiplies it as float32
+            apart.transformer.cached = jnp.dtype("float32")
             # every window is compiled, layer by layer, and a core gains little from the next one
             windows = max(1, LAYERS // self.transformer.depth)
             apart.window = max(self.window, -(-(self.layout.length - 1) // windows))

@@ -54,12 +54,13 @@ class Linear(nnx.Module):
         draw = jax.random.normal(rngs.params(), (*inputs, *outputs), dtype)
         self.kernel = nnx.Param(jnp.zeros_like(draw) if std is None else draw * std(size))
         self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
-        self.rank, self.precision = len(inputs), precision
+        self.rank, self.precision, self.product = len(inputs), precision, None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Contract the last axes of x with the kernel, in the compute dtype."""
         dtype = self.precision.compute_dtype
-        y = jnp.tensordot(x.astype(dtype), self.kernel[...].astype(dtype), self.rank)
+        x, kernel, sums = x.astype(dtype), self.kernel[...].astype(dtype), self.product
+        y = jnp.tensordot(x, kernel, self.rank, preferred_element_type=sums).astype(dtype)
         if self.bias is None:
             return y
         bias = self.bias[...].astype(dtype)
@@ -67,6 +68,8 @@ class Linear(nnx.Module):
 
 
 PANEL, MANY = 64, 256  # outputs side by side; rows from which the kernel is read more than once
+# Products that give bfloat16 take twice as long on a CPU: XLA converts the kernel at every call
+WIDE = jnp.float32
 
 
 class Panels(nnx.Module):
@@ -82,6 +85,7 @@ class Panels(nnx.Module):
         self.inputs, self.outputs = kernel.shape[:rank], kernel.shape[rank:]
         self.kernel = nnx.Param(_panels(kernel, rank, dtype))
         self.bias = None if linear.bias is None else nnx.Param(linear.bias[...])
+        self.one = nnx.Param(jnp.ones((), jnp.float32))
         self.precision = linear.precision
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -89,13 +93,13 @@ class Panels(nnx.Module):
         dtype, kernel_JDF = self.precision.compute_dtype, self.kernel[...]
         batch = x.shape[: x.ndim - len(self.inputs)]
         x_RD = x.astype(dtype).reshape(-1, kernel_JDF.shape[1])
-        # float32: XLA's product in bfloat16 on a CPU converts the kernel first, at every call
-        wide = dict(preferred_element_type=jnp.float32)
+        wide = dict(preferred_element_type=WIDE)
         if len(x_RD) > MANY:
             y_RJF = jnp.einsum("RD,JDF->RJF", x_RD, kernel_JDF, **wide)
         else:
-            # what makes x must not be done once per panel
-            x_RD = jax.lax.optimization_barrier(x_RD)
+            # XLA would fuse what makes x into the broadcast, and do it once per panel; never so a
+            # division, and it cannot know that this one is by one
+            x_RD = x_RD / self.one[...] if dtype == jnp.float32 else x_RD
             x_JRD = jnp.broadcast_to(x_RD, (len(kernel_JDF), *x_RD.shape))
             y_RJF = jnp.swapaxes(jnp.einsum("JRD,JDF->JRF", x_JRD, kernel_JDF, **wide), 0, 1)
         y = y_RJF.reshape(*batch, *self.outputs)
@@ -115,12 +119,14 @@ def _panels(kernel: jax.Array, rank: int, dtype: jax.typing.DTypeLike) -> jax.Ar
 def panelled(module: nnx.Module, *, but: tuple[str, ...] = ()) -> None:
     """Take the maps of a module to panels, in place, where its arrays lie whole on a CPU.
 
-    One after the other: at no time is more than one there twice. Not those called as in `but`, nor
-    what is traced, nor what has no whole panels.
+    One after the other: at no time is more than one there twice. Not what is traced, nor what has
+    no whole panels, nor those called as in `but`, which see many rows: they give wide products.
     """
     for name, part in list(vars(module).items()):
         if isinstance(part, Linear) and name not in but and _suits(part):
             setattr(module, name, Panels(part))
+        elif isinstance(part, Linear) and on_cpu(part.kernel[...]):
+            part.product = jnp.dtype(WIDE)
         elif isinstance(part, nnx.List):
             for item in part:
                 panelled(item, but=but)

@@ -32,11 +32,11 @@ class Transformer(nnx.Module):
         self.depth, self.heads = config.depth, config.heads
         self.size = config.width // config.heads
         self.rates, self.remat, self.unroll = config.rates, config.remat, config.unroll
-        self.precision = precision
+        self.precision, self.cached = precision, precision.compute_dtype
 
     def cache(self, rows: int) -> tuple[attention.KVCache | attention.StackedCache, ...]:
         """An empty cache per layer; of stacked layers, one for all."""
-        dtype = self.precision.compute_dtype
+        dtype = self.cached
         if not isinstance(self.blocks, nnx.List):
             shape = rows, self.depth, self.heads, self.size
             return (attention.StackedCache.empty(*shape, dtype),)

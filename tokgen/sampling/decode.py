@@ -248,7 +248,7 @@ def _split(plan: tuple[Phase, ...], guided: int) -> list[Phase]:
     return phases
 
 
-SPAN = 64  # steps at most for which at once is computed what a generator computes beforehand
+SPAN = 32  # steps at most for which at once is computed what a generator computes beforehand
 
 
 def _span(steps: int) -> int:
@@ -261,8 +261,15 @@ def _told(
     generator: Generator, state: DecodeState, B: int, phase: Phase, index: Array | int, steps: int
 ) -> PyTree:
     """What a generator computes beforehand for some steps; of the null rows, for the first."""
-    ask = getattr(generator, "told", None)
-    return None if ask is None else ask(_first(state.cond, B + 1), phase, index, steps)
+    ask, rows = getattr(generator, "told", None), len(state.tokens_BLG)
+
+    def all_rows(leaf):
+        null = jnp.broadcast_to(leaf[-1:], (rows - len(leaf), *leaf.shape[1:]))
+        return jnp.concatenate([leaf, null]) if len(leaf) < rows else leaf
+
+    if ask is None:
+        return None
+    return jax.tree.map(all_rows, ask(_first(state.cond, B + 1), phase, index, steps))
 
 
 def _changes(told: PyTree) -> bool:
@@ -293,13 +300,7 @@ def _stepped(
     """The state after a step, for which `told` is the modulation, if anything is told."""
     if told is None:
         return generator.step(state, phase, index, codec, draw)
-    rows, before = len(state.tokens_BLG), state.modulation
-
-    def each(leaf):
-        null = jnp.broadcast_to(leaf[-1:], (rows - len(leaf), *leaf.shape[1:]))
-        return jnp.concatenate([leaf, null]) if len(leaf) < rows else leaf
-
-    state = state.replace(modulation=jax.tree.map(each, told))
+    before, state = state.modulation, state.replace(modulation=told)
     return generator.step(state, phase, index, codec, draw).replace(modulation=before)
 
 

@@ -374,9 +374,9 @@ def invalid(logits_BlGV: interfaces.Array) -> interfaces.Array:
 
     To be asked of float32 logits before the draw; -inf alone is an ordinary "never".
     """
-    bad_BlGV = jnp.isnan(logits_BlGV) | jnp.isposinf(logits_BlGV)
-    empty_BlG = ~jnp.any(jnp.isfinite(logits_BlGV), axis=-1)
-    return jnp.any(bad_BlGV, axis=(1, 2, 3)) | jnp.any(empty_BlG, axis=(1, 2))
+    # of numbers of which one is none, the largest is none
+    peak_BlG = jnp.max(logits_BlGV, axis=-1)
+    return jnp.any(~jnp.isfinite(peak_BlG), axis=(1, 2))
 
 
 def _reaching(
