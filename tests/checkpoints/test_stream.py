@@ -87,10 +87,12 @@ def test_sums_of_pieces_are_those_of_the_whole():
     assert sums.manifest({"a": leaf}) == manifest.of({"a": jax.numpy.asarray(whole)})
 
 
+@pytest.mark.parametrize("few", [0, 2, 2**16])
 @pytest.mark.parametrize("size", [1, 1000, 3])
-def test_sums_in_blocks_are_those_of_the_whole(monkeypatch, size):
+def test_sums_in_blocks_are_those_of_the_whole(monkeypatch, size, few):
     leaf = jax.numpy.asarray(np.random.default_rng(0).normal(size=(5, 3, 7)).astype(np.float32))
     wanted = manifest.of({"a": leaf})
+    monkeypatch.setattr(manifest, "FEW", few)
     traced = manifest._checksum_in_blocks.__wrapped__
     monkeypatch.setattr(manifest, "BLOCK", size)
     monkeypatch.setattr(manifest, "_checksum_in_blocks", jax.jit(lambda *given: traced(*given)))

@@ -181,7 +181,7 @@ class Generator(nnx.Module):
             cond=cond,
             keys_B=keys_B,
             modulation=self.transformer.modulation(self.labels(cond)[:, None]),
-            cache=self.transformer.cache(B),
+            cache=self.transformer.cache(B, groups=1),
             latents_BPC=codec.empty(B),
         )
 

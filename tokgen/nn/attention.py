@@ -50,7 +50,9 @@ class KVCache:
 class StackedCache:
     """Keys and values of all layers, for a scan over them; leads with the rows, as all of a state.
 
-    [B, Y, N, S, K]: a product reads a layer where it lies.
+    [B, Y, N, S, K], or [B, Y, 1, S, N K] of heads side by side: a product reads a layer where it
+    lies. A head of 64 by itself may be filled up to the 128 lanes of a TPU, where a step has many
+    positions (VAR-d30: twice the memory); side by side, one position's heads would be copied.
     """
 
     keys_BYNSK: jax.Array
@@ -58,10 +60,10 @@ class StackedCache:
 
     @classmethod
     def empty(
-        cls, rows: int, layers: int, heads: int, size: int, dtype: jax.typing.DTypeLike
+        cls, rows: int, layers: int, groups: int, size: int, dtype: jax.typing.DTypeLike
     ) -> StackedCache:
-        """A cache without slots."""
-        return cls(*(jnp.zeros((rows, layers, heads, 0, size), dtype) for _ in range(2)))
+        """A cache without slots, of so many groups of heads, each of `size` channels in all."""
+        return cls(*(jnp.zeros((rows, layers, groups, 0, size), dtype) for _ in range(2)))
 
     def grow(self, slots: int, most: int = 0) -> StackedCache:
         """The cache with room for `most` slots, at once: it is read in part, and never copied."""
@@ -76,25 +78,30 @@ class Layer:
 
     stack: StackedCache
     index: jax.Array
+    heads: int = struct.field(pytree_node=False)
 
     def read(self, slots: int | None = None) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, N, S, K] of the layer's first `slots` slots; None: of all."""
 
         def part(stack_BYNSK):
-            B, _, N, S, K = stack_BYNSK.shape
+            B, _, groups, S, size = stack_BYNSK.shape
+            S = S if slots is None else slots
             # one slice, of layer and slots: of two, the first would be brought near whole
-            where, sizes = (0, self.index, 0, 0, 0), (B, 1, N, slots or S, K)
-            return jax.lax.dynamic_slice(stack_BYNSK, where, sizes)[:, 0]
+            where, sizes = (0, self.index, 0, 0, 0), (B, 1, groups, S, size)
+            part = jax.lax.dynamic_slice(stack_BYNSK, where, sizes)
+            part = part.reshape(B, groups, S, self.heads // groups, -1)
+            return jnp.swapaxes(part, 2, 3).reshape(B, self.heads, S, -1)
 
         return part(self.stack.keys_BYNSK), part(self.stack.values_BYNSK)
 
     def write(self, keys_BNlK: jax.Array, values_BNlK: jax.Array, at: jax.Array | int) -> Layer:
         """The layer with l slots written from slot `at` on, in the stack where they lie."""
 
-        def put(old, new):
-            return jax.lax.dynamic_update_slice(
-                old, new[:, None].astype(old.dtype), (0, self.index, 0, at, 0)
-            )
+        def put(old, new_BNlK):
+            B, groups, count = len(old), old.shape[2], new_BNlK.shape[2]
+            new = new_BNlK.reshape(B, groups, self.heads // groups, count, -1)
+            new = jnp.swapaxes(new, 2, 3).reshape(B, 1, groups, count, -1).astype(old.dtype)
+            return jax.lax.dynamic_update_slice(old, new, (0, self.index, 0, at, 0))
 
         stack = StackedCache(
             put(self.stack.keys_BYNSK, keys_BNlK), put(self.stack.values_BYNSK, values_BNlK)

@@ -34,11 +34,17 @@ class Transformer(nnx.Module):
         self.rates, self.remat, self.unroll = config.rates, config.remat, config.unroll
         self.precision, self.cached = precision, precision.compute_dtype
 
-    def cache(self, rows: int) -> tuple[attention.KVCache | attention.StackedCache, ...]:
-        """An empty cache per layer; of stacked layers, one for all."""
+    def cache(
+        self, rows: int, groups: int | None = None
+    ) -> tuple[attention.KVCache | attention.StackedCache, ...]:
+        """An empty cache per layer; of stacked layers, one for all.
+
+        In that, the heads lie side by side in so many groups; None: each by itself.
+        """
         dtype = self.cached
         if not isinstance(self.blocks, nnx.List):
-            shape = rows, self.depth, self.heads, self.size
+            groups = groups or self.heads
+            shape = rows, self.depth, groups, self.heads * self.size // groups
             return (attention.StackedCache.empty(*shape, dtype),)
         return tuple(
             attention.KVCache.empty(rows, self.heads, self.size, dtype) for _ in range(self.depth)
@@ -103,7 +109,7 @@ class Transformer(nnx.Module):
         def body(carry, layer):
             # the cache is carried whole: what a scan takes in slices and gives in slices is copied
             (x_BlD, stack), (index, block, *rest) = carry, layer
-            view = None if stack is None else attention.Layer(stack, index)
+            view = None if stack is None else attention.Layer(stack, index, self.heads)
             x_BlD, view = run(block, x_BlD, *rest, view)
             return (x_BlD, None if stack is None else view.stack), None
 
