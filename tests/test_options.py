@@ -38,6 +38,7 @@ def words(action):
     if isinstance(value, list):
         value = None
     fallback = {int: 1, float: 1.0}.get(action.type, "x")
+    fallback = "1,1,-1" if action.dest == "mesh" else fallback  # another is refused before all
     return [action.option_strings[0], str(fallback if value in (None, "") else value)]
 
 

@@ -6,7 +6,6 @@ Nothing heavy is imported before a subcommand is chosen.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import importlib.metadata
 import itertools
@@ -106,9 +105,7 @@ def _run(name: str, words: Sequence[str]) -> None:
         command.check(args)
     for argument in options.checkpoints(parser):
         setattr(args, argument, _place(getattr(args, argument), args.yes))
-    mesh = getattr(args, "mesh", "")
-    with runtime.over(mesh) if mesh else contextlib.nullcontext():
-        command.run(args)
+    command.run(args)
 
 
 def _place(checkpoint: str, yes: bool) -> str:

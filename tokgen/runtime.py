@@ -185,11 +185,15 @@ def devices(batch_size: int = 0) -> None:
 
 @contextlib.contextmanager
 def over(mesh: str) -> Iterator[None]:
-    """What is loaded, drawn and measured inside lies over the devices as `--mesh` says.
+    """What is loaded, drawn and measured inside lies over the devices as `--mesh` says; "": over
+    all, each with the whole of a network.
 
     Raises:
         UserError: it isn't three numbers, or other ones than there are devices.
     """
+    if not mesh:
+        yield
+        return
     import jax
 
     from tokgen import sharding

@@ -9,7 +9,7 @@ import argparse
 import contextlib
 from typing import TYPE_CHECKING
 
-from tokgen import options, output, report
+from tokgen import options, output, report, runtime
 from tokgen.commands import sample
 from tokgen.errors import UserError
 from tokgen.evaluation import protocols
@@ -89,10 +89,11 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the metrics and, with --out, append them to a file; with --protocol, score."""
-    if args.protocol:
-        _score(args)
-    else:
-        _validate(args)
+    with runtime.over(args.mesh):
+        if args.protocol:
+            _score(args)
+        else:
+            _validate(args)
 
 
 def shared(args: argparse.Namespace) -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from tokgen import options, output, report
+from tokgen import options, output, report, runtime
 from tokgen.errors import UserError
 
 if TYPE_CHECKING:
@@ -139,4 +139,5 @@ def run(args: argparse.Namespace) -> None:
     from tokgen import sample_folder
 
     how = dict(png=args.png, overwrite=args.overwrite, part=args.part)
-    report.say(sample_folder.write(settings_of(args), args.out, **how))
+    with runtime.over(args.mesh):
+        report.say(sample_folder.write(settings_of(args), args.out, **how))

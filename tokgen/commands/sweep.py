@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from tokgen import options, output
+from tokgen import options, output, runtime
 from tokgen.commands import evaluate
 from tokgen.evaluation import protocols
 
@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> None:
     """Score every setting with every seed, and say which is the best, and how surely."""
     from tokgen.evaluation import sweep
 
-    print(sweep.listed(sweep.sweep(settings_of(args))))
+    with runtime.over(args.mesh):
+        print(sweep.listed(sweep.sweep(settings_of(args))))
 
 
 def settings_of(args: argparse.Namespace):
