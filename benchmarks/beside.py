@@ -3,7 +3,9 @@
 Each is a process that stays (`machine.serve`): it builds its network, calls it once, and then once
 whenever it is asked. They are asked in turn, so that what else runs on the machine slows both
 alike, and the figure is the median of the ratios of neighbouring turns. "first" is the first call,
-compiling included; "peak" the most memory that the process ever held.
+compiling included; "peak" the most memory that the process ever held; "of best" the seconds in
+which this core could do it at best (`roofline`, with its rates of that very minute), as a share of
+what it took.
 """
 
 from __future__ import annotations
@@ -102,8 +104,8 @@ def table(
 ) -> None:
     """Print a line for every row and dtype: ours, the best of the peer's ways, their ratio."""
     print(
-        f"{'task':28}{'dtype':10}{'ours CPU s':24}{'first':>8}{'peak MiB':>9}   "
-        f"{'peer':22}{'CPU s':24}{'first':>8}{'peak MiB':>9}  peer / ours",
+        f"{'task':26}{'dtype':10}{'ours CPU s':24}{'first':>7}{'peak MiB':>9}{'of best':>9}   "
+        f"{'peer':9}{'CPU s':24}{'first':>7}{'peak MiB':>9}  peer / ours",
         flush=True,
     )
     for name in told.rows or rows:
@@ -114,7 +116,7 @@ def table(
 def _row(program: str, name: str, peer: Peer | None, dtype: str, told: argparse.Namespace) -> str:
     own = [sys.executable, str(HERE / program), "--serve", name, "--precision", dtype]
     own += ["--quick"] if told.quick else []
-    lead = f"{name:28}{dtype:10}"
+    lead = f"{name:26}{dtype:10}"
     try:
         ours = Process(own, told.core)
     except Failed as failed:
@@ -133,15 +135,16 @@ def _row(program: str, name: str, peer: Peer | None, dtype: str, told: argparse.
     while len(ours.cpus) < told.pairs:
         ours.turn()
     ours.end()
-    said = f"{lead}{_figures(ours)}   "
+    least = ours.first["least"]
+    share = f"{least / statistics.median(ours.cpus):9.0%}" if least else f"{'-':>9}"
+    said = f"{lead}{_figures(ours)}{share}   "
     if not ratios:
         return said + "; ".join(failures)
     best = min(ratios, key=lambda way: statistics.median(ratios[way]))
-    other = f"{peer.task} {best}" if len(peer.ways) > 1 else peer.task
-    ratio = machine.middle(ratios[best], 2)
-    return "; ".join([f"{said}{other:22}{_figures(others[best])}  {ratio}", *failures])
+    said += f"{best:9}{_figures(others[best])}  {machine.middle(ratios[best], 2)}"
+    return "; ".join([said, *failures])
 
 
 def _figures(process: Process) -> str:
     cost = machine.middle(process.cpus, 3)
-    return f"{cost:24}{process.first['cpu']:8.1f}{process.peak:9.0f}"
+    return f"{cost:24}{process.first['cpu']:7.1f}{process.peak:9.0f}"

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import machine
 import networks
 import numpy as np
+import roofline
 import training_step
 from flax import nnx
 
@@ -126,13 +127,16 @@ PEERS = {SAMPLER: beside.Peer("VAR's sampler"), **{name: row.peer for name, row 
 TINY = {"generator.width": 32, "generator.depth": 1, "generator.heads": 2, "generator.hidden": 64}
 
 
-def way_of(name: str, precision: str, quick: bool) -> Callable[[], object]:
-    """What one turn of a row calls."""
+def way_of(
+    name: str, precision: str, quick: bool
+) -> tuple[Callable[[], object], Callable[[], float | None]]:
+    """(what one turn of a row calls, in how many seconds this core could do it at best)."""
     if name == SAMPLER:
-        return sampler_way()
+        return sampler_way(), lambda: None
     row = ROWS[name]
     fields = {**row.fields, **(TINY if quick else {})}
     generator = networks.generator(row.config, fields, row.layout, CLASSES, precision)
+    net = roofline.network(generator)
     generator, sampler = presets.prepare(generator, dict(row.sampling))
     codec = tokenizer = None
     if row.tokenizer:
@@ -147,7 +151,16 @@ def way_of(name: str, precision: str, quick: bool) -> Callable[[], object]:
         found = drawing.decode_pixels(tokenizer, tokens_BLG) if row.pixels else tokens_BLG
         return jax.block_until_ready(found)
 
-    return way
+    def least() -> float:
+        chip = roofline.this_cpu(precision)
+        guided = int(np.flatnonzero(np.asarray(sampler.guidance) != 1).max(initial=-1)) + 1
+        seconds = roofline.seconds(net, row.images, chip, guided=guided)
+        if row.pixels:
+            tokens_BLG = jnp.zeros((row.images, row.layout.length, row.layout.groups), jnp.int32)
+            seconds += roofline.flops(drawing.decode_pixels, tokenizer, tokens_BLG) / chip.flops
+        return seconds
+
+    return way, least
 
 
 def sampler_way() -> Callable[[], object]:

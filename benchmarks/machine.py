@@ -68,17 +68,21 @@ def peak_mib() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB on Linux
 
 
-def serve(make: Callable[[], Callable[[], object]]) -> None:
-    """The side of a process that `beside` measures: `make` gives what is to be called.
+def serve(make: Callable[[], tuple[Callable[[], object], Callable[[], float | None]]]) -> None:
+    """The side of a process that `beside` measures.
 
-    Called once, and then once per line of the standard input. What it took goes out as lines of
-    JSON; whatever else is printed goes to the standard error.
+    `make` gives what is to be called, and what says in how many seconds this machine could do it at
+    best (None where nobody knows). It is called once, and then once per line of the standard input.
+    What it took goes out as lines of JSON; whatever else is printed goes to the standard error.
     """
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1) as out:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        way = make()
-        (wall,), (cpu,) = measured(way, 1)
-        print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak_mib()}), file=out)
-        for _ in sys.stdin:
+        way, least = make()
+        said = {"first": True}
+        while said or sys.stdin.readline():
             (wall,), (cpu,) = measured(way, 1)
-            print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak_mib()}), file=out)
+            said |= {"wall": wall, "cpu": cpu, "peak": peak_mib()}
+            if said.pop("first", False):
+                said["least"] = least()
+            print(json.dumps(said), file=out)
+            said = {}

@@ -29,7 +29,8 @@ UNUSED = (
     *("torchvision.ops", "torchvision.ops.misc", "torchvision.datasets"),
     *("torchvision.transforms", "torchvision.transforms.functional"),
     *("diffusers", "diffusers.models", "huggingface_hub", "open_clip"),
-    *("requests", "safetensors", "safetensors.torch", "accelerate", "webdataset", "pandas"),
+    *("requests", "safetensors", "safetensors.torch", "accelerate", "accelerate.utils"),
+    *("accelerate.utils.operations", "accelerate.logging", "webdataset", "pandas"),
 )
 # Of MaskGIT alone: einops looks whether there is a tensorflow
 TENSORFLOW = ("tensorflow", "tensorflow.compat", "tensorflow.compat.v2", "tensorflow_hub")
@@ -226,6 +227,109 @@ def maskgit(arguments: argparse.Namespace) -> Callable:
     return lambda: jax.block_until_ready(decode(weights, ids, jax.random.key(1)))
 
 
+def vqgan(arguments: argparse.Namespace, task: str) -> Callable:
+    """MaskGIT's VQGAN as 1d-tokenizer has it in PyTorch."""
+    import torch
+    from modeling.modules import maskgit_vqgan
+    from omegaconf import OmegaConf
+
+    sizes = dict(channel_mult=[1, 1, 2, 2, 4], num_resolutions=5, num_res_blocks=2, dropout=0.0)
+    sizes |= dict(hidden_channels=128, num_channels=3, resolution=256, z_channels=256)
+    config = OmegaConf.create(sizes)
+    encoder = random(maskgit_vqgan.Encoder(config), arguments.dtype)
+    decoder = random(maskgit_vqgan.Decoder(config), arguments.dtype)
+    quantizer = maskgit_vqgan.VectorQuantizer(1024, 256, commitment_cost=0.25)
+    quantizer = random(quantizer, arguments.dtype)
+    image, codes = _picture(arguments), torch.arange(256)[None]
+    if task == "encode":
+        return quiet(lambda: quantizer(encoder(image)))
+    return quiet(lambda: decoder(quantizer.get_codebook_entry(codes)))
+
+
+def llamagen_vq(arguments: argparse.Namespace, task: str) -> Callable:
+    """LlamaGen's VQ-16."""
+    import torch
+    from tokenizer.tokenizer_image.vq_model import ModelArgs, VQModel
+
+    model, image = random(VQModel(ModelArgs()), arguments.dtype), 2 * _picture(arguments) - 1
+    if task == "encode":
+        return quiet(lambda: model.encode(image))
+    return quiet(lambda: model.decode_code(torch.arange(256), [1, 8, 16, 16]))
+
+
+def var_vqvae(arguments: argparse.Namespace, task: str) -> Callable:
+    """VAR's multi-scale VQVAE."""
+    import torch
+    from models import build_vae_var
+
+    sides = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    with contextlib.redirect_stdout(io.StringIO()):
+        model, _ = build_vae_var("cpu", sides, num_classes=1000, depth=2)
+    model, image = random(model, arguments.dtype), 2 * _picture(arguments) - 1
+    if task == "encode":
+        return quiet(lambda: model.img_to_idxBl(image))
+    tokens = [torch.arange(side * side)[None] for side in sides]
+    return quiet(lambda: model.idxBl_to_img(tokens, same_shape=True, last_one=True))
+
+
+def titok_tokenizer(arguments: argparse.Namespace, task: str, name: str) -> Callable:
+    """TiTok, to pixels by MaskGIT's VQGAN."""
+    import torch
+    from modeling.titok import TiTok
+
+    model = random(TiTok(_titok_config(name)), arguments.dtype)
+    image, codes = _picture(arguments), torch.arange(model.num_latent_tokens)[None]
+    if task == "encode":
+        return quiet(lambda: model.encode(image))
+    return quiet(lambda: model.decode_tokens(codes))
+
+
+def maskbit_tokenizer(arguments: argparse.Namespace, task: str) -> Callable:
+    """MaskBit's of 14 bits."""
+    import torch
+    from modeling.conv_vqgan import ConvVQModel
+    from omegaconf import OmegaConf
+
+    sizes = dict(quantizer_type="lookup-free", codebook_size=16384, token_size=14)
+    sizes |= dict(commitment_cost=0.25, entropy_loss_weight=0.02, entropy_loss_temperature=0.01)
+    sizes |= dict(entropy_gamma=1.0, num_channels=3, hidden_channels=128, num_res_blocks=2)
+    sizes |= dict(channel_mult=[1, 1, 2, 2, 4], num_resolutions=5, sample_with_conv=True)
+    model = random(ConvVQModel(OmegaConf.create(sizes)), arguments.dtype)
+    image, codes = _picture(arguments), torch.arange(256)[None]
+    if task == "encode":
+        return quiet(lambda: model.encode(image))
+    return quiet(lambda: model.decode_tokens(codes))
+
+
+def maskgit_vqgan(arguments: argparse.Namespace, task: str) -> Callable:
+    """MaskGIT's VQGAN in its own JAX."""
+    import jax
+    import jax.numpy as jnp
+
+    jnp.DeviceArray = jax.Array
+    from maskgit.configs import vqgan_config
+    from maskgit.nets import vqgan_tokenizer
+
+    model = vqgan_tokenizer.VQVAE(config=vqgan_config.get_config(), dtype=jnp.float32, train=False)
+    image = {"image": jax.random.uniform(jax.random.key(0), (1, 256, 256, 3))}
+
+    def both(model, image):  # its own call hands the decoder a tuple
+        return model.decode(model.encode(image)[0])
+
+    weights = jax.jit(lambda key: model.init(key, image, method=both))(jax.random.key(0))
+    given = image if task == "encode" else jnp.zeros((1, 16, 16), jnp.int32)
+    method = model.encode_to_indices if task == "encode" else model.decode_from_indices
+    run = jax.jit(lambda weights, given: model.apply(weights, given, method=method))
+    return lambda: jax.block_until_ready(run(weights, given))
+
+
+def _picture(arguments: argparse.Namespace):
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    return torch.rand(1, 3, 256, 256, generator=draw).to(getattr(torch, arguments.dtype))
+
+
 def _titok_config(name: str):
     from omegaconf import OmegaConf
 
@@ -254,6 +358,20 @@ TASKS = {
     "TiTok generator 384x6": ("1d-tokenizer", functools.partial(titok, **SMALL)),
     "MaskGIT in JAX": ("maskgit", maskgit),
 }
+TOKENIZERS = {
+    "maskgit-vqgan": ("1d-tokenizer", vqgan),
+    "maskgit-vqgan in JAX": ("maskgit", maskgit_vqgan),
+    "LlamaGen VQ-16": ("LlamaGen", llamagen_vq),
+    "VAR VQVAE": ("VAR", var_vqvae),
+    "TiTok-S-128": ("1d-tokenizer", functools.partial(titok_tokenizer, name="s128")),
+    "TiTok-L-32": ("1d-tokenizer", functools.partial(titok_tokenizer, name="l32")),
+    "MaskBit 14-bit": ("maskbit", maskbit_tokenizer),
+}
+TASKS |= {
+    f"{name} {task}": (peer, functools.partial(make, task=task))
+    for name, (peer, make) in TOKENIZERS.items()
+    for task in ("decode", "encode")
+}
 
 
 def main() -> None:
@@ -274,7 +392,7 @@ def main() -> None:
             torch.manual_seed(0)
         return make(arguments)
 
-    machine.serve(ready)
+    machine.serve(lambda: (ready(), lambda: None))
 
 
 if __name__ == "__main__":

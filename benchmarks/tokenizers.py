@@ -17,6 +17,7 @@ import jax
 import machine
 import networks
 import numpy as np
+import roofline
 
 from tokgen.tokenizers import tokenizer as tokenizers
 
@@ -31,11 +32,15 @@ class Row:
     config: str
     size: int = 256
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the config, changed
-    peer: beside.Peer | None = None
+    peer: str = ""  # by its name in peers.py; "": as the row
+    ours: bool = False  # the peer runs on jax
 
 
 ROWS = {
     "maskgit-vqgan": Row("tokenizer/maskgit_vqgan.py:256"),
+    "the same, its JAX": Row(
+        "tokenizer/maskgit_vqgan.py:256", peer="maskgit-vqgan in JAX", ours=True
+    ),
     "LlamaGen VQ-16": Row("tokenizer/llamagen_vq.py:vq16"),
     "VAR VQVAE": Row("tokenizer/var_vqvae.py:256"),
     "TiTok-S-128": Row("tokenizer/titok.py:s128"),
@@ -43,7 +48,11 @@ ROWS = {
     "MaskBit 14-bit": Row("tokenizer/maskbit.py:lfq14"),
 }
 # What a turn is called: "maskgit-vqgan decode"
-PEERS = {f"{name} {task}": row.peer for name, row in ROWS.items() for task in TASKS}
+PEERS = {
+    f"{name} {task}": beside.Peer(f"{row.peer or name} {task}", ours=row.ours)
+    for name, row in ROWS.items()
+    for task in TASKS
+}
 # --quick: of the convolutional rows
 NARROW = {
     f"{side}.{field}": value
@@ -52,8 +61,8 @@ NARROW = {
 }
 
 
-def way_of(name: str, precision: str, quick: bool) -> Callable[[], object]:
-    """What one turn of a row calls."""
+def way_of(name: str, precision: str, quick: bool) -> tuple[Callable, Callable[[], float]]:
+    """(what one turn of a row calls, in how many seconds this core could do it at best)."""
     name, _, task = name.rpartition(" ")
     row = ROWS[name]
     size = 8 if quick else row.size
@@ -63,9 +72,15 @@ def way_of(name: str, precision: str, quick: bool) -> Callable[[], object]:
     if task == "decode":
         tokens_BLG = draw.integers(0, layout.vocab, (1, layout.length, layout.groups), np.int32)
         given = jax.device_put(tokens_BLG)
-        return lambda: jax.block_until_ready(decode(tokenizer, given))
-    given = jax.device_put(draw.uniform(size=(1, size, size, 3)).astype(np.float32))
-    return lambda: jax.block_until_ready(encode(tokenizer, given))
+        program = decode
+    else:
+        given = jax.device_put(draw.uniform(size=(1, size, size, 3)).astype(np.float32))
+        program = encode
+
+    def least() -> float:
+        return roofline.flops(program, tokenizer, given) / roofline.this_cpu(precision).flops
+
+    return lambda: jax.block_until_ready(program(tokenizer, given)), least
 
 
 @jax.jit
