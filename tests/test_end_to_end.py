@@ -442,7 +442,7 @@ def test_one_class_by_name(place, generator):
             "--guidance", 1, "--batch", 4)  # fmt: skip
     with np.load(out / "samples.npz") as arrays:
         np.testing.assert_array_equal(arrays["arr_1"], [1, 1])
-    assert {file.suffix for file in out.iterdir()} == {".png", ".npz", ".npy", ".json"}
+    assert {file.suffix for file in out.iterdir()} == {".png", ".npz", ".npy", ".json", ".sha256"}
 
 
 def test_evaluate_both_kinds(place, tokenizer, generator, capsys):
@@ -572,7 +572,7 @@ def test_a_batch_that_no_device_holds_is_refused(place, generator, capfd, monkey
     A folder of very many images may be begun: the same command with a smaller batch goes on.
     """
     monkeypatch.setattr(memory, "room", lambda mesh: 200_000)
-    out = place / "nothing"
+    out = place / f"too_many{words[0]}"
     words = ("sample", str(generator), "--out", str(out), *words, "--batch", "4096")
     said = told(capfd, lambda: cli.main([*words]))
     for part in (
