@@ -147,7 +147,7 @@ def test_what_is_laid_out_already_holds_the_same_arrays():
     """Or a network would be there twice, and each part of a sample another program."""
     options = dict(heads=2, variant="rar", conditioning="cls_label", head="adaptive")
     generator = autoregressive.Generator(
-        *(LAYOUT, CLASSES), width=128, depth=2, **options, precision=FLOAT32, rngs=nnx.Rngs(0)
+        *(LAYOUT, CLASSES), width=128, depth=1, **options, precision=FLOAT32, rngs=nnx.Rngs(0)
     )
     once, anew = decode.laid_out(generator), decode.laid_out(generator)
     twice = decode.laid_out(once)
