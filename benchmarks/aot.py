@@ -98,6 +98,8 @@ def case(name: str, batch: int, chip: str, where: NamedSharding, shrunk: tuple[s
     )
     phases = [phase.steps for phase in generator.plan() if phase.steps > 1]
     program = programs.Program(compiled.as_text())
+    # against all weights: maps to adaptive norms are read for some steps at a time
+    steps = roofline.steps(net, batch, ahead=False)
     return moved(net, batch, steps, phases, program) and fits
 
 
@@ -110,12 +112,13 @@ def moved(
 ) -> bool:
     """Print what the steps move, those of `phases` of many steps; is it as it should be?"""
     wanted = [step.bytes for step in steps]
-    # others are over layers, of what comes before a phase
+    # others are over layers, of what comes before a phase; a phase may be a loop in a loop
     waiting, loops = list(phases), []
     for loop in reversed(program.loops(net.width**2 * net.itemsize)):
-        if waiting and loop.turns == waiting[-1]:
-            loops.insert(0, loop)
-            waiting.pop()
+        if waiting and (
+            loop.turns == waiting[-1] or waiting[-1] in [loop.turns * n for n in loop.inner]
+        ):
+            loops.insert(0, (waiting.pop(), loop))
     if waiting:
         raise ValueError(f"no loops of {waiting} steps in the program")
     if not loops:  # every step is a part of the entry
@@ -127,18 +130,18 @@ def moved(
         )
         return True
     # loops take the last steps
-    first, found, good = len(wanted) - sum(loop.turns for loop in loops), [], True
-    for loop in loops:
-        need = sum(wanted[first : first + loop.turns]) / loop.turns
+    first, found, good = len(wanted) - sum(phases), [], True
+    for count, loop in loops:
+        need, each = sum(wanted[first : first + count]) / count, loop.turns * loop.bytes / count
         moves = [move for move in loop.moves if kept(move, net, batch)]
         print(
-            f"  {loop.turns} steps: {loop.bytes / GB:.3f} GB each, {loop.bytes / need:.2f} times "
-            f"{need / GB:.3f} GB; copies of weights or cache: {programs.counted(moves)}"
+            f"  {count} steps: {each / GB:.3f} GB each, {each / need:.2f} times {need / GB:.3f} GB;"
+            f" copies of weights or cache: {programs.counted(moves)}"
         )
-        first += loop.turns
-        found.append(loop.turns * loop.bytes)
+        first += count
+        found.append(count * each)
         good = good and not moves
-    ratio = sum(found) / sum(wanted[-sum(loop.turns for loop in loops) :])
+    ratio = sum(found) / sum(wanted[-sum(phases) :])
     bound = f" (at most {BOUND})" if net.cached else ""
     print(f"  all of them: {ratio:.2f} times{bound}", flush=True)
     return good and (ratio <= BOUND or not net.cached)
@@ -152,8 +155,9 @@ def kept(move: programs.Move, net: roofline.Network, batch: int) -> bool:
     rows, slots = 2 * batch, net.steps[-1][1]
     matrices = {net.width**2 * n for n in (1, 2, 6)} | {net.width * hidden for hidden in net.hidden}
     sizes = matrices | {net.layers * size for size in matrices}
-    cached = net.cached and move.size % (rows * net.width) == 0
-    return move.size in sizes or cached and move.size // (rows * net.width) > slots // 8
+    seen = [move.size / (rows * net.width * layers) for layers in (1, net.layers)]
+    cached = net.cached and any(n == int(n) and slots // 8 < n <= slots for n in seen)
+    return move.size in sizes or cached
 
 
 def made(name: str, shrunk: tuple[str, ...] = ()):

@@ -70,6 +70,7 @@ class Loop:
     turns: int
     bytes: float
     moves: list[Move]
+    inner: list[int]  # turns of the loops in it
 
 
 class Program:
@@ -101,7 +102,9 @@ class Program:
             if instruction.kind == "while":
                 body = instruction.called["body"]
                 moves = list(self._moves(body, moved, 1))
-                found.append(Loop(self.turns(instruction), self._bytes(body), moves))
+                within = (i for i in self.computations[body].values() if i.kind == "while")
+                inner = [self.turns(i) for i in within]
+                found.append(Loop(self.turns(instruction), self._bytes(body), moves, inner))
         return found
 
     def turns(self, loop: Instruction) -> int:

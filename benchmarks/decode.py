@@ -135,8 +135,8 @@ def way_of(
         return sampler_way(), lambda: None
     row = ROWS[name]
     fields = {**row.fields, **(TINY if quick else {})}
-    generator = networks.generator(row.config, fields, row.layout, CLASSES, precision)
-    net = roofline.network(generator)
+    generator, shapes = networks.generator(row.config, fields, row.layout, CLASSES, precision)
+    shapes, _ = presets.prepare(shapes, dict(row.sampling))  # as many steps
     generator, sampler = presets.prepare(generator, dict(row.sampling))
     codec = tokenizer = None
     if row.tokenizer:
@@ -152,7 +152,7 @@ def way_of(
         return jax.block_until_ready(found)
 
     def least() -> float:
-        chip = roofline.this_cpu(precision)
+        chip, net = roofline.this_cpu(precision), roofline.network(shapes)
         guided = int(np.flatnonzero(np.asarray(sampler.guidance) != 1).max(initial=-1)) + 1
         seconds = roofline.seconds(net, row.images, chip, guided=guided)
         if row.pixels:

@@ -10,20 +10,23 @@ from flax import nnx
 from tokgen import parameters, rng
 from tokgen.config import building, reading
 from tokgen.interfaces import TokenLayout
+from tokgen.sampling import decode
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
 def generator(
     config: str, fields: dict, layout: TokenLayout, classes: int, precision: str
-) -> nnx.Module:
-    """A generator of a config with some fields changed, its layers apart."""
+) -> tuple[nnx.Module, nnx.Module]:
+    """A generator of a config with some fields changed, as `load_to_draw` gives it; its shapes."""
     settings = settled(config, fields, precision)
 
     def make():
         return building.generator(settings, layout, classes, rngs=nnx.Rngs(rng.key(0, "init")))
 
-    return filled(make, lambda module: parameters.narrowed(module).unstacked())
+    form = lambda module: decode.laid_out(parameters.narrowed(module))  # noqa: E731
+    # once more, now that there are values
+    return decode.laid_out(filled(make, form)), nnx.eval_shape(make)
 
 
 def tokenizer(config: str, fields: dict, precision: str) -> nnx.Module:

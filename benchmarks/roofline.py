@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.extend import core as extended
 
 from tokgen import parameters
 from tokgen.config import building, reading
@@ -115,7 +116,9 @@ def network(generator: Generator) -> Network:
         elif inside or tied:
             streamed += leaf.size
     transformer = generator.transformer
-    kernel = next(leaf for path, leaf in parameters.paths(params).items() if "mlp/down" in path)
+    kernel = next(
+        leaf for path, leaf in parameters.paths(params).items() if path.endswith("mlp/down/kernel")
+    )
     return Network(
         layers=transformer.depth,
         width=kernel.shape[-1],
@@ -225,7 +228,7 @@ def _products(jaxpr) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         out = equation.outvars[0].aval
-        inside = [jax.core.jaxprs_in_params(equation.params)]
+        inside = [extended.jaxprs_in_params(equation.params)]
         parts = [_products(part) for parts in inside for part in parts]
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]

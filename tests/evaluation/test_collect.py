@@ -63,8 +63,8 @@ def fakes() -> list[tuple]:
     return [
         (checkpoint, "find", lambda path: generator.step),
         (checkpoint, "read_meta", lambda step: generator.meta),
-        (checkpoint, "load_generator", lambda path, compute="": generator),
-        (checkpoint, "load_tokenizer_of", lambda loaded, path="": tokenizer),
+        (checkpoint, "load_to_draw", lambda path, compute="": generator),
+        (checkpoint, "load_to_decode", lambda loaded, path="": tokenizer),
         (protocols, "PROTOCOLS", protocols.PROTOCOLS | {"local": local}),
         (collect, "PART", PART),
         (feature_extractors, "EACH", 1),
@@ -283,7 +283,7 @@ def test_another_checkpoint_or_reference_is_refused(tmp_path, die, monkeypatch, 
     with pytest.raises(UserError, match=r"extractor\.fingerprint: \w+ there, \w+ here"):
         scores.score(scoring_of(other, whole))
     trained = test_made_images.loaded(test_made_images.Dice(), fingerprint="e" * 64)
-    monkeypatch.setattr(checkpoint, "load_generator", lambda path, compute="": trained)
+    monkeypatch.setattr(checkpoint, "load_to_draw", lambda path, compute="": trained)
     with pytest.raises(UserError, match=r"images\.fingerprint: d{64} there, e{64} here"):
         scores.score(scoring_of(reference, whole))
 

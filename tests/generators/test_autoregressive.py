@@ -10,7 +10,7 @@ from flax import nnx
 
 from tokgen import interfaces, orders
 from tokgen.generators import autoregressive
-from tokgen.nn import dropout
+from tokgen.nn import dropout, linear
 from tokgen.nn.precision import FLOAT32
 from tokgen.sampling import decode, sampler as samplers
 
@@ -141,6 +141,22 @@ def test_cached_decoding_equals_teacher_forcing_for_any_window(window, weights):
 def test_cached_decoding_equals_teacher_forcing_for_every_order(order, positions):
     # one layer, guided to the end: the windows above have two, and cut the plan
     _check_greedy(_lively(order=order, positions=positions, depth=1), WEIGHTS[:7] + (2.0, 3.0))
+
+
+def test_what_is_laid_out_already_holds_the_same_arrays():
+    """Or a network would be there twice, and each part of a sample another program."""
+    options = dict(heads=2, variant="rar", conditioning="cls_label", head="adaptive")
+    generator = autoregressive.Generator(
+        *(LAYOUT, CLASSES), width=128, depth=1, **options, precision=FLOAT32, rngs=nnx.Rngs(0)
+    )
+    once, anew = decode.laid_out(generator), decode.laid_out(generator)
+    twice = decode.laid_out(once)
+    assert any(isinstance(part, linear.Panels) for _, part in nnx.iter_modules(once))
+    assert jax.tree.structure(once) == jax.tree.structure(twice) == jax.tree.structure(anew)
+    leaves = zip(jax.tree.leaves(once), jax.tree.leaves(twice), strict=True)
+    assert all(ours is theirs for ours, theirs in leaves)
+    assert not any(isinstance(part, linear.Panels) for _, part in nnx.iter_modules(generator))
+    assert once.plan() == twice.plan()
 
 
 def test_the_plan_handles_every_place_once_with_slots_for_all_before():

@@ -573,6 +573,20 @@ def test_no_row_leaves_its_device():
     assert "f32[1,8,4096]" in text and "f32[8,8,4096]" not in text
 
 
+def test_a_device_takes_rows_that_are_its_own_by_the_cacheful():
+    """Also eight images of each of eight devices, which are not eight devices' anew."""
+    over = []
+
+    def program(label_B):
+        over.append(samplers._devices(len(label_B)))
+        return label_B
+
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        jax.eval_shape(lambda label_B: sharding.by_rows(program, (), (label_B,)), jnp.arange(64))
+    assert mesh.size == 8 and over == [1]
+
+
 # ---------------------------------------------------------------- near ties
 
 

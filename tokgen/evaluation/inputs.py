@@ -75,8 +75,9 @@ def drawn(settings: score_settings.Settings, out: pathlib.Path) -> tuple[made_im
     if not precision:
         meta = checkpoint.read_meta(checkpoint.find(settings.scored))
         precision = presets.precision(meta, choice)
-    loaded = checkpoint.load_generator(settings.scored, compute=precision)
-    tokenizer = checkpoint.load_tokenizer_of(loaded, settings.tokenizer)
+    # laid out once and not for every part, which would hold the network twice
+    loaded = checkpoint.load_to_draw(settings.scored, compute=precision)
+    tokenizer = checkpoint.load_to_decode(loaded, settings.tokenizer)
     chosen, *prepared = presets.choose(
         loaded.module, loaded.config.presets.to_dict(), choice, loaded.classes
     )

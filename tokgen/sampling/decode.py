@@ -139,7 +139,8 @@ def generate(
                 return seen["drawn"]
 
             # both networks must see the same token, so the weak one's step is taken in the draw
-            seen["weak"] = _stepped(against, weak, told[1], phase, index, codec, draw_weak)
+            network, before = sharding.step_by_step(against, weak)
+            seen["weak"] = _stepped(network, before, told[1], phase, index, codec, draw_weak)
             return seen["drawn"]
 
         network, state = sharding.step_by_step(generator, state)

@@ -273,7 +273,8 @@ def _in_turn(function: Callable, size: int, *rows: interfaces.Array) -> tuple:
 def _devices(images: int) -> int:
     """Over how many devices so many images lie evenly, of the mesh that is set."""
     mesh = jax.sharding.get_abstract_mesh()
-    over = 1 if mesh.empty else sharding.ways(mesh)
+    alone = mesh.empty or mesh.manual_axes  # these are a device's own already
+    over = 1 if alone else sharding.ways(mesh)
     return over if images % over == 0 else 1
 
 
