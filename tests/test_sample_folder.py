@@ -22,7 +22,7 @@ import pytest
 from tests import recipes
 from tests.evaluation import test_made_images
 from tests.test_samples import Painter, Reader, _loaded, _text
-from tokgen import archives, options, sample_folder, samples
+from tokgen import archives, options, records, sample_folder, samples
 from tokgen.commands import sample
 from tokgen.evaluation import sample_parts
 from tokgen.interfaces import TokenLayout, UserError
@@ -377,7 +377,7 @@ def test_a_folder_of_something_else_is_not_drawn_into(painted, tmp_path):
     [
         (("--total", "0"), "--total must be at least 1"),
         (("--total", "-3"), "--total must lie in"),
-        (("--total", "10000000"), "--total must lie in .1, 9,999,999"),
+        (("--total", "5000001"), "--total must lie in .1, 5,000,000"),
         (("--total", "8", "--number", "2"), "--number .it is for images of each class, without"),
         (("--number", "2", "--part", "1/2"), "--part .it is for a number of images in all"),
         (("--class-counts", "drawn"), "--class-counts .it is for"),
@@ -392,6 +392,13 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_loaded(tmp_path, wor
     with pytest.raises(UserError, match=told):
         sample.check(_args("--out", str(tmp_path / "out"), *words))
     assert not (tmp_path / "out").exists()
+
+
+def test_as_many_as_may_be_drawn_can_all_be_listed_as_near_a_tie():
+    last = sample_parts.MOST - 1
+    line = json.dumps({"near_ties": [last, last]}, indent=2).splitlines()[2] + "\n"
+    assert sample_parts.MOST * len(line) < records.BYTES - 10**6
+    assert sample_parts.file(pathlib.Path(), last).name == f"{last}.npz"
 
 
 def test_a_disk_without_room_is_told_before_anything_is_drawn(painted, tmp_path, monkeypatch):

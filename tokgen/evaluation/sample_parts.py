@@ -25,7 +25,8 @@ EACH = 32  # images of a part, which a kill can cost
 FOLDER, RECORD, WHOLE = "parts", "samples.json", "samples.npz"
 # Fields of RECORD that say nothing of which images these are
 BESIDE = ("checkpoint", "text", "near_ties", "sha256")
-MOST = 10**7 - 1  # images of a folder: their numbers have seven digits
+# Images of a folder: numbers of seven digits, all of which RECORD can list within records.BYTES
+MOST = 5 * 10**6
 
 
 def bounds(total: int) -> list[tuple[int, int]]:
