@@ -3,9 +3,9 @@
     PYTHON benchmarks/peers.py TASK --checkouts DIR [--dtype bfloat16] [--way compiled]
 
 Called by decode.py and tokenizers.py. DIR holds the checkouts by their names (1d-tokenizer,
-LlamaGen, VAR, maskbit, maskgit); PYTHON has torch, einops, omegaconf and transformers, for the
-task of maskgit jax and flax. Weights are random; packages that a peer imports and does not use for
-the task are stood in for where they are not installed.
+LlamaGen, VAR, maskbit, maskgit); PYTHON has torch, einops, omegaconf, transformers and accelerate,
+for the tasks of maskgit jax and flax. Weights are random; packages that a peer imports and does
+not use for the task are stood in for where they are not installed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ UNUSED = (
     *("torchvision.ops", "torchvision.ops.misc", "torchvision.datasets"),
     *("torchvision.transforms", "torchvision.transforms.functional"),
     *("diffusers", "diffusers.models", "huggingface_hub", "open_clip"),
-    *("requests", "safetensors", "safetensors.torch", "accelerate", "accelerate.utils"),
-    *("accelerate.utils.operations", "accelerate.logging", "webdataset", "pandas"),
+    *("requests", "safetensors", "safetensors.torch", "webdataset", "pandas"),
 )
 # Of MaskGIT alone: einops looks whether there is a tensorflow
 TENSORFLOW = ("tensorflow", "tensorflow.compat", "tensorflow.compat.v2", "tensorflow_hub")
@@ -49,6 +48,8 @@ class StandIn(types.ModuleType):
 
 def begin(checkouts: str, peer: str) -> None:
     """Make a checkout's modules the first to be found."""
+    # the benchmarks beside this one have names of packages that peers import
+    sys.path.remove(str(pathlib.Path(__file__).parent))
     sys.path.insert(0, str(pathlib.Path(checkouts, peer).resolve()))
     unused = UNUSED + TENSORFLOW if peer == "maskgit" else UNUSED
     absent = {

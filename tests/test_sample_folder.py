@@ -22,7 +22,7 @@ import pytest
 from tests import recipes
 from tests.evaluation import test_made_images
 from tests.test_samples import Painter, Reader, _loaded, _text
-from tokgen import archives, options, sample_folder, samples
+from tokgen import archives, options, records, sample_folder, samples
 from tokgen.commands import sample
 from tokgen.evaluation import sample_parts
 from tokgen.interfaces import TokenLayout, UserError
@@ -120,6 +120,7 @@ def test_so_many_in_all_are_one_archive_in_the_order_that_is_stated(painted, tmp
     assert found["samples.npz.sha256"] == f"{digest}  samples.npz\n".encode()
     said = capsys.readouterr().err
     assert "50 images of 6 x 5 pixels are 4.5 kB in samples.npz" in said
+    assert "50 images are no multiple of 3 classes or texts: 17 of each of the first 2, 16" in said
     assert "8 of them have a draw near a tie" in said and "48 of 50 images" in said
     # once more: nothing is drawn, and what is there is held against its checksum
     drawn = len(painted.rows)
@@ -269,6 +270,57 @@ def test_two_that_end_at_once_do_not_clash(painted, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path / "out")) == sorted(whole)
 
 
+def test_another_division_that_is_faster_ends_the_slower(painted, tmp_path, monkeypatch, capsys):
+    whole = _run(tmp_path / "whole", *TOTAL)
+    painted.rows.clear()
+    save, calls = sample_parts.save, []
+
+    def overtaken(out, start, arrays):
+        calls.append(start)
+        if len(calls) == 1:
+            _run(out, *TOTAL)
+        save(out, start, arrays)
+
+    monkeypatch.setattr(sample_parts, "save", overtaken)
+    capsys.readouterr()
+    found = _run(tmp_path / "out", *TOTAL, "--part", "1/2", "--batch", "4")
+    assert found == whole and sorted(os.listdir(tmp_path / "out")) == sorted(whole)
+    said = capsys.readouterr().err
+    assert said.count(f"50 images in {tmp_path / 'out'}") == 2 and "is drawn" not in said
+    assert list(range(8, 12)) in painted.rows and list(range(20, 24)) not in painted.rows
+
+
+def test_what_killed_processes_left_is_gone_in_the_end(painted, tmp_path):
+    whole = _run(tmp_path / "whole", *TOTAL)
+    names = (
+        *(".samples.json.host.1.2.part", "..samples.json.host.1.2.part.1.part"),
+        *(".samples.json.1.part", ".grid.png.part", ".tokens.npy.host.1.2.part"),
+        *("lock-1-of-3", "lock"),
+    )
+    for words in (("--part", "1/2"), ("--part", "2/2"), ()):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        for name in names:
+            (tmp_path / "out" / name).touch()
+        found = _run(tmp_path / "out", *TOTAL, *words)
+    assert found == whole and sorted(os.listdir(tmp_path / "out")) == sorted(whole)
+
+
+def test_a_part_that_is_gone_amid_putting_together_is_told(painted, tmp_path, monkeypatch):
+    load = sample_parts.load
+
+    def gone(out, start, stop):
+        if start == 24:
+            sample_parts.file(out, start).unlink()
+        return load(out, start, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_parts, "load", gone)
+        with pytest.raises(UserError, match="0000024.npz is gone: .*; run the same command again"):
+            _run(tmp_path / "out", *TOTAL)
+    assert not list((tmp_path / "out").rglob(".*.part"))
+    assert _run(tmp_path / "out", *TOTAL) == _run(tmp_path / "whole", *TOTAL)
+
+
 def test_one_share_is_drawn_by_one_process(painted, tmp_path):
     words = [*TOTAL, "--part", "1/2"]
     with sample_folder.output.growing(
@@ -317,7 +369,7 @@ def test_a_folder_of_something_else_is_not_drawn_into(painted, tmp_path):
     (tmp_path / "begun").mkdir()
     for name in ("lock-2-of-2", ".samples.json.host.1.part"):
         (tmp_path / "begun" / name).touch()
-    assert set(_run(tmp_path / "begun", *TOTAL)) > set(whole)
+    assert set(_run(tmp_path / "begun", *TOTAL)) == set(whole)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +377,7 @@ def test_a_folder_of_something_else_is_not_drawn_into(painted, tmp_path):
     [
         (("--total", "0"), "--total must be at least 1"),
         (("--total", "-3"), "--total must lie in"),
-        (("--total", "10000000"), "--total must lie in .1, 9,999,999"),
+        (("--total", "5000001"), "--total must lie in .1, 5,000,000"),
         (("--total", "8", "--number", "2"), "--number .it is for images of each class, without"),
         (("--number", "2", "--part", "1/2"), "--part .it is for a number of images in all"),
         (("--class-counts", "drawn"), "--class-counts .it is for"),
@@ -340,6 +392,13 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_loaded(tmp_path, wor
     with pytest.raises(UserError, match=told):
         sample.check(_args("--out", str(tmp_path / "out"), *words))
     assert not (tmp_path / "out").exists()
+
+
+def test_as_many_as_may_be_drawn_can_all_be_listed_as_near_a_tie():
+    last = sample_parts.MOST - 1
+    line = json.dumps({"near_ties": [last, last]}, indent=2).splitlines()[2] + "\n"
+    assert sample_parts.MOST * len(line) < records.BYTES - 10**6
+    assert sample_parts.file(pathlib.Path(), last).name == f"{last}.npz"
 
 
 def test_a_disk_without_room_is_told_before_anything_is_drawn(painted, tmp_path, monkeypatch):
@@ -357,17 +416,23 @@ def test_a_disk_without_room_is_told_before_anything_is_drawn(painted, tmp_path,
         ):
             _run(tmp_path / name, *TOTAL)
     assert not painted.rows
-    free((26 + 50) * 98)
-    _run(tmp_path / "out", *TOTAL)
+    # what was left of putting together makes room before it is made anew
+    free((26 + 50) * 98 - 100)
+    left = [tmp_path / "out" / name for name in (".samples.npz.host.1.2.part", "samples.npz")]
+    left[0].write_bytes(bytes(60))
+    left[1].write_bytes(bytes(40))
+    whole = _run(tmp_path / "out", *TOTAL)
+    assert len(whole["samples.npz"]) > 40 and not left[0].exists()
 
 
-def test_a_disk_that_is_full_is_told_and_gone_on_with(painted, tmp_path, monkeypatch):
+@pytest.mark.parametrize("nth", [5, 9])  # of the record, seven parts, the whole
+def test_a_disk_that_is_full_is_told_and_gone_on_with(painted, tmp_path, monkeypatch, nth):
     whole = _run(tmp_path / "whole", *TOTAL)
     real, calls = os.fsync, []
 
     def full(number):
         calls.append(1)
-        if len(calls) == 5:
+        if len(calls) == nth:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(number)
 
@@ -376,6 +441,7 @@ def test_a_disk_that_is_full_is_told_and_gone_on_with(painted, tmp_path, monkeyp
         with pytest.raises(UserError, match="cannot write .*out: no space left.*make room") as told:
             _run(tmp_path / "out", *TOTAL)
     assert "same command again" in str(told.value)
+    assert not list((tmp_path / "out").rglob(".*.part"))
     assert _run(tmp_path / "out", *TOTAL) == whole
 
 
@@ -393,6 +459,20 @@ def test_an_interrupt_says_how_far_it_is(painted, tmp_path, monkeypatch, capsys,
         _run(tmp_path / "out", *TOTAL, "--batch", "8")
     said = capsys.readouterr().err
     assert f"24 of 50 images are in {tmp_path / 'out'}, and the same command goes on" in said
+
+
+def test_an_interrupt_of_a_finished_folder_says_that_all_is_there(
+    painted, tmp_path, monkeypatch, capsys
+):
+    _run(tmp_path / "out", *TOTAL)
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(archives, "sha256", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "out", *TOTAL)
+    assert f"50 of 50 images are in {tmp_path / 'out'}" in capsys.readouterr().err
 
 
 def test_a_damaged_part_is_named_and_made_again(painted, tmp_path):

@@ -9,6 +9,7 @@ each other: each draws its share, and whoever ends last puts the parts together.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -78,12 +79,19 @@ def write(
         try:
             return _filled(settings, place, png, share)
         except (KeyboardInterrupt, runtime.Stopped):
-            count = sample_parts.count(sample_parts.there(place.path), settings.total)
+            count = _count(place.path, settings.total)
             report.say(
                 f"{count:,} of {settings.total:,} images are in {place.path}, and the same command "
                 "goes on with them"
             )
             raise
+        except FileNotFoundError as error:
+            if not str(error.filename).startswith(str(place.path)):
+                raise
+            raise UserError(
+                f"{error.filename} is gone: removed, or put together by another process at the "
+                "same time; run the same command again"
+            ) from error
 
 
 def check_write(
@@ -131,15 +139,15 @@ def _filled(
     record, beside = _record(settings, ready, png)
     place.claim(record, beside)
     total, index_KX = len(kind_N), _by_kind(settings, kind_N)
+    there = sample_parts.there(path)  # before the checksum: parts go once it is written
     if _checksum(path):
         _verify(path)
-        shutil.rmtree(path / sample_parts.FOLDER, ignore_errors=True)
+        _tidy(path)
         told = _told(place, index_KX, total)
         return f"{told}; they were there already, and samples.npz has its checksum"
     _check_room(settings, ready, place, png)
-    _draw(settings, ready, place, png, share)
-    there = sample_parts.there(path)
-    if missing := total - sample_parts.count(there, total):
+    _draw(settings, ready, place, png, share, there)
+    if missing := total - _count(path, total):
         return (
             f"part {share[0]}/{share[1]} is drawn; {total - missing:,} of {total:,} images are in "
             f"{place.target}: the part that ends last puts them together, or this command again"
@@ -148,8 +156,24 @@ def _filled(
     with locks.waiting(path / MERGING, f"{{}} puts the images of {where} together: waiting for it"):
         if not _checksum(path):  # by the process that was waited for
             _merged(path, kind_N, index_KX, record | beside)
-        shutil.rmtree(path / sample_parts.FOLDER, ignore_errors=True)
+        _tidy(path)
     return _told(place, index_KX, total)
+
+
+def _count(path: pathlib.Path, total: int) -> int:
+    """How many images are there, in parts or put together."""
+    there = sample_parts.there(path)  # before the checksum: parts go once it is written
+    return total if _checksum(path) else sample_parts.count(there, total)
+
+
+def _tidy(path: pathlib.Path) -> None:
+    """Remove what a finished folder needs no more, and what killed processes left in it."""
+    shutil.rmtree(path / sample_parts.FOLDER, ignore_errors=True)
+    for left in path.glob(places.BESIDE):
+        left.unlink(missing_ok=True)
+    for lock in [path / places.LOCK, *path.glob(places.LOCKS)]:
+        with contextlib.suppress(UserError), locks.passing(lock, ""):  # unless somebody holds it
+            pass
 
 
 def _told(place: output.Folder, index_KX: np.ndarray, count: int) -> str:
@@ -215,6 +239,9 @@ def _check_room(
     part = each // 3 * view.channels + 4 * layout.length * len(layout.vocab)
     need = (total - done) * (part * (1 + png)) + total * part
     free = shutil.disk_usage(place.path).free
+    for left in _left(place.path):
+        with contextlib.suppress(FileNotFoundError):
+            free += left.stat().st_size
     rows, columns = view.size
     told = (
         f"{total:,} images of {rows} x {columns} pixels are {report.amount(total * each)} in "
@@ -239,12 +266,13 @@ def _draw(
     place: output.Folder,
     png: bool,
     share: tuple[int, int],
+    there: set[int],
 ) -> None:
     """Draw the parts of a share that are not there yet."""
     path, total = place.path, len(ready.kinds.kind_N)
     bounds = sample_parts.bounds(total)
     first, stop = ((share[0] - 1) * len(bounds) // share[1], share[0] * len(bounds) // share[1])
-    own, there = bounds[first:stop], sample_parts.there(path)
+    own = bounds[first:stop]
     done = sample_parts.count((start for start, _ in own if start in there), total)
     what = f"sample part {share[0]}/{share[1]}" if share[1] > 1 else "sample"
     count = own[-1][1] - own[0][0] if own else 0
@@ -263,6 +291,8 @@ def _draw(
     ):
         written: list[futures.Future] = []
         for index_B, arrays in _batches(settings, ready, own, there):
+            if _checksum(path):  # others drew the same, under another division, and were faster
+                return
             start_B = index_B // sample_parts.EACH * sample_parts.EACH
             while written:  # what went wrong is raised here, and no more than a batch waits
                 written.pop().result()
@@ -270,13 +300,13 @@ def _draw(
                 if start in there:
                     continue
                 found = {name: array[start_B == start] for name, array in arrays.items()}
+                bar.update(len(found["image"]))
                 if start in drawn:
                     before = drawn.pop(start)
                     found = {n: np.concatenate([before[n], array]) for n, array in found.items()}
                 drawn[start] = found
                 if start + len(found["image"]) == min(start + sample_parts.EACH, total):
                     written.append(writer.submit(save, start, drawn.pop(start)))
-            bar.update(int((~np.isin(start_B, list(there))).sum()))
         while written:
             written.pop().result()
 
@@ -296,9 +326,9 @@ def _batches(
     ways = sharding.ways(sharding.current())
     batch = drawing.even(len(index_N), settings.batch, ways)
     chunks = [index_N[k : k + batch] for k in range(0, len(index_N), batch)]
-    missing = [start for start, _ in own if start not in there]
+    each = sample_parts.EACH
     chunks = [
-        c for c in chunks if np.isin(c // sample_parts.EACH * sample_parts.EACH, missing).any()
+        c for c in chunks if not there.issuperset(range(c[0] // each * each, c[-1] + 1, each))
     ]
     together = len(chunks) if ready.kinds.texts is None else CHUNKS
     for k in range(0, len(chunks), together):
@@ -338,6 +368,8 @@ def _merged(path: pathlib.Path, kind_N: np.ndarray, index_KX: np.ndarray, record
 
     Killed at any point, it is begun again; the record that says the checksum is written last.
     """
+    for left in _left(path):
+        left.unlink(missing_ok=True)
     total, whole = len(kind_N), path / sample_parts.WHOLE
     first = _part(path, 0, min(sample_parts.EACH, total))
     layout_RX, _, _ = samples.laid_out(first["image"].shape[1:], index_KX, total)
@@ -365,13 +397,17 @@ def _merged(path: pathlib.Path, kind_N: np.ndarray, index_KX: np.ndarray, record
     records.save(path / sample_parts.RECORD, json.dumps({**record, **found}, indent=2) + "\n")
 
 
+def _left(path: pathlib.Path) -> list[pathlib.Path]:
+    """What may lie there of whoever was killed while putting together: it is made anew."""
+    names = (sample_parts.WHOLE, TOKENS)
+    return [*(path / n for n in names), *(f for n in names for f in path.glob(f".{n}.*.part"))]
+
+
 def _part(path: pathlib.Path, start: int, stop: int) -> dict[str, np.ndarray]:
     part = sample_parts.load(path, start, stop)
     if part is None:
-        raise UserError(
-            f"{sample_parts.file(path, start)} is gone: removed, or put together by another "
-            "process on a file system without locks; run the same command again"
-        )
+        file = sample_parts.file(path, start)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
     return part
 
 
@@ -380,20 +416,22 @@ def _writing(
     path: pathlib.Path, shape: tuple[int, ...], dtype: np.dtype
 ) -> Iterator[Callable[[np.ndarray], object]]:
     """A function that adds rows to a new .npy of a shape; it appears whole or not at all."""
-    for left in path.parent.glob(f".{path.name}.*.part"):  # by processes that were killed
-        left.unlink(missing_ok=True)
     made = places.beside(path)
-    with open(made, "wb") as target:
-        header = {
-            "descr": np.lib.format.dtype_to_descr(dtype),
-            "fortran_order": False,
-            "shape": shape,
-        }
-        np.lib.format.write_array_header_1_0(target, header)
-        yield lambda rows: target.write(np.ascontiguousarray(rows).tobytes())
-        target.flush()
-        os.fsync(target.fileno())
-    made.replace(path)
+    try:
+        with open(made, "wb") as target:
+            header = {
+                "descr": np.lib.format.dtype_to_descr(dtype),
+                "fortran_order": False,
+                "shape": shape,
+            }
+            np.lib.format.write_array_header_1_0(target, header)
+            yield lambda rows: target.write(np.ascontiguousarray(rows).tobytes())
+            target.flush()
+            os.fsync(target.fileno())
+        made.replace(path)
+    except Exception:  # a full disk, a part that is damaged
+        made.unlink(missing_ok=True)
+        raise
 
 
 def _checksum(path: pathlib.Path) -> str:

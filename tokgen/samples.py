@@ -306,6 +306,12 @@ def _repeated(settings: Settings, kind_K: np.ndarray) -> np.ndarray:
     """[N] the kind of each image: `number` of each, or `total` in all in a mixed order."""
     if not settings.total:
         return np.repeat(kind_K, settings.number)
+    each, more = divmod(settings.total, len(kind_K))
+    if more and settings.class_counts == "equal":
+        report.say(
+            f"{settings.total:,} images are no multiple of {len(kind_K):,} classes or texts: "
+            f"{each + 1:,} of each of the first {more:,}, {each:,} of the others"
+        )
     which = CLASS_COUNTS[settings.class_counts]
     return kind_K[which(settings.total, len(kind_K), settings.seed)]
 

@@ -1,5 +1,6 @@
 """A score of samples that are being drawn: of those that are there, and gone on with."""
 
+import os
 import shutil
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from tests.evaluation import test_collect, test_feature_extractors
 from tokgen import records
+from tokgen.data import npz
 from tokgen.evaluation import (
     collect,
     feature_extractors,
@@ -57,7 +59,7 @@ def put_together(out):
     shutil.rmtree(out / "parts")
 
 
-def test_what_is_there_by_number_and_by_place(folder):
+def test_what_is_there_by_number_and_by_place(folder, monkeypatch):
     with pytest.raises(UserError, match="none of its 60 images yet.*wait for tokgen sample"):
         sample_parts.Growing(folder, RECORD, PART)
     draw(folder, (8, 24), (28, 32), (56, 60), (40, 48))
@@ -71,7 +73,25 @@ def test_what_is_there_by_number_and_by_place(folder):
         np.testing.assert_array_equal(part["label"], label_N[number[start:stop]])
     draw(folder, (0, 60))
     put_together(folder)  # meanwhile
-    np.testing.assert_array_equal(images.part(20, 28)["image"], image_NHW3[number[20:28]])
+    real, opened = npz.Archive, []
+    monkeypatch.setattr(npz, "Archive", lambda *words: opened.append(words) or real(*words))
+    for start, stop in ((8, 16), (16, 24), (20, 28)):
+        part = images.part(start, stop)
+        np.testing.assert_array_equal(part["image"], image_NHW3[number[start:stop]])
+        np.testing.assert_array_equal(part["label"], label_N[number[start:stop]])
+    assert len(opened) == 1  # and not read from its beginning for every part
+
+
+def test_a_part_that_goes_while_it_is_read_is_none(folder, monkeypatch):
+    draw(folder, (0, 8))
+    file, getsize = sample_parts.file(folder, 4), os.path.getsize
+
+    def gone(path):
+        file.unlink()
+        return getsize(path)
+
+    monkeypatch.setattr(os.path, "getsize", gone)
+    assert sample_parts.load(folder, 4, 8) is None
 
 
 def test_a_part_is_whole_and_checked(folder):

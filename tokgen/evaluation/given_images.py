@@ -174,22 +174,26 @@ def writing(
     for left in path.parent.glob(f".{path.name}.*.part"):
         left.unlink(missing_ok=True)
     part = places.beside(path)
-    with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as target:
-        # a date of its own would make equal images unequal files
-        with target.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
-            header = {
-                "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
-                "fortran_order": False,
-                "shape": tuple(map(int, shape)),
-            }
-            np.lib.format.write_array_header_1_0(member, header)
-            yield lambda image_BHWC: member.write(np.ascontiguousarray(image_BHWC).tobytes())
-        if label_N is not None:
-            with target.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
-                np.lib.format.write_array(member, label_N.astype(np.int64), allow_pickle=False)
-    with open(part, "rb") as written:
-        os.fsync(written.fileno())
-    part.replace(path)
+    try:
+        with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as target:
+            # a date of its own would make equal images unequal files
+            with target.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+                header = {
+                    "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
+                    "fortran_order": False,
+                    "shape": tuple(map(int, shape)),
+                }
+                np.lib.format.write_array_header_1_0(member, header)
+                yield lambda image_BHWC: member.write(np.ascontiguousarray(image_BHWC).tobytes())
+            if label_N is not None:
+                with target.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
+                    np.lib.format.write_array(member, label_N.astype(np.int64), allow_pickle=False)
+        with open(part, "rb") as written:
+            os.fsync(written.fileno())
+        part.replace(path)
+    except Exception:  # a full disk, a part that is damaged: it may be gigabytes
+        part.unlink(missing_ok=True)
+        raise
 
 
 def digests(image_NHW3: np.ndarray) -> np.ndarray:

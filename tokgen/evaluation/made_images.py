@@ -223,5 +223,7 @@ def loaded_part(file: pathlib.Path) -> dict[str, np.ndarray] | None:
         return None
     try:
         return archives.arrays(file)
-    except UserError as error:
+    except (UserError, FileNotFoundError) as error:
+        if not file.exists():  # removed meanwhile
+            return None
         raise UserError(f"{file} is damaged: {error}; remove it, and it is made again") from error

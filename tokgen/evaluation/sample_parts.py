@@ -25,7 +25,8 @@ EACH = 32  # images of a part, which a kill can cost
 FOLDER, RECORD, WHOLE = "parts", "samples.json", "samples.npz"
 # Fields of RECORD that say nothing of which images these are
 BESIDE = ("checkpoint", "text", "near_ties", "sha256")
-MOST = 10**7 - 1  # images of a folder: their numbers have seven digits
+# Images of a folder: numbers of seven digits, all of which RECORD can list within records.BYTES
+MOST = 5 * 10**6
 
 
 def bounds(total: int) -> list[tuple[int, int]]:
@@ -58,8 +59,11 @@ def save(out: pathlib.Path, start: int, arrays: Mapping[str, np.ndarray]) -> Non
     place = file(out, start)
     place.parent.mkdir(exist_ok=True)
     made = places.beside(place)
-    made_images.write_part(made, arrays)
-    made.replace(place)
+    try:
+        made_images.write_part(made, arrays)
+        made.replace(place)
+    finally:  # a full disk
+        made.unlink(missing_ok=True)
 
 
 def load(out: pathlib.Path, start: int, stop: int) -> dict[str, np.ndarray] | None:
@@ -116,6 +120,7 @@ class Growing:
             )
         self.start_S = np.asarray(starts)
         self.count = sum(min(each, self.total - start) for start in starts)
+        self._whole: npz.Archive | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -145,7 +150,9 @@ class Growing:
         starts = self._parts(first, stop - first)
         parts = [load(self.path, start, min(start + EACH, self.total)) for start in starts]
         if any(part is None for part in parts):  # they are put together as soon as all are there
-            return npz.Archive(self.path / WHOLE, self.classes).part(first, stop)
+            # one archive, which goes on where it was: a new one reads all that is before
+            self._whole = self._whole or npz.Archive(self.path / WHOLE, self.classes)
+            return self._whole.part(first, stop)
         own = slice(first - starts[0], stop - starts[0])
         image_NHWC = np.concatenate([part["image"] for part in parts])[own]
         label_N = np.concatenate([part["label"] for part in parts])[own]
