@@ -14,7 +14,7 @@ from huggingface_hub import constants
 import tokgen
 from tests import command_line, loopback, published
 from tokgen import errors, report, runtime
-from tokgen.checkpoints import checkpoint, pulling
+from tokgen.checkpoints import checkpoint, importing, pulling
 from tokgen.data import imagenet
 from tokgen.pretrained import parity
 from tokgen.zoo import model as zoo
@@ -380,12 +380,12 @@ def test_what_was_fetched_is_imported_after_a_kill(served, small, monkeypatch):
         assert file.read_bytes() == small[1][repository_file(TOKENIZER)].read_bytes()
         out.mkdir()
 
-    monkeypatch.setattr(pulling.importing, "import_file", killed)
+    monkeypatch.setattr(importing, "import_file", killed)
     with pytest.raises(KeyboardInterrupt):
         pulling.pull(TOKENIZER, yes=True)
     assert kept() == [f".{TOKENIZER}.fetched"]
     served.requests.clear()
-    monkeypatch.setattr(pulling.importing, "import_file", imported)
+    monkeypatch.setattr(importing, "import_file", imported)
     pulling.pull(TOKENIZER, yes=True)
     assert served.requests == [] and kept() == [TOKENIZER]
 

@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 
 from tokgen import parameters, records, report, rng, runtime, sharding
@@ -274,6 +273,8 @@ def restored(
     """As `restore`, leaf by leaf: who lets go of them has few in memory at a time."""
     record, names = meta["manifest"], _named(step, wanted, meta)
     logging.getLogger("absl").setLevel(logging.ERROR)
+    import orbax.checkpoint as ocp  # a fifth of a second, for resuming alone
+
     folder, checkpointer = (step / "state").absolute(), ocp.PyTreeCheckpointer()
     with _readable(step):
         # the store cuts and fills arrays to any size that is asked for, without a word

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from tokgen import report, runtime
-from tokgen.checkpoints import checkpoint, importing
+from tokgen.checkpoints import checkpoint
 from tokgen.data import imagenet
 from tokgen.errors import UserError
 from tokgen.output import failures, locks
@@ -186,6 +186,8 @@ def _found(name: str) -> pathlib.Path:
 
 def _import(name: str, file: str | os.PathLike) -> None:
     """A published file into a checkpoint, read as one of the systems that its row names."""
+    from tokgen.checkpoints import importing  # what writes, and Orbax with it: seldom needed
+
     model = zoo.named(name)
     systems = [one for one in (model.system, model.otherwise) if one]
     for system in systems:

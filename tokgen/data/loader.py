@@ -12,17 +12,22 @@ replaced by the next one of the same permutation that can be. One pass in order,
 measuring: it leaves out what cannot be read. Either way it is counted and told by `reader`.
 """
 
+from __future__ import annotations
+
 import collections
 import concurrent.futures
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 
 from tokgen import interfaces
 from tokgen.data import pixels, sources, unreadable, views
+
+if TYPE_CHECKING:
+    import grain
 
 _PATIENCE = 16  # neighbours tried for one broken element; so many in a row are no accident
 THREADS = min(4, os.cpu_count() or 1)
@@ -58,7 +63,7 @@ class Batches:
         self.step = step
         self.seen = 0
 
-    def __iter__(self) -> "Batches":
+    def __iter__(self) -> Batches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -94,7 +99,7 @@ class Batches:
         if close is not None:
             close()
 
-    def __enter__(self) -> "Batches":
+    def __enter__(self) -> Batches:
         return self
 
     def __exit__(self, *_) -> None:
@@ -149,6 +154,8 @@ def batches(
         elements = step * batch_size + first + np.arange(own)
         rngs = [_rng(seed, element) for element in elements]
         return load(index_B[first : first + own], rngs, _epoch_neighbours(order, elements, source))
+
+    import grain  # a quarter of a second: it brings all of Orbax, and drawing reads no images
 
     loaded = (
         order.batch(batch_size)
@@ -261,6 +268,8 @@ def _order(length: int, seed: int) -> grain.MapDataset:
     """The endless global order: element k is an index of the source."""
     if length < 1:
         raise interfaces.UserError("the source is empty: there is nothing to read")
+    import grain
+
     # not without end: grain rounds the number of batches in floats, beyond its own largest length
     return grain.MapDataset.range(length).seed(seed).shuffle().repeat(1 + 2**50 // length)
 
