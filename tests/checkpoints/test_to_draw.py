@@ -10,6 +10,7 @@ from tests import recipes
 from tokgen import parameters, rng, sharding
 from tokgen.checkpoints import checkpoint, run as runs, stream
 from tokgen.config import building
+from tokgen.nn import linear
 from tokgen.sampling import drawing, presets
 
 SIDES = (1, 2, 4)
@@ -101,7 +102,10 @@ def test_tokens_are_those_of_the_whole_network(tmp_path, reference, vocab, compu
     sizes = [jax.tree.leaves(each.module) for each in (whole, spare)]
     count = [sum(leaf.size for leaf in leaves) for leaves in sizes]
     nbytes = [sum(leaf.nbytes for leaf in leaves) for leaves in sizes]
-    assert count[0] == count[1]
+    # panels have a number more each, the 1 by which they divide
+    ones = sum(isinstance(part, linear.Panels) for _, part in nnx.iter_modules(spare.module))
+    assert count[0] == count[1] - ones
+    nbytes[1] -= 4 * ones
     assert nbytes[1] < 0.9 * nbytes[0] if compute == "bfloat16" else nbytes[1] == nbytes[0]
 
 
