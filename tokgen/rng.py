@@ -120,7 +120,7 @@ def rngs(key: jax.Array | int) -> nnx.Rngs:
     """`nnx.Rngs(key)`, the same keys, for modules that are made under a trace.
 
     There nnx counts with an array, and at each key jax words an error that nobody reads, the
-    longer the more has been traced (flax 0.12.8, jax 0.10.2): half of the time that shapes take.
+    longer the more has been traced (flax 0.12.8, jax 0.10.2).
     """
     found = nnx.Rngs()
     found.default = _Stream(key, tag="default")

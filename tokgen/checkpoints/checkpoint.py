@@ -273,7 +273,7 @@ def restored(
     """As `restore`, leaf by leaf: who lets go of them has few in memory at a time."""
     record, names = meta["manifest"], _named(step, wanted, meta)
     logging.getLogger("absl").setLevel(logging.ERROR)
-    import orbax.checkpoint as ocp  # a fifth of a second, for resuming alone
+    import orbax.checkpoint as ocp  # slow to import, and for resuming alone
 
     folder, checkpointer = (step / "state").absolute(), ocp.PyTreeCheckpointer()
     with _readable(step):

@@ -155,7 +155,7 @@ def batches(
         rngs = [_rng(seed, element) for element in elements]
         return load(index_B[first : first + own], rngs, _epoch_neighbours(order, elements, source))
 
-    import grain  # a quarter of a second: it brings all of Orbax, and drawing reads no images
+    import grain  # it brings all of Orbax, and drawing reads no images
 
     loaded = (
         order.batch(batch_size)

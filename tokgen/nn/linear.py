@@ -76,8 +76,7 @@ class Panels(nnx.Module):
     """A `Linear` whose outputs lie in panels, J of F columns each: for products of few rows.
 
     Such a product reads every weight once and waits for memory. Rows of a wide kernel lie pages
-    apart, where a core sees no stream to fetch ahead; a panel is one. Measured on a core of an AMD
-    EPYC: 8 rows by 768 x 3072 take 0.45 of the time in float32, 0.55 in bfloat16.
+    apart, where a core sees no stream to fetch ahead; a panel is one.
     """
 
     def __init__(self, linear: Linear):

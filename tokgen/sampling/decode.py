@@ -36,9 +36,9 @@ SCANNED = ("tpu",)
 def laid_out(generator: Generator) -> Generator:
     """The generator as this platform decodes it best: its layers stacked, or apart.
 
-    A scan over stacked layers makes a program of one layer, whatever the depth: RAR-XXL compiles in
-    a ninth of the time, and moves no byte more on a TPU (`benchmarks/decode.py --aot` counts
-    them). Elsewhere it copies the layer's weights and cache at every step.
+    A scan over stacked layers makes a program of one layer, whatever the depth: on a TPU it
+    compiles sooner than four layers apart do, and moves no byte more (`benchmarks/decode.py --aot`,
+    RESULTS.md). Elsewhere it copies the layer's weights and cache at every step.
     """
     return generator if jax.default_backend() in SCANNED else generator.unstacked()
 
