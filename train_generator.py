@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from tokgen import image_grid, metrics_log, parameters, report, rng, sharding
+from tokgen import distributed, image_grid, metrics_log, parameters, report, rng, sharding
 from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.config import building, migration
 from tokgen.data import datasets, loader, scan, token_header
@@ -33,6 +33,8 @@ def main(request: launch.Request) -> None:
     """Train until `settings.steps`, from wherever the work directory stands."""
     settings, workdir, back = request.settings, request.workdir, request.back
     fields.check_generator(settings)
+    mesh = building.call(sharding.make_mesh, settings.mesh, "mesh")
+    jax.set_mesh(mesh)  # before anything is loaded: all lies over one
     seed, steps, every = settings.seed, settings.steps, settings.report
     source, held_out, tokenizer = read(settings.data, runs.classes(workdir, back))
     told = settings.data if settings.data.tokens else tokenizer.config.get("data", {})
@@ -47,8 +49,6 @@ def main(request: launch.Request) -> None:
         rngs = rng.rngs(rng.key(seed, "init"))
         return building.generator(settings, layout, len(classes), rngs=rngs)
 
-    mesh = building.call(sharding.make_mesh, settings.mesh, "mesh")
-    jax.set_mesh(mesh)
     # all that will run is traced with shapes, before any work
     shapes, sampler = dry_run.generator(
         *(settings, layout, len(classes), mesh, codec, train_step),
@@ -62,6 +62,7 @@ def main(request: launch.Request) -> None:
     graph, network = train_state.create(
         make, optimizer, mesh=mesh, strategy=settings.strategy, ema=settings.ema
     )
+    distributed.check_alike({"data": source.fingerprint, "held-out data": held_out.fingerprint})
     run = runs.start(
         workdir,
         settings,
@@ -86,19 +87,19 @@ def main(request: launch.Request) -> None:
     report.say(f"{what}; {len(source)} images of {layout.length} tokens, {sharding.told(mesh)}")
     step_of = train_step(settings, graph, optimizer)
 
-    if jax.process_index() == 0:  # once per job
-        scan.before(
-            source,
-            held_out,
-            validation.spread(len(held_out), settings.held_out.images),
-            channels=tokenizer.config.view.channels,
-            max_bad=settings.get("max_bad", 1e-3),
-        )
+    distributed.first(
+        scan.before,
+        source,
+        held_out,
+        validation.spread(len(held_out), settings.held_out.images),
+        channels=tokenizer.config.view.channels,
+        max_bad=settings.get("max_bad", 1e-3),
+    )
 
     start = done = int(jax.device_get(network.step))
     measured = runs.is_measured(run, start)
     log, stop = (
-        metrics_log.Log(workdir, step=start, measured=measured, told=migration.metrics),
+        metrics_log.opened(workdir, step=start, measured=measured, told=migration.metrics),
         launch.Stop(),
     )
     with_what = held_out, tokenizer
@@ -115,7 +116,7 @@ def main(request: launch.Request) -> None:
         seed=seed,
         batch_size=settings.batch_size,
         start=start,
-        process=(jax.process_index(), jax.process_count()),
+        rows=sharding.rows_here(settings.batch_size, mesh),
         max_bad=settings.get("max_bad", 1e-3),
     )
     with batches, report.bar(steps, initial=start, what="generator") as bar:
@@ -134,7 +135,7 @@ def main(request: launch.Request) -> None:
                 log.scalars(done, values | seen)
                 bar.set_postfix_str(report.metrics(values, ("nats_per_token", "token_accuracy")))
                 train_state.give_up(values, done)
-            asked = stop.agreed()
+            asked = stop.agreed(done)
             if due(done) or asked:
                 run.save({"model": network})
             if asked:
@@ -203,7 +204,7 @@ def measure(
     network: train_state.TrainState,
     graph: nnx.GraphDef,
     with_what: WithWhat,
-    log: metrics_log.Log,
+    log: metrics_log.Log | metrics_log.Nowhere,
     settings: ml_collections.ConfigDict,
 ) -> dict[str, float]:
     """Held-out nats and a sample grid from the averaged weights of a step that is saved.
@@ -230,7 +231,7 @@ def measure(
 
 
 def show_imported(
-    settings: ml_collections.ConfigDict, with_what: WithWhat, log: metrics_log.Log
+    settings: ml_collections.ConfigDict, with_what: WithWhat, log: metrics_log.Log | metrics_log.Nowhere
 ) -> None:
     """What the model that a run starts from could do: its own classes, its own preset."""
     imported = checkpoint.load_generator(settings.init_from)

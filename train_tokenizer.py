@@ -14,7 +14,7 @@ import jax
 import ml_collections
 from flax import nnx
 
-from tokgen import image_grid, metrics_log, parameters, report, sharding
+from tokgen import distributed, image_grid, metrics_log, parameters, report, sharding
 from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.config import building, migration
 from tokgen.data import datasets, loader, scan, views
@@ -38,6 +38,8 @@ def main(request: launch.Request) -> None:
     """Train until `settings.steps`, from wherever the work directory stands."""
     settings, workdir, back = request.settings, request.workdir, request.back
     fields.check_tokenizer(settings)
+    mesh = building.call(sharding.make_mesh, settings.mesh, "mesh")
+    jax.set_mesh(mesh)  # before anything is loaded: all lies over one
     seed, steps, every = settings.seed, settings.steps, settings.report
     plan = stages.plan(settings)
     gan = building.call(gans.GAN, settings.discriminator, "discriminator")
@@ -50,12 +52,11 @@ def main(request: launch.Request) -> None:
     view = building.call(views.View, settings.view, "view")
     begin, play = gan.steps(steps)
 
-    mesh = building.call(sharding.make_mesh, settings.mesh, "mesh")
     sharding.check_batch(settings.batch_size, mesh)
-    jax.set_mesh(mesh)
     frozen = tokenizer_step.load_frozen(settings, plan)
     # all that will run is traced with shapes, before any work
     layout = dry_run.tokenizer(settings, mesh, frozen, text=source.text_shape).layout
+    distributed.check_alike({"data": source.fingerprint, "held-out data": held_out.fingerprint})
     run = runs.start(
         workdir,
         settings,
@@ -90,19 +91,19 @@ def main(request: launch.Request) -> None:
     length = f"{layout.length} tokens" if layout else "continuous latents"
     report.say(f"{what}; {len(source)} images, {length} each, {sharding.told(mesh)}")
 
-    if jax.process_index() == 0:  # once per job
-        scan.before(
-            source,
-            held_out,
-            validation.spread(len(held_out), settings.held_out.images),
-            channels=view.channels,
-            max_bad=settings.max_bad,
-        )
+    distributed.first(
+        scan.before,
+        source,
+        held_out,
+        validation.spread(len(held_out), settings.held_out.images),
+        channels=view.channels,
+        max_bad=settings.max_bad,
+    )
 
     start = step = int(jax.device_get(networks["model"].step))
     measured = runs.is_measured(run, start)
     log, stop = (
-        metrics_log.Log(workdir, step=start, measured=measured, told=migration.metrics),
+        metrics_log.opened(workdir, step=start, measured=measured, told=migration.metrics),
         launch.Stop(),
     )
     meter = safeguards.Meter(layout) if layout else None
@@ -113,7 +114,7 @@ def main(request: launch.Request) -> None:
         view,
         seed=seed,
         batch_size=settings.batch_size,
-        process=(jax.process_index(), jax.process_count()),
+        rows=sharding.rows_here(settings.batch_size, mesh),
         max_bad=settings.max_bad,
     )
 
@@ -151,7 +152,7 @@ def main(request: launch.Request) -> None:
                 bar.set_postfix_str(report.metrics(values, SHOWN))
                 train_state.give_up(values, step)
                 collapsed = safeguards.collapsed(limits, values, step, steps)
-            asked = stop.agreed()
+            asked = stop.agreed(step)
             if due(step) or asked or collapsed:
                 run.save(networks)
             if asked:
@@ -171,7 +172,7 @@ def main(request: launch.Request) -> None:
                     step = bar.n = play
                     collapsed = ""
                     batches.close()
-                    batches, log = passing(start=step), metrics_log.Log(workdir, step=step)
+                    batches, log = passing(start=step), metrics_log.opened(workdir, step=step)
                 elif not collapsed:  # without its figures it pushes out no step to go back to
                     run.note(step, figures)
             if collapsed:
@@ -187,7 +188,7 @@ def measure(
     networks: tokenizer_step.Networks,
     graph: nnx.GraphDef,
     held_out: Sequence,
-    log: metrics_log.Log,
+    log: metrics_log.Log | metrics_log.Nowhere,
     settings: ml_collections.ConfigDict,
 ) -> dict[str, float]:
     """Held-out figures and a grid from the averaged weights of a step that is saved.

@@ -19,7 +19,7 @@ LAYERS = (
     ("errors",),
     ("choices", "image_grid", "interfaces", "options", "ranges", "records", "rng"),
     ("archives", "boundary", "parameters", "report", "sharding", "losses", "orders", "zoo"),
-    ("output", "metrics_log", "nn", "metrics"),
+    ("output", "distributed", "metrics_log", "nn", "metrics"),
     ("runtime", "quantizers", "tokenizers", "generators", "backbones", "sampling"),
     ("discriminators", "config"),
     ("data",),

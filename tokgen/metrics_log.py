@@ -8,11 +8,30 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from tokgen import image_grid, records, report
 
 LOG = "metrics.jsonl"
+
+
+def opened(workdir: pathlib.Path, **how) -> Log | Nowhere:
+    """The metrics of a run, `Log`; of several processes, one writes them."""
+    return Log(workdir, **how) if jax.process_index() == 0 else Nowhere()
+
+
+class Nowhere:
+    """What a process that does not write has in the place of a `Log`."""
+
+    def scalars(self, step: int, values: Mapping[str, Any], *, split: str = "train") -> None:
+        """Process 0 writes them."""
+
+    def image(self, step: int, name: str, image_HW3: np.ndarray) -> None:
+        """Process 0 writes it."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class Log:

@@ -58,6 +58,26 @@ def mesh(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def processes(parser: argparse._ActionsContainer) -> None:
+    """`--coordinator` and its like, of every program that several processes may run together."""
+    group = parser.add_argument_group(
+        "several processes",
+        "SLURM, Open MPI, a TPU pod and Kubernetes say it themselves (docs/pods.md); else all three",
+    )
+    group.add_argument(
+        "--coordinator", default="", metavar="HOST:PORT", help="of process 0, a port that is free"
+    )
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="which this one is, from 0")
+    group.add_argument(
+        "--wait",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="that processes wait for each other at the start (default 300)",
+    )
+
+
 def consent(parser: argparse._ActionsContainer) -> None:
     """`--yes`, of every command that may fetch a published model."""
     parser.add_argument(

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     import tqdm
 
 EVERY, MINUTE = 30, 60  # seconds between lines in a log file, and those that a rate is of
+_silent = False  # of the processes of one job, one speaks
+
+
+def silence(whether: bool = True) -> None:
+    """Say nothing from now on: another process of the same job says it. Errors are said by all."""
+    global _silent
+    _silent = whether
 
 
 def bar(
@@ -32,6 +39,7 @@ def bar(
 
     Nothing is shown of what takes less than `delay` seconds.
     """
+    shown = shown and not _silent
     if not sys.stderr.isatty() and not notebook():
         return Lines(total, initial=initial, unit=unit, what=what, shown=shown, delay=delay)
     import tqdm
@@ -147,6 +155,8 @@ def say(text: str) -> None:
 
     Where nobody listens any more, the work goes on: a terminal that was closed, a full log disk.
     """
+    if _silent:
+        return
     text = printable(text)
     with contextlib.suppress(OSError):
         if sys.stderr.isatty() or notebook():

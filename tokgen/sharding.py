@@ -7,6 +7,7 @@ the project's letters; a strategy says which mesh axis serves which letter.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -251,15 +252,47 @@ def padded(array: np.ndarray, rows: int) -> np.ndarray:
     return np.concatenate([array, np.repeat(array[-1:], rows - len(array), axis=0)])
 
 
+def rows_here(batch: int, mesh) -> np.ndarray:
+    """The rows of a batch that devices of this process hold, in order.
+
+    Of several processes each has its own, or some have the same, where `tensor` spans them; on most
+    TPU topologies they are not one run of rows: a mesh follows the links, and not the hosts.
+    """
+    check_batch(batch, mesh)
+    held = of_batch(mesh).addressable_devices_indices_map((batch,)).values()
+    return np.unique(np.concatenate([np.arange(batch)[index] for index in held]))
+
+
 def global_batch(batch: Mapping[str, np.ndarray], mesh) -> dict[str, jax.Array]:
-    """One global array per entry, from this process's slice of the batch."""
-    sharding = of_batch(mesh)
-    for array in batch.values():
-        check_batch(len(array) * jax.process_count(), mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, array)
-        for name, array in batch.items()
-    }
+    """One array per entry, over all devices, of the rows that lie here (`rows_here`)."""
+    where, shares = of_batch(mesh), len(rows_here(ways(mesh), mesh))
+
+    def laid(array: np.ndarray) -> jax.Array:
+        each, over = divmod(len(array), shares)
+        size = len(array) * ways(mesh) // shares
+        check_batch(size if not over else size + 1, mesh)
+        rows = rows_here(each * ways(mesh), mesh)
+
+        def held(index: tuple[slice, ...]) -> np.ndarray:
+            return array[np.searchsorted(rows, np.arange(size)[index[0]])]
+
+        return jax.make_array_from_callback((size, *array.shape[1:]), where, held)
+
+    return {name: laid(array) for name, array in batch.items()}
+
+
+def everywhere(tree: PyTree) -> PyTree:
+    """Arrays over all devices as numpy's, whole, in every process."""
+    if jax.process_count() > 1:
+        mesh = current()
+        with jax.set_mesh(mesh):
+            tree = _whole(tree, replicated(mesh))
+    return jax.device_get(tree)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _whole(tree: PyTree, where: NamedSharding) -> PyTree:
+    return jax.lax.with_sharding_constraint(tree, where)
 
 
 def constrain(x: jax.Array, axes: str) -> jax.Array:

@@ -63,8 +63,8 @@ def test_any_number_of_processes_sees_the_same_global_batches(processes):
     source = Numbered(30)  # 8 does not divide 30: batches cross epochs
     alone = take(10, source, RANDOM, seed=3, batch_size=8)
     parts = [
-        take(10, source, RANDOM, seed=3, batch_size=8, process=(part, processes), threads=2)
-        for part in range(processes)
+        take(10, source, RANDOM, seed=3, batch_size=8, rows=rows, threads=2)
+        for rows in np.arange(8).reshape(processes, -1)
     ]
     for step, whole in enumerate(alone):
         assert whole["image"].shape == (8, 8, 12, 3) and whole["image"].dtype == np.uint8
@@ -300,7 +300,7 @@ def test_token_shards_are_streamed_with_one_of_their_views(shards):
     # Both views of an image turn up: they are drawn anew each epoch.
     assert {1, 51} <= set(first[:, :, 0, 0].ravel().tolist())
     for part in range(2):
-        half = take(20, shards, seed=0, batch_size=10, process=(part, 2))
+        half = take(20, shards, seed=0, batch_size=10, rows=np.arange(10).reshape(2, 5)[part])
         for left, right in zip(whole, half, strict=True):
             same({key: left[key][part * 5 : part * 5 + 5] for key in left}, right)
     passed = list(loader.once(shards, batch_size=4))

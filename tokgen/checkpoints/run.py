@@ -21,9 +21,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import jax
 import ml_collections
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
-from tokgen import output, parameters, records, report
+from tokgen import distributed, output, parameters, records, report
 from tokgen.checkpoints import checkpoint, continuation, finetuning, manifest, stream as streams
 from tokgen.config import building
 from tokgen.interfaces import PyTree, TokenLayout, UserError
@@ -39,7 +38,7 @@ def lock(workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Iterator[None]:
 
     It lies in none of the `inputs`, which the run reads.
     """
-    with output.workdir(workdir, inputs):
+    with distributed.led(output.workdir(workdir, inputs)):
         yield
 
 
@@ -188,7 +187,7 @@ class Run:
         if jax.process_index() == 0:
             for step in steps:
                 manifest.seal(self.folder(step))
-        _together("sealed")
+        distributed.together("sealed")
         keep = self.config.get("keep", {"latest": 1, "best": 1})  # an import may not train
         found, metas = [], {step: self._record(step) for step in steps}
         whole = {step: meta for step, meta in metas.items() if meta is not None}
@@ -202,7 +201,7 @@ class Run:
         if steps and metas[steps[-1]] is None:
             return
         stay = staying(found, latest=keep["latest"], best=keep["best"])
-        _together("chosen")
+        distributed.together("chosen")
         for step in steps:
             if step not in stay:
                 self.manager.delete(step)
@@ -242,12 +241,6 @@ def _unheard(unraisable) -> None:
     """What a failed save leaves behind: writes that answer a loop that is gone."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
-
-
-def _together(what: str) -> None:
-    """All processes wait here for each other: each decides from the same files."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
 
 
 def _clear(workdir: pathlib.Path) -> None:
@@ -385,7 +378,7 @@ def go_back(run: Run, step: int) -> None:
     steps = check_whole(run.workdir, step)
     _same_run(checkpoint.read_meta(run.folder(step)), run, run.folder(step))
     aside = run.workdir / ASIDE
-    _together("compared")
+    distributed.together("compared")
     if jax.process_index() == 0:
         # the last first: a kill leaves a run
         for later in reversed([s for s in steps if s > step]):
@@ -394,7 +387,7 @@ def go_back(run: Run, step: int) -> None:
             target = next(aside / name for name in names if not (aside / name).exists())
             run.folder(later).rename(target)
             report.say(f"step {later} is set aside: {target}")
-    _together("set aside")
+    distributed.together("set aside")
     run.manager.reload()
 
 

@@ -113,31 +113,28 @@ def batches(
     seed: int,
     batch_size: int,
     start: int = 0,
-    process: tuple[int, int] = (0, 1),
+    rows: np.ndarray | None = None,
     threads: int = THREADS,
     prefetch: int = 4,
     max_bad: float = 1e-3,
 ) -> Batches:
     """Endless shuffled batches from step `start` on.
 
-    {"image": uint8 [B/n, rows, columns, channels], "label": int32 [B/n]} of an image source seen
-    through `view`, or through its own; {"tokens": int32 [B/n, L, G], "label": int32 [B/n]} of
-    token shards, one of the stored views per element. {"text": float32 [B/n, T, E]} where a source
-    has text, and {"mask": bool [B/n, T]} where that has a mask.
+    {"image": uint8 [b, rows, columns, channels], "label": int32 [b]} of an image source seen
+    through `view`, or through its own; {"tokens": int32 [b, L, G], "label": int32 [b]} of
+    token shards, one of the stored views per element. {"text": float32 [b, T, E]} where a source
+    has text, and {"mask": bool [b, T]} where that has a mask.
 
     Args:
       batch_size: B, of all processes together.
-      process: (p, n), which of how many.
+      rows: the b of them that this process loads, as `sharding.rows_here` has them; None: all.
       threads: batches loaded at the same time; 0 loads them when they are asked for.
       prefetch: batches kept ready, at least `threads`.
       max_bad: the share of images that may be unreadable; of token shards, when made.
     """
-    part, parts = process
-    if batch_size < 1 or parts < 1 or batch_size % parts or not 0 <= part < parts:
-        raise interfaces.UserError(
-            f"batch_size must be a positive multiple of the number of processes: "
-            f"batch_size={batch_size}, process={part} of {parts}"
-        )
+    if batch_size < 1:
+        raise interfaces.UserError(f"batch_size must be at least 1; found {batch_size}")
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     if start < 0 or not 0 <= seed < 2**32:
         raise interfaces.UserError(
             f"a step is at least 0 and a seed at least 0 and below 2**32; found start={start}, "
@@ -147,13 +144,11 @@ def batches(
         raise interfaces.UserError(f"max_bad is a rate between 0 and 1; found {max_bad}")
     order = _order(len(source), seed)
     load = _loader(source, view)
-    own = batch_size // parts
 
     def local(step: int, index_B: np.ndarray) -> tuple[dict, list]:
-        first = part * own
-        elements = step * batch_size + first + np.arange(own)
+        elements = step * batch_size + rows
         rngs = [_rng(seed, element) for element in elements]
-        return load(index_B[first : first + own], rngs, _epoch_neighbours(order, elements, source))
+        return load(index_B[rows], rngs, _epoch_neighbours(order, elements, source))
 
     import grain  # it brings all of Orbax, and drawing reads no images
 

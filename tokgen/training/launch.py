@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import ml_collections
 
-from tokgen import options, report, runtime
+from tokgen import distributed, options, report, runtime
 from tokgen.checkpoints import checkpoint, pulling, run as runs
 from tokgen.config import reading
 from tokgen.zoo import model as zoo
@@ -62,6 +62,7 @@ def parse(
         metavar="STEP",
         help="resume at this step of the work directory; later ones are set aside, not deleted",
     )
+    options.processes(parser)
     options.consent(parser)
     arguments, rest = parser.parse_known_args(argv)
     overrides, iterator = [], iter(rest)
@@ -101,8 +102,9 @@ class Stop:
     """
 
     def __init__(self):
-        self.number, self.at = 0, 0.0
-        for number in runtime.CODES:
+        self.number, self.at, self.passed = 0, 0.0, False
+        # of many processes jax hears SIGTERM, and tells all of them
+        for number in [signal.SIGINT] if distributed.many() else runtime.CODES:
             signal.signal(number, self._ask)
 
     def _ask(self, number, frame):
@@ -116,11 +118,19 @@ class Stop:
                 "stopping after this step; a checkpoint is being saved (again: stop at once)"
             )
 
-    def agreed(self) -> bool:
+    def agreed(self, step: int) -> bool:
         """Whether to end after this step. Asked once a step: where many processes train one model,
-        this is the place where all must come to the same answer.
+        all come to the same answer here, whichever of them was asked.
         """
-        return bool(self.number)
+        if not distributed.many():
+            return bool(self.number)
+        if self.number == signal.SIGINT and not self.passed:
+            self.passed = True
+            os.kill(os.getpid(), signal.SIGTERM)  # jax hears that one, and tells the others
+        if not distributed.stops(step):
+            return False
+        self.number = self.number or signal.SIGTERM
+        return True
 
     def end(self, said: str) -> None:
         """Where a run ends: says how far it came; a `runtime.Stopped` when it was asked to end."""
@@ -142,11 +152,18 @@ def run(
     def told() -> None:
         settings, arguments = parse(sys.argv[1:], description)
         check(settings)
+        distributed.initialize(arguments)
+        if distributed.many():
+            runtime.devices(settings.batch_size // (arguments.processes or 1))
+        options_ = {name: value for name, value in vars(arguments).items() if name != "process"}
+        distributed.check_alike(
+            {"config": settings.to_dict(), "option": options_, "version": checkpoint.versions()}
+        )
         for named in _checkpoints(settings):
             if zoo.is_name(named):
                 # first: an import starts jax, which counts its devices once
                 runtime.devices(settings.batch_size)
-                pulling.pull(named, yes=arguments.yes)
+                distributed.first(pulling.pull, named, yes=arguments.yes)
         with runs.lock(arguments.workdir, _pictures(settings, arguments.workdir)):
             if arguments.start is not None:
                 runs.check_whole(arguments.workdir, arguments.start)

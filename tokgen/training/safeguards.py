@@ -11,7 +11,7 @@ from typing import Annotated
 import jax
 import numpy as np
 
-from tokgen import ranges, records
+from tokgen import distributed, ranges, records, sharding
 from tokgen.interfaces import TokenLayout
 from tokgen.metrics import codebook
 
@@ -63,7 +63,7 @@ class Meter:
         alphabet are words of bits, `idle_bits` are those with one value in 99 % of the tokens.
         None of these where every step was skipped.
         """
-        kept = [tokens for tokens, skipped in jax.device_get(list(self.kept)) if not skipped]
+        kept = [tokens for tokens, skipped in sharding.everywhere(list(self.kept)) if not skipped]
         self.kept.clear()
         if not kept:
             return {}
@@ -156,4 +156,4 @@ def _noted(file: pathlib.Path) -> dict:
 
 
 def _write(workdir: pathlib.Path, count: int, settled: bool) -> None:
-    records.save(workdir / RETURNS, records.text({"returns": count, "settled": settled}))
+    distributed.first(records.save, workdir / RETURNS, records.text({"returns": count, "settled": settled}))

@@ -1,0 +1,185 @@
+"""Several processes of one job: how they find each other, agree on what they do, and end.
+
+Each runs the same program on devices of its own, which jax makes one set of devices. Where they
+are is told by what launched them, which jax understands (SLURM, Open MPI, a TPU pod, Kubernetes),
+or by three options (`options.processes`). Process 0 writes what there is one of, and speaks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from tokgen import report
+from tokgen.errors import UserError
+
+HEARTBEAT = 20  # seconds without a sign of life after which a process is taken for dead
+BLOCK = 1024  # bytes by which texts are filled up: as many programs as sizes
+
+
+def initialize(args: argparse.Namespace) -> None:
+    """Join the job that this process is one of, if it is; before anything touches a device.
+
+    `args` are those of `options.processes`. Alone, where nothing says that there are others.
+
+    Raises:
+        UserError: the others, or process 0, were not there in time; or the options contradict.
+    """
+    given = {"coordinator": args.coordinator, "processes": args.processes, "process": args.process}
+    missing = [f"--{name}" for name, value in given.items() if value in ("", None)]
+    if 0 < len(missing) < len(given):
+        raise UserError(
+            "--coordinator, --processes and --process say together who the processes of a job are; "
+            f"missing: {', '.join(missing)}"
+        )
+    if missing and os.environ.get("SLURM_STEP_NUM_TASKS") == "1":
+        return  # jax would take the first of its devices alone
+    if not missing and not 0 <= args.process < args.processes:
+        raise UserError(
+            f"--process counts from 0 to --processes - 1 = {args.processes - 1}; found "
+            f"{args.process}"
+        )
+    known = dict(
+        coordinator_address=args.coordinator,
+        num_processes=args.processes,
+        process_id=args.process,
+    )
+    try:
+        jax.distributed.initialize(
+            **({} if missing else known),
+            initialization_timeout=args.wait,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=HEARTBEAT,
+        )
+    except ValueError as error:
+        if missing and "coordinator_address" in str(error):  # no launcher that jax knows
+            return
+        raise UserError(f"this process cannot join its job: {error}") from error
+    except RuntimeError as error:
+        raise UserError(_absent(args, str(error))) from error
+
+
+def many() -> bool:
+    """Whether this process is one of several; no device is touched to say no."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _absent(args: argparse.Namespace, said: str) -> str:
+    """What to say where processes did not find each other."""
+    who = f"process {args.process} of {args.processes}" if args.coordinator else "this process"
+    where = f" at {args.coordinator}" if args.coordinator else ""
+    return (
+        f"{who} waited {args.wait} s for the others{where} in vain; found: "
+        f"{said.splitlines()[0][:200]}; start all of them within that time, with the same "
+        "--coordinator, and see that its port is free and open between the hosts (--wait SECONDS)"
+    )
+
+
+def _check_even() -> None:
+    """An error, the same on all, where processes have different numbers of devices."""
+    counts = [0] * jax.process_count()
+    for device in jax.devices():
+        counts[device.process_index] += 1
+    if len(set(counts)) > 1:
+        told = ", ".join(f"process {index} has {count}" for index, count in enumerate(counts))
+        raise UserError(
+            f"the processes of a job need the same number of devices each; found: {told}; see to "
+            "what each is given (CUDA_VISIBLE_DEVICES, JAX_NUM_CPU_DEVICES, TPU_VISIBLE_CHIPS)"
+        )
+
+
+def gathered(text: str) -> list[str]:
+    """What each process says, in their order; all wait for all."""
+    if not many():
+        return [text]
+    own = np.frombuffer(text.encode(), np.uint8)
+    with jax.set_mesh(None):
+        sizes = multihost_utils.process_allgather(np.int32(len(own)))
+        room = BLOCK * -(-max(int(sizes.max()), 1) // BLOCK)
+        rows = multihost_utils.process_allgather(np.pad(own, (0, room - len(own))))
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def check_alike(told: Mapping[str, object]) -> None:
+    """An error, the same on all processes, where they were not started alike.
+
+    `told` is what must be the same, by its name: plain values, JSON's. From then on process 0
+    speaks for all.
+    """
+    if not many():
+        return
+    _check_even()
+    found = [json.loads(text) for text in gathered(json.dumps(_flat(told), default=str))]
+    lines = []
+    for name in sorted(set().union(*found)):
+        values = {}
+        for index, each in enumerate(found):
+            values.setdefault(json.dumps(each.get(name)), []).append(str(index))
+        if len(values) > 1:
+            parts = (
+                f"{value[:100]} ({'process' if len(who) == 1 else 'processes'} {', '.join(who)})"
+                for value, who in values.items()
+            )
+            lines.append(f"  {name}: {', '.join(parts)}")
+    if lines:
+        raise UserError(
+            "the processes of a job are started alike, with one config, one code and one set of "
+            "data; found different\n" + "\n".join(lines[:20])
+        )
+    report.silence(jax.process_index() != 0)
+
+
+@contextlib.contextmanager
+def led(context: contextlib.AbstractContextManager) -> Iterator[None]:
+    """Process 0 enters a context, such as a lock; where it cannot, all have its error."""
+    if not many():
+        with context:
+            yield
+        return
+    with contextlib.ExitStack() as stack:
+        said = ""
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(context)
+            except UserError as error:
+                said = str(error)
+        if said := gathered(said)[0]:
+            raise UserError(said)
+        yield
+
+
+def first(act: Callable, *args, **how) -> None:
+    """Process 0 calls `act`, for the whole job; where that is refused, all have its error."""
+    with led(_calling(act, *args, **how)):
+        pass
+
+
+@contextlib.contextmanager
+def _calling(act: Callable, *args, **how) -> Iterator[None]:
+    act(*args, **how)
+    yield
+
+
+def together(what: str) -> None:
+    """All processes wait here for each other; `what` is the same on all, and of this place."""
+    if many():
+        with jax.set_mesh(None):
+            multihost_utils.sync_global_devices(what)
+
+
+def stops(step: int) -> bool:
+    """Whether all processes end after this step, since one was asked to: the same on all."""
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+def _flat(tree: object, path: str = "") -> dict[str, object]:
+    if not isinstance(tree, Mapping):
+        return {path.removesuffix("."): tree}
+    return {k: v for name, one in tree.items() for k, v in _flat(one, f"{path}{name}.").items()}
