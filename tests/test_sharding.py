@@ -1,7 +1,9 @@
 import functools
+import itertools
 import math
 import pathlib
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 import train_generator
@@ -181,6 +184,7 @@ QUERY, UP, DOWN, TABLE = (
     "transformer/blocks/mlp/down/kernel",
     "embeddings/table",
 )
+MODULATION = "transformer/blocks/modulation/kernel"
 
 
 @pytest.mark.parametrize(
@@ -208,7 +212,13 @@ QUERY, UP, DOWN, TABLE = (
         (UP, (4, 16, 32), "tensor", (8, 1, 1), (None, None, None)),
         ("encoder/conv_in/kernel", (4, 4, 16, 16), "tensor", (2, 2, 2), (None,) * 4),
         ("labels/table", (12, 15), "fsdp", (2, 4, 1), (None, None)),
-        ("quantizer/codebook", (4096, 512), "tensor", (2, 2, 2), (None, None)),
+        ("quantizer/codebook", (512, 512), "tensor", (2, 2, 2), (None, None)),
+        # but for what is large: it lies over its longest dimension, never over layers
+        ("quantizer/codebook", (4096, 512), "tensor", (2, 2, 2), ("fsdp", None)),
+        ("encoder/conv_in/kernel", (3, 3, 512, 512), "fsdp", (2, 4, 1), (None, None, None, "fsdp")),
+        ("encoder/conv_in/kernel", (3, 3, 512, 510), "fsdp", (2, 4, 1), (None, None, "fsdp", None)),
+        (MODULATION, (64, 768, 6, 768), "tensor", (2, 1, 4), (None, None, None, "tensor")),
+        (MODULATION, (64, 768, 6, 768), "tensor", (2, 2, 2), (None, "fsdp", None, None)),
         ("transformer/blocks/mlp_norm/scale", (4, 16), "tensor", (2, 2, 2), (None, None)),
     ],
 )  # fmt: skip
@@ -244,6 +254,43 @@ def test_the_mesh_uses_all_devices():
     for sizes in ((3, 1, 1), (2, 2, 1), (-1, -1, 1), (-1, 3, 1), (16, 1, 1), (0, 1, 8)):
         with pytest.raises(ValueError, match="devices = 8"):
             sharding.make_mesh(*sizes)
+
+
+TOPOLOGIES = [
+    *("v5e:4x4", "v5e:8x8", "v5e:16x16", "v6e:4x4", "v6e:8x8", "v6e:16x16"),
+    *("v5p:2x2x2", "v5p:4x4x4", "v5p:8x8x8"),
+]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_every_mesh_of_powers_of_two_can_be_made_of_a_topology(topology):
+    pytest.importorskip("libtpu", reason="describing a TPU that is not there needs libtpu")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    most, seen = len(devices).bit_length() - 1, set()
+    for data, fsdp in itertools.product(range(most + 1), repeat=2):
+        if data + fsdp <= most:
+            sizes = 2**data, 2**fsdp, 2 ** (most - data - fsdp)
+            mesh = sharding._of(devices, *sizes)
+            assert tuple(mesh.shape.values()) == sizes
+            assert set(mesh.devices.flat) == set(devices)
+            rows = [sharding.rows_of(mesh, sharding.ways(mesh), index) for index in range(len({d.process_index for d in devices}))]
+            assert all(len(each) for each in rows)
+            seen.add(str(rows))
+    assert len(seen) > 3
+
+
+def test_data_spans_slices_and_the_rest_stays_within_one():
+    def device(index):
+        found = dict(id=index, slice_index=index // 4, process_index=index // 4, platform="cpu")
+        return types.SimpleNamespace(**found, device_kind="cpu", coords=None)
+
+    devices = [device(index) for index in range(8)]
+    arranged = sharding._over_slices(devices, 2, (4, 2, 1))
+    assert arranged.shape == (4, 2, 1)
+    slices = np.vectorize(lambda each: each.slice_index)(arranged)
+    assert (slices == slices[:, :1]).all() and slices[:, 0, 0].tolist() == [0, 0, 1, 1]
+    with pytest.raises(interfaces.UserError, match="2 slices of 4 devices.*1 x 8 x 1"):
+        sharding._over_slices(devices, 2, (1, 8, 1))
 
 
 def test_constrain_does_nothing_without_a_mesh_and_acts_under_one():
@@ -496,3 +543,23 @@ def test_drawing_and_likelihoods_are_shared_by_the_devices_to_the_bit(monkeypatc
     assert nats[8] == nats[1]
     # batches of 4 are filled up to 8: an image for each device, of four for one alone
     assert work[8] < 0.3 * work[1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sizes", [(8, 32, 1), (64, 4, 1), (1, 64, 4), (4, 16, 4)])
+def test_no_large_parameter_stays_whole_in_any_recipe(sizes):
+    """On a mesh of 256 that is not refused; what frozen feature networks hold, too."""
+    mesh, refused = AbstractMesh(sizes, sharding.AXES), []
+    strategy = "tensor" if sizes[2] > 1 else "fsdp"
+    for name, module in _networks():
+        for path, leaf in parameters.paths(_abstract_state(module, "adamw")).items():
+            if leaf.ndim == 0 or leaf.size <= sharding.LARGE:
+                continue
+            try:
+                parts = sharding.spec(path, leaf.shape, strategy, mesh)
+            except interfaces.UserError as error:
+                assert "sizes that do: 2" in str(error)
+                refused.append(name)
+                continue
+            assert any(parts), (name, path, leaf.shape)
+    assert len(set(refused)) < 3, refused

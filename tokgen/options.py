@@ -62,7 +62,7 @@ def processes(parser: argparse._ActionsContainer) -> None:
     """`--coordinator` and its like, of every program that several processes may run together."""
     group = parser.add_argument_group(
         "several processes",
-        "SLURM, Open MPI, a TPU pod and Kubernetes say it themselves (docs/pods.md); else all three",
+        "SLURM, Open MPI, TPU pods, Kubernetes say it themselves (docs/pods.md); else all three",
     )
     group.add_argument(
         "--coordinator", default="", metavar="HOST:PORT", help="of process 0, a port that is free"

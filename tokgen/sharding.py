@@ -8,12 +8,14 @@ the project's letters; a strategy says which mesh axis serves which letter.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tokgen import ranges
@@ -68,7 +70,11 @@ LARGE = 1_000_000  # elements: a larger parameter may not stay whole by accident
 def make_mesh(
     data: ranges.Axis = -1, fsdp: ranges.Axis = 1, tensor: ranges.Axis = 1
 ) -> jax.sharding.Mesh:
-    """A mesh over all devices; one size may be -1, "all that are left"."""
+    """A mesh over all devices; one size may be -1, "all that are left".
+
+    It follows the links of a TPU, so where a device stands depends on the sizes: what a process
+    computes together lies over one mesh, the one that is set (`current`).
+    """
     sizes, devices = [data, fsdp, tensor], jax.device_count()
     if sizes.count(-1) == 1:
         rest = math.prod(size for size in sizes if size != -1)
@@ -78,7 +84,7 @@ def make_mesh(
             f"the mesh must use all devices: data x fsdp x tensor = {data} x {fsdp} x {tensor}, "
             f"devices = {devices}; set one of them to -1 to take what is left"
         )
-    return _of(None, *sizes)
+    return _of(jax.devices(), *sizes)
 
 
 def letters(path: str) -> str:
@@ -96,7 +102,9 @@ def spec(
     """The partition of one parameter.
 
     A mesh axis serves the first letter that asks for it and divides it; a dimension that does not
-    divide passes the axis on to the next dimension of the same parameter that does.
+    divide passes the axis on to the next dimension of the same parameter that does. What is large
+    and no letter has split lies over the longest dimension that divides, of any letter: a device
+    has no room for it whole.
     """
     if strategy not in STRATEGIES:
         raise UserError(f"strategy must be one of {sorted(STRATEGIES)}; found {strategy!r}")
@@ -115,13 +123,34 @@ def spec(
             if free and shape[candidate] % mesh.shape[axis] == 0:
                 parts[candidate] = axis
                 break
-    whole = not any(parts) and math.prod(shape) > LARGE and axes.strip(".")
-    if whole and any(mesh.shape[axis] > 1 for axis in rules.values()):
+    used = [axis for axis in dict.fromkeys(rules.values()) if mesh.shape[axis] > 1]
+    if math.prod(shape) > LARGE and used and not any(parts):
+        _over_longest(path, shape, named, parts, used, strategy, mesh)
+    return PartitionSpec(*parts)
+
+
+def _over_longest(
+    path: str,
+    shape: tuple[int, ...],
+    named: Mapping[int, str],
+    parts: list[str | None],
+    used: list[str],
+    strategy: str,
+    mesh: jax.sharding.Mesh,
+) -> None:
+    """Lay what no letter has split over its longest dimension that an axis divides."""
+    longest = sorted(named, key=lambda dimension: (-shape[dimension], -dimension))
+    pairs = ((axis, d) for axis in used for d in longest if shape[d] % mesh.shape[axis] == 0)
+    for axis, dimension in itertools.islice(pairs, 1):
+        parts[dimension] = axis
+    if not any(parts):
+        sizes = {2**n for n in range(1, 13) for d in named if shape[d] % 2**n == 0}
+        fitting = f"sizes that do: {', '.join(map(str, sorted(sizes)))}" if sizes else "none does"
         raise UserError(
             f"parameter {path} of shape {shape} stays whole under strategy {strategy!r} on mesh "
-            f"{dict(mesh.shape)}; choose axis sizes that divide one of its dimensions"
+            f"{dict(mesh.shape)}: no size of {' or '.join(used)} divides one of its dimensions; "
+            f"{fitting}, the rest of the devices as data"
         )
-    return PartitionSpec(*parts)
 
 
 def of_parameter(
@@ -191,9 +220,35 @@ def dividing(batch: int) -> jax.sharding.Mesh:
     return _of(jax.devices()[:count], count, 1, 1)
 
 
-def _of(devices: list[jax.Device] | None, *sizes: int) -> jax.sharding.Mesh:
+def _of(devices: Sequence[jax.Device], *sizes: int) -> jax.sharding.Mesh:
     # Auto stated: jax.make_mesh defaults to explicit axes in current JAX
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    types = (AxisType.Auto,) * 3
+    if len(slices := {getattr(device, "slice_index", None) for device in devices}) > 1:
+        return jax.sharding.Mesh(_over_slices(devices, len(slices), sizes), AXES, axis_types=types)
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # no axis of the torus is as long, as on v6e:16x16 for 2 x 128 x 1
+        arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(arranged, AXES, axis_types=types)
+
+
+def _over_slices(devices: Sequence[jax.Device], slices: int, sizes: Sequence[int]) -> np.ndarray:
+    """Devices of several slices of TPUs: `data` spans them, the other axes stay within one.
+
+    Between slices is the network of the data centre, a hundredth of what links chips.
+    """
+    data, fsdp, tensor = sizes
+    if data % slices:
+        inner = len(devices) // slices
+        raise UserError(
+            f"these are {slices} slices of {inner} devices: the data axis spans them, and must be "
+            f"a multiple of {slices}; found data x fsdp x tensor = {data} x {fsdp} x {tensor}; "
+            f"fsdp x tensor may be {inner} or a part of it"
+        )
+    within, across = (data // slices, fsdp, tensor), (slices, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
+    )
 
 
 def filled(tree: PyTree, rows: int, mesh: jax.sharding.Mesh) -> PyTree:
@@ -258,9 +313,15 @@ def rows_here(batch: int, mesh) -> np.ndarray:
     Of several processes each has its own, or some have the same, where `tensor` spans them; on most
     TPU topologies they are not one run of rows: a mesh follows the links, and not the hosts.
     """
+    return rows_of(mesh, batch, jax.process_index())
+
+
+def rows_of(mesh: jax.sharding.Mesh, batch: int, process: int) -> np.ndarray:
+    """`rows_here`, of any process of a job."""
     check_batch(batch, mesh)
-    held = of_batch(mesh).addressable_devices_indices_map((batch,)).values()
-    return np.unique(np.concatenate([np.arange(batch)[index] for index in held]))
+    held = of_batch(mesh).devices_indices_map((batch,))
+    rows = [np.arange(batch)[at] for device, at in held.items() if device.process_index == process]
+    return np.unique(np.concatenate(rows))
 
 
 def global_batch(batch: Mapping[str, np.ndarray], mesh) -> dict[str, jax.Array]:

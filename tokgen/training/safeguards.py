@@ -156,4 +156,6 @@ def _noted(file: pathlib.Path) -> dict:
 
 
 def _write(workdir: pathlib.Path, count: int, settled: bool) -> None:
-    distributed.first(records.save, workdir / RETURNS, records.text({"returns": count, "settled": settled}))
+    distributed.first(
+        records.save, workdir / RETURNS, records.text({"returns": count, "settled": settled})
+    )

@@ -56,6 +56,7 @@ def create(
         lambda: gans.build(gan, settings, rngs=rng.rngs(rng.key(seed, "init", 1))),
         optimizer,
         mesh=mesh,
+        strategy=settings.strategy,
     )
     averages = jax.device_put(losses.averages(), sharding.replicated(mesh))
     networks = {"model": model, "discriminator": discriminator, "averages": averages}
