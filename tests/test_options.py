@@ -58,7 +58,7 @@ def test_what_stands_on_the_command_line_is_given_at_whatever_value(command):
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_option_is_read_somewhere(command):
     """By the file of its command, or by those that several commands share."""
-    shared = [f"commands/{name}.py" for name in ("sample", "evaluate")]
+    shared = [*(f"commands/{name}.py" for name in ("sample", "evaluate")), "distributed.py"]
     text = "".join(
         (ROOT / file).read_text() for file in [f"commands/{cli.file(command)}.py", *shared]
     )

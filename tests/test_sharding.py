@@ -273,7 +273,10 @@ def test_every_mesh_of_powers_of_two_can_be_made_of_a_topology(topology):
             mesh = sharding._of(devices, *sizes)
             assert tuple(mesh.shape.values()) == sizes
             assert set(mesh.devices.flat) == set(devices)
-            rows = [sharding.rows_of(mesh, sharding.ways(mesh), index) for index in range(len({d.process_index for d in devices}))]
+            rows = [
+                sharding.rows_of(mesh, sharding.ways(mesh), index)
+                for index in range(len({d.process_index for d in devices}))
+            ]
             assert all(len(each) for each in rows)
             seen.add(str(rows))
     assert len(seen) > 3

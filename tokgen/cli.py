@@ -11,6 +11,7 @@ import importlib.metadata
 import itertools
 import keyword
 import platform
+import signal
 import sys
 import types
 from collections.abc import Sequence
@@ -100,12 +101,38 @@ def _run(name: str, words: Sequence[str]) -> None:
     args = parser.parse_args(words)
     args.given = options.given(parser, words)
     command = module(name)
+    if hasattr(args, "coordinator"):
+        _join(name, args)
     # what is refused anyway is refused before something is fetched for it
     if hasattr(command, "check"):
         command.check(args)
     for argument in options.checkpoints(parser):
         setattr(args, argument, _place(getattr(args, argument), args.yes))
     command.run(args)
+    _leave()
+
+
+def _join(name: str, args: argparse.Namespace) -> None:
+    """Be one of the processes of a job, where this is one."""
+    if not runtime.is_launched(args):
+        return
+    from tokgen import distributed
+
+    distributed.initialize(args)
+    if distributed.many():
+        # jax would keep it for a training step; what a command has done so far is kept as it is
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        runtime.devices()
+        asked = {option: value for option, value in vars(args).items() if option != "process"}
+        distributed.check_alike({"command": name, "option": asked, "version": versions()})
+
+
+def _leave() -> None:
+    """Wait for the others of a job: a process that ends takes them for lost."""
+    if "jax" in sys.modules:
+        from tokgen import distributed
+
+        distributed.together("end")
 
 
 def _place(checkpoint: str, yes: bool) -> str:

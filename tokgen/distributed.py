@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from tokgen import report
 from tokgen.errors import UserError
 
+T = TypeVar("T")
 HEARTBEAT = 20  # seconds without a sign of life after which a process is taken for dead
 BLOCK = 1024  # bytes by which texts are filled up: as many programs as sizes
 
@@ -39,8 +40,6 @@ def initialize(args: argparse.Namespace) -> None:
             "--coordinator, --processes and --process say together who the processes of a job are; "
             f"missing: {', '.join(missing)}"
         )
-    if missing and os.environ.get("SLURM_STEP_NUM_TASKS") == "1":
-        return  # jax would take the first of its devices alone
     if not missing and not 0 <= args.process < args.processes:
         raise UserError(
             f"--process counts from 0 to --processes - 1 = {args.processes - 1}; found "
@@ -137,34 +136,39 @@ def check_alike(told: Mapping[str, object]) -> None:
 
 
 @contextlib.contextmanager
-def led(context: contextlib.AbstractContextManager) -> Iterator[None]:
-    """Process 0 enters a context, such as a lock; where it cannot, all have its error."""
+def led(context: contextlib.AbstractContextManager[T]) -> Iterator[T | None]:
+    """Process 0 enters a context, such as a lock; where it cannot, all have its error.
+
+    Gives what the context gives, to process 0; None to the others.
+    """
     if not many():
-        with context:
-            yield
+        with context as found:
+            yield found
         return
     with contextlib.ExitStack() as stack:
-        said = ""
+        found, said = None, ""
         if jax.process_index() == 0:
             try:
-                stack.enter_context(context)
+                found = stack.enter_context(context)
             except UserError as error:
                 said = str(error)
         if said := gathered(said)[0]:
             raise UserError(said)
-        yield
+        yield found
 
 
-def first(act: Callable, *args, **how) -> None:
-    """Process 0 calls `act`, for the whole job; where that is refused, all have its error."""
-    with led(_calling(act, *args, **how)):
-        pass
+def first(act: Callable[..., T], *args, **how) -> T | None:
+    """Process 0 calls `act`, for the whole job; where that is refused, all have its error.
+
+    What it gives, to process 0; None to the others.
+    """
+    with led(_calling(act, *args, **how)) as found:
+        return found
 
 
 @contextlib.contextmanager
-def _calling(act: Callable, *args, **how) -> Iterator[None]:
-    act(*args, **how)
-    yield
+def _calling(act: Callable[..., T], *args, **how) -> Iterator[T]:
+    yield act(*args, **how)
 
 
 def together(what: str) -> None:

@@ -8,6 +8,7 @@ none of it.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import pathlib
@@ -21,6 +22,13 @@ from tokgen.errors import UserError
 
 # Import name of an optional package -> the extra in pyproject.toml that installs it.
 EXTRAS = {"simplejpeg": "fastdata"}
+
+# What launchers tell every process: how many there are, or what they are together.
+LAUNCHERS = (
+    *("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JOBSET_NAME"),
+    *("TPU_WORKER_HOSTNAMES", "JAX_COORDINATOR_ADDRESS"),
+)
+TPUS = ("/dev/accel0", "/dev/vfio/0")  # of a host of a pod, which jax asks about the others
 
 # By convention of shells, 128 and the number of the signal.
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -133,6 +141,26 @@ def _unheard() -> None:
             os.dup2(nowhere, stream.fileno())
 
 
+def is_launched(args: argparse.Namespace) -> bool:
+    """Whether something says that this process is one of several: an option, or a launcher."""
+    given = any(
+        vars(args)[name] not in ("", None) for name in ("coordinator", "processes", "process")
+    )
+    told = any(os.environ.get(name, "1") not in ("", "1") for name in LAUNCHERS)
+    return given or told or any(os.path.exists(device) for device in TPUS)
+
+
+def process() -> tuple[int, int]:
+    """Which process of how many this is; no device is touched where it is one alone."""
+    if "jax" not in sys.modules:
+        return 0, 1
+    import jax
+
+    if not jax.distributed.is_initialized():
+        return 0, 1
+    return jax.process_index(), jax.process_count()
+
+
 def cache_folder() -> pathlib.Path:
     """Where compiled programs and local classifiers are kept between runs."""
     if os.environ.get("TOKGEN_CACHE"):
@@ -191,18 +219,19 @@ def over(mesh: str) -> Iterator[None]:
     Raises:
         UserError: it isn't three numbers, or other ones than there are devices.
     """
-    if not mesh:
-        yield
-        return
     import jax
 
-    from tokgen import sharding
+    from tokgen import distributed, sharding
 
-    sizes = mesh.split(",")
+    if not mesh and not distributed.many():
+        yield
+        return
+    sizes = (mesh or "-1,1,1").split(",")
     if len(sizes) != 3 or not all(size.strip().lstrip("-").isdigit() for size in sizes):
         raise UserError(f"--mesh must be three numbers, DATA,FSDP,TENSOR, as 2,1,4; found {mesh!r}")
     devices()
-    with jax.set_mesh(sharding.make_mesh(*map(int, sizes))):
+    # each process of a job draws and measures on its own devices
+    with jax.set_mesh(sharding.make_mesh(*map(int, sizes), devices=jax.local_devices())):
         yield
 
 

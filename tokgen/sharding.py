@@ -68,23 +68,28 @@ LARGE = 1_000_000  # elements: a larger parameter may not stay whole by accident
 
 @ranges.checked
 def make_mesh(
-    data: ranges.Axis = -1, fsdp: ranges.Axis = 1, tensor: ranges.Axis = 1
+    data: ranges.Axis = -1,
+    fsdp: ranges.Axis = 1,
+    tensor: ranges.Axis = 1,
+    *,
+    devices: Sequence[jax.Device] | None = None,
 ) -> jax.sharding.Mesh:
-    """A mesh over all devices; one size may be -1, "all that are left".
+    """A mesh over all devices, or those given; one size may be -1, "all that are left".
 
     It follows the links of a TPU, so where a device stands depends on the sizes: what a process
     computes together lies over one mesh, the one that is set (`current`).
     """
-    sizes, devices = [data, fsdp, tensor], jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    sizes, count = [data, fsdp, tensor], len(devices)
     if sizes.count(-1) == 1:
         rest = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = max(devices // max(rest, 1), 1)
-    if min(sizes) < 1 or math.prod(sizes) != devices:
+        sizes[sizes.index(-1)] = max(count // max(rest, 1), 1)
+    if min(sizes) < 1 or math.prod(sizes) != count:
         raise UserError(
             f"the mesh must use all devices: data x fsdp x tensor = {data} x {fsdp} x {tensor}, "
-            f"devices = {devices}; set one of them to -1 to take what is left"
+            f"devices = {count}; set one of them to -1 to take what is left"
         )
-    return _of(jax.devices(), *sizes)
+    return _of(devices, *sizes)
 
 
 def letters(path: str) -> str:
@@ -262,8 +267,13 @@ def filled(tree: PyTree, rows: int, mesh: jax.sharding.Mesh) -> PyTree:
         return padded(array, -(-max(rows, len(array)) // ways(mesh)) * ways(mesh))
 
     # every process has all of it: `by_rows` takes each device's part
-    where = of_batch(mesh) if jax.process_count() == 1 else replicated(mesh)
+    where = replicated(mesh) if _many(mesh) else of_batch(mesh)
     return jax.device_put(jax.tree.map(fill, tree), where)
+
+
+def _many(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> bool:
+    """Whether a mesh has devices of several processes, and not of this one alone."""
+    return mesh.size > jax.local_device_count()
 
 
 def by_rows(program: Callable[..., PyTree], whole: tuple, rows: tuple) -> PyTree:
@@ -276,7 +286,7 @@ def by_rows(program: Callable[..., PyTree], whole: tuple, rows: tuple) -> PyTree
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return program(*whole, *rows)
-    many, own = jax.process_count() > 1, PartitionSpec(BATCH)
+    many, own = _many(mesh), PartitionSpec(BATCH)
     if ways(mesh) < mesh.size or mesh.shape["fsdp"] > 1:
         found = program(*whole, *jax.lax.with_sharding_constraint(rows, own))
         # of many processes, each reads all of it

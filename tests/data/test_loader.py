@@ -338,8 +338,6 @@ def passed_tokens(batches):
     "wrong",
     [
         {"batch_size": 0},
-        {"batch_size": 7, "process": (0, 2)},
-        {"process": (2, 2)},
         {"start": -1},
         {"seed": -1},
         {"seed": 2**32},

@@ -30,6 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", default="float32", choices=("float32", "bfloat16"), help="of the encoder"
     )
+    options.processes(parser)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -46,17 +47,18 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Encode what is not there yet; a folder with other tokens is refused."""
-    from tokgen import tokens
+    from tokgen import runtime, tokens
     from tokgen.data import views
 
-    tokens.pretokenize(
-        args.tokenizer,
-        args.out,
-        data=args.data,
-        labels=args.labels,
-        views=views.stored(args.views),
-        batch=args.batch,
-        max_bad=args.max_bad,
-        precision=args.precision,
-        overwrite=args.overwrite,
-    )
+    with runtime.over(""):
+        tokens.pretokenize(
+            args.tokenizer,
+            args.out,
+            data=args.data,
+            labels=args.labels,
+            views=views.stored(args.views),
+            batch=args.batch,
+            max_bad=args.max_bad,
+            precision=args.precision,
+            overwrite=args.overwrite,
+        )

@@ -64,6 +64,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="a file for each image beside the grid and the .npz; default: unless --total",
     )
+    options.processes(parser)
 
 
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,13 +132,27 @@ def check(args: argparse.Namespace) -> None:
     elif not args.total:
         raise UserError("--total must be at least 1, images in all; found 0")
     options.check(args, idle)
+    _share(args)
     sample_folder.check_write(settings_of(args), args.out, overwrite=args.overwrite, part=args.part)
+
+
+def _share(args: argparse.Namespace) -> str:
+    """Which part this process draws: of several, each one."""
+    process = runtime.process()
+    if process == (0, 1):
+        return args.part
+    if args.part or not args.total:
+        raise UserError(
+            f"{process[1]} processes draw a part each of --total images; found "
+            f"{'--part' if args.part else '--number'}: say --total, and leave --part out"
+        )
+    return f"{process[0] + 1}/{process[1]}"
 
 
 def run(args: argparse.Namespace) -> None:
     """Draw, and write everything that says how."""
     from tokgen import sample_folder
 
-    how = dict(png=args.png, overwrite=args.overwrite, part=args.part)
+    how = dict(png=args.png, overwrite=args.overwrite, part=_share(args))
     with runtime.over(args.mesh):
         report.say(sample_folder.write(settings_of(args), args.out, **how))

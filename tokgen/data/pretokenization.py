@@ -9,16 +9,19 @@ What is there already stays, and a folder with tokens of something else is refus
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from flax import nnx
 
-from tokgen import boundary, output, report, sharding
+from tokgen import boundary, distributed, output, report, sharding
 from tokgen.data import (
     datasets,
     loader,
@@ -35,19 +38,30 @@ if TYPE_CHECKING:
     import tqdm
 
 
+@contextlib.contextmanager
 def folder(
     path: str | os.PathLike,
     *,
     overwrite: bool = False,
     inputs: Sequence[str | os.PathLike] = (),
-) -> contextlib.AbstractContextManager[output.Folder]:
-    """The folder that token shards are written into, for this process alone.
+) -> Iterator[output.Folder]:
+    """The folder that token shards are written into, for this process alone, or this job.
 
     `inputs` are what must not lie in it: it may be replaced.
     """
-    return output.growing(
-        path, records=token_header.RECORDS, lock=".lock", overwrite=overwrite, inputs=inputs
-    )
+    about = dict(records=token_header.RECORDS, overwrite=overwrite, inputs=inputs)
+    with distributed.led(output.growing(path, lock=".lock", **about)) as found:
+        yield _everywhere(found)
+
+
+def _everywhere(found: output.Folder | None) -> output.Folder:
+    """The folder of process 0, in every process."""
+    if not distributed.many():
+        return found
+    told = [str(found.target), str(found.path), found.staged] if found else []
+    target, path, staged = json.loads(distributed.gathered(json.dumps(told))[0])
+    target, path = pathlib.Path(target), pathlib.Path(path)
+    return found or output.Folder(target, path, "--out", token_header.PLAN, "tokens", staged)
 
 
 def check(*, batch: int, max_bad: float) -> None:
@@ -91,14 +105,14 @@ def pretokenize(
         for split in token_header.SPLITS
     }
     datasets.tell(datasets.called(settings.get("data", {}), data), **parts)
-    writer = _writer(tokenizer, parts, out, views=views, data=data)
-    for split, source in parts.items():  # of shards that an earlier run wrote
-        for shard, missing in writer.written(split):
-            source.unreadable.looked += shard.stop - shard.start
-            for index, (_, reason) in missing.items():
-                source.unreadable.add(index, reason)
+    planned = functools.partial(_writer, tokenizer, parts, out, views=views, data=data)
+    writer = distributed.first(planned) or planned()  # process 0 writes the plan
+    _noted(parts, writer)  # of shards that an earlier run wrote
     _write(tokenizer.module, parts, writer, datasets.views_of(settings, views), batch, max_bad)
-    writer.finish()
+    if distributed.many():
+        distributed.together("shards")
+        _noted(parts, writer)  # and other processes
+    distributed.first(writer.finish)
     for source in parts.values():
         source.unreadable.tell(unreadable.LEFT_OUT)
     counts = ", ".join(f"{len(s) - len(s.unreadable)} {split}" for split, s in parts.items())
@@ -107,6 +121,17 @@ def pretokenize(
         f"{out.target}: {counts} images, {len(views)} views of {tokenizer.layout.length} tokens "
         f"({bits} bits each), made by tokenizer {tokenizer.fingerprint[:16]}"
     )
+
+
+def _noted(parts: Mapping[str, sources.RandomAccess], writer: token_writer.Writer) -> None:
+    """Add the unreadable images of all shards that are there to what sources know of theirs."""
+    for split, source in parts.items():
+        written = writer.written(split)
+        seen = sum(shard.stop - shard.start for shard, _ in written)
+        source.unreadable.looked = max(source.unreadable.looked, seen)
+        for _, missing in written:
+            for index, (_, reason) in missing.items():
+                source.unreadable.add(index, reason)
 
 
 def _writer(
@@ -131,7 +156,7 @@ def _writer(
         views=views,
         classes=parts["train"].classes,
     )
-    if out.staged:  # else the plan of the shards says of what they are
+    if out.staged and jax.process_index() == 0:  # else the plan of the shards says of what they are
         made_by = {name: about["tokenizer"][name] for name in ("fingerprint", "precision")}
         out.claim(about | {"tokenizer": made_by})
     earlier = {split: source.earlier for split, source in parts.items()}

@@ -152,7 +152,8 @@ def run(
     def told() -> None:
         settings, arguments = parse(sys.argv[1:], description)
         check(settings)
-        distributed.initialize(arguments)
+        if runtime.is_launched(arguments):
+            distributed.initialize(arguments)
         if distributed.many():
             runtime.devices(settings.batch_size // (arguments.processes or 1))
         options_ = {name: value for name, value in vars(arguments).items() if name != "process"}
