@@ -231,7 +231,9 @@ def measure(
 
 
 def show_imported(
-    settings: ml_collections.ConfigDict, with_what: WithWhat, log: metrics_log.Log | metrics_log.Nowhere
+    settings: ml_collections.ConfigDict,
+    with_what: WithWhat,
+    log: metrics_log.Log | metrics_log.Nowhere,
 ) -> None:
     """What the model that a run starts from could do: its own classes, its own preset."""
     imported = checkpoint.load_generator(settings.init_from)

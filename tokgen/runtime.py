@@ -143,11 +143,9 @@ def _unheard() -> None:
 
 def is_launched(args: argparse.Namespace) -> bool:
     """Whether something says that this process is one of several: an option, or a launcher."""
-    given = any(
-        vars(args)[name] not in ("", None) for name in ("coordinator", "processes", "process")
-    )
+    given = {args.coordinator, args.processes, args.process} - {"", None}
     told = any(os.environ.get(name, "1") not in ("", "1") for name in LAUNCHERS)
-    return given or told or any(os.path.exists(device) for device in TPUS)
+    return bool(given) or told or any(os.path.exists(device) for device in TPUS)
 
 
 def process() -> tuple[int, int]:
