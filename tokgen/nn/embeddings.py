@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import boundary, choices
+from tokgen import boundary, choices, sharding
 from tokgen.interfaces import TokenLayout, UserError
 from tokgen.nn import linear
 from tokgen.nn.precision import Precision
@@ -43,7 +43,8 @@ class Tokens(nnx.Module):
 
     def __call__(self, tokens_BlG: jax.Array) -> jax.Array:
         """[B, l, G] tokens, V only where there is a row for it -> [B, l, D]."""
-        table_GVD = self.table[...]
+        # gathered where it is read: vectors of a split table would lie as the table does
+        table_GVD = sharding.constrain(self.table[...], "GVD")
         return sum(table_GVD[g][tokens_BlG[..., g]] for g in range(self.groups))
 
 
@@ -135,8 +136,9 @@ class Labels(nnx.Module):
         """[B] labels -> [B, D]; of one that is none the vector is NaN, as far as it is traced."""
         label_B = self.check(label_B)
         # an index beyond the table would read its last row, which is "no class"
-        row_B = jnp.where(label_B < 0, len(self.table[...]), label_B)
-        return self.table[...].at[row_B].get(mode="fill", fill_value=jnp.nan)
+        rows = sharding.constrain(self.table[...], ".D")  # as that of tokens
+        row_B = jnp.where(label_B < 0, len(rows), label_B)
+        return rows.at[row_B].get(mode="fill", fill_value=jnp.nan)
 
 
 class Table(nnx.Module):
