@@ -30,9 +30,14 @@ def generator(
 
 
 def tokenizer(config: str, fields: dict, precision: str) -> nnx.Module:
-    """A tokenizer of a config with some fields changed."""
+    """A tokenizer of a config with some fields changed, as `load_to_code` gives it."""
     settings = settled(config, fields, precision)
-    return filled(lambda: building.tokenizer(settings, rngs=nnx.Rngs(rng.key(0, "init"))))
+
+    def make():
+        return building.tokenizer(settings, rngs=nnx.Rngs(rng.key(0, "init")))
+
+    form = lambda module: decode.laid_out(parameters.narrowed(module))  # noqa: E731
+    return decode.laid_out(filled(make, form))
 
 
 def settled(config: str, fields: dict, precision: str):

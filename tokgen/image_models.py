@@ -74,14 +74,14 @@ def load(
             raise UserError(
                 f"tokenizer= is for generators; {path} is a tokenizer itself: leave it out"
             )
-        loaded = checkpoint.load_tokenizer(step, compute=precision or "float32")
+        loaded = checkpoint.load_to_code(step, compute=precision or "float32")
         return ImageTokenizer(loaded, loaded, name)
     compute = precision or presets.precision(meta, presets.Choice())
     loaded = checkpoint.load_generator(step, compute=compute)
     decoder = checkpoint.load_tokenizer_of(loaded, tokenizer)
     encoder = decoder
     if decoder.config.precision.compute != "float32":  # tokens are those of token sets
-        encoder = checkpoint.load_tokenizer(decoder.step, compute="float32")
+        encoder = checkpoint.load_to_code(decoder.step, compute="float32")
     return ImageGenerator(loaded, ImageTokenizer(encoder, decoder), name, precision)
 
 

@@ -598,12 +598,12 @@ def load_to_draw(path: str | os.PathLike, *, compute: str = "") -> Loaded:
     no second copy of the parameters is made on the way.
     """
 
-    def drawing(module: nnx.Module) -> nnx.Module:
-        return decode.laid_out(parameters.narrowed(module))
+    return _laid_out(path, "generator", compute)
 
-    loaded = _loaded(path, "generator", compute, "", drawing)
-    # once more, now that there are values: what can be said of shapes alone is done already
-    return dataclasses.replace(loaded, module=decode.laid_out(loaded.module))
+
+def load_to_code(path: str | os.PathLike, *, compute: str = "") -> Loaded:
+    """The tokenizer of a checkpoint, for nothing but encoding and decoding: as `load_to_draw`."""
+    return _laid_out(path, "tokenizer", compute)
 
 
 def load_to_decode(generator: Loaded, path: str = "") -> Loaded:
@@ -616,7 +616,23 @@ def _load_decoder(path: str | os.PathLike) -> Loaded:
         module.encoder = None
         return module
 
-    return _loaded(path, "tokenizer", "", "", decoding)
+    return _laid_out(path, "tokenizer", "", decoding)
+
+
+def _laid_out(
+    path: str | os.PathLike,
+    kind: str,
+    compute: str,
+    part: Callable[[nnx.Module], nnx.Module] = lambda module: module,
+) -> Loaded:
+    """`_loaded` as this platform runs what is wanted of it best, in the dtypes of its use."""
+
+    def form(module: nnx.Module) -> nnx.Module:
+        return decode.laid_out(parameters.narrowed(part(module)))
+
+    loaded = _loaded(path, kind, compute, "", form)
+    # once more, now that there are values: what can be said of shapes alone is done already
+    return dataclasses.replace(loaded, module=decode.laid_out(loaded.module))
 
 
 def _loaded(

@@ -133,6 +133,13 @@ def panelled(module: nnx.Module, *, but: tuple[str, ...] = ()) -> None:
             panelled(part, but=but)
 
 
+def widened(module: nnx.Module) -> None:
+    """Let the maps of a module sum in float32, in place, where its arrays lie whole on a CPU."""
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, Linear) and on_cpu(part.kernel[...]):
+            part.product = jnp.dtype(WIDE)
+
+
 def on_cpu(array: jax.Array) -> bool:
     """Whether an array lies whole on every one of its devices, and they are CPUs; not if traced."""
     if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array):

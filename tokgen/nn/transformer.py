@@ -200,6 +200,17 @@ def unstacked(owner: nnx.Module, *names: str) -> nnx.Module:
     return apart
 
 
+def without_stacks(owner: nnx.Module) -> nnx.Module:
+    """A copy of a module in which the stacks of all its transformers are taken apart."""
+    apart = jax.tree.map(lambda leaf: leaf, owner)
+    for name, part in list(vars(apart).items()):
+        if isinstance(part, Transformer):
+            setattr(apart, name, part.unstacked())
+        elif isinstance(part, nnx.Module) and not isinstance(part, nnx.List):
+            setattr(apart, name, without_stacks(part))
+    return apart
+
+
 def _stacked(
     config: blocks.Config, depth: int, *, precision: Precision, rngs: nnx.Rngs
 ) -> nnx.Module:
