@@ -141,7 +141,8 @@ def test_a_step_changes_only_what_is_carried_and_no_shape(name):
         assert rows == 2 * B and size == layout.absent and logits_BlGV.dtype == jnp.float32
         assert symbol + groups <= layout.groups
         asked.extend((positions, g) for g in range(symbol, symbol + groups))
-        return jnp.zeros((rows, positions, groups), jnp.int32), jnp.zeros(logits_BlGV.shape[:3])
+        shape = (rows, positions, groups)
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape)
 
     def walk(generator, cond):
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, generator.null(cond))

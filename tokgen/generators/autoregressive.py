@@ -288,7 +288,7 @@ class Generator(nnx.Module):
             logits_B1gV = self.ended(hidden_B1D, cond, tokens_B1G[..., :first])[:, :, first:]
             reach = slice(first, first + logits_B1gV.shape[2])
             given_B1g = given_B1G[..., reach]
-            drawn_B1g, _ = draw(logits_B1gV, symbol=first, wanted_BlG=~given_B1g)
+            drawn_B1g, *_ = draw(logits_B1gV, symbol=first, wanted_BlG=~given_B1g)
             kept_B1g = jnp.where(given_B1g, tokens_B1G[..., reach], drawn_B1g)
             tokens_B1G = tokens_B1G.at[..., reach].set(kept_B1g)
         return state.write(position_B1, tokens_B1G)
