@@ -8,7 +8,7 @@ from flax import nnx
 
 from tests import recipes
 from tokgen import parameters
-from tokgen.checkpoints import checkpoint
+from tokgen.checkpoints import checkpoint, loading
 from tokgen.config import building
 from tokgen.nn import transformer
 
@@ -43,7 +43,7 @@ both = jax.jit(
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_tokens_and_images_are_those_of_the_whole_network(step, compute):
     whole, spare = (
-        load(step, compute=compute) for load in (checkpoint.load_tokenizer, checkpoint.load_to_code)
+        load(step, compute=compute) for load in (loading.load_tokenizer, loading.load_to_code)
     )
     image_BHW3 = jax.random.uniform(jax.random.key(0), (3, 32, 32, 3))
     (tokens, images), (found, decoded) = (both(each.module, image_BHW3) for each in (whole, spare))
