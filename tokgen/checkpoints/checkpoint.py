@@ -602,7 +602,7 @@ def load_to_draw(path: str | os.PathLike, *, compute: str = "") -> Loaded:
         return decode.laid_out(parameters.narrowed(module))
 
     loaded = _loaded(path, "generator", compute, "", drawing)
-    # once more, now that there are values: what can be said of shapes alone is done already
+    # once more, now that there are values: shapes do not say how a network lies over a mesh
     return dataclasses.replace(loaded, module=decode.laid_out(loaded.module))
 
 
@@ -649,7 +649,8 @@ def _loaded(
         def make():
             return configs.generator(config, layout, len(classes), rngs=rng.rngs(key))
 
-    _, params, stats = parameters.split(nnx.eval_shape(make))
+    shapes = nnx.eval_shape(make)
+    _, params, stats = parameters.split(shapes)
     averaged = any(p.startswith("model/ema/") for p in meta["manifest"])
     which = which or ("ema" if averaged else "params")
     mesh = sharding.current()
@@ -661,21 +662,27 @@ def _loaded(
         for p, leaf in parameters.paths(params).items()
     }
     wanted.update({f"model/stats/{p}": leaf for p, leaf in parameters.paths(stats).items()})
-    graph, *trees = parameters.split(form(parameters.marked(nnx.eval_shape(make))))
+    whole = sharding.replicated(mesh)
+    cpus = all(device.platform == "cpu" for device in mesh.devices.flat)
+    marks = parameters.marked(shapes, on_cpu=cpus and mesh.shape["data"] == mesh.size)
+    graph, *trees = parameters.split(form(marks))
     users: dict[str, list] = {}
+    filled: list[dict[str, jax.Array]] = [{}, {}]
     for number, tree in enumerate(trees):
         for ours, mark in parameters.paths(tree).items():
+            if not isinstance(mark, parameters.Mark):  # a constant of the form
+                filled[number][ours] = jax.device_put(mark, whole)
+                continue
             part, _, inside = mark.path.partition("/")
             stored = f"model/{which if part == 'params' else part}/{inside}"
             users.setdefault(stored, []).append((number, ours, mark))
     wanted = {path: leaf for path, leaf in wanted.items() if path in users}
     apart = {path for path, uses in users.items() if all(mark.rows for *_, mark in uses)}
-    filled: list[dict[str, jax.Array]] = [{}, {}]
     for path, layer, numbers in _pieces(step, wanted, meta, apart):
         for number, ours, mark in users[path]:
             if layer is not None and mark.rows[0] != layer:
                 continue
-            found, where = mark.of(numbers, layer is not None), sharding.replicated(mesh)
+            found, where = mark.of(numbers, layer is not None), whole
             if meta["kind"] == "generator" and number == 0:
                 where = sharding.of_network(ours, found.shape, mesh)
             filled[number][ours] = jax.device_put(found, where)
