@@ -8,7 +8,7 @@ from flax import nnx
 
 from tests import recipes
 from tokgen import parameters, rng, sharding
-from tokgen.checkpoints import checkpoint, run as runs, stream
+from tokgen.checkpoints import checkpoint, loading, run as runs, stream
 from tokgen.config import building
 from tokgen.nn import linear
 from tokgen.sampling import drawing, presets
@@ -93,8 +93,8 @@ def drawn(loaded, codec):
 )
 def test_tokens_are_those_of_the_whole_network(tmp_path, reference, vocab, compute):
     step, codec = saved(tmp_path, reference, vocab)
-    whole = checkpoint.load_generator(step, compute=compute)
-    spare = checkpoint.load_to_draw(step, compute=compute)
+    whole = loading.load_generator(step, compute=compute)
+    spare = loading.load_to_draw(step, compute=compute)
     tokens_BLG = drawn(whole, codec)
     np.testing.assert_array_equal(drawn(spare, codec), tokens_BLG)
     assert len(np.unique(tokens_BLG)) > 2
@@ -115,7 +115,7 @@ def test_a_network_is_loaded_piece_by_piece_into_its_shards(tmp_path, monkeypatc
     step, codec = saved(tmp_path / "whole", *FAMILIES[2])
     if layered:
         step = rewritten(step, tmp_path / "pieces")
-    alone = checkpoint.load_generator(step, compute="float32")
+    alone = loading.load_generator(step, compute="float32")
     tokens_BLG = drawn(alone, codec)
     sizes, read = [], checkpoint.pieces.read
 
@@ -126,7 +126,7 @@ def test_a_network_is_loaded_piece_by_piece_into_its_shards(tmp_path, monkeypatc
 
     monkeypatch.setattr(checkpoint.pieces, "read", watched)
     with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
-        shared = checkpoint.load_to_draw(step, compute="float32")
+        shared = loading.load_to_draw(step, compute="float32")
         np.testing.assert_array_equal(drawn(shared, codec), tokens_BLG)
     leaves = jax.tree.leaves(shared.module)
     most = max(leaf.size for leaf in leaves)
@@ -139,7 +139,7 @@ def test_a_network_is_loaded_piece_by_piece_into_its_shards(tmp_path, monkeypatc
 def rewritten(step, folder):
     """The step of a run whose leaves are written layer by layer, as an import writes them."""
     meta = checkpoint.read_meta(step)
-    found = checkpoint.load(step)
+    found = loading.load(step)
     params = parameters.paths(parameters.split(found.module)[1])
     leaves = {f"model/params/{path}": np.asarray(leaf) for path, leaf in params.items()}
     leaves |= {f"model/{name}": np.zeros((), np.int32) for name in ("step", "skipped")}
@@ -169,7 +169,7 @@ def rewritten(step, folder):
 
 def test_norms_and_tables_keep_their_dtype(tmp_path):
     step, _ = saved(tmp_path, *FAMILIES[0])
-    _, params, _ = parameters.split(checkpoint.load_to_draw(step, compute="bfloat16").module)
+    _, params, _ = parameters.split(loading.load_to_draw(step, compute="bfloat16").module)
     for path, leaf in parameters.paths(params).items():
         # the head gives logits, which are float32 whatever is computed before
         narrow = path.endswith(("/kernel", "/bias")) and not path.startswith("head/")
