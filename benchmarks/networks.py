@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import parameters, rng
+from tokgen import parameters, rng, runtime
 from tokgen.config import building, reading
 from tokgen.interfaces import TokenLayout
 from tokgen.sampling import decode
@@ -68,6 +68,7 @@ def filled(
         return jnp.asarray(noise + mark.path.endswith("scale"), mark.dtype)
 
     params, stats = (_mapped(array, tree) for tree in trees)
+    runtime.release()  # as what loads a network does
     return parameters.merge(graph, params, stats)
 
 

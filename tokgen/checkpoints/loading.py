@@ -221,17 +221,16 @@ def _loaded(
         config.precision.compute = compute
     layout = TokenLayout.from_json(meta["layout"]) if meta["layout"] else None
     classes = tuple(meta["classes"])
-    key = rng.key(0, "init")
     if meta["kind"] == "tokenizer":
 
         def make():
-            return configs.tokenizer(config, rngs=rng.rngs(key))
+            return configs.tokenizer(config, rngs=rng.rngs(0))
     else:
 
         def make():
-            return configs.generator(config, layout, len(classes), rngs=rng.rngs(key))
+            return configs.generator(config, layout, len(classes), rngs=rng.rngs(0))
 
-    shapes = nnx.eval_shape(make)
+    shapes = nnx.eval_shape(make)  # no number is drawn
     _, params, stats = parameters.split(shapes)
     averaged = any(p.startswith("model/ema/") for p in meta["manifest"])
     which = which or ("ema" if averaged else "params")
