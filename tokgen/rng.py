@@ -91,7 +91,9 @@ def data_per_image(seed: int, stream: str, index_B: np.ndarray) -> np.ndarray:
     """
     if jax.config.jax_default_prng_impl != "threefry2x32":
         return np.asarray(jax.random.key_data(per_image(seed, stream, index_B)))
-    root = _threefry(np.array([0, seed], np.uint32), np.uint32(_number_of(stream)))
+    # arrays of one: what overflows in a scalar is warned of
+    key = (np.array([0], np.uint32), np.array([seed % 2**32], np.uint32))
+    root = _threefry(key, np.array([_number_of(stream)], np.uint32))
     return np.stack(_threefry(root, np.asarray(index_B, np.uint32)), axis=-1)
 
 

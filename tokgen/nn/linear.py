@@ -87,7 +87,7 @@ class Panels(nnx.Module):
         panels = _marked if isinstance(kernel, parameters.Mark) else _panels
         self.kernel = nnx.Param(panels(kernel, rank, dtype))
         self.bias = None if linear.bias is None else nnx.Param(linear.bias[...])
-        self.one = nnx.Param(jnp.ones((), jnp.float32))
+        self.one = nnx.Param(jnp.asarray(np.ones((), np.float32)))
         self.precision = linear.precision
 
     def __call__(self, x: jax.Array) -> jax.Array:
