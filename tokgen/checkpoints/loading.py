@@ -217,7 +217,7 @@ def _laid_out(
         return decode.laid_out(parameters.narrowed(part(module)))
 
     loaded = _loaded(path, kind, compute, "", form)
-    # once more, now that there are values: what can be said of shapes alone is done already
+    # once more, now that there are values: shapes do not say how a network lies over a mesh
     return dataclasses.replace(loaded, module=decode.laid_out(loaded.module))
 
 
@@ -241,17 +241,17 @@ def _loaded(
         config.precision.compute = compute
     layout = TokenLayout.from_json(meta["layout"]) if meta["layout"] else None
     classes = tuple(meta["classes"])
-    key = rng.key(0, "init")
     if meta["kind"] == "tokenizer":
 
         def make():
-            return configs.tokenizer(config, rngs=rng.rngs(key))
+            return configs.tokenizer(config, rngs=rng.rngs(0))
     else:
 
         def make():
-            return configs.generator(config, layout, len(classes), rngs=rng.rngs(key))
+            return configs.generator(config, layout, len(classes), rngs=rng.rngs(0))
 
-    _, params, stats = parameters.split(nnx.eval_shape(make))
+    shapes = nnx.eval_shape(make)  # no number is drawn
+    _, params, stats = parameters.split(shapes)
     averaged = any(p.startswith("model/ema/") for p in meta["manifest"])
     which = which or ("ema" if averaged else "params")
     mesh = sharding.current()
@@ -265,21 +265,27 @@ def _loaded(
         for p, leaf in parameters.paths(params).items()
     }
     wanted.update({f"model/stats/{p}": leaf for p, leaf in parameters.paths(stats).items()})
-    graph, *trees = parameters.split(form(parameters.marked(nnx.eval_shape(make))))
+    whole = sharding.replicated(mesh)
+    cpus = all(device.platform == "cpu" for device in mesh.devices.flat)
+    marks = parameters.marked(shapes, on_cpu=cpus and mesh.shape["data"] == mesh.size)
+    graph, *trees = parameters.split(form(marks))
     users: dict[str, list] = {}
+    filled: list[dict[str, jax.Array]] = [{}, {}]
     for number, tree in enumerate(trees):
         for ours, mark in parameters.paths(tree).items():
+            if not isinstance(mark, parameters.Mark):  # a constant of the form
+                filled[number][ours] = jax.device_put(mark, whole)
+                continue
             part, _, inside = mark.path.partition("/")
             stored = f"model/{which if part == 'params' else part}/{inside}"
             users.setdefault(stored, []).append((number, ours, mark))
     wanted = {path: leaf for path, leaf in wanted.items() if path in users}
     apart = {path for path, uses in users.items() if all(mark.rows for *_, mark in uses)}
-    filled: list[dict[str, jax.Array]] = [{}, {}]
     for path, layer, numbers in checkpoint.in_pieces(step, wanted, meta, apart):
         for number, ours, mark in users[path]:
             if layer is not None and mark.rows[0] != layer:
                 continue
-            found, where = mark.of(numbers, layer is not None), sharding.replicated(mesh)
+            found, where = mark.of(numbers, layer is not None), whole
             if meta["kind"] == "generator" and number == 0:
                 where = sharding.of_network(ours, found.shape, mesh)
             filled[number][ours] = jax.device_put(found, where)
