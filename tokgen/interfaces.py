@@ -270,8 +270,8 @@ class Draw(Protocol):
 
     def __call__(
         self, logits_BlGV: Array, symbol: int = 0, wanted_BlG: Array | None = None
-    ) -> tuple[Array, Array]:
-        """(tokens [B, l, G] int32, their confidence [B, l, G]) of float logits.
+    ) -> tuple[Array, Array, Array]:
+        """(tokens [B, l, G] int32, their confidence, how far rounding may move that) of logits.
 
         `logits_BlGV` may be those of some of a position's symbols, of which `symbol` is the first;
         they are -inf where V is beyond a symbol's alphabet. `wanted_BlG` is true where a token is
@@ -289,6 +289,7 @@ class Drawn(NamedTuple):
     tokens_BlG: Array  # int32
     confidence_BlG: Array
     near_B: Array  # true where some draw of the image's was near a tie
+    unsure_BlG: Array | float = 0.0  # how far rounding may move the confidence
 
 
 class Sampler(Protocol):

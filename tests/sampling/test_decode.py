@@ -37,9 +37,11 @@ class Stumbling(autoregressive.Generator):
     """A generator with one broken step for one image, and none after it."""
 
     def step(self, state, phase, index, codec, draw):
-        def stumble(logits_BlGV, symbol=0):
+        def stumble(logits_BlGV, symbol=0, wanted_BlG=None):
             broken_B = (jnp.arange(len(logits_BlGV)) == 1) & (index == 4)
-            return draw(jnp.where(broken_B[:, None, None, None], jnp.nan, logits_BlGV), symbol)
+            return draw(
+                jnp.where(broken_B[:, None, None, None], jnp.nan, logits_BlGV), symbol, wanted_BlG
+            )
 
         return super().step(state, phase, index, codec, stumble)
 

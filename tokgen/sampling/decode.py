@@ -122,7 +122,8 @@ def generate(
             where = {} if wanted_BlG is None else dict(wanted_BlG=wanted_BlG[:B])
             drawn = sampler.draw(logits_BlGV, keys_B=keys_B, step=index, symbol=symbol, **where)
             seen["near_B"] = seen.get("near_B", False) | drawn.near_B
-            return drawn.tokens_BlG, drawn.confidence_BlG
+            unsure_BlG = jnp.broadcast_to(drawn.unsure_BlG, drawn.confidence_BlG.shape)
+            return drawn.tokens_BlG, drawn.confidence_BlG, unsure_BlG
 
         def draw(logits_BlGV, symbol=0, wanted_BlG=None):
             if double:

@@ -132,8 +132,9 @@ def drawn(
         for start in range(0, N, batch):
             rows = slice(start, start + batch)
             asked = jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[rows], (cond, given))
-            (cond_B, held), laid_B = sharding.filled((asked, index_N[rows]), batch, mesh)
-            keys_B = rng.per_image(seed, "sample", laid_B)
+            data_B2 = rng.data_per_image(seed, "sample", index_N[rows])
+            (cond_B, held), data_B2 = sharding.filled((asked, data_B2), batch, mesh)
+            keys_B = jax.random.wrap_key_data(data_B2)
             with jax.set_mesh(mesh):  # so that the networks can say how their activations lie
                 tokens_BLG, invalid_B, near_B = draw_tokens(
                     generator, tokenizer.quantizer, cond_B, keys_B, sampler, held
