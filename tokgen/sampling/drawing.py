@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -24,7 +24,31 @@ class Part(NamedTuple):
     near_B: np.ndarray  # true where rounding could have changed a token
 
 
-@functools.partial(jax.jit, static_argnames="sampler")
+# What XLA is told of a program that draws. Steps of unlike shapes have kernels of their own, and
+# LLVM hundreds to compile: on a CPU it does so at its first level, sooner.
+TOLD = {"cpu": {"xla_backend_optimization_level": 1}}
+
+
+class _Program:
+    """`jax.jit` of a function, at its first use: what XLA is told depends on the platform, which
+    no import may start."""
+
+    def __init__(self, function: Callable, **options):
+        self._make = functools.partial(jax.jit, function, **options)
+        functools.update_wrapper(self, function)
+
+    @functools.cached_property
+    def _jitted(self) -> Callable:
+        return self._make(compiler_options=TOLD.get(jax.default_backend()))
+
+    def __call__(self, *arguments, **named):
+        return self._jitted(*arguments, **named)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._jitted, name)  # as `lower`
+
+
+@functools.partial(_Program, static_argnames="sampler")
 def draw_tokens(
     generator: Generator,
     codec: Quantizer | None,
