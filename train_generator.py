@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from tokgen import distributed, image_grid, metrics_log, parameters, report, rng, sharding
-from tokgen.checkpoints import checkpoint, run as runs
+from tokgen.checkpoints import checkpoint, loading, run as runs
 from tokgen.config import building, migration
 from tokgen.data import datasets, loader, scan, token_header
 from tokgen.evaluation import validation
@@ -26,7 +26,7 @@ from tokgen.interfaces import TokenBatch, TokenLayout, UserError
 from tokgen.sampling import drawing, presets
 from tokgen.training import dry_run, fields, launch, optimizer as optimizers, train_state
 
-WithWhat = tuple[Sequence, checkpoint.Loaded]  # the held-out source, the tokenizer
+WithWhat = tuple[Sequence, loading.Loaded]  # the held-out source, the tokenizer
 
 
 def main(request: launch.Request) -> None:
@@ -158,8 +158,8 @@ def read(data, order):
     if data.tokens:
         source, held_out = (datasets.generator_source(data, s) for s in token_header.SPLITS)
         made_by = source.header["tokenizer"]
-        tokenizer = checkpoint.load_tokenizer(data.tokenizer or made_by["path"])
-        checkpoint.check_tokens(tokenizer, source.header, source.path)
+        tokenizer = loading.load_tokenizer(data.tokenizer or made_by["path"])
+        loading.check_tokens(tokenizer, source.header, source.path)
         return source, held_out, tokenizer
     if not data.tokenizer:
         raise UserError(
@@ -168,7 +168,7 @@ def read(data, order):
             "CKPT, which then encodes its own data, or the folder --config.data.images=DIR"
         )
     # in float32, as shards are made
-    tokenizer = checkpoint.load_tokenizer(data.tokenizer, compute="float32")
+    tokenizer = loading.load_tokenizer(data.tokenizer, compute="float32")
     parts = (datasets.generator_source(data, s, tokenizer, order) for s in token_header.SPLITS)
     return *parts, tokenizer
 
@@ -236,7 +236,7 @@ def show_imported(
     log: metrics_log.Log | metrics_log.Nowhere,
 ) -> None:
     """What the model that a run starts from could do: its own classes, its own preset."""
-    imported = checkpoint.load_generator(settings.init_from)
+    imported = loading.load_generator(settings.init_from)
     own = imported.config.get("presets", ml_collections.ConfigDict()).to_dict()
     preset = presets.named(own, "default" if "default" in own else "no_guidance")
     image_HW3 = grid(imported.module, preset, imported.classes, with_what, settings)

@@ -26,7 +26,7 @@ import numpy as np
 from flax import nnx
 
 from tokgen import image_grid, parameters, rng, runtime
-from tokgen.checkpoints import checkpoint
+from tokgen.checkpoints import loading
 from tokgen.data import datasets, folder, loader, online_tokens, token_shards
 from tokgen.evaluation import local_classifier, validation
 from tokgen.interfaces import Generator, UserError
@@ -60,9 +60,9 @@ def main() -> None:
         arguments.repeats, recipe = 1, dataclasses.replace(recipe, steps=2, batch=4)
     runtime.devices(recipe.batch)
     print(machine.header(PACKAGES, machine.devices()), flush=True)
-    tokenizer = checkpoint.load_tokenizer(arguments.tokenizer)
+    tokenizer = loading.load_tokenizer(arguments.tokenizer)
     held_out = token_shards.Source(arguments.tokens, split="held_out")
-    checkpoint.check_tokens(tokenizer, held_out.header, held_out.path)
+    loading.check_tokens(tokenizer, held_out.header, held_out.path)
     size, channels = tuple(tokenizer.config.view.size), tokenizer.config.view.channels
     classifier = local_classifier.of_photographs(arguments.data, size, channels, recipe=recipe)
     examine(classifier, tokenizer, arguments)
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def examine(
-    classifier: nnx.Module, tokenizer: checkpoint.Loaded, arguments: argparse.Namespace
+    classifier: nnx.Module, tokenizer: loading.Loaded, arguments: argparse.Namespace
 ) -> None:
     """What the classifier makes of real images, and of what the tokenizer keeps of them."""
     source = folder.Source(arguments.data, split="held_out")
@@ -108,9 +108,9 @@ def examine(
 def measure(name: str, path: str, known: tuple, arguments: argparse.Namespace) -> None:
     """Print the metrics of one generator and write its grid."""
     classifier, tokenizer, held_out = known
-    loaded = checkpoint.load_generator(path)
+    loaded = loading.load_generator(path)
     wanted = loaded.meta["tokenizer"]["fingerprint"]
-    checkpoint.check_tokenizer(tokenizer, wanted, f"generator {loaded.step}")
+    loading.check_tokenizer(tokenizer, wanted, f"generator {loaded.step}")
     classes = folder.Source(arguments.data, split="held_out").classes
     if loaded.classes != classes:
         raise UserError(

@@ -25,7 +25,7 @@ import scipy.ndimage
 from PIL import Image
 
 from tokgen import runtime
-from tokgen.checkpoints import checkpoint
+from tokgen.checkpoints import loading
 from tokgen.data import datasets, folder, loader, sources, views
 from tokgen.evaluation import (
     collect,
@@ -62,7 +62,7 @@ def main() -> None:
     source = folder.Source(arguments.data, split="held_out")
     datasets.tell(arguments.data, held_out=source)
     image_NHW3, label_N = pixels(source, tuple(reference.record["size"]), arguments.images)
-    tokenizer = checkpoint.load_tokenizer(arguments.tokenizer)
+    tokenizer = loading.load_tokenizer(arguments.tokenizer)
     rows = {}
     for name, changed in ladder(image_NHW3, tokenizer.module):
         rows[name] = measured(changed, label_N, network, reference, len(source.classes))

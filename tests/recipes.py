@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from tokgen import parameters, rng, sharding
-from tokgen.checkpoints import checkpoint, run as runs
+from tokgen.checkpoints import checkpoint, loading, run as runs
 from tokgen.config import building, reading as configs
 from tokgen.data import shapes
 from tokgen.interfaces import TokenLayout
@@ -151,7 +151,7 @@ def tiny(folder: pathlib.Path, *families: str) -> None:
         best="l2",
         classes=names,
     )
-    loaded = checkpoint.load_tokenizer(folder / "runs" / "tokenizer")
+    loaded = loading.load_tokenizer(folder / "runs" / "tokenizer")
     for number, family in enumerate(families):
         settings = load(f"generator/shapes:{family}", ["generator.width=16", "generator.depth=1"])
         settings.presets.half = dict(settings.presets.default, precision="bfloat16")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests import recipes
 from tokgen import cli, runtime
-from tokgen.checkpoints import checkpoint
+from tokgen.checkpoints import checkpoint, loading
 from tokgen.config import building, reading
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -182,7 +182,7 @@ def test_families(tmp_path, monkeypatch):
     shards, generator = tmp_path / "tokens", tmp_path / "generator"
     words = ["--tokenizer", str(tokenizer), "--data", str(data), "--out", str(shards)]
     assert cli.main(["pretokenize", *words, "--batch", "8"]) == 0
-    loaded = checkpoint.load_tokenizer(tokenizer)
+    loaded = loading.load_tokenizer(tokenizer)
     small = reading.load(PAIR[1], ["generator.width=16", "generator.depth=1"])
     recipes.save(
         generator,

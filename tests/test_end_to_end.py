@@ -24,7 +24,7 @@ from jax.sharding import AxisType, Mesh
 from PIL import Image
 
 from tokgen import cli, image_grid, parameters, runtime, sharding
-from tokgen.checkpoints import checkpoint
+from tokgen.checkpoints import checkpoint, loading
 from tokgen.data import token_shards
 from tokgen.sampling import memory
 from tokgen.training import fields, launch
@@ -364,7 +364,7 @@ def test_gray_pictures_without_classes(place, capfd):
     """One channel from the folder to the sampled picture; an unconditional generator."""
     program("tokenizer", *tokenizer_words(place, place / "g_tokenizer", "gray", "gray"))
     said = capfd.readouterr().err
-    loaded = checkpoint.load_tokenizer(place / "g_tokenizer")
+    loaded = loading.load_tokenizer(place / "g_tokenizer")
     total = f"{parameters.count(parameters.split(loaded.module)[1]):,}"
     assert said.split("total")[1].split()[0] == total  # the table at the start
     assert loaded.classes == () and loaded.layout.grids == ((4, 4),)
@@ -382,7 +382,7 @@ def test_pretokenized_tokens_are_those_of_the_tokenizer(place, tokenizer, shards
     source = token_shards.Source(shards)
     held_out = token_shards.Source(shards, split="held_out")
     assert source.classes == ("bird", "cat") and len(source) + len(held_out) == 18
-    loaded = checkpoint.load_tokenizer(tokenizer)
+    loaded = loading.load_tokenizer(tokenizer)
     assert source.header["tokenizer"]["fingerprint"] == loaded.fingerprint
     assert source.header["tokenizer"]["precision"] == "float32"
     assert source.views == ("center", "flip")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tokgen import metrics_log, parameters
-from tokgen.checkpoints import checkpoint, exporting, imported
+from tokgen.checkpoints import checkpoint, exporting, imported, loading
 from tokgen.config import building, migration, reading
 from tokgen.data import token_shards
 from tokgen.evaluation import collect
@@ -80,7 +80,7 @@ def test_the_record_of_every_shipped_config_is_todays(golden):
 def test_fingerprints_are_what_they_were(golden, step):
     expected, meta = EXPECTED["steps"][step], checkpoint.read_meta(golden / "root" / step)
     for which, fingerprint in expected["fingerprint"].items():
-        assert checkpoint.fingerprint(meta, which) == fingerprint
+        assert loading.fingerprint(meta, which) == fingerprint
     assert {meta["written"].get(path, path) for path in meta["manifest"]} == set(expected["paths"])
     assert {migration.first_parameter(path) for path in meta["manifest"]} == set(expected["paths"])
     for name in ("kind", "step", "layout", "classes", "data"):
@@ -100,10 +100,10 @@ def test_a_token_set_is_accepted_by_its_tokenizer(golden):
 
 
 def _accepted(golden, name):
-    tokenizer = checkpoint.load_tokenizer(golden / "root" / SETS[name])
+    tokenizer = loading.load_tokenizer(golden / "root" / SETS[name])
     folder = golden / "root" / name
     source = token_shards.Source(folder, split="train")
-    checkpoint.check_tokens(tokenizer, source.header, str(folder))
+    loading.check_tokens(tokenizer, source.header, str(folder))
     assert len(source) > 0
 
 
@@ -121,10 +121,10 @@ def test_returns_and_logs_are_read(golden):
 @pytest.mark.long
 @pytest.mark.parametrize("step", EXPECTED["steps"])
 def test_every_network_loads(golden, step):
-    loaded = checkpoint.load(golden / "root" / step)
+    loaded = loading.load(golden / "root" / step)
     assert loaded.fingerprint == EXPECTED["steps"][step]["loaded"]
     if loaded.meta["tokenizer"] is not None:
-        made_by = checkpoint.load_tokenizer_of(loaded).fingerprint
+        made_by = loading.load_tokenizer_of(loaded).fingerprint
         assert made_by == loaded.meta["tokenizer"]["fingerprint"]
 
 
@@ -172,7 +172,7 @@ def test_a_run_that_was_stopped_goes_on(golden, name):
     wanted = {migration.parameter(path): arrays[path] for path in arrays}
     paths = json.loads((golden / "expected" / f"{said}.step8.json").read_text())["leaves"]
     assert {migration.parameter(path) for path in paths} <= set(meta["manifest"])
-    loaded = checkpoint.load(step, which="params")
+    loaded = loading.load(step, which="params")
     _, params, stats = parameters.split(loaded.module)
     found = parameters.paths({"model": {"params": params, "stats": stats}})
     for path, array in wanted.items():
@@ -187,7 +187,7 @@ def test_a_run_that_was_stopped_goes_on(golden, name):
 def test_an_export_is_read_with_the_fingerprint_that_it_states(golden, tmp_path, name):
     found, record = exporting.read(golden / "root" / name)
     step = imported.save_fitting(tmp_path, found, {})
-    assert checkpoint.load(step).fingerprint == record["fingerprint"]
+    assert loading.load(step).fingerprint == record["fingerprint"]
 
 
 def test_results_of_scores_are_read_in_todays_words(golden):

@@ -17,7 +17,7 @@ from PIL import Image
 import tokgen
 from tests import command_line, published, recipes
 from tokgen import image_models, runtime, samples, tokens as arrays
-from tokgen.checkpoints import checkpoint
+from tokgen.checkpoints import loading
 from tokgen.config import building
 from tokgen.data import sources, token_shards
 from tokgen.evaluation import validation
@@ -86,13 +86,13 @@ def test_all_ways_to_draw_give_the_same_bits(model, place, tmp_path, asked, word
 
 
 def test_networks_are_loaded_and_compiled_once(place, monkeypatch):
-    loads, real = [], checkpoint.load
+    loads, real = [], loading._loaded
 
-    def counted(path, kind="", **more):
-        loads.append((kind, more.get("compute")))
-        return real(path, kind, **more)
+    def counted(path, kind, compute, *more):
+        loads.append((kind, compute))
+        return real(path, kind, compute, *more)
 
-    monkeypatch.setattr(checkpoint, "load", counted)
+    monkeypatch.setattr(loading, "_loaded", counted)
     model = tokgen.load(place / "generator")
     assert loads == [("generator", "float32"), ("tokenizer", "")]
     model.sample("ring", number=2)
@@ -270,7 +270,7 @@ def tiny(layout: TokenLayout, family: str, classes: int = 3) -> image_models.Ima
     )
     module = recipes.scattered(building.generator(settings, layout, classes, rngs=nnx.Rngs(1)))
     names = tuple("abc"[:classes])
-    loaded = checkpoint.Loaded(module, settings, layout, names, pathlib.Path("runs"), {}, "f")
+    loaded = loading.Loaded(module, settings, layout, names, pathlib.Path("runs"), {}, "f")
     codec = types.SimpleNamespace(module=types.SimpleNamespace(quantizer=None))
     return image_models.ImageGenerator(loaded, types.SimpleNamespace(decoder=codec))
 

@@ -513,8 +513,8 @@ def stand_ins(tmp_path, monkeypatch):
     monkeypatch.setattr(sample_folder.runtime, "devices", lambda: None)
     monkeypatch.setattr(samples.checkpoint, "find", lambda path: path)
     monkeypatch.setattr(samples.checkpoint, "read_meta", lambda step: {"kind": "tokenizer"})
-    monkeypatch.setattr(samples.checkpoint, "load_to_draw", lambda *_, **more: loaded)
-    monkeypatch.setattr(samples.checkpoint, "load_to_decode", lambda *_: painter)
+    monkeypatch.setattr(samples.loading, "load_to_draw", lambda *_, **more: loaded)
+    monkeypatch.setattr(samples.loading, "load_to_decode", lambda *_: painter)
     monkeypatch.setattr(drawing.sharding, "current", drawing.sharding.single)
     monkeypatch.setattr(sample_parts, "EACH", 4)
     real, batches = drawing.sharding.filled, []

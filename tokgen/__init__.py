@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # X as X: it is passed on
-    from tokgen.checkpoints.checkpoint import (
+    from tokgen.checkpoints.exporting import export_checkpoint as export_checkpoint
+    from tokgen.checkpoints.importing import import_file as import_file
+    from tokgen.checkpoints.loading import (
         Loaded as Loaded,
         load_generator as load_generator,
         load_tokenizer as load_tokenizer,
         load_tokenizer_of as load_tokenizer_of,
     )
-    from tokgen.checkpoints.exporting import export_checkpoint as export_checkpoint
-    from tokgen.checkpoints.importing import import_file as import_file
     from tokgen.checkpoints.pulling import pull as pull
     from tokgen.errors import UserError as UserError
     from tokgen.evaluation.checkpoint_validation import (
@@ -70,7 +70,7 @@ if TYPE_CHECKING:  # X as X: it is passed on
 _HOMES = {
     "ImageGenerator": ("tokgen.image_models", "ImageGenerator"),
     "ImageTokenizer": ("tokgen.image_models", "ImageTokenizer"),
-    "Loaded": ("tokgen.checkpoints.checkpoint", "Loaded"),
+    "Loaded": ("tokgen.checkpoints.loading", "Loaded"),
     "ReferenceSettings": ("tokgen.evaluation.reference_making", "Settings"),
     "Samples": ("tokgen.samples", "Samples"),
     "SamplingChoice": ("tokgen.sampling.presets", "Choice"),
@@ -85,9 +85,9 @@ _HOMES = {
     "grid": ("tokgen.image_grid", "grid"),
     "import_file": ("tokgen.checkpoints.importing", "import_file"),
     "load": ("tokgen.image_models", "load"),
-    "load_generator": ("tokgen.checkpoints.checkpoint", "load_generator"),
-    "load_tokenizer": ("tokgen.checkpoints.checkpoint", "load_tokenizer"),
-    "load_tokenizer_of": ("tokgen.checkpoints.checkpoint", "load_tokenizer_of"),
+    "load_generator": ("tokgen.checkpoints.loading", "load_generator"),
+    "load_tokenizer": ("tokgen.checkpoints.loading", "load_tokenizer"),
+    "load_tokenizer_of": ("tokgen.checkpoints.loading", "load_tokenizer_of"),
     "make_reference": ("tokgen.evaluation.reference_making", "make"),
     "models": ("tokgen.zoo.model", "known"),
     "pretokenize": ("tokgen.tokens", "pretokenize"),

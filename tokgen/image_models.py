@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 
 from tokgen import boundary, choices, parameters, ranges, runtime, samples, tokens as arrays
-from tokgen.checkpoints import checkpoint, pulling
+from tokgen.checkpoints import checkpoint, loading, pulling
 from tokgen.data import captioned, classes as names, datasets, pictures
 from tokgen.errors import UserError
 from tokgen.evaluation import validation
@@ -74,14 +74,14 @@ def load(
             raise UserError(
                 f"tokenizer= is for generators; {path} is a tokenizer itself: leave it out"
             )
-        loaded = checkpoint.load_tokenizer(step, compute=precision or "float32")
+        loaded = loading.load_to_code(step, compute=precision or "float32")
         return ImageTokenizer(loaded, loaded, name)
     compute = precision or presets.precision(meta, presets.Choice())
-    loaded = checkpoint.load_generator(step, compute=compute)
-    decoder = checkpoint.load_tokenizer_of(loaded, tokenizer)
+    loaded = loading.load_generator(step, compute=compute)
+    decoder = loading.load_to_code_of(loaded, tokenizer)
     encoder = decoder
     if decoder.config.precision.compute != "float32":  # tokens are those of token sets
-        encoder = checkpoint.load_tokenizer(decoder.step, compute="float32")
+        encoder = loading.load_to_code(decoder.step, compute="float32")
     return ImageGenerator(loaded, ImageTokenizer(encoder, decoder), name, precision)
 
 
@@ -107,8 +107,8 @@ class ImageTokenizer:
         (1, 32, 32, 3)
     """
 
-    encoder: checkpoint.Loaded
-    decoder: checkpoint.Loaded
+    encoder: loading.Loaded
+    decoder: loading.Loaded
     name: str = ""
 
     @property
@@ -258,11 +258,11 @@ class ImageGenerator:
         (4,)
     """
 
-    loaded: checkpoint.Loaded
+    loaded: loading.Loaded
     tokenizer: ImageTokenizer
     name: str = ""
     precision: str = ""
-    _others: dict[str, checkpoint.Loaded] = dataclasses.field(default_factory=dict, init=False)
+    _others: dict[str, loading.Loaded] = dataclasses.field(default_factory=dict, init=False)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -489,12 +489,12 @@ class ImageGenerator:
         """
         return self.tokenizer.reconstruct(images, batch=batch)
 
-    def _computing(self, precision: str) -> checkpoint.Loaded:
+    def _computing(self, precision: str) -> loading.Loaded:
         """The generator in a precision, loaded again where a preset asks for another one."""
         if precision == self.loaded.config.precision.compute:
             return self.loaded
         if precision not in self._others:
-            self._others[precision] = checkpoint.load_generator(self.step, compute=precision)
+            self._others[precision] = loading.load_generator(self.step, compute=precision)
         return self._others[precision]
 
     def _nats(
@@ -581,7 +581,7 @@ class ImageGenerator:
         return f"{_headline(self, self.loaded)}\n{told}"
 
 
-def _headline(handle: ImageGenerator | ImageTokenizer, loaded: checkpoint.Loaded) -> str:
+def _headline(handle: ImageGenerator | ImageTokenizer, loaded: loading.Loaded) -> str:
     """What it is, how large, how it computes, and where it lies."""
     config, source = loaded.config, loaded.meta.get("source") or {}
     made = config.generator.name if "generator" in config else None

@@ -172,7 +172,8 @@ class ScaleCodec(Protocol):
 #     number, a Python integer in a phase of one step and traced in a longer one, whose steps run
 #     in one compiled loop. A phase may come in two parts (`Phase.split`);
 #   - rows that are the images of the batch, or those followed by as many with the `null` of their
-#     conditions. The second half may go between two steps, so that rows are counted anew in each;
+#     conditions. The second half may come (where there is no cache) and go between two steps, so
+#     that rows are counted anew in each;
 #   - tokens that are V where none is given, and a cache with room for `phase.slots` slots;
 #   - a `draw` that samples, merges guidance, and gives both halves the same tokens;
 #   - of a generator that has `told(cond, phase, index, steps)`, to ask it before the loop over so
@@ -270,8 +271,8 @@ class Draw(Protocol):
 
     def __call__(
         self, logits_BlGV: Array, symbol: int = 0, wanted_BlG: Array | None = None
-    ) -> tuple[Array, Array]:
-        """(tokens [B, l, G] int32, their confidence [B, l, G]) of float logits.
+    ) -> tuple[Array, Array, Array]:
+        """(tokens [B, l, G] int32, their confidence, how far rounding may move that) of logits.
 
         `logits_BlGV` may be those of some of a position's symbols, of which `symbol` is the first;
         they are -inf where V is beyond a symbol's alphabet. `wanted_BlG` is true where a token is
@@ -289,6 +290,7 @@ class Drawn(NamedTuple):
     tokens_BlG: Array  # int32
     confidence_BlG: Array
     near_B: Array  # true where some draw of the image's was near a tie
+    unsure_BlG: Array | float = 0.0  # how far rounding may move the confidence
 
 
 class Sampler(Protocol):

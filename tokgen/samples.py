@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from tokgen import image_grid, options, ranges, report
-from tokgen.checkpoints import checkpoint
+from tokgen.checkpoints import checkpoint, loading
 from tokgen.data import captioned, classes as names_
 from tokgen.errors import UserError
 from tokgen.evaluation import made_images, sample_parts
@@ -145,8 +145,8 @@ class Kinds:
 class Prepared:
     """Everything that a draw needs, loaded and held against each other."""
 
-    loaded: checkpoint.Loaded
-    tokenizer: checkpoint.Loaded
+    loaded: loading.Loaded
+    tokenizer: loading.Loaded
     kinds: Kinds
     settings: dict[str, Any]
     generator: Generator
@@ -214,8 +214,8 @@ def sample(
 
 def drawn(
     settings: Settings,
-    loaded: checkpoint.Loaded,
-    tokenizer: checkpoint.Loaded,
+    loaded: loading.Loaded,
+    tokenizer: loading.Loaded,
     *,
     progress: bool = True,
 ) -> Samples:
@@ -229,7 +229,7 @@ def drawn(
     return Samples(tokens_NLG, image_NHW3, kinds.kind_N, tuple(kinds.classes), ready.settings)
 
 
-def networks(settings: Settings) -> tuple[checkpoint.Loaded, checkpoint.Loaded]:
+def networks(settings: Settings) -> tuple[loading.Loaded, loading.Loaded]:
     """The generator of the settings in the precision that they ask for, and its tokenizer.
 
     Both for nothing but drawing: no encoder, and no parameter twice.
@@ -238,8 +238,8 @@ def networks(settings: Settings) -> tuple[checkpoint.Loaded, checkpoint.Loaded]:
     if not compute:
         meta = checkpoint.read_meta(checkpoint.find(settings.checkpoint))
         compute = presets.precision(meta, settings.sampling)
-    loaded = checkpoint.load_to_draw(settings.checkpoint, compute=compute)
-    return loaded, checkpoint.load_to_decode(loaded, settings.tokenizer)
+    loaded = loading.load_to_draw(settings.checkpoint, compute=compute)
+    return loaded, loading.load_to_decode(loaded, settings.tokenizer)
 
 
 def check(settings: Settings) -> None:
@@ -281,7 +281,7 @@ def check_condition(settings: Settings, cond: str, classes: int) -> None:
         )
 
 
-def kinds(settings: Settings, loaded: checkpoint.Loaded) -> Kinds:
+def kinds(settings: Settings, loaded: loading.Loaded) -> Kinds:
     """What each image is asked to be, in the order of their numbers."""
     check_condition(settings, loaded.module.cond, len(loaded.classes))
     if loaded.module.cond == "label":
@@ -316,9 +316,7 @@ def _repeated(settings: Settings, kind_K: np.ndarray) -> np.ndarray:
     return kind_K[which(settings.total, len(kind_K), settings.seed)]
 
 
-def prepared(
-    settings: Settings, loaded: checkpoint.Loaded, tokenizer: checkpoint.Loaded
-) -> Prepared:
+def prepared(settings: Settings, loaded: loading.Loaded, tokenizer: loading.Loaded) -> Prepared:
     """The conditions and the sampler that networks are asked with."""
     choice = settings.sampling
     asked = kinds(settings, loaded)

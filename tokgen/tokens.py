@@ -11,14 +11,14 @@ from flax import nnx
 from numpy.typing import ArrayLike
 
 from tokgen import boundary, ranges, runtime, sharding
-from tokgen.checkpoints import checkpoint
+from tokgen.checkpoints import loading
 from tokgen.data import online_tokens, pretokenization
 from tokgen.interfaces import PyTree, UserError
 from tokgen.metrics import reconstruction
 from tokgen.sampling import drawing
 
 
-def encode(tokenizer: checkpoint.Loaded, image_NHW3: np.ndarray, *, batch: int = 32) -> np.ndarray:
+def encode(tokenizer: loading.Loaded, image_NHW3: np.ndarray, *, batch: int = 32) -> np.ndarray:
     """Tokens of images by a tokenizer that `load_tokenizer` gave.
 
     Args:
@@ -52,7 +52,7 @@ def encode(tokenizer: checkpoint.Loaded, image_NHW3: np.ndarray, *, batch: int =
     return tokens_NLG
 
 
-def decode(tokenizer: checkpoint.Loaded, tokens_NLG: np.ndarray, *, batch: int = 32) -> np.ndarray:
+def decode(tokenizer: loading.Loaded, tokens_NLG: np.ndarray, *, batch: int = 32) -> np.ndarray:
     """Images of tokens by a tokenizer that `load_tokenizer` gave.
 
     Args:
@@ -83,7 +83,7 @@ def decode(tokenizer: checkpoint.Loaded, tokens_NLG: np.ndarray, *, batch: int =
 
 
 def reconstruct(
-    tokenizer: checkpoint.Loaded, image_NHW3: np.ndarray, *, batch: int = 32
+    tokenizer: loading.Loaded, image_NHW3: np.ndarray, *, batch: int = 32
 ) -> np.ndarray:
     """Images through the tokenizer and back: what `decode` makes of `encode`, to rounding.
 
@@ -145,7 +145,7 @@ def pretokenize(
     pretokenization.check(batch=batch, max_bad=max_bad)
     with pretokenization.folder(out, overwrite=overwrite, inputs=(tokenizer, data)) as place:
         runtime.devices(batch)
-        loaded = checkpoint.load_tokenizer(tokenizer, compute=precision)
+        loaded = loading.load_to_code(tokenizer, compute=precision)
         given = dict(data=data, labels=labels, views=views, batch=batch, max_bad=max_bad)
         pretokenization.pretokenize(loaded, place, **given)
 
@@ -173,7 +173,7 @@ def array(tokens: ArrayLike) -> np.ndarray:
         ) from error
 
 
-def _check_text(tokenizer: checkpoint.Loaded) -> None:
+def _check_text(tokenizer: loading.Loaded) -> None:
     if tokenizer.config.decoder.get("text"):
         raise UserError(
             f"the decoder of {tokenizer.step} reads text, which is given with its images: use "
@@ -181,7 +181,7 @@ def _check_text(tokenizer: checkpoint.Loaded) -> None:
         )
 
 
-def _check(tokenizer: checkpoint.Loaded, image_NHW3: np.ndarray) -> None:
+def _check(tokenizer: loading.Loaded, image_NHW3: np.ndarray) -> None:
     image_NHW3 = np.asarray(image_NHW3)
     view = tokenizer.config.view
     size = (*view.size, view.channels)

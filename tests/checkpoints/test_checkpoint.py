@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from tokgen import interfaces, parameters, sharding
-from tokgen.checkpoints import checkpoint, description, manifest, run as runs
+from tokgen.checkpoints import checkpoint, description, loading, manifest, run as runs
 from tokgen.config import building, migration, reading as configs
 from tokgen.training import optimizer as optimizers, train_state
 
@@ -201,7 +201,7 @@ def test_best_and_latest_are_kept(base, tmp_path):
 
 def test_loading_for_use_takes_the_average(base):
     config, network, workdir = base
-    loaded = checkpoint.load_tokenizer(workdir)
+    loaded = loading.load_tokenizer(workdir)
     params, stats = parameters.split(loaded.module)[1:]
     equal((params, stats), (network.ema, network.stats))
     assert loaded.classes == ("a", "b") and loaded.layout.vocab == (32,)
@@ -209,7 +209,7 @@ def test_loading_for_use_takes_the_average(base):
         json.loads(json.dumps(building.plain(config)))
     )
     with pytest.raises(interfaces.UserError, match="holds a tokenizer; need.*generator"):
-        checkpoint.load_generator(workdir)
+        loading.load_generator(workdir)
 
 
 def test_bfloat16_parameters_come_back(tmp_path):
@@ -225,7 +225,7 @@ def test_bfloat16_parameters_come_back(tmp_path):
     found, _ = resumed(tmp_path, config, blank(network))
     equal(found, network.replace(step=5))
     assert jax.tree.map(lambda a: a.dtype, found) == jax.tree.map(lambda a: a.dtype, network)
-    params = parameters.split(checkpoint.load_tokenizer(tmp_path).module)[1]
+    params = parameters.split(loading.load_tokenizer(tmp_path).module)[1]
     equal(params, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), network.ema))
     # as an older version wrote its moments: they are cast
     half = jax.tree.map(
@@ -313,7 +313,7 @@ def test_a_truncated_or_missing_file_is_one_message_that_names_the_step(base, co
     for part in ("meta", "state"):
         shutil.move(step / part, step / "away")
         with pytest.raises(interfaces.UserError, match=f"{step} is damaged.*train it again"):
-            checkpoint.load_tokenizer(copy)
+            loading.load_tokenizer(copy)
         with pytest.raises(interfaces.UserError, match=f"{step} is damaged"):
             resumed(copy, config, network)
         shutil.move(step / "away", step / part)
@@ -342,7 +342,7 @@ def test_a_record_of_other_types_or_sizes_is_refused_before_work(base, copy, cha
     meta["digest"] = manifest.digest(meta)
     (step / "meta" / "metadata").write_text(json.dumps(meta))
     (step / manifest.SIZES).unlink()
-    for read in (checkpoint.load_tokenizer, lambda path: checkpoint.verify(checkpoint.find(path))):
+    for read in (loading.load_tokenizer, lambda path: checkpoint.verify(checkpoint.find(path))):
         with pytest.raises(interfaces.UserError):
             read(copy)
 
@@ -498,20 +498,20 @@ def test_a_work_directory_that_cannot_be_written_is_named(tmp_path):
 
 def test_the_fingerprint_follows_the_weights_and_not_the_path(base, copy, tmp_path):
     config, network, workdir = base
-    first = checkpoint.load_tokenizer(workdir).fingerprint
-    assert checkpoint.load_tokenizer(copy).fingerprint == first
+    first = loading.load_tokenizer(workdir).fingerprint
+    assert loading.load_tokenizer(copy).fingerprint == first
     # neither the optimizer nor the parameters that are not used: the average is
     moved = network.replace(opt_state=blank(network.opt_state), params=blank(network.params))
     saved_in(tmp_path / "moved", moved, config)
-    assert checkpoint.load_tokenizer(tmp_path / "moved").fingerprint == first
+    assert loading.load_tokenizer(tmp_path / "moved").fingerprint == first
     bias = network.ema["decoder"]["conv_out"]["bias"]
     network.ema["decoder"]["conv_out"]["bias"] = bias.at[0].add(1e-6)
     saved_in(tmp_path / "other", network, config)
     network.ema["decoder"]["conv_out"]["bias"] = bias
-    other = checkpoint.load_tokenizer(tmp_path / "other")
+    other = loading.load_tokenizer(tmp_path / "other")
     assert other.fingerprint != first
     with pytest.raises(interfaces.UserError, match="another tokenizer"):
-        checkpoint.check_tokenizer(other, first, "a token set")
+        loading.check_tokenizer(other, first, "a token set")
 
 
 def entry(leaf):
@@ -562,7 +562,7 @@ def test_zeros_of_any_sign_and_not_a_numbers_are_told_apart():
 
 def test_a_rebuilt_model_compiles_nothing_twice(base):
     _, _, workdir = base
-    first, second = checkpoint.load_tokenizer(workdir), checkpoint.load_tokenizer(workdir)
+    first, second = loading.load_tokenizer(workdir), loading.load_tokenizer(workdir)
 
     @jax.jit
     def encode(tokenizer, image_BHW3):
@@ -591,4 +591,4 @@ def test_step_in_earlier_words_is_read_in_todays(base, monkeypatch):
     entry = meta["manifest"][now]
     leaf = jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"], sharding=whole)
     assert checkpoint.restore(step, {now: leaf}, meta)[now].shape == leaf.shape
-    assert checkpoint.fingerprint(meta, "ema") == checkpoint.fingerprint(before, "ema")
+    assert loading.fingerprint(meta, "ema") == loading.fingerprint(before, "ema")

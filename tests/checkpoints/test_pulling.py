@@ -14,7 +14,7 @@ from huggingface_hub import constants
 import tokgen
 from tests import command_line, loopback, published
 from tokgen import errors, report, runtime
-from tokgen.checkpoints import checkpoint, importing, pulling
+from tokgen.checkpoints import checkpoint, importing, loading, pulling
 from tokgen.data import imagenet
 from tokgen.pretrained import parity
 from tokgen.zoo import model as zoo
@@ -296,15 +296,15 @@ def test_a_tokenizer_that_was_removed_is_brought_back_for_its_generator(here):
         pulling.pull(NAME)
     pulling.pull(NAME, yes=True)
     assert not [line for line in here.asked() if "var_d16" in line]
-    loaded = checkpoint.load_generator(NAME)
-    assert checkpoint.load_tokenizer_of(loaded).fingerprint == before
+    loaded = loading.load_generator(NAME)
+    assert loading.load_tokenizer_of(loaded).fingerprint == before
 
 
 def test_a_damaged_model_says_how_it_is_fetched_again(here):
     (file,) = pulling.folder(NAME).glob("checkpoints/0/meta/metadata")
     file.write_text("{")
     with pytest.raises(errors.UserError, match=f"tokgen pull {NAME} --remove, then tokgen pull"):
-        checkpoint.load_generator(NAME)
+        loading.load_generator(NAME)
 
 
 def test_a_damaged_tokenizer_is_told_before_its_generator_is_fetched(here):
@@ -425,4 +425,4 @@ def test_files_of_the_original_code_come_by_name(pair, shared, tmp_path, monkeyp
     with published.served(rows, files, tmp_path, monkeypatch):
         words = ("sample", name, "--classes", "3", "--number", "1", "--yes", "--out", "look")
         assert command_line.call(*words) == 0
-    assert checkpoint.load_generator(pulling.folder(name)).classes[3] == "3"  # it has but ten
+    assert loading.load_generator(pulling.folder(name)).classes[3] == "3"  # it has but ten

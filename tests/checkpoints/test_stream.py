@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tokgen import parameters
-from tokgen.checkpoints import checkpoint, imported as imports, importing, manifest, stream
+from tokgen.checkpoints import checkpoint, imported as imports, importing, loading, manifest, stream
 from tokgen.errors import UserError
 from tokgen.pretrained import keymap, parity, system, transfer
 from tokgen.pretrained.formats import stored, writer
@@ -54,7 +54,7 @@ def test_a_step_in_pieces_is_the_step_of_the_whole_model(tmp_path, name):
     whole = imports.save_imported(tmp_path / "whole", fitting.imported(), {})
     pieces = imports.save_fitting(tmp_path / "pieces", fitting, {})
     assert record(whole) == record(pieces)
-    assert checkpoint.load(whole).fingerprint == checkpoint.load(pieces).fingerprint
+    assert loading.load(whole).fingerprint == loading.load(pieces).fingerprint
     checkpoint.verify(pieces)
 
 

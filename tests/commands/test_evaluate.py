@@ -14,7 +14,7 @@ from flax import nnx
 from PIL import Image
 
 from tokgen import cli, interfaces, rng, runtime
-from tokgen.checkpoints import checkpoint
+from tokgen.checkpoints import checkpoint, loading
 from tokgen.data import datasets, folder, sources
 from tokgen.evaluation import references, validation
 from tokgen.generators import autoregressive
@@ -230,7 +230,8 @@ def test_a_tokenizer_is_measured_on_folders_of_class_folders(nested, monkeypatch
     monkeypatch.chdir(nested.parent)
     monkeypatch.setattr(checkpoint, "read_meta", lambda step: {"kind": "tokenizer"})
     made = types.SimpleNamespace(config=ml_collections.ConfigDict({"decoder": {}}))
-    monkeypatch.setattr(checkpoint, "load_tokenizer", lambda *_, **__: made)
+    for name in ("load_tokenizer", "load_to_code"):
+        monkeypatch.setattr(loading, name, lambda *_, **__: made)
     monkeypatch.setattr(references, "read", lambda *_: None)
 
     def told(what, **sources):
@@ -253,7 +254,7 @@ def test_an_unconditional_generator_reads_no_classes_of_folders(nested, monkeypa
         module=module, classes=(), config=config, meta={"tokens": None}, step=nested
     )
     for name in ("load_generator", "load_tokenizer_of", "load_tokenizer"):
-        monkeypatch.setattr(checkpoint, name, lambda *_, **__: loaded)
+        monkeypatch.setattr(loading, name, lambda *_, **__: loaded)
     source = folder.Source(nested, split="all", labels="outer")
     monkeypatch.setattr(datasets, "generator_source", lambda *_, **__: source)
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests import command_line
 from tokgen import interfaces, parameters, rng, runtime, sharding
-from tokgen.checkpoints import checkpoint, imported as imports, run as runs
+from tokgen.checkpoints import checkpoint, imported as imports, loading, run as runs
 from tokgen.config import building, reading as configs
 from tokgen.pretrained import entries, keymap, parity, system, transfer
 from tokgen.pretrained.formats import writer
@@ -81,7 +81,7 @@ def tokenizer_in(folder, change=0.0):
     bias = imported.module.decoder.conv_out.bias
     bias[...] = bias[...] + change
     imports.save_imported(folder, imported, {})
-    return checkpoint.load_tokenizer(folder)
+    return loading.load_tokenizer(folder)
 
 
 def published_in(folder, layout):
@@ -128,7 +128,7 @@ def made(tmp_path_factory):
 
 def test_an_import_holds_what_sampling_needs(made):
     folder, _, weights, tokenizer = made
-    loaded = checkpoint.load_generator(folder / "run")
+    loaded = loading.load_generator(folder / "run")
     assert loaded.layout == tokenizer.layout and loaded.classes == ("0", "1", "2", "3", "4", "5")
     assert loaded.config.presets.paper.to_dict() == {"weight": 1.5, "top_k": 8}
     source = loaded.meta["source"]
@@ -137,7 +137,7 @@ def test_an_import_holds_what_sampling_needs(made):
     leaves = parameters.paths(parameters.split(loaded.module)[1])
     (path,) = [path for path in leaves if path.endswith("labels/table")]
     np.testing.assert_array_equal(leaves[path], weights["embed.weight"][-CLASSES - 1 :])
-    found = checkpoint.load_tokenizer_of(loaded)
+    found = loading.load_tokenizer_of(loaded)
     assert found.fingerprint == loaded.meta["tokenizer"]["fingerprint"] == tokenizer.fingerprint
 
 
@@ -161,10 +161,10 @@ def test_an_import_without_its_tokenizer_asks_for_it(made, tmp_path, capfd):
     assert command_line.call(*words, "--out", tmp_path / "out") == 0
     hint = f"tokgen sample {tmp_path / 'out'} --out DIR --tokenizer CKPT --classes 0-3 --number 2"
     assert hint in capfd.readouterr().err
-    loaded = checkpoint.load_generator(folder / "alone")
+    loaded = loading.load_generator(folder / "alone")
     with pytest.raises(interfaces.UserError, match="imported without its tokenizer.*--tokenizer"):
-        checkpoint.load_tokenizer_of(loaded)
-    found = checkpoint.load_tokenizer_of(loaded, str(folder / "tokenizer"))
+        loading.load_tokenizer_of(loaded)
+    found = loading.load_tokenizer_of(loaded, str(folder / "tokenizer"))
     assert found.fingerprint == tokenizer.fingerprint
 
 
@@ -185,9 +185,9 @@ def test_a_tokenizer_of_other_tokens_is_refused_with_both_layouts(made, coarse, 
     assert str(theirs) in said and str(ours) in said
     assert not (tmp_path / "out").exists()
     assert command_line.call(*words, "--out", tmp_path / "out") == 0
-    loaded = checkpoint.load_generator(tmp_path / "out")
+    loaded = loading.load_generator(tmp_path / "out")
     with pytest.raises(interfaces.UserError) as caught:
-        checkpoint.load_tokenizer_of(loaded, str(folder / "tokenizer"))
+        loading.load_tokenizer_of(loaded, str(folder / "tokenizer"))
     assert str(theirs) in str(caught.value) and str(ours) in str(caught.value)
 
 
@@ -272,7 +272,7 @@ def arrays(tree):
 @pytest.mark.parametrize(("classes", "ema"), [(3, 0.9), (9, 0.0), (0, 0.0)])
 def test_other_classes_begin_anew_but_for_no_class(made, tmp_path, classes, ema):
     folder, _, _, tokenizer = made
-    there = arrays(parameters.split(checkpoint.load_generator(folder / "run").module)[1])
+    there = arrays(parameters.split(loading.load_generator(folder / "run").module)[1])
     model, what = began(
         tmp_path, folder / "run", tokenizer.layout, tokenizer, classes=classes, ema=ema
     )
@@ -299,7 +299,7 @@ def test_other_classes_begin_anew_but_for_no_class(made, tmp_path, classes, ema)
 )
 def test_classes_keep_their_rows_by_name(made, tmp_path, names, rows):
     folder, _, _, tokenizer = made
-    there = arrays(parameters.split(checkpoint.load_generator(folder / "run").module)[1])
+    there = arrays(parameters.split(loading.load_generator(folder / "run").module)[1])
     model, what = began(
         tmp_path, folder / "run", tokenizer.layout, tokenizer, classes=len(names), names=names
     )
@@ -333,7 +333,7 @@ def test_a_head_that_counts_classes_keeps_its_codes_and_its_mask(made, tmp_path,
 
 def test_as_many_classes_keep_their_rows(made, tmp_path):
     folder, _, _, tokenizer = made
-    there = arrays(parameters.split(checkpoint.load_generator(folder / "run").module)[1])
+    there = arrays(parameters.split(loading.load_generator(folder / "run").module)[1])
     model, what = began(tmp_path / "a", folder / "run", tokenizer.layout, tokenizer)
     assert "kept, by number: 0, 1, 2 ... are now class 0, class 1, class 2" in what
     for path, array in arrays(model.params).items():

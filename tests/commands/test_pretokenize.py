@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 from PIL import Image
 
 from tokgen import cli, parameters, rng, runtime, sharding
-from tokgen.checkpoints import checkpoint, run as runs
+from tokgen.checkpoints import loading, run as runs
 from tokgen.config import building, reading as configs
 from tokgen.data import (
     folder as folder_,
@@ -68,7 +68,7 @@ def test_it_encodes_in_float32_unless_told_otherwise_and_records_it(tmp_path):
     """Trained in bfloat16; tokens that are stored once shall be the exact ones."""
     quantizer = dict(name="vq", codes=4096, channels=2, normalize=False)
     folder = saved(tmp_path / "tokenizer", quantizer, compute="bfloat16")
-    assert checkpoint.load_tokenizer(folder).config.precision.compute == "bfloat16"
+    assert loading.load_tokenizer(folder).config.precision.compute == "bfloat16"
     stored, expected = {}, {}
     encode = jax.jit(lambda tokenizer, image_BHW3: tokenizer.encode(image_BHW3))
     for precision in ("float32", "bfloat16"):
@@ -79,7 +79,7 @@ def test_it_encodes_in_float32_unless_told_otherwise_and_records_it(tmp_path):
         source = token_shards.Source(out)
         assert source.header["tokenizer"]["precision"] == precision
         stored[precision] = np.stack([source[i]["tokens"][0] for i in range(len(source))])
-        tokenizer = checkpoint.load_tokenizer(folder, compute=precision).module
+        tokenizer = loading.load_tokenizer(folder, compute=precision).module
         pictures = shapes.Source((16, 16), count=12).batch(range(12))
         image_BHW3 = np.asarray(pictures, np.float32) / 255
         expected[precision] = np.asarray(encode(tokenizer, image_BHW3))
@@ -91,7 +91,7 @@ def test_it_encodes_in_float32_unless_told_otherwise_and_records_it(tmp_path):
 def test_it_is_a_function_without_a_command_line(tmp_path):
     """Of the same numbers the command writes the same files, and goes on with the function's."""
     folder = saved(tmp_path / "tokenizer", dict(name="vq", codes=64, channels=4))
-    tokenizer = checkpoint.load_tokenizer(folder, compute="float32")
+    tokenizer = loading.load_tokenizer(folder, compute="float32")
     with pretokenization.folder(tmp_path / "tokens") as out:
         pretokenization.pretokenize(tokenizer, out, views=("flip",), batch=5)
     words = ["pretokenize", "--tokenizer", str(folder), "--views", "flip"]
@@ -155,7 +155,7 @@ def test_it_reconstructs_by_the_mean(workdir, tmp_path, capfd):
     ]
     assert cli.main(words) == 0
     figures = json.loads((tmp_path / "out" / "figures.json").read_text())
-    loaded = checkpoint.load_tokenizer(workdir)
+    loaded = loading.load_tokenizer(workdir)
     assert loaded.layout is None
 
     def painted(tokenizer, image_BHW3):
@@ -216,7 +216,7 @@ def test_what_cannot_be_read_is_told_and_has_no_tokens(broken, tmp_path, capfd):
     assert all(told.count(f"{name}: ") == 1 for name in names) and " at 0x" not in told
     listed = {}
     encode = jax.jit(lambda tokenizer, image_BHW3: tokenizer.encode(image_BHW3))
-    tokenizer = checkpoint.load_tokenizer(folder).module
+    tokenizer = loading.load_tokenizer(folder).module
     for split in token_header.SPLITS:
         shards, images_ = (
             token_shards.Source(out, split=split),

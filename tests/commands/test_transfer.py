@@ -16,7 +16,7 @@ from flax import nnx
 
 from tests import command_line
 from tokgen import image_grid, interfaces, parameters, rng, runtime, sharding
-from tokgen.checkpoints import checkpoint, exporting, imported as imports, run as runs
+from tokgen.checkpoints import checkpoint, exporting, imported as imports, loading, run as runs
 from tokgen.config import building as configs
 from tokgen.pretrained import entries, parity, system
 from tokgen.pretrained.families import convolutional
@@ -55,7 +55,7 @@ def there_and_back(path, name, folder, capfd):
     assert (
         command_line.call("import", file, "--system", name, "--config", config, "--out", out) == 0
     )
-    loaded = checkpoint.load_tokenizer(out)
+    loaded = loading.load_tokenizer(out)
     encodes_as_published(loaded.module, fixture)
     says_where_it_comes_from(out, file, name, capfd)
     assert command_line.call("export", out, "--out", back) == 0
@@ -219,7 +219,7 @@ def test_a_decoder_of_text_reconstructs_with_features(shared, tmp_path, capfd):
     image_grid.save_png(image, np.zeros((40, 40, 3), np.uint8))
     words = ("reconstruct", out, image, "--out", tmp_path / "look")
     assert "--text must name a folder with all.npy" in command_line.refused(capfd, *words)
-    shape = checkpoint.load_tokenizer(out).config.decoder.text
+    shape = loading.load_tokenizer(out).config.decoder.text
     text.mkdir()
     painted = []
     for number in (0.0, 1.0):
@@ -268,7 +268,7 @@ def beginning(settings, workdir, **others):
 
 
 def settings_of(out, **changes):
-    settings = checkpoint.load_tokenizer(out).config
+    settings = loading.load_tokenizer(out).config
     with settings.unlocked():
         settings.init_from = str(out)
         settings.update(changes)
@@ -392,8 +392,8 @@ def test_live_weights_and_average_go_there_and_back(taming, tmp_path, capfd):
     assert "ema" not in {p.split("/")[1] for p in manifest_of(tmp_path / "live")}
     # an export that keeps the average apart is the same network again, by its fingerprint
     assert command_line.call("import", tmp_path / "x", "--out", tmp_path / "again") == 0
-    again = checkpoint.load_tokenizer(tmp_path / "again")
-    assert again.fingerprint == checkpoint.load_tokenizer(tmp_path / "run").fingerprint
+    again = loading.load_tokenizer(tmp_path / "again")
+    assert again.fingerprint == loading.load_tokenizer(tmp_path / "run").fingerprint
 
 
 def manifest_of(out):
@@ -404,7 +404,7 @@ def test_an_export_is_imported_again(taming, tmp_path, capfd):
     out = tmp_path / "x"
     assert command_line.call("export", taming[0], "--out", out) == 0
     assert command_line.call("import", out / "model.safetensors", "--out", tmp_path / "again") == 0
-    one, again = (checkpoint.load_tokenizer(path) for path in (taming[0], tmp_path / "again"))
+    one, again = (loading.load_tokenizer(path) for path in (taming[0], tmp_path / "again"))
     assert one.fingerprint == again.fingerprint and one.layout == again.layout
     words = ("import", out, "--out", tmp_path / "more")
     assert "is an export of tokgen" in command_line.refused(capfd, *words, "--entry", "ema")

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from tests.evaluation import test_feature_extractors, test_made_images, test_page
-from tokgen.checkpoints import checkpoint, run as runs
+from tokgen.checkpoints import checkpoint, loading, run as runs
 from tokgen.evaluation import (
     collect,
     feature_extractors,
@@ -63,8 +63,8 @@ def fakes() -> list[tuple]:
     return [
         (checkpoint, "find", lambda path: generator.step),
         (checkpoint, "read_meta", lambda step: generator.meta),
-        (checkpoint, "load_to_draw", lambda path, compute="": generator),
-        (checkpoint, "load_to_decode", lambda loaded, path="": tokenizer),
+        (loading, "load_to_draw", lambda path, compute="": generator),
+        (loading, "load_to_decode", lambda loaded, path="": tokenizer),
         (protocols, "PROTOCOLS", protocols.PROTOCOLS | {"local": local}),
         (collect, "PART", PART),
         (feature_extractors, "EACH", 1),
@@ -283,7 +283,7 @@ def test_another_checkpoint_or_reference_is_refused(tmp_path, die, monkeypatch, 
     with pytest.raises(UserError, match=r"extractor\.fingerprint: \w+ there, \w+ here"):
         scores.score(scoring_of(other, whole))
     trained = test_made_images.loaded(test_made_images.Dice(), fingerprint="e" * 64)
-    monkeypatch.setattr(checkpoint, "load_to_draw", lambda path, compute="": trained)
+    monkeypatch.setattr(loading, "load_to_draw", lambda path, compute="": trained)
     with pytest.raises(UserError, match=r"images\.fingerprint: d{64} there, e{64} here"):
         scores.score(scoring_of(reference, whole))
 

@@ -57,7 +57,7 @@ class Painter(nnx.Module):
 
 
 def loaded(module, **more) -> types.SimpleNamespace:
-    """What checkpoint.load gives, as far as it is read."""
+    """What loading.load gives, as far as it is read."""
     config = ml_collections.ConfigDict(
         {
             "view": {"size": (16, 16), "channels": 3},

@@ -14,7 +14,7 @@ import scipy.stats
 from flax import nnx
 
 from tests.evaluation import test_page
-from tokgen.checkpoints import checkpoint
+from tokgen.checkpoints import checkpoint, loading
 from tokgen.commands import sweep as command
 from tokgen.evaluation import (
     collect,
@@ -212,7 +212,7 @@ def world(tmp_path, monkeypatch):
     loaded = types.SimpleNamespace(
         module=None, classes=(), config=ml_collections.ConfigDict({"presets": {}})
     )
-    monkeypatch.setattr(checkpoint, "load_generator", lambda _: loaded)
+    monkeypatch.setattr(loading, "load_generator", lambda _: loaded)
     monkeypatch.setattr(presets, "choose", choose)
     words = ["--reference", file, "--samples", 40, "--seeds", 2, "--guidance", 1, 1.5, "--out"]
     return types.SimpleNamespace(words=words, drawn=drawn, stop=stop, out=tmp_path)

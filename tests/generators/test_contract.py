@@ -1,5 +1,6 @@
 """Every generator against what `interfaces` says that it and its driver may assume."""
 
+import dataclasses
 import functools
 
 import jax
@@ -140,7 +141,8 @@ def test_a_step_changes_only_what_is_carried_and_no_shape(name):
         assert rows == 2 * B and size == layout.absent and logits_BlGV.dtype == jnp.float32
         assert symbol + groups <= layout.groups
         asked.extend((positions, g) for g in range(symbol, symbol + groups))
-        return jnp.zeros((rows, positions, groups), jnp.int32), jnp.zeros(logits_BlGV.shape[:3])
+        shape = (rows, positions, groups)
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape)
 
     def walk(generator, cond):
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, generator.null(cond))
@@ -174,9 +176,24 @@ def test_a_step_changes_only_what_is_carried_and_no_shape(name):
 
 @functools.partial(jax.jit, static_argnums=4)
 def drawn(generator, codec, cond, keys_B, how, given):
-    """The tokens of one decode."""
+    """The tokens of one decode, and which images are near a tie."""
     state = decode.generate(generator, codec, cond, how, keys_B=keys_B, given=given)
-    return state.tokens_BLG
+    return state.tokens_BLG, state.near_B
+
+
+@dataclasses.dataclass(frozen=True)
+class Wary:
+    """A sampler all of whose draws that are taken are near a tie."""
+
+    sampler: sampler.Sampler
+    steps = None
+    guidance = property(lambda self: self.sampler.guidance)
+
+    def draw(self, logits_BlGV, *, wanted_BlG=None, **where):
+        """As the sampler inside."""
+        found = self.sampler.draw(logits_BlGV, wanted_BlG=wanted_BlG, **where)
+        taken_BlG = jnp.ones(logits_BlGV.shape[:3], bool) if wanted_BlG is None else wanted_BlG
+        return found._replace(near_B=jnp.any(taken_BlG, axis=(1, 2)))
 
 
 @pytest.mark.parametrize("name", ["autoregressive", "factor", "rar", "masked", "next_scale"])
@@ -184,14 +201,16 @@ def test_given_tokens_stay_all_others_are_drawn_and_rows_do_not_see_each_other(n
     generator, codec, cond = make(name)
     layout = generator.layout
     mask_BLG = np.random.default_rng(0).random((B, layout.length, layout.groups)) < 0.4
-    mask_BLG[2] = False
+    mask_BLG[1], mask_BLG[2] = True, False
     tokens_BLG, keys_B = np.where(mask_BLG, 3, 99), rng.per_image(0, "sample", jnp.arange(B))
-    how = sampler.Sampler(guidance=(2.0,) + (1.0,) * (decode.steps(generator) - 1))
-    found = np.asarray(drawn(generator, codec, cond, keys_B, how, (tokens_BLG, mask_BLG)))
+    how = Wary(sampler.Sampler(guidance=(2.0,) + (1.0,) * (decode.steps(generator) - 1)))
+    found, near_B = drawn(generator, codec, cond, keys_B, how, (tokens_BLG, mask_BLG))
+    found = np.asarray(found)
+    np.testing.assert_array_equal(near_B, [True, False, True])  # not where all were held
     assert np.all(found[mask_BLG] == 3)
     assert np.all((found >= 0) & (found < np.asarray(layout.vocab)))
     back = jax.tree.map(lambda leaf: leaf[::-1], (cond, keys_B, (tokens_BLG, mask_BLG)))
-    other = drawn(generator, codec, back[0], back[1], how, back[2])
+    other, _ = drawn(generator, codec, back[0], back[1], how, back[2])
     np.testing.assert_array_equal(np.asarray(other)[::-1], found)
 
 

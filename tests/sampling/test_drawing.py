@@ -88,3 +88,15 @@ def test_batches_seeds_and_labels_share_a_program(name, caplog, monkeypatch):
             assert len(tokens_NLG) == len(image_NHW3) == images
             found = compilations(caplog.records)
             assert bool(found) == (seed == 0), found
+
+
+def test_what_the_compiler_is_told_depends_on_the_platform_at_the_first_use(monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        jax, "jit", lambda function, compiler_options: told.append(compiler_options) or function
+    )
+    programs = [drawing._Program(abs) for _ in range(2)]
+    for program, platform in zip(programs, ("cpu", "tpu"), strict=True):
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        assert program(-1) == program(-2) - 1 == 1
+    assert told == [{"xla_backend_optimization_level": 1}, None]

@@ -288,7 +288,7 @@ def test_asked_for_one_token_there_is_nothing_to_draw():
     ):
         sampler = samplers.Sampler(jitter=2.0, **options)
         for step in (1, jnp.asarray(1)):
-            tokens, confidence, _ = sampler.draw(logits, keys_B=keys_B, step=step)
+            tokens, confidence, *_ = sampler.draw(logits, keys_B=keys_B, step=step)
             np.testing.assert_array_equal(tokens, greedy, err_msg=str(options))
             np.testing.assert_array_equal(confidence, sure, err_msg=str(options))
 
@@ -633,3 +633,46 @@ def test_two_that_are_as_good_as_equal_are_near_a_tie_where_one_is_asked_for():
         assert near(sampler, [1.0, 3.0, 3.0 - 1e-6], 0.3)
         assert not near(sampler, [1.0, 3.0, 2.999], 0.3)
         assert not near(sampler, [1.0, 3.0, 2.999, 1.0], 0.3)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(), dict(temperature=0.3), dict(temperature=0.0), dict(top_k=9, top_p=0.9)]
+)
+def test_rounding_changes_no_token_that_is_near_no_tie(options):
+    """Guided by 16, where logits err by 1e-6 of themselves, and uniforms lie next to boundaries."""
+    noise, shape = np.random.default_rng(0), (1000, 1, 1, 24)
+    far = 10 ** noise.uniform(-8, -3, shape[:3])
+    uncond = noise.normal(size=shape)
+    cond = uncond + 0.1 * noise.normal(size=shape)
+    for logits in (cond, uncond):
+        logits[..., 0] = 3  # the likeliest, and one that is nearly so
+        logits[..., 1] = 3 - far
+
+    def guided(error):
+        c, u = (a * (1 + error * noise.choice([-1, 1], shape)) for a in (cond, uncond))
+        return jnp.asarray(u + 16 * (c - u), jnp.float32)
+
+    keys_B = jax.random.split(jax.random.key(0), shape[0])
+    sampler = samplers.Sampler(guidance=(16.0,), **options)
+    mass = np.asarray(samplers.filtered(guided(0), **options)[0], np.float64)
+    upto = np.cumsum(mass, -1) / mass.sum(-1, keepdims=True)
+    place = noise.integers(0, 23, shape[:3])[..., None]
+    uniform = np.clip(np.take_along_axis(upto, place, -1)[..., 0] + far, 0, 1 - 1e-7)
+    sampler = dataclasses.replace(sampler, noise=lambda *_: jnp.asarray(uniform, jnp.float32))
+    draw = jax.jit(lambda logits: sampler.draw(logits, keys_B=keys_B, step=0))
+    first, near = (np.asarray(a) for a in (draw(guided(0))[0], draw(guided(0)).near_B))
+    changed = sum(np.asarray(draw(guided(1e-6))[0] != first)[:, 0, 0] for _ in range(4)) > 0
+    assert changed.sum() > 20 and not np.any(changed & ~near)
+    assert near[far[:, 0, 0] > 5e-4].mean() < 0.5
+
+
+def test_what_rounding_may_move_of_a_confidence_is_of_what_is_not_sure():
+    """A logarithm near 0 stays there; a logit moves by all that logits err by."""
+    weights = ((), 1), ((1.0,), 1), ((16.0,), 31), ((-2.0,), 5)
+    assert all(samplers.Sampler(guidance=w).error(0, 0, 1) == error for w, error in weights)
+    logits = jnp.asarray([[[[30.0, 0.0, 0.0]]], [[[1.0, 1.0, 1.0]]]])
+    keys_B = jax.random.split(jax.random.key(0), 2)
+    for ranking, rest in (("log_probability", [0, 2 / 3]), ("raw_logit", [1, 1])):
+        sampler = samplers.Sampler(guidance=(16.0,), confidence=samplers.RANKINGS[ranking], top_k=1)
+        found = jax.jit(lambda a, s=sampler: s.draw(a, keys_B=keys_B, step=0).unsure_BlG)(logits)
+        np.testing.assert_allclose(found[:, 0, 0], 1e-6 + 31 * 5e-6 * np.asarray(rest), rtol=1e-3)

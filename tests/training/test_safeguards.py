@@ -13,7 +13,7 @@ import pytest
 
 import train_tokenizer
 from tokgen import interfaces, metrics_log, runtime, sharding
-from tokgen.checkpoints import checkpoint, run as runs
+from tokgen.checkpoints import checkpoint, loading, run as runs
 from tokgen.config import building, reading
 from tokgen.data import datasets
 from tokgen.evaluation import validation
@@ -233,7 +233,7 @@ def test_a_collapsed_run_stops_after_its_grace_and_is_saved(tmp_path):
     assert [
         record["step"] for record in metrics_log.read(tmp_path) if record["split"] == "train"
     ] == [*(1, 2, 3)]
-    assert checkpoint.load_tokenizer(tmp_path).layout.vocab == (32,)
+    assert loading.load_tokenizer(tmp_path).layout.vocab == (32,)
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +379,7 @@ def test_a_held_out_error_is_the_mean_of_squares(undisturbed):
     ]
     settings = reading.load("configs/tokenizer/shapes.py:vq", SMALL)
     source = building.build(settings.data, "data", split="held_out")
-    loaded = checkpoint.load_tokenizer(undisturbed / checkpoint.FOLDER / "4")
+    loaded = loading.load_tokenizer(undisturbed / checkpoint.FOLDER / "4")
     _, (image, reconstructed) = validation.reconstruction(
         loaded.module, source, datasets.view_of(settings), count=4, shown=4
     )

@@ -1,4 +1,4 @@
-"""A step on disk: find it, read and verify it, load the network inside.
+"""A step on disk: find it, read it, verify it.
 
 Record and arrays are one file's matter, since neither is trusted without the other. The record is
 told in today's words, whatever they were when it was written (config/migration.py).
@@ -12,30 +12,24 @@ is compared on every restore.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import gc
-import hashlib
-import json
 import logging
 import math
 import os
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
-from flax import nnx
 
-from tokgen import parameters, records, report, rng, runtime, sharding
+from tokgen import parameters, records, report, runtime, sharding
 from tokgen.checkpoints import manifest, pieces
-from tokgen.config import building as configs, migration
+from tokgen.config import migration
 from tokgen.interfaces import PyTree, TokenLayout, UserError
 from tokgen.pretrained import hub
-from tokgen.sampling import decode
 from tokgen.zoo import model as zoo
 
 FORMAT = 1
@@ -310,6 +304,17 @@ def restored(
             gc.collect()
 
 
+def in_pieces(
+    step: pathlib.Path, wanted: Mapping[str, Any], meta: dict, apart: Collection[str]
+) -> Iterator[pieces.Piece]:
+    """Leaves of a step as `pieces.read` gives them."""
+    names = _named(step, wanted, meta)
+    with _readable(step):
+        yield from pieces.read(
+            *((step / "state").resolve(), wanted, meta["manifest"], names.__getitem__, apart)
+        )
+
+
 def _named(step: pathlib.Path, wanted: Mapping[str, Any], meta: dict) -> dict[str, str]:
     """What leaves are called in the store; an error where it does not hold them as wanted."""
     if wrong := manifest.misfit(step):
@@ -369,7 +374,7 @@ def resumed(step: pathlib.Path, wanted: dict[str, Any], meta: dict) -> dict[str,
     record = meta["manifest"]
     there = {p: a for p, a in wanted.items() if p in record or not p.endswith("/skips")}
     cast = {
-        path: _as_recorded(leaf, record.get(path))
+        path: as_recorded(leaf, record.get(path))
         for path, leaf in there.items()
         if path.split("/")[1:2] in (["opt_state"], ["ema"])
     }
@@ -378,7 +383,7 @@ def resumed(step: pathlib.Path, wanted: dict[str, Any], meta: dict) -> dict[str,
     return wanted | leaves
 
 
-def _as_recorded(leaf: Any, entry: dict | None) -> Any:
+def as_recorded(leaf: Any, entry: dict | None) -> Any:
     """A leaf to be read in the dtype that it was saved with, where both are floating."""
     kinds = (leaf.dtype, jnp.dtype(entry["dtype"]) if entry else leaf.dtype)
     if not all(jnp.issubdtype(kind, jnp.floating) for kind in kinds):
@@ -389,7 +394,7 @@ def _as_recorded(leaf: Any, entry: dict | None) -> Any:
 def verify(step: pathlib.Path) -> None:
     """Read every array of a step and compare it with the manifest; its networks are finite."""
     meta = read_meta(step)
-    whole = sharding.replicated(sharding.make_mesh())
+    whole = sharding.replicated(sharding.current())
     wanted = {
         path: jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"], sharding=whole)
         for path, entry in meta["manifest"].items()
@@ -426,118 +431,6 @@ def unflatten(tree: PyTree, leaves: dict[str, jax.Array]) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(tree), ordered)
 
 
-# ---------------------------------------------------------------- loading for use
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A network loaded for use, with what its checkpoint says of it.
-
-    Attributes:
-        module: the network: plain functions of arrays, as `generators` and `tokenizers` have them.
-        config: the whole config that it was trained or imported with.
-        layout: of its tokens; None of a continuous bottleneck.
-        classes: names by label; () where there are none.
-        step: where the checkpoint lies.
-        meta: its record, in JSON.
-        fingerprint: a hash of weights and form: equal where it computes the same.
-
-    Examples:
-        >>> loaded = tokgen.load_generator("runs/generator")
-        >>> loaded.layout.length, loaded.classes[:2], loaded.config.generator.name
-        (64, ('disc', 'ring'), 'autoregressive')
-    """
-
-    module: nnx.Module
-    config: ml_collections.ConfigDict
-    layout: TokenLayout | None
-    classes: tuple[str, ...]
-    step: pathlib.Path
-    meta: dict
-    fingerprint: str
-
-
-def load_tokenizer(path: str | os.PathLike, *, compute: str = "") -> Loaded:
-    """The tokenizer of a checkpoint, with its averaged weights, as a module that can be changed.
-
-    Args:
-        path: a work directory, one step of it, or the name of a published model that is here.
-        compute: "float32" or "bfloat16", in the place of the config's `precision.compute`.
-
-    Raises:
-        UserError: there is no such checkpoint, it is damaged, or holds a generator.
-
-    Examples:
-        >>> tokenizer = tokgen.load_tokenizer("runs/tokenizer")
-        >>> tokenizer.module.encode(np.zeros((1, 32, 32, 3), np.float32)).shape
-        (1, 64, 1)
-    """
-    return load(path, "tokenizer", compute=compute)
-
-
-def load_generator(path: str | os.PathLike, *, compute: str = "") -> Loaded:
-    """The generator of a checkpoint, with its averaged weights, as a module that can be changed.
-
-    Args:
-        path: a work directory, one step of it, or the name of a published model that is here.
-        compute: "float32" or "bfloat16", in the place of the config's `precision.compute`.
-
-    Raises:
-        UserError: there is no such checkpoint, it is damaged, or holds a tokenizer.
-
-    Examples:
-        >>> generator = tokgen.load_generator("runs/generator", compute="bfloat16")
-        >>> generator.module.layout.grids, generator.config.precision.compute
-        (((8, 8),), 'bfloat16')
-    """
-    return load(path, "generator", compute=compute)
-
-
-def load_tokenizer_of(generator: Loaded, path: str = "") -> Loaded:
-    """The tokenizer that a generator was trained with.
-
-    Args:
-        generator: what `load_generator` gives.
-        path: where its tokenizer lies now, if it was moved.
-
-    Raises:
-        UserError: it is not there, or is another one.
-
-    Examples:
-        >>> generator = tokgen.load_generator("runs/generator")
-        >>> tokgen.load_tokenizer_of(generator).layout == generator.layout
-        True
-    """
-    return _tokenizer_of(generator, path, load_tokenizer)
-
-
-def _tokenizer_of(generator: Loaded, path: str, load: Callable[[Any], Loaded]) -> Loaded:
-    wanted = generator.meta["tokenizer"]
-    try:
-        given = find(path) if path else None
-    except UserError as error:
-        raise UserError(f"--tokenizer {path}: {error}") from error
-    if wanted is None:  # imported alone
-        if given is None:
-            raise UserError(
-                f"generator {generator.step} was imported without its tokenizer; say where that "
-                "is with --tokenizer PATH"
-            )
-        tokenizer = load(given)
-        check_layout(tokenizer, generator.layout, f"generator {generator.step}")
-        return tokenizer
-    place = given or referred(wanted, generator.step)
-    if not os.path.exists(place):
-        raise UserError(
-            f"the tokenizer of {generator.step} is not at {place}; say where it is now with "
-            "--tokenizer PATH"
-        )
-    tokenizer = load(place)
-    check_tokenizer(tokenizer, wanted["fingerprint"], f"generator {generator.step}")
-    check_layout(tokenizer, generator.layout, f"generator {generator.step}")
-    return tokenizer
-
-
 def reference(path: str | os.PathLike, workdir: pathlib.Path) -> dict:
     """How a checkpoint refers to a folder: also relative to its run, so that both may move."""
     path = pathlib.Path(path).resolve()
@@ -549,176 +442,6 @@ def referred(record: dict, step: pathlib.Path) -> pathlib.Path:
     near = step.parent.parent / record["relative"]
     # os.path: a path out of a record may be none at all
     return near if os.path.exists(near) else pathlib.Path(record["path"])
-
-
-def check_tokenizer(tokenizer: Loaded, fingerprint: str, whose: str) -> None:
-    """An error when tokens were made by another tokenizer."""
-    if tokenizer.fingerprint != fingerprint:
-        raise UserError(
-            f"{whose} was made with another tokenizer: its tokenizer's fingerprint is "
-            f"{fingerprint[:16]}, that of {tokenizer.step} is {tokenizer.fingerprint[:16]}; use "
-            "the tokenizer that made it, or run tokgen pretokenize and train again"
-        )
-
-
-def check_tokens(tokenizer: Loaded, header: Mapping, path: str) -> None:
-    """An error when a token set is not of this tokenizer: of its weights, and in form."""
-    whose = f"token set {path}"
-    check_tokenizer(tokenizer, header["tokenizer"]["fingerprint"], whose)
-    check_layout(tokenizer, TokenLayout.from_json(header["layout"]), whose)
-
-
-def check_layout(tokenizer: Loaded, layout: TokenLayout, whose: str) -> None:
-    """An error when a tokenizer's tokens cannot be those of a generator."""
-    if tokenizer.layout != layout:
-        raise UserError(
-            f"{whose} writes tokens of {layout}, the tokenizer {tokenizer.step} has "
-            f"{tokenizer.layout}; use the tokenizer that its tokens are of, imported with the same "
-            "size and grouping of bits"
-        )
-
-
-def load(path: str | os.PathLike, kind: str = "", *, compute: str = "", which: str = "") -> Loaded:
-    """The network of a checkpoint, an error when it is not of `kind`.
-
-    `which` weights: "params" or "ema"; the averaged ones where there are, unless it says.
-    """
-    return _loaded(path, kind, compute, which, lambda module: module)
-
-
-def load_reference(path: str | os.PathLike) -> Loaded:
-    """Of a tokenizer what its generators refer to; none of its arrays is read."""
-    return _loaded(path, "tokenizer", "", "", lambda module: nnx.Dict())
-
-
-def load_to_draw(path: str | os.PathLike, *, compute: str = "") -> Loaded:
-    """The generator of a checkpoint, for nothing but drawing: laid out as it is decoded best.
-
-    Parameters have the dtype that they are used in. As with `load_generator` the tokens are, but
-    no second copy of the parameters is made on the way.
-    """
-
-    def drawing(module: nnx.Module) -> nnx.Module:
-        return decode.laid_out(parameters.narrowed(module))
-
-    loaded = _loaded(path, "generator", compute, "", drawing)
-    # once more, now that there are values: what can be said of shapes alone is done already
-    return dataclasses.replace(loaded, module=decode.laid_out(loaded.module))
-
-
-def load_to_decode(generator: Loaded, path: str = "") -> Loaded:
-    """As `load_tokenizer_of`, without the encoder: for nothing but decoding."""
-    return _tokenizer_of(generator, path, _load_decoder)
-
-
-def _load_decoder(path: str | os.PathLike) -> Loaded:
-    def decoding(module: nnx.Module) -> nnx.Module:
-        module.encoder = None
-        return module
-
-    return _loaded(path, "tokenizer", "", "", decoding)
-
-
-def _loaded(
-    path: str | os.PathLike,
-    kind: str,
-    compute: str,
-    which: str,
-    form: Callable[[nnx.Module], nnx.Module],
-) -> Loaded:
-    """`load`; `form` makes of the network's shapes those of what is wanted of it.
-
-    It may leave parts out, change dtypes of floating leaves, and take rows of leaves.
-    """
-    step = find(path)
-    meta = read_meta(step)
-    if kind and meta["kind"] != kind:
-        raise UserError(f"{step} holds a {meta['kind']}; need the checkpoint of a {kind}")
-    config = ml_collections.ConfigDict(meta["config"])
-    if compute:
-        config.precision.compute = compute
-    layout = TokenLayout.from_json(meta["layout"]) if meta["layout"] else None
-    classes = tuple(meta["classes"])
-    key = rng.key(0, "init")
-    if meta["kind"] == "tokenizer":
-
-        def make():
-            return configs.tokenizer(config, rngs=rng.rngs(key))
-    else:
-
-        def make():
-            return configs.generator(config, layout, len(classes), rngs=rng.rngs(key))
-
-    _, params, stats = parameters.split(nnx.eval_shape(make))
-    averaged = any(p.startswith("model/ema/") for p in meta["manifest"])
-    which = which or ("ema" if averaged else "params")
-    mesh = sharding.current()
-    # averages are float32 whatever the parameters are
-    wanted = {
-        f"model/{which}/{p}": _as_recorded(leaf, meta["manifest"].get(f"model/{which}/{p}"))
-        if which == "ema"
-        else leaf
-        for p, leaf in parameters.paths(params).items()
-    }
-    wanted.update({f"model/stats/{p}": leaf for p, leaf in parameters.paths(stats).items()})
-    graph, *trees = parameters.split(form(parameters.marked(nnx.eval_shape(make))))
-    users: dict[str, list] = {}
-    for number, tree in enumerate(trees):
-        for ours, mark in parameters.paths(tree).items():
-            part, _, inside = mark.path.partition("/")
-            stored = f"model/{which if part == 'params' else part}/{inside}"
-            users.setdefault(stored, []).append((number, ours, mark))
-    wanted = {path: leaf for path, leaf in wanted.items() if path in users}
-    apart = {path for path, uses in users.items() if all(mark.rows for *_, mark in uses)}
-    filled: list[dict[str, jax.Array]] = [{}, {}]
-    for path, layer, numbers in _pieces(step, wanted, meta, apart):
-        for number, ours, mark in users[path]:
-            if layer is not None and mark.rows[0] != layer:
-                continue
-            found, where = mark.of(numbers, layer is not None), sharding.replicated(mesh)
-            if meta["kind"] == "generator" and number == 0:
-                where = sharding.of_network(ours, found.shape, mesh)
-            filled[number][ours] = jax.device_put(found, where)
-    params, stats = (unflatten(*pair) for pair in zip(trees, filled, strict=True))
-    return Loaded(
-        module=parameters.merge(graph, params, stats),
-        config=config,
-        layout=layout,
-        classes=classes,
-        step=step,
-        meta=meta,
-        fingerprint=fingerprint(meta, which),
-    )
-
-
-def _pieces(
-    step: pathlib.Path, wanted: Mapping[str, Any], meta: dict, apart: Collection[str]
-) -> Iterator[pieces.Piece]:
-    """Leaves of a step as `pieces.read` gives them."""
-    names = _named(step, wanted, meta)
-    with _readable(step):
-        yield from pieces.read(
-            *((step / "state").resolve(), wanted, meta["manifest"], names.__getitem__, apart)
-        )
-
-
-def fingerprint(meta: dict, which: str) -> str:
-    """What a network computes, as a hash: its weights and the sections that shape it.
-
-    Of `meta` as `read_meta` tells it, in the words that came first: token sets and generators have
-    noted it, and whatever a network is called since, it computes what it did.
-    """
-    paths = {path: migration.first_parameter(path) for path in meta["manifest"]}
-    used = {
-        first: meta["manifest"][path]
-        for path, first in paths.items()
-        if first.startswith((f"model/{which}/", "model/stats/"))
-    }
-    sections = ("view", "encoder", "quantizer", "decoder", "pixels", "generator")
-    config = migration.first_config(meta["config"])
-    shape = {name: config.get(name) for name in sections}
-    record = json.dumps([used, shape, meta["layout"]], sort_keys=True)
-    return hashlib.sha256(record.encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from tokgen import archives, output, parameters, records, rng, runtime
-from tokgen.checkpoints import checkpoint, imported as imports
+from tokgen.checkpoints import imported as imports, loading
 from tokgen.config import building, migration
 from tokgen.errors import UserError
 from tokgen.interfaces import TokenLayout
@@ -92,7 +92,7 @@ def export_checkpoint(
     return Export(place.target, count, system, file, entries, notes)
 
 
-def _write_ours(out: pathlib.Path, loaded: checkpoint.Loaded, *, averaged: bool) -> int:
+def _write_ours(out: pathlib.Path, loaded: loading.Loaded, *, averaged: bool) -> int:
     """OURS and CONFIG; how many arrays there are."""
     _, params, stats = parameters.split(loaded.module)
     arrays = {

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokgen import parameters, records
-from tokgen.checkpoints import checkpoint, run as runs, stream
+from tokgen.checkpoints import checkpoint, loading, run as runs, stream
 from tokgen.interfaces import UserError
 from tokgen.pretrained import entries, transfer
 from tokgen.pretrained.formats import reader, writer
@@ -31,7 +31,7 @@ def save_imported(
     workdir: pathlib.Path,
     imported: transfer.Imported,
     source: dict,
-    tokenizer: checkpoint.Loaded | None = None,
+    tokenizer: loading.Loaded | None = None,
     classes: tuple[str, ...] = (),
 ) -> pathlib.Path:
     """A checkpoint of step 0; its folder. `tokenizer` is the one that a generator's tokens are of.
@@ -54,7 +54,7 @@ def save_fitting(
     workdir: pathlib.Path,
     fitting: transfer.Fitting,
     source: dict,
-    tokenizer: checkpoint.Loaded | None = None,
+    tokenizer: loading.Loaded | None = None,
     classes: tuple[str, ...] = (),
 ) -> pathlib.Path:
     """As `save_imported`, each array read when it is written: memory holds few of them."""
@@ -73,13 +73,13 @@ def _started(
     workdir: pathlib.Path,
     model: transfer.Imported | transfer.Fitting,
     source: dict,
-    tokenizer: checkpoint.Loaded | None,
+    tokenizer: loading.Loaded | None,
     classes: tuple[str, ...],
 ) -> Iterator[runs.Run]:
     """The run of an import; what has no place in our model is written beside its step."""
     made_by = None
     if tokenizer is not None:
-        checkpoint.check_layout(tokenizer, model.layout, "the generator")
+        loading.check_layout(tokenizer, model.layout, "the generator")
         made_by = checkpoint.reference(tokenizer.step, workdir)
         made_by |= {"fingerprint": tokenizer.fingerprint}
     with runs.lock(workdir):
@@ -100,11 +100,11 @@ def _started(
         run.close()
 
 
-def load_imported(path: str | os.PathLike) -> tuple[checkpoint.Loaded, transfer.Imported]:
+def load_imported(path: str | os.PathLike) -> tuple[loading.Loaded, transfer.Imported]:
     """(a network for use; its live and its averaged weights apart, with what lay aside)."""
-    loaded = checkpoint.load(path)
+    loaded = loading.load(path)
     has = {p.split("/")[1] for p in loaded.meta["manifest"] if p.startswith("model/")}
-    live = checkpoint.load(path, which="params").module if "ema" in has else loaded.module
+    live = loading.load(path, which="params").module if "ema" in has else loaded.module
     average = loaded.module if "ema" in has else None
     file = loaded.step / ASIDE
     aside = reader.read(file) if file.exists() else {}

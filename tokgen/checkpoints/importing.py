@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import yaml
 
 from tokgen import choices, output, records, runtime
-from tokgen.checkpoints import checkpoint, exporting, imported as imports
+from tokgen.checkpoints import exporting, imported as imports, loading
 from tokgen.errors import UserError
 from tokgen.pretrained import system as systems, transfer
 from tokgen.pretrained.formats import paths
@@ -110,10 +110,10 @@ def import_file(
                 raise UserError(f"--tokenizer is for generators; {file} is a tokenizer itself")
             names, source = tuple(record["classes"]), record.get("source")
             source = source if isinstance(source, dict) else {}
-            named = checkpoint.load_reference(tokenizer) if tokenizer else None
+            named = loading.load_reference(tokenizer) if tokenizer else None
         else:
             # first: of a large file the reading takes minutes
-            named = checkpoint.load_reference(tokenizer) if tokenizer else None
+            named = loading.load_reference(tokenizer) if tokenizer else None
             rows = {"": row} if row else _rows(file, system)
             published, overrides, notes = _settings(file, config, overrides, rows)
             model = transfer.held(

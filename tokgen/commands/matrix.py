@@ -18,12 +18,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the table, then the reasons."""
-    from tokgen.checkpoints import checkpoint
+    from tokgen.checkpoints import loading
     from tokgen.config import compatibility
 
     runtime.devices()
     if args.tokenizer:
-        loaded = checkpoint.load_tokenizer(args.tokenizer)
+        loaded = loading.load_tokenizer(args.tokenizer)
         codecs = {compatibility.described(loaded.layout): loaded.module.quantizer}
     else:
         codecs = compatibility.stand_ins()

@@ -1,7 +1,7 @@
 """Images into packed token shards, once, for training generators.
 
     with pretokenization.folder("tokens") as out:
-        pretokenization.pretokenize(checkpoint.load_tokenizer("runs/tokenizer"), out)
+        pretokenization.pretokenize(loading.load_tokenizer("runs/tokenizer"), out)
 
 What is there already stays, and a folder with tokens of something else is refused.
 """

@@ -19,7 +19,7 @@ from flax import nnx
 from PIL import Image
 
 from tokgen import image_grid, options, output, report, runtime, sharding
-from tokgen.checkpoints import checkpoint
+from tokgen.checkpoints import checkpoint, loading
 from tokgen.config import building, reading
 from tokgen.data import datasets, online_tokens, shapes, token_shards
 from tokgen.demo import families, page
@@ -156,8 +156,8 @@ def save(folder: pathlib.Path, pictures: Mapping[str, np.ndarray]) -> None:
 
 def measure(folder: pathlib.Path, classifier: nnx.Module, number: int) -> tuple[dict, dict, dict]:
     """(metrics, pictures, what the page tells beside them) of a trained pair."""
-    loaded = checkpoint.load_generator(folder / "generator")
-    tokenizer = checkpoint.load_tokenizer_of(loaded, str(folder / "tokenizer"))
+    loaded = loading.load_generator(folder / "generator")
+    tokenizer = loading.load_tokenizer_of(loaded, str(folder / "tokenizer"))
     settings = tokenizer.config
     held_out = building.build(settings.data, "data", split="held_out")
     real = held_out.batch(range(1000))

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from tokgen import image_grid
-from tokgen.checkpoints import checkpoint
+from tokgen.checkpoints import loading
 from tokgen.data import shapes, token_shards
 from tokgen.evaluation import local_classifier, validation
 from tokgen.sampling import drawing, presets
@@ -65,8 +65,8 @@ def _measured(
 ) -> tuple[dict, np.ndarray]:
     """(metrics, samples sorted by class) of one family."""
     generator, tokenizer, token_set, _ = FAMILIES[family]
-    loaded = checkpoint.load_generator(folder / generator)
-    decoder = checkpoint.load_tokenizer_of(loaded, str(folder / tokenizer)).module
+    loaded = loading.load_generator(folder / generator)
+    decoder = loading.load_tokenizer_of(loaded, str(folder / tokenizer)).module
     held_out = token_shards.Source(folder / token_set, split="held_out")
     codec = decoder.quantizer
     likelihood = validation.likelihood(loaded.module, codec, held_out, count=1000)

@@ -7,7 +7,7 @@ import pathlib
 import time
 
 from tokgen import options, report, runtime
-from tokgen.checkpoints import checkpoint
+from tokgen.checkpoints import checkpoint, loading
 from tokgen.data import (
     captioned,
     classes,
@@ -132,7 +132,7 @@ def check(settings: Settings) -> None:
 
 def tokenizer(step: pathlib.Path, settings: Settings) -> Measured:
     """Reconstruction of images by a tokenizer."""
-    loaded = checkpoint.load_tokenizer(step, compute=settings.precision)
+    loaded = loading.load_tokenizer(step, compute=settings.precision)
     source = datasets.image_source(
         loaded.config, settings.data, settings.split, labels=settings.labels, doubtful="drop"
     )
@@ -155,12 +155,12 @@ def tokenizer(step: pathlib.Path, settings: Settings) -> Measured:
 
 def generator(step: pathlib.Path, settings: Settings) -> Measured:
     """Likelihood of images under a generator."""
-    loaded = checkpoint.load_generator(step, compute=settings.precision)
+    loaded = loading.load_generator(step, compute=settings.precision)
     if loaded.module.exact and settings.order != "random":
         when = "orders that are drawn: of a masked generator, or with --order random"
         drawn = {"orders": settings.orders, "seed": settings.seed}
         options.refuse({name: when for name, value in drawn.items() if value is not None})
-    tokenizer_ = checkpoint.load_tokenizer_of(loaded, settings.tokenizer)
+    tokenizer_ = loading.load_tokenizer_of(loaded, settings.tokenizer)
     data = _data_of(loaded, settings.data)
     data["text"] = settings.text or data.get("text", "")
     datasets.check_text(loaded.module, data["text"], "--text")
@@ -169,9 +169,9 @@ def generator(step: pathlib.Path, settings: Settings) -> Measured:
             options.refuse({"labels": "images, not for token shards"})
         train = token_shards.Source(data["tokens"])  # whole, before anything is measured
         source = datasets.generator_source(data, settings.split)
-        checkpoint.check_tokens(tokenizer_, source.header, source.path)
+        loading.check_tokens(tokenizer_, source.header, source.path)
     else:
-        encoder = checkpoint.load_tokenizer(tokenizer_.step, compute="float32")
+        encoder = loading.load_tokenizer(tokenizer_.step, compute="float32")
         source = datasets.generator_source(data, settings.split, encoder, labels=settings.labels)
     datasets.tell(datasets.called(data, settings.data), **{settings.split: source})
     datasets.check_filled(source, settings.split)
@@ -207,7 +207,7 @@ def _tell_count(settings: Settings, source: sources.RandomAccess, step: pathlib.
     report.say(f"{count} of {len(source)} images, step {step.name}")
 
 
-def _data_of(loaded: checkpoint.Loaded, path: str) -> dict:
+def _data_of(loaded: loading.Loaded, path: str) -> dict:
     """The config's `data`, with the shards or images that lie at `path`, if one is given."""
     data = {"tokens": "", **dict(loaded.config.get("data", {}))}
     record = loaded.meta["tokens"]

@@ -9,7 +9,7 @@ import numpy as np
 
 from tokgen import options, report
 from tokgen.backbones import lpips
-from tokgen.checkpoints import checkpoint
+from tokgen.checkpoints import checkpoint, loading
 from tokgen.data import captioned, datasets, npz
 from tokgen.evaluation import (
     collect,
@@ -76,8 +76,8 @@ def drawn(settings: score_settings.Settings, out: pathlib.Path) -> tuple[made_im
         meta = checkpoint.read_meta(checkpoint.find(settings.scored))
         precision = presets.precision(meta, choice)
     # laid out once and not for every part, which would hold the network twice
-    loaded = checkpoint.load_to_draw(settings.scored, compute=precision)
-    tokenizer = checkpoint.load_to_decode(loaded, settings.tokenizer)
+    loaded = loading.load_to_draw(settings.scored, compute=precision)
+    tokenizer = loading.load_to_decode(loaded, settings.tokenizer)
     chosen, *prepared = presets.choose(
         loaded.module, loaded.config.presets.to_dict(), choice, loaded.classes
     )
@@ -112,7 +112,7 @@ def drawn(settings: score_settings.Settings, out: pathlib.Path) -> tuple[made_im
 
 def reconstructed(settings: score_settings.Settings) -> made_images.Reconstructed:
     """A tokenizer's reconstructions of held-out images."""
-    loaded = checkpoint.load_tokenizer(settings.scored, compute=settings.precision)
+    loaded = loading.load_to_code(settings.scored, compute=settings.precision)
     source = datasets.image_source(
         loaded.config, settings.data, settings.split, labels=settings.labels, doubtful="drop"
     )

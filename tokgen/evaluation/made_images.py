@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from tokgen import archives
-from tokgen.checkpoints import checkpoint
+from tokgen.checkpoints import loading
 from tokgen.data import datasets, loader, npz, scan, sources
 from tokgen.evaluation import feature_extractors, validation
 from tokgen.interfaces import PyTree, UserError
@@ -58,8 +58,8 @@ class Drawn:
 
     def __init__(
         self,
-        loaded: checkpoint.Loaded,
-        tokenizer: checkpoint.Loaded,
+        loaded: loading.Loaded,
+        tokenizer: loading.Loaded,
         prepared: tuple,
         cond: PyTree,
         *,
@@ -135,7 +135,7 @@ class Reconstructed:
 
     def __init__(
         self,
-        loaded: checkpoint.Loaded,
+        loaded: loading.Loaded,
         source: sources.RandomAccess,
         *,
         count: int,

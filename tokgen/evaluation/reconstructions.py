@@ -7,7 +7,7 @@ import os
 import pathlib
 
 from tokgen import image_grid, output, report, runtime
-from tokgen.checkpoints import checkpoint
+from tokgen.checkpoints import loading
 from tokgen.config import building
 from tokgen.data import captioned, datasets, folder, sources
 from tokgen.evaluation import validation
@@ -52,7 +52,7 @@ def reconstruct(
     inputs = tuple(map(os.fspath, (tokenizer, images, text)))
     with output.folder(out, records=RECORDS, overwrite=overwrite, inputs=inputs) as place:
         runtime.devices()
-        loaded = checkpoint.load_tokenizer(tokenizer, compute=precision)
+        loaded = loading.load_to_code(tokenizer, compute=precision)
         source = _source(loaded, images, text)
         view = datasets.view_of(loaded.config)
         scale = max(1, _WIDTH // view.size[0])
@@ -79,9 +79,7 @@ def reconstruct(
     return metrics
 
 
-def _source(
-    loaded: checkpoint.Loaded, images: str | os.PathLike, text: str
-) -> sources.RandomAccess:
+def _source(loaded: loading.Loaded, images: str | os.PathLike, text: str) -> sources.RandomAccess:
     """The images, with the text that the decoder reads."""
     path = pathlib.Path(images)
     if path.is_file():

@@ -17,7 +17,7 @@ import numpy as np
 import scipy.stats
 
 from tokgen import options, output, report, runtime
-from tokgen.checkpoints import checkpoint
+from tokgen.checkpoints import checkpoint, loading
 from tokgen.evaluation import (
     collect,
     comparison,
@@ -172,7 +172,7 @@ def try_out(settings: Settings, grid: Mapping[str, Mapping[str, float]]) -> None
     kind = checkpoint.read_meta(step)["kind"]
     if kind != "generator":
         raise UserError(f"a sweep needs a generator; {step} holds a {kind}")
-    loaded = checkpoint.load_generator(step)
+    loaded = loading.load_generator(step)
     idle = []
     for setting in grid.values():
         choice = dataclasses.replace(settings.score.sampling, **setting)

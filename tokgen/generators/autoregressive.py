@@ -285,10 +285,11 @@ class Generator(nnx.Module):
         tokens_B1G = state.read(position_B1)
         given_B1G = jnp.take_along_axis(state.given_BLG, position_B1[..., None], axis=1)
         for first in self.head.turns:
-            logits_B1gV = self.ended(hidden_B1D, cond, tokens_B1G[..., :first])
-            drawn_B1g, _ = draw(logits_B1gV[:, :, first:], symbol=first)
-            reach = slice(first, first + drawn_B1g.shape[-1])
-            kept_B1g = jnp.where(given_B1G[..., reach], tokens_B1G[..., reach], drawn_B1g)
+            logits_B1gV = self.ended(hidden_B1D, cond, tokens_B1G[..., :first])[:, :, first:]
+            reach = slice(first, first + logits_B1gV.shape[2])
+            given_B1g = given_B1G[..., reach]
+            drawn_B1g, *_ = draw(logits_B1gV, symbol=first, wanted_BlG=~given_B1g)
+            kept_B1g = jnp.where(given_B1g, tokens_B1G[..., reach], drawn_B1g)
             tokens_B1G = tokens_B1G.at[..., reach].set(kept_B1g)
         return state.write(position_B1, tokens_B1G)
 

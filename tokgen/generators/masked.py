@@ -29,7 +29,6 @@ from tokgen.nn import (
 )
 from tokgen.nn.precision import Precision
 
-NEAR = 1e-5  # confidences closer than this rank as rounding has it; they are sums of logits
 LEAST = 1e-8  # added weight, where there may be none
 STACKS = {"stack": transformer.Transformer, "u_shaped": transformer.UShaped}
 
@@ -174,8 +173,8 @@ class Generator(nnx.Module):
         """Logits [B, L, G, V] of all slots, where `batch` says V for those that are unknown."""
         del codec
         batch = self._checked(batch, absent=True)
-        columns_BLGX = self.columns(batch.tokens_BLG, batch.cond, key=key)
-        return columns_BLGX[..., : self.layout.absent]
+        x_BLD = self.hidden(batch.tokens_BLG, batch.cond, key=key)[:, 1:]
+        return self.head(x_BLD, embeddings=self.embeddings.rows)
 
     def loss(
         self, batch: TokenBatch, codec: Quantizer | None = None, *, step: jax.Array, key: jax.Array
@@ -237,7 +236,9 @@ class Generator(nnx.Module):
 
     def unstacked(self) -> Generator:
         """A copy for decoding, with the layers of the transformer apart."""
-        return transformer.unstacked(self, "transformer")
+        apart = transformer.without_stacks(self)
+        linear.widened(apart)
+        return apart
 
     def plan(self) -> tuple[Phase, ...]:
         """Every step handles all positions."""
@@ -270,11 +271,11 @@ class Generator(nnx.Module):
         """Draw every unknown slot, then mask the least confident again."""
         unknown_BLG = state.tokens_BLG == self.layout.absent
         logits_BLGV = self.logits(TokenBatch(state.tokens_BLG, state.cond))
-        drawn_BLG, confidence_BLG = draw(logits_BLGV, wanted_BlG=unknown_BLG)
+        drawn_BLG, confidence_BLG, unsure_BLG = draw(logits_BLGV, wanted_BlG=unknown_BLG)
         confidence_BLG = jnp.where(unknown_BLG, confidence_BLG, jnp.inf)
         first_B = jnp.sum(~state.given_BLG, axis=(1, 2))
         left_B = self.left(index, first_B, unknown_BLG.sum((1, 2)))
-        again_BLG, near_B = self._least(confidence_BLG, left_B)
+        again_BLG, near_B = self._least(confidence_BLG, unsure_BLG, left_B)
         tokens_BLG = jnp.where(unknown_BLG, drawn_BLG, state.tokens_BLG)
         tokens_BLG = jnp.where(unknown_BLG & again_BLG, self.layout.absent, tokens_BLG)
         return state.replace(tokens_BLG=tokens_BLG, near_B=state.near_B | near_B)
@@ -354,14 +355,17 @@ class Generator(nnx.Module):
         boundary.rows(tokens=tokens_BLG, conditions=batch.cond)
         return batch.replace(tokens_BLG=tokens_BLG)
 
-    def _least(self, confidence_BLG: jax.Array, left_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _least(
+        self, confidence_BLG: jax.Array, unsure_BLG: jax.Array, left_B: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """([B, L, G] true for the `left_B` least confident slots, [B] where rounding may tell).
 
-        It may where the last of them and the first of the others are as good as equal.
+        It may where one of them and one of the others are nearer than both of them may move.
         """
         flat_BN = confidence_BLG.reshape(len(confidence_BLG), -1)
         rank_BN = jnp.argsort(jnp.argsort(flat_BN, axis=-1), axis=-1)
         least_BN = rank_BN < left_B[:, None]
-        last_B = jnp.max(jnp.where(least_BN, flat_BN, -jnp.inf), axis=-1)
-        next_B = jnp.min(jnp.where(least_BN, jnp.inf, flat_BN), axis=-1)
-        return least_BN.reshape(confidence_BLG.shape), next_B - last_B < NEAR
+        unsure_BN = unsure_BLG.reshape(flat_BN.shape)
+        last_B = jnp.max(jnp.where(least_BN, flat_BN + unsure_BN, -jnp.inf), axis=-1)
+        next_B = jnp.min(jnp.where(least_BN, jnp.inf, flat_BN - unsure_BN), axis=-1)
+        return least_BN.reshape(confidence_BLG.shape), next_B < last_B

@@ -203,7 +203,9 @@ class Generator(nnx.Module):
             at=phase.start,
             slots=stop,
         )
-        tokens_BlG, _ = draw(self.head(hidden_BlD.astype(jnp.float32), cond=cond_B1D))
+        logits_BlGV = self.head(hidden_BlD.astype(jnp.float32), cond=cond_B1D)
+        wanted_BlG = ~state.given_BLG[:, phase.start : stop]
+        tokens_BlG, *_ = draw(logits_BlGV, wanted_BlG=wanted_BlG)
         positions_Bl = state.order_BL[:, phase.start : stop]
         state = state.write(positions_Bl, tokens_BlG)  # read back: some may have been given
         latents_BPC = codec.absorb(state.latents_BPC, state.read(positions_Bl), scale)

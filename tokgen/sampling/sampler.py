@@ -17,6 +17,13 @@ A program of another batch size rounds logits otherwise, and a draw near a tie m
 otherwise. Such draws are flagged, `Drawn.near_B`: the uniform lies next to a boundary of the
 cumulative distribution, nearer than rounding may move it and than the mass that rounding may bring
 over a filter's threshold; or the two largest of which one is asked for are as good as equal.
+
+Guidance makes errors larger. Where w c - (w - 1) u is drawn from and c and u err by d each, it
+errs by (|w| + |w - 1|) d, and a temperature t divides that. Where every logit errs by at most e, a
+boundary of the cumulative distribution at F moves by at most 2 F (1 - F) e: at worst what is below
+it gains a factor exp(e), and what is above loses one. A confidence moves by at most e where it is a
+logit, and by 2 (1 - p) e where it is the logarithm of the probability p: d ln p is what the token's
+own logit errs by, less the mean over all of them, of which its own share p cancels.
 """
 
 from __future__ import annotations
@@ -37,7 +44,8 @@ from tokgen import interfaces, rng, sharding
 SETTINGS = ("temperature", "top_k", "top_p", "guidance", "jitter", "confidence_temperature")
 # What rounding is trusted to stay below. Of a uniform: float32 sums of masses err by some 1e-7 of
 # their total, and logits that err by 1e-6 move a boundary by at most 2.5e-7 of it for each that
-# errs one way. Of logits: float32 products of a few hundred numbers, guided, err by some 1e-6.
+# errs one way. Of logits: float32 products of a few hundred numbers err by some 1e-6.
+# Both are for logits as a network gives them: guided ones err `Sampler.error` times as much.
 NEAR, NEAR_LOGITS = 1e-6, 1e-5
 CACHED = 2**17  # bytes of logits that are filtered at a time where a core has a cache of its own
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
@@ -84,6 +92,9 @@ def per_image_gumbel(
     return -jnp.log(-jnp.log(jnp.maximum(uniform_BlG, 1e-20)))
 
 
+ALIKE = 256  # places, up to a multiple of which numbers are made
+
+
 def _uniform(
     keys_B: interfaces.Array,
     use: int,
@@ -97,9 +108,12 @@ def _uniform(
         key = rng.number(rng.use(key, use), step)
         symbols_G = symbol + jnp.arange(groups)
         keys_G = jax.vmap(lambda g: rng.number(key, g))(symbols_G)
-        return jax.vmap(lambda k: jax.random.uniform(k, (places,)), out_axes=1)(keys_G)
+        return jax.vmap(lambda k: jax.random.uniform(k, (made,)), out_axes=1)(keys_G)
 
-    return jax.vmap(one_image)(keys_B)
+    # numbers are counted by place (jax_threefry_partitionable): the first stay what they are, and
+    # scales that ask for the same many share the kernels that make them
+    made = -(-places // ALIKE) * ALIKE if places > 1 else places
+    return jax.vmap(one_image)(keys_B)[:, :places]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,52 +184,80 @@ class Sampler:
         # Python numbers decide here, and what is traced in the program
         alone = (temperature == 0, top_k == 1, top_p * logits_BlGV.shape[-1] <= 1)
 
-        tokens_BlG, near_BlG = likeliest(logits_BlGV)
+        error = self.error(step, symbol, logits_BlGV.shape[2])
+        tokens_BlG, near_BlG = likeliest(logits_BlGV, error)
         if not any(one is True for one in alone):
             uniform_BlG = self.noise(keys_B, step, symbol, tokens_BlG.shape)
             chex.assert_shape(uniform_BlG, tokens_BlG.shape)
-            options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+            options = dict(temperature=temperature, top_k=top_k, top_p=top_p, error=error)
             found = drawn(logits_BlGV, uniform_BlG, **options)
             greedy = functools.reduce(jnp.logical_or, map(jnp.asarray, alone))
             greedy_BlG = jnp.broadcast_to(greedy, tokens_BlG.shape)
             tokens_BlG = jnp.where(greedy_BlG, tokens_BlG, found[0])
             near_BlG = jnp.where(greedy_BlG, near_BlG, found[1])
-        confidence_BlG = self._confidence(logits_BlGV, tokens_BlG, keys_B, step, symbol)
+        confidence_BlG, unsure_BlG = self._confidence(
+            logits_BlGV, tokens_BlG, error, keys_B, step, symbol
+        )
         near_BlG = near_BlG if wanted_BlG is None else near_BlG & wanted_BlG
-        return interfaces.Drawn(tokens_BlG, confidence_BlG, jnp.any(near_BlG, axis=(1, 2)))
+        near_B = jnp.any(near_BlG, axis=(1, 2))
+        return interfaces.Drawn(tokens_BlG, confidence_BlG, near_B, unsure_BlG)
+
+    def error(
+        self, step: interfaces.Array | int, symbol: int, groups: int
+    ) -> interfaces.Array | float:
+        """How many times as much as a network's own logits the guided ones err, [1, 1, G] or one.
+
+        |w| + |w - 1|, which is 1 where nothing is guided.
+        """
+        if not self.guidance:
+            return 1.0
+        weight = of_symbols(at_step(self.guidance, step), symbol, groups)
+        return abs(weight) + abs(weight - 1)
 
     def _confidence(
         self,
         logits_BlGV: interfaces.Array,
         tokens_BlG: interfaces.Array,
+        error: interfaces.Array | float,
         keys_B: interfaces.Array,
         step: interfaces.Array | int,
         symbol: int,
-    ) -> interfaces.Array:
-        """[B, l, G] of softened logits, with Gumbel noise (MaskGIT, arXiv:2202.04200, sec. 3.2)."""
+    ) -> tuple[interfaces.Array, interfaces.Array]:
+        """(softened confidence [B, l, G] with Gumbel noise, by how much rounding may move it).
+
+        The noise is MaskGIT's (arXiv:2202.04200, sec. 3.2).
+        """
         softening = at_step(self.confidence_temperature, step)
         if not (isinstance(softening, float) and softening == 1):
             logits_BlGV = logits_BlGV / softening
         confidence_BlG = self.confidence(logits_BlGV, tokens_BlG)
+        # of a logarithm near 0 little may move, and all ties of sure tokens would else be near
+        rest_BlG = jnp.ones(tokens_BlG.shape)
+        if self.confidence is log_probability:
+            rest_BlG = -jnp.expm1(jnp.minimum(confidence_BlG, 0))
+        unsure_BlG = NEAR + NEAR_LOGITS / 2 * error * rest_BlG / softening
         jitter = at_step(self.jitter, step)
         if isinstance(jitter, float) and jitter == 0:
-            return confidence_BlG
+            return confidence_BlG, unsure_BlG
         gumbel_BlG = self.gumbel(keys_B, step, symbol, tokens_BlG.shape)
         chex.assert_shape(gumbel_BlG, tokens_BlG.shape)
-        return confidence_BlG + jitter * gumbel_BlG
+        return confidence_BlG + jitter * gumbel_BlG, unsure_BlG
 
 
-def likeliest(logits_BlGV: interfaces.Array) -> tuple[interfaces.Array, interfaces.Array]:
+def likeliest(
+    logits_BlGV: interfaces.Array, error: interfaces.Array | float = 1.0
+) -> tuple[interfaces.Array, interfaces.Array]:
     """([B, l, G] the first of the largest, int32; true where another is as good as equal).
 
-    A token in range where a logit is no number.
+    A token in range where a logit is no number. `error` broadcasts with [B, l, G], see
+    `Sampler.error`.
     """
     symbols_BlGV, V = _symbols(logits_BlGV), logits_BlGV.shape[-1]
     peak_BlG1 = jnp.max(logits_BlGV, axis=-1, keepdims=True)
     # XLA's own argmax is a reduction of pairs, far slower on a CPU
     first_BlG = jnp.min(jnp.where(logits_BlGV == peak_BlG1, symbols_BlGV, V - 1), axis=-1)
     others_BlGV = jnp.where(symbols_BlGV == first_BlG[..., None], -jnp.inf, logits_BlGV)
-    return first_BlG, peak_BlG1[..., 0] - jnp.max(others_BlGV, axis=-1) < NEAR_LOGITS
+    return first_BlG, peak_BlG1[..., 0] - jnp.max(others_BlGV, axis=-1) < NEAR_LOGITS * error
 
 
 def drawn(
@@ -225,6 +267,7 @@ def drawn(
     temperature: interfaces.Array | float = 1.0,
     top_k: interfaces.Array | int = 0,
     top_p: interfaces.Array | float = 1.0,
+    error: interfaces.Array | float = 1.0,
 ) -> tuple[interfaces.Array, interfaces.Array]:
     """([B, l, G] tokens of what the filters keep, true where one is near a tie).
 
@@ -232,16 +275,19 @@ def drawn(
     seventy times.
     """
     shape, over = uniform_BlG.shape, _devices(len(logits_BlGV))
-    temperature_BlG = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), shape)
-    rows = (uniform_BlG, temperature_BlG, logits_BlGV)
+    temperature_BlG, error_BlG = (
+        jnp.broadcast_to(jnp.asarray(a, jnp.float32), shape) for a in (temperature, error)
+    )
+    rows = (uniform_BlG, temperature_BlG, error_BlG, logits_BlGV)
     # every device has a row of its own, whose rows it takes in turn: none goes to another device
     rows = [a.reshape(over, -1, *a.shape[len(shape) :]) for a in rows]
 
-    def some(uniform_NR, temperature_NR, logits_NRV):
-        options = dict(temperature=temperature_NR, top_k=top_k, top_p=top_p)
+    def some(uniform_NR, temperature_NR, error_NR, logits_NRV):
+        options = dict(temperature=temperature_NR, top_k=top_k, top_p=top_p, error=error_NR)
         mass_NRV, unsure_NR = filtered(logits_NRV, **options)
         tokens_NR, margin_NR = inverse_cdf(mass_NRV, uniform_NR)
-        return tokens_NR, margin_NR < NEAR + unsure_NR
+        moved_NR = _moved(uniform_NR, temperature_NR, error_NR)  # a boundary that is met is at it
+        return tokens_NR, margin_NR < moved_NR + unsure_NR
 
     size = max(1, CACHED // (4 * logits_BlGV.shape[-1]))
     in_turn = functools.partial(_in_turn, some, size)
@@ -249,6 +295,19 @@ def drawn(
         in_turn = some
     found = jax.lax.platform_dependent(*rows, cpu=in_turn, default=some)
     return tuple(array.reshape(shape) for array in found)
+
+
+def _moved(
+    share: interfaces.Array | float,
+    temperature: interfaces.Array | float,
+    error: interfaces.Array | float,
+) -> interfaces.Array:
+    """How far rounding may move a boundary at `share` of the mass: NEAR, or more of guided logits.
+
+    2 F (1 - F) e as the head of this file has it, with e = 2 NEAR error / temperature.
+    """
+    error = error / jnp.where(temperature > 0, temperature, 1)
+    return NEAR * jnp.maximum(1, 4 * share * (1 - share) * error)
 
 
 def _in_turn(function: Callable, size: int, *rows: interfaces.Array) -> tuple:
@@ -284,11 +343,13 @@ def filtered(
     temperature: interfaces.Array | float = 1.0,
     top_k: interfaces.Array | int = 0,
     top_p: interfaces.Array | float = 1.0,
+    error: interfaces.Array | float = 1.0,
 ) -> tuple[interfaces.Array, interfaces.Array]:
     """(masses [B, l, G, V], the share of their sum that rounding may bring or take [B, l, G]).
 
     A mass is a probability up to a factor: the likeliest has 1, what is filtered out 0.
-    `temperature` is a number, or an array that broadcasts with [B, l, G]. A filter that a Python
+    `temperature` and `error`, see `Sampler.error`, are numbers, or arrays that broadcast with
+    [B, l, G]. A filter that a Python
     number turns off is not in the program. Thresholds are put to the logits and not to what
     temperature makes of them: the order is the same, and no two logits become a tie by rounding.
     """
@@ -305,7 +366,7 @@ def filtered(
         # weighing every token 1, the k-th largest reaches k; never reached, all are kept
         need = jnp.where(jnp.asarray(top_k) > 0, top_k, jnp.inf)
         least_BlG1 = _reaching(logits_BlGV, jnp.float32(1), need)
-        moved_BlG = _unsure(logits_BlGV, mass_BlGV, least_BlG1)
+        moved_BlG = _unsure(logits_BlGV, mass_BlGV, least_BlG1, error)
         mass_BlGV = jnp.where(logits_BlGV >= least_BlG1, mass_BlGV, 0)
     if not (isinstance(top_p, float | int) and top_p == 1):
         total_BlG = jnp.sum(mass_BlGV, axis=-1)
@@ -313,8 +374,8 @@ def filtered(
         need_BlG = jnp.maximum(jnp.asarray(top_p, jnp.float32) * total_BlG, SMALLEST)
         need_BlG = jnp.where(jnp.asarray(top_p) < 1, need_BlG, jnp.inf)
         least_BlG1 = _reaching(logits_BlGV, mass_BlGV, need_BlG)
-        reach_BlG = moved_BlG + NEAR * total_BlG
-        moved_BlG += _unsure(logits_BlGV, mass_BlGV, least_BlG1, need_BlG, reach_BlG)
+        reach_BlG = moved_BlG + _moved(top_p, temperature, error) * total_BlG
+        moved_BlG += _unsure(logits_BlGV, mass_BlGV, least_BlG1, error, need_BlG, reach_BlG)
         mass_BlGV = jnp.where(logits_BlGV >= least_BlG1, mass_BlGV, 0)
     # what comes or goes moves a boundary by at most its share, above and below it alike
     return mass_BlGV, moved_BlG / jnp.sum(mass_BlGV, axis=-1)
@@ -404,6 +465,7 @@ def _unsure(
     logits_BlGV: interfaces.Array,
     mass_BlGV: interfaces.Array,
     least_BlG1: interfaces.Array,
+    error: interfaces.Array | float,
     need_BlG: interfaces.Array | None = None,
     reach_BlG: interfaces.Array | None = None,
 ) -> interfaces.Array:
@@ -419,7 +481,7 @@ def _unsure(
     lower_BlGV = jnp.where(logits_BlGV < least_BlG1, logits_BlGV, -jnp.inf)
     next_BlG1 = jnp.max(lower_BlGV, axis=-1, keepdims=True)
     here_BlG, below_BlG = mass_of(logits_BlGV == least_BlG1), mass_of(logits_BlGV == next_BlG1)
-    unsure_BlG = (least_BlG1 - next_BlG1)[..., 0] < NEAR_LOGITS
+    unsure_BlG = (least_BlG1 - next_BlG1)[..., 0] < NEAR_LOGITS * error
     if need_BlG is not None:
         spare_BlG = mass_of(logits_BlGV >= least_BlG1) - need_BlG
         unsure_BlG |= (spare_BlG < reach_BlG) | (here_BlG - spare_BlG < reach_BlG)

@@ -16,7 +16,7 @@ from flax import nnx
 
 from tokgen import losses, parameters, ranges, rng, sharding
 from tokgen.backbones import perceptual
-from tokgen.checkpoints import checkpoint
+from tokgen.checkpoints import loading
 from tokgen.config import building
 from tokgen.interfaces import Array, PyTree, UserError
 from tokgen.metrics import reconstruction
@@ -343,7 +343,7 @@ def load_frozen(settings, plan) -> dict:
     for name, files in _distances(settings, plan).items():
         frozen["perceptual"][name] = perceptual.build({name: (1.0, files)}, read=reader.network)
     if any(stage.objective == "codes" for stage in plan):
-        frozen["teacher"] = checkpoint.load_tokenizer(settings.teacher).module
+        frozen["teacher"] = loading.load_tokenizer(settings.teacher).module
     return frozen
 
 

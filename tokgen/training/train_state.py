@@ -217,7 +217,7 @@ def maintained(
 def averaged(state: TrainState) -> PyTree:
     """The parameters to evaluate, sample and pretokenize with: the average when there is one.
 
-    In the dtype of the parameters, as `checkpoint.load` reads it.
+    In the dtype of the parameters, as `loading.load` reads it.
     """
     if state.ema is None:
         return state.params

@@ -8,10 +8,10 @@ from flax import nnx
 
 from tests import recipes
 from tokgen import parameters, rng, sharding
-from tokgen.checkpoints import checkpoint, run as runs, stream
+from tokgen.checkpoints import checkpoint, loading, run as runs, stream
 from tokgen.config import building
 from tokgen.nn import linear
-from tokgen.sampling import drawing, presets
+from tokgen.sampling import decode, drawing, presets
 
 SIDES = (1, 2, 4)
 # Recipe, alphabet of a position; every family, and what their networks differ by
@@ -31,10 +31,10 @@ FAMILIES = [
 ]
 
 
-def saved(folder, reference, vocab):
+def saved(folder, reference, vocab, width=32, depth=3):
     """The step of a small generator of random numbers, and the codec of its tokens."""
     config = recipes.load(reference)
-    config.generator.update(width=32, depth=3, heads=2)
+    config.generator.update(width=width, depth=depth, heads=2)
     if "hidden" in config.generator:
         config.generator.hidden = 48
     codec, layout = None, recipes.square(4, *vocab)
@@ -93,8 +93,8 @@ def drawn(loaded, codec):
 )
 def test_tokens_are_those_of_the_whole_network(tmp_path, reference, vocab, compute):
     step, codec = saved(tmp_path, reference, vocab)
-    whole = checkpoint.load_generator(step, compute=compute)
-    spare = checkpoint.load_to_draw(step, compute=compute)
+    whole = loading.load_generator(step, compute=compute)
+    spare = loading.load_to_draw(step, compute=compute)
     tokens_BLG = drawn(whole, codec)
     np.testing.assert_array_equal(drawn(spare, codec), tokens_BLG)
     assert len(np.unique(tokens_BLG)) > 2
@@ -109,13 +109,29 @@ def test_tokens_are_those_of_the_whole_network(tmp_path, reference, vocab, compu
     assert nbytes[1] < 0.9 * nbytes[0] if compute == "bfloat16" else nbytes[1] == nbytes[0]
 
 
+@pytest.mark.parametrize("compute", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
+def test_panels_are_made_of_what_is_read(tmp_path, monkeypatch, compute):
+    """Or a kernel would be there in both forms."""
+    step, codec = saved(tmp_path, *FAMILIES[3], width=128, depth=1)
+    whole = loading.load_generator(step, compute=compute).module
+    monkeypatch.setattr(linear, "_panels", lambda *_: pytest.fail("a kernel was there"))
+    found = loading.load_to_draw(step, compute=compute)
+    parts = [part for _, part in nnx.iter_modules(found.module)]
+    assert sum(isinstance(part, linear.Panels) for part in parts) > 4
+    monkeypatch.undo()
+    ours, theirs = found.module, decode.laid_out(whole)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b.astype(a.dtype))
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+
+
 @pytest.mark.parametrize("layered", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_network_is_loaded_piece_by_piece_into_its_shards(tmp_path, monkeypatch, layered):
     """A step that was written layer by layer is read so, and no device holds all of it."""
     step, codec = saved(tmp_path / "whole", *FAMILIES[2])
     if layered:
         step = rewritten(step, tmp_path / "pieces")
-    alone = checkpoint.load_generator(step, compute="float32")
+    alone = loading.load_generator(step, compute="float32")
     tokens_BLG = drawn(alone, codec)
     sizes, read = [], checkpoint.pieces.read
 
@@ -126,7 +142,7 @@ def test_a_network_is_loaded_piece_by_piece_into_its_shards(tmp_path, monkeypatc
 
     monkeypatch.setattr(checkpoint.pieces, "read", watched)
     with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
-        shared = checkpoint.load_to_draw(step, compute="float32")
+        shared = loading.load_to_draw(step, compute="float32")
         np.testing.assert_array_equal(drawn(shared, codec), tokens_BLG)
     leaves = jax.tree.leaves(shared.module)
     most = max(leaf.size for leaf in leaves)
@@ -139,7 +155,7 @@ def test_a_network_is_loaded_piece_by_piece_into_its_shards(tmp_path, monkeypatc
 def rewritten(step, folder):
     """The step of a run whose leaves are written layer by layer, as an import writes them."""
     meta = checkpoint.read_meta(step)
-    found = checkpoint.load(step)
+    found = loading.load(step)
     params = parameters.paths(parameters.split(found.module)[1])
     leaves = {f"model/params/{path}": np.asarray(leaf) for path, leaf in params.items()}
     leaves |= {f"model/{name}": np.zeros((), np.int32) for name in ("step", "skipped")}
@@ -169,7 +185,7 @@ def rewritten(step, folder):
 
 def test_norms_and_tables_keep_their_dtype(tmp_path):
     step, _ = saved(tmp_path, *FAMILIES[0])
-    _, params, _ = parameters.split(checkpoint.load_to_draw(step, compute="bfloat16").module)
+    _, params, _ = parameters.split(loading.load_to_draw(step, compute="bfloat16").module)
     for path, leaf in parameters.paths(params).items():
         # the head gives logits, which are float32 whatever is computed before
         narrow = path.endswith(("/kernel", "/bias")) and not path.startswith("head/")
