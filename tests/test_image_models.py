@@ -22,7 +22,7 @@ from tokgen.config import building
 from tokgen.data import sources, token_shards
 from tokgen.evaluation import validation
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
-from tokgen.sampling import drawing
+from tokgen.sampling import decode, drawing
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +86,13 @@ def test_all_ways_to_draw_give_the_same_bits(model, place, tmp_path, asked, word
 
 
 def test_networks_are_loaded_and_compiled_once(place, monkeypatch):
-    loads, real = [], loading.load
+    loads, real = [], loading._loaded
 
-    def counted(path, kind="", **more):
-        loads.append((kind, more.get("compute")))
-        return real(path, kind, **more)
+    def counted(path, kind, compute, *more):
+        loads.append((kind, compute))
+        return real(path, kind, compute, *more)
 
-    monkeypatch.setattr(loading, "load", counted)
+    monkeypatch.setattr(loading, "_loaded", counted)
     model = tokgen.load(place / "generator")
     assert loads == [("generator", "float32"), ("tokenizer", "")]
     model.sample("ring", number=2)
@@ -104,6 +104,9 @@ def test_networks_are_loaded_and_compiled_once(place, monkeypatch):
     np.testing.assert_array_equal(first.image_NHW3, again.image_NHW3)
     model.sample("ring", number=2, preset="half")
     model.sample("disc", number=2, preset="half")
+    laid = model._drawing["float32"].module  # nor is it laid out again for another draw
+    leaves = map(jax.tree.leaves, (laid, decode.laid_out(laid)))
+    assert all(one is other for one, other in zip(*leaves, strict=True))
     assert loads[2:] == [("generator", "bfloat16")]  # a preset's own precision, once
 
 
@@ -114,7 +117,7 @@ def test_one_precision_where_it_is_asked_for(place):
     drawn = model.sample("ring", number=2, preset="default")
     asked = tokgen.sample(place / "generator", classes="ring", number=2, precision="bfloat16")
     np.testing.assert_array_equal(drawn.image_NHW3, asked.image_NHW3)
-    assert model._others == {}
+    assert list(model._drawing) == ["bfloat16"]
 
 
 def test_samples_are_pictures_too(model):
