@@ -97,6 +97,8 @@ def test_a_batch_is_refused_with_the_largest_that_fits():
         ask(7, exactly, exactly + each)
     with pytest.raises(UserError, match="use more devices"):
         ask(1, always + each - 1)
+    with pytest.raises(UserError, match="split the network over the devices, --mesh 1,1,2$"):
+        ask(2, always + each - 1, exactly)
     ask(2**40, None)  # a device that says nothing
     memory.check(generator, None, cond, FREE, 2**40, sharding.make_mesh())  # as a CPU
 
