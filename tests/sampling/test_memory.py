@@ -122,5 +122,5 @@ def test_drawing_refuses_before_any_work(monkeypatch):
     monkeypatch.setattr(memory, "room", lambda mesh: 1000)
     monkeypatch.setattr(drawing, "draw_tokens", lambda *_: pytest.fail("work on the device"))
     tokenizer = types.SimpleNamespace(quantizer=None)
-    with pytest.raises(UserError, match="largest --batch|more devices"):
+    with pytest.raises(UserError, match="largest --batch|more devices|split the network"):
         drawing.draw(generator, tokenizer, np.arange(5), FREE, seed=0, batch=4096)
