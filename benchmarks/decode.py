@@ -153,8 +153,9 @@ def way_of(
 
     def least() -> float:
         chip, net = roofline.this_cpu(precision), roofline.network(shapes)
-        guided = int(np.flatnonzero(np.asarray(sampler.guidance) != 1).max(initial=-1)) + 1
-        seconds = roofline.seconds(net, row.images, chip, guided=guided)
+        guided = np.flatnonzero(np.asarray(sampler.guidance) != 1)
+        first, end = (int(guided[0]), int(guided[-1]) + 1) if len(guided) else (0, 0)
+        seconds = roofline.seconds(net, row.images, chip, first=first, guided=end)
         if row.pixels:
             tokens_BLG = jnp.zeros((row.images, row.layout.length, row.layout.groups), jnp.int32)
             seconds += roofline.flops(drawing.decode_pixels, tokenizer, tokens_BLG) / chip.flops

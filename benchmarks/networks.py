@@ -3,11 +3,12 @@
 import pathlib
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import parameters, rng
+from tokgen import parameters, rng, runtime
 from tokgen.config import building, reading
 from tokgen.interfaces import TokenLayout
 from tokgen.sampling import decode
@@ -25,14 +26,18 @@ def generator(
         return building.generator(settings, layout, classes, rngs=nnx.Rngs(rng.key(0, "init")))
 
     form = lambda module: decode.laid_out(parameters.narrowed(module))  # noqa: E731
-    # once more, now that there are values
-    return decode.laid_out(filled(make, form)), nnx.eval_shape(make)
+    return filled(make, form), nnx.eval_shape(make)
 
 
 def tokenizer(config: str, fields: dict, precision: str) -> nnx.Module:
-    """A tokenizer of a config with some fields changed."""
+    """A tokenizer of a config with some fields changed, as `load_to_code` gives it."""
     settings = settled(config, fields, precision)
-    return filled(lambda: building.tokenizer(settings, rngs=nnx.Rngs(rng.key(0, "init"))))
+
+    def make():
+        return building.tokenizer(settings, rngs=nnx.Rngs(rng.key(0, "init")))
+
+    form = lambda module: decode.laid_out(parameters.narrowed(module))  # noqa: E731
+    return filled(make, form)
 
 
 def settled(config: str, fields: dict, precision: str):
@@ -55,19 +60,20 @@ def filled(
     """The module that `form` makes of `make`'s, without ever holding another: small numbers, scales
     about 1."""
     shapes = nnx.eval_shape(make)
-    _, params, stats = parameters.split(shapes)
-    stored = parameters.paths({"params": params, "stats": stats})
-    graph, *trees = parameters.split(form(parameters.marked(shapes)))
+    on_cpu = jax.default_backend() == "cpu"
+    graph, *trees = parameters.split(form(parameters.marked(shapes, on_cpu=on_cpu)))
     draw = np.random.default_rng(0)
 
-    def array(mark: parameters.Mark) -> jnp.ndarray:
-        shape = stored[mark.path].shape[len(mark.rows) :]
+    def array(mark: parameters.Mark | jnp.ndarray) -> jnp.ndarray:
+        if not isinstance(mark, parameters.Mark):
+            return mark
         if not jnp.issubdtype(mark.dtype, jnp.floating):
-            return jnp.zeros(shape, mark.dtype)
-        noise = 0.02 * draw.standard_normal(shape, np.float32)
+            return jnp.zeros(mark.shape, mark.dtype)
+        noise = 0.02 * draw.standard_normal(mark.shape, np.float32)
         return jnp.asarray(noise + mark.path.endswith("scale"), mark.dtype)
 
     params, stats = (_mapped(array, tree) for tree in trees)
+    runtime.release()  # as what loads a network does
     return parameters.merge(graph, params, stats)
 
 

@@ -164,14 +164,18 @@ class Step:
         return max(self.flops / chip.flops, self.bytes / chip.bandwidth)
 
 
-def steps(net: Network, batch: int, *, guided: int | None = None, ahead: bool) -> list[Step]:
-    """The steps of a decode of `batch` images, the first `guided` (all) of them with null rows.
+def steps(
+    net: Network, batch: int, *, guided: int | None = None, first: int = 0, ahead: bool
+) -> list[Step]:
+    """The steps of a decode of `batch` images, those before `guided` (all) with null rows.
 
-    With `ahead`, what adaptive norms need was computed before, else in every step.
+    They need none before step `first` where nothing is cached. With `ahead`, what adaptive norms
+    need was computed before, else in every step.
     """
     guided, found = len(net.steps) if guided is None else guided, []
+    first = 0 if net.cached else first
     for number, (positions, slots) in enumerate(net.steps):
-        rows = 2 * batch if number < guided else batch
+        rows = 2 * batch if first <= number < guided else batch
         flops = 2 * rows * positions * net.streamed
         flops += 4 * rows * positions * slots * net.width * net.layers
         values = net.streamed
@@ -195,13 +199,11 @@ def beforehand(net: Network, batch: int) -> Step:
     return Step(2 * rows * net.adaptive, net.itemsize * values)
 
 
-def seconds(
-    net: Network, batch: int, chip: Chip, *, guided: int | None = None, ahead: bool | None = None
-) -> float:
+def seconds(net: Network, batch: int, chip: Chip, *, ahead: bool | None = None, **how) -> float:
     """The least seconds in which a chip can decode a batch; `ahead` None: as is quicker."""
     if ahead is None:
-        return min(seconds(net, batch, chip, guided=guided, ahead=way) for way in (False, True))
-    total = sum(step.seconds(chip) for step in steps(net, batch, guided=guided, ahead=ahead))
+        return min(seconds(net, batch, chip, ahead=way, **how) for way in (False, True))
+    total = sum(step.seconds(chip) for step in steps(net, batch, ahead=ahead, **how))
     return total + ahead * beforehand(net, batch).seconds(chip)
 
 

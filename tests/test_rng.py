@@ -93,6 +93,16 @@ def test_a_key_per_image_depends_on_its_index_alone():
         np.testing.assert_array_equal(keys_B[row], _data(alone)[0])
 
 
+@pytest.mark.parametrize("seed", [0, 5, 2**32 - 1, -3])
+def test_keys_that_are_made_on_the_host_are_the_same(seed):
+    index_B = np.array([0, 1, 17, 2**24, 2**31 - 1])
+    keys_B = _data(rng.per_image(seed, "sample", jnp.asarray(index_B)))
+    np.testing.assert_array_equal(rng.data_per_image(seed, "sample", index_B), keys_B)
+    with jax.default_prng_impl("rbg"):
+        keys_B = _data(rng.per_image(seed, "sample", jnp.asarray(index_B)))
+        np.testing.assert_array_equal(rng.data_per_image(seed, "sample", index_B), keys_B)
+
+
 def test_an_unknown_stream_is_refused():
     with pytest.raises(ValueError, match="'training'"):
         rng.key(0, "training", 0)

@@ -74,14 +74,14 @@ def load(
             raise UserError(
                 f"tokenizer= is for generators; {path} is a tokenizer itself: leave it out"
             )
-        loaded = loading.load_tokenizer(step, compute=precision or "float32")
+        loaded = loading.load_to_code(step, compute=precision or "float32")
         return ImageTokenizer(loaded, loaded, name)
     compute = precision or presets.precision(meta, presets.Choice())
     loaded = loading.load_generator(step, compute=compute)
-    decoder = loading.load_tokenizer_of(loaded, tokenizer)
+    decoder = loading.load_to_code_of(loaded, tokenizer)
     encoder = decoder
     if decoder.config.precision.compute != "float32":  # tokens are those of token sets
-        encoder = loading.load_tokenizer(decoder.step, compute="float32")
+        encoder = loading.load_to_code(decoder.step, compute="float32")
     return ImageGenerator(loaded, ImageTokenizer(encoder, decoder), name, precision)
 
 

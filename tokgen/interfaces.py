@@ -172,7 +172,8 @@ class ScaleCodec(Protocol):
 #     number, a Python integer in a phase of one step and traced in a longer one, whose steps run
 #     in one compiled loop. A phase may come in two parts (`Phase.split`);
 #   - rows that are the images of the batch, or those followed by as many with the `null` of their
-#     conditions. The second half may go between two steps, so that rows are counted anew in each;
+#     conditions. The second half may come (where there is no cache) and go between two steps, so
+#     that rows are counted anew in each;
 #   - tokens that are V where none is given, and a cache with room for `phase.slots` slots;
 #   - a `draw` that samples, merges guidance, and gives both halves the same tokens;
 #   - of a generator that has `told(cond, phase, index, steps)`, to ask it before the loop over so

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import types
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,27 +57,46 @@ class Mark:
     """In the place of an array that is not there yet: which one, or which of its first axis.
 
     What only moves arrays and takes rows of them, as `unstacked` does, may be called on a module of
-    marks; they say afterwards what has to go where.
+    marks; they say afterwards what has to go where, and in which form.
     """
 
     path: str
     dtype: np.dtype
+    shape: tuple[int, ...]
     rows: tuple[int, ...] = ()
+    on_cpu: bool = False  # whether it will lie there, and whole
+    form: Callable[[np.ndarray], np.ndarray] | None = None  # the last that is done to it
 
-    def __getitem__(self, row: int) -> Mark:
-        return dataclasses.replace(self, rows=(*self.rows, row))
+    def __getitem__(self, row: int | types.EllipsisType) -> Mark:
+        if row is Ellipsis:  # the value of a variable, as nnx writes it
+            return self
+        return dataclasses.replace(self, shape=self.shape[1:], rows=(*self.rows, row))
+
+    def formed(
+        self,
+        form: Callable[[np.ndarray], np.ndarray],
+        shape: tuple[int, ...],
+        dtype: jax.typing.DTypeLike,
+    ) -> Mark:
+        """What `form` makes of it."""
+        return dataclasses.replace(self, form=form, shape=shape, dtype=np.dtype(dtype))
 
     def of(self, array: np.ndarray, layer: bool = False) -> np.ndarray:
         """What is marked, of the array that is at `path`; or of its right layer alone."""
-        return array[self.rows[layer:]].astype(self.dtype, copy=False)
+        array = array[self.rows[layer:]]
+        return np.asarray(array if self.form is None else self.form(array), self.dtype, order="C")
 
 
-def marked(module: nnx.Module) -> nnx.Module:
+def marked(module: nnx.Module, *, on_cpu: bool = False) -> nnx.Module:
     """A module of shapes as one of marks; paths begin with params/ or stats/."""
     graph, params, stats = split(module)
 
     def mark(name):
-        return lambda path, leaf: Mark(f"{name}/{'/'.join(map(entry, path))}", leaf.dtype)
+        def of(path, leaf):
+            where = f"{name}/{'/'.join(map(entry, path))}"
+            return Mark(where, leaf.dtype, tuple(leaf.shape), on_cpu=on_cpu)
+
+        return of
 
     return merge(
         graph,

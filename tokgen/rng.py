@@ -17,9 +17,11 @@ both ways would draw twice.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 STREAMS = ("init", "train", "sample", "eval")
@@ -65,16 +67,48 @@ DRAW, JITTER = _letters("draw"), _letters("jitt")
 
 def key(seed: int, stream: str, step: int | jax.Array = 0) -> jax.Array:
     """The key of one step of a named stream."""
+    root = jax.random.fold_in(jax.random.key(seed), _number_of(stream))
+    return jax.random.fold_in(root, step)
+
+
+def _number_of(stream: str) -> int:
     if stream not in STREAMS:
         raise ValueError(f"stream must be one of {STREAMS}; found {stream!r}")
     # crc32 and not hash(): Python salts the hashes of strings anew in every process
-    root = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stream.encode()) & 0x7FFFFFFF)
-    return jax.random.fold_in(root, step)
+    return zlib.crc32(stream.encode()) & 0x7FFFFFFF
 
 
 def per_image(seed: int, stream: str, indices_B: jax.Array) -> jax.Array:
     """One key per image index: an image depends on (seed, index) and on nothing beside it."""
     return jax.vmap(lambda index: key(seed, stream, index))(indices_B)
+
+
+def data_per_image(seed: int, stream: str, index_B: np.ndarray) -> np.ndarray:
+    """The data of `per_image`'s keys [B, 2], made where the numbers of images lie: on the host.
+
+    As programs that draw keys they are a fraction of a second in the making, more than a small
+    network takes to draw.
+    """
+    if jax.config.jax_default_prng_impl != "threefry2x32":
+        return np.asarray(jax.random.key_data(per_image(seed, stream, index_B)))
+    # arrays of one: what overflows in a scalar is warned of
+    key = (np.array([0], np.uint32), np.array([seed % 2**32], np.uint32))
+    root = _threefry(key, np.array([_number_of(stream)], np.uint32))
+    return np.stack(_threefry(root, np.asarray(index_B, np.uint32)), axis=-1)
+
+
+def _threefry(key: Sequence[np.ndarray], number_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both words of `fold_in`: the block (0, number) under Threefry-2x32 of 20 rounds, a cipher
+    (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011)."""
+    keys = (*key, key[0] ^ key[1] ^ np.uint32(0x1BD11BDA))
+    x_B, y_B = np.broadcast_to(keys[0], number_B.shape), number_B + keys[1]
+    for turn in range(5):
+        for bits in ((13, 15, 26, 6), (17, 29, 16, 24))[turn % 2]:
+            x_B = x_B + y_B
+            y_B = x_B ^ (y_B << np.uint32(bits) | y_B >> np.uint32(32 - bits))
+        x_B = x_B + keys[(turn + 1) % 3]
+        y_B = y_B + keys[(turn + 2) % 3] + np.uint32(turn + 1)
+    return x_B, y_B
 
 
 def use(key: jax.Array | None, what: int) -> jax.Array | None:

@@ -145,7 +145,7 @@ def pretokenize(
     pretokenization.check(batch=batch, max_bad=max_bad)
     with pretokenization.folder(out, overwrite=overwrite, inputs=(tokenizer, data)) as place:
         runtime.devices(batch)
-        loaded = loading.load_tokenizer(tokenizer, compute=precision)
+        loaded = loading.load_to_code(tokenizer, compute=precision)
         given = dict(data=data, labels=labels, views=views, batch=batch, max_bad=max_bad)
         pretokenization.pretokenize(loaded, place, **given)
 

@@ -11,7 +11,7 @@ from tokgen import parameters, rng, sharding
 from tokgen.checkpoints import checkpoint, loading, run as runs, stream
 from tokgen.config import building
 from tokgen.nn import linear
-from tokgen.sampling import drawing, presets
+from tokgen.sampling import decode, drawing, presets
 
 SIDES = (1, 2, 4)
 # Recipe, alphabet of a position; every family, and what their networks differ by
@@ -31,10 +31,10 @@ FAMILIES = [
 ]
 
 
-def saved(folder, reference, vocab):
+def saved(folder, reference, vocab, width=32, depth=3):
     """The step of a small generator of random numbers, and the codec of its tokens."""
     config = recipes.load(reference)
-    config.generator.update(width=32, depth=3, heads=2)
+    config.generator.update(width=width, depth=depth, heads=2)
     if "hidden" in config.generator:
         config.generator.hidden = 48
     codec, layout = None, recipes.square(4, *vocab)
@@ -107,6 +107,22 @@ def test_tokens_are_those_of_the_whole_network(tmp_path, reference, vocab, compu
     assert count[0] == count[1] - ones
     nbytes[1] -= 4 * ones
     assert nbytes[1] < 0.9 * nbytes[0] if compute == "bfloat16" else nbytes[1] == nbytes[0]
+
+
+@pytest.mark.parametrize("compute", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
+def test_panels_are_made_of_what_is_read(tmp_path, monkeypatch, compute):
+    """Or a kernel would be there in both forms."""
+    step, codec = saved(tmp_path, *FAMILIES[3], width=128, depth=1)
+    whole = loading.load_generator(step, compute=compute).module
+    monkeypatch.setattr(linear, "_panels", lambda *_: pytest.fail("a kernel was there"))
+    found = loading.load_to_draw(step, compute=compute)
+    parts = [part for _, part in nnx.iter_modules(found.module)]
+    assert sum(isinstance(part, linear.Panels) for part in parts) > 4
+    monkeypatch.undo()
+    ours, theirs = found.module, decode.laid_out(whole)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b.astype(a.dtype))
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
 
 
 @pytest.mark.parametrize("layered", [False, pytest.param(True, marks=pytest.mark.long)])

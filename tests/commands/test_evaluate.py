@@ -230,7 +230,8 @@ def test_a_tokenizer_is_measured_on_folders_of_class_folders(nested, monkeypatch
     monkeypatch.chdir(nested.parent)
     monkeypatch.setattr(checkpoint, "read_meta", lambda step: {"kind": "tokenizer"})
     made = types.SimpleNamespace(config=ml_collections.ConfigDict({"decoder": {}}))
-    monkeypatch.setattr(loading, "load_tokenizer", lambda *_, **__: made)
+    for name in ("load_tokenizer", "load_to_code"):
+        monkeypatch.setattr(loading, name, lambda *_, **__: made)
     monkeypatch.setattr(references, "read", lambda *_: None)
 
     def told(what, **sources):

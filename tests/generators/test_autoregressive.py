@@ -10,7 +10,7 @@ from flax import nnx
 
 from tokgen import interfaces, orders
 from tokgen.generators import autoregressive
-from tokgen.nn import dropout, linear
+from tokgen.nn import dropout, linear, transformer
 from tokgen.nn.precision import FLOAT32
 from tokgen.sampling import decode, sampler as samplers
 
@@ -157,6 +157,17 @@ def test_what_is_laid_out_already_holds_the_same_arrays():
     assert all(ours is theirs for ours, theirs in leaves)
     assert not any(isinstance(part, linear.Panels) for _, part in nnx.iter_modules(generator))
     assert once.plan() == twice.plan()
+
+
+def test_what_is_laid_out_leaves_the_layers_that_it_was_made_of():
+    options = dict(heads=2, variant="rar", conditioning="cls_label", head="adaptive")
+    generator = autoregressive.Generator(
+        *(LAYOUT, CLASSES), width=128, depth=1, **options, precision=FLOAT32, rngs=nnx.Rngs(0)
+    )
+    apart = transformer.unstacked(generator, "transformer")
+    before = jax.tree.structure(apart), apart.transformer.cached
+    assert jax.tree.structure(decode.laid_out(apart)) != before[0]
+    assert (jax.tree.structure(apart), apart.transformer.cached) == before
 
 
 def test_the_plan_handles_every_place_once_with_slots_for_all_before():

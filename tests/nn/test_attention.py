@@ -3,6 +3,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from tokgen.nn import attention, dropout, positions
@@ -175,3 +176,27 @@ def test_attention_weights_are_dropped_and_not_values():
     out = attention.attend(q, k, values, None, rate=0.5, key=jax.random.key(3))
     share = np.asarray(out)[0, 0, 0, 0] / 2  # of the weights that were kept
     assert share != 0.5 and abs(share - 0.5) < 4 * (0.25 / 1000) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_head_after_head_is_all_heads_together(dtype, monkeypatch):
+    queries, keys, values = (
+        2 * jax.random.normal(key, (2, 3, length, 8), dtype)
+        for key, length in zip(jax.random.split(jax.random.key(0), 3), (5, 7, 7), strict=True)
+    )
+
+    def program(mask=None, key=None):
+        attend = functools.partial(attention.attend, mask=mask, key=key)
+        return str(jax.make_jaxpr(attend)(queries, keys, values))
+
+    together = attention.attend(queries, keys, values, None)
+    assert "scan" not in program()
+    monkeypatch.setattr(attention, "TOGETHER", 0)
+    assert "scan" in program()
+    found = attention.attend(queries, keys, values, None)
+    assert found.dtype == together.dtype == queries.dtype
+    close = dict(atol=1e-6) if dtype == "float32" else dict(atol=0.02)
+    np.testing.assert_allclose(np.float32(found), np.float32(together), **close)
+    # a mask, or training, takes all together
+    assert "scan" not in program(mask=jnp.ones((5, 7), bool))
+    assert "scan" not in program(key=jax.random.key(1))

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests import recipes
 from tokgen import interfaces, rng
-from tokgen.generators import autoregressive
+from tokgen.generators import autoregressive, masked
 from tokgen.nn.precision import FLOAT32
 from tokgen.sampling import decode, sampler as samplers
 
@@ -20,6 +21,14 @@ _generate = jax.jit(decode.generate, static_argnums=(1, 3))
 
 class Spy(autoregressive.Generator):
     """A generator that notes, while it is traced, how many rows each phase works on."""
+
+    def step(self, state, phase, index, codec, draw):
+        ROWS.append((phase.first, phase.steps, len(state.tokens_BLG)))
+        return super().step(state, phase, index, codec, draw)
+
+
+class MaskedSpy(masked.Generator):
+    """The same of a generator that has no cache."""
 
     def step(self, state, phase, index, codec, draw):
         ROWS.append((phase.first, phase.steps, len(state.tokens_BLG)))
@@ -121,6 +130,22 @@ def test_null_rows_dropped_half_way_change_nothing(guided):
     np.testing.assert_array_equal(dropped.tokens_BLG, kept.tokens_BLG)
     for name in ("keys_B", "cond", "invalid_B", "given_BLG", "order_BL"):
         assert len(getattr(dropped, name)) == len(getattr(kept, name)) == 7
+
+
+def test_null_rows_come_with_the_first_guided_step_where_nothing_is_cached():
+    options = dict(width=16, depth=1, heads=2, precision=FLOAT32, rngs=nnx.Rngs(0))
+    spy = recipes.scattered(MaskedSpy(LAYOUT, CLASSES, steps=5, **options))
+    ROWS.clear()
+    late = _draw(samplers.Sampler(guidance=(1.0, 1.0, 9.0, 1.0, 9.0)), spy)
+    steps = {first + i: rows for first, count, rows in ROWS for i in range(count)}
+    assert steps == {0: 7, 1: 7, 2: 14, 3: 14, 4: 14}
+    ROWS.clear()
+    almost = float(np.nextafter(np.float32(1), np.float32(2)))
+    always = _draw(samplers.Sampler(guidance=(almost, 1.0, 9.0, 1.0, 9.0)), spy)
+    assert {rows for _, _, rows in ROWS} == {14}
+    np.testing.assert_array_equal(late.tokens_BLG, always.tokens_BLG)
+    for name in ("keys_B", "cond", "invalid_B", "near_B", "given_BLG"):
+        assert len(getattr(late, name)) == 7
 
 
 @pytest.mark.parametrize("last", [L, 6])

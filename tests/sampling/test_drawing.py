@@ -123,3 +123,15 @@ def test_the_next_batch_is_begun_before_one_is_handed_over(broken, monkeypatch):
     wanted = [begun[0], begun[1], taken[0], begun[2], taken[1], taken[2]]
     assert order == (wanted if broken is None else wanted[:3])
     assert tokens == list(range(batch * (3 if broken is None else 1)))
+
+
+def test_what_the_compiler_is_told_depends_on_the_platform_at_the_first_use(monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        jax, "jit", lambda function, compiler_options: told.append(compiler_options) or function
+    )
+    programs = [drawing._Program(abs) for _ in range(2)]
+    for program, platform in zip(programs, ("cpu", "tpu"), strict=True):
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        assert program(-1) == program(-2) - 1 == 1
+    assert told == [{"xla_backend_optimization_level": 1}, None]

@@ -13,7 +13,7 @@ from tokgen.interfaces import UserError
 from tokgen.nn import blocks, transformer, variants
 from tokgen.nn.precision import FLOAT32, Precision
 from tokgen.quantizers import gaussian, vq
-from tokgen.tokenizers import conv, two_stage, vit
+from tokgen.tokenizers import conv, tokenizer, two_stage, vit
 
 SIZES = {"s": (512, 8, 8), "b": (768, 12, 12), "l": (1024, 24, 16)}  # width, depth, heads
 PROXY = (1024, 256)  # MaskGIT's codebook
@@ -329,3 +329,17 @@ def test_code_cross_entropy_against_its_sum():
             total += np.log(np.sum(np.exp(row))) - row[tokens[b, place]]
     found = losses.code_cross_entropy(jnp.asarray(logits, jnp.float32), tokens[..., None])
     np.testing.assert_allclose(found, total / 6, rtol=1e-6)
+
+
+def test_layers_apart_encode_and_decode_the_same(two, key):
+    quantizer = vq.Quantizer(16, 4, grid=(1, 5), rngs=nnx.Rngs(2))
+    whole = tokenizer.Tokenizer(filled(lambda: narrow(vit.Encoder)), quantizer, two)
+    apart = whole.unstacked()
+    stacks = apart.encoder.transformer, apart.decoder.codes.transformer
+    assert all(isinstance(stack.blocks, nnx.List) for stack in stacks)
+    assert not isinstance(whole.decoder.codes.transformer.blocks, nnx.List)
+    image_BHW3 = jax.random.uniform(key, (2, 8, 12, 3))
+    latents = [call(each.encoder, image_BHW3) for each in (whole, apart)]
+    np.testing.assert_allclose(*latents, atol=1e-5)
+    images = [call(each.decoder, latents[0]) for each in (whole, apart)]
+    np.testing.assert_allclose(*images, atol=1e-5)

@@ -179,13 +179,17 @@ def load_to_draw(path: str | os.PathLike, *, compute: str = "") -> Loaded:
     Parameters have the dtype that they are used in. As with `load_generator` the tokens are, but
     no second copy of the parameters is made on the way.
     """
+    return _laid_out(path, "generator", compute)
 
-    def drawing(module: nnx.Module) -> nnx.Module:
-        return decode.laid_out(parameters.narrowed(module))
 
-    loaded = _loaded(path, "generator", compute, "", drawing)
-    # once more, now that there are values: what can be said of shapes alone is done already
-    return dataclasses.replace(loaded, module=decode.laid_out(loaded.module))
+def load_to_code(path: str | os.PathLike, *, compute: str = "") -> Loaded:
+    """The tokenizer of a checkpoint, for nothing but encoding and decoding: as `load_to_draw`."""
+    return _laid_out(path, "tokenizer", compute)
+
+
+def load_to_code_of(generator: Loaded, path: str = "") -> Loaded:
+    """As `load_tokenizer_of`, for nothing but encoding and decoding."""
+    return _tokenizer_of(generator, path, load_to_code)
 
 
 def load_to_decode(generator: Loaded, path: str = "") -> Loaded:
@@ -198,7 +202,23 @@ def _load_decoder(path: str | os.PathLike) -> Loaded:
         module.encoder = None
         return module
 
-    return _loaded(path, "tokenizer", "", "", decoding)
+    return _laid_out(path, "tokenizer", "", decoding)
+
+
+def _laid_out(
+    path: str | os.PathLike,
+    kind: str,
+    compute: str,
+    part: Callable[[nnx.Module], nnx.Module] = lambda module: module,
+) -> Loaded:
+    """`_loaded` as this platform runs what is wanted of it best, in the dtypes of its use."""
+
+    def form(module: nnx.Module) -> nnx.Module:
+        return decode.laid_out(parameters.narrowed(part(module)))
+
+    loaded = _loaded(path, kind, compute, "", form)
+    # once more, now that there are values: shapes do not say how a network lies over a mesh
+    return dataclasses.replace(loaded, module=decode.laid_out(loaded.module))
 
 
 def _loaded(
@@ -221,17 +241,17 @@ def _loaded(
         config.precision.compute = compute
     layout = TokenLayout.from_json(meta["layout"]) if meta["layout"] else None
     classes = tuple(meta["classes"])
-    key = rng.key(0, "init")
     if meta["kind"] == "tokenizer":
 
         def make():
-            return configs.tokenizer(config, rngs=rng.rngs(key))
+            return configs.tokenizer(config, rngs=rng.rngs(0))
     else:
 
         def make():
-            return configs.generator(config, layout, len(classes), rngs=rng.rngs(key))
+            return configs.generator(config, layout, len(classes), rngs=rng.rngs(0))
 
-    _, params, stats = parameters.split(nnx.eval_shape(make))
+    shapes = nnx.eval_shape(make)  # no number is drawn
+    _, params, stats = parameters.split(shapes)
     averaged = any(p.startswith("model/ema/") for p in meta["manifest"])
     which = which or ("ema" if averaged else "params")
     mesh = sharding.current()
@@ -245,21 +265,27 @@ def _loaded(
         for p, leaf in parameters.paths(params).items()
     }
     wanted.update({f"model/stats/{p}": leaf for p, leaf in parameters.paths(stats).items()})
-    graph, *trees = parameters.split(form(parameters.marked(nnx.eval_shape(make))))
+    whole = sharding.replicated(mesh)
+    cpus = all(device.platform == "cpu" for device in mesh.devices.flat)
+    marks = parameters.marked(shapes, on_cpu=cpus and mesh.shape["data"] == mesh.size)
+    graph, *trees = parameters.split(form(marks))
     users: dict[str, list] = {}
+    filled: list[dict[str, jax.Array]] = [{}, {}]
     for number, tree in enumerate(trees):
         for ours, mark in parameters.paths(tree).items():
+            if not isinstance(mark, parameters.Mark):  # a constant of the form
+                filled[number][ours] = jax.device_put(mark, whole)
+                continue
             part, _, inside = mark.path.partition("/")
             stored = f"model/{which if part == 'params' else part}/{inside}"
             users.setdefault(stored, []).append((number, ours, mark))
     wanted = {path: leaf for path, leaf in wanted.items() if path in users}
     apart = {path for path, uses in users.items() if all(mark.rows for *_, mark in uses)}
-    filled: list[dict[str, jax.Array]] = [{}, {}]
     for path, layer, numbers in checkpoint.in_pieces(step, wanted, meta, apart):
         for number, ours, mark in users[path]:
             if layer is not None and mark.rows[0] != layer:
                 continue
-            found, where = mark.of(numbers, layer is not None), sharding.replicated(mesh)
+            found, where = mark.of(numbers, layer is not None), whole
             if meta["kind"] == "generator" and number == 0:
                 where = sharding.of_network(ours, found.shape, mesh)
             filled[number][ours] = jax.device_put(found, where)

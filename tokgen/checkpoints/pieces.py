@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import tensorstore
 
+from tokgen import runtime
 from tokgen.checkpoints import manifest
 
-AHEAD = 2**26  # bytes of pieces that are read before they are asked for
+AHEAD = 2**25  # bytes of pieces that are read before they are asked for
+EACH = 2**26  # bytes of pieces after which what was freed is given back to the system
 
 Piece = tuple[str, int | None, np.ndarray]  # path, layer of a leaf that comes apart, numbers
 
@@ -47,7 +49,7 @@ def read(
         if store.shape != tuple(leaf.shape) or store.dtype.numpy_dtype != np.dtype(leaf.dtype):
             there = f"{store.dtype.name} {list(store.shape)}"
             raise ValueError(f"{path} is {there} there, not {leaf.dtype} {list(leaf.shape)}")
-    sums, ahead, taken = manifest.Sums(), collections.deque(), 0
+    sums, ahead, taken, freed = manifest.Sums(), collections.deque(), 0, 0
     for path, layer, last in [*_order(stores, apart), (None, None, True)]:
         size = 0
         if path is not None:
@@ -57,11 +59,15 @@ def read(
         while ahead and (path is None or taken + size > AHEAD):
             piece, future, of_piece = ahead.popleft()
             yield from _taken(piece, future, sums, wanted, record)
-            taken -= of_piece
+            taken, freed = taken - of_piece, freed + of_piece
             del future
+            if freed > EACH:
+                runtime.release()
+                freed = 0
         if path is not None:
             ahead.append(((path, layer, last), place.read(), size))
             taken += size
+    runtime.release()
 
 
 def _taken(

@@ -116,7 +116,7 @@ def drawn(settings: score_settings.Settings, out: pathlib.Path) -> tuple[made_im
 
 def reconstructed(settings: score_settings.Settings) -> made_images.Reconstructed:
     """A tokenizer's reconstructions of held-out images."""
-    loaded = loading.load_tokenizer(settings.scored, compute=settings.precision)
+    loaded = loading.load_to_code(settings.scored, compute=settings.precision)
     source = datasets.image_source(
         loaded.config, settings.data, settings.split, labels=settings.labels, doubtful="drop"
     )

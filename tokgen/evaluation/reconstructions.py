@@ -52,7 +52,7 @@ def reconstruct(
     inputs = tuple(map(os.fspath, (tokenizer, images, text)))
     with output.folder(out, records=RECORDS, overwrite=overwrite, inputs=inputs) as place:
         runtime.devices()
-        loaded = loading.load_tokenizer(tokenizer, compute=precision)
+        loaded = loading.load_to_code(tokenizer, compute=precision)
         source = _source(loaded, images, text)
         view = datasets.view_of(loaded.config)
         scale = max(1, _WIDTH // view.size[0])

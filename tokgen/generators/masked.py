@@ -173,8 +173,8 @@ class Generator(nnx.Module):
         """Logits [B, L, G, V] of all slots, where `batch` says V for those that are unknown."""
         del codec
         batch = self._checked(batch, absent=True)
-        columns_BLGX = self.columns(batch.tokens_BLG, batch.cond, key=key)
-        return columns_BLGX[..., : self.layout.absent]
+        x_BLD = self.hidden(batch.tokens_BLG, batch.cond, key=key)[:, 1:]
+        return self.head(x_BLD, embeddings=self.embeddings.rows)
 
     def loss(
         self, batch: TokenBatch, codec: Quantizer | None = None, *, step: jax.Array, key: jax.Array
@@ -236,7 +236,9 @@ class Generator(nnx.Module):
 
     def unstacked(self) -> Generator:
         """A copy for decoding, with the layers of the transformer apart."""
-        return transformer.unstacked(self, "transformer")
+        apart = transformer.without_stacks(self)
+        linear.widened(apart)
+        return apart
 
     def plan(self) -> tuple[Phase, ...]:
         """Every step handles all positions."""

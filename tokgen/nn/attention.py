@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -109,6 +110,9 @@ class Layer:
         return self.replace(stack=stack)
 
 
+TOGETHER = 2**18  # scores that a core's cache keeps between the two products
+
+
 def attend(
     queries_BNlK: jax.Array,
     keys_BNSK: jax.Array,
@@ -121,14 +125,53 @@ def attend(
     """softmax(q k^T) v in [B, N, l, K]; `mask` broadcasts to [B, N, l, S], true where seen.
 
     Queries come scaled. Scores and softmax are float32: probabilities in bfloat16 lose the tail.
+    A CPU takes head after head where all scores together would leave its cache, but not in training
+    nor behind a mask.
     """
+    whole = functools.partial(_together, mask=mask, rate=rate, key=key)
+    mesh = jax.sharding.get_abstract_mesh()
+    spread = not (mesh.empty or mesh.size == 1 or mesh.manual_axes)  # rows and heads over devices
+    scores = math.prod(queries_BNlK.shape[:3]) * keys_BNSK.shape[2]
+    if scores <= TOGETHER or spread or mask is not None or key is not None:
+        return whole(queries_BNlK, keys_BNSK, values_BNSK)
+    return jax.lax.platform_dependent(
+        queries_BNlK, keys_BNSK, values_BNSK, cpu=_in_turn, default=whole
+    )
+
+
+def _in_turn(queries_BNlK: jax.Array, keys_BNSK: jax.Array, values_BNSK: jax.Array) -> jax.Array:
+    """One head of one row after the other."""
+
+    def one(head):
+        part_11lK = (part[None, None] for part in head)
+        return _together(*part_11lK, sums=linear.WIDE)[0, 0]
+
+    heads = (a.reshape(-1, *a.shape[2:]) for a in (queries_BNlK, keys_BNSK, values_BNSK))
+    return jax.lax.map(one, tuple(heads)).reshape(queries_BNlK.shape)
+
+
+def _together(
+    queries_BNlK: jax.Array,
+    keys_BNSK: jax.Array,
+    values_BNSK: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    rate: float = 0.0,
+    key: jax.Array | None = None,
+    sums: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+    """`attend` for all heads at once; the last product sums in `sums`, as its operands if None."""
     scores = jnp.einsum(
         "BNlK,BNSK->BNlS", queries_BNlK, keys_BNSK, preferred_element_type=jnp.float32
     )
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
     weights = dropout.dropout(jax.nn.softmax(scores, axis=-1), rate, key)
-    return jnp.einsum("BNlS,BNSK->BNlK", weights.astype(values_BNSK.dtype), values_BNSK)
+    dtype = values_BNSK.dtype
+    mixed = jnp.einsum(
+        "BNlS,BNSK->BNlK", weights.astype(dtype), values_BNSK, preferred_element_type=sums
+    )
+    return mixed.astype(dtype)
 
 
 class Scaled(nnx.Module):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokgen import choices
-from tokgen.nn import attention, linear, norms, winograd
+from tokgen.nn import attention, linear, norms, tiles, winograd
 from tokgen.nn.precision import Precision
 
 
@@ -56,16 +56,21 @@ class Conv(nnx.Module):
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         """Convolve, in the compute dtype."""
-        kernel = self.kernel[...]
-        plain = self.stride == 1 and self.padding == "SAME"
-        if plain and winograd.pays(x_BHWC.shape, kernel.shape):
-            return self._product(winograd.same, x_BHWC)
+        shape, kernel = x_BHWC.shape, self.kernel[...].shape
+        if self.stride == 1 and self.padding == "SAME":
+            if tiles.pays(shape, kernel, self.precision.compute_dtype):
+                return self._product(tiles.same, x_BHWC)
+            if winograd.pays(shape, kernel):
+                return self._product(winograd.same, x_BHWC)
         return self._product(self._written, x_BHWC)
 
     def doubled(self, x_BHWC: jax.Array) -> jax.Array:
         """The convolution of a map whose every place is first shown 2 x 2 times."""
         B, H, W, C = x_BHWC.shape
-        if winograd.pays((B, 2 * H, 2 * W, C), self.kernel[...].shape):
+        shape, kernel = (B, 2 * H, 2 * W, C), self.kernel[...].shape
+        if tiles.pays(shape, kernel, self.precision.compute_dtype):
+            return self._product(tiles.doubled, x_BHWC)
+        if winograd.pays(shape, kernel):
             return self._product(winograd.doubled, x_BHWC)
         return self(upsample(x_BHWC))
 
@@ -108,8 +113,8 @@ class Residual(nnx.Module):
 
     def __call__(self, x_BHWC: jax.Array, **_) -> jax.Array:
         """Same height and width."""
-        y_BHWC = self.conv1(jax.nn.silu(self.norm1(x_BHWC)))
-        y_BHWC = self.conv2(jax.nn.silu(self.norm2(y_BHWC)))
+        y_BHWC = self.conv1(silu(self.norm1(x_BHWC)))
+        y_BHWC = self.conv2(silu(self.norm2(y_BHWC)))
         return (x_BHWC if self.conv_skip is None else self.conv_skip(x_BHWC)) + y_BHWC
 
 
@@ -137,8 +142,8 @@ class SelfResidual(nnx.Module):
 
     def __call__(self, x_BHWC: jax.Array, **_) -> jax.Array:
         """Same height and width."""
-        y_BHWC = self.conv1(jax.nn.silu(self.norm1(x_BHWC)))
-        y_BHWC = self.conv2(jax.nn.silu(self.norm2(y_BHWC)))
+        y_BHWC = self.conv1(silu(self.norm1(x_BHWC)))
+        y_BHWC = self.conv2(silu(self.norm2(y_BHWC)))
         return (x_BHWC if self.conv_skip is None else self.conv_skip(y_BHWC)) + y_BHWC
 
 
@@ -164,7 +169,7 @@ class LightResidual(nnx.Module):
 
     def __call__(self, x_BHWC: jax.Array, **_) -> jax.Array:
         """Same height and width."""
-        y_BHWC = self.conv2(jax.nn.silu(self.conv1(self.norm(x_BHWC))))
+        y_BHWC = self.conv2(silu(self.conv1(self.norm(x_BHWC))))
         return (x_BHWC if self.conv_skip is None else self.conv_skip(x_BHWC)) + y_BHWC
 
 
@@ -269,6 +274,18 @@ class AdaptiveNorm(nnx.Module):
         shift_B11C = self.shift(wide_BPC.mean(1))[:, None, None]
         y_BHWC = norms.grouped(x_BHWC) * scale_B11C.astype(jnp.float32)
         return (y_BHWC + shift_B11C.astype(jnp.float32)).astype(x_BHWC.dtype)
+
+
+def silu(x_BHWC: jax.Array) -> jax.Array:
+    """x sigmoid(x) (arXiv:1702.03118)."""
+    if x_BHWC.dtype == jnp.float32:
+        return jax.nn.silu(x_BHWC)
+
+    def wide(x_BHWC: jax.Array) -> jax.Array:
+        # a CPU has no bfloat16 sums: XLA would round between any two steps
+        return jax.nn.silu(x_BHWC.astype(jnp.float32)).astype(x_BHWC.dtype)
+
+    return jax.lax.platform_dependent(x_BHWC, cpu=wide, default=jax.nn.silu)
 
 
 def space_to_depth(x_BHWC: jax.Array, size: int) -> jax.Array:

@@ -179,15 +179,20 @@ class TiedToAll(nnx.Module):
         self.layout, self.precision = layout, precision
 
     def __call__(
-        self, x_BlD: jax.Array, *, embeddings: jax.Array, labels: jax.Array, **_
+        self, x_BlD: jax.Array, *, embeddings: jax.Array, labels: jax.Array | None = None, **_
     ) -> jax.Array:
-        """[B, l, D] against rows [1, V + 1, D] and [classes, D] -> [B, l, 1, V + classes + 1]."""
+        """[B, l, D] against rows [1, V + 1, D] and [classes, D] -> [B, l, 1, V + classes + 1].
+
+        Without labels, as for drawing, [B, l, 1, V]: the tokens alone.
+        """
         x_BlD = self.norm(mlp.tanh_gelu(self.dense(x_BlD)))
         V = self.layout.absent
-        # not the row of "no class", where there is one
-        rows_VD = jnp.concatenate([embeddings[0, :V], labels[: self.classes], embeddings[0, V:]])
+        rows_VD = embeddings[0, :V]
+        if labels is not None:
+            # not the row of "no class", where there is one
+            rows_VD = jnp.concatenate([rows_VD, labels[: self.classes], embeddings[0, V:]])
         logits_BlV = jnp.einsum("BlD,VD->BlV", x_BlD, rows_VD.astype(self.precision.compute_dtype))
-        bias_V = self.bias[...].astype(jnp.float32)
+        bias_V = self.bias[...][: len(rows_VD)].astype(jnp.float32)
         return (logits_BlV.astype(jnp.float32) + bias_V[None, None])[..., None, :]
 
 

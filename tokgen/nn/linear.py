@@ -8,8 +8,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from tokgen import parameters
 from tokgen.nn.precision import Precision
 
 Std = Callable[[int], float]  # the standard deviation with which a map starts, of its fan in
@@ -82,9 +84,10 @@ class Panels(nnx.Module):
     def __init__(self, linear: Linear):
         kernel, rank, dtype = linear.kernel[...], linear.rank, linear.precision.compute_dtype
         self.inputs, self.outputs = kernel.shape[:rank], kernel.shape[rank:]
-        self.kernel = nnx.Param(_panels(kernel, rank, dtype))
+        panels = _marked if isinstance(kernel, parameters.Mark) else _panels
+        self.kernel = nnx.Param(panels(kernel, rank, dtype))
         self.bias = None if linear.bias is None else nnx.Param(linear.bias[...])
-        self.one = nnx.Param(jnp.ones((), jnp.float32))
+        self.one = nnx.Param(jnp.asarray(np.ones((), np.float32)))
         self.precision = linear.precision
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -110,9 +113,19 @@ class Panels(nnx.Module):
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _panels(kernel: jax.Array, rank: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    return _side_by_side(kernel.astype(dtype), rank)
+
+
+def _side_by_side(kernel: jax.Array | np.ndarray, rank: int) -> jax.Array | np.ndarray:
     inputs = math.prod(kernel.shape[:rank])
-    kernel_DJF = kernel.astype(dtype).reshape(inputs, -1, PANEL)
-    return jnp.swapaxes(kernel_DJF, 0, 1)
+    return kernel.reshape(inputs, -1, PANEL).swapaxes(0, 1)
+
+
+def _marked(kernel: parameters.Mark, rank: int, dtype: jax.typing.DTypeLike) -> parameters.Mark:
+    """Panels of what is not there yet, made as it arrives."""
+    inputs, outputs = (math.prod(part) for part in (kernel.shape[:rank], kernel.shape[rank:]))
+    form = functools.partial(_side_by_side, rank=rank)
+    return kernel.formed(form, (outputs // PANEL, inputs, PANEL), dtype)
 
 
 def panelled(module: nnx.Module, *, but: tuple[str, ...] = ()) -> None:
@@ -133,8 +146,17 @@ def panelled(module: nnx.Module, *, but: tuple[str, ...] = ()) -> None:
             panelled(part, but=but)
 
 
-def on_cpu(array: jax.Array) -> bool:
+def widened(module: nnx.Module) -> None:
+    """Let the maps of a module sum in float32, in place, where its arrays lie whole on a CPU."""
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, Linear) and on_cpu(part.kernel[...]):
+            part.product = jnp.dtype(WIDE)
+
+
+def on_cpu(array: jax.Array | parameters.Mark) -> bool:
     """Whether an array lies whole on every one of its devices, and they are CPUs; not if traced."""
+    if isinstance(array, parameters.Mark):
+        return array.on_cpu
     if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array):
         return False
     cpus = all(device.platform == "cpu" for device in array.devices())
@@ -143,7 +165,7 @@ def on_cpu(array: jax.Array) -> bool:
 
 def _suits(linear: Linear) -> bool:
     kernel = linear.kernel[...]
-    if not on_cpu(kernel):  # it may be no array at all, where a checkpoint's are marked
+    if not on_cpu(kernel):  # a shape alone has no place
         return False
     outputs = math.prod(kernel.shape[linear.rank :])
     return outputs % PANEL == 0 and outputs > PANEL

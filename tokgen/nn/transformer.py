@@ -192,11 +192,21 @@ class UShaped(nnx.Module):
 
 
 def unstacked(owner: nnx.Module, *names: str) -> nnx.Module:
-    """A copy of a module in which its stacks of these names are taken apart; one that is apart
-    already is shared."""
+    """A copy of a module, of the same arrays, in which its stacks of these names are apart."""
     apart = jax.tree.map(lambda leaf: leaf, owner)
     for name in names:
-        setattr(apart, name, getattr(owner, name).unstacked())
+        setattr(apart, name, getattr(apart, name).unstacked())
+    return apart
+
+
+def without_stacks(owner: nnx.Module) -> nnx.Module:
+    """A copy of a module in which the stacks of all its transformers are taken apart."""
+    apart = jax.tree.map(lambda leaf: leaf, owner)
+    for name, part in list(vars(apart).items()):
+        if isinstance(part, Transformer):
+            setattr(apart, name, part.unstacked())
+        elif isinstance(part, nnx.Module) and not isinstance(part, nnx.List):
+            setattr(apart, name, without_stacks(part))
     return apart
 
 

@@ -161,13 +161,11 @@ def _matrices(points: Sequence[float], taps: int) -> tuple[np.ndarray, np.ndarra
     return outputs, filters * size, inputs / size
 
 
-def _lowered(fewer: Callable, plain: Callable) -> Callable:
-    """`fewer` where a CPU computes, `plain` elsewhere, and the derivatives of `plain`."""
-
+def _wide(fewer: Callable) -> Callable:
+    """`fewer`, in float32: sums of eight bits would lose what the plain form keeps."""
     fewer = jax.jit(fewer)
 
     def wide(x_BHWI: jax.Array, kernel_hwIO: jax.Array) -> jax.Array:
-        # float32: sums of eight bits would lose what the plain form keeps
         x_wide, kernel_wide = x_BHWI.astype(jnp.float32), kernel_hwIO.astype(jnp.float32)
         # Called, not written out at every layer: what has the same sizes is compiled once, and the
         # sums of a layer's weights are held while it computes, not from the start
@@ -175,9 +173,15 @@ def _lowered(fewer: Callable, plain: Callable) -> Callable:
             y_BHWO = fewer(x_wide, kernel_wide)
         return y_BHWO.astype(x_BHWI.dtype)
 
+    return wide
+
+
+def lowered(form: Callable, plain: Callable) -> Callable:
+    """`form` where a CPU computes, `plain` elsewhere, and the derivatives of `plain`."""
+
     @jax.custom_jvp
     def product(x_BHWI: jax.Array, kernel_hwIO: jax.Array) -> jax.Array:
-        return jax.lax.platform_dependent(x_BHWI, kernel_hwIO, cpu=wide, default=plain)
+        return jax.lax.platform_dependent(x_BHWI, kernel_hwIO, cpu=form, default=plain)
 
     @product.defjvp
     def moved(operands, tangents):
@@ -189,5 +193,5 @@ def _lowered(fewer: Callable, plain: Callable) -> Callable:
 
 
 MATRICES = _matrices(POINTS, 3)
-same = _lowered(_fewer, plain)
-doubled = _lowered(_fewer_doubled, plain_doubled)
+same = lowered(_wide(_fewer), plain)
+doubled = lowered(_wide(_fewer_doubled), plain_doubled)

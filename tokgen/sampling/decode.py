@@ -9,8 +9,8 @@ the same tokens (classifier-free guidance, arXiv:2207.12598).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,18 +29,19 @@ from tokgen.interfaces import (
 )
 from tokgen.sampling import guidance, sampler as samplers
 
+Network = TypeVar("Network")
 # Platforms whose compiler reads a layer of a stack, and writes its cache, where they lie.
 SCANNED = ("tpu",)
 
 
-def laid_out(generator: Generator) -> Generator:
-    """The generator as this platform decodes it best: its layers stacked, or apart.
+def laid_out(network: Network) -> Network:
+    """A generator or a tokenizer as this platform runs it best: its layers stacked, or apart.
 
     A scan over stacked layers makes a program of one layer, whatever the depth: on a TPU it
     compiles sooner than four layers apart do, and moves no byte more (`benchmarks/decode.py --aot`,
     RESULTS.md). Elsewhere it copies the layer's weights and cache at every step.
     """
-    return generator if jax.default_backend() in SCANNED else generator.unstacked()
+    return network if jax.default_backend() in SCANNED else network.unstacked()
 
 
 def steps(generator: Generator) -> int:
@@ -77,7 +78,7 @@ def generate(
         The final state; `invalid_B` is true where some logits were not finite, `near_B` where
         rounding could have changed a token.
     """
-    weights, guided = _guidance(generator, sampler)
+    weights, first, guided = _guidance(generator, sampler)
     B, layout = len(keys_B), generator.layout
     boundary.rows(keys=keys_B, conditions=cond, given=given)
     if given is None:
@@ -94,8 +95,11 @@ def generate(
         state = generator.start(both, codec, keys_B=_twice(keys_B), given=_twice(given))
     else:
         state = generator.start(cond, codec, keys_B=keys_B, given=given)
+    # rows without a cache remember nothing but the tokens: nulls are there from the first guided
+    # step, and with a cache, or another network beside them, from the first of all
+    first = first if double and state.cache is None else 0
     no_B = jnp.zeros(len(state.keys_B), bool)
-    state = state.replace(invalid_B=no_B, near_B=no_B)
+    begun = state = state.replace(invalid_B=no_B, near_B=no_B)
     weak = None
     if against is not None:
         against = laid_out(against)
@@ -151,10 +155,12 @@ def generate(
         flags = {name: getattr(state, name) | flag for name, flag in flags.items()}
         return state.replace(**flags), seen.get("weak", weak)
 
-    plan = _split(generator.plan(), guided)
+    plan = _split(_split(generator.plan(), first), guided)
     for phase in plan:
-        if double and phase.first >= guided:
-            state, double = _first(state, B), False
+        if double and not first <= phase.first < guided:
+            state = _first(state, B)
+        elif double and len(state.keys_B) == B:
+            state = _insert(begun, _twice(_carried(state)))
         state, weak = (_grow(s, phase.slots, plan[-1].slots) for s in (state, weak))
 
         def tell(
@@ -221,8 +227,8 @@ def _held(given: tuple[Array, Array], layout) -> tuple[Array, Array]:
     return jnp.asarray(tokens_BLG, jnp.int32), mask_BLG
 
 
-def _guidance(generator: Generator, sampler: Sampler) -> tuple[Any, int]:
-    """The weights, and the number of the first step after the last guided one."""
+def _guidance(generator: Generator, sampler: Sampler) -> tuple[Any, int, int]:
+    """The weights, and the numbers of the first guided step and of the one after the last."""
     total = steps(generator)
     if sampler.steps not in (None, total):
         raise UserError(
@@ -230,7 +236,7 @@ def _guidance(generator: Generator, sampler: Sampler) -> tuple[Any, int]:
             f"has entries for {sampler.steps}"
         )
     if not sampler.guidance:
-        return None, 0
+        return None, 0, 0
     weights = np.asarray(sampler.guidance, np.float32)
     if weights.ndim == 2 and weights.shape[1] != generator.layout.groups:
         raise UserError(
@@ -238,15 +244,15 @@ def _guidance(generator: Generator, sampler: Sampler) -> tuple[Any, int]:
             f"symbol of a position; found {weights.shape[1]}"
         )
     guided = np.flatnonzero((weights != 1).reshape(total, -1).any(-1))
-    return weights, int(guided[-1]) + 1 if len(guided) else 0
+    return weights, *((int(guided[0]), int(guided[-1]) + 1) if len(guided) else (0, 0))
 
 
-def _split(plan: tuple[Phase, ...], guided: int) -> list[Phase]:
-    """The plan, cut where guidance ends: nothing after it needs the null rows."""
+def _split(plan: Sequence[Phase], step: int) -> list[Phase]:
+    """The plan, cut where guidance begins or ends: null rows come or go before that step."""
     phases = []
     for phase in plan:
-        inside = phase.first < guided < phase.first + phase.steps
-        phases.extend(phase.split(guided) if inside else (phase,))
+        inside = phase.first < step < phase.first + phase.steps
+        phases.extend(phase.split(step) if inside else (phase,))
     return phases
 
 

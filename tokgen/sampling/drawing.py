@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -24,7 +24,31 @@ class Part(NamedTuple):
     near_B: np.ndarray  # true where rounding could have changed a token
 
 
-@functools.partial(jax.jit, static_argnames="sampler")
+# What XLA is told of a program that draws. Steps of unlike shapes have kernels of their own, and
+# LLVM hundreds to compile: on a CPU it does so at its first level, sooner.
+TOLD = {"cpu": {"xla_backend_optimization_level": 1}}
+
+
+class _Program:
+    """`jax.jit` of a function, at its first use: what XLA is told depends on the platform, which
+    no import may start."""
+
+    def __init__(self, function: Callable, **options):
+        self._make = functools.partial(jax.jit, function, **options)
+        functools.update_wrapper(self, function)
+
+    @functools.cached_property
+    def _jitted(self) -> Callable:
+        return self._make(compiler_options=TOLD.get(jax.default_backend()))
+
+    def __call__(self, *arguments, **named):
+        return self._jitted(*arguments, **named)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._jitted, name)  # as `lower`
+
+
+@functools.partial(_Program, static_argnames="sampler")
 def draw_tokens(
     generator: Generator,
     codec: Quantizer | None,
@@ -109,8 +133,9 @@ def drawn(
         """What a batch gives, in arrays that the devices fill from now on."""
         rows = slice(start, start + batch)
         asked = jax.tree.map(lambda leaf: np.asarray(leaf)[rows], (cond, given))
-        (cond_B, held), laid_B = sharding.filled((asked, index_N[rows]), batch, mesh)
-        keys_B = rng.per_image(seed, "sample", laid_B)
+        data_B2 = rng.data_per_image(seed, "sample", index_N[rows])
+        (cond_B, held), data_B2 = sharding.filled((asked, data_B2), batch, mesh)
+        keys_B = jax.random.wrap_key_data(data_B2)
         with jax.set_mesh(mesh):  # so that the networks can say how their activations lie
             tokens_BLG, invalid_B, near_B = draw_tokens(
                 generator, tokenizer.quantizer, cond_B, keys_B, sampler, held

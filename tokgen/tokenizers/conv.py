@@ -85,7 +85,7 @@ class Encoder(nnx.Module):
         x_BHWC = self.conv_in(conv.space_to_depth(image_BHW3, self.stem))
         for stage in self.stages:
             x_BHWC = stage(x_BHWC)
-        x_BHWC = self.conv_out(jax.nn.silu(self.norm(x_BHWC)))
+        x_BHWC = self.conv_out(conv.silu(self.norm(x_BHWC)))
         if self.conv_latent is not None:
             x_BHWC = self.conv_latent(x_BHWC)
         return x_BHWC.reshape(len(x_BHWC), -1, x_BHWC.shape[-1])
@@ -144,7 +144,7 @@ class Decoder(nnx.Module):
         x_BHWC = self.conv_in(x_BHWC)
         for stage in self.stages:
             x_BHWC = stage(x_BHWC, latents_BPC=latents_BPC)
-        x_BHWC = self.conv_out(jax.nn.silu(self.norm(x_BHWC)))
+        x_BHWC = self.conv_out(conv.silu(self.norm(x_BHWC)))
         return conv.depth_to_space(x_BHWC, self.stem)
 
 

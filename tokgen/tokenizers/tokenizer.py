@@ -8,6 +8,7 @@ from flax import nnx
 
 from tokgen import boundary, ranges
 from tokgen.interfaces import Quantized, Quantizer, TokenLayout, UserError
+from tokgen.nn import linear, transformer
 
 
 class Tokenizer(nnx.Module):
@@ -40,6 +41,12 @@ class Tokenizer(nnx.Module):
     def layout(self) -> TokenLayout | None:
         """The layout of its tokens; None where the bottleneck is continuous."""
         return self.quantizer.layout
+
+    def unstacked(self) -> Tokenizer:
+        """A copy for encoding and decoding alone, with the layers of its transformers apart."""
+        apart = transformer.without_stacks(self)
+        linear.widened(apart)
+        return apart
 
     def latents(self, image_BHW3: jax.Array) -> jax.Array:
         """What the encoder sees in an image: [B, P, C], not yet quantized."""
