@@ -22,7 +22,7 @@ from tokgen.config import building
 from tokgen.data import sources, token_shards
 from tokgen.evaluation import validation
 from tokgen.interfaces import TokenBatch, TokenLayout, UserError
-from tokgen.sampling import drawing
+from tokgen.sampling import decode, drawing
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,9 @@ def test_networks_are_loaded_and_compiled_once(place, monkeypatch):
     np.testing.assert_array_equal(first.image_NHW3, again.image_NHW3)
     model.sample("ring", number=2, preset="half")
     model.sample("disc", number=2, preset="half")
+    laid = model._drawing["float32"].module  # nor is it laid out again for another draw
+    leaves = map(jax.tree.leaves, (laid, decode.laid_out(laid)))
+    assert all(one is other for one, other in zip(*leaves, strict=True))
     assert loads[2:] == [("generator", "bfloat16")]  # a preset's own precision, once
 
 
@@ -114,7 +117,7 @@ def test_one_precision_where_it_is_asked_for(place):
     drawn = model.sample("ring", number=2, preset="default")
     asked = tokgen.sample(place / "generator", classes="ring", number=2, precision="bfloat16")
     np.testing.assert_array_equal(drawn.image_NHW3, asked.image_NHW3)
-    assert model._others == {}
+    assert list(model._drawing) == ["bfloat16"]
 
 
 def test_samples_are_pictures_too(model):

@@ -22,7 +22,7 @@ from tokgen.data import captioned, classes as names, datasets, pictures
 from tokgen.errors import UserError
 from tokgen.evaluation import validation
 from tokgen.interfaces import PyTree, TokenLayout
-from tokgen.sampling import drawing, presets
+from tokgen.sampling import decode, drawing, presets
 from tokgen.zoo import model as zoo
 
 PRECISIONS = ("float32", "bfloat16")
@@ -262,7 +262,7 @@ class ImageGenerator:
     tokenizer: ImageTokenizer
     name: str = ""
     precision: str = ""
-    _others: dict[str, loading.Loaded] = dataclasses.field(default_factory=dict, init=False)
+    _drawing: dict[str, loading.Loaded] = dataclasses.field(default_factory=dict, init=False)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -490,12 +490,18 @@ class ImageGenerator:
         return self.tokenizer.reconstruct(images, batch=batch)
 
     def _computing(self, precision: str) -> loading.Loaded:
-        """The generator in a precision, loaded again where a preset asks for another one."""
-        if precision == self.loaded.config.precision.compute:
-            return self.loaded
-        if precision not in self._others:
-            self._others[precision] = loading.load_generator(self.step, compute=precision)
-        return self._others[precision]
+        """The generator in a precision, laid out for drawing: once, whatever is drawn then.
+
+        Loaded anew where a preset asks for another precision.
+        """
+        if precision not in self._drawing:
+            loaded = self.loaded
+            if precision == loaded.config.precision.compute:
+                laid = dataclasses.replace(loaded, module=decode.laid_out(loaded.module))
+            else:
+                laid = loading.load_to_draw(self.step, compute=precision)
+            self._drawing[precision] = laid
+        return self._drawing[precision]
 
     def _nats(
         self,

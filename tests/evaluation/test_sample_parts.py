@@ -163,3 +163,16 @@ def test_what_needs_all_waits_for_all(folder, tmp_path, reference, monkeypatch):
     inside = settings | {"out": str(folder / "scores")}
     assert score_settings.kind_of(str(folder)) == ""
     score_settings.check(score_settings.Settings(**inside))
+
+
+def test_some_of_a_set_are_the_same_while_it_is_filled_and_afterwards(folder, tmp_path, reference):
+    draw(folder, (0, 40))
+    settings = dict(scored=str(folder), protocol="local", reference=str(reference), samples=30)
+    settings |= dict(accept=("few",), seed=0)
+    line = scores.score(score_settings.Settings(**settings, out=str(tmp_path / "out")))
+    draw(folder, (40, 60))
+    put_together(folder)
+    for place in ("out", "alone"):  # gone on with, and as if nothing had been there
+        later = scores.score(score_settings.Settings(**settings, out=str(tmp_path / place)))
+        assert later["images_sha256"] == line["images_sha256"] and later["samples"] == 30
+        assert later["metrics"] == line["metrics"] and later["images"] == line["images"]

@@ -1,7 +1,9 @@
 """Drawing batch by batch: what crosses between host and devices, and how often is compiled."""
 
+import contextlib
 import logging
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from flax import nnx
 
 from tests.generators import test_contract
 from tokgen import rng, sharding
+from tokgen.interfaces import UserError
 from tokgen.sampling import decode, drawing, sampler as samplers
 
 FAMILIES = ("autoregressive", "factor", "rar", "captions", "masked", "u_shaped", "next_scale")
@@ -88,6 +91,38 @@ def test_batches_seeds_and_labels_share_a_program(name, caplog, monkeypatch):
             assert len(tokens_NLG) == len(image_NHW3) == images
             found = compilations(caplog.records)
             assert bool(found) == (seed == 0), found
+
+
+@pytest.mark.parametrize("broken", [None, 1])
+def test_the_next_batch_is_begun_before_one_is_handed_over(broken, monkeypatch):
+    """Two at a time, not three; and one that is not finite is told before another is begun."""
+    order = []
+
+    def draw_tokens(generator, codec, cond_B, keys_B, sampler, held):
+        number = sum(what == "begun" for what, _ in order)
+        order.append(("begun", number))
+        flags_B = np.full(len(cond_B), number == broken)
+        return np.asarray(cond_B)[:, None, None], flags_B, flags_B
+
+    def decode_pixels(tokenizer, tokens_BLG):
+        return np.zeros((len(tokens_BLG), 2, 2, 3), np.uint8), np.zeros(len(tokens_BLG), bool)
+
+    monkeypatch.setattr(drawing, "draw_tokens", draw_tokens)
+    monkeypatch.setattr(drawing, "decode_pixels", decode_pixels)
+    nothing = types.SimpleNamespace(check=lambda cond: None, unstacked=lambda: None, quantizer=None)
+    batch, refused = sharding.ways(sharding.make_mesh()), contextlib.nullcontext()
+    if broken is not None:
+        refused = pytest.raises(UserError, match=f"number {batch * broken}")
+    tokens = []
+    with refused:
+        asked = (nothing, nothing, np.arange(3 * batch, dtype=np.int32), None)
+        for number, part in enumerate(drawing.drawn(*asked, seed=0, batch=batch, what="")):
+            order.append(("taken", number))
+            tokens += part.tokens_BLG[:, 0, 0].tolist()
+    begun, taken = ([(what, k) for k in range(3)] for what in ("begun", "taken"))
+    wanted = [begun[0], begun[1], taken[0], begun[2], taken[1], taken[2]]
+    assert order == (wanted if broken is None else wanted[:3])
+    assert tokens == list(range(batch * (3 if broken is None else 1)))
 
 
 def test_what_the_compiler_is_told_depends_on_the_platform_at_the_first_use(monkeypatch):

@@ -97,6 +97,8 @@ def test_a_batch_is_refused_with_the_largest_that_fits():
         ask(7, exactly, exactly + each)
     with pytest.raises(UserError, match="use more devices"):
         ask(1, always + each - 1)
+    with pytest.raises(UserError, match="split the network over the devices, --mesh 1,1,2$"):
+        ask(2, always + each - 1, exactly)
     ask(2**40, None)  # a device that says nothing
     memory.check(generator, None, cond, FREE, 2**40, sharding.make_mesh())  # as a CPU
 
@@ -120,5 +122,5 @@ def test_drawing_refuses_before_any_work(monkeypatch):
     monkeypatch.setattr(memory, "room", lambda mesh: 1000)
     monkeypatch.setattr(drawing, "draw_tokens", lambda *_: pytest.fail("work on the device"))
     tokenizer = types.SimpleNamespace(quantizer=None)
-    with pytest.raises(UserError, match="largest --batch|more devices"):
+    with pytest.raises(UserError, match="largest --batch|more devices|split the network"):
         drawing.draw(generator, tokenizer, np.arange(5), FREE, seed=0, batch=4096)

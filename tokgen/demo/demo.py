@@ -183,8 +183,9 @@ def measure(folder: pathlib.Path, classifier: nnx.Module, number: int) -> tuple[
     chosen = presets.named(loaded.config.presets.to_dict(), "default")
     sampler = presets.sampler(chosen, decode.steps(loaded.module))
     wanted = np.repeat(np.arange(len(shapes.CLASSES), dtype=np.int32), number // 10)
+    generator = decode.laid_out(loaded.module)  # once for both draws
     _, drawn = drawing.draw(
-        loaded.module, tokenizer.module, wanted, sampler, seed=page.SEED, batch=100, what="samples"
+        generator, tokenizer.module, wanted, sampler, seed=page.SEED, batch=100, what="samples"
     )
     hits = local_classifier.predictions(classifier, drawn) == wanted
     per_class = hits.reshape(len(shapes.CLASSES), -1).mean(1)
@@ -193,7 +194,7 @@ def measure(folder: pathlib.Path, classifier: nnx.Module, number: int) -> tuple[
     upper = np.zeros((10, rows * columns, 1), bool)
     upper[:, : rows // 2 * columns] = True
     _, completed = drawing.draw(
-        loaded.module,
+        generator,
         tokenizer.module,
         np.arange(10, dtype=np.int32),
         sampler,

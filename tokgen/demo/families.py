@@ -14,7 +14,7 @@ from tokgen import image_grid
 from tokgen.checkpoints import loading
 from tokgen.data import shapes, token_shards
 from tokgen.evaluation import local_classifier, validation
-from tokgen.sampling import drawing, presets
+from tokgen.sampling import decode, drawing, presets
 
 TOKENIZER, GENERATOR = "configs/tokenizer/shapes.py", "configs/generator/shapes.py"
 # Family -> (folder of its generator, of its tokenizer, of its tokens, how it draws)
@@ -73,7 +73,7 @@ def _measured(
     train_set = token_shards.Source(folder / token_set)
     unigram = validation.unigram(train_set, held_out, loaded.layout)
     chosen = presets.named(loaded.config.presets.to_dict(), "default")
-    module, sampler = presets.prepare(loaded.module, chosen)
+    module, sampler = presets.prepare(decode.laid_out(loaded.module), chosen)
     wanted = np.repeat(np.arange(len(shapes.CLASSES), dtype=np.int32), number // 10)
     batch = min(100, len(wanted))
 

@@ -45,7 +45,11 @@ def images_of(
 
 
 def given(settings: score_settings.Settings) -> tuple[given_images.Images, int]:
-    """(images of a file or a folder, all of them or some evenly over them; classes)."""
+    """(images of a file or a folder; classes).
+
+    Of fewer than all, some evenly over them; of a folder of `tokgen sample --total`, whose order is
+    a mixed one, those that are there first, as long as it is filled and afterwards.
+    """
     told = sample_parts.record(settings.scored)
     if told is not None and not (pathlib.Path(settings.scored) / sample_parts.WHOLE).exists():
         options.refuse({"labels": "folders of images"} if settings.labels else {})
@@ -53,11 +57,11 @@ def given(settings: score_settings.Settings) -> tuple[given_images.Images, int]:
         report.say(f"{images.told()}: a score is of these; the same command later goes on")
         return images, len(images.classes) or images.kinds
     images = given_images.given(settings.scored, settings.accept, settings.labels)
-    if told is not None:  # a score that was begun while it was filled goes on
-        images.identity = sample_parts.identity(settings.scored, told)
     pictures = isinstance(images, given_images.Pictures)
     datasets.tell(settings.scored, all=images.source if pictures else images)
-    if 0 < settings.samples < len(images):
+    if told is not None:  # a score that was begun while it was filled goes on
+        images.identity = sample_parts.identity(settings.scored, told)
+    elif 0 < settings.samples < len(images):  # they may be sorted; what was drawn is mixed
         return given_images.Spread(images, settings.samples), classes_of(images)
     return images, classes_of(images)
 

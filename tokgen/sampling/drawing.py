@@ -128,22 +128,32 @@ def drawn(
     batch = even(N, batch, sharding.ways(mesh))
     memory.check(generator, tokenizer.quantizer, cond, sampler, batch, mesh)
     generator = decode.laid_out(generator)  # once, and not in every call of the program
+
+    def begun(start: int) -> tuple[jax.Array, ...]:
+        """What a batch gives, in arrays that the devices fill from now on."""
+        rows = slice(start, start + batch)
+        asked = jax.tree.map(lambda leaf: np.asarray(leaf)[rows], (cond, given))
+        data_B2 = rng.data_per_image(seed, "sample", index_N[rows])
+        (cond_B, held), data_B2 = sharding.filled((asked, data_B2), batch, mesh)
+        keys_B = jax.random.wrap_key_data(data_B2)
+        with jax.set_mesh(mesh):  # so that the networks can say how their activations lie
+            tokens_BLG, invalid_B, near_B = draw_tokens(
+                generator, tokenizer.quantizer, cond_B, keys_B, sampler, held
+            )
+            image_BHW3, broken_B = decode_pixels(tokenizer, tokens_BLG)
+        return invalid_B, broken_B, tokens_BLG, image_BHW3, near_B
+
     with report.bar(N, unit="image", what=what, shown=bool(what), delay=delay) as bar:
+        coming = begun(0) if N else None
         for start in range(0, N, batch):
-            rows = slice(start, start + batch)
-            asked = jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[rows], (cond, given))
-            data_B2 = rng.data_per_image(seed, "sample", index_N[rows])
-            (cond_B, held), data_B2 = sharding.filled((asked, data_B2), batch, mesh)
-            keys_B = jax.random.wrap_key_data(data_B2)
-            with jax.set_mesh(mesh):  # so that the networks can say how their activations lie
-                tokens_BLG, invalid_B, near_B = draw_tokens(
-                    generator, tokenizer.quantizer, cond_B, keys_B, sampler, held
-                )
-                image_BHW3, broken_B = decode_pixels(tokenizer, tokens_BLG)
-            kept, number = min(batch, N - start), functools.partial(_number, index_N[rows])
+            kept, number = min(batch, N - start), functools.partial(_number, index_N[start:])
+            invalid_B, broken_B, *part = coming
             boundary.refuse(np.asarray(invalid_B)[:kept], "logits", number)
             boundary.refuse(np.asarray(broken_B)[:kept], "what the decoder gives", number)
-            yield Part(*(np.asarray(a)[:kept] for a in (tokens_BLG, image_BHW3, near_B)))
+            # the devices go on while the caller writes files. One that waited for nothing would
+            # hold the caches of several batches
+            coming = begun(start + batch) if start + batch < N else None
+            yield Part(*(np.asarray(a)[:kept] for a in part))
             bar.update(kept)
 
 

@@ -84,7 +84,11 @@ def check(
         return
     most = max(0, int((free - always) // each)) * over
     where = f"each of {mesh.size} devices" if mesh.size > 1 else "the device"
-    fewer = f"the largest --batch that fits is {most}" if most else "use more devices"
+    fewer = "use more devices"
+    if most:
+        fewer = f"the largest --batch that fits is {most}"
+    elif mesh.size > mesh.shape["fsdp"] * mesh.shape["tensor"]:
+        fewer = f"split the network over the devices, --mesh 1,1,{mesh.size}"
     cached = (two.cache - one.cache) // tensor
     raise UserError(
         f"a batch of {batch} images needs {need / GB:.1f} GB on {where}, {share * cached / GB:.1f} "
