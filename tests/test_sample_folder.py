@@ -654,7 +654,7 @@ def _same(one: pathlib.Path, other: pathlib.Path) -> int:
 
 @pytest.mark.long
 def test_killed_ten_times_the_files_are_the_same_to_the_byte(tmp_path):
-    """By SIGKILL, amid drawing and amid putting together; then elsewhere, and in shares."""
+    """By SIGKILL, amid drawing and amid putting together."""
     recipes.tiny(tmp_path, "raster")
     words = ("--total", "512", "--batch", "16", "--seed", "3")
     _ended(_started(tmp_path, tmp_path / "whole", *words))
@@ -676,6 +676,15 @@ def test_killed_ten_times_the_files_are_the_same_to_the_byte(tmp_path):
     _ended(_started(tmp_path, out, *words))
     assert kills >= 9  # the last may have been too late
     assert _bytes(out) == whole and sorted(os.listdir(out)) == sorted(whole)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["raster", "random", "masked"])
+def test_elsewhere_and_in_shares_the_images_are_the_same(family, tmp_path):
+    recipes.tiny(tmp_path, family)
+    words = ("--total", "512", "--batch", "16", "--seed", "3")
+    _ended(_started(tmp_path, tmp_path / "whole", *words))
+    whole = _bytes(tmp_path / "whole")
     # another batch and other devices go on with what one process left; and all anew in shares
     process = _started(tmp_path, tmp_path / "other", *words, devices=8)
     while len(sample_parts.there(tmp_path / "other")) < 6:
