@@ -174,8 +174,8 @@ def cache_folder() -> pathlib.Path:
 def release() -> None:
     """Give memory that is free back to the system; glibc keeps what lies between what is used.
 
-    A network that is read in pieces, freed by other threads than those that asked for them, leaves
-    a third of its own size behind. Nothing elsewhere: other allocators give it back, or can't.
+    Pieces of a network, freed by other threads than those that asked for them, leave such memory
+    behind. Nothing elsewhere: other allocators give it back, or can't.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim:
