@@ -92,8 +92,8 @@ def test_the_stream_gives_the_tokens_of_the_shards(both, split):
     packed, flying = token_shards.Source(path, split=split), source_of(parts, split)
     assert flying.classes == packed.classes and flying.layout == packed.layout
     assert flying.views == packed.views and len(flying) == len(packed)
-    for process in ((0, 1), (1, 2)):
-        options = dict(seed=3, batch_size=6, start=2, process=process)
+    for rows in (None, np.arange(3, 6)):
+        options = dict(seed=3, batch_size=6, start=2, rows=rows)
         with loader.batches(packed, **options) as left, loader.batches(flying, **options) as right:
             seen = []
             for _ in range(12):

@@ -173,7 +173,7 @@ def _watched(generator, **knobs):
         state: DecodeState, phase: Any, index: jax.Array | int, codec: nnx.Module, draw: Callable
     ):
         unknown_BLG = state.tokens_BLG == absent
-        drawn_BLG, confidence_BLG = draw(inner.logits(TokenBatch(state.tokens_BLG, state.cond)))
+        drawn_BLG, confidence_BLG, _ = draw(inner.logits(TokenBatch(state.tokens_BLG, state.cond)))
         sorted_BN = jnp.where(unknown_BLG, confidence_BLG, jnp.inf).reshape(-1, slots).sort(-1)
         wanted = inner.wanted(index, jnp.float32(slots)).astype(jnp.int32)
         count = jnp.minimum(jnp.maximum(wanted, 1), jnp.sum(unknown_BLG[0]) - 1)
