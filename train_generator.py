@@ -135,7 +135,7 @@ def main(request: launch.Request) -> None:
                 log.scalars(done, values | seen)
                 bar.set_postfix_str(report.metrics(values, ("nats_per_token", "token_accuracy")))
                 train_state.give_up(values, done)
-            asked = stop.agreed(done)
+            asked = stop.agreed()
             if due(done) or asked:
                 run.save({"model": network})
             if asked:

@@ -152,7 +152,7 @@ def main(request: launch.Request) -> None:
                 bar.set_postfix_str(report.metrics(values, SHOWN))
                 train_state.give_up(values, step)
                 collapsed = safeguards.collapsed(limits, values, step, steps)
-            asked = stop.agreed(step)
+            asked = stop.agreed()
             if due(step) or asked or collapsed:
                 run.save(networks)
             if asked:

@@ -173,7 +173,7 @@ def steps(
     need was computed before, else in every step.
     """
     guided, found = len(net.steps) if guided is None else guided, []
-    first = 0 if net.cached else first
+    first = first if not net.cached and 16 * first >= (guided or 0) else 0  # as decode.py
     for number, (positions, slots) in enumerate(net.steps):
         rows = 2 * batch if first <= number < guided else batch
         flops = 2 * rows * positions * net.streamed

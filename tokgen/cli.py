@@ -119,12 +119,13 @@ def _join(name: str, args: argparse.Namespace) -> None:
     from tokgen import distributed
 
     distributed.initialize(args)
-    if distributed.many():
-        # jax would keep it for a training step; what a command has done so far is kept as it is
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-        runtime.devices()
-        asked = {option: value for option, value in vars(args).items() if option != "process"}
-        distributed.check_alike({"command": name, "option": asked, "version": versions()})
+    # jax would keep it for a training step; what a command has done so far is kept as it is
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    runtime.devices()
+    own = ("process", "given")  # a set is told in another order by each process
+    asked = {option: value for option, value in vars(args).items() if option not in own}
+    versions_ = dict(line.split(" ", 1) for line in versions().splitlines())
+    distributed.check_alike({"command": name, "option": asked, "version": versions_})
 
 
 def _leave() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
@@ -57,11 +58,24 @@ def initialize(args: argparse.Namespace) -> None:
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=HEARTBEAT,
         )
-    except ValueError as error:
-        if missing and "coordinator_address" in str(error):  # no launcher that jax knows
-            return
+    except (ValueError, OSError) as error:
+        # an OSError: a TPU of a notebook, which has no cloud to ask who else there is
+        elsewhere = isinstance(error, OSError) and "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+        if missing and os.environ.get("OMPI_COMM_WORLD_SIZE", "1") not in ("", "1"):
+            raise UserError(
+                "mpirun started several processes, and jax cannot tell where the first is: say "
+                "--coordinator, --processes and --process"
+            ) from error
+        if (
+            missing
+            and not elsewhere
+            and (isinstance(error, OSError) or "coordinator_address" in str(error))
+        ):
+            return  # no launcher that jax knows
         raise UserError(f"this process cannot join its job: {error}") from error
     except RuntimeError as error:
+        if "DEADLINE" not in str(error) and "UNAVAILABLE" not in str(error):
+            raise UserError(f"this process cannot join its job: {error}") from error
         raise UserError(_absent(args, str(error))) from error
 
 

@@ -290,7 +290,7 @@ class Drawn(NamedTuple):
     tokens_BlG: Array  # int32
     confidence_BlG: Array
     near_B: Array  # true where some draw of the image's was near a tie
-    unsure_BlG: Array | float = 0.0  # how far rounding may move the confidence
+    unsure_BlG: Array | float = 0.0  # how far rounding may move the confidence; 0: no tie counts
 
 
 class Sampler(Protocol):

@@ -228,7 +228,9 @@ def dividing(batch: int) -> jax.sharding.Mesh:
 def _of(devices: Sequence[jax.Device], *sizes: int) -> jax.sharding.Mesh:
     # Auto stated: jax.make_mesh defaults to explicit axes in current JAX
     types = (AxisType.Auto,) * 3
-    if len(slices := {getattr(device, "slice_index", None) for device in devices}) > 1:
+    # of GPUs every host is called a slice, and what lies over several is the user's choice
+    slices = {getattr(device, "slice_index", None) for device in devices}
+    if len(slices) > 1 and devices[0].platform == "tpu":
         return jax.sharding.Mesh(_over_slices(devices, len(slices), sizes), AXES, axis_types=types)
     try:
         return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
@@ -345,7 +347,9 @@ def global_batch(batch: Mapping[str, np.ndarray], mesh) -> dict[str, jax.Array]:
         rows = rows_here(each * ways(mesh), mesh)
 
         def held(index: tuple[slice, ...]) -> np.ndarray:
-            return array[np.searchsorted(rows, np.arange(size)[index[0]])]
+            first, last, _ = index[0].indices(size)
+            at = int(np.searchsorted(rows, first))  # rows are in order: a device's are a run here
+            return array[at : at + last - first]
 
         return jax.make_array_from_callback((size, *array.shape[1:]), where, held)
 

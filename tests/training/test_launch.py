@@ -68,13 +68,13 @@ def stop(monkeypatch):
 def test_a_signal_that_comes_twice_is_one_request(stop, capfd, number):
     """A terminal and a wrapper both pass it on; after two seconds it means at once."""
     made, clock, done = stop
-    assert not made.agreed(1)
+    assert not made.agreed()
     made._ask(number, None)
     for seconds in (0.0, 1.0, 2.0):
         clock[0] = 100.0 + seconds
         made._ask(number, None)
         made._ask(signal.SIGTERM, None)
-    assert made.agreed(1) and not done
+    assert made.agreed() and not done
     assert capfd.readouterr().err.count("stopping after this step") == 1
     clock[0] = 102.01
     made._ask(number, None)

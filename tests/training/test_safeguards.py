@@ -316,11 +316,11 @@ def test_a_run_that_is_asked_to_end_saves_its_step_and_goes_on(undisturbed, tmp_
     class Asked(launch.Stop):
         times = 0
 
-        def agreed(self, step):
+        def agreed(self):
             self.times += 1
             if self.times == 3:
                 self._ask(signal.SIGTERM, None)
-            return super().agreed(step)
+            return super().agreed()
 
     with monkeypatch.context() as patch:
         patch.setattr(launch, "Stop", Asked)

@@ -2,10 +2,10 @@
 
 The global order is an endless sequence: a permutation of the source for epoch 0, another one for
 epoch 1, and so on; grain computes it, nothing stores it. Element k has a random generator of its
-own, from (seed, k), for its crop and flip. Batch t is elements t * B to (t + 1) * B, and process p
-of n loads the p-th contiguous n-th of it: the rows that its devices hold when the global array is
-assembled process by process. So n processes see the same global batches as one, row by row, and a
-run may be resumed on another number of them.
+own, from (seed, k), for its crop and flip. Batch t is elements t * B to (t + 1) * B, and a process
+loads the rows that its devices hold (`sharding.rows_here`), whichever these are. So n processes see
+the same global batches as one, row by row, and a run may be resumed on another number of them; each
+counts the unreadable of its own rows.
 
 Nothing is ever filtered, for that would shift what follows. An element that cannot be read is
 replaced by the next one of the same permutation that can be. One pass in order, `once`, is for

@@ -105,6 +105,7 @@ def pretokenize(
         for split in token_header.SPLITS
     }
     datasets.tell(datasets.called(settings.get("data", {}), data), **parts)
+    distributed.check_alike({f"{split} data": s.fingerprint for split, s in parts.items()})
     planned = functools.partial(_writer, tokenizer, parts, out, views=views, data=data)
     writer = distributed.first(planned) or planned()  # process 0 writes the plan
     _noted(parts, writer)  # of shards that an earlier run wrote

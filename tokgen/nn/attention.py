@@ -132,11 +132,24 @@ def attend(
     mesh = jax.sharding.get_abstract_mesh()
     spread = not (mesh.empty or mesh.size == 1 or mesh.manual_axes)  # rows and heads over devices
     scores = math.prod(queries_BNlK.shape[:3]) * keys_BNSK.shape[2]
-    if scores <= TOGETHER or spread or mask is not None or key is not None:
+    few = scores <= TOGETHER or queries_BNlK.shape[2] == 1  # one position reads keys once anyway
+    if few or spread or mask is not None or key is not None:
         return whole(queries_BNlK, keys_BNSK, values_BNSK)
+    return _by_platform(queries_BNlK, keys_BNSK, values_BNSK)
+
+
+@jax.custom_jvp
+def _by_platform(
+    queries_BNlK: jax.Array, keys_BNSK: jax.Array, values_BNSK: jax.Array
+) -> jax.Array:
     return jax.lax.platform_dependent(
-        queries_BNlK, keys_BNSK, values_BNSK, cpu=_in_turn, default=whole
+        queries_BNlK, keys_BNSK, values_BNSK, cpu=_in_turn, default=_together
     )
+
+
+@_by_platform.defjvp
+def _slopes(operands: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    return jax.jvp(_together, operands, tangents)  # what is differentiated takes all together
 
 
 def _in_turn(queries_BNlK: jax.Array, keys_BNSK: jax.Array, values_BNSK: jax.Array) -> jax.Array:

@@ -201,7 +201,7 @@ def unstacked(owner: nnx.Module, *names: str) -> nnx.Module:
 
 
 def without_stacks(owner: nnx.Module) -> nnx.Module:
-    """A copy of a module in which the stacks of all its transformers are taken apart."""
+    """A copy of a module with the stacks of its transformers apart, but for those in lists."""
     apart = jax.tree.map(lambda leaf: leaf, owner)
     for name, part in list(vars(apart).items()):
         if isinstance(part, Transformer):

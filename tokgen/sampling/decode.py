@@ -97,7 +97,8 @@ def generate(
         state = generator.start(cond, codec, keys_B=keys_B, given=given)
     # rows without a cache remember nothing but the tokens: nulls are there from the first guided
     # step, and with a cache, or another network beside them, from the first of all
-    first = first if double and state.cache is None else 0
+    # (another program of the network: for no less than a sixteenth of the guided steps)
+    first = first if double and state.cache is None and 16 * first >= guided else 0
     no_B = jnp.zeros(len(state.keys_B), bool)
     begun = state = state.replace(invalid_B=no_B, near_B=no_B)
     weak = None

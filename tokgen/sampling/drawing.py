@@ -45,6 +45,8 @@ class _Program:
         return self._jitted(*arguments, **named)
 
     def __getattr__(self, name: str) -> object:
+        if name.startswith("__") or name == "_make":  # who looks it over starts no backend
+            raise AttributeError(name)
         return getattr(self._jitted, name)  # as `lower`
 
 

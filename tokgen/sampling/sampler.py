@@ -234,14 +234,15 @@ class Sampler:
         # of a logarithm near 0 little may move, and all ties of sure tokens would else be near
         rest_BlG = jnp.ones(tokens_BlG.shape)
         if self.confidence is log_probability:
-            rest_BlG = -jnp.expm1(jnp.minimum(confidence_BlG, 0))
+            rest_BlG = -2 * jnp.expm1(jnp.minimum(confidence_BlG, 0))
         unsure_BlG = NEAR + NEAR_LOGITS / 2 * error * rest_BlG / softening
         jitter = at_step(self.jitter, step)
         if isinstance(jitter, float) and jitter == 0:
             return confidence_BlG, unsure_BlG
         gumbel_BlG = self.gumbel(keys_B, step, symbol, tokens_BlG.shape)
         chex.assert_shape(gumbel_BlG, tokens_BlG.shape)
-        return confidence_BlG + jitter * gumbel_BlG, unsure_BlG
+        # so large a sum is rounded, too
+        return confidence_BlG + jitter * gumbel_BlG, unsure_BlG + NEAR * jitter
 
 
 def likeliest(
@@ -485,7 +486,12 @@ def _unsure(
     if need_BlG is not None:
         spare_BlG = mass_of(logits_BlGV >= least_BlG1) - need_BlG
         unsure_BlG |= (spare_BlG < reach_BlG) | (here_BlG - spare_BlG < reach_BlG)
-    return jnp.where(unsure_BlG, jnp.maximum(here_BlG, below_BlG), 0)
+    # all that are as good as equal may change places, not the nearest two alone
+    about_BlGV = jnp.abs(logits_BlGV - least_BlG1) < jnp.asarray(NEAR_LOGITS * error)[..., None]
+    over_BlGV = logits_BlGV >= least_BlG1
+    come_BlG, go_BlG = mass_of(about_BlGV & ~over_BlGV), mass_of(about_BlGV & over_BlGV)
+    masses = here_BlG, below_BlG, come_BlG, go_BlG
+    return jnp.where(unsure_BlG, functools.reduce(jnp.maximum, masses), 0)
 
 
 def _float(order: interfaces.Array) -> interfaces.Array:

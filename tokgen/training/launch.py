@@ -102,7 +102,7 @@ class Stop:
     """
 
     def __init__(self):
-        self.number, self.at, self.passed = 0, 0.0, False
+        self.number, self.at, self.passed, self.asked = 0, 0.0, False, 0
         # of many processes jax hears SIGTERM, and tells all of them
         for number in [signal.SIGINT] if distributed.many() else runtime.CODES:
             signal.signal(number, self._ask)
@@ -118,7 +118,7 @@ class Stop:
                 "stopping after this step; a checkpoint is being saved (again: stop at once)"
             )
 
-    def agreed(self, step: int) -> bool:
+    def agreed(self) -> bool:
         """Whether to end after this step. Asked once a step: where many processes train one model,
         all come to the same answer here, whichever of them was asked.
         """
@@ -127,13 +127,15 @@ class Stop:
         if self.number == signal.SIGINT and not self.passed:
             self.passed = True
             os.kill(os.getpid(), signal.SIGTERM)  # jax hears that one, and tells the others
-        if not distributed.stops(step):
+        self.asked += 1  # a run's own steps may go back
+        if not distributed.stops(self.asked):
             return False
         self.number = self.number or signal.SIGTERM
         return True
 
     def end(self, said: str) -> None:
         """Where a run ends: says how far it came; a `runtime.Stopped` when it was asked to end."""
+        distributed.together("end")  # a process that leaves earlier is taken for lost
         if self.number:
             raise runtime.Stopped(self.number, f"{said}; the same command goes on from there")
         report.say(said)
@@ -154,7 +156,7 @@ def run(
         check(settings)
         if runtime.is_launched(arguments):
             distributed.initialize(arguments)
-        if distributed.many():
+            # before anything asks who is there: jax counts its devices once
             runtime.devices(settings.batch_size // (arguments.processes or 1))
         options_ = {name: value for name, value in vars(arguments).items() if name != "process"}
         distributed.check_alike(
@@ -164,7 +166,8 @@ def run(
             if zoo.is_name(named):
                 # first: an import starts jax, which counts its devices once
                 runtime.devices(settings.batch_size)
-                distributed.first(pulling.pull, named, yes=arguments.yes)
+                # every process: hosts may have caches of their own
+                pulling.pull(named, yes=arguments.yes)
         with runs.lock(arguments.workdir, _pictures(settings, arguments.workdir)):
             if arguments.start is not None:
                 runs.check_whole(arguments.workdir, arguments.start)

@@ -126,13 +126,15 @@ def strength(limits: Limits, returns: int) -> float:
 def returned(workdir: pathlib.Path) -> int:
     """How often a run went back to before its adversarial term."""
     file = workdir / RETURNS
-    return _noted(file)["returns"] if file.exists() else 0
+    count = _noted(file)["returns"] if file.exists() else 0
+    return int(distributed.gathered(str(count))[0])  # all have read before one writes
 
 
 def unsettled(workdir: pathlib.Path) -> bool:
     """Whether a return was begun whose later steps are still to be forgotten."""
     file = workdir / RETURNS
-    return file.exists() and not _noted(file)["settled"]
+    found = file.exists() and not _noted(file)["settled"]
+    return distributed.gathered(str(found))[0] == "True"
 
 
 def note_return(workdir: pathlib.Path) -> int:
