@@ -487,7 +487,9 @@ def _unsure(
         spare_BlG = mass_of(logits_BlGV >= least_BlG1) - need_BlG
         unsure_BlG |= (spare_BlG < reach_BlG) | (here_BlG - spare_BlG < reach_BlG)
     # all that are as good as equal may change places, not the nearest two alone
-    about_BlGV = jnp.abs(logits_BlGV - least_BlG1) < jnp.asarray(NEAR_LOGITS * error)[..., None]
+    bound = NEAR_LOGITS * error
+    bound = bound[..., None] if jnp.ndim(bound) else bound
+    about_BlGV = jnp.abs(logits_BlGV - least_BlG1) < bound
     over_BlGV = logits_BlGV >= least_BlG1
     come_BlG, go_BlG = mass_of(about_BlGV & ~over_BlGV), mass_of(about_BlGV & over_BlGV)
     masses = here_BlG, below_BlG, come_BlG, go_BlG
