@@ -14,7 +14,10 @@ import sys
 import tempfile
 import time
 
+import numpy as np
 import pytest
+
+from tests import recipes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CACHE = pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", tempfile.gettempdir())) / "tokgen"
@@ -246,3 +249,29 @@ def test_a_work_directory_in_use_is_refused_by_all(tmp_path):
         with Job(words, processes=2, devices=4) as job:
             codes, texts = job.end(60)
     assert codes == [2, 2] and all("is in use by" in text for text in texts), "\n".join(texts)
+
+
+def files(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+def test_processes_pretokenize_as_one_does(tokenizer, tokens, tmp_path):
+    words = ["-m", "tokgen.cli", "pretokenize", tokenizer, "--out", tmp_path / "tokens"]
+    done(words, processes=2, devices=4)
+    assert files(tmp_path / "tokens") == files(tokens)
+
+
+def test_processes_draw_as_one_does(tmp_path):
+    """Each its part, on its own devices; what one process began, two go on with."""
+    recipes.tiny(tmp_path, "raster")
+    words = ["-m", "tokgen.cli", "sample", tmp_path / "runs" / "generator", "--total", 96]
+    done([*words, "--batch", 16, "--out", tmp_path / "one"])
+    done([*words, "--batch", 16, "--part", "1/3", "--out", tmp_path / "two"])
+    done([*words, "--batch", 8, "--out", tmp_path / "two"], processes=2, devices=4)
+    one, two = (np.load(tmp_path / name / "samples.npz") for name in ("one", "two"))
+    assert one["arr_1"].tolist() == two["arr_1"].tolist()
+    np.testing.assert_array_equal(*(np.load(tmp_path / n / "tokens.npy") for n in ("one", "two")))
+    assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
+    with Job([*words[:-2], "--out", tmp_path / "three"], processes=2, devices=4) as job:
+        codes, texts = job.end()
+    assert codes == [2, 2] and all("say --total" in text for text in texts), texts
