@@ -11,6 +11,8 @@ import argparse
 import contextlib
 import json
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
@@ -32,7 +34,7 @@ def initialize(args: argparse.Namespace) -> None:
     `args` are those of `options.processes`. Alone, where nothing says that there are others.
 
     Raises:
-        UserError: the others, or process 0, were not there in time; or the options contradict.
+        UserError: process 0 was not there in time; or the options contradict.
     """
     given = {"coordinator": args.coordinator, "processes": args.processes, "process": args.process}
     missing = [f"--{name}" for name, value in given.items() if value in ("", None)]
@@ -51,6 +53,8 @@ def initialize(args: argparse.Namespace) -> None:
         num_processes=args.processes,
         process_id=args.process,
     )
+    if not missing:
+        _tell(args)
     try:
         jax.distributed.initialize(
             **({} if missing else known),
@@ -74,9 +78,7 @@ def initialize(args: argparse.Namespace) -> None:
             return  # no launcher that jax knows
         raise UserError(f"this process cannot join its job: {error}") from error
     except RuntimeError as error:
-        if "DEADLINE" not in str(error) and "UNAVAILABLE" not in str(error):
-            raise UserError(f"this process cannot join its job: {error}") from error
-        raise UserError(_absent(args, str(error))) from error
+        raise UserError(f"this process cannot join its job: {error}") from error
 
 
 def many() -> bool:
@@ -84,15 +86,27 @@ def many() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def _absent(args: argparse.Namespace, said: str) -> str:
-    """What to say where processes did not find each other."""
-    who = f"process {args.process} of {args.processes}" if args.coordinator else "this process"
-    where = f" at {args.coordinator}" if args.coordinator else ""
-    return (
-        f"{who} waited {args.wait} s for the others{where} in vain; found: "
-        f"{said.splitlines()[0][:200]}; start all of them within that time, with the same "
-        "--coordinator, and see that its port is free and open between the hosts (--wait SECONDS)"
-    )
+def _tell(args: argparse.Namespace) -> None:
+    """Say what is waited for: where the others never come, jax ends the process in its own words.
+
+    A process other than the first can tell by itself that the first is not there.
+    """
+    where = f"process {args.process} of {args.processes}, at {args.coordinator}"
+    report.say(f"{where}: waiting up to {args.wait} s for the others (--wait)")
+    host, _, port = args.coordinator.rpartition(":")
+    until = time.monotonic() + args.wait
+    while args.process:
+        try:
+            with socket.create_connection((host, int(port)), timeout=5):
+                return
+        except (OSError, ValueError) as error:
+            if time.monotonic() > until or isinstance(error, ValueError):
+                raise UserError(
+                    f"{where}: process 0 is not there; found: {error}; start all processes within "
+                    f"{args.wait} s (--wait), with one --coordinator HOST:PORT, and see that the "
+                    "port is free and open between the hosts"
+                ) from error
+            time.sleep(0.5)
 
 
 def _check_even() -> None:
