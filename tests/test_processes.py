@@ -142,7 +142,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokens(tokenizer, tmp_path_factory):
     path = tmp_path_factory.mktemp("tokens") / "tokens"
-    done(["-m", "tokgen.cli", "pretokenize", tokenizer, "--out", path])
+    done(["-m", "tokgen.cli", "pretokenize", "--tokenizer", tokenizer, "--out", path])
     return path
 
 
@@ -261,7 +261,15 @@ def files(folder):
 
 
 def test_processes_pretokenize_as_one_does(tokenizer, tokens, tmp_path):
-    words = ["-m", "tokgen.cli", "pretokenize", tokenizer, "--out", tmp_path / "tokens"]
+    words = [
+        "-m",
+        "tokgen.cli",
+        "pretokenize",
+        "--tokenizer",
+        tokenizer,
+        "--out",
+        tmp_path / "tokens",
+    ]
     done(words, processes=2, devices=4)
     assert files(tmp_path / "tokens") == files(tokens)
 
