@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import boundary, choices, sharding
+from tokgen import boundary, choices
 from tokgen.interfaces import TokenLayout, UserError
 from tokgen.nn import linear
 from tokgen.nn.precision import Precision
@@ -43,8 +43,7 @@ class Tokens(nnx.Module):
 
     def __call__(self, tokens_BlG: jax.Array) -> jax.Array:
         """[B, l, G] tokens, V only where there is a row for it -> [B, l, D]."""
-        # gathered where it is read: vectors of a split table would lie as the table does
-        table_GVD = sharding.constrain(self.table[...], "GVD")
+        table_GVD = self.table[...]
         return sum(table_GVD[g][tokens_BlG[..., g]] for g in range(self.groups))
 
 
@@ -136,7 +135,7 @@ class Labels(nnx.Module):
         """[B] labels -> [B, D]; of one that is none the vector is NaN, as far as it is traced."""
         label_B = self.check(label_B)
         # an index beyond the table would read its last row, which is "no class"
-        rows = sharding.constrain(self.table[...], ".D")  # as that of tokens
+        rows = self.table[...]
         row_B = jnp.where(label_B < 0, len(rows), label_B)
         return rows.at[row_B].get(mode="fill", fill_value=jnp.nan)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokgen import rng, sharding
+from tokgen import rng
 from tokgen.interfaces import UserError
 from tokgen.nn import attention, blocks, linear
 from tokgen.nn.precision import Precision
@@ -77,8 +77,7 @@ class Transformer(nnx.Module):
 
         Adaptive blocks read `cond` [B, l, D], or the `modulation` computed of it beforehand.
         """
-        # what a sharded table gives would else be laid out as the table is
-        x_BlD = sharding.constrain(x_BlD.astype(self.precision.compute_dtype), "BLD")
+        x_BlD = x_BlD.astype(self.precision.compute_dtype)
         keys = rng.numbered(key, self.depth)
         paths_Y = self.rates.path * jnp.arange(self.depth) / max(self.depth - 1, 1)
         base = None if cond is None else self._base(cond)
