@@ -25,8 +25,7 @@ def generator(
     def make():
         return building.generator(settings, layout, classes, rngs=nnx.Rngs(rng.key(0, "init")))
 
-    form = lambda module: decode.laid_out(parameters.narrowed(module))  # noqa: E731
-    return filled(make, form), nnx.eval_shape(make)
+    return filled(make, laid), nnx.eval_shape(make)
 
 
 def tokenizer(config: str, fields: dict, precision: str) -> nnx.Module:
@@ -36,8 +35,12 @@ def tokenizer(config: str, fields: dict, precision: str) -> nnx.Module:
     def make():
         return building.tokenizer(settings, rngs=nnx.Rngs(rng.key(0, "init")))
 
-    form = lambda module: decode.laid_out(parameters.narrowed(module))  # noqa: E731
-    return filled(make, form)
+    return filled(make, laid)
+
+
+def laid(module: nnx.Module) -> nnx.Module:
+    """A network as it is used: laid out, in the dtypes of its use."""
+    return decode.laid_out(parameters.narrowed(module))
 
 
 def settled(config: str, fields: dict, precision: str):

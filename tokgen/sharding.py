@@ -8,7 +8,6 @@ the project's letters; a strategy says which mesh axis serves which letter.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -146,9 +145,10 @@ def _over_longest(
     """Lay what no letter has split over its longest dimension that an axis divides."""
     longest = sorted(named, key=lambda dimension: (-shape[dimension], -dimension))
     pairs = ((axis, d) for axis in used for d in longest if shape[d] % mesh.shape[axis] == 0)
-    for axis, dimension in itertools.islice(pairs, 1):
+    if found := next(pairs, None):
+        axis, dimension = found
         parts[dimension] = axis
-    if not any(parts):
+    else:
         sizes = {2**n for n in range(1, 13) for d in named if shape[d] % 2**n == 0}
         fitting = f"sizes that do: {', '.join(map(str, sorted(sizes)))}" if sizes else "none does"
         raise UserError(
@@ -242,7 +242,7 @@ def _of(devices: Sequence[jax.Device], *sizes: int) -> jax.sharding.Mesh:
 def _over_slices(devices: Sequence[jax.Device], slices: int, sizes: Sequence[int]) -> np.ndarray:
     """Devices of several slices of TPUs: `data` spans them, the other axes stay within one.
 
-    Between slices is the network of the data centre, a hundredth of what links chips.
+    Between slices is the network of the data centre, which is slower than the links of chips.
     """
     data, fsdp, tensor = sizes
     if data % slices:
