@@ -8,6 +8,7 @@ losses of all steps, and the gradients of the first.
 
 import argparse
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax.sharding import AxisType, Mesh
 
 import train_generator
 from tests import test_devices
-from tokgen import distributed, options, parameters, runtime, sharding
+from tokgen import options, parameters, runtime, sharding
 from tokgen.training import optimizer as optimizers, train_state
 
 STEPS, BATCH = 20, 16
@@ -79,8 +80,8 @@ def main():
     parser.add_argument("families", nargs="+")
     parser.add_argument("--permuted", action="store_true")
     options.processes(parser)
+    runtime.join(sys.argv[1:])
     args = parser.parse_args()
-    distributed.initialize(args)
     runtime.devices()
     mesh = mesh_of(tuple(map(int, args.mesh.split(","))), args.permuted)
     strategy = "tensor" if mesh.shape["tensor"] > 1 else "fsdp"
@@ -91,8 +92,7 @@ def main():
         found[f"{name}:"] = losses
     if jax.process_index() == 0:
         np.savez(args.file, **found)
-    distributed.together("end")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(runtime.call("family_steps", main))

@@ -17,7 +17,8 @@ FILES = sorted([*(ROOT / "tokgen").rglob("*.py"), *ROOT.glob("train_*.py")])
 # lies in a layer below its own, and files of its own folder. A new unit needs a place here.
 LAYERS = (
     ("errors",),
-    ("choices", "image_grid", "interfaces", "options", "ranges", "records", "rng"),
+    ("choices", "coordination", "image_grid", "interfaces", "launchers", "options", "ranges")
+    + ("records", "rng"),
     ("archives", "boundary", "parameters", "report", "sharding", "losses", "orders", "zoo"),
     ("output", "distributed", "metrics_log", "nn", "metrics"),
     ("runtime", "quantizers", "tokenizers", "generators", "backbones", "sampling"),
