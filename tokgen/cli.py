@@ -119,7 +119,8 @@ def _check_job(name: str, args: argparse.Namespace) -> None:
     own = ("process", "given")  # a set is told in another order by each process
     asked = {option: value for option, value in vars(args).items() if option not in own}
     versions_ = dict(line.split(" ", 1) for line in versions().splitlines())
-    distributed.check_alike({"command": name, "option": asked, "version": versions_})
+    told = {"command": name, "option": asked, "version": versions_}
+    distributed.check_alike(told | {"platform": distributed.platform()})
     runtime.devices()
     distributed.check_devices()
 

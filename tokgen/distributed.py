@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -158,6 +159,21 @@ def check_alike(told: Mapping[str, object]) -> None:
             "the processes of a job are started alike, with one config, one code and one set of "
             "data; found different\n" + "\n".join(lines[:20])
         )
+
+
+def platform() -> dict[str, object]:
+    """What decides on which devices jax starts, as can be told before it does; for `check_alike`.
+
+    Processes on several platforms would wait minutes for each other's devices.
+    """
+    asked = {
+        name.upper(): getattr(jax.config, name)
+        for name in ("jax_platforms", "jax_enable_x64", "jax_default_matmul_precision")
+    }
+    if asked["JAX_PLATFORMS"]:
+        return asked
+    tpu = any(map(os.path.exists, launchers.TPUS))
+    return asked | {"an NVIDIA GPU": os.path.exists("/dev/nvidiactl"), "a TPU": tpu}
 
 
 def check_devices() -> None:

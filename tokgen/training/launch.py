@@ -157,6 +157,7 @@ def run(
         options_ = {name: value for name, value in vars(arguments).items() if name != "process"}
         distributed.check_alike(
             {"config": settings.to_dict(), "option": options_, "version": checkpoint.versions()}
+            | {"platform": distributed.platform()}
         )
         if distributed.many():
             # before anything asks who is there: jax counts its devices once
