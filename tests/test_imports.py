@@ -234,6 +234,7 @@ def test_cli_imports_only_the_standard_library_before_a_command_is_chosen():
     others = {module.split(".")[0] for _, _, module, _ in imports(top)} - {"__future__", "tokgen"}
     assert others <= sys.stdlib_module_names and heavy <= {
         "choices",
+        "coordination",
         "errors",
         "options",
         "runtime",
