@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PATIENCE = 30 * 24 * 3600 * 1000  # milliseconds for which processes wait for one that is alive
+PATIENCE = 20 * 24 * 3600 * 1000  # milliseconds for which processes wait for one that is alive
 _job: Job | None = None
 
 
