@@ -431,25 +431,25 @@ def hosts(tmp_path):
 FOLDER = ["--config.data.name=folder", "--config.data.path=pictures"]
 
 
-def _bad_config(hosts):
+def _bad_config(hosts, request):
     return dict(differing=[[], ["--config.seed=much"]], found="seed")
 
 
-def _no_option(hosts):
+def _no_option(hosts, request):
     return dict(differing=[["--no-such-option"], []], found="--no-such-option")
 
 
-def _no_data(hosts):
+def _no_data(hosts, request):
     shutil.rmtree(hosts[1] / "pictures")
     return dict(differing=[FOLDER, FOLDER], found="pictures")
 
 
-def _other_data(hosts):
+def _other_data(hosts, request):
     shutil.copy(hosts[0] / "pictures/cat/0.png", hosts[0] / "pictures/cat/1000.png")
     return dict(differing=[FOLDER, FOLDER], found="data: ")
 
 
-def _other_versions(hosts):
+def _other_versions(hosts, request):
     other = hosts[1] / "packages" / "optax-0.0.1.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: optax\nVersion: 0.0.1\n")
@@ -457,19 +457,19 @@ def _other_versions(hosts):
     return dict(told=[{"PYTHONPATH": path} for path in paths], found="version.optax")
 
 
-def _other_devices(hosts):
+def _other_devices(hosts, request):
     return dict(told=[{}, {"JAX_NUM_CPU_DEVICES": "2"}], found="process 1 has 2 cpu")
 
 
-def _other_platform(hosts):
+def _other_platform(hosts, request):
     return dict(told=[{}, {"JAX_PLATFORMS": "cuda"}], found="JAX_PLATFORMS")
 
 
-def _damaged(hosts):
-    done([*TOKENIZER, "--config.steps=1", "--workdir", hosts[0] / "run"])
-    shutil.copytree(hosts[0] / "run", hosts[1] / "run")
-    (hosts[1] / "run/checkpoints/1/meta/metadata").write_text("{")
-    return dict(found="damaged")
+def _damaged(hosts, request):
+    for host in hosts:
+        shutil.copytree(request.getfixturevalue("tokenizer"), host / "run")
+    (hosts[1] / "run/checkpoints/6/meta/metadata").write_text("{")
+    return dict(differing=[GAN, GAN], found="damaged")
 
 
 @pytest.mark.parametrize(
@@ -479,9 +479,9 @@ def _damaged(hosts):
         *(_other_platform, _damaged),
     ],
 )
-def test_what_one_process_finds_ends_all_with_one_message(case, hosts):
+def test_what_one_process_finds_ends_all_with_one_message(case, hosts, request):
     """Whatever it is, and whenever before the first step: nobody waits for it."""
-    how = case(hosts)
+    how = case(hosts, request)
     found = how.pop("found")
     with Job([*TOKENIZER, "--workdir", "run"], processes=2, devices=4, hosts=hosts, **how) as job:
         codes, texts = job.end(60)

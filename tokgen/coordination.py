@@ -138,8 +138,9 @@ def _leave(code: int, line: str) -> None:
     """End this process wherever it is: it may be deep in a step that the others never finish."""
     import jax
 
-    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{line}\n" if line else "")):
-        with contextlib.suppress(OSError, ValueError):  # nobody may listen
+    # not sys.stderr: another thread may just keep what is said there for itself
+    for stream, text in ((sys.stdout, ""), (sys.__stderr__, f"{line}\n" if line else "")):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody may listen
             stream.write(text)
             stream.flush()
     with contextlib.suppress(RuntimeError):
