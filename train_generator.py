@@ -139,6 +139,7 @@ def main(request: launch.Request) -> None:
                 train_state.give_up(values, done)
             asked = stop.agreed()
             if due(done) or asked:
+                log.keep()
                 run.save({"model": network})
             if asked:
                 break
@@ -187,7 +188,7 @@ def train_step(
         batch = TokenBatch(batch["tokens"], datasets.condition(batch))
 
         def loss(params):
-            generator = parameters.merge(graph, params, network.stats)
+            generator = train_state.learner(graph, network, params)
             found = generator.loss(batch, codec, step=network.step, key=key)
             # as an index, the mark of images that were not encoded is the last code
             marked = jnp.any(batch.tokens_BLG < 0)
@@ -197,7 +198,7 @@ def train_step(
         network, scalars = train_state.apply_gradients(
             network, gradients, optimizer, ema=settings.ema, average=average, loss=total
         )
-        return network, terms | scalars
+        return train_state.laid(network, settings.strategy), terms | scalars
 
     return step
 
@@ -206,7 +207,7 @@ def measure(
     network: train_state.TrainState,
     graph: nnx.GraphDef,
     with_what: WithWhat,
-    log: metrics_log.Log | metrics_log.Nowhere,
+    log: metrics_log.AnyLog,
     settings: ml_collections.ConfigDict,
 ) -> dict[str, float]:
     """Held-out nats and a sample grid from the averaged weights of a step that is saved.
@@ -229,13 +230,14 @@ def measure(
         preset = presets.named(settings.presets.to_dict(), "default")
         image_HW3 = grid(generator, preset, held_out.classes, with_what, settings)
         log.image(step, "samples", image_HW3)
+    log.keep()
     return figures
 
 
 def show_imported(
     settings: ml_collections.ConfigDict,
     with_what: WithWhat,
-    log: metrics_log.Log | metrics_log.Nowhere,
+    log: metrics_log.AnyLog,
 ) -> None:
     """What the model that a run starts from could do: its own classes, its own preset."""
     imported = loading.load_generator(settings.init_from)

@@ -54,6 +54,7 @@ def left(monkeypatch):
         found.append((code, line))
 
     monkeypatch.setattr(coordination, "_leave", leave)
+    monkeypatch.setattr(coordination, "GRACE", 0.3)
     return found
 
 

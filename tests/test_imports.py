@@ -17,6 +17,7 @@ FILES = sorted([*(ROOT / "tokgen").rglob("*.py"), *ROOT.glob("train_*.py")])
 # lies in a layer below its own, and files of its own folder. A new unit needs a place here.
 LAYERS = (
     ("errors",),
+    ("storage",),
     ("choices", "coordination", "image_grid", "interfaces", "launchers", "options", "ranges")
     + ("records", "rng"),
     ("archives", "boundary", "parameters", "report", "sharding", "losses", "orders", "zoo"),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PATIENCE = 20 * 24 * 3600 * 1000  # milliseconds for which processes wait for one that is alive
+GRACE = 5  # seconds for which a process that is ended may end by itself
 _job: Job | None = None
 
 
@@ -41,7 +42,8 @@ class Job:
         self._client, self.index, self.count, self.stopped = client, index, count, 0
         self._rounds, self._texts = itertools.count(), itertools.count()
         self._turns, self._last, self._number = 0, None, 0
-        self._lock, self._over = threading.Lock(), threading.Event()
+        self._lock = threading.Lock()
+        self._over, self._idle = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._listen, name="events", daemon=True)
         self._thread.start()
 
@@ -86,6 +88,7 @@ class Job:
         Where another process was quicker to end it, all say its line. `trace` says more, of this
         process alone.
         """
+        self._idle.set()
         with contextlib.suppress(RuntimeError):  # jax is about to end this process
             if code == 0:
                 self.wait("end")
@@ -121,6 +124,7 @@ class Job:
                 return
         self._over.set()
         if event["code"]:
+            self._idle.wait(GRACE)  # it may be on the same way, and give up what it holds
             _leave(**event)
 
     def _settle(self, number: int) -> None:
