@@ -312,6 +312,7 @@ def whole(tmp_path_factory):
     return run
 
 
+@pytest.mark.timeout(600)  # five programs
 def test_no_sample_is_repeated_or_skipped_over_two_processes_one_and_two(whole, tmp_path):
     """SIGTERM to either of them: all save one step, where the next start goes on."""
     run, step = Recorded(tmp_path), 0
