@@ -387,8 +387,16 @@ def test_features_that_are_not_finite_name_their_image(tmp_path, monkeypatch):
     monkeypatch.setattr(collect, "PART", PART)
     with pytest.raises(UserError, match="layer pooled is not finite for image 13"):
         collect.collect(Numbered(), None, tmp_path, 20)
-    found = collect.collect(Numbered(), None, tmp_path / "few", 12)
+    collect.collect(Numbered(), None, tmp_path / "few", 12)
+    found = collect.found_of(Numbered(), tmp_path / "few", 12)
     assert len(found.digest_N) == 12 and found.constant_N.all() and not len(found.label_N)
+
+
+def test_a_part_of_another_process_that_never_comes_is_said(tmp_path, monkeypatch):
+    """As where every host has a disk of its own."""
+    monkeypatch.setattr(made_images, "LATE", 0.0)
+    with pytest.raises(UserError, match="0000000-0000012.npz.*on a file system that all see"):
+        collect.found_of(np.zeros(12), tmp_path, 12)
 
 
 def test_metrics_of_reconstructions():

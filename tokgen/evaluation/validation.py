@@ -1,19 +1,24 @@
-"""Metrics of held-out images: reconstruction by a tokenizer, likelihood under a generator."""
+"""Metrics of held-out images: reconstruction by a tokenizer, likelihood under a generator.
+
+Processes whose devices compute together (a mesh over all of them, as while training) have the same
+images; of those with a mesh each, every one takes its share, and all have the metrics of them all.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 import math
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import boundary, orders, report, rng, sharding
-from tokgen.data import datasets, loader, sources, views
+from tokgen import boundary, distributed, orders, report, rng, sharding
+from tokgen.data import datasets, loader, sources, unreadable, views
 from tokgen.interfaces import Generator, PyTree, Text, TokenBatch, TokenLayout, UserError
 from tokgen.metrics import codebook, reconstruction as quality
 
@@ -120,31 +125,74 @@ def reconstruction(
 
     `images` counts those that were measured: what cannot be read is told and left out.
     """
-    measured, counts, pairs, images_ = {}, None, [], 0
+    measured, counts, pairs = {}, None, []
     chosen = spread(len(source), count)
-    batch = bounded(view, len(chosen), batch)
-    passing = loader.once(source, view, batch_size=batch, indices=chosen, threads=loader.THREADS)
-    for part in watched(passing, len(chosen), what):
-        naming = datasets.named(source, part["index"])
-        tokens_BLG, decoded, values = reconstruct(tokenizer, part, batch=batch, named=naming)
-        images_ += len(part["label"])
-        for name, value_B in values.items():
-            measured.setdefault(name, []).append(value_B)
-        if tokens_BLG is not None:
-            found = codebook.counts(tokens_BLG, tokenizer.layout)
-            counts = found if counts is None else tuple(map(np.add, counts, found))
-        if not pairs or sum(len(image) for image, _ in pairs) < shown:
-            pairs.append((part["image"], decoded))
-    metrics = {}
-    for name, parts in measured.items():
-        value_B = np.concatenate(parts).astype(np.float64)
-        metrics[name] = float(value_B.mean())
-        metrics[f"{name}_error"] = standard_error(value_B)
+    own, batch = _share(chosen, bounded(view, len(chosen), batch))
+    with distributed.shared():
+        passing = loader.once(
+            source, view, batch_size=batch, indices=own, least=0, threads=loader.THREADS
+        )
+        for part in watched(passing, len(own), what):
+            naming = datasets.named(source, part["index"])
+            tokens_BLG, decoded, values = reconstruct(tokenizer, part, batch=batch, named=naming)
+            for name, value_B in values.items():
+                measured.setdefault(name, []).append(value_B)
+            if tokens_BLG is not None:
+                found = codebook.counts(tokens_BLG, tokenizer.layout)
+                counts = found if counts is None else tuple(map(np.add, counts, found))
+            if not pairs or sum(len(image) for image, _ in pairs) < shown:
+                pairs.append((part["image"], decoded))
+    measured, counts = _of_all(source, measured, counts)
+    metrics, images_ = {}, 0
+    for name, value_N in measured.items():
+        metrics[name], images_ = float(value_N.mean()), len(value_N)
+        metrics[f"{name}_error"] = standard_error(value_N)
     if counts is not None:
         metrics["codebook_usage"] = float(np.mean([codebook.usage(c) for c in counts]))
         metrics["codebook_perplexity"] = float(np.mean([codebook.perplexity(c) for c in counts]))
     pairs = tuple(np.concatenate(parts)[: shown or None] for parts in zip(*pairs, strict=True))
     return metrics | numbers(images_, len(chosen)), pairs
+
+
+def _share(chosen: np.ndarray, batch: int) -> tuple[np.ndarray, int]:
+    """(this process's run of some images, how many of them at a time).
+
+    A device has as many at a time as it has where one process has all devices.
+    """
+    share, shares = distributed.share()
+    return np.array_split(chosen, shares)[share], -(-batch // shares)
+
+
+def _of_all(
+    source: sources.RandomAccess,
+    measured: Mapping[str, list[np.ndarray]],
+    counts: Sequence[np.ndarray] | None = None,
+) -> tuple[dict[str, np.ndarray], Sequence[np.ndarray] | None]:
+    """(float64 values that lead with the images, how often each code occurs) of all shares.
+
+    In the order of the images, so that no figure depends on who measured which. The source then
+    knows what none of them could read.
+    """
+    found = {n: np.concatenate(parts).astype(np.float64) for n, parts in measured.items()}
+    if distributed.share()[1] > 1:
+        own = {
+            "values": {name: values.tolist() for name, values in found.items()},
+            "counts": None if counts is None else [count_V.tolist() for count_V in counts],
+        }
+        told = [json.loads(text) for text in distributed.gathered(json.dumps(own))]
+        source.unreadable.gather()
+        source.unreadable.tell(unreadable.LEFT_OUT)
+        full = [each for each in told if each["values"]]  # a share may have no image
+        names = full[0]["values"] if full else ()
+        found = {n: np.concatenate([np.asarray(each["values"][n]) for each in full]) for n in names}
+        several = [each["counts"] for each in full if each["counts"] is not None]
+        counts = [np.sum(of, axis=0) for of in zip(*several, strict=True)] if several else None
+    if not found:
+        raise UserError(
+            "0 images can be read, and metrics need at least 1; is this a set of images?\n"
+            f"{source.unreadable.listed()}"
+        )
+    return found, counts
 
 
 def numbers(images_: int, wanted: int) -> dict[str, int]:
@@ -220,24 +268,28 @@ def likelihood(
     draws = draws if order == "random" or not exact else 1
     program = functools.partial(_exact, order=order_of) if exact else _bound
     total, chosen = [], spread(len(source), count)  # of which some may not be readable
-    batch, mesh = min(batch, len(chosen)), sharding.current()
-    for part in watched(loader.once(source, batch_size=batch, indices=chosen), len(chosen), what):
-        rows = len(part["label"])
-        if label_C is not None:
-            part["label"] = label_C[part["label"]]
-        padded = sharding.filled(part, batch, mesh)
-        keys_B = rng.per_image(seed, "eval", padded.pop("index"))
-        if "image" in padded:
+    own, batch = _share(chosen, min(batch, len(chosen)))
+    mesh = sharding.current()
+    with distributed.shared():
+        passing = loader.once(source, batch_size=batch, indices=own, least=0)
+        for part in watched(passing, len(own), what):
+            rows = len(part["label"])
+            if label_C is not None:
+                part["label"] = label_C[part["label"]]
+            padded = sharding.filled(part, batch, mesh)
+            keys_B = rng.per_image(seed, "eval", padded.pop("index"))
+            if "image" in padded:
+                with jax.set_mesh(mesh):
+                    padded["tokens"] = source.encode(padded.pop("image"))
+            naming = datasets.named(source, part["index"])
+            seen_BLG = np.asarray(jax.device_get(padded["tokens"]))[:rows]
+            boundary.refuse((seen_BLG < 0).any((1, 2)), "what the encoder sees", naming)
+            boundary.tokens(seen_BLG, generator.layout)
+            generator.check(datasets.condition(part))
             with jax.set_mesh(mesh):
-                padded["tokens"] = source.encode(padded.pop("image"))
-        naming = datasets.named(source, part["index"])
-        seen_BLG = np.asarray(jax.device_get(padded["tokens"]))[:rows]
-        boundary.refuse((seen_BLG < 0).any((1, 2)), "what the encoder sees", naming)
-        boundary.tokens(seen_BLG, generator.layout)
-        generator.check(datasets.condition(part))
-        with jax.set_mesh(mesh):
-            total.append(_drawn(program, generator, codec, padded, keys_B, draws, rows, naming))
-    nats_NR = np.concatenate(total) / generator.layout.length
+                total.append(_drawn(program, generator, codec, padded, keys_B, draws, rows, naming))
+    measured, _ = _of_all(source, {"nats": total} if total else {})
+    nats_NR = measured["nats"] / generator.layout.length
     nats_N = nats_NR.mean(axis=1)
     metrics = {
         "nats_per_token": float(nats_N.mean()),
