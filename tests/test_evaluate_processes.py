@@ -38,6 +38,8 @@ def place(tmp_path_factory) -> pathlib.Path:
         name = recipes.shapes.CLASSES[index % 10]
         (folder / "images" / name / f"{index:03d}.png").write_bytes(b"no picture")
     done([*referred(folder), "--out", folder / "reference.npz"])
+    words = [*TOKGEN, "pretokenize", "--tokenizer", folder / "runs/tokenizer", "--views", "center"]
+    done([*words, "--data", folder / "images", "--out", folder / "tokens"])
     return folder
 
 
@@ -91,12 +93,20 @@ def test_a_reference_of_many_processes_is_that_of_one(processes, devices, place,
     assert [file.name for file in tmp_path.iterdir()] == ["many.npz"]
 
 
-@pytest.mark.parametrize("processes, devices", JOBS)
-@pytest.mark.parametrize("kind", ["tokenizer", "generator", "masked"])
+@pytest.mark.parametrize(
+    "kind, data, processes, devices",
+    [
+        ("tokenizer", "images", 2, 4),
+        ("tokenizer", "images", 4, 2),
+        ("generator", "images", 2, 4),
+        ("generator", "tokens", 2, 4),
+        ("masked", "tokens", 4, 2),
+    ],
+)
 def test_held_out_figures_of_many_processes_are_those_of_one(
-    kind, processes, devices, place, tmp_path
+    kind, data, processes, devices, place, tmp_path
 ):
-    words = [*TOKGEN, "evaluate", place / "runs" / kind, "--data", place / "images", "--batch", 24]
+    words = [*TOKGEN, "evaluate", place / "runs" / kind, "--data", place / data, "--batch", 24]
     words += ["--split", "all", "--images", IMAGES if kind == "tokenizer" else 200]
     texts = done([*words, "--out", tmp_path / "one.jsonl"])
     many = done([*words, "--out", tmp_path / "many.jsonl"], processes=processes, devices=devices)
@@ -151,14 +161,26 @@ def samples(folder, *, odd=()):
     return folder
 
 
-def test_given_samples_are_scored_by_many_as_by_one_and_refused_in_one_message(place, tmp_path):
-    words = ["--protocol", "local", "--reference", place / "reference.npz", "--accept", "few"]
-    good = [*TOKGEN, "evaluate", samples(tmp_path / "good"), *words]
-    done([*good, "--out", tmp_path / "one"])
-    done([*good, "--out", tmp_path / "many"], processes=2, devices=4)
-    same_folders(tmp_path / "many", tmp_path / "one")
-    bad = [*TOKGEN, "evaluate", samples(tmp_path / "bad", odd=[190]), *words]
-    with Job([*bad, "--out", tmp_path / "refused"], processes=2, devices=4) as job:
+def test_given_samples_are_scored_by_many_as_by_one(place, tmp_path):
+    """A folder of images, an archive, and a folder that is being filled."""
+    samples(tmp_path / "folder")
+    image_NHW3 = np.random.default_rng(2).integers(0, 255, (200, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "archive.npz", arr_0=image_NHW3, arr_1=np.arange(200) % 10)
+    sampled = [*TOKGEN, "sample", place / "runs/generator", "--total", 300, "--part", "1/2"]
+    done([*sampled, "--out", tmp_path / "growing"])
+    for given in ("folder", "archive.npz", "growing"):
+        words = [*TOKGEN, "evaluate", tmp_path / given, "--protocol", "local", "--accept", "few"]
+        words += ["--reference", place / "reference.npz", "--out"]
+        done([*words, tmp_path / "one" / given])
+        done([*words, tmp_path / "many" / given], processes=2, devices=4)
+        same_folders(tmp_path / "many" / given, tmp_path / "one" / given)
+
+
+def test_what_one_process_meets_all_refuse_in_one_message(place, tmp_path):
+    bad = samples(tmp_path / "bad", odd=[190])
+    words = [*TOKGEN, "evaluate", bad, "--protocol", "local", "--out", tmp_path / "refused"]
+    words += ["--reference", place / "reference.npz", "--accept", "few"]
+    with Job(words, processes=2, devices=4) as job:
         codes, texts = job.end(200)
     errors = [[line for line in text.splitlines() if "error:" in line] for text in texts]
     assert codes == [2, 2] and errors[0] == errors[1], "\n".join(texts)
