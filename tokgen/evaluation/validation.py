@@ -11,6 +11,7 @@ import json
 import math
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from tokgen import boundary, distributed, orders, report, rng, sharding
-from tokgen.data import datasets, loader, sources, unreadable, views
+from tokgen.data import datasets, loader, scan, sources, views
 from tokgen.interfaces import Generator, PyTree, Text, TokenBatch, TokenLayout, UserError
 from tokgen.metrics import codebook, reconstruction as quality
 
@@ -127,22 +128,22 @@ def reconstruction(
     """
     measured, counts, pairs = {}, None, []
     chosen = spread(len(source), count)
-    own, batch = _share(chosen, bounded(view, len(chosen), batch))
+    own = _share(source, chosen, bounded(view, len(chosen), batch), view.channels)
+    how = dict(batch_size=own.batch, indices=own.index_N, least=0, threads=loader.THREADS)
     with distributed.shared():
-        passing = loader.once(
-            source, view, batch_size=batch, indices=own, least=0, threads=loader.THREADS
-        )
-        for part in watched(passing, len(own), what):
+        for part in watched(loader.once(source, view, **how), len(own.index_N), what):
             naming = datasets.named(source, part["index"])
-            tokens_BLG, decoded, values = reconstruct(tokenizer, part, batch=batch, named=naming)
-            for name, value_B in values.items():
+            tokens_BLG, decoded, values = reconstruct(
+                tokenizer, part, batch=own.filled, named=naming
+            )
+            for name, value_B in (values | {"index": part["index"]}).items():
                 measured.setdefault(name, []).append(value_B)
             if tokens_BLG is not None:
                 found = codebook.counts(tokens_BLG, tokenizer.layout)
                 counts = found if counts is None else tuple(map(np.add, counts, found))
             if not pairs or sum(len(image) for image, _ in pairs) < shown:
                 pairs.append((part["image"], decoded))
-    measured, counts = _of_all(source, measured, counts)
+    measured, counts = _of_all(source, chosen, measured, counts)
     metrics, images_ = {}, 0
     for name, value_N in measured.items():
         metrics[name], images_ = float(value_N.mean()), len(value_N)
@@ -154,34 +155,62 @@ def reconstruction(
     return metrics | numbers(images_, len(chosen)), pairs
 
 
-def _share(chosen: np.ndarray, batch: int) -> tuple[np.ndarray, int]:
-    """(this process's run of some images, how many of them at a time).
+class _Share(NamedTuple):
+    """What this process measures: so many at a time, filled up to as many rows."""
 
-    A device has as many at a time as it has where one process has all devices.
+    index_N: np.ndarray
+    batch: int
+    filled: int
+
+
+def _share(
+    source: sources.RandomAccess, chosen: np.ndarray, batch: int, channels: int = 0
+) -> _Share:
+    """Of each batch that one process would have, the rows that lie on the devices of this one.
+
+    So every image has the place in a program of the same size that it has there, to the last bit;
+    what cannot be read is left out before.
     """
     share, shares = distributed.share()
-    return np.array_split(chosen, shares)[share], -(-batch // shares)
+    if shares == 1:
+        return _Share(chosen, batch, batch)
+    channels = channels or (source.view.channels if source.view is not None else 0)
+    readable = np.asarray(distributed.decided(_readable, source, chosen, channels), np.int64)
+    ways = sharding.ways(sharding.current())
+    filled = ways * -(-batch // (ways * shares))
+    rows = slice(share * filled, (share + 1) * filled)
+    parts = [readable[first : first + batch][rows] for first in range(0, len(readable), batch)]
+    return _Share(np.concatenate(parts), max(1, len(parts[0])), filled)
+
+
+def _readable(source: sources.RandomAccess, chosen: np.ndarray, channels: int) -> list[int]:
+    """Those that can be read; of token shards, those that have tokens."""
+    if scan.pictures(source) is not None:
+        chosen = scan.readable(source, chosen, channels)
+    for index in chosen.tolist():
+        if index in source.missing:
+            source.unreadable.add(index, source.missing[index][1])
+    return [index for index in chosen.tolist() if index not in source.missing]
 
 
 def _of_all(
     source: sources.RandomAccess,
+    chosen: np.ndarray,
     measured: Mapping[str, list[np.ndarray]],
     counts: Sequence[np.ndarray] | None = None,
 ) -> tuple[dict[str, np.ndarray], Sequence[np.ndarray] | None]:
     """(float64 values that lead with the images, how often each code occurs) of all shares.
 
-    In the order of the images, so that no figure depends on who measured which. The source then
-    knows what none of them could read.
+    In the order in which the images were chosen, so that no figure depends on who measured which.
+    `measured` also says of which images its values are, as `index`.
     """
-    found = {n: np.concatenate(parts).astype(np.float64) for n, parts in measured.items()}
+    found = {n: np.concatenate(parts) for n, parts in measured.items() if parts}
     if distributed.share()[1] > 1:
         own = {
             "values": {name: values.tolist() for name, values in found.items()},
             "counts": None if counts is None else [count_V.tolist() for count_V in counts],
         }
         told = [json.loads(text) for text in distributed.gathered(json.dumps(own))]
-        source.unreadable.gather()
-        source.unreadable.tell(unreadable.LEFT_OUT)
         full = [each for each in told if each["values"]]  # a share may have no image
         names = full[0]["values"] if full else ()
         found = {n: np.concatenate([np.asarray(each["values"][n]) for each in full]) for n in names}
@@ -192,7 +221,10 @@ def _of_all(
             "0 images can be read, and metrics need at least 1; is this a set of images?\n"
             f"{source.unreadable.listed()}"
         )
-    return found, counts
+    sorted_N = np.argsort(chosen)
+    place_N = sorted_N[np.searchsorted(chosen, found.pop("index"), sorter=sorted_N)]
+    order_N = np.argsort(place_N)
+    return {name: values[order_N].astype(np.float64) for name, values in found.items()}, counts
 
 
 def numbers(images_: int, wanted: int) -> dict[str, int]:
@@ -267,16 +299,16 @@ def likelihood(
         order_of = _order(generator, order)
     draws = draws if order == "random" or not exact else 1
     program = functools.partial(_exact, order=order_of) if exact else _bound
-    total, chosen = [], spread(len(source), count)  # of which some may not be readable
-    own, batch = _share(chosen, min(batch, len(chosen)))
-    mesh = sharding.current()
+    chosen = spread(len(source), count)  # of which some may not be readable
+    own = _share(source, chosen, min(batch, len(chosen)))
+    mesh, found = sharding.current(), {"index": [], "nats": []}
+    how = dict(batch_size=own.batch, indices=own.index_N, least=0)
     with distributed.shared():
-        passing = loader.once(source, batch_size=batch, indices=own, least=0)
-        for part in watched(passing, len(own), what):
+        for part in watched(loader.once(source, **how), len(own.index_N), what):
             rows = len(part["label"])
             if label_C is not None:
                 part["label"] = label_C[part["label"]]
-            padded = sharding.filled(part, batch, mesh)
+            padded = sharding.filled(part, own.filled, mesh)
             keys_B = rng.per_image(seed, "eval", padded.pop("index"))
             if "image" in padded:
                 with jax.set_mesh(mesh):
@@ -286,9 +318,11 @@ def likelihood(
             boundary.refuse((seen_BLG < 0).any((1, 2)), "what the encoder sees", naming)
             boundary.tokens(seen_BLG, generator.layout)
             generator.check(datasets.condition(part))
+            asked = padded, keys_B, draws, rows, naming
             with jax.set_mesh(mesh):
-                total.append(_drawn(program, generator, codec, padded, keys_B, draws, rows, naming))
-    measured, _ = _of_all(source, {"nats": total} if total else {})
+                found["nats"].append(_drawn(program, generator, codec, *asked))
+            found["index"].append(part["index"])
+    measured, _ = _of_all(source, chosen, found)
     nats_NR = measured["nats"] / generator.layout.length
     nats_N = nats_NR.mean(axis=1)
     metrics = {
