@@ -103,12 +103,16 @@ def table(
     program: str, rows: dict[str, Peer | None], dtypes: Sequence[str], told: argparse.Namespace
 ) -> None:
     """Print a line for every row and dtype: ours, the best of the peer's ways, their ratio."""
+    chosen = told.rows or list(rows)
+    unknown = [name for name in chosen if name not in rows]
+    if unknown:
+        sys.exit(f"no row is called {', '.join(unknown)}; there are: {'; '.join(rows)}")
     print(
         f"{'task':26}{'dtype':10}{'ours CPU s':24}{'first':>7}{'peak MiB':>9}{'of best':>9}   "
         f"{'peer':9}{'CPU s':24}{'first':>7}{'peak MiB':>9}  peer / ours",
         flush=True,
     )
-    for name in told.rows or rows:
+    for name in chosen:
         for dtype in dtypes:
             print(_row(program, name, rows[name], dtype, told), flush=True)
 

@@ -1,5 +1,7 @@
 """Every benchmark runs; what it would print on an idle machine is not a test's affair."""
 
+import argparse
+import importlib
 import json
 import os
 import pathlib
@@ -94,6 +96,14 @@ def test_tokenizers():
     for line in lines:
         cost, least, most, first, peak = figures(line[36:])[:5]
         assert 0 < least <= cost <= most and first > 0 and peak > 100
+
+
+def test_table_of_an_unknown_row(monkeypatch):
+    """Refused before anything is measured, with the rows that there are."""
+    monkeypatch.syspath_prepend(FOLDER)
+    beside = importlib.import_module("beside")
+    with pytest.raises(SystemExit, match="no row is called RAR-C; there are: RAR-B"):
+        beside.table("decode.py", {"RAR-B": None}, ["float32"], argparse.Namespace(rows=["RAR-C"]))
 
 
 @pytest.mark.long
