@@ -27,7 +27,7 @@ from tokgen.interfaces import (
     Sampler,
     UserError,
 )
-from tokgen.sampling import guidance, sampler as samplers
+from tokgen.sampling import guidance, sampler as samplers, settings
 
 Network = TypeVar("Network")
 # Platforms whose compiler reads a layer of a stack, and writes its cache, where they lie.
@@ -118,7 +118,7 @@ def generate(
         seen = {}
 
         def merge(cond_BlGV: Array, uncond_BlGV: Array, symbol: int) -> Array:
-            scale = samplers.of_symbols(weight, symbol, cond_BlGV.shape[2])
+            scale = settings.of_symbols(weight, symbol, cond_BlGV.shape[2])
             scale = scale[..., None] if scale.ndim else scale
             return guidance.merge(cond_BlGV, uncond_BlGV, scale)
 

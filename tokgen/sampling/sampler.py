@@ -30,8 +30,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import numbers
 from collections.abc import Callable
 
 import chex
@@ -40,6 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokgen import interfaces, rng, sharding
+from tokgen.sampling import settings
 
 SETTINGS = ("temperature", "top_k", "top_p", "guidance", "jitter", "confidence_temperature")
 # What rounding is trusted to stay below. Of a uniform: float32 sums of masses err by some 1e-7 of
@@ -48,7 +47,6 @@ SETTINGS = ("temperature", "top_k", "top_p", "guidance", "jitter", "confidence_t
 # Both are for logits as a network gives them: guided ones err `Sampler.error` times as much.
 NEAR, NEAR_LOGITS = 1e-6, 1e-5
 CACHED = 2**17  # bytes of logits that are filtered at a time where a core has a cache of its own
-SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 def log_probability(
@@ -137,7 +135,7 @@ class Sampler:
 
     def __post_init__(self):
         for name in SETTINGS:
-            object.__setattr__(self, name, checked(name, getattr(self, name)))
+            object.__setattr__(self, name, settings.checked(name, getattr(self, name)))
         lengths = self._lengths()
         if len(set(lengths.values())) > 1:
             found = ", ".join(f"{name} has {length}" for name, length in lengths.items())
@@ -177,10 +175,10 @@ class Sampler:
         chex.assert_rank(logits_BlGV, 4)
         chex.assert_shape(keys_B, logits_BlGV.shape[:1])
         logits_BlGV = logits_BlGV.astype(jnp.float32)
-        temperature = at_step(self.temperature, step)
-        temperature = of_symbols(temperature, symbol, logits_BlGV.shape[2])
+        temperature = settings.at_step(self.temperature, step)
+        temperature = settings.of_symbols(temperature, symbol, logits_BlGV.shape[2])
 
-        top_k, top_p = at_step(self.top_k, step), at_step(self.top_p, step)
+        top_k, top_p = settings.at_step(self.top_k, step), settings.at_step(self.top_p, step)
         # Python numbers decide here, and what is traced in the program
         alone = (temperature == 0, top_k == 1, top_p * logits_BlGV.shape[-1] <= 1)
 
@@ -211,7 +209,7 @@ class Sampler:
         """
         if not self.guidance:
             return 1.0
-        weight = of_symbols(at_step(self.guidance, step), symbol, groups)
+        weight = settings.of_symbols(settings.at_step(self.guidance, step), symbol, groups)
         return abs(weight) + abs(weight - 1)
 
     def _confidence(
@@ -227,7 +225,7 @@ class Sampler:
 
         The noise is MaskGIT's (arXiv:2202.04200, sec. 3.2).
         """
-        softening = at_step(self.confidence_temperature, step)
+        softening = settings.at_step(self.confidence_temperature, step)
         if not (isinstance(softening, float) and softening == 1):
             logits_BlGV = logits_BlGV / softening
         confidence_BlG = self.confidence(logits_BlGV, tokens_BlG)
@@ -236,7 +234,7 @@ class Sampler:
         if self.confidence is log_probability:
             rest_BlG = -2 * jnp.expm1(jnp.minimum(confidence_BlG, 0))
         unsure_BlG = NEAR + NEAR_LOGITS / 2 * error * rest_BlG / softening
-        jitter = at_step(self.jitter, step)
+        jitter = settings.at_step(self.jitter, step)
         if isinstance(jitter, float) and jitter == 0:
             return confidence_BlG, unsure_BlG
         gumbel_BlG = self.gumbel(keys_B, step, symbol, tokens_BlG.shape)
@@ -372,7 +370,7 @@ def filtered(
     if not (isinstance(top_p, float | int) and top_p == 1):
         total_BlG = jnp.sum(mass_BlGV, axis=-1)
         # a p that rounds to nothing still needs something: the likeliest token
-        need_BlG = jnp.maximum(jnp.asarray(top_p, jnp.float32) * total_BlG, SMALLEST)
+        need_BlG = jnp.maximum(jnp.asarray(top_p, jnp.float32) * total_BlG, settings.SMALLEST)
         need_BlG = jnp.where(jnp.asarray(top_p) < 1, need_BlG, jnp.inf)
         least_BlG1 = _reaching(logits_BlGV, mass_BlGV, need_BlG)
         reach_BlG = moved_BlG + _moved(top_p, temperature, error) * total_BlG
@@ -501,97 +499,3 @@ def _float(order: interfaces.Array) -> interfaces.Array:
     sign = jnp.uint32(1 << 31)
     bits = jnp.where(order >= sign, order ^ sign, ~order)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-# ---------------------------------------------------------------- settings
-
-
-def at_step(setting: float | tuple, step: interfaces.Array | int) -> interfaces.Array | float:
-    """A setting's value at a step; static where it is the same at every step."""
-    if not isinstance(setting, tuple):
-        return setting
-    if isinstance(step, int) and not 0 <= step < len(setting):
-        raise interfaces.UserError(
-            f"step {step} needs a setting of its own; found {len(setting)} entries: give one per "
-            "decoding step, or one number for all"
-        )
-    return setting[0] if len(set(setting)) == 1 else jnp.asarray(setting)[step]
-
-
-def of_symbols(entry: object, symbol: int, groups: int) -> object:
-    """Of an entry with one number per symbol, those of `groups` symbols from `symbol` on.
-
-    As [1, 1, G], or as one number where they agree; an entry that is one number comes back as is.
-    """
-    if not isinstance(entry, tuple) and jnp.ndim(entry) == 0:
-        return entry
-    if symbol + groups > len(entry):
-        raise interfaces.UserError(
-            f"settings per symbol need one number for each; found {len(entry)} for a position of "
-            f"{symbol + groups} symbols or more: give one per symbol, or one number for all"
-        )
-    entry = entry[symbol : symbol + groups]
-    if isinstance(entry, tuple) and len(set(entry)) == 1:
-        return entry[0]
-    return jnp.asarray(entry, jnp.float32)[None, None]
-
-
-def checked(name: str, setting: object) -> float | tuple:
-    """A number, or one entry per decoding step; lists, as JSON has them, become tuples."""
-    if not isinstance(setting, tuple | list):
-        if name == "guidance":
-            raise interfaces.UserError(
-                f"guidance needs one weight per decoding step; found {setting!r}; write "
-                f"guidance.constant({setting!r}, steps)"
-            )
-        return _number(name, setting)
-    if not setting and name != "guidance":
-        raise interfaces.UserError(
-            f"{name} needs a number, or one per decoding step; found none; leave it out to keep "
-            "the default"
-        )
-    if name not in ("temperature", "guidance"):
-        return tuple(_number(name, entry) for entry in setting)
-    return _rows(name, setting)
-
-
-def _rows(name: str, setting: tuple | list) -> tuple:
-    """Entries of as many numbers each: one, or one per symbol of a position."""
-    symbols = {len(entry) for entry in setting if isinstance(entry, tuple | list)}
-    if not symbols:
-        return tuple(_number(name, entry) for entry in setting)
-    if len(symbols) > 1 or 0 in symbols:
-        raise interfaces.UserError(
-            f"an entry of {name} is one number, or one for every symbol of a position; found "
-            f"entries of {' and '.join(map(str, sorted(symbols)))} numbers"
-        )
-    (width,) = symbols
-    rows = (e if isinstance(e, tuple | list) else (e,) * width for e in setting)
-    return tuple(tuple(_number(name, number) for number in row) for row in rows)
-
-
-def _number(name: str, value: object) -> float | int:
-    """One entry of a setting as a Python number, checked."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if name == "top_k":
-        good = number and isinstance(value, numbers.Integral) and 0 <= value < 2**31
-        need = "a whole number, 0 or more; 0 keeps all"
-    elif name == "top_p":
-        good = number and 0 < value <= 1
-        need = "a number above 0 and at most 1; 1 keeps all"
-    elif name == "jitter":
-        good = number and 0 <= value <= LARGEST
-        need = "a finite number, 0 or more; 0 adds nothing"
-    elif name == "confidence_temperature":
-        good = number and SMALLEST <= value <= LARGEST
-        need = f"a number from {SMALLEST:.2g} to {LARGEST:.2g}; 1 changes nothing"
-    elif name == "temperature":
-        # float32 would make 0 of 1e-40 and infinity of 1e40, without a word
-        good = number and (value == 0 or SMALLEST <= value <= LARGEST)
-        need = f"0, which is greedy, or a number from {SMALLEST:.2g} to {LARGEST:.2g}"
-    else:
-        good = number and math.isfinite(value)
-        need = "finite numbers, one per decoding step; 1 is no guidance"
-    if not good:
-        raise interfaces.UserError(f"{name} must be {need}; found {value!r}")
-    return int(value) if name == "top_k" else float(value)
