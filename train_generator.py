@@ -137,6 +137,7 @@ def main(request: launch.Request) -> None:
                 train_state.give_up(values, done)
             asked = stop.agreed()
             if due(done) or asked:
+                log.keep()
                 run.save({"model": network})
             if asked:
                 break
@@ -204,7 +205,7 @@ def measure(
     network: train_state.TrainState,
     graph: nnx.GraphDef,
     with_what: WithWhat,
-    log: metrics_log.Log | metrics_log.Nowhere,
+    log: metrics_log.AnyLog,
     settings: ml_collections.ConfigDict,
 ) -> dict[str, float]:
     """Held-out nats and a sample grid from the averaged weights of a step that is saved.
@@ -227,13 +228,14 @@ def measure(
         preset = presets.named(settings.presets.to_dict(), "default")
         image_HW3 = grid(generator, preset, held_out.classes, with_what, settings)
         log.image(step, "samples", image_HW3)
+    log.keep()
     return figures
 
 
 def show_imported(
     settings: ml_collections.ConfigDict,
     with_what: WithWhat,
-    log: metrics_log.Log | metrics_log.Nowhere,
+    log: metrics_log.AnyLog,
 ) -> None:
     """What the model that a run starts from could do: its own classes, its own preset."""
     imported = loading.load_generator(settings.init_from)

@@ -154,6 +154,7 @@ def main(request: launch.Request) -> None:
                 collapsed = safeguards.collapsed(limits, values, step, steps)
             asked = stop.agreed()
             if due(step) or asked or collapsed:
+                log.keep()
                 run.save(networks)
             if asked:
                 break
@@ -172,6 +173,7 @@ def main(request: launch.Request) -> None:
                     step = bar.n = play
                     collapsed = ""
                     batches.close()
+                    log.close()
                     batches, log = passing(start=step), metrics_log.opened(workdir, step=step)
                 elif not collapsed:  # without its figures it pushes out no step to go back to
                     run.note(step, figures)
@@ -188,7 +190,7 @@ def measure(
     networks: tokenizer_step.Networks,
     graph: nnx.GraphDef,
     held_out: Sequence,
-    log: metrics_log.Log | metrics_log.Nowhere,
+    log: metrics_log.AnyLog,
     settings: ml_collections.ConfigDict,
 ) -> dict[str, float]:
     """Held-out figures and a grid from the averaged weights of a step that is saved.
@@ -211,6 +213,7 @@ def measure(
     )
     log.scalars(step, figures, split="held_out")
     log.image(step, "reconstructions", image_grid.beside(image, reconstructed))
+    log.keep()
     return figures
 
 

@@ -46,6 +46,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from tests import buckets
+
 # Tracing makes many objects and little garbage: python's searches for it are 5 % of a run.
 gc.freeze()
 gc.set_threshold(20_000, 10, 10)
@@ -73,6 +75,21 @@ def shared() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip("needs the folder ../shared beside the repository")
     return path
+
+
+@pytest.fixture(scope="session")
+def served():
+    """Google Cloud Storage on the loopback, which all clients of this process ask."""
+    with pytest.MonkeyPatch.context() as patch, buckets.served() as variables:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield variables
+
+
+@pytest.fixture
+def bucket(served, tmp_path) -> str:
+    """A folder of a bucket that no other test has."""
+    return f"gs://{buckets.BUCKET}/{tmp_path.parent.name}/{tmp_path.name}"
 
 
 @pytest.fixture(autouse=True)

@@ -51,6 +51,7 @@ BESIDE = {
     "options": "it reads a command line",
     "output": "it holds the folder, not the images",
     "records": "files beside the arrays",
+    "storage": "where a path leads",
     "runtime": "the process around a walk",
     "archives": "files that others give",
     "image_grid": "pictures for people",

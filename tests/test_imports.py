@@ -17,6 +17,7 @@ FILES = sorted([*(ROOT / "tokgen").rglob("*.py"), *ROOT.glob("train_*.py")])
 # lies in a layer below its own, and files of its own folder. A new unit needs a place here.
 LAYERS = (
     ("errors",),
+    ("storage",),
     ("choices", "image_grid", "interfaces", "options", "ranges", "records", "rng"),
     ("archives", "boundary", "parameters", "report", "sharding", "losses", "orders", "zoo"),
     ("output", "distributed", "metrics_log", "nn", "metrics"),

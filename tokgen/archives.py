@@ -19,6 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
+from tokgen import storage
 from tokgen.errors import UserError
 
 # What zipfile, zlib and numpy raise on damaged archives
@@ -183,5 +184,5 @@ def refuse_numbers(wrong: Sequence[str], source: str) -> None:
 
 def sha256(path: str | os.PathLike) -> str:
     """The SHA-256 of a file's bytes, as hexadecimal digits."""
-    with open(path, "rb") as file:
+    with storage.opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,7 +16,16 @@ import jax
 import ml_collections
 import numpy as np
 
-from tokgen import boundary, choices, parameters, ranges, runtime, samples, tokens as arrays
+from tokgen import (
+    boundary,
+    choices,
+    parameters,
+    ranges,
+    runtime,
+    samples,
+    storage,
+    tokens as arrays,
+)
 from tokgen.checkpoints import checkpoint, loading, pulling
 from tokgen.data import captioned, classes as names, datasets, pictures
 from tokgen.errors import UserError
@@ -595,7 +604,7 @@ def _headline(handle: ImageGenerator | ImageTokenizer, loaded: loading.Loaded) -
     what = handle.name or source.get("system", "") or made
     count = parameters.count(parameters.split(loaded.module)[1])
     run = loaded.step.parent.parent if loaded.step.name.isdigit() else loaded.step
-    run = os.path.normpath(run)
+    run = run if storage.is_remote(run) else os.path.normpath(run)
     return (
         f"{type(handle).__name__} of {what}: {count:,} parameters, "
         f"{config.precision.compute}, step {loaded.meta['step']} in {run}"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import pathlib
+import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,14 +14,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from tokgen import image_grid, records, report
+from tokgen import image_grid, records, report, storage
 
 LOG = "metrics.jsonl"
+EVERY = 60.0  # seconds after which a bucket has what was logged
 
 
-def opened(workdir: pathlib.Path, **how) -> Log | Nowhere:
+def opened(workdir: pathlib.Path, **how) -> AnyLog:
     """The metrics of a run, `Log`; of several processes, one writes them."""
-    return Log(workdir, **how) if jax.process_index() == 0 else Nowhere()
+    if jax.process_index():
+        return Nowhere()
+    return InBucket(workdir, **how) if storage.is_remote(workdir) else Log(workdir, **how)
 
 
 class Nowhere:
@@ -29,6 +35,9 @@ class Nowhere:
 
     def image(self, step: int, name: str, image_HW3: np.ndarray) -> None:
         """Process 0 writes it."""
+
+    def keep(self) -> None:
+        """Nothing is here."""
 
     def close(self) -> None:
         """Nothing is open."""
@@ -49,13 +58,11 @@ class Log:
 
         `told` tells a line of an earlier version in today's names of its metrics.
         """
-        from tensorboardX import SummaryWriter
-
         workdir.mkdir(parents=True, exist_ok=True)
         self.workdir, self.started = workdir, time.monotonic()
         _drop_after(workdir / LOG, step, measured, told)
         self.file = open(workdir / LOG, "a", buffering=1)  # noqa: SIM115  (closed by close)
-        self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step)
+        self.events = _event_writer()(str(workdir / "tensorboard"), purge_step=step)
 
     def scalars(self, step: int, values: Mapping[str, Any], *, split: str = "train") -> None:
         """One line of numbers; not finite ones become null, so that every reader copes."""
@@ -78,11 +85,89 @@ class Log:
         three = np.repeat(image_HW3, 3, axis=-1) if image_HW3.shape[-1] == 1 else image_HW3
         self.events.add_image(name, three, step, dataformats="HWC")
 
+    def keep(self) -> None:
+        """What was logged is where it stays."""
+
     def close(self) -> None:
         """Write the curves and release the files."""
         self.file.close()
         self.events.close()
         curves(self.workdir)
+
+
+class InBucket:
+    """A `Log` of a run in a bucket, where nothing is appended to: on this host, and copied there.
+
+    Once a minute, and with `keep`. What is resumed is a step, so `keep` is called before one is
+    saved: then no line of a step is lost with this host.
+    """
+
+    def __init__(self, workdir: pathlib.Path, **how):
+        self.workdir, self.copied = workdir, {}
+        self.folder = tempfile.TemporaryDirectory(prefix="tokgen-log-")
+        self.here = pathlib.Path(self.folder.name)
+        if (workdir / LOG).exists():
+            storage.download(workdir / LOG, self.here / LOG)
+        self.log, self.copying, self.ended = (
+            Log(self.here, **how),
+            threading.Lock(),
+            threading.Event(),
+        )
+        threading.Thread(target=self._copy_along, name="log", daemon=True).start()
+
+    def scalars(self, step: int, values: Mapping[str, Any], *, split: str = "train") -> None:
+        """As `Log.scalars`."""
+        self.log.scalars(step, values, split=split)
+
+    def image(self, step: int, name: str, image_HW3: np.ndarray) -> None:
+        """As `Log.image`."""
+        self.log.image(step, name, image_HW3)
+
+    def keep(self) -> None:
+        """Copy what was logged; a bucket that cannot be reached is told, and tried again."""
+        with self.copying:
+            for file in sorted(self.here.rglob("*")):
+                if file.suffix == ".part" or not file.is_file():
+                    continue
+                changed = file.stat().st_mtime_ns
+                if self.copied.get(file) == changed:
+                    continue
+                try:
+                    # what is there now: others write on meanwhile
+                    storage.save(self.workdir / file.relative_to(self.here), file.read_bytes())
+                except storage.refusals() as error:
+                    report.say(f"{self.workdir}: {file.name} could not be copied there: {error}")
+                    return
+                self.copied[file] = changed
+
+    def _copy_along(self) -> None:
+        while not self.ended.wait(EVERY):
+            self.keep()
+
+    def close(self) -> None:
+        """Write the curves, and copy the rest."""
+        self.log.close()
+        self.ended.set()
+        self.keep()
+        self.folder.cleanup()
+
+
+AnyLog = Log | InBucket | Nowhere
+
+
+def _event_writer() -> type:
+    """The writer of tensorboardX, which would import Google's client where it is installed.
+
+    That takes longer than all else here, and is for addresses that it is never given.
+    """
+    client = "google.cloud.storage"
+    absent = sys.modules.setdefault(client, None) is None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if absent:
+            del sys.modules[client]
+    return SummaryWriter
 
 
 def significant(value: float) -> float:

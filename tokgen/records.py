@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tokgen import storage
 from tokgen.errors import UserError
 
 BYTES = 64 * 2**20  # of a record, and of a line
@@ -23,12 +24,12 @@ SAID = 200  # characters of a value in a message
 
 def load(file: pathlib.Path, *, limit: int = BYTES) -> Any:
     """The value in a JSON file; OSError or ValueError with the reason alone."""
-    with open(file, "rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
+    with storage.opened(file) as stream:
         # a pipe has no size, and a file may grow: never more than the limit is read
         text = stream.read(limit + 1)
     if len(text) > limit:
-        raise ValueError(f"it has {max(size, len(text)):,} bytes, a record at most {limit:,}")
+        size = max(storage.size(file), len(text))
+        raise ValueError(f"it has {size:,} bytes, a record at most {limit:,}")
     return parsed(text)
 
 
@@ -105,8 +106,8 @@ def lines(
     """
     found = []
     try:
-        with open(file, "rb") as stream:
-            if (size := os.fstat(stream.fileno()).st_size) > limit:
+        with storage.opened(file) as stream:
+            if (size := storage.size(file)) > limit:
                 raise ValueError(f"it has {size:,} bytes, such a file at most {limit:,}")
             number, line = 0, stream.readline(BYTES + 1)
             while line:
@@ -144,6 +145,9 @@ def finite(value: Any) -> Any:
 
 def save(file: pathlib.Path, text: str) -> pathlib.Path:
     """Write a text; the file appears whole or not at all, also when the machine dies."""
+    if storage.is_remote(file):
+        storage.save(file, text.encode())
+        return file
     # a name of the process's own: others may write the same file
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:

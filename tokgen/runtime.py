@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from tokgen.errors import UserError
 
 # Import name of an optional package -> the extra in pyproject.toml that installs it.
-EXTRAS = {"simplejpeg": "fastdata"}
+EXTRAS = {"simplejpeg": "fastdata", "gcsfs": "gcs"}
 
 # What launchers tell every process: how many there are, or what they are together.
 LAUNCHERS = (

@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets
 from PIL import Image
 
-from tokgen import cli, interfaces
+from tokgen import cli, interfaces, storage
 from tokgen.config import building, reading
 from tokgen.data import classes, datasets, loader, pixels, tfds, views
 
@@ -255,3 +255,23 @@ def test_the_command_says_whether_it_looked_at_the_images(damaged, capsys):
     assert "train     12 images, 12 unreadable" in said
     assert "17 images decoded, 12 of them cannot be read" in said
     assert said.count("unreadable  tokgen_tiny/train/") == 12
+
+
+def test_a_set_in_a_bucket_is_read_where_it_lies(prepared, bucket):
+    """By array_record's own reader; nothing is copied."""
+    for name in storage.sizes(pathlib.Path(prepared)):
+        storage.upload(pathlib.Path(prepared, name), storage.path(bucket) / name)
+    ours = tfds.Source("tokgen_tiny", data_dir=bucket)
+    theirs = tfds.Source("tokgen_tiny", data_dir=prepared)
+    assert ours.fingerprint == theirs.fingerprint and ours.classes == theirs.classes
+    assert [ours[i] for i in range(12)] == [theirs[i] for i in range(12)]
+    with pytest.raises(interfaces.UserError, match="must be prepared as array_record in|none of"):
+        tfds.Source("tokgen_none", data_dir=bucket)
+    with pytest.raises(interfaces.UserError, match="data_dir s3://bucket/a: need a local path or"):
+        tfds.Source("tokgen_tiny", data_dir="s3://bucket/a")
+
+
+def test_images_that_are_no_archives_must_be_local():
+    for source in ("gs://bucket/photographs", "gs://bucket/a.npz", "s3://bucket/a"):
+        with pytest.raises(interfaces.UserError, match=f"must be local files; found {source}"):
+            datasets.from_path(source, "train")

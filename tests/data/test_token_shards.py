@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from tokgen import archives, interfaces
+from tokgen import archives, interfaces, storage
 from tokgen.data import token_header, token_shards, token_writer
 
 COUNTS = {"train": 11, "held_out": 3}
@@ -583,3 +583,89 @@ def test_impossible_plans_are_refused(tmp_path, wrong):
     with pytest.raises(interfaces.UserError):
         token_writer.Writer(tmp_path / "new", **plan(**wrong))
     assert not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------- in a bucket
+
+
+@pytest.fixture
+def remote(bucket, tmp_path, monkeypatch):
+    """A token set in a bucket, read by a host with a cache of its own."""
+    monkeypatch.setenv("TOKGEN_CACHE", str(tmp_path / "cache"))
+    return write(f"{bucket}/tokens")
+
+
+def cached(tmp_path):
+    return sorted((tmp_path / "cache" / "tokens").glob("*.array_record"))
+
+
+def test_shards_of_a_bucket_are_those_of_a_folder(remote, folder, tmp_path):
+    there = storage.path(remote)
+    assert storage.names(there) == sorted(contents(folder))
+    assert {name: (there / name).read_bytes() for name in contents(folder)} == contents(folder)
+    ours, theirs = (token_shards.Source(path) for path in (remote, folder))
+    assert ours.fingerprint == theirs.fingerprint and ours.counts.tolist() == theirs.counts.tolist()
+    for a, b in zip(ours.__getitems__(range(11)), theirs.__getitems__(range(11)), strict=True):
+        np.testing.assert_array_equal(a["tokens"], b["tokens"])
+    assert ours.name(3) == f"{remote}/train/3" and len(cached(tmp_path)) == 3
+    assert token_header.recorded_classes(remote) == ("daisy", "rose")
+
+
+def test_shards_are_fetched_once_and_again_where_the_copy_is_damaged(remote, tmp_path, monkeypatch):
+    fetched, download = [], storage.download
+    monkeypatch.setattr(storage, "download", lambda a, b: (fetched.append(a.name), download(a, b)))
+    for verify in (True, False, True):
+        token_shards.Source(remote, verify=verify)
+    assert len(fetched) == 3
+    cached(tmp_path)[0].write_bytes(b"damaged")
+    token_shards.Source(remote)
+    assert len(fetched) == 4
+    assert not list((tmp_path / "cache" / "tokens").glob("*.part"))
+
+
+def test_a_writer_of_a_bucket_goes_on_where_it_was_stopped(bucket, folder):
+    path = f"{bucket}/tokens"
+    first = token_writer.Writer(path, **plan())
+    fill(first, first.remaining((0, 2)))
+    shard = first.remaining((1, 2))[0]
+    storage.save(storage.path(path) / shard.file, b"half")  # its note was never written
+    with pytest.raises(interfaces.UserError, match="were not finished: run the same"):
+        token_shards.Source(path)
+    again = token_writer.Writer(path, **plan())
+    assert again.remaining((0, 2)) == [] and shard in again.remaining()
+    fill(again, again.remaining())
+    again.finish()
+    there = storage.path(path)
+    assert {name: (there / name).read_bytes() for name in storage.names(there)} == contents(folder)
+    with pytest.raises(interfaces.UserError, match="holds token shards of something else"):
+        token_writer.Writer(path, **plan(views=("center",)))
+
+
+def test_damaged_sets_of_a_bucket_are_refused(remote, tmp_path, monkeypatch):
+    there = storage.path(remote)
+    content = (there / SHARD).read_bytes()
+    storage.save(there / SHARD, content[:-1] + b"x")
+    with pytest.raises(interfaces.UserError, match=f"{SHARD} cannot be used: .* checksum"):
+        token_shards.Source(remote)
+    (there / SHARD).unlink()
+    with pytest.raises(interfaces.UserError, match=f"{SHARD} cannot be used: the file is missing"):
+        token_shards.Source(remote)
+    storage.save(there / SHARD, content)
+    storage.save(there / "train-00005-of-00006.array_record", b"")
+    with pytest.raises(interfaces.UserError, match="holds shards that its layout.json does not"):
+        token_shards.Source(remote)
+    (there / "train-00005-of-00006.array_record").unlink()
+    shutil.rmtree(tmp_path / "cache")
+    room = type("Usage", (), {"free": 3})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
+    with pytest.raises(interfaces.UserError, match="found 3 bytes free: make room, or say by TOK"):
+        token_shards.Source(remote)
+
+
+def test_a_checksum_leads_to_no_other_file(remote, tmp_path):
+    header = json.loads((storage.path(remote) / token_header.HEADER).read_text())
+    header["splits"]["train"]["shards"][0]["sha256"] = "../" * 9 + "etc"
+    header["digest"] = token_header.digest(header)
+    token_header.save(remote, token_header.HEADER, header)
+    with pytest.raises(interfaces.UserError, match="cannot be used: its checksum is none"):
+        token_shards.Source(remote)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokgen import parameters, records, report, runtime, sharding
+from tokgen import parameters, records, report, runtime, sharding, storage
 from tokgen.checkpoints import manifest, pieces
 from tokgen.config import migration
 from tokgen.interfaces import PyTree, TokenLayout, UserError
@@ -35,6 +35,8 @@ from tokgen.zoo import model as zoo
 FORMAT = 1
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)  # of damaged files
 FOLDER = "checkpoints"
+COMMITTED = "commit_success.txt"  # what Orbax writes last of a step in a bucket
+MARKS = (manifest.SIZES, COMMITTED)  # what says there that a step is whole; removed in this order
 TOGETHER = 2**27  # bytes of leaves that are read at the same time
 
 
@@ -51,18 +53,19 @@ def find(path: str | os.PathLike) -> pathlib.Path:
         if not given.exists():
             raise UserError(_to_pull(str(path)))
     else:
-        given = pathlib.Path(path)
+        given = storage.path(path)
         if str(path) in zoo.known() and given.exists():
             _tell_local(str(path))
-    if not given.exists():
-        raise UserError(f"no checkpoint at {given}: there is no such path{_no_name(str(path))}")
-    for folder in (given, given / FOLDER):
-        if folder.is_dir() and not _is_step(folder):
-            found = [s for s in folder.iterdir() if s.name.isdigit() and _is_step(s)]
-            if found:
-                return _best(found)
-        elif folder.is_dir():
-            return folder
+    with storage.reached(given):
+        if not given.exists():
+            raise UserError(f"no checkpoint at {given}: there is no such path{_no_name(str(path))}")
+        for folder in (given, given / FOLDER):
+            if folder.is_dir() and not _is_step(folder):
+                found = [s for s in folder.iterdir() if s.name.isdigit() and _is_step(s)]
+                if found:
+                    return _best(found)
+            elif folder.is_dir():
+                return folder
     hidden = "; it hides the published model of that name: rename it, or run this elsewhere"
     raise UserError(
         f"no checkpoint at {given}: need a work directory with {FOLDER}/STEP inside, or one step"
@@ -102,7 +105,26 @@ def _tell_local(name: str) -> None:
 
 
 def _is_step(folder: pathlib.Path) -> bool:
+    if storage.is_remote(folder):
+        return is_committed(folder)
     return (folder / "meta").is_dir() or (folder / "_CHECKPOINT_METADATA").exists()
+
+
+def is_committed(step: pathlib.Path) -> bool:
+    """Whether a step is there whole, as it was saved.
+
+    In a bucket Orbax marks what it has written; a step that was copied there was sealed before.
+    """
+    if not storage.is_remote(step):
+        return step.is_dir()
+    return any((step / mark).exists() for mark in MARKS)
+
+
+def steps(folder: pathlib.Path) -> list[int]:
+    """The numbers of the steps in a folder of checkpoints, in their order."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(s.name) for s in folder.iterdir() if s.name.isdigit() and is_committed(s))
 
 
 def _best(steps: list[pathlib.Path]) -> pathlib.Path:
@@ -209,10 +231,7 @@ def note(step: pathlib.Path, figures: dict[str, float]) -> None:
     """Write the held-out figures of a step that is saved already."""
     figures = records.finite(figures)
     content = {"figures": figures, "digest": manifest.digest(figures)}
-    # beside the step: a part that is left over is none of its files
-    part = step.parent / f".{step.name}.{manifest.FIGURES}"
-    part.write_text(records.text(content))
-    part.replace(step / manifest.FIGURES)
+    manifest.put(step, manifest.FIGURES, records.text(content))
 
 
 def _noted(step: pathlib.Path) -> dict | None:
@@ -239,7 +258,7 @@ def is_whole(step: pathlib.Path) -> bool:
 
 def _damaged(step: pathlib.Path, what: str) -> UserError:
     name = step.parent.parent.name
-    if name in zoo.known() and step.parent.parent.resolve() == pulled(name).resolve():
+    if name in zoo.known() and storage.resolved(step.parent.parent) == pulled(name).resolve():
         return UserError(
             f"checkpoint {step} is damaged: {what}; tokgen pull {name} --remove, then tokgen pull "
             f"{name}, brings it anew"
@@ -269,7 +288,7 @@ def restored(
     logging.getLogger("absl").setLevel(logging.ERROR)
     import orbax.checkpoint as ocp  # slow to import, and for resuming alone
 
-    folder, checkpointer = (step / "state").absolute(), ocp.PyTreeCheckpointer()
+    folder, checkpointer = storage.absolute(step / "state"), ocp.PyTreeCheckpointer()
     with _readable(step):
         # the store cuts and fills arrays to any size that is asked for, without a word
         stored = checkpointer.metadata(folder).item_metadata
@@ -311,7 +330,8 @@ def in_pieces(
     names = _named(step, wanted, meta)
     with _readable(step):
         yield from pieces.read(
-            *((step / "state").resolve(), wanted, meta["manifest"], names.__getitem__, apart)
+            *(storage.resolved(step / "state"), wanted, meta["manifest"]),
+            *(names.__getitem__, apart),
         )
 
 
@@ -433,13 +453,22 @@ def unflatten(tree: PyTree, leaves: dict[str, jax.Array]) -> PyTree:
 
 def reference(path: str | os.PathLike, workdir: pathlib.Path) -> dict:
     """How a checkpoint refers to a folder: also relative to its run, so that both may move."""
-    path = pathlib.Path(path).resolve()
-    return {"path": str(path), "relative": os.path.relpath(path, workdir.resolve())}
+    path, workdir = (storage.resolved(storage.path(place)) for place in (path, workdir))
+    remote = storage.is_remote(path)
+    # between this host and a bucket, or two buckets, there is no way but the whole path
+    apart = remote != storage.is_remote(workdir)
+    apart |= remote and storage.bucket(path) != storage.bucket(workdir)
+    return {"path": str(path), "relative": str(path) if apart else os.path.relpath(path, workdir)}
 
 
 def referred(record: dict, step: pathlib.Path) -> pathlib.Path:
     """Where a folder lies that a checkpoint refers to: beside the run first, if both moved."""
-    near = step.parent.parent / record["relative"]
+    run, relative = step.parent.parent, record["relative"]
+    if storage.is_remote(run) or storage.is_remote(relative) or storage.is_remote(record["path"]):
+        apart = storage.is_remote(relative) or os.path.isabs(relative)
+        near = storage.path(relative if apart else f"{run}/{relative}")
+        return near if near.exists() else storage.path(record["path"])
+    near = run / relative
     # os.path: a path out of a record may be none at all
     return near if os.path.exists(near) else pathlib.Path(record["path"])
 

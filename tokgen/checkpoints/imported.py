@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokgen import parameters, records
+from tokgen import parameters, records, storage
 from tokgen.checkpoints import checkpoint, loading, run as runs, stream
 from tokgen.interfaces import UserError
 from tokgen.pretrained import entries, transfer
@@ -107,7 +107,10 @@ def load_imported(path: str | os.PathLike) -> tuple[loading.Loaded, transfer.Imp
     live = loading.load(path, which="params").module if "ema" in has else loaded.module
     average = loaded.module if "ema" in has else None
     file = loaded.step / ASIDE
-    aside = reader.read(file) if file.exists() else {}
+    aside = {}
+    if file.exists():
+        storage.local(file, "what lies beside the arrays of an imported checkpoint")
+        aside = reader.read(file)
     return loaded, transfer.Imported(
         config=loaded.config,
         module=live,

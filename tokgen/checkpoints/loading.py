@@ -17,7 +17,7 @@ import jax
 import ml_collections
 from flax import nnx
 
-from tokgen import parameters, rng, sharding
+from tokgen import parameters, rng, sharding, storage
 from tokgen.checkpoints import checkpoint
 from tokgen.config import building as configs, migration
 from tokgen.interfaces import TokenLayout, UserError
@@ -122,7 +122,7 @@ def _tokenizer_of(generator: Loaded, path: str, load: Callable[[Any], Loaded]) -
         check_layout(tokenizer, generator.layout, f"generator {generator.step}")
         return tokenizer
     place = given or checkpoint.referred(wanted, generator.step)
-    if not os.path.exists(place):
+    if not (place.exists() if storage.is_remote(place) else os.path.exists(place)):
         raise UserError(
             f"the tokenizer of {generator.step} is not at {place}; say where it is now with "
             "--tokenizer PATH"

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokgen import records
+from tokgen import records, storage
 
 BLOCK, FEW = 2**20, 2**16  # elements
 SIZES = "sizes.json"
@@ -158,17 +158,23 @@ def digest(meta: dict) -> str:
 
 def seal(step: pathlib.Path) -> None:
     """Note the size of every file of a committed step: the store never misses what it skips."""
-    seal = step / SIZES
-    if not seal.exists():
-        part = step.parent / f".{step.name}.{SIZES}"
-        part.write_text(json.dumps(_sizes(step)))
-        part.replace(seal)
+    if not (step / SIZES).exists():
+        put(step, SIZES, json.dumps(_sizes(step)))
+
+
+def put(step: pathlib.Path, name: str, text: str) -> None:
+    """Write a file of a step that is there; it appears whole or not at all."""
+    if storage.is_remote(step):
+        storage.save(step / name, text.encode())
+        return
+    # beside the step: a part that is left over is none of its files
+    part = step.parent / f".{step.name}.{name}"
+    part.write_text(text)
+    part.replace(step / name)
 
 
 def _sizes(step: pathlib.Path) -> dict[str, int]:
-    outside = (step / SIZES, step / FIGURES)
-    files = [file for file in sorted(step.rglob("*")) if file.is_file() and file not in outside]
-    return {str(file.relative_to(step)): file.stat().st_size for file in files}
+    return {n: size for n, size in storage.sizes(step).items() if n not in (SIZES, FIGURES)}
 
 
 def misfit(step: pathlib.Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tensorstore
 
-from tokgen import runtime
+from tokgen import runtime, storage
 from tokgen.checkpoints import manifest
 
 AHEAD = 2**25  # bytes of pieces that are read before they are asked for
@@ -100,6 +100,11 @@ def _order(
 def _spec(folder: pathlib.Path, name: str) -> dict:
     """Where Orbax puts an array: into a database of one folder, or a folder of its own."""
     if (folder / "manifest.ocdbt").exists():
-        base = {"driver": "file", "path": f"{folder}/"}
+        base = _store(f"{folder}/")
         return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
-    return {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder}/{name}/"}}
+    return {"driver": "zarr", "kvstore": _store(f"{folder}/{name}/")}
+
+
+def _store(path: str) -> dict | str:
+    """What tensorstore calls a folder: of a bucket, its address."""
+    return path if storage.is_remote(path) else {"driver": "file", "path": path}

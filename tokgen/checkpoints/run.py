@@ -22,7 +22,7 @@ import jax
 import ml_collections
 import orbax.checkpoint as ocp
 
-from tokgen import distributed, output, parameters, records, report
+from tokgen import distributed, output, parameters, records, report, storage
 from tokgen.checkpoints import checkpoint, continuation, finetuning, manifest, stream as streams
 from tokgen.config import building
 from tokgen.interfaces import PyTree, TokenLayout, UserError
@@ -157,15 +157,26 @@ class Run:
         except UserError:
             _clear(self.workdir)
             raise
-        except (OSError, ValueError) as error:
-            # the store tells of the disk in a ValueError
-            if not isinstance(error, OSError) and "os_error_code" not in str(error):
+        except (OSError, ValueError, *self._refusals()) as error:
+            # the store tells of the disk, or of a bucket, in a ValueError
+            told = ("os_error_code", storage.SCHEME)
+            if isinstance(error, ValueError) and not any(word in str(error) for word in told):
                 raise
-            _clear(self.workdir)
+            with contextlib.suppress(*self._refusals()):
+                _clear(self.workdir)
             raise UserError(self._not_saved(step, error)) from error
+
+    def _refusals(self) -> tuple[type[Exception], ...]:
+        return storage.refusals() if storage.is_remote(self.workdir) else ()
 
     def _not_saved(self, step: int, error: Exception) -> str:
         before = ", ".join(map(str, sorted(self.manager.all_steps()))) or "none"
+        if self._refusals():
+            return (
+                f"step {step} could not be saved in {self.workdir / checkpoint.FOLDER}: "
+                f"{str(error).strip().splitlines()[0][:300]}; steps saved before: {before}. See to "
+                "the bucket and the way there; the same command then goes on from the last of them"
+            )
         reason = error.strerror if isinstance(error, OSError) else str(error).rpartition(": ")[2]
         return (
             f"step {step} could not be saved in {self.workdir / checkpoint.FOLDER}: "
@@ -204,7 +215,13 @@ class Run:
         distributed.together("chosen")
         for step in steps:
             if step not in stay:
-                self.manager.delete(step)
+                self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        if storage.is_remote(self.workdir) and jax.process_index() == 0:
+            # a kill leaves no half of a step that says it is whole
+            storage.unmark(self.folder(step), checkpoint.MARKS)
+        self.manager.delete(step)
 
     def _record(self, step: int) -> dict | None:
         """The record of a step; None where it cannot be read, which is said once."""
@@ -245,9 +262,28 @@ def _unheard(unraisable) -> None:
 
 def _clear(workdir: pathlib.Path) -> None:
     """Remove what saves left behind that never ended: it is no step, and takes the room of one."""
-    if jax.process_index() == 0:
-        for part in (workdir / checkpoint.FOLDER).glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(part, ignore_errors=True)
+    folder = workdir / checkpoint.FOLDER
+    if jax.process_index():
+        return
+    if storage.is_remote(workdir):
+        for name in filter(str.isdigit, storage.names(folder)):
+            _settle(folder / name)
+        return
+    for part in folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _settle(step: pathlib.Path) -> None:
+    """Of a step in a bucket: remove it where it was not written to its end.
+
+    One that was copied there lacks the mark that Orbax looks for, and is whole if its seal says so.
+    """
+    if (step / checkpoint.COMMITTED).exists():
+        return
+    if not checkpoint.is_committed(step):
+        step.rmtree(missing_ok=True)
+    elif not manifest.misfit(step):
+        storage.save(step / checkpoint.COMMITTED, b"copied from elsewhere")
 
 
 def start(
@@ -280,7 +316,7 @@ def start(
     # it deletes nothing: its policies know the figures of this process alone, and a figure that is
     # not finite pushes out a better one
     manager = ocp.CheckpointManager(
-        (workdir / checkpoint.FOLDER).absolute(),
+        storage.absolute(workdir / checkpoint.FOLDER),
         options=ocp.CheckpointManagerOptions(
             max_to_keep=None,
             enable_async_checkpointing=True,
@@ -335,6 +371,8 @@ def resume_or_start(run: Run, states_by_name: dict[str, PyTree]) -> tuple[dict[s
 
 def _room(run: Run, size: int) -> None:
     """Tell, before any work, when the disk cannot hold the checkpoints that are to be kept."""
+    if storage.is_remote(run.workdir):  # a bucket is never full
+        return
     keep, steps = run.config.get("keep", {"latest": 1, "best": 1}), run.config.steps
     stated = sum(0 < step < steps for step in run.stated)
     # one more than stay: the new one is whole before another goes
@@ -358,7 +396,7 @@ def _room(run: Run, size: int) -> None:
 def check_whole(workdir: pathlib.Path, step: int) -> list[int]:
     """The steps of a work directory; UserError when `step` is not there, or not whole."""
     folder = workdir / checkpoint.FOLDER
-    steps = sorted(int(s.name) for s in folder.glob("*") if s.name.isdigit() and s.is_dir())
+    steps = checkpoint.steps(folder)
     if step not in steps or not checkpoint.is_whole(folder / str(step)):
         whole = [str(s) for s in steps if checkpoint.is_whole(folder / str(s))]
         found = "is damaged" if step in steps else "is not there"
@@ -385,7 +423,10 @@ def go_back(run: Run, step: int) -> None:
             aside.mkdir(exist_ok=True)
             names = (f"{later}{'' if n == 1 else f'.{n}'}" for n in itertools.count(1))
             target = next(aside / name for name in names if not (aside / name).exists())
-            run.folder(later).rename(target)
+            if storage.is_remote(target):
+                storage.move(run.folder(later), target, checkpoint.MARKS)
+            else:
+                run.folder(later).rename(target)
             report.say(f"step {later} is set aside: {target}")
     distributed.together("set aside")
     run.manager.reload()
@@ -399,7 +440,7 @@ def latest(run: Run) -> int | None:
 def classes(workdir: pathlib.Path, step: int | None = None) -> tuple[str, ...]:
     """The classes, in their order, of a step or the last that is saved; none where none is."""
     folder = workdir / checkpoint.FOLDER
-    steps = [int(s.name) for s in folder.glob("*") if s.name.isdigit() and s.is_dir()]
+    steps = checkpoint.steps(folder)
     if not steps:
         return ()
     try:
@@ -440,7 +481,7 @@ def drop_after(run: Run, step: int) -> None:
     run.wait()
     for later in sorted(run.manager.all_steps(), reverse=True):
         if later > step:
-            run.manager.delete(later)
+            run._delete(later)
 
 
 def _same_run(meta: dict, run: Run, step: pathlib.Path) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tokgen import archives, interfaces
+from tokgen import archives, interfaces, storage
 from tokgen.data import sources
 
 _SAMPLED = 1024  # rows that a fingerprint reads: the files may be larger than the images
@@ -25,6 +25,7 @@ class Features:
     """The rows of one part: `{"text": float32 [T, E]}`, and `"mask"`: bool [T], if there is one."""
 
     def __init__(self, folder: str | os.PathLike, split: str, images: int):
+        storage.local(folder, "features of texts")
         self.path = os.path.join(os.fspath(folder), f"{split}.npy")
         self._text_NTE = _mapped(self.path)
         if len(self._text_NTE) != images:

@@ -6,10 +6,9 @@ Lines come as they are found: a set of millions is scanned for a while.
 from __future__ import annotations
 
 import os
-import pathlib
 from collections.abc import Iterator, Sequence
 
-from tokgen import report
+from tokgen import report, storage
 from tokgen.data import classes, datasets, scan, token_header, token_shards
 from tokgen.interfaces import UserError
 
@@ -18,7 +17,7 @@ SCANS = ("headers", "full")
 
 def kind_of(path: str | os.PathLike) -> str:
     """What a path names: "tokens", "tfds", "npz" or "folder"."""
-    if (pathlib.Path(path) / token_header.HEADER).exists():
+    if (storage.path(path) / token_header.HEADER).exists():
         return "tokens"
     return datasets.kind_of(path)
 

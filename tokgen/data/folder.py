@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from tokgen import interfaces, ranges
+from tokgen import interfaces, ranges, storage
 from tokgen.data import (
     classes as names_,
     folder_layout,
@@ -80,6 +80,7 @@ class Source(sources.RandomAccess):
                 "your class folders or images: --config.data.path=DIR in training, --data DIR in "
                 "commands"
             )
+        storage.local(self.path, "the images of a folder")
         if not os.path.isdir(self.path):
             found = "a file" if os.path.exists(self.path) else "nothing"
             raise interfaces.UserError(

@@ -13,7 +13,6 @@ import functools
 import json
 import math
 import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from tokgen import boundary, distributed, output, report, sharding
+from tokgen import boundary, distributed, output, report, sharding, storage
 from tokgen.data import (
     datasets,
     loader,
@@ -50,7 +49,8 @@ def folder(
     `inputs` are what must not lie in it: it may be replaced.
     """
     about = dict(records=token_header.RECORDS, overwrite=overwrite, inputs=inputs)
-    with distributed.led(output.growing(path, lock=".lock", **about)) as found:
+    place = output.growing_in_bucket if storage.is_remote(path) else output.growing
+    with distributed.led(place(path, lock=".lock", **about)) as found:
         yield _everywhere(found)
 
 
@@ -60,7 +60,7 @@ def _everywhere(found: output.Folder | None) -> output.Folder:
         return found
     told = [str(found.target), str(found.path), found.staged] if found else []
     target, path, staged = json.loads(distributed.gathered(json.dumps(told))[0])
-    target, path = pathlib.Path(target), pathlib.Path(path)
+    target, path = storage.path(target), storage.path(path)
     return found or output.Folder(target, path, "--out", token_header.PLAN, "tokens", staged)
 
 
@@ -149,7 +149,7 @@ def _writer(
         images={split: len(source) for split, source in parts.items() if len(source)},
         layout=tokenizer.layout.to_json(),
         tokenizer={
-            "path": str(tokenizer.step.resolve()),
+            "path": str(storage.resolved(tokenizer.step)),
             "fingerprint": tokenizer.fingerprint,
             "precision": tokenizer.config.precision.compute,
         },

@@ -9,11 +9,12 @@ environment of its own.
 import contextlib
 import functools
 import hashlib
+import os
 
 import numpy as np
 import tensorflow_datasets
 
-from tokgen import interfaces
+from tokgen import interfaces, storage
 from tokgen.data import pixels, sources
 
 SPLITS = ("train", "held_out", "all")
@@ -215,6 +216,14 @@ def _classes(
 
 
 def _builder(dataset: str, data_dir: str):
+    place = data_dir or os.environ.get("TFDS_DATA_DIR", "")
+    if place:
+        storage.path(place, "data_dir")
+    with storage.reached(place):
+        return _prepared(dataset, data_dir)
+
+
+def _prepared(dataset: str, data_dir: str):
     try:
         builder = tensorflow_datasets.builder(dataset, data_dir=data_dir or None)
     except tensorflow_datasets.core.DatasetNotFoundError as error:

@@ -13,12 +13,11 @@ import hashlib
 import json
 import math
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tokgen import interfaces, records
+from tokgen import interfaces, records, storage
 
 FORMAT = 2  # the version of the whole folder
 FORMATS = (1, FORMAT)  # that are read; 1 knew no digest of the header
@@ -93,7 +92,7 @@ def recorded_classes(path: str | os.PathLike) -> tuple[str, ...]:
     """The classes, in their order, of a folder of shards, finished or begun; none without one."""
     path = os.fspath(path)
     for name in (HEADER, PLAN):
-        if os.path.exists(os.path.join(path, name)):
+        if (storage.path(path) / name).exists():
             found = load(path, name).get("classes")
             named = isinstance(found, list) and all(isinstance(name, str) for name in found)
             return tuple(found) if named else ()
@@ -120,14 +119,15 @@ def read_plan(path: str) -> dict:
 
 def read(path: str) -> dict:
     """The header of a finished folder, checked; or the error that says what is wrong with it."""
-    if not os.path.isdir(path):
-        found = "a file" if os.path.exists(path) else "nothing"
+    folder = storage.path(path)
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
         raise interfaces.UserError(
             f"token shards are needed at {path}; found {found} there; make them with "
             "`tokgen pretokenize`"
         )
-    if not os.path.exists(os.path.join(path, HEADER)):
-        if os.path.exists(os.path.join(path, PLAN)):
+    if not (folder / HEADER).exists():
+        if (folder / PLAN).exists():
             raise interfaces.UserError(
                 f"the token shards in {path} were not finished: run the same `tokgen pretokenize` "
                 "command again, and it goes on where it was stopped"
@@ -219,7 +219,7 @@ def load(path: str, name: str) -> dict:
     """A file of JSON in a folder of shards."""
     file = os.path.join(path, name)
     try:
-        content = records.load(pathlib.Path(file))
+        content = records.load(storage.path(file))
     except ValueError as error:
         raise damage(file, f"it is no JSON ({error})") from error
     if not isinstance(content, dict):
@@ -230,4 +230,4 @@ def load(path: str, name: str) -> dict:
 def save(path: str, name: str, content: dict) -> None:
     """A file of JSON in a folder of shards, written whole or not at all."""
     # Several processes may write the plan, all of them the same.
-    records.save(pathlib.Path(path, name), json.dumps(content, indent=1) + "\n")
+    records.save(storage.path(path) / name, json.dumps(content, indent=1) + "\n")

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tokgen import archives, interfaces
-from tokgen.data import sources, token_header, token_records
+from tokgen import archives, interfaces, storage
+from tokgen.data import sources, token_cache, token_header, token_records
 
 
 class Source(sources.RandomAccess):
@@ -58,13 +58,13 @@ class Source(sources.RandomAccess):
             self.missing |= token_header.unreadable(shard)
         self._packing = token_records.Packing(self.header)
         shards = parts[split]["shards"]
-        self._files = [os.path.join(self.path, shard["file"]) for shard in shards]
+        self._files = token_cache.files(self.path, shards, verify=verify)
         self._ends = np.cumsum([shard["images"] for shard in shards]).tolist()
         self._readers: list = [None] * len(shards)
         # images of each class, where all were looked at
         self.counts = np.zeros(self._packing.labels, np.int64) if verify else None
-        for shard in shards:
-            self._check(shard, verify)
+        for shard, file in zip(shards, self._files, strict=True):
+            self._check(shard, file, verify)
         if verify:
             self.counts[0] -= len(self.missing)
         self._check_folder()
@@ -74,7 +74,8 @@ class Source(sources.RandomAccess):
     def _check_folder(self) -> None:
         """An error where shards lie in the folder of which the header knows nothing."""
         named = token_header.shards_by_file(self.header)
-        there = (name for name in os.listdir(self.path) if name.endswith(".array_record"))
+        listed = storage.names(storage.path(self.path))
+        there = (name for name in listed if name.endswith(".array_record"))
         other = sorted(name for name in there if name not in named and name[0] != ".")
         if other:
             listed = ", ".join(other[:5]) + (f" and {len(other) - 5} more" if other[5:] else "")
@@ -83,8 +84,7 @@ class Source(sources.RandomAccess):
                 f"{listed}; move what is of another token set away, or {token_header.REMEDY}"
             )
 
-    def _check(self, shard: dict, verify: bool) -> None:
-        path = os.path.join(self.path, shard["file"])
+    def _check(self, shard: dict, path: str, verify: bool) -> None:
         if not os.path.isfile(path):
             raise token_header.damage(path, "the file is missing")
         if verify and archives.sha256(path) != shard["sha256"]:

@@ -5,14 +5,17 @@ is, with a hidden note beside it that has its checksum; the header, which is wri
 the notes, and they go.
 """
 
+import contextlib
 import json
 import os
+import pathlib
+import tempfile
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from tokgen import archives, interfaces
+from tokgen import archives, interfaces, storage
 from tokgen.data import token_header, token_records
 
 SHARD = 8192  # images of a shard
@@ -64,15 +67,17 @@ class Writer:
         token_header.check_plan(plan)
         self._plan = json.loads(json.dumps(plan))  # as it will be read back: lists, no tuples
         self._packing = token_records.Packing(self._plan)
-        if os.path.exists(self.path) and not os.path.isdir(self.path):
+        self._folder = storage.path(self.path)
+        if self._folder.exists() and not self._folder.is_dir():
             raise interfaces.UserError(f"token shards need a folder; {self.path} is a file")
-        os.makedirs(self.path, exist_ok=True)
+        if not storage.is_remote(self.path):  # a bucket has no empty folders
+            os.makedirs(self.path, exist_ok=True)
         self._resume(earlier)
 
     def _resume(self, earlier: Mapping[str, Sequence[str]]) -> None:
         """Take up the plan that is there if it is this one; refuse any other."""
         for name in (token_header.HEADER, token_header.PLAN):
-            if os.path.exists(os.path.join(self.path, name)):
+            if (self._folder / name).exists():
                 finished = name == token_header.HEADER
                 read = token_header.read if finished else token_header.read_plan
                 found = read(self.path)
@@ -88,7 +93,9 @@ class Writer:
                 return
         # Another process may have written the plan a moment ago.
         others = [
-            name for name in os.listdir(self.path) if name[0] != "." and name != token_header.PLAN
+            name
+            for name in storage.names(self._folder)
+            if name[0] != "." and name != token_header.PLAN
         ]
         if others:
             raise interfaces.UserError(
@@ -118,17 +125,17 @@ class Writer:
 
     def _note(self, shard: token_header.Shard) -> dict | None:
         """What was written of a shard; None where the file doesn't bear it out."""
-        note, path = self._noted(shard), os.path.join(self.path, shard.file)
-        if note is None or not os.path.exists(path) or archives.sha256(path) != note.get("sha256"):
+        note, path = self._noted(shard), self._folder / shard.file
+        if note is None or not path.exists() or archives.sha256(path) != note.get("sha256"):
             return None
         return note
 
     def _noted(self, shard: token_header.Shard) -> dict | None:
         """What is said of a shard that was written."""
-        note, beside = self._finished.get(shard.file), _beside(os.path.join(self.path, shard.file))
-        if note is None and os.path.exists(beside):
+        note, beside = self._finished.get(shard.file), _beside(self._folder / shard.file)
+        if note is None and beside.exists():
             try:
-                note = token_header.load(self.path, os.path.basename(beside))
+                note = token_header.load(self.path, beside.name)
                 token_header.unreadable(note)
             except (ValueError, TypeError):  # cut off: the shard is written again
                 return None
@@ -151,25 +158,25 @@ class Writer:
             raise ValueError(
                 f"{shard.file} takes {shard.stop - shard.start} images; found {len(record_BU)}"
             )
-        path = os.path.join(self.path, shard.file)
-        temporary = _temporary(path)
-        if os.path.exists(temporary):  # of a run that was killed
-            os.remove(temporary)
-        try:
-            writer = token_records.writer(temporary)
-            for record_U in record_BU:
-                writer.write(record_U.tobytes())
-            writer.close()
-        except RuntimeError as error:
-            raise interfaces.UserError(
-                f"{path} could not be written: {error}; make room, then run the same command again"
-            ) from error
-        note = {"file": shard.file, "images": len(record_BU), "sha256": archives.sha256(temporary)}
+        path = self._folder / shard.file
+        with _temporary(path) as temporary:
+            try:
+                writer = token_records.writer(str(temporary))
+                for record_U in record_BU:
+                    writer.write(record_U.tobytes())
+                writer.close()
+            except RuntimeError as error:
+                raise interfaces.UserError(
+                    f"{path} could not be written: {error}; make room, then run the same command "
+                    "again"
+                ) from error
+            sha256 = archives.sha256(temporary)
+            _commit(temporary, path)
+        note = {"file": shard.file, "images": len(record_BU), "sha256": sha256}
         if unreadable:
             note["unreadable"] = [[int(index), *unreadable[index]] for index in sorted(unreadable)]
-        _commit(temporary, path)
         # The note comes second: a shard without one is written again, which costs time only.
-        token_header.save(self.path, os.path.basename(_beside(path)), note)
+        token_header.save(self.path, _beside(path).name, note)
 
     def finish(self) -> None:
         """Write the header, and by that declare the folder complete."""
@@ -200,11 +207,11 @@ class Writer:
             self.path, token_header.HEADER, {**header, "digest": token_header.digest(header)}
         )
         self._finished = notes
-        for name in os.listdir(self.path):
+        for name in storage.names(self._folder):
             if name == token_header.PLAN or (
                 name.startswith(".") and name.endswith((".note", ".part"))
             ):
-                os.remove(os.path.join(self.path, name))
+                (self._folder / name).unlink()
 
 
 def _is_known(data: dict, found: object, earlier: Mapping[str, Sequence[str]]) -> bool:
@@ -237,17 +244,30 @@ def _differences(need: dict, found: dict) -> list[str]:
     return lines
 
 
-def _beside(path: str) -> str:
+def _beside(path: pathlib.Path) -> pathlib.Path:
     """The note of a shard: hidden, and gone when the header holds it."""
-    return os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.note")
+    return path.with_name(f".{path.name}.note")
 
 
-def _temporary(path: str) -> str:
-    return os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.part")
+@contextlib.contextmanager
+def _temporary(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Where to write what is to be a shard: beside it, or on this host before it is in a bucket."""
+    if storage.is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="tokgen-shard-") as folder:
+            yield pathlib.Path(folder, path.name)
+        return
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.unlink(missing_ok=True)  # of a run that was killed
+    yield temporary
 
 
-def _commit(temporary: str, target: str) -> None:
-    """Rename, with the contents on the disk first: a crash shows the old state or the new one."""
+def _commit(temporary: pathlib.Path, target: pathlib.Path) -> None:
+    """Into its place, with the contents on the disk first: a crash shows the old state or the new
+    one.
+    """
+    if storage.is_remote(target):
+        storage.upload(temporary, target)
+        return
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
-    os.replace(temporary, target)
+    temporary.replace(target)

@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 import time
 
-from tokgen import distributed, options, report, runtime
+from tokgen import distributed, options, report, runtime, storage
 from tokgen.checkpoints import checkpoint, loading
 from tokgen.data import (
     captioned,
@@ -221,7 +221,7 @@ def _data_of(loaded: loading.Loaded, path: str) -> dict:
     record = loaded.meta["tokens"]
     data["tokens"] = str(checkpoint.referred(record, loaded.step)) if record else ""
     shards = any(
-        (pathlib.Path(path) / name).exists() for name in (token_header.HEADER, token_header.PLAN)
+        (storage.path(path) / name).exists() for name in (token_header.HEADER, token_header.PLAN)
     )
     if path and shards:
         data["tokens"] = path

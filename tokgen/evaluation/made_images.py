@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from tokgen import archives, distributed
+from tokgen import archives, distributed, storage
 from tokgen.checkpoints import loading
 from tokgen.data import datasets, loader, npz, scan, sources
 from tokgen.evaluation import feature_extractors, validation
@@ -82,7 +82,7 @@ class Drawn:
         self.size = tuple(tokenizer.config.view.size)
         self.classes = loaded.classes
         self.identity = {
-            "checkpoint": str(loaded.step.resolve()),
+            "checkpoint": str(storage.resolved(loaded.step)),
             "fingerprint": loaded.fingerprint,
             "tokenizer": tokenizer.fingerprint,
             "step": loaded.meta["step"],
@@ -156,7 +156,7 @@ class Reconstructed:
         self.distances = distances  # name -> LPIPS over images in [-1, 1]
         self.layout, self.classes = loaded.layout, tuple(source.classes)
         self.identity = {
-            "checkpoint": str(loaded.step.resolve()),
+            "checkpoint": str(storage.resolved(loaded.step)),
             "fingerprint": loaded.fingerprint,
             "step": loaded.meta["step"],
             "images": source.fingerprint,

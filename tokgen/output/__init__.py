@@ -6,7 +6,8 @@ result. What an unfinished one is of stands in a record inside it, so that the s
 with it. Folders that grow (`growing`: token shards, scores, samples by the ten thousand) are filled
 in place, and say themselves whether they are finished. `file` is for a single file, `lines` for one
 that lines are added to, `workdir` for the work directory of a run: callers need these five. They
-are made of places, locks and failures, the files of this folder.
+are made of places, locks, leases and failures, the files of this folder. A work directory, and a
+folder of token shards, may also lie in a bucket (`tokgen.storage`); other results are local files.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from tokgen import records as records_, report
+from tokgen import records as records_, report, storage
 from tokgen.errors import UserError
-from tokgen.output import failures, locks, places
+from tokgen.output import failures, leases, locks, places
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -232,11 +233,43 @@ def growing(
 
 
 @contextlib.contextmanager
+def growing_in_bucket(
+    path: str | os.PathLike,
+    *,
+    records: Mapping[str, Sequence[str]],
+    lock: str = places.LOCK,
+    option: str = "--out",
+    overwrite: bool = False,
+    inputs: Sequence[str | os.PathLike] = (),
+) -> Iterator[Folder]:
+    """As `growing`, of `gs://BUCKET/FOLDER`; nothing that is there is replaced: no folder of a
+    bucket takes the place of another.
+    """
+    target = places.in_bucket(path, option, inputs)
+    with storage.reached(target):
+        names = sorted(set(storage.names(target)) - places.OWN - {lock})
+    if overwrite and names:
+        raise UserError(
+            f"--overwrite replaces no result in a bucket; {path} holds {places.few(names)}: remove "
+            f"it (gcloud storage rm -r {target}), or name another {option}"
+        )
+    _check_own(path, names, records, option)
+    with leases.hold(target / lock, locks.in_use(target, option)):
+        yield Folder(target, target, option, places.RECORD, "another result", staged=False)
+
+
+@contextlib.contextmanager
 def workdir(
     path: str | os.PathLike, inputs: Sequence[str | os.PathLike] = ()
 ) -> Iterator[pathlib.Path]:
     """The work directory of a run, held while it lasts; what is in it is the run's own affair."""
     option = "--workdir"
+    if storage.is_remote(path):
+        target = places.in_bucket(path, option, inputs)
+        refusal = locks.in_use(f"the work directory {path}", option)
+        with leases.hold(target / places.LOCK, refusal):
+            yield target
+        return
     with contextlib.ExitStack() as stack:
         with failures.reserved(path, option):
             target = places.target_of(path, option, inputs)

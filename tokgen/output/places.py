@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 
-from tokgen import records as records_
+from tokgen import records as records_, storage
 from tokgen.errors import UserError
 from tokgen.output import failures, locks
 
@@ -39,6 +39,7 @@ def target_of(
     """The place that a path leads to, or an error where no result can lie there."""
     if not os.fspath(path):
         raise UserError(f"{option} is empty; name a place for the result")
+    storage.local(path, f"{option}: results of this command")
     target = pathlib.Path(os.path.realpath(path))
     for parent in target.parents:
         if os.path.lexists(parent):
@@ -61,6 +62,24 @@ def target_of(
                 f"found {path} in {given}"
             )
         if target in read.parents and target.is_dir() and os.listdir(target):
+            raise UserError(
+                f"{option} {path} holds what the command reads, {given}; name another place"
+            )
+    return target
+
+
+def in_bucket(
+    path: str | os.PathLike, option: str, inputs: Sequence[str | os.PathLike]
+) -> pathlib.Path:
+    """As `target_of`, of a path that leads into a bucket."""
+    target = storage.path(path, option)
+    for given in filter(None, map(os.fspath, inputs)):
+        if f"{target}/".startswith(f"{given.rstrip('/')}/"):
+            raise UserError(
+                f"{option} must not lie in what is read, where it would be taken for a part of it; "
+                f"found {path} in {given}"
+            )
+        if given.startswith(f"{target}/"):
             raise UserError(
                 f"{option} {path} holds what the command reads, {given}; name another place"
             )

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 
 import ml_collections
 
-from tokgen import distributed, options, report, runtime
+from tokgen import distributed, options, report, runtime, storage
 from tokgen.checkpoints import checkpoint, pulling, run as runs
 from tokgen.config import reading
+from tokgen.interfaces import UserError
 from tokgen.zoo import model as zoo
 
 REPEAT = 2.0  # seconds in which a signal that comes again is the same request
@@ -77,7 +78,10 @@ def parse(
 def _named(text: str) -> pathlib.Path:
     if not text:
         raise argparse.ArgumentTypeError("it is empty; name a folder for the run")
-    return pathlib.Path(text)
+    try:
+        return storage.path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _checkpoints(settings: ml_collections.ConfigDict) -> list[str]:

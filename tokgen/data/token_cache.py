@@ -1,0 +1,85 @@
+"""Token shards of a bucket on this host: fetched once, whole, and known by their contents.
+
+A shard is compared with its checksum before it is used, so it is read whole in any case; read a few
+records at a time, as training does, a bucket would answer too slowly. What is here is found by its
+checksum: sets that share a shard share its file, and one that was changed is another one.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+
+from tokgen import archives, report, runtime, storage
+from tokgen.data import token_header
+from tokgen.errors import UserError
+from tokgen.output import failures, locks
+
+FOLDER = "tokens"  # of the cache
+HASH = re.compile(r"[0-9a-f]{64}")
+
+
+def files(path: str, shards: Sequence[Mapping], *, verify: bool) -> list[str]:
+    """Where the shards of a set lie on this host; those of a bucket once they are fetched.
+
+    With `verify`, one that was fetched before and is damaged is fetched again.
+
+    Raises:
+        UserError: there is no room for them, or one is not what the header states.
+    """
+    if not storage.is_remote(path):
+        return [os.path.join(path, shard["file"]) for shard in shards]
+    cache, folder = runtime.cache_folder() / FOLDER, storage.path(path)
+    for shard in shards:
+        if not HASH.fullmatch(shard["sha256"]):
+            raise token_header.damage(f"{path}/{shard['file']}", "its checksum is none")
+    targets = [cache / f"{shard['sha256']}.array_record" for shard in shards]
+    with storage.reached(path), failures.told(cache, option=""):
+        cache.mkdir(parents=True, exist_ok=True)
+        missing = [
+            (folder / shard["file"], shard["sha256"], target)
+            for shard, target in zip(shards, targets, strict=True)
+            if not target.exists() or (verify and archives.sha256(target) != shard["sha256"])
+        ]
+        _check_room(path, cache, [source for source, _, _ in missing])
+        with report.bar(len(missing), unit="shard", what="fetch") as bar:
+            for source, sha256, target in missing:
+                _fetch(source, sha256, target)
+                bar.update()
+    return [str(target) for target in targets]
+
+
+def _check_room(path: str, cache: pathlib.Path, sources: Sequence[pathlib.Path]) -> None:
+    if not sources:
+        return
+    there = storage.sizes(storage.path(path))
+    need = sum(there.get(source.name, 0) for source in sources)
+    free = shutil.disk_usage(cache).free
+    if need > free:
+        raise UserError(
+            f"the tokens of {path} are fetched into {cache} first: that needs "
+            f"{report.amount(need)}; found {report.amount(free)} free: make room, or say by "
+            "TOKGEN_CACHE where there is more"
+        )
+
+
+def _fetch(source: pathlib.Path, sha256: str, target: pathlib.Path) -> None:
+    """One process of a host fetches a shard; the others wait for it."""
+    with locks.waiting(target.with_suffix(".lock"), f"{source.name} is being fetched by {{}}"):
+        if target.exists() and archives.sha256(target) == sha256:
+            return
+        if not source.exists():
+            raise token_header.damage(str(source), "the file is missing")
+        part = target.with_suffix(".part")
+        try:
+            storage.download(source, part)
+            if archives.sha256(part) != sha256:
+                raise token_header.damage(
+                    str(source), "the contents do not have the checksum that the header states"
+                )
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
