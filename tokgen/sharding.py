@@ -361,6 +361,36 @@ def _whole(tree: PyTree, where: NamedSharding) -> PyTree:
     return jax.lax.with_sharding_constraint(tree, where)
 
 
+def looked_up(path: str, x: jax.Array) -> jax.Array:
+    """A parameter as a step of training reads it: a table of rows is gathered over D before.
+
+    Vectors of a split table would be laid out as the table is, and copied whole to every device to
+    be laid over the batch. Not for decoding, which would gather it before all of its steps.
+    """
+    axes = letters(path) if re.search(r"(^|/)table$", path) else ""
+    return constrain(x, axes.rjust(x.ndim, ".")) if "D" in axes else x
+
+
+def by_layers(stack: jax.Array) -> jax.Array:
+    """Stacked layers [Y, ...] over the devices of the mesh, each of them whole on one.
+
+    Axis by axis, as far as a device is left with fewer layers: a step of one axis is an all-to-all,
+    or takes a part of what is there; of several at once the compiler gathers all of it first. What
+    does not divide is filled up by the compiler.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return stack
+    layers, taken, ways = len(stack), (), 1
+    within = (PartitionSpec.UNCONSTRAINED,) * (stack.ndim - 1)
+    for axis in ("fsdp", "tensor", "data"):
+        more = ways * mesh.shape[axis]
+        if math.ceil(layers / more) < math.ceil(layers / ways):
+            taken, ways = (*taken, axis), more
+            stack = jax.lax.with_sharding_constraint(stack, PartitionSpec(taken, *within))
+    return jax.lax.with_sharding_constraint(stack, PartitionSpec(taken or None))
+
+
 def constrain(x: jax.Array, axes: str) -> jax.Array:
     """`x` laid out by the activation rules, one letter per dimension; nothing without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
