@@ -107,7 +107,8 @@ def test_held_out_figures_of_many_processes_are_those_of_one(
     kind, data, processes, devices, place, tmp_path
 ):
     words = [*TOKGEN, "evaluate", place / "runs" / kind, "--data", place / data, "--batch", 24]
-    words += ["--split", "all", "--images", IMAGES if kind == "tokenizer" else 200]
+    words += ["--split", "train" if data == "tokens" else "all"]
+    words += ["--images", IMAGES if kind == "tokenizer" else 200]
     texts = done([*words, "--out", tmp_path / "one.jsonl"])
     many = done([*words, "--out", tmp_path / "many.jsonl"], processes=processes, devices=devices)
     one, job = (

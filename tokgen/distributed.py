@@ -218,6 +218,20 @@ def share() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
+def rows(batch: int) -> int:
+    """How many rows of a batch lie on the devices of this process, where shares make it up.
+
+    Each device has as many as it has where one process has all devices, and in the same order:
+    only programs of one size, and rows at one place of them, round alike. All of them without
+    shares.
+    """
+    shares = share()[1]
+    if shares == 1:
+        return batch
+    ways = sharding.ways(sharding.current())
+    return ways * -(-batch // (ways * shares))
+
+
 @contextlib.contextmanager
 def shared() -> Iterator[None]:
     """Each process does its share inside; where one is refused, all have its error.

@@ -76,9 +76,7 @@ class Drawn:
         self.tokenizer, self.cond = tokenizer.module, cond
         self.seed, self.folder = seed, folder
         # one program serves all parts, the last too, which is filled up to a multiple of it
-        even = drawing.even(min(each, len(self)), batch)
-        # as many for each device as one process would take that has them all
-        self.batch = -(-even // distributed.share()[1])
+        self.batch = distributed.rows(drawing.even(min(each, len(self)), batch))
         self.size = tuple(tokenizer.config.view.size)
         self.classes = loaded.classes
         self.identity = {
@@ -197,12 +195,9 @@ class Reconstructed:
         return part
 
     def _reconstructed(self, given: Mapping[str, np.ndarray]) -> tuple:
-        """What validation.reconstruct gives of a part.
-
-        A process of several takes as many for each device as one that has all their devices would.
-        """
+        """What validation.reconstruct gives of a part, in pieces as large as devices are few."""
         rows = len(given["label"])
-        each, found = -(-rows // distributed.share()[1]), []
+        each, found = distributed.rows(rows), []
         for first in range(0, rows, each):
             piece = {name: array[first : first + each] for name, array in given.items()}
             naming = datasets.named(self.source, piece["index"])

@@ -176,8 +176,7 @@ def _share(
         return _Share(chosen, batch, batch)
     channels = channels or (source.view.channels if source.view is not None else 0)
     readable = np.asarray(distributed.decided(_readable, source, chosen, channels), np.int64)
-    ways = sharding.ways(sharding.current())
-    filled = ways * -(-batch // (ways * shares))
+    filled = distributed.rows(batch)
     rows = slice(share * filled, (share + 1) * filled)
     parts = [readable[first : first + batch][rows] for first in range(0, len(readable), batch)]
     return _Share(np.concatenate(parts), max(1, len(parts[0])), filled)
