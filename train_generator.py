@@ -186,7 +186,7 @@ def train_step(
         batch = TokenBatch(batch["tokens"], datasets.condition(batch))
 
         def loss(params):
-            generator = parameters.merge(graph, params, network.stats)
+            generator = train_state.learner(graph, network, params)
             found = generator.loss(batch, codec, step=network.step, key=key)
             # as an index, the mark of images that were not encoded is the last code
             marked = jnp.any(batch.tokens_BLG < 0)
@@ -196,7 +196,7 @@ def train_step(
         network, scalars = train_state.apply_gradients(
             network, gradients, optimizer, ema=settings.ema, average=average, loss=total
         )
-        return network, terms | scalars
+        return train_state.laid(network, settings.strategy), terms | scalars
 
     return step
 

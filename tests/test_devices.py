@@ -31,8 +31,12 @@ FAMILIES = {
 
 
 def network(name, **sizes):
-    """(generator of random numbers, codec of its tokens)."""
-    reference, vocab = FAMILIES[name]
+    """(generator of random numbers, codec of its tokens) of a family."""
+    return built(*FAMILIES[name], **sizes)
+
+
+def built(reference, vocab, **sizes):
+    """`network`, of a recipe and the alphabet of a position."""
     config = recipes.load(reference)
     config.precision.compute = "float32"
     config.generator.update(dict(width=32, depth=2, heads=4, label_drop=0.1) | sizes)

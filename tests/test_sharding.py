@@ -7,15 +7,12 @@ import types
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-import train_generator
 from tests import recipes
 from tokgen import interfaces, parameters, rng, sharding
 from tokgen.config import building, reading
@@ -25,7 +22,7 @@ from tokgen.evaluation import validation
 from tokgen.generators import autoregressive
 from tokgen.nn.precision import FLOAT32
 from tokgen.sampling import drawing, sampler as samplers
-from tokgen.training import optimizer as optimizers, stages, tokenizer_step, train_state
+from tokgen.training import optimizer as optimizers, train_state
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "configs" / "tokenizer").glob("*.py"))
@@ -341,12 +338,6 @@ def test_a_batch_that_does_not_divide_is_filled_up_or_refused():
         sharding.global_batch({"image": np.zeros((11, 2))}, mesh)
 
 
-def test_what_trains_with_a_batch_of_its_own_takes_the_devices_that_divide_it():
-    assert [sharding.ways(sharding.dividing(batch)) for batch in (64, 12, 7, 22, 11)] == [
-        *(8, 6, 7, 2, 1)
-    ]
-
-
 def test_the_mesh_that_is_set_is_the_current_one():
     assert sharding.current().size == jax.device_count()
     with jax.set_mesh(_single()):
@@ -354,8 +345,6 @@ def test_the_mesh_that_is_set_is_the_current_one():
 
 
 LAYOUT = interfaces.TokenLayout((64,), ((3, 3),))
-# Gradients as they are: with Adam, rounding of a gradient near 0 turns a whole step over.
-PLAIN = optimizers.Optimizer(optax.identity(), lambda step: jnp.float32(0.1))
 
 
 def _generator(layout):
@@ -375,119 +364,6 @@ def _single():
     """A mesh of one device."""
     device = np.asarray(jax.devices()[:1]).reshape(1, 1, 1)
     return Mesh(device, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def _close(found, expected, start):
-    """Parameters equal to rounding, and moved: the largest step of each array is the measure."""
-    found, expected, start = (
-        parameters.paths(jax.device_get(tree)) for tree in (found, expected, start)
-    )
-    moved = 0
-    for path, value in expected.items():
-        step = np.abs(value - start[path]).max()
-        moved += step > 0
-        np.testing.assert_allclose(
-            found[path], value, rtol=1e-5, atol=1e-4 * step + 1e-7, err_msg=path
-        )
-    assert moved > 0.8 * len(expected)
-
-
-def _on(mesh, network, strategy="data"):
-    """A state from the host, laid out over a mesh."""
-    return jax.device_put(network, train_state.shardings(network, mesh, strategy))
-
-
-def _generator_steps(mesh):
-    """(losses, parameters, average) of two steps on a mesh."""
-    settings = ml_collections.ConfigDict(dict(seed=0, ema=0.9))
-    network = _on(mesh, _fresh(LAYOUT), "tensor")
-    kernel = network.params["transformer"]["blocks"]["mlp"]["up"]["kernel"]
-    ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    assert kernel.size == ways * kernel.addressable_shards[0].data.size
-    numbers, losses = np.random.default_rng(0), []
-    with jax.set_mesh(mesh):
-        step = train_generator.train_step(settings, _graph(LAYOUT), PLAIN)
-        for _ in range(2):
-            batch = {
-                "tokens": numbers.integers(0, 64, (16, 9, 1)),
-                "label": numbers.integers(0, 5, 16),
-            }
-            network, scalars = step(network, sharding.global_batch(batch, mesh), None)
-            losses.append(float(scalars["nats_per_token"]))
-        return losses, *jax.device_get((network.params, network.ema))
-
-
-@functools.cache
-def _fresh(layout):
-    """The state of a small generator before its first step, on the host."""
-    _, params, stats = parameters.split(_generator(layout))
-    kernel = params["head"]["head"]["kernel"]  # zeros would send no gradient into the blocks
-    params["head"]["head"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(0), kernel.shape)
-    return jax.device_get(_state(params, stats))
-
-
-def _state(params, stats):
-    zero = jnp.zeros((), jnp.int32)
-    return train_state.TrainState(zero, zero, params, stats, PLAIN.chain.init(params), params)
-
-
-@functools.cache
-def _graph(layout):
-    return parameters.split(nnx.eval_shape(lambda: _generator(layout)))[0]
-
-
-@functools.cache
-def _generator_alone():
-    return _generator_steps(_single())
-
-
-@pytest.mark.parametrize("sizes", [(4, 1, 2), (2, 2, 2)])
-def test_generator_steps_on_a_mesh_equal_those_on_one_device(sizes):
-    losses, after, average = _generator_alone()
-    found, found_after, found_average = _generator_steps(sharding.make_mesh(*sizes))
-    np.testing.assert_allclose(found, losses, rtol=1e-5)
-    assert losses[0] != losses[1]
-    start = _fresh(LAYOUT).params
-    _close(found_after, after, start)
-    _close(found_average, average, start)
-
-
-def _tokenizer_steps(settings, make, start, mesh):
-    network = _on(mesh, start)
-    with jax.set_mesh(mesh):
-        graph = parameters.split(nnx.eval_shape(make))[0]
-        (stage,) = stages.plan(settings)
-        step = tokenizer_step.plain_step(settings, {"model": graph}, stage)
-        networks, losses = {"model": network}, []
-        for i in range(2):
-            image = np.random.default_rng(i).integers(0, 256, (16, 8, 8, 3), np.uint8)
-            batch = sharding.global_batch({"image": image}, mesh)
-            networks, scalars, tokens_BLG = step(networks, batch, {})
-            losses.append([float(scalars[name]) for name in ("l2", "commitment", "gradient_norm")])
-            assert tokens_BLG.shape == (16, 4, 1)
-        model = jax.device_get(networks["model"])
-    return losses, model.params, model.stats
-
-
-def test_tokenizer_steps_on_eight_devices_equal_those_on_one(monkeypatch):
-    monkeypatch.setattr(stages, "optimizer", lambda settings, stage: PLAIN)
-    settings = reading.load("configs/tokenizer/shapes.py:vq")
-    settings.encoder.widths = settings.decoder.widths = (16,)
-    settings.encoder.blocks = settings.decoder.blocks = 1
-    settings.view.size = (8, 8)
-    settings.quantizer.codes = 32
-
-    def make():
-        return building.tokenizer(settings, rngs=nnx.Rngs(rng.key(0, "init")))
-
-    start = jax.device_get(_state(*parameters.split(make())[1:]))
-    losses, after, stats = _tokenizer_steps(settings, make, start, _single())
-    found, found_after, found_stats = _tokenizer_steps(settings, make, start, sharding.make_mesh(8))
-    np.testing.assert_allclose(found, losses, rtol=1e-4)
-    _close(found_after, after, start.params)
-    counts, found_counts = stats["quantizer"]["counts"], found_stats["quantizer"]["counts"]
-    assert len(np.unique(counts)) > 1
-    np.testing.assert_allclose(found_counts, counts, rtol=1e-5)
 
 
 # ---------------------------------------------------------------- drawing and measuring

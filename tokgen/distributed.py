@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tokgen import report
+from tokgen import report, sharding
 from tokgen.errors import UserError
 
 T = TypeVar("T")
@@ -197,6 +197,58 @@ def first(act: Callable[..., T], *args, **how) -> T | None:
 @contextlib.contextmanager
 def _calling(act: Callable[..., T], *args, **how) -> Iterator[T]:
     yield act(*args, **how)
+
+
+def decided(act: Callable[..., T], *args, **how) -> T:
+    """Process 0 calls `act`, for the whole job, and all have what it gives: plain values, JSON's.
+
+    Where it is refused, all have its error.
+    """
+    found = first(act, *args, **how)
+    return json.loads(gathered(json.dumps(found))[0]) if many() else found
+
+
+def share() -> tuple[int, int]:
+    """(I, N): of a work that is divided into N shares, this process does share I, from 0.
+
+    All of it where this process is alone, or devices of all of them compute together.
+    """
+    if not many() or sharding.spans(sharding.current()):
+        return 0, 1
+    return jax.process_index(), jax.process_count()
+
+
+def rows(batch: int) -> int:
+    """How many rows of a batch lie on the devices of this process, where shares make it up.
+
+    Each device has as many as it has where one process has all devices, and in the same order:
+    only programs of one size, and rows at one place of them, round alike. All of them without
+    shares.
+    """
+    shares = share()[1]
+    if shares == 1:
+        return batch
+    ways = sharding.ways(sharding.current())
+    return ways * -(-batch // (ways * shares))
+
+
+@contextlib.contextmanager
+def shared() -> Iterator[None]:
+    """Each process does its share inside; where one is refused, all have its error.
+
+    All wait here for all. What ends a process in another way ends the others: jax sees to that.
+    Nothing where there are no shares.
+    """
+    if share()[1] == 1:
+        yield
+        return
+    said = ""
+    try:
+        yield
+    except UserError as error:
+        said = str(error)
+    if found := next(filter(None, gathered(said)), ""):
+        raise UserError(found)
 
 
 def together(what: str) -> None:

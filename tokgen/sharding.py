@@ -212,17 +212,8 @@ def current() -> jax.sharding.Mesh:
 
 
 def single() -> jax.sharding.Mesh:
-    """A mesh of one device."""
-    return _of(jax.devices()[:1], 1, 1, 1)
-
-
-def dividing(batch: int) -> jax.sharding.Mesh:
-    """A mesh of as many devices as divide a batch, for what trains with a fixed one."""
-    mesh = make_mesh()
-    if batch % ways(mesh) == 0 or jax.process_count() > 1:
-        return mesh
-    count = max(n for n in range(1, ways(mesh)) if batch % n == 0)
-    return _of(jax.devices()[:count], count, 1, 1)
+    """A mesh of one device of this process."""
+    return _of(jax.local_devices()[:1], 1, 1, 1)
 
 
 def _of(devices: Sequence[jax.Device], *sizes: int) -> jax.sharding.Mesh:
@@ -269,11 +260,11 @@ def filled(tree: PyTree, rows: int, mesh: jax.sharding.Mesh) -> PyTree:
         return padded(array, -(-max(rows, len(array)) // ways(mesh)) * ways(mesh))
 
     # every process has all of it: `by_rows` takes each device's part
-    where = replicated(mesh) if _many(mesh) else of_batch(mesh)
+    where = replicated(mesh) if spans(mesh) else of_batch(mesh)
     return jax.device_put(jax.tree.map(fill, tree), where)
 
 
-def _many(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> bool:
+def spans(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> bool:
     """Whether a mesh has devices of several processes, and not of this one alone."""
     return mesh.size > jax.local_device_count()
 
@@ -288,7 +279,7 @@ def by_rows(program: Callable[..., PyTree], whole: tuple, rows: tuple) -> PyTree
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return program(*whole, *rows)
-    many, own = _many(mesh), PartitionSpec(BATCH)
+    many, own = spans(mesh), PartitionSpec(BATCH)
     if ways(mesh) < mesh.size or mesh.shape["fsdp"] > 1:
         found = program(*whole, *jax.lax.with_sharding_constraint(rows, own))
         # of many processes, each reads all of it
@@ -368,6 +359,36 @@ def everywhere(tree: PyTree) -> PyTree:
 @functools.partial(jax.jit, static_argnums=1)
 def _whole(tree: PyTree, where: NamedSharding) -> PyTree:
     return jax.lax.with_sharding_constraint(tree, where)
+
+
+def looked_up(path: str, x: jax.Array) -> jax.Array:
+    """A parameter as a step of training reads it: a table of rows is gathered over D before.
+
+    Vectors of a split table would be laid out as the table is, and copied whole to every device to
+    be laid over the batch. Not for decoding, which would gather it before all of its steps.
+    """
+    axes = letters(path) if re.search(r"(^|/)table$", path) else ""
+    return constrain(x, axes.rjust(x.ndim, ".")) if "D" in axes else x
+
+
+def by_layers(stack: jax.Array) -> jax.Array:
+    """Stacked layers [Y, ...] over the devices of the mesh, each of them whole on one.
+
+    Axis by axis, as far as a device is left with fewer layers: a step of one axis is an all-to-all,
+    or takes a part of what is there; of several at once the compiler gathers all of it first. What
+    does not divide is filled up by the compiler.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return stack
+    layers, taken, ways = len(stack), (), 1
+    within = (PartitionSpec.UNCONSTRAINED,) * (stack.ndim - 1)
+    for axis in ("fsdp", "tensor", "data"):
+        more = ways * mesh.shape[axis]
+        if math.ceil(layers / more) < math.ceil(layers / ways):
+            taken, ways = (*taken, axis), more
+            stack = jax.lax.with_sharding_constraint(stack, PartitionSpec(taken, *within))
+    return jax.lax.with_sharding_constraint(stack, PartitionSpec(taken or None))
 
 
 def constrain(x: jax.Array, axes: str) -> jax.Array:

@@ -54,11 +54,12 @@ class Batches:
         step: int,
         max_bad: float,
         fate: str,
+        last: bool = True,
     ):
         self._loaded = iter(loaded)
         self._length = len(source)
         self._max_bad = max_bad
-        self._fate = fate
+        self._fate, self._last = fate, last
         self.unreadable = source.unreadable
         self.step = step
         self.seen = 0
@@ -71,7 +72,7 @@ class Batches:
         try:
             batch, broken = next(self._loaded)
         except StopIteration:
-            self.unreadable.tell(self._fate)
+            self.unreadable.tell(self._fate, last=self._last)
             raise
         self.step += 1
         self.seen += len(batch["label"])
@@ -177,13 +178,15 @@ def once(
     indices: Sequence[int] | None = None,
     least: int = 1,
     threads: int = 0,
+    last: bool = True,
 ) -> Batches:
     """One pass in order, over all elements or `indices`, of those that can be read.
 
     For measuring: nothing is random, so views and token views are the first of what they might be.
     What cannot be read is left out and told; batches are full but for the last. `"index"`, int64
     [B], says which elements of the source they hold. Fewer than `least` are a UserError. `threads`
-    load the next batch while the last one is used; 0 loads it when it is asked for.
+    load the next batch while the last one is used; 0 loads it when it is asked for. Before the
+    `last` of several passes, of what cannot be read only the first few are told.
     """
     if batch_size < 1:
         raise interfaces.UserError(f"batch_size must be at least 1; found {batch_size}")
@@ -215,7 +218,7 @@ def once(
             yield held, ()
 
     found = _enough(passing(), record, min(least, len(index_N)))
-    return Batches(found, source, step=0, max_bad=1.0, fate=unreadable.LEFT_OUT)
+    return Batches(found, source, step=0, max_bad=1.0, fate=unreadable.LEFT_OUT, last=last)
 
 
 def _ahead(load: Callable, parts: Iterable[np.ndarray], threads: int):

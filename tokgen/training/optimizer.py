@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from tokgen import choices, parameters, ranges
+from tokgen import choices, parameters, ranges, sharding
 from tokgen.interfaces import Array, PyTree, UserError
 
 KERNELS = r"(.*/)?kernel"
@@ -182,8 +183,9 @@ def _muon(b1: float, b2: float) -> optax.GradientTransformation:
     An orthogonal update is scaled by 0.2 sqrt(larger side): the size of Adam's, so that one
     learning rate serves both.
     """
+    muon = optax.contrib.scale_by_muon(weight_dimension_numbers=_matrices, mu_dtype=jnp.float32)
     chain = optax.chain(
-        optax.contrib.scale_by_muon(weight_dimension_numbers=_matrices, mu_dtype=jnp.float32),
+        optax.GradientTransformation(muon.init, functools.partial(_by_layers, muon.update)),
         optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(_adam_sized, updates)),
     )
     return optax.partition(
@@ -192,6 +194,17 @@ def _muon(b1: float, b2: float) -> optax.GradientTransformation:
             lambda path, _: "matrix" if _in_blocks(path) else "other", params
         ),
     )
+
+
+def _by_layers(
+    update: Callable, gradients: PyTree, state: optax.OptState, params: PyTree | None = None
+) -> tuple[PyTree, optax.OptState]:
+    """Muon's update, the layers shared by the devices: each makes whole matrices orthogonal.
+
+    Where matrices are split, every device would gather all of them and do all of the work.
+    """
+    gradients, momentum = jax.tree.map(sharding.by_layers, (gradients, state.mu))
+    return update(gradients, state._replace(mu=momentum), params)
 
 
 def _in_blocks(path) -> bool:

@@ -190,14 +190,15 @@ def plain_step(
         key = rng.key(settings.seed, "train", model.step)
 
         def loss(params):
-            tokenizer = parameters.merge(graph, params, model.stats)
+            tokenizer = train_state.learner(graph, model, params)
             return objective(settings, weights, tokenizer, batch, frozen, model.step)
 
         (total, aux), gradients = jax.value_and_grad(loss, has_aux=True)(model.params)
         latents_BPC, _, terms, tokens_BLG = aux
         model, scalars = improved(settings, stage, model, gradients, optimizer, total)
         model = upkept(stage, graph, model, latents_BPC, key)
-        return networks | {"model": model}, terms | scalars, tokens_BLG
+        networks = train_state.laid(networks | {"model": model}, settings.strategy)
+        return networks, terms | scalars, tokens_BLG
 
     return step
 
@@ -233,7 +234,7 @@ def adversarial_step(
         moves = rng.use(key, rng.DISCRIMINATOR)
 
         def reconstructed(params):
-            tokenizer = parameters.merge(graph, params, model.stats)
+            tokenizer = train_state.learner(graph, model, params)
             return objective(settings, weights, tokenizer, batch, frozen, model.step)
 
         seen = {}
@@ -272,7 +273,7 @@ def adversarial_step(
         scalars |= {"discriminator_skipped": discriminator.skipped}
         if discriminator.skips is not None:
             scalars |= {"discriminator_skips": discriminator.skips}
-        return networks, scalars, tokens_BLG
+        return train_state.laid(networks, settings.strategy), scalars, tokens_BLG
 
     return step
 

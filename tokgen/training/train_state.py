@@ -105,6 +105,25 @@ def shardings(state: PyTree, mesh: jax.sharding.Mesh, strategy: str) -> PyTree:
     return jax.tree_util.tree_map_with_path(of, state)
 
 
+def laid(state: PyTree, strategy: str) -> PyTree:
+    """A step's state as `shardings` has it: the compiler would leave it as the step computed it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return state
+    specs = jax.tree.map(lambda placed: placed.spec, shardings(state, mesh, strategy))
+    return jax.lax.with_sharding_constraint(state, specs)
+
+
+def learner(graph: nnx.GraphDef, state: TrainState, params: PyTree) -> nnx.Module:
+    """The module of a step's loss, of the parameters by which it is differentiated."""
+
+    def read(path, leaf):
+        return sharding.looked_up("/".join(map(parameters.entry, path)), leaf)
+
+    params = jax.tree_util.tree_map_with_path(read, params)
+    return parameters.merge(graph, params, state.stats)
+
+
 def apply_gradients(
     state: TrainState,
     gradients: PyTree,
