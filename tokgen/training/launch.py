@@ -92,8 +92,9 @@ def _checkpoints(settings: ml_collections.ConfigDict) -> list[str]:
 
 def _pictures(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[str]:
     """Folders of images that a new run reads: its own would be taken for a part of them."""
-    if (workdir / checkpoint.FOLDER).exists():
-        return []
+    with storage.reached(workdir):
+        if (workdir / checkpoint.FOLDER).exists():
+            return []
     data = settings.get("data", {})
     return [str(data.get(name) or "") for name in ("path", "images")]
 
