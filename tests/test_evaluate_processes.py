@@ -189,20 +189,6 @@ def test_what_one_process_meets_all_refuse_in_one_message(place, tmp_path):
     assert not [text for text in texts if "Traceback" in text]
 
 
-def test_processes_that_see_other_images_are_refused_in_one_message(place, tmp_path):
-    """A path that is another folder on each host, as many images in each."""
-    hosts = [tmp_path / name for name in ("first", "second")]
-    for host, index in zip(hosts, (3, 4), strict=True):
-        shutil.copytree(place / "images", host / "images")
-        next((host / "images").rglob(f"{index:03d}.png")).unlink()
-    words = [*TOKGEN, "evaluate", place / "runs/tokenizer", "--data", "images", "--split", "all"]
-    with Job(words, processes=2, devices=4, hosts=hosts) as job:
-        codes, texts = job.end(200)
-    errors = ["\n".join(text[text.index("error:") :].splitlines()[:3]) for text in texts]
-    assert codes == [2, 2] and errors[0] == errors[1] and "  data: " in errors[0], texts
-    assert not [text for text in texts if "psnr" in text or "Traceback" in text]
-
-
 def test_a_sweep_by_many_processes_is_that_of_one(place, tmp_path):
     words = [*TOKGEN, "sweep", place / "runs/generator", "--protocol", "local", "--accept", "few"]
     words += ["--reference", place / "reference.npz", "--samples", 70, "--seeds", 1]
