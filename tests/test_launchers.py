@@ -24,6 +24,8 @@ ALONE = {
         **{"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_HOST_BOUNDS": "1,1,1"},
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     },
+    "Kaggle": {"TPU_PROCESS_ADDRESSES": "local", "TPU_PROCESS_BOUNDS": "1,1,1"},
+    "a host without a number": {"TPU_WORKER_HOSTNAMES": "localhost"},
     "a chip of two cores": {"TPU_ACCELERATOR_TYPE": "v3-8"},
     "an indexed job of one": {"JOB_COMPLETION_INDEX": "0"},
     "nonsense": {"PMI_SIZE": "many", "TPU_PROCESS_BOUNDS": "", "TPU_ACCELERATOR_TYPE": "tpu"},
@@ -48,3 +50,10 @@ def test_what_started_a_process_may_know_of_others(monkeypatch):
     assert launchers.is_started({"JOB_COMPLETION_INDEX": "0"})
     monkeypatch.setattr(launchers, "TPUS", (__file__,))
     assert launchers.is_started({})
+
+
+@pytest.mark.parametrize("case", ["Kaggle", "a notebook", "a host without a number"])
+def test_jax_is_not_asked_who_else_is_there_where_one_is_named(case, monkeypatch):
+    """It would take that name for a host, and wait for it."""
+    monkeypatch.setattr(launchers, "TPUS", (__file__,))
+    assert not launchers.is_started(ALONE[case])

@@ -25,7 +25,7 @@ LARGEST = 8  # chips of a host
 # Said by who wants several.
 ADDRESS = "JAX_COORDINATOR_ADDRESS"
 # Said to a single process, too.
-STARTED = ("JOBSET_NAME", "JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES")
+STARTED = ("JOBSET_NAME", "JOB_COMPLETION_INDEX")
 TPUS = ("/dev/accel0", "/dev/vfio/0")  # of a host of a pod, which jax asks about the others
 
 
@@ -44,9 +44,16 @@ def others(environment: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def is_started(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether what started this process may know of others, by which jax finds them."""
+    """Whether what started this process may know of others, by which jax finds them.
+
+    Not where it names one alone, as "local" on a notebook's TPU: jax would wait for that host.
+    """
+    if others(environment):
+        return True
+    if any(environment.get(name) for name in NAMES):
+        return False
     pod = any(os.path.exists(device) for device in TPUS)
-    return pod or bool(others(environment)) or any(environment.get(name) for name in STARTED)
+    return pod or any(environment.get(name) for name in STARTED)
 
 
 def _number(text: str) -> int:
