@@ -4,13 +4,22 @@ import argparse
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from tokgen import coordination, distributed, launchers, options, runtime
 from tokgen.errors import SharedError, UserError
+from tokgen.evaluation import inputs, sample_parts, validation
 
 UNREACHABLE = ConnectionError(111, "metadata.google.internal: Connection refused")
 UNKNOWN = ValueError("coordinator_address should be defined.")
+
+
+class ConfigException(Exception):
+    """As of the package kubernetes."""
+
+
+UNASKED = ConfigException("Service token file does not exist.")
 
 
 @pytest.fixture
@@ -27,25 +36,31 @@ def joined(monkeypatch):
                 raise found
             state.client, state.num_processes, state.process_id = "client", *found
 
+        def shutdown():
+            state.client = None
+
         monkeypatch.setattr(jax.distributed, "initialize", ask)
+        monkeypatch.setattr(jax.distributed, "shutdown", shutdown)
         monkeypatch.setattr(launchers, "others", lambda: list(others))
         parser = argparse.ArgumentParser()
         options.processes(parser)
         distributed.initialize(parser.parse_args(words))
+        assert begun or state.client is None  # alone, with no port that another program would meet
         return begun
 
     return initialize
 
 
-@pytest.mark.parametrize("found", [UNREACHABLE, UNKNOWN, (1, 0)])
+@pytest.mark.parametrize("found", [UNREACHABLE, UNKNOWN, UNASKED, (1, 0)])
 def test_a_process_that_is_said_to_have_others_does_not_train_alone(found, joined):
     assert joined(found) == []  # a notebook: nothing says so
     with pytest.raises(
         UserError, match="one of several, by TPU_WORKER_ID=1.*--coordinator"
     ) as told:
         joined(found, others=["TPU_WORKER_ID=1"])
-    if found is UNREACHABLE:
-        assert "metadata.google.internal" in str(told.value)
+    if found in (UNREACHABLE, UNASKED):
+        assert str(found) in str(told.value)
+    assert joined(found, ["--processes", "1"], ["TPU_WORKER_ID=1"]) == []
 
 
 def test_a_process_joins_where_jax_finds_the_others(joined):
@@ -126,3 +141,26 @@ def test_processes_need_the_same_devices(devices, said, job, monkeypatch):
         return
     with pytest.raises(SharedError, match=said):
         distributed.check_devices()
+
+
+def test_images_that_no_process_can_read_are_an_error_of_all_shares(monkeypatch):
+    monkeypatch.setattr(distributed, "share", lambda: (1, 2))
+    monkeypatch.setattr(distributed, "rows", lambda batch: 4)
+    monkeypatch.setattr(distributed, "decided", lambda act, *args: [])
+    source = types.SimpleNamespace(
+        view=None, unreadable=types.SimpleNamespace(listed=lambda: "a.png")
+    )
+    assert len(validation._share(source, np.arange(6), 8).index_N) == 0
+    monkeypatch.setattr(distributed, "gathered", lambda text: [text] * 2)
+    with pytest.raises(UserError, match="0 images can be read.*\na.png"):
+        validation._of_all(source, np.arange(6), {})
+
+
+def test_whether_samples_are_all_there_is_one_answer_of_all_processes(monkeypatch, tmp_path):
+    """They may come to be between two that look."""
+    (tmp_path / sample_parts.WHOLE).touch()
+    monkeypatch.setattr(distributed, "decided", lambda act, *args: [{"total": 9}, False])
+    growing = types.SimpleNamespace(told=lambda: "4 of 9", classes=("a",))
+    monkeypatch.setattr(sample_parts, "Growing", lambda path, told, each: growing)
+    settings = types.SimpleNamespace(scored=str(tmp_path), labels="")
+    assert inputs.given(settings) == (growing, 1)

@@ -7,7 +7,7 @@ import pathlib
 import jax
 import numpy as np
 
-from tokgen import options, report
+from tokgen import distributed, options, report
 from tokgen.backbones import lpips
 from tokgen.checkpoints import checkpoint, loading
 from tokgen.data import captioned, datasets, npz
@@ -50,8 +50,9 @@ def given(settings: score_settings.Settings) -> tuple[given_images.Images, int]:
     Of fewer than all, some evenly over them; of a folder of `tokgen sample --total`, whose order is
     a mixed one, those that are there first, as long as it is filled and afterwards.
     """
-    told = sample_parts.record(settings.scored)
-    if told is not None and not (pathlib.Path(settings.scored) / sample_parts.WHOLE).exists():
+    # of all processes: tokgen sample may finish at any moment
+    told, whole = distributed.decided(_filled, settings.scored)
+    if told is not None and not whole:
         options.refuse({"labels": "folders of images"} if settings.labels else {})
         images = sample_parts.Growing(settings.scored, told, collect.PART)
         report.say(f"{images.told()}: a score is of these; the same command later goes on")
@@ -64,6 +65,11 @@ def given(settings: score_settings.Settings) -> tuple[given_images.Images, int]:
     elif 0 < settings.samples < len(images):  # they may be sorted; what was drawn is mixed
         return given_images.Spread(images, settings.samples), classes_of(images)
     return images, classes_of(images)
+
+
+def _filled(path: str) -> tuple[dict | None, bool]:
+    """What a folder of `tokgen sample --total` says of itself, and whether it is filled."""
+    return sample_parts.record(path), (pathlib.Path(path) / sample_parts.WHOLE).exists()
 
 
 def classes_of(images: npz.Archive | given_images.Pictures) -> int:

@@ -179,6 +179,8 @@ def _share(
     filled = distributed.rows(batch)
     rows = slice(share * filled, (share + 1) * filled)
     parts = [readable[first : first + batch][rows] for first in range(0, len(readable), batch)]
+    if not parts:  # of the scores: `_of_all` says so
+        return _Share(readable, 1, filled)
     return _Share(np.concatenate(parts), max(1, len(parts[0])), filled)
 
 
