@@ -29,7 +29,8 @@ HEARTBEAT = 20  # seconds without a sign of life after which a process is taken 
 def initialize(args: argparse.Namespace) -> None:
     """Join the job that this process is one of, if it is; before anything touches a device.
 
-    `args` are those of `options.processes`. Alone, where nothing says that there are others.
+    `args` are those of `options.processes`. Alone, where nothing says that there are others, or
+    `--processes 1` says that there are none.
 
     Raises:
         UserError: process 0 was not there in time; the options contradict; the environment says
@@ -37,6 +38,8 @@ def initialize(args: argparse.Namespace) -> None:
     """
     given = {"coordinator": args.coordinator, "processes": args.processes, "process": args.process}
     missing = [f"--{name}" for name, value in given.items() if value in ("", None)]
+    if args.processes == 1 and len(missing) == 2:
+        return  # whatever the environment says, as of a Kubernetes Job that is an array of runs
     if 0 < len(missing) < len(given):
         raise UserError(
             "--coordinator, --processes and --process say together who the processes of a job are; "
@@ -64,23 +67,27 @@ def initialize(args: argparse.Namespace) -> None:
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=HEARTBEAT,
         )
-    except (ValueError, OSError) as error:
-        # an OSError: a TPU whose cloud cannot be asked who else there is, as that of a notebook
-        if not missing or not (isinstance(error, OSError) or "coordinator_address" in str(error)):
-            raise UserError(f"this process cannot join its job: {error}") from error
-        if isinstance(error, OSError):
-            found = str(error).splitlines()[0][:200]
     except RuntimeError as error:
         raise UserError(f"this process cannot join its job: {error}") from error
+    except Exception as error:
+        # of whatever jax asks who else is there: a cloud that a notebook cannot reach (OSError), a
+        # Kubernetes that lets no pod ask (exceptions of its package)
+        if not missing:
+            raise UserError(f"this process cannot join its job: {error}") from error
+        if "coordinator_address" not in str(error):
+            found = (str(error).splitlines() or [type(error).__name__])[0][:200]
     state = _state()
     if state.client is not None and state.num_processes > 1:
         coordination.begin(state.client, state.process_id, state.num_processes)
-    elif missing and (said := launchers.others()):
-        found = "a job of one process" if state.client is not None else found
+        return
+    if state.client is not None:
+        found = "a job of one process"
+        jax.distributed.shutdown()  # nobody comes: the port is for a second program of this host
+    if missing and (said := launchers.others()):
         raise UserError(
             f"this process is one of several, by {', '.join(said)}, and jax cannot tell where the "
             f"others are; found: {found}; say --coordinator, --processes and --process "
-            "(docs/pods.md), or unset what it is not"
+            "(docs/pods.md), or --processes 1 if it is alone"
         )
 
 

@@ -67,7 +67,9 @@ def processes(parser: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--coordinator", default="", metavar="HOST:PORT", help="of process 0, a port that is free"
     )
-    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument(
+        "--processes", type=int, metavar="N", help="how many there are; 1: this alone"
+    )
     group.add_argument("--process", type=int, metavar="I", help="which this one is, from 0")
     group.add_argument(
         "--wait",
