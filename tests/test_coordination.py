@@ -89,6 +89,26 @@ def test_texts_come_in_order_and_are_forgotten(left):
     assert len(kept) == 12 and not left  # of the last turn
 
 
+def test_long_texts_go_in_pieces(left, monkeypatch):
+    """The service refuses messages over a limit, which it calls exhausted resources."""
+    monkeypatch.setattr(coordination, "SHORT", 5)
+    monkeypatch.setattr(coordination, "PIECE", 5)
+    service = Service(2)
+    texts = ["", "12345", "123456", "7" * 52, " 3"]
+
+    def act(job):
+        said = [job.exchange(text + text[: job.index]) for text in texts]
+        first = [job.of_first(text) for text in texts]
+        job.exchange("")
+        job.end(0, "")
+        return said, first
+
+    said = [[text, text + text[:1]] for text in texts]
+    assert each(service, 2, act) == [(said, texts)] * 2
+    assert max(map(len, (v for k, v in service.values.items() if "event" not in k))) <= 6
+    assert not [key for key in service.values if "pieces" in key and "said" in key]
+
+
 @pytest.mark.parametrize("asked", [(0,), (2,), (0, 1, 2)])
 def test_all_stop_at_one_turn_that_none_has_had(asked, left):
     service = Service(3)
@@ -125,6 +145,47 @@ def test_what_ends_one_ends_all_in_its_words(left):
 
     assert each(service, 3, act) == [False] * 3
     assert left == [(2, "broken")] * 3 and not traces
+
+
+def test_a_wait_leaves_its_caller_free_for_signals(left):
+    """As the service's waits last in C++: another thread has them, and their errors come out."""
+    service, threads = Service(2), []
+    barrier = service.wait_at_barrier
+
+    def waits(name, milliseconds):
+        threads.append(threading.current_thread())
+        if name.endswith("broken"):
+            raise RuntimeError("INTERNAL")
+        barrier(name, milliseconds)
+
+    service.wait_at_barrier = waits
+    job = coordination.Job(service, 0, 2)
+    with pytest.raises(RuntimeError, match="INTERNAL"):
+        job.wait("broken")
+
+    def stop(number, frame):
+        raise Ended
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    threading.Timer(0.1, signal.raise_signal, [signal.SIGUSR1]).start()
+    try:
+        with pytest.raises(Ended):
+            job.wait("for ever")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert threading.main_thread() not in threads and len(threads) == 2
+
+
+def test_what_ends_a_process_is_said_also_where_no_service_is_left(left, capfd):
+    """A service that is only slow is asked again."""
+    service, answers = Service(1), ["DEADLINE_EXCEEDED", "UNAVAILABLE"]
+
+    def fails(key, milliseconds):
+        raise RuntimeError(answers.pop(0))
+
+    service.blocking_key_value_get = fails
+    coordination.Job(service, 0, 1).end(2, "prog: broken")
+    assert capfd.readouterr().err == "prog: broken\n" and not answers and not left
 
 
 class Ended(Exception):

@@ -578,3 +578,33 @@ def test_processes_draw_as_one_does(tmp_path):
     with Job([*words[:-2], "--out", tmp_path / "three"], processes=2, devices=4) as job:
         codes, texts = job.end()
     assert codes == [2, 2] and all("say --total" in text for text in texts), texts
+
+
+WAITING = """
+import sys, time
+from tokgen import coordination, runtime
+def run():
+    runtime.join(sys.argv[1:])
+    job = coordination.job()
+    long = [str(index) * 5_000_000 for index in range(2)]  # over what a message of the service has
+    assert job.exchange(long[job.index]) == long and job.of_first(long[job.index]) == long[0]
+    print("waits", flush=True)
+    if job.index == 0:
+        time.sleep(100)
+    elif "--first" in sys.argv:
+        job.of_first("")
+sys.exit(runtime.call("prog", run))
+"""
+
+
+@pytest.mark.parametrize("words", [[], ["--first"]], ids=["at its end", "for what the first says"])
+def test_a_process_that_waits_for_the_others_hears_sigterm(words):
+    with Job(words, processes=2, devices=1, program=WAITING) as job:
+        until = time.monotonic() + 60
+        while not all("waits" in text for text in job.said()):
+            assert time.monotonic() < until, job.said()
+            time.sleep(0.1)
+        time.sleep(1)
+        job.processes[1].terminate()
+        codes, texts = job.end(60)
+    assert codes == [143, 143] and all("prog: terminated" in text for text in texts), texts

@@ -19,12 +19,16 @@ import os
 import socket
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+T = TypeVar("T")
 PATIENCE = 20 * 24 * 3600 * 1000  # milliseconds for which processes wait for one that is alive
+# Characters of a text that goes whole, as all processes' come in one message, and of a piece of a
+# longer one: a message has 4 MB at most.
+SHORT, PIECE = 10_000, 500_000
 GRACE = 5  # seconds for which a process that is ended may end by itself
 _job: Job | None = None
 
@@ -41,6 +45,7 @@ class Job:
     def __init__(self, client: Any, index: int, count: int):
         self._client, self.index, self.count, self.stopped = client, index, count, 0
         self._rounds, self._texts = itertools.count(), itertools.count()
+        self._said: list[str] = []  # keys of what was said last
         self._turns, self._last, self._number = 0, None, 0
         self._lock = threading.Lock()
         self._over, self._idle = threading.Event(), threading.Event()
@@ -49,25 +54,25 @@ class Job:
 
     def wait(self, what: str) -> None:
         """All processes wait here for each other; `what` is the same on all."""
-        self._client.wait_at_barrier(f"tokgen/{what}", PATIENCE)
+        _awaited(self._client.wait_at_barrier, f"tokgen/{what}", PATIENCE)
 
     def exchange(self, text: str) -> list[str]:
         """What each process says, in their order; all wait for all."""
         number = next(self._rounds)
-        place = f"tokgen/said/{number}"
-        self._client.key_value_set(f"{place}/{self.index:06}", text)
+        place, before = f"tokgen/said/{number}", self._said
+        self._said = self._put(f"{place}/{self.index:06}", text)
         self.wait("said")
         said = dict(self._client.key_value_dir_get(place))
-        if number:  # all are here, and have read what was said before
-            self._client.key_value_delete(f"tokgen/said/{number - 1}/{self.index:06}")
-        return [said[key] for key in sorted(said)]
+        for key in before:  # all are here, and have read what was said before
+            self._client.key_value_delete(key)
+        return [self._whole(key, said[key]) for key in sorted(said)]
 
     def of_first(self, text: str) -> str:
         """What process 0 says; what the others would is not sent."""
         key = f"tokgen/first/{next(self._texts)}"
         if self.index == 0:
-            self._client.key_value_set(key, text)
-        return self._client.blocking_key_value_get(key, PATIENCE)
+            self._put(key, text)
+        return self._whole(key, _awaited(self._client.blocking_key_value_get, key, PATIENCE))
 
     def ask(self, number: int) -> None:
         """Let all processes stop, as a signal to this one wants; `stops` tells them when."""
@@ -94,12 +99,40 @@ class Job:
                 self.wait("end")
             if not self._over.is_set():
                 trace()
-            self._post({"code": code, "line": line})
+            self.break_off(code, line)
         self._thread.join()
+        if line and not self._over.is_set():  # no thread is there that would say it
+            print(line, file=sys.stderr)
+
+    def break_off(self, code: int, line: str) -> None:
+        """Let all processes end, wherever they are; the first that says so is heard."""
+        self._post({"code": code, "line": line})
 
     def called(self) -> str:
         """What messages call this process."""
         return f"process {self.index} of {self.count} ({socket.gethostname()})"
+
+    def _put(self, key: str, text: str) -> list[str]:
+        """Say a text, which `_whole` reads; the keys that hold it.
+
+        A long one in pieces, and under the key how many: a message of the service has a limit.
+        """
+        if len(text) <= SHORT:
+            self._client.key_value_set(key, f" {text}")
+            return [key]
+        pieces = [text[at : at + PIECE] for at in range(0, len(text), PIECE)]
+        keys = [f"tokgen/pieces/{key}/{number:06}" for number in range(len(pieces))]
+        for place, piece in zip(keys, pieces, strict=True):
+            self._client.key_value_set(place, piece)
+        self._client.key_value_set(key, str(len(pieces)))
+        return [key, *keys]
+
+    def _whole(self, key: str, found: str) -> str:
+        """The text whose key has `found`."""
+        if found.startswith(" "):
+            return found[1:]
+        keys = [f"tokgen/pieces/{key}/{number:06}" for number in range(int(found))]
+        return "".join(self._client.blocking_key_value_get(key, PATIENCE) for key in keys)
 
     def _post(self, event: dict) -> None:
         """Tell all processes, after what they were told before."""
@@ -113,15 +146,18 @@ class Job:
 
     def _listen(self) -> None:
         """Act on each event, all processes in the same order."""
-        for number in itertools.count():
+        number = 0
+        while True:
             try:
                 key = f"tokgen/event/{number}"
                 event = json.loads(self._client.blocking_key_value_get(key, PATIENCE))
+                number += 1
                 if "stop" not in event:
                     break
                 self._settle(event["stop"])
-            except RuntimeError:  # there is no service any more: jax ends this process
-                return
+            except RuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    return  # there is no service any more: jax ends this process
         self._over.set()
         if event["code"]:
             self._idle.wait(GRACE)  # it may be on the same way, and give up what it holds
@@ -136,6 +172,27 @@ class Job:
             self.wait("turns")
             turns = [int(text) for _, text in self._client.key_value_dir_get("tokgen/turns")]
             self._last, self._number = max(turns) + 1, number
+
+
+def _awaited(wait: Callable[..., T], *args) -> T:
+    """What a wait of the service gives, which lasts in C++, where Python handles no signal.
+
+    So another thread waits, and this one for it.
+    """
+    found, wrong = [], []
+
+    def act() -> None:
+        try:
+            found.append(wait(*args))
+        except BaseException as error:  # noqa: BLE001 (it is of the caller)
+            wrong.append(error)
+
+    thread = threading.Thread(target=act, name="wait", daemon=True)
+    thread.start()
+    thread.join()
+    if wrong:
+        raise wrong[0]
+    return found[0]
 
 
 def _leave(code: int, line: str) -> None:

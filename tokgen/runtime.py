@@ -73,8 +73,9 @@ def call(
         elif job is not None and found[0] == 2 and not isinstance(error, SharedError):
             found = 2, f"error: {job.called()}: {found[1].removeprefix('error: ')}"
         code, line = found[0], f"{program}: {found[1]}" if found[1] else ""
-    if coordination.job() is not None:
-        coordination.job().end(code, line, lambda: trace and traceback.print_exception(trace))
+    if (job := coordination.job()) is not None:
+        with _ending(job, program, code):
+            job.end(code, line, lambda: trace and traceback.print_exception(trace))
     elif line:
         print(line, file=sys.stderr)
     return code
@@ -144,6 +145,30 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _ending(job: coordination.Job, program: str, code: int) -> Iterator[None]:
+    """A signal ends all processes of a job where this one is done (code 0) and waits for others.
+
+    On the way out after an error nothing does: the others are to hear of it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        if code == 0:
+            said = "interrupted" if number == signal.SIGINT else "terminated"
+            with contextlib.suppress(RuntimeError):  # jax is about to end this process
+                job.break_off(CODES[number], f"{program}: {said}")
+
+    before = {number: signal.signal(number, stop) for number in CODES}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _unheard() -> None:
