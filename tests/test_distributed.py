@@ -144,6 +144,7 @@ def test_processes_need_the_same_devices(devices, said, job, monkeypatch):
 
 
 def test_images_that_no_process_can_read_are_an_error_of_all_shares(monkeypatch):
+    monkeypatch.setattr(distributed, "many", lambda: True)
     monkeypatch.setattr(distributed, "share", lambda: (1, 2))
     monkeypatch.setattr(distributed, "rows", lambda batch: 4)
     monkeypatch.setattr(distributed, "decided", lambda act, *args: [])
@@ -154,6 +155,15 @@ def test_images_that_no_process_can_read_are_an_error_of_all_shares(monkeypatch)
     monkeypatch.setattr(distributed, "gathered", lambda text: [text] * 2)
     with pytest.raises(UserError, match="0 images can be read.*\na.png"):
         validation._of_all(source, np.arange(6), {})
+
+
+def test_processes_that_measure_together_have_the_same_images(monkeypatch):
+    """Those that the first can read: while training, each reads them all by itself."""
+    monkeypatch.setattr(distributed, "many", lambda: True)
+    monkeypatch.setattr(distributed, "share", lambda: (0, 1))
+    monkeypatch.setattr(distributed, "decided", lambda act, *args: [4, 1])
+    share = validation._share(types.SimpleNamespace(view=None), np.asarray([4, 2, 1]), 2)
+    assert (share.index_N.tolist(), share.batch, share.filled) == ([4, 1], 2, 2)
 
 
 def test_whether_samples_are_all_there_is_one_answer_of_all_processes(monkeypatch, tmp_path):

@@ -169,13 +169,16 @@ def _share(
     """Of each batch that one process would have, the rows that lie on the devices of this one.
 
     So every image has the place in a program of the same size that it has there, to the last bit;
-    what cannot be read is left out before.
+    what cannot be read is left out before, also where all have the same images: none may miss one
+    that others have.
     """
-    share, shares = distributed.share()
-    if shares == 1:
+    if not distributed.many():
         return _Share(chosen, batch, batch)
+    share, shares = distributed.share()
     channels = channels or (source.view.channels if source.view is not None else 0)
     readable = np.asarray(distributed.decided(_readable, source, chosen, channels), np.int64)
+    if shares == 1:
+        return _Share(readable, batch, batch)
     filled = distributed.rows(batch)
     rows = slice(share * filled, (share + 1) * filled)
     parts = [readable[first : first + batch][rows] for first in range(0, len(readable), batch)]
