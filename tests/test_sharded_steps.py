@@ -44,10 +44,10 @@ def test_steps_on_a_mesh_are_those_of_one_device(name, sizes):
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("part", range(6))
+@pytest.mark.parametrize("part", range(12))
 def test_processes_take_the_steps_of_one_device(part, tmp_path):
     """Four processes of two devices, in another order: heads and hidden units lie across them."""
-    names = FAMILIES[part::6]
+    names = FAMILIES[part::12]
     words = ["-m", "tests.family_steps", tmp_path / "many.npz", "2,1,4", *names, "--permuted"]
     test_processes.done(words, processes=4, devices=2)
     for name in names:
@@ -154,4 +154,5 @@ def test_each_device_makes_its_own_layers_orthogonal(layers, sizes):
     found, share = turned(layers, sizes)
     for path, leaf in parameters.paths(expected).items():
         np.testing.assert_allclose(parameters.paths(found)[path], leaf, rtol=0, atol=1e-6)
-    assert share < 1.15 * work / layers
+    # a fifth more where it lies otherwise before and after: matrices are small here
+    assert share < 1.3 * work / layers
