@@ -94,8 +94,20 @@ def test_a_copy_would_be_told():
     assert COPIED in said_while_compiling("-c", SPLIT)
 
 
+@pytest.mark.long
+def test_nothing_is_copied_whole_to_be_made_orthogonal():
+    program = "from tests import test_sharded_steps as steps\n" + "".join(
+        f"steps.turned({layers}, {sizes})\n" for layers, sizes in STACKS
+    )
+    assert COPIED not in said_while_compiling("-c", program)
+
+
 # ---------------------------------------------------------------- Muon
 
+STACKS = [  # layers, and a mesh of eight; six and three are filled up
+    *((4, (2, 4, 1)), (8, (2, 2, 2)), (8, (8, 1, 1)), (8, (1, 8, 1)), (4, (2, 1, 4))),
+    *((6, (2, 4, 1)), (3, (1, 8, 1))),
+]
 KERNELS = {
     "blocks/attention/query/kernel": (32, 4, 8),
     "blocks/attention/out/kernel": (4, 8, 32),
@@ -138,15 +150,7 @@ def turned_alone(layers):
 
 @pytest.mark.parametrize(
     "layers, sizes",
-    [
-        (4, (2, 4, 1)),
-        pytest.param(8, (2, 2, 2), marks=pytest.mark.long),
-        pytest.param(8, (8, 1, 1), marks=pytest.mark.long),
-        pytest.param(8, (1, 8, 1), marks=pytest.mark.long),
-        pytest.param(4, (2, 1, 4), marks=pytest.mark.long),
-        pytest.param(6, (2, 4, 1), marks=pytest.mark.long),  # filled up to eight
-        pytest.param(3, (1, 8, 1), marks=pytest.mark.long),
-    ],
+    [pytest.param(*each, marks=[pytest.mark.long] * (each != STACKS[0])) for each in STACKS],
 )
 def test_each_device_makes_its_own_layers_orthogonal(layers, sizes):
     """To the rounding of float32 as one device alone, which has `layers` times the work."""
