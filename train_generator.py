@@ -131,7 +131,9 @@ def main(request: launch.Request) -> None:
             done += 1
             if done % every.scalars == 0 or done == steps:
                 values = jax.device_get(scalars)
-                seen = {"images_seen": done * settings.batch_size, "broken_images": batches.bad}
+                with run.rescuing({"model": network}):
+                    broken = batches.agree()
+                seen = {"images_seen": done * settings.batch_size, "broken_images": broken}
                 log.scalars(done, values | seen)
                 bar.set_postfix_str(report.metrics(values, ("nats_per_token", "token_accuracy")))
                 train_state.give_up(values, done)

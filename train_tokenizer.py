@@ -148,7 +148,9 @@ def main(request: launch.Request) -> None:
             collapsed = ""
             if step % every.scalars == 0 or step == steps:
                 values = jax.device_get(scalars) | (meter.figures() if meter else {})
-                log.scalars(step, values | {"broken_images": batches.bad})
+                with run.rescuing(networks):
+                    broken = batches.agree()
+                log.scalars(step, values | {"broken_images": broken})
                 bar.set_postfix_str(report.metrics(values, SHOWN))
                 train_state.give_up(values, step)
                 collapsed = safeguards.collapsed(limits, values, step, steps)

@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import pathlib
 import sys
+import threading
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEVICES = 8
@@ -47,6 +48,23 @@ import pytest
 from jax.sharding import Mesh
 
 from tests import buckets
+
+# jax makes an MLIR context for every program, which takes longer than to lower a small one (jax
+# 0.10.2); here fifty programs of a thread share one. What a context has interned goes with it.
+if CHOICE:
+    from jax._src.interpreters import mlir
+
+    SHARED, make_ir_context = threading.local(), mlir.make_ir_context
+
+    def shared_context():
+        """The context of this thread; a new one after every fifty programs."""
+        used = getattr(SHARED, "used", 0)
+        if used % 50 == 0:
+            SHARED.context = make_ir_context()
+        SHARED.used = used + 1
+        return SHARED.context
+
+    mlir.make_ir_context = shared_context
 
 # Tracing makes many objects and little garbage: python's searches for it are 5 % of a run.
 gc.freeze()

@@ -24,7 +24,7 @@ from jax.sharding import AxisType, Mesh
 
 import train_generator
 from tests import recipes, test_devices, test_recipes
-from tokgen import distributed, losses, options, parameters, runtime, sharding
+from tokgen import losses, options, parameters, runtime, sharding
 from tokgen.config import building
 from tokgen.discriminators import feature_heads
 from tokgen.training import (
@@ -301,8 +301,8 @@ def main():
     parser.add_argument("--permuted", action="store_true")
     parser.add_argument("--compile", metavar="STRATEGY", help="compile, and write nothing")
     options.processes(parser)
+    runtime.join(sys.argv[1:])
     args = parser.parse_args()
-    distributed.initialize(args)
     runtime.devices()
     mesh = mesh_of(tuple(map(int, args.mesh.split(","))), args.permuted)
     if args.compile:
@@ -315,7 +315,6 @@ def main():
         found |= {f"{name} {path}": array for path, array in steps(name, mesh).items()}
     if jax.process_index() == 0:
         np.savez(args.file, **found)
-    distributed.together("end")
 
 
 def read(file, name):
@@ -326,4 +325,4 @@ def read(file, name):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(runtime.call("family_steps", main))

@@ -187,7 +187,7 @@ def save(workdir: pathlib.Path, settings, make, *, best: str, **meta) -> None:
     """A work directory with a checkpoint of step 0."""
     optimizer = optimizers.optimizer(steps=1, learning_rate=1e-3)
     # of one device: eight of them are written one by one
-    _, network = train_state.create(make, optimizer, mesh=sharding.dividing(1))
+    _, network = train_state.create(make, optimizer, mesh=sharding.single())
     classes = tuple(f"shape{number}" for number in range(10))
     meta = {"classes": classes} | meta
     run = runs.start(workdir, settings, best=best, data="", **meta)

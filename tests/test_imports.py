@@ -18,7 +18,8 @@ FILES = sorted([*(ROOT / "tokgen").rglob("*.py"), *ROOT.glob("train_*.py")])
 LAYERS = (
     ("errors",),
     ("storage",),
-    ("choices", "image_grid", "interfaces", "options", "ranges", "records", "rng"),
+    ("choices", "coordination", "image_grid", "interfaces", "launchers", "options", "ranges")
+    + ("records", "rng"),
     ("archives", "boundary", "parameters", "report", "sharding", "losses", "orders", "zoo"),
     ("output", "distributed", "metrics_log", "nn", "metrics"),
     ("runtime", "quantizers", "tokenizers", "generators", "backbones", "sampling"),
@@ -234,6 +235,7 @@ def test_cli_imports_only_the_standard_library_before_a_command_is_chosen():
     others = {module.split(".")[0] for _, _, module, _ in imports(top)} - {"__future__", "tokgen"}
     assert others <= sys.stdlib_module_names and heavy <= {
         "choices",
+        "coordination",
         "errors",
         "options",
         "runtime",

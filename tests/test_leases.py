@@ -58,6 +58,7 @@ def test_what_a_killed_job_leaves_is_taken_over_when_it_expires(place):
         assert place.exists()
 
 
+@pytest.mark.long
 def test_of_many_that_wait_for_a_dead_one_a_single_one_goes_on(place):
     leases._taken(place, REFUSAL)
     entered, refused, ended = [], [], threading.Event()
@@ -91,6 +92,7 @@ def test_who_was_overtaken_ends_at_once(place, monkeypatch):
     assert json.loads(place.read_text()) == other  # and takes nothing with it
 
 
+@pytest.mark.long
 def test_who_cannot_renew_ends_before_another_may_begin(place, monkeypatch):
     said = []
     monkeypatch.setattr(leases, "ANSWER", 0.3)

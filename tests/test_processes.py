@@ -6,7 +6,9 @@ Each process has CPU devices of its own, and all talk over localhost as hosts of
 import json
 import os
 import pathlib
+import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,10 +16,14 @@ import sys
 import tempfile
 import time
 
+import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import recipes
+from tokgen import sharding
+from tokgen.checkpoints import checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CACHE = pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", tempfile.gettempdir())) / "tokgen"
@@ -35,8 +41,29 @@ jax.make_mesh = make_mesh
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+# The program, and beside it which images each step is given: the first byte that tells them apart
+# is a hash. STOP=PROCESS,BATCH lets a process have SIGTERM when it asks for its n-th batch.
+RECORDED = """
+import hashlib, json, os, pathlib, runpy, signal, sys
+from tokgen import sharding
+laid, seen = sharding.global_batch, []
+process = sys.argv[sys.argv.index("--process") + 1] if "--process" in sys.argv else "0"
+file = pathlib.Path(os.environ["RECORD"], f"{os.getpid()}.jsonl")
+def global_batch(batch, mesh):
+    rows = sharding.rows_here(len(batch["image"]) * int(os.environ["PROCESSES"]), mesh)
+    images = [hashlib.sha256(image.tobytes()).hexdigest()[:12] for image in batch["image"]]
+    seen.append(dict(zip(rows.tolist(), images, strict=True)))
+    with file.open("a") as opened:
+        print(json.dumps(seen[-1]), file=opened)
+    if os.environ.get("STOP") == f"{process},{len(seen)}":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return laid(batch, mesh)
+sharding.global_batch = global_batch
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 TOKENIZER = [
-    *("train_tokenizer.py", "--config", "configs/tokenizer/shapes.py"),
+    *(ROOT / "train_tokenizer.py", "--config", ROOT / "configs/tokenizer/shapes.py"),
     *("--config.steps=6", "--config.batch_size=16", "--config.held_out.images=20"),
     *("--config.report.scalars=1", "--config.report.save=3"),
     *("--config.encoder.widths=(16,)", "--config.decoder.widths=(16,)"),
@@ -45,7 +72,7 @@ TOKENIZER = [
 GAN = ["--config.discriminator.weight=0.1", "--config.discriminator.start=0.3"]
 GAN += ["--config.discriminator.network.width=8"]
 GENERATOR = [
-    *("train_generator.py", "--config", "configs/generator/shapes.py"),
+    *(ROOT / "train_generator.py", "--config", ROOT / "configs/generator/shapes.py"),
     *("--config.steps=6", "--config.batch_size=16", "--config.held_out.images=20"),
     *("--config.report.scalars=1", "--config.report.save=3", "--config.held_out.samples=0"),
     *("--config.generator.width=32", "--config.generator.depth=2", "--config.generator.heads=8"),
@@ -53,16 +80,33 @@ GENERATOR = [
 
 
 class Job:
-    """The processes of one job, and what they print."""
+    """The processes of one job, and what they print.
 
-    def __init__(self, words, *, processes=1, devices=8, differing=(), permuted=False, wait=60):
+    Each may have words of its own (`differing`), settings of its environment (`told`), and a folder
+    where it runs (`hosts`): relative paths are then as disks of its own.
+    """
+
+    def __init__(
+        self,
+        words,
+        *,
+        processes=1,
+        devices=8,
+        differing=(),
+        program="",
+        told=({},),
+        hosts=(ROOT,),
+        wait=60,
+    ):
         address = f"localhost:{_port()}"
-        start = [sys.executable, *(["-c", PERMUTED] if permuted else [])]
+        start = [sys.executable, *(["-c", program] if program else [])]
         environment = os.environ | {
             "JAX_NUM_CPU_DEVICES": str(devices),
             "NPROC": "32",
             "TOKGEN_CACHE": str(CACHE),
             "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "PROCESSES": str(processes),
         }
         environment.pop("XLA_FLAGS", None)
         self.logs = [tempfile.TemporaryFile("w+") for _ in range(processes)]  # noqa: SIM115
@@ -74,8 +118,8 @@ class Job:
             self.processes.append(
                 subprocess.Popen(
                     [*start, *map(str, [*words, *who, *own])],
-                    cwd=ROOT,
-                    env=environment,
+                    cwd=hosts[index % len(hosts)],
+                    env=environment | told[index % len(told)],
                     stdout=log,
                     stderr=subprocess.STDOUT,
                 )
@@ -146,26 +190,27 @@ def tokens(tokenizer, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("processes, permuted", [(2, False), (4, True)])
-def test_processes_train_a_gan_as_one_does(processes, permuted, tokenizer, tmp_path):
+@pytest.mark.parametrize("processes, program", [(2, ""), (4, PERMUTED)], ids=["2", "4"])
+def test_processes_train_a_gan_as_one_does(processes, program, tokenizer, tmp_path):
     words = [*TOKENIZER, *GAN, "--workdir", tmp_path / "run"]
-    texts = done(words, processes=processes, devices=8 // processes, permuted=permuted)
+    texts = done(words, processes=processes, devices=8 // processes, program=program)
     same(tmp_path / "run", tokenizer)
     assert "started a new run" in texts[0]
     assert not [text for text in texts[1:] if "step" in text]  # one speaks
 
 
 @pytest.mark.parametrize(
-    "processes, permuted, mesh, strategy",
+    "processes, program, mesh, strategy",
     [
-        (2, False, (8, 1, 1), "data"),
-        (2, False, (1, 1, 8), "tensor"),  # every process has all rows
-        (4, True, (2, 2, 2), "tensor"),
-        (2, True, (2, 4, 1), "fsdp"),
+        (2, "", (8, 1, 1), "data"),
+        (2, "", (1, 1, 8), "tensor"),  # every process has all rows
+        (4, PERMUTED, (2, 2, 2), "tensor"),
+        (2, PERMUTED, (2, 4, 1), "fsdp"),
     ],
+    ids=["2 8x1x1", "2 1x1x8", "4 2x2x2", "2 2x4x1"],
 )
 def test_processes_train_a_generator_as_one_does(
-    processes, permuted, mesh, strategy, tokens, tmp_path
+    processes, program, mesh, strategy, tokens, tmp_path
 ):
     words = [*GENERATOR, f"--config.data.tokens={tokens}"]
     sizes = [
@@ -173,7 +218,7 @@ def test_processes_train_a_generator_as_one_does(
     ]
     words += [*sizes, f"--config.strategy={strategy}"]
     done([*words, "--workdir", tmp_path / "one"])
-    how = dict(processes=processes, devices=8 // processes, permuted=permuted)
+    how = dict(processes=processes, devices=8 // processes, program=program)
     done([*words, "--workdir", tmp_path / "many"], **how)
     same(tmp_path / "many", tmp_path / "one")
 
@@ -186,21 +231,140 @@ def waited(job, words, seconds=300):
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize("asked", [0, 1])
-def test_a_job_that_is_asked_to_end_saves_one_step(asked, tokenizer, tmp_path):
-    """Whichever process hears it; the run then goes on with another number of processes."""
-    words = [*TOKENIZER, *GAN, "--workdir", tmp_path / "run"]
-    with Job([*words, "--config.steps=2000"], processes=2, devices=4) as job:
-        waited(job, "step 3: held out")
-        job.processes[asked].send_signal(signal.SIGTERM)
+STEPS = 12
+ENDED = [*TOKENIZER, *GAN, f"--config.steps={STEPS}", "--config.report.save=2"]
+
+
+class Recorded:
+    """A run that is ended and begun again: which image was each row of each step, by its starts."""
+
+    def __init__(self, folder):
+        self.folder, self.workdir, self.starts = folder, folder / "run", []
+
+    def start(self, processes, stop="", **how):
+        """A job of the run; `ended` is what follows."""
+        record = self.folder / f"record-{len(self.starts)}"
+        record.mkdir(parents=True)
+        self.starts.append((self.saved()[-1] if self.saved() else 0, record))
+        return Job(
+            [*ENDED, "--workdir", self.workdir],
+            program=RECORDED,
+            processes=processes,
+            devices=8 // processes,
+            told=[{"RECORD": str(record), "STOP": stop}],
+            **how,
+        )
+
+    def saved(self):
+        """The steps on the disk, all of them whole."""
+        steps = (self.workdir / "checkpoints").glob("*")
+        found = [step for step in steps if step.name.isdigit()]
+        assert all(map(checkpoint.is_whole, found)), found
+        return sorted(int(step.name) for step in found)
+
+    def images(self):
+        """{step: {row: image}}; the processes of a start have each row once, and all of them."""
+        found = {}
+        for begun, record in self.starts:
+            for file in record.iterdir():
+                for step, line in enumerate(file.read_text().splitlines(), begun + 1):
+                    for row, image in json.loads(line).items():
+                        found.setdefault((record, step), []).append((int(row), image))
+        images = {}
+        for (_, step), rows in found.items():
+            assert len(rows) == len(dict(rows))
+            # a step that was begun before a start was ended is taken again, as it was
+            for row, image in rows:
+                assert images.setdefault(step, {}).setdefault(row, image) == image
+        assert all(sorted(rows) == list(range(16)) for rows in images.values())
+        return images
+
+    def state(self):
+        """The arrays of its last step."""
+        step = checkpoint.find(self.workdir / "checkpoints" / str(STEPS))
+        meta, whole = checkpoint.read_meta(step), sharding.replicated(sharding.current())
+        wanted = {
+            path: jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"], sharding=whole)
+            for path, entry in meta["manifest"].items()
+        }
+        return jax.device_get(checkpoint.restore(step, wanted, meta))
+
+
+def equal(run, whole):
+    """A run in parts has the images, the figures and the end of one that nothing ended."""
+    images = run.images()
+    assert images == whole.images() and sorted(images) == [*range(1, STEPS + 1)]
+    same(run.workdir, whole.workdir)
+    one, other = run.state(), whole.state()
+    assert one.keys() == other.keys()
+    for path, array in other.items():
+        scale = max(np.abs(array).max(), 1e-6)
+        assert np.abs(np.asarray(one[path], np.float64) - array).max() <= 1e-4 * scale, path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing ended, of one process."""
+    run = Recorded(tmp_path_factory.mktemp("whole"))
+    with run.start(1) as job:
         codes, texts = job.end()
-    assert codes == [143, 143], "\n".join(texts)
-    (step,) = re.findall(r"step (\d+) of 2000 .*is saved", texts[0])
-    saved = [int(f.name) for f in (tmp_path / "run" / "checkpoints").iterdir() if f.name.isdigit()]
-    assert max(saved) == int(step)
-    with Job([*words, f"--config.steps={int(step) + 2}"]) as job:
+    assert codes == [0], texts
+    return run
+
+
+@pytest.mark.timeout(600)  # five programs
+def test_no_sample_is_repeated_or_skipped_over_two_processes_one_and_two(whole, tmp_path):
+    """SIGTERM to either of them: all save one step, where the next start goes on."""
+    run, step = Recorded(tmp_path), 0
+    for processes, stop in [(2, "1,2"), (1, "0,2"), (2, "0,2"), (2, "")]:
+        with run.start(processes, stop) as job:
+            codes, texts = job.end()
+        assert codes == [143 if stop else 0] * processes, "\n".join(texts)
+        assert (f"resumed step {step} of" if step else "started a new run") in texts[0]
+        (step,) = map(int, re.findall(rf"step (\d+) of {STEPS} is saved", texts[0]))
+        assert run.saved()[-1] == step
+    assert len({begun for begun, _ in run.starts}) == 4
+    equal(run, whole)
+
+
+@pytest.mark.timeout(600)  # a process that was killed is missed after 20 s
+@pytest.mark.parametrize("seed", range(2))
+def test_what_ends_at_random_moments_ends_as_what_never_did(seed, whole, tmp_path):
+    """Signals to one process or all, before the first step, while it saves, one after another."""
+    random_ = random.Random(seed)
+    run, told = Recorded(tmp_path), []
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        processes, begun = random_.choice([1, 2]), run.saved()
+        with run.start(processes, wait=20) as job:
+            who = random_.choice([job.processes, [random_.choice(job.processes)]])
+            place, again = random_.choice(["start", "step", "save"]), random_.random() < 0.5
+            told.append((number.name, processes, len(who), place, again))
+            if place != "start":
+                waited(job, "images,")
+            until = time.monotonic() + random_.uniform(0, 8 if place == "start" else 2)
+            while time.monotonic() < until and job.processes[0].poll() is None:
+                if place == "save" and [*run.workdir.glob("checkpoints/*.orbax-checkpoint-tmp*")]:
+                    break
+                time.sleep(0.002)
+            for _ in range(1 + (again and number == signal.SIGTERM)):
+                for process in who:
+                    process.send_signal(number)
+                time.sleep(random_.uniform(0, 4))
+            codes, texts = job.end(60)
+        said = "\n".join([str(told), *map(str, codes), *texts])
+        # 0: it was done before; 1 and an abort: of another process; 2: that never came
+        ends = {0, 143, -number, -signal.SIGABRT, 1, *[2] * (place == "start")}
+        assert set(codes) <= ends, said
+        saved = run.saved()
+        assert not begun or saved[-1] >= begun[-1], said
+        for step in re.findall(rf"step (\d+) of {STEPS} is saved", texts[0]):
+            assert saved[-1] == int(step), said
+        if "images," in texts[0]:
+            assert (f"resumed step {begun[-1]} of" if begun else "started a new") in texts[0], said
+    with run.start(random_.choice([1, 2])) as job:
         codes, texts = job.end()
-    assert codes == [0] and f"resumed step {step}" in texts[0], texts
+    assert set(codes) == {0}, "\n".join(texts)
+    equal(run, whole)
 
 
 def test_a_job_ends_when_one_of_its_processes_is_killed(tmp_path):
@@ -231,6 +395,132 @@ def test_processes_that_were_not_started_alike_end_with_one_message(differing, f
     errors = [[line for line in text.splitlines() if found in line] for text in texts]
     assert codes == [2, 2] and errors[0] and errors[0] == errors[1], "\n".join(texts)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    """Two folders for two processes: what each has on a disk of its own."""
+    found = [tmp_path / "host-0", tmp_path / "host-1"]
+    for host in found:
+        for name in ("cat", "dog"):
+            (host / "pictures" / name).mkdir(parents=True)
+        for index in range(40):
+            array = np.random.default_rng(index).integers(0, 255, (32, 32, 3), np.uint8)
+            file = host / "pictures" / ("cat", "dog")[index % 2] / f"{index}.png"
+            Image.fromarray(array).save(file)
+    return found
+
+
+FOLDER = ["--config.data.name=folder", "--config.data.path=pictures"]
+
+
+def _bad_config(hosts, request):
+    return dict(differing=[[], ["--config.seed=much"]], found="seed")
+
+
+def _no_option(hosts, request):
+    return dict(differing=[["--no-such-option"], []], found="--no-such-option")
+
+
+def _no_data(hosts, request):
+    shutil.rmtree(hosts[1] / "pictures")
+    return dict(differing=[FOLDER, FOLDER], found="pictures")
+
+
+def _other_data(hosts, request):
+    shutil.copy(hosts[0] / "pictures/cat/0.png", hosts[0] / "pictures/cat/1000.png")
+    return dict(differing=[FOLDER, FOLDER], found="data: ")
+
+
+def _other_versions(hosts, request):
+    other = hosts[1] / "packages" / "optax-0.0.1.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: optax\nVersion: 0.0.1\n")
+    paths = os.pathsep.join([str(other.parent), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return dict(told=[{}, {"PYTHONPATH": paths}], found="version.optax")
+
+
+def _other_devices(hosts, request):
+    return dict(told=[{}, {"JAX_NUM_CPU_DEVICES": "2"}], found="process 1 has 2 cpu")
+
+
+def _other_platform(hosts, request):
+    return dict(told=[{}, {"JAX_PLATFORMS": "cuda"}], found="JAX_PLATFORMS")
+
+
+def _damaged(hosts, request):
+    for host in hosts:
+        shutil.copytree(request.getfixturevalue("tokenizer"), host / "run")
+    (hosts[1] / "run/checkpoints/6/meta/metadata").write_text("{")
+    return dict(differing=[GAN, GAN], found="damaged")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(_bad_config, _no_option, _no_data, _other_data, _other_versions, _other_devices),
+        *(_other_platform, _damaged),
+    ],
+)
+def test_what_one_process_finds_ends_all_with_one_message(case, hosts, request):
+    """Whatever it is, and whenever before the first step: nobody waits for it."""
+    how = case(hosts, request)
+    found = how.pop("found")
+    with Job([*TOKENIZER, "--workdir", "run"], processes=2, devices=4, hosts=hosts, **how) as job:
+        codes, texts = job.end(60)
+    errors = [[line for line in text.splitlines() if ": error: " in line] for text in texts]
+    assert codes == [2, 2] and len(errors[0]) == 1 and errors[0] == errors[1], "\n".join(texts)
+    after = texts[0].partition(errors[0][0])
+    assert found in "".join(after[1:]) and after[2] == texts[1].partition(errors[0][0])[2], texts
+    assert "Traceback" not in "".join(texts)
+
+
+def test_a_bug_in_one_process_ends_all(tmp_path):
+    """It shows its traceback; the others say which it was."""
+    broken = """
+import os, runpy, sys
+from tokgen import sharding
+laid = sharding.global_batch
+def global_batch(batch, mesh):
+    if sys.argv[sys.argv.index("--process") + 1] == "0":
+        raise KeyError("a bug")
+    return laid(batch, mesh)
+sharding.global_batch = global_batch
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    with Job(
+        [*TOKENIZER, "--workdir", tmp_path / "run"], processes=2, devices=4, program=broken
+    ) as job:
+        codes, texts = job.end(60)
+    assert codes == [1, 1] and ["Traceback" in text for text in texts] == [True, False], texts
+    assert all(re.search(r"process 0 of 2 \(.*\) ended in KeyError", text) for text in texts), texts
+
+
+def test_images_that_no_process_can_read_end_all_at_one_step(hosts, tmp_path):
+    """Those of all together are too many: what was trained is saved, as of one process alone."""
+    spoiled = sorted((hosts[0] / "pictures" / "cat").iterdir())[:4]
+    spoiling = f"""
+import pathlib, runpy, sys
+from tokgen import sharding
+laid = sharding.global_batch
+def global_batch(batch, mesh):
+    for file in {list(map(str, spoiled))}:  # they were whole when they were looked at
+        pathlib.Path(file).write_bytes(b"none")
+    return laid(batch, mesh)
+sharding.global_batch = global_batch
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    words = [*TOKENIZER, *FOLDER, "--config.steps=60", "--config.report.save=60"]
+    words += ["--config.max_bad=2e-4", "--workdir", tmp_path / "run"]  # 2 of 10,000
+    with Job(words, processes=2, devices=4, hosts=hosts[:1], program=spoiling) as job:
+        codes, texts = job.end()
+    assert codes == [2, 2], "\n".join(texts)
+    errors = [text[text.index(": error: ") :] for text in texts]
+    (step,) = re.findall(r"step (\d+) is saved in", errors[0])
+    assert errors[0] == errors[1] and "of them, or 2, may be" in errors[0]
+    assert int(step) < 60 and checkpoint.is_whole(tmp_path / "run/checkpoints" / step)
 
 
 @pytest.mark.parametrize("process", [0, 1])

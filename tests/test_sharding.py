@@ -338,12 +338,6 @@ def test_a_batch_that_does_not_divide_is_filled_up_or_refused():
         sharding.global_batch({"image": np.zeros((11, 2))}, mesh)
 
 
-def test_what_trains_with_a_batch_of_its_own_takes_the_devices_that_divide_it():
-    assert [sharding.ways(sharding.dividing(batch)) for batch in (64, 12, 7, 22, 11)] == [
-        *(8, 6, 7, 2, 1)
-    ]
-
-
 def test_the_mesh_that_is_set_is_the_current_one():
     assert sharding.current().size == jax.device_count()
     with jax.set_mesh(_single()):

@@ -11,12 +11,11 @@ import importlib.metadata
 import itertools
 import keyword
 import platform
-import signal
 import sys
 import types
 from collections.abc import Sequence
 
-from tokgen import choices, options, runtime
+from tokgen import choices, coordination, options, runtime
 
 # Name of the file in tokgen/commands -> its line in the help, which is shown without importing it.
 COMMANDS = {
@@ -98,42 +97,32 @@ def _fewer(name: str) -> str:
 
 def _run(name: str, words: Sequence[str]) -> None:
     parser = _parser_of(name)
-    args = parser.parse_args(words)
+    if options.may_be_many(parser):
+        runtime.join(words)
+    args = runtime.parsed(parser.parse_args, words)
     args.given = options.given(parser, words)
     command = module(name)
-    if hasattr(args, "coordinator"):
-        _join(name, args)
+    if coordination.job() is not None:
+        _check_job(name, args)
     # what is refused anyway is refused before something is fetched for it
     if hasattr(command, "check"):
         command.check(args)
     for argument in options.checkpoints(parser):
         setattr(args, argument, _place(getattr(args, argument), args.yes))
     command.run(args)
-    _leave()
 
 
-def _join(name: str, args: argparse.Namespace) -> None:
-    """Be one of the processes of a job, where this is one."""
-    if not runtime.is_launched(args):
-        return
+def _check_job(name: str, args: argparse.Namespace) -> None:
+    """An error, the same on all, where the processes of a job were not started alike."""
     from tokgen import distributed
 
-    distributed.initialize(args)
-    # jax would keep it for a training step; what a command has done so far is kept as it is
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-    runtime.devices()
     own = ("process", "given")  # a set is told in another order by each process
     asked = {option: value for option, value in vars(args).items() if option not in own}
     versions_ = dict(line.split(" ", 1) for line in versions().splitlines())
-    distributed.check_alike({"command": name, "option": asked, "version": versions_})
-
-
-def _leave() -> None:
-    """Wait for the others of a job: a process that ends takes them for lost."""
-    if "jax" in sys.modules:
-        from tokgen import distributed
-
-        distributed.together("end")
+    told = {"command": name, "option": asked, "version": versions_}
+    distributed.check_alike(told | {"platform": distributed.platform()})
+    runtime.devices()
+    distributed.check_devices()
 
 
 def _place(checkpoint: str, yes: bool) -> str:

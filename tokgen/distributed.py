@@ -2,7 +2,8 @@
 
 Each runs the same program on devices of its own, which jax makes one set of devices. Where they
 are is told by what launched them, which jax understands (SLURM, Open MPI, a TPU pod, Kubernetes),
-or by three options (`options.processes`). Process 0 writes what there is one of, and speaks.
+or by three options (`options.processes`). Process 0 writes what there is one of, and speaks; what
+ends one of them ends all (`coordination`).
 """
 
 from __future__ import annotations
@@ -17,15 +18,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-from tokgen import report
-from tokgen.errors import UserError
+from tokgen import coordination, launchers, report, sharding
+from tokgen.errors import SharedError, UserError
 
 T = TypeVar("T")
 HEARTBEAT = 20  # seconds without a sign of life after which a process is taken for dead
-BLOCK = 1024  # bytes by which texts are filled up: as many programs as sizes
 
 
 def initialize(args: argparse.Namespace) -> None:
@@ -34,7 +32,8 @@ def initialize(args: argparse.Namespace) -> None:
     `args` are those of `options.processes`. Alone, where nothing says that there are others.
 
     Raises:
-        UserError: process 0 was not there in time; or the options contradict.
+        UserError: process 0 was not there in time; the options contradict; the environment says
+            that there are others, and not where.
     """
     given = {"coordinator": args.coordinator, "processes": args.processes, "process": args.process}
     missing = [f"--{name}" for name, value in given.items() if value in ("", None)]
@@ -55,6 +54,9 @@ def initialize(args: argparse.Namespace) -> None:
     )
     if not missing:
         _tell(args)
+    # it would take SIGTERM for itself, and count the steps of Orbax's saves with those of a run
+    jax.config.update("jax_enable_preemption_service", False)
+    found = "no launcher that jax knows"
     try:
         jax.distributed.initialize(
             **({} if missing else known),
@@ -63,27 +65,39 @@ def initialize(args: argparse.Namespace) -> None:
             shutdown_timeout_seconds=HEARTBEAT,
         )
     except (ValueError, OSError) as error:
-        # an OSError: a TPU of a notebook, which has no cloud to ask who else there is
-        elsewhere = isinstance(error, OSError) and "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-        if missing and os.environ.get("OMPI_COMM_WORLD_SIZE", "1") not in ("", "1"):
-            raise UserError(
-                "mpirun started several processes, and jax cannot tell where the first is: say "
-                "--coordinator, --processes and --process"
-            ) from error
-        if (
-            missing
-            and not elsewhere
-            and (isinstance(error, OSError) or "coordinator_address" in str(error))
-        ):
-            return  # no launcher that jax knows
-        raise UserError(f"this process cannot join its job: {error}") from error
+        # an OSError: a TPU whose cloud cannot be asked who else there is, as that of a notebook
+        if not missing or not (isinstance(error, OSError) or "coordinator_address" in str(error)):
+            raise UserError(f"this process cannot join its job: {error}") from error
+        if isinstance(error, OSError):
+            found = str(error).splitlines()[0][:200]
     except RuntimeError as error:
         raise UserError(f"this process cannot join its job: {error}") from error
+    state = _state()
+    if state.client is not None and state.num_processes > 1:
+        coordination.begin(state.client, state.process_id, state.num_processes)
+    elif missing and (said := launchers.others()):
+        found = "a job of one process" if state.client is not None else found
+        raise UserError(
+            f"this process is one of several, by {', '.join(said)}, and jax cannot tell where the "
+            f"others are; found: {found}; say --coordinator, --processes and --process "
+            "(docs/pods.md), or unset what it is not"
+        )
+
+
+def _state():
+    from jax._src import distributed  # `jax.distributed` names neither the client nor the count
+
+    return distributed.global_state
 
 
 def many() -> bool:
-    """Whether this process is one of several; no device is touched to say no."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
+    """Whether this process is one of several; no device is touched to say so."""
+    return coordination.job() is not None
+
+
+def count() -> int:
+    """How many processes there are."""
+    return coordination.job().count if many() else 1
 
 
 def _tell(args: argparse.Namespace) -> None:
@@ -109,56 +123,75 @@ def _tell(args: argparse.Namespace) -> None:
             time.sleep(0.5)
 
 
-def _check_even() -> None:
-    """An error, the same on all, where processes have different numbers of devices."""
-    counts = [0] * jax.process_count()
-    for device in jax.devices():
-        counts[device.process_index] += 1
-    if len(set(counts)) > 1:
-        told = ", ".join(f"process {index} has {count}" for index, count in enumerate(counts))
-        raise UserError(
-            f"the processes of a job need the same number of devices each; found: {told}; see to "
-            "what each is given (CUDA_VISIBLE_DEVICES, JAX_NUM_CPU_DEVICES, TPU_VISIBLE_CHIPS)"
-        )
-
-
 def gathered(text: str) -> list[str]:
-    """What each process says, in their order; all wait for all."""
+    """What each process says, in the order of `jax.process_index`; all wait for all."""
     if not many():
         return [text]
-    own = np.frombuffer(text.encode(), np.uint8)
-    with jax.set_mesh(None):
-        sizes = multihost_utils.process_allgather(np.int32(len(own)))
-        room = BLOCK * -(-max(int(sizes.max()), 1) // BLOCK)
-        rows = multihost_utils.process_allgather(np.pad(own, (0, room - len(own))))
-    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+    # on a TPU that of a launcher may be another
+    said = map(json.loads, coordination.job().exchange(json.dumps([jax.process_index(), text])))
+    return [text for _, text in sorted(said)]
 
 
 def check_alike(told: Mapping[str, object]) -> None:
     """An error, the same on all processes, where they were not started alike.
 
-    `told` is what must be the same, by its name: plain values, JSON's. From then on process 0
-    speaks for all.
+    `told` is what must be the same, by its name: plain values, JSON's. No device is touched.
     """
     if not many():
         return
-    _check_even()
-    found = [json.loads(text) for text in gathered(json.dumps(_flat(told), default=str))]
+    job, own = coordination.job(), {k: _shown(v) for k, v in _flat(told).items()}
+    # all compare with the first, so that nobody reads what all have
+    theirs = json.loads(job.of_first(json.dumps(own)))
+    names = sorted(name for name in {*own, *theirs} if own.get(name) != theirs.get(name))
+    found = [json.loads(text) for text in job.exchange(json.dumps({n: own.get(n) for n in names}))]
     lines = []
     for name in sorted(set().union(*found)):
         values = {}
         for index, each in enumerate(found):
-            values.setdefault(json.dumps(each.get(name)), []).append(str(index))
-        if len(values) > 1:
-            parts = (
-                f"{value[:100]} ({'process' if len(who) == 1 else 'processes'} {', '.join(who)})"
-                for value, who in values.items()
-            )
-            lines.append(f"  {name}: {', '.join(parts)}")
+            values.setdefault(each.get(name, theirs.get(name)), []).append(str(index))
+        parts = (
+            f"{value} ({'process' if len(who) == 1 else 'processes'} {', '.join(who)})"
+            for value, who in values.items()
+        )
+        lines.append(f"  {name}: {', '.join(parts)}")
     if lines:
-        raise UserError(
+        raise SharedError(
             "the processes of a job are started alike, with one config, one code and one set of "
             "data; found different\n" + "\n".join(lines[:20])
+        )
+
+
+def platform() -> dict[str, object]:
+    """What decides on which devices jax starts, as can be told before it does; for `check_alike`.
+
+    Processes on several platforms would wait minutes for each other's devices.
+    """
+    asked = {
+        name.upper(): getattr(jax.config, name)
+        for name in ("jax_platforms", "jax_enable_x64", "jax_default_matmul_precision")
+    }
+    if asked["JAX_PLATFORMS"]:
+        return asked
+    tpu = any(map(os.path.exists, launchers.TPUS))
+    return asked | {"an NVIDIA GPU": os.path.exists("/dev/nvidiactl"), "a TPU": tpu}
+
+
+def check_devices() -> None:
+    """An error, the same on all processes, where they have not the same devices.
+
+    From then on process 0 speaks for all.
+    """
+    if not many():
+        return
+    found = [[] for _ in range(jax.process_count())]
+    for device in jax.devices():
+        found[device.process_index].append(device.device_kind)
+    counts = [f"{len(kinds)} {', '.join(sorted(set(kinds)))}" for kinds in found]
+    if len(set(counts)) > 1:
+        told = ", ".join(f"process {index} has {has}" for index, has in enumerate(counts))
+        raise SharedError(
+            f"the processes of a job need the same number of devices each; found: {told}; see to "
+            "what each is given (CUDA_VISIBLE_DEVICES, JAX_NUM_CPU_DEVICES, TPU_VISIBLE_CHIPS)"
         )
     report.silence(jax.process_index() != 0)
 
@@ -181,7 +214,7 @@ def led(context: contextlib.AbstractContextManager[T]) -> Iterator[T | None]:
             except UserError as error:
                 said = str(error)
         if said := gathered(said)[0]:
-            raise UserError(said)
+            raise SharedError(said)
         yield found
 
 
@@ -199,19 +232,69 @@ def _calling(act: Callable[..., T], *args, **how) -> Iterator[T]:
     yield act(*args, **how)
 
 
+def decided(act: Callable[..., T], *args, **how) -> T:
+    """Process 0 calls `act`, for the whole job, and all have what it gives: plain values, JSON's.
+
+    Where it is refused, all have its error.
+    """
+    found = first(act, *args, **how)
+    return json.loads(gathered(json.dumps(found))[0]) if many() else found
+
+
+def share() -> tuple[int, int]:
+    """(I, N): of a work that is divided into N shares, this process does share I, from 0.
+
+    All of it where this process is alone, or devices of all of them compute together.
+    """
+    if not many() or sharding.spans(sharding.current()):
+        return 0, 1
+    return jax.process_index(), jax.process_count()
+
+
+def rows(batch: int) -> int:
+    """How many rows of a batch lie on the devices of this process, where shares make it up.
+
+    Each device has as many as it has where one process has all devices, and in the same order:
+    only programs of one size, and rows at one place of them, round alike. All of them without
+    shares.
+    """
+    shares = share()[1]
+    if shares == 1:
+        return batch
+    ways = sharding.ways(sharding.current())
+    return ways * -(-batch // (ways * shares))
+
+
+@contextlib.contextmanager
+def shared() -> Iterator[None]:
+    """Each process does its share inside; where one is refused, all have its error.
+
+    All wait here for all. What ends a process in another way ends all at once (`coordination`).
+    Nothing where there are no shares.
+    """
+    if share()[1] == 1:
+        yield
+        return
+    said = ""
+    try:
+        yield
+    except UserError as error:
+        said = str(error)
+    if found := next(filter(None, gathered(said)), ""):
+        raise SharedError(found)
+
+
 def together(what: str) -> None:
     """All processes wait here for each other; `what` is the same on all, and of this place."""
     if many():
-        with jax.set_mesh(None):
-            multihost_utils.sync_global_devices(what)
-
-
-def stops(step: int) -> bool:
-    """Whether all processes end after this step, since one was asked to: the same on all."""
-    return multihost_utils.reached_preemption_sync_point(step)
+        coordination.job().wait(what)
 
 
 def _flat(tree: object, path: str = "") -> dict[str, object]:
     if not isinstance(tree, Mapping):
         return {path.removesuffix("."): tree}
     return {k: v for name, one in tree.items() for k, v in _flat(one, f"{path}{name}.").items()}
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, default=str)[:100]

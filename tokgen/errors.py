@@ -22,3 +22,7 @@ class UserError(ValueError):
 
     def __init__(self, message: str = ""):
         super().__init__(_ADDRESS.sub("", str(message)))
+
+
+class SharedError(UserError):
+    """An error that all processes of a job raise, at the same place."""

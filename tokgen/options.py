@@ -78,6 +78,11 @@ def processes(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def may_be_many(parser: argparse.ArgumentParser) -> bool:
+    """Whether several processes may run this program together."""
+    return any(action.dest == "coordinator" for action in parser._actions)
+
+
 def consent(parser: argparse._ActionsContainer) -> None:
     """`--yes`, of every command that may fetch a published model."""
     parser.add_argument(

@@ -167,6 +167,12 @@ def say(text: str) -> None:
             print(text, file=sys.stderr, flush=True)
 
 
+def result(text: str) -> None:
+    """What a command was asked for, on the standard output; of the processes of a job, once."""
+    if not _silent:
+        print(text)
+
+
 def amount(size: float) -> str:
     """`1.241 GB` of a number of bytes."""
     for unit in ("bytes", "kB", "MB"):

@@ -11,25 +11,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import io
 import os
 import pathlib
+import re
 import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
-from tokgen.errors import UserError
+from tokgen import coordination, launchers, options
+from tokgen.errors import SharedError, UserError
 
+T = TypeVar("T")
 # Import name of an optional package -> the extra in pyproject.toml that installs it.
 EXTRAS = {"simplejpeg": "fastdata", "gcsfs": "gcs"}
-
-# What launchers tell every process: how many there are, or what they are together.
-LAUNCHERS = (
-    *("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JOBSET_NAME"),
-    *("TPU_WORKER_HOSTNAMES", "JAX_COORDINATOR_ADDRESS"),
-)
-TPUS = ("/dev/accel0", "/dev/vfio/0")  # of a host of a pod, which jax asks about the others
 
 # By convention of shells, 128 and the number of the signal.
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -50,54 +49,67 @@ def call(
 ) -> int:
     """Call `run`; the exit code, after one message for an error that the user can mend.
 
-    The training programs end through here too, so that every program fails in the same words.
-    `fewer` is asked for the option that says how many images are taken at a time; "" if none does.
+    The training programs end through here too, so that every program fails in the same words, and
+    all processes of a job together. `fewer` is asked for the option that says how many images are
+    taken at a time; "" if none does.
     """
+    code, line, trace = 0, "", None
     try:
         try:
             with _terminable():
                 run()
         finally:
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return CODES[signal.SIGINT]
-    except Stopped as stopped:
-        print(f"{program}: {stopped}", file=sys.stderr)
-        return CODES[stopped.number]
-    except ModuleNotFoundError as error:
+    except BaseException as error:
+        job = coordination.job()
+        found = _said(error, fewer)
+        if found is None and job is None:
+            raise
+        if isinstance(error, SystemExit):
+            found = error.code or 0, f"{job.called()} ended" if error.code else ""
+        elif found is None:
+            trace = error
+            found = 1, f"{job.called()} ended in {type(error).__name__}: {error}"
+        elif job is not None and found[0] == 2 and not isinstance(error, SharedError):
+            found = 2, f"error: {job.called()}: {found[1].removeprefix('error: ')}"
+        code, line = found[0], f"{program}: {found[1]}" if found[1] else ""
+    if coordination.job() is not None:
+        coordination.job().end(code, line, lambda: trace and traceback.print_exception(trace))
+    elif line:
+        print(line, file=sys.stderr)
+    return code
+
+
+def _said(error: BaseException, fewer: Callable[[], str]) -> tuple[int, str] | None:
+    """(exit code, what is said) of what ends a program; None of a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        return CODES[signal.SIGINT], "interrupted"
+    if isinstance(error, Stopped):
+        return CODES[error.number], str(error)
+    if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
-            raise
-        extra = EXTRAS[package]
-        print(
-            f"{program}: error: this needs the package {package}, which is not installed; "
-            f'remedy: pip install "tokgen[{extra}]"',
-            file=sys.stderr,
+            return None
+        return 2, (
+            f"error: this needs the package {package}, which is not installed; "
+            f'remedy: pip install "tokgen[{EXTRAS[package]}]"'
         )
-        return 2
-    except UserError as error:
+    if isinstance(error, UserError):
         from tokgen import report
 
-        print(f"{program}: error: {report.printable(str(error))}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
+        return 2, f"error: {report.printable(str(error))}"
+    if isinstance(error, BrokenPipeError):
         _unheard()
-        return 128 + signal.SIGPIPE
-    except OSError as error:
+        return 128 + signal.SIGPIPE, ""
+    if isinstance(error, OSError):
         from tokgen.output import failures
 
-        if error.errno not in failures.ENVIRONMENT:
-            raise
-        print(f"{program}: error: {failures.described(error, option='')}", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:
+        if error.errno in failures.ENVIRONMENT:
+            return 2, f"error: {failures.described(error, option='')}"
+    if isinstance(error, MemoryError | RuntimeError):
         said = _exhausted(error, fewer)
-        if not said:
-            raise
-        print(f"{program}: error: {said}", file=sys.stderr)
-        return 2
-    return 0
+        return (2, f"error: {said}") if said else None
+    return None
 
 
 def _exhausted(error: MemoryError | RuntimeError, fewer: Callable[[], str]) -> str:
@@ -142,11 +154,37 @@ def _unheard() -> None:
             os.dup2(nowhere, stream.fileno())
 
 
-def is_launched(args: argparse.Namespace) -> bool:
-    """Whether something says that this process is one of several: an option, or a launcher."""
+def join(words: Sequence[str]) -> None:
+    """Be one of the processes of a job, where a command line or a launcher says that this is one.
+
+    The first thing that a program does: what is wrong with the rest of its words, all then hear.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.processes(parser)
+    args, _ = parser.parse_known_args(words)
     given = {args.coordinator, args.processes, args.process} - {"", None}
-    told = any(os.environ.get(name, "1") not in ("", "1") for name in LAUNCHERS)
-    return bool(given) or told or any(os.path.exists(device) for device in TPUS)
+    if (given or launchers.is_started()) and not {"-h", "--help"} & {*words}:
+        from tokgen import distributed
+
+        distributed.initialize(args)
+
+
+def parsed(parse: Callable[..., T], *args) -> T:
+    """What `parse` makes of a command line; where it refuses, an error that all processes hear."""
+    if coordination.job() is None:
+        return parse(*args)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parse(*args)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        refusal = re.sub(r"(?s).*?^\S+: error: ", "", said.getvalue(), flags=re.M)
+        said.truncate(0)
+        raise UserError(refusal.strip()) from end
+    finally:
+        sys.stderr.write(said.getvalue())
 
 
 def process() -> tuple[int, int]:
@@ -272,6 +310,12 @@ def check_platform() -> None:
         found = said.splitlines()[0].rstrip(".")
         need = f"JAX_PLATFORMS={asked} needs such a device" if asked else "a device cannot be used"
         raise UserError(f"{need}; found: {found}; {_remedy(asked, said)}") from error
+    if jax.process_count() > 1 and coordination.job() is None:
+        raise UserError(
+            f"jax sees the devices of {jax.process_count()} processes, and this one has not joined "
+            "the others; say --coordinator, --processes and --process (docs/pods.md), or let it "
+            "see its own devices alone (TPU_PROCESS_BOUNDS, TPU_VISIBLE_CHIPS)"
+        )
 
 
 def _remedy(asked: str, said: str) -> str:

@@ -212,17 +212,8 @@ def current() -> jax.sharding.Mesh:
 
 
 def single() -> jax.sharding.Mesh:
-    """A mesh of one device."""
-    return _of(jax.devices()[:1], 1, 1, 1)
-
-
-def dividing(batch: int) -> jax.sharding.Mesh:
-    """A mesh of as many devices as divide a batch, for what trains with a fixed one."""
-    mesh = make_mesh()
-    if batch % ways(mesh) == 0 or jax.process_count() > 1:
-        return mesh
-    count = max(n for n in range(1, ways(mesh)) if batch % n == 0)
-    return _of(jax.devices()[:count], count, 1, 1)
+    """A mesh of one device of this process."""
+    return _of(jax.local_devices()[:1], 1, 1, 1)
 
 
 def _of(devices: Sequence[jax.Device], *sizes: int) -> jax.sharding.Mesh:
@@ -269,11 +260,11 @@ def filled(tree: PyTree, rows: int, mesh: jax.sharding.Mesh) -> PyTree:
         return padded(array, -(-max(rows, len(array)) // ways(mesh)) * ways(mesh))
 
     # every process has all of it: `by_rows` takes each device's part
-    where = replicated(mesh) if _many(mesh) else of_batch(mesh)
+    where = replicated(mesh) if spans(mesh) else of_batch(mesh)
     return jax.device_put(jax.tree.map(fill, tree), where)
 
 
-def _many(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> bool:
+def spans(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> bool:
     """Whether a mesh has devices of several processes, and not of this one alone."""
     return mesh.size > jax.local_device_count()
 
@@ -288,7 +279,7 @@ def by_rows(program: Callable[..., PyTree], whole: tuple, rows: tuple) -> PyTree
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return program(*whole, *rows)
-    many, own = _many(mesh), PartitionSpec(BATCH)
+    many, own = spans(mesh), PartitionSpec(BATCH)
     if ways(mesh) < mesh.size or mesh.shape["fsdp"] > 1:
         found = program(*whole, *jax.lax.with_sharding_constraint(rows, own))
         # of many processes, each reads all of it

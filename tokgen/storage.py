@@ -75,7 +75,7 @@ def _prepare() -> None:
     import fsspec
     import gcsfs
 
-    logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it warns of what it does not know
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # `reached` tells it in one message
     os.environ.setdefault("EPATH_USE_TF", "false")  # also where TensorFlow is installed
     for protocol in gcsfs.GCSFileSystem.protocol:
         # other processes write there, too

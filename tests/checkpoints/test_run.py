@@ -22,6 +22,7 @@ from tests.checkpoints import test_checkpoint
 from tokgen import interfaces, parameters
 from tokgen.checkpoints import checkpoint, continuation, manifest, run as runs
 from tokgen.discriminators import augment
+from tokgen.errors import SharedError
 from tokgen.training import fields, optimizer as optimizers, train_state
 
 # ---------------------------------------------------------------- which steps stay
@@ -578,5 +579,13 @@ def test_a_rescue_among_processes_waits_for_none(tmp_path, monkeypatch):
     with pytest.raises(interfaces.UserError, match="broken$"), run.rescuing(at(3)):
         raise interfaces.UserError("broken")
     monkeypatch.undo()
-    run.close()
     assert steps_of(tmp_path) == []
+    # what all raise at one step all can save
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(run, "save", lambda states: saved.append(states))
+    saved = []
+    with pytest.raises(SharedError, match="broken; step 3 is saved"), run.rescuing(at(3)):
+        raise SharedError("broken")
+    assert len(saved) == 1
+    monkeypatch.undo()
+    run.close()

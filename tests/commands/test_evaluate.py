@@ -251,7 +251,12 @@ def test_an_unconditional_generator_reads_no_classes_of_folders(nested, monkeypa
     config = ml_collections.ConfigDict({"data": {"images": ""}})
     module = types.SimpleNamespace(quantizer=None, exact=True, cond="label")
     loaded = types.SimpleNamespace(
-        module=module, classes=(), config=config, meta={"tokens": None}, step=nested
+        module=module,
+        classes=(),
+        config=config,
+        meta={"tokens": None},
+        step=nested,
+        fingerprint="f" * 64,
     )
     for name in ("load_generator", "load_tokenizer_of", "load_tokenizer"):
         monkeypatch.setattr(loading, name, lambda *_, **__: loaded)

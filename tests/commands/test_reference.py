@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.evaluation import test_feature_extractors
-from tokgen import cli, interfaces, sharding
+from tokgen import cli, distributed, interfaces, sharding
 from tokgen.backbones import features, inception
 from tokgen.evaluation import (
     feature_extractors,
@@ -276,6 +276,42 @@ def test_images_that_cannot_be_read_are_counted_and_named(place, tmp_path, capsy
     assert (told["count"], told["of"]) == (1, 24) and "train/dark/03.png" in told["files"]
     said = capsys.readouterr().err
     assert "1 of 24 images cannot be read" in said and said.count("03.png") == 1
+
+
+@pytest.mark.parametrize("count", [1, 256, 257, 40_000, 1_281_167])
+def test_runs_are_few_of_whole_parts_and_of_every_image(count):
+    runs = reference_making.runs_of(np.arange(count))
+    assert len(runs) <= 64 and np.array_equal(np.concatenate(runs), np.arange(count))
+    assert all(len(run) % 256 == 0 for run in runs[:-1])
+
+
+def test_statistics_have_the_same_bits_whoever_sees_which_run(place, tmp_path, monkeypatch):
+    """One process, and the shares of three, one after another; one of four runs has no image."""
+    monkeypatch.setattr(reference_making, "PART", 8)
+    monkeypatch.setattr(reference_making, "RUNS", 4)
+    folder = folder_of(tmp_path / "some", ("dark", "light"), 16)
+    for index in range(8):
+        (folder / "train" / "light" / f"{index:02d}.png").write_bytes(b"no picture")
+    found = references.read(place / "named.npz")
+    network = feature_extractors.from_arrays(found.network, found.record["extractor"])
+    runs, kept_n = reference_making.runs_of(np.arange(32)), np.arange(0, 32, 3)
+
+    def seen_by(share: tuple[int, int]) -> reference_making.Measured:
+        monkeypatch.setattr(distributed, "share", lambda: share)
+        settings = reference_making.Settings(str(folder), "a.npz")
+        source = reference_making.source_of(settings, "train")
+        return reference_making.seen(network, source, (16, 16), runs, kept_n, tmp_path)
+
+    one = reference_making.joined(seen_by((0, 1)), 0)
+    shares = [seen_by((share, 3)) for share in range(3)]
+    many = reference_making.joined(shares[-1], 0)
+    assert one.count == many.count == 24 and one.widths == many.widths
+    for name, array in (("index_n", one.index_n), ("label_n", one.label_n)):
+        np.testing.assert_array_equal(getattr(many, name), array)
+    for layer in ("pooled", "spatial"):
+        np.testing.assert_array_equal(many.features[layer], one.features[layer])
+        for name, array in one.moments[layer].arrays().items():
+            np.testing.assert_array_equal(many.moments[layer].arrays()[name], array)
 
 
 def test_protocols_are_known_by_name():

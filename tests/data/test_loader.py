@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokgen import interfaces
+from tokgen import distributed, interfaces
 from tokgen.data import (
     folder,
     loader,
@@ -18,6 +18,7 @@ from tokgen.data import (
     unreadable,
     views,
 )
+from tokgen.errors import SharedError
 
 
 class Numbered(sources.RandomAccess):
@@ -332,6 +333,38 @@ def test_images_without_tokens_are_broken_elements_of_shards(shards, capfd):
 
 def passed_tokens(batches):
     return [batch["tokens"] for batch in batches]
+
+
+def test_processes_agree_on_what_cannot_be_read(monkeypatch):
+    """Each meets few, all together too many: an error of all, when they compare, not before."""
+    broken = range(6)
+    told, rows = [], np.arange(8).reshape(2, 4)
+    monkeypatch.setattr(distributed, "many", lambda: True)
+    monkeypatch.setattr(distributed, "gathered", lambda text: told.append(text) or [text])
+    # 3 of 10,000 may be; each begins with what the other has met
+    keywords = dict(seed=1, batch_size=8, max_bad=3e-4)
+    sources_ = [Numbered(12, broken=broken) for _ in rows]
+    parts = [
+        loader.batches(source, RANDOM, rows=part, **keywords)
+        for source, part in zip(sources_, rows, strict=True)
+    ]
+    for part in parts:
+        next(part)
+        assert part.seen == 8 and 0 < part.bad <= 3  # of all processes
+        assert part.agree() == part.bad
+    both = told.copy()
+    monkeypatch.setattr(distributed, "gathered", lambda text: both)
+    parts[1]._told = parts[0]._told = 0
+    for part in parts:
+        with pytest.raises(SharedError, match=r"of 8 images cannot be read.* or 3, may be"):
+            part.agree()
+    assert set(parts[0].broken) == set(parts[1].broken) and len(parts[0].broken) > 3
+    monkeypatch.setattr(distributed, "gathered", lambda text: told.append(text) or [text])
+    with pytest.raises(SharedError):
+        parts[0].agree()
+    assert told[-1] == "[]"  # nothing is told twice
+    for part in parts:
+        part.close()
 
 
 @pytest.mark.parametrize(

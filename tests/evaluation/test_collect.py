@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from tests.evaluation import test_feature_extractors, test_made_images, test_page
+from tokgen import distributed
 from tokgen.checkpoints import checkpoint, loading, run as runs
 from tokgen.evaluation import (
     collect,
@@ -387,8 +388,36 @@ def test_features_that_are_not_finite_name_their_image(tmp_path, monkeypatch):
     monkeypatch.setattr(collect, "PART", PART)
     with pytest.raises(UserError, match="layer pooled is not finite for image 13"):
         collect.collect(Numbered(), None, tmp_path, 20)
-    found = collect.collect(Numbered(), None, tmp_path / "few", 12)
+    collect.collect(Numbered(), None, tmp_path / "few", 12)
+    found = collect.found_of(Numbered(), tmp_path / "few", 12)
     assert len(found.digest_N) == 12 and found.constant_N.all() and not len(found.label_N)
+
+
+def test_shares_are_of_every_part_that_is_not_there(tmp_path, monkeypatch):
+    """Whatever an earlier run has left: none is seen twice, and none is missed."""
+    asked = []
+
+    class Gray:
+        def part(self, start, stop):
+            asked.append(start)
+            return {"image": np.full((stop - start, 4, 4, 3), start, np.uint8)}
+
+    monkeypatch.setattr(feature_extractors, "features", lambda *_: {})
+    monkeypatch.setattr(collect, "PART", PART)
+    made_images.save_part(collect._file(tmp_path, Gray(), 8, 16), {"digest": np.zeros(8)})
+    missing = collect._missing(Gray(), tmp_path, collect._bounds(60))
+    monkeypatch.setattr(distributed, "decided", lambda *_: missing)  # by process 0, once
+    for share in range(3):
+        monkeypatch.setattr(distributed, "share", lambda share=share: (share, 3))
+        collect.collect(Gray(), None, tmp_path, 60)
+    assert asked == [0, *range(16, 60, 8)]
+
+
+def test_a_part_of_another_process_that_never_comes_is_said(tmp_path, monkeypatch):
+    """As where every host has a disk of its own."""
+    monkeypatch.setattr(made_images, "LATE", 0.0)
+    with pytest.raises(UserError, match="0000000-0000012.npz.*on a file system that all see"):
+        collect.found_of(np.zeros(12), tmp_path, 12)
 
 
 def test_metrics_of_reconstructions():

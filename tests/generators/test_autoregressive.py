@@ -20,6 +20,9 @@ CLASSES, L = 5, LAYOUT.length
 ORDERS = orders.known()
 PAIRS = [(order, "rotary") for order in ORDERS]
 PAIRS += [("random", "learned"), ("columns", "learned"), ("random", "target_aware")]
+# Each order and each way of telling positions is among the others.
+COMBINED = {("columns", "rotary"), ("random", "learned")}
+PAIRS = [pytest.param(*each, marks=[pytest.mark.long] * (each in COMBINED)) for each in PAIRS]
 
 generate = jax.jit(decode.generate, static_argnums=(1, 3))
 teacher_forced = jax.jit(lambda generator, batch: generator.logits(batch))
@@ -131,7 +134,13 @@ def _check_greedy(generator, weights):
         assert np.any(cond.argmax(-1) != best)  # guidance makes a difference here
 
 
-@pytest.mark.parametrize("weights", [(), WEIGHTS], ids=["unguided", "guided"])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        pytest.param((), marks=pytest.mark.long, id="unguided"),
+        pytest.param(WEIGHTS, id="guided"),
+    ],
+)
 @pytest.mark.parametrize("window", [1, 5, 64])
 def test_cached_decoding_equals_teacher_forcing_for_any_window(window, weights):
     _check_greedy(_lively(window=window), weights)

@@ -33,18 +33,9 @@ loss = jax.jit(lambda generator, batch, step, key: generator.loss(batch, None, s
 def make(kind, **options):
     """A tiny generator, nothing of which is zero."""
     layout, own = KINDS[kind]
-    generator = autoregressive.Generator(
-        layout,
-        CLASSES,
-        width=16,
-        depth=2,
-        heads=2,
-        hidden=32,
-        precision=FLOAT32,
-        rngs=nnx.Rngs(0),
-        **own,
-        **options,
-    )
+    build = functools.partial(autoregressive.Generator, layout, CLASSES, **own, **options)
+    sizes = dict(width=16, depth=2, heads=2, hidden=32)
+    generator = nnx.eval_shape(lambda: build(**sizes, precision=FLOAT32, rngs=nnx.Rngs(0)))
     leaves, structure = jax.tree.flatten(generator)
     rng = np.random.default_rng(1)
     return jax.tree.unflatten(
@@ -95,8 +86,8 @@ class Recorder:
     ("kind", "options"),
     [
         ("rar", {"order": "random"}),
-        ("rar", {"order": "random", "budget": 0}),
-        ("ibq", {"order": "columns", "window": 4}),
+        pytest.param("rar", {"order": "random", "budget": 0}, marks=pytest.mark.long),
+        pytest.param("ibq", {"order": "columns", "window": 4}, marks=pytest.mark.long),
         ("factor", {"order": "random"}),
     ],
     ids=["rar", "rar_by_the_step", "ibq", "factor"],
@@ -133,8 +124,8 @@ def test_what_is_drawn_from_is_what_teacher_forcing_says_of_the_sample(kind, opt
     ("kind", "weights", "window"),
     [
         ("rar", (4.0,) * 4 + (1.0,) * 5, 8),
-        ("rar", (), 3),
-        ("ibq", (2.0,) * 9, 8),
+        pytest.param("rar", (), 3, marks=pytest.mark.long),
+        pytest.param("ibq", (2.0,) * 9, 8, marks=pytest.mark.long),
         ("factor", (0.5, 3.0) + (1.0,) * 7, 4),
     ],
 )
@@ -143,9 +134,8 @@ def test_what_a_cpu_decodes_fast_is_what_teacher_forcing_says(kind, weights, win
     monkeypatch.setattr(decode, "SPAN", 4)
     layout, own = KINDS[kind]
     sizes = dict(width=128, depth=2, heads=2, hidden=256, window=window)
-    plain = autoregressive.Generator(
-        layout, CLASSES, **sizes, precision=FLOAT32, rngs=nnx.Rngs(0), **own
-    )
+    build = functools.partial(autoregressive.Generator, layout, CLASSES, **sizes, **own)
+    plain = nnx.eval_shape(lambda: build(precision=FLOAT32, rngs=nnx.Rngs(0)))
     draw = np.random.default_rng(1)
     leaves, structure = jax.tree.flatten(plain)
     some = [jnp.asarray(0.06 * draw.normal(size=leaf.shape), jnp.float32) for leaf in leaves]

@@ -10,6 +10,7 @@ import importlib
 import math
 import os
 import pathlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from flax import nnx
 
 import tokgen
 from tokgen import parameters, sharding
+from tokgen.interfaces import Quantized
 
 # Codes and gradients must survive what a user's compiler makes of them (BSQ was finite when it ran,
 # and not when it was compiled so); for the rest any compiler will do.
@@ -143,6 +145,37 @@ def latents(quantizer, seed=20):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
+class AsCompiled(NamedTuple):
+    """What a user's compiler makes of latents: all that a quantizer says of them."""
+
+    out: Quantized
+    encoded_BLG: jax.Array | None
+    decoded_BPC: jax.Array | None
+    gradient_BPC: jax.Array  # of values and losses
+
+
+@functools.cache
+def program(name, written):
+    """(latents, key) to `AsCompiled`, compiled once for the tests of a way of working."""
+    quantizer = build(name, ast.literal_eval(written))
+    if name in ("lfq", "bsq", "ibq", "vq"):
+        quantizer.temperature = 0.01  # where entropies are least finite; no token depends on it
+
+    def total(latents_BPC, key):
+        out = quantizer(latents_BPC, key=key)
+        return jnp.sum(out.latents_BPC) + sum(out.losses.values(), start=0.0), out
+
+    def work(latents_BPC, key):
+        gradient_BPC, out = jax.grad(total, has_aux=True)(latents_BPC, key)
+        if quantizer.layout is None:
+            return AsCompiled(out, None, None, gradient_BPC)
+        encoded_BLG = quantizer.encode(latents_BPC)
+        return AsCompiled(out, encoded_BLG, quantizer.decode(encoded_BLG), gradient_BPC)
+
+    lowered = jax.jit(work).lower(latents(quantizer), jax.random.key(0))
+    return lowered.compile(compiler_options=OPTIONS)
+
+
 def equations(jaxpr):
     """Every equation of a program, those of its parts included."""
     for equation in jaxpr.eqns:
@@ -195,12 +228,11 @@ def test_all_codes_of_large_alphabets_make_the_round_trip(name, arguments):
 
 @AS_COMPILED
 @flat
-def test_quantizing_a_code_changes_nothing(name, arguments, smooth):
-    quantizer = build(name, arguments)
-    tokens_BLG = compiled(quantizer.encode)(latents(quantizer))
-    codes_BPC = compiled(quantizer.decode)(tokens_BLG)
+def test_quantizing_a_code_changes_nothing(name, arguments, smooth, key):
+    quantizer, work = build(name, arguments), program(name, repr(arguments))
+    _, tokens_BLG, codes_BPC, _ = work(latents(quantizer), key)
     back_BPC = compiled(quantizer.preimage)(tokens_BLG) if has_preimage(quantizer) else codes_BPC
-    out = compiled(quantizer)(back_BPC)
+    out = work(back_BPC, key).out
     np.testing.assert_array_equal(out.tokens_BLG, tokens_BLG)
     np.testing.assert_allclose(out.latents_BPC, codes_BPC, atol=1e-5)
 
@@ -272,17 +304,19 @@ def test_no_gradient_reaches_the_codes_through_the_latents(name, arguments, smoo
 
 @AS_COMPILED
 @contract
-def test_deterministic_with_and_without_jit(name, arguments, smooth, key):
-    """Op by op, which compiles every op for itself, once of every file; compiled, all of them."""
-    quantizer = build(name, arguments)
+def test_compiled_it_is_deterministic(name, arguments, smooth, key):
+    latents_BPC, work = latents(build(name, arguments)), program(name, repr(arguments))
+    jax.tree.map(np.testing.assert_array_equal, *(work(latents_BPC, key) for _ in range(2)))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_op_by_op_it_is_deterministic_and_what_it_is_compiled(name, key):
+    """Every op is compiled for itself: once of every file."""
+    quantizer = build(name, ARGUMENTS[name][0][0])
     latents_BPC = latents(quantizer)
-    work = compiled(lambda q, z: q(z, key=key))
-    whole, again = (work(quantizer, latents_BPC) for _ in range(2))
-    jax.tree.map(np.testing.assert_array_equal, whole, again)
-    if arguments is not ARGUMENTS[name][0][0]:
-        return
     first, second = (quantizer(latents_BPC, key=key) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
+    whole = jax.jit(lambda z: quantizer(z, key=key))(latents_BPC)
     np.testing.assert_allclose(first.latents_BPC, whole.latents_BPC, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, first.tokens_BLG, whole.tokens_BLG)
 
@@ -378,17 +412,18 @@ TOYS = {
 }
 
 
-@AS_COMPILED
+@pytest.mark.parametrize("users", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", TOYS)
-def test_a_mixture_far_from_the_codes_comes_to_use_all_of_them(name, key):
+def test_a_mixture_far_from_the_codes_comes_to_use_all_of_them(name, users, key, request):
     """16 Gaussians at the corners of a cube aside the origin, a linear encoder and decoder."""
+    if users:
+        request.getfixturevalue("optimized")
     arguments, weights = TOYS[name]
     quantizer = build(name, arguments)
     graph, params, stats = parameters.split(quantizer)
     corners = np.stack(np.meshgrid(*4 * [np.asarray([-1.0, 1.0])]), -1).reshape(16, 4)
     random = np.random.default_rng(20)
     noise = 0.3 * random.normal(size=(151, 32, 16, 4))
-    # a batch for every step, and one to look at
     x_NBPC = (3 + 2 * corners[random.integers(0, 16, noise.shape[:3])] + noise).astype(np.float32)
     eye = np.eye(4, quantizer.channels, dtype=np.float32)
     # FSQ's bound of two levels has its edge at -3.8; far from it there is no gradient to start from
@@ -413,51 +448,33 @@ def test_a_mixture_far_from_the_codes_comes_to_use_all_of_them(name, key):
 
     def step(carry, given):
         (params, stats, moments), (x, number) = carry, given
-        gradients, (latents_BPC, _, _) = jax.grad(forward, has_aux=True)(params, stats, x)
+        gradients, (latents_BPC, *seen) = jax.grad(forward, has_aux=True)(params, stats, x)
         updates, moments = chain.update(gradients, moments, params)
         params = optax.apply_updates(params, updates)
         quantizer = parameters.merge(graph, params["quantizer"], stats)
         quantizer.maintain(latents_BPC, key=jax.random.fold_in(key, number))
         _, inner, stats = parameters.split(quantizer)
-        return (params | {"quantizer": inner}, stats, moments), None
+        return (params | {"quantizer": inner}, stats, moments), seen
 
-    @compiled
+    @compiled if users else jax.jit
     def train(params, stats):
         carry = params, stats, chain.init(params)
-        given = jnp.asarray(x_NBPC[:-1]), jnp.arange(len(x_NBPC) - 1)
-        (params, stats, _), _ = jax.lax.scan(step, carry, given)
-        return params, stats
+        return jax.lax.scan(step, carry, (jnp.asarray(x_NBPC), jnp.arange(len(x_NBPC))))[1]
 
-    look = compiled(forward)
-
-    def used(params, stats):
-        _, (_, tokens_BLG, error) = look(params, stats, x_NBPC[-1])
-        return len(np.unique(tokens_BLG)), float(error)
-
-    before, far = used(params, stats)
+    # what each step sees before it moves
+    tokens_NBLG, error_N = train(params, stats)
+    before, after = (len(np.unique(tokens_NBLG[step])) for step in (0, -1))
     size = math.prod(quantizer.layout.vocab)
     assert before < size
-    after, near = used(*train(params, stats))
-    assert after == size, (before, after, far, near)
-    assert near < far / 4
+    assert after == size, (before, after, error_N[0], error_N[-1])
+    assert error_N[-1] < error_N[0] / 4
 
 
 @AS_COMPILED
 @contract
-def test_losses_and_gradients_are_finite_when_compiled(name, arguments, smooth):
+def test_losses_and_gradients_are_finite_when_compiled(name, arguments, smooth, key):
     """BSQ's entropies were not: compiled, 1 - sigmoid(x) fell below zero."""
-    quantizer = build(name, arguments)
-    if name in ("lfq", "bsq", "ibq", "vq"):
-        quantizer.temperature = 0.01
-    z_BPC = np.asarray(latents(quantizer))
-
-    @compiled
-    def descend(z_BPC):
-        def total(z_BPC):
-            out = quantizer(jnp.tanh(z_BPC) * 3)
-            return jnp.sum(out.latents_BPC) + sum(out.losses.values(), start=0.0)
-
-        return jax.value_and_grad(total)(z_BPC)
-
+    z_BPC, work = np.asarray(latents(build(name, arguments))), program(name, repr(arguments))
     for scale in (0.0, 1e-3, 1.0, 30.0):
-        assert all(np.isfinite(part).all() for part in descend(np.float32(scale) * z_BPC)), scale
+        found = work(3 * np.tanh(np.float32(scale) * z_BPC), key)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found)), scale

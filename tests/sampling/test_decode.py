@@ -90,6 +90,12 @@ def _draw(sampler, generator=None, images=range(7), **options):
 
 
 GUIDED = samplers.Sampler(temperature=0.9, top_k=12, guidance=(3.0,) * L)
+# Guided decodes have all that plain ones have, and the null rows.
+both_ways = pytest.mark.parametrize(
+    "sampler",
+    [pytest.param(samplers.Sampler(), marks=pytest.mark.long, id="plain"),
+     pytest.param(GUIDED, id="guided")],
+)  # fmt: skip
 
 
 def test_an_image_alone_is_the_image_in_any_batch():
@@ -113,7 +119,7 @@ def test_weight_1_everywhere_is_no_guidance_and_costs_nothing():
     assert np.any(np.asarray(_draw(GUIDED).tokens_BLG) != np.asarray(plain.tokens_BLG))
 
 
-@pytest.mark.parametrize("guided", [2, 7])
+@pytest.mark.parametrize("guided", [2, pytest.param(7, marks=pytest.mark.long)])
 def test_null_rows_dropped_half_way_change_nothing(guided):
     # windows of 3 begin at steps 1, 4 and 7: one cut lies inside a window, one between two
     spy = _make(Spy, window=3)
@@ -148,7 +154,7 @@ def test_null_rows_come_with_the_first_guided_step_where_nothing_is_cached():
         assert len(getattr(late, name)) == 7
 
 
-@pytest.mark.parametrize("last", [L, 6])
+@pytest.mark.parametrize("last", [pytest.param(L, marks=pytest.mark.long), 6])
 def test_guidance_against_the_null_class_as_a_network_is_guidance(last):
     weights = ((3.0, 0.5, 1.0) * 3)[:last] + (1.0,) * (L - last)
     sampler = samplers.Sampler(guidance=weights)
@@ -162,7 +168,7 @@ def test_guidance_against_the_null_class_as_a_network_is_guidance(last):
     np.testing.assert_array_equal(itself.tokens_BLG, plain.tokens_BLG)
 
 
-@pytest.mark.parametrize("sampler", [samplers.Sampler(), GUIDED], ids=["plain", "guided"])
+@both_ways
 def test_given_tokens_are_kept_and_the_others_drawn(sampler):
     numbers = np.random.default_rng(0)
     mask = numbers.uniform(size=(7, L, 1)) < 0.5
@@ -198,7 +204,7 @@ def test_the_image_with_broken_logits_is_flagged_and_no_other(sampler):
     assert np.all((np.asarray(state.tokens_BLG) >= 0) & (np.asarray(state.tokens_BLG) < V))
 
 
-@pytest.mark.parametrize("sampler", [samplers.Sampler(), GUIDED], ids=["plain", "guided"])
+@both_ways
 def test_a_flag_stays_up_when_later_logits_are_sound(sampler):
     state = _draw(sampler, _make(Stumbling), images=range(3))
     np.testing.assert_array_equal(state.invalid_B, [False, True, False])
@@ -240,7 +246,7 @@ def test_settings_for_another_plan_are_refused(sampler):
         _draw(sampler)
 
 
-@pytest.mark.parametrize("sampler", [samplers.Sampler(), GUIDED], ids=["plain", "guided"])
+@both_ways
 def test_a_watched_decode_draws_the_same_tokens(sampler):
     generator = _make(window=4)
     if sampler.guidance:  # null rows go after step 5, inside a window
@@ -375,7 +381,7 @@ def test_what_a_loop_does_not_carry_is_not_needed_in_it():
     assert set(interfaces.CARRIED) < fields
 
 
-@pytest.mark.parametrize("weight", [1.0, 4.0])
+@pytest.mark.parametrize("weight", [pytest.param(1.0, marks=pytest.mark.long), 4.0])
 def test_one_token_is_the_greedy_one_under_guidance_too(weight):
     generator, alone = _make(), []
     for options in (dict(temperature=0.0), dict(top_k=1), dict(top_p=1e-6)):

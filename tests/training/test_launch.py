@@ -28,6 +28,17 @@ def test_a_work_directory_is_none_of_what_the_run_reads(tmp_path, capsys):
     assert end.value.code == 2 and "--workdir: it is empty" in capsys.readouterr().err
 
 
+def test_a_work_directory_of_another_scheme_is_refused_before_a_folder_is_made(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        launch.parse(["--config", "a.py", "--workdir=s3://bucket/run"], "")
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "s3://bucket/run: need a local path or gs://BUCKET" in said
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("yes", [False, True])
 def test_checkpoints_of_a_config_may_be_names(yes, tmp_path, monkeypatch):
     """Each field that is a CKPT; what is no name is left alone."""

@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from tokgen import distributed, output, parameters, records, report, storage
 from tokgen.checkpoints import checkpoint, continuation, finetuning, manifest, stream as streams
 from tokgen.config import building
+from tokgen.errors import SharedError
 from tokgen.interfaces import PyTree, TokenLayout, UserError
 
 PATIENCE = 24 * 3600  # seconds that a save may take: of a published model it is all of the import
@@ -202,6 +203,7 @@ class Run:
         keep = self.config.get("keep", {"latest": 1, "best": 1})  # an import may not train
         found, metas = [], {step: self._record(step) for step in steps}
         whole = {step: meta for step, meta in metas.items() if meta is not None}
+        distributed.together("read")  # before any is deleted
         figures = dict(zip(whole, checkpoint.figures(list(whole.values())), strict=True))
         for step in steps:
             if step not in whole:  # what cannot be read is nobody's to delete
@@ -212,7 +214,6 @@ class Run:
         if steps and metas[steps[-1]] is None:
             return
         stay = staying(found, latest=keep["latest"], best=keep["best"])
-        distributed.together("chosen")
         for step in steps:
             if step not in stay:
                 self._delete(step)
@@ -240,13 +241,14 @@ class Run:
             yield
         except UserError as error:
             step = int(jax.device_get(parameters.paths(states_by_name)["model/step"]))
-            # a save waits for all processes, and the others are in their next step
-            if step == 0 or jax.process_count() > 1:
+            # a save waits for all processes, and the others may be in their next step
+            alone = jax.process_count() == 1
+            if step == 0 or not (alone or isinstance(error, SharedError)):
                 raise
             if step not in self.manager.all_steps():
                 self.save(states_by_name)
                 self.wait()
-            raise UserError(f"{error}; step {step} is saved in {self.workdir}") from error
+            raise type(error)(f"{error}; step {step} is saved in {self.workdir}") from error
 
     def close(self) -> None:
         """Commit what is under way."""

@@ -69,6 +69,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.accept(score)
     sample.sampling_arguments(score)
+    options.processes(parser)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -128,10 +129,11 @@ def _score(args: argparse.Namespace) -> None:
     settings = _settings_of(args)
     kinds = {"": options.SAMPLES, "tokenizer": options.RECONSTRUCTED, "generator": options.DRAWN}
     options.check_mode(args, options.EVALUATE, kinds[score_settings.check_kind(settings)])
-    print(score.table(score.score(settings)))
+    report.result(score.table(score.score(settings)))
 
 
 def _validate(args: argparse.Namespace) -> None:
+    from tokgen import distributed
     from tokgen.checkpoints import checkpoint
     from tokgen.evaluation import checkpoint_validation
 
@@ -154,7 +156,7 @@ def _validate(args: argparse.Namespace) -> None:
     place = contextlib.nullcontext([])
     if args.out is not None:
         place = output.lines(args.out, inputs=inputs)
-    with place as lines:
+    with distributed.led(place) as lines:
         step = checkpoint.find(args.checkpoint)
         kind = checkpoint.read_meta(step)["kind"]
         if args.reconstruction and kind != "tokenizer":
@@ -162,6 +164,6 @@ def _validate(args: argparse.Namespace) -> None:
         mode = options.TOKENIZER if kind == "tokenizer" else options.GENERATOR
         options.check_mode(args, options.EVALUATE, mode)
         record, shown = checkpoint_validation.validate(settings)
-        lines.append(record)
-    for name, value in shown.items():
-        print(report.row(name, value))
+        if lines is not None:
+            lines.append(record)
+    report.result("\n".join(report.row(name, value) for name, value in shown.items()))

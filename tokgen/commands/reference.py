@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from tokgen import options, output, report
+from tokgen import options, output, report, runtime
 from tokgen.evaluation import protocols
 
 
@@ -36,6 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="to train the local network; default: as its recipe says",
     )
     parser.add_argument("--seed", type=int, default=0)
+    options.processes(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -70,7 +71,8 @@ def run(args: argparse.Namespace) -> None:
     local = protocols.named(args.protocol).extractor == "local"
     if options.is_given(args, "steps") and (args.network or not local):
         report.say("--steps has no effect: no network is trained, it is there already")
-    record = reference_making.make(settings)
+    with runtime.over(""):
+        record = reference_making.make(settings)
     widths = ", ".join(f"{name} {width}" for name, width in record["layers"].items())
     rows, columns = record["size"]
     report.say(

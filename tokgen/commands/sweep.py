@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from tokgen import options, output, runtime
+from tokgen import options, output, report, runtime
 from tokgen.commands import evaluate
 from tokgen.evaluation import protocols
 
@@ -49,6 +49,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="where the tokenizer lies now, if moved",
     )
+    options.processes(parser)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     from tokgen.evaluation import sweep
 
     with runtime.over(args.mesh):
-        print(sweep.listed(sweep.sweep(settings_of(args))))
+        report.result(sweep.listed(sweep.sweep(settings_of(args))))
 
 
 def settings_of(args: argparse.Namespace):

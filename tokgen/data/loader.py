@@ -4,8 +4,8 @@ The global order is an endless sequence: a permutation of the source for epoch 0
 epoch 1, and so on; grain computes it, nothing stores it. Element k has a random generator of its
 own, from (seed, k), for its crop and flip. Batch t is elements t * B to (t + 1) * B, and a process
 loads the rows that its devices hold (`sharding.rows_here`), whichever these are. So n processes see
-the same global batches as one, row by row, and a run may be resumed on another number of them; each
-counts the unreadable of its own rows.
+the same global batches as one, row by row, and a run may be resumed on another number of them. Each
+notes the unreadable of its own rows, and `Batches.agree` makes one record of all.
 
 Nothing is ever filtered, for that would shift what follows. An element that cannot be read is
 replaced by the next one of the same permutation that can be. One pass in order, `once`, is for
@@ -17,14 +17,16 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tokgen import interfaces
+from tokgen import distributed, interfaces
 from tokgen.data import pixels, sources, unreadable, views
+from tokgen.errors import SharedError
 
 if TYPE_CHECKING:
     import grain
@@ -40,10 +42,10 @@ _Neighbours = Callable[[int], Iterator[int]]
 class Batches:
     """An iterator over batches; close it, or use `with`.
 
-    `seen` counts the elements that were handed out, `step` is the number of the next batch, and
-    `unreadable` the record of the distinct images of the source that could not be read, `bad` their
-    number. Of the distinct images seen, or of 10,000 where these are more, a share of `max_bad` may
-    be so: one more is a UserError that names some.
+    `seen` counts the elements that were handed out, by all processes of a job together, `step` is
+    the number of the next batch, and `unreadable` the record of the distinct images of the source
+    that could not be read, `bad` their number. Of the distinct images seen, or of 10,000 where
+    these are more, a share of `max_bad` may be so: one more is a UserError that names some.
     """
 
     def __init__(
@@ -54,11 +56,15 @@ class Batches:
         step: int,
         max_bad: float,
         fate: str,
+        last: bool = True,
+        size: int | None = None,
     ):
+        """`size`: of a batch of all processes, where a batch here may hold some of its rows."""
+        self._size, self._told = size, 0
         self._loaded = iter(loaded)
         self._length = len(source)
         self._max_bad = max_bad
-        self._fate = fate
+        self._fate, self._last = fate, last
         self.unreadable = source.unreadable
         self.step = step
         self.seen = 0
@@ -71,16 +77,38 @@ class Batches:
         try:
             batch, broken = next(self._loaded)
         except StopIteration:
-            self.unreadable.tell(self._fate)
+            self.unreadable.tell(self._fate, last=self._last)
             raise
         self.step += 1
-        self.seen += len(batch["label"])
+        self.seen += len(batch["label"]) if self._size is None else self._size
         for index, reason in broken:
             self.unreadable.add(index, reason)
         self.unreadable.looked = max(self.unreadable.looked, min(self.seen, self._length))
-        self.unreadable.check(self._max_bad)
-        self.unreadable.tell(self._fate, last=False)
+        if not distributed.many():
+            self.agree()
         return batch
+
+    def agree(self) -> int:
+        """How many distinct images no process of the job could read so far.
+
+        All of them ask at the same step. They wait for each other here, so not at every step: one
+        alone is asked at each.
+
+        Raises:
+            UserError: more than may be; on all processes.
+        """
+        if distributed.many():
+            own = self.unreadable.listing()[self._told :]
+            for text in distributed.gathered(json.dumps(own)):
+                for index, reason in json.loads(text):
+                    self.unreadable.add(index, reason)
+            self._told = len(self.unreadable)
+        try:
+            self.unreadable.check(self._max_bad)
+        except interfaces.UserError as error:
+            raise SharedError(str(error)) from error
+        self.unreadable.tell(self._fate, last=False)
+        return self.bad
 
     @property
     def bad(self) -> int:
@@ -130,7 +158,8 @@ def batches(
       rows: the b of them that this process loads, as `sharding.rows_here` has them; None: all.
       threads: batches loaded at the same time; 0 loads them when they are asked for.
       prefetch: batches kept ready, at least `threads`.
-      max_bad: the share of images that may be unreadable; of token shards, when made.
+      max_bad: the share of images that may be unreadable; of token shards, when made. Of several
+        processes, all that they met; whoever reads then calls `Batches.agree` now and then.
     """
     if batch_size < 1:
         raise interfaces.UserError(f"batch_size must be at least 1; found {batch_size}")
@@ -166,6 +195,7 @@ def batches(
         step=start,
         max_bad=1.0 if source.holds == "tokens" else max_bad,
         fate=unreadable.REPLACED,
+        size=batch_size,
     )
 
 
@@ -177,13 +207,15 @@ def once(
     indices: Sequence[int] | None = None,
     least: int = 1,
     threads: int = 0,
+    last: bool = True,
 ) -> Batches:
     """One pass in order, over all elements or `indices`, of those that can be read.
 
     For measuring: nothing is random, so views and token views are the first of what they might be.
     What cannot be read is left out and told; batches are full but for the last. `"index"`, int64
     [B], says which elements of the source they hold. Fewer than `least` are a UserError. `threads`
-    load the next batch while the last one is used; 0 loads it when it is asked for.
+    load the next batch while the last one is used; 0 loads it when it is asked for. Before the
+    `last` of several passes, of what cannot be read only the first few are told.
     """
     if batch_size < 1:
         raise interfaces.UserError(f"batch_size must be at least 1; found {batch_size}")
@@ -215,7 +247,7 @@ def once(
             yield held, ()
 
     found = _enough(passing(), record, min(least, len(index_N)))
-    return Batches(found, source, step=0, max_bad=1.0, fate=unreadable.LEFT_OUT)
+    return Batches(found, source, step=0, max_bad=1.0, fate=unreadable.LEFT_OUT, last=last)
 
 
 def _ahead(load: Callable, parts: Iterable[np.ndarray], threads: int):

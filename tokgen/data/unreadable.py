@@ -6,9 +6,10 @@ puts another one into its place, measuring leaves it out.
 """
 
 import itertools
+import json
 from collections.abc import Iterable, Mapping
 
-from tokgen import interfaces, report
+from tokgen import distributed, interfaces, report
 
 ENOUGH = 10_000  # images over which an allowed share is taken at least
 NAMED = 10  # images that a message names
@@ -39,6 +40,12 @@ class Record:
     def add(self, index: int, reason: str) -> None:
         """Note an image; the first reason stands."""
         self._reasons.setdefault(int(index), reason)
+
+    def gather(self) -> None:
+        """Note what any process of a job could not read, in their order; all wait for all."""
+        for text in distributed.gathered(json.dumps(self.listing())):
+            for index, reason in json.loads(text):
+                self.add(index, reason)
 
     def names(self) -> tuple[str, ...]:
         """Of all of them, in the order in which they were met."""

@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 import time
 
-from tokgen import options, report, runtime, storage
+from tokgen import distributed, options, report, runtime, storage
 from tokgen.checkpoints import checkpoint, loading
 from tokgen.data import (
     captioned,
@@ -144,6 +144,7 @@ def tokenizer(step: pathlib.Path, settings: Settings) -> Measured:
     what = datasets.called(loaded.config.get("data", {}), settings.data)
     datasets.tell(what, **{settings.split: source})
     datasets.check_filled(source, settings.split)
+    distributed.check_alike({"checkpoint": loaded.fingerprint, "data": source.fingerprint})
     _tell_count(settings, source, step)
     view = datasets.view_of(loaded.config)
     batch = min(settings.batch, validation.bounded(view, settings.images))
@@ -181,6 +182,13 @@ def generator(step: pathlib.Path, settings: Settings) -> Measured:
         label_C, said = classes.matched(source.classes, loaded.classes, where, "the generator")
         if said:
             report.say(said)
+    distributed.check_alike(
+        {
+            "checkpoint": loaded.fingerprint,
+            "tokenizer": tokenizer_.fingerprint,
+            "data": source.fingerprint,
+        }
+    )
     _tell_count(settings, source, step)
     metrics = validation.likelihood(
         *(loaded.module, tokenizer_.module.quantizer, source),

@@ -6,16 +6,18 @@ far, `results.jsonl` a line per finished evaluation. Killed at any point, the sa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from tokgen import records, report
+from tokgen import distributed, output, records, report
 from tokgen.checkpoints import checkpoint
 from tokgen.evaluation import (
     feature_extractors,
@@ -54,21 +56,57 @@ class Found:
     constant_N: np.ndarray
 
 
+@contextlib.contextmanager
+def opened(out: str | os.PathLike, *, what: str, **about) -> Iterator[output.Folder]:
+    """A folder that grows (`output.growing`), for this process alone, or this job."""
+    about |= dict(record=RUN, what=what)
+    with distributed.led(output.growing(out, **about)) as found:
+        if not distributed.many():
+            yield found
+            return
+        told = [str(found.target), str(found.path)] if found else []
+        target, path = json.loads(distributed.gathered(json.dumps(told))[0])
+        elsewhere = pathlib.Path(target), pathlib.Path(path)
+        yield found or output.Folder(*elsewhere, "--out", RUN, what, staged=False)
+
+
 def collect(
     images: given_images.Images,
     extractor: feature_extractors.Extractor,
     out: pathlib.Path,
     count: int,
-) -> Found:
-    """See `count` of the images, but for those that were seen before."""
-    bounds = [(start, min(start + PART, count)) for start in range(0, count, PART)]
-    files, parts = [_file(out, images, *each) for each in bounds], []
-    with report.bar(count, unit="image", what="evaluate") as bar:
-        for file, (start, stop) in zip(files, bounds, strict=True):
-            if made_images.loaded_part(file) is None:
-                made_images.save_part(file, _seen(images.part(start, stop), extractor, start))
+) -> None:
+    """See `count` of the images, but for those that were seen before: this process's share."""
+    bounds = _bounds(count)
+    missing = distributed.decided(_missing, images, out, bounds)
+    share, shares = distributed.share()
+    own = [bounds[number] for number in np.array_split(np.asarray(missing, int), shares)[share]]
+    left = sum(stop - start for start, stop in own)
+    what = "evaluate" if shares == 1 else f"evaluate, share {share + 1}/{shares}"
+    total, done = (left, 0) if shares > 1 else (count, count - left)
+    with distributed.shared(), report.bar(total, initial=done, unit="image", what=what) as bar:
+        for start, stop in own:
+            part = _seen(images.part(start, stop), extractor, start)
+            made_images.save_part(_file(out, images, start, stop), part)
             bar.update(stop - start)
-    parts = [made_images.loaded_part(file) for file in files]
+
+
+def _bounds(count: int) -> list[tuple[int, int]]:
+    """The first image of each part, and the one after its last."""
+    return [(start, min(start + PART, count)) for start in range(0, count, PART)]
+
+
+def _missing(
+    images: given_images.Images, out: pathlib.Path, bounds: Sequence[tuple[int, int]]
+) -> list[int]:
+    """The parts that are not there, by their places."""
+    files = [_file(out, images, *each) for each in bounds]
+    return [n for n, file in enumerate(files) if made_images.loaded_part(file) is None]
+
+
+def found_of(images: given_images.Images, out: pathlib.Path, count: int) -> Found:
+    """What was seen of `count` images, by all processes."""
+    parts = [made_images.awaited_part(_file(out, images, *each)) for each in _bounds(count)]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     summed = {
         name.removeprefix("counts/"): np.sum([part[name] for part in parts], axis=0)

@@ -282,7 +282,11 @@ def _trained(
     look: Callable[[jax.Array, jax.Array], jax.Array],
     seed: int,
 ) -> PyTree:
-    """Averaged parameters; `look(image_BHW3, key)` is what the network sees of a batch."""
+    """Averaged parameters; `look(image_BHW3, key)` is what the network sees of a batch.
+
+    On one device, also where there are more: sums over several would round otherwise, and the
+    network be another one on another machine. It is too small to gain much.
+    """
     optimizer = optimizers.optimizer(
         recipe.steps,
         learning_rate=recipe.rate,
@@ -290,7 +294,7 @@ def _trained(
         b2=0.99,
         weight_decay=recipe.weight_decay,
     )
-    mesh = sharding.dividing(recipe.batch)
+    mesh = sharding.single()
     graph, network = train_state.create(make, optimizer, mesh=mesh, ema=recipe.ema)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -308,7 +312,7 @@ def _trained(
             network, gradients, optimizer, ema=recipe.ema, loss=total
         )[0]
 
-    with report.bar(recipe.steps, what="classifier") as bar:
+    with jax.set_mesh(mesh), report.bar(recipe.steps, what="classifier") as bar:
         for _ in range(recipe.steps):
             network = step(network, sharding.global_batch(next(batches), mesh))
             bar.update()

@@ -11,12 +11,13 @@ import hashlib
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Mapping
 
 import jax
 import numpy as np
 
-from tokgen import archives, storage
+from tokgen import archives, distributed, storage
 from tokgen.checkpoints import loading
 from tokgen.data import datasets, loader, npz, scan, sources
 from tokgen.evaluation import feature_extractors, validation
@@ -24,6 +25,7 @@ from tokgen.interfaces import PyTree, UserError
 from tokgen.metrics import codebook
 from tokgen.sampling import drawing
 
+LATE = 60.0  # seconds until every process must see what one wrote
 LABELS, CLASSES = 5, 6  # streams of numpy's, for the order of the classes, and for drawing them
 
 
@@ -74,7 +76,7 @@ class Drawn:
         self.tokenizer, self.cond = tokenizer.module, cond
         self.seed, self.folder = seed, folder
         # one program serves all parts, the last too, which is filled up to a multiple of it
-        self.batch = drawing.even(min(each, len(self)), batch)
+        self.batch = distributed.rows(drawing.even(min(each, len(self)), batch))
         self.size = tuple(tokenizer.config.view.size)
         self.classes = loaded.classes
         self.identity = {
@@ -146,7 +148,8 @@ class Reconstructed:
         self.size = tuple(loaded.config.view.size)
         # seen to before anything is measured: a part has as many images as its bounds say
         wanted = validation.spread(len(source), count)
-        self.index_N = scan.readable(source, wanted, loaded.config.view.channels)
+        seen = distributed.decided(_readable, source, wanted, loaded.config.view.channels)
+        self.index_N = np.asarray(seen, np.int64)
         self.count, self.unreadable = len(self.index_N), len(wanted) - len(self.index_N)
         self.distances = distances  # name -> LPIPS over images in [-1, 1]
         self.layout, self.classes = loaded.layout, tuple(source.classes)
@@ -178,10 +181,7 @@ class Reconstructed:
                 f"measured; put them back, and run the same command again:\n"
                 f"{passing.unreadable.listed()}"
             )
-        tokens_BLG, decoded, values = validation.reconstruct(
-            *(self.tokenizer, given, self.distances),
-            named=datasets.named(self.source, given["index"]),
-        )
+        tokens_BLG, decoded, values = self._reconstructed(given)
         part = {
             "image": coloured(decoded),
             "original": coloured(given["image"]),
@@ -193,6 +193,24 @@ class Reconstructed:
             counts = codebook.counts(tokens_BLG, self.layout)
             part |= {f"counts/{g}": count_V for g, count_V in enumerate(counts)}
         return part
+
+    def _reconstructed(self, given: Mapping[str, np.ndarray]) -> tuple:
+        """What validation.reconstruct gives of a part, in pieces as large as devices are few."""
+        rows = len(given["label"])
+        each, found = distributed.rows(rows), []
+        for first in range(0, rows, each):
+            piece = {name: array[first : first + each] for name, array in given.items()}
+            naming = datasets.named(self.source, piece["index"])
+            found.append(
+                validation.reconstruct(
+                    *(self.tokenizer, piece, self.distances), batch=each, named=naming
+                )
+            )
+        return jax.tree.map(lambda *pieces: np.concatenate(pieces), *found)
+
+
+def _readable(source: sources.RandomAccess, index_N: np.ndarray, channels: int) -> list[int]:
+    return scan.readable(source, index_N, channels).tolist()
 
 
 def coloured(image_NHWC: np.ndarray) -> np.ndarray:
@@ -227,3 +245,16 @@ def loaded_part(file: pathlib.Path) -> dict[str, np.ndarray] | None:
         if not file.exists():  # removed meanwhile
             return None
         raise UserError(f"{file} is damaged: {error}; remove it, and it is made again") from error
+
+
+def awaited_part(file: pathlib.Path) -> dict[str, np.ndarray]:
+    """A part that was written: a network's file system may show another process's later."""
+    until = time.monotonic() + LATE
+    while (part := loaded_part(file)) is None:
+        if time.monotonic() > until:
+            raise UserError(
+                f"{file} was written by another process, and is not there for this one: the "
+                "processes of a job need --out on a file system that all see"
+            )
+        time.sleep(0.5)
+    return part

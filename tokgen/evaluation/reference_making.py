@@ -1,22 +1,34 @@
-"""Making a reference: a set of images, cut and seen as a protocol says, and what they are like."""
+"""Making a reference: a set of images, cut and seen as a protocol says, and what they are like.
+
+The images are seen in runs, which of several processes each takes some of; the runs are joined in
+their order, so that statistics have the same bits whoever saw which.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from tokgen import output, report, runtime
+from tokgen import distributed, output, report, runtime
 from tokgen.checkpoints import checkpoint
 from tokgen.data import datasets, loader, npz, pixels, sources, unreadable, views
-from tokgen.evaluation import feature_extractors, local_classifier, protocols, references
+from tokgen.evaluation import (
+    feature_extractors,
+    local_classifier,
+    made_images,
+    protocols,
+    references,
+)
 from tokgen.interfaces import UserError
 from tokgen.metrics import moments
 
 PART = 256  # images at a time
+RUNS = 64  # into which a large set is divided, and so processes that can share it
+NETWORK = "network.npz"  # of a local network that the first process trained, for the others
 EXAMINED = 10_000  # images that the local network's accuracy is of, at most
 SIZE = 256  # pixels of the published protocols' images
 
@@ -84,8 +96,9 @@ def make(settings: Settings) -> dict:
     check(settings)
     read = () if datasets.kind_of(settings.data) == "tfds" else (settings.data,)
     given = dict(overwrite=settings.overwrite, inputs=(*read, settings.weights, settings.network))
-    with output.file(settings.out, own=references.is_one, **given) as file:
-        return _written(settings, file)
+    file = output.file(settings.out, own=references.is_one, **given)
+    with distributed.led(file) as found:
+        return _written(settings, pathlib.Path(distributed.decided(str, found)))
 
 
 def check(settings: Settings) -> None:
@@ -113,30 +126,52 @@ def _written(settings: Settings, file: pathlib.Path) -> dict:
     datasets.check_filled(source, split)
     size = size_of(source, settings)
     datasets.tell(settings.data, **{split: source})
-    extractor = extractor_of(settings, source, size)
+    distributed.check_alike({"data": source.fingerprint, "size": size})
+    extractor = extractor_of(settings, source, size, file.parent)
+    distributed.check_alike({"feature network": extractor.record["fingerprint"]})
     count = min(len(source), settings.images or len(source))
     index_N = sources.evenly(len(source), count)
-    batches = passing(source, size, index_N)
-    found = measured(extractor, batches, index_N, settings.seed)
-    kept = feature_extractors.arrays(extractor) if extractor.name == "local" else {}
+    kept_n = index_N[np.random.default_rng(settings.seed).permutation(count)[: references.KEPT]]
+    runs = seen(extractor, source, size, runs_of(index_N), kept_n, file.parent)
     record = {
         "protocol": settings.protocol,
         "dataset": settings.data,
         "fingerprint": source.fingerprint,
         "split": split,
         "labels": settings.labels,
-        "count": found.count,
         "available": len(source),
-        "unreadable": batches.unreadable.record(),
         "size": list(size),
         "crop": protocol.crop,
         "resize": "halvings by box, then bicubic to the shorter side (ADM)",
         "classes": list(source.classes),
         "extractor": extractor.record,
-        "layers": found.widths,
         "seed": settings.seed,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": checkpoint.versions(),
+    }
+    return distributed.decided(_saved, file, record, extractor, source, runs)
+
+
+def _saved(
+    file: pathlib.Path,
+    record: Mapping,
+    extractor: feature_extractors.Extractor,
+    source: sources.RandomAccess,
+    runs: Iterable[Mapping[str, np.ndarray]],
+) -> dict:
+    """Write the reference of what was seen of all runs; its record."""
+    found = joined(runs, record["seed"])
+    if not found.count:
+        raise UserError(
+            "0 images can be read, and a reference needs at least 1; is this a set of images?\n"
+            f"{source.unreadable.listed()}"
+        )
+    kept = feature_extractors.arrays(extractor) if extractor.name == "local" else {}
+    record = {
+        **record,
+        "count": found.count,
+        "unreadable": source.unreadable.record(),
+        "layers": found.widths,
     }
     references.save(file, record, found.moments, found.features, found.index_n, found.label_n, kept)
     return record
@@ -173,9 +208,12 @@ def size_of(source: sources.RandomAccess, settings: Settings) -> tuple[int, int]
 
 
 def extractor_of(
-    settings: Settings, source: sources.RandomAccess, size: tuple[int, int]
+    settings: Settings, source: sources.RandomAccess, size: tuple[int, int], folder: pathlib.Path
 ) -> feature_extractors.Extractor:
-    """The protocol's feature network: from a file, of another reference, or trained now."""
+    """The protocol's feature network: from a file, of another reference, or trained now.
+
+    By the first process of a job, which leaves it in `folder` for the others.
+    """
     protocol = protocols.named(settings.protocol)
     if protocol.extractor != "local":
         found = feature_extractors.from_file(protocol.extractor, settings.weights)
@@ -188,6 +226,25 @@ def extractor_of(
         if not other.network:
             raise UserError(f"{settings.network} holds no local network: it is of another protocol")
         return feature_extractors.from_arrays(other.network, other.record["extractor"])
+    if distributed.share()[1] == 1:
+        return _trained(settings, source, size)
+    record = distributed.decided(_left, settings, source, size, folder / NETWORK)
+    return feature_extractors.from_arrays(made_images.awaited_part(folder / NETWORK), record)
+
+
+def _left(
+    settings: Settings, source: sources.RandomAccess, size: tuple[int, int], file: pathlib.Path
+) -> dict:
+    """Train the local network, and write its arrays; its record."""
+    found = _trained(settings, source, size)
+    made_images.save_part(file, feature_extractors.arrays(found))
+    return found.record
+
+
+def _trained(
+    settings: Settings, source: sources.RandomAccess, size: tuple[int, int]
+) -> feature_extractors.Extractor:
+    """The local network of a source's images, and how often it is right."""
     recipe = local_classifier.PHOTOGRAPHS
     if settings.steps is not None:
         recipe = dataclasses.replace(recipe, steps=settings.steps)
@@ -223,14 +280,6 @@ def _accuracy(
     return {"images": which, "examined": count, "accuracy": accuracy}
 
 
-def passing(
-    source: sources.RandomAccess, size: tuple[int, int], index_N: np.ndarray
-) -> loader.Batches:
-    """The images in parts, by ADM's centre crop."""
-    view = views.fixed("center", size, 3)
-    return loader.once(source, view, batch_size=PART, indices=index_N)
-
-
 @dataclasses.dataclass(frozen=True)
 class Measured:
     """What was seen of a set.
@@ -251,36 +300,92 @@ class Measured:
     count: int
 
 
-def measured(
+def runs_of(index_N: np.ndarray) -> list[np.ndarray]:
+    """Indices in runs of whole parts, of at most RUNS: the same ones whoever sees them."""
+    length = PART * max(1, -(-len(index_N) // (RUNS * PART)))
+    return [index_N[first : first + length] for first in range(0, len(index_N), length)]
+
+
+def seen(
     extractor: feature_extractors.Extractor,
-    parts: Iterator[Mapping],
-    index_N: np.ndarray,
-    seed: int,
-) -> Measured:
-    """What is seen of those of `index_N` that can be read."""
-    kept_n = index_N[np.random.default_rng(seed).permutation(len(index_N))[: references.KEPT]]
-    names = [name for name in extractor.layers if not name.startswith("logits")]
-    sums = {name: moments.Accumulator() for name in names}
-    kept, labels, which, count = {name: [] for name in names}, [], [], 0
-    with report.bar(len(index_N), unit="image", what="reference") as bar:
-        for part in parts:
-            found = feature_extractors.features(extractor, part["image"], tuple(names))
-            rows_n = np.flatnonzero(np.isin(part["index"], kept_n))
-            for name, feature_ND in found.items():
-                sums[name].add(feature_ND)
-                kept[name].append(feature_ND[rows_n])
-            labels.append(part["label"][rows_n])
-            which.append(part["index"][rows_n])
-            count += len(part["image"])
-            bar.update(len(part["image"]))
-    which_n = np.concatenate(which)
+    source: sources.RandomAccess,
+    size: tuple[int, int],
+    runs: Sequence[np.ndarray],
+    kept_n: np.ndarray,
+    folder: pathlib.Path,
+) -> Iterator[dict[str, np.ndarray]]:
+    """What is seen of those images of each run that can be read, run by run.
+
+    Of several processes each sees its share first, and leaves it in `folder`.
+    """
+    share, shares = distributed.share()
+    own = np.array_split(np.arange(len(runs)), shares)[share]
+    found = _each(extractor, source, size, [runs[number] for number in own], kept_n)
+    if shares == 1:
+        return found
+    with distributed.shared():
+        for number, arrays in zip(own, found, strict=True):
+            made_images.save_part(folder / f"{number:02d}.npz", arrays)
+    source.unreadable.gather()
+    files = (folder / f"{number:02d}.npz" for number in range(len(runs)))
+    return map(made_images.awaited_part, files)
+
+
+def _each(
+    extractor: feature_extractors.Extractor,
+    source: sources.RandomAccess,
+    size: tuple[int, int],
+    runs: Sequence[np.ndarray],
+    kept_n: np.ndarray,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Moments of each run, and the features of those of its images that are in `kept_n`."""
+    names = tuple(name for name in extractor.layers if not name.startswith("logits"))
+    view = views.fixed("center", size, 3)  # ADM's crop
+    with report.bar(sum(map(len, runs)), unit="image", what="reference") as bar:
+        for run in runs:
+            sums = {name: moments.Accumulator() for name in names}
+            kept, count = [], 0
+            how = dict(batch_size=PART, indices=run, least=0, last=False)
+            for part in loader.once(source, view, **how):
+                found = feature_extractors.features(extractor, part["image"], names)
+                rows_n = np.flatnonzero(np.isin(part["index"], kept_n))
+                own = {"label": part["label"][rows_n], "index": part["index"][rows_n]}
+                for name, feature_ND in found.items():
+                    sums[name].add(feature_ND)
+                    own[f"features/{name}"] = feature_ND[rows_n]
+                kept.append(own)
+                count += len(part["image"])
+                bar.update(len(part["image"]))
+            arrays = {n: np.concatenate([part[n] for part in kept]) for n in (kept or [{}])[0]}
+            for name in names if count else ():
+                for field, array in sums[name].moments().arrays().items():
+                    arrays[f"moments/{name}/{field}"] = array
+            yield {"count": np.asarray(count), **arrays}
+    source.unreadable.tell(unreadable.LEFT_OUT)
+
+
+def joined(runs: Iterable[Mapping[str, np.ndarray]], seed: int) -> Measured:
+    """What was seen of all runs, in their order; what is kept in a mixed one."""
+    total: dict[str, moments.Moments] = {}
+    kept, count = [], 0
+    for run in runs:
+        count += int(run["count"])
+        if not run["count"]:
+            continue
+        below = references.below
+        kept.append({"label": run["label"], "index": run["index"]} | below("features/", run))
+        for name in below("features/", run):
+            found = moments.Moments.from_arrays(below(f"moments/{name}/", run))
+            total[name] = total[name].merge(found) if name in total else found
+    everything = {n: np.concatenate([part[n] for part in kept]) for n in (kept or [{}])[0]}
+    which_n = everything.pop("index", np.zeros(0, np.int64))
     order_n = np.random.default_rng(seed + 1).permutation(len(which_n))
-    features = {name: np.concatenate(found)[order_n] for name, found in kept.items()}
+    label_n = everything.pop("label", np.zeros(0, np.int32))
     return Measured(
-        widths={name: features[name].shape[1] for name in names},
-        moments={name: found.moments() for name, found in sums.items()},
-        features=features,
+        widths={name: len(found.mean_D) for name, found in total.items()},
+        moments=total,
+        features={name: rows_nD[order_n] for name, rows_nD in everything.items()},
         index_n=which_n[order_n],
-        label_n=np.concatenate(labels)[order_n],
+        label_n=label_n[order_n],
         count=count,
     )

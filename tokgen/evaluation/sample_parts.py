@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tokgen import records
+from tokgen import distributed, records
 from tokgen.data import npz
 from tokgen.evaluation import made_images
 from tokgen.interfaces import UserError
@@ -111,8 +111,7 @@ class Growing:
         self.size, self.kinds = tuple(told["size"]), told["kinds"]
         self.classes = tuple(map(str, told["names"]))
         self.identity = identity(path, told)
-        found = there(self.path)
-        starts = [n for n in range(0, self.total, each) if found >= set(self._parts(n, each))]
+        starts = distributed.decided(self._whole_ones)  # more may come at any moment
         if not starts:
             raise UserError(
                 f"{path} has none of its {self.total:,} images yet, or less than {each} beside "
@@ -141,6 +140,13 @@ class Growing:
             number = self.number(low)
             found.append(self._numbered(number, number + high - low))
         return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+    def _whole_ones(self) -> list[int]:
+        """The first images of each `each` that are there, all of them."""
+        found = there(self.path)
+        return [
+            n for n in range(0, self.total, self.each) if found >= set(self._parts(n, self.each))
+        ]
 
     def _parts(self, start: int, count: int) -> range:
         """The first images of the parts in which so many images from `start` on lie."""

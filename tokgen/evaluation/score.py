@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from tokgen import options, output, report, runtime
+from tokgen import distributed, options, output, report, runtime
 from tokgen.data import classes as names_
 from tokgen.evaluation import (
     collect,
@@ -65,10 +65,9 @@ def score(settings: score_settings.Settings) -> dict:
 
 def opened(settings: score_settings.Settings):
     """The folder of the score, reserved; gone on with where it is of these settings."""
-    return output.growing(
+    return collect.opened(
         settings.out,
         records=collect.RECORDS,
-        record=collect.RUN,
         what="another evaluation",
         migrated=collect.migrated,
         overwrite=settings.overwrite,
@@ -88,11 +87,13 @@ def measured(
     reference: references.Reference | None,
     place: output.Folder,
 ) -> dict:
-    """The result of `count` images, of whose labels there are `classes`; all of it is written."""
-    protocol = protocols.named(settings.protocol)
+    """The result of `count` images, of whose labels there are `classes`; all of it is written.
+
+    Of several processes each sees its share, and the first measures and writes.
+    """
     if reference is not None:
         references.check(reference, settings.protocol, extractor, size=images.size, count=count)
-        reference = inputs.with_features(reference, extractor)
+        reference = distributed.first(inputs.with_features, reference, extractor) or reference
     growing = isinstance(images, sample_parts.Growing) and count == len(images)
     identity = {
         "protocol": settings.protocol,
@@ -105,8 +106,25 @@ def measured(
     }
     if reference is not None:
         check_enough(settings, reference, extractor.layers[0], count)
-    place.claim(identity)
-    found = collect.collect(images, extractor, place.path, count)
+    distributed.check_alike(identity)
+    distributed.first(place.claim, identity)
+    collect.collect(images, extractor, place.path, count)
+    how = settings, images, classes, count, extractor, reference, place, identity
+    return distributed.decided(_finished, *how)
+
+
+def _finished(
+    settings: score_settings.Settings,
+    images: given_images.Images,
+    classes: int,
+    count: int,
+    extractor: feature_extractors.Extractor,
+    reference: references.Reference | None,
+    place: output.Folder,
+    identity: Mapping,
+) -> dict:
+    """The result of what all processes have seen; it is written."""
+    found = collect.found_of(images, place.path, count)
     given_images.check(
         given_images.suspicious(found.digest_N, found.constant_N), count, settings.accept
     )
@@ -114,7 +132,7 @@ def measured(
     compared = collect.compared(
         dataclasses.replace(found, label_N=label_N),
         extractor,
-        protocol,
+        protocols.named(settings.protocol),
         reference,
         classes=classes,
         accepted=settings.accept,
@@ -123,15 +141,15 @@ def measured(
     metrics, absent = metric_table.score(compared, metric_table.of_protocol(settings.protocol))
     metrics = collect.of_pairs(found, settings.seed) | metrics
     line = collect.record(identity, metrics, absent, found)
-    if growing:
+    if count < identity["samples"]:
         line |= {"samples": count, "total": images.total}
     if isinstance(images, made_images.Reconstructed) and images.unreadable:
         line["unreadable"] = images.source.unreadable.record()
-    _finish(place, line, found, images, extractor, reference)
+    _write(place, line, found, images, extractor, reference)
     return line
 
 
-def _finish(
+def _write(
     place: output.Folder,
     line: Mapping,
     found: collect.Found,

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import scipy.stats
 
-from tokgen import options, output, report, runtime
+from tokgen import distributed, options, report, runtime
 from tokgen.checkpoints import checkpoint, loading
 from tokgen.evaluation import (
     collect,
@@ -94,15 +94,17 @@ def sweep(settings: Settings) -> dict:
     shared = settings.score
     read = (shared.scored, shared.reference, shared.weights, shared.tokenizer, shared.text)
     given = dict(overwrite=shared.overwrite, inputs=read)
-    about = dict(records=RECORDS, record=collect.RUN, what="another sweep")
-    with output.growing(shared.out, **about, **given) as place:
+    about = dict(records=RECORDS, what="another sweep")
+    with collect.opened(shared.out, **about, **given) as place:
         runtime.devices()
         out = place.path
         try_out(settings, grid)
         reference = references.read(shared.reference, shared.assume)
         extractor = inputs.extractor_of(shared, reference)
-        place.claim(identity(settings, reference, extractor))
-        reference = inputs.with_features(reference, extractor)
+        asked = identity(settings, reference, extractor)
+        distributed.check_alike(asked)
+        distributed.first(place.claim, asked)
+        reference = distributed.first(inputs.with_features, reference, extractor) or reference
         jobs, lines = [], {}
         for name, setting in grid.items():
             lines[name] = []
@@ -116,9 +118,7 @@ def sweep(settings: Settings) -> dict:
             report.say(f"{number} of {len(jobs)}: {folder.name}, {what} {told}")
         all_ = {f"{n} {line['seed']}": line for n, found in lines.items() for line in found}
         comparison.check(all_)
-        summary = summarised(settings, grid, lines)
-        page.save(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
-        page.save(out / page.NAME, shown(summary, lines))
+        summary = distributed.decided(_summed_up, settings, grid, lines, out)
     where, same = place.target / page.NAME, place.target / SUMMARY
     report.say(f"{where}: a page to look at; {same}: the same as JSON. {RULE}")
     return summary
@@ -207,12 +207,17 @@ def scored(
     reference: references.Reference,
 ) -> dict:
     """The result of one score: made now, or found finished."""
-    if (pathlib.Path(settings.out) / collect.RESULTS).exists():
-        return collect.results(pathlib.Path(settings.out))[-1]
+    if finished := distributed.decided(_finished, pathlib.Path(settings.out)):
+        return finished
     with score.opened(settings) as place:
         images, classes = inputs.images_of(settings, place.path)
         count = inputs.count_of(settings, images)
         return score.measured(settings, images, classes, count, extractor, reference, place)
+
+
+def _finished(out: pathlib.Path) -> dict | None:
+    """The last result of a folder, if it has one."""
+    return collect.results(out)[-1] if (out / collect.RESULTS).exists() else None
 
 
 def value(line: Mapping, metric: str) -> float:
@@ -223,6 +228,19 @@ def value(line: Mapping, metric: str) -> float:
             return math.nan
         raise UserError(f"--by {metric}: there is no such metric here: {why}; choose another")
     return line["metrics"][metric]["value"]
+
+
+def _summed_up(
+    settings: Settings,
+    grid: Mapping[str, Mapping],
+    lines: Mapping[str, Sequence[Mapping]],
+    out: pathlib.Path,
+) -> dict:
+    """The summary; it is written, with its page."""
+    summary = summarised(settings, grid, lines)
+    page.save(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    page.save(out / page.NAME, shown(summary, lines))
+    return summary
 
 
 def summarised(

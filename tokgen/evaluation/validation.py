@@ -1,19 +1,25 @@
-"""Metrics of held-out images: reconstruction by a tokenizer, likelihood under a generator."""
+"""Metrics of held-out images: reconstruction by a tokenizer, likelihood under a generator.
+
+Processes whose devices compute together (a mesh over all of them, as while training) have the same
+images; of those with a mesh each, every one takes its share, and all have the metrics of them all.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 import math
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import boundary, orders, report, rng, sharding
-from tokgen.data import datasets, loader, sources, views
+from tokgen import boundary, distributed, orders, report, rng, sharding
+from tokgen.data import datasets, loader, scan, sources, views
 from tokgen.interfaces import Generator, PyTree, Text, TokenBatch, TokenLayout, UserError
 from tokgen.metrics import codebook, reconstruction as quality
 
@@ -120,31 +126,104 @@ def reconstruction(
 
     `images` counts those that were measured: what cannot be read is told and left out.
     """
-    measured, counts, pairs, images_ = {}, None, [], 0
+    measured, counts, pairs = {}, None, []
     chosen = spread(len(source), count)
-    batch = bounded(view, len(chosen), batch)
-    passing = loader.once(source, view, batch_size=batch, indices=chosen, threads=loader.THREADS)
-    for part in watched(passing, len(chosen), what):
-        naming = datasets.named(source, part["index"])
-        tokens_BLG, decoded, values = reconstruct(tokenizer, part, batch=batch, named=naming)
-        images_ += len(part["label"])
-        for name, value_B in values.items():
-            measured.setdefault(name, []).append(value_B)
-        if tokens_BLG is not None:
-            found = codebook.counts(tokens_BLG, tokenizer.layout)
-            counts = found if counts is None else tuple(map(np.add, counts, found))
-        if not pairs or sum(len(image) for image, _ in pairs) < shown:
-            pairs.append((part["image"], decoded))
-    metrics = {}
-    for name, parts in measured.items():
-        value_B = np.concatenate(parts).astype(np.float64)
-        metrics[name] = float(value_B.mean())
-        metrics[f"{name}_error"] = standard_error(value_B)
+    own = _share(source, chosen, bounded(view, len(chosen), batch), view.channels)
+    how = dict(batch_size=own.batch, indices=own.index_N, least=0, threads=loader.THREADS)
+    with distributed.shared():
+        for part in watched(loader.once(source, view, **how), len(own.index_N), what):
+            naming = datasets.named(source, part["index"])
+            tokens_BLG, decoded, values = reconstruct(
+                tokenizer, part, batch=own.filled, named=naming
+            )
+            for name, value_B in (values | {"index": part["index"]}).items():
+                measured.setdefault(name, []).append(value_B)
+            if tokens_BLG is not None:
+                found = codebook.counts(tokens_BLG, tokenizer.layout)
+                counts = found if counts is None else tuple(map(np.add, counts, found))
+            if not pairs or sum(len(image) for image, _ in pairs) < shown:
+                pairs.append((part["image"], decoded))
+    measured, counts = _of_all(source, chosen, measured, counts)
+    metrics, images_ = {}, 0
+    for name, value_N in measured.items():
+        metrics[name], images_ = float(value_N.mean()), len(value_N)
+        metrics[f"{name}_error"] = standard_error(value_N)
     if counts is not None:
         metrics["codebook_usage"] = float(np.mean([codebook.usage(c) for c in counts]))
         metrics["codebook_perplexity"] = float(np.mean([codebook.perplexity(c) for c in counts]))
     pairs = tuple(np.concatenate(parts)[: shown or None] for parts in zip(*pairs, strict=True))
     return metrics | numbers(images_, len(chosen)), pairs
+
+
+class _Share(NamedTuple):
+    """What this process measures: so many at a time, filled up to as many rows."""
+
+    index_N: np.ndarray
+    batch: int
+    filled: int
+
+
+def _share(
+    source: sources.RandomAccess, chosen: np.ndarray, batch: int, channels: int = 0
+) -> _Share:
+    """Of each batch that one process would have, the rows that lie on the devices of this one.
+
+    So every image has the place in a program of the same size that it has there, to the last bit;
+    what cannot be read is left out before.
+    """
+    share, shares = distributed.share()
+    if shares == 1:
+        return _Share(chosen, batch, batch)
+    channels = channels or (source.view.channels if source.view is not None else 0)
+    readable = np.asarray(distributed.decided(_readable, source, chosen, channels), np.int64)
+    filled = distributed.rows(batch)
+    rows = slice(share * filled, (share + 1) * filled)
+    parts = [readable[first : first + batch][rows] for first in range(0, len(readable), batch)]
+    return _Share(np.concatenate(parts), max(1, len(parts[0])), filled)
+
+
+def _readable(source: sources.RandomAccess, chosen: np.ndarray, channels: int) -> list[int]:
+    """Those that can be read; of token shards, those that have tokens."""
+    if scan.pictures(source) is not None:
+        chosen = scan.readable(source, chosen, channels)
+    for index in chosen.tolist():
+        if index in source.missing:
+            source.unreadable.add(index, source.missing[index][1])
+    return [index for index in chosen.tolist() if index not in source.missing]
+
+
+def _of_all(
+    source: sources.RandomAccess,
+    chosen: np.ndarray,
+    measured: Mapping[str, list[np.ndarray]],
+    counts: Sequence[np.ndarray] | None = None,
+) -> tuple[dict[str, np.ndarray], Sequence[np.ndarray] | None]:
+    """(float64 values that lead with the images, how often each code occurs) of all shares.
+
+    In the order in which the images were chosen, so that no figure depends on who measured which.
+    `measured` also says of which images its values are, as `index`.
+    """
+    found = {n: np.concatenate(parts) for n, parts in measured.items() if parts}
+    if distributed.share()[1] > 1:
+        own = {
+            "values": {name: values.tolist() for name, values in found.items()},
+            "counts": None if counts is None else [count_V.tolist() for count_V in counts],
+        }
+        told = [json.loads(text) for text in distributed.gathered(json.dumps(own))]
+        full = [each for each in told if each["values"]]  # a share may have no image
+        names = full[0]["values"] if full else ()
+        found = {n: np.concatenate([np.asarray(each["values"][n]) for each in full]) for n in names}
+        several = [each["counts"] for each in full if each["counts"] is not None]
+        counts = [np.sum(of, axis=0) for of in zip(*several, strict=True)] if several else None
+    if not found:
+        raise UserError(
+            "0 images can be read, and metrics need at least 1; is this a set of images?\n"
+            f"{source.unreadable.listed()}"
+        )
+    sorted_N = np.argsort(chosen)
+    place_N = sorted_N[np.searchsorted(chosen, found.pop("index"), sorter=sorted_N)]
+    order_N = np.argsort(place_N)
+    return {name: values[order_N].astype(np.float64) for name, values in found.items()}, counts
 
 
 def numbers(images_: int, wanted: int) -> dict[str, int]:
@@ -219,25 +298,31 @@ def likelihood(
         order_of = _order(generator, order)
     draws = draws if order == "random" or not exact else 1
     program = functools.partial(_exact, order=order_of) if exact else _bound
-    total, chosen = [], spread(len(source), count)  # of which some may not be readable
-    batch, mesh = min(batch, len(chosen)), sharding.current()
-    for part in watched(loader.once(source, batch_size=batch, indices=chosen), len(chosen), what):
-        rows = len(part["label"])
-        if label_C is not None:
-            part["label"] = label_C[part["label"]]
-        padded = sharding.filled(part, batch, mesh)
-        keys_B = rng.per_image(seed, "eval", padded.pop("index"))
-        if "image" in padded:
+    chosen = spread(len(source), count)  # of which some may not be readable
+    own = _share(source, chosen, min(batch, len(chosen)))
+    mesh, found = sharding.current(), {"index": [], "nats": []}
+    how = dict(batch_size=own.batch, indices=own.index_N, least=0)
+    with distributed.shared():
+        for part in watched(loader.once(source, **how), len(own.index_N), what):
+            rows = len(part["label"])
+            if label_C is not None:
+                part["label"] = label_C[part["label"]]
+            padded = sharding.filled(part, own.filled, mesh)
+            keys_B = rng.per_image(seed, "eval", padded.pop("index"))
+            if "image" in padded:
+                with jax.set_mesh(mesh):
+                    padded["tokens"] = source.encode(padded.pop("image"))
+            naming = datasets.named(source, part["index"])
+            seen_BLG = np.asarray(jax.device_get(padded["tokens"]))[:rows]
+            boundary.refuse((seen_BLG < 0).any((1, 2)), "what the encoder sees", naming)
+            boundary.tokens(seen_BLG, generator.layout)
+            generator.check(datasets.condition(part))
+            asked = padded, keys_B, draws, rows, naming
             with jax.set_mesh(mesh):
-                padded["tokens"] = source.encode(padded.pop("image"))
-        naming = datasets.named(source, part["index"])
-        seen_BLG = np.asarray(jax.device_get(padded["tokens"]))[:rows]
-        boundary.refuse((seen_BLG < 0).any((1, 2)), "what the encoder sees", naming)
-        boundary.tokens(seen_BLG, generator.layout)
-        generator.check(datasets.condition(part))
-        with jax.set_mesh(mesh):
-            total.append(_drawn(program, generator, codec, padded, keys_B, draws, rows, naming))
-    nats_NR = np.concatenate(total) / generator.layout.length
+                found["nats"].append(_drawn(program, generator, codec, *asked))
+            found["index"].append(part["index"])
+    measured, _ = _of_all(source, chosen, found)
+    nats_NR = measured["nats"] / generator.layout.length
     nats_N = nats_NR.mean(axis=1)
     metrics = {
         "nats_per_token": float(nats_N.mean()),

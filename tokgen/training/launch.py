@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import ml_collections
 
-from tokgen import distributed, options, report, runtime, storage
+from tokgen import coordination, distributed, options, report, runtime, storage
 from tokgen.checkpoints import checkpoint, pulling, run as runs
 from tokgen.config import reading
 from tokgen.interfaces import UserError
@@ -92,8 +92,9 @@ def _checkpoints(settings: ml_collections.ConfigDict) -> list[str]:
 
 def _pictures(settings: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[str]:
     """Folders of images that a new run reads: its own would be taken for a part of them."""
-    if (workdir / checkpoint.FOLDER).exists():
-        return []
+    with storage.reached(workdir):
+        if (workdir / checkpoint.FOLDER).exists():
+            return []
     data = settings.get("data", {})
     return [str(data.get(name) or "") for name in ("path", "images")]
 
@@ -106,14 +107,15 @@ class Stop:
     """
 
     def __init__(self):
-        self.number, self.at, self.passed, self.asked = 0, 0.0, False, 0
-        # of many processes jax hears SIGTERM, and tells all of them
-        for number in [signal.SIGINT] if distributed.many() else runtime.CODES:
+        self.number, self.at, self.passed = 0, 0.0, False
+        for number in runtime.CODES:
             signal.signal(number, self._ask)
 
     def _ask(self, number, frame):
         now = time.monotonic()
         if self.number and now - self.at > REPEAT:
+            if coordination.job() is not None:  # the others hear of it
+                raise runtime.Stopped(number, "ended at once; the step that was saved last stands")
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif not self.number:
@@ -126,22 +128,20 @@ class Stop:
         """Whether to end after this step. Asked once a step: where many processes train one model,
         all come to the same answer here, whichever of them was asked.
         """
-        if not distributed.many():
+        job = coordination.job()
+        if job is None:
             return bool(self.number)
-        if self.number == signal.SIGINT and not self.passed:
+        if self.number and not self.passed:
             self.passed = True
-            os.kill(os.getpid(), signal.SIGTERM)  # jax hears that one, and tells the others
-        self.asked += 1  # a run's own steps may go back
-        if not distributed.stops(self.asked):
-            return False
-        self.number = self.number or signal.SIGTERM
-        return True
+            job.ask(self.number)
+        return job.stops()
 
     def end(self, said: str) -> None:
         """Where a run ends: says how far it came; a `runtime.Stopped` when it was asked to end."""
-        distributed.together("end")  # a process that leaves earlier is taken for lost
-        if self.number:
-            raise runtime.Stopped(self.number, f"{said}; the same command goes on from there")
+        distributed.together("saved")  # who leaves first ends the others
+        job = coordination.job()
+        if number := self.number if job is None else job.stopped:
+            raise runtime.Stopped(number, f"{said}; the same command goes on from there")
         report.say(said)
 
 
@@ -156,16 +156,18 @@ def run(
     """
 
     def told() -> None:
-        settings, arguments = parse(sys.argv[1:], description)
+        runtime.join(sys.argv[1:])
+        settings, arguments = runtime.parsed(parse, sys.argv[1:], description)
         check(settings)
-        if runtime.is_launched(arguments):
-            distributed.initialize(arguments)
-            # before anything asks who is there: jax counts its devices once
-            runtime.devices(settings.batch_size // (arguments.processes or 1))
         options_ = {name: value for name, value in vars(arguments).items() if name != "process"}
         distributed.check_alike(
             {"config": settings.to_dict(), "option": options_, "version": checkpoint.versions()}
+            | {"platform": distributed.platform()}
         )
+        if distributed.many():
+            # before anything asks who is there: jax counts its devices once
+            runtime.devices(settings.batch_size // distributed.count())
+            distributed.check_devices()
         for named in _checkpoints(settings):
             if zoo.is_name(named):
                 # first: an import starts jax, which counts its devices once

@@ -1,0 +1,164 @@
+"""What the processes of one job tell each other: texts that all exchange, events that all hear.
+
+jax's coordination service carries them. It needs no device, so they meet before one is touched;
+process 0 holds it, and it ends all when one of them dies. jax has no public name for it; Orbax
+reaches it in the same way.
+
+What ends one process ends all, in one line and with one exit code: it posts an event, and a thread
+of each process says the line and leaves once all have heard it. So none waits in the middle of a
+step for one that never comes. A request to stop is an event, too: then the threads agree on the
+step after which all do, and no process waits for another in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import socket
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PATIENCE = 20 * 24 * 3600 * 1000  # milliseconds for which processes wait for one that is alive
+GRACE = 5  # seconds for which a process that is ended may end by itself
+_job: Job | None = None
+
+
+class Job:
+    """This process among the others of its job.
+
+    Attributes:
+        index: which it is, from 0, as its launcher counts.
+        count: how many there are.
+        stopped: the signal that all have stopped for, else 0.
+    """
+
+    def __init__(self, client: Any, index: int, count: int):
+        self._client, self.index, self.count, self.stopped = client, index, count, 0
+        self._rounds, self._texts = itertools.count(), itertools.count()
+        self._turns, self._last, self._number = 0, None, 0
+        self._lock = threading.Lock()
+        self._over, self._idle = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="events", daemon=True)
+        self._thread.start()
+
+    def wait(self, what: str) -> None:
+        """All processes wait here for each other; `what` is the same on all."""
+        self._client.wait_at_barrier(f"tokgen/{what}", PATIENCE)
+
+    def exchange(self, text: str) -> list[str]:
+        """What each process says, in their order; all wait for all."""
+        number = next(self._rounds)
+        place = f"tokgen/said/{number}"
+        self._client.key_value_set(f"{place}/{self.index:06}", text)
+        self.wait("said")
+        said = dict(self._client.key_value_dir_get(place))
+        if number:  # all are here, and have read what was said before
+            self._client.key_value_delete(f"tokgen/said/{number - 1}/{self.index:06}")
+        return [said[key] for key in sorted(said)]
+
+    def of_first(self, text: str) -> str:
+        """What process 0 says; what the others would is not sent."""
+        key = f"tokgen/first/{next(self._texts)}"
+        if self.index == 0:
+            self._client.key_value_set(key, text)
+        return self._client.blocking_key_value_get(key, PATIENCE)
+
+    def ask(self, number: int) -> None:
+        """Let all processes stop, as a signal to this one wants; `stops` tells them when."""
+        self._post({"stop": int(number)})
+
+    def stops(self) -> bool:
+        """Whether all stop here: asked at the same places by all, as after each step."""
+        with self._lock:  # held while all say how far they are
+            self._turns += 1
+            if self._last is None or self._turns < self._last:
+                return False
+            self.stopped = self._number
+            return True
+
+    def end(self, code: int, line: str, trace: Callable[[], None] = lambda: None) -> None:
+        """End the job: returns when all have done their work (code 0), and else never.
+
+        Where another process was quicker to end it, all say its line. `trace` says more, of this
+        process alone.
+        """
+        self._idle.set()
+        with contextlib.suppress(RuntimeError):  # jax is about to end this process
+            if code == 0:
+                self.wait("end")
+            if not self._over.is_set():
+                trace()
+            self._post({"code": code, "line": line})
+        self._thread.join()
+
+    def called(self) -> str:
+        """What messages call this process."""
+        return f"process {self.index} of {self.count} ({socket.gethostname()})"
+
+    def _post(self, event: dict) -> None:
+        """Tell all processes, after what they were told before."""
+        for number in itertools.count():
+            try:
+                self._client.key_value_set(f"tokgen/event/{number}", json.dumps(event))
+                return
+            except RuntimeError as error:
+                if "ALREADY_EXISTS" not in str(error):
+                    raise
+
+    def _listen(self) -> None:
+        """Act on each event, all processes in the same order."""
+        for number in itertools.count():
+            try:
+                key = f"tokgen/event/{number}"
+                event = json.loads(self._client.blocking_key_value_get(key, PATIENCE))
+                if "stop" not in event:
+                    break
+                self._settle(event["stop"])
+            except RuntimeError:  # there is no service any more: jax ends this process
+                return
+        self._over.set()
+        if event["code"]:
+            self._idle.wait(GRACE)  # it may be on the same way, and give up what it holds
+            _leave(**event)
+
+    def _settle(self, number: int) -> None:
+        """Choose the turn at which all stop: the first that none has had."""
+        if self._number:
+            return
+        with self._lock:
+            self._client.key_value_set(f"tokgen/turns/{self.index}", str(self._turns))
+            self.wait("turns")
+            turns = [int(text) for _, text in self._client.key_value_dir_get("tokgen/turns")]
+            self._last, self._number = max(turns) + 1, number
+
+
+def _leave(code: int, line: str) -> None:
+    """End this process wherever it is: it may be deep in a step that the others never finish."""
+    import jax
+
+    # not sys.stderr: another thread may just keep what is said there for itself
+    for stream, text in ((sys.stdout, ""), (sys.__stderr__, f"{line}\n" if line else "")):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody may listen
+            stream.write(text)
+            stream.flush()
+    with contextlib.suppress(RuntimeError):
+        jax.distributed.shutdown()  # waits until all have heard: process 0 has the service
+    os._exit(code)
+
+
+def begin(client: Any, index: int, count: int) -> Job:
+    """Be one of a job from now on."""
+    global _job
+    _job = Job(client, index, count)
+    return _job
+
+
+def job() -> Job | None:
+    """The job that this process is one of several of; None where it is alone."""
+    return _job
