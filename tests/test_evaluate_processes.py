@@ -235,7 +235,8 @@ def test_the_picture_that_training_draws_is_that_of_one_process(
     axes = zip(("data", "fsdp", "tensor"), mesh, strict=True)
     words += [f"--config.mesh.{axis}={size}" for axis, size in axes]
     done([*words, "--workdir", tmp_path / "one"])
-    how = dict(processes=processes, devices=8 // processes, permuted=permuted)
+    program = test_processes.PERMUTED if permuted else ""
+    how = dict(processes=processes, devices=8 // processes, program=program)
     done([*words, "--workdir", tmp_path / "many"], **how)
     pictures = [sorted((tmp_path / name / "images").iterdir()) for name in ("one", "many")]
     assert [[file.name for file in found] for found in pictures] == [["samples-0000001.png"]] * 2
