@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoints import test_run
-from tokgen import parameters, storage
+from tokgen import parameters, records, storage
 from tokgen.checkpoints import checkpoint, manifest, run as runs
 from tokgen.interfaces import UserError
 
@@ -92,6 +92,9 @@ def test_a_run_that_was_copied_there_goes_on_and_one_copied_in_part_stays(workdi
     for name in storage.sizes(local):
         if name not in (f"1/{checkpoint.COMMITTED}", "2/meta/metadata"):
             storage.upload(local / name, workdir / checkpoint.FOLDER / name)
+    sizes = records.load(folder(workdir, 1) / manifest.SIZES)
+    del sizes[checkpoint.COMMITTED]
+    manifest.put(folder(workdir, 1), manifest.SIZES, records.text(sizes))
     run = test_run.open_run(workdir)
     assert run.manager.all_steps() == [1, 2]  # 1, of an older Orbax, is whole by its seal
     with pytest.raises(UserError, match="2 is damaged: .*, or train on from it with --from 1"):
