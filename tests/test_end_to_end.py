@@ -23,6 +23,7 @@ import safetensors.numpy
 from jax.sharding import AxisType, Mesh
 from PIL import Image
 
+from tests import shared_steps
 from tokgen import cli, image_grid, parameters, runtime, sharding
 from tokgen.checkpoints import checkpoint, loading
 from tokgen.data import token_shards
@@ -163,6 +164,7 @@ def one_process():
     """jax is set up already, by conftest; a command must not set it up once more."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime, "devices", lambda batch_size=0: None)
+        shared_steps.share(patch)
         yield
 
 

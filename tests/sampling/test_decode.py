@@ -119,7 +119,7 @@ def test_weight_1_everywhere_is_no_guidance_and_costs_nothing():
     assert np.any(np.asarray(_draw(GUIDED).tokens_BLG) != np.asarray(plain.tokens_BLG))
 
 
-@pytest.mark.parametrize("guided", [2, 7])
+@pytest.mark.parametrize("guided", [2, pytest.param(7, marks=pytest.mark.long)])
 def test_null_rows_dropped_half_way_change_nothing(guided):
     # windows of 3 begin at steps 1, 4 and 7: one cut lies inside a window, one between two
     spy = _make(Spy, window=3)
