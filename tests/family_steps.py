@@ -289,7 +289,8 @@ def compare(found, expected):
     assert max(apart.values()) < 1e-5, {path: each for path, each in apart.items() if each > 1e-6}
     np.testing.assert_allclose(losses, alone, rtol=0, atol=1e-5)
     for path in (path for path in expected if path.startswith("after/")):
-        close = dict(rtol=1e-5, atol=1e-5, err_msg=path)
+        # rows that are drawn anew from latents (clustering) carry their rounding, times the rate
+        close = dict(rtol=1e-5, atol=1e-4, err_msg=path)
         np.testing.assert_allclose(found[path], expected[path], **close)
 
 

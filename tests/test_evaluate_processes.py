@@ -16,7 +16,7 @@ from tests import recipes, test_processes
 from tests.test_processes import Job, done
 from tokgen import archives
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]  # some start six programs
 IMAGES = 600  # three runs of a reference
 TOKGEN = ("-m", "tokgen.cli")
 JOBS = [(2, 4), (4, 2)]  # processes, devices of each

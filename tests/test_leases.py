@@ -18,7 +18,7 @@ REFUSAL = "the place is in use by {}; wait"
 @pytest.fixture
 def place(bucket, monkeypatch):
     """The object of a lease; seconds are tenths here."""
-    for name in ("LASTS", "RENEWED", "APART"):
+    for name in ("LASTS", "RENEWED", "APART", "MARGIN"):
         monkeypatch.setattr(leases, name, getattr(leases, name) / 30)
     return storage.path(bucket) / "lock"
 
@@ -95,7 +95,6 @@ def test_who_was_overtaken_ends_at_once(place, monkeypatch):
 @pytest.mark.long
 def test_who_cannot_renew_ends_before_another_may_begin(place, monkeypatch):
     said = []
-    monkeypatch.setattr(leases, "ANSWER", 0.3)
     monkeypatch.setattr(leases, "_end", lambda text: said.append((time.monotonic(), text)))
     with leases.hold(place, REFUSAL):
         until = leases._Lease(place).found()[1].until - time.time() + time.monotonic()
@@ -113,6 +112,60 @@ def test_an_answer_that_was_lost_is_no_refusal(place):
     assert lease.write(0)
     generation = lease.generation
     assert lease.write(0) and lease.generation == generation  # as a request that is repeated
+
+
+def test_a_lease_ends_when_it_was_said_to_though_the_answer_was_lost(place, monkeypatch):
+    from google.cloud.storage import Blob
+
+    lease, upload = leases._Lease(place), Blob.upload_from_string
+    assert lease.write(0)
+
+    def lost(*args, **how):
+        upload(*args, **how)
+        raise ConnectionError("reset")
+
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        patch.setattr(Blob, "upload_from_string", lost)
+        lease.write(lease.generation)
+    lasts = leases.LASTS
+    monkeypatch.setattr(leases, "LASTS", 1000.0)
+    assert lease.write(lease.generation)  # the first attempt is there, with its own end
+    assert lease.ends < leases._now() + lasts
+    assert lease.write(lease.generation) and lease.ends > leases._now() + lasts
+
+
+def test_a_request_that_hangs_keeps_no_place_longer_than_the_lease(place, monkeypatch):
+    said, lease, ended = [], leases._Lease(place), threading.Event()
+    monkeypatch.setattr(leases, "_end", said.append)
+    lease.ends = leases._now() + leases.MARGIN  # nobody renews it
+    leases._watch(lease, ended)
+    assert len(said) == 1 and "it could not be renewed: the store did not answer" in said[0]
+    ended.set()
+    leases._watch(lease, ended)
+    assert len(said) == 1  # what was given back is not lost
+
+
+def test_whatever_a_renewal_raises_it_is_tried_again(place, monkeypatch):
+    lease, ended, errors = leases._Lease(place), threading.Event(), [MemoryError(), KeyError("a")]
+    monkeypatch.setattr(leases, "RENEWED", 0.01)
+
+    def write(generation):
+        if errors:
+            raise errors.pop()
+        ended.set()
+        return True
+
+    monkeypatch.setattr(lease, "write", write)
+    leases._keep(lease, ended)
+    assert not errors and lease.refused == "MemoryError()"
+
+
+def test_a_clock_that_is_ahead_takes_no_lease_of_one_that_lives(place, monkeypatch):
+    with leases.hold(place, REFUSAL):
+        monkeypatch.setattr(leases, "APART", -1000.0)  # every lease looks expired
+        with pytest.raises(UserError, match="in use by"):
+            with leases.hold(place, REFUSAL):
+                pass
 
 
 def test_somebody_elses_object_is_kept(place):

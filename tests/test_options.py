@@ -17,7 +17,8 @@ from tokgen.evaluation import (
 )
 
 ROOT = pathlib.Path(options.__file__).parent
-ALWAYS = {"checkpoint", "out"}  # of tokgen evaluate, in every mode
+JOB = {"coordinator", "processes", "process", "wait"}  # who the others of a job are
+ALWAYS = {"checkpoint", "out", *JOB}  # of tokgen evaluate, in every mode
 
 
 def parser_of(command):
@@ -101,6 +102,7 @@ def faked(monkeypatch):
         monkeypatch.setattr(module, name, reached)
     monkeypatch.setattr(references, "read", lambda *_: None)
     monkeypatch.setattr(runtime, "devices", lambda *_: None)
+    monkeypatch.setattr(runtime, "join", lambda words: None)
     return of
 
 

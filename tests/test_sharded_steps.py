@@ -44,10 +44,10 @@ def test_steps_on_a_mesh_are_those_of_one_device(name, sizes):
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("part", range(6))
+@pytest.mark.parametrize("part", range(12))
 def test_processes_take_the_steps_of_one_device(part, tmp_path):
     """Four processes of two devices, in another order: heads and hidden units lie across them."""
-    names = FAMILIES[part::6]
+    names = FAMILIES[part::12]
     words = ["-m", "tests.family_steps", tmp_path / "many.npz", "2,1,4", *names, "--permuted"]
     test_processes.done(words, processes=4, devices=2)
     for name in names:
@@ -94,8 +94,20 @@ def test_a_copy_would_be_told():
     assert COPIED in said_while_compiling("-c", SPLIT)
 
 
+@pytest.mark.long
+def test_nothing_is_copied_whole_to_be_made_orthogonal():
+    program = "from tests import test_sharded_steps as steps\n" + "".join(
+        f"steps.turned({layers}, {sizes})\n" for layers, sizes in STACKS
+    )
+    assert COPIED not in said_while_compiling("-c", program)
+
+
 # ---------------------------------------------------------------- Muon
 
+STACKS = [  # layers, and a mesh of eight; six and three are filled up
+    *((4, (2, 4, 1)), (8, (2, 2, 2)), (8, (8, 1, 1)), (8, (1, 8, 1)), (4, (2, 1, 4))),
+    *((6, (2, 4, 1)), (3, (1, 8, 1))),
+]
 KERNELS = {
     "blocks/attention/query/kernel": (32, 4, 8),
     "blocks/attention/out/kernel": (4, 8, 32),
@@ -138,15 +150,7 @@ def turned_alone(layers):
 
 @pytest.mark.parametrize(
     "layers, sizes",
-    [
-        (4, (2, 4, 1)),
-        pytest.param(8, (2, 2, 2), marks=pytest.mark.long),
-        pytest.param(8, (8, 1, 1), marks=pytest.mark.long),
-        pytest.param(8, (1, 8, 1), marks=pytest.mark.long),
-        pytest.param(4, (2, 1, 4), marks=pytest.mark.long),
-        pytest.param(6, (2, 4, 1), marks=pytest.mark.long),  # filled up to eight
-        pytest.param(3, (1, 8, 1), marks=pytest.mark.long),
-    ],
+    [pytest.param(*each, marks=[pytest.mark.long] * (each != STACKS[0])) for each in STACKS],
 )
 def test_each_device_makes_its_own_layers_orthogonal(layers, sizes):
     """To the rounding of float32 as one device alone, which has `layers` times the work."""
@@ -154,4 +158,5 @@ def test_each_device_makes_its_own_layers_orthogonal(layers, sizes):
     found, share = turned(layers, sizes)
     for path, leaf in parameters.paths(expected).items():
         np.testing.assert_allclose(parameters.paths(found)[path], leaf, rtol=0, atol=1e-6)
-    assert share < 1.15 * work / layers
+    # a fifth more where it lies otherwise before and after: matrices are small here
+    assert share < 1.3 * work / layers

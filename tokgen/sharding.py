@@ -378,17 +378,39 @@ def by_layers(stack: jax.Array) -> jax.Array:
     or takes a part of what is there; of several at once the compiler gathers all of it first. What
     does not divide is filled up by the compiler.
     """
+    steps = _layer_axes(len(stack))
+    for axes in steps:
+        stack = _over_layers(stack, axes)
+    if steps[-1]:  # and nothing else is split
+        return jax.lax.with_sharding_constraint(stack, PartitionSpec(steps[-1]))
+    return stack
+
+
+def from_layers(stack: jax.Array) -> jax.Array:
+    """What `by_layers` laid out, axis by axis back to where it is needed next."""
+    for axes in reversed(_layer_axes(len(stack))):
+        stack = _over_layers(stack, axes)
+    return stack
+
+
+def _layer_axes(layers: int) -> list[tuple[str, ...]]:
+    """The mesh axes that layers lie over, step by step: none, one, two, ..."""
+    mesh = jax.sharding.get_abstract_mesh()
+    steps, ways = [()], 1
+    for axis in () if mesh.empty or mesh.manual_axes else ("fsdp", "tensor", "data"):
+        more = ways * mesh.shape[axis]
+        if math.ceil(layers / more) < math.ceil(layers / ways):
+            steps, ways = [*steps, (*steps[-1], axis)], more
+    return steps
+
+
+def _over_layers(stack: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """`stack` with its layers over some axes, its other dimensions as the compiler wants them."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return stack
-    layers, taken, ways = len(stack), (), 1
-    within = (PartitionSpec.UNCONSTRAINED,) * (stack.ndim - 1)
-    for axis in ("fsdp", "tensor", "data"):
-        more = ways * mesh.shape[axis]
-        if math.ceil(layers / more) < math.ceil(layers / ways):
-            taken, ways = (*taken, axis), more
-            stack = jax.lax.with_sharding_constraint(stack, PartitionSpec(taken, *within))
-    return jax.lax.with_sharding_constraint(stack, PartitionSpec(taken or None))
+    free = (PartitionSpec.UNCONSTRAINED,) * (stack.ndim - 1)
+    return jax.lax.with_sharding_constraint(stack, PartitionSpec(axes or None, *free))
 
 
 def constrain(x: jax.Array, axes: str) -> jax.Array:

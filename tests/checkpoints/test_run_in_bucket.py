@@ -1,4 +1,4 @@
-"""Steps of a run in a bucket: which count as saved, which go, and which come from elsewhere."""
+"""Steps of a run in a bucket: which count as saved, and which go."""
 
 import pathlib
 
@@ -8,7 +8,7 @@ import pytest
 
 from tests.checkpoints import test_run
 from tokgen import parameters, storage
-from tokgen.checkpoints import checkpoint, manifest, run as runs
+from tokgen.checkpoints import checkpoint, run as runs
 from tokgen.interfaces import UserError
 
 AT = test_run.at
@@ -63,6 +63,22 @@ def test_a_save_that_never_ended_is_no_step_and_goes(workdir):
     assert checkpoint.steps(workdir / checkpoint.FOLDER) == [2]
 
 
+def test_a_step_that_was_copied_before_it_was_sealed_is_kept(workdir, capsys):
+    local = {"meta/metadata": b"{}", "state/d/a": b"1"}
+    ended = {checkpoint.ENDED: b'{"commit_timestamp_nsecs": 1764500000000000000}'}
+    begun = {checkpoint.ENDED: b'{"commit_timestamp_nsecs": null}'}
+    for step, content in ((1, local | ended), (2, local | begun), (3, local)):
+        for name, text in content.items():
+            storage.save(folder(workdir, step) / name, text)
+    runs._clear(workdir)
+    assert checkpoint.steps(workdir / checkpoint.FOLDER) == [1]
+    assert set(storage.sizes(folder(workdir, 1))) == {*local, *ended, checkpoint.COMMITTED}
+    assert not folder(workdir, 2).exists() and not folder(workdir, 3).exists()
+    said = capsys.readouterr().err
+    for step in (2, 3):
+        assert f"{folder(workdir, step)} was not written to its end, and is removed" in said
+
+
 @pytest.mark.long
 def test_a_step_that_is_deleted_half_way_says_no_longer_that_it_is_whole(workdir, monkeypatch):
     run = test_run.open_run(workdir)
@@ -80,29 +96,6 @@ def test_a_step_that_is_deleted_half_way_says_no_longer_that_it_is_whole(workdir
     run = test_run.open_run(workdir)
     assert not folder(workdir, 1).exists()
     run.close()
-
-
-@pytest.mark.long
-def test_a_run_that_was_copied_there_goes_on_and_one_copied_in_part_stays(workdir, tmp_path):
-    run = test_run.open_run(tmp_path, latest=9)
-    for step in (1, 2):
-        run.save(AT(step), {"l2": 1.0 / step})
-    run.close()
-    local = tmp_path / checkpoint.FOLDER
-    for name in storage.sizes(local):
-        if name not in (f"1/{checkpoint.COMMITTED}", "2/meta/metadata"):
-            storage.upload(local / name, workdir / checkpoint.FOLDER / name)
-    run = test_run.open_run(workdir)
-    assert run.manager.all_steps() == [1, 2]  # 1, of an older Orbax, is whole by its seal
-    with pytest.raises(UserError, match="2 is damaged: .*, or train on from it with --from 1"):
-        runs.resume_or_start(run, AT(0))
-    storage.unmark(folder(workdir, 2), [checkpoint.COMMITTED])
-    run = test_run.open_run(workdir)
-    _, said = runs.resume_or_start(run, AT(0))
-    assert said == f"resumed step 1 of {workdir}"
-    run.close()
-    assert "state/_METADATA" in storage.sizes(folder(workdir, 2))  # it is nobody's to delete
-    assert manifest.misfit(folder(workdir, 2)).startswith("its files are not as they were saved")
 
 
 @pytest.mark.long

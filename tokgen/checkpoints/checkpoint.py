@@ -36,7 +36,9 @@ FORMAT = 1
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)  # of damaged files
 FOLDER = "checkpoints"
 COMMITTED = "commit_success.txt"  # what Orbax writes last of a step in a bucket
-MARKS = (manifest.SIZES, COMMITTED)  # what says there that a step is whole; removed in this order
+ENDED = "_CHECKPOINT_METADATA"  # of any step: in it Orbax notes when it was done
+# what says in a bucket that a step is whole; removed in this order
+MARKS = (manifest.SIZES, COMMITTED, ENDED)
 TOGETHER = 2**27  # bytes of leaves that are read at the same time
 
 
@@ -107,7 +109,7 @@ def _tell_local(name: str) -> None:
 def _is_step(folder: pathlib.Path) -> bool:
     if storage.is_remote(folder):
         return is_committed(folder)
-    return (folder / "meta").is_dir() or (folder / "_CHECKPOINT_METADATA").exists()
+    return (folder / "meta").is_dir() or (folder / ENDED).exists()
 
 
 def is_committed(step: pathlib.Path) -> bool:
@@ -117,7 +119,16 @@ def is_committed(step: pathlib.Path) -> bool:
     """
     if not storage.is_remote(step):
         return step.is_dir()
-    return any((step / mark).exists() for mark in MARKS)
+    return any((step / mark).exists() for mark in (manifest.SIZES, COMMITTED))
+
+
+def is_ended(step: pathlib.Path) -> bool:
+    """Whether Orbax wrote a step to its end, wherever that was; all of it may not be here."""
+    try:
+        record = records.checked(records.load(step / ENDED), commit_timestamp_nsecs=int)
+    except (FileNotFoundError, ValueError):
+        return False
+    return record["commit_timestamp_nsecs"] > 0
 
 
 def steps(folder: pathlib.Path) -> list[int]:

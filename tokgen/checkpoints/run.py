@@ -160,7 +160,7 @@ class Run:
             raise
         except (OSError, ValueError, *self._refusals()) as error:
             # the store tells of the disk, or of a bucket, in a ValueError
-            told = ("os_error_code", storage.SCHEME)
+            told = ("os_error_code", storage.SCHEME, '"driver":"gcs"', "storage.googleapis.com")
             if isinstance(error, ValueError) and not any(word in str(error) for word in told):
                 raise
             with contextlib.suppress(*self._refusals()):
@@ -278,13 +278,17 @@ def _clear(workdir: pathlib.Path) -> None:
 def _settle(step: pathlib.Path) -> None:
     """Of a step in a bucket: remove it where it was not written to its end.
 
-    One that was copied there lacks the mark that Orbax looks for, and is whole if its seal says so.
+    One that was copied there lacks the mark that Orbax looks for. It is whole if its seal says so,
+    or, where the run was killed before it sealed it, if it was written to its end.
     """
     if (step / checkpoint.COMMITTED).exists():
         return
-    if not checkpoint.is_committed(step):
+    if not (checkpoint.is_committed(step) or checkpoint.is_ended(step)):
+        report.say(f"{step} was not written to its end, and is removed")
         step.rmtree(missing_ok=True)
-    elif not manifest.misfit(step):
+    elif wrong := manifest.misfit(step):
+        report.say(f"{step} is left as it is: {wrong}")
+    else:
         storage.save(step / checkpoint.COMMITTED, b"copied from elsewhere")
 
 
@@ -314,7 +318,8 @@ def start(
     Steps of `kept` are never deleted to make room. `fields` are all that a config may have at its
     top: a run that began with others had them for its config file alone (none: all are compared).
     """
-    _clear(workdir)
+    with storage.reached(workdir):
+        _clear(workdir)
     # it deletes nothing: its policies know the figures of this process alone, and a figure that is
     # not finite pushes out a better one
     manager = ocp.CheckpointManager(

@@ -80,6 +80,8 @@ def _fetch(source: pathlib.Path, sha256: str, target: pathlib.Path) -> None:
                 raise token_header.damage(
                     str(source), "the contents do not have the checksum that the header states"
                 )
+            with open(part, "rb") as file:  # else a host that fails may keep its name alone
+                os.fsync(file.fileno())
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)

@@ -26,6 +26,9 @@ LASTS = 60.0  # seconds from a renewal to the end
 RENEWED = 15.0  # seconds between renewals
 APART = 10.0  # seconds that the clocks of hosts may differ by
 ANSWER = 5.0  # seconds that the store may take to answer
+MARGIN = 5.0  # seconds before the end at which a holder that could not renew ends
+# goes on while the host sleeps, where the system has such a clock
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 @contextlib.contextmanager
@@ -38,50 +41,72 @@ def hold(file: pathlib.Path, refusal: str) -> Iterator[None]:
     with storage.reached(file):
         lease = _taken(file, refusal)
     ended = threading.Event()
-    keeper = threading.Thread(target=_keep, args=(lease, ended), name="lease", daemon=True)
+    keeper, watch = (
+        threading.Thread(target=target, args=(lease, ended), name="lease", daemon=True)
+        for target in (_keep, _watch)
+    )
     keeper.start()
+    watch.start()
     try:
         yield
     finally:
         ended.set()
-        keeper.join()
+        keeper.join(LASTS)  # a request may hang for good
         lease.give_back()
 
 
 def _taken(file: pathlib.Path, refusal: str) -> _Lease:
     """The lease of a place, as soon as nobody else has it."""
-    lease, seen = _Lease(file), None
+    lease, seen, since = _Lease(file), None, 0.0
     while not lease.write(0):
         generation, holder = lease.found()
         if holder is None:  # it was given back meanwhile
             continue
-        if time.time() > holder.until + APART:
-            if lease.write(generation):  # of several that wait, one
-                return lease
-            continue
-        if seen not in (None, generation):
-            raise UserError(refusal.format(holder))
         if seen is None:
+            seen, since = generation, _now()
             report.say(
                 f"{file.parent} is held by {holder}: waiting for it to be renewed, or to expire"
             )
-        seen = generation
+        if generation != seen:
+            raise UserError(refusal.format(holder))
+        # the clock of this host alone may be wrong: nor was it renewed for twice the time
+        if time.time() > holder.until + APART and _now() > since + 2 * RENEWED:
+            if lease.write(generation):  # of several that wait, one
+                return lease
+            continue
         time.sleep(min(RENEWED / 5, 1.0))
     return lease
 
 
+def _now() -> float:
+    """Seconds of a clock that nobody sets."""
+    return time.clock_gettime(_CLOCK)
+
+
 def _keep(lease: _Lease, ended: threading.Event) -> None:
-    """Renew a lease until the place is given back."""
+    """Renew a lease until the place is given back; what keeps it from that, `_watch` tells."""
     pause = RENEWED
     while not ended.wait(pause):
-        why, pause = "another job holds it now", RENEWED
+        pause = RENEWED
         try:
-            held = lease.write(lease.generation)
-        except (*storage.refusals(), UserError) as error:
-            why, pause = f"it could not be renewed: {error}", RENEWED / 5
-            held = time.monotonic() + 2 * ANSWER < lease.ends  # as long as one more try may take
-        if not held:
-            _end(f"{lease.file.parent} is lost ({why}); this process ends, so that two never write")
+            if not lease.write(lease.generation):
+                _lost(lease, "another job holds it now")
+        except Exception as error:  # noqa: BLE001  (whatever it is: there is time to try again)
+            lease.refused, pause = str(error) or repr(error), RENEWED / 5
+
+
+def _watch(lease: _Lease, ended: threading.Event) -> None:
+    """End the process before the lease does. It asks nobody, so that no request holds it up."""
+    while (left := lease.ends - MARGIN - _now()) > 0:
+        # in short waits: they do not count what the host sleeps
+        if ended.wait(min(left, RENEWED / 15)):
+            return
+    if not ended.is_set():
+        _lost(lease, f"it could not be renewed: {lease.refused}")
+
+
+def _lost(lease: _Lease, why: str) -> None:
+    _end(f"{lease.file.parent} is lost ({why}); this process ends, so that two never write")
 
 
 def _end(said: str) -> None:
@@ -112,12 +137,15 @@ class _Lease:
         self.bucket = cloud.Client().bucket(bucket)
         self.who = f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}"
         self.generation, self.ends = 0, 0.0
+        self.sent: dict[float, float] = {}  # `until` of what may be there: when it ends here
+        self.refused = "the store did not answer"
 
     def write(self, generation: int) -> bool:
         """Hold it for a while where its contents are `generation` still, 0 for none."""
         from google.api_core import exceptions
 
-        until, ends = time.time() + LASTS, time.monotonic() + LASTS
+        until, ends = time.time() + LASTS, _now() + LASTS
+        self.sent[until] = ends
         blob = self.bucket.blob(self.name)
         text = records.text({"holder": self.who, "until": until, "lease": self.own})
         how = dict(if_generation_match=generation, timeout=ANSWER, retry=_patient())
@@ -125,12 +153,14 @@ class _Lease:
             blob.upload_from_string(text, "application/json", **how)
             self.generation = int(blob.generation)
         except exceptions.PreconditionFailed:
-            # an answer that was lost is asked for again, and then it is ours already
+            # an answer that was lost is asked for again, and then it is ours already, for as long
+            # as was said then
             found, record = self._read()
             if record.get("lease") != self.own:
                 return False
-            self.generation = found
-        self.ends = ends
+            self.generation, until = found, record["until"]
+            ends = self.sent[until]
+        self.ends, self.sent = ends, {until: ends}
         return True
 
     def found(self) -> tuple[int, _Holder | None]:
@@ -161,11 +191,9 @@ class _Lease:
 
     def give_back(self) -> None:
         """Remove it, where it is this one still; else it expires."""
-        from google.api_core import exceptions
-
-        with contextlib.suppress(exceptions.GoogleAPIError, OSError):
-            blob = self.bucket.blob(self.name)
-            blob.delete(if_generation_match=self.generation, timeout=ANSWER)
+        with contextlib.suppress(*storage.refusals()):
+            how = dict(timeout=ANSWER, retry=_patient())
+            self.bucket.blob(self.name).delete(if_generation_match=self.generation, **how)
 
 
 def _patient() -> Any:

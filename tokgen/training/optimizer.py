@@ -204,7 +204,9 @@ def _by_layers(
     Where matrices are split, every device would gather all of them and do all of the work.
     """
     gradients, momentum = jax.tree.map(sharding.by_layers, (gradients, state.mu))
-    return update(gradients, state._replace(mu=momentum), params)
+    updates, state = update(gradients, state._replace(mu=momentum), params)
+    updates, momentum = jax.tree.map(sharding.from_layers, (updates, state.mu))
+    return updates, state._replace(mu=momentum)
 
 
 def _in_blocks(path) -> bool:
