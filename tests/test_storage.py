@@ -126,6 +126,9 @@ def test_files_go_there_and_back(bucket, tmp_path):
     storage.upload(tmp_path / "a", there)
     storage.download(there, tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    for content in (b"a\r", b"a\n", b"a\r\n", b"\r", b""):
+        storage.save(there, content)
+        assert there.read_bytes() == content
 
 
 def test_what_a_bucket_refuses_is_one_message(bucket):
@@ -134,6 +137,14 @@ def test_what_a_bucket_refuses_is_one_message(bucket):
             storage.save(storage.path("gs://none/run") / "a", b"")
     with pytest.raises(FileNotFoundError), storage.reached("runs/a"):
         raise FileNotFoundError  # local errors pass
+
+
+def test_what_is_missing_is_an_answer(bucket):
+    with pytest.raises(FileNotFoundError, match="lock"), storage.asked(bucket):
+        storage.opened(f"{bucket}/lock").close()
+    with pytest.raises(UserError, match="cannot be used: no route; see to"):
+        with storage.asked(bucket):
+            raise ConnectionError("no route")
 
 
 def test_a_record_in_a_bucket_is_bounded(bucket):

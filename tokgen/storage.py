@@ -199,3 +199,16 @@ def reached(path: str | os.PathLike) -> Iterator[None]:
             f"{path} cannot be used: {said}; see to the name of the bucket, to the connection, and "
             "to who is asking: gcloud auth application-default login, or the roles of the machine"
         ) from error
+
+
+@contextlib.contextmanager
+def asked(path: str | os.PathLike) -> Iterator[None]:
+    """As `reached`, where it is an answer that a file is missing."""
+    missing = None
+    with reached(path):
+        try:
+            yield
+        except FileNotFoundError as error:
+            missing = error
+    if missing is not None:
+        raise missing

@@ -1,5 +1,6 @@
 """Steps of a run in a bucket: which count as saved, and which go."""
 
+import json
 import pathlib
 
 import jax
@@ -7,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.checkpoints import test_run
-from tokgen import parameters, storage
-from tokgen.checkpoints import checkpoint, run as runs
+from tokgen import parameters, records, storage
+from tokgen.checkpoints import checkpoint, manifest, run as runs
 from tokgen.interfaces import UserError
 
 AT = test_run.at
@@ -79,6 +80,18 @@ def test_a_step_that_was_copied_before_it_was_sealed_is_kept(workdir, capsys):
         assert f"{folder(workdir, step)} was not written to its end, and is removed" in said
 
 
+def test_a_bucket_that_is_not_reached_is_no_damage(workdir, monkeypatch):
+    def down(*_, **how):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(records, "load", down)
+    with pytest.raises(UserError, match="checkpoints/1 cannot be used: no route; see to the name"):
+        checkpoint.read_meta(folder(workdir, 1))
+    monkeypatch.setattr(runs.ocp, "CheckpointManager", down)
+    with pytest.raises(UserError, match="run cannot be used: no route; see to the name"):
+        test_run.open_run(workdir)
+
+
 @pytest.mark.long
 def test_a_step_that_is_deleted_half_way_says_no_longer_that_it_is_whole(workdir, monkeypatch):
     run = test_run.open_run(workdir)
@@ -96,6 +109,32 @@ def test_a_step_that_is_deleted_half_way_says_no_longer_that_it_is_whole(workdir
     run = test_run.open_run(workdir)
     assert not folder(workdir, 1).exists()
     run.close()
+
+
+@pytest.mark.long
+def test_a_run_that_was_copied_there_goes_on_and_one_copied_in_part_stays(workdir, tmp_path):
+    run = test_run.open_run(tmp_path, latest=9)
+    for step in (1, 2):
+        run.save(AT(step), {"l2": 1.0 / step})
+    run.close()
+    local = tmp_path / checkpoint.FOLDER
+    seal = local / "1" / manifest.SIZES
+    noted = records.load(seal)
+    seal.write_text(json.dumps({n: noted[n] for n in noted if n != checkpoint.COMMITTED}))
+    for name in storage.sizes(local):
+        if name not in (f"1/{checkpoint.COMMITTED}", "2/meta/metadata"):
+            storage.upload(local / name, workdir / checkpoint.FOLDER / name)
+    run = test_run.open_run(workdir)
+    assert run.manager.all_steps() == [1, 2]  # 1, of an older Orbax, is whole by its seal
+    with pytest.raises(UserError, match="2 is damaged: .*, or train on from it with --from 1"):
+        runs.resume_or_start(run, AT(0))
+    storage.unmark(folder(workdir, 2), [checkpoint.COMMITTED])
+    run = test_run.open_run(workdir)
+    _, said = runs.resume_or_start(run, AT(0))
+    assert said == f"resumed step 1 of {workdir}"
+    run.close()
+    assert "state/_METADATA" in storage.sizes(folder(workdir, 2))  # it is nobody's to delete
+    assert manifest.misfit(folder(workdir, 2)).startswith("its files are not as they were saved")
 
 
 @pytest.mark.long

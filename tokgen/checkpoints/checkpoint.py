@@ -187,7 +187,8 @@ def read_meta(step: pathlib.Path) -> dict:
     UserError when it cannot be read, or is none.
     """
     try:
-        return _record(step)
+        with storage.asked(step):
+            return _record(step)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise

@@ -320,17 +320,17 @@ def start(
     """
     with storage.reached(workdir):
         _clear(workdir)
-    # it deletes nothing: its policies know the figures of this process alone, and a figure that is
-    # not finite pushes out a better one
-    manager = ocp.CheckpointManager(
-        storage.absolute(workdir / checkpoint.FOLDER),
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=None,
-            enable_async_checkpointing=True,
-            async_options=ocp.AsyncOptions(timeout_secs=PATIENCE),
-            create=True,
-        ),
-    )
+        # it deletes nothing: its policies know the figures of this process alone, and a figure that
+        # is not finite pushes out a better one
+        manager = ocp.CheckpointManager(
+            storage.absolute(workdir / checkpoint.FOLDER),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=None,
+                enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(timeout_secs=PATIENCE),
+                create=True,
+            ),
+        )
     meta = {
         "kind": kind,
         "layout": layout.to_json() if layout else None,
