@@ -184,7 +184,7 @@ def settings_of(family: Family, arguments: argparse.Namespace) -> ml_collections
     """The config that a family is trained by."""
     settings = ml_collections.ConfigDict()
     settings.seed, settings.steps = arguments.seed, arguments.steps or family.steps
-    settings.batch_size, settings.ema = family.batch_size, 0.998
+    settings.batch_size, settings.ema, settings.strategy = family.batch_size, 0.998, "data"
     settings.precision = dict(params="float32", compute="float32")
     settings.generator, settings.optimizer = family.generator, OPTIMIZER
     reading.override(settings, arguments.set)
