@@ -56,9 +56,15 @@ GENERATORS = {name: (*row, {}) for name, row in test_devices.FAMILIES.items()} |
 }
 # Every family of configs/tokenizer, with its discriminator: name -> recipe, what makes it small
 SHAPES = dict(test_recipes.CONV, discriminator=dict(weight=0.1, network=test_recipes.PATCHES))
-PYRAMID = dict(name="multiscale", scales=(1, 2, 4), phi=2)
+SIDE = test_recipes.SIZE
+SMALLER = dict(
+    view=dict(size=(SIDE, SIDE)),
+    quantizer=dict(scales=(1, 3, SIDE), phi=2, **test_recipes.FEW),
+)
 TOKENIZERS = {
     **{name: (name, shrunk) for name, shrunk in test_recipes.SHRUNK.items()},
+    # with its own discriminator it needs no more pixels than the others
+    "var_vqvae": ("var_vqvae", test_recipes.SHRUNK["var_vqvae"] | SMALLER),
     "shapes": ("shapes", SHAPES),
     "shapes:ema": ("shapes:ema", SHAPES | dict(quantizer=dict(codes=8))),
     "shapes:pyramid": ("shapes:pyramid", SHAPES | dict(quantizer=dict(scales=(1, 2, 4)))),

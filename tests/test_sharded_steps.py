@@ -29,6 +29,7 @@ def alone(name):
     return family_steps.steps(name, family_steps.mesh_of((1, 1, 1)))
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "name, sizes",
     [
