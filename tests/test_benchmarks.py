@@ -88,6 +88,7 @@ def test_decode_table():
         assert 0 < least <= cost <= most and first > 0 and peak > 100
 
 
+@pytest.mark.long
 def test_tokenizers():
     header, titles, *lines = quick("tokenizers", "--precision", "float32")
     check_header(header)
@@ -121,6 +122,7 @@ def test_memory():
     assert columns.split()[0] == "program"
 
 
+@pytest.mark.long
 def test_data_loading():
     header, *lines = quick("data_loading")
     check_header(header)
@@ -164,6 +166,7 @@ def test_known_answers():
     assert float(excess) == pytest.approx(100 * (float(nats) / float(entropy) - 1), abs=3)
 
 
+@pytest.mark.long
 def test_memorise():
     header, titles, row = quick("memorise", "--family", "masked")
     check_header(header)

@@ -167,7 +167,8 @@ def test_a_wait_leaves_its_caller_free_for_signals(left):
         raise Ended
 
     before = signal.signal(signal.SIGUSR1, stop)
-    threading.Timer(0.1, signal.raise_signal, [signal.SIGUSR1]).start()
+    main = threading.main_thread().ident
+    threading.Timer(0.1, signal.pthread_kill, [main, signal.SIGUSR1]).start()
     try:
         with pytest.raises(Ended):
             job.wait("for ever")

@@ -222,6 +222,7 @@ def generator(place, shards):
 # ---------------------------------------------------------------- training
 
 
+@pytest.mark.long
 def test_perceptual_loss_from_weight_files(place):
     """On a mesh of two devices, from two files: a trunk, and the heads of LPIPS."""
     generator = np.random.default_rng(0)
@@ -284,6 +285,7 @@ def test_the_average_of_a_run_is_none_of_its_parameters(tokenizer, generator):
         assert len(apart) > 0.8 * len(paths) > 0
 
 
+@pytest.mark.long
 def test_a_killed_tokenizer_run_goes_on_to_the_same_bits(place, tokenizer, capfd):
     workdir = place / "killed_tokenizer"
     words = tokenizer_words(place, workdir)

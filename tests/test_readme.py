@@ -60,6 +60,7 @@ def run(code: str, folder: pathlib.Path, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_training_example_learns(tmp_path):
     _, training, _ = blocks(README, "python")  # the first one is held by test_library
     (found,) = re.findall(r"^([\d.]+) dB after 300 steps$", run(training, tmp_path), re.MULTILINE)

@@ -320,9 +320,9 @@ def moved(before, after) -> set[str]:
 BLIND = re.compile(r"model/.*attention/key/bias|discriminator/last/bias")
 
 
-# VQ and LFQ, discriminators of three kinds, stages with a teacher: trained every time. The others
+# VQ and LFQ, discriminators of two kinds, stages with a teacher: trained every time. The others
 # are alike; tests/training/test_dry_run.py checks and traces them.
-QUICK = {"llamagen_vq", "maskbit", "maskgit_vqgan", "titok"}
+QUICK = {"maskbit", "maskgit_vqgan", "titok"}
 
 
 @pytest.mark.parametrize(

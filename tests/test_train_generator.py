@@ -107,7 +107,9 @@ def test_held_out_figures_are_those_of_the_average(step, monkeypatch):
     with settings.unlocked():
         settings.held_out.samples = 0
     tokenizer = types.SimpleNamespace(module=types.SimpleNamespace(quantizer=None))
-    log = types.SimpleNamespace(scalars=lambda *given, **options: logged.append((given, options)))
+    log = types.SimpleNamespace(
+        scalars=lambda *given, **options: logged.append((given, options)), keep=lambda: None
+    )
     found = train_generator.measure(state, graph, ("held out", tokenizer), log, settings)
     np.testing.assert_array_equal(seen[0], np.full(3, 6.0))
     assert found["nats_per_token"] == 1.5 and logged == [((0, found), {"split": "held_out"})]

@@ -53,6 +53,7 @@ def test_held_out_figures_are_those_of_the_average(monkeypatch):
     monkeypatch.setattr(validation, "reconstruction", reconstruction)
     log = types.SimpleNamespace(
         scalars=lambda *given, **options: logged.append((given, options)),
+        keep=lambda: None,
         image=lambda *given: None,
     )
     found = train_tokenizer.measure({"model": state}, graph, ["held out"], log, settings)
