@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -98,10 +99,8 @@ def main(request: launch.Request) -> None:
 
     start = done = int(jax.device_get(network.step))
     measured = runs.is_measured(run, start)
-    log, stop = (
-        metrics_log.opened(workdir, step=start, measured=measured, told=migration.metrics),
-        launch.Stop(),
-    )
+    how = dict(is_held=run.is_held, told=migration.metrics)
+    log, stop = metrics_log.opened(workdir, step=start, measured=measured, **how), launch.Stop()
     with_what = held_out, tokenizer
 
     def due(step: int) -> bool:
@@ -119,7 +118,12 @@ def main(request: launch.Request) -> None:
         rows=sharding.rows_here(settings.batch_size, mesh),
         max_bad=settings.get("max_bad", 1e-3),
     )
-    with batches, report.bar(steps, initial=start, what="generator") as bar:
+    with (
+        batches,
+        report.bar(steps, initial=start, what="generator") as bar,
+        contextlib.ExitStack() as ends,
+    ):
+        ends.callback(log.keep)  # also after an error
         while done < steps:
             with run.rescuing({"model": network}):
                 batch = sharding.global_batch(next(batches), mesh)

@@ -20,6 +20,11 @@ def manifest(workdir):
     return checkpoint.read_meta(workdir / "checkpoints" / str(step))["manifest"]
 
 
+def _figures(said):
+    """What evaluate printed, without what it said on the way."""
+    return [line for line in said.splitlines() if re.match(r"^\w+ +[-\d.]", line)]
+
+
 def test_a_run_that_is_killed_goes_on_to_the_bits_of_one_that_was_not(bucket, tmp_path):
     """A job is refused while another lives, and takes the place of one that is dead."""
     jobs.done([*jobs.TOKENIZER, *STEPS, "--workdir", tmp_path / "run"], devices=1)
@@ -42,6 +47,18 @@ def test_a_run_that_is_killed_goes_on_to_the_bits_of_one_that_was_not(bucket, tm
     assert {"checkpoints", "curves.png", "images", "metrics.jsonl", "tensorboard"} <= set(there)
     assert "lock" not in there
     assert not pathlib.Path(jobs.ROOT, "gs:").exists()
+
+
+def test_what_was_logged_before_an_error_is_kept(bucket):
+    """The minute before is what one looks at; no save has come yet."""
+    words = [*jobs.TOKENIZER, "--config.steps=40", "--config.report.save=40"]
+    words += ["--config.optimizer.learning_rate=1e30", "--workdir", f"{bucket}/run"]
+    with jobs.Job(words, devices=1) as job:
+        codes, (said,) = job.end(120)
+    assert codes == [2] and "not finite" in said, said
+    logged = jobs.lines(storage.path(bucket) / "run")
+    assert len(logged) >= 10 and logged[-1]["skipped"] == 10
+    assert "lock" not in storage.names(storage.path(bucket) / "run")
 
 
 def test_tokens_and_a_generator_of_two_processes_in_a_bucket(bucket, tmp_path):
@@ -78,6 +95,21 @@ def test_tokens_and_a_generator_of_two_processes_in_a_bucket(bucket, tmp_path):
     jobs.done([*draw, tmp_path / "run", "--out", tmp_path / "theirs"])
     ours, theirs = (np.load(tmp_path / name / "samples.npz") for name in ("ours", "theirs"))
     np.testing.assert_array_equal(ours["arr_0"], theirs["arr_0"])
+    for name in ("run", "tokenizer"):  # measured and written for others as the copies are
+        evaluate = ["-m", "tokgen.cli", "evaluate", "--images", "8"]
+        told = [jobs.done([*evaluate, at])[0] for at in (f"{bucket}/{name}", tmp_path / name)]
+        assert _figures(told[0]) == _figures(told[1]) != []
+        for at, out in ((f"{bucket}/{name}", "ours"), (tmp_path / name, "theirs")):
+            words_ = ["-m", "tokgen.cli", "export", at, "--out", tmp_path / f"{out}-{name}"]
+            jobs.done(words_)
+        ours, theirs = (jobs.files(tmp_path / f"{out}-{name}") for out in ("ours", "theirs"))
+        assert ours.keys() == theirs.keys() == {"config.json", "model.safetensors"}
+        assert ours["model.safetensors"] == theirs["model.safetensors"]
+    failing = [*words[:-1], f"{bucket}/diverged", "--config.steps=40", "--config.report.save=40"]
+    with jobs.Job([*failing, "--config.optimizer.learning_rate=1e30"], devices=1) as job:
+        codes, (said,) = job.end()
+    assert codes == [2] and "not finite" in said, said
+    assert len(jobs.lines(storage.path(bucket) / "diverged")) >= 10
     with jobs.Job([*draw, run, "--out", f"{bucket}/samples"]) as job:
         codes, (said,) = job.end()
     assert codes == [2] and "--out: results of this command must be local files" in said

@@ -23,7 +23,6 @@ from tokgen import coordination, launchers, report, sharding
 from tokgen.errors import SharedError, UserError
 
 T = TypeVar("T")
-HEARTBEAT = 20  # seconds without a sign of life after which a process is taken for dead
 
 
 def initialize(args: argparse.Namespace) -> None:
@@ -64,8 +63,8 @@ def initialize(args: argparse.Namespace) -> None:
         jax.distributed.initialize(
             **({} if missing else known),
             initialization_timeout=args.wait,
-            heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=HEARTBEAT,
+            heartbeat_timeout_seconds=coordination.HEARTBEAT,
+            shutdown_timeout_seconds=coordination.HEARTBEAT,
         )
     except RuntimeError as error:
         raise UserError(f"this process cannot join its job: {error}") from error
