@@ -73,7 +73,7 @@ def test_every_variant_has_its_row():
 # ---------------------------------------------------------------- shrunk
 
 # Recomputing in the backward pass changes no number, and takes longer to compile.
-TINY = dict(width=8, depth=1, heads=2, hidden=8, remat=False)
+TINY = dict(width=8, depth=1, heads=2, hidden=8, remat="none")
 # Recipe -> (tokens, what makes it small)
 SHRUNK = {
     "ibq:xxl": (recipes.square(2, 5), TINY),

@@ -63,7 +63,7 @@ def get_config(variant="b"):
         depth=depth,
         heads=width // 64,
         label_drop=0.1,
-        remat=True,
+        remat="full",
         rates=dict(token=0.1, attention=0.0, residual=0.1),
     )
     config.optimizer = dict(

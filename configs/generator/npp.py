@@ -67,7 +67,7 @@ def get_config(variant="b"):
         depth=depth,
         heads=heads,
         label_drop=0.1,
-        remat=True,
+        remat="full",
         rates=dict(token=0.1, attention=0.0, residual=0.1),
     )
     config.optimizer = dict(

@@ -69,7 +69,7 @@ def get_config(variant="b"):
         heads=16,
         hidden=hidden,
         label_drop=0.1,
-        remat=True,
+        remat="full",
         rates=dict(token=0.0, attention=0.1, residual=0.1, hidden=0.1),
     )
     config.optimizer = dict(

@@ -72,7 +72,7 @@ def get_config(variant="d16"):
         gates=gates,
         smoothing=0.0,
         label_drop=0.1,
-        remat=True,
+        remat="full",
         rates=dict(path=0.1 * depth / 24),
     )
     config.optimizer = dict(

@@ -415,6 +415,21 @@ def test_a_config_in_the_words_of_an_earlier_version_is_the_same():
     }
 
 
+def test_how_a_network_runs_may_change_on_the_way(tmp_path):
+    here = dict(kind="generator", layout=[], classes=[], tokenizer=None, data="a", held_out="b")
+    then, now = (
+        {
+            "generator": {"width": 8} | dict(zip(("remat", "unroll"), running, strict=False)),
+            "decoder": {"codes": {"remat": running[0]}},
+        }
+        for running in (("full", 1), ("none",))
+    )
+    continuation.check(here | {"config": then}, tmp_path, tmp_path, now, here)
+    now["generator"]["width"] = 16
+    with pytest.raises(interfaces.UserError, match="generator.width: 8 there, 16 here$"):
+        continuation.check(here | {"config": then}, tmp_path, tmp_path, now, here)
+
+
 def resumed(workdir, kinds=(), **changes):
     """The run of a work directory, its discriminator seen through `kinds`, and what it says."""
     run = test_checkpoint.start(workdir, augmented(*kinds), **changes)

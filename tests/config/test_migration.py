@@ -52,6 +52,13 @@ def test_todays_words_stay(words):
     assert migration.parameter("opponent/params/entry/kernel") == "opponent/params/entry/kernel"
 
 
+def test_a_flag_becomes_a_name_and_back():
+    then = {"generator": {"remat": True}, "decoder": {"codes": {"remat": False}}, "ema": True}
+    now = {"generator": {"remat": "full"}, "decoder": {"codes": {"remat": "none"}}, "ema": True}
+    assert migration.config(then) == now and migration.first_config(now) == then
+    assert migration.first_config({"generator": {"remat": "dots"}})["generator"]["remat"] == "dots"
+
+
 def test_both_words_of_a_field_are_refused(words):
     with pytest.raises(ValueError, match="field rival is there as opponent too"):
         migration.config({"rival": {}, "opponent": {}})
@@ -77,7 +84,7 @@ def test_table_is_one_to_one_and_has_no_chains(table):
     for row in rows:
         re.compile(row.where)
         assert row.then != row.now
-        assert ("/" if table == "PARAMETERS" else ".") not in (row.then + row.now)
+        assert ("/" if table == "PARAMETERS" else ".") not in f"{row.then}{row.now}"
     for a, b in itertools.combinations(rows, 2):
         if a.where == b.where or table == "METRICS":
             assert len({a.then, a.now, b.then, b.now}) == 4, (a, b)

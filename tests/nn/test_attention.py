@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen.nn import attention, dropout, positions
+from tokgen.nn import attention, positions
 from tokgen.nn.precision import FLOAT32
 
 B, N, L, S, K = 2, 2, 3, 5, 4
@@ -153,21 +153,6 @@ def test_cached_steps_equal_one_pass():
         )
         parts.append(part)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, rtol=1e-5, atol=1e-6)
-
-
-def test_dropout_is_a_function_of_its_key():
-    x, key = jnp.asarray(_numbers(12, 40, 50)), jax.random.key(0)
-    drop = functools.partial(dropout.dropout, x, 0.3)
-    np.testing.assert_array_equal(drop(None), x)
-    np.testing.assert_array_equal(dropout.dropout(x, 0.0, key), x)
-    out = np.asarray(drop(key))
-    np.testing.assert_array_equal(out, drop(key))
-    other = np.asarray(drop(jax.random.key(1)))
-    assert np.any((out == 0) != (other == 0))
-    kept = out != 0
-    assert abs(kept.mean() - 0.7) < 4 * (0.21 / x.size) ** 0.5
-    np.testing.assert_allclose(out[kept], np.asarray(x)[kept] / 0.7, rtol=1e-6)
-    assert dropout.dropout(x.astype(jnp.bfloat16), 0.3, key).dtype == jnp.bfloat16
 
 
 def test_attention_weights_are_dropped_and_not_values():

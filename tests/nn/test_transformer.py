@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen.nn import blocks, dropout, positions, transformer, variants
+from tokgen.nn import blocks, dropout, positions, remat, transformer, variants
 from tokgen.nn.precision import FLOAT32, Precision
 
 WIDTH, DEPTH, HEADS, L = 16, 2, 2, 6
@@ -81,8 +81,8 @@ def test_layers_differ_and_lead_with_their_number():
 
 @functools.cache
 def _scanned():
-    """(output, gradient) of the plain stack under a key: what the other forms must give."""
-    return _slope(_make(), lambda model: model)
+    """(output, gradient) of a loop over the stack under a key: what the other forms must give."""
+    return _slope(_make(unroll=1), lambda model: model)
 
 
 def _slope(model, form):
@@ -96,9 +96,9 @@ def _slope(model, form):
     return np.asarray(out), jax.tree.leaves(slope)
 
 
-@pytest.mark.parametrize("form", ["unstacked", "unroll", "remat"])
+@pytest.mark.parametrize("form", ["unstacked", "unrolled", "dots", "full"])
 def test_every_form_of_the_stack_computes_the_same(form):
-    options = {"unroll": DEPTH if "unroll" in form else 1, "remat": "remat" in form}
+    options = dict(remat=form) if form in remat.KINDS else {}
     take = transformer.Transformer.unstacked if form == "unstacked" else lambda model: model
     out, slope = _slope(_make(**options), take)
     expected_out, expected_slope = _scanned()
@@ -109,13 +109,14 @@ def test_every_form_of_the_stack_computes_the_same(form):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * scale)
 
 
-def test_recomputation_is_in_the_gradient_of_remat_only():
+def test_recomputation_is_in_the_gradient_of_its_policies_only():
     x, context = _inputs()
 
     def program(model):
         return str(jax.make_jaxpr(jax.grad(lambda m: m(x, **context)[0].sum()))(model))
 
-    assert "remat" in program(_make(remat=True)) and "remat" not in program(_make())
+    assert "remat" not in program(_make())
+    assert all("remat" in program(_make(remat=policy)) for policy in ("dots", "full"))
 
 
 def test_unstacked_leaves_the_original_alone():

@@ -17,6 +17,7 @@ FREE = (
     "data.labels",  # of the fingerprint and the classes, which are compared
     *("safeguards.usage", "safeguards.grace"),
 )
+RUNNING = (".remat", ".unroll")  # endings of those that say how a network runs, at any depth
 
 
 # Fields that earlier configs did not have, with the value that they trained by: that says the same.
@@ -78,7 +79,9 @@ def check(
     changes = [
         f"  {name}: {old.get(name, 'absent')!r} there, {new.get(name, 'absent')!r} here"
         for name in sorted({*old, *new})
-        if old.get(name) != new.get(name) and not name.startswith(FREE)
+        if old.get(name) != new.get(name)
+        and not name.startswith(FREE)
+        and not name.endswith(RUNNING)
     ]
     # data that this run began with, and was told to leave, are still its own: it may go back there
     left = here.get("data_changes", ())

@@ -10,7 +10,7 @@ To add a row, rename the thing in the code and write `Row(where, then, now)` int
     FIELDS      names of fields of a config. `where` is the path of the section that holds it, with
                 dots, as r"discriminator" or, for any depth, r"(encoder|decoder)(\\..*)?"; "" is the
                 top. Sections in a list have their number in the path: `stages.0.loss`.
-    VALUES      what a field holds, a word. `where` is the path of the field itself.
+    VALUES      what a field holds, a word, or True or False. `where` is the path of the field.
     PARAMETERS  segments of the paths of arrays, as `model/params/encoder/conv_in/kernel`. `where`
                 is the path before the segment: "" at its start, r"(.*/)?heads" right below `heads`.
                 Patterns of such paths in a config (PATTERNS) are rewritten alike.
@@ -34,7 +34,7 @@ class Row:
     """One word: where it stands, what it was in the first place, what it is now."""
 
     where: str
-    then: str
+    then: str | bool  # True and False are values alone
     now: str
 
 
@@ -48,6 +48,8 @@ FIELDS: tuple[Row, ...] = (
     Row("generator", "prefix", "conditioning"),
 )
 
+REMAT = r"(generator|(encoder|decoder)(\..*)?)\.remat"
+
 VALUES: tuple[Row, ...] = (
     Row(r"discriminator\.network\.name", "features", "feature_heads"),
     Row(r"discriminator\.first", "painter", "tokenizer"),
@@ -55,6 +57,8 @@ VALUES: tuple[Row, ...] = (
     Row(r"generator\.conditioning", "told_label", "adaptive_label"),
     Row(r"generator\.inputs", "symbols", "tokens"),
     Row(r"generator\.head", "tied_per_place", "tied_per_position"),
+    Row(REMAT, False, "none"),
+    Row(REMAT, True, "full"),
 )
 
 PARAMETERS: tuple[Row, ...] = (
@@ -134,9 +138,9 @@ def _value(value: Any, where: str, *, back: bool) -> Any:
     if isinstance(value, list | tuple):
         items = (_value(item, f"{where}.{n}", back=back) for n, item in enumerate(value))
         return type(value)(items)
-    if not isinstance(value, str):
+    if not isinstance(value, str | bool):
         return value
-    if re.fullmatch(PATTERNS, where):
+    if isinstance(value, str) and re.fullmatch(PATTERNS, where):
         return _pattern(value, back=back)
     return _renamed(VALUES, where, value, back=back)
 
@@ -150,7 +154,7 @@ def _pattern(text: str, *, back: bool) -> str:
     return text
 
 
-def _renamed(rows: tuple[Row, ...], where: str | None, name: str, *, back: bool) -> str:
+def _renamed(rows: tuple[Row, ...], where: str | None, name: Any, *, back: bool) -> Any:
     """The other word for `name` at a place, or itself; None is any place."""
     for row in rows:
         source, target = (row.now, row.then) if back else (row.then, row.now)

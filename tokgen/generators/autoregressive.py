@@ -90,8 +90,8 @@ class Generator(nnx.Module):
         label_drop: ranges.Share = 0.1,
         window: ranges.Positions = 64,
         budget: Annotated[int, ranges.Range(0, 2**62)] = 2**31,
-        remat: bool = False,
-        unroll: ranges.Depth = 1,
+        remat: str = "none",
+        unroll: ranges.Depth | None = None,
         precision: Precision,
         rngs: nnx.Rngs,
     ):

@@ -120,8 +120,8 @@ class Generator(nnx.Module):
         head: str = "linear",
         rates: dropout.Rates | None = None,
         label_drop: ranges.Share | None = 0.1,
-        remat: bool = False,
-        unroll: ranges.Depth = 1,
+        remat: str = "none",
+        unroll: ranges.Depth | None = None,
         precision: Precision,
         rngs: nnx.Rngs,
     ):

@@ -69,8 +69,8 @@ class Generator(nnx.Module):
         smoothing: ranges.Rate = 0.0,
         label_drop: ranges.Share = 0.1,
         rates: dropout.Rates | None = None,
-        remat: bool = False,
-        unroll: ranges.Depth = 1,
+        remat: str = "none",
+        unroll: ranges.Depth | None = None,
         precision: Precision,
         rngs: nnx.Rngs,
     ):

@@ -21,6 +21,10 @@ from tokgen.nn.precision import Precision
 Cache = attention.KVCache | None
 Out = tuple[jax.Array, Cache]
 
+# Blocks that are run without a loop by default: XLA fuses across them and slices no weights, but
+# compiles each of them.
+UNROLLED = 6
+
 
 @dataclasses.dataclass(frozen=True)
 class Drop:
@@ -224,8 +228,9 @@ class Config:
 
     Args:
         hidden: width of the MLPs; None: the variant's own.
-        remat: blocks are computed again in the backward pass, and not kept.
-        unroll: blocks in one turn of the scan over them.
+        remat: what of a block the backward pass computes again, one of remat.KINDS.
+        unroll: blocks in one turn of the scan over them; None: all of up to UNROLLED where nothing
+            is computed again, else one.
     """
 
     width: int
@@ -234,5 +239,12 @@ class Config:
     variant: Variant
     hidden: int | None = None
     rates: dropout.Rates = dropout.Rates()
-    remat: bool = False
-    unroll: int = 1
+    remat: str = "none"
+    unroll: int | None = None
+
+    def turn(self, depth: int) -> int:
+        """Blocks in one turn of the scan over `depth` of them."""
+        if self.unroll is not None:
+            return self.unroll
+        # without a loop, XLA on a CPU moves what is computed again ahead, and keeps it (jax 0.10.2)
+        return depth if depth <= UNROLLED and self.remat == "none" else 1

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokgen import choices
-from tokgen.nn import attention, linear, norms, tiles, winograd
+from tokgen.nn import attention, linear, norms, remat, tiles, winograd
 from tokgen.nn.precision import Precision
 
 
@@ -86,6 +86,7 @@ class Conv(nnx.Module):
     def _product(self, product: Callable, x_BHWC: jax.Array) -> jax.Array:
         dtype = self.precision.compute_dtype
         y_BHWC = product(x_BHWC.astype(dtype), self.kernel[...].astype(dtype))
+        y_BHWC = remat.convolution(y_BHWC)
         if self.bias is None:
             return y_BHWC
         return y_BHWC + self.bias[...].astype(dtype).reshape(1, 1, 1, -1)
@@ -274,6 +275,11 @@ class AdaptiveNorm(nnx.Module):
         shift_B11C = self.shift(wide_BPC.mean(1))[:, None, None]
         y_BHWC = norms.grouped(x_BHWC) * scale_B11C.astype(jnp.float32)
         return (y_BHWC + shift_B11C.astype(jnp.float32)).astype(x_BHWC.dtype)
+
+
+def run(stage: Stage, x_BHWC: jax.Array, **told: jax.Array) -> jax.Array:
+    """A stage as a function of its parameters, as `remat` needs it."""
+    return stage(x_BHWC, **told)
 
 
 def silu(x_BHWC: jax.Array) -> jax.Array:

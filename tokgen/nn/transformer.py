@@ -10,7 +10,7 @@ from flax import nnx
 
 from tokgen import rng
 from tokgen.interfaces import UserError
-from tokgen.nn import attention, blocks, linear
+from tokgen.nn import attention, blocks, linear, remat
 from tokgen.nn.precision import Precision
 
 
@@ -31,7 +31,8 @@ class Transformer(nnx.Module):
         self.shared = shared(config.width, **options) if shared else None
         self.depth, self.heads = config.depth, config.heads
         self.size = config.width // config.heads
-        self.rates, self.remat, self.unroll = config.rates, config.remat, config.unroll
+        self.rates, self.unroll = config.rates, config.turn(config.depth)
+        self.remat = remat.named(config.remat)
         self.precision, self.cached = precision, precision.compute_dtype
 
     def cache(
@@ -113,11 +114,12 @@ class Transformer(nnx.Module):
             x_BlD, view = run(block, x_BlD, *rest, view)
             return (x_BlD, None if stack is None else view.stack), None
 
-        body = jax.checkpoint(body) if self.remat else body
         stack = None if cache is None else cache[0]
         modulation = None if modulation is None else jnp.swapaxes(modulation[0], 0, 1)
         layers = (jnp.arange(self.depth), self.blocks, modulation, paths_Y, keys)
-        (x_BlD, stack), _ = jax.lax.scan(body, (x_BlD, stack), layers, unroll=self.unroll)
+        (x_BlD, stack), _ = jax.lax.scan(
+            self.remat(body), (x_BlD, stack), layers, unroll=self.unroll
+        )
         return x_BlD, None if cache is None else (stack,)
 
     def _base(self, cond_BlD: jax.Array) -> jax.Array:
@@ -151,7 +153,8 @@ class UShaped(nnx.Module):
             return linear.Linear(2 * width, width, bias=True, **options)
 
         self.skips = jax.vmap(make)(rng.numbered(rngs.params(), self.half))
-        self.rates, self.remat, self.unroll = config.rates, config.remat, config.unroll
+        self.rates, self.unroll = config.rates, config.turn(self.depth)
+        self.remat = remat.named(config.remat)
         self.precision = precision
 
     def unstacked(self) -> UShaped:
@@ -180,14 +183,14 @@ class UShaped(nnx.Module):
             x_BlD, _ = block(x_BlD, drop=blocks.Drop(self.rates, key=layer_key), **context)
             return x_BlD, None
 
-        enter, leave = (jax.checkpoint(f) if self.remat else f for f in (enter, leave))
         scan = dict(unroll=self.unroll)
         layers = (part(self.blocks, 0, half + 1), part(keys, 0, half + 1))
-        x_BlD, entered_YBlD = jax.lax.scan(enter, x_BlD, layers, **scan)
+        x_BlD, entered_YBlD = jax.lax.scan(self.remat(enter), x_BlD, layers, **scan)
         # the last output is the middle's; the others are taken in reverse
         entered_YBlD = entered_YBlD[:half][::-1]
         rest = (part(self.blocks, half + 1, None), part(keys, half + 1, None))
-        x_BlD, _ = jax.lax.scan(leave, x_BlD, (*rest, self.skips, entered_YBlD), **scan)
+        rest = (*rest, self.skips, entered_YBlD)
+        x_BlD, _ = jax.lax.scan(self.remat(leave), x_BlD, rest, **scan)
         return x_BlD, None
 
 

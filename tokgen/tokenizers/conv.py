@@ -1,7 +1,8 @@
 """Convolutional encoder and decoder over a 2-D grid (the form of VQGAN, arXiv:2012.09841).
 
 The first step is a convolution, or a space-to-depth stem that takes `stem` x `stem` pixels at
-once; then one level per width, each but the last halving the grid.
+once; then one level per width, each but the last halving the grid. `remat` says what of a stage the
+backward pass computes again (nn.remat).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from flax import nnx
 
 from tokgen import ranges
 from tokgen.interfaces import UserError
-from tokgen.nn import conv
+from tokgen.nn import conv, remat as policies
 from tokgen.nn.precision import Precision
 
 Stem = Annotated[int, ranges.Range(1, 256)]
@@ -43,6 +44,7 @@ class Encoder(nnx.Module):
         hidden: ranges.Optional = 0,
         projection: ranges.Kernel = 1,
         variant: str = "vqgan",
+        remat: str = "none",
         precision: Precision,
         rngs: nnx.Rngs,
     ):
@@ -63,7 +65,7 @@ class Encoder(nnx.Module):
             if level < len(widths) - 1:
                 stages.append(variant.down(width, **options))
         stages += variant.middle(width, blocks, variant, **options)
-        self.stages = nnx.List(stages)
+        self.stages, self.remat = nnx.List(stages), policies.named(remat)
         self.norm = variant.norm(width, **options)
         self.conv_out = conv.Conv(width, hidden or latent, variant.last, **options)
         self.conv_latent = conv.Conv(hidden, latent, projection, **options) if hidden else None
@@ -83,8 +85,9 @@ class Encoder(nnx.Module):
     def __call__(self, image_BHW3: jax.Array) -> jax.Array:
         """[B, H, W, 3] in the tokenizer's range -> [B, P, C]."""
         x_BHWC = self.conv_in(conv.space_to_depth(image_BHW3, self.stem))
+        run = self.remat(conv.run)
         for stage in self.stages:
-            x_BHWC = stage(x_BHWC)
+            x_BHWC = run(stage, x_BHWC)
         x_BHWC = self.conv_out(conv.silu(self.norm(x_BHWC)))
         if self.conv_latent is not None:
             x_BHWC = self.conv_latent(x_BHWC)
@@ -109,6 +112,7 @@ class Decoder(nnx.Module):
         hidden: ranges.Optional = 0,
         projection: ranges.Kernel = 1,
         variant: str = "vqgan",
+        remat: str = "none",
         precision: Precision,
         rngs: nnx.Rngs,
     ):
@@ -132,7 +136,7 @@ class Decoder(nnx.Module):
                 width = outputs
                 if self.levels - 1 - level in self.attended:
                     stages.append(variant.attention(width, norm=variant.norm, **options))
-        self.stages = nnx.List(stages)
+        self.stages, self.remat = nnx.List(stages), policies.named(remat)
         self.norm = variant.norm(width, **options)
         self.conv_out = conv.Conv(width, channels * stem**2, **options)
 
@@ -142,8 +146,9 @@ class Decoder(nnx.Module):
         if self.conv_latent is not None:
             x_BHWC = self.conv_latent(x_BHWC)
         x_BHWC = self.conv_in(x_BHWC)
+        run = self.remat(conv.run)
         for stage in self.stages:
-            x_BHWC = stage(x_BHWC, latents_BPC=latents_BPC)
+            x_BHWC = run(stage, x_BHWC, latents_BPC=latents_BPC)
         x_BHWC = self.conv_out(conv.silu(self.norm(x_BHWC)))
         return conv.depth_to_space(x_BHWC, self.stem)
 

@@ -88,7 +88,7 @@ class Encoder(nnx.Module):
         patch: Patch = 16,
         readout: str = "in_order",
         variant: str = "vit",
-        remat: bool = False,
+        remat: str = "none",
         precision: Precision,
         rngs: nnx.Rngs,
     ):
@@ -237,7 +237,7 @@ class Decoder(nnx.Module):
         head: str = "pixels",
         text: tuple[ranges.Positions, ranges.Width] | None = None,
         variant: str = "vit",
-        remat: bool = False,
+        remat: str = "none",
         precision: Precision,
         rngs: nnx.Rngs,
     ):
