@@ -67,7 +67,10 @@ def main(request: launch.Request) -> None:
     graph, network = train_state.create(
         make, optimizer, mesh=mesh, strategy=settings.strategy, ema=settings.ema
     )
-    distributed.check_alike({"data": source.fingerprint, "held-out data": held_out.fingerprint})
+    distributed.check_alike(
+        {"data": source.fingerprint, "held-out data": held_out.fingerprint}
+        | {"classes": classes, "tokenizer": tokenizer.fingerprint}
+    )
     run = runs.start(
         workdir,
         settings,
@@ -219,6 +222,7 @@ def show_imported(
 ) -> None:
     """What the model that a run starts from could do: its own classes, its own preset."""
     imported = loading.load_generator(settings.init_from)
+    distributed.check_alike({"init_from": imported.fingerprint})
     own = imported.config.get("presets", ml_collections.ConfigDict()).to_dict()
     preset = presets.named(own, "default" if "default" in own else "no_guidance")
     image_HW3 = grid(imported.module, preset, imported.classes, with_what, settings)

@@ -15,7 +15,7 @@ import ml_collections
 from flax import nnx
 
 from tokgen import distributed, image_grid, metrics_log, parameters, report, sharding
-from tokgen.checkpoints import checkpoint, run as runs
+from tokgen.checkpoints import checkpoint, manifest, run as runs
 from tokgen.config import building, migration
 from tokgen.data import datasets, loader, scan, views
 from tokgen.evaluation import validation
@@ -56,7 +56,13 @@ def main(request: launch.Request) -> None:
     frozen = tokenizer_step.load_frozen(settings, plan)
     # all that will run is traced with shapes, before any work
     layout = dry_run.tokenizer(settings, mesh, frozen, text=source.text_shape).layout
-    distributed.check_alike({"data": source.fingerprint, "held-out data": held_out.fingerprint})
+    distributed.check_alike(
+        {"data": source.fingerprint, "held-out data": held_out.fingerprint}
+        | {"classes": source.classes}
+    )
+    if distributed.many():  # their files may lie on a disk of each host
+        arrays = manifest.digest(manifest.of(parameters.paths(frozen)))
+        distributed.check_alike({"networks that are not trained": arrays})
     run = runs.start(
         workdir,
         settings,
@@ -163,7 +169,8 @@ def main(request: launch.Request) -> None:
             if due(step):
                 with run.rescuing(networks):
                     figures = measure(networks, graph, held_out, log, settings)
-                if figures and step > play and worse(run, play, figures, limits, returns):
+                told = run, play, figures, limits, returns
+                if figures and step > play and distributed.decided(worse, *told):
                     networks, returns = go_back(run, networks, settings, plan, play, mesh)
                     step_of = tokenizer_step.Steps(
                         settings, gan, limits, graphs, discriminator_optimizer, returns

@@ -39,7 +39,7 @@ def lock(workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Iterator[None]:
 
     It lies in none of the `inputs`, which the run reads.
     """
-    with distributed.led(output.workdir(workdir, inputs)):
+    with distributed.led("the work directory", output.workdir(workdir, inputs)):
         yield
 
 
@@ -195,15 +195,17 @@ class Run:
     def wait(self) -> None:
         """Until the last save is committed and sealed; then what need not stay is deleted."""
         self.manager.wait_until_finished()
+        for step in distributed.decided(self._leaving):
+            self._delete(step)
+
+    def _leaving(self) -> list[int]:
+        """The steps that need not stay, by what their records say; all are sealed."""
         steps = sorted(self.manager.all_steps())
-        if jax.process_index() == 0:
-            for step in steps:
-                manifest.seal(self.folder(step))
-        distributed.together("sealed")
+        for step in steps:
+            manifest.seal(self.folder(step))
         keep = self.config.get("keep", {"latest": 1, "best": 1})  # an import may not train
         found, metas = [], {step: self._record(step) for step in steps}
         whole = {step: meta for step, meta in metas.items() if meta is not None}
-        distributed.together("read")  # before any is deleted
         figures = dict(zip(whole, checkpoint.figures(list(whole.values())), strict=True))
         for step in steps:
             if step not in whole:  # what cannot be read is nobody's to delete
@@ -212,11 +214,9 @@ class Run:
                 stated, measured = step in self.stated, whole[step]["measured"]
                 found.append(Saved(step, figures[step], stated, measured))
         if steps and metas[steps[-1]] is None:
-            return
+            return []
         stay = staying(found, latest=keep["latest"], best=keep["best"])
-        for step in steps:
-            if step not in stay:
-                self._delete(step)
+        return [step for step in steps if step not in stay]
 
     def _delete(self, step: int) -> None:
         if storage.is_remote(self.workdir) and jax.process_index() == 0:
@@ -342,7 +342,19 @@ def start(
         "best": best,
         "source": source,
     }
-    return Run(workdir, manager, config, meta, kept, earlier=earlier, accept=accept, fields=fields)
+    run = Run(workdir, manager, config, meta, kept, earlier=earlier, accept=accept, fields=fields)
+    _agree(run)
+    return run
+
+
+def _agree(run: Run) -> None:
+    """All processes know the same steps: which is the last decides where each of them goes on."""
+
+    def steps() -> list[int]:
+        run.manager.reload()
+        return sorted(run.manager.all_steps())
+
+    distributed.alike(f"the steps in {run.workdir / checkpoint.FOLDER}", steps)
 
 
 def resume_or_start(run: Run, states_by_name: dict[str, PyTree]) -> tuple[dict[str, PyTree], str]:
@@ -372,6 +384,8 @@ def resume_or_start(run: Run, states_by_name: dict[str, PyTree]) -> tuple[dict[s
         _room(run, size)
     if run.config.init_from:
         step = checkpoint.find(run.config.init_from)
+        arrays = manifest.digest(checkpoint.read_meta(step)["manifest"])[:16]
+        distributed.check_alike({"init_from": f"step {step.name}, arrays {arrays}"})
         return finetuning.begun_from(step, run.meta, states_by_name)
     return states_by_name, f"started a new run in {run.workdir}"
 
@@ -420,23 +434,24 @@ def go_back(run: Run, step: int) -> None:
     They lie in `WORKDIR/set_aside` from then on. UserError, and all stay, when `step` is not there,
     not whole, or of another run.
     """
+    distributed.first(_set_aside, run, step)
+    _agree(run)
+
+
+def _set_aside(run: Run, step: int) -> None:
     steps = check_whole(run.workdir, step)
     _same_run(checkpoint.read_meta(run.folder(step)), run, run.folder(step))
     aside = run.workdir / ASIDE
-    distributed.together("compared")
-    if jax.process_index() == 0:
-        # the last first: a kill leaves a run
-        for later in reversed([s for s in steps if s > step]):
-            aside.mkdir(exist_ok=True)
-            names = (f"{later}{'' if n == 1 else f'.{n}'}" for n in itertools.count(1))
-            target = next(aside / name for name in names if not (aside / name).exists())
-            if storage.is_remote(target):
-                storage.move(run.folder(later), target, checkpoint.MARKS)
-            else:
-                run.folder(later).rename(target)
-            report.say(f"step {later} is set aside: {target}")
-    distributed.together("set aside")
-    run.manager.reload()
+    # the last first: a kill leaves a run
+    for later in reversed([s for s in steps if s > step]):
+        aside.mkdir(exist_ok=True)
+        names = (f"{later}{'' if n == 1 else f'.{n}'}" for n in itertools.count(1))
+        target = next(aside / name for name in names if not (aside / name).exists())
+        if storage.is_remote(target):
+            storage.move(run.folder(later), target, checkpoint.MARKS)
+        else:
+            run.folder(later).rename(target)
+        report.say(f"step {later} is set aside: {target}")
 
 
 def latest(run: Run) -> int | None:
@@ -445,16 +460,23 @@ def latest(run: Run) -> int | None:
 
 
 def classes(workdir: pathlib.Path, step: int | None = None) -> tuple[str, ...]:
-    """The classes, in their order, of a step or the last that is saved; none where none is."""
+    """The classes, in their order, of a step or the last that is saved; none where none is.
+
+    As process 0 finds them: all give their images the same labels.
+    """
+    return tuple(distributed.decided(_classes, workdir, step))
+
+
+def _classes(workdir: pathlib.Path, step: int | None) -> list[str]:
     folder = workdir / checkpoint.FOLDER
     steps = checkpoint.steps(folder)
     if not steps:
-        return ()
+        return []
     try:
         last = max(steps) if step is None else step
-        return tuple(checkpoint.read_meta(folder / str(last))["classes"])
+        return checkpoint.read_meta(folder / str(last))["classes"]
     except UserError:  # it is told when the step is read to go on from
-        return ()
+        return []
 
 
 def metrics(run: Run, step: int) -> dict[str, float]:
@@ -464,8 +486,11 @@ def metrics(run: Run, step: int) -> dict[str, float]:
 
 
 def is_measured(run: Run, step: int) -> bool:
-    """Whether a step is there, and its figures were noted."""
-    folder = run.folder(step)
+    """Whether a step is there, and its figures were noted; as process 0 finds it."""
+    return distributed.decided(_is_measured, run.folder(step))
+
+
+def _is_measured(folder: pathlib.Path) -> bool:
     return folder.exists() and checkpoint.read_meta(folder)["measured"]
 
 

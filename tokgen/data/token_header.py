@@ -88,6 +88,11 @@ def shards_of_split(split: str, count: int, shard_images: int) -> list[Shard]:
     ]
 
 
+def is_there(path: str | os.PathLike) -> bool:
+    """Whether a folder has token shards, finished or begun."""
+    return any((storage.path(path) / name).exists() for name in (HEADER, PLAN))
+
+
 def recorded_classes(path: str | os.PathLike) -> tuple[str, ...]:
     """The classes, in their order, of a folder of shards, finished or begun; none without one."""
     path = os.fspath(path)

@@ -123,6 +123,10 @@ class Writer:
         found = [(s, self._noted(s)) for s in self.shards() if s.split == split]
         return [(shard, token_header.unreadable(note)) for shard, note in found if note is not None]
 
+    def is_written(self) -> bool:
+        """Whether a note of each shard is there."""
+        return all(self._noted(shard) is not None for shard in self.shards())
+
     def _note(self, shard: token_header.Shard) -> dict | None:
         """What was written of a shard; None where the file doesn't bear it out."""
         note, path = self._noted(shard), self._folder / shard.file
