@@ -5,6 +5,7 @@ python train_tokenizer.py --config configs/tokenizer/shapes.py --workdir runs/to
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import sys
@@ -108,10 +109,8 @@ def main(request: launch.Request) -> None:
 
     start = step = int(jax.device_get(networks["model"].step))
     measured = runs.is_measured(run, start)
-    log, stop = (
-        metrics_log.opened(workdir, step=start, measured=measured, told=migration.metrics),
-        launch.Stop(),
-    )
+    opened = functools.partial(metrics_log.opened, workdir, is_held=run.is_held)
+    log, stop = opened(step=start, measured=measured, told=migration.metrics), launch.Stop()
     meter = safeguards.Meter(layout) if layout else None
     step_of = tokenizer_step.Steps(settings, gan, limits, graphs, discriminator_optimizer, returns)
     passing = functools.partial(
@@ -129,7 +128,8 @@ def main(request: launch.Request) -> None:
 
     if start and due(start) and not measured:  # it was saved, and the run ended while measuring
         run.note(start, measure(networks, graph, held_out, log, settings))
-    with report.bar(steps, initial=start, what="tokenizer") as bar:
+    with report.bar(steps, initial=start, what="tokenizer") as bar, contextlib.ExitStack() as ends:
+        ends.callback(lambda: log.keep())  # whichever is open then, also after an error
         batches = passing(start=start)
         while step < steps:
             stage = stages.at(plan, step)
@@ -183,7 +183,7 @@ def main(request: launch.Request) -> None:
                     collapsed = ""
                     batches.close()
                     log.close()
-                    batches, log = passing(start=step), metrics_log.opened(workdir, step=step)
+                    batches, log = passing(start=step), opened(step=step)
                 elif not collapsed:  # without its figures it pushes out no step to go back to
                     run.note(step, figures)
             if collapsed:

@@ -23,13 +23,13 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
-import train_generator
 from tests import recipes, test_devices, test_recipes
 from tokgen import losses, options, parameters, runtime, sharding
 from tokgen.config import building
 from tokgen.discriminators import feature_heads
 from tokgen.training import (
     gan as gans,
+    generator_step,
     optimizer as optimizers,
     safeguards,
     stages,
@@ -145,7 +145,7 @@ def generator(name):
 
     def make(strategy):
         settings = ml_collections.ConfigDict(dict(seed=0, ema=0.9, strategy=strategy))
-        return train_generator.train_step(settings, graph, plain("generator"))
+        return generator_step.step(settings, graph, plain("generator"))
 
     def batch(numbers):
         shape = (BATCH, layout.length, layout.groups)

@@ -30,6 +30,7 @@ PATIENCE = 20 * 24 * 3600 * 1000  # milliseconds for which processes wait for on
 # longer one: a message has 4 MB at most.
 SHORT, PIECE = 10_000, 500_000
 GRACE = 5  # seconds for which a process that is ended may end by itself
+HEARTBEAT = 20  # seconds without a sign of life after which a process is taken for dead
 _job: Job | None = None
 
 

@@ -24,7 +24,6 @@ from tokgen import coordination, launchers, report, sharding
 from tokgen.errors import SharedError, UserError
 
 T = TypeVar("T")
-HEARTBEAT = 20  # seconds without a sign of life after which a process is taken for dead
 LATE = 60.0  # seconds until every process must see what one wrote
 SHOWN = 100  # characters of a value in a message
 
@@ -69,8 +68,8 @@ def initialize(args: argparse.Namespace) -> None:
             jax.distributed.initialize,
             **({} if missing else known),
             initialization_timeout=args.wait,
-            heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=HEARTBEAT,
+            heartbeat_timeout_seconds=coordination.HEARTBEAT,
+            shutdown_timeout_seconds=coordination.HEARTBEAT,
         )
     except RuntimeError as error:
         raise UserError(f"this process cannot join its job: {error}") from error

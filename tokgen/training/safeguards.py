@@ -11,7 +11,7 @@ from typing import Annotated
 import jax
 import numpy as np
 
-from tokgen import distributed, ranges, records, sharding
+from tokgen import distributed, ranges, records, sharding, storage
 from tokgen.interfaces import TokenLayout
 from tokgen.metrics import codebook
 
@@ -147,8 +147,9 @@ def settle(workdir: pathlib.Path) -> None:
 
 def _noted(workdir: pathlib.Path) -> dict:
     file = workdir / RETURNS
-    if not file.exists():
-        return {"returns": 0, "settled": True}
+    with storage.reached(workdir):
+        if not file.exists():
+            return {"returns": 0, "settled": True}
     remedy = (
         'write {"returns": N, "settled": true} with the number of times that the run said "back at '
         'step", or remove it to begin to count anew'
