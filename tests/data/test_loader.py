@@ -294,7 +294,7 @@ def shards(tmp_path):
 def test_token_shards_are_streamed_with_one_of_their_views(shards):
     whole = take(20, shards, seed=0, batch_size=10)
     first = np.stack([batch["tokens"] for batch in whole])
-    assert first.shape == (20, 10, 3, 2) and first.dtype == np.int32
+    assert first.shape == (20, 10, 3, 2) and first.dtype == np.uint8
     images_seen = np.sort(first[:, :, 0, 0] % 50, axis=1)
     np.testing.assert_array_equal(images_seen, np.tile(np.arange(10), (20, 1)))
     assert 70 < (first[:, :, 0, 0] >= 50).sum() < 130

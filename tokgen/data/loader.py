@@ -149,9 +149,9 @@ def batches(
     """Endless shuffled batches from step `start` on.
 
     {"image": uint8 [b, rows, columns, channels], "label": int32 [b]} of an image source seen
-    through `view`, or through its own; {"tokens": int32 [b, L, G], "label": int32 [b]} of
-    token shards, one of the stored views per element. {"text": float32 [b, T, E]} where a source
-    has text, and {"mask": bool [b, T]} where that has a mask.
+    through `view`, or through its own; {"tokens": [b, L, G], "label": int32 [b]} of token
+    shards, one of the stored views per element, in the source's type of integer. {"text": float32
+    [b, T, E]} where a source has text, and {"mask": bool [b, T]} where that has a mask.
 
     Args:
       batch_size: B, of all processes together.
@@ -349,14 +349,10 @@ def _load_tokens(
         places.append((int(index), rngs[row]))
     if not places:
         return {}, broken
-    records = source.__getitems__([index for index, _ in places])
-    view_B = [
-        0 if rng is None else int(rng.integers(len(record["tokens"])))
-        for record, (_, rng) in zip(records, places, strict=True)
-    ]
-    tokens_BLG = np.stack(
-        [record["tokens"][view] for record, view in zip(records, view_B, strict=True)]
-    )
+    count = max(1, len(source.views))
+    view_B = [0 if rng is None else int(rng.integers(count)) for _, rng in places]
+    records = source.one_view([index for index, _ in places], view_B)
+    tokens_BLG = np.stack([record["tokens"] for record in records])
     return {"tokens": tokens_BLG, **_told(records, places, neighbours)}, broken
 
 

@@ -20,7 +20,7 @@ from flax import nnx
 
 from tokgen import parameters, rng, sharding
 from tokgen.config import building
-from tokgen.data import datasets
+from tokgen.data import datasets, token_header
 from tokgen.interfaces import PyTree, Text, TokenLayout, UserError
 from tokgen.sampling import decode, presets, sampler as samplers
 from tokgen.training import (
@@ -154,8 +154,11 @@ def _tokens(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of the stream, as shapes."""
     B = settings.batch_size
+    # tokens that are made as they come are int32, as encoders give them
+    of_shards = bool(settings.data.get("tokens", ""))
+    dtype = token_header.loaded_integer(layout.vocab) if of_shards else jnp.int32
     batch = {
-        "tokens": jax.ShapeDtypeStruct((B, layout.length, layout.groups), jnp.int32),
+        "tokens": jax.ShapeDtypeStruct((B, layout.length, layout.groups), dtype),
         "label": jax.ShapeDtypeStruct((B,), jnp.int32),
     }
     if shapes.cond == "text":

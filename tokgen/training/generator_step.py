@@ -12,7 +12,6 @@ from flax import nnx
 
 from tokgen import rng
 from tokgen.data import datasets
-from tokgen.interfaces import TokenBatch
 from tokgen.training import optimizer as optimizers, train_state
 
 
@@ -25,7 +24,7 @@ def step(
     @functools.partial(jax.jit, donate_argnums=0)
     def moved(network: train_state.TrainState, batch: Mapping[str, jax.Array], codec: nnx.Module):
         key = rng.key(settings.seed, "train", network.step)
-        batch = TokenBatch(batch["tokens"], datasets.condition(batch))
+        batch = datasets.token_batch(batch)
 
         def loss(params):
             generator = train_state.learner(graph, network, params)
