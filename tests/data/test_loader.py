@@ -340,7 +340,7 @@ def test_processes_agree_on_what_cannot_be_read(monkeypatch):
     broken = range(6)
     told, rows = [], np.arange(8).reshape(2, 4)
     monkeypatch.setattr(distributed, "many", lambda: True)
-    monkeypatch.setattr(distributed, "gathered", lambda text: told.append(text) or [text])
+    monkeypatch.setattr(distributed, "gathered", lambda what, text: told.append(text) or [text])
     # 3 of 10,000 may be; each begins with what the other has met
     keywords = dict(seed=1, batch_size=8, max_bad=3e-4)
     sources_ = [Numbered(12, broken=broken) for _ in rows]
@@ -359,7 +359,7 @@ def test_processes_agree_on_what_cannot_be_read(monkeypatch):
         with pytest.raises(SharedError, match=r"of 8 images cannot be read.* or 3, may be"):
             part.agree()
     assert set(parts[0].broken) == set(parts[1].broken) and len(parts[0].broken) > 3
-    monkeypatch.setattr(distributed, "gathered", lambda text: told.append(text) or [text])
+    monkeypatch.setattr(distributed, "gathered", lambda what, text: told.append(text) or [text])
     with pytest.raises(SharedError):
         parts[0].agree()
     assert told[-1] == "[]"  # nothing is told twice

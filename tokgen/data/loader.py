@@ -405,13 +405,14 @@ def _readable(
 ) -> tuple[dict | None, list]:
     """(record at `index`, or the next one in the order that can be read; what could not be).
 
-    Its image as pixels. None where it cannot be read and there are no neighbours.
+    Its image decoded. None where it cannot be read and there are no neighbours.
     """
     failures = []
     following = itertools.islice(neighbours(row), _PATIENCE) if neighbours else ()
     for place in itertools.chain((index,), following):
         try:
-            return sources.read(source, int(place), view.channels, view.decoder), failures
+            record = sources.record(source, int(place))
+            return sources.pictured(record, view.channels, view.decoder), failures
         except pixels.BrokenImage as error:
             failures.append((int(place), str(error)))
     if neighbours:
@@ -429,13 +430,14 @@ def _hopeless(source: sources.RandomAccess, failures: list, count: int) -> inter
     )
 
 
-def _checked(image_HWC: np.ndarray, view: views.View) -> np.ndarray:
-    if image_HWC.shape[2] != view.channels:
+def _checked(image: views.Picture, view: views.View) -> views.Picture:
+    channels = image.shape[2] if isinstance(image, np.ndarray) else view.channels
+    if channels != view.channels:
         raise interfaces.UserError(
-            f"the source draws {image_HWC.shape[2]} channels and the view has {view.channels}; "
-            "set both to the same"
+            f"the source draws {channels} channels and the view has {view.channels}; set both to "
+            "the same"
         )
-    return image_HWC
+    return image
 
 
 def _told(

@@ -185,6 +185,13 @@ def decoded(found: dict, channels: int, decoder: str = "pil") -> dict:
     return {**found, "image": pixels.decode(found["image"], channels, decoder=decoder)}
 
 
+def pictured(found: dict, channels: int, decoder: str = "pil") -> dict:
+    """As `decoded`, with an image of PIL's, which views take too, in the place of the bytes."""
+    if not isinstance(found["image"], bytes):
+        return found
+    return {**found, "image": pixels.picture(found["image"], channels, decoder=decoder)}
+
+
 def header(source: RandomAccess, index: int) -> tuple[str, tuple[int, int]]:
     """(format, (rows, columns)) as the header of an image says; or BrokenImage, why it does not.
 
