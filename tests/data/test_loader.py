@@ -353,7 +353,7 @@ def test_processes_agree_on_what_cannot_be_read(monkeypatch):
         assert part.seen == 8 and 0 < part.bad <= 3  # of all processes
         assert part.agree() == part.bad
     both = told.copy()
-    monkeypatch.setattr(distributed, "gathered", lambda text: both)
+    monkeypatch.setattr(distributed, "gathered", lambda what, text: both)
     parts[1]._told = parts[0]._told = 0
     for part in parts:
         with pytest.raises(SharedError, match=r"of 8 images cannot be read.* or 3, may be"):
