@@ -19,6 +19,7 @@ from tokgen import choices, coordination, options, runtime
 
 # Name of the file in tokgen/commands -> its line in the help, which is shown without importing it.
 COMMANDS = {
+    "plan": "say what a training run needs before it runs: memory, time, mesh, cost",
     "demo": "train a tokenizer and a generator on procedural shapes; write a page to look at",
     "data": "show what is understood of a set of images, and which cannot be read",
     "pretokenize": "turn images into token shards with a trained tokenizer",

@@ -1,0 +1,154 @@
+"""What a training step needs, reckoned from shapes: no compiler is asked.
+
+Bytes of what is kept between steps are exact, but for what a device's layout fills up. Operations
+are those of the products and convolutions of the step as it is written. What devices exchange
+follows from the table of parameters (`sharding.TABLE`):
+
+- a parameter over `fsdp` is gathered in every pass that reads it, and its gradient is scattered;
+- gradients are summed over `data`, and those of whole parameters over all devices;
+- over `tensor`, what a block's two branches give is summed, in every pass.
+
+A pass reads the weights once: one forward, one backward for what is before the layer; with remat
+one more, which computes the block again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+
+from tokgen import chips, flops, parameters, sharding
+from tokgen.interfaces import PyTree
+from tokgen.planning import steps
+from tokgen.training import train_state
+
+AXES = sharding.AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Of one device and one step; bytes and operations.
+
+    Args:
+        kept: bytes by component, of what lies there between steps and of a batch.
+        operations: of the products.
+        exchanged: bytes received, by what for.
+    """
+
+    kept: Mapping[str, float]
+    operations: float
+    exchanged: Mapping[str, float]
+
+    @property
+    def arguments(self) -> float:
+        """Bytes of a step's arguments."""
+        return sum(self.kept.values())
+
+    def seconds(self, chip: chips.Chip) -> dict[str, float]:
+        """The least time of each of what a step waits for, at a chip's published rates."""
+        return {
+            "products": self.operations / chip.flops,
+            "memory": 3 * self.arguments / chip.bandwidth,  # read, written; gradients
+            "links": sum(self.exchanged.values()) / chip.link if chip.link else 0.0,
+        }
+
+
+def of(
+    step: steps.Step,
+    mesh: jax.sharding.AbstractMesh,
+    strategy: str,
+    *,
+    operations: float,
+    itemsize: int,
+    passes: int,
+    width: int,
+    layers: int,
+    positions: int,
+) -> Estimate:
+    """The estimate of a step over a mesh.
+
+    Args:
+        operations: of the step on one device (`count`).
+        itemsize: bytes in which weights are gathered and gradients exchanged.
+        passes: in which the weights of a layer are read.
+        width, layers, positions: D, Y and L, of what `tensor` sums.
+    """
+    state, batch, frozen = step.over(mesh, strategy)
+    return Estimate(
+        kept=kept(state, batch, frozen),
+        operations=operations / mesh.size,
+        exchanged=exchanged(
+            state,
+            mesh,
+            itemsize=itemsize,
+            passes=passes,
+            summed=step.images * positions * width * layers / sharding.ways(mesh),
+        ),
+    )
+
+
+def count(step: steps.Step) -> float:
+    """Operations of a step for all of its images."""
+    return flops.of(step.compiled("data"), step.state, step.batch, step.frozen)
+
+
+def kept(state: PyTree, batch: PyTree, frozen: PyTree) -> dict[str, float]:
+    """Bytes of one device by component."""
+    networks = state if isinstance(state, Mapping) else {"": state}
+    parts: dict[str, float] = {}
+    for name, network in networks.items():
+        if not isinstance(network, train_state.TrainState):
+            parts[name] = size(network)
+            continue
+        for what, tree in (
+            ("parameters", network.params),
+            ("statistics", network.stats),
+            ("moments", network.opt_state),
+            ("average", network.ema),
+        ):
+            if found := size(tree):
+                of = f"{name} " if name == "discriminator" else ""
+                parts[of + what] = found
+        parts["counters"] = parts.get("counters", 0) + size(
+            (network.step, network.skipped, network.skips)
+        )
+    parts |= {"quantizer and frozen networks": size(frozen)} if size(frozen) else {}
+    return parts | {"a batch": size(batch)}
+
+
+def size(tree: PyTree) -> float:
+    """Bytes of one device's part of what lies over a mesh."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def exchanged(
+    state: PyTree, mesh: jax.sharding.AbstractMesh, *, itemsize: int, passes: int, summed: float
+) -> dict[str, float]:
+    """Bytes that a device receives in a step, by what for; ways of a ring, the fewest there are.
+
+    `summed` are the values of a device of what the blocks' branches give, for all layers.
+    """
+    found = dict.fromkeys(("gathered", "scattered", "summed over data", "summed over tensor"), 0.0)
+    fsdp, tensor, data = (mesh.shape[axis] for axis in ("fsdp", "tensor", "data"))
+    networks = jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, train_state.TrainState))
+    for network in (n for n in networks if isinstance(n, train_state.TrainState)):
+        for leaf in parameters.paths(network.params).values():
+            axes = [axis for axis in leaf.sharding.spec if axis]
+            part = math.prod(leaf.sharding.shard_shape(leaf.shape)) * itemsize
+            if "fsdp" in axes:
+                found["gathered"] += passes * part * (fsdp - 1)
+                found["scattered"] += part * (fsdp - 1)
+                ways = data
+            else:
+                ways = data * fsdp
+            found["summed over data"] += 2 * part * (ways - 1) / ways
+    if tensor > 1:
+        # two branches a block, as often as the block is computed, and once backward
+        found["summed over tensor"] = 2 * passes * 2 * summed * itemsize * (tensor - 1) / tensor
+    return {what: amount for what, amount in found.items() if amount}
