@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from tokgen import options, report, runtime
+from tokgen import options, report
 from tokgen.errors import UserError
 
 
@@ -41,11 +41,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the plan."""
+    import jax
+
     from tokgen.planning import devices as planned, plan, recipes
 
+    jax.config.update("jax_platforms", "cpu")  # it computes nothing, and leaves a device alone
     devices = planned.read(args.devices)
     sizes = options.sizes(args.mesh) if args.mesh else None
-    runtime.devices()
     recipe = recipes.read(args.config, args.set, tokenizer=args.tokenizer, classes=args.classes)
     if args.price is not None and args.price < 0:
         raise UserError(f"--price is that of a device for an hour; found {args.price}")

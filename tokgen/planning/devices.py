@@ -17,6 +17,12 @@ from tokgen.interfaces import UserError
 
 FORMS = "cpu:8, h200:1, h100:8x8 (hosts x devices), v5e:16x16, v6e:16x16, v5p:4x4x4"
 TPUS = ("v4", "v5e", "v5p", "v6e")
+# Without these libtpu asks a cloud where it is, and says on stderr that there is none
+ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +93,8 @@ def described(devices: Devices) -> Sequence[jax.Device]:
             'one; install it with pip install "tokgen[tpu]", or give --estimate for what is known '
             "without compiling"
         )
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks a cloud that is not there
+    for name, value in ALONE.items():
+        os.environ.setdefault(name, value)
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=devices.name)
     except Exception as error:  # libtpu's own, of several kinds

@@ -8,6 +8,8 @@ follows from the table of parameters (`sharding.TABLE`):
 - gradients are summed over `data`, and those of whole parameters over all devices;
 - over `tensor`, what a block's two branches give is summed, in every pass.
 
+What Muon exchanges of its layers is not reckoned.
+
 A pass reads the weights once: one forward, one backward for what is before the layer; with remat
 one more, which computes the block again.
 """
@@ -20,9 +22,9 @@ from collections.abc import Mapping
 
 import jax
 
-from tokgen import chips, flops, parameters, sharding
+from tokgen import flops, parameters, sharding
 from tokgen.interfaces import PyTree
-from tokgen.planning import steps
+from tokgen.planning import steps, temporaries
 from tokgen.training import train_state
 
 AXES = sharding.AXES
@@ -34,11 +36,15 @@ class Estimate:
 
     Args:
         kept: bytes by component, of what lies there between steps and of a batch.
-        operations: of the products.
+        temporaries: bytes that a step computes with (`temporaries.most`).
+        work: operations of the products, but for what is computed a second time.
+        operations: all of them.
         exchanged: bytes received, by what for.
     """
 
     kept: Mapping[str, float]
+    temporaries: float
+    work: float
     operations: float
     exchanged: Mapping[str, float]
 
@@ -47,45 +53,40 @@ class Estimate:
         """Bytes of a step's arguments."""
         return sum(self.kept.values())
 
-    def seconds(self, chip: chips.Chip) -> dict[str, float]:
-        """The least time of each of what a step waits for, at a chip's published rates."""
-        return {
-            "products": self.operations / chip.flops,
-            "memory": 3 * self.arguments / chip.bandwidth,  # read, written; gradients
-            "links": sum(self.exchanged.values()) / chip.link if chip.link else 0.0,
-        }
+    @property
+    def peak(self) -> float:
+        """Bytes that must be there at once."""
+        return self.arguments + self.temporaries
 
 
 def of(
     step: steps.Step,
+    network: steps.Network,
     mesh: jax.sharding.AbstractMesh,
     strategy: str,
     *,
+    work: float,
     operations: float,
-    itemsize: int,
-    passes: int,
-    width: int,
-    layers: int,
-    positions: int,
 ) -> Estimate:
     """The estimate of a step over a mesh.
 
     Args:
-        operations: of the step on one device (`count`).
-        itemsize: bytes in which weights are gathered and gradients exchanged.
-        passes: in which the weights of a layer are read.
-        width, layers, positions: D, Y and L, of what `tensor` sums.
+        work, operations: of all devices together.
     """
     state, batch, frozen = step.over(mesh, strategy)
+    ways = sharding.ways(mesh)
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     return Estimate(
         kept=kept(state, batch, frozen),
+        temporaries=temporaries.of(step, step.images // ways, part=size(state) / whole),
+        work=work / mesh.size,
         operations=operations / mesh.size,
         exchanged=exchanged(
             state,
             mesh,
-            itemsize=itemsize,
-            passes=passes,
-            summed=step.images * positions * width * layers / sharding.ways(mesh),
+            itemsize=network.itemsize,
+            passes=network.passes,
+            summed=step.images * network.positions * network.width * network.layers / ways,
         ),
     )
 

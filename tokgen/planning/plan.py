@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
@@ -31,9 +32,27 @@ class Choice:
     strategy: str
     estimate: estimates.Estimate
 
+    def parts(self, devices: planned.Devices) -> dict[str, float]:
+        """The least seconds of each of what a step waits for, at a chip's published rates.
+
+        GPUs of a host reach each other faster than those of others: what an axis that stays within
+        a host exchanges goes over its links, the rest over the network.
+        """
+        found, chip = self.estimate, devices.chip
+        inner, host = self.sizes[1] * self.sizes[2], chip.host or devices.count
+        far = {"summed over data"} if inner <= host else set(found.exchanged)
+        far = far if devices.count > host else set()
+        rates = {what: chip.network if what in far else chip.link for what in found.exchanged}
+        return {
+            "products": found.operations / chip.flops,
+            # the state is read and written, and what is computed with
+            "memory": 2 * found.peak / chip.bandwidth,
+            "links": sum(n / rates[what] for what, n in found.exchanged.items()),
+        }
+
     def seconds(self, devices: planned.Devices) -> tuple[float, float]:
         """A step's least time: where all that waits is hidden, and where nothing of it is."""
-        parts = self.estimate.seconds(devices.chip)
+        parts = self.parts(devices)
         return max(parts.values()), parts["products"] + parts["links"]
 
 
@@ -59,55 +78,48 @@ def candidates(count: int, images: int) -> list[tuple[int, int, int]]:
     return found
 
 
-def reckoned(
-    step: steps.Step, network: steps.Network, sizes: Sequence[int], operations: float
-) -> Choice:
+def reckoned(recipe: recipes.Recipe, sizes: Sequence[int]) -> Choice:
     """A mesh with its estimate; UserError where a parameter or the batch does not fit it."""
     mesh, strategy = mesh_of(sizes), strategy_of(sizes)
-    sharding.check_batch(step.images, mesh)
+    sharding.check_batch(recipe.step.images, mesh)
     found = estimates.of(
-        *(step, mesh, strategy), operations=operations, **dataclasses.asdict(network)
+        *(recipe.step, recipe.network, mesh, strategy),
+        work=recipe.work,
+        operations=recipe.operations,
     )
     return Choice(tuple(sizes), strategy, found)
 
 
-def proposed(
-    step: steps.Step, network: steps.Network, devices: planned.Devices, operations: float
-) -> Choice:
-    """The mesh with the shortest step of those whose arguments leave room; UserError if none is.
+def proposed(recipe: recipes.Recipe, devices: planned.Devices) -> Choice:
+    """The mesh with the shortest step of those that have room; UserError if none has.
 
-    Of those as quick, the one that splits the networks least.
+    Of those as quick, the one that splits the networks least. `tensor` is tried where nothing else
+    has room: it splits layers, and its sums wait for each other.
     """
     choices, refusals = [], []
-    for sizes in candidates(devices.count, step.images):
-        try:
-            choices.append(reckoned(step, network, sizes, operations))
-        except UserError as error:
-            refusals.append(str(error))
+    for wide in (False, True):
+        for sizes in candidates(devices.count, recipe.step.images):
+            if (sizes[2] > 1) == wide:
+                try:
+                    choices.append(reckoned(recipe, sizes))
+                except UserError as error:
+                    refusals.append(str(error))
+        if devices.chip is None and choices:
+            return choices[0]
+        room = ROOM * devices.chip.memory if devices.chip else 0.0
+        if fitting := [c for c in choices if c.estimate.peak <= room]:
+            return min(fitting, key=lambda c: (round(c.seconds(devices)[1], 4), c.sizes[1:]))
     if not choices:
-        told = (
-            refusals[0]
-            if refusals
-            else (
-                f"a batch of {step.images} images does not lie evenly over {devices.count} devices"
-            )
-        )
-        raise UserError(f"no mesh of {devices.name} serves: {told}")
-    if devices.chip is None:
-        return choices[0]
-    # what a step computes with takes about as much as it is given
-    fitting = [c for c in choices if 2 * c.estimate.arguments <= ROOM * devices.chip.memory]
-    if not fitting:
-        least = min(choices, key=lambda c: c.estimate.arguments)
+        told_of = refusals[0] if refusals else "the batch does not lie evenly over them"
         raise UserError(
-            f"no mesh of {devices.name} has room: on {told(least.sizes)} a device holds "
-            f"{least.estimate.arguments / GIB:.2f} GiB between steps and needs about as much for a "
-            f"step, of {devices.chip.memory / GIB:.1f} GiB; remedies, in this order: more devices, "
-            "a smaller config.batch_size with gradient accumulation, a smaller network"
+            f"no mesh of {devices.name} serves {recipe.step.images} images a step: {told_of}"
         )
-    return min(
-        fitting,
-        key=lambda c: (round(c.seconds(devices)[1], 4), c.sizes[1] * c.sizes[2], c.sizes[2]),
+    least = min(choices, key=lambda c: c.estimate.peak).estimate
+    raise UserError(
+        f"no mesh of {devices.name} has room: at least {report.amount(least.arguments)} lie on a "
+        f"device between steps, and {report.amount(least.temporaries)} in one, of "
+        f"{report.amount(devices.chip.memory)}; remedies, in this order: more devices, a smaller "
+        "config.batch_size, generator.remat='full', a smaller network"
     )
 
 
@@ -124,40 +136,46 @@ def compiled(step: steps.Step, choice: Choice, devices: planned.Devices):
         return lowered.compile()
 
 
-def lines_of_estimate(step: steps.Step, choice: Choice, devices: planned.Devices) -> list[str]:
+def lines_of_estimate(
+    recipe: recipes.Recipe, choice: Choice, devices: planned.Devices
+) -> Iterator[str]:
     """What is known without a compiler, in words."""
-    found, chip = choice.estimate, devices.chip
-    lines = [
-        f"mesh: {told(choice.sizes)}; strategy {choice.strategy}; {step.images} images a step, "
-        f"{step.images / devices.count:g} a device",
-        "bytes of a device, exact: "
-        + ", ".join(f"{name} {report.amount(size)}" for name, size in found.kept.items())
-        + f"; arguments of a step {report.amount(found.arguments)} ({found.arguments:,.0f} bytes)",
-        f"operations: {found.operations * devices.count / step.images / 1e9:,.1f} GFLOP an image, "
-        f"{found.operations / 1e12:,.2f} TFLOP a step and device",
-        "received by a device in a step: "
-        + (", ".join(f"{k} {report.amount(v)}" for k, v in found.exchanged.items()) or "nothing"),
-    ]
-    if chip is None:
-        return [*lines, "a CPU has no published rates: no times are said of it"]
-    parts = found.seconds(chip)
-    hidden, shown = choice.seconds(devices)
-    lines.append(
-        "least time of a step: "
-        + ", ".join(f"{name} {1000 * each:,.1f} ms" for name, each in parts.items())
-        + f"; {1000 * hidden:,.1f} ms where all are hidden behind each other, {1000 * shown:,.1f} "
-        "ms where links are not"
+    found, chip, images = choice.estimate, devices.chip, recipe.step.images
+    amounts = ", ".join(f"{name} {report.amount(n)}" for name, n in found.kept.items())
+    yield (
+        f"mesh: {told(choice.sizes)}; strategy {choice.strategy}; {images} images a step, "
+        f"{images / devices.count:g} a device"
     )
-    lines.append(
-        f"MFU at most {parts['products'] / hidden:.0%}, {parts['products'] / shown:.0%} where links "
-        "are not hidden"
+    yield f"a device keeps: {amounts}; arguments of a step {found.arguments:,.0f} bytes"
+    yield (
+        f"a step computes with about {report.amount(found.temporaries)} more: in all "
+        f"{report.amount(found.peak)}" + (f" of {report.amount(chip.memory)}" if chip else "")
+    )
+    again = found.operations / found.work - 1
+    yield (
+        f"operations: {recipe.work / images / 1e9:,.1f} GFLOP an image, "
+        f"{found.operations / 1e12:,.2f} TFLOP a step and device"
+        + (f", {again:.0%} computed again" if again else "")
+    )
+    received = ", ".join(f"{what} {report.amount(n)}" for what, n in found.exchanged.items())
+    yield f"a device receives in a step: {received or 'nothing'}"
+    if chip is None:
+        yield "a CPU has no published rates: no times are said of it"
+        return
+    parts = choice.parts(devices)
+    hidden, shown = choice.seconds(devices)
+    useful = found.work / chip.flops
+    times = ", ".join(f"{name} {1000 * each:,.1f} ms" for name, each in parts.items())
+    yield (
+        f"a step takes at least: {times}; {1000 * hidden:,.1f} ms where links are hidden behind "
+        f"products, {1000 * shown:,.1f} ms where they are not; MFU at most {useful / hidden:.0%} "
+        f"and {useful / shown:.0%}"
     )
     if parts["links"] > parts["products"]:
-        lines.append(
-            f"warning: links bound the step: {step.images / devices.count:g} images a device are "
-            "too few for this network; a larger config.batch_size, or fewer devices"
+        yield (
+            f"warning: links bound the step: {images / devices.count:g} images a device are few "
+            "for this network; take a larger config.batch_size, or fewer devices"
         )
-    return lines
 
 
 def lines_of_run(
@@ -175,25 +193,25 @@ def lines_of_run(
     return [words]
 
 
-def lines_of_program(made, devices: planned.Devices) -> list[str]:
+def lines_of_program(made, devices: planned.Devices) -> Iterator[str]:
     """What the compiler says of the step that it made."""
-    memory = made.memory_analysis()
-    kept = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak, room = sum(kept) + fresh, devices.chip.memory
-    by_kind: dict[str, float] = {}
+    memory, room = made.memory_analysis(), devices.chip.memory
+    parts = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "results beside them": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    }
+    peak = sum(parts.values())
+    amounts = ", ".join(f"{name} {report.amount(size)}" for name, size in parts.items())
+    yield (
+        f"memory per chip: {report.amount(peak)} of {report.amount(room)} ({amounts})"
+        + (", fits" if peak <= room else ": it does not fit")
+    )
+    by_kind = collections.Counter()
     for each in program.Program(made.as_text()).collectives():
-        by_kind[each.kind] = by_kind.get(each.kind, 0.0) + each.total
-    return [
-        f"memory per chip: arguments {report.amount(kept[0])}, temporaries {report.amount(kept[1])}, outputs that "
-        f"are not arguments {report.amount(fresh)}; in all {report.amount(peak)} of {report.amount(room)}"
-        + (", fits" if peak <= room else ": it does not fit"),
-        "received by a device in a step, in the compiled program: "
-        + (
-            ", ".join(f"{kind} {report.amount(size)}" for kind, size in by_kind.items())
-            or "nothing"
-        ),
-    ]
+        by_kind[each.kind] += each.total
+    received = ", ".join(f"{kind} {report.amount(size)}" for kind, size in by_kind.items())
+    yield f"a chip receives in a step, as compiled: {received or 'nothing'}"
 
 
 def lines(
@@ -211,15 +229,11 @@ def lines(
         price: of a device for an hour, in any money.
         compile: for a TPU's topology, ask its compiler, too.
     """
-    step, network = recipe.step, recipe.network
-    operations = estimates.count(step)
-    if sizes is None:
-        choice = proposed(step, network, devices, operations)
-    else:
-        choice = reckoned(step, network, sizes, operations)
+    step = recipe.step
+    choice = proposed(recipe, devices) if sizes is None else reckoned(recipe, sizes)
     state, _, _ = step.over(mesh_of(choice.sizes), choice.strategy)
     yield report.table(parameters.paths(steps.parameters_of(state)))
-    yield from lines_of_estimate(step, choice, devices)
+    yield from lines_of_estimate(recipe, choice, devices)
     yield from lines_of_run(choice, devices, recipe.settings.steps, price)
     if compile and devices.tpu:
         yield from lines_of_program(compiled(step, choice, devices), devices)

@@ -1,8 +1,9 @@
-"""The recipe that is planned: its step, from its own config and that of the tokens it is made for."""
+"""The recipe that is planned: its step, by its config and that of the tokens it is made for."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import ml_collections
@@ -11,7 +12,7 @@ from flax import nnx
 from tokgen import rng
 from tokgen.config import building, reading
 from tokgen.interfaces import TokenLayout, UserError
-from tokgen.planning import steps
+from tokgen.planning import estimate, steps
 from tokgen.training import fields
 
 
@@ -22,6 +23,17 @@ class Recipe:
     settings: ml_collections.ConfigDict
     step: steps.Step
     network: steps.Network
+    plain: steps.Step  # which computes nothing a second time
+
+    @functools.cached_property
+    def work(self) -> float:
+        """Operations of a step for all images, what is computed a second time left out."""
+        return estimate.count(self.plain)
+
+    @functools.cached_property
+    def operations(self) -> float:
+        """Operations of a step for all images."""
+        return self.work if self.plain is self.step else estimate.count(self.step)
 
 
 def read(
@@ -42,7 +54,13 @@ def read(
         raise UserError(f"{reference} trains a tokenizer: plans are of generators so far")
     layout, codec = tokens(settings, reference, tokenizer)
     count = settings.get("made_for", {}).get("classes", 0) if classes is None else classes
-    return Recipe(settings, *steps.generator(settings, layout, count, codec))
+    step, network = steps.generator(settings, layout, count, codec)
+    plain = step
+    if settings.generator.get("remat", "none") != "none":
+        kept = ml_collections.ConfigDict(settings)
+        kept.generator.remat = "none"
+        plain, _ = steps.generator(kept, layout, count, codec)
+    return Recipe(settings, step, network, plain)
 
 
 def tokens(

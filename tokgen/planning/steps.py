@@ -19,7 +19,7 @@ from tokgen.interfaces import PyTree, TokenLayout
 from tokgen.training import dry_run, fields, generator_step, optimizer as optimizers, train_state
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Step:
     """One step of training.
 
@@ -39,6 +39,16 @@ class Step:
     def images(self) -> int:
         """How many a step takes."""
         return next(iter(self.batch.values())).shape[0]
+
+    def of(self, images: int) -> Step:
+        """The same step for another number of images."""
+        return dataclasses.replace(
+            self,
+            batch={
+                name: jax.ShapeDtypeStruct((images, *leaf.shape[1:]), leaf.dtype)
+                for name, leaf in self.batch.items()
+            },
+        )
 
     def over(self, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, strategy: str) -> tuple:
         """(state, batch, frozen) as they lie over a mesh."""
