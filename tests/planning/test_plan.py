@@ -53,12 +53,15 @@ def test_more_gpus_than_a_host_has_are_several_hosts():
         devices.read("h100:16")
 
 
-@pytest.mark.parametrize("reference", sorted(known.GENERATORS))
-def test_every_recipe_says_what_tokens_it_is_made_for(reference):
-    layout, classes, _ = known.GENERATORS[reference]
-    settings = known.load(reference)
-    assert recipes.tokens(settings, reference)[0] == layout
-    assert settings.made_for.classes == classes
+def test_every_recipe_says_what_tokens_it_is_made_for():
+    built = {}
+    for reference, (layout, classes, _) in known.GENERATORS.items():
+        settings = known.load(reference)
+        made_for = settings.made_for.to_json()
+        if made_for not in built:
+            built[made_for] = recipes.tokens(settings, reference)[0]
+        assert built[made_for] == layout, reference
+        assert settings.made_for.classes == classes
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
