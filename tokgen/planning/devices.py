@@ -14,6 +14,7 @@ from jax.experimental import topologies
 
 from tokgen import chips
 from tokgen.interfaces import UserError
+from tokgen.planning import tiles
 
 FORMS = "cpu:8, h200:1, h100:8x8 (hosts x devices), v5e:16x16, v6e:16x16, v5p:4x4x4"
 TPUS = ("v4", "v5e", "v5p", "v6e")
@@ -53,6 +54,11 @@ class Devices:
     def tpu(self) -> bool:
         """Whether a compiler for them needs none of them."""
         return self.kind in TPUS
+
+    @property
+    def lies(self) -> tiles.Lies:
+        """How many bytes an array takes on one."""
+        return tiles.tiled if self.tpu else tiles.plain
 
     def called(self) -> str:
         """In words: `v5e:16x16, 256 chips of 197 TFLOP/s, 819 GB/s, 16 GB`."""

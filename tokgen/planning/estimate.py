@@ -24,7 +24,7 @@ import jax
 
 from tokgen import flops, parameters, sharding
 from tokgen.interfaces import PyTree
-from tokgen.planning import steps, temporaries
+from tokgen.planning import steps, temporaries, tiles
 from tokgen.training import train_state
 
 AXES = sharding.AXES
@@ -67,18 +67,19 @@ def of(
     *,
     work: float,
     operations: float,
+    lies: tiles.Lies = tiles.plain,
 ) -> Estimate:
     """The estimate of a step over a mesh.
 
     Args:
         work, operations: of all devices together.
+        lies: bytes of an array on a device.
     """
     state, batch, frozen = step.over(mesh, strategy)
     ways = sharding.ways(mesh)
-    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     return Estimate(
-        kept=kept(state, batch, frozen),
-        temporaries=temporaries.of(step, step.images // ways, part=size(state) / whole),
+        kept=kept(*step.read((state, batch, frozen)), lies),
+        temporaries=temporaries.of(step, step.images // ways, part=part(state, lies), lies=lies),
         work=work / mesh.size,
         operations=operations / mesh.size,
         exchanged=exchanged(
@@ -96,13 +97,19 @@ def count(step: steps.Step) -> float:
     return flops.of(step.compiled("data"), step.state, step.batch, step.frozen)
 
 
-def kept(state: PyTree, batch: PyTree, frozen: PyTree) -> dict[str, float]:
+def part(state: PyTree, lies: tiles.Lies) -> float:
+    """What a device has of the parameters, as a share of what one alone would have."""
+    leaves = jax.tree.leaves(steps.parameters_of(state))
+    return size(leaves, lies) / sum(lies(tuple(leaf.shape), leaf.dtype) for leaf in leaves)
+
+
+def kept(state: PyTree, batch: PyTree, frozen: PyTree, lies: tiles.Lies) -> dict[str, float]:
     """Bytes of one device by component."""
     networks = state if isinstance(state, Mapping) else {"": state}
     parts: dict[str, float] = {}
     for name, network in networks.items():
         if not isinstance(network, train_state.TrainState):
-            parts[name] = size(network)
+            parts[name] = size(network, lies)
             continue
         for what, tree in (
             ("parameters", network.params),
@@ -110,22 +117,19 @@ def kept(state: PyTree, batch: PyTree, frozen: PyTree) -> dict[str, float]:
             ("moments", network.opt_state),
             ("average", network.ema),
         ):
-            if found := size(tree):
+            if found := size(tree, lies):
                 of = f"{name} " if name == "discriminator" else ""
                 parts[of + what] = found
         parts["counters"] = parts.get("counters", 0) + size(
-            (network.step, network.skipped, network.skips)
+            (network.step, network.skipped, network.skips), lies
         )
-    parts |= {"quantizer and frozen networks": size(frozen)} if size(frozen) else {}
-    return parts | {"a batch": size(batch)}
+    parts |= {"quantizer and frozen networks": size(frozen, lies)} if size(frozen, lies) else {}
+    return parts | {"a batch": size(batch, lies)}
 
 
-def size(tree: PyTree) -> float:
+def size(tree: PyTree, lies: tiles.Lies) -> float:
     """Bytes of one device's part of what lies over a mesh."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
+    return sum(tiles.of(leaf, lies) for leaf in jax.tree.leaves(tree))
 
 
 def exchanged(

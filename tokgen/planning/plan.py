@@ -18,6 +18,7 @@ from tokgen.planning import (
     program,
     recipes,
     steps,
+    tiles,
 )
 
 GIB = 2**30
@@ -78,7 +79,9 @@ def candidates(count: int, images: int) -> list[tuple[int, int, int]]:
     return found
 
 
-def reckoned(recipe: recipes.Recipe, sizes: Sequence[int]) -> Choice:
+def reckoned(
+    recipe: recipes.Recipe, sizes: Sequence[int], lies: tiles.Lies = tiles.plain
+) -> Choice:
     """A mesh with its estimate; UserError where a parameter or the batch does not fit it."""
     mesh, strategy = mesh_of(sizes), strategy_of(sizes)
     sharding.check_batch(recipe.step.images, mesh)
@@ -86,6 +89,7 @@ def reckoned(recipe: recipes.Recipe, sizes: Sequence[int]) -> Choice:
         *(recipe.step, recipe.network, mesh, strategy),
         work=recipe.work,
         operations=recipe.operations,
+        lies=lies,
     )
     return Choice(tuple(sizes), strategy, found)
 
@@ -101,7 +105,7 @@ def proposed(recipe: recipes.Recipe, devices: planned.Devices) -> Choice:
         for sizes in candidates(devices.count, recipe.step.images):
             if (sizes[2] > 1) == wide:
                 try:
-                    choices.append(reckoned(recipe, sizes))
+                    choices.append(reckoned(recipe, sizes, devices.lies))
                 except UserError as error:
                     refusals.append(str(error))
         if devices.chip is None and choices:
@@ -230,7 +234,7 @@ def lines(
         compile: for a TPU's topology, ask its compiler, too.
     """
     step = recipe.step
-    choice = proposed(recipe, devices) if sizes is None else reckoned(recipe, sizes)
+    choice = proposed(recipe, devices) if sizes is None else reckoned(recipe, sizes, devices.lies)
     state, _, _ = step.over(mesh_of(choice.sizes), choice.strategy)
     yield report.table(parameters.paths(steps.parameters_of(state)))
     yield from lines_of_estimate(recipe, choice, devices)

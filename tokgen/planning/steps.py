@@ -6,6 +6,7 @@ What is planned is the training programs' own state and step.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,21 @@ class Step:
                 for name, leaf in self.batch.items()
             },
         )
+
+    @functools.cached_property
+    def traced(self) -> Any:
+        """The jaxpr of the step on one device that has all images."""
+        return jax.make_jaxpr(self.compiled("data"))(self.state, self.batch, self.frozen).jaxpr
+
+    def read(self, arguments: tuple) -> tuple:
+        """Of (state, batch, frozen) what the step reads: a compiler drops the rest."""
+        (call,) = self.traced.eqns
+        inner = call.params["jaxpr"].jaxpr
+        seen = {id(v) for equation in inner.eqns for v in equation.invars}
+        seen |= {id(v) for v in inner.outvars}
+        leaves, tree = jax.tree.flatten(arguments)
+        pairs = zip(leaves, inner.invars, strict=True)
+        return jax.tree.unflatten(tree, [leaf if id(v) in seen else None for leaf, v in pairs])
 
     def over(self, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, strategy: str) -> tuple:
         """(state, batch, frozen) as they lie over a mesh."""

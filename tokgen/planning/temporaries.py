@@ -17,7 +17,7 @@ from collections.abc import Iterable
 import jax
 from jax.extend import core as extended
 
-from tokgen.planning import steps
+from tokgen.planning import steps, tiles
 
 # Computed where they are read: no memory of their own
 FUSED = {
@@ -42,24 +42,27 @@ FUSED = {
 }
 
 
-def of(step: steps.Step, images: int, *, part: float) -> float:
+def of(step: steps.Step, images: int, *, part: float, lies: tiles.Lies = tiles.plain) -> float:
     """Bytes of a device that has so many images, and a `part` of what does not grow with them."""
     one, two = (_traced(step, n) for n in (images, 2 * images))
-    return most(one, two, part)
+    return most(one, two, part, lies)
 
 
 @functools.lru_cache(maxsize=32)
 def _traced(step: steps.Step, images: int):
-    own = step.of(images)
-    return jax.make_jaxpr(step.compiled("data"))(own.state, own.batch, own.frozen).jaxpr
+    return step.of(images).traced
 
 
-def _size(variable) -> float:
+def _size(variable, lies: tiles.Lies = tiles.plain) -> float:
     aval = variable.aval
-    return aval.size * aval.dtype.itemsize if hasattr(aval, "size") else 0.0
+    if not hasattr(aval, "shape"):
+        return 0.0
+    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        return 8.0 * aval.size
+    return lies(tuple(aval.shape), aval.dtype)
 
 
-def most(one, two, part: float) -> float:
+def most(one, two, part: float, lies: tiles.Lies = tiles.plain) -> float:
     """The most bytes at once of a jaxpr, its arguments not counted.
 
     Args:
@@ -85,13 +88,13 @@ def most(one, two, part: float) -> float:
         bodies = list(zip(_inner(a), _inner(b), strict=True))
         if bodies:
             within = 1.0 if name in ("scan", "while") else part
-            inside = max(most(x, y, within) for x, y in bodies)
+            inside = max(most(x, y, within, lies) for x, y in bodies)
         if name == "scan" and part < 1:
             inside += _gathered(a, b)
         for out, larger in zip(a.outvars, b.outvars, strict=True):
             if isinstance(out, extended.Var) and type(out).__name__ != "DropVar":
                 grows = _size(larger) > _size(out)
-                sizes[id(out)] = _size(out) * (1.0 if grows else part)
+                sizes[id(out)] = _size(out, lies) * (1.0 if grows else part)
                 roots[id(out)] = frozenset({id(out)})
                 made.add(id(out))
         if name not in ("scan", "while"):
