@@ -116,7 +116,7 @@ class Source(sources.RandomAccess):
         """How many images each class has, after everything was compared with the header."""
         token_cache.files(self.path, shards, verify=True)
         counts = np.zeros(self._packing.labels, np.int64)
-        with report.bar(len(shards), unit="shard", what="verify") as bar:
+        with report.bar(len(shards), unit="shard", what="verify", delay=2) as bar:
             for shard, path in zip(shards, self._files, strict=True):
                 if os.path.isfile(path) and archives.sha256(path) != shard["sha256"]:
                     raise token_header.damage(
