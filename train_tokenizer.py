@@ -53,7 +53,7 @@ def main(request: launch.Request) -> None:
     view = building.call(views.View, settings.view, "view")
     begin, play = gan.steps(steps)
 
-    sharding.check_batch(settings.batch_size, mesh)
+    sharding.check_batch(settings.batch_size, mesh, parts=settings.get("accumulate", 1))
     frozen = tokenizer_step.load_frozen(settings, plan)
     # all that will run is traced with shapes, before any work
     layout = dry_run.tokenizer(settings, mesh, frozen, text=source.text_shape).layout

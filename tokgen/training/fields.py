@@ -87,6 +87,7 @@ class Fields:
     seed: ranges.Seed
     steps: ranges.Count
     batch_size: ranges.Batch
+    accumulate: ranges.Batch = 1
     precision: dict
     data: dict
     optimizer: dict
@@ -230,7 +231,14 @@ STATED = ("precision.params", "precision.compute", "view.size", "view.channels")
 
 def _shared(settings: ml_collections.ConfigDict) -> list[str]:
     """What is wrong between fields that both programs have."""
-    found = []
+    found, parts = [], settings.get("accumulate", 1)
+    if settings.batch_size % parts:
+        fitting = [n for n in range(1, parts) if settings.batch_size % n == 0][-2:]
+        found.append(
+            f"accumulate takes a batch in equal parts: batch_size={settings.batch_size} has no "
+            f"{parts}; give accumulate={' or '.join(map(str, fitting))}, or batch_size="
+            f"{-(-settings.batch_size // parts) * parts}"
+        )
     for section, name in (field.split(".") for field in STATED):
         if section in settings and name not in settings[section]:
             found.append(f"{section} needs {name!r}")
