@@ -34,6 +34,9 @@ TERMS = (
     "kl",
 )
 
+# the first and the last step of a trace; () for none
+Profiled = Annotated[tuple[ranges.Count, ...], ranges.Length(0, 2)]
+
 ENTROPIES = ("sample_entropy", "batch_entropy")  # what training may raise as well as lower
 
 
@@ -98,6 +101,7 @@ class Fields:
     held_out: dict
     report: dict
     keep: dict
+    profile: Profiled = ()
     init_from: str
 
 
@@ -238,6 +242,12 @@ def _shared(settings: ml_collections.ConfigDict) -> list[str]:
             f"accumulate takes a batch in equal parts: batch_size={settings.batch_size} has no "
             f"{parts}; give accumulate={' or '.join(map(str, fitting))}, or batch_size="
             f"{-(-settings.batch_size // parts) * parts}"
+        )
+    profile = tuple(settings.get("profile", ()))
+    if profile and not (len(profile) == 2 and profile[0] <= profile[1] <= settings.steps):
+        found.append(
+            f"profile must be () or (first, last), steps from 1 to steps={settings.steps}; found "
+            f"{profile}"
         )
     for section, name in (field.split(".") for field in STATED):
         if section in settings and name not in settings[section]:

@@ -233,6 +233,7 @@ def descended(
     return gan.loss_weight * total, seen
 
 
+@jax.named_scope("upkeep")
 def _maintained(
     graph: nnx.GraphDef,
     state: train_state.TrainState,
