@@ -135,7 +135,7 @@ def main(request: launch.Request) -> None:
         report.bar(steps, initial=start, what="generator") as bar,
         contextlib.ExitStack() as ends,
     ):
-        pace = paces.Pace(settings.batch_size, mesh.devices.flat)
+        pace = paces.Pace(settings.batch_size, list(mesh.devices.flat))
         late = []  # the figures of a step, until the next is under way
 
         def tell() -> None:

@@ -132,7 +132,7 @@ def main(request: launch.Request) -> None:
     if start and due(start) and not measured:  # it was saved, and the run ended while measuring
         run.note(start, measure(networks, graph, held_out, log, settings))
     with report.bar(steps, initial=start, what="tokenizer") as bar, contextlib.ExitStack() as ends:
-        pace = paces.Pace(settings.batch_size, mesh.devices.flat)
+        pace = paces.Pace(settings.batch_size, list(mesh.devices.flat))
         late = []  # the figures of a step, until the next is under way
 
         def tell() -> str:
