@@ -268,12 +268,30 @@ def steps(name, mesh, seed=0, accumulate=1):
                 found["gradients"] = traces(state)
                 check_places(state, places)
         found["after"] = _each(state, lambda n: [n.params, n.stats, n.ema])
+        if mesh.size == 1:
+            first = jax.device_put(stirred(run.state), places)
+            state, *_ = step(first, next(batches(run, mesh, seed)), frozen)
+            found["stirred"] = traces(state)
         return parameters.paths(found) | {"losses": np.array(losses)}
 
 
 def traces(state):
     """The gradients of the last step, of each network."""
     return _each(state, lambda network: network.opt_state.trace)
+
+
+def stirred(state):
+    """A state whose parameters are moved by one in their last digit."""
+    random = np.random.default_rng(0)
+
+    def moved(leaf):
+        side = np.where(random.random(leaf.shape) < 0.5, -np.inf, np.inf)
+        return np.nextafter(leaf, side.astype(leaf.dtype))
+
+    def network(tree):
+        return tree.replace(params=jax.tree.map(moved, tree.params)) if _is_network(tree) else tree
+
+    return jax.tree.map(network, state, is_leaf=_is_network)
 
 
 def _each(state, part):
@@ -307,7 +325,15 @@ def compile_alone(name, mesh, strategy):
 
 
 def compare(found, expected):
-    """Assert that `steps` are those of one device, to the rounding of float32."""
+    """Assert that `steps` are those of one device, to the rounding of float32.
+
+    A gradient is so where it is within 1e-5 of the leaf's largest entry, or within twice what it
+    moves by where the parameters move in their last digit; one of a bias, a sum of what cancels,
+    within 2e-5.
+    """
+    expected, noise = dict(expected), {}
+    for path in [path for path in expected if path.startswith("stirred/")]:
+        noise[path.replace("stirred/", "gradients/")] = expected.pop(path)
     assert found.keys() == expected.keys()
     losses, alone = found["losses"], expected["losses"]
     assert np.isfinite(alone).all() and (alone[0] != alone[-1]).all()
@@ -317,8 +343,12 @@ def compare(found, expected):
     top, apart = max(largest.values()), {}
     for path in paths:
         of = largest[path] if largest[path] > 1e-5 * top else top
-        apart[path] = np.abs(found[path] - expected[path]).max() / of
-    assert max(apart.values()) < 1e-5, {path: each for path, each in apart.items() if each > 1e-6}
+        departs = np.abs(found[path] - expected[path]).max() / of
+        bound = 2e-5 if path.endswith("bias") else 1e-5
+        rounding = 2 * np.abs(noise[path] - expected[path]).max() / of
+        if departs > max(bound, min(rounding, 1e-4)):  # more is another code, not rounding
+            apart[path] = departs, rounding
+    assert not apart, apart
     np.testing.assert_allclose(losses, alone, rtol=0, atol=1e-5)
     for path in (path for path in expected if path.startswith("after/")):
         # rows that are drawn anew from latents (clustering) carry their rounding, times the rate

@@ -11,7 +11,7 @@ import pytest
 from tests.training import test_safeguards
 from tokgen import chips, errors, flops, metrics_log
 from tokgen.config import reading
-from tokgen.training import fields, pace as paces, tokenizer_step, trace as traces
+from tokgen.training import fields, pace as paces, trace as traces
 
 # ---------------------------------------------------------------- operations of a step
 
@@ -135,17 +135,17 @@ def test_a_chip_without_a_rate_has_no_utilization():
 def test_figures_are_read_while_the_next_step_is_under_way(tmp_path, monkeypatch, capfd):
     """But where it is saved, and at the end: then nothing is left unsaid."""
     said, log = [], metrics_log.Log.scalars
-    made = tokenizer_step.Steps.__call__
+    calls = paces.Pace.calls
 
     def called(self, *given):
         said.append("step")
-        return made(self, *given)
+        return calls(self, *given)
 
     def scalars(self, step, values, *, split="train"):
         said.append((split, step))
         log(self, step, values, split=split)
 
-    monkeypatch.setattr(tokenizer_step.Steps, "__call__", called)
+    monkeypatch.setattr(paces.Pace, "calls", called)
     monkeypatch.setattr(metrics_log.Log, "scalars", scalars)
     overrides = ("steps=5", "report.save=3", "profile=(2, 3)", "discriminator.weight=0.0")
     test_safeguards.train(tmp_path, *overrides)

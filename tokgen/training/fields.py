@@ -83,6 +83,23 @@ class Tokens:
     text: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class MadeFor:
+    """The section `made_for` of a generator's config: what a plan knows of tokens that are not yet.
+
+    Training reads the tokens themselves.
+
+    Args:
+        tokenizer: the recipe of what makes them, PATH[:variant].
+        pixels: along an edge of the images.
+        classes: how many; 0 where texts are the condition.
+    """
+
+    tokenizer: str
+    pixels: ranges.Count
+    classes: ranges.Whole
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fields:
     """What the configs of both programs have at their top."""
@@ -133,6 +150,7 @@ class GeneratorFields(Fields):
     generator: dict
     presets: Mapping[str, dict]
     max_bad: ranges.Share = 1e-3
+    made_for: dict = dataclasses.field(default_factory=dict)
 
 
 def names(fields: type[Fields]) -> tuple[str, ...]:
@@ -191,6 +209,7 @@ def check_generator(settings: ml_collections.ConfigDict) -> None:
         GeneratorFields,
         data=(Tokens, ()),
         held_out=(HeldOutAndDrawn, ()),
+        **({"made_for": (MadeFor, ())} if settings.get("made_for") else {}),
         generator__rates=(dropout.Rates, ()),
         optimizer=(optimizers.optimizer, ("steps", "begin")),
         **SHARED,
