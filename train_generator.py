@@ -147,8 +147,10 @@ def main(request: launch.Request) -> None:
                 bar.set_postfix_str(report.metrics(values, SHOWN))
                 train_state.give_up(values, step)
 
-        for end in (log.keep, tell, trace.stop):  # from the last on, also after an error
-            ends.callback(end)
+        ends.callback(log.keep)  # also after an error
+        if not distributed.many():  # of many, others may have ended, and their part of a step
+            ends.callback(tell)
+        ends.callback(trace.stop)
         while done < steps:
             trace.before(done)
             with run.rescuing({"model": network}):

@@ -148,9 +148,10 @@ def main(request: launch.Request) -> None:
                 why = safeguards.collapsed(limits, values, at, steps)
             return why
 
-        # from the last on, also after an error; of the logs whichever is open then
-        for end in (lambda: log.keep(), tell, trace.stop):
-            ends.callback(end)
+        ends.callback(lambda: log.keep())  # whichever is open then, also after an error
+        if not distributed.many():  # of many, others may have ended, and their part of a step
+            ends.callback(tell)
+        ends.callback(trace.stop)
         batches = passing(start=start)
         while step < steps:
             trace.before(step)
