@@ -54,7 +54,7 @@ def tokenizer(
     plan = stages.plan(settings)
     gan = building.call(gans.GAN, settings.discriminator, "discriminator")
     limits = building.call(safeguards.Limits, settings.get("safeguards", {}), "safeguards")
-    sharding.check_batch(settings.batch_size, mesh)
+    sharding.check_batch(settings.batch_size, mesh, parts=settings.get("accumulate", 1))
     shapes = nnx.eval_shape(lambda: building.tokenizer(settings, rngs=rng.rngs(0)))
     stages.check(plan, shapes)
     begin, _ = gan.steps(settings.steps)
@@ -86,7 +86,7 @@ def generator(
     `codec` is the tokenizer's quantizer, as arrays or as shapes.
     """
     fields.check_generator(settings)
-    sharding.check_batch(settings.batch_size, mesh)
+    sharding.check_batch(settings.batch_size, mesh, parts=settings.get("accumulate", 1))
     optimizer = building.call(
         optimizers.optimizer, settings.optimizer, "optimizer", steps=settings.steps
     )
