@@ -418,10 +418,24 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:  # a device's own rows lie on it
         return x
-    parts = []
-    for letter, size in zip(axes, x.shape, strict=True):
+    return jax.lax.with_sharding_constraint(x, activation(axes, x.shape))
+
+
+def activation(axes: str, shape: tuple[int, ...]) -> PartitionSpec:
+    """How `constrain` lays an array over the mesh that is set."""
+    mesh, parts = jax.sharding.get_abstract_mesh(), []
+    for letter, size in zip(axes, shape, strict=True):
         names = ACTIVATIONS.get(letter)
         names = (names,) if isinstance(names, str) else names
         ways = math.prod(mesh.shape[name] for name in names) if names else 1
         parts.append(names if ways > 1 and size % ways == 0 else None)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
+    return PartitionSpec(*parts)
+
+
+def platform() -> str:
+    """Of the devices that run what is being traced: those of the mesh that is set, or jax's own.
+
+    A process of a CPU compiles for the mesh of a TPU that is not there.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
