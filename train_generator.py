@@ -6,13 +6,12 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
@@ -22,9 +21,16 @@ from tokgen.checkpoints import checkpoint, loading, run as runs
 from tokgen.config import building, migration
 from tokgen.data import datasets, loader, scan, token_header
 from tokgen.evaluation import validation
-from tokgen.interfaces import TokenBatch, TokenLayout, UserError
+from tokgen.interfaces import TokenLayout, UserError
 from tokgen.sampling import drawing, presets
-from tokgen.training import dry_run, fields, launch, optimizer as optimizers, train_state
+from tokgen.training import (
+    dry_run,
+    fields,
+    generator_step,
+    launch,
+    optimizer as optimizers,
+    train_state,
+)
 
 WithWhat = tuple[Sequence, loading.Loaded]  # the held-out source, the tokenizer
 
@@ -51,7 +57,7 @@ def main(request: launch.Request) -> None:
 
     # all that will run is traced with shapes, before any work
     shapes, sampler = dry_run.generator(
-        *(settings, layout, len(classes), mesh, codec, train_step),
+        *(settings, layout, len(classes), mesh, codec),
         text=source.text_shape,
     )
     if sampler.guidance and classes and not shapes.label_drop:
@@ -62,7 +68,10 @@ def main(request: launch.Request) -> None:
     graph, network = train_state.create(
         make, optimizer, mesh=mesh, strategy=settings.strategy, ema=settings.ema
     )
-    distributed.check_alike({"data": source.fingerprint, "held-out data": held_out.fingerprint})
+    distributed.check_alike(
+        {"data": source.fingerprint, "held-out data": held_out.fingerprint}
+        | {"classes": classes, "tokenizer": tokenizer.fingerprint}
+    )
     run = runs.start(
         workdir,
         settings,
@@ -85,7 +94,7 @@ def main(request: launch.Request) -> None:
     network = networks["model"]
     report.say(report.table(parameters.paths(network.params)))
     report.say(f"{what}; {len(source)} images of {layout.length} tokens, {sharding.told(mesh)}")
-    step_of = train_step(settings, graph, optimizer)
+    step_of = generator_step.step(settings, graph, optimizer)
 
     distributed.first(
         scan.before,
@@ -98,10 +107,8 @@ def main(request: launch.Request) -> None:
 
     start = done = int(jax.device_get(network.step))
     measured = runs.is_measured(run, start)
-    log, stop = (
-        metrics_log.opened(workdir, step=start, measured=measured, told=migration.metrics),
-        launch.Stop(),
-    )
+    how = dict(is_held=run.is_held, told=migration.metrics)
+    log, stop = metrics_log.opened(workdir, step=start, measured=measured, **how), launch.Stop()
     with_what = held_out, tokenizer
 
     def due(step: int) -> bool:
@@ -119,7 +126,12 @@ def main(request: launch.Request) -> None:
         rows=sharding.rows_here(settings.batch_size, mesh),
         max_bad=settings.get("max_bad", 1e-3),
     )
-    with batches, report.bar(steps, initial=start, what="generator") as bar:
+    with (
+        batches,
+        report.bar(steps, initial=start, what="generator") as bar,
+        contextlib.ExitStack() as ends,
+    ):
+        ends.callback(log.keep)  # also after an error
         while done < steps:
             with run.rescuing({"model": network}):
                 batch = sharding.global_batch(next(batches), mesh)
@@ -176,33 +188,6 @@ def read(data, order):
     return *parts, tokenizer
 
 
-def train_step(
-    settings: ml_collections.ConfigDict, graph: nnx.GraphDef, optimizer: optimizers.Optimizer
-) -> Callable:
-    """(network, batch, codec) -> (network, scalars)."""
-    average = settings.get("average", "muse")
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(network: train_state.TrainState, batch: Mapping[str, jax.Array], codec: nnx.Module):
-        key = rng.key(settings.seed, "train", network.step)
-        batch = TokenBatch(batch["tokens"], datasets.condition(batch))
-
-        def loss(params):
-            generator = train_state.learner(graph, network, params)
-            found = generator.loss(batch, codec, step=network.step, key=key)
-            # as an index, the mark of images that were not encoded is the last code
-            marked = jnp.any(batch.tokens_BLG < 0)
-            return jax.tree.map(lambda value: jnp.where(marked, jnp.nan, value), found)
-
-        (total, terms), gradients = jax.value_and_grad(loss, has_aux=True)(network.params)
-        network, scalars = train_state.apply_gradients(
-            network, gradients, optimizer, ema=settings.ema, average=average, loss=total
-        )
-        return train_state.laid(network, settings.strategy), terms | scalars
-
-    return step
-
-
 def measure(
     network: train_state.TrainState,
     graph: nnx.GraphDef,
@@ -241,6 +226,7 @@ def show_imported(
 ) -> None:
     """What the model that a run starts from could do: its own classes, its own preset."""
     imported = loading.load_generator(settings.init_from)
+    distributed.check_alike({"init_from": imported.fingerprint})
     own = imported.config.get("presets", ml_collections.ConfigDict()).to_dict()
     preset = presets.named(own, "default" if "default" in own else "no_guidance")
     image_HW3 = grid(imported.module, preset, imported.classes, with_what, settings)

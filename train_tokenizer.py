@@ -5,6 +5,7 @@ python train_tokenizer.py --config configs/tokenizer/shapes.py --workdir runs/to
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import sys
@@ -15,7 +16,7 @@ import ml_collections
 from flax import nnx
 
 from tokgen import distributed, image_grid, metrics_log, parameters, report, sharding
-from tokgen.checkpoints import checkpoint, run as runs
+from tokgen.checkpoints import checkpoint, manifest, run as runs
 from tokgen.config import building, migration
 from tokgen.data import datasets, loader, scan, views
 from tokgen.evaluation import validation
@@ -56,7 +57,13 @@ def main(request: launch.Request) -> None:
     frozen = tokenizer_step.load_frozen(settings, plan)
     # all that will run is traced with shapes, before any work
     layout = dry_run.tokenizer(settings, mesh, frozen, text=source.text_shape).layout
-    distributed.check_alike({"data": source.fingerprint, "held-out data": held_out.fingerprint})
+    distributed.check_alike(
+        {"data": source.fingerprint, "held-out data": held_out.fingerprint}
+        | {"classes": source.classes}
+    )
+    if distributed.many():  # their files may lie on a disk of each host
+        arrays = manifest.digest(manifest.of(parameters.paths(frozen)))
+        distributed.check_alike({"networks that are not trained": arrays})
     run = runs.start(
         workdir,
         settings,
@@ -102,10 +109,8 @@ def main(request: launch.Request) -> None:
 
     start = step = int(jax.device_get(networks["model"].step))
     measured = runs.is_measured(run, start)
-    log, stop = (
-        metrics_log.opened(workdir, step=start, measured=measured, told=migration.metrics),
-        launch.Stop(),
-    )
+    opened = functools.partial(metrics_log.opened, workdir, is_held=run.is_held)
+    log, stop = opened(step=start, measured=measured, told=migration.metrics), launch.Stop()
     meter = safeguards.Meter(layout) if layout else None
     step_of = tokenizer_step.Steps(settings, gan, limits, graphs, discriminator_optimizer, returns)
     passing = functools.partial(
@@ -123,7 +128,8 @@ def main(request: launch.Request) -> None:
 
     if start and due(start) and not measured:  # it was saved, and the run ended while measuring
         run.note(start, measure(networks, graph, held_out, log, settings))
-    with report.bar(steps, initial=start, what="tokenizer") as bar:
+    with report.bar(steps, initial=start, what="tokenizer") as bar, contextlib.ExitStack() as ends:
+        ends.callback(lambda: log.keep())  # whichever is open then, also after an error
         batches = passing(start=start)
         while step < steps:
             stage = stages.at(plan, step)
@@ -163,7 +169,8 @@ def main(request: launch.Request) -> None:
             if due(step):
                 with run.rescuing(networks):
                     figures = measure(networks, graph, held_out, log, settings)
-                if figures and step > play and worse(run, play, figures, limits, returns):
+                told = run, play, figures, limits, returns
+                if figures and step > play and distributed.decided(worse, *told):
                     networks, returns = go_back(run, networks, settings, plan, play, mesh)
                     step_of = tokenizer_step.Steps(
                         settings, gan, limits, graphs, discriminator_optimizer, returns
@@ -176,7 +183,7 @@ def main(request: launch.Request) -> None:
                     collapsed = ""
                     batches.close()
                     log.close()
-                    batches, log = passing(start=step), metrics_log.opened(workdir, step=step)
+                    batches, log = passing(start=step), opened(step=step)
                 elif not collapsed:  # without its figures it pushes out no step to go back to
                     run.note(step, figures)
             if collapsed:

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tokgen import rng
+from tokgen import chips, rng
 from tokgen.config import building, reading
 from tokgen.sampling import decode, presets
 
@@ -54,7 +54,7 @@ def run(topology: str, cases=(), *, scanned: bool = True, shrunk: tuple[str, ...
 
 def said(chip: str) -> str:
     """A chip's constants."""
-    found = roofline.CHIPS[chip]
+    found = chips.CHIPS[chip]
     return (
         f"{found.memory / GB:.0f} GB, {found.bandwidth / 1e12:.3f} TB/s, "
         f"{found.flops / 1e12:.0f} TFLOP/s ({found.source})"
@@ -80,12 +80,12 @@ def case(name: str, batch: int, chip: str, where: NamedSharding, shrunk: tuple[s
     seconds = time.process_time() - began
     memory = compiled.memory_analysis()
     parts = [memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes]
-    room = roofline.CHIPS[chip].memory
+    room = chips.CHIPS[chip].memory
     fits = sum(parts) <= room
     rows = (batch + 1) * min(decode.SPAN, net.told)
     table = rows * net.adaptive // net.width * net.itemsize  # of what adaptive norms need
     steps = roofline.steps(net, batch, ahead=table <= getattr(generator, "budget", table))
-    rate = roofline.images_per_second(net, batch, roofline.CHIPS[chip])
+    rate = roofline.images_per_second(net, batch, chips.CHIPS[chip])
     work = sum(step.flops for step in steps) / batch
     print(
         f"{name}, batch {batch}: {seconds:.0f} CPU s ({traced:.0f} of them traced); arguments, "

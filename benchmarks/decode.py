@@ -34,7 +34,7 @@ import roofline
 import training_step
 from flax import nnx
 
-from tokgen import rng, runtime
+from tokgen import flops, rng, runtime
 from tokgen.config import building
 from tokgen.interfaces import Generator, TokenBatch, TokenLayout
 from tokgen.sampling import decode, drawing, guidance, presets, sampler as samplers
@@ -159,7 +159,7 @@ def way_of(
         seconds = roofline.seconds(net, row.images, chip, first=first, guided=end)
         if row.pixels:
             tokens_BLG = jnp.zeros((row.images, row.layout.length, row.layout.groups), jnp.int32)
-            seconds += roofline.flops(drawing.decode_pixels, tokenizer, tokens_BLG) / chip.flops
+            seconds += flops.of(drawing.decode_pixels, tokenizer, tokens_BLG) / chip.flops
         return seconds
 
     return way, least

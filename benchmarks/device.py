@@ -28,7 +28,7 @@ import numpy as np
 import roofline
 from flax import nnx
 
-from tokgen import rng
+from tokgen import chips, rng
 from tokgen.config import building, reading
 from tokgen.interfaces import UserError
 from tokgen.sampling import decode, drawing, presets
@@ -141,8 +141,8 @@ def measured(case: str, repeats: int, quick: bool) -> dict:
     _, invalid_B, *_ = jax.block_until_ready(program(*operands))
     walls, _ = machine.measured(lambda: jax.block_until_ready(program(*operands)), repeats)
     device = jax.devices()[0]
-    known = roofline.chip_of(device.device_kind)
-    chip = roofline.CHIPS[known] if known else roofline.this_cpu("bfloat16")
+    known = chips.of(device.device_kind)
+    chip = chips.CHIPS[known] if known else roofline.this_cpu("bfloat16")
     limit = roofline.images_per_second(net, batch, chip)
     return {
         "case": case,

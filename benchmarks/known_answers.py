@@ -24,12 +24,11 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-import train_generator
 from tokgen import parameters as parameters_, report, rng, runtime, sharding
 from tokgen.config import building, reading
 from tokgen.data import loader, markov
 from tokgen.interfaces import Generator, Quantizer, TokenBatch, TokenLayout
-from tokgen.training import optimizer as optimizers, train_state
+from tokgen.training import generator_step, optimizer as optimizers, train_state
 
 PACKAGES = ("jax", "flax", "optax", "numpy")
 ORDERS = 8  # of an image, over which the bound of a masked generator is averaged
@@ -207,7 +206,7 @@ def trained(
         mesh=mesh,
         ema=settings.ema,
     )
-    step = train_generator.train_step(settings, graph, optimizer)
+    step = generator_step.step(settings, graph, optimizer)
     batches = loader.batches(source, seed=settings.seed, batch_size=settings.batch_size)
     with batches, report.bar(settings.steps, what=settings.generator.name) as bar:
         for _ in range(settings.steps):

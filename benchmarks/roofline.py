@@ -11,7 +11,6 @@ every step, as is quicker. The rows of the network are two per image while guide
 
 import argparse
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -19,39 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.extend import core as extended
 
-from tokgen import parameters
+from tokgen import chips, parameters
 from tokgen.config import building, reading
 from tokgen.interfaces import Generator, TokenLayout
 
 CLASSES = 1000
 
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Rates and room of one device."""
-
-    flops: float  # a second, of dense bfloat16 products
-    bandwidth: float  # bytes a second
-    memory: float  # bytes
-    source: str
-
-
-CHIPS = {
-    "H200": Chip(790e12, 4.3e12, 141e9, "measured on one; its data sheet says 989e12, 4.8e12"),
-    "H100": Chip(989e12, 3.35e12, 80e9, "NVIDIA's data sheet, SXM"),
-    "A100": Chip(312e12, 2.0e12, 80e9, "NVIDIA's data sheet, 80 GB SXM, rounded"),
-    "v4": Chip(275e12, 1.228e12, 32e9, "Google Cloud's documentation of TPU v4"),
-    "v5e": Chip(197e12, 0.819e12, 16e9, "Google Cloud's documentation of TPU v5e"),
-    "v5p": Chip(459e12, 2.765e12, 95e9, "Google Cloud's documentation of TPU v5p"),
-    "v6e": Chip(918e12, 1.64e12, 32e9, "Google Cloud's documentation of TPU v6e"),
-}
-# What jax calls a device (`device_kind`), or the beginning of a topology's name -> a chip
-KINDS = {
-    **{f"NVIDIA {name}": name for name in ("H200", "H100", "A100")},
-    **{"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU v4": "v4"},
-}
 
 GRIDS = tuple((side, side) for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 # Published generators of 256 pixels: the recipe, and what their tokenizers give
@@ -67,11 +40,6 @@ PUBLISHED = {
     **{f"var-d{depth}": (f"var.py:d{depth}", ((4096,), GRIDS)) for depth in (16, 20, 24, 30)},
     "maskbit": ("maskbit.py:14bit", ((128, 128), ((16, 16),))),
 }
-
-
-def chip_of(kind: str) -> str:
-    """The name in CHIPS of a device kind as jax says it; "" where it is none of them."""
-    return next((name for said, name in KINDS.items() if kind.startswith(said)), "")
 
 
 def published(name: str) -> tuple[Generator, dict]:
@@ -159,7 +127,7 @@ class Step:
     flops: float
     bytes: float
 
-    def seconds(self, chip: Chip) -> float:
+    def seconds(self, chip: chips.Chip) -> float:
         """The longer of both."""
         return max(self.flops / chip.flops, self.bytes / chip.bandwidth)
 
@@ -199,7 +167,9 @@ def beforehand(net: Network, batch: int) -> Step:
     return Step(2 * rows * net.adaptive, net.itemsize * values)
 
 
-def seconds(net: Network, batch: int, chip: Chip, *, ahead: bool | None = None, **how) -> float:
+def seconds(
+    net: Network, batch: int, chip: chips.Chip, *, ahead: bool | None = None, **how
+) -> float:
     """The least seconds in which a chip can decode a batch; `ahead` None: as is quicker."""
     if ahead is None:
         return min(seconds(net, batch, chip, ahead=way, **how) for way in (False, True))
@@ -207,7 +177,9 @@ def seconds(net: Network, batch: int, chip: Chip, *, ahead: bool | None = None, 
     return total + ahead * beforehand(net, batch).seconds(chip)
 
 
-def images_per_second(net: Network, batch: int, chip: Chip, *, pixels: float = 0, **how) -> float:
+def images_per_second(
+    net: Network, batch: int, chip: chips.Chip, *, pixels: float = 0, **how
+) -> float:
     """The most images a second; `pixels` are the detokenizer's operations per image."""
     return batch / (seconds(net, batch, chip, **how) + batch * pixels / chip.flops)
 
@@ -217,36 +189,7 @@ def cache_per_row(net: Network) -> int:
     return net.cached * 2 * net.itemsize * net.width * net.layers * net.steps[-1][1]
 
 
-def flops(function: Callable, *shapes) -> float:
-    """Operations of the products and convolutions of a function, as it is written; nothing is run.
-
-    A scan's body counts as often as it runs, and of branches the dearest: where a platform has a
-    cheaper form of its own, the plain one. A `while` of unknown length counts once.
-    """
-    return _products(jax.make_jaxpr(function)(*shapes).jaxpr)
-
-
-def _products(jaxpr) -> float:
-    total = 0.0
-    for equation in jaxpr.eqns:
-        out = equation.outvars[0].aval
-        inside = [extended.jaxprs_in_params(equation.params)]
-        parts = [_products(part) for parts in inside for part in parts]
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            lhs = equation.invars[0].aval
-            total += 2 * out.size * math.prod(lhs.shape[axis] for axis in contracted)
-        elif equation.primitive.name == "conv_general_dilated":
-            kernel, numbers = equation.invars[1].aval, equation.params["dimension_numbers"]
-            total += 2 * out.size * kernel.size / kernel.shape[numbers.rhs_spec[0]]
-        elif equation.primitive.name == "cond":
-            total += max(parts)
-        else:
-            total += sum(parts) * equation.params.get("length", 1)
-    return total
-
-
-def this_cpu(dtype: str = "float32", *, side: int = 1024, repeats: int = 3) -> Chip:
+def this_cpu(dtype: str = "float32", *, side: int = 1024, repeats: int = 3) -> chips.Chip:
     """Rates of the CPU as this process has it just now: one large product, one long read."""
     draw = np.random.default_rng(0)
     matrix = jnp.asarray(draw.standard_normal((side, side)), dtype)
@@ -256,7 +199,7 @@ def this_cpu(dtype: str = "float32", *, side: int = 1024, repeats: int = 3) -> C
     read = jax.jit(lambda a, v: jnp.einsum("rij,j->ri", a, v))
     rate = 2 * side**3 / _least(lambda: product(matrix), repeats)
     width = long.nbytes / _least(lambda: read(long, long[0, 0]), repeats)
-    return Chip(rate, width, 0, f"measured in this run, {dtype}")
+    return chips.Chip(rate, width, 0, f"measured in this run, {dtype}")
 
 
 def _least(way: Callable, repeats: int) -> float:
@@ -271,11 +214,11 @@ def _least(way: Callable, repeats: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chip", default="H200", choices=CHIPS)
+    parser.add_argument("--chip", default="H200", choices=chips.CHIPS)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--quick", action="store_true", help="one generator: does it work?")
     arguments = parser.parse_args()
-    chip = CHIPS[arguments.chip]
+    chip = chips.CHIPS[arguments.chip]
     print(
         f"{arguments.chip}: {chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e12:.2f} TB/s, "
         f"{chip.memory / 1e9:.0f} GB ({chip.source}); bfloat16, batch {arguments.batch}, guided"

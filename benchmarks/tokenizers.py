@@ -19,6 +19,7 @@ import networks
 import numpy as np
 import roofline
 
+from tokgen import flops
 from tokgen.tokenizers import tokenizer as tokenizers
 
 PACKAGES = ("jax", "flax", "numpy")
@@ -78,7 +79,7 @@ def way_of(name: str, precision: str, quick: bool) -> tuple[Callable, Callable[[
         program = encode
 
     def least() -> float:
-        return roofline.flops(program, tokenizer, given) / roofline.this_cpu(precision).flops
+        return flops.of(program, tokenizer, given) / roofline.this_cpu(precision).flops
 
     return lambda: jax.block_until_ready(program(tokenizer, given)), least
 

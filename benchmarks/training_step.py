@@ -19,12 +19,12 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-import train_generator
 from tokgen import parameters as parameters_, rng, runtime, sharding
 from tokgen.config import building, reading
 from tokgen.interfaces import TokenLayout
 from tokgen.training import (
     gan as gans,
+    generator_step,
     optimizer as optimizers,
     safeguards,
     stages,
@@ -108,7 +108,7 @@ def training(settings):
             "tokens": draw.integers(0, LAYOUT.absent, shape, np.int32),
             "label": draw.integers(0, CLASSES, settings.batch_size, np.int32),
         }
-        step = train_generator.train_step(settings, graph, optimizer)
+        step = generator_step.step(settings, graph, optimizer)
         batch = sharding.global_batch(batch, mesh)
         return step, (network, batch, None), parameters_.count(network.params)
     plan = stages.plan(settings)

@@ -140,6 +140,31 @@ class _Server(http.server.ThreadingHTTPServer):
             super().handle_error(request, address)
 
 
+def no_route(*_, **how):
+    """What a client says without a network."""
+    raise ConnectionError("no route")
+
+
+class _Down:
+    """A file system of a bucket whose every request fails, once."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __getattr__(self, name):
+        return self.error
+
+
+@contextlib.contextmanager
+def down(error=no_route) -> Iterator[None]:
+    """Whatever is asked of a bucket inside raises `error`."""
+    from etils.epath import backend
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend._FileSystemSpecBackend, "fs", lambda self, path: _Down(error))
+        yield
+
+
 @contextlib.contextmanager
 def served() -> Iterator[dict[str, str]]:
     """A store with an empty BUCKET; gives the variables by which all clients find it."""

@@ -6,13 +6,12 @@ A process that goes on with a run compiles it anew; tests/test_end_to_end.py kil
 import pytest
 from jax.sharding import Mesh
 
-import train_generator
 from tokgen.config import building
 from tokgen.interfaces import TokenLayout
-from tokgen.training import dry_run, stages, tokenizer_step
+from tokgen.training import dry_run, generator_step, stages, tokenizer_step
 
 MAKERS = (
-    *((dry_run, "tokenizer"), (dry_run, "generator"), (train_generator, "train_step")),
+    *((dry_run, "tokenizer"), (dry_run, "generator"), (generator_step, "step")),
     *((tokenizer_step, "plain_step"), (tokenizer_step, "adversarial_step")),
 )
 # What tells two steps of one config apart; structures and optimizers follow from these.

@@ -47,6 +47,8 @@ BESIDE = {
     "zoo": "a table of names, asked before a checkpoint is found",
     "cli": "it chooses the command",
     "errors": "what is raised",
+    "chips": "a table of what devices can do",
+    "flops": "it counts a program that is not run",
     "coordination": "what processes tell each other around a walk",
     "launchers": "it reads the environment",
     "choices": "it reads names in configs",

@@ -78,15 +78,15 @@ def test_texts_come_in_order_and_are_forgotten(left):
     service = Service(12)  # more than one digit
 
     def act(job):
-        said = [job.exchange(f"{turn} {job.index}") for turn in range(3)]
-        first = [job.of_first(f"{turn} {job.index}") for turn in range(2)]
+        said = [job.exchange("x", f"{turn} {job.index}") for turn in range(3)]
+        first = [job.of_first("y", f"{turn} {job.index}") for turn in range(2)]
         job.end(0, "")
         return said, first
 
     expected = [[f"{turn} {index}" for index in range(12)] for turn in range(3)]
     assert each(service, 12, act) == [(expected, ["0 0", "1 0"])] * 12
     kept = [key for key in service.values if key.startswith("tokgen/said")]
-    assert len(kept) == 12 and not left  # of the last turn
+    assert len(kept) == 12 + 2 and not left  # of the last turn, and what the first said since
 
 
 def test_long_texts_go_in_pieces(left, monkeypatch):
@@ -97,16 +97,41 @@ def test_long_texts_go_in_pieces(left, monkeypatch):
     texts = ["", "12345", "123456", "7" * 52, " 3"]
 
     def act(job):
-        said = [job.exchange(text + text[: job.index]) for text in texts]
-        first = [job.of_first(text) for text in texts]
-        job.exchange("")
+        said = [job.exchange("", text + text[: job.index]) for text in texts]
+        first = [job.of_first("", text) for text in texts]
+        job.exchange("", "")
         job.end(0, "")
         return said, first
 
     said = [[text, text + text[:1]] for text in texts]
     assert each(service, 2, act) == [(said, texts)] * 2
-    assert max(map(len, (v for k, v in service.values.items() if "event" not in k))) <= 6
-    assert not [key for key in service.values if "pieces" in key and "said" in key]
+    assert max(map(len, (v for k, v in service.values.items() if "event" not in k))) <= 7
+    assert not [key for key in service.values if "pieces" in key]
+
+
+@pytest.mark.parametrize("calls", [("exchange", "exchange"), ("exchange", "of_first")])
+@pytest.mark.parametrize("turned", [False, True])
+def test_processes_that_ask_for_different_things_are_told_both(calls, turned, left, monkeypatch):
+    """Neither has what the other meant, and none waits for what never comes."""
+    service, calls = Service(2), calls[::-1] if turned else calls
+
+    def leave(code, line):
+        left.append((code, line))
+        service.barriers["tokgen/said"].abort()  # a process that has left waits no more
+
+    monkeypatch.setattr(coordination, "_leave", leave)
+
+    def act(job):
+        job.exchange("the start", "")
+        try:
+            getattr(job, calls[job.index])(f"what {job.index} wants", "secret")
+        except RuntimeError as error:
+            job.end(1, str(error))
+        job._thread.join(20)
+
+    each(service, 2, act)
+    said = "process 1 asks for 'what 1 wants' where process 0 asks for 'what 0 wants'"
+    assert [(code, line.rpartition(": ")[2]) for code, line in left] == [(1, said)] * 2
 
 
 @pytest.mark.parametrize("asked", [(0,), (2,), (0, 1, 2)])
@@ -154,14 +179,14 @@ def test_a_wait_leaves_its_caller_free_for_signals(left):
 
     def waits(name, milliseconds):
         threads.append(threading.current_thread())
-        if name.endswith("broken"):
+        if len(threads) == 1:
             raise RuntimeError("INTERNAL")
         barrier(name, milliseconds)
 
     service.wait_at_barrier = waits
     job = coordination.Job(service, 0, 2)
     with pytest.raises(RuntimeError, match="INTERNAL"):
-        job.wait("broken")
+        job.exchange("broken", "")
 
     def stop(number, frame):
         raise Ended
@@ -171,7 +196,7 @@ def test_a_wait_leaves_its_caller_free_for_signals(left):
     threading.Timer(0.1, signal.pthread_kill, [main, signal.SIGUSR1]).start()
     try:
         with pytest.raises(Ended):
-            job.wait("for ever")
+            job.exchange("for ever", "")
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert threading.main_thread() not in threads and len(threads) == 2

@@ -1,6 +1,7 @@
 """Who a process takes for the others of its job, and what it compares with them."""
 
 import argparse
+import json
 import types
 
 import jax
@@ -95,8 +96,8 @@ def job(monkeypatch):
     def make(index, others):
         texts = iter(others)
         made = types.SimpleNamespace(index=index, count=3)
-        made.of_first = lambda text: next(texts, text)
-        made.exchange = lambda text: list(next(texts, [text] * 3))
+        made.of_first = lambda what, text: next(texts, text)
+        made.exchange = lambda what, text: list(next(texts, [text] * 3))
         monkeypatch.setattr(coordination, "_job", made)
 
     return make
@@ -115,11 +116,70 @@ def test_what_differs_is_named_with_who_has_it(job):
     distributed.check_alike(told)
 
 
+def test_long_values_are_compared_whole_and_shown_in_part(job):
+    paths = [f"/{'a' * 200}/{end}" for end in "xy"]
+    job(0, [])
+    distributed.check_alike({"path": paths[0]})
+    first, own = (json.dumps({"path": distributed._shown(path)}) for path in paths)
+    job(1, [first, ["{}", own, "{}"]])
+    with pytest.raises(SharedError, match=r'"/a{98}\.\.\. \(\w{8}\) \(process 1\)') as wrong:
+        distributed.check_alike({"path": paths[1]})
+    assert len(str(wrong.value)) < 500
+
+
+class Seen:
+    """What each process finds at each look; the last goes on."""
+
+    def __init__(self, monkeypatch, *looks):
+        self.looks, self.slept = [*looks], 0
+        monkeypatch.setattr(distributed, "many", lambda: True)
+        monkeypatch.setattr(distributed, "gathered", self.gathered)
+        monkeypatch.setattr(distributed.time, "sleep", self.sleep)
+        monkeypatch.setattr(distributed.time, "monotonic", lambda: self.slept)
+
+    def sleep(self, seconds):
+        self.slept += seconds
+        if len(self.looks) > 1:
+            self.looks.pop(0)
+
+    def look(self):
+        return self.looks[0][1]
+
+    def gathered(self, what, text):
+        """By process 1, whose clock stands still."""
+        assert json.loads(text)[0] == self.look()
+        return [json.dumps([found, self.slept > 60]) for found in self.looks[0]]
+
+
+@pytest.mark.parametrize(
+    "looks", [[([3], [3])], [([3, 6], [3]), ([3, 6], [3, 6])], [([3], [3, 6]), ([3, 6], [3, 6])]]
+)
+def test_what_processes_see_late_is_awaited(looks, monkeypatch):
+    """Whichever of them is late: none decides by what another will never see."""
+    seen = Seen(monkeypatch, *looks)
+    assert distributed.alike("the steps", seen.look) == looks[-1][0]
+    assert seen.slept == 0.5 * (len(looks) - 1)
+
+
+def test_what_processes_never_see_alike_is_an_error_of_all(monkeypatch):
+    seen = Seen(monkeypatch, ([3], []))
+    with pytest.raises(
+        SharedError, match=r"process 0 finds \[3\], process 1 finds \[\]; .* all see"
+    ):
+        distributed.alike("the steps", seen.look)
+    assert 60 < seen.slept < 62
+
+
+def test_a_file_of_another_process_is_awaited(monkeypatch):
+    seen = Seen(monkeypatch, (None, None), (None, "found"))
+    assert distributed.awaited(seen.look, "file") == "found" and seen.slept == 0.5
+
+
 def test_texts_come_in_the_order_of_jax(job, monkeypatch):
     """Its numbers of processes may be others than a launcher's."""
     job(0, [['[2, "c"]', '[0, "a"]', '[1, "b"]']])
     monkeypatch.setattr(jax, "process_index", lambda: 2)
-    assert distributed.gathered("c") == ["a", "b", "c"]
+    assert distributed.gathered("letters", "c") == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +212,7 @@ def test_images_that_no_process_can_read_are_an_error_of_all_shares(monkeypatch)
         view=None, unreadable=types.SimpleNamespace(listed=lambda: "a.png")
     )
     assert len(validation._share(source, np.arange(6), 8).index_N) == 0
-    monkeypatch.setattr(distributed, "gathered", lambda text: [text] * 2)
+    monkeypatch.setattr(distributed, "gathered", lambda what, text: [text] * 2)
     with pytest.raises(UserError, match="0 images can be read.*\na.png"):
         validation._of_all(source, np.arange(6), {})
 

@@ -10,11 +10,15 @@ import shutil
 
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from tests import recipes, test_processes
 from tests.test_processes import Job, done
 from tokgen import archives
+from tokgen.checkpoints import checkpoint, loading
+from tokgen.config import building
+from tokgen.data import token_shards
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]  # some start six programs
 IMAGES = 600  # three runs of a reference
@@ -139,6 +143,57 @@ def test_a_score_of_a_generator_by_many_processes_is_that_of_one(
         part.unlink()
     done(drawn(place, tmp_path / "begun"), processes=processes, devices=devices)
     same_folders(tmp_path / "begun", tmp_path / "one")
+
+
+def test_a_mesh_is_of_the_devices_of_each_process(place, tmp_path):
+    """Half of a network on each of two devices, where they read images and where they draw."""
+    words = [*TOKGEN, "evaluate", place / "runs/generator", "--data", place / "tokens"]
+    words += ["--split", "train", "--images", 100, "--mesh=-1,2,1"]
+    found = []
+    for name, how in (("one", {}), ("many", dict(processes=2, devices=4))):
+        done([*words, "--out", tmp_path / f"{name}.jsonl"], **how)
+        found.append(json.loads((tmp_path / f"{name}.jsonl").read_text()))
+    assert found[1]["nats_per_token"] == pytest.approx(found[0]["nats_per_token"], rel=1e-6)
+    assert found[1]["images"] == 100
+    done([*drawn(place, tmp_path / "score"), "--mesh=-1,2,1"], processes=2, devices=4)
+    assert results(tmp_path / "score")[0]["samples"] == 150
+
+
+def test_a_generator_of_texts_is_measured_by_many_as_by_one(place, tmp_path):
+    settings = recipes.load("generator/shapes:raster", ["generator.width=16", "generator.depth=1"])
+    settings.generator.update(texts=(3, 8), conditioning="captions")
+    tokenizer = loading.load_tokenizer(place / "runs/tokenizer")
+    recipes.save(
+        tmp_path / "captions",
+        settings,
+        lambda: recipes.scattered(
+            building.generator(settings, tokenizer.layout, 0, rngs=nnx.Rngs(0))
+        ),
+        kind="generator",
+        layout=tokenizer.layout,
+        best="nats_per_token",
+        classes=(),
+        tokenizer=checkpoint.reference(tokenizer.step, tmp_path / "captions")
+        | {"fingerprint": tokenizer.fingerprint},
+    )
+    count, draw = len(token_shards.Source(str(place / "tokens"))), np.random.default_rng(3)
+    (tmp_path / "texts").mkdir()
+    np.save(tmp_path / "texts/train.npy", draw.normal(size=(count, 3, 8)).astype(np.float32))
+    asked = draw.normal(size=(5, 3, 8)).astype(np.float32)
+    np.savez(tmp_path / "asked.npz", features=asked, mask=np.ones((5, 3), bool))
+    words = [*TOKGEN, "evaluate", tmp_path / "captions", "--data", place / "tokens"]
+    words += ["--split", "train", "--images", 100, "--text", tmp_path / "texts"]
+    score = [*TOKGEN, "evaluate", tmp_path / "captions", "--protocol", "local", "--samples", 150]
+    score += ["--reference", place / "reference.npz", "--accept", "few", "duplicates"]
+    score += ["--text", tmp_path / "asked.npz"]
+    found = []
+    for name, how in (("one", {}), ("many", dict(processes=2, devices=4))):
+        done([*words, "--out", tmp_path / f"{name}.jsonl"], **how)
+        found.append(json.loads((tmp_path / f"{name}.jsonl").read_text()))
+        assert found[-1].pop("time")
+        done([*score, "--out", tmp_path / name], **how)
+    assert found[0] == found[1] and found[0]["images"] == 100
+    same_folders(tmp_path / "many", tmp_path / "one")
 
 
 def test_a_score_of_reconstructions_by_many_processes_is_that_of_one(place, tmp_path):

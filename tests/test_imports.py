@@ -18,8 +18,8 @@ FILES = sorted([*(ROOT / "tokgen").rglob("*.py"), *ROOT.glob("train_*.py")])
 LAYERS = (
     ("errors",),
     ("storage",),
-    ("choices", "coordination", "image_grid", "interfaces", "launchers", "options", "ranges")
-    + ("records", "rng"),
+    ("chips", "choices", "coordination", "flops", "image_grid", "interfaces", "launchers")
+    + ("options", "ranges", "records", "rng"),
     ("archives", "boundary", "parameters", "report", "sharding", "losses", "orders", "zoo"),
     ("output", "distributed", "metrics_log", "nn", "metrics"),
     ("runtime", "quantizers", "tokenizers", "generators", "backbones", "sampling"),

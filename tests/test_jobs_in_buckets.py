@@ -20,6 +20,35 @@ def manifest(workdir):
     return checkpoint.read_meta(workdir / "checkpoints" / str(step))["manifest"]
 
 
+FAILS = """
+import runpy, sys
+from tokgen.errors import UserError
+from tokgen.training import train_state
+def give_up(values, step):
+    if step == 5:
+        raise UserError("step 5 fails")
+train_state.give_up = give_up
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def failing(words):
+    """A run that ends in an error before its first save: what it logged is in the bucket."""
+    words = [*words, "--config.steps=9", "--config.report.save=9"]
+    with jobs.Job(words, devices=1, program=FAILS) as job:
+        codes, (said,) = job.end(120)
+    assert codes == [2] and "error: step 5 fails" in said, said
+    workdir = storage.path(words[words.index("--workdir") + 1])
+    assert [line["step"] for line in jobs.lines(workdir)] == [1, 2, 3, 4, 5]
+    assert "lock" not in storage.names(workdir)
+
+
+def _figures(said):
+    """What evaluate printed, without what it said on the way."""
+    return [line for line in said.splitlines() if re.match(r"[a-z]\w+ +(-?[\d.e-]+|none)$", line)]
+
+
 def test_a_run_that_is_killed_goes_on_to_the_bits_of_one_that_was_not(bucket, tmp_path):
     """A job is refused while another lives, and takes the place of one that is dead."""
     jobs.done([*jobs.TOKENIZER, *STEPS, "--workdir", tmp_path / "run"], devices=1)
@@ -42,6 +71,11 @@ def test_a_run_that_is_killed_goes_on_to_the_bits_of_one_that_was_not(bucket, tm
     assert {"checkpoints", "curves.png", "images", "metrics.jsonl", "tensorboard"} <= set(there)
     assert "lock" not in there
     assert not pathlib.Path(jobs.ROOT, "gs:").exists()
+
+
+def test_what_was_logged_before_an_error_is_kept(bucket):
+    """The minute before is what one looks at; no save has come yet."""
+    failing([*jobs.TOKENIZER, "--workdir", f"{bucket}/run"])
 
 
 def test_tokens_and_a_generator_of_two_processes_in_a_bucket(bucket, tmp_path):
@@ -78,6 +112,17 @@ def test_tokens_and_a_generator_of_two_processes_in_a_bucket(bucket, tmp_path):
     jobs.done([*draw, tmp_path / "run", "--out", tmp_path / "theirs"])
     ours, theirs = (np.load(tmp_path / name / "samples.npz") for name in ("ours", "theirs"))
     np.testing.assert_array_equal(ours["arr_0"], theirs["arr_0"])
+    for name in ("run", "tokenizer"):  # measured and written for others as the copies are
+        evaluate = ["-m", "tokgen.cli", "evaluate", "--images", "8"]
+        told = [jobs.done([*evaluate, at])[0] for at in (f"{bucket}/{name}", tmp_path / name)]
+        assert _figures(told[0]) == _figures(told[1]) != []
+        for at, out in ((f"{bucket}/{name}", "ours"), (tmp_path / name, "theirs")):
+            words_ = ["-m", "tokgen.cli", "export", at, "--out", tmp_path / f"{out}-{name}"]
+            jobs.done(words_)
+        ours, theirs = (jobs.files(tmp_path / f"{out}-{name}") for out in ("ours", "theirs"))
+        assert ours.keys() == theirs.keys() == {"config.json", "model.safetensors"}
+        assert ours["model.safetensors"] == theirs["model.safetensors"]
+    failing([*words[:-1], f"{bucket}/failed"])
     with jobs.Job([*draw, run, "--out", f"{bucket}/samples"]) as job:
         codes, (said,) = job.end()
     assert codes == [2] and "--out: results of this command must be local files" in said

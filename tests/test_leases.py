@@ -4,15 +4,18 @@ import contextlib
 import json
 import threading
 import time
+import types
 
 import pytest
 
-from tokgen import output, storage
+from tests import test_coordination
+from tokgen import coordination, output, storage
 from tokgen.checkpoints import run as runs
 from tokgen.errors import UserError
 from tokgen.output import leases
 
 REFUSAL = "the place is in use by {}; wait"
+MARGIN = leases.MARGIN
 
 
 @pytest.fixture
@@ -105,6 +108,57 @@ def test_who_cannot_renew_ends_before_another_may_begin(place, monkeypatch):
         monkeypatch.setattr(leases._Lease, "write", down)
         time.sleep(leases.LASTS + leases.APART)
     assert said[0][0] < until and "could not be renewed: no route" in said[0][1]
+
+
+left = test_coordination.left
+
+
+def test_all_processes_of_a_job_end_before_another_may_begin(place, left, monkeypatch):
+    """Those that hear of it, and those that miss the heartbeat of one that is gone."""
+    service = test_coordination.Service(3)
+    jobs = [coordination.Job(service, index, 3) for index in range(3)]
+    monkeypatch.setattr(coordination, "job", lambda: jobs[0])
+    gone, lease = [], leases._Lease(place)
+    monkeypatch.setattr(leases, "os", types.SimpleNamespace(_exit=gone.append))
+    leases._lost(lease, "it could not be renewed: no route")
+    for job in jobs:
+        job._thread.join(10)
+    assert len(left) == 3 and len(set(left)) == 1 and gone == [1]
+    code, line = left[0]
+    assert code == 1 and line.startswith(f"error: {place.parent} is lost (it could not be renewed")
+    assert MARGIN >= coordination.HEARTBEAT + 5  # GRACE, which is less here
+
+
+@pytest.fixture
+def asleep(place, monkeypatch):
+    """Lets the lease of the place run out, and no thread has seen it yet."""
+    monkeypatch.setattr(leases, "_end", lambda said: None)
+    monkeypatch.setattr(leases, "RENEWED", 20.0)
+
+    def sleep():
+        leases._held[str(place.parent)].ends = leases._now() - 5
+
+    return sleep
+
+
+def test_a_host_that_slept_is_told_before_it_writes(place, asleep):
+    with leases.hold(place, REFUSAL):
+        leases.check(place.parent)
+        leases.check(place.parent / "beside")  # nobody's
+        asleep()
+        assert not leases.is_held(place.parent)
+        with pytest.raises(
+            UserError, match="the lease of .* is lost .*nothing was written since. S"
+        ):
+            leases.check(place.parent)
+    leases.check(place.parent)  # given back: it is no longer this process's to ask for
+
+
+def test_who_was_overtaken_is_told_so(place, asleep):
+    with leases.hold(place, REFUSAL):
+        leases._lost(leases._held[str(place.parent)], "another job holds it now")
+        with pytest.raises(UserError, match="is lost .another job holds it now., as on a host"):
+            leases.check(place.parent)
 
 
 def test_an_answer_that_was_lost_is_no_refusal(place):

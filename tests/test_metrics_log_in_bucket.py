@@ -45,6 +45,18 @@ def test_it_is_copied_now_and_then(workdir, monkeypatch):
     log.close()
 
 
+def test_nothing_is_copied_into_another_jobs_place(workdir):
+    held = [True]
+    log = metrics_log.opened(workdir, is_held=lambda: held[0])
+    log.scalars(1, {"loss": 2.0})
+    log.keep()
+    log.scalars(2, {"loss": 2.0})
+    held[0] = False
+    log.keep()
+    log.close()
+    assert len(lines(workdir)) == 1 and "curves.png" not in storage.sizes(workdir)
+
+
 def test_only_what_changed_is_copied(workdir, monkeypatch):
     log, saved, save = metrics_log.opened(workdir), [], storage.save
     log.scalars(1, {"loss": 2.0})

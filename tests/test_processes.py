@@ -3,6 +3,7 @@
 Each process has CPU devices of its own, and all talk over localhost as hosts of a pod do.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -537,6 +538,76 @@ def test_a_process_whose_others_never_come_ends(process, tmp_path):
         assert code == 2 and "process 0 is not there" in text and "Traceback" not in text, text
 
 
+@pytest.mark.parametrize(
+    "there, ended",
+    [([0], 0), ([1], 1), ([0, 1], 1)],
+    ids=["the first", "another", "another that has met the first"],
+)
+def test_a_process_that_waits_for_others_to_come_hears_sigterm(there, ended, tmp_path):
+    """It says so in one line, and does not wait as long as the others may take."""
+    address = f"localhost:{_port()}"
+    words = [*TOKENIZER, "--workdir", tmp_path / "run", "--wait", 300]
+    words += ["--coordinator", address, "--processes", 3, "--process"]
+    with contextlib.ExitStack() as stack:
+        jobs = {process: stack.enter_context(Job([*words, process])) for process in there}
+        for job in jobs.values():
+            waited(job, "waiting up to 300 s")
+        time.sleep(3)
+        jobs[ended].processes[0].terminate()
+        (code,), (text,) = jobs[ended].end(5)
+    first, *others = text.splitlines()
+    assert code == 143 and others == ["train_tokenizer.py: terminated"], text
+    assert first.startswith(f"process {ended} of 3")
+
+
+# Process 1 is told late, or never, what lies in the work directory, as by a network's file system
+STALE = """
+import os, runpy, sys
+import orbax.checkpoint as ocp
+from tokgen import distributed
+from tokgen.checkpoints import checkpoint
+from tokgen.training import safeguards
+late = int(os.environ["LOOKS"])
+distributed.LATE = 3
+if sys.argv[sys.argv.index("--process") + 1] == "1":
+    load, looks = ocp.CheckpointManager._load_checkpoint_infos, []
+    def infos(manager, *args, **how):
+        looks.append(1)
+        found = load(manager, *args, **how)
+        return found[:-1] if len(looks) <= late else found
+    ocp.CheckpointManager._load_checkpoint_infos = infos
+    checkpoint.steps = lambda folder: []
+    checkpoint._noted = lambda step: None
+    def _noted(*_):
+        return {"returns": 5, "settled": False}
+    safeguards._noted = _noted
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_what_is_resumed_and_kept_is_what_all_processes_see(tokenizer, tmp_path):
+    """Not what each finds by itself: they would go on from different steps, or wait for ever."""
+    words = [*TOKENIZER, *GAN, "--config.steps=9"]
+    for name in ("one", "many", "never"):
+        shutil.copytree(tokenizer, tmp_path / name)
+    done([*words, "--workdir", tmp_path / "one"])
+    how = dict(processes=2, devices=4, program=STALE)
+    texts = done([*words, "--workdir", tmp_path / "many"], told=[{"LOOKS": "4"}], **how)
+    assert "resumed step 6 of" in texts[0]
+    same(tmp_path / "many", tmp_path / "one")
+    one, many = (
+        sorted(step.name for step in (tmp_path / name / "checkpoints").iterdir())
+        for name in ("one", "many")
+    )
+    assert one == many
+    with Job([*words, "--workdir", tmp_path / "never"], told=[{"LOOKS": "1000"}], **how) as job:
+        codes, texts = job.end(60)
+    errors = [[line for line in text.splitlines() if ": error: " in line] for text in texts]
+    assert codes == [2, 2] and len(errors[0]) == 1 and errors[0] == errors[1], "\n".join(texts)
+    assert re.search(r"process 0 finds \[.*6\], process 1 finds \[.*\]; ", errors[0][0])
+
+
 def test_a_work_directory_in_use_is_refused_by_all(tmp_path):
     words = [*TOKENIZER, "--config.steps=2000", "--workdir", tmp_path / "run"]
     with Job(words) as first:
@@ -587,12 +658,13 @@ def run():
     runtime.join(sys.argv[1:])
     job = coordination.job()
     long = [str(index) * 5_000_000 for index in range(2)]  # over what a message of the service has
-    assert job.exchange(long[job.index]) == long and job.of_first(long[job.index]) == long[0]
+    assert job.exchange("a", long[job.index]) == long
+    assert job.of_first("b", long[job.index]) == long[0]
     print("waits", flush=True)
     if job.index == 0:
         time.sleep(100)
     elif "--first" in sys.argv:
-        job.of_first("")
+        job.of_first("c", "")
 sys.exit(runtime.call("prog", run))
 """
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tokgen import chips, flops
+
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -40,7 +42,7 @@ CACHES = {"rar-b": 18.9, "rar-xxl": 57.9, "var-d30": 156.7, "maskbit": 0}  # MB 
 
 @pytest.mark.parametrize("name", RATES)
 def test_rates_are_those_of_the_closed_forms(name, roofline):
-    net, chip = roofline.network(roofline.published(name)[0]), roofline.CHIPS["H200"]
+    net, chip = roofline.network(roofline.published(name)[0]), chips.CHIPS["H200"]
     for batch, every, before in RATES[name]:
         for wanted, ahead in ((every, False), (before, True)):
             if wanted is not None:
@@ -59,7 +61,7 @@ def test_rates_are_those_of_the_closed_forms(name, roofline):
 
 
 def test_less_guidance_is_less_work_and_pixels_cost(roofline):
-    net, chip = roofline.network(roofline.published("rar-b")[0]), roofline.CHIPS["A100"]
+    net, chip = roofline.network(roofline.published("rar-b")[0]), chips.CHIPS["A100"]
     rates = [roofline.images_per_second(net, 64, chip, guided=n) for n in (256, 128, 0)]
     assert rates == sorted(rates) and rates[2] > 1.5 * rates[0]
     slower = roofline.images_per_second(net, 64, chip, pixels=chip.flops / rates[0])
@@ -68,12 +70,12 @@ def test_less_guidance_is_less_work_and_pixels_cost(roofline):
 
 def test_operations_are_counted_without_running_anything(roofline):
     shapes = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((16, 4), jnp.float32)
-    assert roofline.flops(jnp.matmul, *shapes) == pytest.approx(2 * 8 * 16 * 4, rel=0.01)
+    assert flops.of(jnp.matmul, *shapes) == pytest.approx(2 * 8 * 16 * 4, rel=0.01)
 
 
 def test_devices_are_known_by_what_jax_calls_them(roofline):
-    assert roofline.chip_of("NVIDIA H200") == "H200" and roofline.chip_of("TPU v5 lite") == "v5e"
-    assert roofline.chip_of("TPU v5p") == "v5p" and roofline.chip_of("cpu") == ""
+    assert chips.of("NVIDIA H200") == "H200" and chips.of("TPU v5 lite") == "v5e"
+    assert chips.of("TPU v5p") == "v5p" and chips.of("cpu") == ""
 
 
 def test_rates_of_this_cpu_are_measured(roofline):

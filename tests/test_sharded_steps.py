@@ -25,8 +25,8 @@ QUICK = [
 
 
 @functools.cache
-def alone(name):
-    return family_steps.steps(name, family_steps.mesh_of((1, 1, 1)))
+def alone(name, seed):
+    return family_steps.steps(name, family_steps.mesh_of((1, 1, 1)), seed)
 
 
 @pytest.mark.timeout(900)
@@ -39,8 +39,10 @@ def alone(name):
     ],
 )
 def test_steps_on_a_mesh_are_those_of_one_device(name, sizes):
-    found = family_steps.steps(name, family_steps.mesh_of(sizes))
-    family_steps.compare(found, alone(name))
+    mesh = family_steps.mesh_of(sizes)
+    family_steps.agreed(
+        functools.partial(family_steps.steps, name, mesh), functools.partial(alone, name)
+    )
 
 
 @pytest.mark.long
@@ -49,10 +51,19 @@ def test_steps_on_a_mesh_are_those_of_one_device(name, sizes):
 def test_processes_take_the_steps_of_one_device(part, tmp_path):
     """Four processes of two devices, in another order: heads and hidden units lie across them."""
     names = FAMILIES[part::12]
-    words = ["-m", "tests.family_steps", tmp_path / "many.npz", "2,1,4", *names, "--permuted"]
-    test_processes.done(words, processes=4, devices=2)
+
+    @functools.cache
+    def written(seed):
+        file, program = tmp_path / f"{seed}.npz", ["-m", "tests.family_steps"]
+        words = [*program, file, "2,1,4", *names, "--permuted", "--data", seed]
+        test_processes.done(words, processes=4, devices=2)
+        return file
+
     for name in names:
-        family_steps.compare(family_steps.read(tmp_path / "many.npz", name), alone(name))
+        family_steps.agreed(
+            lambda seed, name=name: family_steps.read(written(seed), name),
+            functools.partial(alone, name),
+        )
 
 
 # ---------------------------------------------------------------- what the compiler makes of it

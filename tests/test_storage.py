@@ -139,6 +139,44 @@ def test_what_a_bucket_refuses_is_one_message(bucket):
         raise FileNotFoundError  # local errors pass
 
 
+def test_what_an_account_may_not_do_is_named(bucket):
+    for said, lacking in (
+        (
+            "Forbidden: https://storage.googleapis.com/b/a\nme does not have storage.buckets.get",
+            "storage.buckets.get",
+        ),
+        ("403 GET http://a: Permission 'storage.objects.list' denied", "storage.objects.list"),
+    ):
+        role = "grant it roles/storage.objectAdmin .* and roles/storage.legacyBucketReader"
+        with pytest.raises(storage.NotReached, match=f"the permission {lacking}: {role}"):
+            with storage.reached(bucket):
+                raise OSError(said)
+    with pytest.raises(UserError, match="lacks a permission: grant it"), storage.reached(bucket):
+        raise OSError("Forbidden: b/a\n")
+    assert "lacks" not in storage.refused(ConnectionError("no route to gs://a/checkpoints/403/a"))
+
+
+def test_what_is_no_refusal_passes(bucket):
+    for error in (UserError("a 403"), ValueError("no JSON"), RuntimeError("RESOURCE_EXHAUSTED: a")):
+        with pytest.raises(type(error), match=str(error)) as found, storage.reached(bucket):
+            raise error
+        assert found.value is error
+
+
+def test_a_folder_that_nobody_answers_for_is_not_said_to_be_none(bucket, monkeypatch):
+    folder = storage.path(bucket)
+    assert not storage.is_dir(folder)
+    storage.save(folder / "a", b"")
+    assert storage.is_dir(folder) and not storage.is_dir(folder / "a")
+
+    def down(path, **how):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(storage.files(folder), "info", down)
+    with pytest.raises(ConnectionError):
+        storage.is_dir(folder)
+
+
 def test_what_is_missing_is_an_answer(bucket):
     with pytest.raises(FileNotFoundError, match="lock"), storage.asked(bucket):
         storage.opened(f"{bucket}/lock").close()

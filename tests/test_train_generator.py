@@ -13,7 +13,7 @@ import train_generator
 from tokgen import parameters, rng, sharding
 from tokgen.config import reading
 from tokgen.evaluation import validation
-from tokgen.training import optimizer as optimizers, train_state
+from tokgen.training import generator_step, optimizer as optimizers, train_state
 
 
 class Telling(nnx.Module):
@@ -37,7 +37,7 @@ def step():
     graph, state = train_state.create(
         Telling, optimizer, mesh=sharding.make_mesh(), ema=settings.ema
     )
-    made = train_generator.train_step(settings, graph, optimizer)
+    made = generator_step.step(settings, graph, optimizer)
 
     def copied(state, batch=BATCH):
         return made(jax.tree.map(jnp.copy, state), batch, None)
@@ -60,7 +60,7 @@ def test_a_step_works_in_the_memory_of_the_state_that_it_is_given(step):
     """Donated, and really reused: every array of it, or the compiler warns."""
     settings, state, _ = step
     optimizer = optimizers.optimizer(9, learning_rate=0.1, decay="constant")
-    made = train_generator.train_step(settings, parameters.split(Telling())[0], optimizer)
+    made = generator_step.step(settings, parameters.split(Telling())[0], optimizer)
     given = jax.tree.map(jnp.copy, state)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

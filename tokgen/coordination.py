@@ -30,6 +30,7 @@ PATIENCE = 20 * 24 * 3600 * 1000  # milliseconds for which processes wait for on
 # longer one: a message has 4 MB at most.
 SHORT, PIECE = 10_000, 500_000
 GRACE = 5  # seconds for which a process that is ended may end by itself
+HEARTBEAT = 20  # seconds without a sign of life after which a process is taken for dead
 _job: Job | None = None
 
 
@@ -44,35 +45,34 @@ class Job:
 
     def __init__(self, client: Any, index: int, count: int):
         self._client, self.index, self.count, self.stopped = client, index, count, 0
-        self._rounds, self._texts = itertools.count(), itertools.count()
-        self._said: list[str] = []  # keys of what was said last
+        self._calls = itertools.count()  # of `exchange` and `of_first`, the same on all
+        self._said: list[str] = []  # keys of what was said since all were last here
         self._turns, self._last, self._number = 0, None, 0
         self._lock = threading.Lock()
         self._over, self._idle = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._listen, name="events", daemon=True)
         self._thread.start()
 
-    def wait(self, what: str) -> None:
-        """All processes wait here for each other; `what` is the same on all."""
-        _awaited(self._client.wait_at_barrier, f"tokgen/{what}", PATIENCE)
+    def exchange(self, what: str, text: str) -> list[str]:
+        """What each process says, in their order; all wait for all.
 
-    def exchange(self, text: str) -> list[str]:
-        """What each process says, in their order; all wait for all."""
-        number = next(self._rounds)
-        place, before = f"tokgen/said/{number}", self._said
-        self._said = self._put(f"{place}/{self.index:06}", text)
-        self.wait("said")
+        `what` names the call, and is the same on all: an error where it is not.
+        """
+        place, before = f"tokgen/said/{next(self._calls)}", self._said
+        self._said = self._put(f"{place}/{self.index:06}", what, text)
+        self._first(place, what)  # before the wait, which would not end
+        self._wait("said")
         said = dict(self._client.key_value_dir_get(place))
         for key in before:  # all are here, and have read what was said before
             self._client.key_value_delete(key)
         return [self._whole(key, said[key]) for key in sorted(said)]
 
-    def of_first(self, text: str) -> str:
-        """What process 0 says; what the others would is not sent."""
-        key = f"tokgen/first/{next(self._texts)}"
+    def of_first(self, what: str, text: str) -> str:
+        """What process 0 says; what the others would is not sent. `what` as of `exchange`."""
+        place = f"tokgen/said/{next(self._calls)}"
         if self.index == 0:
-            self._put(key, text)
-        return self._whole(key, _awaited(self._client.blocking_key_value_get, key, PATIENCE))
+            self._said = self._said + self._put(f"{place}/{0:06}", what, text)
+        return self._whole(*self._first(place, what))
 
     def ask(self, number: int) -> None:
         """Let all processes stop, as a signal to this one wants; `stops` tells them when."""
@@ -96,7 +96,7 @@ class Job:
         self._idle.set()
         with contextlib.suppress(RuntimeError):  # jax is about to end this process
             if code == 0:
-                self.wait("end")
+                self._wait("end")
             if not self._over.is_set():
                 trace()
             self.break_off(code, line)
@@ -112,23 +112,40 @@ class Job:
         """What messages call this process."""
         return f"process {self.index} of {self.count} ({socket.gethostname()})"
 
-    def _put(self, key: str, text: str) -> list[str]:
-        """Say a text, which `_whole` reads; the keys that hold it.
+    def _wait(self, what: str) -> None:
+        """All processes wait here for each other."""
+        awaited(self._client.wait_at_barrier, f"tokgen/{what}", PATIENCE)
+
+    def _first(self, place: str, what: str) -> tuple[str, str]:
+        """(the key of what process 0 says in a call, what it has), where it is the same call."""
+        key = f"{place}/{0:06}"
+        found = awaited(self._client.blocking_key_value_get, key, PATIENCE)
+        theirs = found.partition("\n")[0]
+        if theirs != what:
+            raise RuntimeError(
+                f"the processes of a job have gone different ways: process {self.index} asks for "
+                f"{what!r} where process 0 asks for {theirs!r}"
+            )
+        return key, found
+
+    def _put(self, key: str, what: str, text: str) -> list[str]:
+        """Say a text in a call of that name, which `_whole` reads; the keys that hold it.
 
         A long one in pieces, and under the key how many: a message of the service has a limit.
         """
         if len(text) <= SHORT:
-            self._client.key_value_set(key, f" {text}")
+            self._client.key_value_set(key, f"{what}\n {text}")
             return [key]
         pieces = [text[at : at + PIECE] for at in range(0, len(text), PIECE)]
         keys = [f"tokgen/pieces/{key}/{number:06}" for number in range(len(pieces))]
         for place, piece in zip(keys, pieces, strict=True):
             self._client.key_value_set(place, piece)
-        self._client.key_value_set(key, str(len(pieces)))
+        self._client.key_value_set(key, f"{what}\n{len(pieces)}")
         return [key, *keys]
 
     def _whole(self, key: str, found: str) -> str:
         """The text whose key has `found`."""
+        found = found.partition("\n")[2]
         if found.startswith(" "):
             return found[1:]
         keys = [f"tokgen/pieces/{key}/{number:06}" for number in range(int(found))]
@@ -169,13 +186,13 @@ class Job:
             return
         with self._lock:
             self._client.key_value_set(f"tokgen/turns/{self.index}", str(self._turns))
-            self.wait("turns")
+            self._wait("turns")
             turns = [int(text) for _, text in self._client.key_value_dir_get("tokgen/turns")]
             self._last, self._number = max(turns) + 1, number
 
 
-def _awaited(wait: Callable[..., T], *args) -> T:
-    """What a wait of the service gives, which lasts in C++, where Python handles no signal.
+def awaited(wait: Callable[..., T], *args, **how) -> T:
+    """What a wait of jax's gives, which lasts in C++, where Python handles no signal.
 
     So another thread waits, and this one for it.
     """
@@ -183,7 +200,7 @@ def _awaited(wait: Callable[..., T], *args) -> T:
 
     def act() -> None:
         try:
-            found.append(wait(*args))
+            found.append(wait(*args, **how))
         except BaseException as error:  # noqa: BLE001 (it is of the caller)
             wrong.append(error)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -23,7 +24,8 @@ from tokgen import coordination, launchers, report, sharding
 from tokgen.errors import SharedError, UserError
 
 T = TypeVar("T")
-HEARTBEAT = 20  # seconds without a sign of life after which a process is taken for dead
+LATE = 60.0  # seconds until every process must see what one wrote
+SHOWN = 100  # characters of a value in a message
 
 
 def initialize(args: argparse.Namespace) -> None:
@@ -61,11 +63,13 @@ def initialize(args: argparse.Namespace) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     found = "no launcher that jax knows"
     try:
-        jax.distributed.initialize(
+        # another thread waits for the others, so that this one hears a signal meanwhile
+        coordination.awaited(
+            jax.distributed.initialize,
             **({} if missing else known),
             initialization_timeout=args.wait,
-            heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=HEARTBEAT,
+            heartbeat_timeout_seconds=coordination.HEARTBEAT,
+            shutdown_timeout_seconds=coordination.HEARTBEAT,
         )
     except RuntimeError as error:
         raise UserError(f"this process cannot join its job: {error}") from error
@@ -130,13 +134,16 @@ def _tell(args: argparse.Namespace) -> None:
             time.sleep(0.5)
 
 
-def gathered(text: str) -> list[str]:
-    """What each process says, in the order of `jax.process_index`; all wait for all."""
+def gathered(what: str, text: str) -> list[str]:
+    """What each process says, in the order of `jax.process_index`; all wait for all.
+
+    `what` names the call, and is the same on all: an error where it is not.
+    """
     if not many():
         return [text]
     # on a TPU that of a launcher may be another
-    said = map(json.loads, coordination.job().exchange(json.dumps([jax.process_index(), text])))
-    return [text for _, text in sorted(said)]
+    own = json.dumps([jax.process_index(), text])
+    return [text for _, text in sorted(map(json.loads, coordination.job().exchange(what, own)))]
 
 
 def check_alike(told: Mapping[str, object]) -> None:
@@ -148,9 +155,10 @@ def check_alike(told: Mapping[str, object]) -> None:
         return
     job, own = coordination.job(), {k: _shown(v) for k, v in _flat(told).items()}
     # all compare with the first, so that nobody reads what all have
-    theirs = json.loads(job.of_first(json.dumps(own)))
+    theirs = json.loads(job.of_first("whether all are alike", json.dumps(own)))
     names = sorted(name for name in {*own, *theirs} if own.get(name) != theirs.get(name))
-    found = [json.loads(text) for text in job.exchange(json.dumps({n: own.get(n) for n in names}))]
+    differing = json.dumps({name: own.get(name) for name in names})
+    found = [json.loads(text) for text in job.exchange("what is not alike", differing)]
     lines = []
     for name in sorted(set().union(*found)):
         values = {}
@@ -204,10 +212,10 @@ def check_devices() -> None:
 
 
 @contextlib.contextmanager
-def led(context: contextlib.AbstractContextManager[T]) -> Iterator[T | None]:
+def led(what: str, context: contextlib.AbstractContextManager[T]) -> Iterator[T | None]:
     """Process 0 enters a context, such as a lock; where it cannot, all have its error.
 
-    Gives what the context gives, to process 0; None to the others.
+    `what` is the same on all. Gives what the context gives, to process 0; None to the others.
     """
     if not many():
         with context as found:
@@ -220,7 +228,7 @@ def led(context: contextlib.AbstractContextManager[T]) -> Iterator[T | None]:
                 found = stack.enter_context(context)
             except UserError as error:
                 said = str(error)
-        if said := gathered(said)[0]:
+        if said := gathered(what, said)[0]:
             raise SharedError(said)
         yield found
 
@@ -230,7 +238,7 @@ def first(act: Callable[..., T], *args, **how) -> T | None:
 
     What it gives, to process 0; None to the others.
     """
-    with led(_calling(act, *args, **how)) as found:
+    with led(_name(act), _calling(act, *args, **how)) as found:
         return found
 
 
@@ -245,7 +253,55 @@ def decided(act: Callable[..., T], *args, **how) -> T:
     Where it is refused, all have its error.
     """
     found = first(act, *args, **how)
-    return json.loads(gathered(json.dumps(found))[0]) if many() else found
+    if not many():
+        return found
+    return json.loads(gathered(f"what {_name(act)} found", json.dumps(found))[0])
+
+
+def alike(what: str, look: Callable[[], T]) -> T:
+    """What `look` finds, once all find the same: plain values, JSON's; `what` names it.
+
+    A network's file system may show a change to one process later than to another: they look again
+    for a minute.
+
+    Raises:
+        SharedError: they still find different.
+    """
+    until = time.monotonic() + LATE
+    while True:
+        found = look()
+        if not many():
+            return found
+        told = gathered(what, json.dumps([found, time.monotonic() > until]))
+        seen, over = zip(*map(json.loads, told), strict=True)
+        if all(each == seen[0] for each in seen):
+            return found
+        if over[0]:  # by one clock
+            listed = ", ".join(f"process {n} finds {_shown(each)}" for n, each in enumerate(seen))
+            raise SharedError(
+                f"the processes of a job need {what} to be the same for all; {listed}; they need "
+                "a file system that all see, and that shows each what another wrote"
+            )
+        time.sleep(0.5)
+
+
+def awaited(look: Callable[[], T | None], file: str | os.PathLike) -> T:
+    """What `look` finds of a file that another process wrote.
+
+    A network's file system may show it to this one later: it looks again for a minute.
+
+    Raises:
+        UserError: there is none (None) until then.
+    """
+    until = time.monotonic() + LATE
+    while (found := look()) is None:
+        if time.monotonic() > until:
+            raise UserError(
+                f"{file} was written by another process, and is not there for this one: the "
+                "processes of a job need --out on a file system that all see"
+            )
+        time.sleep(0.5)
+    return found
 
 
 def share() -> tuple[int, int]:
@@ -287,14 +343,14 @@ def shared() -> Iterator[None]:
         yield
     except UserError as error:
         said = str(error)
-    if found := next(filter(None, gathered(said)), ""):
+    if found := next(filter(None, gathered("what was refused of a share", said)), ""):
         raise SharedError(found)
 
 
 def together(what: str) -> None:
     """All processes wait here for each other; `what` is the same on all, and of this place."""
     if many():
-        coordination.job().wait(what)
+        coordination.job().exchange(what, "")
 
 
 def _flat(tree: object, path: str = "") -> dict[str, object]:
@@ -304,4 +360,12 @@ def _flat(tree: object, path: str = "") -> dict[str, object]:
 
 
 def _shown(value: object) -> str:
-    return json.dumps(value, default=str)[:100]
+    """A value in a message; long ones differ by a hash of the whole."""
+    text = json.dumps(value, default=str)
+    if len(text) <= SHOWN:
+        return text
+    return f"{text[:SHOWN]}... ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
+
+
+def _name(act: Callable) -> str:
+    return getattr(act, "func", act).__qualname__

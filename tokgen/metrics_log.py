@@ -20,11 +20,14 @@ LOG = "metrics.jsonl"
 EVERY = 60.0  # seconds after which a bucket has what was logged
 
 
-def opened(workdir: pathlib.Path, **how) -> AnyLog:
-    """The metrics of a run, `Log`; of several processes, one writes them."""
+def opened(workdir: pathlib.Path, *, is_held: Callable[[], bool] = lambda: True, **how) -> AnyLog:
+    """The metrics of a run, `Log`; of several processes, one writes them.
+
+    Into a bucket only while `is_held` says that the place is this job's.
+    """
     if jax.process_index():
         return Nowhere()
-    return InBucket(workdir, **how) if storage.is_remote(workdir) else Log(workdir, **how)
+    return InBucket(workdir, is_held, **how) if storage.is_remote(workdir) else Log(workdir, **how)
 
 
 class Nowhere:
@@ -102,12 +105,13 @@ class InBucket:
     saved: then no line of a step is lost with this host.
     """
 
-    def __init__(self, workdir: pathlib.Path, **how):
-        self.workdir, self.copied = workdir, {}
+    def __init__(self, workdir: pathlib.Path, is_held: Callable[[], bool], **how):
+        self.workdir, self.is_held, self.copied = workdir, is_held, {}
         self.folder = tempfile.TemporaryDirectory(prefix="tokgen-log-")
         self.here = pathlib.Path(self.folder.name)
-        if (workdir / LOG).exists():
-            storage.download(workdir / LOG, self.here / LOG)
+        with storage.reached(workdir):
+            if (workdir / LOG).exists():
+                storage.download(workdir / LOG, self.here / LOG)
         self.log, self.copying, self.ended = (
             Log(self.here, **how),
             threading.Lock(),
@@ -132,6 +136,8 @@ class InBucket:
                 changed = file.stat().st_mtime_ns
                 if self.copied.get(file) == changed:
                     continue
+                if not self.is_held():  # whoever saves says so
+                    return
                 try:
                     # what is there now: others write on meanwhile
                     storage.save(self.workdir / file.relative_to(self.here), file.read_bytes())

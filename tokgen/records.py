@@ -63,7 +63,10 @@ def read(
 ) -> Any:
     """The record in a file, with at least the fields `kinds`; UserError that says `what` it is."""
     try:
-        return checked(load(file, limit=limit), **kinds)
+        with storage.asked(file):
+            return checked(load(file, limit=limit), **kinds)
+    except storage.NotReached:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read as {what}: {error}; {remedy}") from error
 
@@ -106,7 +109,7 @@ def lines(
     """
     found = []
     try:
-        with storage.opened(file) as stream:
+        with storage.asked(file), storage.opened(file) as stream:
             if (size := storage.size(file)) > limit:
                 raise ValueError(f"it has {size:,} bytes, such a file at most {limit:,}")
             number, line = 0, stream.readline(BYTES + 1)
@@ -122,6 +125,8 @@ def lines(
                         raise ValueError(f"line {number}: {error}") from error
                     say(f"{file}: the last line was cut off and is left out")
                 line = following
+    except storage.NotReached:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read as {what}: {error}; {remedy}") from error
     return found

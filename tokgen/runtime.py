@@ -9,6 +9,7 @@ none of it.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import io
@@ -191,7 +192,13 @@ def join(words: Sequence[str]) -> None:
     if (given or launchers.is_started()) and not {"-h", "--help"} & {*words}:
         from tokgen import distributed
 
-        distributed.initialize(args)
+        try:
+            distributed.initialize(args)
+        except (KeyboardInterrupt, Stopped) as end:
+            # jax waits on for the others, in threads that would hold this process, and be loud
+            number = end.number if isinstance(end, Stopped) else signal.SIGINT
+            atexit.register(os._exit, CODES[number])
+            raise
 
 
 def parsed(parse: Callable[..., T], *args) -> T:

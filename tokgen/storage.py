@@ -25,6 +25,17 @@ if TYPE_CHECKING:
 SCHEME = "gs://"
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _JOINED = re.compile(r"gs:/(?=[^/])")  # what pathlib makes of a path in a bucket
+# what tensorstore says of the way to a store; of what lies there it says other words
+_STATUS = re.compile(
+    r"\b(?:ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|PERMISSION_DENIED|RESOURCE_EXHAUSTED"
+    r"|UNAUTHENTICATED|UNAVAILABLE): |\bCURL error|http_response_code='(?:401|403|408|429|5..)'"
+)
+_FORBIDDEN = re.compile(r"\bForbidden\b|\bPERMISSION_DENIED\b|\A403 |, 403\Z")
+_PERMISSION = re.compile(r"\bstorage\.(?:buckets|folders|objects)\.[a-zA-Z]+\b")
+
+
+class NotReached(UserError):
+    """A bucket, or the way there, refuses: that says nothing of what lies in it."""
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -97,6 +108,23 @@ def sizes(folder: pathlib.Path) -> dict[str, int]:
     # a folder that was made by hand is an object, too, whose name ends in a slash
     there = {n: told["size"] for n, told in found.items() if not n.endswith("/")}
     return {name.removeprefix(root): there[name] for name in sorted(there)}
+
+
+def changed(folder: pathlib.Path) -> float:
+    """When a folder of a bucket was last written to, in seconds since 1970; 0: nothing is there."""
+    found = files(folder).find(f"{folder}/", detail=True)
+    return max((told["mtime"].timestamp() for told in found.values()), default=0.0)
+
+
+def is_dir(path: pathlib.Path) -> bool:
+    """Whether a path leads to a folder. `is_dir` of a path in a bucket says no, too, where nobody
+    answers."""
+    if not is_remote(path):
+        return path.is_dir()
+    try:
+        return files(path).info(str(path))["type"] == "directory"
+    except FileNotFoundError:
+        return False
 
 
 def names(folder: pathlib.Path) -> list[str]:
@@ -185,6 +213,35 @@ def absolute(path: pathlib.Path) -> pathlib.Path:
     return path if is_remote(path) else path.absolute()
 
 
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error is of a bucket that was not reached, or refused; of a missing file, too."""
+    if isinstance(error, UserError):
+        return False
+    if isinstance(error, refusals()):
+        return True
+    # tensorstore, and Orbax with it, has no classes of its own
+    plain = isinstance(error, ValueError) or type(error) is Exception
+    return plain and bool(_STATUS.search(str(error)))
+
+
+def refused(error: BaseException) -> str:
+    """What a bucket said when it refused, and what mends it."""
+    said = str(error).strip() or repr(error)
+    told = said.splitlines()[0][:300]
+    if not _FORBIDDEN.search(said):
+        return (
+            f"{told}; see to the name of the bucket, to the connection, and to who is asking: "
+            "gcloud auth application-default login, or the roles of the machine"
+        )
+    found = _PERMISSION.search(said)
+    lacking = f"the permission {found[0]}" if found else "a permission"
+    return (
+        f"{told}; the account that asks lacks {lacking}: grant it roles/storage.objectAdmin "
+        "(storage.objects.*) and roles/storage.legacyBucketReader (storage.buckets.get) on the "
+        "bucket, or ask as another: gcloud auth application-default login"
+    )
+
+
 @contextlib.contextmanager
 def reached(path: str | os.PathLike) -> Iterator[None]:
     """What a bucket refuses, as one message; of a local path nothing is caught."""
@@ -193,12 +250,10 @@ def reached(path: str | os.PathLike) -> Iterator[None]:
         return
     try:
         yield
-    except refusals() as error:
-        said = (str(error).strip() or repr(error)).splitlines()[0][:300]
-        raise UserError(
-            f"{path} cannot be used: {said}; see to the name of the bucket, to the connection, and "
-            "to who is asking: gcloud auth application-default login, or the roles of the machine"
-        ) from error
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        raise NotReached(f"{path} cannot be used: {refused(error)}") from error
 
 
 @contextlib.contextmanager

@@ -7,10 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from tests import buckets
 from tests.checkpoints import test_run
 from tokgen import parameters, records, storage
-from tokgen.checkpoints import checkpoint, manifest, run as runs
+from tokgen.checkpoints import checkpoint, in_bucket, manifest, run as runs
 from tokgen.interfaces import UserError
+from tokgen.output import leases
 
 AT = test_run.at
 
@@ -49,7 +51,8 @@ def test_steps_are_saved_measured_kept_and_found(workdir, tmp_path):
     run.close()
 
 
-def test_a_save_that_never_ended_is_no_step_and_goes(workdir):
+def test_a_save_that_never_ended_is_no_step_and_goes(workdir, monkeypatch):
+    monkeypatch.setattr(in_bucket, "COPYING", 0.0)
     run = test_run.open_run(workdir, latest=2)
     for step in (1, 2):
         run.save(AT(step), {"l2": 1.0 / step})
@@ -64,14 +67,15 @@ def test_a_save_that_never_ended_is_no_step_and_goes(workdir):
     assert checkpoint.steps(workdir / checkpoint.FOLDER) == [2]
 
 
-def test_a_step_that_was_copied_before_it_was_sealed_is_kept(workdir, capsys):
+def test_a_step_that_was_copied_before_it_was_sealed_is_kept(workdir, monkeypatch, capsys):
+    monkeypatch.setattr(in_bucket, "COPYING", 0.0)
     local = {"meta/metadata": b"{}", "state/d/a": b"1"}
     ended = {checkpoint.ENDED: b'{"commit_timestamp_nsecs": 1764500000000000000}'}
     begun = {checkpoint.ENDED: b'{"commit_timestamp_nsecs": null}'}
     for step, content in ((1, local | ended), (2, local | begun), (3, local)):
         for name, text in content.items():
             storage.save(folder(workdir, step) / name, text)
-    runs._clear(workdir)
+    in_bucket.settle(workdir / checkpoint.FOLDER)
     assert checkpoint.steps(workdir / checkpoint.FOLDER) == [1]
     assert set(storage.sizes(folder(workdir, 1))) == {*local, *ended, checkpoint.COMMITTED}
     assert not folder(workdir, 2).exists() and not folder(workdir, 3).exists()
@@ -80,20 +84,110 @@ def test_a_step_that_was_copied_before_it_was_sealed_is_kept(workdir, capsys):
         assert f"{folder(workdir, step)} was not written to its end, and is removed" in said
 
 
-def test_a_bucket_that_is_not_reached_is_no_damage(workdir, monkeypatch):
-    def down(*_, **how):
-        raise ConnectionError("no route")
+@pytest.mark.long
+def test_a_step_that_is_being_copied_there_is_left_and_gives_way_to_this_runs_own(workdir, capsys):
+    storage.save(folder(workdir, 2) / "state/d/a", b"1")  # the rest is under way
+    run = test_run.open_run(workdir)
+    assert (
+        f"{folder(workdir, 2)} was not written to its end, or is being" in capsys.readouterr().err
+    )
+    assert storage.sizes(folder(workdir, 2)) == {"state/d/a": 1} and run.manager.all_steps() == []
+    run.save(AT(2), {"l2": 0.5})
+    run.close()
+    checkpoint.verify(folder(workdir, 2))
 
-    monkeypatch.setattr(records, "load", down)
-    with pytest.raises(UserError, match="checkpoints/1 cannot be used: no route; see to the name"):
-        checkpoint.read_meta(folder(workdir, 1))
-    monkeypatch.setattr(runs.ocp, "CheckpointManager", down)
-    with pytest.raises(UserError, match="run cannot be used: no route; see to the name"):
-        test_run.open_run(workdir)
+
+def test_nothing_is_saved_or_deleted_once_the_lease_is_lost(workdir, monkeypatch):
+    """As on a host that slept: no thread has seen it yet."""
+    monkeypatch.setattr(leases, "_end", lambda said: None)
+    monkeypatch.setattr(leases, "RENEWED", 20.0)
+    with runs.lock(workdir):
+        run = test_run.open_run(workdir, latest=9)
+        for step in (1, 2):
+            run.save(AT(step), {"l2": 1.0 / step})
+        run.wait()
+        there = storage.sizes(workdir)
+        leases._held[str(workdir)].ends = leases._now() - 5
+        for act in (
+            lambda: run.save(AT(3)),
+            lambda: run._commit(3, None, None),
+            lambda: run.note(2, {"l2": 0.1}),
+            lambda: run._delete(1),
+            lambda: runs.drop_after(run, 1),
+            lambda: runs.go_back(run, 1),
+            lambda: test_run.open_run(workdir),
+            run.wait,
+        ):
+            with pytest.raises(UserError, match=f"the lease of {workdir} is lost .*Start the same"):
+                act()
+        assert storage.sizes(workdir) == there
+
+
+# ---------------------------------------------------------------- a bucket that is not reached
+
+
+def forbidden(*_, **how):
+    raise OSError("Forbidden: b/bucket/o\nme does not have storage.objects.get access to it.")
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (buckets.no_route, "no route; see to"),
+        (forbidden, "lacks the permission storage.objects.get: "),
+    ],
+)
+def test_a_bucket_that_is_not_reached_is_no_damage(workdir, error, told):
+    """What was saved is read as nothing at all, and neither damaged nor missing nor deleted."""
+    run = test_run.open_run(workdir, latest=9)
+    for step in (1, 2):
+        run.save(AT(step), {"l2": 1.0 / step})
+    meta = checkpoint.read_meta(folder(workdir, 2))
+    leaves = {p: a for p, a in parameters.paths(AT(0)).items() if p in meta["manifest"]}
+    steps, there = workdir / checkpoint.FOLDER, storage.sizes(workdir)
+    with buckets.down(error):
+        for act in (
+            lambda: checkpoint.read_meta(folder(workdir, 2)),
+            lambda: checkpoint.is_whole(folder(workdir, 2)),
+            lambda: checkpoint.is_ended(folder(workdir, 2)),
+            lambda: checkpoint.restore(folder(workdir, 2), leaves, meta),
+            lambda: checkpoint.steps(steps),
+            lambda: checkpoint.find(str(workdir)),
+            lambda: manifest.misfit(folder(workdir, 2)),
+            lambda: runs.check_whole(workdir, 1),
+            lambda: runs.classes(workdir),
+            lambda: runs.is_measured(run, 2),
+            lambda: runs.drop_after(run, 1),
+            lambda: test_run.open_run(workdir),
+            lambda: run.note(2, {"l2": 0.1}),
+            lambda: run._delete(1),
+            run.wait,
+        ):
+            with pytest.raises(storage.NotReached, match=f"cannot be used: .*{told}"):
+                act()
+        with pytest.raises(UserError, match=f"cannot be used: .*{told}"):
+            run.save(AT(3))
+    assert storage.sizes(workdir) == there and run.told == set()
+
+
+def test_arrays_that_do_not_arrive_are_not_damaged(workdir):
+    """tensorstore tells both in one class; the words are its own."""
+    storage.save(folder(workdir, 1) / "state/a", b"")
+    far = "ABORTED: All 32 retry attempts failed: CURL error Could not connect [curl_code='7']"
+    denied = "PERMISSION_DENIED: me does not have storage.objects.get [http_response_code='403']"
+    for said, found in ((far, "connect"), (denied, "lacks the permission storage.objects.get")):
+        with pytest.raises(storage.NotReached, match=f"cannot be used: {said[:9]}.*{found}"):
+            with checkpoint._readable(folder(workdir, 1)):
+                raise ValueError(said)
+    for said in ("DATA_LOSS: a checksum", "NOT_FOUND: gs://bucket/a"):
+        with pytest.raises(UserError, match="is damaged: its arrays cannot be read"):
+            with checkpoint._readable(folder(workdir, 1)):
+                raise ValueError(said)
 
 
 @pytest.mark.long
 def test_a_step_that_is_deleted_half_way_says_no_longer_that_it_is_whole(workdir, monkeypatch):
+    monkeypatch.setattr(in_bucket, "COPYING", 0.0)
     run = test_run.open_run(workdir)
     run.save(AT(1), {"l2": 0.5})
 
@@ -189,6 +283,8 @@ def test_a_bucket_that_refuses_a_save_costs_no_step(workdir, monkeypatch):
         raise ValueError(f'ABORTED: Error writing "{workdir}/x": no route')
 
     monkeypatch.setattr(run.manager, "save", down)
-    with pytest.raises(UserError, match="step 2 could not be saved in .*: ABORTED.*before: 1. See"):
+    with pytest.raises(
+        UserError, match="step 2 could not be saved in .*: ABORTED.*before: 1. The same"
+    ):
         run.save(AT(2), {"l2": 0.4})
     assert checkpoint.steps(workdir / checkpoint.FOLDER) == [1]

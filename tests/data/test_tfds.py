@@ -11,6 +11,7 @@ import pytest
 import tensorflow_datasets
 from PIL import Image
 
+from tests import buckets
 from tokgen import cli, interfaces, storage
 from tokgen.config import building, reading
 from tokgen.data import classes, datasets, loader, pixels, tfds, views
@@ -265,6 +266,10 @@ def test_a_set_in_a_bucket_is_read_where_it_lies(prepared, bucket):
     theirs = tfds.Source("tokgen_tiny", data_dir=prepared)
     assert ours.fingerprint == theirs.fingerprint and ours.classes == theirs.classes
     assert [ours[i] for i in range(12)] == [theirs[i] for i in range(12)]
+    for name in storage.sizes(pathlib.Path(prepared)):
+        storage.upload(pathlib.Path(prepared, name), storage.path(f"gs://{buckets.BUCKET}/{name}"))
+    ours = tfds.Source("tokgen_tiny", data_dir=f"gs://{buckets.BUCKET}")  # the bucket itself
+    assert ours[3] == theirs[3]
     with pytest.raises(interfaces.UserError, match="must be prepared as array_record in|none of"):
         tfds.Source("tokgen_none", data_dir=bucket)
     with pytest.raises(interfaces.UserError, match="data_dir s3://bucket/a: need a local path or"):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
+from tests import buckets
 from tokgen import archives, interfaces, storage
 from tokgen.data import token_header, token_shards, token_writer
 
@@ -620,6 +621,11 @@ def test_shards_are_fetched_once_and_again_where_the_copy_is_damaged(remote, tmp
     cached(tmp_path)[0].write_bytes(b"damaged")
     token_shards.Source(remote)
     assert len(fetched) == 4
+    cached(tmp_path)[0].write_bytes(
+        cached(tmp_path)[0].read_bytes()[:-9]
+    )  # as a disk that was full
+    token_shards.Source(remote, verify=False)
+    assert len(fetched) == 5
     assert not list((tmp_path / "cache" / "tokens").glob("*.part"))
 
 
@@ -660,6 +666,43 @@ def test_damaged_sets_of_a_bucket_are_refused(remote, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
     with pytest.raises(interfaces.UserError, match="found 3 bytes free: make room, or say by TOK"):
         token_shards.Source(remote)
+
+
+def test_a_fetch_that_was_cut_off_is_repeated_once(remote, monkeypatch):
+    fetched, download = [], storage.download
+
+    def cut(source, target):
+        download(source, target)
+        fetched.append(source.name)
+        if len(fetched) == 1:
+            target.write_bytes(target.read_bytes()[:-9])
+
+    monkeypatch.setattr(storage, "download", cut)
+    assert len(token_shards.Source(remote)) == 11 and len(fetched) == 4
+
+
+def test_a_bucket_that_is_not_reached_damages_no_tokens(bucket, monkeypatch, tmp_path):
+    monkeypatch.setenv("TOKGEN_CACHE", str(tmp_path / "cache"))
+    path = f"{bucket}/tokens"
+    writer = token_writer.Writer(path, **plan())
+    fill(writer, writer.remaining((0, 2)))
+    shard = writer.shards()[0]
+    there = storage.sizes(storage.path(path))
+
+    with buckets.down():
+        for act in (
+            lambda: token_header.read(path),
+            lambda: token_header.recorded_classes(path),
+            lambda: token_writer.Writer(path, **plan()),
+            lambda: writer.remaining(),  # none is taken for one that is to be made again
+            lambda: writer.written(shard.split),
+            writer.finish,
+            lambda: token_shards.Source(path),
+        ):
+            with pytest.raises(storage.NotReached, match="cannot be used: no route; see to the"):
+                act()
+    assert storage.sizes(storage.path(path)) == there
+    assert shard not in writer.remaining()
 
 
 def test_a_checksum_leads_to_no_other_file(remote, tmp_path):

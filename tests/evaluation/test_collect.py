@@ -415,7 +415,7 @@ def test_shares_are_of_every_part_that_is_not_there(tmp_path, monkeypatch):
 
 def test_a_part_of_another_process_that_never_comes_is_said(tmp_path, monkeypatch):
     """As where every host has a disk of its own."""
-    monkeypatch.setattr(made_images, "LATE", 0.0)
+    monkeypatch.setattr(distributed, "LATE", 0.0)
     with pytest.raises(UserError, match="0000000-0000012.npz.*on a file system that all see"):
         collect.found_of(np.zeros(12), tmp_path, 12)
 

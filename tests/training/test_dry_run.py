@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import train_generator
 from tests import mutants, recipes
 from tests.config import test_config
 from tokgen import interfaces, rng, sharding
@@ -18,6 +17,7 @@ from tokgen.training import (
     dry_run,
     fields,
     gan as gans,
+    generator_step,
     optimizer as optimizers,
     safeguards,
     stages,
@@ -92,9 +92,7 @@ def rehearsed(reference: str, settings, mesh) -> None:
     scales = codec(layout, 32) if len(layout.grids) > 1 else None
     if scales is not None and recipes.load(reference).generator.channels != 32:
         scales = codec(layout, recipes.load(reference).generator.channels)
-    dry_run.generator(
-        *(settings, layout, classes, mesh, scales, train_generator.train_step), memory=MEMORY
-    )
+    dry_run.generator(*(settings, layout, classes, mesh, scales), memory=MEMORY)
 
 
 def tried(mutant: mutants.Mutant, mesh, weights, traced: set[str]) -> str:
@@ -209,7 +207,7 @@ def one_step(reference: str, settings, mesh) -> dict:
         shape = (B, layout.length, layout.groups)
         batch = {"tokens": draw.integers(0, min(layout.vocab), shape, np.int32)}
         batch["label"] = draw.integers(0, classes, B, np.int32)
-        step = train_generator.train_step(settings, graph, optimizer)
+        step = generator_step.step(settings, graph, optimizer)
         return jax.device_get(step(network, batch, scales)[1])
     plan = stages.plan(settings)
     gan = building.call(gans.GAN, settings.discriminator, "discriminator")

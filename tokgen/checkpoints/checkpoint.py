@@ -62,11 +62,11 @@ def find(path: str | os.PathLike) -> pathlib.Path:
         if not given.exists():
             raise UserError(f"no checkpoint at {given}: there is no such path{_no_name(str(path))}")
         for folder in (given, given / FOLDER):
-            if folder.is_dir() and not _is_step(folder):
+            if storage.is_dir(folder) and not _is_step(folder):
                 found = [s for s in folder.iterdir() if s.name.isdigit() and _is_step(s)]
                 if found:
                     return _best(found)
-            elif folder.is_dir():
+            elif storage.is_dir(folder):
                 return folder
     hidden = "; it hides the published model of that name: rename it, or run this elsewhere"
     raise UserError(
@@ -125,7 +125,10 @@ def is_committed(step: pathlib.Path) -> bool:
 def is_ended(step: pathlib.Path) -> bool:
     """Whether Orbax wrote a step to its end, wherever that was; all of it may not be here."""
     try:
-        record = records.checked(records.load(step / ENDED), commit_timestamp_nsecs=int)
+        with storage.asked(step):
+            record = records.checked(records.load(step / ENDED), commit_timestamp_nsecs=int)
+    except storage.NotReached:
+        raise
     except (FileNotFoundError, ValueError):
         return False
     return record["commit_timestamp_nsecs"] > 0
@@ -133,9 +136,10 @@ def is_ended(step: pathlib.Path) -> bool:
 
 def steps(folder: pathlib.Path) -> list[int]:
     """The numbers of the steps in a folder of checkpoints, in their order."""
-    if not folder.is_dir():
-        return []
-    return sorted(int(s.name) for s in folder.iterdir() if s.name.isdigit() and is_committed(s))
+    with storage.reached(folder):
+        if not storage.is_dir(folder):
+            return []
+        return sorted(int(s.name) for s in folder.iterdir() if s.name.isdigit() and is_committed(s))
 
 
 def _best(steps: list[pathlib.Path]) -> pathlib.Path:
@@ -248,12 +252,15 @@ def note(step: pathlib.Path, figures: dict[str, float]) -> None:
 
 def _noted(step: pathlib.Path) -> dict | None:
     file = step / manifest.FIGURES
-    if not file.exists():
-        return None
     try:
-        content = records.checked(records.load(file), figures=dict, digest=str)
+        with storage.reached(step):
+            if not file.exists():
+                return None
+            content = records.checked(records.load(file), figures=dict, digest=str)
         if content["digest"] != manifest.digest(content["figures"]):
             raise ValueError("they do not match their digest")
+    except storage.NotReached:
+        raise
     except (OSError, ValueError) as error:
         raise _damaged(step, f"its figures in {file.name} cannot be read ({error})") from error
     return content["figures"]
@@ -262,7 +269,10 @@ def _noted(step: pathlib.Path) -> dict | None:
 def is_whole(step: pathlib.Path) -> bool:
     """Whether the record can be read, and every file has the size that it was saved with."""
     try:
-        _record(step)
+        with storage.asked(step):
+            _record(step)
+    except storage.NotReached:
+        raise
     except (OSError, ValueError):
         return False
     return not manifest.misfit(step)
@@ -275,7 +285,8 @@ def _damaged(step: pathlib.Path, what: str) -> UserError:
             f"checkpoint {step} is damaged: {what}; tokgen pull {name} --remove, then tokgen pull "
             f"{name}, brings it anew"
         )
-    siblings = [s for s in step.parent.iterdir() if s.name.isdigit() and s != step]
+    with storage.reached(step.parent):
+        siblings = [s for s in step.parent.iterdir() if s.name.isdigit() and s != step]
     whole = sorted((s.name for s in siblings if is_whole(s)), key=int)
     earlier = [name for name in whole if step.name.isdigit() and int(name) < int(step.name)]
     other = f"use another step ({', '.join(whole)})" if whole else "train it again"
@@ -386,9 +397,12 @@ def _groups(wanted: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _readable(step: pathlib.Path) -> Iterator[None]:
-    """What the store raises of damaged files, as one message."""
+    """What the store raises of damaged files, as one message; a bucket that refuses is another."""
     try:
-        yield
+        with storage.asked(step):
+            yield
+    except storage.NotReached:
+        raise
     except Exception as error:
         # Orbax raises this very class for an array that it cannot read
         if type(error) is not Exception and not isinstance(error, _UNREADABLE):

@@ -182,13 +182,17 @@ def misfit(step: pathlib.Path) -> str:
 
     A step that was killed before its seal has checksums only.
     """
-    if not (step / SIZES).exists():
-        return ""
+    with storage.reached(step):
+        if not (step / SIZES).exists():
+            return ""
     try:
-        noted = records.load(step / SIZES)
-        found = _sizes(step)
+        with storage.reached(step):
+            noted = records.load(step / SIZES)
+            found = _sizes(step)
         wrong = [f"{name} ({found.get(name, 'missing')} bytes, {size} needed)"
                  for name, size in noted.items() if found.get(name) != size]  # fmt: skip
+    except storage.NotReached:
+        raise
     except (OSError, ValueError, AttributeError) as error:
         return f"{SIZES} cannot be read ({error})"
     return f"its files are not as they were saved: {', '.join(wrong[:3])}" if wrong else ""

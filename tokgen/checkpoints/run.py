@@ -23,10 +23,18 @@ import ml_collections
 import orbax.checkpoint as ocp
 
 from tokgen import distributed, output, parameters, records, report, storage
-from tokgen.checkpoints import checkpoint, continuation, finetuning, manifest, stream as streams
+from tokgen.checkpoints import (
+    checkpoint,
+    continuation,
+    finetuning,
+    in_bucket,
+    manifest,
+    stream as streams,
+)
 from tokgen.config import building
 from tokgen.errors import SharedError
 from tokgen.interfaces import PyTree, TokenLayout, UserError
+from tokgen.output import leases
 
 PATIENCE = 24 * 3600  # seconds that a save may take: of a published model it is all of the import
 LINGER = 5  # seconds that a save which was interrupted has to end
@@ -39,7 +47,7 @@ def lock(workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Iterator[None]:
 
     It lies in none of the `inputs`, which the run reads.
     """
-    with distributed.led(output.workdir(workdir, inputs)):
+    with distributed.led("the work directory", output.workdir(workdir, inputs)):
         yield
 
 
@@ -87,6 +95,10 @@ class Run:
         """Where a step lies."""
         return self.workdir / checkpoint.FOLDER / str(step)
 
+    def is_held(self) -> bool:
+        """Whether the work directory is this job's still: nothing is written to another's."""
+        return leases.is_held(self.workdir)
+
     def save(
         self,
         states_by_name: dict[str, PyTree],
@@ -116,7 +128,7 @@ class Run:
             deadline = time.monotonic() + LINGER
             while self.manager.is_saving_in_progress() and time.monotonic() < deadline:
                 time.sleep(0.01)
-            _clear(self.workdir)
+            self._clear(step)
             raise
 
     def _wait_for(self, stream: streams.Stream) -> None:
@@ -148,6 +160,7 @@ class Run:
         wait: Callable[[], None] = lambda: None,
     ) -> None:
         """Write a step whole, or nothing of it; `wait` is called while it is written."""
+        in_bucket.prepare(self.folder(step))
         # told below in one message, and not in Orbax's and asyncio's tracebacks besides
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         sys.unraisablehook = _unheard
@@ -156,16 +169,25 @@ class Run:
             wait()
             self.manager.wait_until_finished()
         except UserError:
-            _clear(self.workdir)
+            self._clear(step)
             raise
         except (OSError, ValueError, *self._refusals()) as error:
             # the store tells of the disk, or of a bucket, in a ValueError
             told = ("os_error_code", storage.SCHEME, '"driver":"gcs"', "storage.googleapis.com")
-            if isinstance(error, ValueError) and not any(word in str(error) for word in told):
+            of_place = any(word in str(error) for word in told)
+            of_place |= storage.is_remote(self.workdir) and storage.is_refusal(error)
+            if isinstance(error, ValueError) and not of_place:
                 raise
-            with contextlib.suppress(*self._refusals()):
-                _clear(self.workdir)
+            self._clear(step)
             raise UserError(self._not_saved(step, error)) from error
+
+    def _clear(self, step: int) -> None:
+        """Remove what a save of a step left behind that never ended."""
+        if not storage.is_remote(self.workdir):
+            _clear(self.workdir)
+        elif jax.process_index() == 0 and self.is_held():
+            with contextlib.suppress(*self._refusals()):
+                in_bucket.free(self.folder(step))
 
     def _refusals(self) -> tuple[type[Exception], ...]:
         return storage.refusals() if storage.is_remote(self.workdir) else ()
@@ -175,8 +197,8 @@ class Run:
         if self._refusals():
             return (
                 f"step {step} could not be saved in {self.workdir / checkpoint.FOLDER}: "
-                f"{str(error).strip().splitlines()[0][:300]}; steps saved before: {before}. See to "
-                "the bucket and the way there; the same command then goes on from the last of them"
+                f"{storage.refused(error)}; steps saved before: {before}. The same command then "
+                "goes on from the last of them"
             )
         reason = error.strerror if isinstance(error, OSError) else str(error).rpartition(": ")[2]
         return (
@@ -188,22 +210,32 @@ class Run:
     def note(self, step: int, figures: dict[str, float]) -> None:
         """Add its held-out figures to the record of a saved step; then others may make room."""
         self.wait()
-        if jax.process_index() == 0:
-            checkpoint.note(self.folder(step), figures)
+        in_bucket.check(self.workdir)
+        with storage.reached(self.workdir):
+            if jax.process_index() == 0:
+                checkpoint.note(self.folder(step), figures)
         self.wait()
 
     def wait(self) -> None:
-        """Until the last save is committed and sealed; then what need not stay is deleted."""
-        self.manager.wait_until_finished()
+        """Until the last save is committed and sealed; then what need not stay is deleted.
+
+        UserError where a bucket refuses; what was saved stands.
+        """
+        with storage.reached(self.workdir):
+            self.manager.wait_until_finished()
+        for step in distributed.decided(self._leaving):
+            self._delete(step)
+
+    def _leaving(self) -> list[int]:
+        """The steps that need not stay, by what their records say; all are sealed."""
         steps = sorted(self.manager.all_steps())
-        if jax.process_index() == 0:
+        with storage.reached(self.workdir):
+            leases.check(self.workdir)
             for step in steps:
                 manifest.seal(self.folder(step))
-        distributed.together("sealed")
         keep = self.config.get("keep", {"latest": 1, "best": 1})  # an import may not train
         found, metas = [], {step: self._record(step) for step in steps}
         whole = {step: meta for step, meta in metas.items() if meta is not None}
-        distributed.together("read")  # before any is deleted
         figures = dict(zip(whole, checkpoint.figures(list(whole.values())), strict=True))
         for step in steps:
             if step not in whole:  # what cannot be read is nobody's to delete
@@ -212,22 +244,21 @@ class Run:
                 stated, measured = step in self.stated, whole[step]["measured"]
                 found.append(Saved(step, figures[step], stated, measured))
         if steps and metas[steps[-1]] is None:
-            return
+            return []
         stay = staying(found, latest=keep["latest"], best=keep["best"])
-        for step in steps:
-            if step not in stay:
-                self._delete(step)
+        return [step for step in steps if step not in stay]
 
     def _delete(self, step: int) -> None:
-        if storage.is_remote(self.workdir) and jax.process_index() == 0:
-            # a kill leaves no half of a step that says it is whole
-            storage.unmark(self.folder(step), checkpoint.MARKS)
-        self.manager.delete(step)
+        in_bucket.unmark(self.folder(step))
+        with storage.reached(self.folder(step)):
+            self.manager.delete(step)
 
     def _record(self, step: int) -> dict | None:
         """The record of a step; None where it cannot be read, which is said once."""
         try:
             return checkpoint.read_meta(self.folder(step))
+        except storage.NotReached:  # nothing is known of it, and nothing deleted
+            raise
         except UserError as error:
             if step not in self.told:
                 self.told.add(step)
@@ -264,32 +295,10 @@ def _unheard(unraisable) -> None:
 
 def _clear(workdir: pathlib.Path) -> None:
     """Remove what saves left behind that never ended: it is no step, and takes the room of one."""
-    folder = workdir / checkpoint.FOLDER
     if jax.process_index():
         return
-    if storage.is_remote(workdir):
-        for name in filter(str.isdigit, storage.names(folder)):
-            _settle(folder / name)
-        return
-    for part in folder.glob("*.orbax-checkpoint-tmp*"):
+    for part in (workdir / checkpoint.FOLDER).glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(part, ignore_errors=True)
-
-
-def _settle(step: pathlib.Path) -> None:
-    """Of a step in a bucket: remove it where it was not written to its end.
-
-    One that was copied there lacks the mark that Orbax looks for. It is whole if its seal says so,
-    or, where the run was killed before it sealed it, if it was written to its end.
-    """
-    if (step / checkpoint.COMMITTED).exists():
-        return
-    if not (checkpoint.is_committed(step) or checkpoint.is_ended(step)):
-        report.say(f"{step} was not written to its end, and is removed")
-        step.rmtree(missing_ok=True)
-    elif wrong := manifest.misfit(step):
-        report.say(f"{step} is left as it is: {wrong}")
-    else:
-        storage.save(step / checkpoint.COMMITTED, b"copied from elsewhere")
 
 
 def start(
@@ -318,8 +327,12 @@ def start(
     Steps of `kept` are never deleted to make room. `fields` are all that a config may have at its
     top: a run that began with others had them for its config file alone (none: all are compared).
     """
+    in_bucket.check(workdir)
     with storage.reached(workdir):
-        _clear(workdir)
+        if not storage.is_remote(workdir):
+            _clear(workdir)
+        elif jax.process_index() == 0:
+            in_bucket.settle(workdir / checkpoint.FOLDER)
         # it deletes nothing: its policies know the figures of this process alone, and a figure that
         # is not finite pushes out a better one
         manager = ocp.CheckpointManager(
@@ -342,7 +355,20 @@ def start(
         "best": best,
         "source": source,
     }
-    return Run(workdir, manager, config, meta, kept, earlier=earlier, accept=accept, fields=fields)
+    run = Run(workdir, manager, config, meta, kept, earlier=earlier, accept=accept, fields=fields)
+    with storage.reached(workdir):
+        _agree(run)
+    return run
+
+
+def _agree(run: Run) -> None:
+    """All processes know the same steps: which is the last decides where each of them goes on."""
+
+    def steps() -> list[int]:
+        run.manager.reload()
+        return sorted(run.manager.all_steps())
+
+    distributed.alike(f"the steps in {run.workdir / checkpoint.FOLDER}", steps)
 
 
 def resume_or_start(run: Run, states_by_name: dict[str, PyTree]) -> tuple[dict[str, PyTree], str]:
@@ -372,6 +398,8 @@ def resume_or_start(run: Run, states_by_name: dict[str, PyTree]) -> tuple[dict[s
         _room(run, size)
     if run.config.init_from:
         step = checkpoint.find(run.config.init_from)
+        arrays = manifest.digest(checkpoint.read_meta(step)["manifest"])[:16]
+        distributed.check_alike({"init_from": f"step {step.name}, arrays {arrays}"})
         return finetuning.begun_from(step, run.meta, states_by_name)
     return states_by_name, f"started a new run in {run.workdir}"
 
@@ -420,23 +448,26 @@ def go_back(run: Run, step: int) -> None:
     They lie in `WORKDIR/set_aside` from then on. UserError, and all stay, when `step` is not there,
     not whole, or of another run.
     """
+    with storage.reached(run.workdir):
+        distributed.first(_set_aside, run, step)
+        _agree(run)
+
+
+def _set_aside(run: Run, step: int) -> None:
     steps = check_whole(run.workdir, step)
     _same_run(checkpoint.read_meta(run.folder(step)), run, run.folder(step))
     aside = run.workdir / ASIDE
-    distributed.together("compared")
-    if jax.process_index() == 0:
-        # the last first: a kill leaves a run
-        for later in reversed([s for s in steps if s > step]):
-            aside.mkdir(exist_ok=True)
-            names = (f"{later}{'' if n == 1 else f'.{n}'}" for n in itertools.count(1))
-            target = next(aside / name for name in names if not (aside / name).exists())
-            if storage.is_remote(target):
-                storage.move(run.folder(later), target, checkpoint.MARKS)
-            else:
-                run.folder(later).rename(target)
-            report.say(f"step {later} is set aside: {target}")
-    distributed.together("set aside")
-    run.manager.reload()
+    # the last first: a kill leaves a run
+    for later in reversed([s for s in steps if s > step]):
+        leases.check(run.workdir)
+        aside.mkdir(exist_ok=True)
+        names = (f"{later}{'' if n == 1 else f'.{n}'}" for n in itertools.count(1))
+        target = next(aside / name for name in names if not (aside / name).exists())
+        if storage.is_remote(target):
+            storage.move(run.folder(later), target, checkpoint.MARKS)
+        else:
+            run.folder(later).rename(target)
+        report.say(f"step {later} is set aside: {target}")
 
 
 def latest(run: Run) -> int | None:
@@ -445,28 +476,42 @@ def latest(run: Run) -> int | None:
 
 
 def classes(workdir: pathlib.Path, step: int | None = None) -> tuple[str, ...]:
-    """The classes, in their order, of a step or the last that is saved; none where none is."""
+    """The classes, in their order, of a step or the last that is saved; none where none is.
+
+    As process 0 finds them: all give their images the same labels.
+    """
+    return tuple(distributed.decided(_classes, workdir, step))
+
+
+def _classes(workdir: pathlib.Path, step: int | None) -> list[str]:
     folder = workdir / checkpoint.FOLDER
     steps = checkpoint.steps(folder)
     if not steps:
-        return ()
+        return []
     try:
         last = max(steps) if step is None else step
-        return tuple(checkpoint.read_meta(folder / str(last))["classes"])
+        return checkpoint.read_meta(folder / str(last))["classes"]
+    except storage.NotReached:
+        raise
     except UserError:  # it is told when the step is read to go on from
-        return ()
+        return []
 
 
 def metrics(run: Run, step: int) -> dict[str, float]:
     """The figures that were saved with a step; none where it is gone."""
     folder = run.folder(step)
-    return checkpoint.read_meta(folder)["metrics"] if folder.exists() else {}
+    with storage.reached(folder):
+        return checkpoint.read_meta(folder)["metrics"] if folder.exists() else {}
 
 
 def is_measured(run: Run, step: int) -> bool:
-    """Whether a step is there, and its figures were noted."""
-    folder = run.folder(step)
-    return folder.exists() and checkpoint.read_meta(folder)["measured"]
+    """Whether a step is there, and its figures were noted; as process 0 finds it."""
+    return distributed.decided(_is_measured, run.folder(step))
+
+
+def _is_measured(folder: pathlib.Path) -> bool:
+    with storage.reached(folder):
+        return folder.exists() and checkpoint.read_meta(folder)["measured"]
 
 
 def drop_after(run: Run, step: int) -> None:

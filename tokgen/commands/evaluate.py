@@ -156,7 +156,7 @@ def _validate(args: argparse.Namespace) -> None:
     place = contextlib.nullcontext([])
     if args.out is not None:
         place = output.lines(args.out, inputs=inputs)
-    with distributed.led(place) as lines:
+    with distributed.led("the file of results", place) as lines:
         step = checkpoint.find(args.checkpoint)
         kind = checkpoint.read_meta(step)["kind"]
         if args.reconstruction and kind != "tokenizer":

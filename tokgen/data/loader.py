@@ -99,7 +99,7 @@ class Batches:
         """
         if distributed.many():
             own = self.unreadable.listing()[self._told :]
-            for text in distributed.gathered(json.dumps(own)):
+            for text in distributed.gathered("images that cannot be read", json.dumps(own)):
                 for index, reason in json.loads(text):
                     self.unreadable.add(index, reason)
             self._told = len(self.unreadable)

@@ -50,7 +50,7 @@ def folder(
     """
     about = dict(records=token_header.RECORDS, overwrite=overwrite, inputs=inputs)
     place = output.growing_in_bucket if storage.is_remote(path) else output.growing
-    with distributed.led(place(path, lock=".lock", **about)) as found:
+    with distributed.led("the folder of shards", place(path, lock=".lock", **about)) as found:
         yield _everywhere(found)
 
 
@@ -59,7 +59,7 @@ def _everywhere(found: output.Folder | None) -> output.Folder:
     if not distributed.many():
         return found
     told = [str(found.target), str(found.path), found.staged] if found else []
-    target, path, staged = json.loads(distributed.gathered(json.dumps(told))[0])
+    target, path, staged = json.loads(distributed.gathered("where it is", json.dumps(told))[0])
     target, path = storage.path(target), storage.path(path)
     return found or output.Folder(target, path, "--out", token_header.PLAN, "tokens", staged)
 
@@ -99,7 +99,9 @@ def pretokenize(
         )
     settings = tokenizer.config
     # those who go on keep the order of the classes; what replaces a set has one of its own
-    order = () if out.staged else token_header.recorded_classes(out.path)
+    order = ()
+    if not out.staged:
+        order = tuple(distributed.decided(token_header.recorded_classes, str(out.path)))
     parts = {
         split: datasets.image_source(settings, data, split, labels=labels, order=order)
         for split in token_header.SPLITS
@@ -107,11 +109,15 @@ def pretokenize(
     datasets.tell(datasets.called(settings.get("data", {}), data), **parts)
     distributed.check_alike({f"{split} data": s.fingerprint for split, s in parts.items()})
     planned = functools.partial(_writer, tokenizer, parts, out, views=views, data=data)
-    writer = distributed.first(planned) or planned()  # process 0 writes the plan
+    writer = distributed.first(planned)
+    if writer is None:  # process 0 has written the plan
+        distributed.awaited(lambda: token_header.is_there(out.path) or None, out.path)
+        writer = planned()
     _noted(parts, writer)  # of shards that an earlier run wrote
     _write(tokenizer.module, parts, writer, datasets.views_of(settings, views), batch, max_bad)
     if distributed.many():
         distributed.together("shards")
+        distributed.awaited(lambda: writer.is_written() or None, out.path)
         _noted(parts, writer)  # and other processes
     distributed.first(writer.finish)
     for source in parts.values():

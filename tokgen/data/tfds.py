@@ -217,8 +217,8 @@ def _classes(
 
 def _builder(dataset: str, data_dir: str):
     place = data_dir or os.environ.get("TFDS_DATA_DIR", "")
-    if place:
-        storage.path(place, "data_dir")
+    if place:  # sets lie in folders of it, so a bucket itself will do
+        storage.path(f"{place}/{dataset}" if storage.is_remote(place) else place, "data_dir")
     with storage.reached(place):
         return _prepared(dataset, data_dir)
 

@@ -25,7 +25,8 @@ HASH = re.compile(r"[0-9a-f]{64}")
 def files(path: str, shards: Sequence[Mapping], *, verify: bool) -> list[str]:
     """Where the shards of a set lie on this host; those of a bucket once they are fetched.
 
-    With `verify`, one that was fetched before and is damaged is fetched again.
+    One that was fetched before and was cut off since is fetched again; with `verify`, so is one
+    that is damaged in another way.
 
     Raises:
         UserError: there is no room for them, or one is not what the header states.
@@ -39,12 +40,22 @@ def files(path: str, shards: Sequence[Mapping], *, verify: bool) -> list[str]:
     targets = [cache / f"{shard['sha256']}.array_record" for shard in shards]
     with storage.reached(path), failures.told(cache, option=""):
         cache.mkdir(parents=True, exist_ok=True)
+        there = storage.sizes(folder)
+
+        def is_here(shard: Mapping, target: pathlib.Path) -> bool:
+            if not target.exists():
+                return False
+            if there.get(shard["file"], size := target.stat().st_size) != size:  # it was cut off
+                return False
+            return not verify or archives.sha256(target) == shard["sha256"]
+
         missing = [
             (folder / shard["file"], shard["sha256"], target)
             for shard, target in zip(shards, targets, strict=True)
-            if not target.exists() or (verify and archives.sha256(target) != shard["sha256"])
+            if not is_here(shard, target)
         ]
-        _check_room(path, cache, [source for source, _, _ in missing])
+        need = sum(there.get(source.name, 0) for source, _, _ in missing)
+        _check_room(path, cache, need)
         with report.bar(len(missing), unit="shard", what="fetch") as bar:
             for source, sha256, target in missing:
                 _fetch(source, sha256, target)
@@ -52,11 +63,7 @@ def files(path: str, shards: Sequence[Mapping], *, verify: bool) -> list[str]:
     return [str(target) for target in targets]
 
 
-def _check_room(path: str, cache: pathlib.Path, sources: Sequence[pathlib.Path]) -> None:
-    if not sources:
-        return
-    there = storage.sizes(storage.path(path))
-    need = sum(there.get(source.name, 0) for source in sources)
+def _check_room(path: str, cache: pathlib.Path, need: int) -> None:
     free = shutil.disk_usage(cache).free
     if need > free:
         raise UserError(
@@ -76,6 +83,8 @@ def _fetch(source: pathlib.Path, sha256: str, target: pathlib.Path) -> None:
         part = target.with_suffix(".part")
         try:
             storage.download(source, part)
+            if archives.sha256(part) != sha256:  # once more: the way there may have cut it off
+                storage.download(source, part)
             if archives.sha256(part) != sha256:
                 raise token_header.damage(
                     str(source), "the contents do not have the checksum that the header states"

@@ -88,11 +88,16 @@ def shards_of_split(split: str, count: int, shard_images: int) -> list[Shard]:
     ]
 
 
+def is_there(path: str | os.PathLike) -> bool:
+    """Whether a folder has token shards, finished or begun."""
+    return any((storage.path(path) / name).exists() for name in (HEADER, PLAN))
+
+
 def recorded_classes(path: str | os.PathLike) -> tuple[str, ...]:
     """The classes, in their order, of a folder of shards, finished or begun; none without one."""
     path = os.fspath(path)
     for name in (HEADER, PLAN):
-        if (storage.path(path) / name).exists():
+        if has(path, name):
             found = load(path, name).get("classes")
             named = isinstance(found, list) and all(isinstance(name, str) for name in found)
             return tuple(found) if named else ()
@@ -120,14 +125,15 @@ def read_plan(path: str) -> dict:
 def read(path: str) -> dict:
     """The header of a finished folder, checked; or the error that says what is wrong with it."""
     folder = storage.path(path)
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing"
+    with storage.reached(path):
+        there, found = storage.is_dir(folder), "a file" if folder.exists() else "nothing"
+    if not there:
         raise interfaces.UserError(
             f"token shards are needed at {path}; found {found} there; make them with "
             "`tokgen pretokenize`"
         )
-    if not (folder / HEADER).exists():
-        if (folder / PLAN).exists():
+    if not has(path, HEADER):
+        if has(path, PLAN):
             raise interfaces.UserError(
                 f"the token shards in {path} were not finished: run the same `tokgen pretokenize` "
                 "command again, and it goes on where it was stopped"
@@ -215,11 +221,20 @@ def damage(path: str, problem: str) -> interfaces.UserError:
     return interfaces.UserError(f"{path} cannot be used: {problem}; {REMEDY}")
 
 
+def has(path: str, name: str) -> bool:
+    """Whether a file is there in a folder of shards."""
+    with storage.reached(path):
+        return (storage.path(path) / name).exists()
+
+
 def load(path: str, name: str) -> dict:
     """A file of JSON in a folder of shards."""
     file = os.path.join(path, name)
     try:
-        content = records.load(storage.path(file))
+        with storage.reached(path):
+            content = records.load(storage.path(file))
+    except storage.NotReached:
+        raise
     except ValueError as error:
         raise damage(file, f"it is no JSON ({error})") from error
     if not isinstance(content, dict):
@@ -230,4 +245,5 @@ def load(path: str, name: str) -> dict:
 def save(path: str, name: str, content: dict) -> None:
     """A file of JSON in a folder of shards, written whole or not at all."""
     # Several processes may write the plan, all of them the same.
-    records.save(storage.path(path) / name, json.dumps(content, indent=1) + "\n")
+    with storage.reached(path):
+        records.save(storage.path(path) / name, json.dumps(content, indent=1) + "\n")

@@ -74,7 +74,8 @@ class Source(sources.RandomAccess):
     def _check_folder(self) -> None:
         """An error where shards lie in the folder of which the header knows nothing."""
         named = token_header.shards_by_file(self.header)
-        listed = storage.names(storage.path(self.path))
+        with storage.reached(self.path):
+            listed = storage.names(storage.path(self.path))
         there = (name for name in listed if name.endswith(".array_record"))
         other = sorted(name for name in there if name not in named and name[0] != ".")
         if other:

@@ -17,6 +17,7 @@ import numpy as np
 
 from tokgen import archives, interfaces, storage
 from tokgen.data import token_header, token_records
+from tokgen.output import leases
 
 SHARD = 8192  # images of a shard
 
@@ -68,7 +69,9 @@ class Writer:
         self._plan = json.loads(json.dumps(plan))  # as it will be read back: lists, no tuples
         self._packing = token_records.Packing(self._plan)
         self._folder = storage.path(self.path)
-        if self._folder.exists() and not self._folder.is_dir():
+        with storage.reached(self.path):
+            is_file = self._folder.exists() and not storage.is_dir(self._folder)
+        if is_file:
             raise interfaces.UserError(f"token shards need a folder; {self.path} is a file")
         if not storage.is_remote(self.path):  # a bucket has no empty folders
             os.makedirs(self.path, exist_ok=True)
@@ -77,7 +80,7 @@ class Writer:
     def _resume(self, earlier: Mapping[str, Sequence[str]]) -> None:
         """Take up the plan that is there if it is this one; refuse any other."""
         for name in (token_header.HEADER, token_header.PLAN):
-            if (self._folder / name).exists():
+            if token_header.has(self.path, name):
                 finished = name == token_header.HEADER
                 read = token_header.read if finished else token_header.read_plan
                 found = read(self.path)
@@ -92,11 +95,9 @@ class Writer:
                 self._finished = token_header.shards_by_file(found) if finished else {}
                 return
         # Another process may have written the plan a moment ago.
-        others = [
-            name
-            for name in storage.names(self._folder)
-            if name[0] != "." and name != token_header.PLAN
-        ]
+        with storage.reached(self.path):
+            there = storage.names(self._folder)
+        others = [name for name in there if name[0] != "." and name != token_header.PLAN]
         if others:
             raise interfaces.UserError(
                 f"token shards need an empty folder; {self.path} holds {sorted(others)[0]} and no "
@@ -123,20 +124,27 @@ class Writer:
         found = [(s, self._noted(s)) for s in self.shards() if s.split == split]
         return [(shard, token_header.unreadable(note)) for shard, note in found if note is not None]
 
+    def is_written(self) -> bool:
+        """Whether a note of each shard is there."""
+        return all(self._noted(shard) is not None for shard in self.shards())
+
     def _note(self, shard: token_header.Shard) -> dict | None:
         """What was written of a shard; None where the file doesn't bear it out."""
         note, path = self._noted(shard), self._folder / shard.file
-        if note is None or not path.exists() or archives.sha256(path) != note.get("sha256"):
-            return None
+        with storage.reached(path):
+            if note is None or not path.exists() or archives.sha256(path) != note.get("sha256"):
+                return None
         return note
 
     def _noted(self, shard: token_header.Shard) -> dict | None:
         """What is said of a shard that was written."""
         note, beside = self._finished.get(shard.file), _beside(self._folder / shard.file)
-        if note is None and beside.exists():
+        if note is None and token_header.has(self.path, beside.name):
             try:
                 note = token_header.load(self.path, beside.name)
                 token_header.unreadable(note)
+            except storage.NotReached:  # nothing is known of it
+                raise
             except (ValueError, TypeError):  # cut off: the shard is written again
                 return None
         return note
@@ -207,11 +215,13 @@ class Writer:
             self.path, token_header.HEADER, {**header, "digest": token_header.digest(header)}
         )
         self._finished = notes
-        for name in storage.names(self._folder):
-            if name == token_header.PLAN or (
-                name.startswith(".") and name.endswith((".note", ".part"))
-            ):
-                (self._folder / name).unlink()
+        leases.check(self._folder)
+        with storage.reached(self.path):
+            for name in storage.names(self._folder):
+                if name == token_header.PLAN or (
+                    name.startswith(".") and name.endswith((".note", ".part"))
+                ):
+                    (self._folder / name).unlink()
 
 
 def _is_known(data: dict, found: object, earlier: Mapping[str, Sequence[str]]) -> bool:
@@ -266,7 +276,9 @@ def _commit(temporary: pathlib.Path, target: pathlib.Path) -> None:
     one.
     """
     if storage.is_remote(target):
-        storage.upload(temporary, target)
+        leases.check(target.parent)
+        with storage.reached(target):
+            storage.upload(temporary, target)
         return
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())

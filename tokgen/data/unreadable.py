@@ -43,7 +43,8 @@ class Record:
 
     def gather(self) -> None:
         """Note what any process of a job could not read, in their order; all wait for all."""
-        for text in distributed.gathered(json.dumps(self.listing())):
+        own = json.dumps(self.listing())
+        for text in distributed.gathered("images that could not be read", own):
             for index, reason in json.loads(text):
                 self.add(index, reason)
 

@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 import time
 
-from tokgen import distributed, options, report, runtime, storage
+from tokgen import distributed, options, report, runtime
 from tokgen.checkpoints import checkpoint, loading
 from tokgen.data import (
     captioned,
@@ -220,10 +220,7 @@ def _data_of(loaded: loading.Loaded, path: str) -> dict:
     data = {"tokens": "", **dict(loaded.config.get("data", {}))}
     record = loaded.meta["tokens"]
     data["tokens"] = str(checkpoint.referred(record, loaded.step)) if record else ""
-    shards = any(
-        (storage.path(path) / name).exists() for name in (token_header.HEADER, token_header.PLAN)
-    )
-    if path and shards:
+    if path and token_header.is_there(path):
         data["tokens"] = path
     elif path:
         data |= {"tokens": "", "images": path}

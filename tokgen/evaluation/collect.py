@@ -60,12 +60,12 @@ class Found:
 def opened(out: str | os.PathLike, *, what: str, **about) -> Iterator[output.Folder]:
     """A folder that grows (`output.growing`), for this process alone, or this job."""
     about |= dict(record=RUN, what=what)
-    with distributed.led(output.growing(out, **about)) as found:
+    with distributed.led(f"the folder of {what}", output.growing(out, **about)) as found:
         if not distributed.many():
             yield found
             return
         told = [str(found.target), str(found.path)] if found else []
-        target, path = json.loads(distributed.gathered(json.dumps(told))[0])
+        target, path = json.loads(distributed.gathered("where it is", json.dumps(told))[0])
         elsewhere = pathlib.Path(target), pathlib.Path(path)
         yield found or output.Folder(*elsewhere, "--out", RUN, what, staged=False)
 

@@ -35,7 +35,8 @@ def images_of(
     settings: score_settings.Settings, out: pathlib.Path
 ) -> tuple[given_images.Images, int]:
     """(the images to be scored, how many classes their labels have)."""
-    kind = score_settings.check_kind(settings)
+    # of all processes: what is at a path may change meanwhile
+    kind = distributed.decided(score_settings.check_kind, settings)
     if not kind:
         return given(settings)
     if kind == "tokenizer":

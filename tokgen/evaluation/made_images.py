@@ -11,7 +11,6 @@ import hashlib
 import os
 import pathlib
 import shutil
-import time
 from collections.abc import Mapping
 
 import jax
@@ -25,7 +24,6 @@ from tokgen.interfaces import PyTree, UserError
 from tokgen.metrics import codebook
 from tokgen.sampling import drawing
 
-LATE = 60.0  # seconds until every process must see what one wrote
 LABELS, CLASSES = 5, 6  # streams of numpy's, for the order of the classes, and for drawing them
 
 
@@ -249,12 +247,4 @@ def loaded_part(file: pathlib.Path) -> dict[str, np.ndarray] | None:
 
 def awaited_part(file: pathlib.Path) -> dict[str, np.ndarray]:
     """A part that was written: a network's file system may show another process's later."""
-    until = time.monotonic() + LATE
-    while (part := loaded_part(file)) is None:
-        if time.monotonic() > until:
-            raise UserError(
-                f"{file} was written by another process, and is not there for this one: the "
-                "processes of a job need --out on a file system that all see"
-            )
-        time.sleep(0.5)
-    return part
+    return distributed.awaited(lambda: loaded_part(file), file)

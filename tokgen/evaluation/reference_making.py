@@ -97,7 +97,7 @@ def make(settings: Settings) -> dict:
     read = () if datasets.kind_of(settings.data) == "tfds" else (settings.data,)
     given = dict(overwrite=settings.overwrite, inputs=(*read, settings.weights, settings.network))
     file = output.file(settings.out, own=references.is_one, **given)
-    with distributed.led(file) as found:
+    with distributed.led("the file of the reference", file) as found:
         return _written(settings, pathlib.Path(distributed.decided(str, found)))
 
 

@@ -214,7 +214,8 @@ def _of_all(
             "values": {name: values.tolist() for name, values in found.items()},
             "counts": None if counts is None else [count_V.tolist() for count_V in counts],
         }
-        told = [json.loads(text) for text in distributed.gathered(json.dumps(own))]
+        texts = distributed.gathered("what was measured", json.dumps(own))
+        told = [json.loads(text) for text in texts]
         full = [each for each in told if each["values"]]  # a share may have no image
         names = full[0]["values"] if full else ()
         found = {n: np.concatenate([np.asarray(each["values"][n]) for each in full]) for n in names}

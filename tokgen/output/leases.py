@@ -2,7 +2,8 @@
 
 Who makes the object, which the store lets one do, holds the place until a time that stands in it.
 The holder writes it anew before; what a job that was killed leaves behind expires, and may then be
-replaced, again by one. Nobody who was overtaken goes on writing: such a process ends at once.
+replaced, again by one. Nobody who was overtaken goes on writing: such a process ends at once, and
+the others of its job with it. Before a write that may come late, `check` is asked.
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from tokgen import records, report, storage
+from tokgen import coordination, records, report, storage
 from tokgen.errors import UserError
 
-LASTS = 60.0  # seconds from a renewal to the end
+LASTS = 80.0  # seconds from a renewal to the end
 RENEWED = 15.0  # seconds between renewals
 APART = 10.0  # seconds that the clocks of hosts may differ by
 ANSWER = 5.0  # seconds that the store may take to answer
-MARGIN = 5.0  # seconds before the end at which a holder that could not renew ends
+# Seconds before the end at which a holder that could not renew ends: in them the others of its job
+# have ended, too, also where they hear nothing and miss its heartbeat.
+MARGIN = float(coordination.HEARTBEAT + coordination.GRACE)
 # goes on while the host sleeps, where the system has such a clock
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+_held: dict[str, _Lease] = {}  # by the folder, of this process
 
 
 @contextlib.contextmanager
@@ -45,6 +49,7 @@ def hold(file: pathlib.Path, refusal: str) -> Iterator[None]:
         threading.Thread(target=target, args=(lease, ended), name="lease", daemon=True)
         for target in (_keep, _watch)
     )
+    _held[str(file.parent)] = lease
     keeper.start()
     watch.start()
     try:
@@ -53,6 +58,29 @@ def hold(file: pathlib.Path, refusal: str) -> Iterator[None]:
         ended.set()
         keeper.join(LASTS)  # a request may hang for good
         lease.give_back()
+        del _held[str(file.parent)]
+
+
+def is_held(folder: pathlib.Path) -> bool:
+    """Whether a folder that this process holds is still its own; so is one that needs no lease."""
+    lease = _held.get(str(folder))
+    return lease is None or not (lease.lost or _now() > lease.ends - MARGIN)
+
+
+def check(folder: pathlib.Path) -> None:
+    """An error where a folder that this process holds may be another's by now.
+
+    To be asked before a write: of a host that slept, no other thread may have run yet.
+    """
+    if not is_held(folder):
+        lease = _held[str(folder)]
+        ended = time.strftime("%H:%M:%S UTC", time.gmtime(time.time() + lease.ends - _now()))
+        why = lease.lost or f"it was good until {ended}, and was not renewed in time"
+        raise UserError(
+            f"the lease of {folder} is lost ({why}), as on a host that slept, or could not reach "
+            "the bucket; nothing was written since. Start the same command again: it goes on from "
+            "what was saved last, where no other job has taken the place"
+        )
 
 
 def _taken(file: pathlib.Path, refusal: str) -> _Lease:
@@ -106,12 +134,19 @@ def _watch(lease: _Lease, ended: threading.Event) -> None:
 
 
 def _lost(lease: _Lease, why: str) -> None:
-    _end(f"{lease.file.parent} is lost ({why}); this process ends, so that two never write")
+    lease.lost = why
+    _end(f"{lease.file.parent} is lost ({why}); this job ends, so that two never write")
 
 
 def _end(said: str) -> None:
-    """End the process now: whatever else it wrote, it would write into another job's place."""
-    print(f"error: {report.printable(said)}", file=sys.stderr, flush=True)
+    """End the process now, and the others of its job: they would write into another job's place."""
+    line, job = f"error: {report.printable(said)}", coordination.job()
+    if job is None:
+        print(line, file=sys.stderr, flush=True)
+    else:  # all say the line; whoever cannot be reached misses this process by its heartbeat
+        ending = threading.Thread(target=job.end, args=(1, line), daemon=True)
+        ending.start()
+        ending.join(MARGIN)
     os._exit(1)
 
 
@@ -139,6 +174,7 @@ class _Lease:
         self.generation, self.ends = 0, 0.0
         self.sent: dict[float, float] = {}  # `until` of what may be there: when it ends here
         self.refused = "the store did not answer"
+        self.lost = ""  # why, once it is
 
     def write(self, generation: int) -> bool:
         """Hold it for a while where its contents are `generation` still, 0 for none."""

@@ -26,6 +26,7 @@ from tokgen.sampling import decode, presets, sampler as samplers
 from tokgen.training import (
     fields,
     gan as gans,
+    generator_step,
     optimizer as optimizers,
     safeguards,
     stages,
@@ -74,7 +75,6 @@ def generator(
     classes: int,
     mesh: jax.sharding.Mesh,
     codec: nnx.Module,
-    train_step: Callable,
     *,
     text: tuple[int, int] | None = None,
     memory: int | None = None,
@@ -83,8 +83,7 @@ def generator(
 
     That is a step of training, and the decode by the default preset; UserError for what cannot run.
 
-    `train_step` gives (settings, structure, optimizer) -> step; `codec` is the tokenizer's
-    quantizer, as arrays or as shapes.
+    `codec` is the tokenizer's quantizer, as arrays or as shapes.
     """
     fields.check_generator(settings)
     sharding.check_batch(settings.batch_size, mesh)
@@ -106,7 +105,7 @@ def generator(
         )
     )
     check_memory(network, batch, memory or bytes_of(mesh))
-    jax.eval_shape(train_step(settings, graph, optimizer), network, batch, codec)
+    jax.eval_shape(generator_step.step(settings, graph, optimizer), network, batch, codec)
     if settings.held_out.samples:
         rows = settings.held_out.samples * min(max(classes, 1), 10)
         cond = jax.tree.map(

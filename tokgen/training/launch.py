@@ -176,7 +176,7 @@ def run(
                 pulling.pull(named, yes=arguments.yes)
         with runs.lock(arguments.workdir, _pictures(settings, arguments.workdir)):
             if arguments.start is not None:
-                runs.check_whole(arguments.workdir, arguments.start)
+                distributed.first(runs.check_whole, arguments.workdir, arguments.start)
             runtime.devices(settings.batch_size)
             accept = ("data",) if arguments.accept_data else ()
             story(Request(settings, arguments.workdir, accept, arguments.start))

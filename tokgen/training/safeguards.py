@@ -11,7 +11,7 @@ from typing import Annotated
 import jax
 import numpy as np
 
-from tokgen import distributed, ranges, records, sharding
+from tokgen import distributed, ranges, records, sharding, storage
 from tokgen.interfaces import TokenLayout
 from tokgen.metrics import codebook
 
@@ -125,16 +125,12 @@ def strength(limits: Limits, returns: int) -> float:
 
 def returned(workdir: pathlib.Path) -> int:
     """How often a run went back to before its adversarial term."""
-    file = workdir / RETURNS
-    count = _noted(file)["returns"] if file.exists() else 0
-    return int(distributed.gathered(str(count))[0])  # all have read before one writes
+    return distributed.decided(_noted, workdir)["returns"]
 
 
 def unsettled(workdir: pathlib.Path) -> bool:
     """Whether a return was begun whose later steps are still to be forgotten."""
-    file = workdir / RETURNS
-    found = file.exists() and not _noted(file)["settled"]
-    return distributed.gathered(str(found))[0] == "True"
+    return not distributed.decided(_noted, workdir)["settled"]
 
 
 def note_return(workdir: pathlib.Path) -> int:
@@ -149,7 +145,11 @@ def settle(workdir: pathlib.Path) -> None:
     _write(workdir, returned(workdir), settled=True)
 
 
-def _noted(file: pathlib.Path) -> dict:
+def _noted(workdir: pathlib.Path) -> dict:
+    file = workdir / RETURNS
+    with storage.reached(workdir):
+        if not file.exists():
+            return {"returns": 0, "settled": True}
     remedy = (
         'write {"returns": N, "settled": true} with the number of times that the run said "back at '
         'step", or remove it to begin to count anew'
