@@ -432,6 +432,20 @@ def activation(axes: str, shape: tuple[int, ...]) -> PartitionSpec:
     return PartitionSpec(*parts)
 
 
+def by_device(function: Callable, axes: Sequence[str], *operands: jax.Array) -> jax.Array:
+    """`function` of each device's part of arrays, laid out as `constrain` lays them by `axes`.
+
+    For kernels, which no compiler splits. What is returned lies as the first array does.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return function(*operands)
+    places = tuple(activation(a, x.shape) for a, x in zip(axes, operands, strict=True))
+    # whether a kernel's results differ between devices, jax cannot know
+    run = jax.shard_map(function, in_specs=places, out_specs=places[0], check_vma=False)
+    return run(*operands)
+
+
 def platform() -> str:
     """Of the devices that run what is being traced: those of the mesh that is set, or jax's own.
 

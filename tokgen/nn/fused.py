@@ -92,21 +92,16 @@ def splash(
     length = queries_BNLK.shape[2]
     block, filled = _blocks(length)
     operands = [_filled(operand, filled) for operand in (queries_BNLK, keys_BNLK, values_BNLK)]
+    axes = ["BNLK"] * 3
     if mask is not None and mask.valid_BL is not None:
         # slots see those of their own segment: each slot of padding is one
         alone_L = 1 + jnp.arange(length, dtype=jnp.int32)[None]
         segments_BL = jnp.where(mask.valid_BL, 0, alone_L)
         segments_BL = jnp.broadcast_to(segments_BL, (len(queries_BNLK), length))
         operands.append(jnp.pad(segments_BL, ((0, 0), (0, filled - length))))
+        axes.append("BL")
     run = functools.partial(_splash, _seen(mask, length, filled), block, interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not (mesh.empty or mesh.size == 1 or mesh.manual_axes):
-        places = [
-            sharding.activation("BNLK"[: operand.ndim], operand.shape) for operand in operands
-        ]
-        places[3:] = [jax.sharding.PartitionSpec(places[0][0])] * len(places[3:])
-        run = jax.shard_map(run, in_specs=tuple(places), out_specs=places[0], check_vma=False)
-    return run(*operands)[:, :, :length]
+    return sharding.by_device(run, axes, *operands)[:, :, :length]
 
 
 def _splash(
