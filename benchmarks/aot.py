@@ -5,14 +5,13 @@
 The compiler is libtpu's (`pip install -c constraints.txt "tokgen[tpu]"`), in a process of the CPU.
 Shapes alone go in, bfloat16; no weights are made. Said of each program: the compiler's CPU seconds;
 bytes of arguments, temporaries and outputs against the chip's memory; what a step moves through it,
-read from the program's text (`compiled`), against weights and the cache in use (`roofline`); copies
-of the size of a layer's matrix or cache inside of a loop; and the images a second that the chip's
-roofline allows. All steps are guided, as published.
+read from the program's text (`tokgen.planning.program`), against weights and the cache in use
+(`roofline`); copies of the size of a layer's matrix or cache inside of a loop; and the images a
+second that the chip's roofline allows. All steps are guided, as published.
 """
 
 import time
 
-import compiled as programs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tokgen import chips, rng
 from tokgen.config import building, reading
+from tokgen.planning import program as programs
 from tokgen.sampling import decode, presets
 
 CASES = {

@@ -47,6 +47,7 @@ BESIDE = {
     "zoo": "a table of names, asked before a checkpoint is found",
     "cli": "it chooses the command",
     "errors": "what is raised",
+    "planning": "it looks at a step that is not taken",
     "chips": "a table of what devices can do",
     "flops": "it counts a program that is not run",
     "coordination": "what processes tell each other around a walk",

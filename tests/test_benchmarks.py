@@ -21,7 +21,7 @@ from tokgen.config import building, reading
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
-PARTS = {"machine", "beside", "networks", "peers", "aot", "compiled"}  # of programs
+PARTS = {"machine", "beside", "networks", "peers", "aot"}  # of programs
 PROGRAMS = {file.stem for file in FOLDER.glob("*.py")} - PARTS
 PAIR = ["configs/tokenizer/shapes.py", "configs/generator/shapes.py"]
 

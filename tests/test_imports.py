@@ -28,6 +28,7 @@ LAYERS = (
     ("pretrained",),
     ("checkpoints",),
     ("training",),
+    ("planning",),
     ("evaluation",),
     ("demo", "samples", "tokens"),
     ("image_models", "sample_folder"),

@@ -1,4 +1,4 @@
-"""The roofline against figures computed by hand; a program's text against what it says."""
+"""The roofline against figures computed by hand."""
 
 import importlib
 import pathlib
@@ -17,13 +17,6 @@ def roofline(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         yield importlib.import_module(request.param)
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield importlib.import_module("compiled")
 
 
 # Images a second on an H200 (790 TFLOP/s, 4.3 TB/s), guided, bfloat16: batch, adaptive norms in
@@ -81,73 +74,3 @@ def test_devices_are_known_by_what_jax_calls_them(roofline):
 def test_rates_of_this_cpu_are_measured(roofline):
     chip = roofline.this_cpu(side=64, repeats=1)
     assert chip.flops > 1e6 and chip.bandwidth > 1e6 and "this run" in chip.source
-
-
-TEXT = """HloModule jit_f, is_scheduled=true
-
-%updating (p0: bf16[4,128], p1: bf16[1,128], p2: s32[]) -> bf16[4,128] {
-  %p0 = bf16[4,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %p1 = bf16[1,128]{1,0:T(8,128)(2,1)S(1)} parameter(1)
-  %p2 = s32[]{:T(128)} parameter(2)
-  %zero = s32[]{:T(128)} constant(0)
-  ROOT %dus = bf16[4,128]{1,0:T(8,128)(2,1)} dynamic-update-slice(%p0, %p1, %p2, %zero)
-}
-
-%slicing (p0.1: bf16[1024,128], p1.1: s32[]) -> bf16[16,128] {
-  %p0.1 = bf16[1024,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %p1.1 = s32[]{:T(128)} parameter(1)
-  %zero.1 = s32[]{:T(128)} constant(0)
-  %part = bf16[64,128]{1,0:T(8,128)(2,1)} dynamic-slice(%p0.1, %p1.1, %zero.1)
-  ROOT %less = bf16[16,128]{1,0:T(8,128)(2,1)S(1)} slice(%part), slice={[0:16], [0:128]}
-}
-
-%body (arg: (s32[], bf16[4,128], bf16[1024,128])) -> (s32[], bf16[4,128], bf16[1024,128]) {
-  %arg = (s32[]{:T(128)}, bf16[4,128]{1,0:T(8,128)(2,1)}, bf16[1024,128]{1,0:T(8,128)(2,1)}) parameter(0)
-  %i = s32[]{:T(128)S(6)} get-tuple-element(%arg), index=0
-  %cache = bf16[4,128]{1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=1
-  %weights = bf16[1024,128]{1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=2
-  %near = bf16[16,128]{1,0:T(8,128)(2,1)S(1)} fusion(%weights, %i), kind=kLoop, calls=%slicing
-  %row = bf16[1,128]{1,0:T(8,128)(2,1)S(1)} slice(%near), slice={[0:1], [0:128]}
-  %cache.1 = bf16[4,128]{1,0:T(8,128)(2,1)} fusion(%cache, %row, %i), kind=kLoop, calls=%updating
-  %again = bf16[1024,128]{0,1:T(8,128)(2,1)} copy(%weights)
-  %i.1 = s32[]{:T(128)S(6)} add(%i, %i)
-  ROOT %out = (s32[]{:T(128)}, bf16[4,128]{1,0:T(8,128)(2,1)}, bf16[1024,128]{1,0:T(8,128)(2,1)}) tuple(%i.1, %cache.1, %again)
-}
-
-%condition (arg.1: (s32[], bf16[4,128], bf16[1024,128])) -> pred[] {
-  %arg.1 = (s32[]{:T(128)}, bf16[4,128]{1,0:T(8,128)(2,1)}, bf16[1024,128]{1,0:T(8,128)(2,1)}) parameter(0)
-  %bound = s32[]{:T(128)} constant(5)
-  %i.2 = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
-  ROOT %less.1 = pred[]{:T(512)} compare(%i.2, %bound), direction=LT
-}
-
-ENTRY %main (a: bf16[4,128], w: bf16[1024,128]) -> bf16[4,128] {
-  %a = bf16[4,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %w = bf16[1024,128]{1,0:T(8,128)(2,1)} parameter(1)
-  %start = s32[]{:T(128)S(6)} constant(0)
-  %t = (s32[]{:T(128)}, bf16[4,128]{1,0:T(8,128)(2,1)}, bf16[1024,128]{1,0:T(8,128)(2,1)}) tuple(%start, %a, %w)
-  %loop = (s32[]{:T(128)}, bf16[4,128]{1,0:T(8,128)(2,1)}, bf16[1024,128]{1,0:T(8,128)(2,1)}) while(%t), condition=%condition, body=%body
-  ROOT %r = bf16[4,128]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=1
-}
-"""  # noqa: E501 - as a compiler writes it
-
-
-def test_a_programs_bytes_are_those_that_leave_the_large_memory(compiled):
-    program = compiled.Program(TEXT)
-    (loop,) = program.loops(1000)
-    # 16 rows of 128 are read of the weights; the cache gets one row, padded to a tile of 8; the
-    # copy reads and writes all
-    whole = 1024 * 128 * 2
-    assert loop.turns == 5 and loop.bytes == 16 * 128 * 2 + 8 * 128 * 2 + 2 * whole
-    assert program.bytes() == 5 * loop.bytes
-    (move,) = loop.moves
-    assert (move.name, move.size, move.bytes, move.times) == ("again", whole // 2, whole, 1)
-    assert compiled.counted(loop.moves) == "1 of 0.3 MB" and compiled.counted([]) == "none"
-
-
-def test_arrays_fill_their_tiles(compiled):
-    found = compiled.array("bf16", "128,16,66,88", "0,3,1,2:T(8,128)(2,1)")
-    assert found.bytes == 128 * 16 * 66 * 88 * 2 and found.far
-    found = compiled.array("f32", "3,5", "1,0:T(8,128)S(1)")
-    assert found.bytes == 8 * 128 * 4 and not found.far
-    assert compiled.array("pred", "", "").bytes == 1

@@ -58,6 +58,14 @@ def mesh(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def sizes(text: str) -> tuple[int, ...]:
+    """The three numbers of `--mesh`; UserError where they are none."""
+    found = text.split(",")
+    if len(found) != 3 or not all(size.strip().lstrip("-").isdigit() for size in found):
+        raise UserError(f"--mesh must be three numbers, DATA,FSDP,TENSOR, as 2,1,4; found {text!r}")
+    return tuple(map(int, found))
+
+
 def processes(parser: argparse._ActionsContainer) -> None:
     """`--coordinator` and its like, of every program that several processes may run together."""
     group = parser.add_argument_group(

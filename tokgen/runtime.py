@@ -306,12 +306,10 @@ def over(mesh: str) -> Iterator[None]:
     if not mesh and not distributed.many():
         yield
         return
-    sizes = (mesh or "-1,1,1").split(",")
-    if len(sizes) != 3 or not all(size.strip().lstrip("-").isdigit() for size in sizes):
-        raise UserError(f"--mesh must be three numbers, DATA,FSDP,TENSOR, as 2,1,4; found {mesh!r}")
+    sizes = options.sizes(mesh or "-1,1,1")
     devices()
     # each process of a job draws and measures on its own devices
-    with jax.set_mesh(sharding.make_mesh(*map(int, sizes), devices=jax.local_devices())):
+    with jax.set_mesh(sharding.make_mesh(*sizes, devices=jax.local_devices())):
         yield
 
 

@@ -190,18 +190,24 @@ def ways(mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def check_batch(batch: int, mesh: jax.sharding.Mesh, name: str = "config.batch_size") -> None:
+def check_batch(
+    batch: int, mesh: jax.sharding.Mesh, name: str = "config.batch_size", parts: int = 1
+) -> None:
     """An error with the numbers that fit where a batch does not lie evenly over its devices.
 
-    For training, where another number of images would be another run; `filled` is for the rest.
+    Nor do `parts` of it, one after the other. For training, where another number of images would
+    be another run; `filled` is for the rest.
     """
-    over = ways(mesh)
+    over = ways(mesh) * parts
     if batch % over:
         fitting = [n for n in (batch // over * over, -(-batch // over) * over) if n]
+        what = "a batch" if parts == 1 else f"each of config.accumulate={parts} parts of a batch"
+        fewer = [n for n in range(1, parts) if batch % (ways(mesh) * n) == 0]
+        others = f", accumulate={fewer[-1]}" if fewer else ""
         raise UserError(
-            f"a batch lies evenly over the {over} devices of the mesh {dict(mesh.shape)}; found "
-            f"{name}={batch}: give {' or '.join(map(str, fitting))}, or a number of devices that "
-            f"divides {batch} (config.mesh, CUDA_VISIBLE_DEVICES)"
+            f"{what} lies evenly over the {ways(mesh)} devices of the mesh {dict(mesh.shape)}; "
+            f"found {name}={batch}: give {' or '.join(map(str, fitting))}{others}, or a number of "
+            f"devices that divides {batch // parts} (config.mesh, CUDA_VISIBLE_DEVICES)"
         )
 
 

@@ -26,6 +26,8 @@ def get_config(variant="raster"):
     config.generator.update(GRIDS.get(variant, {}))
     config.steps = 3500
     config.presets.default.update(temperature=1.0, weight=1.5)
+    form = ":pyramid" if variant == "next_scale" else ""
+    config.made_for.tokenizer = f"configs/tokenizer/cifar10_f4.py{form}"
     config.held_out.images = 1000
     config.report.save = 875
     return config

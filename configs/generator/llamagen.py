@@ -107,6 +107,12 @@ def get_config(variant="b"):
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.strategy = "data"
     config.max_bad = 1e-3  # share of images that may be unreadable, where images are encoded
+    pixels = {"384": 384, "512": 512}.get(variant[-3:], 256)
+    config.made_for = dict(
+        tokenizer="configs/tokenizer/llamagen_vq.py:vq16",
+        pixels=pixels,
+        classes=0 if variant in TEXTS else 1000,
+    )
     config.held_out = dict(images=5000, samples=8)
     config.report = dict(scalars=100, save=10_000)
     config.keep = dict(latest=1, best=1)

@@ -88,6 +88,9 @@ def get_config(variant="256"):
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.strategy = "data"
     config.max_bad = 1e-3  # share of images that may be unreadable, where images are encoded
+    config.made_for = dict(
+        tokenizer=f"configs/tokenizer/maskgit_vqgan.py:{variant}", pixels=int(variant), classes=1000
+    )
     config.held_out = dict(images=5000, samples=8)
     config.report = dict(scalars=100, save=10_000)
     config.keep = dict(latest=1, best=1)

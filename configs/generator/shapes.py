@@ -67,6 +67,8 @@ def get_config(variant="raster"):
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.strategy = "data"
     config.max_bad = 1e-3  # share of images that may be unreadable, where images are encoded
+    form = ":pyramid" if variant == "next_scale" else ""
+    config.made_for = dict(tokenizer=f"configs/tokenizer/shapes.py{form}", pixels=32, classes=10)
     config.held_out = dict(images=500, samples=8)
     config.report = dict(scalars=100, save=500)
     config.keep = dict(latest=1, best=1)

@@ -98,6 +98,10 @@ def get_config(variant="d16"):
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.strategy = "data"
     config.max_bad = 1e-3  # share of images that may be unreadable, where images are encoded
+    side = 512 if variant.endswith("s") else 256
+    config.made_for = dict(
+        tokenizer=f"configs/tokenizer/var_vqvae.py:{side}", pixels=side, classes=1000
+    )
     config.held_out = dict(images=5000, samples=8)
     config.report = dict(scalars=100, save=10_000)
     config.keep = dict(latest=1, best=1)

@@ -153,7 +153,7 @@ def test_mutants_of_every_config_are_refused_or_traced(every, mesh, weights, cap
         assert len(message) < 20_000, mutant
     with capsys.disabled():
         print(f" {len(tries)} mutants: {dict(found)}, {len(traced)} traces ", end="")
-    least = [300 // every, 60 // every, 150 // every]
+    least = [300 // every, 54 // every, 150 // every]
     assert np.all(np.array([len(tries), found["accepted"], found["refused"]]) >= least)
 
 

@@ -54,11 +54,11 @@ def tokenizer(
     plan = stages.plan(settings)
     gan = building.call(gans.GAN, settings.discriminator, "discriminator")
     limits = building.call(safeguards.Limits, settings.get("safeguards", {}), "safeguards")
-    sharding.check_batch(settings.batch_size, mesh)
+    sharding.check_batch(settings.batch_size, mesh, parts=settings.get("accumulate", 1))
     shapes = nnx.eval_shape(lambda: building.tokenizer(settings, rngs=rng.rngs(0)))
     stages.check(plan, shapes)
     begin, _ = gan.steps(settings.steps)
-    batch = _pictures(settings, text)
+    batch = pictures(settings, text)
     for stage in plan:
         networks, graphs, optimizer = networks_of(settings, stage, gan, mesh)
         check_memory(networks, batch, memory or bytes_of(mesh))
@@ -86,7 +86,7 @@ def generator(
     `codec` is the tokenizer's quantizer, as arrays or as shapes.
     """
     fields.check_generator(settings)
-    sharding.check_batch(settings.batch_size, mesh)
+    sharding.check_batch(settings.batch_size, mesh, parts=settings.get("accumulate", 1))
     optimizer = building.call(
         optimizers.optimizer, settings.optimizer, "optimizer", steps=settings.steps
     )
@@ -98,8 +98,8 @@ def generator(
     shapes = nnx.eval_shape(make)
     datasets.check_text(shapes, settings.data.get("text", ""), "config.data.text")
     samplers = {name: _prepared(settings, shapes, name) for name in settings.presets}
-    batch = _tokens(settings, layout, shapes, text)
-    graph, network = _created(
+    batch = tokens(settings, layout, shapes, text)
+    graph, network = created(
         lambda: train_state.create(
             make, optimizer, mesh=mesh, strategy=settings.strategy, ema=settings.ema
         )
@@ -146,7 +146,7 @@ def _cond(shapes: nnx.Module, batch: Mapping[str, Any]) -> PyTree:
     return Text(batch["text"], batch["mask"])
 
 
-def _tokens(
+def tokens(
     settings: ml_collections.ConfigDict,
     layout: TokenLayout,
     shapes: nnx.Module,
@@ -165,7 +165,7 @@ def _tokens(
     return batch
 
 
-def _pictures(settings, text: tuple[int, int] | None) -> dict[str, jax.ShapeDtypeStruct]:
+def pictures(settings, text: tuple[int, int] | None) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of images, and of their texts where `text` is their shape, as shapes."""
     B, (rows, columns) = settings.batch_size, settings.view.size
     shape = (B, rows, columns, settings.view.get("channels", 3))
@@ -185,7 +185,7 @@ def networks_of(
     mesh: jax.sharding.Mesh,
 ) -> tuple[PyTree, tokenizer_step.Graphs, optimizers.Optimizer | None]:
     """What `tokenizer_step.create` gives, its arrays as shapes."""
-    (graphs, optimizer), networks = _created(
+    (graphs, optimizer), networks = created(
         lambda: _turned(*tokenizer_step.create(settings, stage, gan, mesh))
     )
     return networks, graphs, optimizer
@@ -195,7 +195,7 @@ def _turned(networks: PyTree, graphs: Any, optimizer: Any) -> tuple[Any, PyTree]
     return (graphs, optimizer), networks
 
 
-def _created(create: Callable[[], tuple[Any, PyTree]]) -> tuple[Any, PyTree]:
+def created(create: Callable[[], tuple[Any, PyTree]]) -> tuple[Any, PyTree]:
     """(structure, arrays as shapes) of what gives a structure and arrays."""
     kept = []
 

@@ -34,6 +34,9 @@ TERMS = (
     "kl",
 )
 
+# the first and the last step of a trace; () for none
+Profiled = Annotated[tuple[ranges.Count, ...], ranges.Length(0, 2)]
+
 ENTROPIES = ("sample_entropy", "batch_entropy")  # what training may raise as well as lower
 
 
@@ -80,6 +83,23 @@ class Tokens:
     text: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class MadeFor:
+    """The section `made_for` of a generator's config: what a plan knows of tokens that are not yet.
+
+    Training reads the tokens themselves.
+
+    Args:
+        tokenizer: the recipe of what makes them, PATH[:variant].
+        pixels: along an edge of the images.
+        classes: how many; 0 where texts are the condition.
+    """
+
+    tokenizer: str
+    pixels: ranges.Count
+    classes: ranges.Whole
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fields:
     """What the configs of both programs have at their top."""
@@ -87,6 +107,7 @@ class Fields:
     seed: ranges.Seed
     steps: ranges.Count
     batch_size: ranges.Batch
+    accumulate: ranges.Batch = 1
     precision: dict
     data: dict
     optimizer: dict
@@ -97,6 +118,7 @@ class Fields:
     held_out: dict
     report: dict
     keep: dict
+    profile: Profiled = ()
     init_from: str
 
 
@@ -128,6 +150,7 @@ class GeneratorFields(Fields):
     generator: dict
     presets: Mapping[str, dict]
     max_bad: ranges.Share = 1e-3
+    made_for: dict = dataclasses.field(default_factory=dict)
 
 
 def names(fields: type[Fields]) -> tuple[str, ...]:
@@ -186,6 +209,7 @@ def check_generator(settings: ml_collections.ConfigDict) -> None:
         GeneratorFields,
         data=(Tokens, ()),
         held_out=(HeldOutAndDrawn, ()),
+        **({"made_for": (MadeFor, ())} if settings.get("made_for") else {}),
         generator__rates=(dropout.Rates, ()),
         optimizer=(optimizers.optimizer, ("steps", "begin")),
         **SHARED,
@@ -230,7 +254,20 @@ STATED = ("precision.params", "precision.compute", "view.size", "view.channels")
 
 def _shared(settings: ml_collections.ConfigDict) -> list[str]:
     """What is wrong between fields that both programs have."""
-    found = []
+    found, parts = [], settings.get("accumulate", 1)
+    if settings.batch_size % parts:
+        fitting = [n for n in range(1, parts) if settings.batch_size % n == 0][-2:]
+        found.append(
+            f"accumulate takes a batch in equal parts: batch_size={settings.batch_size} has no "
+            f"{parts}; give accumulate={' or '.join(map(str, fitting))}, or batch_size="
+            f"{-(-settings.batch_size // parts) * parts}"
+        )
+    profile = tuple(settings.get("profile", ()))
+    if profile and not (len(profile) == 2 and profile[0] <= profile[1] <= settings.steps):
+        found.append(
+            f"profile must be () or (first, last), steps from 1 to steps={settings.steps}; found "
+            f"{profile}"
+        )
     for section, name in (field.split(".") for field in STATED):
         if section in settings and name not in settings[section]:
             found.append(f"{section} needs {name!r}")

@@ -1,4 +1,4 @@
-"""What a compiled program moves through a device's memory, read from its text.
+"""What a compiled program moves, through a device's memory and between devices: its text, read.
 
 `cost_analysis()` counts the body of a loop once. Here `compiled.as_text()` is walked from its
 entry, every loop's body as often as it runs. Bytes are those of the arrays that an instruction
@@ -6,6 +6,8 @@ reads and writes, as they lie there (tiles are filled up); what lies in a chip's
 in a layout, costs nothing. Of an array that is only sliced, the slice counts; of one that is
 updated in place, the update.
 """
+
+from __future__ import annotations
 
 import collections
 import dataclasses
@@ -23,6 +25,7 @@ MOVES = {"copy", "transpose", "bitcast", "reshape", "slice", "dynamic-slice", "p
 MOVES |= {"parameter", "constant", "tuple", "convert", "get-tuple-element", "broadcast"}
 ARRAY = re.compile(r"([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\](?:\{([^}]*)\})?")
 CALLED = re.compile(r"(calls|body|condition|to_apply)=%?([\w.\-]+)")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,21 @@ class Move:
     size: int  # values
     bytes: int
     times: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """What devices exchange in one place of a program."""
+
+    kind: str  # of COLLECTIVES
+    ways: int  # devices that take part together
+    bytes: float  # that each of them receives, in one turn
+    times: int
+
+    @property
+    def total(self) -> float:
+        """Bytes that a device receives in a run of the program."""
+        return self.times * self.bytes
 
 
 @dataclasses.dataclass
@@ -107,20 +125,64 @@ class Program:
                 found.append(Loop(self.turns(instruction), self._bytes(body), moves, inner))
         return found
 
+    def collectives(self) -> list[Collective]:
+        """What devices exchange, wherever it stands.
+
+        A TPU's compiler takes a collective apart, into fusions and inner loops of other work that
+        carry it along, all of its channel: it runs as often as the outermost of them.
+        """
+        found = {}
+        for number, (channel, collective) in enumerate(self._collectives(self.entry, 1)):
+            key = channel or number
+            if key not in found or collective.times < found[key].times:
+                found[key] = collective
+        return list(found.values())
+
+    def _collectives(self, name: str, times: int) -> Iterator[tuple[str, Collective]]:
+        """(channel, collective) of a computation and of what it calls."""
+        inside = self.computations[name]
+        scattered = _is_scatter(inside)
+        for instruction in inside.values():
+            kind = instruction.kind.removesuffix("-start")
+            if kind in COLLECTIVES:
+                channel = re.search(r"channel_id=(\d+)", instruction.line)
+                kind = "reduce-scatter" if scattered and kind == "all-reduce" else kind
+                yield channel[1] if channel else "", exchanged(kind, instruction, times)
+            elif instruction.kind == "while":
+                turns = times * self.turns(instruction)
+                yield from self._collectives(instruction.called["body"], turns)
+            else:
+                for how, called in instruction.called.items():
+                    if how == "calls" or instruction.kind in ("call", "conditional"):
+                        yield from self._collectives(called, times)
+
     def turns(self, loop: Instruction) -> int:
-        """How often a loop runs: it counts from 0 to the constant that its condition names."""
+        """How often a loop runs: it counts from 0 to the constant that its condition names.
+
+        By ones, or by as many as its body was unrolled to.
+        """
         condition = self.computations[loop.called["condition"]]
         root = next(i for i in condition.values() if i.root)
         if root.kind == "fusion":
             condition = condition | self.computations[root.called["calls"]]
-        numbers = [
-            int(found[1])
-            for i in condition.values()
-            if i.kind == "constant" and (found := re.search(r"constant\((\d+)\)", i.line))
-        ]
+        numbers = [n for i in condition.values() if (n := constant(i)) is not None]
         if len(numbers) != 1:
             raise ValueError(f"no single bound in the condition of {loop.name}: {numbers}")
-        return numbers[0]
+        counter = next((place(i) for i in condition.values() if place(i) is not None), None)
+        return -(-numbers[0] // self._stride(loop.called["body"], counter))
+
+    def _stride(self, body: str, counter: int | None) -> int:
+        """By how much a loop's body raises its counter; 1 where that is not said plainly."""
+        inside, total = self.computations[body], 0
+        result = next(i for i in inside.values() if i.root)
+        if counter is None or result.kind != "tuple":
+            return 1
+        value = inside.get(result.operands[counter])
+        while value is not None and value.kind in ("add", "copy", "bitcast"):
+            parts = [inside[name] for name in value.operands if name in inside]
+            total += sum(constant(part) or 0 for part in parts)
+            value = next((part for part in parts if constant(part) is None), None)
+        return total if value is not None and place(value) == counter and total else 1
 
     @functools.cache  # noqa: B019 - a program lives as long as the benchmark
     def _bytes(self, name: str) -> float:
@@ -224,6 +286,54 @@ class Program:
                     if read >= least:  # what comes from fast memory was computed, not copied
                         values = max(math.prod(array.shape) for array in instruction.arrays)
                         yield Move(instruction.name, values, int(size), times)
+
+
+def constant(instruction: Instruction) -> int | None:
+    """The number of a constant, where it is one whole number."""
+    found = re.search(r" constant\((\d+)\)", instruction.line)
+    return int(found[1]) if instruction.kind == "constant" and found else None
+
+
+def place(instruction: Instruction) -> int | None:
+    """Which part of a tuple an instruction takes, where that is what it does."""
+    found = re.search(r"index=(\d+)", instruction.line.partition("metadata=")[0])
+    return int(found[1]) if instruction.kind == "get-tuple-element" and found else None
+
+
+def exchanged(kind: str, instruction: Instruction, times: int) -> Collective:
+    """What a device receives in a collective, by the fewest bytes that any way of it takes."""
+    ways = group(instruction.line)
+    arrays = instruction.arrays
+    if instruction.kind.endswith("-start") and kind in ("all-gather", "collective-permute"):
+        arrays = arrays[1:2]  # what goes in, what comes out, and what they wait for
+    size = sum(math.prod(a.shape) * SIZES.get(a.dtype, 1) for a in arrays)
+    share = (ways - 1) / max(ways, 1)
+    parts = {
+        "all-reduce": 2 * share,
+        "reduce-scatter": share if size and "all-reduce" in instruction.kind else ways - 1,
+        "collective-permute": 1,
+    }
+    return Collective(kind, ways, size * parts.get(kind, share), times)
+
+
+def group(line: str) -> int:
+    """How many devices take part together in a collective."""
+    if names := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{('[^}]*)\}", line):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", names[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'([^']+)'", names[2]))
+    if shape := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(shape[2])
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return listed[1].count(",") + 1
+    return 1
+
+
+def _is_scatter(inside: dict[str, Instruction]) -> bool:
+    """Whether a fusion keeps of an all-reduce each device's own slice."""
+    kinds = {instruction.kind for instruction in inside.values()}
+    root = next((i for i in inside.values() if i.root), None)
+    sliced = "dynamic-slice" in kinds and root is not None and root.kind in ("dynamic-slice",)
+    return sliced and "all-reduce" in kinds
 
 
 def parsed(line: str) -> Instruction:

@@ -1,0 +1,185 @@
+"""Plans against what the compiler says of the same step, and against sums by hand."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from tests import command_line, recipes as known
+from tokgen import chips, sharding
+from tokgen.interfaces import UserError
+from tokgen.planning import devices, estimate, plan, program, recipes, temporaries, tiles
+
+RASTER = "configs/generator/shapes.py"
+SMALL = ("generator.width=64", "generator.depth=2", "batch_size=16")
+
+
+@pytest.fixture(scope="module")
+def raster():
+    return recipes.read(RASTER, SMALL)
+
+
+def real(sizes):
+    """A mesh of this process's devices."""
+    own = np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes)
+    return Mesh(own, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def compiled(recipe, sizes):
+    mesh, strategy = real(sizes), plan.strategy_of(sizes)
+    with jax.set_mesh(mesh):
+        step = recipe.step.compiled(strategy)
+        return step.lower(*recipe.step.over(mesh, strategy)).compile()
+
+
+@pytest.mark.parametrize("name, count, chip", [("v5e:16x16", 256, "v5e"), ("cpu:8", 8, "")])
+def test_devices_are_read_by_their_names(name, count, chip):
+    found = devices.read(name)
+    assert found.count == count and found.kind == chip
+    assert devices.read("H100:8x8").count == 64
+
+
+@pytest.mark.parametrize("name", ["", "v5e", "v5e:16", "tpu:4x4", "cpu:2x2", "h200:0", "v5p:4x4x"])
+def test_what_is_no_name_of_devices_is_refused_with_the_forms(name):
+    with pytest.raises(UserError, match="v5e:16x16"):
+        devices.read(name)
+
+
+def test_more_gpus_than_a_host_has_are_several_hosts():
+    with pytest.raises(UserError, match="h100:2x8"):
+        devices.read("h100:16")
+
+
+def test_every_recipe_says_what_tokens_it_is_made_for():
+    built = {}
+    for reference, (layout, classes, _) in known.GENERATORS.items():
+        settings = known.load(reference)
+        made_for = settings.made_for.to_json()
+        if made_for not in built:
+            built[made_for] = recipes.tokens(settings, reference)[0]
+        assert built[made_for] == layout, reference
+        assert settings.made_for.classes == classes
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+def test_arguments_are_those_of_the_compiler_to_the_byte(raster, sizes):
+    found = plan.reckoned(raster, sizes).estimate
+    analysis = compiled(raster, sizes).memory_analysis()
+    assert found.arguments == analysis.argument_size_in_bytes
+
+
+def test_operations_are_those_of_the_compiler(raster):
+    """Its layers stand one after the other: it counts the body of a loop once."""
+    told = compiled(raster, (1, 1, 1)).cost_analysis()["flops"]
+    assert raster.operations == pytest.approx(told, rel=0.05)
+
+
+def test_what_is_computed_again_is_no_work():
+    again = recipes.read(RASTER, (*SMALL, "generator.remat=full"))
+    once = recipes.read(RASTER, SMALL)
+    assert again.work == once.work == once.operations
+    # the blocks' forward pass, of three; not the head's
+    assert 1.15 * again.work < again.operations < 4 / 3 * again.work
+
+
+def test_what_devices_exchange_is_what_the_compiler_lets_them():
+    recipe = recipes.read(RASTER, (*SMALL, "optimizer.name=adamw"))
+    choice = plan.reckoned(recipe, (8, 1, 1))
+    found = program.Program(compiled(recipe, (8, 1, 1)).as_text()).collectives()
+    summed = sum(each.total for each in found if each.kind == "all-reduce")
+    assert choice.estimate.exchanged == {
+        "summed over data": pytest.approx(summed, rel=0.02)  # and a few losses
+    }
+
+
+def test_a_step_computes_with_more_where_more_is_kept(raster):
+    def most(images, *overrides):
+        recipe = recipes.read(RASTER, (*SMALL, "generator.depth=12", *overrides))
+        return temporaries.of(recipe.step, images, part=1.0)
+
+    kept, again = most(16), most(16, "generator.remat=full")
+    assert again < 0.6 * kept
+    assert most(32) < 2 * kept  # gradients do not grow
+
+
+@pytest.mark.parametrize(
+    "shape, filled",  # as libtpu laid parameters of RAR-B over 16 chips
+    [
+        ((24, 48, 16, 48), (24, 48, 16, 128)),
+        ((24, 48, 6, 768), (24, 48, 6, 768)),
+        ((24, 6, 768), (24, 6, 768)),
+        ((356, 48), (384, 48)),
+        ((48, 2, 768), (48, 2, 768)),
+        ((1, 1025, 48), (1, 1152, 48)),
+        ((768,), (1024,)),
+        ((), (128,)),
+    ],
+)
+def test_arrays_of_a_tpu_are_filled_up(shape, filled):
+    assert tiles.tiled(shape, np.dtype("f4")) == 4 * int(np.prod(filled))
+    assert tiles.plain(shape, np.dtype("f4")) == 4 * int(np.prod(shape))
+
+
+def test_what_lives_at_once_by_hand():
+    """Of two products in a row the first result is kept; a sum of it costs nothing more."""
+
+    def chain(x, w):
+        return jnp.sum(jnp.tanh(x @ w) @ w)
+
+    shapes = [jax.ShapeDtypeStruct((n, 32), jnp.float32) for n in (8, 16)]
+    weights = jax.ShapeDtypeStruct((32, 32), jnp.float32)
+    one, two = (jax.make_jaxpr(chain)(x, weights).jaxpr for x in shapes)
+    assert temporaries.most(one, two, 1.0) == 2 * 8 * 32 * 4
+
+
+def test_the_mesh_that_is_proposed_has_room_and_is_quickest():
+    recipe = recipes.read("configs/generator/rar.py:b", ("batch_size=128",))
+    v5e = devices.read("v5e:4x4")
+    choice = plan.proposed(recipe, v5e)
+    assert choice.estimate.peak < v5e.chip.memory
+    for sizes in [(16, 1, 1), (4, 4, 1), (1, 16, 1)]:
+        other = plan.reckoned(recipe, sizes)
+        assert other.estimate.peak > plan.ROOM * v5e.chip.memory or (
+            choice.seconds(v5e)[1] <= other.seconds(v5e)[1] + 1e-4
+        )
+
+
+def test_a_network_without_room_is_refused_with_remedies():
+    recipe = recipes.read("configs/generator/llamagen.py:3b")
+    with pytest.raises(UserError, match="no mesh of v5e:2x2 has room.*more devices"):
+        plan.proposed(recipe, devices.read("v5e:2x2"))
+
+
+def test_a_plan_in_words(capsys):
+    words = ("plan", RASTER, "--devices", "h200:1", "--estimate", "--price", "2")
+    assert command_line.call(*words) == 0
+    said = capsys.readouterr().out
+    chip = chips.CHIPS["H200"]
+    assert "mesh: data 1, fsdp 1, tensor 1; strategy data; 32 images a step" in said
+    assert f"of {chip.memory / 1e9:.0f} GB" in said and "MFU at most" in said
+    assert "3,000 steps: at best" in said and "at 2 a device hour" in said
+
+
+def test_without_its_compiler_a_tpu_is_refused_with_the_command(capfd, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    words = ("plan", RASTER, "--devices", "v5e:2x2", "--set", "batch_size=16")
+    assert 'pip install "tokgen[tpu]"' in command_line.refused(capfd, *words)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize("sizes", [(16, 1, 1), (1, 16, 1), (4, 4, 1)])
+def test_an_estimate_is_near_what_a_tpus_compiler_says(sizes):
+    recipe = recipes.read("configs/generator/rar.py:b", ("batch_size=128",))
+    choice, chips_ = plan.reckoned(recipe, sizes, tiles.tiled), devices.read("v5e:4x4")
+    made = plan.compiled(recipe.step, choice, chips_)
+    memory = made.memory_analysis()
+    assert choice.estimate.arguments == memory.argument_size_in_bytes
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    assert choice.estimate.peak == pytest.approx(peak, rel=0.15)
+    exchanged = sum(each.total for each in program.Program(made.as_text()).collectives())
+    assert sum(choice.estimate.exchanged.values()) == pytest.approx(exchanged, rel=0.15)
+    assert estimate.count(recipe.step) == recipe.operations

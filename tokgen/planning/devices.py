@@ -1,0 +1,108 @@
+"""The devices of a plan by their name: `v5e:16x16`, `h100:8x8`, `cpu:8`; they need not be here."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import topologies
+
+from tokgen import chips
+from tokgen.interfaces import UserError
+from tokgen.planning import tiles
+
+FORMS = "cpu:8, h200:1, h100:8x8 (hosts x devices), v5e:16x16, v6e:16x16, v5p:4x4x4"
+TPUS = ("v4", "v5e", "v5p", "v6e")
+# Without these libtpu asks a cloud where it is, and says on stderr that there is none
+ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """So many of one kind.
+
+    Args:
+        name: as it was given.
+        kind: of `chips.CHIPS`; "" of a CPU, which has no published rates.
+        sizes: of the name: of a TPU its topology, of GPUs hosts and devices of each.
+    """
+
+    name: str
+    kind: str
+    sizes: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return math.prod(self.sizes)
+
+    @property
+    def chip(self) -> chips.Chip | None:
+        """Rates and room of one; None of a CPU."""
+        return chips.CHIPS.get(self.kind)
+
+    @property
+    def tpu(self) -> bool:
+        """Whether a compiler for them needs none of them."""
+        return self.kind in TPUS
+
+    @property
+    def lies(self) -> tiles.Lies:
+        """How many bytes an array takes on one."""
+        return tiles.tiled if self.tpu else tiles.plain
+
+    def called(self) -> str:
+        """In words: `v5e:16x16, 256 chips of 197 TFLOP/s, 819 GB/s, 16 GB`."""
+        what = "chips" if self.tpu else "devices"
+        if self.chip is None:
+            return f"{self.name}, {self.count} {what}"
+        return (
+            f"{self.name}, {self.count} {what} of {self.chip.flops / 1e12:.0f} TFLOP/s, "
+            f"{self.chip.bandwidth / 1e9:,.0f} GB/s, {self.chip.memory / 1e9:.0f} GB "
+            f"({self.chip.source})"
+        )
+
+
+def read(name: str) -> Devices:
+    """The devices of a name; UserError with the forms that there are."""
+    kind, _, rest = name.partition(":")
+    known = {chip.lower(): chip for chip in chips.CHIPS} | {"cpu": ""}
+    if kind.lower() not in known or not re.fullmatch(r"\d+(x\d+){0,2}", rest):
+        raise UserError(f"devices are {FORMS}; found {name!r}")
+    found = Devices(name.lower(), known[kind.lower()], tuple(map(int, rest.split("x"))))
+    many = {"cpu": (1,), **dict.fromkeys(map(str.lower, TPUS), (2, 3))}.get(kind.lower(), (1, 2))
+    if len(found.sizes) not in many or not found.count:
+        raise UserError(f"devices are {FORMS}; found {name!r}")
+    if found.kind not in ("", *TPUS) and len(found.sizes) == 1:
+        if found.count > found.chip.host:
+            raise UserError(
+                f"{found.count} devices of {kind} are several hosts: say how many, as "
+                f"{kind}:{-(-found.count // found.chip.host)}x{found.chip.host}"
+            )
+    return found
+
+
+def described(devices: Devices) -> Sequence[jax.Device]:
+    """The devices of a TPU's topology, to compile for; UserError without its compiler."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"to compile for {devices.name} needs libtpu, the compiler of TPUs, which runs without "
+            'one; install it with pip install "tokgen[tpu]", or give --estimate for what is known '
+            "without compiling"
+        )
+    for name, value in ALONE.items():
+        os.environ.setdefault(name, value)
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=devices.name)
+    except Exception as error:  # libtpu's own, of several kinds
+        raise UserError(f"libtpu knows no topology {devices.name!r}: {error}") from error
+    return found.devices

@@ -1,0 +1,159 @@
+"""What a training step needs, reckoned from shapes: no compiler is asked.
+
+Bytes of what is kept between steps are exact, but for what a device's layout fills up. Operations
+are those of the products and convolutions of the step as it is written. What devices exchange
+follows from the table of parameters (`sharding.TABLE`):
+
+- a parameter over `fsdp` is gathered in every pass that reads it, and its gradient is scattered;
+- gradients are summed over `data`, and those of whole parameters over all devices;
+- over `tensor`, what a block's two branches give is summed, in every pass.
+
+What Muon exchanges of its layers is not reckoned.
+
+A pass reads the weights once: one forward, one backward for what is before the layer; with remat
+one more, which computes the block again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+
+from tokgen import flops, parameters, sharding
+from tokgen.interfaces import PyTree
+from tokgen.planning import steps, temporaries, tiles
+from tokgen.training import train_state
+
+AXES = sharding.AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Of one device and one step; bytes and operations.
+
+    Args:
+        kept: bytes by component, of what lies there between steps and of a batch.
+        temporaries: bytes that a step computes with (`temporaries.most`).
+        work: operations of the products, but for what is computed a second time.
+        operations: all of them.
+        exchanged: bytes received, by what for.
+    """
+
+    kept: Mapping[str, float]
+    temporaries: float
+    work: float
+    operations: float
+    exchanged: Mapping[str, float]
+
+    @property
+    def arguments(self) -> float:
+        """Bytes of a step's arguments."""
+        return sum(self.kept.values())
+
+    @property
+    def peak(self) -> float:
+        """Bytes that must be there at once."""
+        return self.arguments + self.temporaries
+
+
+def of(
+    step: steps.Step,
+    network: steps.Network,
+    mesh: jax.sharding.AbstractMesh,
+    strategy: str,
+    *,
+    work: float,
+    operations: float,
+    lies: tiles.Lies = tiles.plain,
+) -> Estimate:
+    """The estimate of a step over a mesh.
+
+    Args:
+        work, operations: of all devices together.
+        lies: bytes of an array on a device.
+    """
+    state, batch, frozen = step.over(mesh, strategy)
+    ways = sharding.ways(mesh)
+    return Estimate(
+        kept=kept(*step.read((state, batch, frozen)), lies),
+        temporaries=temporaries.of(step, step.images // ways, part=part(state, lies), lies=lies),
+        work=work / mesh.size,
+        operations=operations / mesh.size,
+        exchanged=exchanged(
+            state,
+            mesh,
+            itemsize=network.itemsize,
+            passes=network.passes,
+            summed=step.images * network.positions * network.width * network.layers / ways,
+        ),
+    )
+
+
+def count(step: steps.Step) -> float:
+    """Operations of a step for all of its images."""
+    return flops.of(step.compiled("data"), step.state, step.batch, step.frozen)
+
+
+def part(state: PyTree, lies: tiles.Lies) -> float:
+    """What a device has of the parameters, as a share of what one alone would have."""
+    leaves = jax.tree.leaves(steps.parameters_of(state))
+    return size(leaves, lies) / sum(lies(tuple(leaf.shape), leaf.dtype) for leaf in leaves)
+
+
+def kept(state: PyTree, batch: PyTree, frozen: PyTree, lies: tiles.Lies) -> dict[str, float]:
+    """Bytes of one device by component."""
+    networks = state if isinstance(state, Mapping) else {"": state}
+    parts: dict[str, float] = {}
+    for name, network in networks.items():
+        if not isinstance(network, train_state.TrainState):
+            parts[name] = size(network, lies)
+            continue
+        for what, tree in (
+            ("parameters", network.params),
+            ("statistics", network.stats),
+            ("moments", network.opt_state),
+            ("average", network.ema),
+        ):
+            if found := size(tree, lies):
+                of = f"{name} " if name == "discriminator" else ""
+                parts[of + what] = found
+        parts["counters"] = parts.get("counters", 0) + size(
+            (network.step, network.skipped, network.skips), lies
+        )
+    parts |= {"quantizer and frozen networks": size(frozen, lies)} if size(frozen, lies) else {}
+    return parts | {"a batch": size(batch, lies)}
+
+
+def size(tree: PyTree, lies: tiles.Lies) -> float:
+    """Bytes of one device's part of what lies over a mesh."""
+    return sum(tiles.of(leaf, lies) for leaf in jax.tree.leaves(tree))
+
+
+def exchanged(
+    state: PyTree, mesh: jax.sharding.AbstractMesh, *, itemsize: int, passes: int, summed: float
+) -> dict[str, float]:
+    """Bytes that a device receives in a step, by what for; ways of a ring, the fewest there are.
+
+    `summed` are the values of a device of what the blocks' branches give, for all layers.
+    """
+    found = dict.fromkeys(("gathered", "scattered", "summed over data", "summed over tensor"), 0.0)
+    fsdp, tensor, data = (mesh.shape[axis] for axis in ("fsdp", "tensor", "data"))
+    networks = jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, train_state.TrainState))
+    for network in (n for n in networks if isinstance(n, train_state.TrainState)):
+        for leaf in parameters.paths(network.params).values():
+            axes = [axis for axis in leaf.sharding.spec if axis]
+            part = math.prod(leaf.sharding.shard_shape(leaf.shape)) * itemsize
+            if "fsdp" in axes:
+                found["gathered"] += passes * part * (fsdp - 1)
+                found["scattered"] += part * (fsdp - 1)
+                ways = data
+            else:
+                ways = data * fsdp
+            found["summed over data"] += 2 * part * (ways - 1) / ways
+    if tensor > 1:
+        # two branches a block, as often as the block is computed, and once backward
+        found["summed over tensor"] = 2 * passes * 2 * summed * itemsize * (tensor - 1) / tensor
+    return {what: amount for what, amount in found.items() if amount}

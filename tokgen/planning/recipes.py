@@ -1,0 +1,80 @@
+"""The recipe that is planned: its step, by its config and that of the tokens it is made for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import ml_collections
+from flax import nnx
+
+from tokgen import rng
+from tokgen.config import building, reading
+from tokgen.interfaces import TokenLayout, UserError
+from tokgen.planning import estimate, steps
+from tokgen.training import fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a config trains, as shapes."""
+
+    settings: ml_collections.ConfigDict
+    step: steps.Step
+    network: steps.Network
+    plain: steps.Step  # which computes nothing a second time
+
+    @functools.cached_property
+    def work(self) -> float:
+        """Operations of a step for all images, what is computed a second time left out."""
+        return estimate.count(self.plain)
+
+    @functools.cached_property
+    def operations(self) -> float:
+        """Operations of a step for all images."""
+        return self.work if self.plain is self.step else estimate.count(self.step)
+
+
+def read(
+    reference: str,
+    overrides: Sequence[str] = (),
+    *,
+    tokenizer: str = "",
+    classes: int | None = None,
+) -> Recipe:
+    """The recipe of `PATH[:variant]`; UserError where it cannot be built.
+
+    Args:
+        tokenizer: of a generator, the recipe of its tokens; "": as its `made_for` says.
+        classes: of a generator; None: as its `made_for` says.
+    """
+    settings = reading.load(reference, overrides)
+    if "generator" not in settings:
+        raise UserError(f"{reference} trains a tokenizer: plans are of generators so far")
+    layout, codec = tokens(settings, reference, tokenizer)
+    count = settings.get("made_for", {}).get("classes", 0) if classes is None else classes
+    step, network = steps.generator(settings, layout, count, codec)
+    plain = step
+    if settings.generator.get("remat", "none") != "none":
+        kept = ml_collections.ConfigDict(settings)
+        kept.generator.remat = "none"
+        plain, _ = steps.generator(kept, layout, count, codec)
+    return Recipe(settings, step, network, plain)
+
+
+def tokens(
+    settings: ml_collections.ConfigDict, reference: str, tokenizer: str = ""
+) -> tuple[TokenLayout, nnx.Module]:
+    """(layout of a generator's tokens, their quantizer as shapes)."""
+    told = settings.get("made_for", {})
+    if not tokenizer and not told:
+        raise UserError(
+            f"{reference} does not say what its tokens are: give --tokenizer "
+            "configs/tokenizer/NAME.py, and --classes"
+        )
+    own = reading.load(tokenizer or told.tokenizer)
+    if not tokenizer:
+        own.view.size = (building.call(fields.MadeFor, told, "made_for").pixels,) * 2
+    codec = nnx.eval_shape(lambda: building.tokenizer(own, rngs=rng.rngs(0))).quantizer
+    return codec.layout, codec

@@ -1,0 +1,130 @@
+"""What a step computes with beside its arguments: the most that lives at once, from its jaxpr.
+
+The step is traced with the images of one device. A value lies in memory from the product, the sum
+or the loop that makes it until it is last read; what is made value by value of another is computed
+where it is read, and keeps its operands alive until then. Of a loop lie what it stacks for all of
+its turns, and what one turn computes with.
+
+Values that do not grow with the batch are parameters' or their gradients': outside of loops a
+device has its part of them, inside, a layer's whole.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import jax
+from jax.extend import core as extended
+
+from tokgen.planning import steps, tiles
+
+# Computed where they are read: no memory of their own
+FUSED = {
+    *("add", "sub", "mul", "div", "neg", "exp", "log", "tanh", "logistic", "erf", "rsqrt", "sqrt"),
+    *(
+        "integer_pow",
+        "pow",
+        "max",
+        "min",
+        "abs",
+        "sign",
+        "square",
+        "select_n",
+        "convert_element_type",
+    ),
+    *("broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims", "slice", "rev", "iota"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "is_finite", "stop_gradient", "copy"),
+    *("dynamic_slice", "pad", "concatenate", "cos", "sin", "log1p", "expm1", "add_any", "clamp"),
+    *("shift_right_logical", "shift_left", "xor", "bitcast_convert_type", "floor", "round"),
+    *("sharding_constraint", "optimization_barrier", "name", "random_bits", "copy_p"),
+    *("random_wrap", "random_unwrap", "random_fold_in", "threefry2x32", "exp2", "erf_inv", "atan2"),
+}
+
+
+def of(step: steps.Step, images: int, *, part: float, lies: tiles.Lies = tiles.plain) -> float:
+    """Bytes of a device that has so many images, and a `part` of what does not grow with them."""
+    one, two = (_traced(step, n) for n in (images, 2 * images))
+    return most(one, two, part, lies)
+
+
+@functools.lru_cache(maxsize=32)
+def _traced(step: steps.Step, images: int):
+    return step.of(images).traced
+
+
+def _size(variable, lies: tiles.Lies = tiles.plain) -> float:
+    aval = variable.aval
+    if not hasattr(aval, "shape"):
+        return 0.0
+    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        return 8.0 * aval.size
+    return lies(tuple(aval.shape), aval.dtype)
+
+
+def most(one, two, part: float, lies: tiles.Lies = tiles.plain) -> float:
+    """The most bytes at once of a jaxpr, its arguments not counted.
+
+    Args:
+        two: the same of twice the images: what is larger there grows with the batch.
+        part: the share that a device has of what does not grow.
+    """
+    sizes: dict[int, float] = {}
+    roots: dict[int, frozenset] = {}
+
+    def known(atom) -> frozenset:
+        return roots.get(id(atom), frozenset())  # of a literal nothing
+
+    done: list[tuple[set, set, float]] = []  # made, read, within
+    for a, b in zip(one.eqns, two.eqns, strict=True):
+        read = frozenset().union(*(known(x) for x in a.invars)) if a.invars else frozenset()
+        inside, made = 0.0, set()
+        name = a.primitive.name
+        if name in FUSED:
+            for out in a.outvars:
+                roots[id(out)] = read
+            done.append((set(), set(), 0.0))
+            continue
+        bodies = list(zip(_inner(a), _inner(b), strict=True))
+        if bodies:
+            within = 1.0 if name in ("scan", "while") else part
+            inside = max(most(x, y, within, lies) for x, y in bodies)
+        if name == "scan" and part < 1:
+            inside += _gathered(a, b)
+        for out, larger in zip(a.outvars, b.outvars, strict=True):
+            if isinstance(out, extended.Var) and type(out).__name__ != "DropVar":
+                grows = _size(larger) > _size(out)
+                sizes[id(out)] = _size(out, lies) * (1.0 if grows else part)
+                roots[id(out)] = frozenset({id(out)})
+                made.add(id(out))
+        if name not in ("scan", "while"):
+            inside = max(inside - sum(sizes[m] for m in made), 0.0)
+        done.append((made, set(read), inside))
+    kept = frozenset().union(*(known(v) for v in one.outvars)) if one.outvars else frozenset()
+    last: dict[int, int] = {}
+    for number, (made, read, _) in enumerate(done):
+        for each in (*made, *read):
+            last[each] = number
+    for each in kept:
+        last[each] = len(done)
+    live, top = 0.0, 0.0
+    ends: dict[int, list[int]] = {}
+    for each, number in last.items():
+        ends.setdefault(number, []).append(each)
+    for number, (made, _, inside) in enumerate(done):
+        live += sum(sizes[each] for each in made)
+        top = max(top, live + inside)
+        live -= sum(sizes[each] for each in ends.get(number, ()) if each in sizes)
+    return top
+
+
+def _gathered(one, two) -> float:
+    """Bytes of a layer's weights that a loop gathers: this turn's, and ahead the next one's."""
+    first = one.params["num_consts"] + one.params["num_carry"]
+    pairs = zip(one.invars[first:], two.invars[first:], strict=True)
+    stacks = [a for a, b in pairs if _size(a) == _size(b) and a.aval.ndim > 2]
+    return 2 * sum(2 * stack.aval.size / stack.aval.shape[0] for stack in stacks)
+
+
+def _inner(equation) -> Iterable:
+    return [j for parts in [extended.jaxprs_in_params(equation.params)] for j in parts]
