@@ -148,9 +148,22 @@ def test_the_mesh_that_is_proposed_has_room_and_is_quickest():
 
 
 def test_a_network_without_room_is_refused_with_remedies():
-    recipe = recipes.read("configs/generator/llamagen.py:3b")
-    with pytest.raises(UserError, match="no mesh of v5e:2x2 has room.*more devices"):
-        plan.proposed(recipe, devices.read("v5e:2x2"))
+    recipe = recipes.read("configs/generator/rar.py:xxl", ("batch_size=8",))
+    with pytest.raises(UserError, match="no mesh of v5e:2x1 has room.*more devices"):
+        plan.proposed(recipe, devices.read("v5e:2x1"))
+
+
+@pytest.mark.parametrize("name", ["llamagen.py:t2i_xl_256", "titok.py:s128"])
+def test_one_image_a_device_is_planned_too(name):
+    recipe = recipes.read(f"configs/generator/{name}", ("batch_size=16",))
+    found = plan.reckoned(recipe, (16, 1, 1), tiles.tiled).estimate
+    more = recipes.read(f"configs/generator/{name}", ("batch_size=256",))
+    assert plan.reckoned(more, (16, 1, 1), tiles.tiled).estimate.temporaries > found.temporaries > 0
+
+
+def test_a_mesh_of_other_devices_is_refused(capfd):
+    words = ("plan", RASTER, "--devices", "v5e:4x4", "--estimate", "--mesh", "8,1,1")
+    assert "all 16 devices" in command_line.refused(capfd, *words)
 
 
 def test_a_plan_in_words(capsys):

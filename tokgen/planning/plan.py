@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -54,7 +55,9 @@ class Choice:
     def seconds(self, devices: planned.Devices) -> tuple[float, float]:
         """A step's least time: where all that waits is hidden, and where nothing of it is."""
         parts = self.parts(devices)
-        return max(parts.values()), parts["products"] + parts["links"]
+        links = parts.pop("links")
+        alone = max(parts.values())
+        return max(alone, links), alone + links
 
 
 def mesh_of(sizes: Sequence[int]) -> AbstractMesh:
@@ -234,6 +237,11 @@ def lines(
         compile: for a TPU's topology, ask its compiler, too.
     """
     step = recipe.step
+    if sizes is not None and math.prod(sizes) != devices.count:
+        raise UserError(
+            f"--mesh must use all {devices.count} devices of {devices.name}; found "
+            f"{' x '.join(map(str, sizes))} = {math.prod(sizes)}"
+        )
     choice = proposed(recipe, devices) if sizes is None else reckoned(recipe, sizes, devices.lies)
     state, _, _ = step.over(mesh_of(choice.sizes), choice.strategy)
     yield report.table(parameters.paths(steps.parameters_of(state)))
