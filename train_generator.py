@@ -29,16 +29,20 @@ from tokgen.training import (
     generator_step,
     launch,
     optimizer as optimizers,
+    pace as paces,
+    trace as traces,
     train_state,
 )
 
 WithWhat = tuple[Sequence, loading.Loaded]  # the held-out source, the tokenizer
+SHOWN = ("nats_per_token", "token_accuracy", *paces.SHOWN)
 
 
 def main(request: launch.Request) -> None:
     """Train until `settings.steps`, from wherever the work directory stands."""
     settings, workdir, back = request.settings, request.workdir, request.back
     fields.check_generator(settings)
+    trace = traces.Trace(settings.get("profile", ()), workdir)
     mesh = building.call(sharding.make_mesh, settings.mesh, "mesh")
     jax.set_mesh(mesh)  # before anything is loaded: all lies over one
     seed, steps, every = settings.seed, settings.steps, settings.report
@@ -131,26 +135,42 @@ def main(request: launch.Request) -> None:
         report.bar(steps, initial=start, what="generator") as bar,
         contextlib.ExitStack() as ends,
     ):
+        pace = paces.Pace(settings.batch_size, list(mesh.devices.flat))
+        late = []  # the figures of a step, until the next is under way
+
+        def tell() -> None:
+            while late:
+                step, scalars, seen, counted = late.pop()
+                values = jax.device_get(scalars) | seen
+                values |= pace.figures(counted)
+                log.scalars(step, values)
+                bar.set_postfix_str(report.metrics(values, SHOWN))
+                train_state.give_up(values, step)
+
         ends.callback(log.keep)  # also after an error
+        if not distributed.many():  # of many, others may have ended, and their part of a step
+            ends.callback(tell)
+        ends.callback(trace.stop)
         while done < steps:
+            trace.before(done)
             with run.rescuing({"model": network}):
-                batch = sharding.global_batch(next(batches), mesh)
+                batch = sharding.global_batch(pace.waits(next, batches), mesh)
             with jax.transfer_guard("disallow"):
                 if "image" in batch:
                     batch["tokens"] = source.encode(batch.pop("image"))
-                network, scalars = step_of(network, batch, codec)
+                network, scalars = pace.calls(step_of, network, batch, codec)
+            tell()
             bar.update()
             done += 1
             if done % every.scalars == 0 or done == steps:
-                values = jax.device_get(scalars)
                 with run.rescuing({"model": network}):
                     broken = batches.agree()
                 seen = {"images_seen": done * settings.batch_size, "broken_images": broken}
-                log.scalars(done, values | seen)
-                bar.set_postfix_str(report.metrics(values, ("nats_per_token", "token_accuracy")))
-                train_state.give_up(values, done)
+                late.append((done, scalars, seen, pace.counted()))
+            trace.after(done, scalars)
             asked = stop.agreed()
             if due(done) or asked:
+                tell()
                 log.keep()
                 run.save({"model": network})
             if asked:
@@ -159,6 +179,7 @@ def main(request: launch.Request) -> None:
                 with run.rescuing({"model": network}):
                     figures = measure(network, graph, with_what, log, settings)
                 run.note(done, figures)
+                pace.again()
     run.close()
     log.close()
     seen = f"{done * settings.batch_size:,} images seen"

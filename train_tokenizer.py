@@ -26,19 +26,22 @@ from tokgen.training import (
     fields,
     gan as gans,
     launch,
+    pace as paces,
     safeguards,
     stages,
     tokenizer_step,
+    trace as traces,
     train_state,
 )
 
-SHOWN = ("l1", "l2", "codes", "lpips", "discriminator_loss", "usage")
+SHOWN = ("l1", "l2", "codes", "lpips", "discriminator_loss", "usage", *paces.SHOWN)
 
 
 def main(request: launch.Request) -> None:
     """Train until `settings.steps`, from wherever the work directory stands."""
     settings, workdir, back = request.settings, request.workdir, request.back
     fields.check_tokenizer(settings)
+    trace = traces.Trace(settings.get("profile", ()), workdir)
     mesh = building.call(sharding.make_mesh, settings.mesh, "mesh")
     jax.set_mesh(mesh)  # before anything is loaded: all lies over one
     seed, steps, every = settings.seed, settings.steps, settings.report
@@ -53,7 +56,7 @@ def main(request: launch.Request) -> None:
     view = building.call(views.View, settings.view, "view")
     begin, play = gan.steps(steps)
 
-    sharding.check_batch(settings.batch_size, mesh)
+    sharding.check_batch(settings.batch_size, mesh, parts=settings.get("accumulate", 1))
     frozen = tokenizer_step.load_frozen(settings, plan)
     # all that will run is traced with shapes, before any work
     layout = dry_run.tokenizer(settings, mesh, frozen, text=source.text_shape).layout
@@ -129,9 +132,29 @@ def main(request: launch.Request) -> None:
     if start and due(start) and not measured:  # it was saved, and the run ended while measuring
         run.note(start, measure(networks, graph, held_out, log, settings))
     with report.bar(steps, initial=start, what="tokenizer") as bar, contextlib.ExitStack() as ends:
+        pace = paces.Pace(settings.batch_size, list(mesh.devices.flat))
+        late = []  # the figures of a step, until the next is under way
+
+        def tell() -> str:
+            """Why to end the run, or nothing."""
+            why = ""
+            while late:
+                at, scalars, seen, counted = late.pop()
+                values = jax.device_get(scalars) | (meter.figures() if meter else {}) | seen
+                values |= pace.figures(counted)
+                log.scalars(at, values)
+                bar.set_postfix_str(report.metrics(values, SHOWN))
+                train_state.give_up(values, at)
+                why = safeguards.collapsed(limits, values, at, steps)
+            return why
+
         ends.callback(lambda: log.keep())  # whichever is open then, also after an error
+        if not distributed.many():  # of many, others may have ended, and their part of a step
+            ends.callback(tell)
+        ends.callback(trace.stop)
         batches = passing(start=start)
         while step < steps:
+            trace.before(step)
             stage = stages.at(plan, step)
             if step == stage.begin and step > 0:
                 optimizer = stages.optimizer(settings, stage)
@@ -142,26 +165,25 @@ def main(request: launch.Request) -> None:
                     strategy=settings.strategy,
                 )
             with run.rescuing(networks):
-                batch = sharding.global_batch(next(batches), mesh)
+                batch = sharding.global_batch(pace.waits(next, batches), mesh)
             with jax.transfer_guard("disallow"):
-                networks, scalars, tokens_BLG = step_of(stage, step >= begin)(
-                    networks, batch, frozen
+                networks, scalars, tokens_BLG = pace.calls(
+                    step_of(stage, step >= begin), networks, batch, frozen
                 )
+            collapsed = tell()
             bar.update()
             step += 1
             if meter:
                 meter.add(tokens_BLG, scalars["skipped"])
-            collapsed = ""
             if step % every.scalars == 0 or step == steps:
-                values = jax.device_get(scalars) | (meter.figures() if meter else {})
                 with run.rescuing(networks):
                     broken = batches.agree()
-                log.scalars(step, values | {"broken_images": broken})
-                bar.set_postfix_str(report.metrics(values, SHOWN))
-                train_state.give_up(values, step)
-                collapsed = safeguards.collapsed(limits, values, step, steps)
+                late.append((step, scalars, {"broken_images": broken}, pace.counted()))
+            trace.after(step, scalars)
             asked = stop.agreed()
             if due(step) or asked or collapsed:
+                later = tell()
+                collapsed = collapsed or later
                 log.keep()
                 run.save(networks)
             if asked:
@@ -186,6 +208,7 @@ def main(request: launch.Request) -> None:
                     batches, log = passing(start=step), opened(step=step)
                 elif not collapsed:  # without its figures it pushes out no step to go back to
                     run.note(step, figures)
+                pace.again()
             if collapsed:
                 run.close()
                 raise UserError(collapsed)

@@ -21,6 +21,7 @@ from flax import nnx
 
 from tokgen import parameters as parameters_, rng, runtime, sharding
 from tokgen.config import building, reading
+from tokgen.data import token_header
 from tokgen.interfaces import TokenLayout
 from tokgen.training import (
     gan as gans,
@@ -104,8 +105,9 @@ def training(settings):
             ema=settings.ema,
         )
         shape = (settings.batch_size, LAYOUT.length, LAYOUT.groups)
+        dtype = token_header.loaded_integer(LAYOUT.vocab)
         batch = {
-            "tokens": draw.integers(0, LAYOUT.absent, shape, np.int32),
+            "tokens": draw.integers(0, LAYOUT.absent, shape, dtype),
             "label": draw.integers(0, CLASSES, settings.batch_size, np.int32),
         }
         step = generator_step.step(settings, graph, optimizer)

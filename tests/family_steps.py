@@ -102,7 +102,7 @@ class Run:
 
     state: Any
     frozen: Any  # what the step is told beside state and batch
-    make: Callable[[str], Callable]  # the compiled step, under a strategy
+    make: Callable[..., Callable]  # the compiled step, under a strategy, of a batch in parts
     batch: Callable[[np.random.Generator], dict[str, np.ndarray]]
     losses: Callable[[dict[str, jax.Array]], list[jax.Array]]
 
@@ -135,16 +135,17 @@ def _state(params, stats, kind):
     return jax.device_get(train_state.TrainState(zero, zero, params, stats, momentum, params))
 
 
-def generator(name):
-    reference, vocab, changed = GENERATORS[name]
-    module, codec = test_devices.built(reference, vocab, **changed)
+def generator(name, **changed):
+    reference, vocab, own = GENERATORS[name]
+    module, codec = test_devices.built(reference, vocab, **own, **changed)
     graph, params, stats = parameters.split(module)
     # numbers of the size that training starts with: large ones make steps that never settle
     params = jax.tree.map(lambda leaf: leaf / 3, params)
     layout = module.layout
 
-    def make(strategy):
-        settings = ml_collections.ConfigDict(dict(seed=0, ema=0.9, strategy=strategy))
+    def make(strategy, accumulate=1):
+        fields = dict(seed=0, ema=0.9, strategy=strategy, accumulate=accumulate)
+        settings = ml_collections.ConfigDict(fields)
         return generator_step.step(settings, graph, plain("generator"))
 
     def batch(numbers):
@@ -167,13 +168,16 @@ def generator(name):
     )
 
 
-def tokenizer(name):
+def tokenizer(name, **network):
+    """`network`: of the discriminator."""
     reference, shrunk = TOKENIZERS[name]
     settings = recipes.load(f"tokenizer/{reference}")
     settings.view.size = (test_recipes.SIZE,) * 2
     settings.update(shrunk | dict(steps=2 * STEPS, batch_size=BATCH))
     settings.precision.compute, settings.ema = "float32", 0.9
     playing = settings.discriminator.weight > 0
+    with settings.unlocked():
+        settings.discriminator.update(dict(network=network) if network else {})
     settings.discriminator.update(dict(start=0.0, warmup=0.0) if playing else {})
     *_, last = plan = stages.plan(settings)
     stage = last if name.endswith(":pixels") else plan[0]
@@ -192,8 +196,10 @@ def tokenizer(name):
         teacher = jax.jit(lambda: building.tokenizer(small, rngs=nnx.Rngs(1)))()
         frozen["teacher"] = jax.device_get(teacher)
 
-    def make(strategy):
+    def make(strategy, accumulate=1):
         settings.strategy = strategy
+        with settings.unlocked():
+            settings.accumulate = accumulate
         with mock.patch.object(stages, "optimizer", lambda *_: plain("tokenizer")):
             limits = safeguards.Limits()
             steps = tokenizer_step.Steps(settings, gan, limits, graphs, plain("tokenizer"), 0)
@@ -235,11 +241,11 @@ def rival(gan, settings):
     return jax.jit(scaled)()
 
 
-def laid(run, mesh, strategy):
+def laid(run, mesh, strategy, accumulate=1):
     """(the compiled step, state, what it is told beside the batch) on a mesh that is set."""
     state = jax.device_put(run.state, train_state.shardings(run.state, mesh, strategy))
     frozen = jax.device_put(run.frozen, sharding.replicated(mesh))
-    return run.make(strategy), state, frozen
+    return run.make(strategy, accumulate), state, frozen
 
 
 def batches(run, mesh, seed):
@@ -249,24 +255,29 @@ def batches(run, mesh, seed):
         yield sharding.global_batch(own, mesh)
 
 
-def steps(name, mesh, seed=0):
+def steps(name, mesh, seed=0, accumulate=1):
     """By path: "losses" [STEPS, 1 or 2], gradients of the first step, and what is there `after`."""
     run, strategy, losses, found = begun(name), strategy_of(mesh), [], {}
     with jax.set_mesh(mesh):
-        step, state, frozen = laid(run, mesh, strategy)
+        step, state, frozen = laid(run, mesh, strategy, accumulate)
         places = train_state.shardings(run.state, mesh, strategy)
         for _, batch in zip(range(STEPS), batches(run, mesh, seed), strict=False):
             state, scalars, *_ = step(state, batch, frozen)
             losses.append([float(value) for value in run.losses(scalars)])
             if len(losses) == 1:
-                found["gradients"] = _each(state, lambda network: network.opt_state.trace)
+                found["gradients"] = traces(state)
                 check_places(state, places)
         found["after"] = _each(state, lambda n: [n.params, n.stats, n.ema])
         if mesh.size == 1:
             first = jax.device_put(stirred(run.state), places)
             state, *_ = step(first, next(batches(run, mesh, seed)), frozen)
-            found["stirred"] = _each(state, lambda network: network.opt_state.trace)
+            found["stirred"] = traces(state)
         return parameters.paths(found) | {"losses": np.array(losses)}
+
+
+def traces(state):
+    """The gradients of the last step, of each network."""
+    return _each(state, lambda network: network.opt_state.trace)
 
 
 def stirred(state):

@@ -24,7 +24,7 @@ from jax.sharding import AxisType, Mesh
 from PIL import Image
 
 from tests import shared_steps
-from tokgen import cli, image_grid, parameters, runtime, sharding
+from tokgen import cli, image_grid, metrics_log, parameters, runtime, sharding
 from tokgen.checkpoints import checkpoint, loading
 from tokgen.data import token_shards
 from tokgen.sampling import memory
@@ -321,7 +321,9 @@ def test_tokens_made_while_training_lead_to_the_same_bits(place, tokenizer, gene
     logs = []
     for folder in (workdir, generator):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        logs.append([{k: v for k, v in line.items() if k != "seconds"} for line in lines])
+        logs.append(
+            [{k: v for k, v in line.items() if k not in metrics_log.PACE} for line in lines]
+        )
     assert logs[0] == logs[1]
     assert [line["images_seen"] for line in logs[0] if line["split"] == "train"] == [8, 16, 20]
 

@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from tests import recipes
-from tokgen import sharding
+from tokgen import metrics_log, sharding
 from tokgen.checkpoints import checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -164,7 +164,7 @@ def done(words, **how):
 def lines(workdir):
     """What a run logged, without its clock."""
     found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
+    return [{k: v for k, v in line.items() if k not in metrics_log.PACE} for line in found]
 
 
 def same(left, right):

@@ -25,8 +25,8 @@ QUICK = [
 
 
 @functools.cache
-def alone(name, seed):
-    return family_steps.steps(name, family_steps.mesh_of((1, 1, 1)), seed)
+def alone(name, seed, parts=1):
+    return family_steps.steps(name, family_steps.mesh_of((1, 1, 1)), seed, parts)
 
 
 @pytest.mark.timeout(900)
@@ -42,6 +42,20 @@ def test_steps_on_a_mesh_are_those_of_one_device(name, sizes):
     mesh = family_steps.mesh_of(sizes)
     family_steps.agreed(
         functools.partial(family_steps.steps, name, mesh), functools.partial(alone, name)
+    )
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.long] * (name != "raster")) for name in FAMILIES],
+)
+def test_steps_in_parts_on_a_mesh_are_those_of_one_device(name):
+    """Its parts are the same rows there, and draw by the same keys."""
+    mesh = family_steps.mesh_of((2, 4, 1))
+    family_steps.agreed(
+        lambda seed: family_steps.steps(name, mesh, seed, 2),
+        lambda seed: alone(name, seed, 2),
     )
 
 

@@ -82,6 +82,27 @@ def test_nothing_is_learnt_from_images_that_were_not_encoded(step):
     assert np.all(after.params["scale"] != state.params["scale"])
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_packed_tokens_are_the_same_numbers_on_the_device(step, dtype, monkeypatch):
+    """They come in the source's integers; what a generator sees has room for sums, and a sign."""
+    _, state, made = step
+    seen = []
+
+    def loss(self, batch, codec, *, step, key):
+        seen.append(batch.tokens_BLG.dtype)
+        wide = batch.tokens_BLG + 1 - 2 * batch.tokens_BLG  # beyond any packed type
+        return jnp.sum(self.scale[...]) * 1e-6 * jnp.sum(wide), {}
+
+    monkeypatch.setattr(Telling, "loss", loss)
+    top = np.iinfo(dtype).max
+    tokens_BLG = np.array([0, 1, top - 1, top] * 2, np.int32).reshape(2, 4, 1)
+    packed, plain = (
+        made(state, BATCH | {"tokens": tokens_BLG.astype(kind)}) for kind in (dtype, np.int32)
+    )
+    jax.tree.map(np.testing.assert_array_equal, packed, plain)
+    assert set(seen) == {jnp.dtype(jnp.int32)}
+
+
 def test_the_average_has_the_decay_of_the_config(step):
     settings, state, made = step
     kernel = average = np.ones(3)

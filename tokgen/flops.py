@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.extend import core as extended
+
+# Scopes of a training step whose operations are no model's: what a backward pass computes again
+# (jax's name for it), the optimizer's own products, a quantizer's or discriminator's upkeep.
+BESIDE = ("rematted_computation", "optimizer", "upkeep")
 
 
 def of(function: Callable, *shapes) -> float:
@@ -19,12 +24,23 @@ def of(function: Callable, *shapes) -> float:
     return _products(jax.make_jaxpr(function)(*shapes).jaxpr)
 
 
-def _products(jaxpr) -> float:
+def of_training(step: jax.stages.Wrapped, *arguments) -> float:
+    """Those of a step's model, forwards and backwards, as `of` counts them.
+
+    Without what stands in a scope of `BESIDE`: the same step under another policy of remat has the
+    same. `step` is traced, and not again when it is called with the same.
+    """
+    return _products(step.trace(*arguments).jaxpr.jaxpr, BESIDE)
+
+
+def _products(jaxpr, beside: Sequence[str] = ()) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
+        if beside and not set(beside).isdisjoint(_scopes(equation)):
+            continue
         out = equation.outvars[0].aval if equation.outvars else None
         inside = [extended.jaxprs_in_params(equation.params)]
-        parts = [_products(part) for parts in inside for part in parts]
+        parts = [_products(part, beside) for parts in inside for part in parts]
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             lhs = equation.invars[0].aval
@@ -37,3 +53,8 @@ def _products(jaxpr) -> float:
         else:
             total += sum(parts) * equation.params.get("length", 1)
     return total
+
+
+def _scopes(equation) -> list[str]:
+    """The names of the scopes in which an equation was traced: `transpose(jvp(upkeep))` is one."""
+    return re.findall(r"\w+", str(equation.source_info.name_stack))

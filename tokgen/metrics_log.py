@@ -17,6 +17,8 @@ import numpy as np
 from tokgen import image_grid, records, report, storage
 
 LOG = "metrics.jsonl"
+# What of a line is of the clock and the machine, and differs from run to run
+PACE = ("seconds", "images_per_second", "mfu", "waited", "memory_gb")
 EVERY = 60.0  # seconds after which a bucket has what was logged
 
 

@@ -34,6 +34,8 @@ def _letters(word: str) -> int:
 
 # ---------------------------------------------------------------- the table: one constant per use
 
+PART = _letters("part")  # of a batch that is taken in parts; below it its number, then as a step
+
 # a training step of a generator, per step or per image of it
 DROPOUT = _letters("drop")  # all that its networks leave out
 LABEL_DROP = _letters("labl")  # which conditions are dropped

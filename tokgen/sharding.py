@@ -190,18 +190,24 @@ def ways(mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def check_batch(batch: int, mesh: jax.sharding.Mesh, name: str = "config.batch_size") -> None:
+def check_batch(
+    batch: int, mesh: jax.sharding.Mesh, name: str = "config.batch_size", parts: int = 1
+) -> None:
     """An error with the numbers that fit where a batch does not lie evenly over its devices.
 
-    For training, where another number of images would be another run; `filled` is for the rest.
+    Nor do `parts` of it, one after the other. For training, where another number of images would
+    be another run; `filled` is for the rest.
     """
-    over = ways(mesh)
+    over = ways(mesh) * parts
     if batch % over:
         fitting = [n for n in (batch // over * over, -(-batch // over) * over) if n]
+        what = "a batch" if parts == 1 else f"each of config.accumulate={parts} parts of a batch"
+        fewer = [n for n in range(1, parts) if batch % (ways(mesh) * n) == 0]
+        others = f", accumulate={fewer[-1]}" if fewer else ""
         raise UserError(
-            f"a batch lies evenly over the {over} devices of the mesh {dict(mesh.shape)}; found "
-            f"{name}={batch}: give {' or '.join(map(str, fitting))}, or a number of devices that "
-            f"divides {batch} (config.mesh, CUDA_VISIBLE_DEVICES)"
+            f"{what} lies evenly over the {ways(mesh)} devices of the mesh {dict(mesh.shape)}; "
+            f"found {name}={batch}: give {' or '.join(map(str, fitting))}{others}, or a number of "
+            f"devices that divides {batch // parts} (config.mesh, CUDA_VISIBLE_DEVICES)"
         )
 
 
@@ -418,10 +424,38 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:  # a device's own rows lie on it
         return x
-    parts = []
-    for letter, size in zip(axes, x.shape, strict=True):
+    return jax.lax.with_sharding_constraint(x, activation(axes, x.shape))
+
+
+def activation(axes: str, shape: tuple[int, ...]) -> PartitionSpec:
+    """How `constrain` lays an array over the mesh that is set."""
+    mesh, parts = jax.sharding.get_abstract_mesh(), []
+    for letter, size in zip(axes, shape, strict=True):
         names = ACTIVATIONS.get(letter)
         names = (names,) if isinstance(names, str) else names
         ways = math.prod(mesh.shape[name] for name in names) if names else 1
         parts.append(names if ways > 1 and size % ways == 0 else None)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
+    return PartitionSpec(*parts)
+
+
+def by_device(function: Callable, axes: Sequence[str], *operands: jax.Array) -> jax.Array:
+    """`function` of each device's part of arrays, laid out as `constrain` lays them by `axes`.
+
+    For kernels, which no compiler splits. What is returned lies as the first array does.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return function(*operands)
+    places = tuple(activation(a, x.shape) for a, x in zip(axes, operands, strict=True))
+    # whether a kernel's results differ between devices, jax cannot know
+    run = jax.shard_map(function, in_specs=places, out_specs=places[0], check_vma=False)
+    return run(*operands)
+
+
+def platform() -> str:
+    """Of the devices that run what is being traced: those of the mesh that is set, or jax's own.
+
+    A process of a CPU compiles for the mesh of a TPU that is not there.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform

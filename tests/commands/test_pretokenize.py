@@ -109,7 +109,7 @@ def test_it_is_a_function_without_a_command_line(tmp_path):
 def test_any_number_of_devices_writes_the_same_shards_and_decodes_once(tmp_path, monkeypatch):
     """Eight devices and batches of five; one device and one batch of all."""
     folder = saved(tmp_path / "tokenizer", dict(name="vq", codes=64, channels=4))
-    rng, decode, decoded = np.random.default_rng(0), pixels.decode, []
+    rng, decode, decoded = np.random.default_rng(0), pixels.picture, []
     (tmp_path / "pictures").mkdir()
     for number in range(11):
         picture = rng.integers(0, 256, (20 + number, 24, 3), dtype=np.uint8)
@@ -119,7 +119,7 @@ def test_any_number_of_devices_writes_the_same_shards_and_decodes_once(tmp_path,
         decoded.append(1)
         return decode(*words, **options)
 
-    monkeypatch.setattr(pixels, "decode", counted)
+    monkeypatch.setattr(pixels, "picture", counted)
     single = Mesh(
         np.asarray(jax.devices()[:1]).reshape(1, 1, 1),
         sharding.AXES,

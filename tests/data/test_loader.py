@@ -294,7 +294,7 @@ def shards(tmp_path):
 def test_token_shards_are_streamed_with_one_of_their_views(shards):
     whole = take(20, shards, seed=0, batch_size=10)
     first = np.stack([batch["tokens"] for batch in whole])
-    assert first.shape == (20, 10, 3, 2) and first.dtype == np.int32
+    assert first.shape == (20, 10, 3, 2) and first.dtype == np.uint8
     images_seen = np.sort(first[:, :, 0, 0] % 50, axis=1)
     np.testing.assert_array_equal(images_seen, np.tile(np.arange(10), (20, 1)))
     assert 70 < (first[:, :, 0, 0] >= 50).sum() < 130
@@ -340,7 +340,7 @@ def test_processes_agree_on_what_cannot_be_read(monkeypatch):
     broken = range(6)
     told, rows = [], np.arange(8).reshape(2, 4)
     monkeypatch.setattr(distributed, "many", lambda: True)
-    monkeypatch.setattr(distributed, "gathered", lambda text: told.append(text) or [text])
+    monkeypatch.setattr(distributed, "gathered", lambda what, text: told.append(text) or [text])
     # 3 of 10,000 may be; each begins with what the other has met
     keywords = dict(seed=1, batch_size=8, max_bad=3e-4)
     sources_ = [Numbered(12, broken=broken) for _ in rows]
@@ -353,13 +353,13 @@ def test_processes_agree_on_what_cannot_be_read(monkeypatch):
         assert part.seen == 8 and 0 < part.bad <= 3  # of all processes
         assert part.agree() == part.bad
     both = told.copy()
-    monkeypatch.setattr(distributed, "gathered", lambda text: both)
+    monkeypatch.setattr(distributed, "gathered", lambda what, text: both)
     parts[1]._told = parts[0]._told = 0
     for part in parts:
         with pytest.raises(SharedError, match=r"of 8 images cannot be read.* or 3, may be"):
             part.agree()
     assert set(parts[0].broken) == set(parts[1].broken) and len(parts[0].broken) > 3
-    monkeypatch.setattr(distributed, "gathered", lambda text: told.append(text) or [text])
+    monkeypatch.setattr(distributed, "gathered", lambda what, text: told.append(text) or [text])
     with pytest.raises(SharedError):
         parts[0].agree()
     assert told[-1] == "[]"  # nothing is told twice

@@ -350,6 +350,18 @@ def test_any_image_becomes_the_size_that_was_asked_for(crop):
             assert out.shape == (*size, channels) and out.dtype == np.uint8, (shape, size)
 
 
+@pytest.mark.parametrize("crop", views.CROPS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_picture_is_seen_as_its_pixels_are(crop, channels):
+    for shape in ((40, 53), (16, 16), (90, 33)):
+        data = encoded(Image.fromarray(noise(*shape)))
+        view = views.View((16, 16), channels, crop=crop, flip=True)
+        seen = view(pixels.picture(data, channels), np.random.default_rng(3))
+        expected = view(pixels.decode(data, channels), np.random.default_rng(3))
+        assert seen.shape == (16, 16, channels) and seen.dtype == np.uint8
+        np.testing.assert_array_equal(seen, expected)
+
+
 def test_a_rectangle_shows_the_middle_undistorted():
     # Twice as large as the view, with 8 further columns on each side: halved and cut.
     inner = np.kron(noise(32, 48, seed=3), np.ones((2, 2, 1), np.uint8))

@@ -122,7 +122,10 @@ def test_records_are_as_the_protocol_has_them(every, kind):
         if source.holds == "tokens":
             layout = TokenLayout.from_json(source.layout)
             assert record["tokens"].shape == (len(source.views), layout.length, layout.groups)
-            assert record["tokens"].dtype == np.int32
+            assert record["tokens"].dtype in (np.uint8, np.uint16, np.int32)
+            (one,) = source.one_view([int(index)], [len(source.views) - 1])
+            np.testing.assert_array_equal(one["tokens"], record["tokens"][-1])
+            assert one.keys() == record.keys() and one["label"] == record["label"]
             continue
         if source.holds == "pixels":
             assert record["image"].dtype == np.uint8 and record["image"].ndim == 3

@@ -1,5 +1,7 @@
 """Token shards come back as they were written, or are refused; a killed writer goes on."""
 
+import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +18,7 @@ from array_record.python import array_record_module
 
 from tests import buckets
 from tokgen import archives, interfaces, storage
-from tokgen.data import token_header, token_shards, token_writer
+from tokgen.data import token_header, token_shards, token_verdicts, token_writer
 
 COUNTS = {"train": 11, "held_out": 3}
 
@@ -63,7 +65,7 @@ def folder(tmp_path):
     return write(tmp_path / "tokens")
 
 
-@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("verify", token_verdicts.MODES)
 @pytest.mark.parametrize("split", token_header.SPLITS)
 def test_tokens_come_back_as_they_were_written(folder, split, verify):
     source = token_shards.Source(folder, split=split, verify=verify)
@@ -74,9 +76,13 @@ def test_tokens_come_back_as_they_were_written(folder, split, verify):
     order = np.random.default_rng(0).permutation(len(source))
     for index, record in zip(order, source.__getitems__(order), strict=True):
         np.testing.assert_array_equal(record["tokens"], tokens_BXLG[index])
-        assert record["tokens"].dtype == np.int32 and record["label"] == label_B[index]
+        assert record["tokens"].dtype == np.uint16 and record["label"] == label_B[index]
         np.testing.assert_array_equal(source[index]["tokens"], record["tokens"])
     np.testing.assert_array_equal(source[-1]["tokens"], tokens_BXLG[-1])
+    view_B = np.arange(len(order)) // 2 % 2
+    for index, view, record in zip(order, view_B, source.one_view(order, view_B), strict=True):
+        np.testing.assert_array_equal(record["tokens"], tokens_BXLG[index, view])
+        assert record["label"] == label_B[index]
     with pytest.raises(IndexError):
         source[len(source)]
 
@@ -86,11 +92,15 @@ def test_records_are_packed_as_documented(folder):
     reader = array_record_module.ArrayRecordReader(
         str(folder / "train-00001-of-00003.array_record")
     )
-    record = reader.read_all()[1]
+    records = reader.read_all()
     reader.close()
     tokens_BXLG, label_B = content("train")
-    assert int.from_bytes(record[:4], "little") == label_B[5]
-    np.testing.assert_array_equal(np.frombuffer(record[4:], "<u2"), tokens_BXLG[5].ravel())
+    assert len(records) == 8  # image 5 is the second of its shard
+    for view, record in enumerate(records[2:4]):
+        assert int.from_bytes(record[:4], "little") == label_B[5]
+        np.testing.assert_array_equal(
+            np.frombuffer(record[4:], "<u2"), tokens_BXLG[5, view].ravel()
+        )
     assert sorted(os.listdir(folder)) == [
         "held_out-00000-of-00001.array_record",
         "layout.json",
@@ -343,26 +353,27 @@ def digest(file):
 
 
 def fewer_records(path):
-    replaced(path, bytes(44), 3)
+    replaced(path, bytes(24), 7)
 
 
 def narrow_records(path):
-    replaced(path, bytes(42), 4)
+    replaced(path, bytes(22), 8)
 
 
 def token_beyond_its_alphabet(path):
-    replaced(path, bytes(4) + np.full(20, 16, "<u2").tobytes(), 4)
+    replaced(path, bytes(4) + np.full(10, 16, "<u2").tobytes(), 8)
 
 
 def label_beyond_the_classes(path):
-    replaced(path, b"\2\0\0\0" + bytes(40), 4)
+    replaced(path, b"\2\0\0\0" + bytes(20), 8)
 
 
 def edit(path, change):
-    """Change a header as it was before headers had digests: what else is wrong with it is told."""
-    before_digests(path)
+    """Change a header and its digest with it: what else is wrong is told."""
     header = json.loads((path / token_header.HEADER).read_text())
     change(header)
+    with contextlib.suppress(KeyError):  # of what is missing, a digest says nothing
+        header["digest"] = token_header.digest(header)
     (path / token_header.HEADER).write_text(json.dumps(header))
 
 
@@ -397,7 +408,7 @@ BODIES = (
 HEADERS = {
     "no json": no_json,
     "a list": lambda path: (path / token_header.HEADER).write_text("[]"),
-    "other version": edited(lambda h: h.update(format=3)),
+    "other version": edited(lambda h: h.update(format=4)),
     "smaller alphabet": edited(lambda h: h["layout"].update(vocab=[200, 16])),
     "alphabet beyond the integer": edited(lambda h: h["layout"].update(vocab=[70_000, 16])),
     "other grids": edited(lambda h: h["layout"].update(grids=[[2, 2]])),
@@ -494,7 +505,7 @@ def test_a_header_that_was_changed_is_refused(folder, kind):
     (folder / token_header.HEADER).write_text(json.dumps(header))
     for split in token_header.SPLITS:
         with pytest.raises(interfaces.UserError, match="tokgen pretokenize") as error:
-            token_shards.Source(folder, split=split, verify=False)
+            token_shards.Source(folder, split=split, verify="never")
         assert str(folder) in str(error.value)
 
 
@@ -506,8 +517,48 @@ def test_where_the_tokenizer_lies_may_change(folder):
     assert token_shards.Source(folder).fingerprint == before
 
 
-def test_token_sets_without_a_digest_are_the_same_token_sets(folder):
+@pytest.fixture
+def all_views(tmp_path, monkeypatch):
+    """A folder as it was written before views had records of their own."""
+    with monkeypatch.context() as patch:
+        patch.setattr(token_header, "FORMAT", 2)
+        return write(tmp_path / "all_views")
+
+
+def test_records_of_all_views_are_read_and_gone_on_with(all_views):
+    reader = array_record_module.ArrayRecordReader(str(all_views / SHARD))
+    record = reader.read_all()[1]
+    reader.close()
+    tokens_BXLG, label_B = content("train")
+    np.testing.assert_array_equal(np.frombuffer(record[4:], "<u2"), tokens_BXLG[5].ravel())
+    source, every, view_B = token_shards.Source(all_views), range(11), np.arange(11) % 2
+    for index, (whole, one) in enumerate(
+        zip(source.__getitems__(every), source.one_view(every, view_B), strict=True)
+    ):
+        np.testing.assert_array_equal(whole["tokens"], tokens_BXLG[index])
+        np.testing.assert_array_equal(one["tokens"], tokens_BXLG[index, view_B[index]])
+        assert whole["label"] == one["label"] == label_B[index]
+    kept = contents(all_views)
+    for name in (SHARD, token_header.HEADER):  # as when it was stopped
+        (all_views / name).unlink()
+    token_header.save(str(all_views), token_header.PLAN, token_header.plan_of(source.header))
+    again = token_writer.Writer(all_views, **plan())
+    fill(again, again.remaining())
+    again.finish()
+    assert contents(all_views) == kept
+
+
+def test_a_plan_of_a_later_version_is_not_gone_on_with(tmp_path):
+    token_writer.Writer(tmp_path, **plan())
+    begun = json.loads((tmp_path / token_header.PLAN).read_text())
+    (tmp_path / token_header.PLAN).write_text(json.dumps({**begun, "format": 4}))
+    with pytest.raises(interfaces.UserError, match="plan.json cannot be used: format 3 is needed"):
+        token_writer.Writer(tmp_path, **plan())
+
+
+def test_token_sets_without_a_digest_are_the_same_token_sets(all_views):
     """As they were written before: read, with the fingerprint that runs know; and finished anew."""
+    folder = all_views
     before, kept = token_shards.Source(folder), contents(folder)
     before_digests(folder)
     header = json.loads((folder / token_header.HEADER).read_text())
@@ -549,7 +600,87 @@ def test_a_shard_of_another_set_is_refused(folder, tmp_path):
 def test_what_costs_nothing_is_checked_even_without_verification(folder, damage):
     damage(folder)
     with pytest.raises(interfaces.UserError, match=SHARD):
-        token_shards.Source(folder, verify=False)
+        token_shards.Source(folder, verify="never")
+
+
+@pytest.fixture
+def settled(folder, tmp_path, monkeypatch):
+    """A folder that was written long enough ago, and a host without verdicts."""
+    monkeypatch.setenv("TOKGEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(token_verdicts, "_SETTLED", 0.0)
+    return folder
+
+
+def hashed(monkeypatch):
+    """The shards of which the checksum is taken from now on."""
+    seen, sha256 = [], archives.sha256
+
+    def noted(path):
+        seen.append(os.path.basename(path))
+        return sha256(path)
+
+    monkeypatch.setattr(archives, "sha256", noted)
+    return seen
+
+
+def test_an_untouched_set_is_read_whole_once_and_that_is_said(settled, monkeypatch, capfd):
+    seen = hashed(monkeypatch)
+    first = token_shards.Source(settled)
+    assert len(seen) == 3 and "verified again" not in capfd.readouterr().err
+    second = token_shards.Source(settled)
+    assert len(seen) == 3 and second.counts.tolist() == first.counts.tolist()
+    said = capfd.readouterr().err
+    assert "train, is unchanged since it was read whole on" in said and "--scan full" in said
+    token_shards.Source(settled, split="held_out")  # of which nothing was known
+    assert len(seen) == 4
+    token_shards.Source(settled, verify="always")
+    assert len(seen) == 7
+
+
+def test_damage_after_a_verdict_is_found(settled):
+    token_shards.Source(settled)
+    kept = os.stat(settled / SHARD)
+    content = bytearray((settled / SHARD).read_bytes())
+    content[len(content) // 2] ^= 1
+    (settled / SHARD).write_bytes(content)
+    os.utime(settled / SHARD, ns=(kept.st_atime_ns, kept.st_mtime_ns))  # as a tool that keeps times
+    for _ in range(2):  # and of it no verdict is kept
+        with pytest.raises(interfaces.UserError, match=f"{SHARD}.*checksum"):
+            token_shards.Source(settled)
+
+
+def test_damage_that_leaves_no_trace_is_found_by_a_full_scan(settled, monkeypatch):
+    monkeypatch.setattr(token_verdicts, "_state", lambda header, files: header + ".json")
+    token_shards.Source(settled)
+    shutil.copy(settled / "train-00000-of-00003.array_record", settled / SHARD)
+    assert len(token_shards.Source(settled)) == 11
+    with pytest.raises(interfaces.UserError, match=f"{SHARD}.*checksum"):
+        token_shards.Source(settled, verify="always")
+
+
+def test_a_set_that_was_written_a_moment_ago_has_no_verdict_yet(settled, monkeypatch):
+    monkeypatch.setattr(token_verdicts, "_SETTLED", 1000.0)
+    seen = hashed(monkeypatch)
+    for count in (3, 6):
+        token_shards.Source(settled)
+        assert len(seen) == count
+
+
+def test_processes_of_a_host_wait_for_one_verdict(settled, monkeypatch):
+    seen = hashed(monkeypatch)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: token_shards.Source(settled).counts.tolist(), range(4)))
+    assert len(seen) == 3 and found == [found[0]] * 4
+
+
+def test_a_host_that_keeps_nothing_reads_every_time(settled, monkeypatch, capfd):
+    (settled / "no_folder").touch()
+    monkeypatch.setenv("TOKGEN_CACHE", str(settled / "no_folder"))
+    seen = hashed(monkeypatch)
+    for count in (3, 6):
+        token_shards.Source(settled)
+        assert len(seen) == count
+    assert "cannot be written, so each start reads" in capfd.readouterr().err
 
 
 def test_what_is_no_folder_of_tokens_is_refused(tmp_path, folder):
@@ -615,7 +746,7 @@ def test_shards_of_a_bucket_are_those_of_a_folder(remote, folder, tmp_path):
 def test_shards_are_fetched_once_and_again_where_the_copy_is_damaged(remote, tmp_path, monkeypatch):
     fetched, download = [], storage.download
     monkeypatch.setattr(storage, "download", lambda a, b: (fetched.append(a.name), download(a, b)))
-    for verify in (True, False, True):
+    for verify in ("once", "never", "always"):
         token_shards.Source(remote, verify=verify)
     assert len(fetched) == 3
     cached(tmp_path)[0].write_bytes(b"damaged")
@@ -624,7 +755,7 @@ def test_shards_are_fetched_once_and_again_where_the_copy_is_damaged(remote, tmp
     cached(tmp_path)[0].write_bytes(
         cached(tmp_path)[0].read_bytes()[:-9]
     )  # as a disk that was full
-    token_shards.Source(remote, verify=False)
+    token_shards.Source(remote, verify="never")
     assert len(fetched) == 5
     assert not list((tmp_path / "cache" / "tokens").glob("*.part"))
 

@@ -61,6 +61,9 @@ def test_padding_is_seen_by_itself_alone(captions):
     # a single slot asks for its own row alone
     one = prefix.seen(text, jnp.asarray([5]), slots)
     np.testing.assert_array_equal(one[:, :, 0], seen[:, :, 5])
+    np.testing.assert_array_equal(prefix.rule(text, slots).written(), seen)
+    label = conditioning.Label(5, 8, 9, **OPTIONS)
+    np.testing.assert_array_equal(label.rule(None, 3).written(), label.seen(None, jnp.arange(3), 3))
 
 
 def test_no_text_is_a_fixed_draw_padded_alike(captions):

@@ -50,7 +50,8 @@ def weight(gan, step, total=100):
         kernel = sum(factor * each for factor, each in zip(factors, gradients, strict=True))
         return ({"decoder": {"conv_out": {"kernel": kernel}}},)
 
-    found, value = gans.combined(gan, 1.0, pull, jnp.asarray(step), total)
+    ramp = gans.ramp(gan, 1.0, jnp.asarray(step), total)
+    found, value = gans.combined(gan, ramp, gans.pulled(gan, ramp, pull))
     kernel = found["decoder"]["conv_out"]["kernel"]
     np.testing.assert_allclose(kernel, gradients[0] + value * gradients[1], rtol=1e-6)
     return float(value)

@@ -387,7 +387,7 @@ def test_the_objective_on_codes_is_the_cross_entropy_of_the_teacher(key):
     batch = {"image": image_BHW3}
     objective = jax.jit(
         lambda made, teacher: tokenizer_step.codes(
-            settings, weights, made, batch, {"teacher": teacher}, 3
+            settings, weights, made, batch, {"teacher": teacher}, 3, key
         )
     )
     total, (_, _, terms, tokens) = objective(made, teacher)

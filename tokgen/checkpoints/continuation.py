@@ -15,7 +15,7 @@ FREE = (
     *("steps", "report.", "keep.", "mesh.", "strategy", "held_out.", "max_bad", "init_from"),
     *("data.path", "data.data_dir", "data.tokens", "data.tokenizer", "data.images", "data.text"),
     "data.labels",  # of the fingerprint and the classes, which are compared
-    *("safeguards.usage", "safeguards.grace"),
+    *("safeguards.usage", "safeguards.grace", "accumulate", "profile"),
 )
 RUNNING = (".remat", ".unroll")  # endings of those that say how a network runs, at any depth
 

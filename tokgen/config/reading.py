@@ -121,6 +121,10 @@ def _placeholders(section: ml_collections.ConfigDict, prefix: str = "") -> list[
     return found
 
 
+# How a run goes and not what it trains: fields that a config may leave to their defaults
+LEFT_OUT = {"accumulate": int, "profile": tuple[int, ...]}
+
+
 def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:
     """Set `a.b=value` in place, each checked against the field that exists.
 
@@ -204,6 +208,8 @@ def _constructor(config: Any, path: str) -> tuple[Callable | None, str]:
 
 def _taken(config: Any, name: str) -> bool:
     """Whether a section's constructor has an argument that the section leaves to its default."""
+    if name in LEFT_OUT:
+        return True
     path, _, last = name.rpartition(".")
     target, kind = _constructor(config, path)
     return (
@@ -215,6 +221,8 @@ def _taken(config: Any, name: str) -> bool:
 
 def _hint(config: Any, name: str) -> Any:
     """The stated type of an argument of a section with a name."""
+    if name in LEFT_OUT:
+        return LEFT_OUT[name]
     path, _, last = name.rpartition(".")
     target, _ = _constructor(config, path)
     return ranges.hints(target).get(last) if target else None

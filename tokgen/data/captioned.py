@@ -79,7 +79,12 @@ class Source(sources.Around):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         """Many records, as the other source gives them."""
-        records = self.inner.__getitems__(indices)
+        return self._all_with_text(self.inner.__getitems__(indices), indices)
+
+    def one_view(self, indices: Sequence[int], view_B: Sequence[int]) -> list[dict]:
+        return self._all_with_text(self.inner.one_view(indices, view_B), indices)
+
+    def _all_with_text(self, records: list[dict], indices: Sequence[int]) -> list[dict]:
         return [
             self._with_text(record, int(index))
             for record, index in zip(records, indices, strict=True)

@@ -11,13 +11,14 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tokgen import report
 from tokgen.config import building
 from tokgen.data import captioned, classes, npz, online_tokens, sources, token_shards, views
-from tokgen.interfaces import Generator, PyTree, Text, UserError
+from tokgen.interfaces import Generator, PyTree, Text, TokenBatch, UserError
 
 TFDS = "tfds:"  # before the name of a tensorflow_datasets set, where a path may stand
 
@@ -70,6 +71,15 @@ def condition(batch: dict) -> PyTree:
     mask_BT = batch.get("mask")
     mask_BT = jnp.ones(batch["text"].shape[:2], bool) if mask_BT is None else mask_BT
     return Text(batch["text"], mask_BT)
+
+
+def token_batch(batch: dict, order_BL: jax.Array | None = None) -> TokenBatch:
+    """What a generator is trained on, of a batch of the stream; called on the devices.
+
+    Tokens come there in as few bytes as their source has them in, and are int32 from here on: sums
+    of them, and the marks of what is masked or could not be encoded, need room and a sign.
+    """
+    return TokenBatch(batch["tokens"].astype(jnp.int32), condition(batch), order_BL)
 
 
 def view_of(settings) -> views.View:

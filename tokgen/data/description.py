@@ -99,8 +99,9 @@ def _of_tokens(path: str | os.PathLike, scanned: str) -> Iterator[str]:
     """What the header of a token set says; of a full scan, what its records hold."""
     sources, wrong = {}, {}
     for split in token_header.SPLITS:
+        verify = "always" if scanned == "full" else "never"
         try:
-            sources[split] = token_shards.Source(path, split=split, verify=scanned == "full")
+            sources[split] = token_shards.Source(path, split=split, verify=verify)
         except UserError as error:
             wrong[split] = error
     if not sources:

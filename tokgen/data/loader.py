@@ -149,9 +149,9 @@ def batches(
     """Endless shuffled batches from step `start` on.
 
     {"image": uint8 [b, rows, columns, channels], "label": int32 [b]} of an image source seen
-    through `view`, or through its own; {"tokens": int32 [b, L, G], "label": int32 [b]} of
-    token shards, one of the stored views per element. {"text": float32 [b, T, E]} where a source
-    has text, and {"mask": bool [b, T]} where that has a mask.
+    through `view`, or through its own; {"tokens": [b, L, G], "label": int32 [b]} of token
+    shards, one of the stored views per element, in the source's type of integer. {"text": float32
+    [b, T, E]} where a source has text, and {"mask": bool [b, T]} where that has a mask.
 
     Args:
       batch_size: B, of all processes together.
@@ -349,14 +349,10 @@ def _load_tokens(
         places.append((int(index), rngs[row]))
     if not places:
         return {}, broken
-    records = source.__getitems__([index for index, _ in places])
-    view_B = [
-        0 if rng is None else int(rng.integers(len(record["tokens"])))
-        for record, (_, rng) in zip(records, places, strict=True)
-    ]
-    tokens_BLG = np.stack(
-        [record["tokens"][view] for record, view in zip(records, view_B, strict=True)]
-    )
+    count = max(1, len(source.views))
+    view_B = [0 if rng is None else int(rng.integers(count)) for _, rng in places]
+    records = source.one_view([index for index, _ in places], view_B)
+    tokens_BLG = np.stack([record["tokens"] for record in records])
     return {"tokens": tokens_BLG, **_told(records, places, neighbours)}, broken
 
 
@@ -409,13 +405,14 @@ def _readable(
 ) -> tuple[dict | None, list]:
     """(record at `index`, or the next one in the order that can be read; what could not be).
 
-    Its image as pixels. None where it cannot be read and there are no neighbours.
+    Its image decoded. None where it cannot be read and there are no neighbours.
     """
     failures = []
     following = itertools.islice(neighbours(row), _PATIENCE) if neighbours else ()
     for place in itertools.chain((index,), following):
         try:
-            return sources.read(source, int(place), view.channels, view.decoder), failures
+            record = sources.record(source, int(place))
+            return sources.pictured(record, view.channels, view.decoder), failures
         except pixels.BrokenImage as error:
             failures.append((int(place), str(error)))
     if neighbours:
@@ -433,13 +430,14 @@ def _hopeless(source: sources.RandomAccess, failures: list, count: int) -> inter
     )
 
 
-def _checked(image_HWC: np.ndarray, view: views.View) -> np.ndarray:
-    if image_HWC.shape[2] != view.channels:
+def _checked(image: views.Picture, view: views.View) -> views.Picture:
+    channels = image.shape[2] if isinstance(image, np.ndarray) else view.channels
+    if channels != view.channels:
         raise interfaces.UserError(
-            f"the source draws {image_HWC.shape[2]} channels and the view has {view.channels}; "
-            "set both to the same"
+            f"the source draws {channels} channels and the view has {view.channels}; set both to "
+            "the same"
         )
-    return image_HWC
+    return image
 
 
 def _told(

@@ -74,14 +74,29 @@ def decode(
 
     `max_pixels` is compared with the header, before anything is decoded.
     """
+    return array(picture(data, channels, max_pixels=max_pixels, decoder=decoder))
+
+
+def picture(
+    data: bytes, channels: int, *, max_pixels: int = MAX_PIXELS, decoder: str = "pil"
+) -> Image.Image:
+    """What `decode` gives, as an image of PIL's: "RGB" or "L", and upright.
+
+    For what is resized next: an array would be copied to and fro.
+    """
     check_channels(channels)
     try:
         with _opened(io.BytesIO(data), max_pixels) as image:
-            return _pixels(_upright(DECODERS[decoder](image, data), image), channels)
+            return _plain(_upright(DECODERS[decoder](image, data), image), channels)
     except BrokenImage:
         raise
     except _DAMAGE as error:
         raise BrokenImage(_why(error)) from error
+
+
+def array(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, channels] of an image in mode "RGB" or "L"."""
+    return np.array(image).reshape(image.height, image.width, -1)
 
 
 def of_image(image: Image.Image, channels: int) -> np.ndarray:
@@ -97,7 +112,7 @@ def of_image(image: Image.Image, channels: int) -> np.ndarray:
             found = Image.fromarray(_eight_bits(np.asarray(image), 65535))
         elif image.mode == "I":
             raise BrokenImage("integers of 32 bits have no stated range")
-        return _pixels(_upright(found, image), channels)
+        return array(_plain(_upright(found, image), channels))
     except BrokenImage:
         raise
     except _DAMAGE as error:
@@ -179,16 +194,16 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _pixels(image: Image.Image, channels: int) -> np.ndarray:
-    """uint8 [H, W, channels] of a loaded image in any of PIL's modes."""
+def _plain(image: Image.Image, channels: int) -> Image.Image:
+    """A loaded image in any of PIL's modes, as "RGB" or "L"."""
     if image.mode == "F":
         raise BrokenImage("floating-point pixels have no stated range")
     # Dropping alpha would uncover whatever colour the file hides under it.
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB" if channels == 3 else "L")
-    return np.array(image).reshape(image.height, image.width, channels)
+    mode = "RGB" if channels == 3 else "L"
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _deep_png(image: Image.Image, data: bytes) -> Image.Image | None:

@@ -25,8 +25,9 @@ class RandomAccess:
     """Records by number, 0 to len - 1, the same each time; threads read it at once.
 
     A record of images is `{"image": ..., "label": int}`: bytes of an image file, or pixels uint8
-    [H, W, channels]. A record of tokens is `{"tokens": int32 [views, L, G], "label": int}`. Text
-    may stand beside either: `"text"` float32 [T, E], and `"mask"` bool [T].
+    [H, W, channels]. A record of tokens is `{"tokens": [views, L, G], "label": int}`, int32 or as
+    few bits without a sign as hold them. Text may stand beside either: `"text"` float32 [T, E], and
+    `"mask"` bool [T].
 
     Attributes:
       holds: what records hold: "files", bytes that `open` gives too; "bytes" of image files from
@@ -78,6 +79,17 @@ class RandomAccess:
         """Many records, where these are cheaper together; of the two one is given."""
         return [self[index] for index in indices]
 
+    def one_view(self, indices: Sequence[int], view_B: Sequence[int]) -> list[dict]:
+        """Many records with the tokens [L, G] of one view each, by the views' numbers.
+
+        A source that can read one view alone does so here.
+        """
+        records = self.__getitems__(indices)
+        return [
+            record | {"tokens": record["tokens"][view]}
+            for record, view in zip(records, view_B, strict=True)
+        ]
+
     def open(self, index: int) -> BinaryIO:
         """The file of an image, where the source holds files: for its header, to be closed."""
         raise NotImplementedError
@@ -118,6 +130,9 @@ class Around(RandomAccess):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         return self.inner.__getitems__(indices)
+
+    def one_view(self, indices: Sequence[int], view_B: Sequence[int]) -> list[dict]:
+        return self.inner.one_view(indices, view_B)
 
     def open(self, index: int) -> BinaryIO:
         return self.inner.open(index)
@@ -168,6 +183,13 @@ def decoded(found: dict, channels: int, decoder: str = "pil") -> dict:
     if not isinstance(found["image"], bytes):
         return found
     return {**found, "image": pixels.decode(found["image"], channels, decoder=decoder)}
+
+
+def pictured(found: dict, channels: int, decoder: str = "pil") -> dict:
+    """As `decoded`, with an image of PIL's, which views take too, in the place of the bytes."""
+    if not isinstance(found["image"], bytes):
+        return found
+    return {**found, "image": pixels.picture(found["image"], channels, decoder=decoder)}
 
 
 def header(source: RandomAccess, index: int) -> tuple[str, tuple[int, int]]:

@@ -22,6 +22,17 @@ FOLDER = "tokens"  # of the cache
 HASH = re.compile(r"[0-9a-f]{64}")
 
 
+def places(path: str, shards: Sequence[Mapping]) -> list[str]:
+    """Where the shards of a set lie on this host, or will once they are fetched."""
+    if not storage.is_remote(path):
+        return [os.path.join(path, shard["file"]) for shard in shards]
+    for shard in shards:
+        if not HASH.fullmatch(shard["sha256"]):
+            raise token_header.damage(f"{path}/{shard['file']}", "its checksum is none")
+    cache = runtime.cache_folder() / FOLDER
+    return [str(cache / f"{shard['sha256']}.array_record") for shard in shards]
+
+
 def files(path: str, shards: Sequence[Mapping], *, verify: bool) -> list[str]:
     """Where the shards of a set lie on this host; those of a bucket once they are fetched.
 
@@ -31,13 +42,11 @@ def files(path: str, shards: Sequence[Mapping], *, verify: bool) -> list[str]:
     Raises:
         UserError: there is no room for them, or one is not what the header states.
     """
+    found = places(path, shards)
     if not storage.is_remote(path):
-        return [os.path.join(path, shard["file"]) for shard in shards]
+        return found
     cache, folder = runtime.cache_folder() / FOLDER, storage.path(path)
-    for shard in shards:
-        if not HASH.fullmatch(shard["sha256"]):
-            raise token_header.damage(f"{path}/{shard['file']}", "its checksum is none")
-    targets = [cache / f"{shard['sha256']}.array_record" for shard in shards]
+    targets = [pathlib.Path(file) for file in found]
     with storage.reached(path), failures.told(cache, option=""):
         cache.mkdir(parents=True, exist_ok=True)
         there = storage.sizes(folder)
@@ -60,7 +69,7 @@ def files(path: str, shards: Sequence[Mapping], *, verify: bool) -> list[str]:
             for source, sha256, target in missing:
                 _fetch(source, sha256, target)
                 bar.update()
-    return [str(target) for target in targets]
+    return found
 
 
 def _check_room(path: str, cache: pathlib.Path, need: int) -> None:

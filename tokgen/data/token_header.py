@@ -19,8 +19,9 @@ import numpy as np
 
 from tokgen import interfaces, records, storage
 
-FORMAT = 2  # the version of the whole folder
-FORMATS = (1, FORMAT)  # that are read; 1 knew no digest of the header
+FORMAT = 3  # the version of the whole folder
+BY_VIEW = 3  # the first in which each view of an image is a record of its own
+FORMATS = (1, 2, FORMAT)  # that are read; 1 knew no digest of the header
 HEADER = "layout.json"
 PLAN = "plan.json"  # the header before there are shards; what a resumed writer compares
 RECORDS = {HEADER: ("format", "layout"), PLAN: ("format", "layout")}
@@ -56,6 +57,12 @@ def smallest_integer(vocab: Sequence[int]) -> str:
             f"alphabets must have between 1 and 2**31 symbols; found vocab={list(vocab)}"
         )
     return next(name for name in _DTYPES if max(vocab) - 1 <= np.iinfo(name).max)
+
+
+def loaded_integer(vocab: Sequence[int]) -> str:
+    """The integer that tokens of shards are in memory, and on their way to the devices."""
+    stored = smallest_integer(vocab)
+    return "int32" if stored == "uint32" else stored
 
 
 def check_plan(plan: dict) -> None:

@@ -1,7 +1,8 @@
-"""A record of token shards: the label, then the tokens of every view, in as few bytes as they need.
+"""A record of token shards: the label, then the tokens of a view, in as few bytes as they need.
 
-A label is a little-endian uint32; after it come views x L x G tokens, little-endian, in the
-smallest unsigned integer that holds the alphabet.
+A label is a little-endian uint32; after it come L x G tokens, little-endian, in the smallest
+unsigned integer that holds the alphabet. The views of an image follow each other, so that training,
+which wants one of them, reads one. Until format 3 a record held all views of an image.
 """
 
 import math
@@ -9,6 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from array_record.python import array_record_module
+
+from tokgen.data import token_header
 
 _LABEL_BYTES = 4
 # One record per group: a read decodes what it asked for and nothing else.
@@ -26,11 +29,16 @@ class Packing:
         self.labels = max(1, len(header["classes"]))
         length = sum(rows * columns for rows, columns in grids)
         self.shape = (len(header["views"]), length, len(vocab))
+        # of an image, each with an equal part of its views
+        self.records_each = self.shape[0] if header["format"] >= token_header.BY_VIEW else 1
         self.dtype = np.dtype(header["dtype"]).newbyteorder("<")
-        self.width = _LABEL_BYTES + math.prod(self.shape) * self.dtype.itemsize
+        # in memory: on the way to the device no more bytes than these are moved
+        self.loaded = np.dtype(token_header.loaded_integer(vocab))
+        held = math.prod(self.shape) // self.records_each
+        self.width = _LABEL_BYTES + held * self.dtype.itemsize
 
     def records(self, tokens_BXLG: np.ndarray, label_B: np.ndarray) -> np.ndarray:
-        """uint8 [B, width]"""
+        """uint8 [B x records_each, width]"""
         tokens_BXLG, label_B = np.asarray(tokens_BXLG), np.asarray(label_B)
         shape = (len(label_B), *self.shape)
         if tokens_BXLG.shape != shape or tokens_BXLG.dtype.kind not in "iu":
@@ -41,19 +49,27 @@ class Packing:
         problem = self.range_problem(tokens_BXLG, label_B)
         if problem:
             raise ValueError(problem)
-        count = len(label_B)
-        tokens_BU = np.ascontiguousarray(tokens_BXLG.astype(self.dtype)).reshape(count, -1)
-        labels_B1 = label_B.astype("<u4").reshape(count, 1)
-        return np.concatenate([labels_B1.view(np.uint8), tokens_BU.view(np.uint8)], axis=1)
+        count = len(label_B) * self.records_each
+        tokens_RU = np.ascontiguousarray(tokens_BXLG.astype(self.dtype)).reshape(count, -1)
+        labels_R1 = np.repeat(label_B.astype("<u4"), self.records_each)[:, None]
+        return np.concatenate([labels_R1.view(np.uint8), tokens_RU.view(np.uint8)], axis=1)
+
+    def places(self, image: int, view: int | None) -> list[int]:
+        """Which records of a shard hold a view of its image with that number; None: all views."""
+        first = image * self.records_each
+        if view is None or self.records_each == 1:
+            return list(range(first, first + self.records_each))
+        return [first + view]
 
     def unpack(self, records: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """int32 [B, views, L, G] and int64 [B]"""
-        record_BU = np.frombuffer(b"".join(records), np.uint8).reshape(-1, self.width)
-        labels_B1 = np.ascontiguousarray(record_BU[:, :_LABEL_BYTES]).view("<u4")
-        tokens_BU = np.ascontiguousarray(record_BU[:, _LABEL_BYTES:]).view(self.dtype)
+        """`loaded` [R, views of a record, L, G] and int64 [R]"""
+        record_RU = np.frombuffer(b"".join(records), np.uint8).reshape(-1, self.width)
+        labels_R1 = np.ascontiguousarray(record_RU[:, :_LABEL_BYTES]).view("<u4")
+        tokens_RU = np.ascontiguousarray(record_RU[:, _LABEL_BYTES:]).view(self.dtype)
+        shape = (self.shape[0] // self.records_each, *self.shape[1:])
         return (
-            tokens_BU.reshape(-1, *self.shape).astype(np.int32),
-            labels_B1[:, 0].astype(np.int64),
+            tokens_RU.reshape(-1, *shape).astype(self.loaded, copy=False),
+            labels_R1[:, 0].astype(np.int64),
         )
 
     def range_problem(self, tokens_BXLG: np.ndarray, label_B: np.ndarray) -> str:

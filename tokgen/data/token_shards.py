@@ -2,43 +2,52 @@
 
     tokens/
       layout.json                          the header: what was tokenized, by what, into what
-      train-00000-of-00003.array_record    one record per image, all of the same width
+      train-00000-of-00003.array_record    a record per view of an image, of one width
       held_out-00000-of-00001.array_record
 
-A record is the label and the tokens of every view (`token_records`). The header (`token_header`) is
-written last: a folder without it was not finished, and `token_writer` goes on where it was stopped.
-It holds the checksum of every shard and a digest of itself, so that what it says of the tokens
-cannot be changed without being noticed.
+A record is the label and the tokens of a view of an image (`token_records`). The header
+(`token_header`) is written last: a folder without it was not finished, and `token_writer` goes on
+where it was stopped. It holds the checksum of every shard and a digest of itself, so that what it
+says of the tokens cannot be changed without being noticed.
 
-An image that could not be read has a record all the same, of zeros, so that record i belongs to
-image i; the header lists these (`unreadable` of a shard, if it has any), and no reader sees them.
+An image that could not be read has its records all the same, of zeros, so that those of image i
+are where its number says; the header lists these (`unreadable` of a shard, if it has any), and no
+reader sees them.
 """
 
 import bisect
+import contextlib
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tokgen import archives, interfaces, storage
-from tokgen.data import sources, token_cache, token_header, token_records
+from tokgen import archives, interfaces, report, storage
+from tokgen.data import sources, token_cache, token_header, token_records, token_verdicts
+
+_AT_ONCE = 4096  # records in memory while a shard is verified
 
 
 class Source(sources.RandomAccess):
-    """Random access to token shards: `{"tokens": int32 [views, L, G], "label": int}`.
+    """Random access to token shards: `{"tokens": [views, L, G], "label": int}`.
+
+    Tokens are uint8 or uint16 where the alphabet allows, else int32.
 
     Whatever is wrong with the folder is a UserError here, before any training.
 
     Args:
       split: `train` or `held_out`.
-      verify: also compare each shard with its checksum, and every token with its alphabet.
+      verify: also compare each shard with its checksum, and every token with its alphabet: `once`,
+        unless this host did so before and the files did not change since (`token_verdicts`);
+        `always`; or `never`.
     """
 
     holds = "tokens"
 
-    def __init__(self, path: str | os.PathLike, *, split: str = "train", verify: bool = True):
+    def __init__(self, path: str | os.PathLike, *, split: str = "train", verify: str = "once"):
         self.path = os.fspath(path)
         self.split = split
         self.header = token_header.read(self.path)
@@ -58,18 +67,29 @@ class Source(sources.RandomAccess):
             self.missing |= token_header.unreadable(shard)
         self._packing = token_records.Packing(self.header)
         shards = parts[split]["shards"]
-        self._files = token_cache.files(self.path, shards, verify=verify)
         self._ends = np.cumsum([shard["images"] for shard in shards]).tolist()
         self._readers: list = [None] * len(shards)
-        # images of each class, where all were looked at
-        self.counts = np.zeros(self._packing.labels, np.int64) if verify else None
-        for shard, file in zip(shards, self._files, strict=True):
-            self._check(shard, file, verify)
-        if verify:
-            self.counts[0] -= len(self.missing)
-        self._check_folder()
         canonical = json.dumps([split, token_header.canonical(self.header)], sort_keys=True)
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+        self.counts = None  # images of each class, where all were looked at
+        self._files = token_cache.places(self.path, shards)
+        if verify not in token_verdicts.MODES:
+            raise interfaces.UserError(
+                f"verify must be one of {', '.join(token_verdicts.MODES)}; found {verify!r}"
+            )
+        if verify == "never":
+            self._look(shards)
+        else:
+            self.counts = token_verdicts.counts(
+                f"{self.path}, {split},",
+                self.fingerprint,
+                self._files,
+                functools.partial(self._read_whole, shards),
+                again=verify == "always",
+            )
+            self._look(shards)
+            self.counts[0] -= len(self.missing)
+        self._check_folder()
 
     def _check_folder(self) -> None:
         """An error where shards lie in the folder of which the header knows nothing."""
@@ -85,51 +105,98 @@ class Source(sources.RandomAccess):
                 f"{listed}; move what is of another token set away, or {token_header.REMEDY}"
             )
 
-    def _check(self, shard: dict, path: str, verify: bool) -> None:
+    def _look(self, shards: Sequence[dict]) -> None:
+        """What costs little: the files are there, of as many records as stated, of their width."""
+        token_cache.files(self.path, shards, verify=False)
+        for shard, path in zip(shards, self._files, strict=True):
+            with self._opened(shard, path) as reader:
+                self._counted(reader.read([0]), path)
+
+    def _read_whole(self, shards: Sequence[dict]) -> np.ndarray:
+        """How many images each class has, after everything was compared with the header."""
+        token_cache.files(self.path, shards, verify=True)
+        counts = np.zeros(self._packing.labels, np.int64)
+        with report.bar(len(shards), unit="shard", what="verify", delay=2) as bar:
+            for shard, path in zip(shards, self._files, strict=True):
+                if os.path.isfile(path) and archives.sha256(path) != shard["sha256"]:
+                    raise token_header.damage(
+                        path, "the contents do not have the checksum that the header states"
+                    )
+                with self._opened(shard, path) as reader:
+                    count = reader.num_records()
+                    for start in range(0, count, _AT_ONCE):
+                        stop = min(start + _AT_ONCE, count)
+                        counts += self._counted(reader.read(start, stop), path)
+                bar.update()
+        return counts // self._packing.records_each
+
+    @contextlib.contextmanager
+    def _opened(self, shard: dict, path: str) -> Iterator:
+        """A reader of a shard with as many records as are stated."""
         if not os.path.isfile(path):
             raise token_header.damage(path, "the file is missing")
-        if verify and archives.sha256(path) != shard["sha256"]:
-            raise token_header.damage(
-                path, "the contents do not have the checksum that the header states"
-            )
         try:
             reader = token_records.reader(path)
             count = reader.num_records()
-            # All of them, or a first one to tell the width by.
-            records = reader.read_all() if verify else reader.read([0])
+            need = shard["images"] * self._packing.records_each
+            if count != need:
+                raise token_header.damage(
+                    path,
+                    f"{shard['images']} images are stated, which are {need} records; found {count}",
+                )
+            yield reader
             reader.close()
         except (RuntimeError, IndexError) as error:
             raise token_header.damage(path, str(error)) from error
-        if count != shard["images"]:
-            raise token_header.damage(path, f"{shard['images']} images are stated; found {count}")
+
+    def _counted(self, records: Sequence[bytes], path: str) -> np.ndarray:
+        """How many of these records each class has, after they were compared with the layout."""
         for record in records:
             if len(record) != self._packing.width:
                 raise token_header.damage(
                     path, f"records of {self._packing.width} bytes are needed; found {len(record)}"
                 )
-        tokens_BXLG, label_B = self._packing.unpack(records)
-        problem = self._packing.range_problem(tokens_BXLG, label_B)
+        tokens_RXLG, label_R = self._packing.unpack(records)
+        problem = self._packing.range_problem(tokens_RXLG, label_R)
         if problem:
             raise token_header.damage(path, problem)
-        if verify:
-            self.counts += np.bincount(label_B, minlength=self._packing.labels)
+        return np.bincount(label_R, minlength=self._packing.labels)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         """Many records; each shard is read once."""
-        places: dict[int, list[tuple[int, int]]] = {}
-        for row, index in enumerate(indices):
+        return self._found(indices, [None] * len(indices))
+
+    def one_view(self, indices: Sequence[int], view_B: Sequence[int]) -> list[dict]:
+        """Many records of one view each; of the others nothing is read, from format 3 on."""
+        found = self._found(indices, view_B)
+        if self._packing.records_each == 1:
+            return [
+                {**record, "tokens": record["tokens"][view]}
+                for record, view in zip(found, view_B, strict=True)
+            ]
+        return [{**record, "tokens": record["tokens"][0]} for record in found]
+
+    def _found(self, indices: Sequence[int], view_B: Sequence[int | None]) -> list[dict]:
+        """{"tokens": [what `places` has of views, L, G], "label"} by number and view."""
+        rows: dict[int, list[int]] = {}
+        places: dict[int, list[int]] = {}
+        for row, (index, view) in enumerate(zip(indices, view_B, strict=True)):
             index = range(len(self))[int(index)]  # raises beyond the end
             shard = bisect.bisect_right(self._ends, index)
             start = self._ends[shard - 1] if shard else 0
-            places.setdefault(shard, []).append((row, index - start))
+            rows.setdefault(shard, []).append(row)
+            places.setdefault(shard, []).extend(self._packing.places(index - start, view))
         found: list[dict] = [{}] * len(indices)
-        for shard, rows in places.items():
-            records = self._read(shard, [place for _, place in rows])
-            tokens_BXLG, label_B = self._packing.unpack(records)
-            for (row, _), tokens_XLG, label in zip(rows, tokens_BXLG, label_B, strict=True):
+        for shard, own in rows.items():
+            tokens_RXLG, label_R = self._packing.unpack(self._read(shard, places[shard]))
+            shape = (len(own), -1, *tokens_RXLG.shape[2:])
+            label_B = label_R.reshape(len(own), -1)[:, 0]
+            for row, tokens_XLG, label in zip(
+                own, tokens_RXLG.reshape(shape), label_B, strict=True
+            ):
                 found[row] = {"tokens": tokens_XLG, "label": int(label)}
         return found
 

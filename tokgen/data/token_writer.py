@@ -67,7 +67,6 @@ class Writer:
         }
         token_header.check_plan(plan)
         self._plan = json.loads(json.dumps(plan))  # as it will be read back: lists, no tuples
-        self._packing = token_records.Packing(self._plan)
         self._folder = storage.path(self.path)
         with storage.reached(self.path):
             is_file = self._folder.exists() and not storage.is_dir(self._folder)
@@ -76,6 +75,7 @@ class Writer:
         if not storage.is_remote(self.path):  # a bucket has no empty folders
             os.makedirs(self.path, exist_ok=True)
         self._resume(earlier)
+        self._packing = token_records.Packing(self._plan)
 
     def _resume(self, earlier: Mapping[str, Sequence[str]]) -> None:
         """Take up the plan that is there if it is this one; refuse any other."""
@@ -86,6 +86,13 @@ class Writer:
                 found = read(self.path)
                 if _is_known(self._plan["data"], found.get("data"), earlier):
                     self._plan["data"] = found["data"]  # as it was written
+                if found.get("format") not in token_header.FORMATS:
+                    raise token_header.damage(
+                        os.path.join(self.path, name),
+                        f"format {token_header.FORMAT} is needed; found {found.get('format')}",
+                    )
+                if found["format"] < token_header.BY_VIEW:  # so are the shards that are there
+                    self._plan["format"] = token_header.BY_VIEW - 1
                 differences = _differences(self._plan, token_header.plan_of(found))
                 if differences:
                     raise interfaces.UserError(
@@ -161,16 +168,16 @@ class Writer:
         `unreadable` has (name, reason) of the images, by their numbers in the split, whose tokens
         are none because they could not be read.
         """
-        record_BU = self._packing.records(tokens_BXLG, label_B)
-        if len(record_BU) != shard.stop - shard.start:
+        record_RU = self._packing.records(tokens_BXLG, label_B)
+        if len(label_B) != shard.stop - shard.start:
             raise ValueError(
-                f"{shard.file} takes {shard.stop - shard.start} images; found {len(record_BU)}"
+                f"{shard.file} takes {shard.stop - shard.start} images; found {len(label_B)}"
             )
         path = self._folder / shard.file
         with _temporary(path) as temporary:
             try:
                 writer = token_records.writer(str(temporary))
-                for record_U in record_BU:
+                for record_U in record_RU:
                     writer.write(record_U.tobytes())
                 writer.close()
             except RuntimeError as error:
@@ -180,7 +187,7 @@ class Writer:
                 ) from error
             sha256 = archives.sha256(temporary)
             _commit(temporary, path)
-        note = {"file": shard.file, "images": len(record_BU), "sha256": sha256}
+        note = {"file": shard.file, "images": len(label_B), "sha256": sha256}
         if unreadable:
             note["unreadable"] = [[int(index), *unreadable[index]] for index in sorted(unreadable)]
         # The note comes second: a shard without one is written again, which costs time only.

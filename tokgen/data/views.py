@@ -35,6 +35,8 @@ TEN_ZOOM = 1.1  # LlamaGen and RAR cut their ten crops from int(1.1 size)
 _LONGEST = 16
 # a batch of such images is refused by its bytes, long before any exists
 Pixels = Annotated[int, ranges.Range(1, 2**14)]
+# uint8 [H, W, channels], or an image of PIL's in mode "RGB" or "L": what views are of
+Picture = np.ndarray | Image.Image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,16 +84,14 @@ class View:
         if not 1.0 <= self.zoom <= 8.0:
             raise interfaces.UserError(f"zoom must lie between 1 and 8; found {self.zoom}")
 
-    def __call__(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def __call__(self, image: Picture, rng: np.random.Generator) -> np.ndarray:
         """uint8 [rows, columns, channels]; `rng` is drawn from by a random crop and by `flip`."""
         if self.crop in TEN:
-            image_HWC = _one_of_ten(image_HWC, self.size, self.zoom, self.crop)
-        elif image_HWC.shape[:2] != self.size:
-            image_HWC = (
-                _random_crop(image_HWC, self.size, self.zoom, rng)
-                if self.crop == "random"
-                else centre(image_HWC, self.size)
-            )
+            image_HWC = _one_of_ten(image, self.size, self.zoom, self.crop)
+        elif self.crop == "random" and _sides(image) != self.size:
+            image_HWC = _random_crop(image, self.size, self.zoom, rng)
+        else:
+            image_HWC = centre(image, self.size)
         mirrored = self.crop == "flip"
         if self.flip and rng.random() < 0.5:
             mirrored = not mirrored
@@ -116,12 +116,12 @@ class Every:
     def decoder(self) -> str:
         return self.views[0].decoder
 
-    def __call__(self, image_HWC: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+    def __call__(self, image: Picture, rng: np.random.Generator | None) -> np.ndarray:
         resized, seen = {}, []
         for view in self.views:
             size = _wider(view.size, view.zoom) if view.crop in TEN else view.size
             if size not in resized:
-                resized[size] = centre(image_HWC, size)
+                resized[size] = centre(image, size)
             seen.append(view(resized[size], rng))  # which finds the right size already
         return np.stack(seen)
 
@@ -147,33 +147,30 @@ def stored(text: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def centre(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def centre(image: Picture, size: tuple[int, int]) -> np.ndarray:
     """The largest centred part with the shape of `size`, resized to it: ADM's evaluation crop."""
-    rows, columns = size
-    if image_HWC.shape[:2] == (rows, columns):
-        return image_HWC
-    image_HWC = _cover(image_HWC, (rows, columns))
-    top = (image_HWC.shape[0] - rows) // 2
-    left = (image_HWC.shape[1] - columns) // 2
-    return image_HWC[top : top + rows, left : left + columns]
+    if _sides(image) == size:
+        return image if isinstance(image, np.ndarray) else pixels.array(image)
+    halved, target = _covering(image, size)
+    top, left = (target[0] - size[0]) // 2, (target[1] - size[1]) // 2
+    return _cut(halved, target, (top, left), size)
 
 
 def _random_crop(
-    image_HWC: np.ndarray, size: tuple[int, int], zoom: float, rng: np.random.Generator
+    image: Picture, size: tuple[int, int], zoom: float, rng: np.random.Generator
 ) -> np.ndarray:
     shorter = min(size)
     drawn = int(rng.integers(shorter, math.ceil(zoom * shorter) + 1))
-    image_HWC = _cover(image_HWC, tuple(side * drawn / shorter for side in size))
-    rows, columns = size
-    top = int(rng.integers(image_HWC.shape[0] - rows + 1))
-    left = int(rng.integers(image_HWC.shape[1] - columns + 1))
-    return image_HWC[top : top + rows, left : left + columns]
+    halved, target = _covering(image, tuple(side * drawn / shorter for side in size))
+    top = int(rng.integers(target[0] - size[0] + 1))
+    left = int(rng.integers(target[1] - size[1] + 1))
+    return _cut(halved, target, (top, left), size)
 
 
-def _one_of_ten(image_HWC: np.ndarray, size: tuple[int, int], zoom: float, crop: str) -> np.ndarray:
+def _one_of_ten(image: Picture, size: tuple[int, int], zoom: float, crop: str) -> np.ndarray:
     # mirrored before the cut: where the room is odd, the middle is not its own mirror image
     rows, columns = size
-    image_HWC = centre(image_HWC, _wider(size, zoom))
+    image_HWC = centre(image, _wider(size, zoom))
     if crop.startswith("mirrored_"):
         image_HWC = image_HWC[:, ::-1]
     down, right = CORNERS[crop.removeprefix("mirrored_")]
@@ -186,29 +183,50 @@ def _wider(size: tuple[int, int], zoom: float) -> tuple[int, int]:
     return int(size[0] * zoom), int(size[1] * zoom)
 
 
-def _cover(image_HWC: np.ndarray, size: tuple[float, float]) -> np.ndarray:
-    """Resize so that `size` fits just inside: halvings by box, then one bicubic step."""
-    image_HWC = _shorten(image_HWC, size)
+def _sides(image: Picture) -> tuple[int, int]:
+    """(rows, columns)"""
+    return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+
+
+def _covering(image: Picture, size: tuple[float, float]) -> tuple[Image.Image, tuple[int, int]]:
+    """(the image halved by box, the size of a resized one in which `size` fits just inside)."""
     rows, columns = size
-    channels = image_HWC.shape[2]
-    image = Image.fromarray(image_HWC if channels == 3 else image_HWC[..., 0])
+    image = _shorten(_pil(image), size)
     while image.height >= 2 * rows and image.width >= 2 * columns:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(rows / image.height, columns / image.width)
     # The rounding of one side must never leave it a pixel short of the cut.
-    target = (
-        max(round(image.width * scale), math.floor(columns)),
+    return image, (
         max(round(image.height * scale), math.floor(rows)),
+        max(round(image.width * scale), math.floor(columns)),
     )
-    image = image.resize(target, Image.Resampling.BICUBIC)
-    return np.asarray(image).reshape(image.height, image.width, channels)
 
 
-def _shorten(image_HWC: np.ndarray, size: tuple[float, float]) -> np.ndarray:
+def _cut(
+    image: Image.Image, target: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]
+) -> np.ndarray:
+    """A part of the image resized to `target`.
+
+    The whole is resized first: which of its two passes PIL makes first depends on its version and
+    the sizes, so that a cut between them would not be bit for bit the same.
+    """
+    (high, wide), (top, left), (rows, columns) = target, corner, size
+    image = image.resize((wide, high), Image.Resampling.BICUBIC)
+    return pixels.array(image.crop((left, top, left + columns, top + rows)))
+
+
+def _pil(image: Picture) -> Image.Image:
+    if not isinstance(image, np.ndarray):
+        return image
+    return Image.fromarray(image if image.shape[2] == 3 else image[..., 0])
+
+
+def _shorten(image: Image.Image, size: tuple[float, float]) -> Image.Image:
     """Cut the ends off a strip more than _LONGEST times as long as the view's shape asks for."""
-    height, width = image_HWC.shape[:2]
     rows, columns = size
-    high = min(height, max(1, round(_LONGEST * width * rows / columns)))
-    wide = min(width, max(1, round(_LONGEST * height * columns / rows)))
-    top, left = (height - high) // 2, (width - wide) // 2
-    return image_HWC[top : top + high, left : left + wide]
+    high = min(image.height, max(1, round(_LONGEST * image.width * rows / columns)))
+    wide = min(image.width, max(1, round(_LONGEST * image.height * columns / rows)))
+    if (high, wide) == (image.height, image.width):
+        return image
+    top, left = (image.height - high) // 2, (image.width - wide) // 2
+    return image.crop((left, top, left + wide, top + high))

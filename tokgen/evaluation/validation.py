@@ -20,7 +20,7 @@ from flax import nnx
 
 from tokgen import boundary, distributed, orders, report, rng, sharding
 from tokgen.data import datasets, loader, scan, sources, views
-from tokgen.interfaces import Generator, PyTree, Text, TokenBatch, TokenLayout, UserError
+from tokgen.interfaces import Generator, PyTree, Text, TokenLayout, UserError
 from tokgen.metrics import codebook, reconstruction as quality
 
 PIXELS = 50 * 256 * 256  # of the images that are put through a tokenizer at a time
@@ -256,8 +256,7 @@ def _exact(
         order_BL = None
         if order is not None:
             order_BL = jax.vmap(lambda key: order(generator.layout, key))(keys_B)
-        batch = TokenBatch(batch["tokens"], datasets.condition(batch), order_BL)
-        return generator.nats(batch, codec).sum(-1)
+        return generator.nats(datasets.token_batch(batch, order_BL), codec).sum(-1)
 
     return sharding.by_rows(of, (generator, codec), (batch, keys_B))
 
@@ -273,7 +272,7 @@ def _bound(
             one = jax.tree.map(lambda leaf: leaf[None], one)
             return generator.nats(one, codec, key=key)[0].sum()
 
-        return jax.vmap(of_one)(TokenBatch(batch["tokens"], datasets.condition(batch)), keys_B)
+        return jax.vmap(of_one)(datasets.token_batch(batch), keys_B)
 
     return sharding.by_rows(of, (generator, codec), (batch, keys_B))
 

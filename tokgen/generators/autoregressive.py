@@ -377,7 +377,11 @@ class Generator(nnx.Module):
         cache: tuple[attention.KVCache, ...] | None = None,
         key: jax.Array | None = None,
     ):
-        """(outputs [B, l, D], cache) of some slots: each sees itself and the slots before it."""
+        """(outputs [B, l, D], cache) of some slots: each sees itself and the slots before it.
+
+        Without a cache they are all slots.
+        """
+        seen, rule = self.conditioning.seen, self.conditioning.rule
         added_BlD, rotary = positions(order_BL, slots_l)
         inputs_BlD = inputs_BlD if added_BlD is None else inputs_BlD + added_BlD
         told = self.conditioning.adapt(cond, slots_l)
@@ -386,7 +390,7 @@ class Generator(nnx.Module):
             cond=told,
             modulation=modulation,
             rotary=rotary,
-            mask=self.conditioning.seen(cond, slots_l, slots),
+            mask=rule(cond, slots) if cache is None else seen(cond, slots_l, slots),
             cache=cache,
             at=slots_l[0],
             slots=slots,

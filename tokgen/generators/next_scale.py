@@ -34,6 +34,7 @@ from tokgen.nn import (
     embeddings,
     heads as head_names,
     linear,
+    masks,
     transformer,
     variants,
 )
@@ -120,7 +121,7 @@ class Generator(nnx.Module):
         hidden_BLD, _ = self.transformer(
             dropout.dropout(x_BLD, rate, inputs_key),
             cond=cond_B1D,
-            mask=self._mask(),
+            mask=masks.Blocks(tuple(size for _, size in self.layout.spans)),
             key=rng.use(key, rng.TRUNK),
         )
         return self.head(hidden_BLD.astype(jnp.float32), cond=cond_B1D)
@@ -225,11 +226,6 @@ class Generator(nnx.Module):
         """[L] the scale of every slot."""
         sizes = [size for _, size in self.layout.spans]
         return np.repeat(np.arange(len(sizes)), sizes)
-
-    def _mask(self) -> jax.Array:
-        """[1, 1, L, L]: a slot sees its own scale and the coarser ones."""
-        scales_L = jnp.asarray(self._scales())
-        return (scales_L[None, :] <= scales_L[:, None])[None, None]
 
     def _nats(self, logits_BLGV, tokens_BLG) -> tuple[jax.Array, jax.Array]:
         """[B, L, G] nats of the tokens; and of a target that is even over the alphabet."""

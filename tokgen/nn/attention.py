@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from tokgen import sharding
-from tokgen.nn import dropout, linear, norms, positions
+from tokgen.nn import dropout, fused, linear, masks, norms, positions
 from tokgen.nn.precision import Precision
 
 
@@ -117,7 +117,7 @@ def attend(
     queries_BNlK: jax.Array,
     keys_BNSK: jax.Array,
     values_BNSK: jax.Array,
-    mask: jax.Array | None,
+    mask: jax.Array | masks.Blocks | None,
     *,
     rate: float = 0.0,
     key: jax.Array | None = None,
@@ -125,9 +125,15 @@ def attend(
     """softmax(q k^T) v in [B, N, l, K]; `mask` broadcasts to [B, N, l, S], true where seen.
 
     Queries come scaled. Scores and softmax are float32: probabilities in bfloat16 lose the tail.
-    A CPU takes head after head where all scores together would leave its cache, but not in training
-    nor behind a mask.
+    On a TPU or GPU, many slots that follow a rule, or that all see all, go to what never writes out
+    the scores (`fused`), unless some are dropped. A CPU takes head after head where all scores
+    together would leave its cache, but not in training nor behind a mask.
     """
+    if key is None or rate == 0.0:
+        fits = fused.fitting(queries_BNlK, keys_BNSK, mask, platform=sharding.platform())
+        if fits is not None:
+            return fits(queries_BNlK, keys_BNSK, values_BNSK, mask)
+    mask = mask.written() if isinstance(mask, masks.Blocks) else mask
     whole = functools.partial(_together, mask=mask, rate=rate, key=key)
     mesh = jax.sharding.get_abstract_mesh()
     spread = not (mesh.empty or mesh.size == 1 or mesh.manual_axes)  # rows and heads over devices
@@ -277,7 +283,7 @@ class Attention(nnx.Module):
         x_BlD: jax.Array,
         *,
         rotary: positions.Rotary | None = None,
-        mask: jax.Array | None = None,
+        mask: jax.Array | masks.Blocks | None = None,
         cache: KVCache | None = None,
         at: jax.Array | int = 0,
         slots: int | None = None,

@@ -1,7 +1,7 @@
 """Conditioning of a causal sequence: slots of the condition before the first token, its prefix.
 
-And what adaptive blocks are told at every slot (`adapt`), which slots are seen (`seen`), what is no
-condition (`check`) and the condition that stands for none (`null`).
+And what adaptive blocks are told at every slot (`adapt`), which slots are seen (`seen`, and `rule`
+of all slots), what is no condition (`check`) and the condition that stands for none (`null`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from flax import nnx
 
 from tokgen import choices
 from tokgen.interfaces import Statistic, Text, UserError
-from tokgen.nn import blocks, embeddings, linear, mlp
+from tokgen.nn import blocks, embeddings, linear, masks, mlp
 from tokgen.nn.precision import Precision
 
 
@@ -72,6 +72,10 @@ class Label(nnx.Module):
         """[1, 1, l, S]: a slot sees itself and the slots before it."""
         return causal(slots_l, slots)
 
+    def rule(self, label_B: jax.Array, slots: int) -> masks.Blocks:
+        """What `seen` says of all slots."""
+        return masks.causal(slots)
+
 
 def adaptive_label(*args, **options) -> Label:
     """`Label`, which adaptive blocks are told at every slot, too (IBQ)."""
@@ -87,7 +91,8 @@ class ClsLabel(nnx.Module):
 
     cond, text = "label", None
     SPARE = 98
-    check, null, seen = Label.check, Label.null, Label.seen  # of `labels`, as there
+    check, null = Label.check, Label.null  # of `labels`, as there
+    seen, rule = Label.seen, Label.rule
 
     def __init__(
         self,
@@ -164,10 +169,18 @@ class Captions(nnx.Module):
 
     def seen(self, text: Text, slots_l: jax.Array, slots: int) -> jax.Array:
         """[B, 1, l, S]: a slot sees itself and the valid slots before it."""
-        valid_BS = jnp.pad(text.mask_BT.astype(bool), ((0, 0), (0, slots)), constant_values=True)
         own_lS = slots_l[:, None] == jnp.arange(slots)[None]
-        valid_B1lS = valid_BS[:, None, None, :slots] | own_lS[None, None]
+        valid_B1lS = self._valid(text, slots)[:, None, None] | own_lS[None, None]
         return causal(slots_l, slots) & valid_B1lS
+
+    def rule(self, text: Text, slots: int) -> masks.Blocks:
+        """What `seen` says of all slots."""
+        return masks.causal(slots, self._valid(text, slots))
+
+    def _valid(self, text: Text, slots: int) -> jax.Array:
+        """[B, S]: false where a slot is padding of its text."""
+        valid_BT = text.mask_BT.astype(bool)
+        return jnp.pad(valid_BT, ((0, 0), (0, slots)), constant_values=True)[:, :slots]
 
     def check(self, text: Text) -> None:
         """An error where they are no texts of this encoder's features."""

@@ -20,7 +20,7 @@ from flax import nnx
 
 from tokgen import parameters, rng, sharding
 from tokgen.config import building
-from tokgen.data import datasets
+from tokgen.data import datasets, token_header
 from tokgen.interfaces import PyTree, Text, TokenLayout, UserError
 from tokgen.sampling import decode, presets, sampler as samplers
 from tokgen.training import (
@@ -54,7 +54,7 @@ def tokenizer(
     plan = stages.plan(settings)
     gan = building.call(gans.GAN, settings.discriminator, "discriminator")
     limits = building.call(safeguards.Limits, settings.get("safeguards", {}), "safeguards")
-    sharding.check_batch(settings.batch_size, mesh)
+    sharding.check_batch(settings.batch_size, mesh, parts=settings.get("accumulate", 1))
     shapes = nnx.eval_shape(lambda: building.tokenizer(settings, rngs=rng.rngs(0)))
     stages.check(plan, shapes)
     begin, _ = gan.steps(settings.steps)
@@ -86,7 +86,7 @@ def generator(
     `codec` is the tokenizer's quantizer, as arrays or as shapes.
     """
     fields.check_generator(settings)
-    sharding.check_batch(settings.batch_size, mesh)
+    sharding.check_batch(settings.batch_size, mesh, parts=settings.get("accumulate", 1))
     optimizer = building.call(
         optimizers.optimizer, settings.optimizer, "optimizer", steps=settings.steps
     )
@@ -154,8 +154,11 @@ def tokens(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of the stream, as shapes."""
     B = settings.batch_size
+    # tokens that are made as they come are int32, as encoders give them
+    of_shards = bool(settings.data.get("tokens", ""))
+    dtype = token_header.loaded_integer(layout.vocab) if of_shards else jnp.int32
     batch = {
-        "tokens": jax.ShapeDtypeStruct((B, layout.length, layout.groups), jnp.int32),
+        "tokens": jax.ShapeDtypeStruct((B, layout.length, layout.groups), dtype),
         "label": jax.ShapeDtypeStruct((B,), jnp.int32),
     }
     if shapes.cond == "text":

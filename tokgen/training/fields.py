@@ -34,6 +34,9 @@ TERMS = (
     "kl",
 )
 
+# the first and the last step of a trace; () for none
+Profiled = Annotated[tuple[ranges.Count, ...], ranges.Length(0, 2)]
+
 ENTROPIES = ("sample_entropy", "batch_entropy")  # what training may raise as well as lower
 
 
@@ -104,6 +107,7 @@ class Fields:
     seed: ranges.Seed
     steps: ranges.Count
     batch_size: ranges.Batch
+    accumulate: ranges.Batch = 1
     precision: dict
     data: dict
     optimizer: dict
@@ -114,6 +118,7 @@ class Fields:
     held_out: dict
     report: dict
     keep: dict
+    profile: Profiled = ()
     init_from: str
 
 
@@ -249,7 +254,20 @@ STATED = ("precision.params", "precision.compute", "view.size", "view.channels")
 
 def _shared(settings: ml_collections.ConfigDict) -> list[str]:
     """What is wrong between fields that both programs have."""
-    found = []
+    found, parts = [], settings.get("accumulate", 1)
+    if settings.batch_size % parts:
+        fitting = [n for n in range(1, parts) if settings.batch_size % n == 0][-2:]
+        found.append(
+            f"accumulate takes a batch in equal parts: batch_size={settings.batch_size} has no "
+            f"{parts}; give accumulate={' or '.join(map(str, fitting))}, or batch_size="
+            f"{-(-settings.batch_size // parts) * parts}"
+        )
+    profile = tuple(settings.get("profile", ()))
+    if profile and not (len(profile) == 2 and profile[0] <= profile[1] <= settings.steps):
+        found.append(
+            f"profile must be () or (first, last), steps from 1 to steps={settings.steps}; found "
+            f"{profile}"
+        )
     for section, name in (field.split(".") for field in STATED):
         if section in settings and name not in settings[section]:
             found.append(f"{section} needs {name!r}")

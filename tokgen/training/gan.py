@@ -21,7 +21,7 @@ from tokgen.config import building
 from tokgen.discriminators import augment, feature_heads
 from tokgen.interfaces import Array, PyTree, UserError
 from tokgen.pretrained.formats import reader
-from tokgen.training import optimizer as optimizers, train_state
+from tokgen.training import accumulation, optimizer as optimizers, train_state
 
 TRUNK = r"(?!trunk/).*"  # everything but a frozen feature network
 LAST_LAYER = ("conv_out", "kernel")  # of the decoder: where the adaptive weight compares gradients
@@ -142,8 +142,19 @@ def _through(view: Callable, change: Callable, image_BHW3: Array) -> Array:
 # ---------------------------------------------------------------- the discriminator's step
 
 
-def discriminator_step(gan: GAN, graph: nnx.GraphDef, optimizer: optimizers.Optimizer) -> Callable:
-    """(state, averages, image, reconstruction, key) -> (state, averages, scalars)."""
+def discriminator_step(
+    gan: GAN,
+    graph: nnx.GraphDef,
+    optimizer: optimizers.Optimizer,
+    *,
+    parts: int = 1,
+    strategy: str = "data",
+) -> Callable:
+    """(state, averages, image, reconstruction, key) -> (state, averages, scalars).
+
+    Gradients and upkeep are means over `parts` of the batch, each normalised by its own statistics
+    where the network normalises by a batch; `strategy` says how gradients lie over devices.
+    """
 
     def step(
         state: train_state.TrainState,
@@ -152,34 +163,20 @@ def discriminator_step(gan: GAN, graph: nnx.GraphDef, optimizer: optimizers.Opti
         reconstruction_BHW3: Array,
         key: Array,
     ) -> tuple[train_state.TrainState, dict[str, Array], dict[str, Array]]:
-        reconstruction_BHW3 = jax.lax.stop_gradient(reconstruction_BHW3)
+        batch = image_BHW3, jax.lax.stop_gradient(reconstruction_BHW3)
+        over = dict(parts=parts, strategy=strategy)
 
-        def loss(params):
-            discriminator = parameters.merge(graph, params, state.stats)
-            on_real, _ = views(discriminator, gan, rng.use(key, rng.REAL))
-            on_fake, _ = views(discriminator, gan, rng.use(key, rng.FAKE))
-            total, seen = losses.discriminator_loss(
-                on_real,
-                image_BHW3,
-                reconstruction_BHW3,
-                averages,
-                on_fake=on_fake,
-                loss=gan.loss,
-                lecam=gan.lecam_form,
-                lecam_weight=gan.lecam,
-                r1_weight=gan.r1,
-            )
-            if gan.consistency > 0:
-                seen["consistency"] = 0.0
-                sides = (on_real, rng.REAL, image_BHW3), (on_fake, rng.FAKE, reconstruction_BHW3)
-                for once, side, image in sides:
-                    again, _ = views(discriminator, gan, rng.use(rng.use(key, rng.AGAIN), side))
-                    apart = losses.consistency(once(2 * image - 1), again(2 * image - 1))
-                    seen["consistency"] += apart
-                total = total + gan.consistency * seen["consistency"]
-            return gan.loss_weight * total, seen
+        def of_part(params, batch, key):
+            def loss(params):
+                discriminator = parameters.merge(graph, params, state.stats)
+                return descended(gan, discriminator, averages, *batch, key)
 
-        (total, seen), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+            found, gradients = jax.value_and_grad(loss, has_aux=True)(params)
+            return gradients, found, ()
+
+        gradients, (total, seen), _ = accumulation.averaged(
+            *(of_part, state.params, batch, key), **over
+        )
         # of logits that are infinite the hinge may still be finite; the averages would not be
         looked = total + seen["logits_real"] + seen["logits_fake"]
         state, _ = train_state.apply_gradients(
@@ -187,55 +184,107 @@ def discriminator_step(gan: GAN, graph: nnx.GraphDef, optimizer: optimizers.Opti
         )
         after = losses.moved(averages, seen["logits_real"], seen["logits_fake"])
         averages = train_state.kept(state.skipped == 0, after, averages)
-        return _maintained(graph, state, image_BHW3, reconstruction_BHW3, key), averages, seen
+        network = parameters.merge(graph, state.params, state.stats)
+        if isinstance(network, feature_heads.Discriminator):
+            _, stats, _ = accumulation.averaged(
+                lambda params, batch, key: ((), _maintained(graph, state, params, *batch, key), ()),
+                *(state.params, batch, key),
+                **over,
+                like=(),
+            )
+            # a skip moves none
+            stats = train_state.kept(state.skipped == 0, stats, state.stats)
+            state = state.replace(stats=stats)
+        return state, averages, seen
 
     return step
 
 
-def _maintained(
-    graph: nnx.GraphDef,
-    state: train_state.TrainState,
+def descended(
+    gan: GAN,
+    discriminator: nnx.Module,
+    averages: Mapping[str, Array],
     image_BHW3: Array,
     reconstruction_BHW3: Array,
     key: Array,
-) -> train_state.TrainState:
-    """The state after its upkeep: running statistics, spectral directions. A skip moves none."""
-    discriminator = parameters.merge(graph, state.params, state.stats)
-    if not isinstance(discriminator, feature_heads.Discriminator):
-        return state
+) -> tuple[Array, dict[str, Array]]:
+    """(weighted loss of the discriminator, its terms)."""
+    on_real, _ = views(discriminator, gan, rng.use(key, rng.REAL))
+    on_fake, _ = views(discriminator, gan, rng.use(key, rng.FAKE))
+    total, seen = losses.discriminator_loss(
+        on_real,
+        image_BHW3,
+        reconstruction_BHW3,
+        averages,
+        on_fake=on_fake,
+        loss=gan.loss,
+        lecam=gan.lecam_form,
+        lecam_weight=gan.lecam,
+        r1_weight=gan.r1,
+    )
+    if gan.consistency > 0:
+        seen["consistency"] = 0.0
+        sides = (on_real, rng.REAL, image_BHW3), (on_fake, rng.FAKE, reconstruction_BHW3)
+        for once, side, image in sides:
+            again, _ = views(discriminator, gan, rng.use(rng.use(key, rng.AGAIN), side))
+            apart = losses.consistency(once(2 * image - 1), again(2 * image - 1))
+            seen["consistency"] += apart
+        total = total + gan.consistency * seen["consistency"]
+    return gan.loss_weight * total, seen
+
+
+@jax.named_scope("upkeep")
+def _maintained(
+    graph: nnx.GraphDef,
+    state: train_state.TrainState,
+    params: PyTree,
+    image_BHW3: Array,
+    reconstruction_BHW3: Array,
+    key: Array,
+) -> PyTree:
+    """The statistics after their upkeep: running ones, spectral directions."""
+    discriminator = parameters.merge(graph, params, state.stats)
     for side, image in ((rng.REAL, image_BHW3), (rng.FAKE, reconstruction_BHW3)):
         crop = rng.use(rng.use(rng.use(key, rng.UPKEEP), side), rng.CROP)
         discriminator.maintain(2 * image - 1, key=crop)
-    moved = state.skipped == 0
-    stats = train_state.kept(moved, parameters.statistics(discriminator), state.stats)
-    return state.replace(stats=stats)
+    return parameters.statistics(discriminator)
 
 
 # ---------------------------------------------------------------- the weight of its term
 
 
-def combined(
-    gan: GAN, strength: float, pull: Callable, step: Array, total: int
-) -> tuple[PyTree, Array]:
-    """(gradient of reconstruction + weight * adversarial loss, that weight).
+def ramp(gan: GAN, strength: float, step: Array, total: int) -> Array:
+    """What the weight is multiplied by at a step of `total`: 0 until the term begins.
 
-        weight = strength * ramp(step) * gan.weight * adaptive
-
-    `strength` is 1, less after the returns of `safeguards`; `ramp` is 0 until the term begins and
-    rises to 1; `adaptive` compares both gradients at the decoder's last layer
-    (`losses.adaptive_weight`), or is 1 where `gan.limit` is 0. `pull` is `jax.vjp`'s, of the pair
-    of losses; `step` the run's, of `total`.
+    `strength` is 1, less after the returns of `safeguards`.
     """
     _, begin = gan.steps(total)
-    ramp = jnp.clip((step - begin + 1) / max(gan.ramp * total, 1), 0, 1)
+    share = jnp.clip((step - begin + 1) / max(gan.ramp * total, 1), 0, 1)
+    return strength * jnp.where(step >= begin, share, 0.0)
 
-    def scheduled(value: Array) -> Array:
-        return strength * jnp.where(step >= begin, value * ramp, 0.0)
 
-    if gan.limit == 0:  # constant: known before the gradients, so one pass backwards does
-        weight = scheduled(jnp.asarray(gan.weight))
-        return pull((1.0, weight))[0], weight
-    (reconstruction,), (adversarial,) = pull((1.0, 0.0)), pull((0.0, 1.0))
+def pulled(gan: GAN, ramp: Array, pull: Callable) -> tuple[PyTree, ...]:
+    """Gradients of reconstruction and adversarial loss; where the weight is constant, of their sum.
+
+    `pull` is `jax.vjp`'s, of the pair of losses. A constant weight is known before the gradients,
+    so one pass backwards does.
+    """
+    if gan.limit == 0:
+        return pull((1.0, gan.weight * ramp))
+    return *pull((1.0, 0.0)), *pull((0.0, 1.0))
+
+
+def combined(gan: GAN, ramp: Array, pulls: tuple[PyTree, ...]) -> tuple[PyTree, Array]:
+    """(gradient of reconstruction + weight * adversarial loss, that weight), of what is `pulled`.
+
+        weight = ramp * gan.weight * adaptive
+
+    `adaptive` compares both gradients at the decoder's last layer (`losses.adaptive_weight`), or is
+    1 where `gan.limit` is 0.
+    """
+    if gan.limit == 0:
+        return pulls[0], gan.weight * ramp
+    reconstruction, adversarial = pulls
     adaptive = losses.adaptive_weight(
         last_layer(reconstruction),
         last_layer(adversarial),
@@ -243,7 +292,7 @@ def combined(
         floor=gan.floor,
         epsilon=gan.epsilon,
     )
-    weight = scheduled(jnp.asarray(gan.weight) * adaptive)
+    weight = jnp.where(ramp > 0, gan.weight * adaptive * ramp, 0.0)
     return jax.tree.map(lambda a, b: a + weight * b, reconstruction, adversarial), weight
 
 

@@ -12,8 +12,7 @@ from flax import nnx
 
 from tokgen import rng
 from tokgen.data import datasets
-from tokgen.interfaces import TokenBatch
-from tokgen.training import optimizer as optimizers, train_state
+from tokgen.training import accumulation, optimizer as optimizers, train_state
 
 
 def step(
@@ -24,17 +23,23 @@ def step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def moved(network: train_state.TrainState, batch: Mapping[str, jax.Array], codec: nnx.Module):
-        key = rng.key(settings.seed, "train", network.step)
-        batch = TokenBatch(batch["tokens"], datasets.condition(batch))
+        def of_part(params, batch, key):
+            def loss(params):
+                generator = train_state.learner(graph, network, params)
+                found = generator.loss(batch, codec, step=network.step, key=key)
+                # as an index, the mark of images that were not encoded is the last code
+                marked = jnp.any(batch.tokens_BLG < 0)
+                return jax.tree.map(lambda value: jnp.where(marked, jnp.nan, value), found)
 
-        def loss(params):
-            generator = train_state.learner(graph, network, params)
-            found = generator.loss(batch, codec, step=network.step, key=key)
-            # as an index, the mark of images that were not encoded is the last code
-            marked = jnp.any(batch.tokens_BLG < 0)
-            return jax.tree.map(lambda value: jnp.where(marked, jnp.nan, value), found)
+            found, gradients = jax.value_and_grad(loss, has_aux=True)(params)
+            return gradients, found, ()
 
-        (total, terms), gradients = jax.value_and_grad(loss, has_aux=True)(network.params)
+        gradients, (total, terms), _ = accumulation.averaged(
+            *(of_part, network.params, datasets.token_batch(batch)),
+            rng.key(settings.seed, "train", network.step),
+            parts=settings.get("accumulate", 1),
+            strategy=settings.strategy,
+        )
         network, scalars = train_state.apply_gradients(
             network, gradients, optimizer, ema=settings.ema, average=average, loss=total
         )

@@ -22,7 +22,14 @@ from tokgen.interfaces import Array, PyTree, UserError
 from tokgen.metrics import reconstruction
 from tokgen.pretrained.formats import reader
 from tokgen.tokenizers import tokenizer as tokenizers
-from tokgen.training import gan as gans, optimizer as optimizers, safeguards, stages, train_state
+from tokgen.training import (
+    accumulation,
+    gan as gans,
+    optimizer as optimizers,
+    safeguards,
+    stages,
+    train_state,
+)
 
 Graphs = Mapping[str, nnx.GraphDef]  # of "model" and, with one, of "discriminator"
 Networks = dict[str, PyTree]  # "model"; with a discriminator also "discriminator" and "averages"
@@ -73,12 +80,12 @@ def pixels(
     batch: Mapping[str, Array],
     frozen: PyTree,
     step: Array,
+    key: Array,
 ) -> tuple[Array, tuple[Array, Array, dict[str, Array], Array]]:
     """(weighted loss, (latents, reconstruction, terms, tokens)): the image itself."""
     image_BHW3 = reconstruction.from_uint8(batch["image"])
     latents_BPC = tokenizer.latents(image_BHW3)
-    key = rng.use(rng.key(settings.seed, "train", step), rng.QUANTIZER)
-    quantized = tokenizer.quantizer(latents_BPC, key=key)
+    quantized = tokenizer.quantizer(latents_BPC, key=rng.use(key, rng.QUANTIZER))
     reconstruction_BHW3 = tokenizer.decode_unclipped(quantized.latents_BPC, cond=batch.get("text"))
     terms = losses.reconstruction(image_BHW3, reconstruction_BHW3) | quantized.losses
     for name, distance in frozen.get("perceptual", {}).items():
@@ -94,6 +101,7 @@ def codes(
     batch: Mapping[str, Array],
     frozen: PyTree,
     step: Array,
+    key: Array,
 ) -> tuple[Array, tuple[Array, Array, dict[str, Array], Array]]:
     """(weighted loss, (latents, image, terms, tokens)): the codes of another tokenizer.
 
@@ -101,8 +109,7 @@ def codes(
     """
     image_BHW3 = reconstruction.from_uint8(batch["image"])
     latents_BPC = tokenizer.latents(image_BHW3)
-    key = rng.use(rng.key(settings.seed, "train", step), rng.QUANTIZER)
-    quantized = tokenizer.quantizer(latents_BPC, key=key)
+    quantized = tokenizer.quantizer(latents_BPC, key=rng.use(key, rng.QUANTIZER))
     logits_BPV = tokenizer.decoder.logits(quantized.latents_BPC)
     target_BP1 = frozen["teacher"].encode(image_BHW3)
     # as an index, the mark of images that were not encoded is the last code
@@ -181,6 +188,7 @@ def plain_step(
     """A step without discriminator: (networks, batch, frozen) -> (networks, scalars, tokens)."""
     optimizer, objective = stages.optimizer(settings, stage), OBJECTIVES[stage.objective]
     weights, graph = {**settings.loss, **stage.loss}, graphs["model"]
+    parts = dict(parts=settings.get("accumulate", 1), strategy=settings.strategy)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(
@@ -189,12 +197,18 @@ def plain_step(
         model = networks["model"]
         key = rng.key(settings.seed, "train", model.step)
 
-        def loss(params):
-            tokenizer = train_state.learner(graph, model, params)
-            return objective(settings, weights, tokenizer, batch, frozen, model.step)
+        def of_part(params, batch, key):
+            def loss(params):
+                tokenizer = train_state.learner(graph, model, params)
+                return objective(settings, weights, tokenizer, batch, frozen, model.step, key)
 
-        (total, aux), gradients = jax.value_and_grad(loss, has_aux=True)(model.params)
-        latents_BPC, _, terms, tokens_BLG = aux
+            (total, aux), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+            latents_BPC, _, terms, tokens_BLG = aux
+            return gradients, (total, terms), (latents_BPC, tokens_BLG)
+
+        gradients, (total, terms), (latents_BPC, tokens_BLG) = accumulation.averaged(
+            *(of_part, model.params, batch, key), **parts
+        )
         model, scalars = improved(settings, stage, model, gradients, optimizer, total)
         model = upkept(stage, graph, model, latents_BPC, key)
         networks = train_state.laid(networks | {"model": model}, settings.strategy)
@@ -221,7 +235,10 @@ def adversarial_step(
     """
     optimizer, objective = stages.optimizer(settings, stage), OBJECTIVES[stage.objective]
     weights, graph = {**settings.loss, **stage.loss}, graphs["model"]
-    discriminate = gans.discriminator_step(gan, graphs["discriminator"], discriminator_optimizer)
+    parts = dict(parts=settings.get("accumulate", 1), strategy=settings.strategy)
+    discriminate = gans.discriminator_step(
+        gan, graphs["discriminator"], discriminator_optimizer, **parts
+    )
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(
@@ -233,31 +250,46 @@ def adversarial_step(
         key = rng.key(settings.seed, "train", model.step)
         moves = rng.use(key, rng.DISCRIMINATOR)
 
-        def reconstructed(params):
+        def reconstructed(params, batch, key):
             tokenizer = train_state.learner(graph, model, params)
-            return objective(settings, weights, tokenizer, batch, frozen, model.step)
+            return objective(settings, weights, tokenizer, batch, frozen, model.step, key)
 
         seen = {}
         if gan.first == "discriminator":
-            fake_BHW3 = reconstructed(model.params)[1][1]
+            *_, fake_BHW3 = accumulation.averaged(
+                lambda *given: ((), (), reconstructed(*given)[1][1]),
+                *(model.params, batch, key),
+                **parts,
+                like=(),
+            )
             discriminator, averages, seen = discriminate(
                 discriminator, averages, image_BHW3, fake_BHW3, moves
             )
         network = parameters.merge(
             graphs["discriminator"], discriminator.params, discriminator.stats
         )
-        _, logits_of = gans.views(network, gan, rng.use(moves, rng.TOKENIZER))
+        ramp = gans.ramp(gan, strength, model.step, settings.steps)
 
-        def pair(params):
-            total, aux = reconstructed(params)
-            return (total, losses.adversarial(logits_of, aux[1], loss=gan.generator_loss)), aux
+        def of_part(params, batch, key):
+            played = rng.use(rng.use(key, rng.DISCRIMINATOR), rng.TOKENIZER)
+            _, logits_of = gans.views(network, gan, played)
 
-        (total, generator_loss), pull, aux = jax.vjp(pair, model.params, has_aux=True)
-        latents_BPC, fake_BHW3, terms, tokens_BLG = aux
-        gradients, weight = gans.combined(gan, strength, pull, model.step, settings.steps)
-        model, scalars = improved(
-            settings, stage, model, gradients, optimizer, total + generator_loss
+            def pair(params):
+                total, aux = reconstructed(params, batch, key)
+                return (total, losses.adversarial(logits_of, aux[1], loss=gan.generator_loss)), aux
+
+            (total, generator_loss), pull, aux = jax.vjp(pair, params, has_aux=True)
+            latents_BPC, fake_BHW3, terms, tokens_BLG = aux
+            rows = latents_BPC, fake_BHW3, tokens_BLG
+            return gans.pulled(gan, ramp, pull), (total + generator_loss, terms), rows
+
+        pulls, (total, terms), (latents_BPC, fake_BHW3, tokens_BLG) = accumulation.averaged(
+            *(of_part, model.params, batch, key),
+            **parts,
+            like=(model.params,) * (1 if gan.limit == 0 else 2),
         )
+        gradients, weight = gans.combined(gan, ramp, pulls)
+        model, scalars = improved(settings, stage, model, gradients, optimizer, total)
         model = upkept(stage, graph, model, latents_BPC, key)
         if gan.first == "tokenizer":
             discriminator, averages, seen = discriminate(

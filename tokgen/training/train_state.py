@@ -124,6 +124,7 @@ def learner(graph: nnx.GraphDef, state: TrainState, params: PyTree) -> nnx.Modul
     return parameters.merge(graph, params, state.stats)
 
 
+@jax.named_scope("optimizer")
 def apply_gradients(
     state: TrainState,
     gradients: PyTree,
@@ -208,6 +209,7 @@ def _decayed(updates: PyTree, state: TrainState, optimizer: optimizers.Optimizer
     )
 
 
+@jax.named_scope("upkeep")
 def maintained(
     graph: nnx.GraphDef, state: TrainState, latents_BPC: Array, *, key: Array
 ) -> TrainState:
