@@ -44,10 +44,15 @@ FUSED = {
 }
 
 
-def of(step: steps.Step, images: int, *, part: float, lies: tiles.Lies = tiles.plain) -> float:
-    """Bytes of a device that has so many images, and a `part` of what does not grow with them."""
+def of(
+    step: steps.Step, images: int, *, part: float, lies: tiles.Lies = tiles.plain, parts: int = 1
+) -> float:
+    """Bytes of a device that has so many images, and a `part` of what does not grow with them.
+
+    `parts` are those in which the step takes them.
+    """
     # of few images a program may be another: one of them is a dimension less
-    count = max(images, FEW)
+    count = max(images, FEW * parts)
     one, two = (_traced(step, n) for n in (count, 2 * count))
     return most(one, two, part, lies, images / count)
 
