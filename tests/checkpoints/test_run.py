@@ -615,5 +615,5 @@ def test_a_run_from_before_its_recipe_said_what_it_is_made_for_goes_on():
         meta = record | dict(config=dict(seed=0) | before)
         continuation.check(meta, "DIR/step", "DIR", config, record)
         meta["config"]["seed"] = 1
-        with pytest.raises(UserError, match="seed: 1 there, 0 here"):
+        with pytest.raises(interfaces.UserError, match="seed: 1 there, 0 here"):
             continuation.check(meta, "DIR/step", "DIR", config, record)
