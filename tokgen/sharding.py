@@ -79,7 +79,12 @@ def make_mesh(
     computes together lies over one mesh, the one that is set (`current`).
     """
     devices = jax.devices() if devices is None else devices
-    sizes, count = [data, fsdp, tensor], len(devices)
+    return _of(devices, *sizes_of(data, fsdp, tensor, len(devices)))
+
+
+def sizes_of(data: int, fsdp: int, tensor: int, count: int) -> list[int]:
+    """The sizes of a mesh of `count` devices; one may be -1, "all that are left"."""
+    sizes = [data, fsdp, tensor]
     if sizes.count(-1) == 1:
         rest = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = max(count // max(rest, 1), 1)
@@ -88,7 +93,7 @@ def make_mesh(
             f"the mesh must use all devices: data x fsdp x tensor = {data} x {fsdp} x {tensor}, "
             f"devices = {count}; set one of them to -1 to take what is left"
         )
-    return _of(devices, *sizes)
+    return sizes
 
 
 def letters(path: str) -> str:

@@ -604,3 +604,16 @@ def test_a_rescue_among_processes_waits_for_none(tmp_path, monkeypatch):
     assert len(saved) == 1
     monkeypatch.undo()
     run.close()
+
+
+def test_a_run_from_before_its_recipe_said_what_it_is_made_for_goes_on():
+    """`made_for` is read by plans alone: it may come, and be another."""
+    told = dict(tokenizer="configs/tokenizer/shapes.py", pixels=32, classes=10)
+    record = dict(kind="generator", data="d", held_out="", layout=1, classes=[], tokenizer=None)
+    for before, after in (({}, {"made_for": told}), ({"made_for": told}, {"made_for": {}})):
+        config = dict(seed=0) | after
+        meta = record | dict(config=dict(seed=0) | before)
+        continuation.check(meta, "DIR/step", "DIR", config, record)
+        meta["config"]["seed"] = 1
+        with pytest.raises(interfaces.UserError, match="seed: 1 there, 0 here"):
+            continuation.check(meta, "DIR/step", "DIR", config, record)

@@ -49,8 +49,39 @@ def test_what_is_no_name_of_devices_is_refused_with_the_forms(name):
 
 
 def test_more_gpus_than_a_host_has_are_several_hosts():
-    with pytest.raises(UserError, match="h100:2x8"):
-        devices.read("h100:16")
+    for name in ("h100:16", "h100:1x16"):
+        with pytest.raises(UserError, match="h100:2x8"):
+            devices.read(name)
+
+
+def test_what_stays_within_a_host_goes_over_its_links():
+    recipe = recipes.read(RASTER, ("batch_size=64",))
+    inside = plan.reckoned(recipe, (4, 8, 1)), plan.reckoned(recipe, (4, 4, 2))
+    eights, fours = devices.read("h100:4x8"), devices.read("h100:8x4")
+    for choice in inside:
+        assert choice.parts(eights)["links"] < choice.parts(fours)["links"]
+
+
+@pytest.mark.parametrize("mesh", ["-1,2,1", "4,2,1"])
+def test_one_size_of_a_mesh_may_be_left_to_it(capsys, mesh):
+    words = ("plan", RASTER, "--devices", "cpu:8", "--estimate", f"--mesh={mesh}")
+    assert command_line.call(*words, "--set", "batch_size=16", "--set", "accumulate=2") == 0
+    said = capsys.readouterr().out
+    assert "mesh: data 4, fsdp 2, tensor 1; strategy fsdp; 16 images a step" in said
+
+
+def test_weights_are_gathered_for_each_part_of_a_batch():
+    def gathered(*overrides):
+        recipe = recipes.read(RASTER, ("batch_size=32", *overrides))
+        return plan.reckoned(recipe, (2, 4, 1)).estimate.exchanged["gathered"]
+
+    assert gathered("accumulate=2") == 2 * gathered()
+    assert gathered("generator.remat=dots") == gathered()
+
+
+def test_a_plan_leaves_the_settings_as_they_are():
+    recipe = recipes.read("configs/generator/rar.py:b")
+    assert recipe.settings.generator.remat == "full" and recipe.plain is not recipe.step
 
 
 def test_every_recipe_says_what_tokens_it_is_made_for():
@@ -148,9 +179,24 @@ def test_the_mesh_that_is_proposed_has_room_and_is_quickest():
 
 
 def test_a_network_without_room_is_refused_with_remedies():
-    recipe = recipes.read("configs/generator/llamagen.py:3b")
-    with pytest.raises(UserError, match="no mesh of v5e:2x2 has room.*more devices"):
-        plan.proposed(recipe, devices.read("v5e:2x2"))
+    recipe = recipes.read("configs/generator/rar.py:xxl", ("batch_size=8",))
+    with pytest.raises(UserError, match="no mesh of v5e:2x1 has room.*more devices"):
+        plan.proposed(recipe, devices.read("v5e:2x1"))
+
+
+@pytest.mark.parametrize("name", ["llamagen.py:t2i_xl_256", "titok.py:s128"])
+def test_one_image_a_device_is_planned_too(name):
+    recipe = recipes.read(f"configs/generator/{name}", ("batch_size=16",))
+    found = plan.reckoned(recipe, (16, 1, 1), tiles.tiled).estimate
+    more = recipes.read(f"configs/generator/{name}", ("batch_size=256",))
+    assert (
+        plan.reckoned(more, (16, 1, 1), tiles.tiled).estimate.temporaries >= found.temporaries > 0
+    )
+
+
+def test_a_mesh_of_other_devices_is_refused(capfd):
+    words = ("plan", RASTER, "--devices", "v5e:4x4", "--estimate", "--mesh", "8,1,1")
+    assert "devices = 16" in command_line.refused(capfd, *words)
 
 
 def test_a_plan_in_words(capsys):

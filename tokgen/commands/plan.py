@@ -23,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--mesh",
         default="",
         metavar="DATA,FSDP,TENSOR",
-        help="default: the one with the shortest step of those that have room",
+        help="one may be -1; default: the mesh with the shortest step of those that have room",
     )
     parser.add_argument(
         "--tokenizer",
@@ -32,7 +32,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="of a generator: the recipe of its tokens; default: the one that it is made for",
     )
     parser.add_argument("--classes", type=int, help="of a generator; default: as it is made for")
-    parser.add_argument("--set", nargs="+", default=(), metavar="FIELD=VALUE", help="of the config")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="of the config; may be repeated",
+    )
     parser.add_argument("--price", type=float, metavar="MONEY", help="of a device for an hour")
     parser.add_argument(
         "--estimate", action="store_true", help="compile nothing; needs no libtpu for a TPU"

@@ -56,6 +56,11 @@ class Devices:
         return self.kind in TPUS
 
     @property
+    def host(self) -> int:
+        """How many reach each other by their links; others by the network."""
+        return self.count if self.tpu or self.chip is None else self.sizes[-1]
+
+    @property
     def lies(self) -> tiles.Lies:
         """How many bytes an array takes on one."""
         return tiles.tiled if self.tpu else tiles.plain
@@ -82,12 +87,11 @@ def read(name: str) -> Devices:
     many = {"cpu": (1,), **dict.fromkeys(map(str.lower, TPUS), (2, 3))}.get(kind.lower(), (1, 2))
     if len(found.sizes) not in many or not found.count:
         raise UserError(f"devices are {FORMS}; found {name!r}")
-    if found.kind not in ("", *TPUS) and len(found.sizes) == 1:
-        if found.count > found.chip.host:
-            raise UserError(
-                f"{found.count} devices of {kind} are several hosts: say how many, as "
-                f"{kind}:{-(-found.count // found.chip.host)}x{found.chip.host}"
-            )
+    if found.kind not in ("", *TPUS) and found.host > found.chip.host:
+        raise UserError(
+            f"a host has at most {found.chip.host} devices of {kind}; found {name!r}: say how many "
+            f"hosts, as {kind}:{-(-found.count // found.chip.host)}x{found.chip.host}"
+        )
     return found
 
 

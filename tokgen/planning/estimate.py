@@ -79,14 +79,17 @@ def of(
     ways = sharding.ways(mesh)
     return Estimate(
         kept=kept(*step.read((state, batch, frozen)), lies),
-        temporaries=temporaries.of(step, step.images // ways, part=part(state, lies), lies=lies),
+        temporaries=temporaries.of(
+            step, step.images // ways, part=part(state, lies), lies=lies, parts=network.parts
+        ),
         work=work / mesh.size,
         operations=operations / mesh.size,
         exchanged=exchanged(
             state,
             mesh,
             itemsize=network.itemsize,
-            passes=network.passes,
+            passes=network.parts * network.passes,
+            parts=network.parts,
             summed=step.images * network.positions * network.width * network.layers / ways,
         ),
     )
@@ -133,7 +136,13 @@ def size(tree: PyTree, lies: tiles.Lies) -> float:
 
 
 def exchanged(
-    state: PyTree, mesh: jax.sharding.AbstractMesh, *, itemsize: int, passes: int, summed: float
+    state: PyTree,
+    mesh: jax.sharding.AbstractMesh,
+    *,
+    itemsize: int,
+    passes: int,
+    parts: int,
+    summed: float,
 ) -> dict[str, float]:
     """Bytes that a device receives in a step, by what for; ways of a ring, the fewest there are.
 
@@ -148,12 +157,13 @@ def exchanged(
             part = math.prod(leaf.sharding.shard_shape(leaf.shape)) * itemsize
             if "fsdp" in axes:
                 found["gathered"] += passes * part * (fsdp - 1)
-                found["scattered"] += part * (fsdp - 1)
+                found["scattered"] += parts * part * (fsdp - 1)
                 ways = data
             else:
                 ways = data * fsdp
             found["summed over data"] += 2 * part * (ways - 1) / ways
     if tensor > 1:
         # two branches a block, as often as the block is computed, and once backward
-        found["summed over tensor"] = 2 * passes * 2 * summed * itemsize * (tensor - 1) / tensor
+        share = (tensor - 1) / tensor / parts
+        found["summed over tensor"] = 2 * passes * 2 * summed * itemsize * share
     return {what: amount for what, amount in found.items() if amount}

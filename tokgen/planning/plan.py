@@ -40,9 +40,14 @@ class Choice:
         a host exchanges goes over its links, the rest over the network.
         """
         found, chip = self.estimate, devices.chip
-        inner, host = self.sizes[1] * self.sizes[2], chip.host or devices.count
-        far = {"summed over data"} if inner <= host else set(found.exchanged)
-        far = far if devices.count > host else set()
+        _, fsdp, tensor = self.sizes
+        # over how many neighbours each of them spans; tensor's are next to each other
+        spans = {
+            "gathered": fsdp * tensor,
+            "scattered": fsdp * tensor,
+            "summed over tensor": tensor,
+        }
+        far = {w for w in found.exchanged if spans.get(w, devices.count) > devices.host}
         rates = {what: chip.network if what in far else chip.link for what in found.exchanged}
         return {
             "products": found.operations / chip.flops,
@@ -54,7 +59,9 @@ class Choice:
     def seconds(self, devices: planned.Devices) -> tuple[float, float]:
         """A step's least time: where all that waits is hidden, and where nothing of it is."""
         parts = self.parts(devices)
-        return max(parts.values()), parts["products"] + parts["links"]
+        links = parts.pop("links")
+        alone = max(parts.values())
+        return max(alone, links), alone + links
 
 
 def mesh_of(sizes: Sequence[int]) -> AbstractMesh:
@@ -69,7 +76,7 @@ def strategy_of(sizes: Sequence[int]) -> str:
 
 
 def candidates(count: int, images: int) -> list[tuple[int, int, int]]:
-    """Meshes of so many devices whose axes are powers of two, over which a batch lies evenly."""
+    """Meshes of so many devices whose axes are powers of two, over which `images` lie evenly."""
     powers = [2**n for n in range(count.bit_length())]
     found = []
     for fsdp, tensor in itertools.product(powers, powers):
@@ -84,7 +91,7 @@ def reckoned(
 ) -> Choice:
     """A mesh with its estimate; UserError where a parameter or the batch does not fit it."""
     mesh, strategy = mesh_of(sizes), strategy_of(sizes)
-    sharding.check_batch(recipe.step.images, mesh)
+    sharding.check_batch(recipe.step.images, mesh, parts=recipe.network.parts)
     found = estimates.of(
         *(recipe.step, recipe.network, mesh, strategy),
         work=recipe.work,
@@ -102,7 +109,7 @@ def proposed(recipe: recipes.Recipe, devices: planned.Devices) -> Choice:
     """
     choices, refusals = [], []
     for wide in (False, True):
-        for sizes in candidates(devices.count, recipe.step.images):
+        for sizes in candidates(devices.count, recipe.step.images // recipe.network.parts):
             if (sizes[2] > 1) == wide:
                 try:
                     choices.append(reckoned(recipe, sizes, devices.lies))
@@ -155,6 +162,8 @@ def lines_of_estimate(
         f"a step computes with about {report.amount(found.temporaries)} more: in all "
         f"{report.amount(found.peak)}" + (f" of {report.amount(chip.memory)}" if chip else "")
     )
+    if chip is not None and found.peak > ROOM * chip.memory:
+        yield f"warning: it does not fit: a runtime leaves about {ROOM:.0%} of the memory"
     again = found.operations / found.work - 1
     yield (
         f"operations: {recipe.work / images / 1e9:,.1f} GFLOP an image, "
@@ -209,7 +218,7 @@ def lines_of_program(made, devices: planned.Devices) -> Iterator[str]:
     amounts = ", ".join(f"{name} {report.amount(size)}" for name, size in parts.items())
     yield (
         f"memory per chip: {report.amount(peak)} of {report.amount(room)} ({amounts})"
-        + (", fits" if peak <= room else ": it does not fit")
+        + (", fits" if peak <= ROOM * room else ": it does not fit")
     )
     by_kind = collections.Counter()
     for each in program.Program(made.as_text()).collectives():
@@ -234,7 +243,10 @@ def lines(
         compile: for a TPU's topology, ask its compiler, too.
     """
     step = recipe.step
-    choice = proposed(recipe, devices) if sizes is None else reckoned(recipe, sizes, devices.lies)
+    if sizes is None:
+        choice = proposed(recipe, devices)
+    else:
+        choice = reckoned(recipe, sharding.sizes_of(*sizes, devices.count), devices.lies)
     state, _, _ = step.over(mesh_of(choice.sizes), choice.strategy)
     yield report.table(parameters.paths(steps.parameters_of(state)))
     yield from lines_of_estimate(recipe, choice, devices)

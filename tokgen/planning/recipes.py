@@ -53,11 +53,16 @@ def read(
     if "generator" not in settings:
         raise UserError(f"{reference} trains a tokenizer: plans are of generators so far")
     layout, codec = tokens(settings, reference, tokenizer)
-    count = settings.get("made_for", {}).get("classes", 0) if classes is None else classes
+    count = settings.get("made_for", {}).get("classes") if classes is None else classes
+    if count is None or count < 0:
+        raise UserError(
+            f"{reference} does not say how many classes it is made for: give --classes, 0 of a "
+            f"generator without labels; found {count}"
+        )
     step, network = steps.generator(settings, layout, count, codec)
     plain = step
     if settings.generator.get("remat", "none") != "none":
-        kept = ml_collections.ConfigDict(settings)
+        kept = settings.copy_and_resolve_references()
         kept.generator.remat = "none"
         plain, _ = steps.generator(kept, layout, count, codec)
     return Recipe(settings, step, network, plain)

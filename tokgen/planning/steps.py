@@ -80,6 +80,7 @@ class Network:
     """What of a network decides how a step is estimated beside its parameters."""
 
     itemsize: int  # bytes of a value while it computes
+    parts: int  # in which a batch is taken
     passes: int  # that read its weights
     width: int = 0
     layers: int = 0
@@ -131,7 +132,9 @@ def _network(settings: ml_collections.ConfigDict, shapes: nnx.Module) -> Network
     width = next(k.shape[-1] for path, k in kernels.items() if path.endswith("mlp/down/kernel"))
     return Network(
         itemsize=transformer.precision.compute_dtype.itemsize,
-        passes=2 if settings.generator.get("remat", "none") == "none" else 3,
+        # "dots" keeps what comes of products with weights
+        passes=3 if settings.generator.get("remat", "none") == "full" else 2,
+        parts=settings.get("accumulate", 1),
         width=width,
         layers=transformer.depth,
         positions=shapes.layout.length,

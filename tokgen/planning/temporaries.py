@@ -19,6 +19,8 @@ from jax.extend import core as extended
 
 from tokgen.planning import steps, tiles
 
+FEW = 8  # images
+
 # Computed where they are read: no memory of their own
 FUSED = {
     *("add", "sub", "mul", "div", "neg", "exp", "log", "tanh", "logistic", "erf", "rsqrt", "sqrt"),
@@ -42,10 +44,17 @@ FUSED = {
 }
 
 
-def of(step: steps.Step, images: int, *, part: float, lies: tiles.Lies = tiles.plain) -> float:
-    """Bytes of a device that has so many images, and a `part` of what does not grow with them."""
-    one, two = (_traced(step, n) for n in (images, 2 * images))
-    return most(one, two, part, lies)
+def of(
+    step: steps.Step, images: int, *, part: float, lies: tiles.Lies = tiles.plain, parts: int = 1
+) -> float:
+    """Bytes of a device that has so many images, and a `part` of what does not grow with them.
+
+    `parts` are those in which the step takes them.
+    """
+    # of few images a program may be another: one of them is a dimension less
+    count = max(images, FEW * parts)
+    one, two = (_traced(step, n) for n in (count, 2 * count))
+    return most(one, two, part, lies, images / count)
 
 
 @functools.lru_cache(maxsize=32)
@@ -62,12 +71,13 @@ def _size(variable, lies: tiles.Lies = tiles.plain) -> float:
     return lies(tuple(aval.shape), aval.dtype)
 
 
-def most(one, two, part: float, lies: tiles.Lies = tiles.plain) -> float:
+def most(one, two, part: float, lies: tiles.Lies = tiles.plain, images: float = 1.0) -> float:
     """The most bytes at once of a jaxpr, its arguments not counted.
 
     Args:
         two: the same of twice the images: what is larger there grows with the batch.
         part: the share that a device has of what does not grow.
+        images: the share that it has of what grows.
     """
     sizes: dict[int, float] = {}
     roots: dict[int, frozenset] = {}
@@ -88,13 +98,13 @@ def most(one, two, part: float, lies: tiles.Lies = tiles.plain) -> float:
         bodies = list(zip(_inner(a), _inner(b), strict=True))
         if bodies:
             within = 1.0 if name in ("scan", "while") else part
-            inside = max(most(x, y, within, lies) for x, y in bodies)
+            inside = max(most(x, y, within, lies, images) for x, y in bodies)
         if name == "scan" and part < 1:
             inside += _gathered(a, b)
         for out, larger in zip(a.outvars, b.outvars, strict=True):
             if isinstance(out, extended.Var) and type(out).__name__ != "DropVar":
                 grows = _size(larger) > _size(out)
-                sizes[id(out)] = _size(out, lies) * (1.0 if grows else part)
+                sizes[id(out)] = _size(out, lies) * (images if grows else part)
                 roots[id(out)] = frozenset({id(out)})
                 made.add(id(out))
         if name not in ("scan", "while"):
