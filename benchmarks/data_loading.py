@@ -101,9 +101,9 @@ def pixels_(source: sources.RandomAccess, repeats: int) -> None:
     for name in bare:
         for resize, crop in itertools.product(views.RESIZES, ("center", "random")):
             view = views.View(SIZE, crop=crop, flip=crop == "random", resize=resize, decoder=name)
-            ways[f"{crop} crop, {resize}, {name}"] = functools.partial(streamed, source, view), name
+            ways[f"{crop}, {resize}, {name}"] = functools.partial(streamed, source, view), name
     view = views.View(SIZE)
-    ways["center crop, adm, pil, 4 threads"] = functools.partial(streamed, source, view, 4), "pil"
+    ways["center, adm, pil, 4 threads"] = functools.partial(streamed, source, view, 4), "pil"
     measured = {name: [] for name in ways}
     for _ in range(repeats):  # in turn, so that a busy moment hits all of them
         for name, (way, _) in ways.items():
