@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -17,8 +18,9 @@ import pytest
 from array_record.python import array_record_module
 
 from tests import buckets
-from tokgen import archives, interfaces, storage
+from tokgen import archives, interfaces, records, storage
 from tokgen.data import token_header, token_shards, token_verdicts, token_writer
+from tokgen.output import locks
 
 COUNTS = {"train": 11, "held_out": 3}
 
@@ -650,7 +652,7 @@ def test_damage_after_a_verdict_is_found(settled):
 
 
 def test_damage_that_leaves_no_trace_is_found_by_a_full_scan(settled, monkeypatch):
-    monkeypatch.setattr(token_verdicts, "_state", lambda header, files: header + ".json")
+    monkeypatch.setattr(token_verdicts, "_states", lambda files: [(0, 0, 0, 0)] * len(files))
     token_shards.Source(settled)
     shutil.copy(settled / "train-00000-of-00003.array_record", settled / SHARD)
     assert len(token_shards.Source(settled)) == 11
@@ -658,12 +660,78 @@ def test_damage_that_leaves_no_trace_is_found_by_a_full_scan(settled, monkeypatc
         token_shards.Source(settled, verify="always")
 
 
-def test_a_set_that_was_written_a_moment_ago_has_no_verdict_yet(settled, monkeypatch):
+def verdicts(tmp_path):
+    return sorted((tmp_path / "cache" / "verdicts").glob("*"))
+
+
+def test_a_set_that_was_written_a_moment_ago_has_no_verdict_yet(settled, monkeypatch, capfd):
     monkeypatch.setattr(token_verdicts, "_SETTLED", 1000.0)
     seen = hashed(monkeypatch)
     for count in (3, 6):
         token_shards.Source(settled)
         assert len(seen) == count
+        assert "reads it again: train-00000-of-00003.array_record was" in capfd.readouterr().err
+
+
+def test_a_set_that_is_changed_while_it_is_read_has_no_verdict(
+    settled, monkeypatch, capfd, tmp_path
+):
+    sha256 = archives.sha256
+
+    def touched(path):
+        os.utime(path, ns=(0, 0))
+        return sha256(path)
+
+    monkeypatch.setattr(archives, "sha256", touched)
+    token_shards.Source(settled)
+    assert "changed while it was read" in capfd.readouterr().err and not verdicts(tmp_path)
+
+
+def test_files_from_the_future_are_read_once_too(settled, monkeypatch):
+    os.utime(settled / SHARD, (2**32, 2**32))  # as unpacked from another host's archive
+    seen = hashed(monkeypatch)
+    for _ in range(2):
+        token_shards.Source(settled)
+        assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "null", "7", "[11]", "[5, 6, 0]", '["5", "6"]', "[5, null]", "[5, [6]]"]
+)
+def test_a_damaged_verdict_is_none(settled, monkeypatch, tmp_path, text):
+    counts = token_shards.Source(settled).counts.tolist()
+    (kept,) = verdicts(tmp_path)
+    kept.write_text(text)
+    seen = hashed(monkeypatch)
+    for _ in range(2):  # the second finds a new verdict
+        assert token_shards.Source(settled).counts.tolist() == counts
+        assert len(seen) == 3
+
+
+def test_a_verdict_that_cannot_be_kept_ends_no_run(settled, monkeypatch, capfd):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(records, "save", full)
+    assert token_shards.Source(settled).counts.sum() == 11
+    assert capfd.readouterr().err.count("No space left on device") == 1
+
+
+def test_without_a_lock_a_set_is_read_all_the_same(settled, monkeypatch, capfd):
+    def full(*_):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(locks, "waiting", full)
+    assert token_shards.Source(settled).counts.sum() == 11
+    assert capfd.readouterr().err.count("Disk quota exceeded") == 1
+
+
+def test_a_split_without_files_has_no_verdict(settled, tmp_path, capfd):
+    edit(settled, lambda h: h["splits"].pop("held_out"))
+    (settled / "held_out-00000-of-00001.array_record").unlink()
+    for _ in range(2):
+        assert len(token_shards.Source(settled, split="held_out")) == 0
+    assert not verdicts(tmp_path) and "read whole" not in capfd.readouterr().err
 
 
 def test_processes_of_a_host_wait_for_one_verdict(settled, monkeypatch):
@@ -758,6 +826,15 @@ def test_shards_are_fetched_once_and_again_where_the_copy_is_damaged(remote, tmp
     token_shards.Source(remote, verify="never")
     assert len(fetched) == 5
     assert not list((tmp_path / "cache" / "tokens").glob("*.part"))
+
+
+def test_processes_of_a_host_read_a_bucket_once(remote, tmp_path, monkeypatch):
+    seen = hashed(monkeypatch)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: token_shards.Source(remote).counts.tolist(), range(4)))
+    assert len(seen) == 3 and found == [found[0]] * 4  # each as it came
+    token_shards.Source(remote)  # a later start
+    assert len(seen) == 3 and len(verdicts(tmp_path)) == 1
 
 
 def test_a_writer_of_a_bucket_goes_on_where_it_was_stopped(bucket, folder):

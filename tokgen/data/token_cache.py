@@ -91,10 +91,11 @@ def _fetch(source: pathlib.Path, sha256: str, target: pathlib.Path) -> None:
             raise token_header.damage(str(source), "the file is missing")
         part = target.with_suffix(".part")
         try:
-            storage.download(source, part)
-            if archives.sha256(part) != sha256:  # once more: the way there may have cut it off
+            for _ in range(2):  # once more: the way there may have cut it off
                 storage.download(source, part)
-            if archives.sha256(part) != sha256:
+                if archives.sha256(part) == sha256:
+                    break
+            else:
                 raise token_header.damage(
                     str(source), "the contents do not have the checksum that the header states"
                 )
