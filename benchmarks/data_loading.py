@@ -99,11 +99,11 @@ def pixels_(source: sources.RandomAccess, repeats: int) -> None:
     ways = {"bare, " + name: (way, name) for name, way in bare.items()}
     ways["plain PIL loop"] = functools.partial(plain, files), "pil"
     for name in bare:
-        for crop, flip in (("center", False), ("random", True)):
-            view = views.View(SIZE, crop=crop, flip=flip, decoder=name)
-            ways[f"{crop} crop, {name}"] = functools.partial(streamed, source, view), name
+        for resize, crop in itertools.product(views.RESIZES, ("center", "random")):
+            view = views.View(SIZE, crop=crop, flip=crop == "random", resize=resize, decoder=name)
+            ways[f"{crop}, {resize}, {name}"] = functools.partial(streamed, source, view), name
     view = views.View(SIZE)
-    ways["center crop, pil, 4 threads"] = functools.partial(streamed, source, view, 4), "pil"
+    ways["center, adm, pil, 4 threads"] = functools.partial(streamed, source, view, 4), "pil"
     measured = {name: [] for name in ways}
     for _ in range(repeats):  # in turn, so that a busy moment hits all of them
         for name, (way, _) in ways.items():

@@ -362,6 +362,33 @@ def test_a_picture_is_seen_as_its_pixels_are(crop, channels):
         np.testing.assert_array_equal(seen, expected)
 
 
+@pytest.mark.parametrize("resize", views.RESIZES[1:])
+@pytest.mark.parametrize("crop", views.CROPS)
+def test_a_part_that_is_resized_alone_is_the_part_that_adm_shows(crop, resize):
+    """The same part, of the same size; of a smooth picture, all but the same pixels."""
+    for shape in ((60, 93), (93, 61), (40, 41), (20, 33), (257, 300)):
+        rows, columns = np.linspace(0, 200, shape[0]), np.linspace(0, 50, shape[1])
+        image = np.repeat((rows[:, None] + columns).astype(np.uint8)[..., None], 3, axis=2)
+        seen = [
+            views.View((32, 32), crop=crop, flip=True, resize=how)(image, np.random.default_rng(7))
+            for how in ("adm", resize)
+        ]
+        assert seen[0].shape == seen[1].shape == (32, 32, 3)
+        # a pixel of the view is 250 / 32 at most
+        assert np.abs(seen[0].astype(int) - seen[1]).max() <= 4
+
+
+def test_a_box_is_the_mean_of_what_a_pixel_covers():
+    image = noise(64, 96)
+    seen = views.View((32, 32), resize="box")(image, None)
+    means = image[:, 16:80].reshape(32, 2, 32, 2, 3).mean((1, 3))
+    assert np.abs(seen - means).max() <= 1  # rounded after each pass
+    with pytest.raises(
+        interfaces.UserError, match="resize must be one of adm, bicubic, bilinear, box; found"
+    ):
+        views.View((8, 8), resize="fast")
+
+
 def test_a_rectangle_shows_the_middle_undistorted():
     # Twice as large as the view, with 8 further columns on each side: halved and cut.
     inner = np.kron(noise(32, 48, seed=3), np.ones((2, 2, 1), np.uint8))

@@ -27,6 +27,7 @@ CORNERS = {
 # In the order of torchvision's TenCrop: five of the image, then five of its mirror image.
 TEN = (*CORNERS, *(f"mirrored_{name}" for name in CORNERS))
 CROPS = ("center", "flip", "random", *TEN)
+RESIZES = ("adm", "bicubic", "bilinear", "box")
 STORED = ("center", "flip", *TEN)  # what pretokenizing stores: a function of the image alone
 TEN_ZOOM = 1.1  # LlamaGen and RAR cut their ten crops from int(1.1 size)
 
@@ -53,6 +54,9 @@ class View:
       zoom: for the random crop: the shorter side is resized to a whole number between its size and
         `zoom` times its size, before the cut.
       flip: mirror every second image, at random.
+      resize: `adm`, as above; or a filter, `bicubic`, `bilinear` or `box`, for training: the part
+        that is seen is resized alone, in one step by this filter (by `bicubic` where it becomes
+        larger). Less work, other pixels: figures, and tokens that are stored, are of `adm`.
       decoder: `pil`, or `simplejpeg` (extra `fastdata`): the same pixels of JPEGs, sooner.
     """
 
@@ -61,9 +65,14 @@ class View:
     crop: str = "center"
     zoom: float = 1.25
     flip: bool = False
+    resize: str = "adm"
     decoder: str = "pil"
 
     def __post_init__(self):
+        if self.resize not in RESIZES:
+            raise interfaces.UserError(
+                f"resize must be one of {', '.join(RESIZES)}; found {self.resize!r}"
+            )
         if self.decoder not in pixels.DECODERS:
             raise interfaces.UserError(
                 f"decoder must be one of {', '.join(pixels.DECODERS)}; found {self.decoder!r}"
@@ -87,11 +96,11 @@ class View:
     def __call__(self, image: Picture, rng: np.random.Generator) -> np.ndarray:
         """uint8 [rows, columns, channels]; `rng` is drawn from by a random crop and by `flip`."""
         if self.crop in TEN:
-            image_HWC = _one_of_ten(image, self.size, self.zoom, self.crop)
+            image_HWC = _one_of_ten(image, self.size, self.zoom, self.crop, self.resize)
         elif self.crop == "random" and _sides(image) != self.size:
-            image_HWC = _random_crop(image, self.size, self.zoom, rng)
+            image_HWC = _random_crop(image, self.size, self.zoom, self.resize, rng)
         else:
-            image_HWC = centre(image, self.size)
+            image_HWC = centre(image, self.size, self.resize)
         mirrored = self.crop == "flip"
         if self.flip and rng.random() < 0.5:
             mirrored = not mirrored
@@ -147,30 +156,32 @@ def stored(text: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def centre(image: Picture, size: tuple[int, int]) -> np.ndarray:
+def centre(image: Picture, size: tuple[int, int], resize: str = "adm") -> np.ndarray:
     """The largest centred part with the shape of `size`, resized to it: ADM's evaluation crop."""
     if _sides(image) == size:
         return image if isinstance(image, np.ndarray) else pixels.array(image)
-    halved, target = _covering(image, size)
+    image, target = _covering(image, size, resize)
     top, left = (target[0] - size[0]) // 2, (target[1] - size[1]) // 2
-    return _cut(halved, target, (top, left), size)
+    return _cut(image, target, (top, left), size, resize)
 
 
 def _random_crop(
-    image: Picture, size: tuple[int, int], zoom: float, rng: np.random.Generator
+    image: Picture, size: tuple[int, int], zoom: float, resize: str, rng: np.random.Generator
 ) -> np.ndarray:
     shorter = min(size)
     drawn = int(rng.integers(shorter, math.ceil(zoom * shorter) + 1))
-    halved, target = _covering(image, tuple(side * drawn / shorter for side in size))
+    image, target = _covering(image, tuple(side * drawn / shorter for side in size), resize)
     top = int(rng.integers(target[0] - size[0] + 1))
     left = int(rng.integers(target[1] - size[1] + 1))
-    return _cut(halved, target, (top, left), size)
+    return _cut(image, target, (top, left), size, resize)
 
 
-def _one_of_ten(image: Picture, size: tuple[int, int], zoom: float, crop: str) -> np.ndarray:
+def _one_of_ten(
+    image: Picture, size: tuple[int, int], zoom: float, crop: str, resize: str
+) -> np.ndarray:
     # mirrored before the cut: where the room is odd, the middle is not its own mirror image
     rows, columns = size
-    image_HWC = centre(image, _wider(size, zoom))
+    image_HWC = centre(image, _wider(size, zoom), resize)
     if crop.startswith("mirrored_"):
         image_HWC = image_HWC[:, ::-1]
     down, right = CORNERS[crop.removeprefix("mirrored_")]
@@ -188,11 +199,16 @@ def _sides(image: Picture) -> tuple[int, int]:
     return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
 
 
-def _covering(image: Picture, size: tuple[float, float]) -> tuple[Image.Image, tuple[int, int]]:
-    """(the image halved by box, the size of a resized one in which `size` fits just inside)."""
+def _covering(
+    image: Picture, size: tuple[float, float], resize: str
+) -> tuple[Image.Image, tuple[int, int]]:
+    """(the image, the size of a resized one in which `size` fits just inside).
+
+    ADM's is halved by box before.
+    """
     rows, columns = size
     image = _shorten(_pil(image), size)
-    while image.height >= 2 * rows and image.width >= 2 * columns:
+    while resize == "adm" and image.height >= 2 * rows and image.width >= 2 * columns:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(rows / image.height, columns / image.width)
     # The rounding of one side must never leave it a pixel short of the cut.
@@ -203,16 +219,25 @@ def _covering(image: Picture, size: tuple[float, float]) -> tuple[Image.Image, t
 
 
 def _cut(
-    image: Image.Image, target: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]
+    image: Image.Image,
+    target: tuple[int, int],
+    corner: tuple[int, int],
+    size: tuple[int, int],
+    resize: str,
 ) -> np.ndarray:
-    """A part of the image resized to `target`.
-
-    The whole is resized first: which of its two passes PIL makes first depends on its version and
-    the sizes, so that a cut between them would not be bit for bit the same.
-    """
+    """A part of the image as it is when the whole is resized to `target`."""
     (high, wide), (top, left), (rows, columns) = target, corner, size
-    image = image.resize((wide, high), Image.Resampling.BICUBIC)
-    return pixels.array(image.crop((left, top, left + columns, top + rows)))
+    if resize == "adm":
+        # The whole, and then the cut: which of its two passes PIL makes first depends on its
+        # version and the sizes, so that a cut between them would not be bit for bit the same.
+        image = image.resize((wide, high), Image.Resampling.BICUBIC)
+        return pixels.array(image.crop((left, top, left + columns, top + rows)))
+    down, right = image.height / high, image.width / wide
+    filter_ = Image.Resampling[resize.upper() if min(down, right) >= 1 else "BICUBIC"]
+    # rounding must not leave the image
+    bottom = min((top + rows) * down, image.height)
+    box = (left * right, top * down, min((left + columns) * right, image.width), bottom)
+    return pixels.array(image.resize((columns, rows), filter_, box))
 
 
 def _pil(image: Picture) -> Image.Image:
