@@ -151,6 +151,7 @@ def main(request: launch.Request) -> None:
         if not distributed.many():  # of many, others may have ended, and their part of a step
             ends.callback(tell)
         ends.callback(trace.stop)
+        trace.told(done)
         while done < steps:
             trace.before(done)
             with run.rescuing({"model": network}):

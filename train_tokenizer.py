@@ -152,6 +152,7 @@ def main(request: launch.Request) -> None:
         if not distributed.many():  # of many, others may have ended, and their part of a step
             ends.callback(tell)
         ends.callback(trace.stop)
+        trace.told(start)
         batches = passing(start=start)
         while step < steps:
             trace.before(step)
@@ -201,6 +202,7 @@ def main(request: launch.Request) -> None:
                         f"back at step {play}, the discriminator's weight times "
                         f"{step_of.strength:g}"
                     )
+                    trace.stop()  # steps that are taken again are none of those asked for
                     step = bar.n = play
                     collapsed = ""
                     batches.close()
@@ -211,7 +213,7 @@ def main(request: launch.Request) -> None:
                 pace.again()
             if collapsed:
                 run.close()
-                raise UserError(collapsed)
+                raise UserError(f"{collapsed}; step {step} is saved")
         batches.close()
     run.close()
     log.close()

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -188,3 +189,13 @@ def test_the_platform_is_that_of_the_mesh():
     assert sharding.platform() == "cpu"
     with jax.set_mesh(sharding.make_mesh()):
         assert sharding.platform() == "cpu"
+
+
+@pytest.mark.parametrize(
+    "told, has", [("9.0", True), ("8.0", True), ("7.5", False), ("gfx90a", False), (None, False)]
+)
+def test_a_gpu_without_the_kernel_computes_plainly(told, has, monkeypatch):
+    gpu = types.SimpleNamespace(platform="gpu", compute_capability=told)
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+    queries = jnp.zeros((1, 2, 256, 64), jnp.bfloat16)
+    assert (fused.fitting(queries, queries, None, platform="gpu") is not None) == has

@@ -174,3 +174,11 @@ def test_no_trace_into_a_bucket():
     with pytest.raises(errors.UserError, match="bucket"):
         traces.Trace((1, 2), pathlib.Path("gs://bucket/run"))
     traces.Trace((), pathlib.Path("gs://bucket/run")).stop()
+
+
+def test_a_trace_of_steps_that_lie_behind_is_said(tmp_path, capfd):
+    trace = traces.Trace((2, 3), tmp_path)
+    trace.told(2)
+    assert not capfd.readouterr().err
+    trace.told(3)
+    assert "profile=(2, 3) has no effect: the run goes on after step 3" in capfd.readouterr().err

@@ -7,6 +7,7 @@ nobody is left out by the block on a TPU, and by the slot where it is causal on 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 
 import jax
@@ -44,7 +45,19 @@ def fitting(
     if platform == "tpu":
         return splash
     narrow = queries_BNlK.dtype in (jnp.bfloat16, jnp.float16)
-    return cudnn if narrow and size <= 128 and size % 8 == 0 else None
+    return cudnn if narrow and size <= 128 and size % 8 == 0 and has_kernel() else None
+
+
+def has_kernel() -> bool:
+    """Whether the GPUs of this process have cuDNN's kernel: NVIDIA's, from Ampere on.
+
+    Where there are none, the program is for others, which may.
+    """
+    device = jax.local_devices()[0]
+    if device.platform != "gpu":
+        return True
+    number = re.fullmatch(r"(\d+)\.\d+", str(getattr(device, "compute_capability", "")))
+    return number is not None and int(number[1]) >= 8  # AMD's are words, as gfx90a
 
 
 def cudnn(

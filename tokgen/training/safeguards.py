@@ -112,7 +112,7 @@ def collapsed(limits: Limits, figures: dict[str, float], step: int, steps: int) 
     return (
         f"step {step}: of the codes that the last tokens could reach only "
         f"{100 * figures['reached']:.1f} % are in use (perplexity {figures['perplexity']:.1f}), "
-        f"and config.safeguards.usage={limits.usage:g} asks for more. The step is saved. Remedies: "
+        f"and config.safeguards.usage={limits.usage:g} asks for more. Remedies: "
         "quantizer.revive, fewer codes or channels, normalize=True, an entropy term, a lower "
         "learning rate; safeguards.usage=0 lets it go on"
     )

@@ -21,34 +21,42 @@ class Trace:
     """
 
     def __init__(self, steps: Sequence[int], workdir: pathlib.Path):
-        self.steps, self.folder, self.running = tuple(steps), workdir / FOLDER, False
+        self.steps, self.folder = tuple(steps), workdir / FOLDER
+        self.first = 0  # of those that are being traced
         if self.steps and storage.is_remote(workdir):
             raise UserError(
                 f"config.profile={self.steps} writes a trace to a disk of this host; found a "
                 f"work directory in a bucket, {workdir}: profile a short run in a local one"
             )
 
+    def told(self, done: int) -> None:
+        """A run goes on after so many steps: what lies behind it is not traced."""
+        if self.steps and self.steps[1] <= done:
+            report.say(
+                f"config.profile={self.steps} has no effect: the run goes on after step {done}"
+            )
+
     def before(self, done: int) -> None:
         """So many steps are done; the next may be one that is traced."""
-        if self.steps and not self.running and self.steps[0] <= done + 1 <= self.steps[1]:
+        if self.steps and not self.first and self.steps[0] <= done + 1 <= self.steps[1]:
             if jax.process_index() == 0:
                 jax.profiler.start_trace(str(self.folder))
-                self.running = True
+                self.first = done + 1
 
     def after(self, done: int, figures: PyTree) -> None:
         """So many steps are done, the last with these figures; it may have been the last traced."""
-        if self.running and done >= self.steps[1]:
+        if self.first and done >= self.steps[1]:
             jax.block_until_ready(figures)
             self.stop()
 
     def stop(self) -> None:
         """Write what was traced, also where a run ends before its time."""
-        if not self.running:
+        if not self.first:
             return
-        self.running = False
+        first, self.first = self.first, 0
         jax.profiler.stop_trace()
         report.say(
-            f"a trace of the steps from {self.steps[0]} on is in {self.folder}: open it with "
+            f"a trace of the steps from {first} on is in {self.folder}: open it with "
             f"xprof --logdir {self.folder} (pip install xprof), or its "
             "*.trace.json.gz at https://ui.perfetto.dev"
         )
