@@ -417,3 +417,9 @@ def test_a_process_that_is_killed_lets_go_of_its_place(tmp_path):
         assert killed.returncode < 0, at
         made(tmp_path / "out", "next", overwrite=True)
         assert names(tmp_path) == ["out", "out/made.json", "out/next.png"]
+
+
+def test_braces_in_a_path_are_no_place_for_who_holds_it():
+    path = "runs/{0} and {}"
+    assert locks.plain(path).format("process 7") == path
+    assert locks.in_use(path, "--out").format("process 7").startswith(f"{path} is in use by pro")

@@ -72,7 +72,9 @@ def counts(
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(
-                locks.waiting(folder / f"{header}.lock", f"{what} is being read whole by {{}}")
+                locks.waiting(
+                    folder / f"{header}.lock", f"{locks.plain(what)} is being read whole by {{}}"
+                )
             )
         except OSError as error:
             report.say(

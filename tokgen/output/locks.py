@@ -93,5 +93,9 @@ def waiting(file: pathlib.Path, told: str) -> Iterator[None]:
 
 
 def in_use(target: str | os.PathLike, option: str) -> str:
-    place = str(target).replace("{", "{{").replace("}", "}}")
-    return f"{place} is in use by {{}}; wait for it, stop it, or use another {option}"
+    return f"{plain(target)} is in use by {{}}; wait for it, stop it, or use another {option}"
+
+
+def plain(words: str | os.PathLike) -> str:
+    """Words as they stand in a refusal, where braces mean who holds the lock."""
+    return str(words).replace("{", "{{").replace("}", "}}")

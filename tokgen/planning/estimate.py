@@ -27,7 +27,7 @@ from tokgen.interfaces import PyTree
 from tokgen.planning import steps, temporaries, tiles
 from tokgen.training import train_state
 
-AXES = sharding.AXES
+FROZEN, BATCH = "quantizer and frozen networks", "a batch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,11 @@ class Estimate:
     def arguments(self) -> float:
         """Bytes of a step's arguments."""
         return sum(self.kept.values())
+
+    @property
+    def told(self) -> float:
+        """Bytes of the arguments that a step only reads."""
+        return sum(self.kept.get(name, 0.0) for name in (FROZEN, BATCH))
 
     @property
     def peak(self) -> float:
@@ -126,8 +131,8 @@ def kept(state: PyTree, batch: PyTree, frozen: PyTree, lies: tiles.Lies) -> dict
         parts["counters"] = parts.get("counters", 0) + size(
             (network.step, network.skipped, network.skips), lies
         )
-    parts |= {"quantizer and frozen networks": size(frozen, lies)} if size(frozen, lies) else {}
-    return parts | {"a batch": size(batch, lies)}
+    parts |= {FROZEN: size(frozen, lies)} if size(frozen, lies) else {}
+    return parts | {BATCH: size(batch, lies)}
 
 
 def size(tree: PyTree, lies: tiles.Lies) -> float:

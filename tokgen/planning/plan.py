@@ -51,8 +51,8 @@ class Choice:
         rates = {what: chip.network if what in far else chip.link for what in found.exchanged}
         return {
             "products": found.operations / chip.flops,
-            # the state is read and written, and what is computed with
-            "memory": 2 * found.peak / chip.bandwidth,
+            # the state is read and written, all else read
+            "memory": (2 * found.arguments - found.told) / chip.bandwidth,
             "links": sum(n / rates[what] for what, n in found.exchanged.items()),
         }
 
