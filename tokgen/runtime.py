@@ -123,6 +123,8 @@ def _exhausted(error: MemoryError | RuntimeError, fewer: Callable[[], str]) -> s
         return ""
     option = fewer()
     less = f"fewer images at a time with a smaller {option}, " if option else ""
+    if option == "--config.batch_size":
+        less = f"the batch in parts with --config.accumulate=2 (or 4, 8), or a smaller {option}, "
     return (
         f"this needs more memory than there is ({said}); remedy: {less}smaller images, or a "
         "machine with more"

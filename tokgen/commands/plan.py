@@ -6,8 +6,9 @@ tokgen plan configs/generator/rar.py:xxl --devices v5e:16x16
 from __future__ import annotations
 
 import argparse
+import textwrap
 
-from tokgen import options, report
+from tokgen import options
 from tokgen.errors import UserError
 
 
@@ -17,13 +18,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--devices",
         required=True,
         metavar="SPEC",
-        help="cpu:8, h200:1, h100:8x8 (hosts x devices), v5e:16x16, v6e:16x16, v5p:4x4x4",
+        help="cpu:8, h200:1, h100:8x8 (hosts x devices), v5e:16x16, v5p:4x4x4; kinds: cpu, a100, "
+        "h100, h200, v4, v5e, v5p, v6e",
     )
     parser.add_argument(
         "--mesh",
         default="",
         metavar="DATA,FSDP,TENSOR",
-        help="one may be -1; default: the mesh with the shortest step of those that have room",
+        help="as --mesh=64,4,1; one may be -1; default: the mesh with the shortest step of those "
+        "that have room",
     )
     parser.add_argument(
         "--tokenizer",
@@ -34,8 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", type=int, help="of a generator; default: as it is made for")
     parser.add_argument(
         "--set",
-        nargs="+",
-        action="extend",
+        action="append",
         default=[],
         metavar="FIELD=VALUE",
         help="of the config; may be repeated",
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     """Print the plan."""
     import jax
 
-    from tokgen.planning import devices as planned, plan, recipes
+    from tokgen.planning import description, devices as planned, recipes
 
     jax.config.update("jax_platforms", "cpu")  # it computes nothing, and leaves a device alone
     devices = planned.read(args.devices)
@@ -58,6 +60,9 @@ def run(args: argparse.Namespace) -> None:
     recipe = recipes.read(args.config, args.set, tokenizer=args.tokenizer, classes=args.classes)
     if args.price is not None and args.price < 0:
         raise UserError(f"--price is that of a device for an hour; found {args.price}")
-    report.say(f"{args.config} on {devices.called()}")
-    for line in plan.lines(recipe, devices, sizes, price=args.price, compile=not args.estimate):
+    heading = textwrap.fill(f"{args.config} on {devices.called()}", description.COLUMNS)
+    print(f"{heading}\n", flush=True)
+    for line in description.lines(
+        recipe, devices, sizes, price=args.price, compile=not args.estimate
+    ):
         print(line, flush=True)

@@ -122,7 +122,7 @@ def _placeholders(section: ml_collections.ConfigDict, prefix: str = "") -> list[
 
 
 # How a run goes and not what it trains: fields that a config may leave to their defaults
-LEFT_OUT = {"accumulate": int, "profile": tuple[int, ...]}
+LEFT_OUT = {"accumulate": int, "profile": tuple[int, ...], "view.resize": str}
 
 
 def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:
@@ -208,9 +208,9 @@ def _constructor(config: Any, path: str) -> tuple[Callable | None, str]:
 
 def _taken(config: Any, name: str) -> bool:
     """Whether a section's constructor has an argument that the section leaves to its default."""
-    if name in LEFT_OUT:
-        return True
     path, _, last = name.rpartition(".")
+    if name in LEFT_OUT:
+        return not path or path in config
     target, kind = _constructor(config, path)
     return (
         bool(target)

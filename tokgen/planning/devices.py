@@ -81,12 +81,19 @@ def read(name: str) -> Devices:
     """The devices of a name; UserError with the forms that there are."""
     kind, _, rest = name.partition(":")
     known = {chip.lower(): chip for chip in chips.CHIPS} | {"cpu": ""}
-    if kind.lower() not in known or not re.fullmatch(r"\d+(x\d+){0,2}", rest):
-        raise UserError(f"devices are {FORMS}; found {name!r}")
+    if kind.lower() not in known:
+        raise UserError(
+            f"no figures of {kind!r}: known are {', '.join(known)}; devices are as {FORMS}"
+        )
+    if not re.fullmatch(r"\d+(x\d+){0,2}", rest):
+        raise UserError(f"devices are as {FORMS}; found {name!r}")
     found = Devices(name.lower(), known[kind.lower()], tuple(map(int, rest.split("x"))))
     many = {"cpu": (1,), **dict.fromkeys(map(str.lower, TPUS), (2, 3))}.get(kind.lower(), (1, 2))
     if len(found.sizes) not in many or not found.count:
-        raise UserError(f"devices are {FORMS}; found {name!r}")
+        raise UserError(
+            f"a TPU is named by its topology, GPUs and CPUs by their number: {FORMS}; found "
+            f"{name!r}"
+        )
     if found.kind not in ("", *TPUS) and found.host > found.chip.host:
         raise UserError(
             f"a host has at most {found.chip.host} devices of {kind}; found {name!r}: say how many "

@@ -122,8 +122,8 @@ def kept(state: PyTree, batch: PyTree, frozen: PyTree, lies: tiles.Lies) -> dict
         for what, tree in (
             ("parameters", network.params),
             ("statistics", network.stats),
-            ("moments", network.opt_state),
-            ("average", network.ema),
+            ("optimizer moments", network.opt_state),
+            ("average of weights", network.ema),
         ):
             if found := size(tree, lies):
                 of = f"{name} " if name == "discriminator" else ""

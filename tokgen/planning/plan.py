@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from tokgen import parameters, report, sharding
+from tokgen import report, sharding
 from tokgen.interfaces import UserError
 from tokgen.planning import (
     devices as planned,
     estimate as estimates,
-    program,
     recipes,
     steps,
     tiles,
@@ -126,11 +124,19 @@ def proposed(recipe: recipes.Recipe, devices: planned.Devices) -> Choice:
             f"no mesh of {devices.name} serves {recipe.step.images} images a step: {told_of}"
         )
     least = min(choices, key=lambda c: c.estimate.peak).estimate
+    remedies = ["more devices", "a smaller batch_size", "a smaller network"]
+    if least.arguments < room:
+        again = recipe.settings.generator.get("remat") == "full"
+        remedies = [
+            f"the batch in parts (--set accumulate={2 * recipe.network.parts})",
+            *([] if again else ["--set generator.remat=full"]),
+            *remedies,
+        ]
     raise UserError(
         f"no mesh of {devices.name} has room: at least {report.amount(least.arguments)} lie on a "
         f"device between steps, and {report.amount(least.temporaries)} in one, of "
-        f"{report.amount(devices.chip.memory)}; remedies, in this order: more devices, a smaller "
-        "config.batch_size, generator.remat='full', a smaller network"
+        f"{report.amount(devices.chip.memory)}, of which a plan fills {ROOM:.0%}; remedies, in "
+        f"this order: {', '.join(remedies)}"
     )
 
 
@@ -145,111 +151,3 @@ def compiled(step: steps.Step, choice: Choice, devices: planned.Devices):
     with jax.set_mesh(mesh):
         lowered = step.compiled(choice.strategy).lower(*step.over(mesh, choice.strategy))
         return lowered.compile()
-
-
-def lines_of_estimate(
-    recipe: recipes.Recipe, choice: Choice, devices: planned.Devices
-) -> Iterator[str]:
-    """What is known without a compiler, in words."""
-    found, chip, images = choice.estimate, devices.chip, recipe.step.images
-    amounts = ", ".join(f"{name} {report.amount(n)}" for name, n in found.kept.items())
-    yield (
-        f"mesh: {told(choice.sizes)}; strategy {choice.strategy}; {images} images a step, "
-        f"{images / devices.count:g} a device"
-    )
-    yield f"a device keeps: {amounts}; arguments of a step {found.arguments:,.0f} bytes"
-    yield (
-        f"a step computes with about {report.amount(found.temporaries)} more: in all "
-        f"{report.amount(found.peak)}" + (f" of {report.amount(chip.memory)}" if chip else "")
-    )
-    if chip is not None and found.peak > ROOM * chip.memory:
-        yield f"warning: it does not fit: a runtime leaves about {ROOM:.0%} of the memory"
-    again = found.operations / found.work - 1
-    yield (
-        f"operations: {recipe.work / images / 1e9:,.1f} GFLOP an image, "
-        f"{found.operations / 1e12:,.2f} TFLOP a step and device"
-        + (f", {again:.0%} computed again" if again else "")
-    )
-    received = ", ".join(f"{what} {report.amount(n)}" for what, n in found.exchanged.items())
-    yield f"a device receives in a step: {received or 'nothing'}"
-    if chip is None:
-        yield "a CPU has no published rates: no times are said of it"
-        return
-    parts = choice.parts(devices)
-    hidden, shown = choice.seconds(devices)
-    useful = found.work / chip.flops
-    times = ", ".join(f"{name} {1000 * each:,.1f} ms" for name, each in parts.items())
-    yield (
-        f"a step takes at least: {times}; {1000 * hidden:,.1f} ms where links are hidden behind "
-        f"products, {1000 * shown:,.1f} ms where they are not; MFU at most {useful / hidden:.0%} "
-        f"and {useful / shown:.0%}"
-    )
-    if parts["links"] > parts["products"]:
-        yield (
-            f"warning: links bound the step: {images / devices.count:g} images a device are few "
-            "for this network; take a larger config.batch_size, or fewer devices"
-        )
-
-
-def lines_of_run(
-    choice: Choice, devices: planned.Devices, remaining: int, price: float | None
-) -> list[str]:
-    """How long all steps take at best, and what that costs."""
-    if devices.chip is None:
-        return []
-    hours = [remaining * each / 3600 for each in choice.seconds(devices)]
-    words = f"{remaining:,} steps: at best {hours[0]:,.1f} to {hours[1]:,.1f} hours, "
-    words += f"{devices.count * hours[0]:,.0f} to {devices.count * hours[1]:,.0f} device hours"
-    if price is not None:
-        costs = [price * devices.count * each for each in hours]
-        words += f"; at {price:g} a device hour {costs[0]:,.0f} to {costs[1]:,.0f}"
-    return [words]
-
-
-def lines_of_program(made, devices: planned.Devices) -> Iterator[str]:
-    """What the compiler says of the step that it made."""
-    memory, room = made.memory_analysis(), devices.chip.memory
-    parts = {
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "results beside them": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-    }
-    peak = sum(parts.values())
-    amounts = ", ".join(f"{name} {report.amount(size)}" for name, size in parts.items())
-    yield (
-        f"memory per chip: {report.amount(peak)} of {report.amount(room)} ({amounts})"
-        + (", fits" if peak <= ROOM * room else ": it does not fit")
-    )
-    by_kind = collections.Counter()
-    for each in program.Program(made.as_text()).collectives():
-        by_kind[each.kind] += each.total
-    received = ", ".join(f"{kind} {report.amount(size)}" for kind, size in by_kind.items())
-    yield f"a chip receives in a step, as compiled: {received or 'nothing'}"
-
-
-def lines(
-    recipe: recipes.Recipe,
-    devices: planned.Devices,
-    sizes: Sequence[int] | None = None,
-    *,
-    price: float | None = None,
-    compile: bool = True,
-) -> Iterator[str]:
-    """The plan in words, line by line as it is known.
-
-    Args:
-        sizes: of the mesh; None: as `proposed`.
-        price: of a device for an hour, in any money.
-        compile: for a TPU's topology, ask its compiler, too.
-    """
-    step = recipe.step
-    if sizes is None:
-        choice = proposed(recipe, devices)
-    else:
-        choice = reckoned(recipe, sharding.sizes_of(*sizes, devices.count), devices.lies)
-    state, _, _ = step.over(mesh_of(choice.sizes), choice.strategy)
-    yield report.table(parameters.paths(steps.parameters_of(state)))
-    yield from lines_of_estimate(recipe, choice, devices)
-    yield from lines_of_run(choice, devices, recipe.settings.steps, price)
-    if compile and devices.tpu:
-        yield from lines_of_program(compiled(step, choice, devices), devices)

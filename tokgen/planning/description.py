@@ -1,0 +1,171 @@
+"""A plan in words, for people: the table of parameters, then a row for each thing one asks.
+
+A range of two numbers is where links are hidden behind products, and where they are not.
+"""
+
+from __future__ import annotations
+
+import collections
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+
+from tokgen import parameters, report, sharding
+from tokgen.planning import devices as planned, plan, program, recipes, steps
+
+COLUMNS, FIRST = 100, 20  # of a terminal; of what a row is called
+
+UNITS = (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6), ("FLOP", 1))
+
+Rows = Iterator[tuple[str, str]]
+
+
+def lines(
+    recipe: recipes.Recipe,
+    devices: planned.Devices,
+    sizes: Sequence[int] | None = None,
+    *,
+    price: float | None = None,
+    compile: bool = True,
+) -> Iterator[str]:
+    """The plan, line by line as it is known.
+
+    Args:
+        sizes: of the mesh, one of which may be -1; None: as `plan.proposed`.
+        price: of a device for an hour, in any money.
+        compile: for a TPU's topology, ask its compiler, too.
+    """
+    if sizes is None:
+        choice = plan.proposed(recipe, devices)
+    else:
+        sizes = sharding.sizes_of(*sizes, devices.count)
+        choice = plan.reckoned(recipe, sizes, devices.lies)
+    state, _, _ = recipe.step.over(plan.mesh_of(choice.sizes), choice.strategy)
+    yield report.table(parameters.paths(steps.parameters_of(state)))
+    yield ""
+    yield from map(_row, of_estimate(recipe, choice, devices))
+    if devices.chip is not None:
+        yield from map(_row, of_times(recipe, choice, devices, price))
+    if compile and devices.tpu:
+        yield ""
+        yield from map(_row, of_program(plan.compiled(recipe.step, choice, devices), devices))
+
+
+def of_estimate(recipe: recipes.Recipe, choice: plan.Choice, devices: planned.Devices) -> Rows:
+    """What a device holds, computes and receives, without a compiler."""
+    found, chip, images = choice.estimate, devices.chip, recipe.step.images
+    ways = choice.sizes[0] * choice.sizes[1]
+    fields = [f"--config.mesh.{a}={n}" for a, n in zip(sharding.AXES, choice.sizes, strict=True)]
+    yield "mesh", f"{plan.told(choice.sizes)}; strategy {choice.strategy}"
+    yield "to train with", f"{' '.join(fields)} --config.strategy={choice.strategy}"
+    parts = recipe.network.parts
+    in_parts = f" in {parts} parts" if parts > 1 else ""
+    yield "images", f"{images:,} a step{in_parts}, {images / ways / parts:g} on a device at once"
+    yield "kept", f"{report.amount(found.arguments)} on a device: {_amounts(found.kept)}"
+    room = f" of {report.amount(chip.memory)}" if chip else ""
+    fits = ""
+    if chip is not None:
+        fits = ", fits" if found.peak <= plan.ROOM * chip.memory else ": IT DOES NOT FIT"
+    yield (
+        "peak",
+        f"about {report.amount(found.peak)}{room} in a step, {report.amount(found.temporaries)} of "
+        f"it to compute with{fits}",
+    )
+    again = found.operations / found.work - 1
+    yield (
+        "operations",
+        f"{_flops(recipe.work / images)} an image, forward and backward; "
+        f"{_flops(found.operations)} a step and device"
+        + (f", {again:.0%} more for what is computed again (remat)" if again else ""),
+    )
+    yield "received", f"by a device in a step: {_amounts(found.exchanged) or 'nothing'}"
+    if chip is None:
+        yield "time", "a CPU has no published rates: nothing is said of it"
+
+
+def of_times(
+    recipe: recipes.Recipe, choice: plan.Choice, devices: planned.Devices, price: float | None
+) -> Rows:
+    """The least time of a step and of all, at published rates, and what that costs."""
+    found, images, count = choice.estimate, recipe.step.images, devices.count
+    parts, bounds = choice.parts(devices), choice.seconds(devices)
+    useful = found.work / devices.chip.flops
+    times = ", ".join(f"{name} {_digits(1000 * each)} ms" for name, each in parts.items())
+    yield (
+        "a step at least",
+        f"{_two(1000 * each for each in bounds)} ms ({times}): links hidden behind products, or "
+        "not",
+    )
+    yield "MFU at most", f"{useful / bounds[0]:.0%}, or {useful / bounds[1]:.0%}"
+    sums, products = found.exchanged.get("summed over tensor", 0.0), parts["products"]
+    if parts["links"] > products and sums > sum(found.exchanged.values()) / 2:
+        yield (
+            "warning",
+            f"links bound the step: what {choice.sizes[2]} devices sum over tensor takes longer "
+            "than their products; take a smaller tensor",
+        )
+    elif parts["links"] > products:
+        yield (
+            "warning",
+            f"links bound the step: {images / count:g} images a device are few for this network; "
+            "take a larger config.batch_size, fewer devices, or a smaller fsdp where there is room",
+        )
+    hours = [recipe.settings.steps * each / 3600 for each in bounds]
+    yield (
+        f"{recipe.settings.steps:,} steps",
+        f"at least {_two(hours)} hours, {_two(count * each for each in hours)} device hours",
+    )
+    if price is not None:
+        costs = _two(price * count * each for each in hours)
+        yield "cost", f"at least {costs}, at {price:g} for a device hour"
+
+
+def of_program(made, devices: planned.Devices) -> Rows:
+    """What the compiler says of the step that it made."""
+    memory, room = made.memory_analysis(), devices.chip.memory
+    parts = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "results beside them": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    }
+    peak = sum(parts.values())
+    yield (
+        "memory per chip:",
+        f"{report.amount(peak)} of {report.amount(room)} as compiled ({_amounts(parts)})"
+        + (", fits" if peak <= plan.ROOM * room else ": IT DOES NOT FIT"),
+    )
+    received = collections.Counter()
+    for each in program.Program(made.as_text()).collectives():
+        received[each.kind] += each.total
+    yield "received", f"by a chip in a step, as compiled: {_amounts(received) or 'nothing'}"
+
+
+def _flops(operations: float) -> str:
+    """`2,343 GFLOP` of a number of operations."""
+    unit, size = next(pair for pair in UNITS if operations >= pair[1] or pair[1] == 1)
+    return f"{operations / size:,.4g} {unit}"
+
+
+def _amounts(parts: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {report.amount(size)}" for name, size in parts.items())
+
+
+def _two(numbers) -> str:
+    """Two bounds in words, with as many digits as they deserve."""
+    first, second = map(_digits, numbers)
+    return first if first == second else f"{first} or {second}"
+
+
+def _digits(number: float) -> str:
+    return f"{number:,.3g}" if number < 100 else f"{number:,.0f}"
+
+
+def _row(row: tuple[str, str]) -> str:
+    name, words = row
+    return textwrap.fill(
+        words,
+        COLUMNS,
+        initial_indent=f"{name:<{FIRST}}",
+        subsequent_indent=" " * FIRST,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
