@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import re
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from tests import family_steps, test_devices
 from tokgen import errors, flops, parameters, sharding
 from tokgen.config import reading
+from tokgen.data import views
 from tokgen.training import accumulation, fields, train_state
 
 ALONE = (1, 1, 1)
@@ -118,7 +120,10 @@ def test_what_does_not_divide_is_refused_with_numbers_that_do(name):
 
 def test_fields_that_a_config_may_leave_out_have_defaults():
     defaults = {field.name: field.default for field in dataclasses.fields(fields.Fields)}
-    assert {name: defaults[name] for name in reading.LEFT_OUT} == {"accumulate": 1, "profile": ()}
+    resize = inspect.signature(views.View).parameters["resize"].default
+    found = {name: defaults[name] for name in ("accumulate", "profile")} | {"view.resize": resize}
+    assert found == {"accumulate": 1, "profile": (), "view.resize": "adm"}
+    assert found.keys() == reading.LEFT_OUT.keys()
 
 
 def test_parts_lie_evenly_over_the_devices():
