@@ -82,11 +82,6 @@ def test_weights_are_gathered_for_each_part_of_a_batch():
     assert gathered("generator.remat=dots") == gathered()
 
 
-def test_a_plan_leaves_the_settings_as_they_are():
-    recipe = recipes.read("configs/generator/rar.py:b")
-    assert recipe.settings.generator.remat == "full" and recipe.plain is not recipe.step
-
-
 def test_every_recipe_says_what_tokens_it_is_made_for():
     built = {}
     for reference, (layout, classes, _) in known.GENERATORS.items():
@@ -114,8 +109,8 @@ def test_operations_are_those_of_the_compiler(raster):
 
 
 def test_what_is_computed_again_is_no_work():
-    again = recipes.read(RASTER, (*SMALL, "generator.remat=full"))
-    once = recipes.read(RASTER, SMALL)
+    again = recipes.read(RASTER, (*SMALL, "generator.remat=full", "optimizer.name=adamw"))
+    once = recipes.read(RASTER, (*SMALL, "optimizer.name=adamw"))
     assert again.work == once.work == once.operations
     # the blocks' forward pass, of three; not the head's
     assert 1.15 * again.work < again.operations < 4 / 3 * again.work

@@ -75,7 +75,7 @@ def of_estimate(recipe: recipes.Recipe, choice: plan.Choice, devices: planned.De
         "operations",
         f"{_flops(recipe.work / images)} an image, forward and backward; "
         f"{_flops(found.operations)} a step and device"
-        + (f", {again:.0%} more for what is computed again (remat)" if again else ""),
+        + (f", {again:.0%} more for remat and optimizer" if again > 0.005 else ""),
     )
     yield "received", f"by a device in a step: {_amounts(found.exchanged) or 'nothing'}"
     if chip is None:

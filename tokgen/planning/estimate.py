@@ -37,7 +37,7 @@ class Estimate:
     Args:
         kept: bytes by component, of what lies there between steps and of a batch.
         temporaries: bytes that a step computes with (`temporaries.most`).
-        work: operations of the products, but for what is computed a second time.
+        work: operations of the model's products: not of remat, nor of the optimizer.
         operations: all of them.
         exchanged: bytes received, by what for.
     """

@@ -19,7 +19,6 @@ from tokgen.planning import (
     tiles,
 )
 
-GIB = 2**30
 ROOM = 0.9  # of a device's memory, that a plan may fill: the rest is the runtime's
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import ml_collections
 from flax import nnx
 
-from tokgen import rng
+from tokgen import flops, rng
 from tokgen.config import building, reading
 from tokgen.interfaces import TokenLayout, UserError
 from tokgen.planning import estimate, steps
@@ -23,17 +23,17 @@ class Recipe:
     settings: ml_collections.ConfigDict
     step: steps.Step
     network: steps.Network
-    plain: steps.Step  # which computes nothing a second time
 
     @functools.cached_property
     def work(self) -> float:
-        """Operations of a step for all images, what is computed a second time left out."""
-        return estimate.count(self.plain)
+        """Those of the model for all images, as the log's `mfu` counts them."""
+        step = self.step
+        return flops.of_training(step.compiled("data"), step.state, step.batch, step.frozen)
 
     @functools.cached_property
     def operations(self) -> float:
-        """Operations of a step for all images."""
-        return self.work if self.plain is self.step else estimate.count(self.step)
+        """Operations of a step for all images, with those of remat and of the optimizer."""
+        return estimate.count(self.step)
 
 
 def read(
@@ -59,13 +59,7 @@ def read(
             f"{reference} does not say how many classes it is made for: give --classes, 0 of a "
             f"generator without labels; found {count}"
         )
-    step, network = steps.generator(settings, layout, count, codec)
-    plain = step
-    if settings.generator.get("remat", "none") != "none":
-        kept = settings.copy_and_resolve_references()
-        kept.generator.remat = "none"
-        plain, _ = steps.generator(kept, layout, count, codec)
-    return Recipe(settings, step, network, plain)
+    return Recipe(settings, *steps.generator(settings, layout, count, codec))
 
 
 def tokens(

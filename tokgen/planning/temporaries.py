@@ -24,17 +24,8 @@ FEW = 8  # images
 # Computed where they are read: no memory of their own
 FUSED = {
     *("add", "sub", "mul", "div", "neg", "exp", "log", "tanh", "logistic", "erf", "rsqrt", "sqrt"),
-    *(
-        "integer_pow",
-        "pow",
-        "max",
-        "min",
-        "abs",
-        "sign",
-        "square",
-        "select_n",
-        "convert_element_type",
-    ),
+    *("integer_pow", "pow", "max", "min", "abs", "sign", "square", "select_n"),
+    "convert_element_type",
     *("broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims", "slice", "rev", "iota"),
     *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "is_finite", "stop_gradient", "copy"),
     *("dynamic_slice", "pad", "concatenate", "cos", "sin", "log1p", "expm1", "add_any", "clamp"),
