@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
 from tokgen import parameters, report, sharding
-from tokgen.planning import devices as planned, plan, program, recipes, steps
+from tokgen.planning import devices as planned, plan, program, recipes, steps, token_set
 
 COLUMNS, FIRST = 100, 20  # of a terminal; of what a row is called
 
@@ -43,6 +43,7 @@ def lines(
     yield report.table(parameters.paths(steps.parameters_of(state)))
     yield ""
     yield from map(_row, of_estimate(recipe, choice, devices))
+    yield from map(_row, token_set.rows(recipe))
     if devices.chip is not None:
         yield from map(_row, of_times(recipe, choice, devices, price))
     if compile and devices.tpu:
