@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokgen import parameters
+from tokgen import parameters, sharding
 from tokgen.nn.precision import Precision
 
 Std = Callable[[int], float]  # the standard deviation with which a map starts, of its fan in
@@ -62,7 +62,10 @@ class Linear(nnx.Module):
         """Contract the last axes of x with the kernel, in the compute dtype."""
         dtype = self.precision.compute_dtype
         x, kernel, sums = x.astype(dtype), self.kernel[...].astype(dtype), self.product
-        y = jnp.tensordot(x, kernel, self.rank, preferred_element_type=sums).astype(dtype)
+        matrix = sharding.matrix(kernel, self.rank)
+        x = x.reshape(*x.shape[: x.ndim - self.rank], len(matrix))
+        y = jnp.dot(x, matrix, preferred_element_type=sums).astype(dtype)
+        y = y.reshape(*y.shape[:-1], *kernel.shape[self.rank :])
         if self.bias is None:
             return y
         bias = self.bias[...].astype(dtype)
