@@ -282,7 +282,7 @@ def test_cli_imports_only_the_standard_library_before_a_command_is_chosen():
         ("tokgen.odds", "x = 1", "'odds' has no place"),
         ("tokgen.nn.conv", "from tokgen.nn.linear import Linear", "imports the symbol"),
         ("tokgen.nn.conv", "from . import linear", "relative import"),
-        ("tokgen.nn.conv", "import tokgen.sharding as s\ns.make_mesh()", "sharding.constrain and"),
+        ("tokgen.nn.conv", "import tokgen.sharding as s\ns.make_mesh()", "a model lays out"),
         ("tokgen.report", "import pickle as p\np.load(f)", "pickle.load may execute"),
         ("tokgen.report", "from pickle import loads\nloads(b)", "pickle.loads may execute"),
         ("tokgen.report", "x = eval('1')", "eval may execute"),
