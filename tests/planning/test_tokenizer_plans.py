@@ -112,7 +112,7 @@ def test_a_stage_on_codes_is_planned_with_its_teacher(capsys):
 
 
 def test_a_mesh_without_room_is_refused_after_what_is_known_of_it(capsys, monkeypatch):
-    monkeypatch.setattr(plan, "ROOM", 1e-4)
+    monkeypatch.setattr(plan, "ROOM", 2e-3)
     path, overrides = GAN
     words = [word for each in overrides for word in ("--set", each)]
     code = command_line.call(
