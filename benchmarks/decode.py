@@ -57,12 +57,7 @@ class Row:
     images: int = BATCH
 
 
-def _square(vocab: int, groups: int = 1, side: int = 16) -> TokenLayout:
-    return TokenLayout((vocab,) * groups, ((side, side),))
-
-
 SMALL = {"generator.width": 384, "generator.depth": 6, "generator.heads": 6}
-PYRAMID = TokenLayout((4096,), tuple((n, n) for n in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)))
 VAR = dict(guidance="per_scale", weight=1.5, top_k=900, top_p=0.95)
 RAR = dict(guidance="power_cosine", weight=16.0, power=2.75)
 HALF = dict(guidance="interval", weight=2.0, first=0, last=127)
@@ -75,36 +70,36 @@ D6 = {"generator.width": 384, "generator.depth": 6, "generator.heads": 6}
 
 ROWS = {
     "RAR 384x6": Row(
-        *("generator/rar.py:b", _square(1024), RAR, beside.Peer("RAR 384x6")),
+        *("generator/rar.py:b", networks.square(1024), RAR, beside.Peer("RAR 384x6")),
         SMALL | {"generator.hidden": 1536},
     ),
-    "RAR-B": Row("generator/rar.py:b", _square(1024), RAR, beside.Peer("RAR-B")),
+    "RAR-B": Row("generator/rar.py:b", networks.square(1024), RAR, beside.Peer("RAR-B")),
     "LlamaGen 384x6": Row(
-        *("generator/llamagen.py:b", _square(16384), dict(guidance="constant", weight=2.0)),
+        *("generator/llamagen.py:b", networks.square(16384), dict(guidance="constant", weight=2.0)),
         *(beside.Peer("LlamaGen 384x6", WAYS), SMALL),
     ),
     "LlamaGen 384x6, half": Row(
-        *("generator/llamagen.py:b", _square(16384), HALF),
+        *("generator/llamagen.py:b", networks.square(16384), HALF),
         *(beside.Peer("LlamaGen 384x6, half"), SMALL),
     ),
     "GPT-B": Row(
-        *("generator/llamagen.py:b", _square(16384), dict(guidance="constant", weight=2.0)),
+        *("generator/llamagen.py:b", networks.square(16384), dict(guidance="constant", weight=2.0)),
         beside.Peer("GPT-B"),
     ),
     "VAR-d6 tokens": Row(
-        *("generator/var.py:d16", PYRAMID, VAR, beside.Peer("VAR-d6 tokens"), D6),
+        *("generator/var.py:d16", networks.PYRAMID, VAR, beside.Peer("VAR-d6 tokens"), D6),
         "tokenizer/var_vqvae.py:256",
     ),
     "VAR-d6": Row(
-        *("generator/var.py:d16", PYRAMID, VAR, beside.Peer("VAR-d6"), D6),
+        *("generator/var.py:d16", networks.PYRAMID, VAR, beside.Peer("VAR-d6"), D6),
         *("tokenizer/var_vqvae.py:256", True),
     ),
     "VAR-d16": Row(
-        *("generator/var.py:d16", PYRAMID, VAR, beside.Peer("VAR-d16"), {}),
+        *("generator/var.py:d16", networks.PYRAMID, VAR, beside.Peer("VAR-d16"), {}),
         *("tokenizer/var_vqvae.py:256", True),
     ),
     "MaskBit, 2 steps": Row(
-        *("generator/maskbit.py:14bit", _square(128, 2), MASKBIT),
+        *("generator/maskbit.py:14bit", networks.square(128, 2), MASKBIT),
         beside.Peer("MaskBit, 2 steps"),
     ),
     "TiTok generator 384x6": Row(
@@ -117,7 +112,7 @@ ROWS = {
         beside.Peer("TiTok-L-32 generator"),
     ),
     "MaskGIT 384x6": Row(
-        *("generator/maskgit.py:256", _square(1024), dict(noise=4.5, steps=8)),
+        *("generator/maskgit.py:256", networks.square(1024), dict(noise=4.5, steps=8)),
         beside.Peer("MaskGIT in JAX", ours=True),
         SMALL | {"generator.hidden": 1536},
     ),

@@ -14,6 +14,13 @@ from tokgen.interfaces import TokenLayout
 from tokgen.sampling import decode
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+CLASSES = 1000
+PYRAMID = TokenLayout((4096,), tuple((n, n) for n in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)))
+
+
+def square(vocab: int, groups: int = 1, side: int = 16) -> TokenLayout:
+    """The layout of a square of tokens."""
+    return TokenLayout((vocab,) * groups, ((side, side),))
 
 
 def generator(

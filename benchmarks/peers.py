@@ -2,10 +2,10 @@
 
     PYTHON benchmarks/peers.py TASK --checkouts DIR [--dtype bfloat16] [--way compiled]
 
-Called by decode.py and tokenizers.py. DIR holds the checkouts by their names (1d-tokenizer,
-LlamaGen, VAR, maskbit, maskgit); PYTHON has torch, einops, omegaconf, transformers and accelerate,
-for the tasks of maskgit jax and flax. Weights are random; packages that a peer imports and does
-not use for the task are stood in for where they are not installed.
+Called by decode.py, tokenizers.py and training_step.py. DIR holds the checkouts by their names
+(1d-tokenizer, LlamaGen, VAR, maskbit, maskgit); PYTHON has torch, timm, einops, omegaconf,
+transformers and accelerate, for the tasks of maskgit jax and flax. Weights are random; packages
+that a peer imports and does not use for the task are stood in for where they are not installed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import unittest.mock
 from collections.abc import Callable
 
 import machine
+import peer_steps
 
 BATCH = 4
 UNUSED = (
@@ -338,12 +339,10 @@ def _titok_config(name: str):
     return OmegaConf.load(f"{root}/configs/infer/TiTok/titok_{name}.yaml")
 
 
-SMALL = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536)
-FULL = dict(hidden_size=768, num_hidden_layers=24, num_attention_heads=16, intermediate_size=3072)
 # Task -> (checkout, what makes the way)
 TASKS = {
-    "RAR 384x6": ("1d-tokenizer", functools.partial(rar, **SMALL)),
-    "RAR-B": ("1d-tokenizer", functools.partial(rar, **FULL)),
+    "RAR 384x6": ("1d-tokenizer", functools.partial(rar, **peer_steps.SMALL)),
+    "RAR-B": ("1d-tokenizer", functools.partial(rar, **peer_steps.FULL)),
     "LlamaGen 384x6": ("LlamaGen", functools.partial(llamagen, dim=384, n_layer=6, n_head=6)),
     "LlamaGen 384x6, half": (
         "LlamaGen",
@@ -356,7 +355,7 @@ TASKS = {
     "VAR's sampler": ("VAR", var_sampler),
     "MaskBit, 2 steps": ("maskbit", functools.partial(maskbit, steps=2)),
     "TiTok-L-32 generator": ("1d-tokenizer", titok),
-    "TiTok generator 384x6": ("1d-tokenizer", functools.partial(titok, **SMALL)),
+    "TiTok generator 384x6": ("1d-tokenizer", functools.partial(titok, **peer_steps.SMALL)),
     "MaskGIT in JAX": ("maskgit", maskgit),
 }
 TOKENIZERS = {
@@ -368,7 +367,7 @@ TOKENIZERS = {
     "TiTok-L-32": ("1d-tokenizer", functools.partial(titok_tokenizer, name="l32")),
     "MaskBit 14-bit": ("maskbit", maskbit_tokenizer),
 }
-TASKS |= {
+TASKS |= peer_steps.TASKS | {
     f"{name} {task}": (peer, functools.partial(make, task=task))
     for name, (peer, make) in TOKENIZERS.items()
     for task in ("decode", "encode")

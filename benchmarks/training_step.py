@@ -1,28 +1,40 @@
 """Images per second of the training steps of some configs: the step alone, no data, no checkpoints.
 
     python benchmarks/training_step.py [--config PATH[:variant] ...] [--devices N]
+    python benchmarks/training_step.py --table [--peers DIR --python PYTHON] [--rows NAME ...]
 
 The step is the one of the training programs, compiled and run on made-up images or tokens of the
 config's size. CPU seconds are of all threads together, so that other work on the machine counts
 little; on a GPU or TPU only the clock means anything. The median of the repeats is printed with the
 smallest and largest.
+
+The second prints CPU seconds of one step of `ROWS` on one core in float32, and the same of the
+peer's from its checkout (peer_steps.py), turn by turn: the same batch and dropout, losses, clip and
+AdamW of both, no average of the parameters.
 """
 
 import argparse
+import dataclasses
 import math
 import os
+import sys
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import beside
 import jax
 import machine
 import ml_collections
+import networks
 import numpy as np
+import roofline
 from flax import nnx
 
-from tokgen import parameters as parameters_, rng, runtime, sharding
+from tokgen import flops, parameters as parameters_, rng, runtime, sharding
 from tokgen.config import building, reading
 from tokgen.data import token_header
-from tokgen.interfaces import TokenLayout
+from tokgen.interfaces import Quantizer, TokenLayout
 from tokgen.training import (
     gan as gans,
     generator_step,
@@ -47,14 +59,81 @@ QUICK = {
 }
 
 
-def main() -> None:
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A generator's step, and the peer's name of the same."""
+
+    config: str  # by its name in configs/
+    layout: TokenLayout
+    batch: int
+    peer: str
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the config, changed
+    tokenizer: str = ""  # whose quantizer is the codec
+
+
+# six layers, apart, of which all is kept
+SMALL = {"generator.width": 384, "generator.depth": 6, "generator.heads": 6}
+SMALL |= {"generator.remat": "none"}
+ROWS = {
+    "RAR 384x6": Row(
+        *("generator/rar.py:b", networks.square(1024), 8, "RAR 384x6 step"),
+        SMALL | {"generator.hidden": 1536},
+    ),
+    "LlamaGen 384x6": Row(
+        *("generator/llamagen.py:b", networks.square(16384), 8, "LlamaGen 384x6 step"),
+        SMALL,
+    ),
+    "VAR-d6": Row(
+        *("generator/var.py:d16", networks.PYRAMID, 4, "VAR-d6 step"),
+        SMALL | {"generator.rates.path": 0.1 * 6 / 24},
+        "tokenizer/var_vqvae.py:256",
+    ),
+    "MaskBit 384x6": Row(
+        *("generator/maskbit.py:14bit", networks.square(128, 2), 4, "MaskBit 384x6 step"),
+        SMALL | {"generator.hidden": 1536, "ema": 0.0},
+    ),
+    "RAR-B": Row("generator/rar.py:b", networks.square(1024), 8, "RAR-B step"),
+}
+PEERS = {name: beside.Peer(row.peer) for name, row in ROWS.items()}
+# --quick: of every row
+TINY = {"generator.width": 32, "generator.depth": 1, "generator.heads": 2, "generator.hidden": 64}
+
+
+def way_of(name: str, quick: bool) -> tuple[Callable[[], object], Callable[[], float]]:
+    """(one step of a row, in how many seconds this core could do it at best)."""
+    row, codec = ROWS[name], None
+    settings = networks.settled(row.config, {**row.fields, **(TINY if quick else {})}, "float32")
+    settings.batch_size = row.batch
+    if row.tokenizer:
+        codec = networks.tokenizer(row.tokenizer, {}, "float32").quantizer
+    step, (moving, *fixed), _ = training(settings, row.layout, networks.CLASSES, codec)
+    count = flops.of_training(step, moving, *fixed)
+
+    def way():
+        nonlocal moving
+        moving, scalars = step(moving, *fixed)
+        jax.block_until_ready((moving, scalars))
+
+    return way, lambda: count / roofline.this_cpu("float32").flops
+
+
+def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", nargs="+", default=CONFIGS, metavar="PATH[:variant]")
     parser.add_argument("--devices", type=int, help="of the CPU; default: as the programs do")
     parser.add_argument("--steps", type=int, default=50, help="of one repeat")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="tiny networks: does it work?")
+    parser.add_argument("--table", action="store_true", help="beside the peers")
+    beside.arguments(parser)
+    # what beside tells every program
+    parser.add_argument("--precision", choices=("float32",), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.serve:
+        return machine.serve(lambda: way_of(arguments.serve, arguments.quick))
+    if arguments.table:
+        print(machine.header(PACKAGES))
+        return beside.table("training_step.py", PEERS, ("float32",), arguments)
     if arguments.quick:
         arguments.steps, arguments.repeats = 2, 1
     loaded = {reference: load(reference, arguments.quick) for reference in arguments.config}
@@ -87,8 +166,16 @@ def set_devices(count: int | None, batch_sizes) -> None:
         runtime.devices(math.gcd(*batch_sizes))
 
 
-def training(settings):
-    """(step, what it is called on, parameters): the step returns its first argument, moved on."""
+def training(
+    settings,
+    layout: TokenLayout = LAYOUT,
+    classes: int = CLASSES,
+    codec: Quantizer | None = None,
+):
+    """(step, what it is called on, parameters): the step returns its first argument, moved on.
+
+    Of a generator, layout, classes and codec are those that its tokenizer would give.
+    """
     mesh = sharding.make_mesh()
     jax.set_mesh(mesh)
     draw = np.random.default_rng(0)
@@ -98,21 +185,21 @@ def training(settings):
             optimizers.optimizer, settings.optimizer, "optimizer", steps=settings.steps
         )
         graph, network = train_state.create(
-            lambda: building.generator(settings, LAYOUT, CLASSES, rngs=nnx.Rngs(rngs)),
+            lambda: building.generator(settings, layout, classes, rngs=nnx.Rngs(rngs)),
             optimizer,
             mesh=mesh,
             strategy=settings.strategy,
             ema=settings.ema,
         )
-        shape = (settings.batch_size, LAYOUT.length, LAYOUT.groups)
-        dtype = token_header.loaded_integer(LAYOUT.vocab)
+        shape = (settings.batch_size, layout.length, layout.groups)
+        dtype = token_header.loaded_integer(layout.vocab)
         batch = {
-            "tokens": draw.integers(0, LAYOUT.absent, shape, dtype),
-            "label": draw.integers(0, CLASSES, settings.batch_size, np.int32),
+            "tokens": draw.integers(0, layout.absent, shape, dtype),
+            "label": draw.integers(0, classes, settings.batch_size, np.int32),
         }
         step = generator_step.step(settings, graph, optimizer)
         batch = sharding.global_batch(batch, mesh)
-        return step, (network, batch, None), parameters_.count(network.params)
+        return step, (network, batch, codec), parameters_.count(network.params)
     plan = stages.plan(settings)
     gan = building.call(
         gans.GAN, {**settings.discriminator, "start": 0.0, "warmup": 0.0}, "discriminator"
@@ -158,4 +245,4 @@ def measure(reference: str, settings: ml_collections.ConfigDict, steps: int, rep
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

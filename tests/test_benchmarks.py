@@ -21,7 +21,7 @@ from tokgen.config import building, reading
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
-PARTS = {"machine", "beside", "networks", "peers", "aot"}  # of programs
+PARTS = {"machine", "beside", "networks", "peers", "peer_steps", "aot"}  # of programs
 PROGRAMS = {file.stem for file in FOLDER.glob("*.py")} - PARTS
 PAIR = ["configs/tokenizer/shapes.py", "configs/generator/shapes.py"]
 
@@ -62,6 +62,15 @@ def test_training_step():
         # one repeat: the same seconds said in two ways
         assert rate * step == pytest.approx(1000 * batch, rel=0.1)
         assert cost > 0
+
+
+@pytest.mark.long
+def test_training_step_table():
+    header, titles, line = quick("training_step", "--table", "--pairs", "1", "--rows", "RAR 384x6")
+    check_header(header)
+    assert titles.split()[:2] == ["task", "dtype"] and line.startswith("RAR 384x6")
+    cost, least, most, first, peak = figures(line[36:])[:5]
+    assert 0 < least <= cost <= most and first > 0 and peak > 100
 
 
 @pytest.mark.long

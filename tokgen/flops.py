@@ -36,7 +36,7 @@ def of_training(step: jax.stages.Wrapped, *arguments) -> float:
 
 
 def products(jaxpr: extended.Jaxpr, beside: Sequence[str] = ()) -> float:
-    """Those of what was traced; without what stands in a scope of `beside`."""
+    """Those of a jaxpr, but for what stands in a scope of `beside`."""
     total = 0.0
     for equation in jaxpr.eqns:
         if beside and not set(beside).isdisjoint(_scopes(equation)):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from tokgen import parameters, report, sharding
 from tokgen.interfaces import UserError
-from tokgen.planning import devices as planned, plan, program, recipes, steps
+from tokgen.planning import devices as planned, plan, program, recipes, steps, token_set
 
 COLUMNS, FIRST = 100, 20  # of a terminal; of what a row is called
 
@@ -44,16 +44,17 @@ def lines(
     state, _, _ = recipe.dearest.step.over(plan.mesh_of(choice.sizes), choice.strategy)
     yield report.table(parameters.paths(steps.parameters_of(state)))
     yield ""
-    yield from map(_row, of_estimate(recipe, choice, devices))
+    yield from map(row, of_estimate(recipe, choice, devices))
+    yield from map(row, token_set.rows(recipe))
     if devices.chip is not None:
-        yield from map(_row, of_times(recipe, choice, devices, price))
+        yield from map(row, of_times(recipe, choice, devices, price))
     if not plan.fits(choice, devices):
         lacking = plan.lacking(recipe, choice, devices)
         raise UserError(f"{plan.told(choice.sizes)} does not fit: {lacking}")
     if compile and devices.tpu:
         yield ""
         made = plan.compiled(recipe.dearest.step, choice, devices)
-        yield from map(_row, of_program(made, devices))
+        yield from map(row, of_program(made, devices))
 
 
 def of_estimate(recipe: recipes.Recipe, choice: plan.Choice, devices: planned.Devices) -> Rows:
@@ -69,7 +70,7 @@ def of_estimate(recipe: recipes.Recipe, choice: plan.Choice, devices: planned.De
     parts = recipe.parts
     in_parts = f" in {parts} parts" if parts > 1 else ""
     yield "images", f"{images:,} a step{in_parts}, {images / ways / parts:g} on a device at once"
-    yield "kept", f"{report.amount(found.arguments)} on a device: {_amounts(found.kept)}"
+    yield "kept", f"{report.amount(found.arguments)} on a device: {amounts(found.kept)}"
     room = f" of {report.amount(chip.memory)}" if chip else ""
     fits = ""
     if chip is not None:
@@ -87,7 +88,7 @@ def of_estimate(recipe: recipes.Recipe, choice: plan.Choice, devices: planned.De
         f"{_flops(found.operations)} a step and device"
         + (f", {again:.0%} more for remat and optimizer" if again > 0.005 else ""),
     )
-    yield "received", f"by a device in a step: {_amounts(found.exchanged) or 'nothing'}"
+    yield "received", f"by a device in a step: {amounts(found.exchanged) or 'nothing'}"
     if chip is None:
         yield "time", "a CPU has no published rates: nothing is said of it"
 
@@ -99,7 +100,7 @@ def of_times(
     found, images, count = choice.estimate, recipe.images, devices.count
     parts, bounds = choice.parts(devices), choice.seconds(devices)
     useful = found.work / devices.chip.flops
-    times = ", ".join(f"{name} {_digits(1000 * each)} ms" for name, each in parts.items())
+    times = ", ".join(f"{name} {digits(1000 * each)} ms" for name, each in parts.items())
     yield (
         "a step at least",
         f"{_two(1000 * each for each in bounds)} ms ({times}): links hidden behind products, or "
@@ -142,13 +143,13 @@ def of_program(made, devices: planned.Devices) -> Rows:
     peak = sum(parts.values())
     yield (
         "memory per chip:",
-        f"{report.amount(peak)} of {report.amount(room)} as compiled ({_amounts(parts)})"
+        f"{report.amount(peak)} of {report.amount(room)} as compiled ({amounts(parts)})"
         + (", fits" if peak <= plan.ROOM * room else ": IT DOES NOT FIT"),
     )
     received = collections.Counter()
     for each in program.Program(made.as_text()).collectives():
         received[each.kind] += each.total
-    yield "received", f"by a chip in a step, as compiled: {_amounts(received) or 'nothing'}"
+    yield "received", f"by a chip in a step, as compiled: {amounts(received) or 'nothing'}"
 
 
 def _flops(operations: float) -> str:
@@ -157,15 +158,17 @@ def _flops(operations: float) -> str:
     return f"{operations / size:,.4g} {unit}"
 
 
-def _amounts(parts: Mapping[str, float]) -> str:
+def amounts(parts: Mapping[str, float]) -> str:
+    """Numbers of bytes by name."""
     return ", ".join(f"{name} {report.amount(size)}" for name, size in parts.items())
 
 
-def _digits(number: float) -> str:
+def digits(number: float) -> str:
+    """A number with as many digits as it deserves."""
     return f"{number:,.3g}" if number < 100 else f"{number:,.0f}"
 
 
-def _two(numbers: Iterable[float], told: Callable[[float], str] = _digits) -> str:
+def _two(numbers: Iterable[float], told: Callable[[float], str] = digits) -> str:
     """Two bounds in words, with as many digits as they deserve."""
     first, second = map(told, numbers)
     return first if first == second else f"{first} or {second}"
@@ -173,11 +176,12 @@ def _two(numbers: Iterable[float], told: Callable[[float], str] = _digits) -> st
 
 def _lasting(seconds: float) -> str:
     name, unit = next((n, u) for n, u in LASTING if seconds >= u or u == 1)
-    return f"{_digits(seconds / unit)} {name}"
+    return f"{digits(seconds / unit)} {name}"
 
 
-def _row(row: tuple[str, str]) -> str:
-    name, words = row
+def row(pair: tuple[str, str]) -> str:
+    """A name and what is said of it, in lines of a terminal's width."""
+    name, words = pair
     return textwrap.fill(
         words,
         COLUMNS,
