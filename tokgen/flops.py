@@ -21,7 +21,7 @@ def of(function: Callable, *shapes) -> float:
     branches the dearest: where a platform has a cheaper form of its own, the plain one. A `while`
     of unknown length counts once.
     """
-    return _products(jax.make_jaxpr(function)(*shapes).jaxpr)
+    return products(jax.make_jaxpr(function)(*shapes).jaxpr)
 
 
 def of_training(step: jax.stages.Wrapped, *arguments) -> float:
@@ -30,17 +30,18 @@ def of_training(step: jax.stages.Wrapped, *arguments) -> float:
     Without what stands in a scope of `BESIDE`: the same step under another policy of remat has the
     same. `step` is traced, and not again when it is called with the same.
     """
-    return _products(step.trace(*arguments).jaxpr.jaxpr, BESIDE)
+    return products(step.trace(*arguments).jaxpr.jaxpr, BESIDE)
 
 
-def _products(jaxpr, beside: Sequence[str] = ()) -> float:
+def products(jaxpr, beside: Sequence[str] = ()) -> float:
+    """Those of a jaxpr, but for what stands in a scope of `beside`."""
     total = 0.0
     for equation in jaxpr.eqns:
         if beside and not set(beside).isdisjoint(_scopes(equation)):
             continue
         out = equation.outvars[0].aval if equation.outvars else None
         inside = [extended.jaxprs_in_params(equation.params)]
-        parts = [_products(part, beside) for parts in inside for part in parts]
+        parts = [products(part, beside) for parts in inside for part in parts]
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             lhs = equation.invars[0].aval

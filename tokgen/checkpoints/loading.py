@@ -168,9 +168,16 @@ def load(path: str | os.PathLike, kind: str = "", *, compute: str = "", which: s
     return _loaded(path, kind, compute, which, lambda module: module)
 
 
-def load_reference(path: str | os.PathLike) -> Loaded:
-    """Of a tokenizer what its generators refer to; none of its arrays is read."""
-    return _loaded(path, "tokenizer", "", "", lambda module: nnx.Dict())
+def load_reference(
+    path: str | os.PathLike, kind: str = "tokenizer", *, compute: str = ""
+) -> Loaded:
+    """Of a network what others refer to, without a module; none of its arrays is read."""
+    return _loaded(path, kind, compute, "", lambda module: nnx.Dict())
+
+
+def load_reference_of(generator: Loaded, path: str = "") -> Loaded:
+    """As `load_tokenizer_of`, but none of its arrays is read."""
+    return _tokenizer_of(generator, path, load_reference)
 
 
 def load_to_draw(path: str | os.PathLike, *, compute: str = "") -> Loaded:

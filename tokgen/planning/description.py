@@ -42,13 +42,13 @@ def lines(
     state, _, _ = recipe.step.over(plan.mesh_of(choice.sizes), choice.strategy)
     yield report.table(parameters.paths(steps.parameters_of(state)))
     yield ""
-    yield from map(_row, of_estimate(recipe, choice, devices))
-    yield from map(_row, token_set.rows(recipe))
+    yield from map(row, of_estimate(recipe, choice, devices))
+    yield from map(row, token_set.rows(recipe))
     if devices.chip is not None:
-        yield from map(_row, of_times(recipe, choice, devices, price))
+        yield from map(row, of_times(recipe, choice, devices, price))
     if compile and devices.tpu:
         yield ""
-        yield from map(_row, of_program(plan.compiled(recipe.step, choice, devices), devices))
+        yield from map(row, of_program(plan.compiled(recipe.step, choice, devices), devices))
 
 
 def of_estimate(recipe: recipes.Recipe, choice: plan.Choice, devices: planned.Devices) -> Rows:
@@ -61,7 +61,7 @@ def of_estimate(recipe: recipes.Recipe, choice: plan.Choice, devices: planned.De
     parts = recipe.network.parts
     in_parts = f" in {parts} parts" if parts > 1 else ""
     yield "images", f"{images:,} a step{in_parts}, {images / ways / parts:g} on a device at once"
-    yield "kept", f"{report.amount(found.arguments)} on a device: {_amounts(found.kept)}"
+    yield "kept", f"{report.amount(found.arguments)} on a device: {amounts(found.kept)}"
     room = f" of {report.amount(chip.memory)}" if chip else ""
     fits = ""
     if chip is not None:
@@ -78,7 +78,7 @@ def of_estimate(recipe: recipes.Recipe, choice: plan.Choice, devices: planned.De
         f"{_flops(found.operations)} a step and device"
         + (f", {again:.0%} more for remat and optimizer" if again > 0.005 else ""),
     )
-    yield "received", f"by a device in a step: {_amounts(found.exchanged) or 'nothing'}"
+    yield "received", f"by a device in a step: {amounts(found.exchanged) or 'nothing'}"
     if chip is None:
         yield "time", "a CPU has no published rates: nothing is said of it"
 
@@ -90,7 +90,7 @@ def of_times(
     found, images, count = choice.estimate, recipe.step.images, devices.count
     parts, bounds = choice.parts(devices), choice.seconds(devices)
     useful = found.work / devices.chip.flops
-    times = ", ".join(f"{name} {_digits(1000 * each)} ms" for name, each in parts.items())
+    times = ", ".join(f"{name} {digits(1000 * each)} ms" for name, each in parts.items())
     yield (
         "a step at least",
         f"{_two(1000 * each for each in bounds)} ms ({times}): links hidden behind products, or "
@@ -131,13 +131,13 @@ def of_program(made, devices: planned.Devices) -> Rows:
     peak = sum(parts.values())
     yield (
         "memory per chip:",
-        f"{report.amount(peak)} of {report.amount(room)} as compiled ({_amounts(parts)})"
+        f"{report.amount(peak)} of {report.amount(room)} as compiled ({amounts(parts)})"
         + (", fits" if peak <= plan.ROOM * room else ": IT DOES NOT FIT"),
     )
     received = collections.Counter()
     for each in program.Program(made.as_text()).collectives():
         received[each.kind] += each.total
-    yield "received", f"by a chip in a step, as compiled: {_amounts(received) or 'nothing'}"
+    yield "received", f"by a chip in a step, as compiled: {amounts(received) or 'nothing'}"
 
 
 def _flops(operations: float) -> str:
@@ -146,22 +146,25 @@ def _flops(operations: float) -> str:
     return f"{operations / size:,.4g} {unit}"
 
 
-def _amounts(parts: Mapping[str, float]) -> str:
+def amounts(parts: Mapping[str, float]) -> str:
+    """Numbers of bytes by name."""
     return ", ".join(f"{name} {report.amount(size)}" for name, size in parts.items())
 
 
 def _two(numbers) -> str:
     """Two bounds in words, with as many digits as they deserve."""
-    first, second = map(_digits, numbers)
+    first, second = map(digits, numbers)
     return first if first == second else f"{first} or {second}"
 
 
-def _digits(number: float) -> str:
+def digits(number: float) -> str:
+    """A number with as many digits as it deserves."""
     return f"{number:,.3g}" if number < 100 else f"{number:,.0f}"
 
 
-def _row(row: tuple[str, str]) -> str:
-    name, words = row
+def row(pair: tuple[str, str]) -> str:
+    """A name and what is said of it, in lines of a terminal's width."""
+    name, words = pair
     return textwrap.fill(
         words,
         COLUMNS,

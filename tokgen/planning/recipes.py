@@ -53,19 +53,34 @@ def read(
     if "generator" not in settings:
         raise UserError(f"{reference} trains a tokenizer: plans are of generators so far")
     layout, codec = tokens(settings, reference, tokenizer)
+    count = classes_of(settings, reference, classes)
+    return Recipe(settings, *steps.generator(settings, layout, count, codec))
+
+
+def classes_of(settings: ml_collections.ConfigDict, reference: str, classes: int | None) -> int:
+    """How many classes a generator has: as given, or as its `made_for` says."""
     count = settings.get("made_for", {}).get("classes") if classes is None else classes
     if count is None or count < 0:
         raise UserError(
             f"{reference} does not say how many classes it is made for: give --classes, 0 of a "
             f"generator without labels; found {count}"
         )
-    return Recipe(settings, *steps.generator(settings, layout, count, codec))
+    return count
 
 
 def tokens(
     settings: ml_collections.ConfigDict, reference: str, tokenizer: str = ""
 ) -> tuple[TokenLayout, nnx.Module]:
     """(layout of a generator's tokens, their quantizer as shapes)."""
+    own = tokenizer_of(settings, reference, tokenizer)
+    codec = nnx.eval_shape(lambda: building.tokenizer(own, rngs=rng.rngs(0))).quantizer
+    return codec.layout, codec
+
+
+def tokenizer_of(
+    settings: ml_collections.ConfigDict, reference: str, tokenizer: str = ""
+) -> ml_collections.ConfigDict:
+    """The recipe of what makes a generator's tokens, for images of their size."""
     told = settings.get("made_for", {})
     if not tokenizer and not told:
         raise UserError(
@@ -75,5 +90,4 @@ def tokens(
     own = reading.load(tokenizer or told.tokenizer)
     if not tokenizer:
         own.view.size = (building.call(fields.MadeFor, told, "made_for").pixels,) * 2
-    codec = nnx.eval_shape(lambda: building.tokenizer(own, rngs=rng.rngs(0))).quantizer
-    return codec.layout, codec
+    return own
