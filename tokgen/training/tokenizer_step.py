@@ -418,8 +418,12 @@ def adopt(model: train_state.TrainState, teacher: nnx.Module) -> train_state.Tra
                 f"config.decoder.{name} and the teacher's differ in size: give config.decoder the "
                 "widths, blocks and codebook of the teacher"
             )
-        # copies: the step donates its arrays, and the teacher goes on teaching
-        decoder[name] = jax.tree.map(jnp.copy, tree)
+        # copies, where the model's own lie: the step donates its arrays, the teacher teaches on
+        decoder[name] = jax.tree.map(_copied, tree, decoder[name])
     params = {**model.params, "decoder": decoder}
     ema = None if model.ema is None else jax.tree.map(jnp.copy, params)
     return model.replace(params=params, ema=ema)
+
+
+def _copied(leaf: jax.Array, own: jax.Array) -> jax.Array:
+    return jax.device_put(jnp.copy(leaf), own.sharding)
