@@ -16,13 +16,13 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from tokgen import distributed, image_grid, metrics_log, parameters, report, rng, sharding
+from tokgen import distributed, metrics_log, parameters, report, rng, sharding
 from tokgen.checkpoints import checkpoint, loading, run as runs
 from tokgen.config import building, migration
 from tokgen.data import datasets, loader, scan, token_header
-from tokgen.evaluation import validation
+from tokgen.evaluation import evaluators, validation
 from tokgen.interfaces import TokenLayout, UserError
-from tokgen.sampling import drawing, presets
+from tokgen.sampling import presets
 from tokgen.training import (
     dry_run,
     fields,
@@ -69,6 +69,11 @@ def main(request: launch.Request) -> None:
             "the default preset is guided, but generator.label_drop=0 never trains what it is "
             "guided away from: set label_drop=0.1, or the preset's weight to 1"
         )
+    evaluating = evaluators.made(
+        evaluators.Material(
+            settings, dict(train=source, held_out=held_out), tokenizer, cond=shapes.cond
+        )
+    )
     graph, network = train_state.create(
         make, optimizer, mesh=mesh, strategy=settings.strategy, ema=settings.ema
     )
@@ -122,6 +127,8 @@ def main(request: launch.Request) -> None:
         show_imported(settings, with_what, log)
     if start and due(start) and not measured:  # it was saved, and the run ended while measuring
         run.note(start, measure(network, graph, with_what, log, settings))
+    if asking := evaluators.left(evaluating, start, steps, log):
+        evaluators.run(asking, averaged(graph, network), start, log)
     batches = loader.batches(
         source,
         seed=seed,
@@ -176,6 +183,11 @@ def main(request: launch.Request) -> None:
                 run.save({"model": network})
             if asked:
                 break
+            if asking := evaluators.due(evaluating, done, steps):
+                tell()
+                with run.rescuing({"model": network}):
+                    evaluators.run(asking, averaged(graph, network), done, log)
+                pace.again()
             if due(done):
                 with run.rescuing({"model": network}):
                     figures = measure(network, graph, with_what, log, settings)
@@ -195,7 +207,8 @@ def read(data, order):
     if data.tokens:
         source, held_out = (datasets.generator_source(data, s) for s in token_header.SPLITS)
         made_by = source.header["tokenizer"]
-        tokenizer = loading.load_tokenizer(data.tokenizer or made_by["path"])
+        # nothing is encoded here: no device has an encoder to hold
+        tokenizer = loading.load_decoder(data.tokenizer or made_by["path"])
         loading.check_tokens(tokenizer, source.header, source.path)
         return source, held_out, tokenizer
     if not data.tokenizer:
@@ -208,6 +221,11 @@ def read(data, order):
     tokenizer = loading.load_tokenizer(data.tokenizer, compute="float32")
     parts = (datasets.generator_source(data, s, tokenizer, order) for s in token_header.SPLITS)
     return *parts, tokenizer
+
+
+def averaged(graph: nnx.GraphDef, network: train_state.TrainState) -> nnx.Module:
+    """The generator with its averaged weights, as it is measured."""
+    return parameters.merge(graph, train_state.averaged(network), network.stats)
 
 
 def measure(
@@ -223,7 +241,7 @@ def measure(
     """
     held_out, tokenizer = with_what
     step = int(jax.device_get(network.step))
-    generator = parameters.merge(graph, train_state.averaged(network), network.stats)
+    generator = averaged(graph, network)
     codec = tokenizer.module.quantizer
     figures = {}
     if len(held_out):
@@ -264,21 +282,12 @@ def grid(
 ) -> np.ndarray:
     """Samples of the first ten classes, or of the first ten held-out texts, a row for each."""
     held_out, tokenizer = with_what
-    columns = settings.held_out.samples
-    if generator.cond == "text":
-        ten = np.arange(min(10, len(held_out)))
-        shown = datasets.condition(next(loader.once(held_out, batch_size=len(ten), indices=ten)))
-    else:
-        shown = np.arange(min(max(len(classes), 1), 10), dtype=np.int32)
-    cond = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf), columns, axis=0), shown)
-    generator, sampler = presets.prepare(generator, preset)
-    _, image_NHW3 = drawing.draw(
-        *(generator, tokenizer.module, cond, sampler),
+    _, image_HW3 = evaluators.grid(
+        *(generator, preset, classes, held_out, tokenizer.module),
+        columns=settings.held_out.samples,
         seed=settings.seed,
-        batch=len(jax.tree.leaves(cond)[0]),
-        what="",
     )
-    return image_grid.grid(image_NHW3, columns, scale=2)
+    return image_HW3
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from tokgen import distributed, image_grid, metrics_log, parameters, report, sha
 from tokgen.checkpoints import checkpoint, manifest, run as runs
 from tokgen.config import building, migration
 from tokgen.data import datasets, loader, scan, views
-from tokgen.evaluation import validation
+from tokgen.evaluation import evaluators, validation
 from tokgen.interfaces import UserError
 from tokgen.training import (
     dry_run,
@@ -67,6 +67,9 @@ def main(request: launch.Request) -> None:
     if distributed.many():  # their files may lie on a disk of each host
         arrays = manifest.digest(manifest.of(parameters.paths(frozen)))
         distributed.check_alike({"networks that are not trained": arrays})
+    evaluating = evaluators.made(
+        evaluators.Material(settings, dict(train=source, held_out=held_out))
+    )
     run = runs.start(
         workdir,
         settings,
@@ -131,6 +134,8 @@ def main(request: launch.Request) -> None:
 
     if start and due(start) and not measured:  # it was saved, and the run ended while measuring
         run.note(start, measure(networks, graph, held_out, log, settings))
+    if asking := evaluators.left(evaluating, start, steps, log):
+        evaluators.run(asking, averaged(graph, networks), start, log)
     with report.bar(steps, initial=start, what="tokenizer") as bar, contextlib.ExitStack() as ends:
         pace = paces.Pace(settings.batch_size, list(mesh.devices.flat))
         late = []  # the figures of a step, until the next is under way
@@ -189,6 +194,12 @@ def main(request: launch.Request) -> None:
                 run.save(networks)
             if asked:
                 break
+            if asking := evaluators.due(evaluating, step, steps):
+                later = tell()
+                collapsed = collapsed or later
+                with run.rescuing(networks):
+                    evaluators.run(asking, averaged(graph, networks), step, log)
+                pace.again()
             if due(step):
                 with run.rescuing(networks):
                     figures = measure(networks, graph, held_out, log, settings)
@@ -220,6 +231,12 @@ def main(request: launch.Request) -> None:
     stop.end(f"step {step} of {steps} is saved in {workdir}")
 
 
+def averaged(graph: nnx.GraphDef, networks: tokenizer_step.Networks) -> nnx.Module:
+    """The tokenizer with its averaged weights, as it is measured."""
+    model = networks["model"]
+    return parameters.merge(graph, train_state.averaged(model), model.stats)
+
+
 def measure(
     networks: tokenizer_step.Networks,
     graph: nnx.GraphDef,
@@ -233,9 +250,7 @@ def measure(
     """
     if not len(held_out):
         return {}
-    model = networks["model"]
-    step = int(jax.device_get(model.step))
-    tokenizer = parameters.merge(graph, train_state.averaged(model), model.stats)
+    step, tokenizer = int(jax.device_get(networks["model"].step)), averaged(graph, networks)
     figures, (image, reconstructed) = validation.reconstruction(
         *(tokenizer, held_out, datasets.view_of(settings)),
         count=settings.held_out.images,

@@ -23,10 +23,11 @@ import safetensors.numpy
 from jax.sharding import AxisType, Mesh
 from PIL import Image
 
-from tests import shared_steps
+from tests import references, shared_steps
 from tokgen import cli, image_grid, metrics_log, parameters, runtime, sharding
 from tokgen.checkpoints import checkpoint, loading
 from tokgen.data import token_shards
+from tokgen.evaluation import evaluators
 from tokgen.sampling import memory
 from tokgen.training import fields, launch
 
@@ -307,6 +308,52 @@ def test_a_killed_generator_run_goes_on_to_the_same_bits(place, generator, capfd
     first, last = manifest(generator, EVERY), manifest(generator)
     paths = [path for path in last if path.startswith("model/params/")]
     assert sum(first[p]["checksum"] != last[p]["checksum"] for p in paths) > 0.8 * len(paths)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["tokenizer", "generator"])
+def test_evaluators_log_each_step_once_wherever_the_run_is_cut_off(
+    kind, place, shards, monkeypatch, capfd
+):
+    """Ended in the second of two, at a step that is saved: the first one's line stays."""
+    file = place / "local.npz"
+    references.of_noise(file, (32, 48), ("bird", "cat"))
+    own = f"--config.evaluators.{{}}.{'images' if kind == 'tokenizer' else 'samples'}=30"
+    words = [*{"tokenizer": tokenizer_words, "generator": generator_words}[kind](place, "{}")]
+    words[3] = place / f"cut_off_{kind}"
+    for name, every in (("first", 2), ("other", 4)):
+        given = dict(kind="score", every=every, reference=file, metrics="('sfid','precision')")
+        words += [f"--config.evaluators.{name}.{key}={value}" for key, value in given.items()]
+        words += [own.format(name), f"--config.evaluators.{name}.accept=('few',)"]
+    if kind == "generator":
+        words += ["--config.evaluators.other.preset=no_guidance"]
+        words += [f"--config.evaluators.nats.{x}" for x in ("kind=likelihood", "every=3")]
+        words += ["--config.evaluators.nats.images=3", "--config.evaluators.nats.split=train"]
+        words += [f"--config.evaluators.look.{x}" for x in ("kind=grid", "every=3", "columns=2")]
+    real = evaluators.Evaluator
+
+    class Cut(real):
+        def __init__(self, name, every, measure):
+            def cut(network):
+                if name == "other":
+                    raise KeyboardInterrupt
+                return measure(network)
+
+            super().__init__(name, every, cut)
+
+    monkeypatch.setattr(evaluators, "Evaluator", Cut)
+    assert story(kind, *words) == 130
+    monkeypatch.setattr(evaluators, "Evaluator", real)
+    program(kind, *words)
+    assert "resumed step 4" in capfd.readouterr().err
+    lines = [(r["split"], r["step"]) for r in metrics_log.read(words[3])]
+    asked = {"first": [2, 4, 5], "other": [4, 5], "held_out": [2, 4, 5], "train": [2, 4, 5]}
+    if kind == "generator":
+        asked |= {"nats": [3, 5], "look": [3, 5]}
+    assert {name: [s for n, s in lines if n == name] for name in asked} == asked
+    assert len(lines) == sum(map(len, asked.values()))
+    program(kind, *words)  # the end is no reason to measure again
+    assert len(metrics_log.read(words[3])) == len(lines)
 
 
 def test_tokens_made_while_training_lead_to_the_same_bits(place, tokenizer, generator, capfd):

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import recipes
+from tests import recipes, references
 from tokgen import metrics_log, sharding
 from tokgen.checkpoints import checkpoint
 
@@ -218,6 +218,13 @@ def test_processes_train_a_generator_as_one_does(
         f"--config.mesh.{n}={s}" for n, s in zip(("data", "fsdp", "tensor"), mesh, strict=True)
     ]
     words += [*sizes, f"--config.strategy={strategy}"]
+    # what a run measures meanwhile, each at steps of its own
+    references.of_noise(tmp_path / "local.npz", (32, 32), tuple(map(str, range(10))))
+    for name, every, preset in (("plain", 2, "no_guidance"), ("guided", 4, "default")):
+        given = dict(kind="score", every=every, preset=preset, reference=tmp_path / "local.npz")
+        given |= dict(samples=24, metrics="('sfid','precision')", accept="('few',)")
+        words += [f"--config.evaluators.{name}.{key}={value}" for key, value in given.items()]
+    words += [f"--config.evaluators.nats.{x}" for x in ("kind=likelihood", "every=5", "images=9")]
     done([*words, "--workdir", tmp_path / "one"])
     how = dict(processes=processes, devices=8 // processes, program=program)
     done([*words, "--workdir", tmp_path / "many"], **how)

@@ -28,7 +28,7 @@ COMMANDS = {
     "reference": "make the statistics that samples are scored against",
     "compare": "put scored runs side by side: a table, plots, samples of the same seeds",
     "sweep": "score guidance, temperature and steps on shared seeds; the best, with error bars",
-    "plan": "say what a training run needs before it runs: memory, time, mesh, cost",
+    "plan": "say what training or drawing needs before it runs: memory, time, mesh, cost",
     "models": "list the published models that have a name, or say everything of one",
     "pull": "fetch a published model by name, with its tokenizer, into the cache",
     "import": "turn published weights into a checkpoint",

@@ -41,6 +41,10 @@ class Nowhere:
     def image(self, step: int, name: str, image_HW3: np.ndarray) -> None:
         """Process 0 writes it."""
 
+    def splits(self, step: int) -> list[str]:
+        """Process 0 knows them."""
+        return []
+
     def keep(self) -> None:
         """Nothing is here."""
 
@@ -90,6 +94,10 @@ class Log:
         three = np.repeat(image_HW3, 3, axis=-1) if image_HW3.shape[-1] == 1 else image_HW3
         self.events.add_image(name, three, step, dataformats="HWC")
 
+    def splits(self, step: int) -> list[str]:
+        """Of what there are lines at a step."""
+        return [record["split"] for record in read(self.workdir) if record["step"] == step]
+
     def keep(self) -> None:
         """What was logged is where it stays."""
 
@@ -128,6 +136,10 @@ class InBucket:
     def image(self, step: int, name: str, image_HW3: np.ndarray) -> None:
         """As `Log.image`."""
         self.log.image(step, name, image_HW3)
+
+    def splits(self, step: int) -> list[str]:
+        """As `Log.splits`."""
+        return self.log.splits(step)
 
     def keep(self) -> None:
         """Copy what was logged; a bucket that cannot be reached is told, and tried again."""
@@ -215,7 +227,7 @@ def curves(workdir: pathlib.Path) -> pathlib.Path | None:
     lines: dict[str, dict[str, list]] = {}
     for record in read(workdir):
         for name, value in record.items():
-            if name in ("step", "split", "seconds") or name.endswith("_error"):
+            if name in ("step", "split", "seconds") or name.endswith(("_error", "_low", "_high")):
                 continue
             if not isinstance(value, int | float) or not math.isfinite(value):
                 continue

@@ -238,7 +238,8 @@ def typed(value: Any, hint: Any) -> Any:
 
 def text(hint: Any) -> bool:
     """Whether a type takes text, which is then never read as a number."""
-    return hint is str or str in typing.get_args(hint)
+    row = typing.get_origin(hint) in (tuple, collections.abc.Sequence)
+    return hint is str or (not row and str in typing.get_args(hint))
 
 
 def _has_range(hint: Any) -> bool:

@@ -285,10 +285,9 @@ def test_labels_are_those_of_the_reference_by_name(place, tmp_path, capsys, smal
     ],
 )
 def test_labels_cross_by_name_or_not_at_all(names, known, real, labels, capsys):
-    images = types.SimpleNamespace(classes=names)
     extractor = types.SimpleNamespace(record={"classes": known})
     reference = types.SimpleNamespace(record={"classes": real})
-    label_N, count = scores.labels_of(np.array([0, 1]), images, 2, extractor, reference)
+    label_N, count = scores.labels_of(np.array([0, 1]), names, 2, extractor, reference)
     assert count == (0 if labels is None else 2)
     assert labels is None or label_N.tolist() == labels
     if labels is None and real != ("dog", "cat"):
@@ -297,11 +296,11 @@ def test_labels_cross_by_name_or_not_at_all(names, known, real, labels, capsys):
 
 def test_labels_mean_nothing_to_a_local_network_without_classes(capsys):
     """It tells which way is up: of 5 classes labels had no logit, of 4 they had others'."""
-    images = types.SimpleNamespace(classes=("a", "b", "c", "d"))
+    names = ("a", "b", "c", "d")
     for record in ({"name": "local"}, {"name": "local", "classes": []}):
         extractor = types.SimpleNamespace(record=record)
         reference = types.SimpleNamespace(record={"classes": []})
-        assert scores.labels_of(np.arange(4), images, 4, extractor, reference)[1] == 0
+        assert scores.labels_of(np.arange(4), names, 4, extractor, reference)[1] == 0
         assert "the reference has no classes" in capsys.readouterr().err
 
 

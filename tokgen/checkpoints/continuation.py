@@ -16,7 +16,7 @@ FREE = (
     *("data.path", "data.data_dir", "data.tokens", "data.tokenizer", "data.images", "data.text"),
     "data.labels",  # of the fingerprint and the classes, which are compared
     *("safeguards.usage", "safeguards.grace", "accumulate", "profile"),
-    "made_for.",  # of plans alone
+    *("made_for.", "evaluators."),  # of plans, and of what is measured
 )
 RUNNING = (".remat", ".unroll")  # endings of those that say how a network runs, at any depth
 

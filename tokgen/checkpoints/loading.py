@@ -168,9 +168,16 @@ def load(path: str | os.PathLike, kind: str = "", *, compute: str = "", which: s
     return _loaded(path, kind, compute, which, lambda module: module)
 
 
-def load_reference(path: str | os.PathLike) -> Loaded:
-    """Of a tokenizer what its generators refer to; none of its arrays is read."""
-    return _loaded(path, "tokenizer", "", "", lambda module: nnx.Dict())
+def load_reference(
+    path: str | os.PathLike, kind: str = "tokenizer", *, compute: str = ""
+) -> Loaded:
+    """Of a network what others refer to, without a module; none of its arrays is read."""
+    return _loaded(path, kind, compute, "", lambda module: nnx.Dict())
+
+
+def load_reference_of(generator: Loaded, path: str = "") -> Loaded:
+    """As `load_tokenizer_of`, but none of its arrays is read."""
+    return _tokenizer_of(generator, path, load_reference)
 
 
 def load_to_draw(path: str | os.PathLike, *, compute: str = "") -> Loaded:
@@ -194,10 +201,12 @@ def load_to_code_of(generator: Loaded, path: str = "") -> Loaded:
 
 def load_to_decode(generator: Loaded, path: str = "") -> Loaded:
     """As `load_tokenizer_of`, without the encoder: for nothing but decoding."""
-    return _tokenizer_of(generator, path, _load_decoder)
+    return _tokenizer_of(generator, path, load_decoder)
 
 
-def _load_decoder(path: str | os.PathLike) -> Loaded:
+def load_decoder(path: str | os.PathLike) -> Loaded:
+    """The tokenizer of a checkpoint without its encoder: its quantizer, and what decodes."""
+
     def decoding(module: nnx.Module) -> nnx.Module:
         module.encoder = None
         return module

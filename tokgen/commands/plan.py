@@ -1,19 +1,33 @@
-"""What a training run needs, before anything runs: memory, time, links, and the mesh to take.
+"""What training or drawing needs, before anything runs: memory, time, links, and the mesh to take.
 
 tokgen plan configs/generator/rar.py:xxl --devices v5e:16x16
+tokgen plan runs/generator --decode --batch 256 --devices h100:1
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import textwrap
+from typing import TYPE_CHECKING
 
 from tokgen import options
+from tokgen.commands import sample
 from tokgen.errors import UserError
+
+if TYPE_CHECKING:
+    from tokgen.planning import devices as planned
+
+DECODING = ("batch", "preset", "temperature", "top_k", "top_p", "guidance", "steps", "noise")
+DECODING += ("precision",)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="PATH[:variant], as the programs take it")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="PATH[:variant], as the programs take it; with --decode also a checkpoint",
+    )
     parser.add_argument(
         "--devices",
         required=True,
@@ -26,13 +40,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         metavar="DATA,FSDP,TENSOR",
         help="as --mesh=64,4,1; one may be -1; default: the mesh with the shortest step of those "
-        "that have room",
+        "that have room; of --decode, images over all devices",
     )
     parser.add_argument(
         "--tokenizer",
         default="",
         metavar="CONFIG",
-        help="of a generator: the recipe of its tokens; default: the one that it is made for",
+        help="of a generator: the recipe of its tokens; default: the one that it is made for. Of a "
+        "checkpoint: where its tokenizer lies now",
     )
     parser.add_argument("--classes", type=int, help="of a generator; default: as it is made for")
     parser.add_argument(
@@ -46,6 +61,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--estimate", action="store_true", help="compile nothing; needs no libtpu for a TPU"
     )
+    group = parser.add_argument_group(
+        "drawing images", "in the place of training; as tokgen sample"
+    )
+    group.add_argument("--decode", action="store_true", help="plan how images are drawn")
+    group.add_argument("--batch", type=int, default=32, help="images drawn together")
+    sample.choice_arguments(group)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what is refused without a network."""
+    if args.price is not None and args.price < 0:
+        raise UserError(f"--price is that of a device for an hour; found {args.price}")
+    if not args.decode:
+        options.check(args, dict.fromkeys(DECODING, "drawing images, --decode"))
+    elif args.batch < 1:
+        raise UserError(f"--batch must be at least 1; found {args.batch}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -54,15 +85,46 @@ def run(args: argparse.Namespace) -> None:
 
     from tokgen.planning import description, devices as planned, recipes
 
-    jax.config.update("jax_platforms", "cpu")  # it computes nothing, and leaves a device alone
     devices = planned.read(args.devices)
+    jax.config.update("jax_platforms", "cpu")  # it computes nothing, and leaves a device alone
+    if args.decode:
+        return _drawing(args, devices)
     sizes = options.sizes(args.mesh) if args.mesh else None
     recipe = recipes.read(args.config, args.set, tokenizer=args.tokenizer, classes=args.classes)
-    if args.price is not None and args.price < 0:
-        raise UserError(f"--price is that of a device for an hour; found {args.price}")
-    heading = textwrap.fill(f"{args.config} on {devices.called()}", description.COLUMNS)
-    print(f"{heading}\n", flush=True)
+    _head(f"{args.config} on {devices.called()}")
     for line in description.lines(
         recipe, devices, sizes, price=args.price, compile=not args.estimate
     ):
         print(line, flush=True)
+
+
+def _drawing(args: argparse.Namespace, devices: planned.Devices) -> None:
+    """Print the plan of a batch of images."""
+    import jax
+
+    from tokgen.planning import decoding_description, networks
+
+    sizes = options.sizes(args.mesh) if args.mesh else None
+    if devices.chip is None and not args.estimate:
+        with contextlib.suppress(RuntimeError):  # jax has begun, with as many as it has
+            jax.config.update("jax_num_cpu_devices", devices.count)
+    found = networks.read(
+        args.config,
+        args.set,
+        choice=sample.choice_of(args),
+        precision=args.precision or "",
+        tokenizer=args.tokenizer,
+        classes=args.classes,
+        on_cpu=devices.chip is None and (sizes is None or sizes[1:] == (1, 1)),
+    )
+    _head(f"{args.config}, {args.batch:,} images at a time, on {devices.called()}")
+    for line in decoding_description.lines(
+        found, args.batch, devices, sizes, price=args.price, compile=not args.estimate
+    ):
+        print(line, flush=True)
+
+
+def _head(text: str) -> None:
+    from tokgen.planning import description
+
+    print(f"{textwrap.fill(text, description.COLUMNS)}\n", flush=True)

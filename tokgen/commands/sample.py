@@ -70,6 +70,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """How images are drawn: the options of every command that draws."""
     parser.add_argument("--seed", type=int, default=0)
+    choice_arguments(parser)
+    parser.add_argument("--batch", type=int, default=32, help="images decoded together")
+    options.mesh(parser)
+
+
+def choice_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which settings images are drawn with, and in which precision."""
     parser.add_argument("--preset", default="default", help="sampling settings of the checkpoint")
     parser.add_argument("--temperature", type=float, help="in the place of the preset's")
     parser.add_argument("--top-k", type=int, help="in the place of the preset's; 0 keeps all")
@@ -79,17 +86,15 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, help="of a masked generator; 0 is its own number")
     parser.add_argument("--noise", type=float, help="of a masked generator's choice of tokens")
-    parser.add_argument("--batch", type=int, default=32, help="images decoded together")
     parser.add_argument(
         "--precision",
         choices=("float32", "bfloat16"),
         help="of the networks; default: the preset's",
     )
-    options.mesh(parser)
 
 
 def choice_of(args: argparse.Namespace) -> presets.Choice:
-    """What the options of `sampling_arguments` ask for."""
+    """What the options of `choice_arguments` ask for."""
     from tokgen.sampling import presets
 
     return presets.Choice(

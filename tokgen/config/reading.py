@@ -12,6 +12,7 @@ import importlib.machinery
 import importlib.util
 import inspect
 import pathlib
+import re
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from tokgen import ranges
-from tokgen.config import building, migration
+from tokgen.config import building, evaluators, migration
 from tokgen.interfaces import UserError
 
 
@@ -123,6 +124,7 @@ def _placeholders(section: ml_collections.ConfigDict, prefix: str = "") -> list[
 
 # How a run goes and not what it trains: fields that a config may leave to their defaults
 LEFT_OUT = {"accumulate": int, "profile": tuple[int, ...], "view.resize": str}
+BEGUN = r"evaluators\.[^.]+\.kind"
 
 
 def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:
@@ -130,7 +132,8 @@ def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> Non
 
     Another `name` of a section comes first, wherever it stands: it brings the arguments of that
     constructor, with their defaults, in the place of the old one's. What both take and the new one
-    has no default for stays.
+    has no default for stays. The `kind` of an evaluator comes first, too, and begins one that is
+    not there yet.
     """
     problems, values = [], []
     for text in overrides:
@@ -147,8 +150,14 @@ def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> Non
             needed |= _rename(config, name.removesuffix(".name"), value)
         except UserError as error:
             problems.append(str(error))
+    begun = [(name, value) for name, value in values if re.fullmatch(BEGUN, name)]
+    for name, kind in begun:
+        try:
+            _begin(config, name.split(".")[1], kind)
+        except UserError as error:
+            problems.append(str(error))
     for name, value in values:
-        if (name, value) in chosen:
+        if (name, value) in [*chosen, *begun]:
             continue
         if (now := migration.field(name)) != name and building.at(config, name) is None:
             problems.append(f"unknown config key {name!r}; it is called {now} now")
@@ -211,6 +220,8 @@ def _taken(config: Any, name: str) -> bool:
     path, _, last = name.rpartition(".")
     if name in LEFT_OUT:
         return not path or path in config
+    if evaluator := evaluators.takes(config, path):
+        return last in building.arguments_of(evaluator)
     target, kind = _constructor(config, path)
     return (
         bool(target)
@@ -224,7 +235,7 @@ def _hint(config: Any, name: str) -> Any:
     if name in LEFT_OUT:
         return LEFT_OUT[name]
     path, _, last = name.rpartition(".")
-    target, _ = _constructor(config, path)
+    target = evaluators.takes(config, path) or _constructor(config, path)[0]
     return ranges.hints(target).get(last) if target else None
 
 
@@ -266,6 +277,16 @@ def _rename(config: ml_collections.ConfigDict, path: str, name: str) -> dict[str
     return needed
 
 
+def _begin(config: ml_collections.ConfigDict, name: str, kind: str) -> None:
+    """Make the evaluator of that name one of a kind; where there is none, a new one."""
+    section = evaluators.begun(config, name, kind)
+    with config.unlocked(), config.ignore_type():
+        if "evaluators" not in config:
+            config.evaluators = ml_collections.ConfigDict()
+        with config.evaluators.ignore_type():
+            config.evaluators[name] = ml_collections.ConfigDict(section)
+
+
 def _hint_of(kind: str, name: str, argument: str) -> Any:
     return ranges.hints(building.named({"name": name}, kind)).get(argument, Any)
 
@@ -282,6 +303,10 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _unknown(name: str, config) -> str:
+    top, _, inner = name.partition(".")
+    if top == "evaluators" and (inner := inner.partition(".")[0]) not in config.get(top, {}):
+        kind = f"--config.evaluators.{inner or 'NAME'}.kind"
+        return f"unknown config key {name!r}; an evaluator begins with its kind: {kind}=score"
     names = list(flat(config))
     sections = {n.rsplit(".", 1)[0] for n in names if "." in n}
     near = difflib.get_close_matches(name, [*names, *sections], 3, 0.6)

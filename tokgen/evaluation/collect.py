@@ -86,7 +86,7 @@ def collect(
     total, done = (left, 0) if shares > 1 else (count, count - left)
     with distributed.shared(), report.bar(total, initial=done, unit="image", what=what) as bar:
         for start, stop in own:
-            part = _seen(images.part(start, stop), extractor, start)
+            part = seen(images.part(start, stop), extractor, start)
             made_images.save_part(_file(out, images, start, stop), part)
             bar.update(stop - start)
 
@@ -106,20 +106,24 @@ def _missing(
 
 def found_of(images: given_images.Images, out: pathlib.Path, count: int) -> Found:
     """What was seen of `count` images, by all processes."""
-    parts = [made_images.awaited_part(_file(out, images, *each)) for each in _bounds(count)]
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return joined([made_images.awaited_part(_file(out, images, *each)) for each in _bounds(count)])
+
+
+def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> Found:
+    """What was seen of the images of all parts, of those that `seen` gives."""
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     summed = {
         name.removeprefix("counts/"): np.sum([part[name] for part in parts], axis=0)
-        for name in joined
+        for name in whole
         if name.startswith("counts/")
     }
     below = references.below
     return Found(
-        *(below(f"{name}/", joined) for name in ("features", "original", "values")),
+        *(below(f"{name}/", whole) for name in ("features", "original", "values")),
         summed,
-        joined.get("label", np.zeros(0, np.int32)),
-        joined["digest"],
-        joined["constant"],
+        whole.get("label", np.zeros(0, np.int32)),
+        whole["digest"],
+        whole["constant"],
     )
 
 
@@ -129,10 +133,10 @@ def _file(out: pathlib.Path, images: given_images.Images, start: int, stop: int)
     return out / "parts" / f"{first:07d}-{first + stop - start:07d}.npz"
 
 
-def _seen(
+def seen(
     part: Mapping[str, np.ndarray], extractor: feature_extractors.Extractor, start: int
 ) -> dict[str, np.ndarray]:
-    """What is kept of a part: features and hashes in the place of images."""
+    """What is kept of a part: features and hashes in the place of images; `start` is the first."""
     kept = {
         "digest": given_images.digests(part["image"]),
         "constant": given_images.constants(part["image"]),

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -105,7 +105,8 @@ def measured(
         "seed": settings.seed,
     }
     if reference is not None:
-        check_enough(settings, reference, extractor.layers[0], count)
+        metrics = metric_table.of_protocol(settings.protocol)
+        check_enough(metrics, settings.accept, reference, extractor.layers[0], count)
     distributed.check_alike(identity)
     distributed.first(place.claim, identity)
     collect.collect(images, extractor, place.path, count)
@@ -128,7 +129,7 @@ def _finished(
     given_images.check(
         given_images.suspicious(found.digest_N, found.constant_N), count, settings.accept
     )
-    label_N, classes = labels_of(found.label_N, images, classes, extractor, reference)
+    label_N, classes = labels_of(found.label_N, images.classes, classes, extractor, reference)
     compared = collect.compared(
         dataclasses.replace(found, label_N=label_N),
         extractor,
@@ -171,10 +172,14 @@ def _write(
 
 
 def check_enough(
-    settings: score_settings.Settings, reference: references.Reference, layer: str, count: int
+    metrics: Sequence[str],
+    accepted: Sequence[str],
+    reference: references.Reference,
+    layer: str,
+    count: int,
 ) -> None:
     """An error where a Frechet distance would be refused, before any image is seen."""
-    if "fid" not in metric_table.of_protocol(settings.protocol) or "few" in settings.accept:
+    if "fid" not in metrics or "few" in accepted:
         return
     found = reference.moments[layer]
     if min(count, found.count) <= found.width:
@@ -187,14 +192,15 @@ def check_enough(
 
 def labels_of(
     label_N: np.ndarray,
-    images: given_images.Images,
+    names: Sequence[str],
     classes: int,
     extractor: feature_extractors.Extractor,
     reference: references.Reference | None,
 ) -> tuple[np.ndarray, int]:
     """(labels as the network and the reference count them, how many classes); 0: of others.
 
-    Classes agree by name; numbers, which .npz files have, agree with anything that has as many.
+    `names` are those of the labels, () where they have none. Classes agree by name; numbers, which
+    .npz files have, agree with anything that has as many.
     """
     known = tuple(extractor.record.get("classes", ()))
     real = () if reference is None else tuple(reference.record.get("classes", ()))
@@ -209,7 +215,7 @@ def labels_of(
         return label_N, 0
     if not target:
         return label_N, classes
-    names = tuple(images.classes)
+    names = tuple(names)
     if (known and real and real != known) or (not names and classes > len(target)):
         return label_N, 0
     if not names and names_.numbered(target) and not names_.counted(target):

@@ -128,14 +128,11 @@ def reconstruction(
     """
     measured, counts, pairs = {}, None, []
     chosen = spread(len(source), count)
-    own = _share(source, chosen, bounded(view, len(chosen), batch), view.channels)
-    how = dict(batch_size=own.batch, indices=own.index_N, least=0, threads=loader.THREADS)
     with distributed.shared():
-        for part in watched(loader.once(source, view, **how), len(own.index_N), what):
-            naming = datasets.named(source, part["index"])
-            tokens_BLG, decoded, values = reconstruct(
-                tokenizer, part, batch=own.filled, named=naming
-            )
+        for part, made in reconstructed(
+            tokenizer, source, view, chosen=chosen, batch=batch, what=what
+        ):
+            tokens_BLG, decoded, values = made
             for name, value_B in (values | {"index": part["index"]}).items():
                 measured.setdefault(name, []).append(value_B)
             if tokens_BLG is not None:
@@ -153,6 +150,23 @@ def reconstruction(
         metrics["codebook_perplexity"] = float(np.mean([codebook.perplexity(c) for c in counts]))
     pairs = tuple(np.concatenate(parts)[: shown or None] for parts in zip(*pairs, strict=True))
     return metrics | numbers(images_, len(chosen)), pairs
+
+
+def reconstructed(
+    tokenizer: nnx.Module,
+    source: sources.RandomAccess,
+    view: views.View,
+    *,
+    chosen: np.ndarray,
+    batch: int = 0,
+    what: str = "",
+) -> Iterator[tuple[dict, tuple]]:
+    """(a batch of the `chosen` images, what `reconstruct` gives of it), of this process's share."""
+    own = _share(source, chosen, bounded(view, len(chosen), batch), view.channels)
+    how = dict(batch_size=own.batch, indices=own.index_N, least=0, threads=loader.THREADS)
+    for part in watched(loader.once(source, view, **how), len(own.index_N), what):
+        naming = datasets.named(source, part["index"])
+        yield part, reconstruct(tokenizer, part, batch=own.filled, named=naming)
 
 
 class _Share(NamedTuple):

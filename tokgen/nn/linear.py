@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from tokgen import parameters, sharding
+from tokgen.nn import remat
 from tokgen.nn.precision import Precision
 
 Std = Callable[[int], float]  # the standard deviation with which a map starts, of its fan in
@@ -64,12 +65,40 @@ class Linear(nnx.Module):
         x, kernel, sums = x.astype(dtype), self.kernel[...].astype(dtype), self.product
         matrix = sharding.matrix(kernel, self.rank)
         x = x.reshape(*x.shape[: x.ndim - self.rank], len(matrix))
-        y = jnp.dot(x, matrix, preferred_element_type=sums).astype(dtype)
+        if sums is None and sharding.platform() == "cpu":
+            y = remat.product(_product(x, matrix))
+        else:
+            y = jnp.dot(x, matrix, preferred_element_type=sums).astype(dtype)
         y = y.reshape(*y.shape[:-1], *kernel.shape[self.rank :])
         if self.bias is None:
             return y
         bias = self.bias[...].astype(dtype)
         return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, kernel_DF: jax.Array) -> jax.Array:
+    """x [..., D] times a matrix.
+
+    Its derivative by the kernel is laid out as the kernel is. Left to jax it is the transpose, of
+    which XLA on a CPU transposes both the operand and, for the optimizer, the result.
+    """
+    return jnp.dot(x, kernel_DF)
+
+
+def _product_kept(x: jax.Array, kernel_DF: jax.Array) -> tuple[jax.Array, tuple]:
+    return _product(x, kernel_DF), (x, kernel_DF)
+
+
+def _product_slopes(kept: tuple, slope: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel_DF = kept
+    x_RD, slope_RF = x.reshape(-1, len(kernel_DF)), slope.reshape(-1, kernel_DF.shape[1])
+    to_x_RD = jax.lax.dot_general(slope_RF, kernel_DF, (((1,), (1,)), ((), ())))
+    to_kernel_DF = jax.lax.dot_general(x_RD, slope_RF, (((0,), (0,)), ((), ())))
+    return to_x_RD.reshape(x.shape), to_kernel_DF
+
+
+_product.defvjp(_product_kept, _product_slopes)
 
 
 PANEL, MANY = 64, 256  # outputs side by side; rows from which the kernel is read more than once

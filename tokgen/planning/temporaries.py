@@ -44,7 +44,7 @@ def of(
     """
     # of few images a program may be another: one of them is a dimension less
     count = max(images, FEW * parts)
-    one, two = (_traced(step, n) for n in (count, 2 * count))
+    one, two = (_traced(step, n) for n in (count, max(step.images, 2 * count)))
     return most(one, two, part, lies, images / count)
 
 
@@ -73,6 +73,8 @@ def most(one, two, part: float, lies: tiles.Lies = tiles.plain, images: float = 
     sizes: dict[int, float] = {}
     roots: dict[int, frozenset] = {}
 
+    held = in_place(one, {id(v) for v in (*one.invars, *one.constvars)})
+
     def known(atom) -> frozenset:
         return roots.get(id(atom), frozenset())  # of a literal nothing
 
@@ -93,7 +95,7 @@ def most(one, two, part: float, lies: tiles.Lies = tiles.plain, images: float = 
         if name == "scan" and part < 1:
             inside += _gathered(a, b)
         for out, larger in zip(a.outvars, b.outvars, strict=True):
-            if isinstance(out, extended.Var) and type(out).__name__ != "DropVar":
+            if type(out).__name__ != "DropVar" and id(out) not in held:
                 grows = _size(larger) > _size(out)
                 sizes[id(out)] = _size(out, lies) * (images if grows else part)
                 roots[id(out)] = frozenset({id(out)})
@@ -117,6 +119,25 @@ def most(one, two, part: float, lies: tiles.Lies = tiles.plain, images: float = 
         top = max(top, live + inside)
         live -= sum(sizes[each] for each in ends.get(number, ()) if each in sizes)
     return top
+
+
+def in_place(jaxpr, held: set[int]) -> set[int]:
+    """What lies where an argument did, one of `held`: it is updated there, and carried so."""
+    for equation in jaxpr.eqns:
+        name, ins, outs = equation.primitive.name, equation.invars, equation.outvars
+        if name == "dynamic_update_slice" and id(ins[0]) in held:
+            held.add(id(outs[0]))
+        elif name == "scan":
+            first, count = equation.params["num_consts"], equation.params["num_carry"]
+            pairs = zip(ins[first:], outs[:count], strict=False)
+            held |= {id(out) for given, out in pairs if id(given) in held}
+        else:
+            for body in (b for b in _inner(equation) if len(b.invars) == len(ins)):
+                pairs = zip(body.invars, ins, strict=True)
+                inner = in_place(body, {id(v) for v, given in pairs if id(given) in held})
+                pairs = zip(body.outvars, outs, strict=True)
+                held |= {id(out) for v, out in pairs if id(v) in inner}
+    return held
 
 
 def _gathered(one, two) -> float:

@@ -35,19 +35,35 @@ SCANNED = ("tpu",)
 
 
 def laid_out(network: Network) -> Network:
-    """A generator or a tokenizer as this platform runs it best: its layers stacked, or apart.
+    """A generator or a tokenizer as its platform runs it best: its layers stacked, or apart.
 
     A scan over stacked layers makes a program of one layer, whatever the depth: on a TPU it
     compiles sooner than four layers apart do, and moves no byte more (`benchmarks/decode.py --aot`,
     RESULTS.md). Elsewhere it copies the layer's weights and cache at every step.
     """
-    return network if jax.default_backend() in SCANNED else network.unstacked()
+    return network if sharding.platform() in SCANNED else network.unstacked()
 
 
 def steps(generator: Generator) -> int:
     """Decoding steps of a generator's plan."""
     last = generator.plan()[-1]
     return last.first + last.steps
+
+
+def phases(
+    generator: Generator, sampler: Sampler, *, cached: bool, alone: bool = True
+) -> list[tuple[Phase, bool]]:
+    """The plan as it is walked, cut where guidance begins and ends: (phase, is it guided?).
+
+    Rows without a cache remember nothing but the tokens: nulls are there from the first guided
+    step, and with a cache, or where the network is not `alone` but guided away from another, from
+    the first of all (another program of the network: for no less than a sixteenth of the steps).
+    """
+    _, first, guided = _guidance(generator, sampler)
+    if cached or not alone or 16 * first < guided:
+        first = 0
+    plan = _split(_split(generator.plan(), first), guided)
+    return [(phase, first <= phase.first < guided) for phase in plan]
 
 
 def generate(
@@ -78,7 +94,7 @@ def generate(
         The final state; `invalid_B` is true where some logits were not finite, `near_B` where
         rounding could have changed a token.
     """
-    weights, first, guided = _guidance(generator, sampler)
+    weights, _, guided = _guidance(generator, sampler)
     B, layout = len(keys_B), generator.layout
     boundary.rows(keys=keys_B, conditions=cond, given=given)
     if given is None:
@@ -95,10 +111,6 @@ def generate(
         state = generator.start(both, codec, keys_B=_twice(keys_B), given=_twice(given))
     else:
         state = generator.start(cond, codec, keys_B=keys_B, given=given)
-    # rows without a cache remember nothing but the tokens: nulls are there from the first guided
-    # step, and with a cache, or another network beside them, from the first of all
-    # (another program of the network: for no less than a sixteenth of the guided steps)
-    first = first if double and state.cache is None and 16 * first >= guided else 0
     no_B = jnp.zeros(len(state.keys_B), bool)
     begun = state = state.replace(invalid_B=no_B, near_B=no_B)
     weak = None
@@ -156,13 +168,14 @@ def generate(
         flags = {name: getattr(state, name) | flag for name, flag in flags.items()}
         return state.replace(**flags), seen.get("weak", weak)
 
-    plan = _split(_split(generator.plan(), first), guided)
-    for phase in plan:
-        if double and not first <= phase.first < guided:
+    cached = state.cache is not None
+    plan = phases(generator, sampler, cached=cached, alone=against is None)
+    for phase, with_nulls in plan:
+        if double and not with_nulls:
             state = _first(state, B)
         elif double and len(state.keys_B) == B:
             state = _insert(begun, _twice(_carried(state)))
-        state, weak = (_grow(s, phase.slots, plan[-1].slots) for s in (state, weak))
+        state, weak = (_grow(s, phase.slots, plan[-1][0].slots) for s in (state, weak))
 
         def tell(
             index: Array | int,
@@ -171,7 +184,7 @@ def generate(
             states: tuple[DecodeState, DecodeState | None] = (state, weak),
         ) -> tuple[PyTree, PyTree]:
             return tuple(
-                None if state is None else _told(network, state, B, phase, index, steps)
+                None if state is None else told_ahead(network, state, B, phase, index, steps)
                 for network, state in zip((generator, against), states, strict=True)
             )
 
@@ -184,7 +197,7 @@ def generate(
 
         # of shapes alone: what is the same at all steps is asked for once
         two = jax.eval_shape(functools.partial(tell, phase.first, 2))
-        span = _span(phase.steps) if _changes(two) else phase.steps
+        span = at_once(phase.steps, two)
 
         def several(
             carry: PyTree,
@@ -260,13 +273,18 @@ def _split(plan: Sequence[Phase], step: int) -> list[Phase]:
 SPAN = 32  # steps at most for which at once is computed what a generator computes beforehand
 
 
-def _span(steps: int) -> int:
-    """Of a phase of `steps`, how many are told at once: as many in each turn, if not too few."""
+def at_once(steps: int, two: PyTree) -> int:
+    """Of a phase of `steps`, how many are told at once: as many in each turn, if not too few.
+
+    `two` is what two of them are told: what does not change from step to step is told once.
+    """
+    if not _changes(two):
+        return steps
     span = max(count for count in range(1, SPAN + 1) if steps % count == 0)
     return span if span >= min(steps, SPAN // 4) else steps
 
 
-def _told(
+def told_ahead(
     generator: Generator, state: DecodeState, B: int, phase: Phase, index: Array | int, steps: int
 ) -> PyTree:
     """What a generator computes beforehand for some steps; of the null rows, for the first."""

@@ -38,7 +38,10 @@ class Kept:
 def kept(
     generator: Generator, codec: Quantizer | None, cond: PyTree, sampler: Sampler, images: int
 ) -> Kept:
-    """What a decode of `images` conditions like `cond` keeps; of shapes alone."""
+    """What a decode of `images` conditions like `cond` keeps; of shapes alone.
+
+    Of a generator as it is laid out where it decodes.
+    """
     layout, plan = generator.layout, generator.plan()
     guided = bool(np.any(np.asarray(sampler.guidance) != 1))  # of none at all: false
     rows = 2 * images if guided else images
@@ -55,7 +58,7 @@ def kept(
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), cond
     )
-    state = jax.eval_shape(lambda *a: last(decode.laid_out(a[0]), *a[1:]), generator, codec, like)
+    state = jax.eval_shape(last, generator, codec, like)
     cache = _bytes(state.cache)
     return Kept(images, cache, _bytes(state) - cache)
 
@@ -72,6 +75,7 @@ def check(
     free = room(mesh)
     if free is None:
         return
+    generator = jax.eval_shape(decode.laid_out, generator)
     over, tensor = sharding.ways(mesh), mesh.shape["tensor"]
     heads = generator.transformer.heads if hasattr(generator.transformer, "heads") else 1
     tensor = tensor if heads % tensor == 0 else 1  # as `sharding.constrain` lays out the heads

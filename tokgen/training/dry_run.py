@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from tokgen import parameters, rng, sharding
-from tokgen.config import building
+from tokgen.config import building, evaluators
 from tokgen.data import datasets, token_header
 from tokgen.interfaces import PyTree, Text, TokenLayout, UserError
 from tokgen.sampling import decode, presets, sampler as samplers
@@ -81,7 +81,8 @@ def generator(
 ) -> tuple[nnx.Module, samplers.Sampler]:
     """(the Generator as shapes, the default preset's Sampler) after all that will run was traced.
 
-    That is a step of training, and the decode by the default preset; UserError for what cannot run.
+    That is a step of training, and the decode by the presets that it draws with meanwhile;
+    UserError for what cannot run.
 
     `codec` is the tokenizer's quantizer, as arrays or as shapes.
     """
@@ -97,7 +98,9 @@ def generator(
 
     shapes = nnx.eval_shape(make)
     datasets.check_text(shapes, settings.data.get("text", ""), "config.data.text")
-    samplers = {name: _prepared(settings, shapes, name) for name in settings.presets}
+    drawn = _drawn(settings, classes)
+    known = dict.fromkeys([*settings.presets, *drawn])
+    samplers = {name: _prepared(settings, shapes, name, name in drawn) for name in known}
     batch = tokens(settings, layout, shapes, text)
     graph, network = created(
         lambda: train_state.create(
@@ -106,16 +109,24 @@ def generator(
     )
     check_memory(network, batch, memory or bytes_of(mesh))
     jax.eval_shape(generator_step.step(settings, graph, optimizer), network, batch, codec)
-    if settings.held_out.samples:
-        rows = settings.held_out.samples * min(max(classes, 1), 10)
-        cond = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype),
-            _cond(shapes, batch),
-        )
-        jax.eval_shape(
-            functools.partial(_decoded, samplers["default"][1]), samplers["default"][0], codec, cond
-        )
+    for preset, rows in drawn.items():
+        cond = _of_rows(_cond(shapes, batch), rows)
+        made, sampler = samplers[preset]
+        jax.eval_shape(functools.partial(_decoded, sampler), made, codec, cond)
     return shapes, samplers["default"][1]
+
+
+def _drawn(settings: ml_collections.ConfigDict, classes: int) -> dict[str, int]:
+    """Preset -> images at a time, of what the run will draw while it trains."""
+    shown, found = min(max(classes, 1), 10), {}
+    if settings.held_out.samples:
+        found["default"] = settings.held_out.samples * shown
+    for one in evaluators.of(settings).values():
+        if isinstance(one, evaluators.Score):
+            found[one.preset] = min(one.batch, one.samples)
+        if isinstance(one, evaluators.Grid):
+            found[one.preset] = one.columns * shown
+    return found
 
 
 def _decoded(
@@ -126,13 +137,13 @@ def _decoded(
 
 
 def _prepared(
-    settings: ml_collections.ConfigDict, shapes: nnx.Module, name: str
+    settings: ml_collections.ConfigDict, shapes: nnx.Module, name: str, drawn: bool
 ) -> tuple[nnx.Module, samplers.Sampler]:
-    """(generator, sampler) of a preset; one without "no class" cannot be guided by default."""
+    """(generator, sampler) of a preset; one without "no class" cannot be guided while training."""
     try:
         made, sampler = presets.prepare(shapes, presets.named(settings.presets.to_dict(), name))
         labels = shapes.cond == "label"
-        if name == "default" and sampler.guidance and labels:
+        if (drawn or name == "default") and sampler.guidance and labels:
             shapes.null(np.zeros(1, np.int32))
     except UserError as error:
         raise UserError(f"config.presets.{name}: {error}") from error
@@ -144,6 +155,13 @@ def _cond(shapes: nnx.Module, batch: Mapping[str, Any]) -> PyTree:
     if shapes.cond == "label":
         return batch["label"]
     return Text(batch["text"], batch["mask"])
+
+
+def _of_rows(tree: PyTree, rows: int) -> PyTree:
+    """Shapes that lead with a batch, of so many rows."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), tree
+    )
 
 
 def tokens(
@@ -186,11 +204,14 @@ def networks_of(
     stage: stages.Stage,
     gan: gans.GAN,
     mesh: jax.sharding.Mesh,
+    *,
+    discriminator: Callable[..., nnx.Module] = gans.build,
 ) -> tuple[PyTree, tokenizer_step.Graphs, optimizers.Optimizer | None]:
     """What `tokenizer_step.create` gives, its arrays as shapes."""
-    (graphs, optimizer), networks = created(
-        lambda: _turned(*tokenizer_step.create(settings, stage, gan, mesh))
+    create = functools.partial(
+        tokenizer_step.create, settings, stage, gan, mesh, discriminator=discriminator
     )
+    (graphs, optimizer), networks = created(lambda: _turned(*create()))
     return networks, graphs, optimizer
 
 

@@ -14,7 +14,7 @@ import ml_collections
 
 from tokgen import choices, ranges, sharding
 from tokgen.backbones import perceptual
-from tokgen.config import building
+from tokgen.config import building, evaluators
 from tokgen.data import views
 from tokgen.interfaces import UserError
 from tokgen.nn import dropout, precision
@@ -119,6 +119,7 @@ class Fields:
     report: dict
     keep: dict
     profile: Profiled = ()
+    evaluators: dict = dataclasses.field(default_factory=dict)
     init_from: str
 
 
@@ -167,6 +168,12 @@ SHARED = dict(
 
 
 def check_tokenizer(settings: ml_collections.ConfigDict) -> None:
+    """Hold every field of a tokenizer's config, and the files that its losses need."""
+    check_recipe(settings)
+    tokenizer_step.check_frozen(settings, stages.plan(settings))
+
+
+def check_recipe(settings: ml_collections.ConfigDict) -> None:
     """Hold every field of a tokenizer's config, alone and together; no device is touched."""
     discriminator = settings.get("discriminator")
     # also of a discriminator that is off: it may be turned on
@@ -183,6 +190,7 @@ def check_tokenizer(settings: ml_collections.ConfigDict) -> None:
         **its,
         safeguards=(safeguards.Limits, ()),
         held_out=(HeldOut, ()),
+        **evaluators.checks(settings),
         **SHARED,
     )
     ranges.refuse([*_shared(settings), *_weights(settings)])
@@ -199,7 +207,6 @@ def check_tokenizer(settings: ml_collections.ConfigDict) -> None:
         )
     for number, stage in enumerate(plan):
         _check_aim(stage, {**settings.loss, **stage.loss}, f"stages[{number}]")
-    tokenizer_step.check_frozen(settings, plan)
 
 
 def check_generator(settings: ml_collections.ConfigDict) -> None:
@@ -212,6 +219,7 @@ def check_generator(settings: ml_collections.ConfigDict) -> None:
         **({"made_for": (MadeFor, ())} if settings.get("made_for") else {}),
         generator__rates=(dropout.Rates, ()),
         optimizer=(optimizers.optimizer, ("steps", "begin")),
+        **evaluators.checks(settings),
         **SHARED,
     )
     found = _shared(settings)
@@ -254,7 +262,7 @@ STATED = ("precision.params", "precision.compute", "view.size", "view.channels")
 
 def _shared(settings: ml_collections.ConfigDict) -> list[str]:
     """What is wrong between fields that both programs have."""
-    found, parts = [], settings.get("accumulate", 1)
+    found, parts = evaluators.problems(settings), settings.get("accumulate", 1)
     if settings.batch_size % parts:
         fitting = [n for n in range(1, parts) if settings.batch_size % n == 0][-2:]
         found.append(
