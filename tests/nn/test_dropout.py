@@ -57,6 +57,17 @@ def test_extreme_rates_neither_drop_nor_keep_all_for_certain(rate):
         np.testing.assert_allclose(out.max(), 1 / share, rtol=0.06)
 
 
+@pytest.mark.parametrize("shape, axis", [((7,), 0), ((1,), 0), ((3, 5, 1, 6), 1)])
+def test_words_are_those_of_jax(shape, axis):
+    """Whatever the platform, a step draws the same."""
+    key = jax.random.key(2**31 - 1)
+    expected = jax.random.bits(key, shape, jnp.uint32)
+    np.testing.assert_array_equal(dropout._words(key, shape, axis), expected)
+    other = jax.random.key(3, impl="rbg")  # another generator is asked itself
+    expected = jax.random.bits(other, shape, jnp.uint32)
+    np.testing.assert_array_equal(dropout._words(other, shape, axis), expected)
+
+
 def test_entries_of_a_word_and_of_neighbours_are_independent():
     kept = np.asarray(_kept(jax.random.key(4), (259, 2000), 0.5)) - 0.5
     kept = kept - kept.mean()

@@ -30,3 +30,9 @@ def test_a_head_is_a_norm_and_a_product():
     logits = np.asarray(head(jnp.asarray(x, jnp.float32)))
     np.testing.assert_allclose(logits[:, :, 1], expected[:, :, 1], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(logits[:, :, 0, :4], expected[:, :, 0, :4], rtol=1e-4, atol=1e-5)
+
+
+def test_the_likeliest_is_the_first_of_the_largest():
+    logits = np.random.default_rng(3).integers(0, 4, (5, 7, 6)).astype(np.float32)  # many ties
+    logits[0, 0] = -np.inf
+    np.testing.assert_array_equal(heads.likeliest(jnp.asarray(logits)), logits.argmax(-1))

@@ -43,6 +43,35 @@ def test_a_linear_map_is_a_sum_over_its_inputs(inputs, outputs, bias):
     np.testing.assert_allclose(layer(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("inputs, outputs", [(6, 4), (6, (2, 3)), ((2, 3), 5)])
+def test_slopes_of_a_linear_map(inputs, outputs):
+    """By its input the sums over outputs, by its kernel those over rows; and those of the slopes,
+    which a penalty of gradients needs."""
+    layer = linear.Linear(inputs, outputs, precision=FLOAT32, rngs=nnx.Rngs(0))
+    kernel = _numbers(4, *layer.kernel.shape)
+    graph, rest = nnx.split(layer, nnx.Param)[0], nnx.state(layer, nnx.Param)
+
+    def mapped(x, kernel):
+        return nnx.merge(graph, nnx.State({"kernel": rest["kernel"].replace(kernel)}))(x)
+
+    rank = layer.rank
+    x, weight = _numbers(5, 3, 2, *kernel.shape[:rank]), _numbers(6, 3, 2, *kernel.shape[rank:])
+
+    def total(x, kernel):
+        return jnp.sum(mapped(x, kernel) * weight)
+
+    to_x, to_kernel = jax.grad(total, (0, 1))(x, kernel)
+    outs = list(range(2, 2 + kernel.ndim - rank))
+    own = np.tensordot(weight.astype(np.float64), kernel, (outs, range(rank, kernel.ndim)))
+    np.testing.assert_allclose(to_x, own, rtol=1e-5, atol=1e-5)
+    own = np.tensordot(x.astype(np.float64), weight, ((0, 1), (0, 1)))
+    np.testing.assert_allclose(to_kernel, own, rtol=1e-5, atol=1e-5)
+    # d/d kernel of |d total / d x|^2 / 2: the slope by x, summed with the weights over rows
+    second = jax.grad(lambda kernel: 0.5 * jnp.sum(jax.grad(total)(x, kernel) ** 2))(kernel)
+    own = np.tensordot(np.asarray(to_x, np.float64), weight, ((0, 1), (0, 1)))
+    np.testing.assert_allclose(second, own, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("rows", [1, 5, linear.MANY + 1])
 @pytest.mark.parametrize("inputs, outputs", [(24, 128), ((2, 12), (4, 48))])
 def test_panels_are_the_linear_map(inputs, outputs, rows):

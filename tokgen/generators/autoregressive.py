@@ -341,7 +341,7 @@ class Generator(nnx.Module):
         logits_BLGV = self.logits(batch, key=key)
         targets_BLG = jnp.take_along_axis(batch.tokens_BLG, batch.order_BL[..., None], axis=1)
         nats_BLG = optax.softmax_cross_entropy_with_integer_labels(logits_BLGV, targets_BLG)
-        return nats_BLG.sum(-1).mean(), (logits_BLGV.argmax(-1) == targets_BLG).mean()
+        return nats_BLG.sum(-1).mean(), (head_names.likeliest(logits_BLGV) == targets_BLG).mean()
 
     def taught(
         self,

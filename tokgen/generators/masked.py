@@ -202,7 +202,7 @@ class Generator(nnx.Module):
         loss = self.mean(cost_BLG, weight_BLG)
         masked = jnp.maximum(jnp.sum(mask_BLG), 1)
         logits_BLGV = columns_BLGX[..., : self.layout.absent]
-        hits_BLG = mask_BLG & (logits_BLGV.argmax(-1) == batch.tokens_BLG)
+        hits_BLG = mask_BLG & (head_names.likeliest(logits_BLGV) == batch.tokens_BLG)
         return loss, {
             "nats_per_token": jnp.sum(mask_BLG * nats_BLG) / masked * self.layout.groups,
             "token_accuracy": jnp.sum(hits_BLG) / masked,

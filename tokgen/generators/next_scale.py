@@ -142,7 +142,7 @@ class Generator(nnx.Module):
         logits_BLGV = self.logits(batch, codec, key=rng.use(key, rng.DROPOUT))
         nats_BLG, even_BLG = self._nats(logits_BLGV, batch.tokens_BLG)
         loss_BLG = (1 - self.smoothing) * nats_BLG + self.smoothing * even_BLG
-        hits_BLG = logits_BLGV.argmax(-1) == batch.tokens_BLG
+        hits_BLG = head_names.likeliest(logits_BLGV) == batch.tokens_BLG
         scalars = {"nats_per_token": nats_BLG.sum(-1).mean(), "token_accuracy": hits_BLG.mean()}
         for scale, (start, size) in enumerate(self.layout.spans):
             scalars[f"nats_scale_{scale}"] = nats_BLG[:, start : start + size].sum(-1).mean()

@@ -189,7 +189,9 @@ def _adapted(
 ) -> Out:
     """(outputs, cache) of an adaptive block, from its six vectors."""
     after, keys = _branches(drop)
-    six = (modulation_Bl6D[..., i, :].astype(x_BlD.dtype) for i in range(6))
+    # of a split, gradients are laid side by side; of six slices, six padded ones are added
+    parts = jnp.split(modulation_Bl6D.astype(x_BlD.dtype), 6, axis=-2)
+    six = (part_Bl1D[..., 0, :] for part_Bl1D in parts)
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = six
     y_BlD = block.attention_norm(x_BlD) * (1 + scale) + shift
     y_BlD, cache = block.attention(

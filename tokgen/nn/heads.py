@@ -278,6 +278,17 @@ def finished(logits_BlGV: jax.Array, layout: TokenLayout) -> jax.Array:
     return jnp.where(valid_GV[None, None], logits_BlGV, -jnp.inf)
 
 
+def likeliest(logits: jax.Array) -> jax.Array:
+    """Indices of the largest logits along the last axis, of equal ones the first; int32.
+
+    What argmax gives of numbers. XLA on a CPU takes an argmax entry by entry (jax 0.10.2), and a
+    maximum sixteen at a time.
+    """
+    number = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    largest = logits == jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(largest, number, logits.shape[-1] - 1), axis=-1)
+
+
 HEADS = {
     "linear": Linear,
     "biased": biased,

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from tokgen import choices
 
-CONVOLUTION = "convolution"
+CONVOLUTION, PRODUCT = "convolution", "product"
 
 
 def none(function: Callable) -> Callable:
@@ -29,7 +29,7 @@ def dots(function: Callable) -> Callable:
     policies = jax.checkpoint_policies
     kept = policies.save_from_both_policies(
         policies.dots_with_no_batch_dims_saveable,  # an attention's products are batched
-        policies.save_only_these_names(CONVOLUTION),
+        policies.save_only_these_names(CONVOLUTION, PRODUCT),
     )
     return jax.checkpoint(function, policy=kept)
 
@@ -50,3 +50,8 @@ def named(name: str) -> Callable[[Callable], Callable]:
 def convolution(x_BHWC: jax.Array) -> jax.Array:
     """The array, known to `dots` as the output of a convolution."""
     return checkpoint_name(x_BHWC, CONVOLUTION)
+
+
+def product(y: jax.Array) -> jax.Array:
+    """The array, known to `dots` as a product with weights that has a derivative of its own."""
+    return checkpoint_name(y, PRODUCT)

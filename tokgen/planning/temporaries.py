@@ -44,7 +44,7 @@ def of(
     """
     # of few images a program may be another: one of them is a dimension less
     count = max(images, FEW * parts)
-    one, two = (_traced(step, n) for n in (count, 2 * count))
+    one, two = (_traced(step, n) for n in (count, max(step.images, 2 * count)))
     return most(one, two, part, lies, images / count)
 
 
