@@ -40,8 +40,13 @@ def create(
     stage: stages.Stage,
     gan: gans.GAN,
     mesh: jax.sharding.Mesh,
+    *,
+    discriminator: Callable[..., nnx.Module] = gans.build,
 ) -> tuple[Networks, Graphs, optimizers.Optimizer | None]:
-    """(states by name, structures by name, the discriminator's optimizer), as they start."""
+    """(states by name, structures by name, the discriminator's optimizer), as they start.
+
+    `discriminator` makes it, as `gans.build` does.
+    """
     seed, steps = settings.seed, settings.steps
     train_state.average_of(settings.get("average", "muse"))
     graph, model = train_state.create(
@@ -59,14 +64,14 @@ def create(
         "discriminator.optimizer",
         steps=steps - gan.steps(steps)[0],
     )
-    discriminator_graph, discriminator = train_state.create(
-        lambda: gans.build(gan, settings, rngs=rng.rngs(rng.key(seed, "init", 1))),
+    discriminator_graph, rival = train_state.create(
+        lambda: discriminator(gan, settings, rngs=rng.rngs(rng.key(seed, "init", 1))),
         optimizer,
         mesh=mesh,
         strategy=settings.strategy,
     )
     averages = jax.device_put(losses.averages(), sharding.replicated(mesh))
-    networks = {"model": model, "discriminator": discriminator, "averages": averages}
+    networks = {"model": model, "discriminator": rival, "averages": averages}
     return networks, {"model": graph, "discriminator": discriminator_graph}, optimizer
 
 
@@ -378,6 +383,12 @@ def load_frozen(settings, plan) -> dict:
     if any(stage.objective == "codes" for stage in plan):
         frozen["teacher"] = loading.load_tokenizer(settings.teacher).module
     return frozen
+
+
+def frozen_shapes(settings, plan, teacher: nnx.Module | None = None) -> dict:
+    """What `load_frozen` gives where the published files are named, its arrays as shapes."""
+    frozen = {"perceptual": {name: perceptual.shapes(name) for name in _distances(settings, plan)}}
+    return frozen if teacher is None else frozen | {"teacher": teacher}
 
 
 def _distances(settings, plan) -> dict[str, tuple[str, ...]]:
