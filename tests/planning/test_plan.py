@@ -209,6 +209,15 @@ def test_a_mesh_of_other_devices_is_refused(capfd):
     assert "devices = 16" in command_line.refused(capfd, *words)
 
 
+def test_a_step_that_the_compiler_finds_no_room_for_is_refused(capfd, monkeypatch):
+    def none(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.\nmore")
+
+    monkeypatch.setattr(plan, "compiled", none)
+    said = command_line.refused(capfd, "plan", RASTER, "--devices", "v5e:2x2")
+    assert "no room on v5e:2x2: RESOURCE_EXHAUSTED" in said and "--batch" not in said
+
+
 def test_a_plan_in_words(capsys):
     words = ("plan", RASTER, "--devices", "h200:1", "--estimate", "--price", "2")
     assert command_line.call(*words) == 0

@@ -92,10 +92,19 @@ def run(args: argparse.Namespace) -> None:
     sizes = options.sizes(args.mesh) if args.mesh else None
     recipe = recipes.read(args.config, args.set, tokenizer=args.tokenizer, classes=args.classes)
     _head(f"{args.config} on {devices.called()}")
-    for line in description.lines(
-        recipe, devices, sizes, price=args.price, compile=not args.estimate
-    ):
-        print(line, flush=True)
+    try:
+        for line in description.lines(
+            recipe, devices, sizes, price=args.price, compile=not args.estimate
+        ):
+            print(line, flush=True)
+    except RuntimeError as error:  # the compiler's; its --batch is no option of this
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"the step has no room on {devices.name}: {str(error).splitlines()[0][:300]}; "
+            "remedies, in this order: the batch in parts (--set accumulate=2), "
+            "--set generator.remat=full, more devices, a smaller batch_size"
+        ) from error
 
 
 def _drawing(args: argparse.Namespace, devices: planned.Devices) -> None:
