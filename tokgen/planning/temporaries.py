@@ -12,7 +12,8 @@ device has its part of them, inside, a layer's whole.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 
 import jax
 from jax.extend import core as extended
@@ -72,20 +73,20 @@ def most(one, two, part: float, lies: tiles.Lies = tiles.plain, images: float = 
     """
     sizes: dict[int, float] = {}
     roots: dict[int, frozenset] = {}
-
     held = in_place(one, {id(v) for v in (*one.invars, *one.constvars)})
+    names: dict[int, int] = {}  # of variables; those of a body that is called twice are two
 
-    def known(atom) -> frozenset:
-        return roots.get(id(atom), frozenset())  # of a literal nothing
+    def known(name: int | None) -> frozenset:
+        return roots.get(name, frozenset())  # of a literal nothing
 
     done: list[tuple[set, set, float]] = []  # made, read, within
-    for a, b in zip(one.eqns, two.eqns, strict=True):
-        read = frozenset().union(*(known(x) for x in a.invars)) if a.invars else frozenset()
+    for a, b, ins, outs in _unfolded(one, two, names):
+        read = frozenset().union(*map(known, ins))
         inside, made = 0.0, set()
         name = a.primitive.name
         if name in FUSED:
-            for out in a.outvars:
-                roots[id(out)] = read
+            for out in outs:
+                roots[out] = read
             done.append((set(), set(), 0.0))
             continue
         bodies = list(zip(_inner(a), _inner(b), strict=True))
@@ -94,16 +95,16 @@ def most(one, two, part: float, lies: tiles.Lies = tiles.plain, images: float = 
             inside = max(most(x, y, within, lies, images) for x, y in bodies)
         if name == "scan" and part < 1:
             inside += _gathered(a, b)
-        for out, larger in zip(a.outvars, b.outvars, strict=True):
+        for at, out, larger in zip(outs, a.outvars, b.outvars, strict=True):
             if type(out).__name__ != "DropVar" and id(out) not in held:
                 grows = _size(larger) > _size(out)
-                sizes[id(out)] = _size(out, lies) * (images if grows else part)
-                roots[id(out)] = frozenset({id(out)})
-                made.add(id(out))
+                sizes[at] = _size(out, lies) * (images if grows else part)
+                roots[at] = frozenset({at})
+                made.add(at)
         if name not in ("scan", "while"):
             inside = max(inside - sum(sizes[m] for m in made), 0.0)
         done.append((made, set(read), inside))
-    kept = frozenset().union(*(known(v) for v in one.outvars)) if one.outvars else frozenset()
+    kept = frozenset().union(*(known(names.get(id(v))) for v in one.outvars))
     last: dict[int, int] = {}
     for number, (made, read, _) in enumerate(done):
         for each in (*made, *read):
@@ -119,6 +120,30 @@ def most(one, two, part: float, lies: tiles.Lies = tiles.plain, images: float = 
         top = max(top, live + inside)
         live -= sum(sizes[each] for each in ends.get(number, ()) if each in sizes)
     return top
+
+
+def _unfolded(one, two, names: dict[int, int]) -> Iterator[tuple]:
+    """(equation, the same of twice the images, names read, names made), in order.
+
+    Of what differs by platform the body of the one that is planned for stands in its place: what it
+    keeps for a backward pass may be computed where it is read, as any other.
+    """
+    for a, b in zip(one.eqns, two.eqns, strict=True):
+        ins = [names.get(id(v)) for v in a.invars]
+        if a.params.get("branches_platforms") and a.primitive.name == "cond":
+            (body,), (other,) = _inner(a), _inner(b)
+            within = dict(zip(map(id, body.invars), ins[1:], strict=True))
+            yield from _unfolded(body, other, within)
+            names |= {
+                id(out): within.get(id(v)) for v, out in zip(body.outvars, a.outvars, strict=True)
+            }
+            continue
+        outs = [next(_NAMES) for _ in a.outvars]
+        names |= dict(zip(map(id, a.outvars), outs, strict=True))
+        yield a, b, ins, outs
+
+
+_NAMES = itertools.count()
 
 
 def in_place(jaxpr, held: set[int]) -> set[int]:
