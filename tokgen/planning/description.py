@@ -48,6 +48,7 @@ def lines(
     yield from map(row, token_set.rows(recipe))
     if devices.chip is not None:
         yield from map(row, of_times(recipe, choice, devices, price))
+        yield row(("of a recipe", of_recipe(choice, devices)))
     if not plan.fits(choice, devices):
         lacking = plan.lacking(recipe, choice, devices)
         raise UserError(f"{plan.told(choice.sizes)} does not fit: {lacking}")
@@ -55,6 +56,14 @@ def lines(
         yield ""
         made = plan.compiled(recipe.dearest.step, choice, devices)
         yield from map(row, of_program(made, devices))
+
+
+def of_recipe(choice: plan.Choice, devices: planned.Devices) -> str:
+    """The cells of a recipe's table of meshes: devices, mesh, what one of them holds, a step."""
+    sizes = ",".join(map(str, choice.sizes))
+    times = _two(1000 * each for each in choice.seconds(devices))
+    held = report.amount(choice.largest.peak)
+    return f"{devices.name} | {sizes} {choice.strategy} | {held} | {times} ms"
 
 
 def of_estimate(recipe: recipes.Recipe, choice: plan.Choice, devices: planned.Devices) -> Rows:
