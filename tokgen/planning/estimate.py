@@ -10,8 +10,10 @@ follows from the table of parameters (`sharding.TABLE`):
 
 What Muon exchanges of its layers is not reckoned.
 
-A pass reads the weights once: one forward, one backward for what is before the layer; with remat
-one more, which computes the block again.
+A pass reads the weights once: one forward, one backward. With remat a third computes the block
+again, of which the backward one takes over what was gathered; but for the maps to adaptive vectors,
+which stand at its begin, and whose slopes come last: these are gathered three times (so libtpu's
+programs, benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -152,11 +154,12 @@ def exchanged(
     fsdp, tensor, data = (mesh.shape[axis] for axis in ("fsdp", "tensor", "data"))
     networks = jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, train_state.TrainState))
     for network in (n for n in networks if isinstance(n, train_state.TrainState)):
-        for leaf in parameters.paths(network.params).values():
+        for path, leaf in parameters.paths(network.params).items():
             axes = [axis for axis in leaf.sharding.spec if axis]
             part = math.prod(leaf.sharding.shard_shape(leaf.shape)) * itemsize
             if "fsdp" in axes:
-                found["gathered"] += passes * part * (fsdp - 1)
+                times = passes if "modulation/" in path else 2 * parts
+                found["gathered"] += times * part * (fsdp - 1)
                 found["scattered"] += parts * part * (fsdp - 1)
                 ways = data
             else:
