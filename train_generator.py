@@ -207,7 +207,8 @@ def read(data, order):
     if data.tokens:
         source, held_out = (datasets.generator_source(data, s) for s in token_header.SPLITS)
         made_by = source.header["tokenizer"]
-        tokenizer = loading.load_tokenizer(data.tokenizer or made_by["path"])
+        # nothing is encoded here: no device has an encoder to hold
+        tokenizer = loading.load_decoder(data.tokenizer or made_by["path"])
         loading.check_tokens(tokenizer, source.header, source.path)
         return source, held_out, tokenizer
     if not data.tokenizer:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 from jax.extend import core as extended
 
 # Scopes of a training step whose operations are no model's: what a backward pass computes again
@@ -33,7 +35,7 @@ def of_training(step: jax.stages.Wrapped, *arguments) -> float:
     return products(step.trace(*arguments).jaxpr.jaxpr, BESIDE)
 
 
-def products(jaxpr, beside: Sequence[str] = ()) -> float:
+def products(jaxpr: extended.Jaxpr, beside: Sequence[str] = ()) -> float:
     """Those of a jaxpr, but for what stands in a scope of `beside`."""
     total = 0.0
     for equation in jaxpr.eqns:
@@ -47,13 +49,40 @@ def products(jaxpr, beside: Sequence[str] = ()) -> float:
             lhs = equation.invars[0].aval
             total += 2 * out.size * math.prod(lhs.shape[axis] for axis in contracted)
         elif equation.primitive.name == "conv_general_dilated":
-            kernel, numbers = equation.invars[1].aval, equation.params["dimension_numbers"]
-            total += 2 * out.size * kernel.size / kernel.shape[numbers.rhs_spec[0]]
+            total += 2 * _multiplied(equation)
         elif equation.primitive.name == "cond":
             total += max(parts)
         else:
             total += sum(parts) * equation.params.get("length", 1)
     return total
+
+
+def _multiplied(equation) -> float:
+    """How many pairs a convolution multiplies: not the zeros that padding or dilation put there."""
+    image, kernel, out = (v.aval.shape for v in (*equation.invars, *equation.outvars))
+    told = equation.params
+    numbers = told["dimension_numbers"]
+    # batch times channels that an output channel sees, times output channels
+    total = out[numbers.out_spec[0]] * kernel[numbers.rhs_spec[1]] * kernel[numbers.rhs_spec[0]]
+    windows = zip(
+        *(told["window_strides"], told["padding"], told["lhs_dilation"], told["rhs_dilation"]),
+        strict=True,
+    )
+    for axis, (stride, (before, _), spread, dilation) in enumerate(windows, 2):
+        sizes = (
+            shape[spec[axis]] for shape, spec in zip((image, kernel, out), numbers, strict=True)
+        )
+        total *= _pairs(*sizes, stride, before, spread, dilation)
+    return total
+
+
+@functools.lru_cache(maxsize=1024)
+def _pairs(
+    size: int, window: int, outputs: int, stride: int, before: int, spread: int, dilation: int
+) -> int:
+    """Along one axis, pairs of an output and an entry of the window that falls on the image."""
+    at = np.arange(outputs)[:, None] * stride + np.arange(window) * dilation - before
+    return int(np.sum((at >= 0) & (at <= (size - 1) * spread) & (at % spread == 0)))
 
 
 def _scopes(equation) -> list[str]:

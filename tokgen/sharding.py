@@ -432,6 +432,26 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, activation(axes, x.shape))
 
 
+def matrix(kernel: jax.Array, rank: int) -> jax.Array:
+    """A kernel of `rank` axes of inputs, then those of outputs, as the matrix that it is.
+
+    Over `fsdp` by its D, as the kernel is: its gradient is scattered as it is summed. That of a
+    kernel [D, N, K] the compiler of TPUs sums whole on every device before each takes its part,
+    which is twice as much over the links.
+    """
+    inputs, outputs = kernel.shape[:rank], kernel.shape[rank:]
+    flat = kernel.reshape(math.prod(inputs), math.prod(outputs))
+    mesh = jax.sharding.get_abstract_mesh()
+    if kernel.ndim == 2 or mesh.empty or mesh.manual_axes or mesh.shape["fsdp"] == 1:
+        return flat
+    # D is what is not heads, gates or groups
+    parts = ["fsdp", PartitionSpec.UNCONSTRAINED]
+    parts = parts if rank == 1 else parts[::-1]
+    if flat.shape[parts.index("fsdp")] % mesh.shape["fsdp"]:
+        return flat
+    return jax.lax.with_sharding_constraint(flat, PartitionSpec(*parts))
+
+
 def activation(axes: str, shape: tuple[int, ...]) -> PartitionSpec:
     """How `constrain` lays an array over the mesh that is set."""
     mesh, parts = jax.sharding.get_abstract_mesh(), []

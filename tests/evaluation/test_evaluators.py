@@ -93,7 +93,10 @@ def test_each_has_its_own_period_preset_and_line(die, reference, tmp_path, capfd
     [
         ({"a": {"reference": "none.npz"}}, ["evaluators.a: no reference at none.npz"]),
         ({"a": {"metrics": ("fdi",)}}, ["evaluators.a: the metric must be one of", "'fdi'"]),
-        ({"a": {"samples": 3, "metrics": ("fid",), "accept": ()}}, ["a: a Frechet distance of"]),
+        (
+            {"a": {"samples": 3, "metrics": ("fid",), "accept": ()}},
+            ["a: a Frechet distance of", "say accept=('few',)"],
+        ),
         (
             {"a": {"reference": "none.npz"}, "b": {"reference": "neither.npz"}},
             ["evaluators.a: no reference at none", "evaluators.b: no reference at neither"],

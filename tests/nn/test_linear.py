@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tokgen import sharding
 from tokgen.nn import linear, norms
 from tokgen.nn.precision import FLOAT32, Precision
 
@@ -194,3 +195,30 @@ def test_a_linear_map_runs_in_the_compute_dtype():
     assert "bf16[1,8]" in product
     with pytest.raises(ValueError, match="float16"):
         Precision("float16")
+
+
+@pytest.mark.parametrize("inputs, outputs", [(16, (4, 6)), ((4, 6), 16)])
+def test_a_map_over_fsdp_is_the_same_map(inputs, outputs):
+    """Also its gradient, which is laid over `fsdp` as a matrix, before it has heads again."""
+    layer = linear.Linear(inputs, outputs, precision=FLOAT32, rngs=nnx.Rngs(0))
+    kernel, rank = layer.kernel[...], layer.rank
+    x = jnp.asarray(_numbers(2, 8, 3, *kernel.shape[:rank]))
+
+    graph = nnx.split(layer)[0]
+
+    def loss(kernel, x):
+        state = nnx.State({"kernel": nnx.Param(kernel)})
+        return jnp.sum(jnp.sin(nnx.merge(graph, state)(x)))
+
+    wanted = jax.value_and_grad(loss)(kernel, x)
+    mesh = sharding.make_mesh(2, 2, 2, devices=jax.devices()[:8])
+    path = "attention/query/kernel" if rank == 1 else "attention/out/kernel"
+    with jax.set_mesh(mesh):
+        where = sharding.of_parameter(path, kernel.shape, "tensor", mesh)
+        placed = jax.device_put(kernel, where), jax.device_put(x, sharding.of_batch(mesh))
+        found = jax.jit(jax.value_and_grad(loss))(*placed)
+        traced = jax.make_jaxpr(jax.grad(loss))(*placed)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+    constraints = [e for e in traced.eqns if e.primitive.name == "sharding_constraint"]
+    assert len(constraints) == 2 and all(e.outvars[0].aval.ndim == 2 for e in constraints)

@@ -44,4 +44,4 @@ def test_imagenet_in_ten_crops_is_what_the_documents_say():
     assert name == "tokens on disk"
     assert words.startswith("at most 7.5") and "ImageNet's 1,281,167 images" in words
     assert words.endswith("10 views of 256 tokens in uint16")
-    assert token_set.TokenSet(recipe.step.frozen.layout, tuple("abcdefghij")).image == 5160
+    assert token_set.TokenSet(recipe.dearest.step.frozen.layout, tuple("abcdefghij")).image == 5160

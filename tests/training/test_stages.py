@@ -371,6 +371,13 @@ def test_a_student_adopts_the_pixels_and_the_codebook_of_its_teacher():
         for tree in (found.params["decoder"]["pixels"], theirs["decoder"])
     )
     assert ours.unsafe_buffer_pointer() != other.unsafe_buffer_pointer()
+    # and where the student's own lie
+    place = sharding.of_batch(sharding.make_mesh())
+    codebook = jax.device_put(model.params["decoder"]["codebook"], place)
+    decoder = model.params["decoder"] | {"codebook": codebook}
+    found = tokenizer_step.adopt(model.replace(params=model.params | {"decoder": decoder}), teacher)
+    assert found.params["decoder"]["codebook"].sharding == place
+    equal(found.params["decoder"]["codebook"], theirs["quantizer"]["codebook"])
     graph, model, teacher = student_and_teacher(width=24)
     with pytest.raises(
         interfaces.UserError, match="config.decoder.pixels and the teacher's differ"

@@ -77,6 +77,12 @@ def from_weights(weights: files.Weights) -> LPIPS:
     return LPIPS(trunk, [weights[key].reshape(-1) for key in heads])
 
 
+def published() -> LPIPS:
+    """The published form, on VGG16, drawn at random."""
+    trunk = vgg.VGG16(rngs=rng.rngs(0))
+    return LPIPS(trunk, [jnp.zeros(width) for width in trunk.widths])
+
+
 def _directions(x_BHWC: jax.Array) -> jax.Array:
     squares_BHW1 = jnp.square(x_BHWC).sum(-1, keepdims=True)
     # The floor is for the gradient: that of a root is infinite at zero, where ReLUs left nothing.
@@ -96,4 +102,4 @@ def _kind(weights: dict[str, np.ndarray]) -> type[nnx.Module]:
     return alexnet.AlexNet if alex else vgg.VGG16
 
 
-DISTANCES = {"lpips": perceptual.Distance(from_weights, SOURCE)}
+DISTANCES = {"lpips": perceptual.Distance(from_weights, SOURCE, published)}

@@ -32,10 +32,12 @@ class Distance:
         make: arrays by their published names -> a module (a_BHW3, b_BHW3), images in [-1, 1], whose
             result is distance_B; gradients flow to both images.
         source: where the weight files are published, for errors.
+        published: the module of the published networks, its arrays drawn: for their shapes.
     """
 
     make: Callable[[files.Weights], nnx.Module]
     source: str
+    published: Callable[[], nnx.Module]
 
 
 def known() -> dict[str, Distance]:
@@ -57,6 +59,12 @@ def load(name: str, paths: Sequence[str], *, read: Read) -> nnx.Module:
     """
     found = choices.named(known(), name, "a perceptual distance")
     return found.make(files.gather(paths, read, source=found.source))
+
+
+def shapes(name: str) -> Sum:
+    """What `build` makes of one distance's published files, its arrays as shapes."""
+    found = choices.named(known(), name, "a perceptual distance")
+    return nnx.eval_shape(lambda: Sum([found.published()], [1.0]))
 
 
 def build(terms: Mapping[str, tuple[float, Sequence[str]]], *, read: Read) -> Sum:
@@ -102,7 +110,7 @@ def of_classifier(network: type[nnx.Module], name: str, source: str) -> Distance
         files.fill(module.slots(), weights, what=name, source=source)
         return Logits(module)
 
-    return Distance(make, source)
+    return Distance(make, source, lambda: Logits(network(rngs=rng.rngs(0))))
 
 
 class Sum(nnx.Module):

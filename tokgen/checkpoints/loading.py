@@ -201,10 +201,12 @@ def load_to_code_of(generator: Loaded, path: str = "") -> Loaded:
 
 def load_to_decode(generator: Loaded, path: str = "") -> Loaded:
     """As `load_tokenizer_of`, without the encoder: for nothing but decoding."""
-    return _tokenizer_of(generator, path, _load_decoder)
+    return _tokenizer_of(generator, path, load_decoder)
 
 
-def _load_decoder(path: str | os.PathLike) -> Loaded:
+def load_decoder(path: str | os.PathLike) -> Loaded:
+    """The tokenizer of a checkpoint without its encoder: its quantizer, and what decodes."""
+
     def decoding(module: nnx.Module) -> nnx.Module:
         module.encoder = None
         return module

@@ -92,10 +92,19 @@ def run(args: argparse.Namespace) -> None:
     sizes = options.sizes(args.mesh) if args.mesh else None
     recipe = recipes.read(args.config, args.set, tokenizer=args.tokenizer, classes=args.classes)
     _head(f"{args.config} on {devices.called()}")
-    for line in description.lines(
-        recipe, devices, sizes, price=args.price, compile=not args.estimate
-    ):
-        print(line, flush=True)
+    try:
+        for line in description.lines(
+            recipe, devices, sizes, price=args.price, compile=not args.estimate
+        ):
+            print(line, flush=True)
+    except RuntimeError as error:  # the compiler's; its --batch is no option of this
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"the step has no room on {devices.name}: {str(error).splitlines()[0][:300]}; "
+            "remedies, in this order: the batch in parts (--set accumulate=2), "
+            "--set generator.remat=full, more devices, a smaller batch_size"
+        ) from error
 
 
 def _drawing(args: argparse.Namespace, devices: planned.Devices) -> None:
@@ -118,10 +127,16 @@ def _drawing(args: argparse.Namespace, devices: planned.Devices) -> None:
         on_cpu=devices.chip is None and (sizes is None or sizes[1:] == (1, 1)),
     )
     _head(f"{args.config}, {args.batch:,} images at a time, on {devices.called()}")
-    for line in decoding_description.lines(
-        found, args.batch, devices, sizes, price=args.price, compile=not args.estimate
-    ):
-        print(line, flush=True)
+    how = dict(price=args.price, compile=not args.estimate)
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # what was compiled before takes no time
+    try:
+        for line in decoding_description.lines(found, args.batch, devices, sizes, **how):
+            print(line, flush=True)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
 
 
 def _head(text: str) -> None:

@@ -53,7 +53,8 @@ class SpectralConv(nnx.Module):
 
     def maintain(self):
         """One step of the power iteration."""
-        self.direction[...] = _estimate(self.kernel[...], self.direction[...])[1]
+        # not `[...] =`: it asks a traced array for its sharding, and that reads the whole trace
+        self.direction.set_value(_estimate(self.kernel[...], self.direction[...])[1])
 
 
 def _unit(vector: jax.Array) -> jax.Array:
@@ -88,8 +89,8 @@ class BatchNorm(nnx.Module):
         mean_C, variance_C = _moments(x_BLC)
         count = x_BLC.shape[0] * x_BLC.shape[1]
         unbiased_C = variance_C * count / max(count - 1, 1)
-        self.mean[...] = (1 - MOMENTUM) * self.mean[...] + MOMENTUM * mean_C
-        self.variance[...] = (1 - MOMENTUM) * self.variance[...] + MOMENTUM * unbiased_C
+        self.mean.set_value((1 - MOMENTUM) * self.mean[...] + MOMENTUM * mean_C)
+        self.variance.set_value((1 - MOMENTUM) * self.variance[...] + MOMENTUM * unbiased_C)
         return self._normalised(x_BLC, mean_C, variance_C)
 
     def _normalised(self, x_BLC: jax.Array, mean_C: jax.Array, variance_C: jax.Array) -> jax.Array:

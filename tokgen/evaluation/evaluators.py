@@ -174,7 +174,8 @@ def _judge(
     metrics = section.metrics or metric_table.of_protocol("local")
     for name in metrics:
         metric_table.named(name)
-    scores.check_enough(metrics, section.accept, reference, extractor.layers[0], count)
+    enough = dict(layer=extractor.layers[0], count=count, remedy="accept=('few',)")
+    scores.check_enough(metrics, section.accept, reference, **enough)
     every_C = np.arange(len(names), dtype=np.int32)
     label_C, classes = scores.labels_of(every_C, names, len(names), extractor, reference)
     label_C = label_C if classes else np.zeros(0, np.int32)

@@ -177,6 +177,7 @@ def check_enough(
     reference: references.Reference,
     layer: str,
     count: int,
+    remedy: str = "--accept few",
 ) -> None:
     """An error where a Frechet distance would be refused, before any image is seen."""
     if "fid" not in metrics or "few" in accepted:
@@ -186,7 +187,7 @@ def check_enough(
         raise UserError(
             f"a Frechet distance of {found.width} features needs more images than that of either "
             f"set, better ten times as many; found {count} samples and {found.count:g} of the "
-            "reference: give more, or say --accept few"
+            f"reference: give more, or say {remedy}"
         )
 
 

@@ -63,38 +63,39 @@ class Linear(nnx.Module):
         """Contract the last axes of x with the kernel, in the compute dtype."""
         dtype = self.precision.compute_dtype
         x, kernel, sums = x.astype(dtype), self.kernel[...].astype(dtype), self.product
+        matrix = sharding.matrix(kernel, self.rank)
+        x = x.reshape(*x.shape[: x.ndim - self.rank], len(matrix))
         if sums is None and sharding.platform() == "cpu":
-            y = remat.product(_product(x, kernel, self.rank))
+            y = remat.product(_product(x, matrix))
         else:
-            y = jnp.tensordot(x, kernel, self.rank, preferred_element_type=sums).astype(dtype)
+            y = jnp.dot(x, matrix, preferred_element_type=sums).astype(dtype)
+        y = y.reshape(*y.shape[:-1], *kernel.shape[self.rank :])
         if self.bias is None:
             return y
         bias = self.bias[...].astype(dtype)
         return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, kernel: jax.Array, rank: int) -> jax.Array:
-    """The product of the last `rank` axes of x with the first of the kernel.
+@jax.custom_vjp
+def _product(x: jax.Array, kernel_DF: jax.Array) -> jax.Array:
+    """x [..., D] times a matrix.
 
     Its derivative by the kernel is laid out as the kernel is. Left to jax it is the transpose, of
     which XLA on a CPU transposes both the operand and, for the optimizer, the result.
     """
-    return jnp.tensordot(x, kernel, rank)
+    return jnp.dot(x, kernel_DF)
 
 
-def _product_kept(x: jax.Array, kernel: jax.Array, rank: int) -> tuple[jax.Array, tuple]:
-    return _product(x, kernel, rank), (x, kernel)
+def _product_kept(x: jax.Array, kernel_DF: jax.Array) -> tuple[jax.Array, tuple]:
+    return _product(x, kernel_DF), (x, kernel_DF)
 
 
-def _product_slopes(rank: int, kept: tuple, slope: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = kept
-    inputs = math.prod(kernel.shape[:rank])
-    x_RD, kernel_DF = x.reshape(-1, inputs), kernel.reshape(inputs, -1)
-    slope_RF = slope.reshape(len(x_RD), -1)
+def _product_slopes(kept: tuple, slope: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel_DF = kept
+    x_RD, slope_RF = x.reshape(-1, len(kernel_DF)), slope.reshape(-1, kernel_DF.shape[1])
     to_x_RD = jax.lax.dot_general(slope_RF, kernel_DF, (((1,), (1,)), ((), ())))
     to_kernel_DF = jax.lax.dot_general(x_RD, slope_RF, (((0,), (0,)), ((), ())))
-    return to_x_RD.reshape(x.shape), to_kernel_DF.reshape(kernel.shape)
+    return to_x_RD.reshape(x.shape), to_kernel_DF
 
 
 _product.defvjp(_product_kept, _product_slopes)

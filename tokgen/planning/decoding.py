@@ -10,6 +10,8 @@ positions, or pixels, more is moved than that.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +22,9 @@ from tokgen import chips, flops, parameters, sharding
 from tokgen.interfaces import Phase, PyTree
 from tokgen.planning import draws, networks, reads, temporaries, tiles
 from tokgen.sampling import decode, drawing
+
+# Tables of what is told ahead that lie there at once, as in programs that libtpu 0.0.42 compiled
+AHEAD = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +97,7 @@ class Decode:
         cache: bytes of keys and values when they are most; of an image, the rows of its null
             condition left out.
         rest: bytes of the state beside them.
-        growing: bytes of keys and values that lie there twice while room is made for more.
+        copied: bytes of keys and values that lie there twice for a while.
         logits: bytes of a step's, where they are most.
     """
 
@@ -102,7 +107,7 @@ class Decode:
     cache: float
     cache_of_image: float
     rest: float
-    growing: float
+    copied: float
     logits: float
     parts: tuple[Part, ...]
 
@@ -115,9 +120,8 @@ class Decode:
     @property
     def drawing(self) -> float:
         """Bytes at once while tokens are drawn."""
-        return sum(self.kept.values()) + max(
-            self.growing, *(p.temporaries for p in self.parts if p.phase)
-        )
+        most = max(part.temporaries for part in self.parts if part.phase)
+        return sum(self.kept.values()) + self.copied + most
 
     @property
     def pixels(self) -> float:
@@ -145,14 +149,14 @@ def reckoned(
     mesh: jax.sharding.AbstractMesh,
     lies: tiles.Lies = tiles.plain,
     *,
-    grows: bool,
+    stacked: bool,
 ) -> Decode:
     """A batch over a mesh.
 
     Args:
         batch: that the mesh divides.
         lies: bytes of an array on a device.
-        grows: whether caches grow by copies, as where layers are apart.
+        stacked: whether layers are decoded stacked, as on a TPU: elsewhere caches grow by copies.
     """
     images, tensor = batch // sharding.ways(mesh), mesh.shape["tensor"]
     walked = decode.phases(found.generator, found.sampler, cached=draws.cached(found))
@@ -161,9 +165,7 @@ def reckoned(
     over = tensor if heads % tensor == 0 else 1  # as `sharding.constrain` lays out the heads
     caches = [size(each.cache, lies) / over for each in states]
     single = draws.state(found, walked[-1][0], False, 1).cache
-    pairs = zip(caches, caches[1:], strict=False)
-    growing = max((old for old, new in pairs if new > old), default=0.0) if grows else 0.0
-    parts = [part(found, *pair, images, mesh, lies) for pair in walked]
+    parts = [part(found, *pair, images, mesh, lies, AHEAD if stacked else 1) for pair in walked]
     return Decode(
         images=images,
         sizes=tuple(mesh.shape[axis] for axis in sharding.AXES),
@@ -171,10 +173,22 @@ def reckoned(
         cache=max(caches),
         cache_of_image=size(single, lies),
         rest=max(size(each.replace(cache=None), lies) for each in states),
-        growing=growing,
+        copied=copied(caches, [phase for phase, _ in walked], stacked),
         logits=max(logits(found, *pair, images) for pair in walked),
         parts=(*parts, pixels(found, images, lies)),
     )
+
+
+def copied(caches: Sequence[float], phases: Sequence[Phase], stacked: bool) -> float:
+    """Bytes of keys and values that lie there twice: what was there before there was more room.
+
+    Of stacked layers there is room for all at once. Between steps that share no loop libtpu 0.0.42
+    copies them all the same.
+    """
+    if stacked:
+        return max(caches[1:], default=0.0) if phases[-1].steps == 1 else 0.0
+    pairs = zip(caches, caches[1:], strict=False)
+    return max((old for old, new in pairs if new > old), default=0.0)
 
 
 def weights(
@@ -207,22 +221,23 @@ def part(
     images: int,
     mesh: jax.sharding.AbstractMesh,
     lies: tiles.Lies,
+    ahead: int,
 ) -> Part:
-    """What a device does in a phase, and what that takes."""
+    """What a device does in a phase, and what that takes: `ahead` tables of what is told."""
     now, tensor = draws.state(found, phase, guided, images), mesh.shape["tensor"]
     jaxpr, groups = draws.traced(found, now, phase, guided, images)
     read = reads.read(jaxpr, {n: group for n, group in enumerate(groups) if group})
-    received = links(found, phase, guided, images, mesh)
+    received = gathered(found, jaxpr, mesh) + summed(found, phase, guided, images, mesh)
     works = [Work(phase.steps, flops.products(jaxpr), sum(read.values()), received)]
     # of as many images as a device has: nothing is to be scaled
     inside = temporaries.most(jaxpr, jaxpr, 1.0, lies)
     if jax.tree.leaves(two := draws.ahead_of(found, now, images, phase, 2)[0]):
         span = decode.at_once(phase.steps, two)
-        made, ahead = draws.ahead_of(found, now, images, phase, span)
-        works.append(_work(ahead, found.generator, phase.steps // span, size(made)))
-        inside += size(made, lies)
+        made, making = draws.ahead_of(found, now, images, phase, span)
+        works.append(_begun(found, making, mesh, phase.steps // span, size(made)))
+        inside += ahead * size(made, lies)
     if phase.first == 0:
-        works.append(_work(draws.begun(found, guided, images), found.generator))
+        works.append(_begun(found, draws.begun(found, guided, images), mesh))
     shared = tuple(
         dataclasses.replace(w, operations=w.operations / tensor, bytes=w.bytes / tensor)
         for w in works
@@ -230,32 +245,55 @@ def part(
     return Part(phase, guided, read, shared, inside)
 
 
-def _work(jaxpr: Any, network: PyTree, times: int = 1, written: float = 0.0) -> Work:
+def _work(jaxpr: Any, network: PyTree, times: int = 1) -> Work:
     """The work of a program whose first arguments are a network's."""
     read = reads.read(jaxpr, dict.fromkeys(range(len(jax.tree.leaves(network))), draws.WEIGHTS))
-    return Work(times, flops.products(jaxpr), sum(read.values()) + written)
+    return Work(times, flops.products(jaxpr), sum(read.values()))
 
 
-def links(
+def _begun(
+    found: networks.Networks,
+    jaxpr: Any,
+    mesh: jax.sharding.AbstractMesh,
+    times: int = 1,
+    written: float = 0.0,
+) -> Work:
+    """The work of what is computed before steps."""
+    work = _work(jaxpr, found.generator, times)
+    received = gathered(found, jaxpr, mesh)
+    return dataclasses.replace(work, bytes=work.bytes + written, received=received)
+
+
+def gathered(found: networks.Networks, jaxpr: Any, mesh: jax.sharding.AbstractMesh) -> float:
+    """Bytes that a device receives of the generator's weights that lie over `fsdp`.
+
+    Of those that a program reads; every step gathers its own anew (`sharding.step_by_step`).
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(found.generator)
+    paths = ["/".join(map(parameters.entry, path)).removesuffix("/value") for path, _ in leaves]
+    own = parameters.paths(parameters.split(found.generator)[1])
+    total = 0.0
+    for path in reads.read(jaxpr, dict(enumerate(paths))).keys() & own.keys():
+        where = draws.of_parameter(path, own[path], mesh)
+        if "fsdp" in where.spec:
+            part = own[path].dtype.itemsize * math.prod(where.shard_shape(own[path].shape))
+            total += part * (mesh.shape["fsdp"] - 1)
+    return total
+
+
+def summed(
     found: networks.Networks,
     phase: Phase,
     guided: bool,
     images: int,
     mesh: jax.sharding.AbstractMesh,
 ) -> float:
-    """Bytes that a device receives in a step: weights over `fsdp`, sums of branches over `tensor`.
-
-    What lies over `fsdp` is gathered in every step (`sharding.step_by_step`).
-    """
-    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    own = weights(found, mesh, tiles.plain)["generator"]
-    gathered = own * (fsdp - 1)
-    transformer = found.generator.transformer
+    """Bytes that a device receives in a step of what branches give, over `tensor`."""
+    tensor, transformer = mesh.shape["tensor"], found.generator.transformer
     kernels = parameters.paths(parameters.split(found.generator)[1])
     width = next(k.shape[-1] for path, k in kernels.items() if path.endswith("mlp/down/kernel"))
     values = (2 if guided else 1) * images * phase.size * width * 2 * transformer.depth
-    itemsize = transformer.precision.compute_dtype.itemsize
-    return gathered + 2 * values * itemsize * (tensor - 1) / tensor
+    return 2 * values * transformer.precision.compute_dtype.itemsize * (tensor - 1) / tensor
 
 
 def logits(found: networks.Networks, phase: Phase, guided: bool, images: int) -> float:
@@ -268,7 +306,6 @@ def logits(found: networks.Networks, phase: Phase, guided: bool, images: int) ->
 def pixels(found: networks.Networks, images: int, lies: tiles.Lies) -> Part:
     """What a device does to turn the tokens of its images into pixels."""
     layout = found.generator.layout
-
     tokens_BLG = jax.ShapeDtypeStruct((images, layout.length, layout.groups), jnp.int32)
     jaxpr = jax.make_jaxpr(drawing.decode_pixels)(found.tokenizer, tokens_BLG).jaxpr
     work = _work(jaxpr, found.tokenizer)

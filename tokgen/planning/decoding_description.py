@@ -42,7 +42,7 @@ def lines(
     sizes = sharding.sizes_of(*(sizes or (-1, 1, 1)), devices.count)
     mesh = plan.mesh_of(sizes)
     batch = -(-batch // sharding.ways(mesh)) * sharding.ways(mesh)
-    reckoned = decoding.reckoned(found, batch, mesh, devices.lies, grows=not devices.tpu)
+    reckoned = decoding.reckoned(found, batch, mesh, devices.lies, stacked=devices.tpu)
     yield report.table(found.parameters)
     yield ""
     yield from map(description.row, of_memory(found, batch, reckoned, devices))

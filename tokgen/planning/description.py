@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import collections
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from tokgen import parameters, report, sharding
+from tokgen.interfaces import UserError
 from tokgen.planning import devices as planned, plan, program, recipes, steps, token_set
 
 COLUMNS, FIRST = 100, 20  # of a terminal; of what a row is called
 
+LASTING = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
 UNITS = (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6), ("FLOP", 1))
 
 Rows = Iterator[tuple[str, str]]
@@ -27,7 +29,7 @@ def lines(
     price: float | None = None,
     compile: bool = True,
 ) -> Iterator[str]:
-    """The plan, line by line as it is known.
+    """The plan, line by line as it is known; UserError in its end where a device has no room.
 
     Args:
         sizes: of the mesh, one of which may be -1; None: as `plan.proposed`.
@@ -39,42 +41,50 @@ def lines(
     else:
         sizes = sharding.sizes_of(*sizes, devices.count)
         choice = plan.reckoned(recipe, sizes, devices.lies)
-    state, _, _ = recipe.step.over(plan.mesh_of(choice.sizes), choice.strategy)
+    state, _, _ = recipe.dearest.step.over(plan.mesh_of(choice.sizes), choice.strategy)
     yield report.table(parameters.paths(steps.parameters_of(state)))
     yield ""
     yield from map(row, of_estimate(recipe, choice, devices))
     yield from map(row, token_set.rows(recipe))
     if devices.chip is not None:
         yield from map(row, of_times(recipe, choice, devices, price))
+    if not plan.fits(choice, devices):
+        lacking = plan.lacking(recipe, choice, devices)
+        raise UserError(f"{plan.told(choice.sizes)} does not fit: {lacking}")
     if compile and devices.tpu:
         yield ""
-        yield from map(row, of_program(plan.compiled(recipe.step, choice, devices), devices))
+        made = plan.compiled(recipe.dearest.step, choice, devices)
+        yield from map(row, of_program(made, devices))
 
 
 def of_estimate(recipe: recipes.Recipe, choice: plan.Choice, devices: planned.Devices) -> Rows:
     """What a device holds, computes and receives, without a compiler."""
-    found, chip, images = choice.estimate, devices.chip, recipe.step.images
+    found, chip, images = choice.estimate, devices.chip, recipe.images
     ways = choice.sizes[0] * choice.sizes[1]
     fields = [f"--config.mesh.{a}={n}" for a, n in zip(sharding.AXES, choice.sizes, strict=True)]
     yield "mesh", f"{plan.told(choice.sizes)}; strategy {choice.strategy}"
     yield "to train with", f"{' '.join(fields)} --config.strategy={choice.strategy}"
-    parts = recipe.network.parts
+    if len(recipe.kinds) > 1:
+        told = ", ".join(f"{kind.count:,} {kind.name}" for kind in recipe.kinds)
+        yield "steps", f"{told}; what follows is of the first kind"
+    parts = recipe.parts
     in_parts = f" in {parts} parts" if parts > 1 else ""
     yield "images", f"{images:,} a step{in_parts}, {images / ways / parts:g} on a device at once"
     yield "kept", f"{report.amount(found.arguments)} on a device: {amounts(found.kept)}"
     room = f" of {report.amount(chip.memory)}" if chip else ""
     fits = ""
     if chip is not None:
-        fits = ", fits" if found.peak <= plan.ROOM * chip.memory else ": IT DOES NOT FIT"
+        fits = ", fits" if plan.fits(choice, devices) else ": IT DOES NOT FIT"
+    most = choice.largest
     yield (
         "peak",
-        f"about {report.amount(found.peak)}{room} in a step, {report.amount(found.temporaries)} of "
+        f"about {report.amount(most.peak)}{room} in a step, {report.amount(most.temporaries)} of "
         f"it to compute with{fits}",
     )
     again = found.operations / found.work - 1
     yield (
         "operations",
-        f"{_flops(recipe.work / images)} an image, forward and backward; "
+        f"{_flops(recipe.dearest.work / images)} an image, forward and backward; "
         f"{_flops(found.operations)} a step and device"
         + (f", {again:.0%} more for remat and optimizer" if again > 0.005 else ""),
     )
@@ -87,7 +97,7 @@ def of_times(
     recipe: recipes.Recipe, choice: plan.Choice, devices: planned.Devices, price: float | None
 ) -> Rows:
     """The least time of a step and of all, at published rates, and what that costs."""
-    found, images, count = choice.estimate, recipe.step.images, devices.count
+    found, images, count = choice.estimate, recipe.images, devices.count
     parts, bounds = choice.parts(devices), choice.seconds(devices)
     useful = found.work / devices.chip.flops
     times = ", ".join(f"{name} {digits(1000 * each)} ms" for name, each in parts.items())
@@ -98,22 +108,24 @@ def of_times(
     )
     yield "MFU at most", f"{useful / bounds[0]:.0%}, or {useful / bounds[1]:.0%}"
     sums, products = found.exchanged.get("summed over tensor", 0.0), parts["products"]
-    if parts["links"] > products and sums > sum(found.exchanged.values()) / 2:
+    slow = parts["links"] > max(products, parts["memory"])
+    if slow and sums > sum(found.exchanged.values()) / 2:
         yield (
             "warning",
             f"links bound the step: what {choice.sizes[2]} devices sum over tensor takes longer "
             "than their products; take a smaller tensor",
         )
-    elif parts["links"] > products:
+    elif slow:
         yield (
             "warning",
             f"links bound the step: {images / count:g} images a device are few for this network; "
             "take a larger config.batch_size, fewer devices, or a smaller fsdp where there is room",
         )
-    hours = [recipe.settings.steps * each / 3600 for each in bounds]
+    run = choice.run(devices, recipe)
+    hours = [each / 3600 for each in run]
     yield (
         f"{recipe.settings.steps:,} steps",
-        f"at least {_two(hours)} hours, {_two(count * each for each in hours)} device hours",
+        f"at least {_two(run, _lasting)}, {_two(count * each for each in hours)} device hours",
     )
     if price is not None:
         costs = _two(price * count * each for each in hours)
@@ -151,15 +163,20 @@ def amounts(parts: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {report.amount(size)}" for name, size in parts.items())
 
 
-def _two(numbers) -> str:
-    """Two bounds in words, with as many digits as they deserve."""
-    first, second = map(digits, numbers)
-    return first if first == second else f"{first} or {second}"
-
-
 def digits(number: float) -> str:
     """A number with as many digits as it deserves."""
     return f"{number:,.3g}" if number < 100 else f"{number:,.0f}"
+
+
+def _two(numbers: Iterable[float], told: Callable[[float], str] = digits) -> str:
+    """Two bounds in words, with as many digits as they deserve."""
+    first, second = map(told, numbers)
+    return first if first == second else f"{first} or {second}"
+
+
+def _lasting(seconds: float) -> str:
+    name, unit = next((n, u) for n, u in LASTING if seconds >= u or u == 1)
+    return f"{digits(seconds / unit)} {name}"
 
 
 def row(pair: tuple[str, str]) -> str:

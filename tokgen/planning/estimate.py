@@ -22,7 +22,7 @@ from collections.abc import Mapping
 
 import jax
 
-from tokgen import flops, parameters, sharding
+from tokgen import parameters, sharding
 from tokgen.interfaces import PyTree
 from tokgen.planning import steps, temporaries, tiles
 from tokgen.training import train_state
@@ -98,11 +98,6 @@ def of(
             summed=step.images * network.positions * network.width * network.layers / ways,
         ),
     )
-
-
-def count(step: steps.Step) -> float:
-    """Operations of a step for all of its images."""
-    return flops.of(step.compiled("data"), step.state, step.batch, step.frozen)
 
 
 def part(state: PyTree, lies: tiles.Lies) -> float:

@@ -24,19 +24,31 @@ ROOM = 0.9  # of a device's memory, that a plan may fill: the rest is the runtim
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A mesh, with what is reckoned of it."""
+    """A mesh, with what is reckoned of it: an estimate for each of a recipe's kinds of steps."""
 
     sizes: tuple[int, int, int]
     strategy: str
-    estimate: estimates.Estimate
+    estimates: tuple[estimates.Estimate, ...]
 
-    def parts(self, devices: planned.Devices) -> dict[str, float]:
+    @property
+    def estimate(self) -> estimates.Estimate:
+        """Of the kind with most to compute."""
+        return self.estimates[0]
+
+    @property
+    def largest(self) -> estimates.Estimate:
+        """Of the kind that needs most memory."""
+        return max(self.estimates, key=lambda each: each.peak)
+
+    def parts(
+        self, devices: planned.Devices, found: estimates.Estimate | None = None
+    ) -> dict[str, float]:
         """The least seconds of each of what a step waits for, at a chip's published rates.
 
         GPUs of a host reach each other faster than those of others: what an axis that stays within
         a host exchanges goes over its links, the rest over the network.
         """
-        found, chip = self.estimate, devices.chip
+        found, chip = found or self.estimate, devices.chip
         _, fsdp, tensor = self.sizes
         # over how many neighbours each of them spans; tensor's are next to each other
         spans = {
@@ -53,12 +65,20 @@ class Choice:
             "links": sum(n / rates[what] for what, n in found.exchanged.items()),
         }
 
-    def seconds(self, devices: planned.Devices) -> tuple[float, float]:
+    def seconds(
+        self, devices: planned.Devices, found: estimates.Estimate | None = None
+    ) -> tuple[float, float]:
         """A step's least time: where all that waits is hidden, and where nothing of it is."""
-        parts = self.parts(devices)
+        parts = self.parts(devices, found)
         links = parts.pop("links")
         alone = max(parts.values())
         return max(alone, links), alone + links
+
+    def run(self, devices: planned.Devices, recipe: recipes.Recipe) -> tuple[float, float]:
+        """The least seconds of all steps, likewise."""
+        pairs = zip(recipe.kinds, self.estimates, strict=True)
+        times = [(kind.count, self.seconds(devices, found)) for kind, found in pairs]
+        return tuple(sum(count * bounds[n] for count, bounds in times) for n in range(2))
 
 
 def mesh_of(sizes: Sequence[int]) -> AbstractMesh:
@@ -88,14 +108,17 @@ def reckoned(
 ) -> Choice:
     """A mesh with its estimate; UserError where a parameter or the batch does not fit it."""
     mesh, strategy = mesh_of(sizes), strategy_of(sizes)
-    sharding.check_batch(recipe.step.images, mesh, parts=recipe.network.parts)
-    found = estimates.of(
-        *(recipe.step, recipe.network, mesh, strategy),
-        work=recipe.work,
-        operations=recipe.operations,
-        lies=lies,
-    )
-    return Choice(tuple(sizes), strategy, found)
+    sharding.check_batch(recipe.images, mesh, parts=recipe.parts)
+    found = [
+        estimates.of(
+            *(kind.step, kind.network, mesh, strategy),
+            work=kind.work,
+            operations=kind.operations,
+            lies=lies,
+        )
+        for kind in recipe.kinds
+    ]
+    return Choice(tuple(sizes), strategy, tuple(found))
 
 
 def proposed(recipe: recipes.Recipe, devices: planned.Devices) -> Choice:
@@ -106,7 +129,7 @@ def proposed(recipe: recipes.Recipe, devices: planned.Devices) -> Choice:
     """
     choices, refusals = [], []
     for wide in (False, True):
-        for sizes in candidates(devices.count, recipe.step.images // recipe.network.parts):
+        for sizes in candidates(devices.count, recipe.images // recipe.parts):
             if (sizes[2] > 1) == wide:
                 try:
                     choices.append(reckoned(recipe, sizes, devices.lies))
@@ -114,28 +137,36 @@ def proposed(recipe: recipes.Recipe, devices: planned.Devices) -> Choice:
                     refusals.append(str(error))
         if devices.chip is None and choices:
             return choices[0]
-        room = ROOM * devices.chip.memory if devices.chip else 0.0
-        if fitting := [c for c in choices if c.estimate.peak <= room]:
+        if fitting := [c for c in choices if fits(c, devices)]:
             return min(fitting, key=lambda c: (round(c.seconds(devices)[1], 4), c.sizes[1:]))
     if not choices:
         told_of = refusals[0] if refusals else "the batch does not lie evenly over them"
         raise UserError(
-            f"no mesh of {devices.name} serves {recipe.step.images} images a step: {told_of}"
+            f"no mesh of {devices.name} serves {recipe.images} images a step: {told_of}"
         )
-    least = min(choices, key=lambda c: c.estimate.peak).estimate
+    least = min(choices, key=lambda c: c.largest.peak)
+    raise UserError(f"no mesh of {devices.name} has room: {lacking(recipe, least, devices)}")
+
+
+def fits(choice: Choice, devices: planned.Devices) -> bool:
+    """Whether a device has room for what is reckoned; of a CPU it is not known, and not refused."""
+    return devices.chip is None or choice.largest.peak <= ROOM * devices.chip.memory
+
+
+def lacking(recipe: recipes.Recipe, choice: Choice, devices: planned.Devices) -> str:
+    """Why a choice does not fit, and what would help, the mildest first."""
+    most = choice.largest
     remedies = ["more devices", "a smaller batch_size", "a smaller network"]
-    if least.arguments < room:
-        again = recipe.settings.generator.get("remat") == "full"
+    if most.arguments < ROOM * devices.chip.memory:
         remedies = [
-            f"the batch in parts (--set accumulate={2 * recipe.network.parts})",
-            *([] if again else ["--set generator.remat=full"]),
+            f"the batch in parts (--set accumulate={2 * recipe.parts})",
+            *(f"--set {field}=full" for field in recipe.kept_whole),
             *remedies,
         ]
-    raise UserError(
-        f"no mesh of {devices.name} has room: at least {report.amount(least.arguments)} lie on a "
-        f"device between steps, and {report.amount(least.temporaries)} in one, of "
-        f"{report.amount(devices.chip.memory)}, of which a plan fills {ROOM:.0%}; remedies, in "
-        f"this order: {', '.join(remedies)}"
+    return (
+        f"at least {report.amount(most.arguments)} lie on a device between steps, and "
+        f"{report.amount(most.temporaries)} in one, of {report.amount(devices.chip.memory)}, of "
+        f"which a plan fills {ROOM:.0%}; remedies, in this order: {', '.join(remedies)}"
     )
 
 

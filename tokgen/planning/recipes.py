@@ -12,28 +12,65 @@ from flax import nnx
 from tokgen import flops, rng
 from tokgen.config import building, reading
 from tokgen.interfaces import TokenLayout, UserError
-from tokgen.planning import estimate, steps
-from tokgen.training import fields
+from tokgen.planning import steps
+from tokgen.training import fields, gan as gans, stages, tokenizer_step
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What a config trains, as shapes."""
+class Kind:
+    """Steps of a run that are alike: `count` of them; `name` where a run has several kinds."""
 
-    settings: ml_collections.ConfigDict
+    count: int
     step: steps.Step
     network: steps.Network
+    name: str = ""
 
     @functools.cached_property
     def work(self) -> float:
         """Those of the model for all images, as the log's `mfu` counts them."""
-        step = self.step
-        return flops.of_training(step.compiled("data"), step.state, step.batch, step.frozen)
+        return flops.products(self.step.traced, flops.BESIDE)
 
     @functools.cached_property
     def operations(self) -> float:
         """Operations of a step for all images, with those of remat and of the optimizer."""
-        return estimate.count(self.step)
+        return flops.products(self.step.traced)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a config trains, as shapes: its kinds of steps, the one with most to compute first."""
+
+    settings: ml_collections.ConfigDict
+    kinds: tuple[Kind, ...]
+
+    @property
+    def dearest(self) -> Kind:
+        """The kind with most to compute."""
+        return self.kinds[0]
+
+    @property
+    def images(self) -> int:
+        """How many a step takes."""
+        return self.dearest.step.images
+
+    @property
+    def parts(self) -> int:
+        """In which a step takes them."""
+        return self.dearest.network.parts
+
+    @property
+    def kept_whole(self) -> tuple[str, ...]:
+        """Fields `remat` that may yet be "full": the backward pass would keep less."""
+        sections = {"generator": self.settings.get("generator")}
+        for name in ("encoder", "decoder"):
+            section = self.settings.get(name, {})
+            sections |= {name: section, f"{name}.codes": section.get("codes")}
+            sections |= {f"{name}.pixels": section.get("pixels")}
+        return tuple(
+            f"{name}.remat"
+            for name, section in sections.items()
+            if section and section.get("name") != "two_stage" and section.get("remat") != "full"
+        )
 
 
 def read(
@@ -46,15 +83,17 @@ def read(
     """The recipe of `PATH[:variant]`; UserError where it cannot be built.
 
     Args:
-        tokenizer: of a generator, the recipe of its tokens; "": as its `made_for` says.
+        tokenizer: of a generator, the recipe of its tokens; "": as its `made_for` says. Of a
+            tokenizer that learns another one's codes, the recipe of that.
         classes: of a generator; None: as its `made_for` says.
     """
     settings = reading.load(reference, overrides)
     if "generator" not in settings:
-        raise UserError(f"{reference} trains a tokenizer: plans are of generators so far")
+        return Recipe(settings, of_tokenizer(settings, reference, tokenizer))
     layout, codec = tokens(settings, reference, tokenizer)
     count = classes_of(settings, reference, classes)
-    return Recipe(settings, *steps.generator(settings, layout, count, codec))
+    kind = Kind(settings.steps, *steps.generator(settings, layout, count, codec))
+    return Recipe(settings, (kind,))
 
 
 def classes_of(settings: ml_collections.ConfigDict, reference: str, classes: int | None) -> int:
@@ -66,6 +105,46 @@ def classes_of(settings: ml_collections.ConfigDict, reference: str, classes: int
             f"generator without labels; found {count}"
         )
     return count
+
+
+def of_tokenizer(
+    settings: ml_collections.ConfigDict, reference: str, teacher: str = ""
+) -> tuple[Kind, ...]:
+    """The kinds of steps of a tokenizer: stages, and from when on the discriminator learns."""
+    fields.check_recipe(settings)
+    plan = stages.plan(settings)
+    gan = building.call(gans.GAN, settings.discriminator, "discriminator")
+    begin, _ = gan.steps(settings.steps)
+    frozen = tokenizer_step.frozen_shapes(
+        settings, plan, _teacher(settings, plan, reference, teacher)
+    )
+    found = []
+    for number, stage in enumerate(plan):
+        name = f"of stage {number}" if len(plan) > 1 else ""
+        learns = begin if stage.objective == "pixels" else stage.end
+        alone = min(max(learns, stage.begin), stage.end)
+        for count, adversarial in ((alone - stage.begin, False), (stage.end - alone, True)):
+            if count:
+                made = steps.tokenizer(settings, stage, frozen, adversarial=adversarial)
+                with_it = "with the discriminator" if adversarial else "without discriminator"
+                found.append(Kind(count, *made, f"{name} {with_it}".strip()))
+    return tuple(sorted(found, key=lambda kind: -kind.operations))
+
+
+def _teacher(
+    settings: ml_collections.ConfigDict, plan: Sequence[stages.Stage], reference: str, name: str
+) -> nnx.Module | None:
+    """The tokenizer whose codes a stage learns, as shapes; None where none does."""
+    if all(stage.objective != "codes" for stage in plan):
+        return None
+    if not name:
+        raise UserError(
+            f"{reference} learns another tokenizer's codes: give its recipe, as --tokenizer "
+            "configs/tokenizer/maskgit_vqgan.py"
+        )
+    own = reading.load(name)
+    own.view.size = settings.view.size
+    return nnx.eval_shape(lambda: building.tokenizer(own, rngs=rng.rngs(0)))
 
 
 def tokens(

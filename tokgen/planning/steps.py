@@ -17,7 +17,18 @@ from flax import nnx
 from tokgen import parameters, rng, sharding
 from tokgen.config import building
 from tokgen.interfaces import PyTree, TokenLayout
-from tokgen.training import dry_run, fields, generator_step, optimizer as optimizers, train_state
+from tokgen.nn import precision
+from tokgen.training import (
+    dry_run,
+    fields,
+    gan as gans,
+    generator_step,
+    optimizer as optimizers,
+    safeguards,
+    stages,
+    tokenizer_step,
+    train_state,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,6 +54,8 @@ class Step:
 
     def of(self, images: int) -> Step:
         """The same step for another number of images."""
+        if images == self.images:
+            return self
         return dataclasses.replace(
             self,
             batch={
@@ -116,6 +129,42 @@ def generator(
         return generator_step.step(given, graph, optimizer)
 
     return Step(state, batch, codec, compiled), _network(settings, shapes)
+
+
+def tokenizer(
+    settings: ml_collections.ConfigDict,
+    stage: stages.Stage,
+    frozen: PyTree,
+    *,
+    adversarial: bool,
+) -> tuple[Step, Network]:
+    """A tokenizer's step in a stage, with the discriminator or without; `frozen` as shapes."""
+    gan = building.call(gans.GAN, settings.discriminator, "discriminator")
+    limits = building.call(safeguards.Limits, settings.get("safeguards", {}), "safeguards")
+    state, graphs, optimizer = dry_run.networks_of(
+        settings, stage, gan, sharding.single(), discriminator=_drawn
+    )
+
+    def compiled(strategy: str):
+        given = ml_collections.ConfigDict({**settings, "strategy": strategy})
+        made = tokenizer_step.Steps(given, gan, limits, graphs, optimizer, 0)
+        return made(stage, adversarial)
+
+    network = Network(
+        itemsize=building.call(
+            precision.Precision, settings.precision, "precision"
+        ).compute_dtype.itemsize,
+        passes=2,
+        parts=settings.get("accumulate", 1),
+    )
+    return Step(
+        state, dry_run.pictures(settings, settings.decoder.get("text")), frozen, compiled
+    ), network
+
+
+def _drawn(gan: gans.GAN, settings: ml_collections.ConfigDict, *, rngs: nnx.Rngs) -> nnx.Module:
+    """The discriminator that the published run has, whose files a plan does without."""
+    return gans.drawn(gan.network, settings, rngs=rngs)
 
 
 def parameters_of(state: PyTree) -> PyTree:

@@ -51,7 +51,10 @@ def rows(recipe: recipes.Recipe) -> Iterator[tuple[str, str]]:
     """What a generator's recipe needs of a disk, in words; nothing of a tokenizer's."""
     if "generator" not in recipe.settings:
         return
-    layout, stored = recipe.step.frozen.layout, recipe.settings.data.get("views", "center,flip")
+    layout, stored = (
+        recipe.dearest.step.frozen.layout,
+        recipe.settings.data.get("views", "center,flip"),
+    )
     tokens = TokenSet(layout, views.stored(stored))
     known = recipe.settings.get("made_for", {}).get("classes") == CLASSES
     images, whose = (IMAGENET, "ImageNet's ") if known else (OTHERS, "")

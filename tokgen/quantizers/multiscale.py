@@ -135,8 +135,8 @@ class Quantizer(nnx.Module):
         done = self.updates[...]
         # the first count is taken whole, a hundred follow quickly, the rest slowly
         decay = jnp.where(done == 0, 0.0, jnp.where(done < 100, 0.9, 0.99))
-        self.counts[...] = decay * self.counts[...] + (1 - decay) * jnp.stack(hits)
-        self.updates[...] = done + 1
+        self.counts.set_value(decay * self.counts[...] + (1 - decay) * jnp.stack(hits))
+        self.updates.set_value(done + 1)
         self.inner.maintain(jnp.concatenate(seen, 1), key=key)
 
     def usage(self, positions: int) -> jax.Array:

@@ -137,11 +137,11 @@ class Quantizer(nnx.Module):
             if self.update == "ema":
                 # else the next average would put the row back where it was
                 sums_VC = jnp.where(dead_V[:, None], rows_VC / self.codes, sums_VC)
-        self.counts[...] = counts_V
+        self.counts.set_value(counts_V)
         if self.update == "ema":
-            self.sums[...] = sums_VC
+            self.sums.set_value(sums_VC)
         if self.update != "frozen":
-            self.codebook[...] = rows_VC.astype(self.codebook[...].dtype)
+            self.codebook.set_value(rows_VC.astype(self.codebook[...].dtype))
 
     def _averaged(
         self, latents_nC: jax.Array, tokens_n: jax.Array, counts_V: jax.Array

@@ -204,11 +204,14 @@ def networks_of(
     stage: stages.Stage,
     gan: gans.GAN,
     mesh: jax.sharding.Mesh,
+    *,
+    discriminator: Callable[..., nnx.Module] = gans.build,
 ) -> tuple[PyTree, tokenizer_step.Graphs, optimizers.Optimizer | None]:
     """What `tokenizer_step.create` gives, its arrays as shapes."""
-    (graphs, optimizer), networks = created(
-        lambda: _turned(*tokenizer_step.create(settings, stage, gan, mesh))
+    create = functools.partial(
+        tokenizer_step.create, settings, stage, gan, mesh, discriminator=discriminator
     )
+    (graphs, optimizer), networks = created(lambda: _turned(*create()))
     return networks, graphs, optimizer
 
 

@@ -168,6 +168,12 @@ SHARED = dict(
 
 
 def check_tokenizer(settings: ml_collections.ConfigDict) -> None:
+    """Hold every field of a tokenizer's config, and the files that its losses need."""
+    check_recipe(settings)
+    tokenizer_step.check_frozen(settings, stages.plan(settings))
+
+
+def check_recipe(settings: ml_collections.ConfigDict) -> None:
     """Hold every field of a tokenizer's config, alone and together; no device is touched."""
     discriminator = settings.get("discriminator")
     # also of a discriminator that is off: it may be turned on
@@ -201,7 +207,6 @@ def check_tokenizer(settings: ml_collections.ConfigDict) -> None:
         )
     for number, stage in enumerate(plan):
         _check_aim(stage, {**settings.loss, **stage.loss}, f"stages[{number}]")
-    tokenizer_step.check_frozen(settings, plan)
 
 
 def check_generator(settings: ml_collections.ConfigDict) -> None:

@@ -98,20 +98,27 @@ class GAN:
 
 def build(gan: GAN, settings: ml_collections.ConfigDict, *, rngs: nnx.Rngs) -> nnx.Module:
     """The discriminator; a PatchGAN where a feature network has no weights to look through."""
-    section = dict(gan.network)
+    section = gan.network
     if section.get("name") == "feature_heads" and not gan.features:
         report.say(
             "discriminator: PatchGAN, since config.discriminator.features names no weights of DINO "
             "ViT-S/16 (docs/data.md)"
         )
         section = dict(name="patchgan")
-    context = dict(channels=settings.view.channels, rngs=rngs)
-    if section.get("name") == "stylegan":
-        context["size"] = settings.view.size[0]
-    discriminator = building.build(section, "discriminator.network", **context)
+    discriminator = drawn(section, settings, rngs=rngs)
     if isinstance(discriminator, feature_heads.Discriminator):
         discriminator.load(*gan.features.split(","), read=reader.network)
     return discriminator
+
+
+def drawn(
+    section: Mapping[str, Any], settings: ml_collections.ConfigDict, *, rngs: nnx.Rngs
+) -> nnx.Module:
+    """The discriminator of a section `network`; a feature network in it is random numbers."""
+    context = dict(channels=settings.view.channels, rngs=rngs)
+    if section.get("name") == "stylegan":
+        context["size"] = settings.view.size[0]
+    return building.build(dict(section), "discriminator.network", **context)
 
 
 def views(discriminator: nnx.Module, gan: GAN, key: Array) -> tuple[Callable, Callable]:

@@ -40,8 +40,13 @@ def create(
     stage: stages.Stage,
     gan: gans.GAN,
     mesh: jax.sharding.Mesh,
+    *,
+    discriminator: Callable[..., nnx.Module] = gans.build,
 ) -> tuple[Networks, Graphs, optimizers.Optimizer | None]:
-    """(states by name, structures by name, the discriminator's optimizer), as they start."""
+    """(states by name, structures by name, the discriminator's optimizer), as they start.
+
+    `discriminator` makes it, as `gans.build` does.
+    """
     seed, steps = settings.seed, settings.steps
     train_state.average_of(settings.get("average", "muse"))
     graph, model = train_state.create(
@@ -59,14 +64,14 @@ def create(
         "discriminator.optimizer",
         steps=steps - gan.steps(steps)[0],
     )
-    discriminator_graph, discriminator = train_state.create(
-        lambda: gans.build(gan, settings, rngs=rng.rngs(rng.key(seed, "init", 1))),
+    discriminator_graph, rival = train_state.create(
+        lambda: discriminator(gan, settings, rngs=rng.rngs(rng.key(seed, "init", 1))),
         optimizer,
         mesh=mesh,
         strategy=settings.strategy,
     )
     averages = jax.device_put(losses.averages(), sharding.replicated(mesh))
-    networks = {"model": model, "discriminator": discriminator, "averages": averages}
+    networks = {"model": model, "discriminator": rival, "averages": averages}
     return networks, {"model": graph, "discriminator": discriminator_graph}, optimizer
 
 
@@ -380,6 +385,12 @@ def load_frozen(settings, plan) -> dict:
     return frozen
 
 
+def frozen_shapes(settings, plan, teacher: nnx.Module | None = None) -> dict:
+    """What `load_frozen` gives where the published files are named, its arrays as shapes."""
+    frozen = {"perceptual": {name: perceptual.shapes(name) for name in _distances(settings, plan)}}
+    return frozen if teacher is None else frozen | {"teacher": teacher}
+
+
 def _distances(settings, plan) -> dict[str, tuple[str, ...]]:
     """Weight files of every perceptual distance that some stage gives a weight; () where none."""
     needed = {name for stage in plan for name, w in {**settings.loss, **stage.loss}.items() if w}
@@ -407,8 +418,12 @@ def adopt(model: train_state.TrainState, teacher: nnx.Module) -> train_state.Tra
                 f"config.decoder.{name} and the teacher's differ in size: give config.decoder the "
                 "widths, blocks and codebook of the teacher"
             )
-        # copies: the step donates its arrays, and the teacher goes on teaching
-        decoder[name] = jax.tree.map(jnp.copy, tree)
+        # copies, where the model's own lie: the step donates its arrays, the teacher teaches on
+        decoder[name] = jax.tree.map(_copied, tree, decoder[name])
     params = {**model.params, "decoder": decoder}
     ema = None if model.ema is None else jax.tree.map(jnp.copy, params)
     return model.replace(params=params, ema=ema)
+
+
+def _copied(leaf: jax.Array, own: jax.Array) -> jax.Array:
+    return jax.device_put(jnp.copy(leaf), own.sharding)
