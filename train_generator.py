@@ -176,15 +176,14 @@ def main(request: launch.Request) -> None:
                 seen = {"images_seen": done * settings.batch_size, "broken_images": broken}
                 late.append((done, scalars, seen, pace.counted()))
             trace.after(done, scalars)
-            asked = stop.agreed()
-            if due(done) or asked:
+            asked, asking = stop.agreed(), evaluators.due(evaluating, done, steps)
+            if due(done) or asked or asking:  # saved before it is measured, which may end the run
                 tell()
                 log.keep()
                 run.save({"model": network})
             if asked:
                 break
-            if asking := evaluators.due(evaluating, done, steps):
-                tell()
+            if asking:
                 with run.rescuing({"model": network}):
                     evaluators.run(asking, averaged(graph, network), done, log)
                 pace.again()

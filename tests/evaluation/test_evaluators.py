@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tests.evaluation import test_collect, test_made_images
-from tokgen import metrics_log
+from tokgen import distributed, metrics_log
+from tokgen.errors import SharedError
 from tokgen.evaluation import evaluators, score as scores, validation
 from tokgen.interfaces import UserError
 
@@ -86,6 +87,46 @@ def test_each_has_its_own_period_preset_and_line(die, reference, tmp_path, capfd
     assert cold["precision"] != warm["precision"]  # one draws by another preset
     assert (tmp_path / "images" / "look-0000007.png").is_file() and look["images"] == 6
     assert "step 7: warm: precision " in capfd.readouterr().err
+
+
+def test_processes_with_and_without_a_log_ask_for_what_it_has_by_one_name(tmp_path, monkeypatch):
+    asked = []
+
+    def decided(act, *args):
+        asked.append(distributed._name(act))
+        return act(*args)
+
+    monkeypatch.setattr(distributed, "decided", decided)
+    one = evaluators.Evaluator("own", 1, lambda network: None)
+    for log in (metrics_log.Log(tmp_path), metrics_log.Nowhere()):
+        assert evaluators.left([one], 1, 1, log) == [one]
+        log.close()
+    assert len(asked) == 2 and len(set(asked)) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (UserError("no image"), ["config.evaluators.own: no image"]),
+        (SharedError("no image"), ["config.evaluators.own: no image"]),
+        (MemoryError(), ["a smaller config.evaluators.own.batch", "evaluators.own.every=0"]),
+        (RuntimeError("RESOURCE_EXHAUSTED: 9 GiB"), ["(RESOURCE_EXHAUSTED: 9 GiB)", "own.batch"]),
+        (RuntimeError("a fault"), None),
+    ],
+)
+def test_an_error_of_an_evaluator_has_its_name_and_its_remedy(error, words):
+    def measure(network):
+        raise error
+
+    one = evaluators.Evaluator("own", 1, measure, "batch")
+    with pytest.raises(Exception) as caught:
+        evaluators.run([one], "network", 1, metrics_log.Nowhere())
+    if words is None:
+        assert caught.value is error
+        return
+    # what all processes have stays what all have
+    assert type(caught.value) is (type(error) if isinstance(error, UserError) else UserError)
+    assert all(word in str(caught.value) for word in words), caught.value
 
 
 @pytest.mark.parametrize(

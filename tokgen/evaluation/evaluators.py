@@ -8,9 +8,10 @@ each takes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from tokgen import distributed, image_grid, metrics_log, report
+from tokgen import distributed, image_grid, metrics_log, report, runtime
 from tokgen.checkpoints import loading
 from tokgen.config import evaluators as sections
 from tokgen.data import datasets, loader, sources
@@ -54,11 +55,13 @@ class Evaluator:
         name: under which its figures are logged.
         every: so many steps, and at the last.
         measure: of a network with its averaged weights.
+        fewer: the argument by which it takes fewer images at a time, or "".
     """
 
     name: str
     every: int
     measure: Callable[[nnx.Module], Measured]
+    fewer: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +83,18 @@ def made(material: Material) -> tuple[Evaluator, ...]:
     known, found, problems = OF_GENERATOR if generator else OF_TOKENIZER, [], []
     for name, section in sections.of(material.settings).items():
         try:
-            found.append(Evaluator(name, section.every, known[section.kind](material, section)))
+            measure = known[section.kind](material, section)
+            found.append(Evaluator(name, section.every, measure, _fewer(section)))
         except UserError as error:
             problems.append(f"config.evaluators.{name}: {error}")
     if problems:
         raise UserError("\n".join(problems))
     return tuple(found)
+
+
+def _fewer(section: sections.Evaluator) -> str:
+    """What of a section says how many images are at work at a time; "": nothing does."""
+    return next((name for name in ("batch", "columns") if hasattr(section, name)), "")
 
 
 def due(evaluators: Sequence[Evaluator], step: int, steps: int) -> list[Evaluator]:
@@ -98,8 +107,13 @@ def left(
 ) -> list[Evaluator]:
     """Those that were due after a step and logged nothing: the run was ended before."""
     asked = due(evaluators, step, steps)
-    there = distributed.decided(log.splits, step) if asked else []
+    there = distributed.decided(_logged, log, step) if asked else []
     return [each for each in asked if each.name not in there]
+
+
+def _logged(log: metrics_log.AnyLog, step: int) -> list[str]:
+    """What a step has lines of. Calls are told by name, and the logs of others are of another."""
+    return log.splits(step)
 
 
 def run(
@@ -108,7 +122,8 @@ def run(
     """Let each measure a step; the line of its figures comes last, and says that it has."""
     for each in evaluators:
         begun = time.monotonic()
-        found = each.measure(network)
+        with _told(each):
+            found = each.measure(network)
         values = {n: v for n, v in found.figures.items() if not n.endswith(BESIDE)}
         said = report.metrics(values, tuple(values))
         report.say(f"step {step}: {each.name}: {said} ({time.monotonic() - begun:.1f} s)")
@@ -116,6 +131,28 @@ def run(
             log.image(step, each.name, found.picture)
         log.scalars(step, found.figures, split=each.name)
         log.keep()
+
+
+@contextlib.contextmanager
+def _told(one: Evaluator) -> Iterator[None]:
+    """Errors of an evaluator, by its name: what no memory was left for is told what to make less.
+
+    One that all processes of a job have stays one of all.
+    """
+    here = f"config.evaluators.{one.name}"
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{here}: {error}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not runtime.is_exhausted(error):
+            raise
+        said = (str(error).strip() or "memory cannot be allocated").splitlines()[0][:300]
+        less = f"fewer images at a time with a smaller {here}.{one.fewer}, or " if one.fewer else ""
+        raise UserError(
+            f"{here} needs more memory than there is ({said}); remedy: {less}without it with "
+            f"--{here}.every=0"
+        ) from error
 
 
 BESIDE = ("_low", "_high", "_error")  # endings of what stands beside a figure
