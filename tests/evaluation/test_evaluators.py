@@ -1,5 +1,6 @@
 """Evaluators of a run: the figures of `tokgen evaluate`, at their periods, once each."""
 
+import dataclasses
 import json
 import types
 
@@ -139,6 +140,16 @@ def test_an_error_of_an_evaluator_has_its_name_and_its_remedy(error, words):
             ["a: a Frechet distance of", "say accept=('few',)"],
         ),
         (
+            {"a": {"samples": 3, "metrics": ("mifid",), "accept": ()}},
+            ["a: a Frechet distance of", "say accept=('few',)"],
+        ),
+        ({"a": {"samples": 2, "metrics": ("kid",)}}, ["a: kid needs 3 images or more", "found 2"]),
+        (
+            {"a": {"samples": 6, "metrics": ("is_infinity", "psnr_db", "is", "classwise")}},
+            ["a: metrics that can't", "is_infinity: it needs 200", "psnr_db: it is of pairs"],
+        ),
+        ({"a": {"samples": 5, "metrics": ("classwise",)}}, ["classwise: 1 of 3 classes have no"]),
+        (
             {"a": {"reference": "none.npz"}, "b": {"reference": "neither.npz"}},
             ["evaluators.a: no reference at none", "evaluators.b: no reference at neither"],
         ),
@@ -149,6 +160,13 @@ def test_what_cannot_be_measured_is_told_before_the_first_step(die, reference, s
     with pytest.raises(UserError) as error:
         evaluators.made(material(**found))
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_what_is_by_class_is_refused_of_texts(die, reference, monkeypatch):
+    monkeypatch.setattr(evaluators, "_texts", lambda material, count: np.zeros(count))
+    given = material(a=score(reference, metrics=("precision", "class_accuracy")))
+    with pytest.raises(UserError, match=r"a: .*here, class_accuracy: the samples have no labels"):
+        evaluators.made(dataclasses.replace(given, cond="text"))
 
 
 class Blank(test_made_images.Painter):

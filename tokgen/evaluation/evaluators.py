@@ -37,6 +37,7 @@ from tokgen.evaluation import (
     validation,
 )
 from tokgen.interfaces import Generator, PyTree, UserError
+from tokgen.metrics import metric
 from tokgen.sampling import drawing, presets
 
 
@@ -178,8 +179,9 @@ class _Judge:
         label_N = self.label_C[label_N] if len(self.label_C) else np.zeros(0, np.int32)
         return distributed.decided(self._measured, dataclasses.replace(found, label_N=label_N))
 
-    def _measured(self, found: collect.Found) -> dict[str, float]:
-        compared = collect.compared(
+    def compared(self, found: collect.Found) -> metric.Compared:
+        """What was seen, beside the reference."""
+        return collect.compared(
             found,
             self.extractor,
             protocols.named("local"),
@@ -188,7 +190,11 @@ class _Judge:
             accepted=self.section.accept,
             seed=self.section.seed,
         )
-        metrics, _ = metric_table.score(compared, self.metrics, what="")
+
+    def _measured(self, found: collect.Found) -> dict[str, float]:
+        metrics, absent = metric_table.score(self.compared(found), self.metrics, what="")
+        for name in sorted({*absent} & {*self.section.metrics}):
+            report.say(f"no {name}: {absent[name]}")
         figures = {
             name if part == "value" else f"{name}_{part}": float(value)
             for name, parts in metrics.items()
@@ -201,7 +207,7 @@ class _Judge:
 
 
 def _judge(
-    section: Any, size: Sequence[int], count: int, names: Sequence[str], material: Material
+    section: Any, size: Sequence[int], count: int, names: Sequence[str], *, labelled: bool = True
 ) -> _Judge:
     """What `count` images of a size and of classes with these names are judged by."""
     asked = score_settings.Settings(*("", "local", ""), reference=section.reference, samples=count)
@@ -217,14 +223,33 @@ def _judge(
     label_C, classes = scores.labels_of(every_C, names, len(names), extractor, reference)
     label_C = label_C if classes else np.zeros(0, np.int32)
     distributed.check_alike({"references": {section.reference: reference.digest}})
-    return _Judge(section, reference, extractor, metrics, label_C, classes)
+    judge = _Judge(section, reference, extractor, metrics, label_C, classes)
+    _check_measurable(judge, count, labelled)
+    return judge
+
+
+def _check_measurable(judge: _Judge, count: int, labelled: bool) -> None:
+    """UserError for metrics of a section that so many images would lack, as many of each class."""
+    label_N = np.resize(judge.label_C, count) if labelled and judge.classes else judge.label_C[:0]
+    blank = np.broadcast_to(np.float32(0), (count, 1))
+    seen = collect.Found(
+        dict.fromkeys(judge.extractor.layers, blank),
+        *({}, {}, {}),
+        label_N=label_N,
+        digest_N=np.zeros(count),
+        constant_N=np.zeros(count, bool),
+    )
+    compared = judge.compared(seen)
+    found = {name: metric_table.named(name).lacking(compared) for name in judge.section.metrics}
+    if said := "; ".join(f"{name}: {why}" for name, why in found.items() if why):
+        raise UserError(f"metrics that can't be measured here, {said}: leave them out")
 
 
 def _sample_score(material: Material, section: sections.Score) -> Callable:
     """Of samples, drawn as `tokgen evaluate --protocol local` draws them of the same step."""
     size = material.tokenizer.config.view.size
     names = material.sources["held_out"].classes
-    judge = _judge(section, size, section.samples, names, material)
+    judge = _judge(section, size, section.samples, names, labelled=material.cond == "label")
     preset = presets.named(material.settings.presets.to_dict(), section.preset)
     if material.cond == "text":
         cond = _texts(material, section.samples)
@@ -251,7 +276,7 @@ def _reconstruction_score(material: Material, section: sections.ReconstructionSc
     """Of reconstructions of held-out images."""
     source, view = _filled(material, "held_out"), datasets.view_of(material.settings)
     chosen = validation.spread(len(source), section.images)
-    judge = _judge(section, view.size, len(chosen), source.classes, material)
+    judge = _judge(section, view.size, len(chosen), source.classes)
 
     def measure(tokenizer: nnx.Module) -> Measured:
         parts, labels, start = [], [], 0
