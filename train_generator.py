@@ -69,11 +69,10 @@ def main(request: launch.Request) -> None:
             "the default preset is guided, but generator.label_drop=0 never trains what it is "
             "guided away from: set label_drop=0.1, or the preset's weight to 1"
         )
-    evaluating = evaluators.made(
-        evaluators.Material(
-            settings, dict(train=source, held_out=held_out), tokenizer, cond=shapes.cond
-        )
+    material = evaluators.Material(
+        settings, dict(train=source, held_out=held_out), tokenizer, cond=shapes.cond
     )
+    evaluating = evaluators.made(material)
     graph, network = train_state.create(
         make, optimizer, mesh=mesh, strategy=settings.strategy, ema=settings.ema
     )
@@ -123,6 +122,7 @@ def main(request: launch.Request) -> None:
     def due(step: int) -> bool:
         return step % every.save == 0 or step == steps
 
+    evaluators.check_room(material, averaged(graph, network))  # beside all that is trained
     if what.startswith("started from") and settings.held_out.samples:
         show_imported(settings, with_what, log)
     if start and due(start) and not measured:  # it was saved, and the run ended while measuring

@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.evaluation import test_collect, test_made_images
+from tests.sampling import test_memory
 from tokgen import distributed, metrics_log
 from tokgen.errors import SharedError
 from tokgen.evaluation import evaluators, score as scores, validation
 from tokgen.interfaces import UserError
+from tokgen.sampling import memory, sampler as samplers
 
 COUNT = test_collect.COUNT
 
@@ -160,6 +163,33 @@ def test_what_cannot_be_measured_is_told_before_the_first_step(die, reference, s
     with pytest.raises(UserError) as error:
         evaluators.made(material(**found))
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        (
+            dict(kind="score", every=9, batch=8),
+            r"batch of 8 .*evaluators\.a\.batch that .* is 7$",
+        ),
+        (dict(kind="grid", every=9, columns=3), r"batch of 9 .*\.a\.columns times 3 that .* is 7$"),
+        (dict(kind="score", every=9, batch=7), None),
+        (dict(kind="score", every=9, batch=8, samples=14), None),  # seven, twice
+        (dict(kind="grid", every=9, columns=2), None),
+    ],
+)
+def test_what_is_drawn_at_a_time_is_held_against_the_room_before_the_first_step(
+    section, words, reference, monkeypatch
+):
+    generator = nnx.eval_shape(test_memory.make)
+    given = material(a=section | ({"reference": "r.npz"} if section["kind"] == "score" else {}))
+    free = memory.kept(generator, None, np.arange(1), samplers.Sampler(), 7).all
+    monkeypatch.setattr(evaluators.sharding, "current", lambda: test_memory.on(free))
+    if words is None:
+        evaluators.check_room(given, generator)
+        return
+    with pytest.raises(UserError, match=f"evaluators.a: a {words}"):
+        evaluators.check_room(given, generator)
 
 
 def test_what_is_by_class_is_refused_of_texts(die, reference, monkeypatch):

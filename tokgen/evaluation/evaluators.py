@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from tokgen import distributed, image_grid, metrics_log, report, runtime
+from tokgen import distributed, image_grid, metrics_log, report, runtime, sharding
 from tokgen.checkpoints import loading
 from tokgen.config import evaluators as sections
 from tokgen.data import datasets, loader, sources
@@ -36,9 +36,9 @@ from tokgen.evaluation import (
     score_settings,
     validation,
 )
-from tokgen.interfaces import Generator, PyTree, UserError
+from tokgen.interfaces import Generator, PyTree, Text, UserError
 from tokgen.metrics import metric
-from tokgen.sampling import drawing, presets
+from tokgen.sampling import drawing, memory, presets
 
 
 class Measured(NamedTuple):
@@ -91,6 +91,40 @@ def made(material: Material) -> tuple[Evaluator, ...]:
     if problems:
         raise UserError("\n".join(problems))
     return tuple(found)
+
+
+def check_room(material: Material, generator: Generator) -> None:
+    """UserError where what one draws at a time cannot fit beside what the devices hold by now."""
+    mesh, cond = sharding.current(), np.zeros(1, np.int32)
+    if material.cond == "text":
+        shape = (1, *generator.text)
+        like = jax.ShapeDtypeStruct
+        cond = Text(like(shape, np.float32), like(shape[:2], bool))
+    for name, section in sections.of(material.settings).items():
+        here = f"config.evaluators.{name}"
+        if isinstance(section, sections.Score):
+            count, images, option = section.samples, section.batch, f"{here}.batch"
+        elif isinstance(section, sections.Grid):
+            rows = _rows(material)
+            count = images = rows * section.columns
+            option = f"{here}.columns times {rows}"
+        else:
+            continue
+        preset = presets.named(material.settings.presets.to_dict(), section.preset)
+        made, sampler = presets.prepare(generator, preset)
+        batch = drawing.even(count, images, sharding.ways(mesh))
+        codec = material.tokenizer.module.quantizer
+        try:
+            memory.check(made, codec, cond, sampler, batch, mesh, option=option)
+        except UserError as error:
+            raise UserError(f"{here}: {error}") from error
+
+
+def _rows(material: Material) -> int:
+    """How many rows a grid has."""
+    held_out = material.sources["held_out"]
+    count = len(held_out) if material.cond == "text" else max(len(held_out.classes), 1)
+    return min(count, 10)
 
 
 def _fewer(section: sections.Evaluator) -> str:
