@@ -193,10 +193,25 @@ def test_what_is_drawn_at_a_time_is_held_against_the_room_before_the_first_step(
 
 
 def test_what_is_by_class_is_refused_of_texts(die, reference, monkeypatch):
-    monkeypatch.setattr(evaluators, "_texts", lambda material, count: np.zeros(count))
+    monkeypatch.setattr(evaluators, "_filled", lambda material, split: None)
     given = material(a=score(reference, metrics=("precision", "class_accuracy")))
     with pytest.raises(UserError, match=r"a: .*here, class_accuracy: the samples have no labels"):
         evaluators.made(dataclasses.replace(given, cond="text"))
+
+
+def test_texts_are_read_to_be_measured_with_and_not_held(die, reference, monkeypatch):
+    asked = []
+
+    def texts(material, count):
+        asked.append(count)
+        return np.arange(count) % 3
+
+    monkeypatch.setattr(evaluators, "_filled", lambda material, split: None)
+    monkeypatch.setattr(evaluators, "_texts", texts)
+    given = material(a=score(reference, metrics=("precision",)))
+    (made,) = evaluators.made(dataclasses.replace(given, cond="text"))
+    assert not asked
+    assert made.measure(test_made_images.Dice()).figures["images"] == COUNT and asked == [COUNT]
 
 
 class Blank(test_made_images.Painter):

@@ -285,14 +285,16 @@ def _sample_score(material: Material, section: sections.Score) -> Callable:
     names = material.sources["held_out"].classes
     judge = _judge(section, size, section.samples, names, labelled=material.cond == "label")
     preset = presets.named(material.settings.presets.to_dict(), section.preset)
-    if material.cond == "text":
-        cond = _texts(material, section.samples)
-        label_N = np.zeros(0, np.int32)
+    text, label_N = material.cond == "text", np.zeros(0, np.int32)
+    if text:
+        _filled(material, "held_out")
     else:
-        cond = label_N = made_images.balanced(section.samples, len(names), section.seed)
+        label_N = made_images.balanced(section.samples, len(names), section.seed)
 
     def measure(network: Generator) -> Measured:
         generator, sampler = presets.prepare(network, preset)
+        # a gigabyte, of a thousand texts of a large encoder: not held while the run trains
+        cond = _texts(material, section.samples) if text else label_N
         parts, start = [], 0
         for part in drawing.drawn(
             *(generator, material.tokenizer.module, cond, sampler),
