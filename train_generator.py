@@ -69,11 +69,10 @@ def main(request: launch.Request) -> None:
             "the default preset is guided, but generator.label_drop=0 never trains what it is "
             "guided away from: set label_drop=0.1, or the preset's weight to 1"
         )
-    evaluating = evaluators.made(
-        evaluators.Material(
-            settings, dict(train=source, held_out=held_out), tokenizer, cond=shapes.cond
-        )
+    material = evaluators.Material(
+        settings, dict(train=source, held_out=held_out), tokenizer, cond=shapes.cond
     )
+    evaluating = evaluators.made(material)
     graph, network = train_state.create(
         make, optimizer, mesh=mesh, strategy=settings.strategy, ema=settings.ema
     )
@@ -123,6 +122,7 @@ def main(request: launch.Request) -> None:
     def due(step: int) -> bool:
         return step % every.save == 0 or step == steps
 
+    evaluators.check_room(material, averaged(graph, network))  # beside all that is trained
     if what.startswith("started from") and settings.held_out.samples:
         show_imported(settings, with_what, log)
     if start and due(start) and not measured:  # it was saved, and the run ended while measuring
@@ -176,15 +176,14 @@ def main(request: launch.Request) -> None:
                 seen = {"images_seen": done * settings.batch_size, "broken_images": broken}
                 late.append((done, scalars, seen, pace.counted()))
             trace.after(done, scalars)
-            asked = stop.agreed()
-            if due(done) or asked:
+            asked, asking = stop.agreed(), evaluators.due(evaluating, done, steps)
+            if due(done) or asked or asking:  # saved before it is measured, which may end the run
                 tell()
                 log.keep()
                 run.save({"model": network})
             if asked:
                 break
-            if asking := evaluators.due(evaluating, done, steps):
-                tell()
+            if asking:
                 with run.rescuing({"model": network}):
                     evaluators.run(asking, averaged(graph, network), done, log)
                 pace.again()

@@ -186,17 +186,16 @@ def main(request: launch.Request) -> None:
                     broken = batches.agree()
                 late.append((step, scalars, {"broken_images": broken}, pace.counted()))
             trace.after(step, scalars)
-            asked = stop.agreed()
-            if due(step) or asked or collapsed:
+            asked, asking = stop.agreed(), evaluators.due(evaluating, step, steps)
+            # saved before it is measured, which may end the run
+            if due(step) or asked or collapsed or asking:
                 later = tell()
                 collapsed = collapsed or later
                 log.keep()
                 run.save(networks)
             if asked:
                 break
-            if asking := evaluators.due(evaluating, step, steps):
-                later = tell()
-                collapsed = collapsed or later
+            if asking and not collapsed:
                 with run.rescuing(networks):
                     evaluators.run(asking, averaged(graph, networks), step, log)
                 pace.again()

@@ -333,13 +333,13 @@ def test_evaluators_log_each_step_once_wherever_the_run_is_cut_off(
     real = evaluators.Evaluator
 
     class Cut(real):
-        def __init__(self, name, every, measure):
+        def __init__(self, name, every, measure, *more):
             def cut(network):
                 if name == "other":
                     raise KeyboardInterrupt
                 return measure(network)
 
-            super().__init__(name, every, cut)
+            super().__init__(name, every, cut, *more)
 
     monkeypatch.setattr(evaluators, "Evaluator", Cut)
     assert story(kind, *words) == 130
@@ -354,6 +354,46 @@ def test_evaluators_log_each_step_once_wherever_the_run_is_cut_off(
     assert len(lines) == sum(map(len, asked.values()))
     program(kind, *words)  # the end is no reason to measure again
     assert len(metrics_log.read(words[3])) == len(lines)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["tokenizer", "generator"])
+def test_what_ends_an_evaluator_costs_no_step(kind, place, shards, monkeypatch, capfd):
+    """Also between the steps that are saved: without it the run goes on from there."""
+    words = [*{"tokenizer": tokenizer_words, "generator": generator_words}[kind](place, "{}")]
+    words[3] = place / f"exhausted_{kind}"
+    how = ("kind=reconstruction", "shown=2") if kind == "tokenizer" else ("kind=likelihood",)
+    words += [f"--config.evaluators.own.{x}" for x in (*how, "images=4", "every=3")]
+    real = evaluators.Evaluator
+
+    def ended(name, every, measure, *more):
+        def measured(network):
+            if kind == "generator":
+                raise KeyboardInterrupt
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 GiB.")
+
+        return real(name, every, measured, *more)
+
+    monkeypatch.setattr(evaluators, "Evaluator", ended)
+    assert story(kind, *words, "--config.report.save=5") == (2 if kind == "tokenizer" else 130)
+    if kind == "tokenizer":
+        said = capfd.readouterr().err
+        assert "without it with --config.evaluators.own.every=0; step 3 is saved in" in said
+    program(kind, *words, "--config.report.save=5", "--config.evaluators.own.every=0")
+    assert "resumed step 3" in capfd.readouterr().err
+
+
+@pytest.mark.long
+def test_a_collapse_heard_where_an_evaluator_is_due_is_saved_as_it_says(place, capfd):
+    workdir = place / "collapsed"
+    words = [*tokenizer_words(place, workdir, variant=""), "--config.safeguards.usage=1.0"]
+    words += ["--config.report.save=5", "--config.report.scalars=1"]
+    for given in ("kind=reconstruction", "every=3", "images=4", "shown=2"):
+        words += [f"--config.evaluators.own.{given}"]
+    assert story("tokenizer", *words) == 2
+    assert "step 3 is saved" in capfd.readouterr().err
+    assert manifest(workdir, 3)
+    assert "own" not in [line["split"] for line in metrics_log.read(workdir)]
 
 
 def test_tokens_made_while_training_lead_to_the_same_bits(place, tokenizer, generator, capfd):

@@ -231,6 +231,19 @@ def test_processes_train_a_generator_as_one_does(
     same(tmp_path / "many", tmp_path / "one")
 
 
+def test_a_job_goes_on_from_a_step_where_an_evaluator_was_due(tmp_path):
+    """What was measured is not measured again; what was added since is."""
+    sizes = ["--config.held_out.images=4", "--config.data.count=200", "--config.report.save=1"]
+    words = [*TOKENIZER, *sizes, "--workdir", tmp_path / "run"]
+    for steps, name in ((1, "own"), (2, "more")):
+        for key in ("kind=reconstruction", "every=1", "images=4", "shown=2"):
+            words += [f"--config.evaluators.{name}.{key}"]
+        done([*words, f"--config.steps={steps}"], processes=2, devices=1)
+    logged = [(line["split"], line["step"]) for line in lines(tmp_path / "run")]
+    for name in ("own", "more"):
+        assert [step for split, step in logged if split == name] == [1, 2]
+
+
 def waited(job, words, seconds=300):
     """Until the first process has printed some words."""
     until = time.monotonic() + seconds

@@ -70,6 +70,31 @@ def test_a_resumed_run_drops_the_lines_that_it_takes_again(tmp_path):
         json.loads(line, parse_constant=lambda name: 1 / 0)
 
 
+def test_tensorboard_keeps_what_was_logged_of_the_step_that_is_resumed(tmp_path):
+    """It hides what earlier files have from the step on that a file begins with."""
+    for step, logged in ((0, (1, 2, 3)), (2, (3, 4))):
+        log = metrics_log.Log(tmp_path / str(step), step=step)
+        for number in logged:
+            log.scalars(number, {"loss": 1.0})
+        log.close()
+    before, after = (events(next((tmp_path / n / "tensorboard").iterdir())) for n in "02")
+    begun = next(each.step for each in after if each.HasField("session_log"))
+    steps = [each.step for each in before if each.HasField("summary") and each.step < begun]
+    assert steps + [each.step for each in after if each.HasField("summary")] == [1, 2, 3, 4]
+
+
+def events(file):
+    """TFRecords: a length, its checksum, so many bytes, theirs."""
+    from tensorboardX.proto import event_pb2
+
+    found, data = [], file.read_bytes()
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        found.append(event_pb2.Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    return found
+
+
 def test_curves_are_a_picture(tmp_path):
     assert metrics_log.curves(tmp_path) is None  # nothing to show yet
     log = metrics_log.Log(tmp_path)

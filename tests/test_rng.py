@@ -145,6 +145,8 @@ class Recorder:
         self.eaten, self.parents = collections.Counter(), set()
         for name in SAMPLERS:
             monkeypatch.setattr(jax.random, name, self._told(getattr(jax.random, name), self._eat))
+        # on a CPU dropout draws its words itself
+        monkeypatch.setattr(dropout, "_words", self._told(dropout._words, self._eat))
         for name in ("split", "fold_in"):
             told = self._told(getattr(jax.random, name), self._derive)
             monkeypatch.setattr(jax.random, name, told)

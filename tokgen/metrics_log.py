@@ -71,7 +71,9 @@ class Log:
         self.workdir, self.started = workdir, time.monotonic()
         _drop_after(workdir / LOG, step, measured, told)
         self.file = open(workdir / LOG, "a", buffering=1)  # noqa: SIM115  (closed by close)
-        self.events = _event_writer()(str(workdir / "tensorboard"), purge_step=step)
+        # TensorBoard hides what earlier files have of that step and later ones
+        taken_again = step and step + 1
+        self.events = _event_writer()(str(workdir / "tensorboard"), purge_step=taken_again)
 
     def scalars(self, step: int, values: Mapping[str, Any], *, split: str = "train") -> None:
         """One line of numbers; not finite ones become null, so that every reader copes."""

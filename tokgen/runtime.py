@@ -119,7 +119,7 @@ def _exhausted(error: MemoryError | RuntimeError, fewer: Callable[[], str]) -> s
     said = (str(error).strip() or "memory cannot be allocated").splitlines()[0][:300]
     if "No space left" in str(error):
         return f"the disk is full ({said}); make room and run the same command again"
-    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+    if not is_exhausted(error):
         return ""
     option = fewer()
     less = f"fewer images at a time with a smaller {option}, " if option else ""
@@ -129,6 +129,11 @@ def _exhausted(error: MemoryError | RuntimeError, fewer: Callable[[], str]) -> s
         f"this needs more memory than there is ({said}); remedy: {less}smaller images, or a "
         "machine with more"
     )
+
+
+def is_exhausted(error: Exception) -> bool:
+    """Whether an error says that there is no memory, of the host or of a device."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 @contextlib.contextmanager

@@ -49,6 +49,7 @@ def test_another_kind_keeps_what_both_take():
     ("overrides", "parts"),
     [
         (("evaluators.fid.kind=fid",), ["fid.kind", "score, likelihood, grid", "'fid'"]),
+        (("evaluators.fid.kind=score", "evaluators.fid.kind=('score',)"), ["fid.kind"]),
         (
             ("evaluators.fid.every=5",),
             ["an evaluator begins with", "--config.evaluators.NAME.kind=score"],
@@ -71,6 +72,15 @@ def test_what_cannot_be_is_told_with_what_can(overrides, parts):
     with pytest.raises(UserError) as error:
         fields.check_generator(reading.load(GENERATOR, tuple(overrides)))
     assert all(part in str(error.value) for part in parts), error.value
+
+
+@pytest.mark.parametrize("kind", [["score"], {}, 3, None])
+def test_a_kind_of_a_config_file_that_is_no_word(kind):
+    settings = reading.load(GENERATOR)
+    with settings.unlocked():
+        settings.evaluators = {"fid": {"kind": kind, "every": 1}}
+    with pytest.raises(UserError, match=r"evaluators\.fid"):
+        fields.check_generator(settings)
 
 
 def test_kinds_are_those_of_what_is_trained():

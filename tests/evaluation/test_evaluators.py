@@ -1,5 +1,6 @@
 """Evaluators of a run: the figures of `tokgen evaluate`, at their periods, once each."""
 
+import dataclasses
 import json
 import types
 
@@ -7,11 +8,15 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.evaluation import test_collect, test_made_images
-from tokgen import metrics_log
+from tests.sampling import test_memory
+from tokgen import distributed, metrics_log
+from tokgen.errors import SharedError
 from tokgen.evaluation import evaluators, score as scores, validation
 from tokgen.interfaces import UserError
+from tokgen.sampling import memory, sampler as samplers
 
 COUNT = test_collect.COUNT
 
@@ -88,6 +93,46 @@ def test_each_has_its_own_period_preset_and_line(die, reference, tmp_path, capfd
     assert "step 7: warm: precision " in capfd.readouterr().err
 
 
+def test_processes_with_and_without_a_log_ask_for_what_it_has_by_one_name(tmp_path, monkeypatch):
+    asked = []
+
+    def decided(act, *args):
+        asked.append(distributed._name(act))
+        return act(*args)
+
+    monkeypatch.setattr(distributed, "decided", decided)
+    one = evaluators.Evaluator("own", 1, lambda network: None)
+    for log in (metrics_log.Log(tmp_path), metrics_log.Nowhere()):
+        assert evaluators.left([one], 1, 1, log) == [one]
+        log.close()
+    assert len(asked) == 2 and len(set(asked)) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (UserError("no image"), ["config.evaluators.own: no image"]),
+        (SharedError("no image"), ["config.evaluators.own: no image"]),
+        (MemoryError(), ["a smaller config.evaluators.own.batch", "evaluators.own.every=0"]),
+        (RuntimeError("RESOURCE_EXHAUSTED: 9 GiB"), ["(RESOURCE_EXHAUSTED: 9 GiB)", "own.batch"]),
+        (RuntimeError("a fault"), None),
+    ],
+)
+def test_an_error_of_an_evaluator_has_its_name_and_its_remedy(error, words):
+    def measure(network):
+        raise error
+
+    one = evaluators.Evaluator("own", 1, measure, "batch")
+    with pytest.raises(Exception) as caught:
+        evaluators.run([one], "network", 1, metrics_log.Nowhere())
+    if words is None:
+        assert caught.value is error
+        return
+    # what all processes have stays what all have
+    assert type(caught.value) is (type(error) if isinstance(error, UserError) else UserError)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
@@ -97,6 +142,16 @@ def test_each_has_its_own_period_preset_and_line(die, reference, tmp_path, capfd
             {"a": {"samples": 3, "metrics": ("fid",), "accept": ()}},
             ["a: a Frechet distance of", "say accept=('few',)"],
         ),
+        (
+            {"a": {"samples": 3, "metrics": ("mifid",), "accept": ()}},
+            ["a: a Frechet distance of", "say accept=('few',)"],
+        ),
+        ({"a": {"samples": 2, "metrics": ("kid",)}}, ["a: kid needs 3 images or more", "found 2"]),
+        (
+            {"a": {"samples": 6, "metrics": ("is_infinity", "psnr_db", "is", "classwise")}},
+            ["a: metrics that can't", "is_infinity: it needs 200", "psnr_db: it is of pairs"],
+        ),
+        ({"a": {"samples": 5, "metrics": ("classwise",)}}, ["classwise: 1 of 3 classes have no"]),
         (
             {"a": {"reference": "none.npz"}, "b": {"reference": "neither.npz"}},
             ["evaluators.a: no reference at none", "evaluators.b: no reference at neither"],
@@ -108,6 +163,55 @@ def test_what_cannot_be_measured_is_told_before_the_first_step(die, reference, s
     with pytest.raises(UserError) as error:
         evaluators.made(material(**found))
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        (
+            dict(kind="score", every=9, batch=8),
+            r"batch of 8 .*evaluators\.a\.batch that .* is 7$",
+        ),
+        (dict(kind="grid", every=9, columns=3), r"batch of 9 .*\.a\.columns times 3 that .* is 7$"),
+        (dict(kind="score", every=9, batch=7), None),
+        (dict(kind="score", every=9, batch=8, samples=14), None),  # seven, twice
+        (dict(kind="grid", every=9, columns=2), None),
+    ],
+)
+def test_what_is_drawn_at_a_time_is_held_against_the_room_before_the_first_step(
+    section, words, reference, monkeypatch
+):
+    generator = nnx.eval_shape(test_memory.make)
+    given = material(a=section | ({"reference": "r.npz"} if section["kind"] == "score" else {}))
+    free = memory.kept(generator, None, np.arange(1), samplers.Sampler(), 7).all
+    monkeypatch.setattr(evaluators.sharding, "current", lambda: test_memory.on(free))
+    if words is None:
+        evaluators.check_room(given, generator)
+        return
+    with pytest.raises(UserError, match=f"evaluators.a: a {words}"):
+        evaluators.check_room(given, generator)
+
+
+def test_what_is_by_class_is_refused_of_texts(die, reference, monkeypatch):
+    monkeypatch.setattr(evaluators, "_filled", lambda material, split: None)
+    given = material(a=score(reference, metrics=("precision", "class_accuracy")))
+    with pytest.raises(UserError, match=r"a: .*here, class_accuracy: the samples have no labels"):
+        evaluators.made(dataclasses.replace(given, cond="text"))
+
+
+def test_texts_are_read_to_be_measured_with_and_not_held(die, reference, monkeypatch):
+    asked = []
+
+    def texts(material, count):
+        asked.append(count)
+        return np.arange(count) % 3
+
+    monkeypatch.setattr(evaluators, "_filled", lambda material, split: None)
+    monkeypatch.setattr(evaluators, "_texts", texts)
+    given = material(a=score(reference, metrics=("precision",)))
+    (made,) = evaluators.made(dataclasses.replace(given, cond="text"))
+    assert not asked
+    assert made.measure(test_made_images.Dice()).figures["images"] == COUNT and asked == [COUNT]
 
 
 class Blank(test_made_images.Painter):

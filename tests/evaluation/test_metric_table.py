@@ -225,6 +225,24 @@ def without(name: str) -> dict:
     }[name]
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_fewer_images_than_a_metric_states_are_an_error_and_as_many_are_none(name):
+    def few(count: int) -> metric.Compared:
+        found, _, label_N, _ = sets()
+        found = {layer: rows[:count] for layer, rows in found.items()}
+        return compared(features=found, label_N=label_N[:count], classes=0, least=2)
+
+    one = metric_table.named(name)
+    for count in range(1, 8):
+        if one.lacking(few(count)):
+            continue
+        if count >= one.least:
+            one.measure(few(count))
+        else:
+            with pytest.raises(UserError, match=r"need"):
+                one.measure(few(count))
+
+
 def lacking(name: str, one: metric.Compared) -> str:
     return metric_table.named(name).lacking(one)
 

@@ -170,8 +170,8 @@ def test_head_after_head_is_all_heads_together(dtype, monkeypatch):
         for key, length in zip(jax.random.split(jax.random.key(0), 3), (5, 7, 7), strict=True)
     )
 
-    def program(mask=None, key=None):
-        attend = functools.partial(attention.attend, mask=mask, key=key)
+    def program(mask=None, key=None, rate=0.0):
+        attend = functools.partial(attention.attend, mask=mask, key=key, rate=rate)
         return str(jax.make_jaxpr(attend)(queries, keys, values))
 
     together = attention.attend(queries, keys, values, None)
@@ -182,6 +182,35 @@ def test_head_after_head_is_all_heads_together(dtype, monkeypatch):
     assert found.dtype == together.dtype == queries.dtype
     close = dict(atol=1e-6) if dtype == "float32" else dict(atol=0.02)
     np.testing.assert_allclose(np.float32(found), np.float32(together), **close)
-    # a mask, or training, takes all together
-    assert "scan" not in program(mask=jnp.ones((5, 7), bool))
-    assert "scan" not in program(key=jax.random.key(1))
+    # a mask of each row's own, or weights that are dropped, take all together
+    assert "scan" not in program(mask=jnp.ones((2, 1, 5, 7), bool))
+    assert "length=6" in program() and "length=6" not in program(key=jax.random.key(1), rate=0.5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_slopes_head_after_head_are_those_of_all_heads_together(masked, monkeypatch):
+    """In training scores are computed again, a head at a time, where they would fill the memory."""
+    q, k, v, weight = (jnp.asarray(_numbers(seed, B, N, L, K)) for seed in range(4))
+    mask = jnp.tril(jnp.ones((1, 1, L, L), bool)) if masked else None
+
+    def total(attend, q, k, v):
+        return jnp.sum(weight * attend(q, k, v, mask))
+
+    def plain(q, k, v, mask):
+        return attention._together(q, k, v, mask=mask)
+
+    def trained(q, k, v, mask):  # a key, as in training, by which nothing is dropped
+        return attention.attend(q, k, v, mask, key=jax.random.key(0))
+
+    monkeypatch.setattr(attention, "TOGETHER", 1)
+    calls = []
+    heads = attention._heads
+    monkeypatch.setattr(attention, "_heads", lambda *a: calls.append(len(a)) or heads(*a))
+    value, found = jax.value_and_grad(functools.partial(total, trained), (0, 1, 2))(q, k, v)
+    assert calls == [3, 5]
+    expected_value, expected = jax.value_and_grad(functools.partial(total, plain), (0, 1, 2))(
+        q, k, v
+    )
+    np.testing.assert_allclose(value, expected_value, rtol=1e-6)
+    for slope, own in zip(found, expected, strict=True):
+        np.testing.assert_allclose(slope, own, rtol=1e-5, atol=1e-6)

@@ -127,10 +127,16 @@ def _drawing(args: argparse.Namespace, devices: planned.Devices) -> None:
         on_cpu=devices.chip is None and (sizes is None or sizes[1:] == (1, 1)),
     )
     _head(f"{args.config}, {args.batch:,} images at a time, on {devices.called()}")
-    for line in decoding_description.lines(
-        found, args.batch, devices, sizes, price=args.price, compile=not args.estimate
-    ):
-        print(line, flush=True)
+    how = dict(price=args.price, compile=not args.estimate)
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # what was compiled before takes no time
+    try:
+        for line in decoding_description.lines(found, args.batch, devices, sizes, **how):
+            print(line, flush=True)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
 
 
 def _head(text: str) -> None:

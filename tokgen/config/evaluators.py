@@ -7,7 +7,7 @@
 
 Each has a name, under which its figures are logged, a kind, a period in steps (0: off) and the
 arguments of its kind. `tokgen.evaluation.evaluators` makes of them what measures. Steps are ranked
-by `held_out` alone, which is measured at every save.
+by `held_out` alone, which is measured every `report.save` steps.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def takes(settings: Any, path: str) -> type[Evaluator] | None:
     section = building.at(settings, path)
     if top != "evaluators" or not name or not hasattr(section, "items"):
         return None
-    return kinds(settings).get(section.get("kind", ""))
+    kind = section.get("kind", "")
+    return kinds(settings).get(kind) if isinstance(kind, str) else None
 
 
 def checks(settings: Any) -> dict[str, tuple[type[Evaluator], tuple]]:

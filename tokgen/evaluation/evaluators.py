@@ -8,9 +8,10 @@ each takes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from tokgen import distributed, image_grid, metrics_log, report
+from tokgen import distributed, image_grid, metrics_log, report, runtime, sharding
 from tokgen.checkpoints import loading
 from tokgen.config import evaluators as sections
 from tokgen.data import datasets, loader, sources
@@ -35,8 +36,9 @@ from tokgen.evaluation import (
     score_settings,
     validation,
 )
-from tokgen.interfaces import Generator, PyTree, UserError
-from tokgen.sampling import drawing, presets
+from tokgen.interfaces import Generator, PyTree, Text, UserError
+from tokgen.metrics import metric
+from tokgen.sampling import drawing, memory, presets
 
 
 class Measured(NamedTuple):
@@ -54,11 +56,13 @@ class Evaluator:
         name: under which its figures are logged.
         every: so many steps, and at the last.
         measure: of a network with its averaged weights.
+        fewer: the argument by which it takes fewer images at a time, or "".
     """
 
     name: str
     every: int
     measure: Callable[[nnx.Module], Measured]
+    fewer: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +84,52 @@ def made(material: Material) -> tuple[Evaluator, ...]:
     known, found, problems = OF_GENERATOR if generator else OF_TOKENIZER, [], []
     for name, section in sections.of(material.settings).items():
         try:
-            found.append(Evaluator(name, section.every, known[section.kind](material, section)))
+            measure = known[section.kind](material, section)
+            found.append(Evaluator(name, section.every, measure, _fewer(section)))
         except UserError as error:
             problems.append(f"config.evaluators.{name}: {error}")
     if problems:
         raise UserError("\n".join(problems))
     return tuple(found)
+
+
+def check_room(material: Material, generator: Generator) -> None:
+    """UserError where what one draws at a time cannot fit beside what the devices hold by now."""
+    mesh, cond = sharding.current(), np.zeros(1, np.int32)
+    if material.cond == "text":
+        shape = (1, *generator.text)
+        like = jax.ShapeDtypeStruct
+        cond = Text(like(shape, np.float32), like(shape[:2], bool))
+    for name, section in sections.of(material.settings).items():
+        here = f"config.evaluators.{name}"
+        if isinstance(section, sections.Score):
+            count, images, option = section.samples, section.batch, f"{here}.batch"
+        elif isinstance(section, sections.Grid):
+            rows = _rows(material)
+            count = images = rows * section.columns
+            option = f"{here}.columns times {rows}"
+        else:
+            continue
+        preset = presets.named(material.settings.presets.to_dict(), section.preset)
+        made, sampler = presets.prepare(generator, preset)
+        batch = drawing.even(count, images, sharding.ways(mesh))
+        codec = material.tokenizer.module.quantizer
+        try:
+            memory.check(made, codec, cond, sampler, batch, mesh, option=option)
+        except UserError as error:
+            raise UserError(f"{here}: {error}") from error
+
+
+def _rows(material: Material) -> int:
+    """How many rows a grid has."""
+    held_out = material.sources["held_out"]
+    count = len(held_out) if material.cond == "text" else max(len(held_out.classes), 1)
+    return min(count, 10)
+
+
+def _fewer(section: sections.Evaluator) -> str:
+    """What of a section says how many images are at work at a time; "": nothing does."""
+    return next((name for name in ("batch", "columns") if hasattr(section, name)), "")
 
 
 def due(evaluators: Sequence[Evaluator], step: int, steps: int) -> list[Evaluator]:
@@ -98,8 +142,13 @@ def left(
 ) -> list[Evaluator]:
     """Those that were due after a step and logged nothing: the run was ended before."""
     asked = due(evaluators, step, steps)
-    there = distributed.decided(log.splits, step) if asked else []
+    there = distributed.decided(_logged, log, step) if asked else []
     return [each for each in asked if each.name not in there]
+
+
+def _logged(log: metrics_log.AnyLog, step: int) -> list[str]:
+    """What a step has lines of. Calls are told by name, and the logs of others are of another."""
+    return log.splits(step)
 
 
 def run(
@@ -108,7 +157,8 @@ def run(
     """Let each measure a step; the line of its figures comes last, and says that it has."""
     for each in evaluators:
         begun = time.monotonic()
-        found = each.measure(network)
+        with _told(each):
+            found = each.measure(network)
         values = {n: v for n, v in found.figures.items() if not n.endswith(BESIDE)}
         said = report.metrics(values, tuple(values))
         report.say(f"step {step}: {each.name}: {said} ({time.monotonic() - begun:.1f} s)")
@@ -116,6 +166,28 @@ def run(
             log.image(step, each.name, found.picture)
         log.scalars(step, found.figures, split=each.name)
         log.keep()
+
+
+@contextlib.contextmanager
+def _told(one: Evaluator) -> Iterator[None]:
+    """Errors of an evaluator, by its name: what no memory was left for is told what to make less.
+
+    One that all processes of a job have stays one of all.
+    """
+    here = f"config.evaluators.{one.name}"
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{here}: {error}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not runtime.is_exhausted(error):
+            raise
+        said = (str(error).strip() or "memory cannot be allocated").splitlines()[0][:300]
+        less = f"fewer images at a time with a smaller {here}.{one.fewer}, or " if one.fewer else ""
+        raise UserError(
+            f"{here} needs more memory than there is ({said}); remedy: {less}without it with "
+            f"--{here}.every=0"
+        ) from error
 
 
 BESIDE = ("_low", "_high", "_error")  # endings of what stands beside a figure
@@ -141,8 +213,9 @@ class _Judge:
         label_N = self.label_C[label_N] if len(self.label_C) else np.zeros(0, np.int32)
         return distributed.decided(self._measured, dataclasses.replace(found, label_N=label_N))
 
-    def _measured(self, found: collect.Found) -> dict[str, float]:
-        compared = collect.compared(
+    def compared(self, found: collect.Found) -> metric.Compared:
+        """What was seen, beside the reference."""
+        return collect.compared(
             found,
             self.extractor,
             protocols.named("local"),
@@ -151,7 +224,11 @@ class _Judge:
             accepted=self.section.accept,
             seed=self.section.seed,
         )
-        metrics, _ = metric_table.score(compared, self.metrics, what="")
+
+    def _measured(self, found: collect.Found) -> dict[str, float]:
+        metrics, absent = metric_table.score(self.compared(found), self.metrics, what="")
+        for name in sorted({*absent} & {*self.section.metrics}):
+            report.say(f"no {name}: {absent[name]}")
         figures = {
             name if part == "value" else f"{name}_{part}": float(value)
             for name, parts in metrics.items()
@@ -164,7 +241,7 @@ class _Judge:
 
 
 def _judge(
-    section: Any, size: Sequence[int], count: int, names: Sequence[str], material: Material
+    section: Any, size: Sequence[int], count: int, names: Sequence[str], *, labelled: bool = True
 ) -> _Judge:
     """What `count` images of a size and of classes with these names are judged by."""
     asked = score_settings.Settings(*("", "local", ""), reference=section.reference, samples=count)
@@ -180,23 +257,44 @@ def _judge(
     label_C, classes = scores.labels_of(every_C, names, len(names), extractor, reference)
     label_C = label_C if classes else np.zeros(0, np.int32)
     distributed.check_alike({"references": {section.reference: reference.digest}})
-    return _Judge(section, reference, extractor, metrics, label_C, classes)
+    judge = _Judge(section, reference, extractor, metrics, label_C, classes)
+    _check_measurable(judge, count, labelled)
+    return judge
+
+
+def _check_measurable(judge: _Judge, count: int, labelled: bool) -> None:
+    """UserError for metrics of a section that so many images would lack, as many of each class."""
+    label_N = np.resize(judge.label_C, count) if labelled and judge.classes else judge.label_C[:0]
+    blank = np.broadcast_to(np.float32(0), (count, 1))
+    seen = collect.Found(
+        dict.fromkeys(judge.extractor.layers, blank),
+        *({}, {}, {}),
+        label_N=label_N,
+        digest_N=np.zeros(count),
+        constant_N=np.zeros(count, bool),
+    )
+    compared = judge.compared(seen)
+    found = {name: metric_table.named(name).lacking(compared) for name in judge.section.metrics}
+    if said := "; ".join(f"{name}: {why}" for name, why in found.items() if why):
+        raise UserError(f"metrics that can't be measured here, {said}: leave them out")
 
 
 def _sample_score(material: Material, section: sections.Score) -> Callable:
     """Of samples, drawn as `tokgen evaluate --protocol local` draws them of the same step."""
     size = material.tokenizer.config.view.size
     names = material.sources["held_out"].classes
-    judge = _judge(section, size, section.samples, names, material)
+    judge = _judge(section, size, section.samples, names, labelled=material.cond == "label")
     preset = presets.named(material.settings.presets.to_dict(), section.preset)
-    if material.cond == "text":
-        cond = _texts(material, section.samples)
-        label_N = np.zeros(0, np.int32)
+    text, label_N = material.cond == "text", np.zeros(0, np.int32)
+    if text:
+        _filled(material, "held_out")
     else:
-        cond = label_N = made_images.balanced(section.samples, len(names), section.seed)
+        label_N = made_images.balanced(section.samples, len(names), section.seed)
 
     def measure(network: Generator) -> Measured:
         generator, sampler = presets.prepare(network, preset)
+        # a gigabyte, of a thousand texts of a large encoder: not held while the run trains
+        cond = _texts(material, section.samples) if text else label_N
         parts, start = [], 0
         for part in drawing.drawn(
             *(generator, material.tokenizer.module, cond, sampler),
@@ -214,7 +312,7 @@ def _reconstruction_score(material: Material, section: sections.ReconstructionSc
     """Of reconstructions of held-out images."""
     source, view = _filled(material, "held_out"), datasets.view_of(material.settings)
     chosen = validation.spread(len(source), section.images)
-    judge = _judge(section, view.size, len(chosen), source.classes, material)
+    judge = _judge(section, view.size, len(chosen), source.classes)
 
     def measure(tokenizer: nnx.Module) -> Measured:
         parts, labels, start = [], [], 0

@@ -179,10 +179,17 @@ def check_enough(
     count: int,
     remedy: str = "--accept few",
 ) -> None:
-    """An error where a Frechet distance would be refused, before any image is seen."""
-    if "fid" not in metrics or "few" in accepted:
-        return
+    """An error where a metric would be refused of so many images, before any is seen."""
     found = reference.moments[layer]
+    for name in metrics:
+        least = metric_table.named(name).least
+        if min(count, found.count) < least:
+            raise UserError(
+                f"{name} needs {least} images or more of each set; found {count} samples and "
+                f"{found.count:g} of the reference: give more"
+            )
+    if "few" in accepted or not {"fid", "mifid"} & {*metrics}:  # one is made of the other
+        return
     if min(count, found.count) <= found.width:
         raise UserError(
             f"a Frechet distance of {found.width} features needs more images than that of either "

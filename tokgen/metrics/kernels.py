@@ -180,6 +180,7 @@ METRICS = (
         better="lower",
         measure=kid_of_all,
         needs=(metric.features,),
+        least=3,
         protocols=("adm-50k", "val-centercrop-rfid", "fd-dinov2", "cmmd", "local"),
         beside={"std": "std {}"},
         row=60,

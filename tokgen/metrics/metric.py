@@ -94,6 +94,7 @@ class Metric:
             `high` (a 95 % interval over images), `error` (a standard error), and what the value
             must be read beside. None of what is measured of pairs of images, as they are seen.
         needs: each says why it cannot be measured of something, or "".
+        least: images of either set; of fewer it is an error. More may be needed of a distance.
         protocols: the names of the protocols (evaluation/protocols.py) that report it.
         percent: whether it is a share, shown in percent.
         beside: key of what `measure` returns -> how it is shown beside the value, as "k = {}".
@@ -105,6 +106,7 @@ class Metric:
     better: str
     measure: Callable[[Compared], dict] | None = None
     needs: tuple[Callable[[Compared], str], ...] = ()
+    least: int = 1
     protocols: tuple[str, ...] = ()
     percent: bool = False
     beside: Mapping[str, str] = dataclasses.field(default_factory=dict)

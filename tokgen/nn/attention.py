@@ -127,7 +127,8 @@ def attend(
     Queries come scaled. Scores and softmax are float32: probabilities in bfloat16 lose the tail.
     On a TPU or GPU, many slots that follow a rule, or that all see all, go to what never writes out
     the scores (`fused`), unless some are dropped. A CPU takes head after head where all scores
-    together would leave its cache, but not in training nor behind a mask.
+    together would leave its cache; in training, or behind a mask, where those of one head would,
+    and none are dropped.
     """
     if key is None or rate == 0.0:
         fits = fused.fitting(queries_BNlK, keys_BNSK, mask, platform=sharding.platform())
@@ -139,6 +140,10 @@ def attend(
     spread = not (mesh.empty or mesh.size == 1 or mesh.manual_axes)  # rows and heads over devices
     scores = math.prod(queries_BNlK.shape[:3]) * keys_BNSK.shape[2]
     few = scores <= TOGETHER or queries_BNlK.shape[2] == 1  # one position reads keys once anyway
+    kept = key is None or rate == 0.0
+    large = queries_BNlK.shape[2] * keys_BNSK.shape[2] > TOGETHER and sharding.platform() == "cpu"
+    if large and kept and not (few or spread) and (mask is None or mask.shape[:2] == (1, 1)):
+        return _by_head(queries_BNlK, keys_BNSK, values_BNSK, None if mask is None else mask[0, 0])
     if few or spread or mask is not None or key is not None:
         return whole(queries_BNlK, keys_BNSK, values_BNSK)
     return _by_platform(queries_BNlK, keys_BNSK, values_BNSK)
@@ -167,6 +172,58 @@ def _in_turn(queries_BNlK: jax.Array, keys_BNSK: jax.Array, values_BNSK: jax.Arr
 
     heads = (a.reshape(-1, *a.shape[2:]) for a in (queries_BNlK, keys_BNSK, values_BNSK))
     return jax.lax.map(one, tuple(heads)).reshape(queries_BNlK.shape)
+
+
+@jax.custom_vjp
+def _by_head(
+    queries_BNlK: jax.Array, keys_BNSK: jax.Array, values_BNSK: jax.Array, mask_lS: jax.Array | None
+) -> jax.Array:
+    """One head of one row after the other, backwards too, where scores are computed again."""
+    return _by_head_kept(queries_BNlK, keys_BNSK, values_BNSK, mask_lS)[0]
+
+
+def _by_head_kept(queries_BNlK, keys_BNSK, values_BNSK, mask_lS) -> tuple[jax.Array, tuple]:
+    def one(head):
+        queries_lK, keys_SK, values_SK = head
+        return _weights(queries_lK, keys_SK, mask_lS).astype(values_SK.dtype) @ values_SK
+
+    mixed = jax.lax.map(one, _heads(queries_BNlK, keys_BNSK, values_BNSK))
+    mixed_BNlK = mixed.reshape(queries_BNlK.shape)
+    return mixed_BNlK, (queries_BNlK, keys_BNSK, values_BNSK, mask_lS, mixed_BNlK)
+
+
+def _by_head_slopes(kept: tuple, slope_BNlK: jax.Array) -> tuple:
+    *operands, mask_lS, mixed_BNlK = kept
+
+    def one(head):
+        queries_lK, keys_SK, values_SK, mixed_lK, slope_lK = head
+        weights_lS, dtype = _weights(queries_lK, keys_SK, mask_lS), values_SK.dtype
+        to_values_SK = weights_lS.astype(dtype).T @ slope_lK
+        to_weights_lS = jnp.matmul(slope_lK, values_SK.T, preferred_element_type=jnp.float32)
+        # the weighted mean of the slopes of a row's weights is that of what they mix
+        mean_l1 = jnp.sum((slope_lK * mixed_lK).astype(jnp.float32), axis=-1, keepdims=True)
+        to_scores_lS = (weights_lS * (to_weights_lS - mean_l1)).astype(dtype)
+        return to_scores_lS @ keys_SK, to_scores_lS.T @ queries_lK, to_values_SK
+
+    found = jax.lax.map(one, _heads(*operands, mixed_BNlK, slope_BNlK))
+    slopes = (a.reshape(b.shape) for a, b in zip(found, operands, strict=True))
+    return (*slopes, None)
+
+
+_by_head.defvjp(_by_head_kept, _by_head_slopes)
+
+
+def _heads(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """[B, N, ...] -> [B N, ...]."""
+    return tuple(array.reshape(-1, *array.shape[2:]) for array in arrays)
+
+
+def _weights(queries_lK: jax.Array, keys_SK: jax.Array, mask_lS: jax.Array | None) -> jax.Array:
+    """The softmax of a head's scores, float32."""
+    scores_lS = jnp.matmul(queries_lK, keys_SK.T, preferred_element_type=jnp.float32)
+    if mask_lS is not None:
+        scores_lS = jnp.where(mask_lS, scores_lS, -jnp.inf)
+    return jax.nn.softmax(scores_lS, axis=-1)
 
 
 def _together(

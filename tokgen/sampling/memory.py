@@ -70,8 +70,13 @@ def check(
     sampler: Sampler,
     batch: int,
     mesh: jax.sharding.Mesh,
+    *,
+    option: str = "--batch",
 ) -> None:
-    """UserError where a batch over a mesh cannot fit its devices; with the largest that could."""
+    """UserError where a batch over a mesh cannot fit its devices; with the largest that could.
+
+    `option` is what it was asked for by.
+    """
     free = room(mesh)
     if free is None:
         return
@@ -90,7 +95,7 @@ def check(
     where = f"each of {mesh.size} devices" if mesh.size > 1 else "the device"
     fewer = "use more devices"
     if most:
-        fewer = f"the largest --batch that fits is {most}"
+        fewer = f"the largest {option} that fits is {most}"
     elif mesh.size > mesh.shape["fsdp"] * mesh.shape["tensor"]:
         fewer = f"split the network over the devices, --mesh 1,1,{mesh.size}"
     cached = (two.cache - one.cache) // tensor

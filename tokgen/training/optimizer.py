@@ -111,6 +111,22 @@ def half_cosine(
     return value
 
 
+def once(moved: Callable, given: tuple, made: tuple, finite: Array) -> PyTree:
+    """What `moved` gives with what was `made` to be looked at, or the old state."""
+    _, state = given
+    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), moved(*given, made), state)
+
+
+def again(moved: Callable, given: tuple, made: tuple, finite: Array) -> PyTree:
+    """What `moved` computes afresh, each number where the old one lies, or the old state.
+
+    For what is cheap. Changes and moments that wait until all are known to be finite lie beside the
+    old ones, of all parameters at once: three times their memory.
+    """
+    del made
+    return jax.lax.cond(finite, moved, lambda gradients, state: state, *given)
+
+
 @struct.dataclass
 class Optimizer:
     """An optax chain without learning rate and weight decay, and these two of a global step.
@@ -126,6 +142,8 @@ class Optimizer:
         pytree_node=False, default=None
     )
     decayed: str = struct.field(pytree_node=False, default=KERNELS)
+    # how a state comes by its changes once they are known to be finite: `once` or `again`
+    after: Callable[..., PyTree] = struct.field(pytree_node=False, default=once)
 
 
 @ranges.checked
@@ -154,7 +172,8 @@ def optimizer(
     By default these are the matrices: no norms, biases, embeddings, codebooks. With
     `weight_decay_end` the decay goes there in half a cosine over all steps.
     """
-    moments = choices.named({"adamw": _adam, "muon": _muon}, name, "optimizer")
+    known = {"adamw": (_adam, again), "muon": (_muon, once)}
+    moments, after = choices.named(known, name, "optimizer")
     try:
         re.compile(decayed)
     except re.error as error:
@@ -169,7 +188,7 @@ def optimizer(
     if weight_decay_end is not None:
         shrink = half_cosine(weight_decay, weight_decay_end, steps, begin=begin)
     rate = schedule(learning_rate, steps, **options)
-    return Optimizer(optax.chain(*links), rate, shrink, decayed)
+    return Optimizer(optax.chain(*links), rate, shrink, decayed, after)
 
 
 def _adam(b1: float, b2: float) -> optax.GradientTransformation:

@@ -147,28 +147,39 @@ def apply_gradients(
     )
     norm = optax.tree.norm(gradients)
     rate = optimizer.rate(state.step)
-    updates, opt_state = optimizer.chain.update(gradients, state.opt_state, _float32(state.params))
-    if optimizer.weight_decay is not None:
-        updates = _decayed(updates, state, optimizer)
-    changes = jax.tree.map(
-        lambda u, moves: rate * u if moves else jnp.zeros_like(u), updates, moving
-    )
+
+    def change(gradients: PyTree, state: TrainState) -> tuple[PyTree, optax.OptState]:
+        float32 = _float32(state.params)
+        updates, opt_state = optimizer.chain.update(gradients, state.opt_state, float32)
+        if optimizer.weight_decay is not None:
+            updates = _decayed(updates, state, optimizer)
+        return jax.tree.map(
+            lambda u, moves: rate * u if moves else jnp.zeros_like(u), updates, moving
+        ), opt_state
+
+    changes, opt_state = change(gradients, state)
     # of a relu's gradient a NaN is gone, of an Adam whose moments overflowed the gradient is fine
     finite = jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(changes))
     if loss is not None:
         finite &= jnp.isfinite(loss)
-    params = jax.tree.map(
-        lambda p, c, moves: (p.astype(jnp.float32) - c).astype(p.dtype) if moves else p,
-        state.params,
-        changes,
-        moving,
-    )
-    averages = state.ema
-    if averages is not None:
-        decay = jnp.minimum(ema, average_of(average)(state.step))
-        averages = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), averages, _float32(params))
-    moved = state.replace(params=params, opt_state=opt_state, ema=averages)
-    after = kept(finite, moved, state).replace(
+
+    def moved(gradients: PyTree, state: TrainState, made: tuple | None = None) -> TrainState:
+        changes, opt_state = change(gradients, state) if made is None else made
+        params = jax.tree.map(
+            lambda p, c, moves: (p.astype(jnp.float32) - c).astype(p.dtype) if moves else p,
+            state.params,
+            changes,
+            moving,
+        )
+        averages = state.ema
+        if averages is not None:
+            decay = jnp.minimum(ema, average_of(average)(state.step))
+            averages = jax.tree.map(
+                lambda e, p: e + (1 - decay) * (p - e), averages, _float32(params)
+            )
+        return state.replace(params=params, opt_state=opt_state, ema=averages)
+
+    after = optimizer.after(moved, (gradients, state), (changes, opt_state), finite).replace(
         step=state.step + 1,
         skipped=jnp.where(finite, 0, state.skipped + 1),
         skips=None if state.skips is None else state.skips + jnp.where(finite, 0, 1),
