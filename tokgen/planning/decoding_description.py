@@ -218,5 +218,5 @@ def of_programs(
 
 def _columns(cells) -> str:
     first, *rest = zip(cells, WIDTHS, strict=False)
-    line = f"{first[0]:<{first[1]}}" + "".join(f"{cell:>{width}}" for cell, width in rest)
+    line = f"{first[0]:<{first[1]}}" + "".join(f" {cell:>{width - 1}}" for cell, width in rest)
     return line.rstrip()

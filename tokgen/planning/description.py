@@ -108,12 +108,12 @@ def of_times(
     """The least time of a step and of all, at published rates, and what that costs."""
     found, images, count = choice.estimate, recipe.images, devices.count
     parts, bounds = choice.parts(devices), choice.seconds(devices)
-    useful = found.work / devices.chip.flops
+    useful, wide = found.work / devices.chip.flops, recipe.dearest.network.itemsize == 4
     times = ", ".join(f"{name} {digits(1000 * each)} ms" for name, each in parts.items())
     yield (
         "a step at least",
         f"{_two(1000 * each for each in bounds)} ms ({times}): links hidden behind products, or "
-        "not",
+        "not" + (", products at bfloat16's rate: float32's is lower" if wide else ""),
     )
     yield "MFU at most", f"{useful / bounds[0]:.0%}, or {useful / bounds[1]:.0%}"
     sums, products = found.exchanged.get("summed over tensor", 0.0), parts["products"]
@@ -128,7 +128,7 @@ def of_times(
         yield (
             "warning",
             f"links bound the step: {images / count:g} images a device are few for this network; "
-            "take a larger config.batch_size, fewer devices, or a smaller fsdp where there is room",
+            "take fewer devices, or a larger config.batch_size and fewer steps",
         )
     run = choice.run(devices, recipe)
     hours = [each / 3600 for each in run]

@@ -46,18 +46,21 @@ class Choice:
         """The least seconds of each of what a step waits for, at a chip's published rates.
 
         GPUs of a host reach each other faster than those of others: what an axis that stays within
-        a host exchanges goes over its links, the rest over the network.
+        a host exchanges goes over its links, the rest over the network, through as many of a host's
+        adapters, one a device, as it has members of that axis.
         """
         found, chip = found or self.estimate, devices.chip
         _, fsdp, tensor = self.sizes
-        # over how many neighbours each of them spans; tensor's are next to each other
-        spans = {
-            "gathered": fsdp * tensor,
-            "scattered": fsdp * tensor,
-            "summed over tensor": tensor,
-        }
-        far = {w for w in found.exchanged if spans.get(w, devices.count) > devices.host}
-        rates = {what: chip.network if what in far else chip.link for what in found.exchanged}
+        # (how far apart members of an axis stand, over how many devices it spans): tensor's are
+        # next to each other
+        axes = {"gathered": (tensor, fsdp * tensor), "summed over tensor": (1, tensor)}
+        axes["scattered"] = axes["gathered"]
+        rates = {}
+        for what in found.exchanged:
+            apart, span = axes.get(what, (fsdp * tensor, devices.count))
+            members = max(devices.host // apart, 1)
+            far = span > devices.host
+            rates[what] = min(chip.network * members, chip.link) if far else chip.link
         return {
             "products": found.operations / chip.flops,
             # the state is read and written, all else read
@@ -155,7 +158,7 @@ def fits(choice: Choice, devices: planned.Devices) -> bool:
 
 def lacking(recipe: recipes.Recipe, choice: Choice, devices: planned.Devices) -> str:
     """Why a choice does not fit, and what would help, the mildest first."""
-    most = choice.largest
+    most, chip = choice.largest, devices.chip
     remedies = ["more devices", "a smaller batch_size", "a smaller network"]
     if most.arguments < ROOM * devices.chip.memory:
         remedies = [
@@ -164,9 +167,9 @@ def lacking(recipe: recipes.Recipe, choice: Choice, devices: planned.Devices) ->
             *remedies,
         ]
     return (
-        f"at least {report.amount(most.arguments)} lie on a device between steps, and "
-        f"{report.amount(most.temporaries)} in one, of {report.amount(devices.chip.memory)}, of "
-        f"which a plan fills {ROOM:.0%}; remedies, in this order: {', '.join(remedies)}"
+        f"a device needs {report.amount(most.peak)}, {report.amount(most.arguments)} of it between "
+        f"steps; a plan fills {report.amount(ROOM * chip.memory)} of {report.amount(chip.memory)}; "
+        f"remedies, in this order: {', '.join(remedies)}"
     )
 
 

@@ -91,9 +91,9 @@ def most(one, two, part: float, lies: tiles.Lies = tiles.plain, images: float = 
             continue
         bodies = list(zip(_inner(a), _inner(b), strict=True))
         if bodies:
-            within = 1.0 if name in ("scan", "while") else part
+            within = 1.0 if name == "while" or _of_layers(a, b) else part
             inside = max(most(x, y, within, lies, images) for x, y in bodies)
-        if name == "scan" and part < 1:
+        if part < 1 and _of_layers(a, b):
             inside += _gathered(a, b)
         for at, out, larger in zip(outs, a.outvars, b.outvars, strict=True):
             if type(out).__name__ != "DropVar" and id(out) not in held:
@@ -157,12 +157,29 @@ def in_place(jaxpr, held: set[int]) -> set[int]:
             pairs = zip(ins[first:], outs[:count], strict=False)
             held |= {id(out) for given, out in pairs if id(given) in held}
         else:
+            ins = ins[1:] if name == "cond" else ins  # one branch may leave what another updates
             for body in (b for b in _inner(equation) if len(b.invars) == len(ins)):
                 pairs = zip(body.invars, ins, strict=True)
                 inner = in_place(body, {id(v) for v, given in pairs if id(given) in held})
                 pairs = zip(body.outvars, outs, strict=True)
                 held |= {id(out) for v, out in pairs if id(v) in inner}
     return held
+
+
+def _of_layers(one, two) -> bool:
+    """Whether a loop's turns are layers: what they read one by one does not grow with the batch.
+
+    Another one's turns are parts of a batch, and what they carry are gradients of all parameters.
+    """
+    if one.primitive.name != "scan":
+        return False
+    first = one.params["num_consts"] + one.params["num_carry"]
+    pairs = list(zip(one.invars, two.invars, strict=True))
+    stacks, others = (
+        sum(_size(a) for a, b in some if _size(a) == _size(b))
+        for some in (pairs[first:], pairs[:first])
+    )
+    return stacks > others
 
 
 def _gathered(one, two) -> float:
