@@ -106,7 +106,7 @@ class Program:
             elif current is not None and " = " in line and line.startswith(" "):
                 instruction = parsed(line)
                 current[instruction.name] = instruction
-            elif line.startswith("}"):
+            elif line == "}":  # attributes of a kernel may go over lines, and end so, too
                 current = None
 
     def bytes(self) -> float:
