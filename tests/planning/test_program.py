@@ -131,7 +131,7 @@ def test_what_devices_exchange_counts_loops_and_one_of_each_channel():
 
 def test_attributes_that_go_over_lines_end_no_computation():
     """As a kernel's metadata do."""
-    line = "  %near = bf16[16,128]{1,0:T(8,128)(2,1)S(1)} fusion(%weights, %i), kind=kLoop"
+    line = "fusion(%weights, %i), kind=kLoop, calls=%slicing"
     wide = TEXT.replace(line, line + ', frontend_attributes={kernel_metadata={"a":1\n}}', 1)
     assert wide != TEXT
     (loop,), (same,) = (program.Program(text).loops(1000) for text in (wide, TEXT))
