@@ -118,13 +118,18 @@ def once(moved: Callable, given: tuple, made: tuple, finite: Array) -> PyTree:
 
 
 def again(moved: Callable, given: tuple, made: tuple, finite: Array) -> PyTree:
-    """What `moved` computes afresh, each number where the old one lies, or the old state.
+    """As `once`; on a CPU `moved` computes afresh, each number where the old one lies.
 
     For what is cheap. Changes and moments that wait until all are known to be finite lie beside the
-    old ones, of all parameters at once: three times their memory.
+    old ones, of all parameters at once: three times their memory. The compiler of TPUs takes a
+    state through a condition by copies, which is more than that.
     """
-    del made
-    return jax.lax.cond(finite, moved, lambda gradients, state: state, *given)
+
+    def afresh(given: tuple, made: tuple, finite: Array) -> PyTree:
+        return jax.lax.cond(finite, moved, lambda gradients, state: state, *given)
+
+    waited = functools.partial(once, moved)
+    return jax.lax.platform_dependent(given, made, finite, cpu=afresh, default=waited)
 
 
 @struct.dataclass
