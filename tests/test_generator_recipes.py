@@ -28,6 +28,8 @@ def table(name: str) -> dict[str, str]:
     """The rows of the table in a recipe's docstring, by their first word."""
     rows = {}
     for line in (FOLDER / f"{name}.py").read_text().split('"""')[1].splitlines():
+        if line.startswith("| variant | devices |"):  # its meshes
+            break
         if line.startswith("| ") and not line.startswith("| variant "):
             first, _, rest = line[2:].partition(" |")
             rows[first] = rest

@@ -16,6 +16,11 @@ LlamaGen's transformer, whose norms are shifted, scaled and gated by the class a
 Published samples: 50,000, no top-k, no top-p (preset "paper"). Published on 32, 64, 64 and 96 GPUs,
 768 images a step.
 
+| variant | devices | mesh, strategy | a device holds | a step at least |
+|---|---|---|---|---|
+| b | a100:4x8 | 32,1,1 data | 8.635 GB | 35.7 or 42.4 ms |
+| xxl | a100:12x8 | 96,1,1 data | 52.17 GB | 72.6 or 113 ms |
+
 Measured here: not trained at full size.
 
 No average of the weights, as published; bfloat16, there float16. Published views are random crops

@@ -31,6 +31,12 @@ The t2i variants read text features (FLAN-T5-XL, 120 x 2048, padded on the left,
 256 pixels; stage 2 on 10 million of 512, from stage 1 (--config.init_from). How many steps that
 took is not published: theirs here are one pass.
 
+| variant | devices | mesh, strategy | a device holds | a step at least |
+|---|---|---|---|---|
+| b | a100:1x8 | 8,1,1 data | 2.737 GB | 19.8 or 21.1 ms |
+| 3b | a100:4x8 | 16,2,1 fsdp | 38.5 GB | 152 or 241 ms |
+| 3b | v5e:8x8 | 8,8,1 fsdp | 10.48 GB | 196 or 316 ms |
+
 Measured here: not trained at full size.
 
 No average of the weights, as published; bfloat16.

@@ -18,6 +18,11 @@ LlamaGen's training; model and sampling are LlamaGen's own.
 
 Published weights: `c2i_*_256.pt` in LlamaGen's form (`tokgen import --system llamagen_c2i`).
 
+| variant | devices | mesh, strategy | a device holds | a step at least |
+|---|---|---|---|---|
+| b | a100:1x8 | 8,1,1 data | 3.678 GB | 19.8 or 21.1 ms |
+| xxl | a100:4x8 | 32,1,1 data | 35.07 GB | 70.4 or 97.7 ms |
+
 Measured here: not trained at full size.
 
 The schedule is that of the published example: two levels, half of the epochs each, a warm-up of an

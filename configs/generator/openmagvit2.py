@@ -17,6 +17,11 @@ Our tables have 4,096 rows for both symbols: 2 x 4,032 x width more than publish
 reads. Published samples: 50,000, no top-k, no top-p, settings per symbol as in the table (preset
 "paper"). Published on 32, 64 and 96 GPUs, 768 images a step, 300, 300 and 350 epochs.
 
+| variant | devices | mesh, strategy | a device holds | a step at least |
+|---|---|---|---|---|
+| b | a100:4x8 | 32,1,1 data | 8.721 GB | 56.5 or 63.3 ms |
+| xl | a100:12x8 | 96,1,1 data | 37.19 GB | 81.1 or 111 ms |
+
 Measured here: not trained at full size.
 
 No average of the weights, as published; bfloat16, there float16. Published views are random crops

@@ -18,6 +18,12 @@ falls in a line between. Published are ten crops of int(1.1 size) pixels.
 Published on 32 GPUs of 64 images each, 400 epochs. Samples: 50,000, 50 per class, in raster order,
 no top-k, no top-p; the preset "paper" holds the numbers of the table, "demo" those of its program.
 
+| variant | devices | mesh, strategy | a device holds | a step at least |
+|---|---|---|---|---|
+| b | a100:4x8 | 32,1,1 data | 7.513 GB | 112 or 117 ms |
+| xxl | a100:4x8 | 32,1,1 data | 37.87 GB | 640 or 669 ms |
+| xxl | v5e:16x16 | 64,4,1 fsdp | 9.674 GB | 127 or 226 ms |
+
 Measured here: not trained at full size.
 
 No average of the weights, as published; bfloat16. Matrices start from a normal distribution,

@@ -7,6 +7,10 @@ One variant per family, at a width that two CPU cores train in minutes: `raster`
 Llama form of LlamaGen, arXiv:2406.06525), `random` (a new order for every image, with target-aware
 positions as in RAR, arXiv:2411.00776), `masked` (many tokens at a time, arXiv:2202.04200),
 `next_scale` (one grid at a time, arXiv:2404.02905; over the tokens of shapes.py:pyramid).
+
+| variant | devices | mesh, strategy | a device holds | a step at least |
+|---|---|---|---|---|
+| raster | h100:1 | 1,1,1 data | 170 MB | 0.0138 ms |
 """
 
 from ml_collections import ConfigDict

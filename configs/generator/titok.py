@@ -19,6 +19,11 @@ in a line and acts twice: on the tokens, which makes the last step the arg-max, 
 confidence, a logit. "fast" takes half the steps of l32 and b64 and a quarter of those of s128; its
 FID is not published.
 
+| variant | devices | mesh, strategy | a device holds | a step at least |
+|---|---|---|---|---|
+| l32 | a100:4x8 | 32,1,1 data | 6.545 GB | 7.07 or 10.5 ms |
+| s128 | v5e:16x16 | 256,1,1 data | 9.794 GB | 13.1 or 24.6 ms |
+
 Measured here: not trained at full size.
 
 Published on 32 GPUs of 64 images each, about 800 epochs. The released training program cannot

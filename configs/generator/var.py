@@ -20,6 +20,13 @@ d36s shares the vectors of its adaptive norms between blocks. Published samples:
 class, preset "paper" (t = 1.5 at the last scale, guidance t k / 9 at scale k; top-k 900, top-p
 0.96); the preset "demo" is that of its notebook.
 
+| variant | devices | mesh, strategy | a device holds | a step at least |
+|---|---|---|---|---|
+| d16 | h100:4x8 | 32,1,1 data | 7.85 GB | 30.3 or 33.3 ms |
+| d16 | v5e:16x16 | 256,1,1 data | 7.852 GB | 19 or 32.8 ms |
+| d30 | v5e:16x16 | 64,4,1 fsdp | 12.93 GB | 157 or 291 ms |
+| d30 | h100:8x8 | 64,1,1 data | 50.9 GB | 125 or 145 ms |
+
 Measured here: not trained at full size.
 
 Published are crops at random places of an image whose shorter side is 1.125 times as long, resized
