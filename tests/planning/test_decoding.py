@@ -43,7 +43,7 @@ def family(name):
 
 
 def reckoned(found, batch=4, sizes=(1, 1, 1), **how):
-    return decoding.reckoned(found, batch, plan.mesh_of(sizes), **dict(stacked=False) | how)
+    return decoding.reckoned(found, batch, plan.mesh_of(sizes), **dict(platform="gpu") | how)
 
 
 def asked(found, batch=4):
@@ -122,6 +122,18 @@ def test_what_is_told_ahead_counts_as_often_as_it_is_computed():
     assert (steps.times, ahead.times) == (255, 15)
     assert ahead.operations == 2 * 65 * 17 * 24 * 768 * 6 * 768
     assert part.guided and part.phase.steps == 255
+
+
+def test_what_is_too_much_to_be_told_ahead_is_computed_in_a_step():
+    """Of two steps there was room; the driver asks for as many as a turn has, and gets nothing."""
+    few = ("generator.depth=2", "generator.width=64", "generator.heads=2", "generator.hidden=128")
+    found = read("configs/generator/rar.py:b", (*few, "made_for.pixels=128"))
+    found.generator.budget = 2 * 2 * 6 * 64 * 2 * 5  # bytes, of two slots of two layers, five rows
+    parts = reckoned(found).parts[:-1]
+    whole = flops.of(lambda *a: drawn(found)(*a).tokens_BLG, *asked(found))
+    assert sum(part.operations for part in parts) == whole
+    (step,) = parts[1].works  # nothing ahead
+    assert step.operations > 2 * 8 * 2 * 64 * 6 * 64  # the maps of two layers for eight rows
 
 
 def test_what_a_mesh_shares():

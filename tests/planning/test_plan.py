@@ -1,7 +1,9 @@
 """Plans against what the compiler says of the same step, and against sums by hand."""
 
+import dataclasses
 import importlib.util
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from jax.sharding import AxisType, Mesh
 from tests import command_line, recipes as known
 from tokgen import chips, sharding
 from tokgen.interfaces import UserError
+from tokgen.nn import fused
 from tokgen.planning import devices, plan, program, recipes, temporaries, tiles
 
 RASTER = "configs/generator/shapes.py"
@@ -116,6 +119,24 @@ def test_what_is_computed_again_is_no_work():
     assert 1.15 * again.dearest.work < again.dearest.operations < 4 / 3 * again.dearest.work
 
 
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_a_step_is_traced_for_the_planned_platform(platform):
+    """A TPU's kernel takes 1,024 slots, a GPU's those of bfloat16: no scores are kept."""
+    more = ("made_for.pixels=128", "precision.compute=bfloat16", "generator.remat=none")
+    recipe = recipes.read(RASTER, (*SMALL, *more))
+    other = recipe.on(platform)
+    scores = 16 * 1024**2 * recipe.settings.generator.heads * 2
+    deeper = other.again(["generator.depth=6"])
+    most, more = (temporaries.of(r.dearest.step, 16, part=1.0) for r in (other, deeper))
+    assert more - most < 4 * scores
+    names = {name for name in fused.KERNELS if name in str(other.dearest.step.traced)}
+    assert names == set(fused.KERNELS)
+    # a CPU's own form computes scores again, and says nowhere that it does
+    work = other.dearest.work
+    assert 0.8 * recipe.dearest.work < work <= recipe.dearest.work
+    assert other.on(platform) is other and deeper.dearest.step.platform == platform
+
+
 def test_what_devices_exchange_is_what_the_compiler_lets_them():
     recipe = recipes.read(RASTER, (*SMALL, "optimizer.name=adamw"))
     choice = plan.reckoned(recipe, (8, 1, 1))
@@ -202,6 +223,43 @@ def test_one_image_a_device_is_planned_too(name):
     assert (
         plan.reckoned(more, (16, 1, 1), tiles.tiled).estimate.temporaries >= found.temporaries > 0
     )
+
+
+def test_a_batch_that_does_not_lie_evenly_is_told_with_sizes_that_do(capsys):
+    words = ("plan", RASTER, "--devices", "v5e:4x4", "--estimate", "--set")
+    few = ("generator.depth=1", "--set", "generator.width=64", "--set")
+    assert command_line.call(*words, *few, "batch_size=20") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "data 4, fsdp 1, tensor 4" in said
+    assert "20 images do not lie evenly over 16 devices" in said
+    assert "--set batch_size=16 or --set batch_size=32" in said
+    # one that was asked for tensor says nothing
+    assert command_line.call(*words, *few, "batch_size=32", "--mesh=4,1,4") == 0
+    assert "evenly" not in capsys.readouterr().out
+
+
+def test_devices_over_which_no_batch_lies_are_refused_with_sizes_that_do(raster):
+    said = r"evenly over 15 devices.*alone give --set batch_size=15 or --set batch_size=30$"
+    with pytest.raises(UserError, match=said):
+        plan.proposed(raster, devices.read("cpu:15"))
+
+
+def test_the_batch_is_taken_in_the_fewest_parts_with_room():
+    more = ("batch_size=96", "generator.depth=4", "made_for.pixels=64")
+    recipe, v5e = recipes.read(RASTER, more, platform="tpu"), devices.read("v5e:2x2")
+    sizes = (4, 1, 1)
+    choices = {
+        parts: plan.reckoned(recipe.again([f"accumulate={parts}"]), sizes, v5e.lies)
+        for parts in (1, 3, 4)
+    }
+    between = (choices[3].largest.peak + choices[4].largest.peak) / 2
+    room = dataclasses.replace(v5e.chip, memory=between / plan.ROOM)
+    fake = types.SimpleNamespace(chip=room, lies=v5e.lies, platform="tpu")
+    assert plan.in_parts(recipe, choices[1], fake) == 4
+    assert "(--set accumulate=4)" in plan.lacking(recipe, choices[1], fake)
+    fake.chip = dataclasses.replace(room, memory=1.01 * choices[1].largest.arguments / plan.ROOM)
+    assert plan.in_parts(recipe, choices[1], fake) is None
+    assert "accumulate" not in plan.lacking(recipe, choices[1], fake)
 
 
 def test_a_mesh_of_other_devices_is_refused(capfd):

@@ -90,7 +90,13 @@ def run(args: argparse.Namespace) -> None:
     if args.decode:
         return _drawing(args, devices)
     sizes = options.sizes(args.mesh) if args.mesh else None
-    recipe = recipes.read(args.config, args.set, tokenizer=args.tokenizer, classes=args.classes)
+    recipe = recipes.read(
+        args.config,
+        args.set,
+        tokenizer=args.tokenizer,
+        classes=args.classes,
+        platform=devices.platform,
+    )
     _head(f"{args.config} on {devices.called()}")
     try:
         for line in description.lines(

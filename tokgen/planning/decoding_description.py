@@ -42,7 +42,7 @@ def lines(
     sizes = sharding.sizes_of(*(sizes or (-1, 1, 1)), devices.count)
     mesh = plan.mesh_of(sizes)
     batch = -(-batch // sharding.ways(mesh)) * sharding.ways(mesh)
-    reckoned = decoding.reckoned(found, batch, mesh, devices.lies, stacked=devices.tpu)
+    reckoned = decoding.reckoned(found, batch, mesh, devices.lies, platform=devices.platform)
     yield report.table(found.parameters)
     yield ""
     yield from map(description.row, of_memory(found, batch, reckoned, devices))
@@ -166,7 +166,7 @@ def refuse(
     remedies = []
     if most := reckoned.most(room) * data * fsdp:
         remedies.append(f"a smaller batch (--batch {most})")
-    if found.precision == "float32":
+    if found.precision == "float32" and reckoned.drawing > reckoned.pixels:
         remedies.append("--precision bfloat16")
     if not most and devices.count > fsdp * tensor:
         remedies.append(f"the network over the devices (--mesh 1,1,{devices.count})")

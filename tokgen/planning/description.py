@@ -36,6 +36,7 @@ def lines(
         price: of a device for an hour, in any money.
         compile: for a TPU's topology, ask its compiler, too.
     """
+    recipe = recipe.on(devices.platform)
     if sizes is None:
         choice = plan.proposed(recipe, devices)
     else:
@@ -45,6 +46,8 @@ def lines(
     yield report.table(parameters.paths(steps.parameters_of(state)))
     yield ""
     yield from map(row, of_estimate(recipe, choice, devices))
+    if choice.sizes[2] > 1 and (reason := plan.uneven(recipe, devices)):
+        yield row(("warning", reason))
     yield from map(row, token_set.rows(recipe))
     if devices.chip is not None:
         yield from map(row, of_times(recipe, choice, devices, price))

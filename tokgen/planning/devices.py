@@ -57,6 +57,11 @@ class Devices:
         return self.kind in TPUS
 
     @property
+    def platform(self) -> str:
+        """As jax calls it."""
+        return "cpu" if self.chip is None else "tpu" if self.tpu else "gpu"
+
+    @property
     def host(self) -> int:
         """How many reach each other by their links; others by the network."""
         return self.count if self.tpu or self.chip is None else self.sizes[-1]
