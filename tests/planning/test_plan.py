@@ -13,9 +13,11 @@ from jax.sharding import AxisType, Mesh
 
 from tests import command_line, recipes as known
 from tokgen import chips, sharding
+from tokgen.config import reading
 from tokgen.interfaces import UserError
 from tokgen.nn import fused
 from tokgen.planning import devices, plan, program, recipes, temporaries, tiles
+from tokgen.zoo import model as zoo
 
 RASTER = "configs/generator/shapes.py"
 SMALL = ("generator.width=64", "generator.depth=2", "batch_size=16")
@@ -50,6 +52,26 @@ def test_devices_are_read_by_their_names(name, count, chip):
 def test_what_is_no_name_of_devices_is_refused_with_the_forms(name):
     with pytest.raises(UserError, match="v5e:16x16"):
         devices.read(name)
+
+
+@pytest.mark.parametrize(
+    "name, near",
+    [
+        ("v5e:3x5", "v5e:4x4"),
+        ("v5p:4x4", "v5p:2x2x4"),
+        ("v5e:8x4", "v5e:4x8"),
+        ("V6e:4x4x4", "v6e:8x8"),
+        ("v6e:32x32", "v6e:16x16"),
+        ("v5p:64x64x64", "v5p:16x16x24"),
+    ],
+)
+def test_a_slice_that_there_is_not_is_refused_with_those_near(name, near):
+    with pytest.raises(
+        UserError, match=f"no slice '{name}'.*of about as many chips there are .*{near}"
+    ) as said:
+        devices.read(name)
+    for other in re.findall(r"v\d\w:[\dx]+", str(said.value).partition("of about")[2]):
+        assert devices.read(other).count
 
 
 def test_more_gpus_than_a_host_has_are_several_hosts():
@@ -260,6 +282,30 @@ def test_the_batch_is_taken_in_the_fewest_parts_with_room():
     fake.chip = dataclasses.replace(room, memory=1.01 * choices[1].largest.arguments / plan.ROOM)
     assert plan.in_parts(recipe, choices[1], fake) is None
     assert "accumulate" not in plan.lacking(recipe, choices[1], fake)
+
+
+@pytest.mark.parametrize(
+    "name, recipe",
+    [
+        ("rar-b", "or give as CONFIG one .* configs/generator/rar.py:VARIANT"),
+        ("titok-l32", "configs/generator/titok.py"),
+        ("var-tokenizer", "recipe: give as CONFIG one .* configs/tokenizer/var_vqvae.py"),
+    ],
+)
+def test_a_published_model_is_refused_with_its_recipe(capfd, name, recipe):
+    said = command_line.refused(capfd, "plan", name, "--devices", "h100:1")
+    assert re.search(recipe, said) and ("add --decode" in said) == (name != "var-tokenizer")
+
+
+def test_every_published_model_has_a_recipe(capfd):
+    for name in zoo.known():
+        said = command_line.refused(capfd, "plan", name, "--devices", "h100:1")
+        assert reading.load(re.search(r"(configs/\w+/\w+\.py):VARIANT", said)[1])
+
+
+def test_a_checkpoint_is_refused_without_decode(capfd, tmp_path):
+    said = command_line.refused(capfd, "plan", tmp_path, "--devices", "h100:1")
+    assert "is a folder" in said and "add --decode" in said
 
 
 def test_a_mesh_of_other_devices_is_refused(capfd):

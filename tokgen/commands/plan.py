@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
     if args.decode:
         return _drawing(args, devices)
     sizes = options.sizes(args.mesh) if args.mesh else None
+    _is_recipe(args.config)
     recipe = recipes.read(
         args.config,
         args.set,
@@ -111,6 +112,33 @@ def run(args: argparse.Namespace) -> None:
             "remedies, in this order: the batch in parts (--set accumulate=2), "
             "--set generator.remat=full, more devices, a smaller batch_size"
         ) from error
+
+
+def _is_recipe(config: str) -> None:
+    """UserError for what is no recipe: what draws is named otherwise, and planned with --decode."""
+    import pathlib
+
+    from tokgen.config import reading
+    from tokgen.zoo import model as zoo
+
+    if zoo.is_name(config):
+        found = zoo.named(config)
+        files = sorted((reading.programs() / "configs" / found.kind).glob("*.py"))
+        work = config.partition("-")[0]
+        recipe = next(
+            (f.name for f in files if f.stem == found.system),
+            next((f.name for f in files if f.stem.startswith(work)), "NAME.py"),
+        )
+        draws = "add --decode to plan how it draws, or " if found.kind == "generator" else ""
+        raise UserError(
+            f"{config} is a published model, and training is planned by a recipe: {draws}give as "
+            f"CONFIG one that trains such a network, configs/{found.kind}/{recipe}:VARIANT"
+        )
+    if pathlib.Path(config).is_dir():
+        raise UserError(
+            f"{config} is a folder, and training is planned by a recipe, PATH[:VARIANT]; of a "
+            "generator's checkpoint, add --decode to plan how it draws"
+        )
 
 
 def _drawing(args: argparse.Namespace, devices: planned.Devices) -> None:
