@@ -162,6 +162,12 @@ def test_the_largest_batch_is_the_largest_that_has_room():
         refuse(found)
     with pytest.raises(UserError, match=r"batch \(--batch \d+\), more devices$"):
         refuse(dataclasses.replace(found, precision="bfloat16"))
+    # a tokenizer's pixels are what they are
+    *tokens, last = many.parts
+    large = dataclasses.replace(last, temporaries=2 * many.peak)
+    many = dataclasses.replace(many, parts=(*tokens, large))
+    with pytest.raises(UserError, match=r"batch \(--batch \d+\), more devices$"):
+        refuse(found)
 
 
 def test_a_network_without_room_is_to_be_split(monkeypatch):
@@ -195,6 +201,16 @@ def test_what_is_not_of_a_plan_is_refused(capfd, tmp_path):
     tokenizer = "configs/tokenizer/shapes.py"
     assert "with a generator" in command_line.refused(capfd, *drawing_, tokenizer)
     assert "no checkpoint at" in command_line.refused(capfd, *drawing_, tmp_path / "none")
+
+
+def test_a_batch_that_is_filled_up_is_told(capsys):
+    words = ("plan", SHAPES, "--decode", "--devices", "cpu:16", "--estimate", "--batch")
+    assert command_line.call(*words, "10") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"warning +10 images do not lie evenly over the mesh: .* are 16$", said, re.M)
+    assert re.search(r"images +16 a batch, 1 on a device", said)
+    assert command_line.call(*words, "16") == 0
+    assert "evenly" not in capsys.readouterr().out
 
 
 def test_without_its_compiler_a_tpu_is_refused_after_the_estimate(capsys, monkeypatch):

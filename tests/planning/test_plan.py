@@ -16,7 +16,7 @@ from tokgen import chips, sharding
 from tokgen.config import reading
 from tokgen.interfaces import UserError
 from tokgen.nn import fused
-from tokgen.planning import devices, plan, program, recipes, temporaries, tiles
+from tokgen.planning import description, devices, plan, program, recipes, temporaries, tiles
 from tokgen.zoo import model as zoo
 
 RASTER = "configs/generator/shapes.py"
@@ -318,8 +318,19 @@ def test_a_step_that_the_compiler_finds_no_room_for_is_refused(capfd, monkeypatc
         raise RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.\nmore")
 
     monkeypatch.setattr(plan, "compiled", none)
-    said = command_line.refused(capfd, "plan", RASTER, "--devices", "v5e:2x2")
+    words = ("plan", RASTER, "--devices", "v5e:2x2", "--set", "batch_size=60")
+    said = command_line.refused(capfd, *words)
     assert "no room on v5e:2x2: RESOURCE_EXHAUSTED" in said and "--batch" not in said
+    # 15 images a device lie in three parts; the blocks may be computed again
+    assert "order: the batch in parts (--set accumulate=3), --set generator.remat=full" in said
+
+
+@pytest.mark.parametrize(
+    "number, told",
+    [(0.0000580, "0.000058"), (0.0104, "0.0104"), (12.345, "12.3"), (1234.5, "1,234"), (0, "0")],
+)
+def test_numbers_have_as_many_digits_as_they_deserve(number, told):
+    assert description.digits(number) == told
 
 
 def test_a_plan_in_words(capsys):

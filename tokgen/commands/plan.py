@@ -99,19 +99,9 @@ def run(args: argparse.Namespace) -> None:
         platform=devices.platform,
     )
     _head(f"{args.config} on {devices.called()}")
-    try:
-        for line in description.lines(
-            recipe, devices, sizes, price=args.price, compile=not args.estimate
-        ):
-            print(line, flush=True)
-    except RuntimeError as error:  # the compiler's; its --batch is no option of this
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise UserError(
-            f"the step has no room on {devices.name}: {str(error).splitlines()[0][:300]}; "
-            "remedies, in this order: the batch in parts (--set accumulate=2), "
-            "--set generator.remat=full, more devices, a smaller batch_size"
-        ) from error
+    how = dict(price=args.price, compile=not args.estimate)
+    for line in description.lines(recipe, devices, sizes, **how):
+        print(line, flush=True)
 
 
 def _is_recipe(config: str) -> None:

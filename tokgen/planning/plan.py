@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 from jax.sharding import AbstractMesh, AxisType
@@ -178,27 +178,40 @@ def fits(choice: Choice, devices: planned.Devices) -> bool:
 def lacking(recipe: recipes.Recipe, choice: Choice, devices: planned.Devices) -> str:
     """Why a choice does not fit, and what would help, the mildest first."""
     most, chip = choice.largest, devices.chip
-    remedies = ["more devices", "a smaller batch_size", "a smaller network"]
+    helps = "more devices", "a smaller batch_size", "a smaller network"
     if most.arguments < ROOM * devices.chip.memory:
-        remedies = [f"--set {field}=full" for field in recipe.kept_whole] + remedies
-        if parts := in_parts(recipe, choice, devices):
-            remedies.insert(0, f"the batch in parts (--set accumulate={parts})")
+        helps = remedies(recipe, in_parts(recipe, choice, devices))
     return (
         f"a device needs {report.amount(most.peak)}, {report.amount(most.arguments)} of it between "
         f"steps; a plan fills {report.amount(ROOM * chip.memory)} of {report.amount(chip.memory)}; "
-        f"remedies, in this order: {', '.join(remedies)}"
+        f"remedies, in this order: {', '.join(helps)}"
     )
+
+
+def remedies(recipe: recipes.Recipe, parts: int | None) -> list[str]:
+    """What helps a step without room, the mildest first; `parts` of a batch, if they do."""
+    return [
+        *([f"the batch in parts (--set accumulate={parts})"] if parts else []),
+        *(f"--set {field}=full" for field in recipe.kept_whole),
+        *("more devices", "a smaller batch_size", "a smaller network"),
+    ]
+
+
+def divisors(recipe: recipes.Recipe, choice: Choice) -> Iterator[int]:
+    """Numbers of parts, of more than now, that lie evenly over a choice's mesh."""
+    rows = recipe.images // sharding.ways(mesh_of(choice.sizes))
+    return (n for n in range(recipe.parts + 1, rows + 1) if rows % n == 0)
 
 
 def in_parts(recipe: recipes.Recipe, choice: Choice, devices: planned.Devices) -> int | None:
     """The fewest parts of a batch with room on a choice's mesh; None where no number of them helps.
 
-    Each lies evenly over the mesh. Numbers that are far from enough are told by the step as it is,
-    with fewer images at a time; of the others the step is reckoned anew.
+    Numbers that are far from enough are told by the step as it is, with fewer images at a time; of
+    the others the step is reckoned anew.
     """
-    mesh, rows = mesh_of(choice.sizes), recipe.images // sharding.ways(mesh_of(choice.sizes))
+    mesh = mesh_of(choice.sizes)
     kind = recipe.kinds[choice.estimates.index(choice.largest)]
-    for parts in (n for n in range(recipe.parts + 1, rows + 1) if rows % n == 0):
+    for parts in divisors(recipe, choice):
         fewer = estimates.computed_with(
             *(kind.step, kind.network, mesh, choice.strategy),
             lies=devices.lies,
