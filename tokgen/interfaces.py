@@ -323,6 +323,7 @@ class Generator(Protocol):
     label_drop: float | None  # share of conditions dropped in training; None: it knows no `null`
     exact: bool  # whether `nats` is the likelihood; else an upper bound, by random orders
     any_order: bool  # whether `TokenBatch.order_BL` may be any order; else it must be None
+    sees_given: bool  # whether every draw sees all that is given; else what its own `order` has
     knobs: tuple[str, ...]  # attributes that sampling settings may change, as a number of steps
 
     def check(self, cond: PyTree) -> None:

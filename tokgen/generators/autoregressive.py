@@ -141,6 +141,11 @@ class Generator(nnx.Module):
         """The conditions that stand for none."""
         return self.conditioning.null(cond)
 
+    @property
+    def sees_given(self) -> bool:
+        """Whether what is given may come first: of drawn orders none is better than another."""
+        return self.order is random.order
+
     def orders(self, keys_B: jax.Array) -> jax.Array:
         """[B, L] the position handled at each place, per image."""
         return jax.vmap(lambda key: self.order(self.layout, rng.use(key, rng.ORDER)))(keys_B)
@@ -223,7 +228,7 @@ class Generator(nnx.Module):
         self.check(cond)
         tokens_BLG, given_BLG = given
         order_BL = self.orders(keys_B)
-        if self.order is random.order:  # no order is better: what is given comes first, for all
+        if self.sees_given:
             order_BL = _first(order_BL, jnp.all(given_BLG, axis=-1))
         return DecodeState(
             tokens_BLG=tokens_BLG,

@@ -77,7 +77,7 @@ def resampled(carried: dict[str, PyTree], keys_B: Array, index: Array | int, cou
 
 
 def systematic(share_X: Array, uniform: Array) -> Array:
-    """[X] who goes on, each about X times its share: one uniform number for all (Kitagawa, 1996)."""
+    """[X] who goes on, each about X times its share, by one number for all (Kitagawa, 1996)."""
     X = len(share_X)
     upto_X = jnp.cumsum(share_X)
     points_X = (jnp.arange(X) + uniform) / X * upto_X[-1]
