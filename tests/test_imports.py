@@ -31,7 +31,9 @@ LAYERS = (
     ("planning",),
     ("evaluation",),
     ("demo", "samples", "tokens"),
+    ("editing",),
     ("image_models", "sample_folder"),
+    ("edit_folder",),
     ("commands", "train_tokenizer", "train_generator"),
     ("cli",),
 )
