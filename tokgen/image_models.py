@@ -392,6 +392,7 @@ class ImageGenerator:
         batch: int = 32,
         particles: int = redrawing.PARTICLES,
         feather: float | None = None,
+        overlap: float = 0.5,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -419,6 +420,7 @@ class ImageGenerator:
             preset, text, batch: as of `sample`.
             particles: draws that are held against what is kept later in the generator's order.
             feather: pixels inside of the mask over which both meet; None: a 32nd of the side.
+            overlap: of `grow`: the share of a window's side that lies over what is there.
             temperature, top_k, top_p, guidance, steps, noise, progress: as of `sample`.
 
         Returns:
@@ -437,7 +439,7 @@ class ImageGenerator:
             (64, 32)
         """
         asked = edits.Settings(
-            *(mask, grow, strength, scales, number, seed, particles, feather, batch)
+            *(mask, grow, strength, scales, number, seed, particles, feather, batch, overlap)
         )
         asked.check()
         pixels_KHW3 = self.tokenizer._exact(images)

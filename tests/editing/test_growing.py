@@ -11,16 +11,17 @@ from tokgen.interfaces import UserError
 @pytest.mark.parametrize(
     "text", ["right=8", "left=20", "top=3,bottom=40", "left=7,right=16,top=9,bottom=1"]
 )
-def test_windows_cover_the_canvas_each_touching_what_is_there(text):
+@pytest.mark.parametrize("overlap", [0.5, 0.25])
+def test_windows_cover_the_canvas_each_over_what_is_there(text, overlap):
     size, added = (8, 16), growing.margins(text)
     canvas = np.zeros(
         (size[0] + added.top + added.bottom, size[1] + added.left + added.right), bool
     )
     canvas[added.top :, added.left :][: size[0], : size[1]] = True
-    for rows, columns in growing.windows(size, added):
+    for rows, columns in growing.windows(size, added, overlap):
         window = canvas[rows, columns]
         assert window.shape == size
-        assert window.sum() >= window.size // 4  # something to go on from
+        assert window.sum() >= window.size * overlap**2  # something to go on from
         canvas[rows, columns] = True
     assert canvas.all()
 

@@ -92,6 +92,7 @@ def test_a_sheet_shows_what_goes_and_what_came(model, images):
         (dict(strength=1.5), "at most 1"),
         (dict(grow="right"), "right=128"),
         (dict(grow="right=0"), "right=128"),
+        (dict(grow="right=8", overlap=1.0), "overlap"),
         (dict(scales=1), "next-scale"),
         (dict(mask="left", classes=77), "77"),
         (dict(mask="left", classes=None), "class of each image is needed"),

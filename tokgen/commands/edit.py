@@ -74,6 +74,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="pixels inside of the mask over which both meet (default: a 32nd of the side)",
     )
+    parser.add_argument(
+        "--overlap",
+        type=float,
+        default=0.5,
+        help="of --grow: the share of a window's side that lies over what is there (default 0.5)",
+    )
     sample.sampling_arguments(parser)
     parser.add_argument(
         "--tokenizer",
@@ -101,6 +107,7 @@ def settings_of(args: argparse.Namespace) -> edit_folder.Settings:
             particles=args.particles,
             feather=args.feather,
             batch=args.batch,
+            overlap=args.overlap,
         ),
         label=args.label,
         text=args.text,
@@ -115,8 +122,9 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what is refused without a network."""
     from tokgen import edit_folder
 
-    if args.mask is None:
-        options.check(args, {"feather": "--mask"} if args.grow is None else {})
+    idle = {"overlap": "--grow"} if args.grow is None else {}
+    idle |= {"feather": "--mask and --grow"} if args.mask is None and args.grow is None else {}
+    options.check(args, idle)
     edit_folder.check_write(settings_of(args), args.out, overwrite=args.overwrite)
 
 

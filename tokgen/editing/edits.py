@@ -26,6 +26,7 @@ class Settings:
     Attributes:
         mask: a region (`regions.region`), or one for each image.
         grow: pixels added at each side, as `right=128,bottom=64`.
+        overlap: share of a side of each window that lies over what is there, for `grow`.
         strength: share of the tokens that are drawn anew, the least certain; of the scales.
         scales: so many of the coarsest are kept, all finer ones drawn.
         number: draws of each image.
@@ -45,6 +46,7 @@ class Settings:
     particles: int = redrawing.PARTICLES
     feather: float | None = None
     batch: int = 32
+    overlap: float = 0.5
 
     @property
     def mode(self) -> str:
@@ -70,6 +72,8 @@ class Settings:
         ranges.refuse(filter(None, (ranges.problem(*number) for number in numbers)))
         if self.feather is not None and not 0 <= self.feather < 2**10:
             raise UserError(f"feather must lie in [0, 1024), in pixels; found {self.feather}")
+        if not 0 < self.overlap < 1:
+            raise UserError(f"overlap must lie between 0 and 1, of a side; found {self.overlap}")
         if self.grow is not None:
             growing.margins(self.grow)
         if self.strength is not None:
@@ -175,7 +179,7 @@ def edit(
         around = (added[:2], added[2:])
         mask_KHW = np.pad(~mask_KHW, ((0, 0), *around), constant_values=True)
         asked = (image_KHW3[source_N], added, cond, index_N, how)
-        image_NHW3 = growing.grow(model, *asked, feather=feather)
+        image_NHW3 = growing.grow(model, *asked, overlap=settings.overlap, feather=feather)
     else:
         tokens_KLG = coding.encode(model.encoder, image_KHW3, batch=settings.batch)
         if settings.mode == "scales":

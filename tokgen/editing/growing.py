@@ -1,7 +1,7 @@
 """Out-painting: an image on a larger canvas, filled window by window.
 
-A window has the size that the generator draws. Each lies over a part that is there already and one
-that is not yet, which it draws; half a window further comes the next, from the image outwards.
+A window has the size that the generator draws. Each lies over a part that is there already, its
+overlap, and one that is not yet, which it draws; then comes the next, from the image outwards.
 """
 
 from __future__ import annotations
@@ -47,13 +47,14 @@ def grow(
     index_N: np.ndarray,
     how: redrawing.How,
     *,
+    overlap: float,
     feather: float,
 ) -> np.ndarray:
     """uint8 [N, H + top + bottom, W + left + right, 3]; the image's own bytes stand in them."""
     around = (added[:2], added[2:])
     canvas = np.pad(image_NHW3, ((0, 0), *around, (0, 0)))
     empty = np.pad(np.zeros(image_NHW3.shape[1:3], bool), around, constant_values=True)
-    for number, (rows, columns) in enumerate(windows(image_NHW3.shape[1:3], added)):
+    for number, (rows, columns) in enumerate(windows(image_NHW3.shape[1:3], added, overlap)):
         mask_HW = empty[rows, columns]
         _, canvas[:, rows, columns] = redrawing.redraw(
             *(model, canvas[:, rows, columns], np.repeat(mask_HW[None], len(canvas), axis=0)),
@@ -64,17 +65,17 @@ def grow(
     return canvas
 
 
-def windows(size: tuple[int, int], added: Margins) -> list[tuple[slice, slice]]:
+def windows(size: tuple[int, int], added: Margins, overlap: float) -> list[tuple[slice, slice]]:
     """(rows, columns) on the canvas, in the order in which they are drawn.
 
-    They stand half a window apart, from where the image is: first those beside it, then those that
-    touch these, so that each has neighbours that are there.
+    The share `overlap` of each side lies over the one before: first come those beside the image,
+    then those beside these, so that each has neighbours that are there.
     """
     starts = []
     for side, before, after in zip(size, added[::2], added[1::2], strict=True):
-        half = max(side // 2, 1)
-        steps = [-min(n, before) for n in range(half, before + half, half)]
-        steps += [min(n, after) for n in range(half, after + half, half)]
+        step = max(round(side * (1 - overlap)), 1)
+        steps = [-min(n, before) for n in range(step, before + step, step)]
+        steps += [min(n, after) for n in range(step, after + step, step)]
         starts.append([(0, before), *((n, before + n) for n in steps)])
     found = [
         (max(abs(y) / size[0], abs(x) / size[1]), abs(y) / size[0] + abs(x) / size[1], row, column)
