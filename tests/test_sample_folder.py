@@ -595,8 +595,8 @@ def test_samples_are_not_mixed_with_others(stand_ins, tmp_path):
 def test_an_image_that_is_not_finite_ends_it(stand_ins, monkeypatch, tmp_path):
     draw_tokens = drawing.draw_tokens
 
-    def invalid(*words):
-        tokens, invalid_B, near_B = draw_tokens(*words)
+    def invalid(*words, **named):
+        tokens, invalid_B, near_B = draw_tokens(*words, **named)
         return tokens, invalid_B | (len(stand_ins.batches) > 1), near_B
 
     monkeypatch.setattr(drawing, "draw_tokens", invalid)

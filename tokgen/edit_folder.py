@@ -74,7 +74,9 @@ def write(settings: Settings, out: str | os.PathLike, *, overwrite: bool = False
             images,
             _labels(settings, len(images)),
             text=settings.text,
-            **{**dataclasses.asdict(asked), "mask": mask},
+            **{name: getattr(asked, name) for name in asked.plain()} | {"mask": mask},
+            candidates=asked.ranking.candidates,
+            rank=asked.ranking.by,
             **dataclasses.asdict(choice),
         )
         number, files = asked.number, []
@@ -91,7 +93,9 @@ def write(settings: Settings, out: str | os.PathLike, *, overwrite: bool = False
             "tokenizer": model.tokenizer.fingerprint,
             "images": [str(image) for image in settings.images],
             "edits": files,
-            **{name: _plain(value) for name, value in dataclasses.asdict(asked).items()},
+            **{name: _plain(getattr(asked, name)) for name in asked.plain()},
+            "candidates": asked.ranking.candidates,
+            "rank": asked.ranking.by,
             "label": settings.label,
             "text": settings.text,
             "fit": settings.fit,

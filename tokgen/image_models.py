@@ -32,7 +32,7 @@ from tokgen.checkpoints import checkpoint, loading, pulling
 from tokgen.data import captioned, classes as names, datasets, pictures
 from tokgen.editing import edits, redrawing, regions
 from tokgen.errors import UserError
-from tokgen.evaluation import validation
+from tokgen.evaluation import ranking, validation
 from tokgen.interfaces import PyTree, TokenLayout
 from tokgen.sampling import decode, drawing, presets
 from tokgen.zoo import model as zoo
@@ -331,6 +331,8 @@ class ImageGenerator:
         guidance: float | None = None,
         steps: int | None = None,
         noise: float | None = None,
+        candidates: int = 1,
+        rank: str = ranking.LIKELIHOOD,
         progress: bool = True,
     ) -> samples.Samples:
         """Draw images, `number` of each class or text: what `tokgen sample` draws, to the bit.
@@ -345,6 +347,9 @@ class ImageGenerator:
             batch: images drawn and decoded together.
             temperature, top_k, top_p, guidance, steps, noise: in the place of the preset's
                 settings; None leaves them.
+            candidates: that are drawn of each image, of which the best is kept.
+            rank: what is best: "likelihood", under the generator; or the file of a reference with
+                a classifier (`tokgen.make_reference`), which must see the class.
             progress: whether a draw of more than two seconds shows how far it is.
 
         Returns:
@@ -371,6 +376,7 @@ class ImageGenerator:
             batch=batch,
             precision=self.precision,
             sampling=choice,
+            ranking=ranking.Ranking(candidates, rank),
         )
         samples.check(settings)
         loaded = self._computing(self.precision or presets.precision(self.loaded.meta, choice))
@@ -399,6 +405,8 @@ class ImageGenerator:
         guidance: float | None = None,
         steps: int | None = None,
         noise: float | None = None,
+        candidates: int = 1,
+        rank: str = ranking.LIKELIHOOD,
         progress: bool = True,
     ) -> edits.Edits:
         """Draw parts of images anew: what `tokgen edit` draws. One of four is asked for.
@@ -422,6 +430,7 @@ class ImageGenerator:
             feather: pixels inside of the mask over which both meet; None: a 32nd of the side.
             overlap: of `grow`: the share of a window's side that lies over what is there.
             temperature, top_k, top_p, guidance, steps, noise, progress: as of `sample`.
+            candidates, rank: as of `sample`; not with `grow`.
 
         Returns:
             Edits: `.images` for PIL, `.image_NHW3`, `.source_N`.
@@ -439,7 +448,8 @@ class ImageGenerator:
             (64, 32)
         """
         asked = edits.Settings(
-            *(mask, grow, strength, scales, number, seed, particles, feather, batch, overlap)
+            *(mask, grow, strength, scales, number, seed, particles, feather, batch, overlap),
+            ranking.Ranking(candidates, rank),
         )
         asked.check()
         pixels_KHW3 = self.tokenizer._exact(images)
@@ -447,7 +457,8 @@ class ImageGenerator:
         cond = self._cond(classes, text, len(pixels_KHW3))
         self.loaded.module.check(cond)
         what = "edit" if progress else ""
-        return edits.edit(self._editing(choice), pixels_KHW3, asked, cond, what=what)
+        model = self._editing(choice)
+        return edits.edit(model, pixels_KHW3, asked, cond, classes=self.classes, what=what)
 
     def _editing(self, choice: presets.Choice) -> redrawing.Model:
         loaded = self._computing(self.precision or presets.precision(self.loaded.meta, choice))

@@ -195,6 +195,8 @@ def _record(settings: samples.Settings, ready: samples.Prepared, png: bool) -> t
     """(what images these are, what else is said of them) in samples.json."""
     kinds, config = ready.kinds, ready.tokenizer.config
     cond = (kinds.texts, kinds.kind_N)
+    ranking = settings.ranking
+    ranked = {"candidates": ranking.candidates, "rank": ranking.by}
     total = {"class_counts": settings.class_counts, "order": ORDERS[settings.class_counts]}
     record = {
         "fingerprint": ready.loaded.fingerprint,
@@ -212,6 +214,7 @@ def _record(settings: samples.Settings, ready: samples.Prepared, png: bool) -> t
         "precision": ready.loaded.config.precision.compute,
         "versions": checkpoint.versions(),
         "conditions": made_images.conditions(cond),
+        **(ranked if ranking.candidates > 1 else {}),
         "images_per_part": sample_parts.EACH,
         "png": png,
     }
@@ -334,10 +337,7 @@ def _batches(
     for k in range(0, len(chunks), together):
         several = chunks[k : k + together]
         index_M = np.concatenate([sharding.padded(chunk, batch) for chunk in several])
-        parts = drawing.drawn(
-            *(ready.generator, ready.tokenizer.module, ready.kinds.cond(index_M), ready.sampler),
-            **dict(seed=settings.seed, batch=batch, index_N=index_M, what=""),
-        )
+        parts = samples.parts(ready, settings, index_M, batch=batch, what="")
         for index_B, part in zip(several, parts, strict=True):
             arrays = {"tokens": part.tokens_BLG, "image": part.image_BHW3, "near": part.near_B}
             kept = {name: array[: len(index_B)] for name, array in arrays.items()}

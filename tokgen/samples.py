@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from tokgen import image_grid, options, ranges, report
 from tokgen.checkpoints import checkpoint, loading
 from tokgen.data import captioned, classes as names_
 from tokgen.errors import UserError
-from tokgen.evaluation import made_images, sample_parts
+from tokgen.evaluation import made_images, ranking as ranking_, sample_parts
 from tokgen.interfaces import Generator, PyTree
 from tokgen.sampling import drawing, presets, sampler as samplers
 
@@ -51,6 +51,7 @@ class Settings:
         precision: of the networks, float32 or bfloat16; "" is the preset's.
         tokenizer: where the generator's tokenizer lies now; "": where it lay when it was trained.
         sampling: the preset, and what is in the place of its settings.
+        ranking: how many candidates are drawn of each image, and what ranks them.
     """
 
     checkpoint: str
@@ -64,6 +65,7 @@ class Settings:
     sampling: presets.Choice = presets.Choice()
     total: int = 0
     class_counts: str = "equal"
+    ranking: ranking_.Ranking = ranking_.Ranking()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -153,6 +155,20 @@ class Prepared:
     sampler: samplers.Sampler
 
 
+def parts(
+    ready: Prepared, settings: Settings, index_N: np.ndarray, **how
+) -> Iterator[drawing.Part]:
+    """Images by their numbers, batch by batch: the best candidates, where there are several."""
+    module = ready.tokenizer.module
+    asked = (ready.generator, module, ready.kinds.cond(index_N), ready.sampler)
+    how |= dict(seed=settings.seed, index_N=index_N)
+    ranking = settings.ranking
+    if ranking.candidates == 1:
+        return drawing.drawn(*asked, **how)
+    score = ranking.score(ready.generator, module.quantizer, ready.loaded.classes, how["batch"])
+    return ranking_.drawn(ranking, score, *asked, **how)
+
+
 def sample(
     generator: str | os.PathLike,
     *,
@@ -170,6 +186,8 @@ def sample(
     noise: float | None = None,
     precision: str = "",
     tokenizer: str = "",
+    candidates: int = 1,
+    rank: str = ranking_.LIKELIHOOD,
     progress: bool = True,
 ) -> Samples:
     """Images of a trained generator, `number` of each class or text, loaded for this call alone.
@@ -189,6 +207,9 @@ def sample(
             None leaves them. `guidance` is w of `uncond + w (cond - uncond)` (arXiv:2207.12598).
         precision: of the networks, float32 or bfloat16; "" is the preset's.
         tokenizer: where the generator's tokenizer lies now; "": where it lay when it was trained.
+        candidates: that are drawn of each image, of which the best is kept (rejection sampling).
+        rank: what is best: "likelihood", under the generator; or the file of a reference with a
+            classifier (`make_reference`), which must see the class.
         progress: whether a long draw shows how far it is.
 
     Returns:
@@ -206,7 +227,16 @@ def sample(
     """
     choice = presets.Choice(preset, temperature, top_k, top_p, guidance, steps, noise)
     settings = Settings(
-        os.fspath(generator), classes, text, number, seed, batch, precision, tokenizer, choice
+        os.fspath(generator),
+        classes,
+        text,
+        number,
+        seed,
+        batch,
+        precision,
+        tokenizer,
+        choice,
+        ranking=ranking_.Ranking(candidates, rank),
     )
     check(settings)
     return drawn(settings, *networks(settings), progress=progress)
@@ -222,10 +252,9 @@ def drawn(
     """What settings ask for, of networks that are loaded already."""
     ready = prepared(settings, loaded, tokenizer)
     kinds = ready.kinds
-    cond = kinds.cond(np.arange(len(kinds.kind_N)))
-    asked = (ready.generator, tokenizer.module, cond, ready.sampler)
-    how = dict(seed=settings.seed, batch=settings.batch, what="sample" if progress else "")
-    tokens_NLG, image_NHW3 = drawing.draw(*asked, **how, delay=DELAY)
+    how = dict(batch=settings.batch, what="sample" if progress else "", delay=DELAY)
+    found = parts(ready, settings, np.arange(len(kinds.kind_N)), **how)
+    tokens_NLG, image_NHW3, _ = map(np.concatenate, zip(*found, strict=True))
     return Samples(tokens_NLG, image_NHW3, kinds.kind_N, tuple(kinds.classes), ready.settings)
 
 

@@ -81,6 +81,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="of --grow: the share of a window's side that lies over what is there (default 0.5)",
     )
     sample.sampling_arguments(parser)
+    sample.ranking_arguments(parser)
     parser.add_argument(
         "--tokenizer",
         type=options.checkpoint,
@@ -108,6 +109,7 @@ def settings_of(args: argparse.Namespace) -> edit_folder.Settings:
             feather=args.feather,
             batch=args.batch,
             overlap=args.overlap,
+            ranking=sample.ranking_of(args),
         ),
         label=args.label,
         text=args.text,

@@ -10,6 +10,7 @@ from tokgen.errors import UserError
 
 if TYPE_CHECKING:
     from tokgen import samples
+    from tokgen.evaluation import ranking
     from tokgen.sampling import presets
 
 
@@ -59,6 +60,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="where the tokenizer lies now, if moved",
     )
+    ranking_arguments(parser)
     parser.add_argument(
         "--png",
         action=argparse.BooleanOptionalAction,
@@ -73,6 +75,33 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     choice_arguments(parser)
     parser.add_argument("--batch", type=int, default=32, help="images decoded together")
     options.mesh(parser)
+
+
+def ranking_arguments(parser: argparse.ArgumentParser) -> None:
+    """How many candidates of each image, and what ranks them."""
+    parser.add_argument(
+        "--candidates",
+        type=int,
+        default=1,
+        metavar="N",
+        help="draw N of each image and keep the best (rejection sampling); takes N times as long",
+    )
+    parser.add_argument(
+        "--rank",
+        default="likelihood",
+        metavar="likelihood|FILE",
+        help="of --candidates: the likeliest under the generator (default), or the one whose class "
+        "the classifier of a reference sees most surely (`tokgen reference DATA`)",
+    )
+
+
+def ranking_of(args: argparse.Namespace) -> ranking.Ranking:
+    """What the options of `ranking_arguments` ask for."""
+    from tokgen.evaluation import ranking
+
+    if args.candidates == 1:
+        options.check(args, {"rank": "--candidates above 1"})
+    return ranking.Ranking(args.candidates, args.rank)
 
 
 def choice_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +153,7 @@ def settings_of(args: argparse.Namespace) -> samples.Settings:
         sampling=choice_of(args),
         total=args.total,
         class_counts=args.class_counts,
+        ranking=ranking_of(args),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,9 +14,10 @@ from PIL import Image
 from tokgen import image_grid, ranges, tokens as coding
 from tokgen.editing import growing, redrawing, regions, varying
 from tokgen.errors import UserError
+from tokgen.evaluation import ranking as ranking_
 from tokgen.interfaces import PyTree
 
-NOTEBOOK = 2**22  # pixels of what a notebook shows
+DRAWS = 2**12  # of an image, at most: a candidate's number lies so much above the last one's
 MODES = ("mask", "grow", "strength", "scales")
 
 
@@ -26,6 +28,7 @@ class Settings:
     Attributes:
         mask: a region (`regions.region`), or one for each image.
         grow: pixels added at each side, as `right=128,bottom=64`.
+        ranking: how many candidates of each draw, and what ranks them; not of `grow`.
         overlap: share of a side of each window that lies over what is there, for `grow`.
         strength: share of the tokens that are drawn anew, the least certain; of the scales.
         scales: so many of the coarsest are kept, all finer ones drawn.
@@ -47,12 +50,17 @@ class Settings:
     feather: float | None = None
     batch: int = 32
     overlap: float = 0.5
+    ranking: ranking_.Ranking = ranking_.Ranking()
 
     @property
     def mode(self) -> str:
         """The one of MODES that is asked for."""
         (mode,) = self._modes()
         return mode
+
+    def plain(self) -> list[str]:
+        """The names of all but the ranking: numbers and words."""
+        return [field.name for field in dataclasses.fields(self) if field.name != "ranking"]
 
     def check(self) -> None:
         """UserError where not one of MODES is asked for, or a number is none."""
@@ -72,6 +80,12 @@ class Settings:
         ranges.refuse(filter(None, (ranges.problem(*number) for number in numbers)))
         if self.feather is not None and not 0 <= self.feather < 2**10:
             raise UserError(f"feather must lie in [0, 1024), in pixels; found {self.feather}")
+        if self.number > DRAWS:
+            raise UserError(f"number must be at most {DRAWS:,}, of each image; found {self.number}")
+        if self.ranking.candidates > 1 and self.grow is not None:
+            raise UserError(
+                "--candidates ranks what has the model's size; found --grow: leave it out"
+            )
         if not 0 < self.overlap < 1:
             raise UserError(f"overlap must lie between 0 and 1, of a side; found {self.overlap}")
         if self.grow is not None:
@@ -159,39 +173,67 @@ def edit(
     settings: Settings,
     cond: PyTree,
     *,
+    classes: Sequence[str] = (),
     what: str = "",
 ) -> Edits:
     """Draws of images; `cond` leads with the images, `what` names a progress bar."""
-    number, size = settings.number, image_KHW3.shape[1:3]
-    source_N = np.repeat(np.arange(len(image_KHW3)), number)
-    index_N = np.tile(np.arange(number), len(image_KHW3))
-    feather = settings.feather
+    ranking, K, number = settings.ranking, len(image_KHW3), settings.number
+    X, score = ranking.candidates, None
+    if X > 1:
+        score = ranking.score(
+            model.generator, model.decoder.module.quantizer, classes, settings.batch
+        )
+    draw_X = np.arange(X) * DRAWS  # the first candidate of a draw has its own number
+    index_N = np.tile((np.arange(number)[:, None] + draw_X).reshape(-1), K)
+    source_N = np.repeat(np.arange(K), number * X)
+    own = jax.tree.map(lambda leaf: np.asarray(leaf)[source_N], cond)
+    tokens_NLG, image_NHW3, mask_KHW = _drawn(
+        model, image_KHW3, settings, cond, (source_N, index_N, own), what
+    )
+    if score is not None:
+        score_NX = score(tokens_NLG, image_NHW3, own).reshape(-1, X)
+        kept_N = ranking_.best(score_NX) + X * np.arange(len(score_NX))
+        tokens_NLG, image_NHW3, source_N = (
+            array[kept_N] for array in (tokens_NLG, image_NHW3, source_N)
+        )
+    return Edits(image_NHW3, tokens_NLG, source_N, image_KHW3, mask_KHW)
+
+
+def _drawn(
+    model: redrawing.Model,
+    image_KHW3: np.ndarray,
+    settings: Settings,
+    cond: PyTree,
+    rows: tuple[np.ndarray, np.ndarray, PyTree],
+    what: str,
+) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+    """(tokens_NLG, image_NHW3, mask_KHW) of rows: (image of each, its number, its condition)."""
+    source_N, index_N, own = rows
+    size, feather = image_KHW3.shape[1:3], settings.feather
     feather = max(1.0, min(size) / 32) if feather is None else feather
     how = redrawing.How(settings.seed, settings.particles, settings.batch, what)
-    cond = jax.tree.map(lambda leaf: np.asarray(leaf)[source_N], cond)
-    mask_KHW, tokens_NLG = np.ones(image_KHW3.shape[:3], bool), None
+    mask_KHW = np.ones(image_KHW3.shape[:3], bool)
     if settings.mode == "mask":
         mask_KHW = masks(settings.mask, image_KHW3)
-        asked = (image_KHW3[source_N], mask_KHW[source_N], cond, index_N, how)
-        tokens_NLG, image_NHW3 = redrawing.redraw(model, *asked, feather=feather)
-    elif settings.mode == "grow":
+        asked = (image_KHW3[source_N], mask_KHW[source_N], own, index_N, how)
+        return *redrawing.redraw(model, *asked, feather=feather), mask_KHW
+    if settings.mode == "grow":
         added = growing.margins(settings.grow)
         around = (added[:2], added[2:])
         mask_KHW = np.pad(~mask_KHW, ((0, 0), *around), constant_values=True)
-        asked = (image_KHW3[source_N], added, cond, index_N, how)
-        image_NHW3 = growing.grow(model, *asked, overlap=settings.overlap, feather=feather)
+        asked = (image_KHW3[source_N], added, own, index_N, how)
+        over = dict(overlap=settings.overlap, feather=feather)
+        return None, growing.grow(model, *asked, **over), mask_KHW
+    tokens_KLG = coding.encode(model.encoder, image_KHW3, batch=settings.batch)
+    if settings.mode == "scales":
+        varying.check_scales(model.generator, settings.scales)
+        kept_L = varying.prefix(model.generator.layout, settings.scales)
+        free_KL = np.repeat(~kept_L[None], len(tokens_KLG), axis=0)
     else:
-        tokens_KLG = coding.encode(model.encoder, image_KHW3, batch=settings.batch)
-        if settings.mode == "scales":
-            varying.check_scales(model.generator, settings.scales)
-            kept_L = varying.prefix(model.generator.layout, settings.scales)
-            free_KL = np.repeat(~kept_L[None], len(tokens_KLG), axis=0)
-        else:
-            own = jax.tree.map(lambda leaf: leaf[::number], cond)
-            free_KL = varying.freed(model, tokens_KLG, own, settings.strength, batch=settings.batch)
-        asked = (tokens_KLG[source_N], free_KL[source_N], cond, index_N, how)
-        tokens_NLG, image_NHW3 = redrawing.draw(model, *asked)
-    return Edits(image_NHW3, tokens_NLG, source_N, image_KHW3, mask_KHW)
+        strength, batch = settings.strength, settings.batch
+        free_KL = varying.freed(model, tokens_KLG, cond, strength, batch=batch)
+    asked = (tokens_KLG[source_N], free_KL[source_N], own, index_N, how)
+    return *redrawing.draw(model, *asked), mask_KHW
 
 
 def masks(mask: Any, image_KHW3: np.ndarray) -> np.ndarray:

@@ -1,0 +1,84 @@
+"""The best of several candidates, by likelihood and by a classifier."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from tests.editing.conftest import images, model, runs  # noqa: F401 (fixtures)
+from tokgen.data import shapes
+from tokgen.evaluation import feature_extractors, local_classifier, ranking, references
+from tokgen.interfaces import UserError
+from tokgen.sampling import drawing, presets
+
+X = 3
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A reference with a classifier, hardly trained, of the shapes."""
+    path = tmp_path_factory.mktemp("ranking") / "shapes.npz"
+    source = shapes.Source(split="train", count=200)
+    recipe = local_classifier.Recipe(steps=3, batch=16, rate=3e-3, ema=0.5)
+    extractor = feature_extractors.trained(source, (32, 32), recipe=recipe)
+    network = feature_extractors.arrays(extractor)
+    record = {"protocol": "local", "layers": [], "network": extractor.record}
+    references.save(path, record, {}, {}, np.arange(0), np.arange(0), network)
+    return path
+
+
+@pytest.mark.parametrize("by", ["likelihood", "classifier"])
+def test_of_each_image_the_candidate_with_the_highest_score_is_kept(by, model, reference):  # noqa: F811
+    found = model("raster")
+    rank = ranking.LIKELIHOOD if by == "likelihood" else str(reference)
+    how = dict(number=2, seed=3, progress=False)
+    kept = found.sample([4, 7], candidates=X, rank=rank, batch=3, **how)
+    asked = found._editing(presets.Choice())
+    score = ranking.Ranking(X, rank).score(asked.generator, None, found.classes, 4)
+    # candidate c of image i is image i + c APART
+    draw = functools.partial(
+        *(drawing.draw, asked.generator, asked.decoder.module, kept.kind_N, asked.sampler),
+        **dict(seed=3, batch=4, what=""),
+    )
+    candidates = [draw(index_N=np.arange(4) + c * ranking.APART) for c in range(X)]
+    first = found.sample([4, 7], **how)
+    np.testing.assert_array_equal(candidates[0][0], first.tokens_NLG)
+    score_NX = np.stack([score(*each, kept.kind_N) for each in candidates], axis=1)
+    best_N = score_NX.argmax(1)
+    assert len(set(best_N.tolist())) > 1
+    for i, c in enumerate(best_N):
+        np.testing.assert_array_equal(kept.tokens_NLG[i], candidates[c][0][i])
+        np.testing.assert_array_equal(kept.image_NHW3[i], candidates[c][1][i])
+
+
+def test_edits_are_ranked_alike(model, images):  # noqa: F811
+    found = model("raster")
+    how = dict(mask="bottom", seed=3, progress=False, batch=4)
+    kept = found.edit(images, [0, 1, 2], number=2, candidates=X, **how)
+    nats_N = -found.log_likelihood(tokens=kept.tokens_NLG, classes=[0, 0, 1, 1, 2, 2])
+    first = found.edit(images, [0, 1, 2], number=2, **how)
+    first_N = -found.log_likelihood(tokens=first.tokens_NLG, classes=[0, 0, 1, 1, 2, 2])
+    assert (nats_N <= first_N + 1e-6).all() and (nats_N < first_N - 1e-3).any()
+    np.testing.assert_array_equal(kept.source_N, first.source_N)
+    np.testing.assert_array_equal(kept.image_NHW3[:, :16], first.image_NHW3[:, :16])
+
+
+def test_what_cannot_rank_is_refused_before_anything_is_drawn(model, images, reference, tmp_path):  # noqa: F811
+    with pytest.raises(UserError, match="exact likelihood"):
+        model("masked").sample("ring", candidates=2)
+    with pytest.raises(UserError, match="exact likelihood"):
+        model("masked").edit(images, 1, mask="left", candidates=2)
+    with pytest.raises(UserError, match="no file"):
+        model("raster").sample("ring", candidates=2, rank="clasifier")
+    for count in (0, 256):
+        with pytest.raises(UserError, match=r"\[1, 255\]"):
+            model("raster").sample("ring", candidates=count)
+    with pytest.raises(UserError, match="--grow"):
+        model("raster").edit(images, 1, grow="right=8", candidates=2)
+    other = references.read(reference)
+    other.record["network"]["classes"] = ["cat"] * 10
+    path = tmp_path / "cats.npz"
+    record = {"protocol": "local", "layers": [], "network": other.record["network"]}
+    references.save(path, record, {}, {}, other.index_n, other.label_n, other.network)
+    with pytest.raises(UserError, match="must know the generator's classes"):
+        model("raster").sample("ring", candidates=2, rank=str(path))
