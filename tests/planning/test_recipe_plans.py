@@ -11,8 +11,9 @@ from tokgen.planning import description, devices, plan, recipes
 HEADING = "| variant | devices | mesh, strategy | a device holds | a step at least |"
 
 ROOT = pathlib.Path(__file__).parents[2]
-FILES = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("configs/generator/*.py"))
-CHEAP = ("configs/tokenizer/shapes.py", "configs/generator/shapes.py")
+FILES = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("configs/*/*.py"))
+CHEAP = [f"configs/tokenizer/{name}.py" for name in ("shapes", "cifar10_f4", "ablation")]
+CHEAP += ["configs/generator/shapes.py"]
 # Whose codes a tokenizer learns
 TEACHERS = {"configs/tokenizer/titok.py": "configs/tokenizer/maskgit_vqgan.py"}
 
