@@ -54,7 +54,7 @@ def lines(
         raise UserError(f"{plan.told(choice.sizes)} does not fit: {lacking}")
     if compile and devices.tpu:
         yield ""
-        made = plan.compiled(recipe.dearest.step, choice, devices)
+        made = plan.compiled(recipe.dearest.step, choice, devices, recipe.effort)
         yield from map(row, of_program(made, devices))
 
 
