@@ -137,38 +137,47 @@ def tiny(folder: pathlib.Path, *families: str) -> None:
     """`runs/tokenizer` below a folder, and `runs/FAMILY` of generators, tiny, of random numbers.
 
     The first of the families, of configs/generator/shapes.py, lies in `runs/generator`. Each has a
-    preset `half`, in bfloat16.
+    preset `half`, in bfloat16. The tokenizer of `next_scale` lies in `runs/pyramid`.
     """
-    narrow = ["encoder.widths=(16,)", "decoder.widths=(16,)", "encoder.blocks=1"]
-    tokenizer = load("tokenizer/shapes", narrow)
-    layout, names = square(8, 240), tuple(shapes.Source().classes)
-    save(
-        folder / "runs" / "tokenizer",
-        tokenizer,
-        lambda: building.tokenizer(tokenizer, rngs=nnx.Rngs(0)),
-        kind="tokenizer",
-        layout=layout,
-        best="l2",
-        classes=names,
-    )
-    loaded = loading.load_tokenizer(folder / "runs" / "tokenizer")
+    names = tuple(shapes.Source().classes)
+    tokenizers = {"": tiny_tokenizer(folder / "runs" / "tokenizer", "", names)}
     for number, family in enumerate(families):
+        form = ":pyramid" if family == "next_scale" else ""
+        if form not in tokenizers:
+            tokenizers[form] = tiny_tokenizer(folder / "runs" / "pyramid", form, names)
+        loaded = tokenizers[form]
         settings = load(f"generator/shapes:{family}", ["generator.width=16", "generator.depth=1"])
         settings.presets.half = dict(settings.presets.default, precision="bfloat16")
         workdir = folder / "runs" / (family if number else "generator")
         save(
             workdir,
             settings,
-            lambda settings=settings: scattered(
+            lambda settings=settings, layout=loaded.layout: scattered(
                 building.generator(settings, layout, 10, rngs=nnx.Rngs(0))
             ),
             kind="generator",
-            layout=layout,
+            layout=loaded.layout,
             best="nats_per_token",
             classes=names,
             tokenizer=checkpoint.reference(loaded.step, workdir)
             | {"fingerprint": loaded.fingerprint},
         )
+
+
+def tiny_tokenizer(workdir: pathlib.Path, form: str, names: tuple[str, ...]) -> loading.Loaded:
+    """A tiny tokenizer of random numbers, of a form of configs/tokenizer/shapes.py."""
+    narrow = ["encoder.widths=(16,)", "decoder.widths=(16,)", "encoder.blocks=1"]
+    tokenizer = load(f"tokenizer/shapes{form}", narrow)
+    save(
+        workdir,
+        tokenizer,
+        lambda: building.tokenizer(tokenizer, rngs=nnx.Rngs(0)),
+        kind="tokenizer",
+        layout=nnx.eval_shape(lambda: building.tokenizer(tokenizer, rngs=nnx.Rngs(0))).layout,
+        best="l2",
+        classes=names,
+    )
+    return loading.load_tokenizer(workdir)
 
 
 def scattered(module: nnx.Module) -> nnx.Module:

@@ -44,6 +44,8 @@ WALKS = {
 BESIDE = {
     "pretrained": "weights come before the first step",
     "demo": "a program that runs the others",
+    "editing": "the way of samples, with tokens that are held",
+    "edit_folder": "the same, into files",
     "zoo": "a table of names, asked before a checkpoint is found",
     "cli": "it chooses the command",
     "errors": "what is raised",

@@ -31,7 +31,9 @@ LAYERS = (
     ("planning",),
     ("evaluation",),
     ("demo", "samples", "tokens"),
+    ("editing",),
     ("image_models", "sample_folder"),
+    ("edit_folder",),
     ("commands", "train_tokenizer", "train_generator"),
     ("cli",),
 )
@@ -39,7 +41,7 @@ RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 MODELS = ("nn", "quantizers", "tokenizers", "generators", "backbones", "discriminators")
 
 # What a model knows of devices: a line for the compiler; and for kernels, where they run.
-LAID_OUT = ("constrain", "matrix", "by_device", "platform")
+LAID_OUT = ("constrain", "matrix", "by_device", "platform", "counted")
 
 # What the picture forbids and the design wants all the same, with its reason.
 EXCEPTIONS = {}

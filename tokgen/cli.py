@@ -23,6 +23,7 @@ COMMANDS = {
     "data": "show what is understood of a set of images, and which cannot be read",
     "pretokenize": "turn images into token shards with a trained tokenizer",
     "sample": "draw images with a trained generator",
+    "edit": "draw parts of images anew: in-painting, out-painting, variations, finer scales",
     "reconstruct": "put images through a tokenizer and show them beside the originals",
     "evaluate": "measure reconstructions or held-out likelihood; score samples under a protocol",
     "reference": "make the statistics that samples are scored against",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import numpy as np
 from tokgen import (
     boundary,
     choices,
+    options,
     parameters,
     ranges,
     runtime,
@@ -28,6 +30,7 @@ from tokgen import (
 )
 from tokgen.checkpoints import checkpoint, loading, pulling
 from tokgen.data import captioned, classes as names, datasets, pictures
+from tokgen.editing import edits, redrawing, regions
 from tokgen.errors import UserError
 from tokgen.evaluation import validation
 from tokgen.interfaces import PyTree, TokenLayout
@@ -372,6 +375,85 @@ class ImageGenerator:
         samples.check(settings)
         loaded = self._computing(self.precision or presets.precision(self.loaded.meta, choice))
         return samples.drawn(settings, loaded, self.tokenizer.decoder, progress=progress)
+
+    def edit(
+        self,
+        images: pictures.Pictures,
+        classes: samples.Classes | None = None,
+        *,
+        mask: regions.Region | Sequence[regions.Region] | None = None,
+        grow: str | None = None,
+        strength: float | None = None,
+        scales: int | None = None,
+        number: int = 1,
+        seed: int = 0,
+        preset: str = "default",
+        text: str = "",
+        batch: int = 32,
+        particles: int = redrawing.PARTICLES,
+        feather: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float | None = None,
+        steps: int | None = None,
+        noise: float | None = None,
+        progress: bool = True,
+    ) -> edits.Edits:
+        """Draw parts of images anew: what `tokgen edit` draws. One of four is asked for.
+
+        Args:
+            images: as of `encode`.
+            classes: of all images, or one for each, as of `log_likelihood`; another class than an
+                image's makes what is drawn one of it.
+            mask: which pixels are drawn anew: left, right, top, bottom, center, all,
+                "box=ROW,COLUMN,HEIGHT,WIDTH", the file of an image or a PIL image (white is drawn),
+                or a bool array [H, W]; or a list with one for each image. All other pixels keep
+                every byte.
+            grow: pixels that are added at each side, as "right=128,bottom=64".
+            strength: a variation: the share of tokens that are drawn anew, those that the generator
+                was least certain of; of several grids the share of these, the finest.
+            scales: so many of the coarsest grids are kept, and the finer ones drawn: more detail.
+            number: draws of each image.
+            seed: a draw depends on (seed, its number, image, mask, class) and nothing else.
+            preset, text, batch: as of `sample`.
+            particles: draws that are held against what is kept later in the generator's order.
+            feather: pixels inside of the mask over which both meet; None: a 32nd of the side.
+            temperature, top_k, top_p, guidance, steps, noise, progress: as of `sample`.
+
+        Returns:
+            Edits: `.images` for PIL, `.image_NHW3`, `.source_N`.
+
+        Raises:
+            UserError: images of another size; none or two of the four; a mask, class or setting
+                that there is not; a generator whose tokens have no place in the image.
+
+        Examples:
+            >>> model = tokgen.load("runs/generator")
+            >>> ring = model.sample("ring", number=1).images[0]
+            >>> model.edit(ring, "ring", mask="left", number=2, progress=False)
+            2 edits of 1 image, 32 x 32 pixels
+            >>> model.edit(ring, "ring", grow="right=32", progress=False).images[0].size
+            (64, 32)
+        """
+        asked = edits.Settings(
+            *(mask, grow, strength, scales, number, seed, particles, feather, batch)
+        )
+        asked.check()
+        pixels_KHW3 = self.tokenizer._exact(images)
+        choice = presets.Choice(preset, temperature, top_k, top_p, guidance, steps, noise)
+        cond = self._cond(classes, text, len(pixels_KHW3))
+        self.loaded.module.check(cond)
+        what = "edit" if progress else ""
+        return edits.edit(self._editing(choice), pixels_KHW3, asked, cond, what=what)
+
+    def _editing(self, choice: presets.Choice) -> redrawing.Model:
+        loaded = self._computing(self.precision or presets.precision(self.loaded.meta, choice))
+        _, generator, sampler = presets.choose(
+            loaded.module, loaded.config.presets.to_dict(), choice, loaded.classes
+        )
+        options.refuse(presets.without_effect(choice, sampler))
+        return redrawing.Model(generator, sampler, self.tokenizer.encoder, self.tokenizer.decoder)
 
     def log_likelihood(
         self,

@@ -191,7 +191,7 @@ class ScaleCodec(Protocol):
 #     none that is V after the last step.
 
 # Fields of a state that a step may change, and that are carried through a loop.
-CARRIED = ("tokens_BLG", "cache", "latents_BPC", "invalid_B", "near_B")
+CARRIED = ("tokens_BLG", "cache", "latents_BPC", "invalid_B", "near_B", "weight_B")
 
 
 class Cache(Protocol):
@@ -239,8 +239,8 @@ class Phase:
 class DecodeState:
     """Where a decode stands; every array leads with the rows of the batch.
 
-    A generator makes it in `start` and leaves what it has no use for at None; `invalid_B` is the
-    driver's own, and `near_B` is set to false by it before the first step.
+    A generator makes it in `start` and leaves what it has no use for at None; `invalid_B` and
+    `weight_B` are the driver's own, and `near_B` is set to false by it before the first step.
     """
 
     tokens_BLG: Array  # drawn so far; V marks "not yet"
@@ -253,6 +253,7 @@ class DecodeState:
     latents_BPC: Array | None = None  # what a scale codec has accumulated
     invalid_B: Array | None = None  # true where logits were not finite; written by the driver
     near_B: Array | None = None  # true where rounding could have changed what was drawn
+    weight_B: Array | None = None  # ln of a particle's weight; written by the driver
 
     def read(self, positions_Bl: Array) -> Array:
         """Tokens [B, l, G] at some positions."""
@@ -322,6 +323,7 @@ class Generator(Protocol):
     label_drop: float | None  # share of conditions dropped in training; None: it knows no `null`
     exact: bool  # whether `nats` is the likelihood; else an upper bound, by random orders
     any_order: bool  # whether `TokenBatch.order_BL` may be any order; else it must be None
+    sees_given: bool  # whether every draw sees all that is given; else what its own `order` has
     knobs: tuple[str, ...]  # attributes that sampling settings may change, as a number of steps
 
     def check(self, cond: PyTree) -> None:

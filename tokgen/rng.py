@@ -65,6 +65,9 @@ FLIP, TURN, MOVE = _letters("flip"), _letters("turn"), _letters("move")
 
 # an image that is drawn: below it the number of the step, then of the symbol; and ORDER
 DRAW, JITTER = _letters("draw"), _letters("jitt")
+PARTICLE = _letters("prtc")  # below it the number of one of several draws for one image
+RESAMPLE = _letters("rsmp")  # which particles of an image go on; below it the number of the step
+CHOICE = _letters("choi")  # which one is the image in the end
 
 
 def key(seed: int, stream: str, step: int | jax.Array = 0) -> jax.Array:

@@ -15,13 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from tokgen import ranges
 from tokgen.interfaces import PyTree, UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
+PAPER = "on paper"  # the kind of a device that runs nothing
 
 # First match wins. Letters are aligned from the right: a stacked Y in front is left whole.
 TABLE = (
@@ -484,3 +485,16 @@ def platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def on_paper(platform: str) -> AbstractMesh:
+    """One device of a platform that runs nothing: what is traced over it is to be counted."""
+    device = AbstractDevice(PAPER, None, platform)
+    types = (AxisType.Auto,) * len(AXES)
+    return AbstractMesh((1,) * len(AXES), AXES, axis_types=types, abstract_device=device)
+
+
+def counted() -> bool:
+    """Whether what is being traced is to be counted alone, as over the mesh of `on_paper`."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.device_kind == PAPER

@@ -81,6 +81,7 @@ def test_a_generator_states_what_is_asked_of_it(name):
     generator, _, cond = make(name)
     assert isinstance(generator.layout, TokenLayout) and generator.classes == CLASSES
     assert isinstance(generator.exact, bool) and isinstance(generator.any_order, bool)
+    assert isinstance(generator.sees_given, bool)
     assert (generator.cond, generator.text) in (("label", None), ("text", TEXTS))
     assert generator.label_drop == 0.1
     assert all(hasattr(generator, knob) for knob in generator.knobs)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from tokgen import sharding
+from tokgen import flops, sharding
 from tokgen.nn import attention, fused, masks
+from tokgen.planning import temporaries
 
 B, N, K = 2, 2, 16
 SCALES = (1, 4, 9, 16, 100, 131)
@@ -73,6 +74,35 @@ def test_splash_is_plain_attention(kind, length, dtype):
     found = _slopes(functools.partial(fused.splash, interpret=True), mask, operands)
     close = 2e-5 if dtype == "float32" else 0.02
     _check(found, _slopes(_plain, mask, operands), close)
+
+
+@pytest.mark.parametrize("kind", ["full", "padded"])
+def test_what_is_counted_is_plain_attention(kind):
+    mask, operands = _rule(kind, 131), _operands(131, "float32")
+    found = _slopes(fused.on_paper, mask, operands)
+    _check(found, _slopes(_plain, mask, operands), 2e-5)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_a_kernel_is_counted_as_plain_attention(platform):
+    """Two products forwards, four backwards; scores are computed again, which is no model's work.
+
+    None of its programs here has a kernel, not even where there is none of cuDNN.
+    """
+    B, N, L, K = SHAPE
+    operand = jax.ShapeDtypeStruct(SHAPE, jnp.bfloat16)
+
+    def loss(*operands):
+        return attention.attend(*operands, masks.causal(L)).astype(jnp.float32).sum()
+
+    with jax.sharding.use_abstract_mesh(sharding.on_paper(platform)):
+        assert sharding.platform() == platform
+        step = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*[operand] * 3).jaxpr
+    product = 2 * B * N * L * L * K
+    assert flops.products(step, flops.BESIDE) == 6 * product
+    assert flops.products(step) == 7 * product
+    # operands and what is returned, none of all pairs of slots
+    assert temporaries.most(step, step, 1.0) < 8 * 2 * B * N * L * K < 2 * B * N * L * L
 
 
 @pytest.mark.accelerator

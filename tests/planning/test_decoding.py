@@ -43,7 +43,7 @@ def family(name):
 
 
 def reckoned(found, batch=4, sizes=(1, 1, 1), **how):
-    return decoding.reckoned(found, batch, plan.mesh_of(sizes), **dict(stacked=False) | how)
+    return decoding.reckoned(found, batch, plan.mesh_of(sizes), **dict(platform="gpu") | how)
 
 
 def asked(found, batch=4):
@@ -124,6 +124,18 @@ def test_what_is_told_ahead_counts_as_often_as_it_is_computed():
     assert part.guided and part.phase.steps == 255
 
 
+def test_what_is_too_much_to_be_told_ahead_is_computed_in_a_step():
+    """Of two steps there was room; the driver asks for as many as a turn has, and gets nothing."""
+    few = ("generator.depth=2", "generator.width=64", "generator.heads=2", "generator.hidden=128")
+    found = read("configs/generator/rar.py:b", (*few, "made_for.pixels=128"))
+    found.generator.budget = 2 * 2 * 6 * 64 * 2 * 5  # bytes, of two slots of two layers, five rows
+    parts = reckoned(found).parts[:-1]
+    whole = flops.of(lambda *a: drawn(found)(*a).tokens_BLG, *asked(found))
+    assert sum(part.operations for part in parts) == whole
+    (step,) = parts[1].works  # nothing ahead
+    assert step.operations > 2 * 8 * 2 * 64 * 6 * 64  # the maps of two layers for eight rows
+
+
 def test_what_a_mesh_shares():
     found = read(SHAPES, SMALL)
     alone, many, split = (reckoned(found, 8, s) for s in ((1, 1, 1), (8, 1, 1), (1, 2, 4)))
@@ -150,6 +162,12 @@ def test_the_largest_batch_is_the_largest_that_has_room():
         refuse(found)
     with pytest.raises(UserError, match=r"batch \(--batch \d+\), more devices$"):
         refuse(dataclasses.replace(found, precision="bfloat16"))
+    # a tokenizer's pixels are what they are
+    *tokens, last = many.parts
+    large = dataclasses.replace(last, temporaries=2 * many.peak)
+    many = dataclasses.replace(many, parts=(*tokens, large))
+    with pytest.raises(UserError, match=r"batch \(--batch \d+\), more devices$"):
+        refuse(found)
 
 
 def test_a_network_without_room_is_to_be_split(monkeypatch):
@@ -183,6 +201,16 @@ def test_what_is_not_of_a_plan_is_refused(capfd, tmp_path):
     tokenizer = "configs/tokenizer/shapes.py"
     assert "with a generator" in command_line.refused(capfd, *drawing_, tokenizer)
     assert "no checkpoint at" in command_line.refused(capfd, *drawing_, tmp_path / "none")
+
+
+def test_a_batch_that_is_filled_up_is_told(capsys):
+    words = ("plan", SHAPES, "--decode", "--devices", "cpu:16", "--estimate", "--batch")
+    assert command_line.call(*words, "10") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"warning +10 images do not lie evenly over the mesh: .* are 16$", said, re.M)
+    assert re.search(r"images +16 a batch, 1 on a device", said)
+    assert command_line.call(*words, "16") == 0
+    assert "evenly" not in capsys.readouterr().out
 
 
 def test_without_its_compiler_a_tpu_is_refused_after_the_estimate(capsys, monkeypatch):

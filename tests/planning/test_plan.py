@@ -1,7 +1,9 @@
 """Plans against what the compiler says of the same step, and against sums by hand."""
 
+import dataclasses
 import importlib.util
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,11 @@ from jax.sharding import AxisType, Mesh
 
 from tests import command_line, recipes as known
 from tokgen import chips, sharding
+from tokgen.config import reading
 from tokgen.interfaces import UserError
-from tokgen.planning import devices, plan, program, recipes, temporaries, tiles
+from tokgen.nn import fused
+from tokgen.planning import description, devices, plan, program, recipes, temporaries, tiles
+from tokgen.zoo import model as zoo
 
 RASTER = "configs/generator/shapes.py"
 SMALL = ("generator.width=64", "generator.depth=2", "batch_size=16")
@@ -47,6 +52,26 @@ def test_devices_are_read_by_their_names(name, count, chip):
 def test_what_is_no_name_of_devices_is_refused_with_the_forms(name):
     with pytest.raises(UserError, match="v5e:16x16"):
         devices.read(name)
+
+
+@pytest.mark.parametrize(
+    "name, near",
+    [
+        ("v5e:3x5", "v5e:4x4"),
+        ("v5p:4x4", "v5p:2x2x4"),
+        ("v5e:8x4", "v5e:4x8"),
+        ("V6e:4x4x4", "v6e:8x8"),
+        ("v6e:32x32", "v6e:16x16"),
+        ("v5p:64x64x64", "v5p:16x16x24"),
+    ],
+)
+def test_a_slice_that_there_is_not_is_refused_with_those_near(name, near):
+    with pytest.raises(
+        UserError, match=f"no slice '{name}'.*of about as many chips there are .*{near}"
+    ) as said:
+        devices.read(name)
+    for other in re.findall(r"v\d\w:[\dx]+", str(said.value).partition("of about")[2]):
+        assert devices.read(other).count
 
 
 def test_more_gpus_than_a_host_has_are_several_hosts():
@@ -114,6 +139,24 @@ def test_what_is_computed_again_is_no_work():
     assert again.dearest.work == once.dearest.work == once.dearest.operations
     # the blocks' forward pass, of three; not the head's
     assert 1.15 * again.dearest.work < again.dearest.operations < 4 / 3 * again.dearest.work
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_a_step_is_traced_for_the_planned_platform(platform):
+    """A TPU's kernel takes 1,024 slots, a GPU's those of bfloat16: no scores are kept."""
+    more = ("made_for.pixels=128", "precision.compute=bfloat16", "generator.remat=none")
+    recipe = recipes.read(RASTER, (*SMALL, *more))
+    other = recipe.on(platform)
+    scores = 16 * 1024**2 * recipe.settings.generator.heads * 2
+    deeper = other.again(["generator.depth=6"])
+    most, more = (temporaries.of(r.dearest.step, 16, part=1.0) for r in (other, deeper))
+    assert more - most < 4 * scores
+    names = {name for name in fused.KERNELS if name in str(other.dearest.step.traced)}
+    assert names == set(fused.KERNELS)
+    # a CPU's own form computes scores again, and says nowhere that it does
+    work = other.dearest.work
+    assert 0.8 * recipe.dearest.work < work <= recipe.dearest.work
+    assert other.on(platform) is other and deeper.dearest.step.platform == platform
 
 
 def test_what_devices_exchange_is_what_the_compiler_lets_them():
@@ -204,6 +247,67 @@ def test_one_image_a_device_is_planned_too(name):
     )
 
 
+def test_a_batch_that_does_not_lie_evenly_is_told_with_sizes_that_do(capsys):
+    words = ("plan", RASTER, "--devices", "v5e:4x4", "--estimate", "--set")
+    few = ("generator.depth=1", "--set", "generator.width=64", "--set")
+    assert command_line.call(*words, *few, "batch_size=20") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "data 4, fsdp 1, tensor 4" in said
+    assert "20 images do not lie evenly over 16 devices" in said
+    assert "--set batch_size=16 or --set batch_size=32" in said
+    # one that was asked for tensor says nothing
+    assert command_line.call(*words, *few, "batch_size=32", "--mesh=4,1,4") == 0
+    assert "evenly" not in capsys.readouterr().out
+
+
+def test_devices_over_which_no_batch_lies_are_refused_with_sizes_that_do(raster):
+    said = r"evenly over 15 devices.*alone give --set batch_size=15 or --set batch_size=30$"
+    with pytest.raises(UserError, match=said):
+        plan.proposed(raster, devices.read("cpu:15"))
+
+
+def test_the_batch_is_taken_in_the_fewest_parts_with_room():
+    more = ("batch_size=96", "generator.depth=4", "made_for.pixels=64")
+    recipe, v5e = recipes.read(RASTER, more, platform="tpu"), devices.read("v5e:2x2")
+    sizes = (4, 1, 1)
+    choices = {
+        parts: plan.reckoned(recipe.again([f"accumulate={parts}"]), sizes, v5e.lies)
+        for parts in (1, 3, 4)
+    }
+    between = (choices[3].largest.peak + choices[4].largest.peak) / 2
+    room = dataclasses.replace(v5e.chip, memory=between / plan.ROOM)
+    fake = types.SimpleNamespace(chip=room, lies=v5e.lies, platform="tpu")
+    assert plan.in_parts(recipe, choices[1], fake) == 4
+    assert "(--set accumulate=4)" in plan.lacking(recipe, choices[1], fake)
+    fake.chip = dataclasses.replace(room, memory=1.01 * choices[1].largest.arguments / plan.ROOM)
+    assert plan.in_parts(recipe, choices[1], fake) is None
+    assert "accumulate" not in plan.lacking(recipe, choices[1], fake)
+
+
+@pytest.mark.parametrize(
+    "name, recipe",
+    [
+        ("rar-b", "or give as CONFIG one .* configs/generator/rar.py:VARIANT"),
+        ("titok-l32", "configs/generator/titok.py"),
+        ("var-tokenizer", "recipe: give as CONFIG one .* configs/tokenizer/var_vqvae.py"),
+    ],
+)
+def test_a_published_model_is_refused_with_its_recipe(capfd, name, recipe):
+    said = command_line.refused(capfd, "plan", name, "--devices", "h100:1")
+    assert re.search(recipe, said) and ("add --decode" in said) == (name != "var-tokenizer")
+
+
+def test_every_published_model_has_a_recipe(capfd):
+    for name in zoo.known():
+        said = command_line.refused(capfd, "plan", name, "--devices", "h100:1")
+        assert reading.load(re.search(r"(configs/\w+/\w+\.py):VARIANT", said)[1])
+
+
+def test_a_checkpoint_is_refused_without_decode(capfd, tmp_path):
+    said = command_line.refused(capfd, "plan", tmp_path, "--devices", "h100:1")
+    assert "is a folder" in said and "add --decode" in said
+
+
 def test_a_mesh_of_other_devices_is_refused(capfd):
     words = ("plan", RASTER, "--devices", "v5e:4x4", "--estimate", "--mesh", "8,1,1")
     assert "devices = 16" in command_line.refused(capfd, *words)
@@ -214,8 +318,19 @@ def test_a_step_that_the_compiler_finds_no_room_for_is_refused(capfd, monkeypatc
         raise RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.\nmore")
 
     monkeypatch.setattr(plan, "compiled", none)
-    said = command_line.refused(capfd, "plan", RASTER, "--devices", "v5e:2x2")
+    words = ("plan", RASTER, "--devices", "v5e:2x2", "--set", "batch_size=60")
+    said = command_line.refused(capfd, *words)
     assert "no room on v5e:2x2: RESOURCE_EXHAUSTED" in said and "--batch" not in said
+    # 15 images a device lie in three parts; the blocks may be computed again
+    assert "order: the batch in parts (--set accumulate=3), --set generator.remat=full" in said
+
+
+@pytest.mark.parametrize(
+    "number, told",
+    [(0.0000580, "0.000058"), (0.0104, "0.0104"), (12.345, "12.3"), (1234.5, "1,234"), (0, "0")],
+)
+def test_numbers_have_as_many_digits_as_they_deserve(number, told):
+    assert description.digits(number) == told
 
 
 def test_a_plan_in_words(capsys):

@@ -12,6 +12,9 @@ HEADING = "| variant | devices | mesh, strategy | a device holds | a step at lea
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("configs/generator/*.py"))
+CHEAP = ("configs/tokenizer/shapes.py", "configs/generator/shapes.py")
+# Whose codes a tokenizer learns
+TEACHERS = {"configs/tokenizer/titok.py": "configs/tokenizer/maskgit_vqgan.py"}
 
 
 def rows(path):
@@ -33,11 +36,12 @@ def test_every_recipe_names_meshes(path):
         assert re.search(r"\| \d+,\d+,\d+ (data|fsdp|tensor) \| [\d.]+ [MG]B \| \S.* ms$", told)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("path", FILES)
+@pytest.mark.parametrize(
+    "path", [pytest.param(f, marks=() if f in CHEAP else pytest.mark.long) for f in FILES]
+)
 def test_the_meshes_of_a_recipe_are_those_that_are_proposed(path):
     for variant, spec, told in rows(path):
         reference = f"{path}:{variant}" if variant else path
-        recipe = recipes.read(reference)
         chips = devices.read(spec)
+        recipe = recipes.read(reference, tokenizer=TEACHERS.get(path, ""), platform=chips.platform)
         assert description.of_recipe(plan.proposed(recipe, chips), chips) == told

@@ -37,6 +37,19 @@ def test_bytes_are_those_that_are_written(tmp_path, vocab, side, views):
     assert tokens.image == views * (4 + layout.length * layout.groups)
 
 
+def test_of_texts_the_features_are_told_beside_the_tokens():
+    """120 features of 2,048 channels in float16 are a thousand times the tokens."""
+    few = ("generator.depth=1", "generator.width=64", "generator.heads=2", "generator.hidden=64")
+    recipe = recipes.read("configs/generator/llamagen.py:t2i_xl_256", few)
+    told = dict(token_set.rows(recipe))
+    assert "for every 1,000,000 images" in told["tokens on disk"]
+    assert told["texts on disk"].startswith("491.5 GB for every 1,000,000 images")
+    assert "of one 491.5 kB, 120 features of 2,048 numbers in float16" in told["texts on disk"]
+    assert list(dict(token_set.rows(recipes.read("configs/generator/shapes.py")))) == [
+        "tokens on disk"
+    ]
+
+
 def test_imagenet_in_ten_crops_is_what_the_documents_say():
     """Ten records of a label and 256 tokens of two bytes, and what a file has beside them."""
     recipe = recipes.read("configs/generator/rar.py:b")

@@ -90,21 +90,45 @@ def run(args: argparse.Namespace) -> None:
     if args.decode:
         return _drawing(args, devices)
     sizes = options.sizes(args.mesh) if args.mesh else None
-    recipe = recipes.read(args.config, args.set, tokenizer=args.tokenizer, classes=args.classes)
+    _is_recipe(args.config)
+    recipe = recipes.read(
+        args.config,
+        args.set,
+        tokenizer=args.tokenizer,
+        classes=args.classes,
+        platform=devices.platform,
+    )
     _head(f"{args.config} on {devices.called()}")
-    try:
-        for line in description.lines(
-            recipe, devices, sizes, price=args.price, compile=not args.estimate
-        ):
-            print(line, flush=True)
-    except RuntimeError as error:  # the compiler's; its --batch is no option of this
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+    how = dict(price=args.price, compile=not args.estimate)
+    for line in description.lines(recipe, devices, sizes, **how):
+        print(line, flush=True)
+
+
+def _is_recipe(config: str) -> None:
+    """UserError for what is no recipe: what draws is named otherwise, and planned with --decode."""
+    import pathlib
+
+    from tokgen.config import reading
+    from tokgen.zoo import model as zoo
+
+    if zoo.is_name(config):
+        found = zoo.named(config)
+        files = sorted((reading.programs() / "configs" / found.kind).glob("*.py"))
+        work = config.partition("-")[0]
+        recipe = next(
+            (f.name for f in files if f.stem == found.system),
+            next((f.name for f in files if f.stem.startswith(work)), "NAME.py"),
+        )
+        draws = "add --decode to plan how it draws, or " if found.kind == "generator" else ""
         raise UserError(
-            f"the step has no room on {devices.name}: {str(error).splitlines()[0][:300]}; "
-            "remedies, in this order: the batch in parts (--set accumulate=2), "
-            "--set generator.remat=full, more devices, a smaller batch_size"
-        ) from error
+            f"{config} is a published model, and training is planned by a recipe: {draws}give as "
+            f"CONFIG one that trains such a network, configs/{found.kind}/{recipe}:VARIANT"
+        )
+    if pathlib.Path(config).is_dir():
+        raise UserError(
+            f"{config} is a folder, and training is planned by a recipe, PATH[:VARIANT]; of a "
+            "generator's checkpoint, add --decode to plan how it draws"
+        )
 
 
 def _drawing(args: argparse.Namespace, devices: planned.Devices) -> None:

@@ -47,8 +47,9 @@ def load(reference: str, overrides: Sequence[str] = ()) -> ml_collections.Config
     if file is None:
         known = sorted((programs() / "configs").glob("*/*.py"))
         names = [str(f.relative_to(programs())) for f in known]
-        near = difflib.get_close_matches(path, names, 3, 0.5) or names
-        raise UserError(f"no config file {path!r}; did you mean {', '.join(near)}?")
+        near = difflib.get_close_matches(path, names, 3, 0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
+        raise UserError(f"no config file {path!r}; {hint}")
     config = _called(file, path, variant)
     override(config, overrides)
     return config

@@ -141,6 +141,11 @@ class Generator(nnx.Module):
         """The conditions that stand for none."""
         return self.conditioning.null(cond)
 
+    @property
+    def sees_given(self) -> bool:
+        """Whether what is given may come first: of drawn orders none is better than another."""
+        return self.order is random.order
+
     def orders(self, keys_B: jax.Array) -> jax.Array:
         """[B, L] the position handled at each place, per image."""
         return jax.vmap(lambda key: self.order(self.layout, rng.use(key, rng.ORDER)))(keys_B)
@@ -222,10 +227,13 @@ class Generator(nnx.Module):
         """The state before the first step."""
         self.check(cond)
         tokens_BLG, given_BLG = given
+        order_BL = self.orders(keys_B)
+        if self.sees_given:
+            order_BL = _first(order_BL, jnp.all(given_BLG, axis=-1))
         return DecodeState(
             tokens_BLG=tokens_BLG,
             given_BLG=given_BLG,
-            order_BL=self.orders(keys_B),
+            order_BL=order_BL,
             cond=cond,
             keys_B=keys_B,
             cache=self.transformer.cache(len(keys_B)),
@@ -396,3 +404,10 @@ class Generator(nnx.Module):
             slots=slots,
             key=key,
         )
+
+
+def _first(order_BL: jax.Array, chosen_BL: jax.Array) -> jax.Array:
+    """Orders in which the chosen positions come first, and each group in its order."""
+    there_BL = jnp.take_along_axis(chosen_BL, order_BL, axis=1)
+    place_BL = jnp.argsort(~there_BL, axis=1, stable=True)
+    return jnp.take_along_axis(order_BL, place_BL, axis=1)

@@ -93,6 +93,7 @@ class Generator(nnx.Module):
     """
 
     exact = any_order = False
+    sees_given = True
     cond, text = "label", None
     knobs = ("steps", "schedule", "exponent")
 

@@ -39,6 +39,7 @@ from tokgen.nn import (
     variants,
 )
 from tokgen.nn.precision import Precision
+from tokgen.orders import raster
 
 
 class Generator(nnx.Module):
@@ -50,7 +51,8 @@ class Generator(nnx.Module):
         smoothing: share of the target that is spread over the alphabet.
     """
 
-    exact, any_order = True, False
+    exact, any_order, sees_given = True, False, False
+    order = staticmethod(raster.order)
     knobs = ()
     cond, text = "label", None
 

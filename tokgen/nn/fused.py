@@ -43,9 +43,11 @@ def fitting(
     if not whole or length < LEAST.get(platform, length + 1):
         return None
     if platform == "tpu":
-        return splash
+        return on_paper if sharding.counted() else splash
     narrow = queries_BNlK.dtype in (jnp.bfloat16, jnp.float16)
-    return cudnn if narrow and size <= 128 and size % 8 == 0 and has_kernel() else None
+    if not narrow or size > 128 or size % 8:
+        return None
+    return on_paper if sharding.counted() else cudnn if has_kernel() else None
 
 
 def has_kernel() -> bool:
@@ -172,3 +174,64 @@ def _seen(mask: masks.Blocks | None, length: int, filled: int) -> np.ndarray:
 
 def _filled(x_BNLK: jax.Array, length: int) -> jax.Array:
     return jnp.pad(x_BNLK, ((0, 0), (0, 0), (0, length - x_BNLK.shape[2]), (0, 0)))
+
+
+# ---------------------------------------------------------------- what is only counted
+
+
+@jax.custom_vjp
+def on_paper(
+    queries_BNLK: jax.Array,
+    keys_BNLK: jax.Array,
+    values_BNLK: jax.Array,
+    mask: masks.Blocks | None,
+) -> jax.Array:
+    """Attention for who counts a program: plain products, in functions that a kernel stands for.
+
+    Kernels say nothing of their operations. What they write is what these functions return
+    (`KERNELS`), and what they keep is their operands: scores are computed again, beside the model's
+    own work, with two products forwards and four backwards (arXiv:2205.14135).
+    """
+    return attended(queries_BNLK, keys_BNLK, values_BNLK, mask)
+
+
+def _scores(queries_BNLK: jax.Array, keys_BNLK: jax.Array, mask: masks.Blocks | None) -> jax.Array:
+    """The softmax, float32."""
+    wide = dict(preferred_element_type=jnp.float32)
+    scores_BNLL = jnp.einsum("BNlK,BNLK->BNlL", queries_BNLK, keys_BNLK, **wide)
+    if mask is not None:
+        scores_BNLL = jnp.where(mask.written(), scores_BNLL, -jnp.inf)
+    return jax.nn.softmax(scores_BNLL, axis=-1)
+
+
+@jax.jit
+def attended(queries_BNLK, keys_BNLK, values_BNLK, mask) -> jax.Array:
+    """`on_paper` forwards."""
+    weights_BNLL = _scores(queries_BNLK, keys_BNLK, mask).astype(values_BNLK.dtype)
+    return weights_BNLL @ values_BNLK
+
+
+@jax.jit
+def attended_slopes(queries_BNLK, keys_BNLK, values_BNLK, mask, mixed_BNLK, slope_BNLK) -> tuple:
+    """`on_paper` backwards."""
+    with jax.named_scope("rematted_computation"):
+        weights_BNLL = _scores(queries_BNLK, keys_BNLK, mask)
+    dtype = values_BNLK.dtype
+    to_values_BNLK = weights_BNLL.astype(dtype).mT @ slope_BNLK
+    # the weighted mean of the slopes of a row's weights is that of what they mix
+    mean_BNL1 = jnp.sum((slope_BNLK * mixed_BNLK).astype(jnp.float32), axis=-1, keepdims=True)
+    to_scores_BNLL = (weights_BNLL * (slope_BNLK @ values_BNLK.mT - mean_BNL1)).astype(dtype)
+    return to_scores_BNLL @ keys_BNLK, to_scores_BNLL.mT @ queries_BNLK, to_values_BNLK
+
+
+def _kept(*operands) -> tuple[jax.Array, tuple]:
+    mixed_BNLK = attended(*operands)
+    return mixed_BNLK, (*operands, mixed_BNLK)
+
+
+def _slopes(kept: tuple, slope_BNLK: jax.Array) -> tuple:
+    return (*attended_slopes(*kept, slope_BNLK), None)
+
+
+on_paper.defvjp(_kept, _slopes)
+KERNELS = (attended.__name__, attended_slopes.__name__)

@@ -149,15 +149,26 @@ def reckoned(
     mesh: jax.sharding.AbstractMesh,
     lies: tiles.Lies = tiles.plain,
     *,
-    stacked: bool,
+    platform: str,
 ) -> Decode:
     """A batch over a mesh.
 
     Args:
         batch: that the mesh divides.
         lies: bytes of an array on a device.
-        stacked: whether layers are decoded stacked, as on a TPU: elsewhere caches grow by copies.
+        platform: of the devices. Where layers are decoded apart, caches grow by copies.
     """
+    with jax.sharding.use_abstract_mesh(sharding.on_paper(platform)):
+        return _reckoned(found, batch, mesh, lies, platform in decode.SCANNED)
+
+
+def _reckoned(
+    found: networks.Networks,
+    batch: int,
+    mesh: jax.sharding.AbstractMesh,
+    lies: tiles.Lies,
+    stacked: bool,
+) -> Decode:
     images, tensor = batch // sharding.ways(mesh), mesh.shape["tensor"]
     walked = decode.phases(found.generator, found.sampler, cached=draws.cached(found))
     states = [draws.state(found, phase, guided, images) for phase, guided in walked]
@@ -225,15 +236,17 @@ def part(
 ) -> Part:
     """What a device does in a phase, and what that takes: `ahead` tables of what is told."""
     now, tensor = draws.state(found, phase, guided, images), mesh.shape["tensor"]
-    jaxpr, groups = draws.traced(found, now, phase, guided, images)
+    span = draws.span(found, now, images, phase)
+    made, making = draws.ahead_of(found, now, images, phase, span)
+    # of many rows it may be too much: then a step computes it for itself
+    told = draws.ahead_of(found, now, images, phase, 1)[0] if jax.tree.leaves(made) else None
+    jaxpr, groups = draws.traced(found, now, phase, guided, images, told)
     read = reads.read(jaxpr, {n: group for n, group in enumerate(groups) if group})
     received = gathered(found, jaxpr, mesh) + summed(found, phase, guided, images, mesh)
     works = [Work(phase.steps, flops.products(jaxpr), sum(read.values()), received)]
     # of as many images as a device has: nothing is to be scaled
     inside = temporaries.most(jaxpr, jaxpr, 1.0, lies)
-    if jax.tree.leaves(two := draws.ahead_of(found, now, images, phase, 2)[0]):
-        span = decode.at_once(phase.steps, two)
-        made, making = draws.ahead_of(found, now, images, phase, span)
+    if told is not None:
         works.append(_begun(found, making, mesh, phase.steps // span, size(made)))
         inside += ahead * size(made, lies)
     if phase.first == 0:

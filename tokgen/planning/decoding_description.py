@@ -41,10 +41,13 @@ def lines(
     """
     sizes = sharding.sizes_of(*(sizes or (-1, 1, 1)), devices.count)
     mesh = plan.mesh_of(sizes)
-    batch = -(-batch // sharding.ways(mesh)) * sharding.ways(mesh)
-    reckoned = decoding.reckoned(found, batch, mesh, devices.lies, stacked=devices.tpu)
+    asked, batch = batch, -(-batch // sharding.ways(mesh)) * sharding.ways(mesh)
+    reckoned = decoding.reckoned(found, batch, mesh, devices.lies, platform=devices.platform)
     yield report.table(found.parameters)
     yield ""
+    if asked < batch:
+        why = f"{asked:,} images do not lie evenly over the mesh: drawn, and planned, are {batch:,}"
+        yield description.row(("warning", why))
     yield from map(description.row, of_memory(found, batch, reckoned, devices))
     yield ""
     yield from of_phases(reckoned, devices)
@@ -166,7 +169,7 @@ def refuse(
     remedies = []
     if most := reckoned.most(room) * data * fsdp:
         remedies.append(f"a smaller batch (--batch {most})")
-    if found.precision == "float32":
+    if found.precision == "float32" and reckoned.drawing > reckoned.pixels:
         remedies.append("--precision bfloat16")
     if not most and devices.count > fsdp * tensor:
         remedies.append(f"the network over the devices (--mesh 1,1,{devices.count})")

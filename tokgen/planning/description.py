@@ -6,6 +6,7 @@ A range of two numbers is where links are hidden behind products, and where they
 from __future__ import annotations
 
 import collections
+import decimal
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -36,6 +37,7 @@ def lines(
         price: of a device for an hour, in any money.
         compile: for a TPU's topology, ask its compiler, too.
     """
+    recipe = recipe.on(devices.platform)
     if sizes is None:
         choice = plan.proposed(recipe, devices)
     else:
@@ -45,6 +47,8 @@ def lines(
     yield report.table(parameters.paths(steps.parameters_of(state)))
     yield ""
     yield from map(row, of_estimate(recipe, choice, devices))
+    if choice.sizes[2] > 1 and (reason := plan.uneven(recipe, devices)):
+        yield row(("warning", reason))
     yield from map(row, token_set.rows(recipe))
     if devices.chip is not None:
         yield from map(row, of_times(recipe, choice, devices, price))
@@ -54,7 +58,16 @@ def lines(
         raise UserError(f"{plan.told(choice.sizes)} does not fit: {lacking}")
     if compile and devices.tpu:
         yield ""
-        made = plan.compiled(recipe.dearest.step, choice, devices, recipe.effort)
+        try:
+            made = plan.compiled(recipe.dearest.step, choice, devices, recipe.effort)
+        except RuntimeError as error:  # the compiler's
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            parts = next(plan.divisors(recipe, choice), None)
+            raise UserError(
+                f"the step has no room on {devices.name}: {str(error).splitlines()[0][:300]}; "
+                f"remedies, in this order: {', '.join(plan.remedies(recipe, parts))}"
+            ) from error
         yield from map(row, of_program(made, devices))
 
 
@@ -174,7 +187,10 @@ def amounts(parts: Mapping[str, float]) -> str:
 
 def digits(number: float) -> str:
     """A number with as many digits as it deserves."""
-    return f"{number:,.3g}" if number < 100 else f"{number:,.0f}"
+    if number >= 100:
+        return f"{number:,.0f}"
+    told = f"{number:,.3g}"
+    return f"{decimal.Decimal(told):f}" if "e" in told else told
 
 
 def _two(numbers: Iterable[float], told: Callable[[float], str] = digits) -> str:

@@ -92,11 +92,25 @@ def ahead_of(
     return made, jaxpr.jaxpr
 
 
+def span(found: networks.Networks, now: DecodeState, images: int, phase: Phase) -> int:
+    """Of how many steps of a phase the driver asks at once what blocks are told."""
+    if phase.steps == 1:
+        return 1
+    return decode.at_once(phase.steps, ahead_of(found, now, images, phase, 2)[0])
+
+
 def traced(
-    found: networks.Networks, now: DecodeState, phase: Phase, guided: bool, images: int
+    found: networks.Networks,
+    now: DecodeState,
+    phase: Phase,
+    guided: bool,
+    images: int,
+    ahead: PyTree,
 ) -> tuple[Any, list[str]]:
-    """(jaxpr of a step of a phase, of each of its arguments what it is)."""
-    ahead, _ = ahead_of(found, now, images, phase, 1)
+    """(jaxpr of a step of a phase, of each of its arguments what it is).
+
+    `ahead` is what its blocks are told that was computed before, as shapes; None: nothing.
+    """
 
     def step(generator, codec, now, ahead, index):
         def draw(logits_BlGV, symbol=0, wanted_BlG=None):

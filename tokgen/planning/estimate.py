@@ -86,9 +86,7 @@ def of(
     ways = sharding.ways(mesh)
     return Estimate(
         kept=kept(*step.read((state, batch, frozen)), lies),
-        temporaries=temporaries.of(
-            step, step.images // ways, part=part(state, lies), lies=lies, parts=network.parts
-        ),
+        temporaries=computed_with(step, network, mesh, strategy, lies=lies),
         work=work / mesh.size,
         operations=operations / mesh.size,
         exchanged=exchanged(
@@ -100,6 +98,21 @@ def of(
             summed=step.images * network.positions * network.width * network.layers / ways,
         ),
     )
+
+
+def computed_with(
+    step: steps.Step,
+    network: steps.Network,
+    mesh: jax.sharding.AbstractMesh,
+    strategy: str,
+    *,
+    lies: tiles.Lies = tiles.plain,
+    share: float = 1.0,
+) -> float:
+    """Bytes that a device computes with, of its images a `share`."""
+    state, _, _ = step.over(mesh, strategy)
+    images, own = step.images // sharding.ways(mesh), part(state, lies)
+    return temporaries.of(step, images, part=own, lies=lies, parts=network.parts, share=share)
 
 
 def part(state: PyTree, lies: tiles.Lies) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 from jax.sharding import AbstractMesh, AxisType
@@ -130,6 +130,7 @@ def proposed(recipe: recipes.Recipe, devices: planned.Devices) -> Choice:
     Of those as quick, the one that splits the networks least. `tensor` is tried where nothing else
     has room: it splits layers, and its sums wait for each other.
     """
+    recipe = recipe.on(devices.platform)
     choices, refusals = [], []
     for wide in (False, True):
         for sizes in candidates(devices.count, recipe.images // recipe.parts):
@@ -143,12 +144,30 @@ def proposed(recipe: recipes.Recipe, devices: planned.Devices) -> Choice:
         if fitting := [c for c in choices if fits(c, devices)]:
             return min(fitting, key=lambda c: (round(c.seconds(devices)[1], 4), c.sizes[1:]))
     if not choices:
-        told_of = refusals[0] if refusals else "the batch does not lie evenly over them"
+        told_of = uneven(recipe, devices) or "".join(refusals[:1])
         raise UserError(
             f"no mesh of {devices.name} serves {recipe.images} images a step: {told_of}"
         )
     least = min(choices, key=lambda c: c.largest.peak)
-    raise UserError(f"no mesh of {devices.name} has room: {lacking(recipe, least, devices)}")
+    said = [lacking(recipe, least, devices), uneven(recipe, devices)]
+    raise UserError(f"no mesh of {devices.name} has room: {'; '.join(filter(None, said))}")
+
+
+def uneven(recipe: recipes.Recipe, devices: planned.Devices) -> str:
+    """That a batch does not lie evenly over all devices, and what would; "" where it does.
+
+    Meshes with as many rows as devices are then none, but for those that split layers.
+    """
+    unit = devices.count * recipe.parts
+    if recipe.images % unit == 0:
+        return ""
+    below = recipe.images // unit * unit
+    near = " or ".join(f"--set batch_size={n}" for n in (below, below + unit) if n)
+    parts = f" in {recipe.parts} parts" if recipe.parts > 1 else ""
+    return (
+        f"{recipe.images:,} images{parts} do not lie evenly over {devices.count} devices: for a "
+        f"mesh of data and fsdp alone give {near}"
+    )
 
 
 def fits(choice: Choice, devices: planned.Devices) -> bool:
@@ -159,18 +178,54 @@ def fits(choice: Choice, devices: planned.Devices) -> bool:
 def lacking(recipe: recipes.Recipe, choice: Choice, devices: planned.Devices) -> str:
     """Why a choice does not fit, and what would help, the mildest first."""
     most, chip = choice.largest, devices.chip
-    remedies = ["more devices", "a smaller batch_size", "a smaller network"]
+    helps = "more devices", "a smaller batch_size", "a smaller network"
     if most.arguments < ROOM * devices.chip.memory:
-        remedies = [
-            f"the batch in parts (--set accumulate={2 * recipe.parts})",
-            *(f"--set {field}=full" for field in recipe.kept_whole),
-            *remedies,
-        ]
+        helps = remedies(recipe, in_parts(recipe, choice, devices))
     return (
         f"a device needs {report.amount(most.peak)}, {report.amount(most.arguments)} of it between "
         f"steps; a plan fills {report.amount(ROOM * chip.memory)} of {report.amount(chip.memory)}; "
-        f"remedies, in this order: {', '.join(remedies)}"
+        f"remedies, in this order: {', '.join(helps)}"
     )
+
+
+def remedies(recipe: recipes.Recipe, parts: int | None) -> list[str]:
+    """What helps a step without room, the mildest first; `parts` of a batch, if they do."""
+    return [
+        *([f"the batch in parts (--set accumulate={parts})"] if parts else []),
+        *(f"--set {field}=full" for field in recipe.kept_whole),
+        *("more devices", "a smaller batch_size", "a smaller network"),
+    ]
+
+
+def divisors(recipe: recipes.Recipe, choice: Choice) -> Iterator[int]:
+    """Numbers of parts, of more than now, that lie evenly over a choice's mesh."""
+    rows = recipe.images // sharding.ways(mesh_of(choice.sizes))
+    return (n for n in range(recipe.parts + 1, rows + 1) if rows % n == 0)
+
+
+def in_parts(recipe: recipes.Recipe, choice: Choice, devices: planned.Devices) -> int | None:
+    """The fewest parts of a batch with room on a choice's mesh; None where no number of them helps.
+
+    Numbers that are far from enough are told by the step as it is, with fewer images at a time; of
+    the others the step is reckoned anew.
+    """
+    mesh = mesh_of(choice.sizes)
+    kind = recipe.kinds[choice.estimates.index(choice.largest)]
+    for parts in divisors(recipe, choice):
+        fewer = estimates.computed_with(
+            *(kind.step, kind.network, mesh, choice.strategy),
+            lies=devices.lies,
+            share=recipe.parts / parts,
+        )
+        if choice.largest.arguments + fewer > ROOM * devices.chip.memory:
+            continue
+        try:
+            again = reckoned(recipe.again([f"accumulate={parts}"]), choice.sizes, devices.lies)
+        except UserError:
+            continue  # what a step needs beside its images may forbid it
+        if fits(again, devices):
+            return parts
+    return None
 
 
 def told(sizes: Sequence[int]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import ml_collections
 from flax import nnx
@@ -25,6 +25,10 @@ class Kind:
     network: steps.Network
     name: str = ""
 
+    def on(self, platform: str) -> Kind:
+        """The same, as it is traced for a platform."""
+        return dataclasses.replace(self, step=dataclasses.replace(self.step, platform=platform))
+
     @functools.cached_property
     def work(self) -> float:
         """Those of the model for all images, as the log's `mfu` counts them."""
@@ -38,10 +42,15 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a config trains, as shapes: its kinds of steps, the one with most to compute first."""
+    """What a config trains, as shapes: its kinds of steps, the one with most to compute first.
+
+    Args:
+        anew: the same with more overrides, for a platform.
+    """
 
     settings: ml_collections.ConfigDict
     kinds: tuple[Kind, ...]
+    anew: Callable[[Sequence[str], str], Recipe]
 
     @property
     def dearest(self) -> Kind:
@@ -57,6 +66,16 @@ class Recipe:
     def parts(self) -> int:
         """In which a step takes them."""
         return self.dearest.network.parts
+
+    def again(self, overrides: Sequence[str]) -> Recipe:
+        """The same with more overrides."""
+        return self.anew(overrides, self.dearest.step.platform)
+
+    def on(self, platform: str) -> Recipe:
+        """The same, as it is traced for a platform."""
+        if platform == self.dearest.step.platform:
+            return self
+        return dataclasses.replace(self, kinds=tuple(kind.on(platform) for kind in self.kinds))
 
     @property
     def effort(self) -> float:
@@ -88,6 +107,7 @@ def read(
     *,
     tokenizer: str = "",
     classes: int | None = None,
+    platform: str = "cpu",
 ) -> Recipe:
     """The recipe of `PATH[:variant]`; UserError where it cannot be built.
 
@@ -95,14 +115,21 @@ def read(
         tokenizer: of a generator, the recipe of its tokens; "": as its `made_for` says. Of a
             tokenizer that learns another one's codes, the recipe of that.
         classes: of a generator; None: as its `made_for` says.
+        platform: of the devices that are planned for.
     """
+
+    def anew(more: Sequence[str], platform: str) -> Recipe:
+        how = dict(tokenizer=tokenizer, classes=classes, platform=platform)
+        return read(reference, (*overrides, *more), **how)
+
     settings = reading.load(reference, overrides)
     if "generator" not in settings:
-        return Recipe(settings, of_tokenizer(settings, reference, tokenizer))
+        kinds = [kind.on(platform) for kind in of_tokenizer(settings, reference, tokenizer)]
+        return Recipe(settings, tuple(sorted(kinds, key=lambda kind: -kind.operations)), anew)
     layout, codec = tokens(settings, reference, tokenizer)
     count = classes_of(settings, reference, classes)
     kind = Kind(settings.steps, *steps.generator(settings, layout, count, codec))
-    return Recipe(settings, (kind,))
+    return Recipe(settings, (kind.on(platform),), anew)
 
 
 def classes_of(settings: ml_collections.ConfigDict, reference: str, classes: int | None) -> int:
@@ -119,7 +146,10 @@ def classes_of(settings: ml_collections.ConfigDict, reference: str, classes: int
 def of_tokenizer(
     settings: ml_collections.ConfigDict, reference: str, teacher: str = ""
 ) -> tuple[Kind, ...]:
-    """The kinds of steps of a tokenizer: stages, and from when on the discriminator learns."""
+    """The kinds of steps of a tokenizer: stages, and from when on the discriminator learns.
+
+    In their order.
+    """
     fields.check_recipe(settings)
     plan = stages.plan(settings)
     gan = building.call(gans.GAN, settings.discriminator, "discriminator")
@@ -137,7 +167,7 @@ def of_tokenizer(
                 made = steps.tokenizer(settings, stage, frozen, adversarial=adversarial)
                 with_it = "with the discriminator" if adversarial else "without discriminator"
                 found.append(Kind(count, *made, f"{name} {with_it}".strip()))
-    return tuple(sorted(found, key=lambda kind: -kind.operations))
+    return tuple(found)
 
 
 def _teacher(

@@ -40,12 +40,14 @@ class Step:
         batch: images or tokens of all devices together, as shapes.
         frozen: what it is told beside the batch, as shapes: every device has all of it.
         compiled: the step under a strategy, to be lowered.
+        platform: of the devices that are planned for: some forms are one platform's own.
     """
 
     state: PyTree
     batch: dict[str, jax.ShapeDtypeStruct]
     frozen: PyTree
     compiled: Callable[[str], Any]
+    platform: str = "cpu"
 
     @property
     def images(self) -> int:
@@ -67,7 +69,8 @@ class Step:
     @functools.cached_property
     def traced(self) -> Any:
         """The jaxpr of the step on one device that has all images."""
-        made = jax.make_jaxpr(self.compiled("data"))(self.state, self.batch, self.frozen).jaxpr
+        with jax.sharding.use_abstract_mesh(sharding.on_paper(self.platform)):
+            made = jax.make_jaxpr(self.compiled("data"))(self.state, self.batch, self.frozen).jaxpr
         (call,) = made.eqns
         body = call.params["jaxpr"]
         inner = body.replace(jaxpr=flops.live(body.jaxpr))

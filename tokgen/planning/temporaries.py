@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 import jax
 from jax.extend import core as extended
 
+from tokgen.nn import fused
 from tokgen.planning import steps, tiles
 
 FEW = 8  # images
@@ -37,16 +38,24 @@ FUSED = {
 
 
 def of(
-    step: steps.Step, images: int, *, part: float, lies: tiles.Lies = tiles.plain, parts: int = 1
+    step: steps.Step,
+    images: int,
+    *,
+    part: float,
+    lies: tiles.Lies = tiles.plain,
+    parts: int = 1,
+    share: float = 1.0,
 ) -> float:
     """Bytes of a device that has so many images, and a `part` of what does not grow with them.
 
-    `parts` are those in which the step takes them.
+    Args:
+        parts: those in which the step takes them.
+        share: of the images that are taken alone, and then the others.
     """
     # of few images a program may be another: one of them is a dimension less
     count = max(images, FEW * parts)
     one, two = (_traced(step, n) for n in (count, max(step.images, 2 * count)))
-    return most(one, two, part, lies, images / count)
+    return most(one, two, part, lies, share * images / count)
 
 
 @functools.lru_cache(maxsize=32)
@@ -194,7 +203,10 @@ def _inner(equation) -> Iterable:
     """The bodies of an equation; of those for platforms the one for all that have no own.
 
     A CPU's form of a convolution may take several times as much, and nobody plans for its memory.
+    What a kernel stands for computes in a device's fast memory: it has none.
     """
+    if equation.params.get("name") in fused.KERNELS:
+        return []
     bodies = list(extended.jaxprs_in_params(equation.params))
     platforms = equation.params.get("branches_platforms") or ()
     return [bodies[platforms.index(None)]] if None in platforms else bodies

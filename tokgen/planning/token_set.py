@@ -48,21 +48,35 @@ class TokenSet:
 
 
 def rows(recipe: recipes.Recipe) -> Iterator[tuple[str, str]]:
-    """What a generator's recipe needs of a disk, in words; nothing of a tokenizer's."""
-    if "generator" not in recipe.settings:
-        return
+    """What a recipe needs of a disk, in words: a generator's tokens, and features of texts.
+
+    A tokenizer's images are there already.
+    """
+    known = recipe.settings.get("made_for", {}).get("classes") == CLASSES
+    images, whose = (IMAGENET, "ImageNet's ") if known else (OTHERS, "every ")
+    if "generator" in recipe.settings:
+        yield "tokens on disk", _tokens(recipe, images, whose)
+    if (text := recipe.dearest.step.batch.get("text")) is not None:
+        _, length, channels = text.shape
+        image = 2 * length * channels  # float16, as their files may be
+        yield (
+            "texts on disk",
+            f"{report.amount(image * images)} for {whose}{images:,} images, beside them: of one "
+            f"{report.amount(image)}, {length} features of {channels:,} numbers in float16, twice "
+            "as much in float32; tokgen writes none (docs/data.md)",
+        )
+
+
+def _tokens(recipe: recipes.Recipe, images: int, whose: str) -> str:
     layout, stored = (
         recipe.dearest.step.frozen.layout,
         recipe.settings.data.get("views", "center,flip"),
     )
     tokens = TokenSet(layout, views.stored(stored))
-    known = recipe.settings.get("made_for", {}).get("classes") == CLASSES
-    images, whose = (IMAGENET, "ImageNet's ") if known else (OTHERS, "")
     symbols = f" x {layout.groups}" if layout.groups > 1 else ""
     many = "s" if len(tokens.views) > 1 else ""
-    yield (
-        "tokens on disk",
+    return (
         f"at most {report.amount(tokens.most(images))} for {whose}{images:,} images; of one "
         f"{report.amount(tokens.image)} before compression: {len(tokens.views)} view{many} of "
-        f"{layout.length}{symbols} tokens in {tokens.packing.dtype.name}",
+        f"{layout.length}{symbols} tokens in {tokens.packing.dtype.name}"
     )

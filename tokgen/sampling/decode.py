@@ -27,7 +27,7 @@ from tokgen.interfaces import (
     Sampler,
     UserError,
 )
-from tokgen.sampling import guidance, sampler as samplers, settings
+from tokgen.sampling import guidance, particles as particle_filter, sampler as samplers, settings
 
 Network = TypeVar("Network")
 # Platforms whose compiler reads a layer of a stack, and writes its cache, where they lie.
@@ -74,6 +74,7 @@ def generate(
     *,
     keys_B: Array,
     given: tuple[Array, Array] | None = None,
+    particles: int = 1,
     against: Generator | None = None,
     observe: Callable[[DecodeState, int], None] | None = None,
 ) -> DecodeState:
@@ -84,6 +85,9 @@ def generate(
         sampler: static; the one that a preset makes, or another of `interfaces.Sampler`.
         keys_B: one key per image. An image depends on its own key only, not on its batch.
         given: tokens_BLG and a mask, true where a token is held fixed.
+        particles: rows of one image, which follow each other, of a generator with an exact
+            likelihood: those that make what is given likelier go on in the place of others
+            (`particles`). With 1, what comes later in the order changes nothing drawn before.
         against: another generator of the same plan, guided away from in the place of the null
             condition ("autoguidance", arXiv:2406.02507).
         observe: called before each step with the state, without its null rows, and the number of
@@ -96,6 +100,8 @@ def generate(
     """
     weights, _, guided = _guidance(generator, sampler)
     B, layout = len(keys_B), generator.layout
+    if particles > 1 and (not generator.exact or against is not None or B % particles):
+        raise ValueError("particles need an exact generator, alone, and as many rows of each image")
     boundary.rows(keys=keys_B, conditions=cond, given=given)
     if given is None:
         shape = (B, layout.length, layout.groups)
@@ -112,7 +118,8 @@ def generate(
     else:
         state = generator.start(cond, codec, keys_B=keys_B, given=given)
     no_B = jnp.zeros(len(state.keys_B), bool)
-    begun = state = state.replace(invalid_B=no_B, near_B=no_B)
+    weight_B = jnp.zeros(len(state.keys_B)) if particles > 1 else None
+    begun = state = state.replace(invalid_B=no_B, near_B=no_B, weight_B=weight_B)
     weak = None
     if against is not None:
         against = laid_out(against)
@@ -128,6 +135,7 @@ def generate(
         double = len(state.tokens_BLG) == 2 * B
         weight = None if weights is None else jnp.asarray(weights, jnp.float32)[index]
         seen = {}
+        held = None if particles == 1 else particle_filter.held(_first(state, B), phase, index)
 
         def merge(cond_BlGV: Array, uncond_BlGV: Array, symbol: int) -> Array:
             scale = settings.of_symbols(weight, symbol, cond_BlGV.shape[2])
@@ -136,6 +144,9 @@ def generate(
 
         def sample(logits_BlGV, symbol, wanted_BlG):
             seen["invalid_B"] = seen.get("invalid_B", False) | samplers.invalid(logits_BlGV)
+            if held is not None:
+                gained_B = particle_filter.gained(logits_BlGV, symbol, *held)
+                seen["weight_B"] = seen.get("weight_B", 0) + gained_B
             where = {} if wanted_BlG is None else dict(wanted_BlG=wanted_BlG[:B])
             drawn = sampler.draw(logits_BlGV, keys_B=keys_B, step=index, symbol=symbol, **where)
             seen["near_B"] = seen.get("near_B", False) | drawn.near_B
@@ -166,7 +177,13 @@ def generate(
         flags = {name: seen[name] for name in ("invalid_B", "near_B")}
         flags = _twice(flags) if double else flags
         flags = {name: getattr(state, name) | flag for name, flag in flags.items()}
-        return state.replace(**flags), seen.get("weak", weak)
+        state = state.replace(**flags)
+        if held is not None:
+            gained = _twice(seen["weight_B"]) if double else seen["weight_B"]
+            state = state.replace(weight_B=state.weight_B + gained)
+            carried = particle_filter.resampled(_carried(state), keys_B, index, particles)
+            state = _insert(state, carried)
+        return state, seen.get("weak", weak)
 
     cached = state.cache is not None
     plan = phases(generator, sampler, cached=cached, alone=against is None)

@@ -13,7 +13,7 @@ from flax import nnx
 from tokgen import boundary, report, rng, sharding
 from tokgen.interfaces import Generator, Given, PyTree, Quantizer, Sampler
 from tokgen.metrics import reconstruction
-from tokgen.sampling import decode, memory
+from tokgen.sampling import decode, memory, particles as particle_filter
 
 
 class Part(NamedTuple):
@@ -50,7 +50,7 @@ class _Program:
         return getattr(self._jitted, name)  # as `lower`
 
 
-@functools.partial(_Program, static_argnames="sampler")
+@functools.partial(_Program, static_argnames=("sampler", "particles"))
 def draw_tokens(
     generator: Generator,
     codec: Quantizer | None,
@@ -58,11 +58,19 @@ def draw_tokens(
     keys_B: jax.Array,
     sampler: Sampler,
     given: Given | None = None,
+    particles: int = 1,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(tokens_BLG, invalid_B, near_B): one program per sampler and batch size."""
 
     def of(generator, codec, cond, keys_B, given):
-        state = decode.generate(generator, codec, cond, sampler, keys_B=keys_B, given=given)
+        asked = (cond, keys_B, given)
+        if particles > 1:
+            asked = particle_filter.rows(*asked, particles)
+        cond, keys_B, given = asked
+        how = dict(keys_B=keys_B, given=given, particles=particles)
+        state = decode.generate(generator, codec, cond, sampler, **how)
+        if particles > 1:
+            return particle_filter.chosen(state, particles)
         return state.tokens_BLG, state.invalid_B, state.near_B
 
     return sharding.by_rows(of, (generator, codec), (cond, keys_B, given))
@@ -88,6 +96,7 @@ def draw(
     batch: int,
     index_N: np.ndarray | None = None,
     given: tuple[np.ndarray, np.ndarray] | None = None,
+    particles: int = 1,
     what: str = "sample",
     delay: float = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -99,10 +108,14 @@ def draw(
     `cond` is label_N, or a tree of arrays that lead with the images, such as a Text. `index_N` has
     the number of each image; None numbers them from 0. Image i depends on (seed, i, its condition)
     only: not on the batch, nor on its neighbours, nor on which others are drawn.
+
+    `given` are tokens [N, L, G] and where they are held fixed; of several `particles` those go on
+    that suit what is held fixed later in the order (`sampling.particles`).
     """
     found = drawn(
         *(generator, tokenizer, cond, sampler),
-        **dict(seed=seed, batch=batch, index_N=index_N, given=given, what=what, delay=delay),
+        **dict(seed=seed, batch=batch, index_N=index_N, given=given, particles=particles),
+        **dict(what=what, delay=delay),
     )
     tokens, images, _ = map(np.concatenate, zip(*found, strict=True))
     return tokens, images
@@ -118,6 +131,7 @@ def drawn(
     batch: int,
     index_N: np.ndarray | None = None,
     given: tuple[np.ndarray, np.ndarray] | None = None,
+    particles: int = 1,
     what: str = "sample",
     delay: float = 0,
 ) -> Iterator[Part]:
@@ -128,7 +142,7 @@ def drawn(
     generator.check(cond)  # before any work on the devices
     mesh = sharding.current()
     batch = even(N, batch, sharding.ways(mesh))
-    memory.check(generator, tokenizer.quantizer, cond, sampler, batch, mesh)
+    memory.check(generator, tokenizer.quantizer, cond, sampler, batch * particles, mesh)
     generator = decode.laid_out(generator)  # once, and not in every call of the program
 
     def begun(start: int) -> tuple[jax.Array, ...]:
@@ -140,7 +154,7 @@ def drawn(
         keys_B = jax.random.wrap_key_data(data_B2)
         with jax.set_mesh(mesh):  # so that the networks can say how their activations lie
             tokens_BLG, invalid_B, near_B = draw_tokens(
-                generator, tokenizer.quantizer, cond_B, keys_B, sampler, held
+                generator, tokenizer.quantizer, cond_B, keys_B, sampler, held, particles=particles
             )
             image_BHW3, broken_B = decode_pixels(tokenizer, tokens_BLG)
         return invalid_B, broken_B, tokens_BLG, image_BHW3, near_B

@@ -30,6 +30,8 @@ class Encoder(nnx.Module):
     the levels `attend` (0 the finest; None: the coarsest alone).
     """
 
+    places = True  # a token is of a cell of the image
+
     @ranges.checked
     def __init__(
         self,

@@ -74,6 +74,8 @@ class Encoder(nnx.Module):
         readout: how the outputs of the last block are read, one of READOUTS.
     """
 
+    places = False  # every token is of the whole image
+
     @ranges.checked
     def __init__(
         self,

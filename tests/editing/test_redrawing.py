@@ -1,0 +1,104 @@
+"""In-painting by every family: what stays, what it depends on, and what is refused."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from tests.editing.families import HOW, each
+from tokgen.editing import redrawing, regions
+from tokgen.interfaces import UserError
+
+
+@functools.cache
+def masks():
+    """A free form, a half, and one that frees few."""
+    mask_NHW = np.zeros((3, 32, 32), bool)
+    mask_NHW[0] = np.random.default_rng(1).random((32, 32)) < 0.01
+    mask_NHW[1], mask_NHW[2] = (
+        regions.region("left", (32, 32)),
+        regions.region("box=9,9,3,3", (32, 32)),
+    )
+    return mask_NHW
+
+
+@each
+def test_kept_tokens_and_pixels_stay_and_nothing_under_the_mask_is_seen(family, model, images):
+    found = model(family)
+    free_NL = regions.free(masks(), found.layout)
+    edits = found.edit(images, [0, 1, 2], mask=masks(), **HOW)
+    np.testing.assert_array_equal(edits.image_NHW3[~masks()], images[~masks()])
+    filled = [regions.filled(*pair) for pair in zip(images, masks(), strict=True)]
+    held = found.encode(np.stack(filled))
+    np.testing.assert_array_equal(edits.tokens_NLG[~free_NL], held[~free_NL])
+    # the same, alone, in another batch, and with other pixels under the mask
+    other = np.where(masks()[..., None], 255 - images, images)
+    for i in range(3):
+        own = found.edit(other[i : i + 1], i, mask=masks()[i], **HOW)
+        np.testing.assert_array_equal(own.image_NHW3[0], edits.image_NHW3[i])
+    again = found.edit(images, [0, 1, 2], mask=masks(), seed=1, **HOW)
+    assert (again.image_NHW3 != edits.image_NHW3).any()
+
+
+@each
+def test_nothing_masked_is_the_image_and_everything_is_a_sample(family, model, images):
+    found = model(family)
+    edits = found.edit(images, 4, mask=np.zeros((32, 32), bool), **HOW)
+    np.testing.assert_array_equal(edits.image_NHW3, images)
+    edits = found.edit(images, 4, mask="all", number=2, batch=2, **HOW)
+    samples = found.sample([4], number=2, progress=False)
+    for i in range(3):
+        np.testing.assert_array_equal(edits.image_NHW3[2 * i : 2 * i + 2], samples.image_NHW3)
+
+
+@each
+def test_blind_is_who_draws_before_what_is_held(family, model):
+    """Against a loop over all pairs of tokens."""
+    generator = model(family).loaded.module
+    free_NL = np.random.default_rng(2).random((40, generator.layout.length)) < 0.05
+    free_NL[:10] = np.arange(generator.layout.length) >= 60
+    found_N = redrawing.blind(generator, free_NL)
+    step_L = np.arange(64)
+    if family == "next_scale":
+        step_L = np.repeat([0, 1, 2, 3], [1, 4, 16, 64])
+    for free_L, found in zip(free_NL, found_N, strict=True):
+        pairs = free_L[:, None] & ~free_L[None] & (step_L[:, None] <= step_L[None])
+        assert found == (pairs.any() and family in ("raster", "next_scale"))
+    assert found_N.any() == (family in ("raster", "next_scale"))
+
+
+def test_a_sheet_shows_what_goes_and_what_came(model, images):
+    edits = model("masked").edit(images[:2], 4, mask="left", number=3, **HOW)
+    assert repr(edits) == "6 edits of 2 images, 32 x 32 pixels"
+    np.testing.assert_array_equal(edits.source_N, [0, 0, 0, 1, 1, 1])
+    sheet = edits.sheet()
+    assert sheet.shape == (2 * 66 + 2, 4 * 66 + 2, 3)  # each pixel twice, two between
+    np.testing.assert_array_equal(sheet[2:66:2, 34:66:2], images[0, :, 16:])
+    np.testing.assert_array_equal(sheet[2:66:2, 68:132:2], edits.image_NHW3[0])
+    assert edits._repr_png_()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (dict(), "one of --mask"),
+        (dict(mask="left", strength=0.5), "--mask and --strength"),
+        (dict(mask="left", number=0), "number"),
+        (dict(mask="left", particles=0), "particles"),
+        (dict(mask="left", feather=-1.0), "feather"),
+        (dict(mask=["left", "right"]), "one for each of 3; found 2"),
+        (dict(mask="leftt"), "no file"),
+        (dict(strength=0.0), "above 0"),
+        (dict(strength=1.5), "at most 1"),
+        (dict(grow="right"), "right=128"),
+        (dict(grow="right=0"), "right=128"),
+        (dict(scales=1), "next-scale"),
+        (dict(mask="left", classes=77), "77"),
+        (dict(mask="left", classes=None), "class of each image is needed"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(asked, words, model, images):
+    with pytest.raises(UserError, match=words):
+        model("masked").edit(
+            images, **({"classes": 3} | asked), **{k: v for k, v in HOW.items() if k not in asked}
+        )

@@ -1,0 +1,129 @@
+"""Particles: what is given after what is drawn, against the posterior written out in float64."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tokgen.generators import autoregressive, next_scale
+from tokgen.interfaces import TokenBatch, TokenLayout
+from tokgen.nn.precision import Precision
+from tokgen.quantizers import multiscale
+from tokgen.sampling import drawing, particles, sampler
+
+SMALL = dict(width=16, depth=1, heads=2, precision=Precision())
+COUNT = 400  # images that are drawn
+
+
+def raster():
+    """A generator of four places of three symbols, with opinions."""
+    layout = TokenLayout((3,), ((2, 2),))
+    made = autoregressive.Generator(
+        layout, 2, order="raster", positions="rotary", **SMALL, rngs=nnx.Rngs(0)
+    )
+    return strong(made), None
+
+
+def scales():
+    """Scales of one and of four places."""
+    codec = multiscale.Quantizer(
+        dict(name="vq", codes=3, channels=3), (1, 2), 0, grid=(2, 2), rngs=nnx.Rngs(1)
+    )
+    made = next_scale.Generator(codec.layout, 2, channels=3, **SMALL, rngs=nnx.Rngs(0))
+    return strong(made), codec
+
+
+def strong(generator):
+    """Every parameter drawn anew, larger: tokens depend on those before them."""
+    numbers = np.random.default_rng(3)
+    graph, state = nnx.split(generator)
+    drawn = jax.tree.map(lambda a: jnp.asarray(numbers.normal(0, 0.5, a.shape), a.dtype), state)
+    return nnx.merge(graph, drawn)
+
+
+@pytest.mark.parametrize(
+    ("make", "weight"),
+    [
+        pytest.param(raster, 1.0, marks=pytest.mark.long),
+        (raster, 1.5),
+        pytest.param(scales, 1.0, marks=pytest.mark.long),
+        pytest.param(scales, 1.5, marks=pytest.mark.long),
+    ],
+)
+def test_what_is_drawn_is_distributed_as_given_what_comes_later(make, weight):
+    generator, codec = make()
+    L, V = generator.layout.length, generator.layout.absent
+    held = {1: 0, L - 1: 2}  # one in the middle, and the last
+    every = np.array(list(itertools.product(range(V), repeat=L)), np.int32)[..., None]
+    nats = guided_nats(generator, codec, every, weight)
+    suits = np.all([every[:, place, 0] == token for place, token in held.items()], axis=0)
+    wanted = np.exp(-nats[suits])
+    wanted /= wanted.sum()
+
+    tokens_LG = np.full((L, 1), V, np.int32)
+    tokens_LG[list(held), 0] = list(held.values())
+    given = np.repeat(tokens_LG[None], COUNT, 0), np.repeat(tokens_LG[None] < V, COUNT, 0)
+    draw = functools.partial(
+        drawing.draw_tokens,
+        *(generator.unstacked(), codec, jnp.zeros(COUNT, jnp.int32)),
+        jax.random.split(jax.random.key(1), COUNT),
+        sampler.Sampler(guidance=(weight,) * len(plan_steps(generator))),
+    )
+    far = {}
+    for count in (1, 16):
+        found, invalid, _ = map(np.asarray, draw(given, particles=count))
+        assert not invalid.any() and (found[:, list(held), 0] == list(held.values())).all()
+        counts = (found[:, None] == every[suits][None]).all((-1, -2)).mean(0)
+        far[count] = np.abs(counts - wanted).sum() / 2
+    noise = np.sqrt(wanted * (1 - wanted) / COUNT).sum() / 2
+    assert far[1] > 3 * noise, "the case needs no particles: choose another"
+    assert far[16] < 1.6 * noise
+
+
+def plan_steps(generator):
+    """Numbers of the decoding steps."""
+    last = generator.plan()[-1]
+    return range(last.first + last.steps)
+
+
+def guided_nats(generator, codec, tokens_NLG, weight):
+    """Nats under the guided conditionals, place by place, of teacher-forced logits, in float64."""
+    logits = []
+    for label in (0, generator.classes):
+        batch = TokenBatch(jnp.asarray(tokens_NLG), jnp.full(len(tokens_NLG), label))
+        logits.append(np.asarray(generator.logits(batch, codec), np.float64)[:, :, 0])
+    merged = logits[1] + weight * (logits[0] - logits[1])
+    merged -= np.log(np.exp(merged).sum(-1, keepdims=True))
+    return -np.take_along_axis(merged, tokens_NLG, -1)[..., 0].sum(-1)
+
+
+def test_systematic_resampling_gives_each_its_share_and_is_off_by_less_than_one():
+    shares = np.random.default_rng(0).dirichlet(np.ones(8) * 0.5, 20)
+    for share in shares:
+        counts = []
+        for uniform in (np.arange(200) + 0.5) / 200:
+            found = np.asarray(particles.systematic(jnp.asarray(share), jnp.asarray(uniform)))
+            assert (np.diff(found) >= 0).all() and found.max() < 8
+            counts.append(np.bincount(found, minlength=8))
+        counts = np.array(counts)
+        assert np.abs(counts - 8 * share).max() < 1 + 1e-5
+        np.testing.assert_allclose(counts.mean(0), 8 * share, atol=0.02)
+
+
+def test_rows_of_an_image_are_its_own_whatever_the_batch():
+    generator, _ = raster()
+    tokens = np.full((6, 4, 1), 3, np.int32)
+    tokens[:, 3] = np.arange(6)[:, None] % 3
+    keys = jax.random.split(jax.random.key(2), 6)
+    labels = jnp.asarray([0, 1, 0, 1, 0, 1])
+    draw = functools.partial(drawing.draw_tokens, generator.unstacked(), None)
+    how = sampler.Sampler()
+    whole, *_ = draw(labels, keys, how, (tokens, tokens < 3), particles=8)
+    for part in (slice(0, 2), slice(4, 6)):
+        given = tokens[part], tokens[part] < 3
+        own, *_ = draw(labels[part], keys[part], how, given, particles=8)
+        np.testing.assert_array_equal(own, whole[part])

@@ -1,0 +1,103 @@
+"""`tokgen edit`: what is written, the same as from Python, and what is refused."""
+
+import json
+import pathlib
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import tokgen
+from tests import recipes
+from tests.command_line import call, refused
+
+SMALL = ("--number", 2, "--particles", 4)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> pathlib.Path:
+    """A folder with a tiny generator, images of its size and of another, and masks for both."""
+    folder = tmp_path_factory.mktemp("edit")
+    recipes.tiny(folder, "masked")
+    numbers = np.random.default_rng(0)
+    for name, size in (("one", (32, 32)), ("two", (32, 32)), ("large", (48, 64))):
+        image = numbers.integers(0, 256, (*size, 3), np.uint8)
+        PIL.Image.fromarray(image).save(folder / f"{name}.png")
+        mask = np.zeros(size, np.uint8)
+        mask[:, size[1] // 2 :] = 255
+        PIL.Image.fromarray(mask).save(folder / f"{name}-mask.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def there(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+def edit(*words) -> tuple:
+    return ("edit", *words, "--generator", "runs/generator", *SMALL)
+
+
+def pixels(path: str | pathlib.Path) -> np.ndarray:
+    with PIL.Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_edits_are_those_of_the_library_in_files_of_their_own(capfd):
+    words = edit("one.png", "two.png", "--mask", "left", "--label", "ring,disc", "--seed", 3)
+    assert call(*words, "--out", "edits") == 0
+    assert "4 edits of 2 images, 32 x 32 pixels in edits" in capfd.readouterr().err
+    model, files = tokgen.load("runs/generator"), ["one.png", "two.png"]
+    images = np.stack([pixels(file) for file in files])
+    edits = model.edit(
+        images, ["ring", "disc"], mask="left", number=2, seed=3, particles=4, progress=False
+    )
+    record = json.loads(pathlib.Path("edits", "edit.json").read_text())
+    assert record["edits"] == [f"{n}-seed3-00{i}.png" for n in ("one", "two") for i in (0, 1)]
+    for file, image_HW3 in zip(record["edits"], edits.image_NHW3, strict=True):
+        np.testing.assert_array_equal(pixels(f"edits/{file}"), image_HW3)
+        np.testing.assert_array_equal(
+            pixels(f"edits/{file}")[:, 16:], pixels(file[:3] + ".png")[:, 16:]
+        )
+    np.testing.assert_array_equal(pixels("edits/grid.png"), edits.sheet())
+    assert (record["mask"], record["label"], record["seed"]) == ("left", "ring,disc", 3)
+    assert "--overwrite" in refused(capfd, *words, "--out", "edits")
+
+
+def test_an_image_of_another_size_is_cut_with_its_mask_when_asked(capfd):
+    words = edit("large.png", "--mask", "large-mask.png", "--label", 2)
+    said = refused(capfd, *words, "--out", "large")
+    assert "32 x 32" in said and "48 x 64 in large.png" in said and "--fit" in said
+    assert call(*words, "--fit", "--out", "large") == 0
+    assert "cut in the middle and resized" in capfd.readouterr().err
+    fitted = tokgen.load("runs/generator").fit("large.png")[0]
+    found = pixels("large/large-seed0-001.png")
+    np.testing.assert_array_equal(found[:, :16], fitted[:, :16])
+    assert (found[:, 16:] != fitted[:, 16:]).any()
+    # a mask of the model's size goes with a cut image, too
+    words = edit("large.png", "--mask", "one-mask.png", "--label", 2, "--fit")
+    assert call(*words, "--out", "same") == 0
+    np.testing.assert_array_equal(pixels("same/large-seed0-001.png"), found)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("one.png",), "one of --mask"),
+        (("one.png", "--mask", "left", "--grow", "right=8"), "--mask and --grow"),
+        (("none.png", "--mask", "left"), "none.png; found nothing"),
+        (("runs", "--mask", "left"), "found a folder"),
+        (("runs/generator", "one.png", "--mask", "left"), "found a folder"),
+        (("one.png", "--mask", "large-mask.png"), "32 x 32"),
+        (("one.png", "--mask", "middle"), "no file"),
+        (("one.png", "--mask", "left", "--label", "teapot"), "teapot"),
+        (("one.png", "--mask", "left"), "class of each image is needed"),
+        (("one.png", "--strength", "0.5", "--feather", "3"), "--feather"),
+        (("one.png", "--grow", "rights=3"), "right=128"),
+        (("one.png", "--mask", "left", "--text", "x.npz"), "reads text"),
+    ],
+)
+def test_what_cannot_be_edited_is_one_message_and_leaves_nothing(words, said, capfd, tmp_path):
+    label = () if "class of each" in said or "--label" in words else ("--label", "ring")
+    assert said in refused(capfd, *edit(*words), *label, "--out", tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,1 @@
+"""Images edited: which pixels are drawn anew, which tokens that frees, and how both are joined."""

@@ -1,0 +1,203 @@
+"""What an edit is asked for, in Python and on the command line, and what it gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from tokgen import image_grid, ranges, tokens as coding
+from tokgen.editing import growing, redrawing, regions, varying
+from tokgen.errors import UserError
+from tokgen.interfaces import PyTree
+
+NOTEBOOK = 2**22  # pixels of what a notebook shows
+MODES = ("mask", "grow", "strength", "scales")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is drawn anew, one of MODES, and how.
+
+    Attributes:
+        mask: a region (`regions.region`), or one for each image.
+        grow: pixels added at each side, as `right=128,bottom=64`.
+        strength: share of the tokens that are drawn anew, the least certain; of the scales.
+        scales: so many of the coarsest are kept, all finer ones drawn.
+        number: draws of each image.
+        seed: of the draws.
+        particles: draws that are held against what comes later in an order, for one that is kept.
+        feather: pixels inside of a mask over which what was drawn meets what was kept; None: by
+            the image's size.
+        batch: images drawn and decoded together.
+    """
+
+    mask: Any = None
+    grow: str | None = None
+    strength: float | None = None
+    scales: int | None = None
+    number: int = 1
+    seed: int = 0
+    particles: int = redrawing.PARTICLES
+    feather: float | None = None
+    batch: int = 32
+
+    @property
+    def mode(self) -> str:
+        """The one of MODES that is asked for."""
+        (mode,) = self._modes()
+        return mode
+
+    def check(self) -> None:
+        """UserError where not one of MODES is asked for, or a number is none."""
+        modes = self._modes()
+        if len(modes) != 1:
+            found = " and ".join(f"--{mode}" for mode in modes) or "none"
+            raise UserError(
+                "an edit is one of --mask (pixels drawn anew), --grow (a larger canvas), "
+                f"--strength (a variation), --scales (finer scales drawn); found {found}"
+            )
+        numbers = (
+            ("number", self.number, ranges.Count),
+            ("seed", self.seed, ranges.Seed),
+            ("particles", self.particles, ranges.Count),
+            ("batch", self.batch, ranges.Batch),
+        )
+        ranges.refuse(filter(None, (ranges.problem(*number) for number in numbers)))
+        if self.feather is not None and not 0 <= self.feather < 2**10:
+            raise UserError(f"feather must lie in [0, 1024), in pixels; found {self.feather}")
+        if self.grow is not None:
+            growing.margins(self.grow)
+        if self.strength is not None:
+            varying.check_strength(self.strength)
+
+    def _modes(self) -> list[str]:
+        return [mode for mode in MODES if getattr(self, mode) is not None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Edits:
+    """What was drawn, `number` of each image in turn; a notebook shows it beside the images.
+
+    Attributes:
+        image_NHW3: uint8 images.
+        tokens_NLG: int32 tokens; None of a grown image, which has those of several windows.
+        source_N: which image each is an edit of.
+        original_KHW3: the images, as the model saw them.
+        mask_KHW: true where pixels were drawn anew; of a grown image on its canvas.
+
+    Examples:
+        >>> model = tokgen.load("runs/generator")
+        >>> edits = model.edit(model.fit("photo.png"), classes="ring", mask="left", number=3)
+        >>> edits
+        3 edits of 1 image, 32 x 32 pixels
+        >>> edits.images[0].save("edited.png")
+    """
+
+    image_NHW3: np.ndarray
+    tokens_NLG: np.ndarray | None
+    source_N: np.ndarray
+    original_KHW3: np.ndarray
+    mask_KHW: np.ndarray
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The edits for PIL."""
+        return image_grid.to_pil(self.image_NHW3)
+
+    def __len__(self) -> int:
+        return len(self.image_NHW3)
+
+    def __repr__(self) -> str:
+        rows, columns = self.image_NHW3.shape[1:3]
+        count = len(self.original_KHW3)
+        what = "image" if count == 1 else "images"
+        edits = "edit" if len(self) == 1 else "edits"
+        return f"{len(self)} {edits} of {count} {what}, {rows} x {columns} pixels"
+
+    def sheet(self) -> np.ndarray:
+        """A row for each image: as it was with what is drawn anew in gray, and its edits."""
+        K, rows, columns = self.mask_KHW.shape
+        shown = np.full((K, rows, columns, self.image_NHW3.shape[-1]), 255, np.uint8)
+        at = self._at()
+        shown[:, at[0], at[1]] = self.original_KHW3
+        # half way to gray: what is under the mask is seen, and that it goes
+        veiled = (shown.astype(np.uint16) + 3 * 160) // 4
+        shown = np.where(self.mask_KHW[..., None], veiled, shown).astype(np.uint8)
+        edits = self.image_NHW3.reshape(K, -1, *self.image_NHW3.shape[1:])
+        both = np.concatenate([shown[:, None], edits], axis=1)
+        scale = max(1, 64 // rows)
+        return image_grid.grid(both.reshape(-1, *both.shape[2:]), both.shape[1], scale=scale)
+
+    def _at(self) -> tuple[slice, slice]:
+        """Where the image lies on what was drawn: where the mask begins to have pixels to keep."""
+        H, W = self.original_KHW3.shape[1:3]
+        if self.mask_KHW.shape[1:] == (H, W):
+            return slice(None), slice(None)
+        kept_HW = ~self.mask_KHW[0]
+        top, left = (int(kept_HW.any(1 - axis).argmax()) for axis in (0, 1))
+        return slice(top, top + H), slice(left, left + W)
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        sheet = self.sheet()
+        image_grid.to_pil(sheet[None])[0].save(file, "PNG")
+        return file.getvalue()
+
+
+def edit(
+    model: redrawing.Model,
+    image_KHW3: np.ndarray,
+    settings: Settings,
+    cond: PyTree,
+    *,
+    what: str = "",
+) -> Edits:
+    """Draws of images; `cond` leads with the images, `what` names a progress bar."""
+    number, size = settings.number, image_KHW3.shape[1:3]
+    source_N = np.repeat(np.arange(len(image_KHW3)), number)
+    index_N = np.tile(np.arange(number), len(image_KHW3))
+    feather = settings.feather
+    feather = max(1.0, min(size) / 32) if feather is None else feather
+    how = redrawing.How(settings.seed, settings.particles, settings.batch, what)
+    cond = jax.tree.map(lambda leaf: np.asarray(leaf)[source_N], cond)
+    mask_KHW, tokens_NLG = np.ones(image_KHW3.shape[:3], bool), None
+    if settings.mode == "mask":
+        mask_KHW = masks(settings.mask, image_KHW3)
+        asked = (image_KHW3[source_N], mask_KHW[source_N], cond, index_N, how)
+        tokens_NLG, image_NHW3 = redrawing.redraw(model, *asked, feather=feather)
+    elif settings.mode == "grow":
+        added = growing.margins(settings.grow)
+        around = (added[:2], added[2:])
+        mask_KHW = np.pad(~mask_KHW, ((0, 0), *around), constant_values=True)
+        asked = (image_KHW3[source_N], added, cond, index_N, how)
+        image_NHW3 = growing.grow(model, *asked, feather=feather)
+    else:
+        tokens_KLG = coding.encode(model.encoder, image_KHW3, batch=settings.batch)
+        if settings.mode == "scales":
+            varying.check_scales(model.generator, settings.scales)
+            kept_L = varying.prefix(model.generator.layout, settings.scales)
+            free_KL = np.repeat(~kept_L[None], len(tokens_KLG), axis=0)
+        else:
+            own = jax.tree.map(lambda leaf: leaf[::number], cond)
+            free_KL = varying.freed(model, tokens_KLG, own, settings.strength, batch=settings.batch)
+        asked = (tokens_KLG[source_N], free_KL[source_N], cond, index_N, how)
+        tokens_NLG, image_NHW3 = redrawing.draw(model, *asked)
+    return Edits(image_NHW3, tokens_NLG, source_N, image_KHW3, mask_KHW)
+
+
+def masks(mask: Any, image_KHW3: np.ndarray) -> np.ndarray:
+    """[K, H, W] of a region for all images, or of a list or array with one for each."""
+    K, size = len(image_KHW3), image_KHW3.shape[1:3]
+    several = isinstance(mask, list | tuple) or (isinstance(mask, np.ndarray) and mask.ndim == 3)
+    if not several:
+        return np.repeat(regions.region(mask, size)[None], K, axis=0)
+    if len(mask) != K:
+        raise UserError(
+            f"a mask for all images is needed, or one for each of {K}; found {len(mask)}"
+        )
+    return np.stack([regions.region(one, size) for one in mask])
