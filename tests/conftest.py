@@ -19,6 +19,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # flight take each other's threads and wait for ever (jax 0.10.2 on 2 cores: a loop over a sharded
 # step aborts after 40 s); four per device were never seen to.
 os.environ.setdefault("NPROC", str(4 * DEVICES))
+# numpy's matrices are small here. OpenBLAS' threads, in each worker as many as cores, wait for each
+# other in loops: tests of scores take 2.5 times the CPU time.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # One folder per environment: an entry does not outlive the jax that wrote it.
 if sys.prefix != sys.base_prefix:
     CACHE = pathlib.Path(sys.prefix) / "cache"

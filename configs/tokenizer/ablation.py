@@ -21,6 +21,10 @@ weights of its own losses, and the width of the layer that leads to it.
 | multiscale_vq | 850 (85 tokens) | arXiv:2404.02905 |
 | multiscale_fsq | 847 (85 tokens) | the same pyramid around FSQ |
 | gaussian | continuous, 4 numbers per position | arXiv:1312.6114 |
+
+| variant | devices | mesh, strategy | a device holds | a step at least |
+|---|---|---|---|---|
+| fsq | h100:1 | 1,1,1 data | 28.38 MB | 0.00744 ms |
 """
 
 from ml_collections import ConfigDict

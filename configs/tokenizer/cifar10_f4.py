@@ -9,6 +9,10 @@ for 20 minutes of CPU; for larger images change `view.size` and add widths. FSQ 
 codebooks of 1,024), `gan` (a PatchGAN discriminator for the second half), `pyramid` (residual
 tokens on grids of 1, 2, 4 and 8 with one codebook of 512, for next-scale generators;
 arXiv:2404.02905).
+
+| variant | devices | mesh, strategy | a device holds | a step at least |
+|---|---|---|---|---|
+| | h100:1 | 1,1,1 data | 28.38 MB | 0.00744 ms |
 """
 
 from tokgen.config import reading

@@ -5,6 +5,11 @@
 FSQ (arXiv:2309.15505) with 240 codes; an encoder that sees 4 x 4 pixels at a time and a decoder
 that looks around. Variants: `vq`, `ema` (learned codebooks of 256), `hard` (freer shapes),
 `pyramid` (residual tokens on grids of 1, 2, 4 and 8, for next-scale generators; arXiv:2404.02905).
+
+| variant | devices | mesh, strategy | a device holds | a step at least |
+|---|---|---|---|---|
+| | h100:1 | 1,1,1 data | 9.928 MB | 0.00128 ms |
+| pyramid | v5e:2x2 | 4,1,1 data | 11.16 MB | 0.0119 or 0.0217 ms |
 """
 
 from ml_collections import ConfigDict

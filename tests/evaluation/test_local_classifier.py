@@ -58,7 +58,7 @@ def test_classifier_of_photographs_learns_is_kept_and_belongs_to_its_images(
     photographs, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("TOKGEN_CACHE", str(tmp_path))
-    recipe = dataclasses.replace(local_classifier.PHOTOGRAPHS, steps=30, batch=8, ema=0.5)
+    recipe = dataclasses.replace(local_classifier.PHOTOGRAPHS, steps=12, batch=8, ema=0.5)
     first = local_classifier.of_photographs(photographs, (16, 16), recipe=recipe)
     held_out = folder.Source(photographs, split="held_out")
     image_NHW3 = np.stack([pixels.decode(held_out[i]["image"], 3) for i in range(4)])

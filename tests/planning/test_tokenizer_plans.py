@@ -97,7 +97,7 @@ def test_a_stage_on_codes_is_planned_with_its_teacher(capsys):
         recipes.read(titok)
     recipe = recipes.read(
         *(titok, ("batch_size=8", "encoder.depth=1", "decoder.codes.depth=1", *TITOK)),
-        tokenizer="configs/tokenizer/maskgit_vqgan.py",
+        tokenizer="configs/tokenizer/photographs.py:maskgit",  # as many codes, fewer layers
     )
     names = {kind.name: kind.count for kind in recipe.kinds}
     assert set(names) == {
@@ -111,9 +111,12 @@ def test_a_stage_on_codes_is_planned_with_its_teacher(capsys):
     assert "teacher" in codes.step.frozen
 
 
-def test_a_mesh_without_room_is_refused_after_what_is_known_of_it(capsys, monkeypatch):
+def test_a_mesh_without_room_is_refused_after_what_is_known_of_it(gan, capsys, monkeypatch):
     monkeypatch.setattr(plan, "ROOM", 2e-3)
     path, overrides = GAN
+    told = {"tokenizer": "", "classes": None}
+    known = {repr((path, list(overrides), told)): gan}  # read anew, it is traced anew
+    monkeypatch.setattr(recipes, "read", lambda *given, **how: known[repr((*given, how))])
     words = [word for each in overrides for word in ("--set", each)]
     code = command_line.call(
         "plan", path, "--devices", "v5e:2x2", "--mesh=4,1,1", "--estimate", *words
