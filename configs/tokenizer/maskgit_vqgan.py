@@ -10,6 +10,10 @@ DIR is ImageNet as class folders in `train` and `val`; FILE see docs/data.md.
 | 256 | 256 | 16 x 16 | 1,024 | 54,515,587 (54.5M) | 2.28 |
 | 512 | 512 | 32 x 32 | 1,024 | 54,515,587 (54.5M) | 1.97 |
 
+| variant | devices | mesh, strategy | a device holds | a step at least |
+|---|---|---|---|---|
+| 256 | v5e:8x8 | 64,1,1 data | 8.808 GB | 26.7 or 33.6 ms |
+
 Measured here: not trained at full size.
 
 No trainer was published, only its configuration. It names neither the weight of the squared error

@@ -13,6 +13,10 @@ photographs (published: 100 million); VGG and LINEAR see docs/data.md.
 | pretrain_262144 | 256 | 16 x 16 | 2^18 | 115,127,829 (115M) | 1.67 |
 | pretrain_16384 | 256 | 16 x 16 | 2^14 | 115,094,033 (115M) | 2.55 |
 
+| variant | devices | mesh, strategy | a device holds | a step at least |
+|---|---|---|---|---|
+| in256 | a100:4x8 | 32,1,1 data | 16.62 GB | 48.6 or 50.9 ms |
+
 Measured here: not trained at full size.
 
 Images are resized by a bicubic filter, there by a bilinear one; the average of the weights has a

@@ -17,6 +17,10 @@ and no recipe: those are in the files named after the systems.
 | magvit2 | 16 x 16 | 2^18 bits | Open-MAGVIT2 |
 | ibq | 16 x 16 | 1,024 by their products | VQGAN with attention |
 | var | 680 on ten grids | 4,096 | VQGAN with attention |
+
+| variant | devices | mesh, strategy | a device holds | a step at least |
+|---|---|---|---|---|
+| taming | h100:1 | 1,1,1 data | 432.6 MB | 0.0512 ms |
 """
 
 from ml_collections import ConfigDict

@@ -17,6 +17,10 @@ ViT-L/14-336 text tower for every image. VGG, LINEAR and FILE see docs/data.md.
 | bl64_vae | 64 | 16 numbers | 390,284,404 (390M) | 1.47 |
 | sl128_vae | 128 | 16 numbers | 330,275,188 (330M) | 0.90 |
 
+| variant | devices | mesh, strategy | a device holds | a step at least |
+|---|---|---|---|---|
+| bl64_vq | a100:4x8 | 32,1,1 data | 16.75 GB | 36.9 or 44.5 ms |
+
 Measured here: not trained at full size.
 
 bfloat16, there float16. The decoder starts as the encoder does, there from PyTorch's defaults.

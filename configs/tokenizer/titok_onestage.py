@@ -15,6 +15,10 @@ DIR is ImageNet as class folders in `train` and `val`; VGG, LINEAR and FILE see 
 | bl64_vae_c16 | 64 | 16 numbers | 389,418,100 (389M) | 1.25 |
 | bl128_vae_c16 | 128 | 16 numbers | 389,581,940 (390M) | 0.84 |
 
+| variant | devices | mesh, strategy | a device holds | a step at least |
+|---|---|---|---|---|
+| bl128_vq8k | a100:4x8 | 32,1,1 data | 16.87 GB | 37.2 or 44.8 ms |
+
 Measured here: not trained at full size.
 
 Only the configurations with text (`tatitok.py`) were published; these follow them. bfloat16, there
