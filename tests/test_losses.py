@@ -175,6 +175,33 @@ def test_consistency_is_a_mean_square():
     np.testing.assert_allclose(losses.consistency(REAL, FAKE), np.square(REAL - FAKE).mean())
 
 
+def test_consistency_asks_for_no_look_twice(key):
+    """Each image is seen once in each of its two ways, and trains by both."""
+    image, reconstructed = pair(key)
+    asked = []
+
+    def look(name, factor):
+        def seen(image_BHW3):
+            asked.append(name)
+            return factor * image_BHW3.mean(-1)
+
+        return seen
+
+    once = look("real", 1.0), look("fake", 2.0)
+    again = look("real again", 1.5), look("fake again", 3.0)
+    total, seen = losses.discriminator_loss(
+        *(once[0], image, reconstructed),
+        on_fake=once[1],
+        again=again,
+        consistency_weight=4.0,
+    )
+    assert sorted(asked) == ["fake", "fake again", "real", "real again"]
+    real, fake = ((2 * each - 1).mean(-1) for each in (image, reconstructed))
+    wanted = jnp.mean((0.5 * real) ** 2) + jnp.mean(fake**2)
+    np.testing.assert_allclose(seen["consistency"], wanted, rtol=1e-5)
+    np.testing.assert_allclose(total, seen["discriminator_loss"] + 4 * wanted, rtol=1e-5)
+
+
 def linear(params):
     return lambda image_BHW3: jnp.tanh(jnp.einsum("BHWC,C->BHW", image_BHW3, params) - 0.3)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 from jax.extend import core as extended
+from jax.interpreters import partial_eval
 
 # Scopes of a training step whose operations are no model's: what a backward pass computes again
 # (jax's name for it), the optimizer's own products, a quantizer's or discriminator's upkeep.
@@ -32,7 +33,12 @@ def of_training(step: jax.stages.Wrapped, *arguments) -> float:
     Without what stands in a scope of `BESIDE`: the same step under another policy of remat has the
     same. `step` is traced, and not again when it is called with the same.
     """
-    return products(step.trace(*arguments).jaxpr.jaxpr, BESIDE)
+    return products(live(step.trace(*arguments).jaxpr.jaxpr), BESIDE)
+
+
+def live(jaxpr: extended.Jaxpr) -> extended.Jaxpr:
+    """A jaxpr of the same arguments without what nothing reads, which a compiler drops."""
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
 
 
 def products(jaxpr: extended.Jaxpr, beside: Sequence[str] = ()) -> float:

@@ -6,7 +6,7 @@ names the adversarial pair; where systems differ by a factor, the name says so o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -129,12 +129,16 @@ def discriminator_loss(
     lecam: str = "means",
     lecam_weight: float = 0.0,
     r1_weight: float = 0.0,
+    again: Sequence[Callable] = (),
+    consistency_weight: float = 0.0,
 ) -> tuple[Array, dict[str, Array]]:
     """(loss of the discriminator, its terms). The tokenizer gets no gradient: it is cut here.
 
     `averages` are those before the step; the caller moves them by `moved(averages,
     seen["logits_real"], seen["logits_fake"])`. A weight of zero leaves its term out. Where the
-    discriminator sees images at random, `on_fake` is how it sees the reconstructions.
+    discriminator sees images at random, `on_fake` is how it sees the reconstructions, and `again`
+    how it sees images and reconstructions another time; "discriminator_loss" among the terms is
+    without their consistency.
     """
     reconstruction_BHW3 = jax.lax.stop_gradient(reconstruction_BHW3)
     real = discriminator(2 * image_BHW3 - 1)
@@ -149,7 +153,14 @@ def discriminator_loss(
     if r1_weight > 0:
         seen["r1"] = r1(discriminator, image_BHW3)
         total = total + r1_weight * seen["r1"]
-    return total, {"discriminator_loss": total, **seen}
+    seen = {"discriminator_loss": total, **seen}
+    if consistency_weight > 0:
+        pairs = zip((real, fake), again, (image_BHW3, reconstruction_BHW3), strict=True)
+        seen["consistency"] = sum(
+            consistency(logits, view(2 * image - 1)) for logits, view, image in pairs
+        )
+        total = total + consistency_weight * seen["consistency"]
+    return total, seen
 
 
 def adversarial(discriminator: Callable, reconstruction_BHW3: Array, *, loss: str) -> Array:

@@ -96,6 +96,22 @@ def test_readouts_follow_the_written_out_transformer(discriminator):
             np.testing.assert_allclose(found[level][number], readout, rtol=1e-4, atol=1e-5)
 
 
+def test_but_on_a_cpu_a_deeper_trunk_is_no_larger_program(discriminator):
+    """Blocks between two readouts are a loop there, and give the same."""
+    x_BLD = jnp.asarray(_image(7, 2, 5, 6))
+    blocks = tuple(discriminator.trunk.blocks)
+    in_turn, stacked = (jax.jit(way)(x_BLD, blocks) for way in (dino._in_turn, dino._stacked))
+    np.testing.assert_allclose(stacked, in_turn, rtol=1e-5, atol=1e-6)
+
+    def lines(depth):
+        make = lambda: dino.ViT(8, 4, 6, depth, 2, (depth - 1,), rngs=nnx.Rngs(0))  # noqa: E731
+        run = jax.jit(dino.ViT.__call__).trace(nnx.eval_shape(make), jnp.ones((1, 8, 8, 3)))
+        text = run.lower(lowering_platforms=("tpu",)).as_text()
+        return text.count("dot_general")
+
+    assert lines(4) == lines(2) > 0
+
+
 def test_the_trunk_has_as_many_numbers_as_published():
     trunk = nnx.eval_shape(lambda: dino.ViT(rngs=rng.rngs(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(trunk)) == 21_665_664

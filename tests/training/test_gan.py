@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from tokgen import interfaces, losses, parameters, rng
+from tokgen import flops, interfaces, losses, parameters, rng
 from tokgen.config import building, reading
 from tokgen.discriminators import augment, feature_heads, patchgan, stylegan
 from tokgen.training import (
@@ -51,10 +51,15 @@ def weight(gan, step, total=100):
         return ({"decoder": {"conv_out": {"kernel": kernel}}},)
 
     ramp = gans.ramp(gan, 1.0, jnp.asarray(step), total)
-    found, value = gans.combined(gan, ramp, gans.pulled(gan, ramp, pull))
-    kernel = found["decoder"]["conv_out"]["kernel"]
-    np.testing.assert_allclose(kernel, gradients[0] + value * gradients[1], rtol=1e-6)
-    return float(value)
+    image = jnp.float32(1)
+    ways = [gans.at_once(gan, ramp, pull, image)]
+    if gan.limit > 0:
+        ways.append(gans.combined(gan, ramp, *gans.apart(pull, image)))
+    for found, value in ways:
+        kernel = found["decoder"]["conv_out"]["kernel"]
+        np.testing.assert_allclose(kernel, gradients[0] + value * gradients[1], rtol=1e-6)
+    assert len({float(value) for _, value in ways}) == 1
+    return float(ways[0][1])
 
 
 def test_the_weight_of_the_adversarial_term():
@@ -426,6 +431,27 @@ def test_a_step_against_the_discriminator(match, first, limit, monkeypatch):
     }
     assert all(np.isfinite(value) for value in scalars.values()) and tokens.shape == (4, 4, 1)
     assert after["model"].step == after["discriminator"].step == 1
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_adaptive_weight_costs_no_second_pass_backwards(match, parts, monkeypatch):
+    """But the last layer's: only gradients that are averaged over parts are taken apart."""
+    settings, network, graphs, networks, batch = match
+    monkeypatch.setattr(stages, "optimizer", lambda settings, stage: PLAIN)
+    settings = ml_collections.ConfigDict({**settings, "accumulate": parts})
+    (stage,) = stages.plan(settings)
+
+    def operations(limit):
+        gan = gans.GAN(weight=0.7, limit=limit, network=network)
+        step = tokenizer_step.adversarial_step(settings, gan, graphs, PLAIN, stage, strength=1.0)
+        return flops.of_training(step, networks, batch, {})
+
+    made = parameters.merge(graphs["model"], networks["model"].params, networks["model"].stats)
+    last = flops.of(
+        type(made.decoder.conv_out).__call__, made.decoder.conv_out, jnp.ones((4, 2, 2, 8))
+    )
+    more = operations(1e4) - operations(0.0)
+    assert more == 2 * last if parts == 1 else more > 2 * last
 
 
 def test_before_the_adversarial_term_begins_only_the_discriminator_learns(match, monkeypatch):

@@ -5,6 +5,7 @@ Its arrays are Statistics: a discriminator that looks through it saves them and 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -83,6 +84,18 @@ class Block(nnx.Module):
         return slots | weights.affine(f"{key}.mlp.fc2", self.down)
 
 
+def _in_turn(x_BLD: jax.Array, blocks: Sequence[Block]) -> jax.Array:
+    for block in blocks:
+        x_BLD = block(x_BLD)
+    return x_BLD
+
+
+def _stacked(x_BLD: jax.Array, blocks: Sequence[Block]) -> jax.Array:
+    """As `_in_turn`; all blocks compile as one."""
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    return jax.lax.scan(lambda x_BLD, block: (block(x_BLD), None), x_BLD, stack)[0]
+
+
 class Patches(nnx.Module):
     """image [B, H, W, 3] -> [B, L, D], one linear map of each patch."""
 
@@ -145,10 +158,11 @@ class ViT(nnx.Module):
         positions = self.positions[...]
         x = jnp.concatenate([token_B1D, patches_BLD], 1) + positions
         readouts = [x[:, 1:] + x[:, :1]]
-        for number, block in enumerate(self.blocks):
-            x = block(x)
-            if number in self.levels:
-                readouts.append(x[:, 1:] + x[:, :1])
+        for first, last in itertools.pairwise((-1, *self.levels)):
+            span = tuple(self.blocks[first + 1 : last + 1])
+            # a CPU would copy the weights
+            x = jax.lax.platform_dependent(x, span, cpu=_in_turn, default=_stacked)
+            readouts.append(x[:, 1:] + x[:, :1])
         return tuple(readouts)
 
     def slots(self) -> dict[str, weights.Slot]:

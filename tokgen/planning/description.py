@@ -59,7 +59,7 @@ def lines(
     if compile and devices.tpu:
         yield ""
         try:
-            made = plan.compiled(recipe.dearest.step, choice, devices)
+            made = plan.compiled(recipe.dearest.step, choice, devices, recipe.effort)
         except RuntimeError as error:  # the compiler's
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

@@ -233,9 +233,9 @@ def told(sizes: Sequence[int]) -> str:
     return ", ".join(f"{axis} {size}" for axis, size in zip(sharding.AXES, sizes, strict=True))
 
 
-def compiled(step: steps.Step, choice: Choice, devices: planned.Devices):
-    """The step, compiled for a TPU's topology that is not here."""
+def compiled(step: steps.Step, choice: Choice, devices: planned.Devices, effort: float = 0.0):
+    """The step, compiled for a TPU's topology that is not here; `effort` as a recipe has it."""
     mesh = sharding.make_mesh(*choice.sizes, devices=planned.described(devices))
     with jax.set_mesh(mesh):
         lowered = step.compiled(choice.strategy).lower(*step.over(mesh, choice.strategy))
-        return lowered.compile()
+        return lowered.compile({"exec_time_optimization_effort": effort} if effort else None)

@@ -78,6 +78,15 @@ class Recipe:
         return dataclasses.replace(self, kinds=tuple(kind.on(platform) for kind in self.kinds))
 
     @property
+    def effort(self) -> float:
+        """Of libtpu to make the step quick, from -1 to 1, its usual being 0.
+
+        It spends seconds on every convolution, of which a tokenizer's step has hundreds. What it
+        leaves undone is to keep some arrays in a chip's fast memory: the large one holds them, too.
+        """
+        return 0.0 if "generator" in self.settings else -1.0
+
+    @property
     def kept_whole(self) -> tuple[str, ...]:
         """Fields `remat` that may yet be "full": the backward pass would keep less."""
         sections = {"generator": self.settings.get("generator")}

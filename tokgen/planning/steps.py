@@ -14,7 +14,7 @@ import jax
 import ml_collections
 from flax import nnx
 
-from tokgen import parameters, rng, sharding
+from tokgen import flops, parameters, rng, sharding
 from tokgen.config import building
 from tokgen.interfaces import PyTree, TokenLayout
 from tokgen.nn import precision
@@ -70,7 +70,11 @@ class Step:
     def traced(self) -> Any:
         """The jaxpr of the step on one device that has all images."""
         with jax.sharding.use_abstract_mesh(sharding.on_paper(self.platform)):
-            return jax.make_jaxpr(self.compiled("data"))(self.state, self.batch, self.frozen).jaxpr
+            made = jax.make_jaxpr(self.compiled("data"))(self.state, self.batch, self.frozen).jaxpr
+        (call,) = made.eqns
+        body = call.params["jaxpr"]
+        inner = body.replace(jaxpr=flops.live(body.jaxpr))
+        return made.replace(eqns=[call.replace(params=call.params | {"jaxpr": inner})])
 
     def read(self, arguments: tuple) -> tuple:
         """Of (state, batch, frozen) what the step reads: a compiler drops the rest."""

@@ -216,8 +216,11 @@ def descended(
     key: Array,
 ) -> tuple[Array, dict[str, Array]]:
     """(weighted loss of the discriminator, its terms)."""
-    on_real, _ = views(discriminator, gan, rng.use(key, rng.REAL))
-    on_fake, _ = views(discriminator, gan, rng.use(key, rng.FAKE))
+    sides = rng.REAL, rng.FAKE
+    (on_real, on_fake), again = (
+        [views(discriminator, gan, rng.use(each, side))[0] for side in sides]
+        for each in (key, rng.use(key, rng.AGAIN))
+    )
     total, seen = losses.discriminator_loss(
         on_real,
         image_BHW3,
@@ -228,15 +231,9 @@ def descended(
         lecam=gan.lecam_form,
         lecam_weight=gan.lecam,
         r1_weight=gan.r1,
+        again=again,
+        consistency_weight=gan.consistency,
     )
-    if gan.consistency > 0:
-        seen["consistency"] = 0.0
-        sides = (on_real, rng.REAL, image_BHW3), (on_fake, rng.FAKE, reconstruction_BHW3)
-        for once, side, image in sides:
-            again, _ = views(discriminator, gan, rng.use(rng.use(key, rng.AGAIN), side))
-            apart = losses.consistency(once(2 * image - 1), again(2 * image - 1))
-            seen["consistency"] += apart
-        total = total + gan.consistency * seen["consistency"]
     return gan.loss_weight * total, seen
 
 
@@ -270,37 +267,47 @@ def ramp(gan: GAN, strength: float, step: Array, total: int) -> Array:
     return strength * jnp.where(step >= begin, share, 0.0)
 
 
-def pulled(gan: GAN, ramp: Array, pull: Callable) -> tuple[PyTree, ...]:
-    """Gradients of reconstruction and adversarial loss; where the weight is constant, of their sum.
-
-    `pull` is `jax.vjp`'s, of the pair of losses. A constant weight is known before the gradients,
-    so one pass backwards does.
-    """
-    if gan.limit == 0:
-        return pull((1.0, gan.weight * ramp))
-    return *pull((1.0, 0.0)), *pull((0.0, 1.0))
+# (cotangent of the reconstruction's loss, that of the image) -> (gradient of the parameters,)
+Pull = Callable[[tuple[Array, Array]], tuple[PyTree]]
 
 
-def combined(gan: GAN, ramp: Array, pulls: tuple[PyTree, ...]) -> tuple[PyTree, Array]:
-    """(gradient of reconstruction + weight * adversarial loss, that weight), of what is `pulled`.
+def at_once(gan: GAN, ramp: Array, pull: Pull, image_BHW3: Array) -> tuple[PyTree, Array]:
+    """(gradient of reconstruction + weight * adversarial loss, that weight).
 
         weight = ramp * gan.weight * adaptive
 
     `adaptive` compares both gradients at the decoder's last layer (`losses.adaptive_weight`), or is
-    1 where `gan.limit` is 0.
+    1 where `gan.limit` is 0. `image_BHW3` is the adversarial loss's gradient at the image. The
+    whole network is passed backwards once: of `apart` nothing is computed but the last layer.
     """
-    if gan.limit == 0:
-        return pulls[0], gan.weight * ramp
-    reconstruction, adversarial = pulls
-    adaptive = losses.adaptive_weight(
-        last_layer(reconstruction),
-        last_layer(adversarial),
-        limit=gan.limit,
-        floor=gan.floor,
-        epsilon=gan.epsilon,
-    )
-    weight = jnp.where(ramp > 0, gan.weight * adaptive * ramp, 0.0)
+    weight = gan.weight * ramp
+    if gan.limit > 0:
+        weight = weighed(gan, ramp, *map(last_layer, apart(pull, image_BHW3)))
+    return *pull((jnp.float32(1), weight * image_BHW3)), weight
+
+
+def apart(pull: Pull, image_BHW3: Array) -> tuple[PyTree, PyTree]:
+    """Gradients of reconstruction and adversarial loss, each for itself: two passes backwards.
+
+    So they are averaged over parts of a batch, whose weight is known after the last of them.
+    """
+    return *pull((jnp.float32(1), jnp.zeros_like(image_BHW3))), *pull((jnp.float32(0), image_BHW3))
+
+
+def combined(
+    gan: GAN, ramp: Array, reconstruction: PyTree, adversarial: PyTree
+) -> tuple[PyTree, Array]:
+    """As `at_once`, of gradients that were taken `apart`."""
+    weight = weighed(gan, ramp, last_layer(reconstruction), last_layer(adversarial))
     return jax.tree.map(lambda a, b: a + weight * b, reconstruction, adversarial), weight
+
+
+def weighed(gan: GAN, ramp: Array, reconstruction: Array, adversarial: Array) -> Array:
+    """The adaptive weight of gradients at the decoder's last layer."""
+    adaptive = losses.adaptive_weight(
+        reconstruction, adversarial, limit=gan.limit, floor=gan.floor, epsilon=gan.epsilon
+    )
+    return jnp.where(ramp > 0, gan.weight * adaptive * ramp, 0.0)
 
 
 def last_layer(gradients: PyTree) -> Array:

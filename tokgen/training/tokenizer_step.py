@@ -241,6 +241,8 @@ def adversarial_step(
     optimizer, objective = stages.optimizer(settings, stage), OBJECTIVES[stage.objective]
     weights, graph = {**settings.loss, **stage.loss}, graphs["model"]
     parts = dict(parts=settings.get("accumulate", 1), strategy=settings.strategy)
+    # the weight of gradients that are compared is known when those of all parts are
+    in_parts = parts["parts"] > 1 and gan.limit > 0
     discriminate = gans.discriminator_step(
         gan, graphs["discriminator"], discriminator_optimizer, **parts
     )
@@ -279,21 +281,28 @@ def adversarial_step(
             played = rng.use(rng.use(key, rng.DISCRIMINATOR), rng.TOKENIZER)
             _, logits_of = gans.views(network, gan, played)
 
-            def pair(params):
+            def shown(params):
                 total, aux = reconstructed(params, batch, key)
-                return (total, losses.adversarial(logits_of, aux[1], loss=gan.generator_loss)), aux
+                return (total, aux[1]), aux
 
-            (total, generator_loss), pull, aux = jax.vjp(pair, params, has_aux=True)
-            latents_BPC, fake_BHW3, terms, tokens_BLG = aux
-            rows = latents_BPC, fake_BHW3, tokens_BLG
-            return gans.pulled(gan, ramp, pull), (total + generator_loss, terms), rows
+            def played(fake_BHW3):
+                return losses.adversarial(logits_of, fake_BHW3, loss=gan.generator_loss)
+
+            (total, fake_BHW3), pull, aux = jax.vjp(shown, params, has_aux=True)
+            generator_loss, at_image_BHW3 = jax.value_and_grad(played)(fake_BHW3)
+            latents_BPC, _, terms, tokens_BLG = aux
+            if in_parts:
+                pulls = gans.apart(pull, at_image_BHW3)
+            else:
+                pulls = gans.at_once(gan, ramp, pull, at_image_BHW3)
+            return pulls, (total + generator_loss, terms), (latents_BPC, fake_BHW3, tokens_BLG)
 
         pulls, (total, terms), (latents_BPC, fake_BHW3, tokens_BLG) = accumulation.averaged(
             *(of_part, model.params, batch, key),
             **parts,
-            like=(model.params,) * (1 if gan.limit == 0 else 2),
+            like=(model.params, model.params if in_parts else ramp),
         )
-        gradients, weight = gans.combined(gan, ramp, pulls)
+        gradients, weight = gans.combined(gan, ramp, *pulls) if in_parts else pulls
         model, scalars = improved(settings, stage, model, gradients, optimizer, total)
         model = upkept(stage, graph, model, latents_BPC, key)
         if gan.first == "tokenizer":
