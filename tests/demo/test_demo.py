@@ -135,6 +135,7 @@ def test_a_demo_goes_on_where_it_was_stopped_and_of_other_steps_anew(tmp_path, m
     monkeypatch.setattr(demo, "train", train)
     monkeypatch.setattr(demo, "pretokenize", lambda tokenizer, out: out.mkdir(exist_ok=True))
     monkeypatch.setattr(demo, "measure", lambda *words: measured())
+    monkeypatch.setattr(demo.edited, "measure", lambda *words: (measured()[0]["edits"], {}))
 
     def run(steps, stop=(), overwrite=False):
         trained.clear()
