@@ -26,6 +26,9 @@ def place(tmp_path_factory) -> pathlib.Path:
         mask = np.zeros(size, np.uint8)
         mask[:, size[1] // 2 :] = 255
         PIL.Image.fromarray(mask).save(folder / f"{name}-mask.png")
+    PIL.Image.new("L", (32, 32)).save(folder / "black.png")
+    PIL.Image.new("RGBA", (64, 48)).save(folder / "clear.png")
+    (folder / "words.png").write_text("left")
     return folder
 
 
@@ -80,6 +83,43 @@ def test_an_image_of_another_size_is_cut_with_its_mask_when_asked(capfd):
     np.testing.assert_array_equal(pixels("same/large-seed0-001.png"), found)
 
 
+def test_a_photograph_that_lies_on_its_side_is_as_large_as_it_is_seen(capfd):
+    photo = PIL.Image.open("large.png").convert("RGB")
+    exif = photo.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees: 64 rows of 48 columns
+    photo.save("side.jpg", exif=exif)
+    upright = np.zeros((64, 48), np.uint8)
+    upright[:16] = 255
+    PIL.Image.fromarray(upright).save("side-mask.png")
+    words = edit("side.jpg", "--mask", "side-mask.png", "--label", 2)
+    assert "64 x 48 in side.jpg" in refused(capfd, *words, "--out", "side")
+    assert call(*words, "--fit", "--out", "side") == 0
+    fitted = tokgen.load("runs/generator").fit("side.jpg")[0]
+    changed = (pixels("side/side-seed0-000.png") != fitted).any((1, 2))
+    assert changed[:5].any() and not changed[6:].any()  # 16 rows, less what is cut, of 48
+
+
+def test_images_of_one_name_keep_their_edits_apart():
+    folders = ["a", "b"]
+    for folder in folders:
+        pathlib.Path(folder).mkdir()
+        PIL.Image.open("one.png").save(f"{folder}/one.png")
+    PIL.Image.open("two.png").save("one-1.png")
+    words = edit("a/one.png", "b/one.png", "one-1.png", "--mask", "left", "--label", 2)
+    assert call(*words, "--out", "apart") == 0
+    files = json.loads(pathlib.Path("apart", "edit.json").read_text())["edits"]
+    assert len(set(files)) == 6 == len(list(pathlib.Path("apart").glob("*-seed0-*.png")))
+    np.testing.assert_array_equal(pixels(f"apart/{files[-1]}")[:, 16:], pixels("two.png")[:, 16:])
+
+
+def test_a_mask_is_not_overwritten_by_what_is_made_with_it(capfd):
+    assert call(*edit("one.png", "--mask", "left", "--label", 2), "--out", "mine") == 0
+    PIL.Image.open("one-mask.png").save("mine/mask.png")
+    words = edit("one.png", "--mask", "mine/mask.png", "--label", 2)
+    assert "holds what the command reads" in refused(capfd, *words, "--out", "mine", "--overwrite")
+    assert pathlib.Path("mine/mask.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -90,6 +130,9 @@ def test_an_image_of_another_size_is_cut_with_its_mask_when_asked(capfd):
         (("runs/generator", "one.png", "--mask", "left"), "found a folder"),
         (("one.png", "--mask", "large-mask.png"), "32 x 32"),
         (("one.png", "--mask", "middle"), "no file"),
+        (("one.png", "--mask", "black.png"), "found none in black.png"),
+        (("one.png", "--mask", "words.png", "--fit"), "words.png cannot be read as an image"),
+        (("one.png", "--mask", "clear.png", "--fit"), "with transparency in clear.png"),
         (("one.png", "--mask", "left", "--label", "teapot"), "teapot"),
         (("one.png", "--mask", "left"), "class of each image is needed"),
         (("one.png", "--strength", "0.5", "--feather", "3"), "--feather"),

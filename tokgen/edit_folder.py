@@ -12,7 +12,7 @@ from PIL import Image
 
 from tokgen import image_grid, image_models, output, records, report, runtime
 from tokgen.checkpoints import checkpoint, pulling
-from tokgen.data import datasets, pictures, views
+from tokgen.data import datasets, pictures, pixels, views
 from tokgen.editing import edits, regions
 from tokgen.errors import UserError
 from tokgen.sampling import presets
@@ -64,6 +64,8 @@ def write(settings: Settings, out: str | os.PathLike, *, overwrite: bool = False
     """
     check_write(settings, out, overwrite=overwrite)
     inputs = (settings.generator, settings.tokenizer, settings.text, *settings.images)
+    files = (settings.edit.mask, settings.edit.ranking.by)  # or words
+    inputs += tuple(file for file in files if file and os.path.isfile(file))
     with output.folder(out, records=RECORDS, overwrite=overwrite, inputs=inputs) as place:
         runtime.devices()
         how = dict(tokenizer=settings.tokenizer, precision=settings.precision)
@@ -79,12 +81,9 @@ def write(settings: Settings, out: str | os.PathLike, *, overwrite: bool = False
             rank=asked.ranking.by,
             **dataclasses.asdict(choice),
         )
-        number, files = asked.number, []
+        number, files, stems = asked.number, [], _stems(settings.images)
         for i, (source, image_HW3) in enumerate(zip(found.source_N, found.image_NHW3, strict=True)):
-            stem = pathlib.Path(settings.images[source]).stem
-            twice = [pathlib.Path(image).stem for image in settings.images].count(stem) > 1
-            stem = f"{stem}-{source}" if twice else stem
-            files.append(f"{stem}-seed{asked.seed}-{i % number:03d}.png")
+            files.append(f"{stems[source]}-seed{asked.seed}-{i % number:03d}.png")
             image_grid.save_png(place.path / files[-1], image_HW3)
         image_grid.save_png(place.path / GRID, found.sheet())
         record = {
@@ -110,20 +109,28 @@ def write(settings: Settings, out: str | os.PathLike, *, overwrite: bool = False
     )
 
 
+def _stems(images: tuple[str, ...]) -> list[str]:
+    """A name for each image: its file's, and its number where two are called alike."""
+    stems = [pathlib.Path(image).stem for image in images]
+    if len({stem.casefold() for stem in stems}) == len(stems):
+        return stems
+    return [f"{stem}-{number}" for number, stem in enumerate(stems)]
+
+
 def views_of(model: image_models.ImageGenerator) -> views.View:
     """How its tokenizer sees images."""
     return datasets.view_of(model.tokenizer.config)
 
 
 def _read(settings: Settings) -> list[tuple[int, int]]:
-    """(columns, rows) of the images; UserError where one is none."""
+    """(rows, columns) of the images, upright; UserError where one is none."""
     found = []
     for path in map(pathlib.Path, settings.images):
         if not path.is_file():
             raise UserError(f"an image is needed at {path}; found {_what(path)}")
         try:
             with Image.open(path) as image:
-                found.append(image.size)
+                found.append(pixels.size(image))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{path} cannot be read as an image: {error}") from error
     return found
@@ -133,9 +140,9 @@ def _what(path: pathlib.Path) -> str:
     return "a folder: name its files" if path.is_dir() else "nothing"
 
 
-def _fitted(settings: Settings, view: views.View) -> tuple[np.ndarray, regions.Region | None]:
-    """(uint8 images of the model's size, the mask) as they are, or cut and resized alike."""
-    sizes = [size[::-1] for size in _read(settings)]
+def _fitted(settings: Settings, view: views.View) -> tuple[np.ndarray, np.ndarray | None]:
+    """(uint8 images of the model's size, the mask [H, W]) as they are, or cut and resized alike."""
+    sizes = _read(settings)
     wrong = [i for i, size in enumerate(sizes) if size != tuple(view.size)]
     mask = settings.edit.mask
     if wrong and not settings.fit and settings.edit.scales is None:
@@ -152,19 +159,33 @@ def _fitted(settings: Settings, view: views.View) -> tuple[np.ndarray, regions.R
             f"{len(wrong)} of {len(sizes)} images cut in the middle and resized to "
             f"{view.size[0]} x {view.size[1]} pixels: what is kept is kept of these"
         )
-    if mask is None or not pathlib.Path(mask).is_file():
+    if mask is None:
         return images, mask
-    with Image.open(mask) as image:
-        size = image.size[::-1]
-        if size == tuple(view.size) or not settings.fit:
-            return images, mask
-        if any(size != other for other in sizes):
-            raise UserError(
-                f"a mask must have the size of its image, or of the model's; found {size[0]} x "
-                f"{size[1]} in {mask} for an image of {sizes[0][0]} x {sizes[0][1]}"
-            )
-    gray = dataclasses.replace(view, channels=1)
-    return images, pictures.fitted(mask, gray)[0, ..., 0] > 127
+    if settings.fit and pathlib.Path(mask).is_file():
+        mask_HW = regions.read(mask)
+        if mask_HW.shape != tuple(view.size):
+            mask_HW = _cut(mask_HW, sizes, view, mask)
+        mask = mask_HW
+    mask_HW = regions.region(mask, view.size)
+    if not mask_HW.any():
+        raise UserError(
+            f"a mask is white where pixels are drawn anew; found none in {settings.edit.mask}"
+            + (" once it is cut and resized" if settings.fit else "")
+        )
+    return images, mask_HW
+
+
+def _cut(
+    mask_HW: np.ndarray, sizes: list[tuple[int, int]], view: views.View, path: str
+) -> np.ndarray:
+    """A mask of the size of its images, cut and resized as they are."""
+    if any(mask_HW.shape != size for size in sizes):
+        raise UserError(
+            f"a mask must have the size of its image, or of the model's; found {mask_HW.shape[0]} "
+            f"x {mask_HW.shape[1]} in {path} for an image of {sizes[0][0]} x {sizes[0][1]}"
+        )
+    white_HW1 = np.where(mask_HW, 255, 0).astype(np.uint8)[..., None]
+    return pictures.fitted(white_HW1, dataclasses.replace(view, channels=1))[0, ..., 0] > 127
 
 
 def _labels(settings: Settings, count: int) -> list[str] | str | None:

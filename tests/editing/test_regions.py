@@ -1,5 +1,7 @@
 """Regions: words, boxes, files; the tokens that they free; what is filled, and joined."""
 
+import pathlib
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -29,8 +31,26 @@ def test_a_file_an_image_and_an_array_are_the_same_mask(tmp_path):
     image = PIL.Image.fromarray(mask_HW.astype(np.uint8) * 255)
     image.save(tmp_path / "mask.png")
     image.convert("RGB").save(tmp_path / "colour.png")
-    for mask in (mask_HW, image, tmp_path / "mask.png", str(tmp_path / "colour.png")):
+    image.convert("RGBA").save(tmp_path / "opaque.png")
+    wide = mask_HW * np.uint16(30000) + np.uint16(2000)  # dark and light, of 16 bits
+    PIL.Image.fromarray(wide + mask_HW * np.uint16(30000)).save(tmp_path / "wide.png")
+    files = [tmp_path / f"{name}.png" for name in ("mask", "colour", "opaque", "wide")]
+    for mask in (mask_HW, image, image.convert("RGBA"), *files, str(files[0])):
         np.testing.assert_array_equal(regions.region(mask, (6, 9)), mask_HW)
+
+
+def test_what_is_wrong_with_a_mask_is_said_of_its_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    PIL.Image.new("RGBA", (9, 6)).save("clear.png")
+    PIL.Image.new("L", (6, 9)).save("turned.png")
+    pathlib.Path("words.png").write_text("left")
+    for name, words in {
+        "clear.png": "a mask is white where .* with transparency in clear.png",
+        "turned.png": "a mask must have the size .* found 9 x 6 in turned.png",
+        "words.png": "words.png cannot be read as an image",
+    }.items():
+        with pytest.raises(UserError, match=f"^{words}"):
+            regions.region(name, (6, 9))
 
 
 @pytest.mark.parametrize(

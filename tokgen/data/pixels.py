@@ -40,6 +40,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TURNED = (5, 6, 7, 8)  # by these, columns become rows
 # What PIL's decoders raise on damaged files, besides the OSError they promise.
 _DAMAGE = (
     OSError,
@@ -92,6 +93,12 @@ def picture(
         raise
     except _DAMAGE as error:
         raise BrokenImage(_why(error)) from error
+
+
+def size(image: Image.Image) -> tuple[int, int]:
+    """(rows, columns) of an opened file as `decode` gives it, upright."""
+    columns, rows = image.size
+    return (columns, rows) if _orientation(image) in _TURNED else (rows, columns)
 
 
 def array(image: Image.Image) -> np.ndarray:

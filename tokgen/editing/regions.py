@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from tokgen.data import pixels
 from tokgen.errors import UserError
 from tokgen.interfaces import TokenLayout
 
@@ -59,14 +60,21 @@ def region(mask: Region, size: tuple[int, int]) -> np.ndarray:
                 f"{column + width}"
             )
         return _box(box, size)
-    path = pathlib.Path(text)
+    return _sized(read(text), size, text)
+
+
+def read(path: str | os.PathLike) -> np.ndarray:
+    """[H, W] bool of a mask's file, of any size: half of white is white."""
+    path = pathlib.Path(path)
     if not path.is_file():
-        raise UserError(f"a mask is {FORMS}; found {text!r}, which is no file")
+        raise UserError(f"a mask is {FORMS}; found {os.fspath(path)!r}, which is no file")
     try:
         with Image.open(path) as image:
-            return _array(image, size, str(path))
+            hides = _hides(image)
+        bright_HW1 = pixels.decode(path.read_bytes(), 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
+    return _opaque(bright_HW1, hides, str(path))
 
 
 def _box(box: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:
@@ -77,25 +85,43 @@ def _box(box: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:
 
 
 def _array(mask: np.ndarray | Image.Image, size: tuple[int, int], what: str) -> np.ndarray:
-    """Of an image its brightness; half of white is white."""
     if isinstance(mask, Image.Image):
-        if mask.size != size[::-1]:
-            raise UserError(
-                f"a mask must have the size of its image, {size[0]} x {size[1]} pixels (rows x "
-                f"columns); found {mask.size[1]} x {mask.size[0]} in {what}"
-            )
-        if "A" in mask.getbands() or "transparency" in mask.info:
-            raise UserError(
-                f"a mask is white where pixels are drawn anew and black where they stay; found an "
-                f"image with transparency in {what}: save it without"
-            )
-        mask = np.asarray(mask.convert("L"))
+        try:
+            bright_HW1 = pixels.of_image(mask, 1)
+        except pixels.BrokenImage as error:
+            raise UserError(f"{what}, of PIL mode {mask.mode}, cannot be read: {error}") from error
+        return _sized(_opaque(bright_HW1, _hides(mask), what), size, what)
     if mask.shape != size or mask.dtype not in (np.bool_, np.uint8):
         raise UserError(
             f"a mask must be bool or uint8 [{size[0]}, {size[1]}], as its image; found "
             f"{mask.dtype} {list(mask.shape)}"
         )
     return mask if mask.dtype == bool else mask > 127
+
+
+def _sized(mask_HW: np.ndarray, size: tuple[int, int], what: str) -> np.ndarray:
+    if mask_HW.shape != size:
+        raise UserError(
+            f"a mask must have the size of its image, {size[0]} x {size[1]} pixels (rows x "
+            f"columns); found {mask_HW.shape[0]} x {mask_HW.shape[1]} in {what}"
+        )
+    return mask_HW
+
+
+def _opaque(bright_HW1: np.ndarray, hides: bool, what: str) -> np.ndarray:
+    """Where an image is bright; UserError where its alpha hides some of it."""
+    if hides:
+        raise UserError(
+            "a mask is white where pixels are drawn anew and black where they stay; found an "
+            f"image with transparency in {what}: save it without"
+        )
+    return bright_HW1[..., 0] > 127
+
+
+def _hides(image: Image.Image) -> bool:
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return False
+    return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
 
 
 def free(mask_NHW: np.ndarray, layout: TokenLayout) -> np.ndarray:
