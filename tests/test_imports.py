@@ -30,10 +30,10 @@ LAYERS = (
     ("training",),
     ("planning",),
     ("evaluation",),
-    ("demo", "samples", "tokens"),
+    ("samples", "tokens"),
     ("editing",),
     ("image_models", "sample_folder"),
-    ("edit_folder",),
+    ("demo", "edit_folder"),
     ("commands", "train_tokenizer", "train_generator"),
     ("cli",),
 )

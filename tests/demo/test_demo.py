@@ -15,7 +15,7 @@ from PIL import Image
 
 from tokgen import runtime
 from tokgen.data import shapes
-from tokgen.demo import demo, families, page
+from tokgen.demo import demo, edited, families, page
 from tokgen.interfaces import UserError
 
 
@@ -33,6 +33,7 @@ def measured() -> tuple[dict, dict, dict]:
         "nats_per_token": 0.7,
         "nats_error": 0.004,
         "unigram_nats": 3.4,
+        "edits": {"left": 0.625, "center": 0.75, "classes": 0.375, "variation": 1.0},
         "sampling": {"temperature": 0.7, "weight": 2.0},
         "minutes": 8.1,
         "cpu_minutes": 14.0,
@@ -42,6 +43,7 @@ def measured() -> tuple[dict, dict, dict]:
     }
     names = ("pairs", "completions", "tokenizer_curves", "generator_curves")
     names += tuple(f"class_{name}" for name in shapes.CLASSES)
+    names += tuple(f"edit_{kind}" for kind in edited.SHOWN)
     pictures = {name: np.full((4, 6, 3), i, np.uint8) for i, name in enumerate(names)}
     told = {
         "layout": "8 x 8 tokens of 240 codes",
@@ -64,6 +66,9 @@ def test_page_holds_every_picture_and_figure():
     for figure in ("28.30 dB", "95.0 %", "87.5 %", "0.700", "3.400", "8.1 minutes", "of 240"):
         assert figure in text
     assert "a &lt;machine&gt;" in text and "<machine>" not in text
+    for title, share in (("a half", 62), ("a box", 75), ("Another class", 38), ("variation", 100)):
+        assert re.search(rf"{title}</b>: [^<]*; {share} % recognised\.<", text)
+    assert re.search(r"Out-painting</b>: [^<]*more\.<", text)  # of a class of none
     assert "http" not in text  # one file, which needs nothing from anywhere
 
 
@@ -80,14 +85,20 @@ def test_page_shows_families_side_by_side():
         ms_per_image=12.3,
         steps=2000,
     )
-    summary["families"] = {name: dict(figures) for name in families.FAMILIES}
+    summary["families"] = {
+        name: figures | {"edits": dict.fromkeys(kinds, 0.125)}
+        for name, kinds in families.EDITS.items()
+    }
     summary["families"]["masked"] |= {"bound": True, "nats_per_token": 0.9}
-    for i, name in enumerate(families.FAMILIES):
+    for i, (name, kinds) in enumerate(families.EDITS.items()):
         pictures[f"family_{name}"] = np.full((4, 6, 3), 100 + i, np.uint8)
+        for kind in kinds:
+            pictures[f"edit_{kind}_{name}"] = np.full((4, 6, 3), 200 + i, np.uint8)
     text = page.document(summary, pictures, told)
     assert text.count("data:image/png") == len(pictures)
     assert "at most 0.900" in text and text.count("at most") == 1
     assert "next scale" in text and "12.3" in text and "44.8" in text
+    assert text.count("12 % recognised") == 9  # finer scales by one of them alone
 
 
 def test_freedom_in_words():
@@ -124,6 +135,7 @@ def test_a_demo_goes_on_where_it_was_stopped_and_of_other_steps_anew(tmp_path, m
     monkeypatch.setattr(demo, "train", train)
     monkeypatch.setattr(demo, "pretokenize", lambda tokenizer, out: out.mkdir(exist_ok=True))
     monkeypatch.setattr(demo, "measure", lambda *words: measured())
+    monkeypatch.setattr(demo.edited, "measure", lambda *words: (measured()[0]["edits"], {}))
 
     def run(steps, stop=(), overwrite=False):
         trained.clear()

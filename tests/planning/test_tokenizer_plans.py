@@ -12,7 +12,7 @@ from tests import command_line
 from tokgen import sharding
 from tokgen.backbones import lpips, perceptual, vgg
 from tokgen.interfaces import UserError
-from tokgen.planning import devices, plan, recipes
+from tokgen.planning import devices, plan, recipes, steps, temporaries, tiles
 
 SMALL = (
     *("encoder.widths=(32,32)", "encoder.blocks=1", "encoder.hidden=32"),
@@ -71,6 +71,31 @@ def test_arguments_and_operations_are_those_of_the_compiler(gan, number, sizes):
     assert found.operations == pytest.approx(made.cost_analysis()["flops"], rel=0.05)
     if number == 0:
         assert found.kept["discriminator parameters"] > 0 and found.kept["averages"] > 0
+
+
+def test_of_few_images_maps_lie_there_in_two_forms_on_a_tpu():
+    """libtpu folds 2 to 7 images of a device, but for maps that are small."""
+
+    def reckoned(images, side, platform):
+        shape = (8, side, side, 4)
+        image = {"image": jax.ShapeDtypeStruct(shape, np.float32)}
+        kernel = jax.ShapeDtypeStruct((3, 3, 4, 4), np.float32)
+
+        def loss(kernel_hwIO, batch, frozen):
+            x_BHWC = batch["image"]
+            for _ in range(2):
+                x_BHWC = jax.lax.conv_general_dilated(
+                    *(x_BHWC, kernel_hwIO, (1, 1), "SAME"),
+                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                )
+            return (x_BHWC**2).sum()
+
+        step = steps.Step(kernel, image, (), lambda strategy: jax.jit(jax.grad(loss)), platform)
+        return temporaries.of(step, images, part=0.0, lies=tiles.tiled)
+
+    for images, side, more in ((1, 64, 1), (3, 64, temporaries.FOLDED), (3, 16, 1), (8, 64, 1)):
+        plain, folded = (reckoned(images, side, platform) for platform in ("cpu", "tpu"))
+        assert folded == pytest.approx(more * plain) and plain > 0
 
 
 def test_a_distance_has_the_shapes_of_its_published_files():

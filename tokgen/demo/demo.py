@@ -22,7 +22,7 @@ from tokgen import image_grid, options, output, report, runtime, sharding
 from tokgen.checkpoints import checkpoint, loading
 from tokgen.config import building, reading
 from tokgen.data import datasets, online_tokens, shapes, token_shards
-from tokgen.demo import families, page
+from tokgen.demo import edited, families, page
 from tokgen.errors import UserError
 from tokgen.evaluation import local_classifier, validation
 from tokgen.sampling import decode, drawing, presets
@@ -68,10 +68,14 @@ def run(
         if all_families:
             families.train(fresh, train, pretokenize, tokenizer_steps, generator_steps)
         summary, pictures, told = measure(fresh, classifier, samples)
+        networks = (fresh / "generator", fresh / "tokenizer", classifier)
+        summary["edits"], sheets = edited.measure(*networks, edited.SHOWN, page.SEED)
+        more = {f"edit_{kind}": sheet for kind, sheet in sheets.items()}
         if all_families:
-            summary["families"], more = families.measure(fresh, classifier, samples, page.SEED)
-            pictures |= more
-            save(fresh, more)
+            summary["families"], its = families.measure(fresh, classifier, samples, page.SEED)
+            more |= its
+        pictures |= more
+        save(fresh, more)
         summary["minutes"] = round((time.monotonic() - started) / 60, 2)
         summary["cpu_minutes"] = round(_cpu_seconds(cpu) / 60, 2)
         summary["resumed"] = resumed

@@ -13,6 +13,7 @@ from flax import nnx
 from tokgen import image_grid
 from tokgen.checkpoints import loading
 from tokgen.data import shapes, token_shards
+from tokgen.demo import edited
 from tokgen.evaluation import local_classifier, validation
 from tokgen.sampling import decode, drawing, presets
 
@@ -27,6 +28,8 @@ FAMILIES = {
 STEPS = {"random": 1200, "masked": 1200, "next_scale": 1000}  # so that all fit into 20 minutes
 PYRAMID_STEPS = 2000
 COLUMNS = 6  # samples of a class in a family's picture
+EDITS = dict.fromkeys(FAMILIES, ("left", "classes")) | {"next_scale": ("left", "classes", "scales")}
+ROWS = 4  # images of a kind of edit in a family's picture
 
 
 def train(
@@ -57,6 +60,10 @@ def measure(
         shown = by_class[:, :COLUMNS]
         images = shown.reshape(-1, *image_NHW3.shape[1:])
         pictures[f"family_{family}"] = image_grid.grid(images, shown.shape[1])
+        places = [folder / name for name in FAMILIES[family][:2]]
+        asked = (*places, classifier, EDITS[family], seed)
+        metrics[family]["edits"], sheets = edited.measure(*asked, rows=ROWS)
+        pictures |= {f"edit_{kind}_{family}": sheet for kind, sheet in sheets.items()}
     return metrics, pictures
 
 
@@ -119,14 +126,24 @@ def section(metrics: dict, picture: Callable[[str, str], str]) -> str:
         "Training steps": [f"{one['steps']:,}" for one in metrics.values()],
         "Samples": [picture(f"family_{family}", f"samples of {family}") for family in metrics],
     }
+    for kind in dict.fromkeys(kind for kinds in EDITS.values() for kind in kinds):
+        rows[edited.KINDS[kind].title] = [
+            edited.recognised(one["edits"], kind)
+            + picture(f"edit_{kind}_{family}", f"edits by {family}")
+            if kind in EDITS[family]
+            else ""
+            for family, one in metrics.items()
+        ]
     body = "\n".join(
         f"<tr><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
         for name, cells in rows.items()
     )
     return f"""<h2>Four families</h2>
 <p>One generator of each family, of the same width and depth. The next-scale one reads the tokens of
-a tokenizer of its own, so its nats compare with its own unigram model only. A row of a picture is a
-class. Times are of a batch, decoding to pixels included, after compilation.</p>
+a tokenizer of its own, so its nats compare with its own unigram model only. A row of samples is a
+class. Times are of a batch, decoding to pixels included, after compilation. Last come held-out
+images, gray over what is drawn anew, each with its edit; finer scales are drawn upon the two
+coarsest of an image's four grids.</p>
 <table class="families">
 <tr><th></th>{heads}</tr>
 {body}

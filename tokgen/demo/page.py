@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tokgen.data import shapes
-from tokgen.demo import families
+from tokgen.demo import edited, families
 from tokgen.evaluation import page as pages
 
 SHOWN = 12  # samples of a class on the page
@@ -80,6 +80,9 @@ def document(
   th {{ text-align: left; font-weight: 600; padding: .25rem 1rem .25rem 0; }}
   td {{ padding: .25rem 0; }}
   .families td, .families th {{ vertical-align: top; padding-right: 1rem; font-size: .9rem; }}
+  .edits {{ display: flex; flex-wrap: wrap; gap: 1rem; }}
+  figure {{ margin: 0; width: min-content; }} figcaption {{ font-size: .85rem; color: #444; }}
+  .edits img {{ max-width: none; }}
   .share {{ display: block; font-weight: 400; color: #666; font-size: .85rem; }}
 </style>
 <h1>tokgen: shapes drawn from tokens</h1>
@@ -98,6 +101,7 @@ independent classifier recognises. Sampling: {html.escape(settings)}, seed {SEED
 {classes}
 </table>
 {families.section(summary.get("families", {}), picture)}
+{edited.section(summary["edits"], summary["class_accuracy"], picture)}
 <h2>Completing a half</h2>
 <p>Row by row: a held-out image; what was given of it (the upper half); the image as the tokenizer
 decodes it; the lower half drawn anew by the generator.</p>

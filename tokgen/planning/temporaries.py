@@ -22,6 +22,10 @@ from tokgen.nn import fused
 from tokgen.planning import steps, tiles
 
 FEW = 8  # images
+# Of 2 to 7 images libtpu takes parts of each for images ("space to batch") where it convolves maps
+# of at least so many pixels a side, and has them both ways: so many times the bytes, as in VAR's
+# tokenizer for v5e (three images a chip)
+FOLDED, SIDE = 3.0, 64
 
 # Computed where they are read: no memory of their own
 FUSED = {
@@ -55,7 +59,15 @@ def of(
     # of few images a program may be another: one of them is a dimension less
     count = max(images, FEW * parts)
     one, two = (_traced(step, n) for n in (count, max(step.images, 2 * count)))
+    if step.platform == "tpu" and 1 < images / parts < FEW:
+        lies = functools.partial(_folded, lies)
     return most(one, two, part, lies, share * images / count)
+
+
+def _folded(lies: tiles.Lies, shape: tuple[int, ...], dtype) -> float:
+    """Bytes of an array where libtpu folds images."""
+    convolved = len(shape) == 4 and min(shape[1:3]) >= SIDE
+    return lies(shape, dtype) * (FOLDED if convolved else 1)
 
 
 @functools.lru_cache(maxsize=32)
