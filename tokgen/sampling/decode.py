@@ -87,7 +87,8 @@ def generate(
         given: tokens_BLG and a mask, true where a token is held fixed.
         particles: rows of one image, which follow each other, of a generator with an exact
             likelihood and an order of its own: those that make what is given likelier go on in the
-            place of others (`particles`). With 1, what comes later in the order changes nothing drawn before.
+            place of others (`particles`). With 1, what comes later in the order changes nothing
+            drawn before.
         against: another generator of the same plan, guided away from in the place of the null
             condition ("autoguidance", arXiv:2406.02507).
         observe: called before each step with the state, without its null rows, and the number of
