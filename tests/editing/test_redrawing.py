@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.editing.families import HOW, each
-from tokgen.editing import redrawing, regions
+from tokgen.editing import edits, redrawing, regions
 from tokgen.interfaces import UserError
 
 
@@ -76,6 +76,17 @@ def test_a_sheet_shows_what_goes_and_what_came(model, images):
     np.testing.assert_array_equal(sheet[2:66:2, 34:66:2], images[0, :, 16:])
     np.testing.assert_array_equal(sheet[2:66:2, 68:132:2], edits.image_NHW3[0])
     assert edits._repr_png_()[:4] == b"\x89PNG"
+
+
+def test_gray_lies_over_a_part_and_never_over_all():
+    image_KHW3 = np.arange(3 * 32 * 32 * 3).reshape(3, 32, 32, 3).astype(np.uint8)
+    for columns, shown in ((16, False), (32, True)):
+        mask_KHW = np.zeros((3, 32, 32), bool)
+        mask_KHW[:, :, :columns] = True
+        found = edits.Edits(image_KHW3, None, np.arange(3), image_KHW3, mask_KHW)
+        first = found.first(2).sheet()[2 : 2 + 64 : 2, 2 : 2 + 64 : 2]
+        assert (first[:, 16:] == image_KHW3[0, :, 16:]).all()
+        assert (first[:, :16] == image_KHW3[0, :, :16]).all() == shown
 
 
 @pytest.mark.parametrize(

@@ -139,15 +139,32 @@ class Edits:
         edits = "edit" if len(self) == 1 else "edits"
         return f"{len(self)} {edits} of {count} {what}, {rows} x {columns} pixels"
 
+    def first(self, count: int) -> Edits:
+        """The edits of the first images alone."""
+        number = len(self) // len(self.original_KHW3)
+        own = dict(
+            original_KHW3=self.original_KHW3[:count],
+            mask_KHW=self.mask_KHW[:count],
+            image_NHW3=self.image_NHW3[: count * number],
+            source_N=self.source_N[: count * number],
+        )
+        if self.tokens_NLG is not None:
+            own["tokens_NLG"] = self.tokens_NLG[: count * number]
+        return dataclasses.replace(self, **own)
+
     def sheet(self) -> np.ndarray:
-        """A row for each image: as it was with what is drawn anew in gray, and its edits."""
+        """A row for each image: as it was, and its edits.
+
+        What is drawn anew lies under a gray veil, unless that is all of it.
+        """
         K, rows, columns = self.mask_KHW.shape
         shown = np.full((K, rows, columns, self.image_NHW3.shape[-1]), 255, np.uint8)
         at = self._at()
         shown[:, at[0], at[1]] = self.original_KHW3
         # half way to gray: what is under the mask is seen, and that it goes
         veiled = (shown.astype(np.uint16) + 3 * 160) // 4
-        shown = np.where(self.mask_KHW[..., None], veiled, shown).astype(np.uint8)
+        if not self.mask_KHW.all():
+            shown = np.where(self.mask_KHW[..., None], veiled, shown).astype(np.uint8)
         edits = self.image_NHW3.reshape(K, -1, *self.image_NHW3.shape[1:])
         both = np.concatenate([shown[:, None], edits], axis=1)
         scale = max(1, 64 // rows)
