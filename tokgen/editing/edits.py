@@ -197,6 +197,7 @@ def edit(
     ranking, K, number = settings.ranking, len(image_KHW3), settings.number
     X, score = ranking.candidates, None
     if X > 1:
+        report.say(ranking.told(K * number))
         score = ranking.score(
             model.generator, model.decoder.module.quantizer, classes, settings.batch
         )
