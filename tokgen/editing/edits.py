@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from tokgen import image_grid, ranges, tokens as coding
+from tokgen import image_grid, ranges, report, tokens as coding
 from tokgen.editing import growing, redrawing, regions, varying
 from tokgen.errors import UserError
 from tokgen.evaluation import ranking as ranking_
