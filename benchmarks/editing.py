@@ -164,14 +164,7 @@ def keep(asked: argparse.Namespace, name: str, found: edits.Edits, count: int = 
     """A sheet of the first edits."""
     if asked.sheets:
         asked.sheets.mkdir(parents=True, exist_ok=True)
-        first = edits.Edits(
-            found.image_NHW3[:count],
-            None,
-            found.source_N[:count],
-            found.original_KHW3[:count],
-            found.mask_KHW[:count],
-        )
-        tokgen.save_png(asked.sheets / f"{name.replace(' ', '-')}.png", first.sheet())
+        tokgen.save_png(asked.sheets / f"{name.replace(' ', '-')}.png", found.first(count).sheet())
 
 
 # ---------------------------------------------------------------- classes

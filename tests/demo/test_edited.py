@@ -49,14 +49,3 @@ def test_images_of_every_kind_are_as_many_and_may_become_what_they_shall(kind):
     for index, label in zip(index_N, label_N, strict=True):
         name = shapes.CLASSES[index % len(shapes.CLASSES)]
         assert shapes.CLASSES[label] == (classes[name] if classes else name)
-
-
-def test_gray_lies_over_a_part_and_never_over_all():
-    image_KHW3 = np.arange(3 * 32 * 32 * 3).reshape(3, 32, 32, 3).astype(np.uint8)
-    for columns, shown in ((16, False), (32, True)):
-        mask_KHW = np.zeros((3, 32, 32), bool)
-        mask_KHW[:, :, :columns] = True
-        found = edited.edits.Edits(image_KHW3, None, np.arange(3), image_KHW3, mask_KHW)
-        first = edited.sheet(found, 2)[2 : 2 + 64 : 2, 2 : 2 + 64 : 2]
-        assert (first[:, 16:] == image_KHW3[0, :, 16:]).all()
-        assert (first[:, :16] == image_KHW3[0, :, :16]).all() == shown

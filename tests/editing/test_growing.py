@@ -32,6 +32,13 @@ def test_what_is_no_margin_is_refused(text):
         growing.margins(text)
 
 
+def test_more_windows_than_have_keys_of_their_own_are_refused():
+    assert len(growing.windows((8, 8), growing.Margins(right=4 * growing.MOST), 0.5)) <= 2**12 - 2
+    for added in (growing.Margins(right=4 * growing.MOST + 4), growing.Margins(*[99_999] * 4)):
+        with pytest.raises(UserError, match=r"at most 4,094 windows of 8 x 8 .* --overlap"):
+            growing.windows((8, 8), added, 0.5)
+
+
 @pytest.mark.parametrize("family", ["masked", "raster"])
 def test_a_grown_image_has_its_own_bytes_and_each_draw_its_own_canvas(family, model, images):
     found = model(family)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.editing.families import HOW, each
-from tokgen.editing import redrawing, regions
+from tokgen.editing import edits, redrawing, regions
 from tokgen.interfaces import UserError
 
 
@@ -78,6 +78,17 @@ def test_a_sheet_shows_what_goes_and_what_came(model, images):
     assert edits._repr_png_()[:4] == b"\x89PNG"
 
 
+def test_gray_lies_over_a_part_and_never_over_all():
+    image_KHW3 = np.arange(3 * 32 * 32 * 3).reshape(3, 32, 32, 3).astype(np.uint8)
+    for columns, shown in ((16, False), (32, True)):
+        mask_KHW = np.zeros((3, 32, 32), bool)
+        mask_KHW[:, :, :columns] = True
+        found = edits.Edits(image_KHW3, None, np.arange(3), image_KHW3, mask_KHW)
+        first = found.first(2).sheet()[2 : 2 + 64 : 2, 2 : 2 + 64 : 2]
+        assert (first[:, 16:] == image_KHW3[0, :, 16:]).all()
+        assert (first[:, :16] == image_KHW3[0, :, :16]).all() == shown
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
@@ -88,6 +99,15 @@ def test_a_sheet_shows_what_goes_and_what_came(model, images):
         (dict(mask="left", feather=-1.0), "feather"),
         (dict(mask=["left", "right"]), "one for each of 3; found 2"),
         (dict(mask="leftt"), "no file"),
+        (dict(mask="left", feather="3"), "feather"),
+        (dict(mask=5), "found int"),
+        (dict(mask=np.ones((32, 32), np.uint8)), r"astype\(bool\)"),
+        (dict(strength="0.3"), "strength"),
+        (dict(scales=1.5), "scales must be a whole number"),
+        (dict(grow=8), "right=128"),
+        (dict(grow="right=8", overlap="half"), "overlap"),
+        (dict(mask="left", candidates=1.5), "candidates must be a whole number"),
+        (dict(mask="left", candidates=2, rank=None), "--rank is likelihood"),
         (dict(strength=0.0), "above 0"),
         (dict(strength=1.5), "at most 1"),
         (dict(grow="right"), "right=128"),

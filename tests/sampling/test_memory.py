@@ -88,7 +88,8 @@ def test_a_batch_is_refused_with_the_largest_that_fits():
     one, two = (memory.kept(generator, None, cond, FREE, n).all for n in (1, 2))
     always, each = 2 * one - two, two - one
     exactly = always + 3 * each
-    ask = lambda batch, *rooms: memory.check(generator, None, cond, FREE, batch, on(*rooms))  # noqa: E731
+    asked = (generator, None, cond, FREE)
+    ask = lambda batch, *rooms, **how: memory.check(*asked, batch, on(*rooms), **how)  # noqa: E731
     ask(3, exactly)
     with pytest.raises(UserError, match=r"batch of 4 .* the device, .*MB an image.* is 3$"):
         ask(4, exactly)
@@ -99,6 +100,11 @@ def test_a_batch_is_refused_with_the_largest_that_fits():
         ask(1, always + each - 1)
     with pytest.raises(UserError, match="split the network over the devices, --mesh 1,1,2$"):
         ask(2, always + each - 1, exactly)
+    ask(1, always + 3 * each, particles=3)
+    with pytest.raises(UserError, match="1 images with 4 particles each.* --particles .* are 3$"):
+        ask(1, always + 3 * each, particles=4)
+    with pytest.raises(UserError, match="3 images with 4 particles each.* --batch .* is 8$"):
+        ask(3, always + 11 * each, particles=4)
     ask(2**40, None)  # a device that says nothing
     memory.check(generator, None, cond, FREE, 2**40, sharding.make_mesh())  # as a CPU
 

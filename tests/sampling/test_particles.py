@@ -13,7 +13,7 @@ from tokgen.generators import autoregressive, next_scale
 from tokgen.interfaces import TokenBatch, TokenLayout
 from tokgen.nn.precision import Precision
 from tokgen.quantizers import multiscale
-from tokgen.sampling import drawing, particles, sampler
+from tokgen.sampling import decode, drawing, particles, sampler
 
 SMALL = dict(width=16, depth=1, heads=2, precision=Precision())
 COUNT = 400  # images that are drawn
@@ -127,3 +127,24 @@ def test_rows_of_an_image_are_its_own_whatever_the_batch():
         given = tokens[part], tokens[part] < 3
         own, *_ = draw(labels[part], keys[part], how, given, particles=8)
         np.testing.assert_array_equal(own, whole[part])
+
+
+def test_where_no_particle_can_have_what_is_given_none_is_likelier():
+    never = -np.inf
+    weight_B = jnp.asarray([never] * 4 + [0.0, never, 1.0, never])
+    carried = {"weight_B": weight_B, "tokens_BLG": jnp.arange(8)[:, None, None]}
+    keys_B = jax.random.split(jax.random.key(0), 8)
+    found = jax.jit(particles.resampled, static_argnums=3)(carried, keys_B, 1, 4)
+    np.testing.assert_array_equal(found["weight_B"][:4], 0)
+    np.testing.assert_array_equal(found["tokens_BLG"][:4, 0, 0], np.arange(4))
+    assert {4, 6} >= set(np.asarray(found["tokens_BLG"][4:, 0, 0])), "only those that can"
+
+
+def test_rows_with_orders_of_their_own_do_not_follow_each_other():
+    layout = TokenLayout((3,), ((2, 2),))
+    made = autoregressive.Generator(layout, 2, order="random", **SMALL, rngs=nnx.Rngs(0))
+    keys_B = jax.random.split(jax.random.key(0), 2)
+    with pytest.raises(ValueError, match="one order for all rows"):
+        decode.generate(
+            made, None, jnp.zeros(2, int), sampler.Sampler(), keys_B=keys_B, particles=2
+        )

@@ -13,7 +13,7 @@ from flax import nnx
 from tokgen import image_models
 from tokgen.config import building
 from tokgen.data import shapes
-from tokgen.editing import edits, redrawing
+from tokgen.editing import redrawing
 from tokgen.evaluation import local_classifier
 
 IMAGES = 8  # of every kind, and drawn at once: so one program draws all kinds
@@ -85,7 +85,7 @@ def measure(
             batch=IMAGES * redrawing.PARTICLES,
             progress=False,
         )
-        sheets[kind] = sheet(found, rows)
+        sheets[kind] = found.first(rows).sheet()
         if found.image_NHW3.shape == found.original_KHW3.shape:
             hits_N = local_classifier.predictions(classifier, found.image_NHW3) == label_N
             shares[kind] = round(float(hits_N.mean()), 4)
@@ -97,19 +97,6 @@ def chosen(classes: Mapping[str, str]) -> tuple[list[int], list[int]]:
     count, becomes = len(shapes.CLASSES), classes or {name: name for name in shapes.CLASSES}
     index_N = [i for i in range(count * IMAGES) if shapes.CLASSES[i % count] in becomes][:IMAGES]
     return index_N, [shapes.CLASSES.index(becomes[shapes.CLASSES[i % count]]) for i in index_N]
-
-
-def sheet(found: edits.Edits, rows: int) -> np.ndarray:
-    """A row for each of the first images; no gray where it would lie over all of them."""
-    mask_KHW = found.mask_KHW[:rows]
-    first = edits.Edits(
-        image_NHW3=found.image_NHW3[:rows],
-        tokens_NLG=None,
-        source_N=found.source_N[:rows],
-        original_KHW3=found.original_KHW3[:rows],
-        mask_KHW=np.zeros_like(mask_KHW) if mask_KHW.all() else mask_KHW,
-    )
-    return first.sheet()
 
 
 def section(shares: Mapping[str, float], samples: float, picture: Callable[[str, str], str]) -> str:

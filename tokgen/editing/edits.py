@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -18,6 +18,8 @@ from tokgen.evaluation import ranking as ranking_
 from tokgen.interfaces import PyTree
 
 DRAWS = 2**12  # of an image, at most: a candidate's number lies so much above the last one's
+Feather = Annotated[float, ranges.Range(0, 2**10, below=True)]  # pixels
+Overlap = Annotated[float, ranges.Range(0, 1, above=True, below=True)]  # of a side
 MODES = ("mask", "grow", "strength", "scales")
 
 
@@ -76,18 +78,18 @@ class Settings:
             ("seed", self.seed, ranges.Seed),
             ("particles", self.particles, ranges.Count),
             ("batch", self.batch, ranges.Batch),
+            ("feather", self.feather, Feather | None),
+            ("overlap", self.overlap, Overlap),
+            ("strength", self.strength, float | None),
+            ("scales", self.scales, ranges.Whole | None),
         )
         ranges.refuse(filter(None, (ranges.problem(*number) for number in numbers)))
-        if self.feather is not None and not 0 <= self.feather < 2**10:
-            raise UserError(f"feather must lie in [0, 1024), in pixels; found {self.feather}")
         if self.number > DRAWS:
             raise UserError(f"number must be at most {DRAWS:,}, of each image; found {self.number}")
         if self.ranking.candidates > 1 and self.grow is not None:
             raise UserError(
                 "--candidates ranks what has the model's size; found --grow: leave it out"
             )
-        if not 0 < self.overlap < 1:
-            raise UserError(f"overlap must lie between 0 and 1, of a side; found {self.overlap}")
         if self.grow is not None:
             growing.margins(self.grow)
         if self.strength is not None:
@@ -137,15 +139,32 @@ class Edits:
         edits = "edit" if len(self) == 1 else "edits"
         return f"{len(self)} {edits} of {count} {what}, {rows} x {columns} pixels"
 
+    def first(self, count: int) -> Edits:
+        """The edits of the first images alone."""
+        number = len(self) // len(self.original_KHW3)
+        own = dict(
+            original_KHW3=self.original_KHW3[:count],
+            mask_KHW=self.mask_KHW[:count],
+            image_NHW3=self.image_NHW3[: count * number],
+            source_N=self.source_N[: count * number],
+        )
+        if self.tokens_NLG is not None:
+            own["tokens_NLG"] = self.tokens_NLG[: count * number]
+        return dataclasses.replace(self, **own)
+
     def sheet(self) -> np.ndarray:
-        """A row for each image: as it was with what is drawn anew in gray, and its edits."""
+        """A row for each image: as it was, and its edits.
+
+        What is drawn anew lies under a gray veil, unless that is all of it.
+        """
         K, rows, columns = self.mask_KHW.shape
         shown = np.full((K, rows, columns, self.image_NHW3.shape[-1]), 255, np.uint8)
         at = self._at()
         shown[:, at[0], at[1]] = self.original_KHW3
         # half way to gray: what is under the mask is seen, and that it goes
         veiled = (shown.astype(np.uint16) + 3 * 160) // 4
-        shown = np.where(self.mask_KHW[..., None], veiled, shown).astype(np.uint8)
+        if not self.mask_KHW.all():
+            shown = np.where(self.mask_KHW[..., None], veiled, shown).astype(np.uint8)
         edits = self.image_NHW3.reshape(K, -1, *self.image_NHW3.shape[1:])
         both = np.concatenate([shown[:, None], edits], axis=1)
         scale = max(1, 64 // rows)
@@ -239,6 +258,7 @@ def _drawn(
 def masks(mask: Any, image_KHW3: np.ndarray) -> np.ndarray:
     """[K, H, W] of a region for all images, or of a list or array with one for each."""
     K, size = len(image_KHW3), image_KHW3.shape[1:3]
+    mask = regions.plain(mask)
     several = isinstance(mask, list | tuple) or (isinstance(mask, np.ndarray) and mask.ndim == 3)
     if not several:
         return np.repeat(regions.region(mask, size)[None], K, axis=0)

@@ -16,6 +16,7 @@ from tokgen.errors import UserError
 from tokgen.interfaces import PyTree
 
 DRAWS = 2**20  # numbers of draws lie below: each window of a draw has its own
+MOST = 2**12 - 2  # windows, for keys are numbered by 32 bits
 
 
 class Margins(NamedTuple):
@@ -29,7 +30,8 @@ class Margins(NamedTuple):
 
 def margins(text: str) -> Margins:
     """Of `right=128` or `left=64,right=64`; UserError for anything else."""
-    found = dict(re.findall(r"(?:^|,)(top|bottom|left|right)=(\d{1,5})(?=,|$)", text))
+    sides = r"(?:^|,)(top|bottom|left|right)=(\d{1,5})(?=,|$)"
+    found = dict(re.findall(sides, text)) if isinstance(text, str) else {}
     told = ",".join(f"{side}={pixels}" for side, pixels in found.items())
     if told != text or not any(int(pixels) for pixels in found.values()):
         raise UserError(
@@ -51,10 +53,11 @@ def grow(
     feather: float,
 ) -> np.ndarray:
     """uint8 [N, H + top + bottom, W + left + right, 3]; the image's own bytes stand in them."""
+    places = windows(image_NHW3.shape[1:3], added, overlap)
     around = (added[:2], added[2:])
     canvas = np.pad(image_NHW3, ((0, 0), *around, (0, 0)))
     empty = np.pad(np.zeros(image_NHW3.shape[1:3], bool), around, constant_values=True)
-    for number, (rows, columns) in enumerate(windows(image_NHW3.shape[1:3], added, overlap)):
+    for number, (rows, columns) in enumerate(places):
         mask_HW = empty[rows, columns]
         _, canvas[:, rows, columns] = redrawing.redraw(
             *(model, canvas[:, rows, columns], np.repeat(mask_HW[None], len(canvas), axis=0)),
@@ -77,6 +80,12 @@ def windows(size: tuple[int, int], added: Margins, overlap: float) -> list[tuple
         steps = [-min(n, before) for n in range(step, before + step, step)]
         steps += [min(n, after) for n in range(step, after + step, step)]
         starts.append([(0, before), *((n, before + n) for n in steps)])
+    count = len(starts[0]) * len(starts[1]) - 1
+    if count > MOST:
+        raise UserError(
+            f"--grow takes at most {MOST:,} windows of {size[0]} x {size[1]} pixels; found "
+            f"{count:,}: add fewer pixels, or a smaller --overlap"
+        )
     found = [
         (max(abs(y) / size[0], abs(x) / size[1]), abs(y) / size[0] + abs(x) / size[1], row, column)
         for y, row in starts[0]

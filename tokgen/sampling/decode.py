@@ -86,8 +86,9 @@ def generate(
         keys_B: one key per image. An image depends on its own key only, not on its batch.
         given: tokens_BLG and a mask, true where a token is held fixed.
         particles: rows of one image, which follow each other, of a generator with an exact
-            likelihood: those that make what is given likelier go on in the place of others
-            (`particles`). With 1, what comes later in the order changes nothing drawn before.
+            likelihood and an order of its own: those that make what is given likelier go on in the
+            place of others (`particles`). With 1, what comes later in the order changes nothing
+            drawn before.
         against: another generator of the same plan, guided away from in the place of the null
             condition ("autoguidance", arXiv:2406.02507).
         observe: called before each step with the state, without its null rows, and the number of
@@ -100,8 +101,13 @@ def generate(
     """
     weights, _, guided = _guidance(generator, sampler)
     B, layout = len(keys_B), generator.layout
-    if particles > 1 and (not generator.exact or against is not None or B % particles):
-        raise ValueError("particles need an exact generator, alone, and as many rows of each image")
+    # one that sees what is given has an order for each row, and rows that go on have but one's
+    blind = generator.exact and not generator.sees_given
+    if particles > 1 and (not blind or against is not None or B % particles):
+        raise ValueError(
+            "particles need an exact generator with one order for all rows, alone, and as many "
+            "rows of each image"
+        )
     boundary.rows(keys=keys_B, conditions=cond, given=given)
     if given is None:
         shape = (B, layout.length, layout.groups)

@@ -142,7 +142,8 @@ def drawn(
     generator.check(cond)  # before any work on the devices
     mesh = sharding.current()
     batch = even(N, batch, sharding.ways(mesh))
-    memory.check(generator, tokenizer.quantizer, cond, sampler, batch * particles, mesh)
+    asked = (generator, tokenizer.quantizer, cond, sampler, batch, mesh)
+    memory.check(*asked, particles=particles)
     generator = decode.laid_out(generator)  # once, and not in every call of the program
 
     def begun(start: int) -> tuple[jax.Array, ...]:

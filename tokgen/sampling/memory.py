@@ -72,10 +72,11 @@ def check(
     mesh: jax.sharding.Mesh,
     *,
     option: str = "--batch",
+    particles: int = 1,
 ) -> None:
     """UserError where a batch over a mesh cannot fit its devices; with the largest that could.
 
-    `option` is what it was asked for by.
+    `option` is what it was asked for by; each of `particles` of an image is a row as one is.
     """
     free = room(mesh)
     if free is None:
@@ -87,22 +88,26 @@ def check(
     one, two = (kept(generator, codec, cond, sampler, images) for images in (1, 2))
     each = (two.cache - one.cache) // tensor + two.rest - one.rest
     always = one.cache // tensor + one.rest - each
-    share = -(-batch // over)
+    share = -(-batch // over) * particles
     need = always + share * each
     if need <= free:
         return
-    most = max(0, int((free - always) // each)) * over
+    rows = max(0, int((free - always) // each))
+    most = rows // particles * over
     where = f"each of {mesh.size} devices" if mesh.size > 1 else "the device"
     fewer = "use more devices"
     if most:
-        fewer = f"the largest {option} that fits is {most}"
+        fewer = f"the largest {option} that fits is {most * particles}"
+    elif rows and particles > 1:
+        fewer = f"the most --particles that fit are {rows}"
     elif mesh.size > mesh.shape["fsdp"] * mesh.shape["tensor"]:
         fewer = f"split the network over the devices, --mesh 1,1,{mesh.size}"
-    cached = (two.cache - one.cache) // tensor
+    of_each = f" with {particles} particles each" if particles > 1 else ""
+    cached = (two.cache - one.cache) // tensor * particles  # of an image
     raise UserError(
-        f"a batch of {batch} images needs {need / GB:.1f} GB on {where}, {share * cached / GB:.1f} "
-        f"GB of them keys and values ({cached / 1e6:.1f} MB an image); found {free / GB:.1f} GB "
-        f"free: {fewer}"
+        f"a batch of {batch} images{of_each} needs {need / GB:.1f} GB on {where}, "
+        f"{share * cached / particles / GB:.1f} GB of them keys and values ({cached / 1e6:.1f} MB "
+        f"an image); found {free / GB:.1f} GB free: {fewer}"
     )
 
 

@@ -56,6 +56,9 @@ def resampled(carried: dict[str, PyTree], keys_B: Array, index: Array | int, cou
     B = len(keys_B)
     weight_B = carried["weight_B"][:B]
     weight_NX = weight_B.reshape(-1, count)
+    # where none can have what is given, no one is likelier than another
+    none_N1 = jnp.all(jnp.isneginf(weight_NX), axis=1, keepdims=True)
+    weight_NX = jnp.where(none_N1, 0.0, weight_NX)
     share_NX = jax.nn.softmax(weight_NX, axis=1)
     few_N = jnp.sum(share_NX**2, axis=1) * count * FEW > 1  # 1 / sum of squares: how many carry it
     key_N = keys_B[::count]
