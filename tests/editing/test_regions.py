@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
@@ -35,7 +36,8 @@ def test_a_file_an_image_and_an_array_are_the_same_mask(tmp_path):
     wide = mask_HW * np.uint16(30000) + np.uint16(2000)  # dark and light, of 16 bits
     PIL.Image.fromarray(wide + mask_HW * np.uint16(30000)).save(tmp_path / "wide.png")
     files = [tmp_path / f"{name}.png" for name in ("mask", "colour", "opaque", "wide")]
-    for mask in (mask_HW, image, image.convert("RGBA"), *files, str(files[0])):
+    arrays = mask_HW, mask_HW * np.uint8(255), jnp.asarray(mask_HW)
+    for mask in (*arrays, image, image.convert("RGBA"), *files, str(files[0])):
         np.testing.assert_array_equal(regions.region(mask, (6, 9)), mask_HW)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -18,6 +18,8 @@ from tokgen.evaluation import ranking as ranking_
 from tokgen.interfaces import PyTree
 
 DRAWS = 2**12  # of an image, at most: a candidate's number lies so much above the last one's
+Feather = Annotated[float, ranges.Range(0, 2**10, below=True)]  # pixels
+Overlap = Annotated[float, ranges.Range(0, 1, above=True, below=True)]  # of a side
 MODES = ("mask", "grow", "strength", "scales")
 
 
@@ -76,18 +78,18 @@ class Settings:
             ("seed", self.seed, ranges.Seed),
             ("particles", self.particles, ranges.Count),
             ("batch", self.batch, ranges.Batch),
+            ("feather", self.feather, Feather | None),
+            ("overlap", self.overlap, Overlap),
+            ("strength", self.strength, float | None),
+            ("scales", self.scales, ranges.Whole | None),
         )
         ranges.refuse(filter(None, (ranges.problem(*number) for number in numbers)))
-        if self.feather is not None and not 0 <= self.feather < 2**10:
-            raise UserError(f"feather must lie in [0, 1024), in pixels; found {self.feather}")
         if self.number > DRAWS:
             raise UserError(f"number must be at most {DRAWS:,}, of each image; found {self.number}")
         if self.ranking.candidates > 1 and self.grow is not None:
             raise UserError(
                 "--candidates ranks what has the model's size; found --grow: leave it out"
             )
-        if not 0 < self.overlap < 1:
-            raise UserError(f"overlap must lie between 0 and 1, of a side; found {self.overlap}")
         if self.grow is not None:
             growing.margins(self.grow)
         if self.strength is not None:
@@ -257,6 +259,7 @@ def _drawn(
 def masks(mask: Any, image_KHW3: np.ndarray) -> np.ndarray:
     """[K, H, W] of a region for all images, or of a list or array with one for each."""
     K, size = len(image_KHW3), image_KHW3.shape[1:3]
+    mask = regions.plain(mask)
     several = isinstance(mask, list | tuple) or (isinstance(mask, np.ndarray) and mask.ndim == 3)
     if not several:
         return np.repeat(regions.region(mask, size)[None], K, axis=0)

@@ -30,7 +30,8 @@ class Margins(NamedTuple):
 
 def margins(text: str) -> Margins:
     """Of `right=128` or `left=64,right=64`; UserError for anything else."""
-    found = dict(re.findall(r"(?:^|,)(top|bottom|left|right)=(\d{1,5})(?=,|$)", text))
+    sides = r"(?:^|,)(top|bottom|left|right)=(\d{1,5})(?=,|$)"
+    found = dict(re.findall(sides, text)) if isinstance(text, str) else {}
     told = ",".join(f"{side}={pixels}" for side, pixels in found.items())
     if told != text or not any(int(pixels) for pixels in found.values()):
         raise UserError(

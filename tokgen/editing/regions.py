@@ -31,8 +31,13 @@ def region(mask: Region, size: tuple[int, int]) -> np.ndarray:
     Raises:
         UserError: none of these, another size, or a box that leaves the image.
     """
+    mask = plain(mask)
     if isinstance(mask, np.ndarray | Image.Image):
         return _array(mask, size, "the mask")
+    if not isinstance(mask, str | os.PathLike):
+        raise UserError(
+            f"a mask is {FORMS}, a PIL image, or an array of bool; found {type(mask).__name__}"
+        )
     text = os.fspath(mask)
     rows, columns = size
     named = {
@@ -61,6 +66,12 @@ def region(mask: Region, size: tuple[int, int]) -> np.ndarray:
             )
         return _box(box, size)
     return _sized(read(text), size, text)
+
+
+def plain(mask: object) -> object:
+    """An array of another library as one of numpy; anything else as it is."""
+    foreign = hasattr(mask, "__array__") and not isinstance(mask, np.ndarray | Image.Image)
+    return np.asarray(mask) if foreign else mask
 
 
 def read(path: str | os.PathLike) -> np.ndarray:
@@ -95,6 +106,10 @@ def _array(mask: np.ndarray | Image.Image, size: tuple[int, int], what: str) -> 
         raise UserError(
             f"a mask must be bool or uint8 [{size[0]}, {size[1]}], as its image; found "
             f"{mask.dtype} {list(mask.shape)}"
+        )
+    if mask.dtype == np.uint8 and mask.max() == 1:
+        raise UserError(
+            "a mask of uint8 has 255 where pixels are drawn anew; found 0 and 1: mask.astype(bool)"
         )
     return mask if mask.dtype == bool else mask > 127
 

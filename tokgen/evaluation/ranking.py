@@ -9,13 +9,16 @@ the generator any more: likelier, and less varied.
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated
 
 import jax
 import numpy as np
 from flax import nnx
 
+from tokgen import ranges
 from tokgen.evaluation import feature_extractors, references, validation
 from tokgen.interfaces import Generator, PyTree, Quantizer, Sampler, UserError
 from tokgen.sampling import drawing
@@ -41,11 +44,13 @@ class Ranking:
     by: str = LIKELIHOOD
 
     def __post_init__(self):
-        if not 1 <= self.candidates <= MOST:
+        if not ranges.fits(self.candidates, Annotated[int, ranges.Range(1, MOST)]):
             raise UserError(
-                f"--candidates must lie in [1, {MOST}], of each image; found {self.candidates}"
+                f"--candidates must be a whole number from 1 to {MOST}, of each image; found "
+                f"{self.candidates!r}"
             )
-        if self.by != LIKELIHOOD and not pathlib.Path(self.by).is_file():
+        named = isinstance(self.by, str | os.PathLike)
+        if not named or self.by != LIKELIHOOD and not pathlib.Path(self.by).is_file():
             raise UserError(
                 f"--rank is {LIKELIHOOD}, or the file that `tokgen reference` wrote; found no file "
                 f"{self.by!r}"
