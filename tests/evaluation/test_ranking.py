@@ -28,11 +28,13 @@ def reference(tmp_path_factory):
 
 
 @pytest.mark.parametrize("by", ["likelihood", "classifier"])
-def test_of_each_image_the_candidate_with_the_highest_score_is_kept(by, model, reference):  # noqa: F811
+def test_of_each_image_the_candidate_with_the_highest_score_is_kept(by, model, reference, capfd):  # noqa: F811
     found = model("raster")
     rank = ranking.LIKELIHOOD if by == "likelihood" else str(reference)
     how = dict(number=2, seed=3, progress=False)
+    capfd.readouterr()
     kept = found.sample([4, 7], candidates=X, rank=rank, batch=3, **how)
+    assert "3 candidates of each of 4 images: 12 are drawn" in capfd.readouterr().err
     asked = found._editing(presets.Choice())
     score = ranking.Ranking(X, rank).score(asked.generator, None, found.classes, 4)
     # candidate c of image i is image i + c APART
