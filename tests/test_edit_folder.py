@@ -38,7 +38,7 @@ def there(place, monkeypatch):
 
 
 def edit(*words) -> tuple:
-    return ("edit", *words, "--generator", "runs/generator", *SMALL)
+    return ("edit", "--generator", "runs/generator", *words, *SMALL)
 
 
 def pixels(path: str | pathlib.Path) -> np.ndarray:
@@ -134,6 +134,7 @@ def test_a_mask_is_not_overwritten_by_what_is_made_with_it(capfd):
         (("one.png", "--mask", "words.png", "--fit"), "words.png cannot be read as an image"),
         (("one.png", "--mask", "clear.png", "--fit"), "with transparency in clear.png"),
         (("one.png", "--mask", "left", "--label", "teapot"), "teapot"),
+        (("one.png", "--mask", "left", "--generator", "runs/tokenizer"), "holds a tokenizer; need"),
         (("one.png", "--mask", "left"), "class of each image is needed"),
         (("one.png", "--strength", "0.5", "--feather", "3"), "--feather"),
         (("one.png", "--grow", "rights=3"), "right=128"),

@@ -70,6 +70,8 @@ def write(settings: Settings, out: str | os.PathLike, *, overwrite: bool = False
         runtime.devices()
         how = dict(tokenizer=settings.tokenizer, precision=settings.precision)
         model = image_models.load(settings.generator, **how)
+        if not isinstance(model, image_models.ImageGenerator):
+            raise UserError(f"{model.step} holds a tokenizer; need the checkpoint of a generator")
         asked, choice = settings.edit, settings.sampling
         images, mask = _fitted(settings, views_of(model))
         found = model.edit(

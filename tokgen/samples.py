@@ -165,6 +165,7 @@ def parts(
     ranking = settings.ranking
     if ranking.candidates == 1:
         return drawing.drawn(*asked, **how)
+    report.say(ranking.told(len(index_N)))
     score = ranking.score(ready.generator, module.quantizer, ready.loaded.classes, how["batch"])
     return ranking_.drawn(ranking, score, *asked, **how)
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from tokgen import image_grid, ranges, tokens as coding
+from tokgen import image_grid, ranges, report, tokens as coding
 from tokgen.editing import growing, redrawing, regions, varying
 from tokgen.errors import UserError
 from tokgen.evaluation import ranking as ranking_
@@ -199,6 +199,7 @@ def edit(
     ranking, K, number = settings.ranking, len(image_KHW3), settings.number
     X, score = ranking.candidates, None
     if X > 1:
+        report.say(ranking.told(K * number))
         score = ranking.score(
             model.generator, model.decoder.module.quantizer, classes, settings.batch
         )

@@ -56,6 +56,14 @@ class Ranking:
                 f"{self.by!r}"
             )
 
+    def told(self, images: int) -> str:
+        """What it costs, in words."""
+        by = LIKELIHOOD if self.by == LIKELIHOOD else f"the classifier of {self.by}"
+        return (
+            f"{self.candidates} candidates of each of {images:,} images: "
+            f"{self.candidates * images:,} are drawn, ranked by {by}, and {images:,} kept"
+        )
+
     def numbers(self, index_N: np.ndarray, candidate: int) -> np.ndarray:
         """What a candidate of each image is drawn with; the first with the image's own number."""
         return index_N + candidate * APART
@@ -88,9 +96,9 @@ def _classifier(path: str, generator: Generator, classes: Sequence[str]) -> Scor
     if not found.network:
         raise UserError(
             f"--rank needs a reference with a classifier of its own, of the protocol local; found "
-            f"{path}, measured by {found.record.get('network', {}).get('name', 'another')}"
+            f"{path}, measured by {found.record['extractor']['name']}"
         )
-    about = found.record["network"]
+    about = found.record["extractor"]
     known = list(about.get("classes", ()))
     if generator.cond != "label" or not classes or sorted(known) != sorted(classes):
         raise UserError(
