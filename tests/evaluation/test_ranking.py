@@ -3,11 +3,12 @@
 import functools
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from tests.editing.conftest import images, model, runs  # noqa: F401 (fixtures)
 from tokgen.data import shapes
-from tokgen.evaluation import feature_extractors, local_classifier, ranking, references
+from tokgen.evaluation import ranking, reference_making, references
 from tokgen.interfaces import UserError
 from tokgen.sampling import drawing, presets
 
@@ -16,15 +17,18 @@ X = 3
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """A reference with a classifier, hardly trained, of the shapes."""
-    path = tmp_path_factory.mktemp("ranking") / "shapes.npz"
-    source = shapes.Source(split="train", count=200)
-    recipe = local_classifier.Recipe(steps=3, batch=16, rate=3e-3, ema=0.5)
-    extractor = feature_extractors.trained(source, (32, 32), recipe=recipe)
-    network = feature_extractors.arrays(extractor)
-    record = {"protocol": "local", "layers": [], "network": extractor.record}
-    references.save(path, record, {}, {}, np.arange(0), np.arange(0), network)
-    return path
+    """What `tokgen reference` writes: a reference with a classifier, hardly trained, of shapes."""
+    folder = tmp_path_factory.mktemp("ranking")
+    noise = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+    names = tuple(shapes.Source(split="train", count=1).classes)
+    for i, name in enumerate(names * 4):
+        (folder / "data" / name).mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(noise[i]).save(folder / "data" / name / f"{i}.png")
+    settings = reference_making.Settings(
+        str(folder / "data"), str(folder / "shapes.npz"), size=(32, 32), steps=3
+    )
+    reference_making.make(settings)
+    return folder / "shapes.npz"
 
 
 @pytest.mark.parametrize("by", ["likelihood", "classifier"])
@@ -78,9 +82,9 @@ def test_what_cannot_rank_is_refused_before_anything_is_drawn(model, images, ref
     with pytest.raises(UserError, match="--grow"):
         model("raster").edit(images, 1, grow="right=8", candidates=2)
     other = references.read(reference)
-    other.record["network"]["classes"] = ["cat"] * 10
+    other.record["extractor"]["classes"] = ["cat"] * 10
     path = tmp_path / "cats.npz"
-    record = {"protocol": "local", "layers": [], "network": other.record["network"]}
+    record = {"protocol": "local", "layers": [], "extractor": other.record["extractor"]}
     references.save(path, record, {}, {}, other.index_n, other.label_n, other.network)
     with pytest.raises(UserError, match="must know the generator's classes"):
         model("raster").sample("ring", candidates=2, rank=str(path))

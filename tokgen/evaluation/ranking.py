@@ -96,9 +96,9 @@ def _classifier(path: str, generator: Generator, classes: Sequence[str]) -> Scor
     if not found.network:
         raise UserError(
             f"--rank needs a reference with a classifier of its own, of the protocol local; found "
-            f"{path}, measured by {found.record.get('network', {}).get('name', 'another')}"
+            f"{path}, measured by {found.record['extractor']['name']}"
         )
-    about = found.record["network"]
+    about = found.record["extractor"]
     known = list(about.get("classes", ()))
     if generator.cond != "label" or not classes or sorted(known) != sorted(classes):
         raise UserError(
