@@ -235,7 +235,7 @@ def _drawn(
     mask_KHW = np.ones(image_KHW3.shape[:3], bool)
     if settings.mode == "mask":
         mask_KHW = masks(settings.mask, image_KHW3)
-        asked = (image_KHW3[source_N], mask_KHW[source_N], own, index_N, how)
+        asked = (image_KHW3, mask_KHW, source_N, own, index_N, how)
         return *redrawing.redraw(model, *asked, feather=feather), mask_KHW
     if settings.mode == "grow":
         added = growing.margins(settings.grow)

@@ -61,7 +61,7 @@ def grow(
         mask_HW = empty[rows, columns]
         _, canvas[:, rows, columns] = redrawing.redraw(
             *(model, canvas[:, rows, columns], np.repeat(mask_HW[None], len(canvas), axis=0)),
-            *(cond, index_N + (1 + number) * DRAWS, how),
+            *(np.arange(len(canvas)), cond, index_N + (1 + number) * DRAWS, how),
             feather=feather,
         )
         empty[rows, columns] = False

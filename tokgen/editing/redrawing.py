@@ -51,8 +51,9 @@ class How:
 
 def redraw(
     model: Model,
-    image_NHW3: np.ndarray,
-    mask_NHW: np.ndarray,
+    image_KHW3: np.ndarray,
+    mask_KHW: np.ndarray,
+    source_N: np.ndarray,
     cond: PyTree,
     index_N: np.ndarray,
     how: How,
@@ -61,16 +62,19 @@ def redraw(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens_NLG, uint8 image_NHW3) of images with what their masks mark drawn anew.
 
-    Image i depends on (seed, index i, image i, mask i, its condition): not on other images, nor on
-    what the image has in the mask. `cond` leads with the images.
+    Draw n is of image `source_N[n]`, and depends on (seed, `index_N[n]`, the image, its mask, the
+    condition): not on other images, nor on what the image has in the mask. `cond` leads with the
+    draws.
     """
-    free_NL = regions.free(mask_NHW, model.generator.layout)
-    check_places(model, free_NL)
-    filled = [regions.filled(*pair) for pair in zip(image_NHW3, mask_NHW, strict=True)]
-    tokens_NLG = coding.encode(model.encoder, np.stack(filled), batch=how.batch)
-    tokens_NLG, drawn_NHW3 = draw(model, tokens_NLG, free_NL, cond, index_N, how)
-    rows = zip(image_NHW3, drawn_NHW3, mask_NHW, strict=True)
-    return tokens_NLG, np.stack([regions.joined(*row, feather) for row in rows])
+    free_KL = regions.free(mask_KHW, model.generator.layout)
+    check_places(model, free_KL)
+    filled = [regions.filled(*pair) for pair in zip(image_KHW3, mask_KHW, strict=True)]
+    tokens_KLG = coding.encode(model.encoder, np.stack(filled), batch=how.batch)
+    asked = (tokens_KLG[source_N], free_KL[source_N], cond, index_N, how)
+    tokens_NLG, drawn_NHW3 = draw(model, *asked)
+    rows = zip(source_N, drawn_NHW3, strict=True)
+    joined = [regions.joined(image_KHW3[k], drawn, mask_KHW[k], feather) for k, drawn in rows]
+    return tokens_NLG, np.stack(joined)
 
 
 def draw(
