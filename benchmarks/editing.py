@@ -48,6 +48,7 @@ from tokgen.nn.precision import FLOAT32
 MASKS = ("left", "right", "top", "bottom", "center", "box", "free form", "nothing", "all")
 PARTS = ("likelihood", "classes", "growing", "scales")
 STRIP = 8  # pixels, half of them on either side of the seam
+STEPS = 1500  # of the classifier of seams
 
 
 def main() -> None:
@@ -61,7 +62,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32, help="of the masked family's likelihood")
     parser.add_argument("--noise", type=float, default=4.5, help="likewise")
     parser.add_argument("--sheets", type=pathlib.Path, help="folder for pictures of the edits")
+    parser.add_argument("--quick", action="store_true", help="few strips: does it work?")
     asked = parser.parse_args()
+    if asked.quick:
+        globals()["STEPS"] = 5
     runtime.devices()
     print(machine.header(training_step.PACKAGES, machine.devices()), flush=True)
     for part in asked.parts:
@@ -240,7 +244,7 @@ def told_apart(seams: np.ndarray, plain: np.ndarray, trained: int) -> float:
     strips = np.concatenate([seams[:trained], plain[:trained]])
     wanted = np.repeat([1.0, 0.0], trained)
     graph, params, stats = parameters.split(Seams(seams.shape[-1], rngs=rng.rngs(0)))
-    optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, 1500), weight_decay=1e-2)
+    optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, STEPS), weight_decay=1e-2)
 
     @jax.jit
     def step(params, state, image_BHW3, wanted_B):
@@ -252,7 +256,7 @@ def told_apart(seams: np.ndarray, plain: np.ndarray, trained: int) -> float:
         return optax.apply_updates(params, updates), state
 
     state, numbers = optimizer.init(params), np.random.default_rng(1)
-    for _ in range(1500):
+    for _ in range(STEPS):
         chosen = numbers.integers(0, len(strips), 64)
         flipped = strips[chosen] if numbers.random() < 0.5 else strips[chosen][:, ::-1]
         params, state = step(params, state, flipped.astype(np.float32), wanted[chosen])

@@ -398,8 +398,8 @@ def test_drawing_and_likelihoods_are_shared_by_the_devices_to_the_bit(monkeypatc
     generator, sampler = _generator(LAYOUT), samplers.Sampler(guidance=(2.0,) * 9)
     work, program = {}, drawing.draw_tokens
 
-    def measured(*arguments):
-        compiled = program.lower(*arguments).compile()
+    def measured(*arguments, **static):
+        compiled = program.lower(*arguments, **static).compile()
         work.setdefault(sharding.current().size, compiled.cost_analysis()["flops"])
         return compiled(*arguments[:4], arguments[5])
 

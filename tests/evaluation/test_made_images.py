@@ -121,9 +121,9 @@ def test_one_program_draws_every_part(tmp_path, monkeypatch):
     """The last one too, which is longer than a batch and shorter than the others."""
     real, seen = made_images.drawing.draw_tokens, []
 
-    def counted(generator, codec, cond_B, keys_B, *words):
+    def counted(generator, codec, cond_B, keys_B, *words, **static):
         seen.append(len(keys_B))
-        return real(generator, codec, cond_B, keys_B, *words)
+        return real(generator, codec, cond_B, keys_B, *words, **static)
 
     monkeypatch.setattr(made_images.drawing, "draw_tokens", counted)
     images = drawn(tmp_path, count=104, batch=32, each=64)

@@ -139,7 +139,7 @@ def test_a_stage_on_codes_is_planned_with_its_teacher(capsys):
 def test_a_mesh_without_room_is_refused_after_what_is_known_of_it(gan, capsys, monkeypatch):
     monkeypatch.setattr(plan, "ROOM", 2e-3)
     path, overrides = GAN
-    told = {"tokenizer": "", "classes": None}
+    told = {"tokenizer": "", "classes": None, "platform": "tpu"}
     known = {repr((path, list(overrides), told)): gan}  # read anew, it is traced anew
     monkeypatch.setattr(recipes, "read", lambda *given, **how: known[repr((*given, how))])
     words = [word for each in overrides for word in ("--set", each)]

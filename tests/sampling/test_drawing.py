@@ -56,10 +56,10 @@ def test_a_decode_moves_nothing_between_host_and_device(name):
 def guarded(program):
     """A program that may be handed nothing which lies on the host."""
 
-    def call(*operands):
+    def call(*operands, **static):
         to_host = jax.transfer_guard_device_to_host("disallow")
         with jax.transfer_guard_host_to_device("disallow"), to_host:
-            return program(*operands)
+            return program(*operands, **static)
 
     return call
 
@@ -98,7 +98,7 @@ def test_the_next_batch_is_begun_before_one_is_handed_over(broken, monkeypatch):
     """Two at a time, not three; and one that is not finite is told before another is begun."""
     order = []
 
-    def draw_tokens(generator, codec, cond_B, keys_B, sampler, held):
+    def draw_tokens(generator, codec, cond_B, keys_B, sampler, held, *, particles):
         number = sum(what == "begun" for what, _ in order)
         order.append(("begun", number))
         flags_B = np.full(len(cond_B), number == broken)

@@ -101,13 +101,14 @@ def generate(
     """
     weights, _, guided = _guidance(generator, sampler)
     B, layout = len(keys_B), generator.layout
-    # one that sees what is given has an order for each row, and rows that go on have but one's
-    blind = generator.exact and not generator.sees_given
-    if particles > 1 and (not blind or against is not None or B % particles):
-        raise ValueError(
-            "particles need an exact generator with one order for all rows, alone, and as many "
-            "rows of each image"
-        )
+    if particles > 1:
+        # one that sees what is given has an order for each row, and rows that go on have but one's
+        blind = generator.exact and not generator.sees_given
+        if not blind or against is not None or B % particles:
+            raise ValueError(
+                "particles need an exact generator with one order for all rows, alone, and as "
+                "many rows of each image"
+            )
     boundary.rows(keys=keys_B, conditions=cond, given=given)
     if given is None:
         shape = (B, layout.length, layout.groups)
