@@ -318,14 +318,14 @@ def test_roofline():
 def test_editing(tmp_path):
     recipes.tiny(tmp_path, "raster", "masked", "next_scale")
     demo = str(tmp_path / "runs")
-    words = ("--images", "10", "--particles", "2", "--masks", "left", "nothing", "--steps", "8")
+    words = ("--images", "20", "--particles", "2", "--masks", "left", "nothing", "--steps", "8")
     words += ("--sheets", str(tmp_path / "sheets"))
     parts = ("--parts", "likelihood", "growing", "scales")
     header, *lines = quick("editing", demo, "--families", "masked", *words, *parts)
     check_header(header)
     rows = [line.split() for line in lines if line]
     real, pasted, edited = rows[0], rows[2], rows[3]
-    assert real[:5] == ["nats", "of", "10", "real", "images:"]
+    assert real[:5] == ["nats", "of", "20", "real", "images:"]
     assert pasted[:3] == ["masked", "left", "2"] and float(pasted[3]) > 0
     assert edited[1] == "nothing" and edited[6] == real[5] and float(edited[9]) == 0
     seam, *scales = (row for row in rows if row[0] == "masked" and len(row) == 2 or row[1:2] == "x")
