@@ -65,9 +65,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--particles",
         type=int,
-        default=32,
+        default=64,
         help="where a generator's order has kept pixels after drawn ones: so many draws are held "
-        "against what is kept, step by step, for one that stays (default 32)",
+        "against what is kept, step by step, for one that stays (default 64)",
     )
     parser.add_argument(
         "--feather",

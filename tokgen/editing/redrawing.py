@@ -19,7 +19,7 @@ from tokgen.errors import UserError
 from tokgen.interfaces import Generator, PyTree, Sampler
 from tokgen.sampling import drawing
 
-PARTICLES = 32
+PARTICLES = 64  # with 32, a top half over shapes has now and then another colour than the rest
 DELAY = 2  # seconds before a draw says how far it is
 
 
