@@ -1,5 +1,6 @@
 """`tokgen edit`: what is written, the same as from Python, and what is refused."""
 
+import argparse
 import json
 import pathlib
 
@@ -10,6 +11,8 @@ import pytest
 import tokgen
 from tests import recipes
 from tests.command_line import call, refused
+from tokgen.commands import edit as commands_edit
+from tokgen.editing import edits
 
 SMALL = ("--number", 2, "--particles", 4)
 
@@ -145,3 +148,11 @@ def test_what_cannot_be_edited_is_one_message_and_leaves_nothing(words, said, ca
     label = () if "class of each" in said or "--label" in words else ("--label", "ring")
     assert said in refused(capfd, *edit(*words), *label, "--out", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_draws_with_as_many_particles_as_the_library():
+    parser = argparse.ArgumentParser()
+    commands_edit.arguments(parser)
+    words = ["one.png", "--generator", "CKPT", "--mask", "left", "--out", "edits"]
+    settings = commands_edit.settings_of(parser.parse_args(words)).edit
+    assert settings == edits.Settings(mask="left", number=4)
