@@ -6,7 +6,6 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from tests.editing.conftest import images, model, runs  # noqa: F401 (fixtures)
 from tokgen.data import shapes
 from tokgen.evaluation import ranking, reference_making, references
 from tokgen.interfaces import UserError
@@ -32,7 +31,7 @@ def reference(tmp_path_factory):
 
 
 @pytest.mark.parametrize("by", ["likelihood", "classifier"])
-def test_of_each_image_the_candidate_with_the_highest_score_is_kept(by, model, reference, capfd):  # noqa: F811
+def test_of_each_image_the_candidate_with_the_highest_score_is_kept(by, model, reference, capfd):
     found = model("raster")
     rank = ranking.LIKELIHOOD if by == "likelihood" else str(reference)
     how = dict(number=2, seed=3, progress=False)
@@ -57,7 +56,7 @@ def test_of_each_image_the_candidate_with_the_highest_score_is_kept(by, model, r
         np.testing.assert_array_equal(kept.image_NHW3[i], candidates[c][1][i])
 
 
-def test_edits_are_ranked_alike(model, images):  # noqa: F811
+def test_edits_are_ranked_alike(model, images):
     found = model("raster")
     how = dict(mask="bottom", seed=3, progress=False, batch=4)
     kept = found.edit(images, [0, 1, 2], number=2, candidates=X, **how)
@@ -69,7 +68,7 @@ def test_edits_are_ranked_alike(model, images):  # noqa: F811
     np.testing.assert_array_equal(kept.image_NHW3[:, :16], first.image_NHW3[:, :16])
 
 
-def test_what_cannot_rank_is_refused_before_anything_is_drawn(model, images, reference, tmp_path):  # noqa: F811
+def test_what_cannot_rank_is_refused_before_anything_is_drawn(model, images, reference, tmp_path):
     with pytest.raises(UserError, match="exact likelihood"):
         model("masked").sample("ring", candidates=2)
     with pytest.raises(UserError, match="exact likelihood"):
