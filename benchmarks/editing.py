@@ -12,9 +12,9 @@ likelihood  drawn at temperature 1 without guidance, by every family with every 
             good as real, 1 as bad as a paste (of nothing and all: as a paste of the left half).
 classes     by the presets: how often the independent classifier sees the class in edits of the
             left half and of the centre, beside whole samples of the same model.
-growing     images grown to twice their width. A classifier is trained to tell strips of 8 pixels
-            over the seam from strips of whole samples of the same model, and asked about others:
-            half of its answers are right where there is nothing to see.
+growing     reconstructions grown to twice their width. A classifier is trained to tell strips of 8
+            pixels over the seam from strips of whole samples of the same model, and asked about
+            others: half of its answers are right where there is nothing to see.
 scales      finer scales drawn upon coarse ones: the edits, brought down to the sides of the coarse
             grid, against the decode of the coarse scales alone, in dB.
 """
@@ -222,18 +222,19 @@ def growing(asked: argparse.Namespace) -> None:
     for family in asked.families:
         model = model_of(asked.demo, family)
         images, labels = held_out(model, 4 * asked.images)
-        width = images.shape[2]
+        # of photographs one tells at a glance what a decoder drew: both sides are of this one
+        images, width = model.reconstruct(images, batch=100), images.shape[2]
         # what was there is the margin of an image, so the strip over the seam is to look like one
         # at the margin of a sample
         how = dict(temperature=1.0, guidance=1.0, progress=False, batch=500)
         found = model.edit(
-            images, labels.tolist(), grow=f"right={width}", overlap=STRIP / width, **how
+            images, labels.tolist(), grow=f"right={width}", overlap=STRIP / 2 / width, **how
         )
         keep(asked, f"{family}-grown", found)
         each = len(images) // len(shapes.CLASSES)
         samples = model.sample("all", number=each, temperature=1.0, guidance=1.0, progress=False)
         seams = found.image_NHW3[:, :, width - STRIP // 2 : width + STRIP // 2]
-        plain = samples.image_NHW3[:, :, STRIP // 2 : STRIP // 2 + STRIP]
+        plain = samples.image_NHW3[:, :, :STRIP]
         plain = np.random.default_rng(0).permutation(plain)
         right = told_apart(seams, plain, len(images) - asked.images)
         print(f"{family:12}{right:.3f}", flush=True)
