@@ -16,7 +16,6 @@ from tokgen.quantizers import multiscale
 from tokgen.sampling import decode, drawing, particles, sampler
 
 SMALL = dict(width=16, depth=1, heads=2, precision=Precision())
-COUNT = 400  # images that are drawn
 
 
 def raster():
@@ -46,15 +45,15 @@ def strong(generator):
 
 
 @pytest.mark.parametrize(
-    ("make", "weight"),
+    ("make", "weight", "images", "count"),
     [
-        pytest.param(raster, 1.0, marks=pytest.mark.long),
-        (raster, 1.5),
-        pytest.param(scales, 1.0, marks=pytest.mark.long),
-        pytest.param(scales, 1.5, marks=pytest.mark.long),
+        pytest.param(raster, 1.0, 512, 32, marks=pytest.mark.long),
+        (raster, 1.5, 400, 16),
+        pytest.param(scales, 1.0, 512, 32, marks=pytest.mark.long),
+        pytest.param(scales, 1.5, 512, 32, marks=pytest.mark.long),
     ],
 )
-def test_what_is_drawn_is_distributed_as_given_what_comes_later(make, weight):
+def test_what_is_drawn_is_distributed_as_given_what_comes_later(make, weight, images, count):
     generator, codec = make()
     L, V = generator.layout.length, generator.layout.absent
     held = {1: 0, L - 1: 2}  # one in the middle, and the last
@@ -66,22 +65,22 @@ def test_what_is_drawn_is_distributed_as_given_what_comes_later(make, weight):
 
     tokens_LG = np.full((L, 1), V, np.int32)
     tokens_LG[list(held), 0] = list(held.values())
-    given = np.repeat(tokens_LG[None], COUNT, 0), np.repeat(tokens_LG[None] < V, COUNT, 0)
+    given = np.repeat(tokens_LG[None], images, 0), np.repeat(tokens_LG[None] < V, images, 0)
     draw = functools.partial(
         drawing.draw_tokens,
-        *(generator.unstacked(), codec, jnp.zeros(COUNT, jnp.int32)),
-        jax.random.split(jax.random.key(1), COUNT),
+        *(generator.unstacked(), codec, jnp.zeros(images, jnp.int32)),
+        jax.random.split(jax.random.key(1), images),
         sampler.Sampler(guidance=(weight,) * len(plan_steps(generator))),
     )
     far = {}
-    for count in (1, 16):
-        found, invalid, _ = map(np.asarray, draw(given, particles=count))
+    for particles_ in (1, count):
+        found, invalid, _ = map(np.asarray, draw(given, particles=particles_))
         assert not invalid.any() and (found[:, list(held), 0] == list(held.values())).all()
-        counts = (found[:, None] == every[suits][None]).all((-1, -2)).mean(0)
-        far[count] = np.abs(counts - wanted).sum() / 2
-    noise = np.sqrt(wanted * (1 - wanted) / COUNT).sum() / 2
+        shares = (found[:, None] == every[suits][None]).all((-1, -2)).mean(0)
+        far[particles_] = np.abs(shares - wanted).sum() / 2
+    noise = np.sqrt(wanted * (1 - wanted) / images).sum() / 2
     assert far[1] > 3 * noise, "the case needs no particles: choose another"
-    assert far[16] < 1.6 * noise
+    assert far[count] < 1.6 * noise
 
 
 def plan_steps(generator):
