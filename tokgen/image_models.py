@@ -448,8 +448,17 @@ class ImageGenerator:
             (64, 32)
         """
         asked = edits.Settings(
-            *(mask, grow, strength, scales, number, seed, particles, feather, batch, overlap),
-            ranking.Ranking(candidates, rank),
+            mask=mask,
+            grow=grow,
+            strength=strength,
+            scales=scales,
+            number=number,
+            seed=seed,
+            particles=particles,
+            feather=feather,
+            batch=batch,
+            overlap=overlap,
+            ranking=ranking.Ranking(candidates, rank),
         )
         asked.check()
         pixels_KHW3 = self.tokenizer._exact(images)

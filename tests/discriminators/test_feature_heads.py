@@ -104,7 +104,9 @@ def test_but_on_a_cpu_a_deeper_trunk_is_no_larger_program(discriminator):
     np.testing.assert_allclose(stacked, in_turn, rtol=1e-5, atol=1e-6)
 
     def lines(depth):
-        make = lambda: dino.ViT(8, 4, 6, depth, 2, (depth - 1,), rngs=nnx.Rngs(0))  # noqa: E731
+        def make():
+            return dino.ViT(8, 4, 6, depth, 2, (depth - 1,), rngs=nnx.Rngs(0))
+
         run = jax.jit(dino.ViT.__call__).trace(nnx.eval_shape(make), jnp.ones((1, 8, 8, 3)))
         text = run.lower(lowering_platforms=("tpu",)).as_text()
         return text.count("dot_general")

@@ -89,7 +89,10 @@ def test_a_batch_is_refused_with_the_largest_that_fits():
     always, each = 2 * one - two, two - one
     exactly = always + 3 * each
     asked = (generator, None, cond, FREE)
-    ask = lambda batch, *rooms, **how: memory.check(*asked, batch, on(*rooms), **how)  # noqa: E731
+
+    def ask(batch, *rooms, **how):
+        memory.check(*asked, batch, on(*rooms), **how)
+
     ask(3, exactly)
     with pytest.raises(UserError, match=r"batch of 4 .* the device, .*MB an image.* is 3$"):
         ask(4, exactly)
