@@ -98,13 +98,16 @@ def test_one_size_of_a_mesh_may_be_left_to_it(capsys, mesh):
     assert "--config.mesh.data=4 --config.mesh.fsdp=2" in said
 
 
-def test_weights_are_gathered_for_each_part_of_a_batch():
-    def gathered(*overrides):
+def test_each_part_of_a_batch_gathers_weights_and_sums_gradients():
+    def exchanged(*overrides):
         recipe = recipes.read(RASTER, ("batch_size=32", *overrides))
-        return plan.reckoned(recipe, (2, 4, 1)).estimate.exchanged["gathered"]
+        return plan.reckoned(recipe, (2, 4, 1)).estimate.exchanged
 
-    assert gathered("accumulate=2") == 2 * gathered()
-    assert gathered("generator.remat=dots") == gathered()
+    once = exchanged()
+    assert set(once) == {"gathered", "scattered", "summed over data"}
+    for what, size in exchanged("accumulate=2").items():
+        assert size == pytest.approx(2 * once[what], rel=1e-3), what
+    assert exchanged("generator.remat=dots") == once
 
 
 def test_every_recipe_says_what_tokens_it_is_made_for():

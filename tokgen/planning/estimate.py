@@ -5,7 +5,8 @@ are those of the products and convolutions of the step as it is written. What de
 follows from the table of parameters (`sharding.TABLE`):
 
 - a parameter over `fsdp` is gathered in every pass that reads it, and its gradient is scattered;
-- gradients are summed over `data`, and those of whole parameters over all devices;
+- gradients are summed over `data`, and those of whole parameters over all devices, as often as
+  `sums` finds them;
 - over `tensor`, what a block's two branches give is summed, in every pass.
 
 What Muon exchanges of its layers is not reckoned.
@@ -26,7 +27,7 @@ import jax
 
 from tokgen import parameters, sharding
 from tokgen.interfaces import PyTree
-from tokgen.planning import steps, temporaries, tiles
+from tokgen.planning import steps, sums, temporaries, tiles
 from tokgen.training import train_state
 
 FROZEN, BATCH = "quantizer and frozen networks", "a batch"
@@ -95,6 +96,7 @@ def of(
             itemsize=network.itemsize,
             passes=network.parts * network.passes,
             parts=network.parts,
+            gradients=sums.of(step, step.images // ways, parts=network.parts),
             summed=step.images * network.positions * network.width * network.layers / ways,
         ),
     )
@@ -157,27 +159,33 @@ def exchanged(
     itemsize: int,
     passes: int,
     parts: int,
+    gradients: float,
     summed: float,
 ) -> dict[str, float]:
     """Bytes that a device receives in a step, by what for; ways of a ring, the fewest there are.
 
-    `summed` are the values of a device of what the blocks' branches give, for all layers.
+    Args:
+        gradients: bytes of what is summed over a batch, where a device has all parameters.
+        summed: the values of a device of what the blocks' branches give, for all layers.
     """
     found = dict.fromkeys(("gathered", "scattered", "summed over data", "summed over tensor"), 0.0)
     fsdp, tensor, data = (mesh.shape[axis] for axis in ("fsdp", "tensor", "data"))
     networks = jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, train_state.TrainState))
-    for network in (n for n in networks if isinstance(n, train_state.TrainState)):
-        for path, leaf in parameters.paths(network.params).items():
+    moved = [n.params for n in networks if isinstance(n, train_state.TrainState)]
+    # of a parameter as much as of all: more than its size where it is used several times
+    each = gradients / sum(leaf.size for leaf in jax.tree.leaves(moved))
+    for params in moved:
+        for path, leaf in parameters.paths(params).items():
             axes = [axis for axis in leaf.sharding.spec if axis]
-            part = math.prod(leaf.sharding.shard_shape(leaf.shape)) * itemsize
+            part = math.prod(leaf.sharding.shard_shape(leaf.shape))
             if "fsdp" in axes:
                 times = passes if "modulation/" in path else 2 * parts
-                found["gathered"] += times * part * (fsdp - 1)
-                found["scattered"] += parts * part * (fsdp - 1)
+                found["gathered"] += times * part * itemsize * (fsdp - 1)
+                found["scattered"] += part * each * (fsdp - 1)
                 ways = data
             else:
                 ways = data * fsdp
-            found["summed over data"] += 2 * part * (ways - 1) / ways
+            found["summed over data"] += 2 * part * each * (ways - 1) / ways
     if tensor > 1:
         # two branches a block, as often as the block is computed, and once backward
         share = (tensor - 1) / tensor / parts

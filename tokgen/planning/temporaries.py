@@ -56,12 +56,17 @@ def of(
         parts: those in which the step takes them.
         share: of the images that are taken alone, and then the others.
     """
-    # of few images a program may be another: one of them is a dimension less
-    count = max(images, FEW * parts)
-    one, two = (_traced(step, n) for n in (count, max(step.images, 2 * count)))
+    one, two, count = pair(step, images, parts)
     if step.platform == "tpu" and 1 < images / parts < FEW:
         lies = functools.partial(_folded, lies)
     return most(one, two, part, lies, share * images / count)
+
+
+def pair(step: steps.Step, images: int, parts: int) -> tuple:
+    """(jaxpr of a step, that of more images, images of the first), for a device with so many."""
+    # of few images a program may be another: one of them is a dimension less
+    count = max(images, FEW * parts)
+    return *(_traced(step, n) for n in (count, max(step.images, 2 * count))), count
 
 
 def _folded(lies: tiles.Lies, shape: tuple[int, ...], dtype) -> float:
@@ -75,7 +80,7 @@ def _traced(step: steps.Step, images: int):
     return step.of(images).traced
 
 
-def _size(variable, lies: tiles.Lies = tiles.plain) -> float:
+def size(variable, lies: tiles.Lies = tiles.plain) -> float:
     aval = variable.aval
     if not hasattr(aval, "shape"):
         return 0.0
@@ -110,7 +115,7 @@ def most(one, two, part: float, lies: tiles.Lies = tiles.plain, images: float = 
                 roots[out] = read
             done.append((set(), set(), 0.0))
             continue
-        bodies = list(zip(_inner(a), _inner(b), strict=True))
+        bodies = list(zip(bodies_of(a), bodies_of(b), strict=True))
         if bodies:
             within = 1.0 if name == "while" or _of_layers(a, b) else part
             inside = max(most(x, y, within, lies, images) for x, y in bodies)
@@ -118,8 +123,8 @@ def most(one, two, part: float, lies: tiles.Lies = tiles.plain, images: float = 
             inside += _gathered(a, b)
         for at, out, larger in zip(outs, a.outvars, b.outvars, strict=True):
             if type(out).__name__ != "DropVar" and id(out) not in held:
-                grows = _size(larger) > _size(out)
-                sizes[at] = _size(out, lies) * (images if grows else part)
+                grows = size(larger) > size(out)
+                sizes[at] = size(out, lies) * (images if grows else part)
                 roots[at] = frozenset({at})
                 made.add(at)
         if name not in ("scan", "while"):
@@ -152,7 +157,7 @@ def _unfolded(one, two, names: dict[int, int]) -> Iterator[tuple]:
     for a, b in zip(one.eqns, two.eqns, strict=True):
         ins = [names.get(id(v)) for v in a.invars]
         if a.params.get("branches_platforms") and a.primitive.name == "cond":
-            (body,), (other,) = _inner(a), _inner(b)
+            (body,), (other,) = bodies_of(a), bodies_of(b)
             within = dict(zip(map(id, body.invars), ins[1:], strict=True))
             yield from _unfolded(body, other, within)
             names |= {
@@ -179,7 +184,7 @@ def in_place(jaxpr, held: set[int]) -> set[int]:
             held |= {id(out) for given, out in pairs if id(given) in held}
         else:
             ins = ins[1:] if name == "cond" else ins  # one branch may leave what another updates
-            for body in (b for b in _inner(equation) if len(b.invars) == len(ins)):
+            for body in (b for b in bodies_of(equation) if len(b.invars) == len(ins)):
                 pairs = zip(body.invars, ins, strict=True)
                 inner = in_place(body, {id(v) for v, given in pairs if id(given) in held})
                 pairs = zip(body.outvars, outs, strict=True)
@@ -197,7 +202,7 @@ def _of_layers(one, two) -> bool:
     first = one.params["num_consts"] + one.params["num_carry"]
     pairs = list(zip(one.invars, two.invars, strict=True))
     stacks, others = (
-        sum(_size(a) for a, b in some if _size(a) == _size(b))
+        sum(size(a) for a, b in some if size(a) == size(b))
         for some in (pairs[first:], pairs[:first])
     )
     return stacks > others
@@ -207,11 +212,11 @@ def _gathered(one, two) -> float:
     """Bytes of a layer's weights that a loop gathers: this turn's, and ahead the next one's."""
     first = one.params["num_consts"] + one.params["num_carry"]
     pairs = zip(one.invars[first:], two.invars[first:], strict=True)
-    stacks = [a for a, b in pairs if _size(a) == _size(b) and a.aval.ndim > 2]
+    stacks = [a for a, b in pairs if size(a) == size(b) and a.aval.ndim > 2]
     return 2 * sum(2 * stack.aval.size / stack.aval.shape[0] for stack in stacks)
 
 
-def _inner(equation) -> Iterable:
+def bodies_of(equation) -> Iterable:
     """The bodies of an equation; of those for platforms the one for all that have no own.
 
     A CPU's form of a convolution may take several times as much, and nobody plans for its memory.

@@ -271,39 +271,35 @@ def ramp(gan: GAN, strength: float, step: Array, total: int) -> Array:
 Pull = Callable[[tuple[Array, Array]], tuple[PyTree]]
 
 
-def at_once(gan: GAN, ramp: Array, pull: Pull, image_BHW3: Array) -> tuple[PyTree, Array]:
-    """(gradient of reconstruction + weight * adversarial loss, that weight).
+def adaptive(gan: GAN, ramp: Array, pull: Pull, image_BHW3: Array) -> Array:
+    """The weight of the adversarial term of a batch that is taken whole.
 
         weight = ramp * gan.weight * adaptive
 
     `adaptive` compares both gradients at the decoder's last layer (`losses.adaptive_weight`), or is
-    1 where `gan.limit` is 0. `image_BHW3` is the adversarial loss's gradient at the image. The
-    whole network is passed backwards once: of `apart` nothing is computed but the last layer.
+    1 where `gan.limit` is 0. `image_BHW3` is the adversarial loss's gradient at the image.
     """
-    weight = gan.weight * ramp
     if gan.limit > 0:
-        weight = weighed(gan, ramp, *map(last_layer, apart(pull, image_BHW3)))
-    return *pull((jnp.float32(1), weight * image_BHW3)), weight
+        return weighed(gan, ramp, *compared(pull, image_BHW3))
+    return gan.weight * ramp
 
 
-def apart(pull: Pull, image_BHW3: Array) -> tuple[PyTree, PyTree]:
-    """Gradients of reconstruction and adversarial loss, each for itself: two passes backwards.
+def compared(pull: Pull, image_BHW3: Array) -> tuple[Array, Array]:
+    """Gradients of reconstruction and adversarial loss at the decoder's last layer.
 
-    So they are averaged over parts of a batch, whose weight is known after the last of them.
+    Nothing else is computed of the two passes backwards.
     """
-    return *pull((jnp.float32(1), jnp.zeros_like(image_BHW3))), *pull((jnp.float32(0), image_BHW3))
+    factors = (1, jnp.zeros_like(image_BHW3)), (0, image_BHW3)
+    return tuple(last_layer(*pull((jnp.float32(one), image))) for one, image in factors)
 
 
-def combined(
-    gan: GAN, ramp: Array, reconstruction: PyTree, adversarial: PyTree
-) -> tuple[PyTree, Array]:
-    """As `at_once`, of gradients that were taken `apart`."""
-    weight = weighed(gan, ramp, last_layer(reconstruction), last_layer(adversarial))
-    return jax.tree.map(lambda a, b: a + weight * b, reconstruction, adversarial), weight
+def pulled(pull: Pull, weight: Array, image_BHW3: Array) -> PyTree:
+    """The gradient of reconstruction + weight * adversarial loss, in one pass backwards."""
+    return pull((jnp.float32(1), weight * image_BHW3))[0]
 
 
 def weighed(gan: GAN, ramp: Array, reconstruction: Array, adversarial: Array) -> Array:
-    """The adaptive weight of gradients at the decoder's last layer."""
+    """The adaptive weight of gradients at the decoder's last layer, `compared`."""
     adaptive = losses.adaptive_weight(
         reconstruction, adversarial, limit=gan.limit, floor=gan.floor, epsilon=gan.epsilon
     )

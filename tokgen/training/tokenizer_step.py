@@ -241,7 +241,9 @@ def adversarial_step(
     optimizer, objective = stages.optimizer(settings, stage), OBJECTIVES[stage.objective]
     weights, graph = {**settings.loss, **stage.loss}, graphs["model"]
     parts = dict(parts=settings.get("accumulate", 1), strategy=settings.strategy)
-    # the weight of gradients that are compared is known when those of all parts are
+    # the weight of gradients that are compared is known when those of all parts are: they are
+    # first compared, and then taken, so that of each part one gradient is kept and summed over
+    # devices; what is computed again forwards is less than what another pass backwards would be
     in_parts = parts["parts"] > 1 and gan.limit > 0
     discriminate = gans.discriminator_step(
         gan, graphs["discriminator"], discriminator_optimizer, **parts
@@ -277,7 +279,7 @@ def adversarial_step(
         )
         ramp = gans.ramp(gan, strength, model.step, settings.steps)
 
-        def of_part(params, batch, key):
+        def forwards(params, batch, key):
             played = rng.use(rng.use(key, rng.DISCRIMINATOR), rng.TOKENIZER)
             _, logits_of = gans.views(network, gan, played)
 
@@ -291,18 +293,29 @@ def adversarial_step(
             (total, fake_BHW3), pull, aux = jax.vjp(shown, params, has_aux=True)
             generator_loss, at_image_BHW3 = jax.value_and_grad(played)(fake_BHW3)
             latents_BPC, _, terms, tokens_BLG = aux
-            if in_parts:
-                pulls = gans.apart(pull, at_image_BHW3)
-            else:
-                pulls = gans.at_once(gan, ramp, pull, at_image_BHW3)
-            return pulls, (total + generator_loss, terms), (latents_BPC, fake_BHW3, tokens_BLG)
+            figures, rows = (total + generator_loss, terms), (latents_BPC, fake_BHW3, tokens_BLG)
+            return (pull, at_image_BHW3), figures, rows
 
-        pulls, (total, terms), (latents_BPC, fake_BHW3, tokens_BLG) = accumulation.averaged(
-            *(of_part, model.params, batch, key),
-            **parts,
-            like=(model.params, model.params if in_parts else ramp),
+        whole = None
+        if in_parts:
+            _, compared, _ = accumulation.averaged(
+                lambda *given: ((), gans.compared(*forwards(*given)[0]), ()),
+                *(model.params, batch, key),
+                **parts,
+                like=(),
+            )
+            whole = gans.weighed(gan, ramp, *compared)
+
+        def of_part(params, batch, key):
+            back, figures, rows = forwards(params, batch, key)
+            weight = gans.adaptive(gan, ramp, *back) if whole is None else whole
+            pull, at_image_BHW3 = back
+            return gans.pulled(pull, weight, at_image_BHW3), (*figures, weight), rows
+
+        gradients, (total, terms, weight), rows = accumulation.averaged(
+            *(of_part, model.params, batch, key), **parts
         )
-        gradients, weight = gans.combined(gan, ramp, *pulls) if in_parts else pulls
+        latents_BPC, fake_BHW3, tokens_BLG = rows
         model, scalars = improved(settings, stage, model, gradients, optimizer, total)
         model = upkept(stage, graph, model, latents_BPC, key)
         if gan.first == "tokenizer":
