@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -73,13 +74,12 @@ def test_arguments_and_operations_are_those_of_the_compiler(gan, number, sizes):
         assert found.kept["discriminator parameters"] > 0 and found.kept["averages"] > 0
 
 
-def test_of_few_images_maps_lie_there_in_two_forms_on_a_tpu():
-    """libtpu folds 2 to 7 images of a device, but for maps that are small."""
+def test_maps_lie_as_a_tpu_convolves_them():
+    """Channels in lanes, images in rows; of 2 to 7 images twice, but for maps that are small."""
 
-    def reckoned(images, side, platform):
-        shape = (8, side, side, 4)
-        image = {"image": jax.ShapeDtypeStruct(shape, np.float32)}
-        kernel = jax.ShapeDtypeStruct((3, 3, 4, 4), np.float32)
+    def reckoned(images, side, channels, platform):
+        image = {"image": jax.ShapeDtypeStruct((8, side, side, channels), np.float32)}
+        kernel = jax.ShapeDtypeStruct((3, 3, channels, channels), np.float32)
 
         def loss(kernel_hwIO, batch, frozen):
             x_BHWC = batch["image"]
@@ -93,9 +93,40 @@ def test_of_few_images_maps_lie_there_in_two_forms_on_a_tpu():
         step = steps.Step(kernel, image, (), lambda strategy: jax.jit(jax.grad(loss)), platform)
         return temporaries.of(step, images, part=0.0, lies=tiles.tiled)
 
-    for images, side, more in ((1, 64, 1), (3, 64, temporaries.FOLDED), (3, 16, 1), (8, 64, 1)):
-        plain, folded = (reckoned(images, side, platform) for platform in ("cpu", "tpu"))
-        assert folded == pytest.approx(more * plain) and plain > 0
+    for images, side, channels, more in (
+        (1, 64, 128, 1),
+        (3, 64, 128, temporaries.FOLDED),
+        (3, 128, 160, temporaries.FOLDED * 256 / 160),
+        (3, 16, 128, 1),
+        (3, 64, 4, 1),
+        (8, 64, 128, 1),
+        (12, 128, 128, 16 / 12),
+    ):
+        plain, laid = (reckoned(images, side, channels, platform) for platform in ("cpu", "tpu"))
+        assert laid == pytest.approx(more * plain) and plain > 0, (images, side, channels)
+
+
+def test_a_call_of_what_is_computed_where_it_is_read_is_computed_there():
+    """But for strips of a few images on a TPU: what they convolve is made first."""
+
+    def reckoned(images, platform):
+        image = {"image": jax.ShapeDtypeStruct((8, 64, 64, 128), np.float32)}
+        kernel = jax.ShapeDtypeStruct((3, 3, 128, 128), np.float32)
+
+        def loss(kernel_hwIO, batch, frozen):
+            x_BHWC = jax.jit(lambda x: jnp.tanh(2 * x))(batch["image"])
+            x_BHWC = jax.lax.conv_general_dilated(
+                *(x_BHWC, kernel_hwIO, (1, 1), "SAME"),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            return (x_BHWC**2).sum()
+
+        step = steps.Step(kernel, image, (), lambda strategy: jax.jit(jax.grad(loss)), platform)
+        return temporaries.of(step, images, part=0.0, lies=tiles.tiled)
+
+    one = 64 * 64 * 128 * 4
+    assert reckoned(8, "tpu") == pytest.approx(8 * one)
+    assert reckoned(1, "tpu") == pytest.approx(2 * one)
 
 
 def test_a_distance_has_the_shapes_of_its_published_files():

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 from jax.extend import core as extended
@@ -22,10 +22,12 @@ from tokgen.nn import fused
 from tokgen.planning import steps, tiles
 
 FEW = 8  # images
-# Of 2 to 7 images libtpu takes parts of each for images ("space to batch") where it convolves maps
-# of at least so many pixels a side, and has them both ways: so many times the bytes, as in VAR's
-# tokenizer for v5e (three images a chip)
-FOLDED, SIDE = 3.0, 64
+# libtpu lays maps of so many channels, and of at least so many pixels a side, for convolutions:
+# channels into lanes, filled up to 128, and images into rows, to a multiple of 8
+CHANNELS, SIDE = 64, 64
+# Fewer images it takes apart into strips, as so many more images ("space to batch"), and of several
+# of them keeps what it convolves both ways
+FOLDED = 2.0
 
 # Computed where they are read: no memory of their own
 FUSED = {
@@ -39,6 +41,7 @@ FUSED = {
     *("sharding_constraint", "optimization_barrier", "name", "random_bits", "copy_p"),
     *("random_wrap", "random_unwrap", "random_fold_in", "threefry2x32", "exp2", "erf_inv", "atan2"),
 }
+CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call")
 
 
 def of(
@@ -57,9 +60,13 @@ def of(
         share: of the images that are taken alone, and then the others.
     """
     one, two, count = pair(step, images, parts)
-    if step.platform == "tpu" and 1 < images / parts < FEW:
-        lies = functools.partial(_folded, lies)
-    return most(one, two, part, lies, share * images / count)
+    fuses = _in_place_of_calls
+    if step.platform == "tpu":
+        few = images / parts < FEW
+        fuses = _named if few else fuses  # between strips and images calls are not fused
+        times = FOLDED if few and images > parts else 1.0
+        lies = functools.partial(_convolved, lies, times)
+    return most(one, two, part, lies, share * images / count, fuses)
 
 
 def pair(step: steps.Step, images: int, parts: int) -> tuple:
@@ -69,10 +76,13 @@ def pair(step: steps.Step, images: int, parts: int) -> tuple:
     return *(_traced(step, n) for n in (count, max(step.images, 2 * count))), count
 
 
-def _folded(lies: tiles.Lies, shape: tuple[int, ...], dtype) -> float:
-    """Bytes of an array where libtpu folds images."""
-    convolved = len(shape) == 4 and min(shape[1:3]) >= SIDE
-    return lies(shape, dtype) * (FOLDED if convolved else 1)
+def _convolved(lies: tiles.Lies, times: float, shape: tuple[int, ...], dtype) -> float:
+    """Bytes of an array where libtpu convolves it; `times` as many where it folds it."""
+    if len(shape) != 4 or min(shape[1:3]) < SIDE or shape[3] < CHANNELS:
+        return lies(shape, dtype)
+    images, height, width, channels = shape
+    rows, lanes = (-(-n // tile) * tile for n, tile in ((images, FEW), (channels, tiles.LANES)))
+    return times * height * width * rows * lanes * dtype.itemsize
 
 
 @functools.lru_cache(maxsize=32)
@@ -89,13 +99,32 @@ def size(variable, lies: tiles.Lies = tiles.plain) -> float:
     return lies(tuple(aval.shape), aval.dtype)
 
 
-def most(one, two, part: float, lies: tiles.Lies = tiles.plain, images: float = 1.0) -> float:
+def _named(equation) -> bool:
+    return equation.primitive.name in FUSED
+
+
+def _in_place_of_calls(equation) -> bool:
+    """Whether an equation is computed where it is read, as a call of nothing else is."""
+    bodies = bodies_of(equation) if equation.primitive.name in CALLS else ()
+    inside = [each for body in bodies for each in getattr(body, "jaxpr", body).eqns]
+    return _named(equation) or bool(inside) and all(map(_in_place_of_calls, inside))
+
+
+def most(
+    one,
+    two,
+    part: float,
+    lies: tiles.Lies = tiles.plain,
+    images: float = 1.0,
+    fuses: Callable[..., bool] = _in_place_of_calls,
+) -> float:
     """The most bytes at once of a jaxpr, its arguments not counted.
 
     Args:
         two: the same of twice the images: what is larger there grows with the batch.
         part: the share that a device has of what does not grow.
         images: the share that it has of what grows.
+        fuses: whether an equation is computed where it is read.
     """
     sizes: dict[int, float] = {}
     roots: dict[int, frozenset] = {}
@@ -110,7 +139,7 @@ def most(one, two, part: float, lies: tiles.Lies = tiles.plain, images: float = 
         read = frozenset().union(*map(known, ins))
         inside, made = 0.0, set()
         name = a.primitive.name
-        if name in FUSED:
+        if fuses(a):
             for out in outs:
                 roots[out] = read
             done.append((set(), set(), 0.0))
@@ -118,7 +147,7 @@ def most(one, two, part: float, lies: tiles.Lies = tiles.plain, images: float = 
         bodies = list(zip(bodies_of(a), bodies_of(b), strict=True))
         if bodies:
             within = 1.0 if name == "while" or _of_layers(a, b) else part
-            inside = max(most(x, y, within, lies, images) for x, y in bodies)
+            inside = max(most(x, y, within, lies, images, fuses) for x, y in bodies)
         if part < 1 and _of_layers(a, b):
             inside += _gathered(a, b)
         for at, out, larger in zip(outs, a.outvars, b.outvars, strict=True):
