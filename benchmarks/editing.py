@@ -12,9 +12,11 @@ likelihood  drawn at temperature 1 without guidance, by every family with every 
             good as real, 1 as bad as a paste (of nothing and all: as a paste of the left half).
 classes     by the presets: how often the independent classifier sees the class in edits of the
             left half and of the centre, beside whole samples of the same model.
-growing     reconstructions grown to twice their width. A classifier is trained to tell strips of 8
-            pixels over the seam from strips of whole samples of the same model, and asked about
-            others: half of its answers are right where there is nothing to see.
+growing     left halves grown to twice their width, and whole images likewise. A classifier is
+            trained to tell strips of 8 pixels over the seam from strips of whole samples of the
+            same model, and asked about others: half of its answers are right where there is nothing
+            to see. What stands beside the seam of a half stands in samples, too, at the same
+            columns; margins of images, side by side, stand in none, seam or not.
 scales      finer scales drawn upon coarse ones: the edits, brought down to the sides of the coarse
             grid, against the decode of the coarse scales alone, in dB.
 """
@@ -41,7 +43,6 @@ from tokgen.data import shapes
 from tokgen.demo import families
 from tokgen.editing import edits
 from tokgen.evaluation import local_classifier
-from tokgen.image_models import ImageGenerator
 from tokgen.nn import conv
 from tokgen.nn.precision import FLOAT32
 
@@ -72,13 +73,13 @@ def main() -> None:
         globals()[part](asked)
 
 
-def model_of(demo: pathlib.Path, family: str) -> ImageGenerator:
+def model_of(demo: pathlib.Path, family: str) -> tokgen.ImageGenerator:
     """A family's generator, with the tokenizer that it was trained on."""
     folder, tokenizer, *_ = families.FAMILIES[family]
     return tokgen.load(demo / folder, tokenizer=str(demo / tokenizer))
 
 
-def held_out(model: ImageGenerator, images: int) -> tuple[np.ndarray, np.ndarray]:
+def held_out(model: tokgen.ImageGenerator, images: int) -> tuple[np.ndarray, np.ndarray]:
     """(uint8 images, their labels), the classes in turn."""
     view = model.tokenizer.config.view
     source = shapes.Source(tuple(view.size), view.channels, split="held_out", form="easy")
@@ -218,26 +219,30 @@ class Seams(nnx.Module):
 
 def growing(asked: argparse.Namespace) -> None:
     """Of images twice as wide: can a classifier tell where they were grown?"""
-    print(f"\n{'family':12}seam told, of {2 * asked.images} strips that it was not trained on")
+    print(f"\n{'family':12}{'grown':8}seam told, of {2 * asked.images} strips not trained on")
     for family in asked.families:
         model = model_of(asked.demo, family)
-        images, labels = held_out(model, 4 * asked.images)
-        # of photographs one tells at a glance what a decoder drew: both sides are of this one
-        images, width = model.reconstruct(images, batch=100), images.shape[2]
-        # what was there is the margin of an image, so the strip over the seam is to look like one
-        # at the margin of a sample
         how = dict(temperature=1.0, guidance=1.0, progress=False, batch=500)
-        found = model.edit(
-            images, labels.tolist(), grow=f"right={width}", overlap=STRIP / 2 / width, **how
-        )
-        keep(asked, f"{family}-grown", found)
-        each = len(images) // len(shapes.CLASSES)
-        samples = model.sample("all", number=each, temperature=1.0, guidance=1.0, progress=False)
-        seams = found.image_NHW3[:, :, width - STRIP // 2 : width + STRIP // 2]
-        plain = samples.image_NHW3[:, :, :STRIP]
-        plain = np.random.default_rng(0).permutation(plain)
-        right = told_apart(seams, plain, len(images) - asked.images)
-        print(f"{family:12}{right:.3f}", flush=True)
+        each = 4 * asked.images // len(shapes.CLASSES)
+        # of photographs one tells at a glance what a decoder drew: both sides are of this one
+        first, second = (model.sample("all", number=each, seed=seed, **how) for seed in (0, 1))
+        images, labels = first.image_NHW3, first.kind_N.tolist()
+        width, mixed_N = images.shape[2], np.random.default_rng(0).permutation(len(images))
+        grown = {
+            "halves": (model.edit(images, labels, mask="right", **how), width // 2),
+            "wholes": (
+                model.edit(images, labels, grow=f"right={width}", overlap=STRIP / 2 / width, **how),
+                width,
+            ),
+        }
+        for name, (found, seam) in grown.items():
+            keep(asked, f"{family}-grown-{name}", found)
+            seams = found.image_NHW3[:, :, seam - STRIP // 2 : seam + STRIP // 2]
+            # of wholes what is drawn is a sample's left margin
+            begin = seam - STRIP // 2 if seam < width else 0
+            plain = second.image_NHW3[:, :, begin : begin + STRIP]
+            right = told_apart(seams[mixed_N], plain[mixed_N], len(images) - asked.images)
+            print(f"{family:12}{name:8}{right:.3f}", flush=True)
 
 
 def told_apart(seams: np.ndarray, plain: np.ndarray, trained: int) -> float:

@@ -2,10 +2,12 @@
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.editing.families import HOW, each
+from tokgen import tokens as coding
 from tokgen.editing import edits, redrawing, regions
 from tokgen.interfaces import UserError
 
@@ -30,7 +32,8 @@ def test_kept_tokens_and_pixels_stay_and_nothing_under_the_mask_is_seen(family, 
     np.testing.assert_array_equal(edits.image_NHW3[~masks()], images[~masks()])
     filled = [regions.filled(*pair) for pair in zip(images, masks(), strict=True)]
     held = found.encode(np.stack(filled))
-    np.testing.assert_array_equal(edits.tokens_NLG[~free_NL], held[~free_NL])
+    if family != "next_scale":  # whose tokens are what coarser ones leave: below
+        np.testing.assert_array_equal(edits.tokens_NLG[~free_NL], held[~free_NL])
     # the same, alone, in another batch, and with other pixels under the mask
     other = np.where(masks()[..., None], 255 - images, images)
     for i in range(3):
@@ -38,6 +41,21 @@ def test_kept_tokens_and_pixels_stay_and_nothing_under_the_mask_is_seen(family, 
         np.testing.assert_array_equal(own.image_NHW3[0], edits.image_NHW3[i])
     again = found.edit(images, [0, 1, 2], mask=masks(), seed=1, **HOW)
     assert (again.image_NHW3 != edits.image_NHW3).any()
+
+
+@pytest.mark.long
+def test_of_scales_what_is_kept_is_what_the_drawn_coarse_tokens_leave_of_it(model, images):
+    found = model("next_scale")
+    free_NL, encoder = regions.free(masks(), found.layout), found.tokenizer.encoder
+    edits = found.edit(images, [0, 1, 2], mask=masks(), **HOW)
+    filled = [regions.filled(*pair) for pair in zip(images, masks(), strict=True)]
+    kept_NPC = coding.latents(encoder, np.stack(filled))
+    codec = encoder.module.quantizer
+    known = [codec.empty(3), *codec.partial(jnp.asarray(edits.tokens_NLG))]
+    left = [codec.left(jnp.asarray(kept_NPC), k, scale) for scale, k in enumerate(known[:-1])]
+    left_NLG = np.concatenate([np.asarray(tokens_NlG) for tokens_NlG in left], axis=1)
+    np.testing.assert_array_equal(edits.tokens_NLG[~free_NL], left_NLG[~free_NL])
+    assert free_NL[:, 0].all() and not free_NL.all(), "else nothing was asked"
 
 
 @each

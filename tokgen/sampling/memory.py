@@ -88,6 +88,7 @@ def check(
     one, two = (kept(generator, codec, cond, sampler, images) for images in (1, 2))
     each = (two.cache - one.cache) // tensor + two.rest - one.rest
     always = one.cache // tensor + one.rest - each
+    each *= 2 if particles > 1 else 1  # those that go on are copied beside those that were
     share = -(-batch // over) * particles
     need = always + share * each
     if need <= free:
