@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tokgen
+from tests import recipes
 from tests.editing.families import HOW, each
-from tokgen import tokens as coding
+from tokgen import runtime, tokens as coding
 from tokgen.editing import edits, redrawing, regions
 from tokgen.interfaces import UserError
 
@@ -67,6 +69,20 @@ def test_nothing_masked_is_the_image_and_everything_is_a_sample(family, model, i
     samples = found.sample([4], number=2, progress=False)
     for i in range(3):
         np.testing.assert_array_equal(edits.image_NHW3[2 * i : 2 * i + 2], samples.image_NHW3)
+
+
+def test_gray_images_stay_gray(tmp_path, monkeypatch, images):
+    monkeypatch.setattr(runtime, "devices", lambda batch_size=0: None)
+    recipes.tiny(tmp_path, "masked", channels=1)
+    found, gray = tokgen.load(tmp_path / "runs" / "generator"), images[..., :1]
+    edits = found.edit(gray, 3, mask="left", **HOW)
+    assert edits.image_NHW3.shape == gray.shape and edits.sheet().shape[-1] == 1
+    np.testing.assert_array_equal(edits.image_NHW3[:, :, 16:], gray[:, :, 16:])
+    grown = found.edit(gray[:1], 3, grow="right=8", **HOW)
+    assert grown.images[0].mode == "L" and grown.images[0].size == (40, 32)
+    np.testing.assert_array_equal(grown.image_NHW3[0, :, :32], gray[0])
+    trace = found.trace(3)
+    assert trace.image_NHW3.shape == (1, 32, 32, 1) and trace.gif()[:3] == b"GIF"
 
 
 @each
