@@ -50,6 +50,7 @@ MASKS = ("left", "right", "top", "bottom", "center", "box", "free form", "nothin
 PARTS = ("likelihood", "classes", "growing", "scales")
 STRIP = 8  # pixels, half of them on either side of the seam
 STEPS = 1500  # of the classifier of seams
+BATCH = 640  # rows that are drawn at once: ten images, of 64 particles each
 
 
 def main() -> None:
@@ -112,6 +113,25 @@ def masks_of(name: str, images: np.ndarray) -> np.ndarray:
     return edits.masks(name, images)
 
 
+def edited(
+    model: tokgen.ImageGenerator, images: np.ndarray, labels: list[int], *, masks=None, **how
+) -> edits.Edits:
+    """Edits of images, ten classes in turn, each ten by a seed of their own.
+
+    The same draw of two images has the same numbers: errors of means need others for each.
+    """
+    found, each = [], len(shapes.CLASSES)
+    for start in range(0, len(images), each):
+        part = slice(start, start + each)
+        asked = how if masks is None else how | {"mask": masks[part]}
+        found.append(
+            model.edit(images[part], labels[part], seed=start, batch=BATCH, progress=False, **asked)
+        )
+    names = ("image_NHW3", "original_KHW3", "mask_KHW")
+    arrays = {name: np.concatenate([getattr(one, name) for one in found]) for name in names}
+    return edits.Edits(tokens_NLG=None, source_N=np.arange(len(images)), **arrays)
+
+
 # ---------------------------------------------------------------- likelihood
 
 
@@ -137,14 +157,12 @@ def likelihood(asked: argparse.Namespace) -> None:
             pasted_N = nats(np.where(masks[..., None], others, images))
             for particles in asked.particles:
                 began = time.process_time()
-                found = model.edit(
-                    *(images, labels.tolist()),
-                    mask=masks,
+                found = edited(
+                    *(model, images, labels.tolist()),
+                    masks=masks,
                     particles=particles,
-                    batch=asked.images,
                     temperature=1.0,
                     guidance=1.0,
-                    progress=False,
                     **how,
                 )
                 seconds = time.process_time() - began
@@ -186,9 +204,7 @@ def classes(asked: argparse.Namespace) -> None:
         samples = model.sample("all", number=each, progress=False)
         drawn = {"samples": (samples.image_NHW3, samples.kind_N)}
         for name in ("left", "center"):
-            found = model.edit(
-                images, labels.tolist(), mask=name, batch=asked.images, progress=False
-            )
+            found = edited(model, images, labels.tolist(), mask=name)
             drawn[name] = found.image_NHW3, labels
             keep(asked, f"{family}-{name}-preset", found)
         for name, (image_NHW3, label_N) in drawn.items():
@@ -222,25 +238,27 @@ def growing(asked: argparse.Namespace) -> None:
     print(f"\n{'family':12}{'grown':8}seam told, of {2 * asked.images} strips not trained on")
     for family in asked.families:
         model = model_of(asked.demo, family)
-        how = dict(temperature=1.0, guidance=1.0, progress=False, batch=500)
-        each = 4 * asked.images // len(shapes.CLASSES)
+        how = dict(temperature=1.0, guidance=1.0)
+        each, classes = 4 * asked.images // len(shapes.CLASSES), len(shapes.CLASSES)
         # of photographs one tells at a glance what a decoder drew: both sides are of this one
-        first, second = (model.sample("all", number=each, seed=seed, **how) for seed in (0, 1))
-        images, labels = first.image_NHW3, first.kind_N.tolist()
+        first, second = (
+            model.sample("all", number=each, seed=2**20 + n, batch=500, progress=False, **how)
+            for n in (0, 1)
+        )
+        turn_N = np.arange(classes * each).reshape(classes, each).T.reshape(-1)  # classes in turn
+        images, labels = first.image_NHW3[turn_N], first.kind_N[turn_N].tolist()
         width, mixed_N = images.shape[2], np.random.default_rng(0).permutation(len(images))
         grown = {
-            "halves": (model.edit(images, labels, mask="right", **how), width // 2),
-            "wholes": (
-                model.edit(images, labels, grow=f"right={width}", overlap=STRIP / 2 / width, **how),
-                width,
-            ),
+            "halves": (width // 2, dict(mask="right")),
+            "wholes": (width, dict(grow=f"right={width}", overlap=STRIP / 2 / width)),
         }
-        for name, (found, seam) in grown.items():
+        for name, (seam, asked_for) in grown.items():
+            found = edited(model, images, labels, particles=asked.particles[0], **asked_for, **how)
             keep(asked, f"{family}-grown-{name}", found)
             seams = found.image_NHW3[:, :, seam - STRIP // 2 : seam + STRIP // 2]
             # of wholes what is drawn is a sample's left margin
             begin = seam - STRIP // 2 if seam < width else 0
-            plain = second.image_NHW3[:, :, begin : begin + STRIP]
+            plain = second.image_NHW3[turn_N][:, :, begin : begin + STRIP]
             right = told_apart(seams[mixed_N], plain[mixed_N], len(images) - asked.images)
             print(f"{family:12}{name:8}{right:.3f}", flush=True)
 
@@ -287,7 +305,7 @@ def scales(asked: argparse.Namespace) -> None:
     module = model.tokenizer.decoder.module
     print(f"\n{'scales kept':13}{'grid':9}dB of edits to the coarse decode, at the grid's size")
     for kept in range(1, len(model.layout.grids)):
-        found = model.edit(images, labels.tolist(), scales=kept, batch=100, progress=False)
+        found = edited(model, images, labels.tolist(), scales=kept)
         latents = module.quantizer.empty(len(images))
         for scale, (start, size) in enumerate(model.layout.spans[:kept]):
             part = jnp.asarray(tokens[:, start : start + size])

@@ -23,6 +23,7 @@ from tokgen import (
     runtime,
     samples,
     tokens as arrays,
+    traces,
 )
 from tokgen.checkpoints import loading
 from tokgen.config import building
@@ -56,6 +57,26 @@ def masked(place) -> image_generator.ImageGenerator:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime, "devices", lambda batch_size=0: None)
         return tokgen.load(place / "masked")
+
+
+def test_of_many_images_the_first_of_each_class_are_traced_and_of_large_ones_fewer(monkeypatch):
+    np.testing.assert_array_equal(traces.some(6, 3), [0, 3, 1, 4, 2, 5])
+    shown = []
+    monkeypatch.setattr(
+        traces.tracing, "trace", lambda *_, index_N, **how: shown.append(index_N) or ([], [])
+    )
+    for side, count in ((32, 8), (256, 4), (2048, 1)):
+        ready = types.SimpleNamespace(
+            generator=None,
+            sampler=None,
+            tokenizer=types.SimpleNamespace(
+                module=None,
+                config=ml_collections.ConfigDict({"view": {"size": (side, side)}}),
+            ),
+            kinds=samples.Kinds(np.arange(10), None, []),
+        )
+        traces.traced(ready, samples.Settings("runs/generator", number=1))
+        assert len(shown[-1]) == count
 
 
 def test_a_trace_ends_with_the_samples_of_the_same_settings(model, masked, tmp_path):

@@ -181,8 +181,8 @@ class ImageGenerator:
         """How images come to be, step by step: those that `sample` draws of the same settings.
 
         Args:
-            classes, number, seed, preset, text: as of `sample`; of many images the first 8, classes
-                in turn.
+            classes, number, seed, preset, text: as of `sample`; of many images the first 8, of
+                large ones fewer, classes in turn.
             temperature, top_k, top_p, guidance, steps, noise: as of `sample`.
 
         Returns:
@@ -209,7 +209,7 @@ class ImageGenerator:
         samples.check(settings)
         loaded = self._computing(self.precision or presets.precision(self.loaded.meta, choice))
         ready = samples.prepared(settings, loaded, self.tokenizer.decoder)
-        return traces.traced(ready, settings, traces.some(ready.kinds.kind_N))
+        return traces.traced(ready, settings)
 
     def edit(
         self,

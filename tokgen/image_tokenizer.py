@@ -151,7 +151,15 @@ class ImageTokenizer:
         return pictures.exact(images, datasets.view_of(self.encoder.config))
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("sample", "log_likelihood", "log_likelihood_bound", "classes", "tokenizer"):
+        if name in (
+            "sample",
+            "edit",
+            "trace",
+            "log_likelihood",
+            "log_likelihood_bound",
+            "classes",
+            "tokenizer",
+        ):
             raise AttributeError(
                 f"a tokenizer has no {name}, which is a generator's; it has encode, decode, "
                 "reconstruct, fit, layout, size, config, fingerprint, step"

@@ -183,6 +183,7 @@ class ScaleCodec(Protocol):
 #     many steps of a phase from `index` on, and to hand each step its own as `state.modulation`.
 #
 # A generator promises
+#   - where it says `holds_latents`, to hold what `kept_BPC` leaves in the place of given tokens;
 #   - that what it has `told`, if anything, is arrays [rows, ..., slots, 6, D] of those steps, one
 #     slot where all steps are alike, and that all nulls of a batch are told the same;
 #   - rows that do not see each other: an image is the same in any batch;

@@ -77,6 +77,8 @@ def write(
     """
     samples.check(settings)
     share = _share(settings, part, overwrite)
+    if trace:
+        traces.check(settings)
     png = not settings.total if png is None else png
     inputs = (settings.checkpoint, settings.tokenizer, settings.text)
     about = dict(records=RECORDS, overwrite=overwrite, inputs=inputs)
@@ -160,7 +162,8 @@ def _filled(
         _verify(path)
         _tidy(path)
         told = _told(place, index_KX, total)
-        return f"{told}; they were there already, and samples.npz has its checksum"
+        told += "; they were there already, and samples.npz has its checksum"
+        return told + (_traced(settings, ready, path) if trace else "")
     _check_room(settings, ready, place, png)
     _draw(settings, ready, place, png, share, there)
     if missing := total - _count(path, total):
@@ -173,13 +176,15 @@ def _filled(
         if not _checksum(path):  # by the process that was waited for
             _merged(path, kind_N, index_KX, record | beside)
         _tidy(path)
-    told = _told(place, index_KX, total)
-    if trace:
-        found = traces.traced(ready, settings, traces.some(kind_N))
-        found.save_gif(path / "trace.gif")
-        image_grid.save_png(path / "trace.png", found.strip())
-        told += f"; trace.gif and trace.png: {found}"
-    return told
+    return _told(place, index_KX, total) + (_traced(settings, ready, path) if trace else "")
+
+
+def _traced(settings: samples.Settings, ready: samples.Prepared, path: pathlib.Path) -> str:
+    """Write how the first images came to be; what is to be said of it."""
+    found = traces.traced(ready, settings)
+    image_grid.save_png(path / "trace.png", found.strip())
+    found.save_gif(path / "trace.gif")
+    return f"; trace.gif and trace.png: {found}"
 
 
 def _count(path: pathlib.Path, total: int) -> int:

@@ -14,7 +14,7 @@ from tokgen import image_grid, samples
 from tokgen.errors import UserError
 from tokgen.sampling import tracing
 
-IMAGES = 8  # at most, of kinds in turn
+IMAGES, PIXELS = 8, 2**18  # of a frame, at most, the images of kinds in turn; of large ones one
 STRIP = 12  # frames of a strip, at most
 SECONDS, LAST = 0.12, 1.5  # that a frame stands, and the last one
 
@@ -85,6 +85,11 @@ class Trace:
 
 def check(settings: samples.Settings) -> None:
     """UserError where images that are drawn so have no one decode to show."""
+    if settings.total:
+        raise UserError(
+            "a trace shows a few images; found --total, as many as are asked for: draw them with "
+            "--number"
+        )
     if settings.ranking.candidates > 1:
         raise UserError(
             "a trace shows one decode of an image; found candidates="
@@ -92,14 +97,17 @@ def check(settings: samples.Settings) -> None:
         )
 
 
-def traced(ready: samples.Prepared, settings: samples.Settings, index_N: np.ndarray) -> Trace:
-    """How images came to be, by their numbers."""
+def traced(ready: samples.Prepared, settings: samples.Settings) -> Trace:
+    """How the first images of some settings came to be."""
     check(settings)
-    asked = (ready.generator, ready.tokenizer.module, ready.kinds.cond(index_N), ready.sampler)
-    return Trace(*tracing.trace(*asked, seed=settings.seed, index_N=index_N))
+    kinds, (rows, columns) = ready.kinds, ready.tokenizer.config.view.size
+    count = min(IMAGES, max(1, PIXELS // (rows * columns)))
+    index_N = some(len(kinds.kind_N), settings.number)[:count]
+    asked = (ready.generator, ready.tokenizer.module, kinds.cond(index_N), ready.sampler)
+    how = dict(seed=settings.seed, index_N=index_N, batch=settings.batch)
+    return Trace(*tracing.trace(*asked, **how))
 
 
-def some(kind_N: np.ndarray) -> np.ndarray:
-    """Numbers of images to show: the first of each kind, then the second, in the order of kinds."""
-    turn_N = np.array([(kind_N[:n] == kind).sum() for n, kind in enumerate(kind_N)])
-    return np.lexsort((np.arange(len(kind_N)), turn_N))[:IMAGES]
+def some(count: int, number: int) -> np.ndarray:
+    """Numbers of images to show, of `number` of each kind: the first of each, then the second."""
+    return np.arange(count).reshape(-1, number).T.reshape(-1)

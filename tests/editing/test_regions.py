@@ -138,6 +138,10 @@ def test_a_word_is_judged_before_there_is_an_image(tmp_path):
 
     for mask in (*regions.NAMES, "box=9,9,3,3", np.ones((4, 4), bool), ["left", "top"]):
         asks(mask)
+    assert all(regions.region(name, (6, 9)).any() for name in regions.NAMES)
+    with PIL.Image.new("L", (9, 6), 255) as white:  # a file may be called as a form is
+        white.save(tmp_path / "box.png")
+    assert regions.region(tmp_path / "box.png", (6, 9)).all()
     for mask in ("middle", "box=1,2", tmp_path / "none.png", ["left", "middle"]):
         with pytest.raises(UserError, match="a box is box=|which is no file"):
             asks(mask)

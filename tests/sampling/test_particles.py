@@ -88,10 +88,12 @@ def test_of_scales_what_is_held_is_what_the_coarser_leave_of_latents_that_are_ke
     kept_BPC = jnp.asarray(np.random.default_rng(5).normal(size=(16, 4, 3)), jnp.float32)
     own_BLG = codec.encode(kept_BPC)
     held_L = np.array([False, True, False, True, True])
-    for first in (False, True):  # whether the coarsest is held, too
+    guided = sampler.Sampler(guidance=(2.0, 1.0))  # the null rows go after the first scale
+    # whether the coarsest is held, too
+    for first, how in ((False, sampler.Sampler()), (True, sampler.Sampler()), (False, guided)):
         held_BLG = jnp.broadcast_to(jnp.asarray(held_L | (np.arange(5) == 0) & first), (16, 5))
         state = decode.generate(
-            *(generator, codec, jnp.zeros(16, int), sampler.Sampler()),
+            *(generator, codec, jnp.zeros(16, int), how),
             keys_B=jax.random.split(jax.random.key(0), 16),
             given=(own_BLG, held_BLG[..., None]),
             kept=kept_BPC,
@@ -101,6 +103,33 @@ def test_of_scales_what_is_held_is_what_the_coarser_leave_of_latents_that_are_ke
         np.testing.assert_array_equal(state.tokens_BLG[:, held_L], left_BlG[:, held_L[1:]])
         same = (state.tokens_BLG == own_BLG)[:, held_L].all()
         assert same if first else not same
+
+
+def test_a_network_that_is_guided_away_from_sees_what_is_kept_too():
+    """Away from itself is no guidance at all."""
+    generator, codec = scales()
+    held_BLG = jnp.tile(jnp.asarray([0, 1, 0, 1, 1], bool)[None, :, None], (16, 1, 1))
+    how = dict(
+        keys_B=jax.random.split(jax.random.key(0), 16),
+        given=(jnp.zeros((16, 5, 1), int), held_BLG),
+        kept=jnp.asarray(np.random.default_rng(5).normal(size=(16, 4, 3)), jnp.float32),
+    )
+    asked = (generator, codec, jnp.zeros(16, int))
+    plain = decode.generate(*asked, sampler.Sampler(), **how)
+    away = sampler.Sampler(guidance=(2.0, 2.0))
+    again = decode.generate(*asked, away, against=generator, **how)
+    np.testing.assert_array_equal(again.tokens_BLG, plain.tokens_BLG)
+
+
+def test_latents_are_kept_by_a_generator_that_holds_them_alone():
+    generator, _ = raster()
+    keys_B = jax.random.split(jax.random.key(0), 2)
+    with pytest.raises(ValueError, match="leave kept out"):
+        decode.generate(
+            *(generator, None, jnp.zeros(2, int), sampler.Sampler()),
+            keys_B=keys_B,
+            kept=jnp.zeros((2, 4, 3)),
+        )
 
 
 @pytest.mark.long

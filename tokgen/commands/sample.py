@@ -167,8 +167,6 @@ def check(args: argparse.Namespace) -> None:
     from tokgen import sample_folder, traces
 
     idle = {"number": "images of each class, without --total"}
-    if args.trace and args.total:
-        raise UserError("--trace shows a few images; found --total: draw them with --number")
     if args.trace:
         traces.check(settings_of(args))
     if not (args.total or options.is_given(args, "total")):

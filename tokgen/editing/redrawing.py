@@ -16,7 +16,7 @@ from tokgen import tokens as coding
 from tokgen.checkpoints import loading
 from tokgen.editing import regions
 from tokgen.errors import UserError
-from tokgen.interfaces import Generator, PyTree, Sampler, ScaleCodec
+from tokgen.interfaces import Generator, PyTree, Sampler
 from tokgen.sampling import drawing
 
 PARTICLES = 64  # with 32, a top half over shapes has now and then another colour than the rest
@@ -71,7 +71,7 @@ def redraw(
     filled = [regions.filled(*pair) for pair in zip(image_KHW3, mask_KHW, strict=True)]
     seen_KHW3, kept_NPC = np.stack(filled), None
     tokens_KLG = coding.encode(model.encoder, seen_KHW3, batch=how.batch)
-    if isinstance(model.decoder.module.quantizer, ScaleCodec):
+    if getattr(model.generator, "holds_latents", False):
         kept_NPC = coding.latents(model.encoder, seen_KHW3, batch=how.batch)[source_N]
     asked = (tokens_KLG[source_N], free_KL[source_N], cond, index_N, how)
     tokens_NLG, drawn_NHW3 = draw(model, *asked, kept_NPC=kept_NPC)

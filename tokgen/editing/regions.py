@@ -54,7 +54,7 @@ def region(mask: Region, size: tuple[int, int]) -> np.ndarray:
     named["centre"] = named["center"]
     if text in named:
         return _box(named[text], size)
-    if text.startswith("box"):
+    if text.startswith("box="):
         row, column, height, width = box = tuple(map(int, re.fullmatch(BOX, text).groups()))
         if not (height and width) or row + height > rows or column + width > columns:
             raise UserError(
@@ -71,7 +71,7 @@ def check(mask: object) -> None:
     if not isinstance(mask, str | os.PathLike) or os.fspath(mask) in NAMES:
         return
     text = os.fspath(mask)
-    if text.startswith("box"):
+    if text.startswith("box=") or text == "box":
         if not re.fullmatch(BOX, text):
             raise UserError(
                 f"a box is box=ROW,COLUMN,HEIGHT,WIDTH in pixels, as box=8,8,16,16; found {text!r}"

@@ -53,6 +53,7 @@ class Generator(nnx.Module):
 
     exact, any_order, sees_given = True, False, False
     order = staticmethod(raster.order)
+    holds_latents = True  # a token of its is what coarser ones leave
     knobs = ()
     cond, text = "label", None
 

@@ -87,9 +87,9 @@ def generate(
         sampler: static; the one that a preset makes, or another of `interfaces.Sampler`.
         keys_B: one key per image. An image depends on its own key only, not on its batch.
         given: tokens_BLG and a mask, true where a token is held fixed.
-        kept: latents_BPC of the image whose tokens are held, of a generator whose codec adds up
-            scales: what is held of a scale is then what it has of them once the coarser scales are
-            drawn, and the given tokens only say where.
+        kept: latents_BPC of the image whose tokens are held, of a generator that `holds_latents`:
+            what is held of a scale is then what it has of them once the coarser scales are drawn,
+            and the given tokens only say where.
         particles: rows of one image, which follow each other, of a generator with an exact
             likelihood and an order of its own: those that make what is given likelier go on in the
             place of others (`particles`). With 1, what comes later in the order changes nothing
@@ -115,7 +115,9 @@ def generate(
                 "particles need an exact generator with one order for all rows, alone, and as "
                 "many rows of each image"
             )
-    boundary.rows(keys=keys_B, conditions=cond, given=given)
+    if kept is not None and not getattr(generator, "holds_latents", False):
+        raise ValueError("latents are kept by a generator that holds them: leave kept out")
+    boundary.rows(keys=keys_B, conditions=cond, given=given, kept=kept)
     if given is None:
         shape = (B, layout.length, layout.groups)
         given = jnp.full(shape, layout.absent, jnp.int32), jnp.zeros(shape, bool)
@@ -132,15 +134,18 @@ def generate(
         state = generator.start(cond, codec, keys_B=keys_B, given=given)
     no_B = jnp.zeros(len(state.keys_B), bool)
     weight_B = jnp.zeros(len(state.keys_B)) if particles > 1 else None
-    kept = _twice(kept) if double and kept is not None else kept
     never_BL = jnp.full(state.tokens_BLG.shape[:2], -1, jnp.int32) if noted else None
     begun = state = state.replace(
-        invalid_B=no_B, near_B=no_B, weight_B=weight_B, kept_BPC=kept, when_BL=never_BL
+        invalid_B=no_B,
+        near_B=no_B,
+        weight_B=weight_B,
+        kept_BPC=_twice(kept) if double else kept,
+        when_BL=never_BL,
     )
     weak = None
     if against is not None:
         against = laid_out(against)
-        weak = against.start(cond, codec, keys_B=keys_B, given=given)
+        weak = against.start(cond, codec, keys_B=keys_B, given=given).replace(kept_BPC=kept)
 
     def step(
         state: DecodeState,

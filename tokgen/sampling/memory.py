@@ -2,8 +2,7 @@
 
 What a decode keeps for every image, above all keys and values, is known from shapes alone. It is
 held against what is free on the devices, where they say; a CPU does not, and nothing is refused
-there. Temporaries are not counted: what is refused here cannot fit, what is not may still be too
-much.
+there. Temporaries are not counted: what is not refused here may still be too much.
 """
 
 from __future__ import annotations
