@@ -12,9 +12,11 @@ likelihood  drawn at temperature 1 without guidance, by every family with every 
             good as real, 1 as bad as a paste (of nothing and all: as a paste of the left half).
 classes     by the presets: how often the independent classifier sees the class in edits of the
             left half and of the centre, beside whole samples of the same model.
-growing     reconstructions grown to twice their width. A classifier is trained to tell strips of 8
-            pixels over the seam from strips of whole samples of the same model, and asked about
-            others: half of its answers are right where there is nothing to see.
+growing     left halves grown to twice their width, and whole images likewise. A classifier is
+            trained to tell strips of 8 pixels over the seam from strips of whole samples of the
+            same model, and asked about others: half of its answers are right where there is nothing
+            to see. What stands beside the seam of a half stands in samples, too, at the same
+            columns; margins of images, side by side, stand in none, seam or not.
 scales      finer scales drawn upon coarse ones: the edits, brought down to the sides of the coarse
             grid, against the decode of the coarse scales alone, in dB.
 """
@@ -41,7 +43,6 @@ from tokgen.data import shapes
 from tokgen.demo import families
 from tokgen.editing import edits
 from tokgen.evaluation import local_classifier
-from tokgen.image_models import ImageGenerator
 from tokgen.nn import conv
 from tokgen.nn.precision import FLOAT32
 
@@ -49,6 +50,7 @@ MASKS = ("left", "right", "top", "bottom", "center", "box", "free form", "nothin
 PARTS = ("likelihood", "classes", "growing", "scales")
 STRIP = 8  # pixels, half of them on either side of the seam
 STEPS = 1500  # of the classifier of seams
+BATCH = 640  # rows that are drawn at once: ten images, of 64 particles each
 
 
 def main() -> None:
@@ -72,13 +74,13 @@ def main() -> None:
         globals()[part](asked)
 
 
-def model_of(demo: pathlib.Path, family: str) -> ImageGenerator:
+def model_of(demo: pathlib.Path, family: str) -> tokgen.ImageGenerator:
     """A family's generator, with the tokenizer that it was trained on."""
     folder, tokenizer, *_ = families.FAMILIES[family]
     return tokgen.load(demo / folder, tokenizer=str(demo / tokenizer))
 
 
-def held_out(model: ImageGenerator, images: int) -> tuple[np.ndarray, np.ndarray]:
+def held_out(model: tokgen.ImageGenerator, images: int) -> tuple[np.ndarray, np.ndarray]:
     """(uint8 images, their labels), the classes in turn."""
     view = model.tokenizer.config.view
     source = shapes.Source(tuple(view.size), view.channels, split="held_out", form="easy")
@@ -111,6 +113,25 @@ def masks_of(name: str, images: np.ndarray) -> np.ndarray:
     return edits.masks(name, images)
 
 
+def edited(
+    model: tokgen.ImageGenerator, images: np.ndarray, labels: list[int], *, masks=None, **how
+) -> edits.Edits:
+    """Edits of images, ten classes in turn, each ten by a seed of their own.
+
+    The same draw of two images has the same numbers: errors of means need others for each.
+    """
+    found, each = [], len(shapes.CLASSES)
+    for start in range(0, len(images), each):
+        part = slice(start, start + each)
+        asked = how if masks is None else how | {"mask": masks[part]}
+        found.append(
+            model.edit(images[part], labels[part], seed=start, batch=BATCH, progress=False, **asked)
+        )
+    names = ("image_NHW3", "original_KHW3", "mask_KHW")
+    arrays = {name: np.concatenate([getattr(one, name) for one in found]) for name in names}
+    return edits.Edits(tokens_NLG=None, source_N=np.arange(len(images)), **arrays)
+
+
 # ---------------------------------------------------------------- likelihood
 
 
@@ -136,14 +157,12 @@ def likelihood(asked: argparse.Namespace) -> None:
             pasted_N = nats(np.where(masks[..., None], others, images))
             for particles in asked.particles:
                 began = time.process_time()
-                found = model.edit(
-                    *(images, labels.tolist()),
-                    mask=masks,
+                found = edited(
+                    *(model, images, labels.tolist()),
+                    masks=masks,
                     particles=particles,
-                    batch=asked.images,
                     temperature=1.0,
                     guidance=1.0,
-                    progress=False,
                     **how,
                 )
                 seconds = time.process_time() - began
@@ -185,9 +204,7 @@ def classes(asked: argparse.Namespace) -> None:
         samples = model.sample("all", number=each, progress=False)
         drawn = {"samples": (samples.image_NHW3, samples.kind_N)}
         for name in ("left", "center"):
-            found = model.edit(
-                images, labels.tolist(), mask=name, batch=asked.images, progress=False
-            )
+            found = edited(model, images, labels.tolist(), mask=name)
             drawn[name] = found.image_NHW3, labels
             keep(asked, f"{family}-{name}-preset", found)
         for name, (image_NHW3, label_N) in drawn.items():
@@ -218,26 +235,32 @@ class Seams(nnx.Module):
 
 def growing(asked: argparse.Namespace) -> None:
     """Of images twice as wide: can a classifier tell where they were grown?"""
-    print(f"\n{'family':12}seam told, of {2 * asked.images} strips that it was not trained on")
+    print(f"\n{'family':12}{'grown':8}seam told, of {2 * asked.images} strips not trained on")
     for family in asked.families:
         model = model_of(asked.demo, family)
-        images, labels = held_out(model, 4 * asked.images)
+        how = dict(temperature=1.0, guidance=1.0)
+        each, classes = 4 * asked.images // len(shapes.CLASSES), len(shapes.CLASSES)
         # of photographs one tells at a glance what a decoder drew: both sides are of this one
-        images, width = model.reconstruct(images, batch=100), images.shape[2]
-        # what was there is the margin of an image, so the strip over the seam is to look like one
-        # at the margin of a sample
-        how = dict(temperature=1.0, guidance=1.0, progress=False, batch=500)
-        found = model.edit(
-            images, labels.tolist(), grow=f"right={width}", overlap=STRIP / 2 / width, **how
+        first, second = (
+            model.sample("all", number=each, seed=2**20 + n, batch=500, progress=False, **how)
+            for n in (0, 1)
         )
-        keep(asked, f"{family}-grown", found)
-        each = len(images) // len(shapes.CLASSES)
-        samples = model.sample("all", number=each, temperature=1.0, guidance=1.0, progress=False)
-        seams = found.image_NHW3[:, :, width - STRIP // 2 : width + STRIP // 2]
-        plain = samples.image_NHW3[:, :, :STRIP]
-        plain = np.random.default_rng(0).permutation(plain)
-        right = told_apart(seams, plain, len(images) - asked.images)
-        print(f"{family:12}{right:.3f}", flush=True)
+        turn_N = np.arange(classes * each).reshape(classes, each).T.reshape(-1)  # classes in turn
+        images, labels = first.image_NHW3[turn_N], first.kind_N[turn_N].tolist()
+        width, mixed_N = images.shape[2], np.random.default_rng(0).permutation(len(images))
+        grown = {
+            "halves": (width // 2, dict(mask="right")),
+            "wholes": (width, dict(grow=f"right={width}", overlap=STRIP / 2 / width)),
+        }
+        for name, (seam, asked_for) in grown.items():
+            found = edited(model, images, labels, particles=asked.particles[0], **asked_for, **how)
+            keep(asked, f"{family}-grown-{name}", found)
+            seams = found.image_NHW3[:, :, seam - STRIP // 2 : seam + STRIP // 2]
+            # of wholes what is drawn is a sample's left margin
+            begin = seam - STRIP // 2 if seam < width else 0
+            plain = second.image_NHW3[turn_N][:, :, begin : begin + STRIP]
+            right = told_apart(seams[mixed_N], plain[mixed_N], len(images) - asked.images)
+            print(f"{family:12}{name:8}{right:.3f}", flush=True)
 
 
 def told_apart(seams: np.ndarray, plain: np.ndarray, trained: int) -> float:
@@ -282,7 +305,7 @@ def scales(asked: argparse.Namespace) -> None:
     module = model.tokenizer.decoder.module
     print(f"\n{'scales kept':13}{'grid':9}dB of edits to the coarse decode, at the grid's size")
     for kept in range(1, len(model.layout.grids)):
-        found = model.edit(images, labels.tolist(), scales=kept, batch=100, progress=False)
+        found = edited(model, images, labels.tolist(), scales=kept)
         latents = module.quantizer.empty(len(images))
         for scale, (start, size) in enumerate(model.layout.spans[:kept]):
             part = jnp.asarray(tokens[:, start : start + size])

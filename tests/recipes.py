@@ -133,18 +133,19 @@ SECTIONS = {
 _built: dict[str, nnx.Module] = {}
 
 
-def tiny(folder: pathlib.Path, *families: str) -> None:
+def tiny(folder: pathlib.Path, *families: str, channels: int = 3) -> None:
     """`runs/tokenizer` below a folder, and `runs/FAMILY` of generators, tiny, of random numbers.
 
     The first of the families, of configs/generator/shapes.py, lies in `runs/generator`. Each has a
-    preset `half`, in bfloat16. The tokenizer of `next_scale` lies in `runs/pyramid`.
+    preset `half`, in bfloat16. The tokenizer of `next_scale` lies in `runs/pyramid`. Images of one
+    channel are gray.
     """
     names = tuple(shapes.Source().classes)
-    tokenizers = {"": tiny_tokenizer(folder / "runs" / "tokenizer", "", names)}
+    tokenizers = {"": tiny_tokenizer(folder / "runs" / "tokenizer", "", names, channels)}
     for number, family in enumerate(families):
         form = ":pyramid" if family == "next_scale" else ""
         if form not in tokenizers:
-            tokenizers[form] = tiny_tokenizer(folder / "runs" / "pyramid", form, names)
+            tokenizers[form] = tiny_tokenizer(folder / "runs" / "pyramid", form, names, channels)
         loaded = tokenizers[form]
         settings = load(f"generator/shapes:{family}", ["generator.width=16", "generator.depth=1"])
         settings.presets.half = dict(settings.presets.default, precision="bfloat16")
@@ -164,9 +165,12 @@ def tiny(folder: pathlib.Path, *families: str) -> None:
         )
 
 
-def tiny_tokenizer(workdir: pathlib.Path, form: str, names: tuple[str, ...]) -> loading.Loaded:
+def tiny_tokenizer(
+    workdir: pathlib.Path, form: str, names: tuple[str, ...], channels: int = 3
+) -> loading.Loaded:
     """A tiny tokenizer of random numbers, of a form of configs/tokenizer/shapes.py."""
     narrow = ["encoder.widths=(16,)", "decoder.widths=(16,)", "encoder.blocks=1"]
+    narrow += [f"data.channels={channels}", f"view.channels={channels}"]
     tokenizer = load(f"tokenizer/shapes{form}", narrow)
     save(
         workdir,

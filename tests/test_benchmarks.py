@@ -328,9 +328,9 @@ def test_editing(tmp_path):
     assert real[:5] == ["nats", "of", "20", "real", "images:"]
     assert pasted[:3] == ["masked", "left", "2"] and float(pasted[3]) > 0
     assert edited[1] == "nothing" and edited[6] == real[5] and float(edited[9]) == 0
-    seam, *scales = (row for row in rows if row[0] == "masked" and len(row) == 2 or row[1:2] == "x")
-    assert 0 <= float(seam[1]) <= 1
-    assert len(list((tmp_path / "sheets").glob("*.png"))) == 2 + 1 + 3
+    seams = {row[1]: float(row[2]) for row in rows if row[0] == "masked" and len(row) == 3}
+    assert set(seams) == {"halves", "wholes"} and 0 <= min(seams.values()) <= 1
+    assert len(list((tmp_path / "sheets").glob("*.png"))) == 2 + 2 + 3
 
 
 def test_every_benchmark_is_run_here_and_told_in_the_results():

@@ -1,5 +1,6 @@
 """What `tokgen.load` gives: the commands' own results, loaded once; likelihoods by hand."""
 
+import base64
 import io
 import itertools
 import json
@@ -16,7 +17,14 @@ from PIL import Image
 
 import tokgen
 from tests import command_line, published, recipes
-from tokgen import image_models, runtime, samples, tokens as arrays
+from tokgen import (
+    image_generator,
+    image_tokenizer,
+    runtime,
+    samples,
+    tokens as arrays,
+    traces,
+)
 from tokgen.checkpoints import loading
 from tokgen.config import building
 from tokgen.data import sources, token_shards
@@ -38,17 +46,53 @@ def devices(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def model(place) -> image_models.ImageGenerator:
+def model(place) -> image_generator.ImageGenerator:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime, "devices", lambda batch_size=0: None)
         return tokgen.load(place / "generator")
 
 
 @pytest.fixture(scope="module")
-def masked(place) -> image_models.ImageGenerator:
+def masked(place) -> image_generator.ImageGenerator:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime, "devices", lambda batch_size=0: None)
         return tokgen.load(place / "masked")
+
+
+def test_of_many_images_the_first_of_each_class_are_traced_and_of_large_ones_fewer(monkeypatch):
+    np.testing.assert_array_equal(traces.some(6, 3), [0, 3, 1, 4, 2, 5])
+    shown = []
+    monkeypatch.setattr(
+        traces.tracing, "trace", lambda *_, index_N, **how: shown.append(index_N) or ([], [])
+    )
+    for side, count in ((32, 8), (256, 4), (2048, 1)):
+        ready = types.SimpleNamespace(
+            generator=None,
+            sampler=None,
+            tokenizer=types.SimpleNamespace(
+                module=None,
+                config=ml_collections.ConfigDict({"view": {"size": (side, side)}}),
+            ),
+            kinds=samples.Kinds(np.arange(10), None, []),
+        )
+        traces.traced(ready, samples.Settings("runs/generator", number=1))
+        assert len(shown[-1]) == count
+
+
+def test_a_trace_ends_with_the_samples_of_the_same_settings(model, masked, tmp_path):
+    for each, steps in ((model, 64), (masked, 12)):
+        trace = each.trace([1, 0], number=2, seed=4)
+        samples_ = each.sample([1, 0], number=2, seed=4, progress=False)
+        # of each class one, then the others
+        np.testing.assert_array_equal(trace.image_NHW3, samples_.image_NHW3[[0, 2, 1, 3]])
+        assert (trace.frame_SNHW3[0] == 160).all() and trace.after_S[-1] == steps
+        assert f"of 4 images, 32 x 32 pixels, over {steps} steps" in repr(trace)
+    trace.save_gif(tmp_path / "trace.gif")
+    with Image.open(tmp_path / "trace.gif") as animation:
+        assert animation.n_frames == len(trace.after_S) == 13 and animation.info["loop"] == 0
+    shown = trace._repr_mimebundle_()
+    assert base64.b64decode(shown["image/gif"]) == (tmp_path / "trace.gif").read_bytes()
+    assert trace.strip().shape == (4 * 66 + 2, 12 * 66 + 2, 3)
 
 
 def noise(count: int, seed: int = 0) -> np.ndarray:
@@ -266,7 +310,7 @@ def test_what_cannot_be_loaded_is_one_message(place, tmp_path):
 # ---------------------------------------------------------------- likelihood
 
 
-def tiny(layout: TokenLayout, family: str, classes: int = 3) -> image_models.ImageGenerator:
+def tiny(layout: TokenLayout, family: str, classes: int = 3) -> image_generator.ImageGenerator:
     """A generator of random numbers over tokens that nobody decodes."""
     settings = recipes.load(
         f"generator/shapes:{family}", ["generator.width=16", "generator.depth=1"]
@@ -275,7 +319,7 @@ def tiny(layout: TokenLayout, family: str, classes: int = 3) -> image_models.Ima
     names = tuple("abc"[:classes])
     loaded = loading.Loaded(module, settings, layout, names, pathlib.Path("runs"), {}, "f")
     codec = types.SimpleNamespace(module=types.SimpleNamespace(quantizer=None))
-    return image_models.ImageGenerator(loaded, types.SimpleNamespace(decoder=codec))
+    return image_generator.ImageGenerator(loaded, types.SimpleNamespace(decoder=codec))
 
 
 @pytest.mark.parametrize(
@@ -392,7 +436,7 @@ def test_a_generator_that_reads_text_is_asked_with_texts(tmp_path):
     np.savez(tmp_path / "text.npz", features=features, mask=np.ones((2, 5)))
     module = types.SimpleNamespace(cond="text")
     loaded = types.SimpleNamespace(module=module, classes=())
-    model = image_models.ImageGenerator(loaded, None)
+    model = image_generator.ImageGenerator(loaded, None)
     cond = model._cond(None, str(tmp_path / "text.npz"), 2)
     np.testing.assert_array_equal(cond.features_BTE, features)
     for classes, text, said in [(None, "", "found none"), (0, "a.npz", "found classes")]:
@@ -450,6 +494,6 @@ def test_a_model_says_what_it_is(model, place):
 
 
 def test_layouts_in_words():
-    assert image_models._told(TokenLayout((4, 5), ((2, 3),))) == "2 x 3 tokens of 4 and 5"
-    told = image_models._told(TokenLayout((9,), ((1, 1), (2, 2))))
+    assert image_tokenizer.told_of(TokenLayout((4, 5), ((2, 3),))) == "2 x 3 tokens of 4 and 5"
+    told = image_tokenizer.told_of(TokenLayout((9,), ((1, 1), (2, 2))))
     assert told == "5 tokens of 9 on 2 grids, 1 x 1 to 2 x 2"

@@ -22,6 +22,8 @@ from tokgen.evaluation import feature_extractors
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 PAGE = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+# What `load` gives
+HANDLES = ("tokgen.image_generator", "tokgen.image_tokenizer")
 # Each goes on with what the one before wrote; a classifier is trained, and compiles long.
 SCORES = ("make_reference", "score", "compare", "sweep")
 
@@ -31,7 +33,7 @@ def documented() -> dict[str, object]:
     found = {}
     for name in tokgen.__all__:
         entry = found[name] = getattr(tokgen, name)
-        if inspect.isclass(entry) and entry.__module__ == "tokgen.image_models":
+        if inspect.isclass(entry) and entry.__module__ in HANDLES:
             methods = {part: value for part, value in vars(entry).items() if part[0] != "_"}
             methods = {part: value for part, value in methods.items() if inspect.isfunction(value)}
             found |= {f"{name}.{part}": value for part, value in methods.items()}

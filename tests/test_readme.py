@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -250,6 +251,45 @@ def test_tables_of_recipes_say_what_the_recipes_say(kind):
 def test_no_document_knows_a_machine(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     assert not re.search(r"/home/|/root/|/tmp/", text)
+
+
+@pytest.mark.parametrize("inside", ["", "tokgen-main"])
+def test_the_install_cell_finds_the_checkout_in_a_zip_also_when_it_runs_again(tmp_path, inside):
+    """With a folder in it or without; what is installed is what the machine has."""
+    (cell,) = (cell for cell in cells("code") if "SOURCE =" in cell)
+    code, pip = cell.rpartition("%pip")[::2]
+    assert pip.split() == "install -q -e {target} -c constraints.txt".split()
+    (tmp_path / "checkout" / inside).mkdir(parents=True)
+    for name in ("train_tokenizer.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / "checkout" / inside / name)
+    shutil.make_archive(str(tmp_path / "tokgen"), "zip", tmp_path / "checkout")
+    (tmp_path / "bin").mkdir()
+    twice = f"{code}\n{code}\nprint(pathlib.Path.cwd().relative_to({str(tmp_path)!r}), target)"
+    place = "tokgen/tokgen-main" if inside else "tokgen"
+    for tpu, gpu, target in ((0, 0, "."), (0, 1, ".[cuda12]"), (1, 0, ".[tpu]")):
+        shutil.rmtree(tmp_path / "tokgen", ignore_errors=True)
+        if gpu:
+            (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\n")
+            (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
+        else:
+            (tmp_path / "bin" / "nvidia-smi").unlink(missing_ok=True)
+        named = {"TPU_ACCELERATOR_TYPE": "v5litepod-1"} if tpu else {}
+        said = run(twice, tmp_path, PATH=str(tmp_path / "bin"), **named).splitlines()
+        assert said[-1] == f"{place} {target}" and said[0] == said[1]
+        wanted = extras() | {""}
+        assert target.strip(".[]") in wanted, "not in pyproject.toml"
+
+
+def extras() -> set[str]:
+    """The names of the optional dependencies."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return set(project["project"]["optional-dependencies"])
+
+
+def test_the_install_cell_says_what_it_needs(tmp_path):
+    (cell,) = (cell for cell in cells("code") if "SOURCE =" in cell)
+    with pytest.raises(AssertionError, match="SOURCE, or upload tokgen.zip"):
+        run(cell.rpartition("%pip")[0], tmp_path)
 
 
 def test_notebook_is_version_4_without_outputs():

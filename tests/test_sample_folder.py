@@ -17,12 +17,13 @@ import tracemalloc
 import types
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from tests import recipes
 from tests.evaluation import test_made_images
 from tests.test_samples import Painter, Reader, _loaded, _text
-from tokgen import archives, options, records, sample_folder, samples
+from tokgen import archives, options, records, sample_folder, samples, traces
 from tokgen.commands import sample
 from tokgen.evaluation import sample_parts
 from tokgen.interfaces import TokenLayout, UserError
@@ -98,6 +99,38 @@ class Killed(BaseException):
 
 
 TOTAL = ("--total", "50", "--seed", "4")
+
+
+def test_a_trace_lies_beside_the_images_also_where_it_was_stopped(
+    painted, tmp_path, monkeypatch, capsys
+):
+    def traced(ready, settings):
+        frames = np.zeros((3, 2, 6, 5, 3), np.uint8)
+        frames[2] = np.stack([_image(settings.seed, i, label) for i, label in ((0, 0), (2, 1))])
+        return traces.Trace(frames, np.array([0, 4, 8]))
+
+    def stopped(ready, settings):
+        raise Killed
+
+    asked = ("--classes", "0-1", "--number", "2", "--trace")
+    monkeypatch.setattr(sample_folder.traces, "traced", stopped)
+    with pytest.raises(Killed):
+        _run(tmp_path / "out", *asked)
+    monkeypatch.setattr(sample_folder.traces, "traced", traced)
+    drawn, found = len(painted.rows), _run(tmp_path / "out", *asked)
+    assert len(painted.rows) == drawn, "only the trace was missing"
+    with PIL.Image.open(tmp_path / "out" / "trace.gif") as animation:
+        assert animation.n_frames == 2  # the first two are alike: one, twice as long
+    with PIL.Image.open(tmp_path / "out" / "trace.png") as strip:
+        assert strip.size == (3 * (5 * 10 + 2) + 2, 2 * (6 * 10 + 2) + 2)
+    assert "trace.gif and trace.png: 3 frames of 2 images" in capsys.readouterr().err
+    assert {"samples.npz", "grid.png", "trace.gif", "trace.png"} < set(found)
+    for words, told in (
+        (("--total", "50"), "found --total"),
+        (("--number", "2", "--candidates", "4"), "found candidates=4"),
+    ):
+        with pytest.raises(UserError, match=told):
+            sample.check(_args("--out", str(tmp_path / "other"), "--trace", *words))
 
 
 def test_so_many_in_all_are_one_archive_in_the_order_that_is_stated(painted, tmp_path, capsys):

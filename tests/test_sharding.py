@@ -401,7 +401,7 @@ def test_drawing_and_likelihoods_are_shared_by_the_devices_to_the_bit(monkeypatc
     def measured(*arguments, **static):
         compiled = program.lower(*arguments, **static).compile()
         work.setdefault(sharding.current().size, compiled.cost_analysis()["flops"])
-        return compiled(*arguments[:4], arguments[5])
+        return compiled(*arguments[:4], *arguments[5:])
 
     monkeypatch.setattr(drawing, "draw_tokens", measured)
     found, nats = {}, {}

@@ -50,12 +50,10 @@ if TYPE_CHECKING:  # X as X: it is passed on
         Settings as SweepSettings,  # noqa: F401
         sweep as sweep,
     )
+    from tokgen.image_generator import ImageGenerator as ImageGenerator
     from tokgen.image_grid import grid as grid, save_png as save_png, to_pil as to_pil
-    from tokgen.image_models import (
-        ImageGenerator as ImageGenerator,
-        ImageTokenizer as ImageTokenizer,
-        load as load,
-    )
+    from tokgen.image_models import load as load
+    from tokgen.image_tokenizer import ImageTokenizer as ImageTokenizer
     from tokgen.samples import Samples as Samples, sample as sample
     from tokgen.sampling.presets import Choice as SamplingChoice  # noqa: F401
     from tokgen.tokens import (
@@ -64,18 +62,20 @@ if TYPE_CHECKING:  # X as X: it is passed on
         pretokenize as pretokenize,
         reconstruct as reconstruct,
     )
+    from tokgen.traces import Trace as Trace
     from tokgen.zoo.model import known as models  # noqa: F401
 
 # Name -> (its module, what it is called there)
 _HOMES = {
-    "ImageGenerator": ("tokgen.image_models", "ImageGenerator"),
-    "ImageTokenizer": ("tokgen.image_models", "ImageTokenizer"),
+    "ImageGenerator": ("tokgen.image_generator", "ImageGenerator"),
+    "ImageTokenizer": ("tokgen.image_tokenizer", "ImageTokenizer"),
     "Loaded": ("tokgen.checkpoints.loading", "Loaded"),
     "ReferenceSettings": ("tokgen.evaluation.reference_making", "Settings"),
     "Samples": ("tokgen.samples", "Samples"),
     "SamplingChoice": ("tokgen.sampling.presets", "Choice"),
     "ScoreSettings": ("tokgen.evaluation.score_settings", "Settings"),
     "SweepSettings": ("tokgen.evaluation.sweep", "Settings"),
+    "Trace": ("tokgen.traces", "Trace"),
     "UserError": ("tokgen.errors", "UserError"),
     "ValidationSettings": ("tokgen.evaluation.checkpoint_validation", "Settings"),
     "compare": ("tokgen.evaluation.comparison", "compare"),

@@ -10,7 +10,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from tokgen import image_grid, image_models, output, records, report, runtime
+from tokgen import image_generator, image_grid, image_models, output, records, report, runtime
 from tokgen.checkpoints import checkpoint, pulling
 from tokgen.data import datasets, pictures, pixels, views
 from tokgen.editing import edits, regions
@@ -70,7 +70,7 @@ def write(settings: Settings, out: str | os.PathLike, *, overwrite: bool = False
         runtime.devices()
         how = dict(tokenizer=settings.tokenizer, precision=settings.precision)
         model = image_models.load(settings.generator, **how)
-        if not isinstance(model, image_models.ImageGenerator):
+        if not isinstance(model, image_generator.ImageGenerator):
             raise UserError(f"{model.step} holds a tokenizer; need the checkpoint of a generator")
         asked, choice = settings.edit, settings.sampling
         images, mask = _fitted(settings, views_of(model))
@@ -119,7 +119,7 @@ def _stems(images: tuple[str, ...]) -> list[str]:
     return [f"{stem}-{number}" for number, stem in enumerate(stems)]
 
 
-def views_of(model: image_models.ImageGenerator) -> views.View:
+def views_of(model: image_generator.ImageGenerator) -> views.View:
     """How its tokenizer sees images."""
     return datasets.view_of(model.tokenizer.config)
 

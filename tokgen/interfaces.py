@@ -160,6 +160,9 @@ class ScaleCodec(Protocol):
     def view(self, latents_BPC: Array, scale: int) -> Array:
         """[B, l, C] latents averaged down to the grid of a scale."""
 
+    def left(self, latents_BPC: Array, known_BPC: Array, scale: int) -> Array:
+        """Tokens [B, l, G] that a scale has of latents of which so much is known."""
+
 
 # ---------------------------------------------------------------- generator and sampler
 #
@@ -180,6 +183,7 @@ class ScaleCodec(Protocol):
 #     many steps of a phase from `index` on, and to hand each step its own as `state.modulation`.
 #
 # A generator promises
+#   - where it says `holds_latents`, to hold what `kept_BPC` leaves in the place of given tokens;
 #   - that what it has `told`, if anything, is arrays [rows, ..., slots, 6, D] of those steps, one
 #     slot where all steps are alike, and that all nulls of a batch are told the same;
 #   - rows that do not see each other: an image is the same in any batch;
@@ -187,11 +191,12 @@ class ScaleCodec(Protocol):
 #     at once, or some of them in turn;
 #   - a state of the same structure, shapes and dtypes after each step, in which nothing has changed
 #     but CARRIED: all else stays outside of the compiled loop, and a change to it would be lost;
-#   - tokens that are never written where they were given (`DecodeState.write` sees to that), and
-#     none that is V after the last step.
+#   - tokens that are never written where they were given (`DecodeState.write` sees to that; where
+#     `kept_BPC` is there, a scale's are those that it leaves), and none that is V after the last
+#     step.
 
 # Fields of a state that a step may change, and that are carried through a loop.
-CARRIED = ("tokens_BLG", "cache", "latents_BPC", "invalid_B", "near_B", "weight_B")
+CARRIED = ("tokens_BLG", "cache", "latents_BPC", "invalid_B", "near_B", "weight_B", "when_BL")
 
 
 class Cache(Protocol):
@@ -239,8 +244,9 @@ class Phase:
 class DecodeState:
     """Where a decode stands; every array leads with the rows of the batch.
 
-    A generator makes it in `start` and leaves what it has no use for at None; `invalid_B` and
-    `weight_B` are the driver's own, and `near_B` is set to false by it before the first step.
+    A generator makes it in `start` and leaves what it has no use for at None; `invalid_B`,
+    `weight_B`, `kept_BPC` and `when_BL` are the driver's own, and `near_B` is set to false by it
+    before the first step.
     """
 
     tokens_BLG: Array  # drawn so far; V marks "not yet"
@@ -251,9 +257,11 @@ class DecodeState:
     modulation: PyTree = None  # what the blocks need from the condition, when computed beforehand
     cache: tuple[Cache, ...] | None = None  # per layer, or one; None where slots see both ways
     latents_BPC: Array | None = None  # what a scale codec has accumulated
+    kept_BPC: Array | None = None  # what it is to come to where tokens are given; else they are it
     invalid_B: Array | None = None  # true where logits were not finite; written by the driver
     near_B: Array | None = None  # true where rounding could have changed what was drawn
     weight_B: Array | None = None  # ln of a particle's weight; written by the driver
+    when_BL: Array | None = None  # the step that drew each position, -1 of none; likewise
 
     def read(self, positions_Bl: Array) -> Array:
         """Tokens [B, l, G] at some positions."""

@@ -19,7 +19,17 @@ from concurrent import futures
 
 import numpy as np
 
-from tokgen import archives, image_grid, output, records, report, runtime, samples, sharding
+from tokgen import (
+    archives,
+    image_grid,
+    output,
+    records,
+    report,
+    runtime,
+    samples,
+    sharding,
+    traces,
+)
 from tokgen.checkpoints import checkpoint, pulling
 from tokgen.data import classes as names_
 from tokgen.errors import UserError
@@ -49,6 +59,7 @@ def write(
     png: bool | None = None,
     overwrite: bool = False,
     part: str = "",
+    trace: bool = False,
 ) -> str:
     """Draw into a folder; what is to be said.
 
@@ -62,16 +73,19 @@ def write(
         png: whether each image has a file of its own; None: unless settings say a total.
         overwrite: whether an earlier result in its place is replaced.
         part: "I/N", of a total: which share of the images this call draws; "" is all.
+        trace: whether trace.gif and trace.png show how the first images came to be.
     """
     samples.check(settings)
     share = _share(settings, part, overwrite)
+    if trace:
+        traces.check(settings)
     png = not settings.total if png is None else png
     inputs = (settings.checkpoint, settings.tokenizer, settings.text)
     about = dict(records=RECORDS, overwrite=overwrite, inputs=inputs)
     if not settings.total:
         with output.folder(out, **about) as place:
             runtime.devices()
-            return _filled(settings, place, png, share)
+            return _filled(settings, place, png, share, trace)
     lock = places.LOCK if share == (1, 1) else f"{places.LOCK}-{share[0]}-of-{share[1]}"
     about |= dict(record=sample_parts.RECORD, what="samples of another command line", lock=lock)
     with output.growing(out, **about) as place:
@@ -131,7 +145,11 @@ def _share(settings: samples.Settings, part: str, overwrite: bool) -> tuple[int,
 
 
 def _filled(
-    settings: samples.Settings, place: output.Folder, png: bool, share: tuple[int, int]
+    settings: samples.Settings,
+    place: output.Folder,
+    png: bool,
+    share: tuple[int, int],
+    trace: bool = False,
 ) -> str:
     """Draw what an unfinished result does not have yet of a share, and write all; what is said."""
     ready = samples.prepared(settings, *samples.networks(settings))
@@ -144,7 +162,8 @@ def _filled(
         _verify(path)
         _tidy(path)
         told = _told(place, index_KX, total)
-        return f"{told}; they were there already, and samples.npz has its checksum"
+        told += "; they were there already, and samples.npz has its checksum"
+        return told + (_traced(settings, ready, path) if trace else "")
     _check_room(settings, ready, place, png)
     _draw(settings, ready, place, png, share, there)
     if missing := total - _count(path, total):
@@ -157,7 +176,15 @@ def _filled(
         if not _checksum(path):  # by the process that was waited for
             _merged(path, kind_N, index_KX, record | beside)
         _tidy(path)
-    return _told(place, index_KX, total)
+    return _told(place, index_KX, total) + (_traced(settings, ready, path) if trace else "")
+
+
+def _traced(settings: samples.Settings, ready: samples.Prepared, path: pathlib.Path) -> str:
+    """Write how the first images came to be; what is to be said of it."""
+    found = traces.traced(ready, settings)
+    image_grid.save_png(path / "trace.png", found.strip())
+    found.save_gif(path / "trace.gif")
+    return f"; trace.gif and trace.png: {found}"
 
 
 def _count(path: pathlib.Path, total: int) -> int:

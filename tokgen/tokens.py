@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from numpy.typing import ArrayLike
@@ -50,6 +51,18 @@ def encode(tokenizer: loading.Loaded, image_NHW3: np.ndarray, *, batch: int = 32
     tokens_NLG = np.concatenate(found)
     boundary.refuse((tokens_NLG < 0).any((1, 2)), "what the encoder sees in an image")
     return tokens_NLG
+
+
+def latents(tokenizer: loading.Loaded, image_NHW3: np.ndarray, *, batch: int = 32) -> np.ndarray:
+    """What the encoder sees in images, float32 [N, P, C], before it is made tokens of.
+
+    Args, Raises: as of `encode`.
+    """
+    _check(tokenizer, image_NHW3)
+    parts = _made(_latents, tokenizer.module, image_NHW3, batch)
+    latents_NPC = np.concatenate([np.asarray(latents_BPC)[:rows] for latents_BPC, rows in parts])
+    boundary.refuse(~np.isfinite(latents_NPC).all((1, 2)), "what the encoder sees in an image")
+    return latents_NPC
 
 
 def decode(tokenizer: loading.Loaded, tokens_NLG: np.ndarray, *, batch: int = 32) -> np.ndarray:
@@ -157,6 +170,14 @@ def _reconstructed(tokenizer, image_BHW3):
     def of(tokenizer, image_BHW3):
         image_BHW3 = reconstruction.from_uint8(image_BHW3)
         return reconstruction.bytes_of(tokenizer.reconstruct(image_BHW3)[0])
+
+    return sharding.by_rows(of, (tokenizer,), (image_BHW3,))
+
+
+@jax.jit
+def _latents(tokenizer, image_BHW3):
+    def of(tokenizer, image_BHW3):
+        return tokenizer.latents(reconstruction.from_uint8(image_BHW3)).astype(jnp.float32)
 
     return sharding.by_rows(of, (tokenizer,), (image_BHW3,))
 

@@ -45,6 +45,7 @@ def measured() -> tuple[dict, dict, dict]:
     names += tuple(f"class_{name}" for name in shapes.CLASSES)
     names += tuple(f"edit_{kind}" for kind in edited.SHOWN)
     pictures = {name: np.full((4, 6, 3), i, np.uint8) for i, name in enumerate(names)}
+    pictures["decode"] = b"GIF of a decode"
     told = {
         "layout": "8 x 8 tokens of 240 codes",
         "tokenizer_parameters": "1,000",
@@ -62,7 +63,8 @@ def test_page_holds_every_picture_and_figure():
     found = []
     for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text):
         found.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))))
-    assert sorted(int(image[0, 0, 0]) for image in found) == list(range(len(pictures)))
+    assert sorted(int(image[0, 0, 0]) for image in found) == list(range(len(pictures) - 1))
+    assert base64.b64encode(pictures["decode"]).decode() in text
     for figure in ("28.30 dB", "95.0 %", "87.5 %", "0.700", "3.400", "8.1 minutes", "of 240"):
         assert figure in text
     assert "a &lt;machine&gt;" in text and "<machine>" not in text
@@ -92,13 +94,18 @@ def test_page_shows_families_side_by_side():
     summary["families"]["masked"] |= {"bound": True, "nats_per_token": 0.9}
     for i, (name, kinds) in enumerate(families.EDITS.items()):
         pictures[f"family_{name}"] = np.full((4, 6, 3), 100 + i, np.uint8)
+        pictures[f"decode_{name}"] = b"GIF of a decode"
         for kind in kinds:
             pictures[f"edit_{kind}_{name}"] = np.full((4, 6, 3), 200 + i, np.uint8)
     text = page.document(summary, pictures, told)
-    assert text.count("data:image/png") == len(pictures)
+    assert text.count("data:image/png") + text.count("data:image/gif") == len(pictures)
     assert "at most 0.900" in text and text.count("at most") == 1
     assert "next scale" in text and "12.3" in text and "44.8" in text
     assert text.count("12 % recognised") == 9  # finer scales by one of them alone
+
+
+def test_what_is_shown_step_by_step_are_classes_of_shapes():
+    assert set(page.TRACED + families.TRACED) <= set(shapes.CLASSES)
 
 
 def test_freedom_in_words():

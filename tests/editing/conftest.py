@@ -9,7 +9,7 @@ import pytest
 import tokgen
 from tests import recipes
 from tests.editing.families import FAMILIES
-from tokgen import image_models, runtime
+from tokgen import image_generator, runtime
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def model(runs, monkeypatch):
 
 
 @functools.cache
-def loaded(runs: pathlib.Path, family: str) -> image_models.ImageGenerator:
+def loaded(runs: pathlib.Path, family: str) -> image_generator.ImageGenerator:
     return tokgen.load(runs / ("generator" if family == "raster" else family))
 
 

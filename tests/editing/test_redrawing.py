@@ -2,10 +2,14 @@
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tokgen
+from tests import recipes
 from tests.editing.families import HOW, each
+from tokgen import runtime, tokens as coding
 from tokgen.editing import edits, redrawing, regions
 from tokgen.interfaces import UserError
 
@@ -30,7 +34,8 @@ def test_kept_tokens_and_pixels_stay_and_nothing_under_the_mask_is_seen(family, 
     np.testing.assert_array_equal(edits.image_NHW3[~masks()], images[~masks()])
     filled = [regions.filled(*pair) for pair in zip(images, masks(), strict=True)]
     held = found.encode(np.stack(filled))
-    np.testing.assert_array_equal(edits.tokens_NLG[~free_NL], held[~free_NL])
+    if family != "next_scale":  # whose tokens are what coarser ones leave: below
+        np.testing.assert_array_equal(edits.tokens_NLG[~free_NL], held[~free_NL])
     # the same, alone, in another batch, and with other pixels under the mask
     other = np.where(masks()[..., None], 255 - images, images)
     for i in range(3):
@@ -38,6 +43,21 @@ def test_kept_tokens_and_pixels_stay_and_nothing_under_the_mask_is_seen(family, 
         np.testing.assert_array_equal(own.image_NHW3[0], edits.image_NHW3[i])
     again = found.edit(images, [0, 1, 2], mask=masks(), seed=1, **HOW)
     assert (again.image_NHW3 != edits.image_NHW3).any()
+
+
+@pytest.mark.long
+def test_of_scales_what_is_kept_is_what_the_drawn_coarse_tokens_leave_of_it(model, images):
+    found = model("next_scale")
+    free_NL, encoder = regions.free(masks(), found.layout), found.tokenizer.encoder
+    edits = found.edit(images, [0, 1, 2], mask=masks(), **HOW)
+    filled = [regions.filled(*pair) for pair in zip(images, masks(), strict=True)]
+    kept_NPC = coding.latents(encoder, np.stack(filled))
+    codec = encoder.module.quantizer
+    known = [codec.empty(3), *codec.partial(jnp.asarray(edits.tokens_NLG))]
+    left = [codec.left(jnp.asarray(kept_NPC), k, scale) for scale, k in enumerate(known[:-1])]
+    left_NLG = np.concatenate([np.asarray(tokens_NlG) for tokens_NlG in left], axis=1)
+    np.testing.assert_array_equal(edits.tokens_NLG[~free_NL], left_NLG[~free_NL])
+    assert free_NL[:, 0].all() and not free_NL.all(), "else nothing was asked"
 
 
 @each
@@ -49,6 +69,20 @@ def test_nothing_masked_is_the_image_and_everything_is_a_sample(family, model, i
     samples = found.sample([4], number=2, progress=False)
     for i in range(3):
         np.testing.assert_array_equal(edits.image_NHW3[2 * i : 2 * i + 2], samples.image_NHW3)
+
+
+def test_gray_images_stay_gray(tmp_path, monkeypatch, images):
+    monkeypatch.setattr(runtime, "devices", lambda batch_size=0: None)
+    recipes.tiny(tmp_path, "masked", channels=1)
+    found, gray = tokgen.load(tmp_path / "runs" / "generator"), images[..., :1]
+    edits = found.edit(gray, 3, mask="left", **HOW)
+    assert edits.image_NHW3.shape == gray.shape and edits.sheet().shape[-1] == 1
+    np.testing.assert_array_equal(edits.image_NHW3[:, :, 16:], gray[:, :, 16:])
+    grown = found.edit(gray[:1], 3, grow="right=8", **HOW)
+    assert grown.images[0].mode == "L" and grown.images[0].size == (40, 32)
+    np.testing.assert_array_equal(grown.image_NHW3[0, :, :32], gray[0])
+    trace = found.trace(3)
+    assert trace.image_NHW3.shape == (1, 32, 32, 1) and trace.gif()[:3] == b"GIF"
 
 
 @each

@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from tokgen.editing import regions
+from tokgen.editing import edits, regions
 from tokgen.interfaces import TokenLayout, UserError
 
 
@@ -130,3 +130,18 @@ def test_kept_pixels_keep_every_byte_and_an_edge_is_carried_into_the_mask(channe
     joined = regions.joined(level, level + 10, mask, 3.0)[0, :, 0].astype(int)
     np.testing.assert_array_equal(joined, [100] * 8 + [102, 105, 108] + [110] * 5)
     np.testing.assert_array_equal(regions.joined(image, drawn, np.ones((16, 16), bool), 3.0), drawn)
+
+
+def test_a_word_is_judged_before_there_is_an_image(tmp_path):
+    def asks(mask):
+        edits.Settings(mask=mask).check()
+
+    for mask in (*regions.NAMES, "box=9,9,3,3", np.ones((4, 4), bool), ["left", "top"]):
+        asks(mask)
+    assert all(regions.region(name, (6, 9)).any() for name in regions.NAMES)
+    with PIL.Image.new("L", (9, 6), 255) as white:  # a file may be called as a form is
+        white.save(tmp_path / "box.png")
+    assert regions.region(tmp_path / "box.png", (6, 9)).all()
+    for mask in ("middle", "box=1,2", tmp_path / "none.png", ["left", "middle"]):
+        with pytest.raises(UserError, match="a box is box=|which is no file"):
+            asks(mask)

@@ -98,7 +98,7 @@ def test_the_next_batch_is_begun_before_one_is_handed_over(broken, monkeypatch):
     """Two at a time, not three; and one that is not finite is told before another is begun."""
     order = []
 
-    def draw_tokens(generator, codec, cond_B, keys_B, sampler, held, *, particles):
+    def draw_tokens(generator, codec, cond_B, keys_B, sampler, held, kept, *, particles):
         number = sum(what == "begun" for what, _ in order)
         order.append(("begun", number))
         flags_B = np.full(len(cond_B), number == broken)
@@ -130,7 +130,7 @@ def test_what_the_compiler_is_told_depends_on_the_platform_at_the_first_use(monk
     monkeypatch.setattr(
         jax, "jit", lambda function, compiler_options: told.append(compiler_options) or function
     )
-    programs = [drawing._Program(abs) for _ in range(2)]
+    programs = [drawing.Program(abs) for _ in range(2)]
     for program, platform in zip(programs, ("cpu", "tpu"), strict=True):
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
         assert program(-1) == program(-2) - 1 == 1

@@ -103,6 +103,7 @@ def test_a_batch_is_refused_with_the_largest_that_fits():
         ask(1, always + each - 1)
     with pytest.raises(UserError, match="split the network over the devices, --mesh 1,1,2$"):
         ask(2, always + each - 1, exactly)
+    each = 2 * each  # resampled: those that were lie beside those that go on
     ask(1, always + 3 * each, particles=3)
     with pytest.raises(UserError, match="1 images with 4 particles each.* --particles .* are 3$"):
         ask(1, always + 3 * each, particles=4)

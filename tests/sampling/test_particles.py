@@ -83,6 +83,79 @@ def test_what_is_drawn_is_distributed_as_given_what_comes_later(make, weight, im
     assert far[count] < 1.6 * noise
 
 
+def test_of_scales_what_is_held_is_what_the_coarser_leave_of_latents_that_are_kept():
+    generator, codec = scales()
+    kept_BPC = jnp.asarray(np.random.default_rng(5).normal(size=(16, 4, 3)), jnp.float32)
+    own_BLG = codec.encode(kept_BPC)
+    held_L = np.array([False, True, False, True, True])
+    guided = sampler.Sampler(guidance=(2.0, 1.0))  # the null rows go after the first scale
+    # whether the coarsest is held, too
+    for first, how in ((False, sampler.Sampler()), (True, sampler.Sampler()), (False, guided)):
+        held_BLG = jnp.broadcast_to(jnp.asarray(held_L | (np.arange(5) == 0) & first), (16, 5))
+        state = decode.generate(
+            *(generator, codec, jnp.zeros(16, int), how),
+            keys_B=jax.random.split(jax.random.key(0), 16),
+            given=(own_BLG, held_BLG[..., None]),
+            kept=kept_BPC,
+        )
+        known_BPC = codec.absorb(codec.empty(16), state.tokens_BLG[:, :1], 0)
+        left_BlG = codec.left(kept_BPC, known_BPC, 1)
+        np.testing.assert_array_equal(state.tokens_BLG[:, held_L], left_BlG[:, held_L[1:]])
+        same = (state.tokens_BLG == own_BLG)[:, held_L].all()
+        assert same if first else not same
+
+
+def test_a_network_that_is_guided_away_from_sees_what_is_kept_too():
+    """Away from itself is no guidance at all."""
+    generator, codec = scales()
+    held_BLG = jnp.tile(jnp.asarray([0, 1, 0, 1, 1], bool)[None, :, None], (16, 1, 1))
+    how = dict(
+        keys_B=jax.random.split(jax.random.key(0), 16),
+        given=(jnp.zeros((16, 5, 1), int), held_BLG),
+        kept=jnp.asarray(np.random.default_rng(5).normal(size=(16, 4, 3)), jnp.float32),
+    )
+    asked = (generator, codec, jnp.zeros(16, int))
+    plain = decode.generate(*asked, sampler.Sampler(), **how)
+    away = sampler.Sampler(guidance=(2.0, 2.0))
+    again = decode.generate(*asked, away, against=generator, **how)
+    np.testing.assert_array_equal(again.tokens_BLG, plain.tokens_BLG)
+
+
+def test_latents_are_kept_by_a_generator_that_holds_them_alone():
+    generator, _ = raster()
+    keys_B = jax.random.split(jax.random.key(0), 2)
+    with pytest.raises(ValueError, match="leave kept out"):
+        decode.generate(
+            *(generator, None, jnp.zeros(2, int), sampler.Sampler()),
+            keys_B=keys_B,
+            kept=jnp.zeros((2, 4, 3)),
+        )
+
+
+@pytest.mark.long
+def test_of_scales_the_posterior_is_of_those_that_suit_the_latents_that_are_kept():
+    generator, codec = scales()
+    images, held_L = 256, np.array([False, False, True, False, True])
+    kept_1PC = jnp.asarray(np.random.default_rng(6).normal(size=(1, 4, 3)), jnp.float32)
+    every = np.array(list(itertools.product(range(3), repeat=5)), np.int32)[..., None]
+    known = codec.absorb(codec.empty(len(every)), jnp.asarray(every[:, :1]), 0)
+    left = np.asarray(codec.left(jnp.repeat(kept_1PC, len(every), 0), known, 1))
+    suits = (left == every[:, 1:])[:, held_L[1:]].all((1, 2))
+    wanted = np.exp(-guided_nats(generator, codec, every, 1.5)[suits])
+    wanted /= wanted.sum()
+    given = (np.zeros((images, 5, 1), np.int32), np.tile(held_L[None, :, None], (images, 1, 1)))
+    found, invalid, _ = drawing.draw_tokens(
+        *(generator.unstacked(), codec, jnp.zeros(images, jnp.int32)),
+        *(jax.random.split(jax.random.key(1), images), sampler.Sampler(guidance=(1.5, 1.5))),
+        *(given, jnp.repeat(kept_1PC, images, 0)),
+        particles=16,
+    )
+    shares = (np.asarray(found)[:, None] == every[suits][None]).all((-1, -2)).mean(0)
+    noise = np.sqrt(wanted * (1 - wanted) / images).sum() / 2
+    assert not np.asarray(invalid).any() and shares.sum() == 1
+    assert np.abs(shares - wanted).sum() / 2 < 1.6 * noise
+
+
 def plan_steps(generator):
     """Numbers of the decoding steps."""
     last = generator.plan()[-1]

@@ -66,6 +66,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="a file for each image beside the grid and the .npz; default: unless --total",
     )
+    parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="how the first images came to be, step by step: trace.gif and trace.png",
+    )
     options.processes(parser)
 
 
@@ -159,9 +164,11 @@ def settings_of(args: argparse.Namespace) -> samples.Settings:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what is refused without a network."""
-    from tokgen import sample_folder
+    from tokgen import sample_folder, traces
 
     idle = {"number": "images of each class, without --total"}
+    if args.trace:
+        traces.check(settings_of(args))
     if not (args.total or options.is_given(args, "total")):
         idle = dict.fromkeys(("class_counts", "part"), "a number of images in all, --total")
     elif not args.total:
@@ -188,6 +195,6 @@ def run(args: argparse.Namespace) -> None:
     """Draw, and write everything that says how."""
     from tokgen import sample_folder
 
-    how = dict(png=args.png, overwrite=args.overwrite, part=_share(args))
+    how = dict(png=args.png, overwrite=args.overwrite, part=_share(args), trace=args.trace)
     with runtime.over(args.mesh):
         report.say(sample_folder.write(settings_of(args), args.out, **how))

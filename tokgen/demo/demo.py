@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from tokgen import image_grid, options, output, report, runtime, sharding
+from tokgen import image_grid, image_models, options, output, report, runtime, sharding
 from tokgen.checkpoints import checkpoint, loading
 from tokgen.config import building, reading
 from tokgen.data import datasets, online_tokens, shapes, token_shards
@@ -151,11 +151,14 @@ def pretokenize(tokenizer: pathlib.Path, out: pathlib.Path) -> None:
     finished(command, "tokgen pretokenize")
 
 
-def save(folder: pathlib.Path, pictures: Mapping[str, np.ndarray]) -> None:
-    """The page's pictures as files beside it."""
+def save(folder: pathlib.Path, pictures: Mapping[str, np.ndarray | bytes]) -> None:
+    """The page's pictures as files beside it; bytes are those of a GIF."""
     (folder / "images").mkdir(exist_ok=True)
     for name, picture in pictures.items():
-        image_grid.save_png(folder / "images" / f"{name}.png", picture)
+        if isinstance(picture, bytes):
+            (folder / "images" / f"{name}.gif").write_bytes(picture)
+        else:
+            image_grid.save_png(folder / "images" / f"{name}.png", picture)
 
 
 def measure(folder: pathlib.Path, classifier: nnx.Module, number: int) -> tuple[dict, dict, dict]:
@@ -243,6 +246,8 @@ def measure(folder: pathlib.Path, classifier: nnx.Module, number: int) -> tuple[
     }
     for name, image_NHW3 in zip(shapes.CLASSES, by_class, strict=True):
         pictures[f"class_{name}"] = image_grid.grid(image_NHW3, page.SHOWN, scale=2)
+    model = image_models.load(folder / "generator", tokenizer=str(folder / "tokenizer"))
+    pictures["decode"] = model.trace(page.TRACED, seed=page.SEED).gif()
     save(folder, pictures)
     told = {
         "layout": f"{rows} x {columns} tokens of {loaded.layout.absent} codes",

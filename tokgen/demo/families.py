@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from flax import nnx
 
-from tokgen import image_grid
+from tokgen import image_grid, image_models
 from tokgen.checkpoints import loading
 from tokgen.data import shapes, token_shards
 from tokgen.demo import edited
@@ -30,6 +30,7 @@ PYRAMID_STEPS = 2000
 COLUMNS = 6  # samples of a class in a family's picture
 EDITS = dict.fromkeys(FAMILIES, ("left", "classes")) | {"next_scale": ("left", "classes", "scales")}
 ROWS = 4  # images of a kind of edit in a family's picture
+TRACED = ("ring", "crescent")  # whose decode is shown, step by step
 
 
 def train(
@@ -64,6 +65,8 @@ def measure(
         asked = (*places, classifier, EDITS[family], seed)
         metrics[family]["edits"], sheets = edited.measure(*asked, rows=ROWS)
         pictures |= {f"edit_{kind}_{family}": sheet for kind, sheet in sheets.items()}
+        model = image_models.load(places[0], tokenizer=str(places[1]))
+        pictures[f"decode_{family}"] = model.trace(TRACED, seed=seed).gif()
     return metrics, pictures
 
 
@@ -125,6 +128,7 @@ def section(metrics: dict, picture: Callable[[str, str], str]) -> str:
         "Milliseconds per image": [f"{one['ms_per_image']:.1f}" for one in metrics.values()],
         "Training steps": [f"{one['steps']:,}" for one in metrics.values()],
         "Samples": [picture(f"family_{family}", f"samples of {family}") for family in metrics],
+        "Step by step": [picture(f"decode_{family}", f"decodes by {family}") for family in metrics],
     }
     for kind in dict.fromkeys(kind for kinds in EDITS.values() for kind in kinds):
         rows[edited.KINDS[kind].title] = [

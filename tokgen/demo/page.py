@@ -15,10 +15,11 @@ from tokgen.evaluation import page as pages
 SHOWN = 12  # samples of a class on the page
 # Which samples are drawn; the settings were chosen on other seeds.
 SEED = 1000
+TRACED = ("ring", "bar", "crescent", "pair")  # whose decode is shown, step by step
 
 
 def document(
-    summary: Mapping[str, Any], pictures: Mapping[str, np.ndarray], told: Mapping[str, Any]
+    summary: Mapping[str, Any], pictures: Mapping[str, np.ndarray | bytes], told: Mapping[str, Any]
 ) -> str:
     """The whole page, pictures inside: one file that can be sent to somebody."""
 
@@ -100,6 +101,9 @@ independent classifier recognises. Sampling: {html.escape(settings)}, seed {SEED
 <table>
 {classes}
 </table>
+<h2>How they come to be</h2>
+<p>Token by token, each as a part of the finished image; the end stands a moment.</p>
+{picture("decode", "decodes, step by step")}
 {families.section(summary.get("families", {}), picture)}
 {edited.section(summary["edits"], summary["class_accuracy"], picture)}
 <h2>Completing a half</h2>

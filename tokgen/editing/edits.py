@@ -90,6 +90,8 @@ class Settings:
             raise UserError(
                 "--candidates ranks what has the model's size; found --grow: leave it out"
             )
+        for mask in self.mask if isinstance(self.mask, list | tuple) else [self.mask]:
+            regions.check(mask)
         if self.grow is not None:
             growing.margins(self.grow)
         if self.strength is not None:

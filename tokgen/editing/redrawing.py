@@ -69,9 +69,12 @@ def redraw(
     free_KL = regions.free(mask_KHW, model.generator.layout)
     check_places(model, free_KL)
     filled = [regions.filled(*pair) for pair in zip(image_KHW3, mask_KHW, strict=True)]
-    tokens_KLG = coding.encode(model.encoder, np.stack(filled), batch=how.batch)
+    seen_KHW3, kept_NPC = np.stack(filled), None
+    tokens_KLG = coding.encode(model.encoder, seen_KHW3, batch=how.batch)
+    if getattr(model.generator, "holds_latents", False):
+        kept_NPC = coding.latents(model.encoder, seen_KHW3, batch=how.batch)[source_N]
     asked = (tokens_KLG[source_N], free_KL[source_N], cond, index_N, how)
-    tokens_NLG, drawn_NHW3 = draw(model, *asked)
+    tokens_NLG, drawn_NHW3 = draw(model, *asked, kept_NPC=kept_NPC)
     rows = zip(source_N, drawn_NHW3, strict=True)
     joined = [regions.joined(image_KHW3[k], drawn, mask_KHW[k], feather) for k, drawn in rows]
     return tokens_NLG, np.stack(joined)
@@ -84,8 +87,14 @@ def draw(
     cond: PyTree,
     index_N: np.ndarray,
     how: How,
+    *,
+    kept_NPC: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens_NLG, uint8 image_NHW3) with the tokens that are free drawn anew."""
+    """(tokens_NLG, uint8 image_NHW3) with the tokens that are free drawn anew.
+
+    `kept_NPC` are the latents of the images, of which the tokens of a pyramid of grids are what
+    coarser ones leave: where these are drawn anew, a token that stays stands for something else.
+    """
     held_NLG = np.repeat(~free_NL[..., None], model.generator.layout.groups, axis=-1)
     blind_N = blind(model.generator, free_NL)
     tokens, images = [None] * len(tokens_NLG), [None] * len(tokens_NLG)
@@ -102,6 +111,7 @@ def draw(
             batch=max(1, how.batch // particles),
             index_N=index_N[rows_M],
             given=(tokens_NLG[rows_M], held_NLG[rows_M]),
+            kept=None if kept_NPC is None else kept_NPC[rows_M],
             particles=particles,
             what=how.what,
             delay=DELAY,

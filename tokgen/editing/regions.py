@@ -14,6 +14,8 @@ from tokgen.data import pixels
 from tokgen.errors import UserError
 from tokgen.interfaces import TokenLayout
 
+NAMES = ("left", "right", "top", "bottom", "center", "centre", "all")
+BOX = r"box=(\d+),(\d+),(\d+),(\d+)"
 FORMS = "left, right, top, bottom, center, all, box=ROW,COLUMN,HEIGHT,WIDTH, or the file of a mask"
 
 Region = str | os.PathLike | np.ndarray | Image.Image
@@ -38,6 +40,7 @@ def region(mask: Region, size: tuple[int, int]) -> np.ndarray:
         raise UserError(
             f"a mask is {FORMS}, a PIL image, or an array of bool; found {type(mask).__name__}"
         )
+    check(mask)
     text = os.fspath(mask)
     rows, columns = size
     named = {
@@ -51,13 +54,8 @@ def region(mask: Region, size: tuple[int, int]) -> np.ndarray:
     named["centre"] = named["center"]
     if text in named:
         return _box(named[text], size)
-    if text.startswith("box"):
-        found = re.fullmatch(r"box=(\d+),(\d+),(\d+),(\d+)", text)
-        if not found:
-            raise UserError(
-                f"a box is box=ROW,COLUMN,HEIGHT,WIDTH in pixels, as box=8,8,16,16; found {text!r}"
-            )
-        row, column, height, width = box = tuple(map(int, found.groups()))
+    if text.startswith("box="):
+        row, column, height, width = box = tuple(map(int, re.fullmatch(BOX, text).groups()))
         if not (height and width) or row + height > rows or column + width > columns:
             raise UserError(
                 f"a box must lie in the image, {rows} x {columns} pixels (rows x columns), and "
@@ -68,6 +66,20 @@ def region(mask: Region, size: tuple[int, int]) -> np.ndarray:
     return _sized(read(text), size, text)
 
 
+def check(mask: object) -> None:
+    """UserError where a word is no region, whatever the image; of a file whether it is there."""
+    if not isinstance(mask, str | os.PathLike) or os.fspath(mask) in NAMES:
+        return
+    text = os.fspath(mask)
+    if text.startswith("box=") or text == "box":
+        if not re.fullmatch(BOX, text):
+            raise UserError(
+                f"a box is box=ROW,COLUMN,HEIGHT,WIDTH in pixels, as box=8,8,16,16; found {text!r}"
+            )
+    elif not os.path.isfile(text):
+        raise UserError(f"a mask is {FORMS}; found {text!r}, which is no file")
+
+
 def plain(mask: object) -> object:
     """An array of another library as one of numpy; anything else as it is."""
     foreign = hasattr(mask, "__array__") and not isinstance(mask, np.ndarray | Image.Image)
@@ -76,9 +88,8 @@ def plain(mask: object) -> object:
 
 def read(path: str | os.PathLike) -> np.ndarray:
     """[H, W] bool of a mask's file, of any size: half of white is white."""
+    check(path)
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"a mask is {FORMS}; found {os.fspath(path)!r}, which is no file")
     try:
         with Image.open(path) as image:
             hides = _hides(image)

@@ -88,15 +88,17 @@ def _kind(kind: str) -> str:
     return f' class="{kind}"' if kind else ""
 
 
-def data_uri(image_HW3: np.ndarray) -> str:
-    """An image as PNG, inside an address."""
+def data_uri(image: np.ndarray | bytes) -> str:
+    """An image [H, W, 3] as PNG inside an address; bytes are those of a GIF."""
+    if isinstance(image, bytes):
+        return _address(image, "gif")
     stream = io.BytesIO()
-    Image.fromarray(image_HW3).save(stream, format="PNG", optimize=True)
+    Image.fromarray(image).save(stream, format="PNG", optimize=True)
     return _address(stream.getvalue())
 
 
-def _address(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def _address(picture: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 def picture(address: str, caption: str) -> str:

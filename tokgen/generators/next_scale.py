@@ -53,6 +53,7 @@ class Generator(nnx.Module):
 
     exact, any_order, sees_given = True, False, False
     order = staticmethod(raster.order)
+    holds_latents = True  # a token of its is what coarser ones leave
     knobs = ()
     cond, text = "label", None
 
@@ -208,6 +209,11 @@ class Generator(nnx.Module):
         )
         logits_BlGV = self.head(hidden_BlD.astype(jnp.float32), cond=cond_B1D)
         wanted_BlG = ~state.given_BLG[:, phase.start : stop]
+        if state.kept_BPC is not None:  # upon other coarse tokens what is given stands for less
+            left_BlG = codec.left(state.kept_BPC, state.latents_BPC, scale)
+            left_BlG = jnp.where(wanted_BlG, self.layout.absent, left_BlG)
+            tokens_BLG = state.tokens_BLG.at[:, phase.start : stop].set(left_BlG)
+            state = state.replace(tokens_BLG=tokens_BLG)
         tokens_BlG, *_ = draw(logits_BlGV, wanted_BlG=wanted_BlG)
         positions_Bl = state.order_BL[:, phase.start : stop]
         state = state.write(positions_Bl, tokens_BlG)  # read back: some may have been given

@@ -167,6 +167,10 @@ class Quantizer(nnx.Module):
         """[B, P, C] averaged down to the grid of the scale that is to be drawn: [B, l, C]."""
         return self._resized(latents_BPC, -1, scale, resample.area)
 
+    def left(self, latents_BPC: jax.Array, known_BPC: jax.Array, scale: int) -> jax.Array:
+        """Tokens of a scale [B, l, G]: of what is left of latents once so much is known."""
+        return self.inner.encode(self.view(latents_BPC.astype(jnp.float32) - known_BPC, scale))
+
     def _walk(
         self, latents_BPC: jax.Array, choose: Callable[[jax.Array, int], jax.Array]
     ) -> Iterator[tuple[jax.Array, jax.Array]]:

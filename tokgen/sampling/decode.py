@@ -74,8 +74,10 @@ def generate(
     *,
     keys_B: Array,
     given: tuple[Array, Array] | None = None,
+    kept: Array | None = None,
     particles: int = 1,
     against: Generator | None = None,
+    noted: bool = False,
     observe: Callable[[DecodeState, int], None] | None = None,
 ) -> DecodeState:
     """Walk the generator's plan and draw every token that isn't given.
@@ -85,12 +87,16 @@ def generate(
         sampler: static; the one that a preset makes, or another of `interfaces.Sampler`.
         keys_B: one key per image. An image depends on its own key only, not on its batch.
         given: tokens_BLG and a mask, true where a token is held fixed.
+        kept: latents_BPC of the image whose tokens are held, of a generator that `holds_latents`:
+            what is held of a scale is then what it has of them once the coarser scales are drawn,
+            and the given tokens only say where.
         particles: rows of one image, which follow each other, of a generator with an exact
             likelihood and an order of its own: those that make what is given likelier go on in the
             place of others (`particles`). With 1, what comes later in the order changes nothing
             drawn before.
         against: another generator of the same plan, guided away from in the place of the null
             condition ("autoguidance", arXiv:2406.02507).
+        noted: whether `when_BL` of the state says which step drew each position.
         observe: called before each step with the state, without its null rows, and the number of
             the step. Steps are then taken one at a time and not in compiled loops: for looking at
             a decode outside `jax.jit`, the tokens are the same.
@@ -109,7 +115,9 @@ def generate(
                 "particles need an exact generator with one order for all rows, alone, and as "
                 "many rows of each image"
             )
-    boundary.rows(keys=keys_B, conditions=cond, given=given)
+    if kept is not None and not getattr(generator, "holds_latents", False):
+        raise ValueError("latents are kept by a generator that holds them: leave kept out")
+    boundary.rows(keys=keys_B, conditions=cond, given=given, kept=kept)
     if given is None:
         shape = (B, layout.length, layout.groups)
         given = jnp.full(shape, layout.absent, jnp.int32), jnp.zeros(shape, bool)
@@ -126,11 +134,18 @@ def generate(
         state = generator.start(cond, codec, keys_B=keys_B, given=given)
     no_B = jnp.zeros(len(state.keys_B), bool)
     weight_B = jnp.zeros(len(state.keys_B)) if particles > 1 else None
-    begun = state = state.replace(invalid_B=no_B, near_B=no_B, weight_B=weight_B)
+    never_BL = jnp.full(state.tokens_BLG.shape[:2], -1, jnp.int32) if noted else None
+    begun = state = state.replace(
+        invalid_B=no_B,
+        near_B=no_B,
+        weight_B=weight_B,
+        kept_BPC=_twice(kept) if double else kept,
+        when_BL=never_BL,
+    )
     weak = None
     if against is not None:
         against = laid_out(against)
-        weak = against.start(cond, codec, keys_B=keys_B, given=given)
+        weak = against.start(cond, codec, keys_B=keys_B, given=given).replace(kept_BPC=kept)
 
     def step(
         state: DecodeState,
@@ -141,8 +156,7 @@ def generate(
     ) -> tuple[DecodeState, DecodeState | None]:
         double = len(state.tokens_BLG) == 2 * B
         weight = None if weights is None else jnp.asarray(weights, jnp.float32)[index]
-        seen = {}
-        held = None if particles == 1 else particle_filter.held(_first(state, B), phase, index)
+        seen: dict[str, Any] = {"logits": []}
 
         def merge(cond_BlGV: Array, uncond_BlGV: Array, symbol: int) -> Array:
             scale = settings.of_symbols(weight, symbol, cond_BlGV.shape[2])
@@ -151,9 +165,7 @@ def generate(
 
         def sample(logits_BlGV, symbol, wanted_BlG):
             seen["invalid_B"] = seen.get("invalid_B", False) | samplers.invalid(logits_BlGV)
-            if held is not None:
-                gained_B = particle_filter.gained(logits_BlGV, symbol, *held)
-                seen["weight_B"] = seen.get("weight_B", 0) + gained_B
+            seen["logits"].append((logits_BlGV, symbol))
             where = {} if wanted_BlG is None else dict(wanted_BlG=wanted_BlG[:B])
             drawn = sampler.draw(logits_BlGV, keys_B=keys_B, step=index, symbol=symbol, **where)
             seen["near_B"] = seen.get("near_B", False) | drawn.near_B
@@ -180,14 +192,21 @@ def generate(
             return seen["drawn"]
 
         network, state = sharding.step_by_step(generator, state)
+        before_BL = _whole(state, layout.absent)
         state = _stepped(network, state, told[0], phase, index, codec, draw)
         flags = {name: seen[name] for name in ("invalid_B", "near_B")}
         flags = _twice(flags) if double else flags
         flags = {name: getattr(state, name) | flag for name, flag in flags.items()}
         state = state.replace(**flags)
-        if held is not None:
-            gained = _twice(seen["weight_B"]) if double else seen["weight_B"]
-            state = state.replace(weight_B=state.weight_B + gained)
+        if noted:
+            came_BL = _whole(state, layout.absent) & ~before_BL
+            state = state.replace(when_BL=jnp.where(came_BL, index, state.when_BL))
+        if particles > 1:
+            held = particle_filter.held(_first(state, B), phase, index)  # known after the step
+            gained_B = sum(particle_filter.gained(*part, *held) for part in seen["logits"])
+            state = state.replace(
+                weight_B=state.weight_B + (_twice(gained_B) if double else gained_B)
+            )
             carried = particle_filter.resampled(_carried(state), keys_B, index, particles)
             state = _insert(state, carried)
         return state, seen.get("weak", weak)
@@ -263,6 +282,11 @@ def _held(given: tuple[Array, Array], layout) -> tuple[Array, Array]:
     held_BLG = np.where(mask_BLG, tokens_BLG, 0) if known else tokens_BLG
     boundary.tokens(held_BLG, layout, what="given tokens")
     return jnp.asarray(tokens_BLG, jnp.int32), mask_BLG
+
+
+def _whole(state: DecodeState, absent: int) -> Array:
+    """[B, L] true for positions of which every symbol is known."""
+    return jnp.all(state.tokens_BLG != absent, axis=-1)
 
 
 def _guidance(generator: Generator, sampler: Sampler) -> tuple[Any, int, int]:

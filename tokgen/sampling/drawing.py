@@ -29,7 +29,7 @@ class Part(NamedTuple):
 TOLD = {"cpu": {"xla_backend_optimization_level": 1}}
 
 
-class _Program:
+class Program:
     """`jax.jit` of a function, at its first use: what XLA is told depends on the platform, which
     no import may start."""
 
@@ -50,7 +50,7 @@ class _Program:
         return getattr(self._jitted, name)  # as `lower`
 
 
-@functools.partial(_Program, static_argnames=("sampler", "particles"))
+@functools.partial(Program, static_argnames=("sampler", "particles"))
 def draw_tokens(
     generator: Generator,
     codec: Quantizer | None,
@@ -58,22 +58,23 @@ def draw_tokens(
     keys_B: jax.Array,
     sampler: Sampler,
     given: Given | None = None,
+    kept: jax.Array | None = None,
     particles: int = 1,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(tokens_BLG, invalid_B, near_B): one program per sampler and batch size."""
 
-    def of(generator, codec, cond, keys_B, given):
-        asked = (cond, keys_B, given)
+    def of(generator, codec, cond, keys_B, given, kept):
+        asked = (cond, given, kept)
         if particles > 1:
-            asked = particle_filter.rows(*asked, particles)
-        cond, keys_B, given = asked
-        how = dict(keys_B=keys_B, given=given, particles=particles)
+            asked, keys_B = particle_filter.rows(asked, keys_B, particles)
+        cond, given, kept = asked
+        how = dict(keys_B=keys_B, given=given, kept=kept, particles=particles)
         state = decode.generate(generator, codec, cond, sampler, **how)
         if particles > 1:
             return particle_filter.chosen(state, particles)
         return state.tokens_BLG, state.invalid_B, state.near_B
 
-    return sharding.by_rows(of, (generator, codec), (cond, keys_B, given))
+    return sharding.by_rows(of, (generator, codec), (cond, keys_B, given, kept))
 
 
 @jax.jit
@@ -96,6 +97,7 @@ def draw(
     batch: int,
     index_N: np.ndarray | None = None,
     given: tuple[np.ndarray, np.ndarray] | None = None,
+    kept: np.ndarray | None = None,
     particles: int = 1,
     what: str = "sample",
     delay: float = 0,
@@ -109,13 +111,14 @@ def draw(
     the number of each image; None numbers them from 0. Image i depends on (seed, i, its condition)
     only: not on the batch, nor on its neighbours, nor on which others are drawn.
 
-    `given` are tokens [N, L, G] and where they are held fixed; of several `particles` those go on
+    `given` are tokens [N, L, G] and where they are held fixed, `kept` the latents of their image
+    where the codec adds up scales (`decode.generate`); of several `particles` those go on
     that suit what is held fixed later in the order (`sampling.particles`).
     """
     found = drawn(
         *(generator, tokenizer, cond, sampler),
-        **dict(seed=seed, batch=batch, index_N=index_N, given=given, particles=particles),
-        **dict(what=what, delay=delay),
+        **dict(seed=seed, batch=batch, index_N=index_N, given=given, kept=kept),
+        **dict(particles=particles, what=what, delay=delay),
     )
     tokens, images, _ = map(np.concatenate, zip(*found, strict=True))
     return tokens, images
@@ -131,6 +134,7 @@ def drawn(
     batch: int,
     index_N: np.ndarray | None = None,
     given: tuple[np.ndarray, np.ndarray] | None = None,
+    kept: np.ndarray | None = None,
     particles: int = 1,
     what: str = "sample",
     delay: float = 0,
@@ -138,7 +142,7 @@ def drawn(
     """What `draw` gives, batch by batch, and which images are near a tie."""
     N = len(jax.tree.leaves(cond)[0])
     index_N = np.arange(N) if index_N is None else np.asarray(index_N)
-    boundary.rows(conditions=cond, numbers=index_N, given=given)
+    boundary.rows(conditions=cond, numbers=index_N, given=given, kept=kept)
     generator.check(cond)  # before any work on the devices
     mesh = sharding.current()
     batch = even(N, batch, sharding.ways(mesh))
@@ -149,29 +153,28 @@ def drawn(
     def begun(start: int) -> tuple[jax.Array, ...]:
         """What a batch gives, in arrays that the devices fill from now on."""
         rows = slice(start, start + batch)
-        asked = jax.tree.map(lambda leaf: np.asarray(leaf)[rows], (cond, given))
+        asked = jax.tree.map(lambda leaf: np.asarray(leaf)[rows], (cond, given, kept))
         data_B2 = rng.data_per_image(seed, "sample", index_N[rows])
-        (cond_B, held), data_B2 = sharding.filled((asked, data_B2), batch, mesh)
+        (cond_B, held, latents), data_B2 = sharding.filled((asked, data_B2), batch, mesh)
         keys_B = jax.random.wrap_key_data(data_B2)
         with jax.set_mesh(mesh):  # so that the networks can say how their activations lie
-            tokens_BLG, invalid_B, near_B = draw_tokens(
-                generator, tokenizer.quantizer, cond_B, keys_B, sampler, held, particles=particles
-            )
+            asked = (generator, tokenizer.quantizer, cond_B, keys_B, sampler, held, latents)
+            tokens_BLG, invalid_B, near_B = draw_tokens(*asked, particles=particles)
             image_BHW3, broken_B = decode_pixels(tokenizer, tokens_BLG)
         return invalid_B, broken_B, tokens_BLG, image_BHW3, near_B
 
     with report.bar(N, unit="image", what=what, shown=bool(what), delay=delay) as bar:
         coming = begun(0) if N else None
         for start in range(0, N, batch):
-            kept, number = min(batch, N - start), functools.partial(_number, index_N[start:])
+            count, number = min(batch, N - start), functools.partial(_number, index_N[start:])
             invalid_B, broken_B, *part = coming
-            boundary.refuse(np.asarray(invalid_B)[:kept], "logits", number)
-            boundary.refuse(np.asarray(broken_B)[:kept], "what the decoder gives", number)
+            boundary.refuse(np.asarray(invalid_B)[:count], "logits", number)
+            boundary.refuse(np.asarray(broken_B)[:count], "what the decoder gives", number)
             # the devices go on while the caller writes files. One that waited for nothing would
             # hold the caches of several batches
             coming = begun(start + batch) if start + batch < N else None
-            yield Part(*(np.asarray(a)[:kept] for a in part))
-            bar.update(kept)
+            yield Part(*(np.asarray(a)[:count] for a in part))
+            bar.update(count)
 
 
 def even(count: int, batch: int, devices: int = 1) -> int:

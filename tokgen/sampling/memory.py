@@ -2,8 +2,7 @@
 
 What a decode keeps for every image, above all keys and values, is known from shapes alone. It is
 held against what is free on the devices, where they say; a CPU does not, and nothing is refused
-there. Temporaries are not counted: what is refused here cannot fit, what is not may still be too
-much.
+there. Temporaries are not counted: what is not refused here may still be too much.
 """
 
 from __future__ import annotations
@@ -88,6 +87,7 @@ def check(
     one, two = (kept(generator, codec, cond, sampler, images) for images in (1, 2))
     each = (two.cache - one.cache) // tensor + two.rest - one.rest
     always = one.cache // tensor + one.rest - each
+    each *= 2 if particles > 1 else 1  # those that go on are copied beside those that were
     share = -(-batch // over) * particles
     need = always + share * each
     if need <= free:

@@ -14,16 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from tokgen import rng
-from tokgen.interfaces import Array, DecodeState, Given, Phase, PyTree
+from tokgen.interfaces import Array, DecodeState, Phase, PyTree
 
 FEW = 0.5  # of the particles: when fewer than so many carry the weight, they are resampled
 
 
-def rows(cond: PyTree, keys_N: Array, given: Given | None, count: int) -> tuple:
-    """(conditions, keys, what is given) of `count` rows of each image, with keys of their own."""
+def rows(asked: PyTree, keys_N: Array, count: int) -> tuple:
+    """(what is asked for, keys) of `count` rows of each image, with keys of their own."""
     keys_NX = jax.vmap(lambda key: rng.numbered(rng.use(key, rng.PARTICLE), count))(keys_N)
-    cond, given = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), (cond, given))
-    return cond, keys_NX.reshape(-1), given
+    asked = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), asked)
+    return asked, keys_NX.reshape(-1)
 
 
 def held(state: DecodeState, phase: Phase, index: Array | int) -> tuple[Array, Array]:

@@ -99,6 +99,8 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latents [B, P, C] to images [B, H, W, 3]; widths are given from fine to coarse, as above."""
 
+    places = True  # a token is of a cell of the image
+
     @ranges.checked
     def __init__(
         self,

@@ -25,6 +25,8 @@ class Decoder(nnx.Module):
         codebook: (V', C') of that codebook.
     """
 
+    places = False  # every token is of the whole image
+
     @ranges.checked
     def __init__(
         self,

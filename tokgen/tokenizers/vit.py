@@ -223,6 +223,8 @@ class Decoder(nnx.Module):
         text: (length, channels) of the text features that it is given; None without.
     """
 
+    places = False  # every token is of the whole image
+
     @ranges.checked
     def __init__(
         self,
