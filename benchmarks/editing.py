@@ -304,11 +304,8 @@ def scales(asked: argparse.Namespace) -> None:
     images, labels = held_out(model, asked.images)
     tokens = model.encode(images, batch=100)
     module = model.tokenizer.decoder.module
-    print(
-        f"\ndB to the coarse decode, at the grid's size\n{'scales kept':13}{'grid':9}{'edits':17}",
-        end="",
-    )
-    print("the images' own finer scales")
+    print("\ndB to the coarse decode, at the grid's size")
+    print(f"{'scales kept':13}{'grid':9}{'edits':17}the images' own finer scales")
     whole = model.reconstruct(images, batch=100)
     for kept in range(1, len(model.layout.grids)):
         found = edited(model, images, labels.tolist(), scales=kept)
