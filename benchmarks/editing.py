@@ -18,7 +18,8 @@ growing     left halves grown to twice their width, and whole images likewise. A
             to see. What stands beside the seam of a half stands in samples, too, at the same
             columns; margins of images, side by side, stand in none, seam or not.
 scales      finer scales drawn upon coarse ones: the edits, brought down to the sides of the coarse
-            grid, against the decode of the coarse scales alone, in dB.
+            grid, against the decode of the coarse scales alone, in dB; and the same of the images'
+            own finer scales.
 """
 
 from __future__ import annotations
@@ -303,7 +304,9 @@ def scales(asked: argparse.Namespace) -> None:
     images, labels = held_out(model, asked.images)
     tokens = model.encode(images, batch=100)
     module = model.tokenizer.decoder.module
-    print(f"\n{'scales kept':13}{'grid':9}dB of edits to the coarse decode, at the grid's size")
+    print("\ndB to the coarse decode, at the grid's size")
+    print(f"{'scales kept':13}{'grid':9}{'edits':17}the images' own finer scales")
+    whole = model.reconstruct(images, batch=100)
     for kept in range(1, len(model.layout.grids)):
         found = edited(model, images, labels.tolist(), scales=kept)
         latents = module.quantizer.empty(len(images))
@@ -312,12 +315,16 @@ def scales(asked: argparse.Namespace) -> None:
             latents = module.quantizer.absorb(latents, part, scale)
         coarse = np.asarray(jnp.rint(255 * module.decode_latents(latents))).astype(np.uint8)
         sides = model.layout.grids[kept - 1]
-        pairs = [
-            (down(a, sides), down(b, sides)) for a, b in zip(found.image_NHW3, coarse, strict=True)
-        ]
-        decibels = [10 * np.log10(1 / max(np.mean((a - b) ** 2), 1e-10)) for a, b in pairs]
-        print(f"{kept:<13}{f'{sides[0]} x {sides[1]}':9}{said(np.asarray(decibels))}", flush=True)
+        figures = [said(decibels(fine, coarse, sides)) for fine in (found.image_NHW3, whole)]
+        print(f"{kept:<13}{f'{sides[0]} x {sides[1]}':9}{figures[0]:17}{figures[1]}", flush=True)
         keep(asked, f"scales-{kept}", found)
+
+
+def decibels(fine_NHW3: np.ndarray, coarse_NHW3: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
+    """[N] PSNR of images to coarse ones, both brought down to the cells of a grid."""
+    pairs = zip(fine_NHW3, coarse_NHW3, strict=True)
+    errors = [np.mean((down(a, sides) - down(b, sides)) ** 2) for a, b in pairs]
+    return -10 * np.log10(np.maximum(errors, 1e-10))
 
 
 def down(image_HW3: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
