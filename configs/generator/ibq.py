@@ -18,8 +18,8 @@ Published samples: 50,000, no top-k, no top-p (preset "paper"). Published on 32,
 
 | variant | devices | mesh, strategy | a device holds | a step at least |
 |---|---|---|---|---|
-| b | a100:4x8 | 32,1,1 data | 8.635 GB | 35.9 or 42.6 ms |
-| xxl | a100:12x8 | 96,1,1 data | 52.17 GB | 72.8 or 114 ms |
+| b | a100:4x8 | 32,1,1 data | 8.232 GB | 35.9 or 42.9 ms |
+| xxl | a100:12x8 | 96,1,1 data | 49.52 GB | 72.8 or 114 ms |
 
 Measured here: not trained at full size.
 

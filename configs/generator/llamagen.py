@@ -33,9 +33,9 @@ took is not published: theirs here are one pass.
 
 | variant | devices | mesh, strategy | a device holds | a step at least |
 |---|---|---|---|---|
-| b | a100:1x8 | 8,1,1 data | 2.737 GB | 19.9 or 21.2 ms |
-| 3b | a100:4x8 | 16,2,1 fsdp | 38.5 GB | 152 or 241 ms |
-| 3b | v5e:8x8 | 8,8,1 fsdp | 10.48 GB | 196 or 316 ms |
+| b | a100:1x8 | 8,1,1 data | 2.661 GB | 19.9 or 21.4 ms |
+| 3b | a100:4x8 | 16,2,1 fsdp | 37.16 GB | 152 or 243 ms |
+| 3b | v5e:8x8 | 8,8,1 fsdp | 10.48 GB | 197 or 318 ms |
 
 Measured here: not trained at full size.
 

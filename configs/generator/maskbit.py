@@ -24,7 +24,7 @@ its FID is not published.
 
 | variant | devices | mesh, strategy | a device holds | a step at least |
 |---|---|---|---|---|
-| 14bit | a100:4x8 | 32,1,1 data | 35.73 GB | 50 or 61.8 ms |
+| 14bit | a100:4x8 | 32,1,1 data | 35.66 GB | 50 or 61.8 ms |
 | 14bit | v5e:16x16 | 256,1,1 data | 10.81 GB | 27 or 38.9 ms |
 
 Measured here: not trained at full size.

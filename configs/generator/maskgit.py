@@ -19,8 +19,8 @@ published.
 
 | variant | devices | mesh, strategy | a device holds | a step at least |
 |---|---|---|---|---|
-| 256 | h100:1x8 | 8,1,1 data | 21.61 GB | 9.05 or 10.4 ms |
-| 256 | v5e:8x8 | 64,1,1 data | 6.449 GB | 7.55 or 14.3 ms |
+| 256 | h100:1x8 | 8,1,1 data | 21.53 GB | 9.05 or 10.4 ms |
+| 256 | v5e:8x8 | 64,1,1 data | 6.449 GB | 7.69 or 14.4 ms |
 
 Measured here: not trained at full size.
 

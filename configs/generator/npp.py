@@ -20,8 +20,8 @@ Published weights: `c2i_*_256.pt` in LlamaGen's form (`tokgen import --system ll
 
 | variant | devices | mesh, strategy | a device holds | a step at least |
 |---|---|---|---|---|
-| b | a100:1x8 | 8,1,1 data | 3.387 GB | 19.9 or 21.2 ms |
-| xxl | a100:4x8 | 32,1,1 data | 35.07 GB | 70.6 or 98 ms |
+| b | a100:1x8 | 8,1,1 data | 3.363 GB | 19.9 or 21.4 ms |
+| xxl | a100:4x8 | 32,1,1 data | 33.86 GB | 70.6 or 98.5 ms |
 
 Measured here: not trained at full size.
 

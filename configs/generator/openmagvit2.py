@@ -19,8 +19,8 @@ reads. Published samples: 50,000, no top-k, no top-p, settings per symbol as in 
 
 | variant | devices | mesh, strategy | a device holds | a step at least |
 |---|---|---|---|---|
-| b | a100:4x8 | 32,1,1 data | 8.721 GB | 56.7 or 63.5 ms |
-| xl | a100:12x8 | 96,1,1 data | 37.19 GB | 81.4 or 111 ms |
+| b | a100:4x8 | 32,1,1 data | 8.444 GB | 56.7 or 63.9 ms |
+| xl | a100:12x8 | 96,1,1 data | 35.98 GB | 81.4 or 112 ms |
 
 Measured here: not trained at full size.
 

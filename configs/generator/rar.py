@@ -20,9 +20,9 @@ no top-k, no top-p; the preset "paper" holds the numbers of the table, "demo" th
 
 | variant | devices | mesh, strategy | a device holds | a step at least |
 |---|---|---|---|---|
-| b | a100:4x8 | 32,1,1 data | 6.602 GB | 112 or 117 ms |
-| xxl | a100:4x8 | 32,1,1 data | 37.87 GB | 640 or 669 ms |
-| xxl | v5e:16x16 | 64,4,1 fsdp | 9.674 GB | 127 or 226 ms |
+| b | a100:4x8 | 32,1,1 data | 6.262 GB | 112 or 117 ms |
+| xxl | a100:4x8 | 32,1,1 data | 35.96 GB | 640 or 669 ms |
+| xxl | v5e:16x16 | 64,4,1 fsdp | 9.187 GB | 127 or 226 ms |
 
 Measured here: not trained at full size.
 

@@ -21,8 +21,8 @@ FID is not published.
 
 | variant | devices | mesh, strategy | a device holds | a step at least |
 |---|---|---|---|---|
-| l32 | a100:4x8 | 32,1,1 data | 6.519 GB | 7.07 or 10.5 ms |
-| s128 | v5e:16x16 | 256,1,1 data | 9.794 GB | 13.1 or 24.6 ms |
+| l32 | a100:4x8 | 32,1,1 data | 6.519 GB | 7.07 or 10.6 ms |
+| s128 | v5e:16x16 | 256,1,1 data | 9.441 GB | 13.3 or 24.8 ms |
 
 Measured here: not trained at full size.
 

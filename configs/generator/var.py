@@ -22,10 +22,10 @@ class, preset "paper" (t = 1.5 at the last scale, guidance t k / 9 at scale k; t
 
 | variant | devices | mesh, strategy | a device holds | a step at least |
 |---|---|---|---|---|
-| d16 | h100:4x8 | 32,1,1 data | 7.85 GB | 30.3 or 33.3 ms |
-| d16 | v5e:16x16 | 256,1,1 data | 7.852 GB | 19 or 32.8 ms |
+| d16 | h100:4x8 | 32,1,1 data | 7.448 GB | 30.3 or 33.4 ms |
+| d16 | v5e:16x16 | 256,1,1 data | 7.852 GB | 19 or 33.1 ms |
 | d30 | v5e:16x16 | 64,4,1 fsdp | 12.93 GB | 157 or 291 ms |
-| d30 | h100:8x8 | 64,1,1 data | 50.9 GB | 125 or 145 ms |
+| d30 | h100:8x8 | 64,1,1 data | 48.24 GB | 125 or 145 ms |
 
 Measured here: not trained at full size.
 

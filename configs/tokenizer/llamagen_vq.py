@@ -12,7 +12,7 @@ DIR is ImageNet as class folders in `train` and `val`; VGG and LINEAR see docs/d
 
 | variant | devices | mesh, strategy | a device holds | a step at least |
 |---|---|---|---|---|
-| vq16 | a100:1x8 | 8,1,1 data | 21.47 GB | 68.1 or 68.9 ms |
+| vq16 | a100:1x8 | 8,1,1 data | 8.427 GB | 68.1 or 69 ms |
 
 Measured here: not trained at full size.
 

@@ -30,6 +30,9 @@ def test_a_gradient_is_summed_over_devices_for_every_use_of_its_weights():
 
         return jax.lax.scan(part, 0.0, x_BD.reshape(4, -1, 8))[0]
 
+    def either(kernel_DF, x_BD):  # one of two is taken: the dearer is reckoned, not both
+        return jax.lax.cond(kernel_DF[0, 0] > 0, twice, apart, kernel_DF, x_BD)
+
     size, loss = 8 * 4 * 4, 4
-    found = [summed(each) for each in (twice, apart, in_parts)]
-    assert found == [size + loss, 2 * size + loss, 4 * (size + loss)]
+    found = [summed(each) for each in (twice, apart, in_parts, either)]
+    assert found == [size + loss, 2 * size + loss, 4 * (size + loss), 2 * size + loss]

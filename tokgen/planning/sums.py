@@ -26,8 +26,9 @@ def summed(one, two) -> float:
     for a, b in zip(one.eqns, two.eqns, strict=True):
         name = a.primitive.name
         turns = a.params["length"] if name == "scan" else 1
-        for x, y in zip(temporaries.bodies_of(a), temporaries.bodies_of(b), strict=True):
-            total += turns * summed(x, y)
+        bodies = zip(temporaries.bodies_of(a), temporaries.bodies_of(b), strict=True)
+        inside = [summed(x, y) for x, y in bodies]
+        total += turns * (max(inside, default=0.0) if name == "cond" else sum(inside))
         if name in SUMS and any(map(_grows, a.invars, b.invars)):
             if not _grows(a.outvars[0], b.outvars[0]):
                 total += temporaries.size(a.outvars[0])
