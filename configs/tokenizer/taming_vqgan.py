@@ -14,7 +14,7 @@ DIR is ImageNet as class folders in `train` and `val`; VGG and LINEAR see docs/d
 
 | variant | devices | mesh, strategy | a device holds | a step at least |
 |---|---|---|---|---|
-| f16_16384 | a100:1x8 | 8,1,1 data | 29.47 GB | 53.8 or 55.6 ms |
+| f16_16384 | a100:1x8 | 8,1,1 data | 10.28 GB | 53.8 or 55.6 ms |
 
 Measured here: not trained at full size.
 

@@ -19,7 +19,7 @@ ViT-L/14-336 text tower for every image. VGG, LINEAR and FILE see docs/data.md.
 
 | variant | devices | mesh, strategy | a device holds | a step at least |
 |---|---|---|---|---|
-| bl64_vq | a100:4x8 | 32,1,1 data | 16.75 GB | 36.9 or 44.5 ms |
+| bl64_vq | a100:4x8 | 32,1,1 data | 16.43 GB | 36.9 or 44.6 ms |
 
 Measured here: not trained at full size.
 

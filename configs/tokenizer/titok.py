@@ -15,7 +15,7 @@ predict its codes, then its decoder is tuned with theirs for half a million.
 
 | variant | devices | mesh, strategy | a device holds | a step at least |
 |---|---|---|---|---|
-| l32 | a100:4x8 | 32,1,1 data | 23.28 GB | 42.7 or 55.1 ms |
+| l32 | a100:4x8 | 32,1,1 data | 20.76 GB | 42.7 or 49.3 ms |
 
 Measured here: not trained at full size.
 

@@ -17,7 +17,7 @@ DIR is ImageNet as class folders in `train` and `val`; VGG, LINEAR and FILE see 
 
 | variant | devices | mesh, strategy | a device holds | a step at least |
 |---|---|---|---|---|
-| bl128_vq8k | a100:4x8 | 32,1,1 data | 16.87 GB | 37.2 or 44.8 ms |
+| bl128_vq8k | a100:4x8 | 32,1,1 data | 16.55 GB | 37.2 or 44.9 ms |
 
 Measured here: not trained at full size.
 

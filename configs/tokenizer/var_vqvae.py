@@ -15,7 +15,7 @@ docs/data.md. Without DINO the discriminator is a PatchGAN.
 
 | variant | devices | mesh, strategy | a device holds | a step at least |
 |---|---|---|---|---|
-| 256 | a100:4x8 | 32,1,1 data | 41.17 GB | 164 or 166 ms |
+| 256 | a100:4x8 | 32,1,1 data | 16.91 GB | 164 or 167 ms |
 
 Measured here: not trained at full size.
 
