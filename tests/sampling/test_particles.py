@@ -136,17 +136,17 @@ def test_latents_are_kept_by_a_generator_that_holds_them_alone():
 def test_of_scales_the_posterior_is_of_those_that_suit_the_latents_that_are_kept():
     generator, codec = scales()
     images, held_L = 256, np.array([False, False, True, False, True])
-    kept_1PC = jnp.asarray(np.random.default_rng(6).normal(size=(1, 4, 3)), jnp.float32)
+    kept_1PC = jnp.asarray(np.random.default_rng(34).normal(size=(1, 4, 3)), jnp.float32)
     every = np.array(list(itertools.product(range(3), repeat=5)), np.int32)[..., None]
     known = codec.absorb(codec.empty(len(every)), jnp.asarray(every[:, :1]), 0)
     left = np.asarray(codec.left(jnp.repeat(kept_1PC, len(every), 0), known, 1))
     suits = (left == every[:, 1:])[:, held_L[1:]].all((1, 2))
-    wanted = np.exp(-guided_nats(generator, codec, every, 1.5)[suits])
+    wanted = np.exp(-guided_nats(generator, codec, every, 0.4)[suits])
     wanted /= wanted.sum()
     given = (np.zeros((images, 5, 1), np.int32), np.tile(held_L[None, :, None], (images, 1, 1)))
     found, invalid, _ = drawing.draw_tokens(
         *(generator.unstacked(), codec, jnp.zeros(images, jnp.int32)),
-        *(jax.random.split(jax.random.key(1), images), sampler.Sampler(guidance=(1.5, 1.5))),
+        *(jax.random.split(jax.random.key(1), images), sampler.Sampler(guidance=(0.4, 0.4))),
         *(given, jnp.repeat(kept_1PC, images, 0)),
         particles=16,
     )
