@@ -25,6 +25,7 @@ from tokgen.interfaces import (
     PyTree,
     Quantizer,
     Sampler,
+    TokenLayout,
     UserError,
 )
 from tokgen.sampling import guidance, particles as particle_filter, sampler as samplers, settings
@@ -192,14 +193,15 @@ def generate(
             return seen["drawn"]
 
         network, state = sharding.step_by_step(generator, state)
-        before_BL = _whole(state, layout.absent)
+        before_BLG = state.tokens_BLG
         state = _stepped(network, state, told[0], phase, index, codec, draw)
         flags = {name: seen[name] for name in ("invalid_B", "near_B")}
         flags = _twice(flags) if double else flags
         flags = {name: getattr(state, name) | flag for name, flag in flags.items()}
         state = state.replace(**flags)
         if noted:
-            came_BL = _whole(state, layout.absent) & ~before_BL
+            before_BL, after_BL = (_whole(t, layout) for t in (before_BLG, state.tokens_BLG))
+            came_BL = after_BL & ~before_BL
             state = state.replace(when_BL=jnp.where(came_BL, index, state.when_BL))
         if particles > 1:
             held = particle_filter.held(_first(state, B), phase, index)  # known after the step
@@ -284,9 +286,9 @@ def _held(given: tuple[Array, Array], layout) -> tuple[Array, Array]:
     return jnp.asarray(tokens_BLG, jnp.int32), mask_BLG
 
 
-def _whole(state: DecodeState, absent: int) -> Array:
+def _whole(tokens_BLG: Array, layout: TokenLayout) -> Array:
     """[B, L] true for positions of which every symbol is known."""
-    return jnp.all(state.tokens_BLG != absent, axis=-1)
+    return jnp.all(tokens_BLG != layout.absent, axis=-1)
 
 
 def _guidance(generator: Generator, sampler: Sampler) -> tuple[Any, int, int]:
