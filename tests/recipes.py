@@ -166,11 +166,16 @@ def tiny(folder: pathlib.Path, *families: str, channels: int = 3) -> None:
 
 
 def tiny_tokenizer(
-    workdir: pathlib.Path, form: str, names: tuple[str, ...], channels: int = 3
+    workdir: pathlib.Path,
+    form: str,
+    names: tuple[str, ...],
+    channels: int = 3,
+    compute: str = "float32",
 ) -> loading.Loaded:
     """A tiny tokenizer of random numbers, of a form of configs/tokenizer/shapes.py."""
     narrow = ["encoder.widths=(16,)", "decoder.widths=(16,)", "encoder.blocks=1"]
     narrow += [f"data.channels={channels}", f"view.channels={channels}"]
+    narrow += [f"precision.compute={compute}"]
     tokenizer = load(f"tokenizer/shapes{form}", narrow)
     save(
         workdir,

@@ -21,6 +21,7 @@ from tokgen import parameters, rng, sharding, storage
 from tokgen.checkpoints import checkpoint
 from tokgen.config import building as configs, migration
 from tokgen.interfaces import TokenLayout, UserError
+from tokgen.nn import precision
 from tokgen.sampling import decode
 
 
@@ -220,12 +221,15 @@ def _laid_out(
     compute: str,
     part: Callable[[nnx.Module], nnx.Module] = lambda module: module,
 ) -> Loaded:
-    """`_loaded` as this platform runs what is wanted of it best, in the dtypes of its use."""
+    """`_loaded` as this platform runs what is wanted of it best, in the dtypes of its use.
+
+    Without `compute` that is the config's, if the devices have units for it.
+    """
 
     def form(module: nnx.Module) -> nnx.Module:
         return decode.laid_out(parameters.narrowed(part(module)))
 
-    loaded = _loaded(path, kind, compute, "", form)
+    loaded = _loaded(path, kind, compute, "", form, precision.fitting)
     # once more, now that there are values: shapes do not say how a network lies over a mesh
     return dataclasses.replace(loaded, module=decode.laid_out(loaded.module))
 
@@ -236,8 +240,10 @@ def _loaded(
     compute: str,
     which: str,
     form: Callable[[nnx.Module], nnx.Module],
+    own: Callable[[str], str] = lambda compute: compute,
 ) -> Loaded:
-    """`load`; `form` makes of the network's shapes those of what is wanted of it.
+    """`load`; `form` makes of the network's shapes those of what is wanted of it, and `own` of what
+    its config computes in, where nothing is asked for.
 
     It may leave parts out, change dtypes of floating leaves, and take rows of leaves.
     """
@@ -246,8 +252,8 @@ def _loaded(
     if kind and meta["kind"] != kind:
         raise UserError(f"{step} holds a {meta['kind']}; need the checkpoint of a {kind}")
     config = ml_collections.ConfigDict(meta["config"])
-    if compute:
-        config.precision.compute = compute
+    own_compute = config.precision.compute
+    config.precision.compute = precision.asked(compute) if compute else own(own_compute)
     layout = TokenLayout.from_json(meta["layout"]) if meta["layout"] else None
     classes = tuple(meta["classes"])
     if meta["kind"] == "tokenizer":

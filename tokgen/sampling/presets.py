@@ -32,6 +32,7 @@ import numpy as np
 
 from tokgen import choices, ranges, report
 from tokgen.interfaces import Generator, UserError
+from tokgen.nn import precision as precisions
 from tokgen.sampling import decode, guidance, sampler as samplers
 
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": "constant", "weight": 1.0}
@@ -198,10 +199,14 @@ def without_effect(choice: Choice, sampler: samplers.Sampler) -> dict[str, str]:
 
 
 def precision(meta: Mapping[str, Any], choice: Choice) -> str:
-    """How a checkpoint's networks are loaded, by its `meta` record and the chosen preset."""
+    """How a checkpoint's networks are loaded, by its `meta` record and the chosen preset.
+
+    Float32 on a device without bfloat16 units, whatever the preset says.
+    """
     if meta["kind"] != "generator":  # said when it is loaded
         return LOADING["precision"]
-    return (LOADING | named(meta["config"]["presets"], choice.preset))["precision"]
+    compute = (LOADING | named(meta["config"]["presets"], choice.preset))["precision"]
+    return precisions.fitting(compute)
 
 
 def unguided(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from tokgen import coordination, distributed, options, report, runtime, storage
 from tokgen.checkpoints import checkpoint, pulling, run as runs
 from tokgen.config import reading
 from tokgen.interfaces import UserError
+from tokgen.nn import precision
 from tokgen.zoo import model as zoo
 
 REPEAT = 2.0  # seconds in which a signal that comes again is the same request
@@ -178,6 +179,7 @@ def run(
             if arguments.start is not None:
                 distributed.first(runs.check_whole, arguments.workdir, arguments.start)
             runtime.devices(settings.batch_size)
+            precision.asked(settings.precision.compute)
             accept = ("data",) if arguments.accept_data else ()
             story(Request(settings, arguments.workdir, accept, arguments.start))
 
