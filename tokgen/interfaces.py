@@ -163,6 +163,12 @@ class ScaleCodec(Protocol):
     def left(self, latents_BPC: Array, known_BPC: Array, scale: int) -> Array:
         """Tokens [B, l, G] that a scale has of latents of which so much is known."""
 
+    def toward(
+        self, latents_BPC: Array, known_BPC: Array, held_BP: Array, scale: int
+    ) -> Array | None:
+        """[B, l, G, V] ln, up to a number, of how well tokens of a scale suit what is held of
+        latents, upon what is known; None where nobody can tell."""
+
 
 # ---------------------------------------------------------------- generator and sampler
 #
@@ -196,7 +202,10 @@ class ScaleCodec(Protocol):
 #     step.
 
 # Fields of a state that a step may change, and that are carried through a loop.
-CARRIED = ("tokens_BLG", "cache", "latents_BPC", "invalid_B", "near_B", "weight_B", "when_BL")
+CARRIED = (
+    *("tokens_BLG", "cache", "latents_BPC"),
+    *("invalid_B", "near_B", "weight_B", "ahead_B", "when_BL"),
+)
 
 
 class Cache(Protocol):
@@ -245,8 +254,8 @@ class DecodeState:
     """Where a decode stands; every array leads with the rows of the batch.
 
     A generator makes it in `start` and leaves what it has no use for at None; `invalid_B`,
-    `weight_B`, `kept_BPC` and `when_BL` are the driver's own, and `near_B` is set to false by it
-    before the first step.
+    `weight_B`, `ahead_B`, `kept_BPC` and `when_BL` are the driver's own, and `near_B` is set to
+    false by it before the first step.
     """
 
     tokens_BLG: Array  # drawn so far; V marks "not yet"
@@ -261,6 +270,7 @@ class DecodeState:
     invalid_B: Array | None = None  # true where logits were not finite; written by the driver
     near_B: Array | None = None  # true where rounding could have changed what was drawn
     weight_B: Array | None = None  # ln of a particle's weight; written by the driver
+    ahead_B: Array | None = None  # the part of it that is of what is still to come; likewise
     when_BL: Array | None = None  # the step that drew each position, -1 of none; likewise
 
     def read(self, positions_Bl: Array) -> Array:
@@ -279,13 +289,20 @@ class Draw(Protocol):
     """What a step draws tokens with."""
 
     def __call__(
-        self, logits_BlGV: Array, symbol: int = 0, wanted_BlG: Array | None = None
+        self,
+        logits_BlGV: Array,
+        symbol: int = 0,
+        wanted_BlG: Array | None = None,
+        toward_BlGV: Array | None = None,
     ) -> tuple[Array, Array, Array]:
         """(tokens [B, l, G] int32, their confidence, how far rounding may move that) of logits.
 
         `logits_BlGV` may be those of some of a position's symbols, of which `symbol` is the first;
         they are -inf where V is beyond a symbol's alphabet. `wanted_BlG` is true where a token is
         taken, None where all are: the others may be anything, and no near tie counts there.
+        `toward_BlGV` is for particles: ln, up to a number for each symbol, of how likely each token
+        makes what is held and comes later, as far as one can tell. Draws go where it is large, and
+        the weights of the particles take back what was too much.
         """
 
 
@@ -300,6 +317,7 @@ class Drawn(NamedTuple):
     confidence_BlG: Array
     near_B: Array  # true where some draw of the image's was near a tie
     unsure_BlG: Array | float = 0.0  # how far rounding may move the confidence; 0: no tie counts
+    owed_BlG: Array | float = 0.0  # ln of how much likelier it was without what it was drawn toward
 
 
 class Sampler(Protocol):
@@ -317,6 +335,7 @@ class Sampler(Protocol):
         step: Array | int,
         symbol: int = 0,
         wanted_BlG: Array | None = None,
+        toward_BlGV: Array | None = None,
     ) -> Drawn:
         """What `Draw` gives, of rows that are the images alone: image i by its key, `keys_B[i]`."""
 

@@ -251,3 +251,46 @@ def test_any_discrete_quantizer_inside(inner, key):
 def test_wrong_settings_are_named(options, word):
     with pytest.raises(ValueError, match=word):
         build(**options)
+
+
+@pytest.mark.parametrize("scale", [0, 1, 2])
+def test_codes_suit_what_is_held_as_a_loop_over_cells_has_it(scale):
+    quantizer = build(phi=1)
+    rows, columns = quantizer.layout.grids[scale]
+    kept_BPC, known_BPC = latents(jax.random.key(0)), 0.3 * latents(jax.random.key(1))
+    held_BP = np.array(jax.random.bernoulli(jax.random.key(2), 0.6, (3, 16)))
+    held_BP[0, :8], held_BP[2] = False, False
+    found = quantizer.toward(kept_BPC, known_BPC, jnp.asarray(held_BP), scale)
+    assert found.shape == (3, rows * columns, 1, CODES)
+
+    smooth = quantizer.convs[0]
+    codes = np.asarray(quantizer.inner.codebook[...], np.float64)
+    codes = 0.5 * codes + 0.5 * (codes @ np.asarray(smooth.kernel[...], np.float64).sum((0, 1)))
+    codes = codes + 0.5 * np.asarray(smooth.bias[...])
+    rest_BPC = np.asarray(kept_BPC - known_BPC, np.float64)
+    for b in range(3):
+        left = (rest_BPC[b][held_BP[b]] ** 2).sum(-1).mean() if held_BP[b].any() else 0
+        mask, rest = held_BP[b].reshape(4, 4), rest_BPC[b].reshape(4, 4, -1)
+        for cell, (r, c) in enumerate(np.ndindex(rows, columns)):
+            weight = np.outer(_bin(r, rows), _bin(c, columns))
+            part = (weight * mask).sum()
+            if part == 0:
+                assert not np.any(found[b, cell])
+                continue
+            mean = np.einsum("hw,hwc->c", weight * mask, rest) / part
+            off = ((mean - codes) ** 2).sum(-1)
+            may = (1 - part / weight.sum()) ** 2 * left + off.min() + 1e-6
+            wanted = -multiscale.FREEDOM / 2 * off / may
+            np.testing.assert_allclose(found[b, cell, 0], wanted, rtol=1e-3, atol=1e-3)
+
+
+def _bin(cell, count, places=4):
+    """[places] 1 of those whose mean a cell of `count` has: bins may overlap."""
+    numbers = np.arange(places)
+    return (numbers >= cell * places // count) & (numbers < -(-(cell + 1) * places // count))
+
+
+def test_of_several_symbols_nobody_can_tell_which_suit():
+    quantizer = build(dict(name="lfq", bits=6, groups=(3, 3)), (1, 2), (2, 2), phi=0)
+    zeros = jnp.zeros((1, 4, quantizer.channels))
+    assert quantizer.toward(zeros, zeros, jnp.ones((1, 4), bool), 0) is None

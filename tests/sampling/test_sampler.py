@@ -676,3 +676,34 @@ def test_what_rounding_may_move_of_a_confidence_is_of_what_is_not_sure():
         sampler = samplers.Sampler(guidance=(16.0,), confidence=samplers.RANKINGS[ranking], top_k=1)
         found = jax.jit(lambda a, s=sampler: s.draw(a, keys_B=keys_B, step=0).unsure_BlG)(logits)
         np.testing.assert_allclose(found[:, 0, 0], 1e-6 + 31 * 5e-6 * np.asarray(rest), rtol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, dict(temperature=0.7, top_k=5), dict(top_p=0.8)])
+def test_draws_toward_something_go_there_and_owe_what_that_made_likelier(options):
+    """In equal steps of the uniform, against probabilities in float64."""
+    logits_V, toward_V = np.random.default_rng(7).normal(0, 2, (2, 8))
+    without_V = _reference(logits_V, **dict(temperature=1.0, top_k=0, top_p=1.0) | options)
+    gain_V = np.exp(toward_V - toward_V.max())
+    gain_V = 0.1 + 0.9 * gain_V / (without_V * gain_V).sum()
+    draws = 4000
+
+    def spread(keys_B, step, symbol, shape):
+        return (jnp.arange(draws, dtype=jnp.float32) + 0.5).reshape(shape) / draws
+
+    logits, toward = (
+        jnp.broadcast_to(jnp.asarray(a, jnp.float32), (1, draws, 1, 8))
+        for a in (logits_V, toward_V)
+    )
+    keys = jax.random.split(jax.random.key(0), 1)
+    how = samplers.Sampler(noise=spread, **options)
+    found = how.draw(logits, keys_B=keys, step=0, toward_BlGV=toward)
+    shares_V = np.bincount(np.ravel(found.tokens_BlG), minlength=8) / draws
+    np.testing.assert_allclose(shares_V, without_V * gain_V, atol=2 / draws)
+    np.testing.assert_allclose(
+        np.ravel(found.owed_BlG), -np.log(gain_V)[np.ravel(found.tokens_BlG)], rtol=1e-4, atol=1e-5
+    )
+    # paid back, all is as it was drawn toward nothing
+    assert np.exp(found.owed_BlG).mean() == pytest.approx(1, abs=0.01)
+    surest = samplers.Sampler(temperature=0.0).draw(logits, keys_B=keys, step=0, toward_BlGV=toward)
+    assert (np.asarray(surest.tokens_BlG) == logits_V.argmax()).all()
+    assert not np.any(surest.owed_BlG)

@@ -214,7 +214,12 @@ class Generator(nnx.Module):
             left_BlG = jnp.where(wanted_BlG, self.layout.absent, left_BlG)
             tokens_BLG = state.tokens_BLG.at[:, phase.start : stop].set(left_BlG)
             state = state.replace(tokens_BLG=tokens_BLG)
-        tokens_BlG, *_ = draw(logits_BlGV, wanted_BlG=wanted_BlG)
+        toward = {}
+        if state.kept_BPC is not None and state.weight_B is not None:
+            held_BP = jnp.all(state.given_BLG[:, -state.kept_BPC.shape[1] :], axis=-1)
+            toward_BlGV = codec.toward(state.kept_BPC, state.latents_BPC, held_BP, scale)
+            toward = {} if toward_BlGV is None else dict(toward_BlGV=toward_BlGV)
+        tokens_BlG, *_ = draw(logits_BlGV, wanted_BlG=wanted_BlG, **toward)
         positions_Bl = state.order_BL[:, phase.start : stop]
         state = state.write(positions_Bl, tokens_BlG)  # read back: some may have been given
         latents_BPC = codec.absorb(state.latents_BPC, state.read(positions_Bl), scale)

@@ -29,6 +29,7 @@ VAR_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 
 Scale = ranges.Side | tuple[ranges.Side, ranges.Side]
 Scales = Annotated[tuple[Scale, ...], ranges.Length(1, 64)]
+FREEDOM = 16.0  # in how many directions, about, the latents of an image differ
 USED = 0.08  # of the fair share of the hits that makes a code count as used
 
 
@@ -170,6 +171,38 @@ class Quantizer(nnx.Module):
     def left(self, latents_BPC: jax.Array, known_BPC: jax.Array, scale: int) -> jax.Array:
         """Tokens of a scale [B, l, G]: of what is left of latents once so much is known."""
         return self.inner.encode(self.view(latents_BPC.astype(jnp.float32) - known_BPC, scale))
+
+    def toward(
+        self, latents_BPC: jax.Array, known_BPC: jax.Array, held_BP: jax.Array, scale: int
+    ) -> jax.Array | None:
+        """[B, l, 1, V] how well the codes of a scale suit what is held of latents; None of several
+        symbols.
+
+        Of a cell that is held in part, the code is that of the mean of what is left. Its held part
+        tells it up to what the rest may differ by, which is about as much as is left here at all:
+        -|m - c|^2 FREEDOM / 2 s^2 of the held part's mean m and a code c, with s^2 the square of
+        what is left times that of the part that is free, and what the nearest code is off by.
+        """
+        if self.layout.groups > 1:
+            return None
+        held_BP1 = held_BP[..., None].astype(jnp.float32)
+        rest_BPC = (latents_BPC.astype(jnp.float32) - known_BPC) * held_BP1
+        share_Bl1 = self.view(held_BP1, scale)
+        mean_BlC = self.view(rest_BPC, scale) / jnp.maximum(share_Bl1, 1e-6)
+        codes_VC = self.inner.decode(jnp.arange(self.layout.vocab[0])[None, :, None])[0]
+        if self.convs:  # of a map of one code
+            smooth = self.convs[self.which[scale]]
+            smooth_VC = codes_VC @ smooth.kernel[...].sum((0, 1)) + smooth.bias[...][None]
+            codes_VC = (1 - self.ratio) * codes_VC + self.ratio * smooth_VC
+        with jax.default_matmul_precision("highest"):
+            both_BlV = mean_BlC @ codes_VC.T
+        squares_BlV = jnp.sum(mean_BlC**2, -1, keepdims=True) + jnp.sum(codes_VC**2, -1)[None, None]
+        off_BlV = jnp.maximum(squares_BlV - 2 * both_BlV, 0)
+        left_B = jnp.sum(rest_BPC**2, (1, 2)) / jnp.maximum(jnp.sum(held_BP1, (1, 2)), 1)
+        may_Bl1 = (1 - share_Bl1) ** 2 * left_B[:, None, None]
+        may_Bl1 = may_Bl1 + jnp.min(off_BlV, -1, keepdims=True) + 1e-6
+        toward_BlV = -FREEDOM / 2 * off_BlV / may_Bl1
+        return jnp.where(share_Bl1 > 0, toward_BlV, 0.0)[:, :, None]
 
     def _walk(
         self, latents_BPC: jax.Array, choose: Callable[[jax.Array, int], jax.Array]

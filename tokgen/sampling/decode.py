@@ -140,6 +140,7 @@ def generate(
         invalid_B=no_B,
         near_B=no_B,
         weight_B=weight_B,
+        ahead_B=weight_B,
         kept_BPC=_twice(kept) if double else kept,
         when_BL=never_BL,
     )
@@ -164,21 +165,25 @@ def generate(
             scale = scale[..., None] if scale.ndim else scale
             return guidance.merge(cond_BlGV, uncond_BlGV, scale)
 
-        def sample(logits_BlGV, symbol, wanted_BlG):
+        def sample(logits_BlGV, symbol, wanted_BlG, toward_BlGV=None):
             seen["invalid_B"] = seen.get("invalid_B", False) | samplers.invalid(logits_BlGV)
             seen["logits"].append((logits_BlGV, symbol))
-            where = {} if wanted_BlG is None else dict(wanted_BlG=wanted_BlG[:B])
+            where = dict(wanted_BlG=wanted_BlG, toward_BlGV=toward_BlGV)
+            where = {name: what[:B] for name, what in where.items() if what is not None}
             drawn = sampler.draw(logits_BlGV, keys_B=keys_B, step=index, symbol=symbol, **where)
             seen["near_B"] = seen.get("near_B", False) | drawn.near_B
+            if toward_BlGV is not None:
+                promised = particle_filter.promised(drawn, **where)
+                seen["owed_B"], seen["ahead_B"] = promised
             unsure_BlG = jnp.broadcast_to(drawn.unsure_BlG, drawn.confidence_BlG.shape)
             return drawn.tokens_BlG, drawn.confidence_BlG, unsure_BlG
 
-        def draw(logits_BlGV, symbol=0, wanted_BlG=None):
+        def draw(logits_BlGV, symbol=0, wanted_BlG=None, toward_BlGV=None):
             if double:
                 merged_BlGV = merge(logits_BlGV[:B], logits_BlGV[B:], symbol)
-                return _twice(sample(merged_BlGV, symbol, wanted_BlG))
+                return _twice(sample(merged_BlGV, symbol, wanted_BlG, toward_BlGV))
             if against is None or phase.first >= guided:
-                return sample(logits_BlGV, symbol, wanted_BlG)
+                return sample(logits_BlGV, symbol, wanted_BlG, toward_BlGV)
             if "weak" in seen:
                 raise ValueError("guidance against a network needs one draw per step; found more")
 
@@ -206,9 +211,11 @@ def generate(
         if particles > 1:
             held = particle_filter.held(_first(state, B), phase, index)  # known after the step
             gained_B = sum(particle_filter.gained(*part, *held) for part in seen["logits"])
-            state = state.replace(
-                weight_B=state.weight_B + (_twice(gained_B) if double else gained_B)
-            )
+            ahead_B = seen.get("ahead_B", jnp.zeros(B))
+            # what the last step promised is taken back: by now some of it has come, or has not
+            gained_B = gained_B + seen.get("owed_B", 0) + ahead_B - state.ahead_B[:B]
+            gained_B, ahead_B = _twice((gained_B, ahead_B)) if double else (gained_B, ahead_B)
+            state = state.replace(weight_B=state.weight_B + gained_B, ahead_B=ahead_B)
             carried = particle_filter.resampled(_carried(state), keys_B, index, particles)
             state = _insert(state, carried)
         return state, seen.get("weak", weak)

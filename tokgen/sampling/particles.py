@@ -6,6 +6,12 @@ likely it makes the given tokens when their turn comes, and as soon as few carry
 go on in the place of the others (the bootstrap filter: Gordon et al., 1993, with the systematic
 resampling of Kitagawa, 1996). The more particles, the nearer is what is drawn to
 p(drawn | given) of the model, of which one particle knows the given tokens before alone.
+
+A generator that can tell how well a token suits what is held and comes later draws toward it
+(`interfaces.Draw`). A particle is then weighed as if what its draws promise had come, at the next
+step what came takes the place of what was promised, and what draws owe is paid: the more one can
+tell, the fewer particles are lost, and p(drawn | given) stays what it is (Guarniero et al., "The
+iterated auxiliary particle filter", 2017, has the same weights of a learned promise).
 """
 
 from __future__ import annotations
@@ -14,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from tokgen import rng
-from tokgen.interfaces import Array, DecodeState, Phase, PyTree
+from tokgen.interfaces import Array, DecodeState, Drawn, Phase, PyTree
 
 FEW = 0.5  # of the particles: when fewer than so many carry the weight, they are resampled
 
@@ -46,6 +52,20 @@ def gained(logits_BlGV: Array, symbol: int, tokens_BlG: Array, given_BlG: Array)
     tokens_BlG = jnp.where(given_BlG, tokens_BlG, 0)  # V, where none is there yet
     logs_BlG = jnp.take_along_axis(logs_BlGV, tokens_BlG[..., None], axis=-1)[..., 0]
     return jnp.sum(jnp.where(given_BlG, logs_BlG, 0), axis=(1, 2))
+
+
+def promised(
+    drawn: Drawn, *, toward_BlGV: Array, wanted_BlG: Array | None = None
+) -> tuple[Array, Array]:
+    """([B] what draws owe, [B] what they promise of what is still to come) of draws toward it."""
+    taken_BlG = jnp.take_along_axis(toward_BlGV, drawn.tokens_BlG[..., None], axis=-1)[..., 0]
+
+    def summed(part_BlG):
+        part_BlG = jnp.broadcast_to(part_BlG, taken_BlG.shape)
+        part_BlG = part_BlG if wanted_BlG is None else jnp.where(wanted_BlG, part_BlG, 0)
+        return jnp.sum(part_BlG, axis=(1, 2))
+
+    return summed(drawn.owed_BlG), summed(taken_BlG)
 
 
 def resampled(carried: dict[str, PyTree], keys_B: Array, index: Array | int, count: int) -> PyTree:

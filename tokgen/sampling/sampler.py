@@ -165,12 +165,13 @@ class Sampler:
         step: interfaces.Array | int,
         symbol: int = 0,
         wanted_BlG: interfaces.Array | None = None,
+        toward_BlGV: interfaces.Array | None = None,
     ) -> interfaces.Drawn:
         """Tokens [B, l, G] and their confidence, float32 inside whatever the logits are.
 
         `step` may be traced, as in a scan. Logits of -inf are never drawn; where `invalid` is
         true a token is still in range, and means nothing. Where `wanted_BlG` is false no near tie
-        counts.
+        counts. Of what the filters keep, draws go toward what makes `toward_BlGV` large.
         """
         chex.assert_rank(logits_BlGV, 4)
         chex.assert_shape(keys_B, logits_BlGV.shape[:1])
@@ -184,21 +185,23 @@ class Sampler:
 
         error = self.error(step, symbol, logits_BlGV.shape[2])
         tokens_BlG, near_BlG = likeliest(logits_BlGV, error)
+        owed_BlG = jnp.zeros(tokens_BlG.shape)
         if not any(one is True for one in alone):
             uniform_BlG = self.noise(keys_B, step, symbol, tokens_BlG.shape)
             chex.assert_shape(uniform_BlG, tokens_BlG.shape)
             options = dict(temperature=temperature, top_k=top_k, top_p=top_p, error=error)
-            found = drawn(logits_BlGV, uniform_BlG, **options)
+            found = drawn(logits_BlGV, uniform_BlG, toward_BlGV, **options)
             greedy = functools.reduce(jnp.logical_or, map(jnp.asarray, alone))
             greedy_BlG = jnp.broadcast_to(greedy, tokens_BlG.shape)
             tokens_BlG = jnp.where(greedy_BlG, tokens_BlG, found[0])
             near_BlG = jnp.where(greedy_BlG, near_BlG, found[1])
+            owed_BlG = jnp.where(greedy_BlG, owed_BlG, found[2])
         confidence_BlG, unsure_BlG = self._confidence(
             logits_BlGV, tokens_BlG, error, keys_B, step, symbol
         )
         near_BlG = near_BlG if wanted_BlG is None else near_BlG & wanted_BlG
         near_B = jnp.any(near_BlG, axis=(1, 2))
-        return interfaces.Drawn(tokens_BlG, confidence_BlG, near_B, unsure_BlG)
+        return interfaces.Drawn(tokens_BlG, confidence_BlG, near_B, unsure_BlG, owed_BlG)
 
     def error(
         self, step: interfaces.Array | int, symbol: int, groups: int
@@ -262,13 +265,14 @@ def likeliest(
 def drawn(
     logits_BlGV: interfaces.Array,
     uniform_BlG: interfaces.Array,
+    toward_BlGV: interfaces.Array | None = None,
     *,
     temperature: interfaces.Array | float = 1.0,
     top_k: interfaces.Array | int = 0,
     top_p: interfaces.Array | float = 1.0,
     error: interfaces.Array | float = 1.0,
-) -> tuple[interfaces.Array, interfaces.Array]:
-    """([B, l, G] tokens of what the filters keep, true where one is near a tie).
+) -> tuple[interfaces.Array, interfaces.Array, interfaces.Array]:
+    """([B, l, G] tokens of what the filters keep, true where one is near a tie, what is owed).
 
     Row by row; on a CPU, as many rows at a time as its cache holds, which the filters read some
     seventy times.
@@ -278,15 +282,21 @@ def drawn(
         jnp.broadcast_to(jnp.asarray(a, jnp.float32), shape) for a in (temperature, error)
     )
     rows = (uniform_BlG, temperature_BlG, error_BlG, logits_BlGV)
+    rows = rows if toward_BlGV is None else (*rows, toward_BlGV.astype(jnp.float32))
     # every device has a row of its own, whose rows it takes in turn: none goes to another device
     rows = [a.reshape(over, -1, *a.shape[len(shape) :]) for a in rows]
 
-    def some(uniform_NR, temperature_NR, error_NR, logits_NRV):
+    def some(uniform_NR, temperature_NR, error_NR, logits_NRV, toward_NRV=None):
         options = dict(temperature=temperature_NR, top_k=top_k, top_p=top_p, error=error_NR)
         mass_NRV, unsure_NR = filtered(logits_NRV, **options)
+        gain_NRV = None if toward_NRV is None else _gain(mass_NRV, toward_NRV)
+        mass_NRV = mass_NRV if gain_NRV is None else mass_NRV * gain_NRV
         tokens_NR, margin_NR = inverse_cdf(mass_NRV, uniform_NR)
+        owed_NR = jnp.zeros(tokens_NR.shape)
+        if gain_NRV is not None:
+            owed_NR = -jnp.log(_taken(gain_NRV, tokens_NR[..., None])[..., 0])
         moved_NR = _moved(uniform_NR, temperature_NR, error_NR)  # a boundary that is met is at it
-        return tokens_NR, margin_NR < moved_NR + unsure_NR
+        return tokens_NR, margin_NR < moved_NR + unsure_NR, owed_NR
 
     size = max(1, CACHED // (4 * logits_BlGV.shape[-1]))
     in_turn = functools.partial(_in_turn, some, size)
@@ -294,6 +304,19 @@ def drawn(
         in_turn = some
     found = jax.lax.platform_dependent(*rows, cpu=in_turn, default=some)
     return tuple(array.reshape(shape) for array in found)
+
+
+ASIDE = 0.1  # share of the draws toward something that do not look at it: what is owed is bounded
+
+
+def _gain(mass_BlGV: interfaces.Array, toward_BlGV: interfaces.Array) -> interfaces.Array:
+    """[B, l, G, V] how many times as likely a token becomes by what it is drawn toward."""
+    gain_BlGV = jnp.exp(toward_BlGV - jnp.max(toward_BlGV, axis=-1, keepdims=True))
+    total_BlG1 = jnp.sum(mass_BlGV, axis=-1, keepdims=True)
+    mean_BlG1 = jnp.sum(mass_BlGV * gain_BlGV, axis=-1, keepdims=True) / total_BlG1
+    # where all that suits was filtered out, nothing is drawn toward
+    gain_BlGV = jnp.where(mean_BlG1 > 1e-30, gain_BlGV / jnp.maximum(mean_BlG1, 1e-30), 1.0)
+    return ASIDE + (1 - ASIDE) * gain_BlGV
 
 
 def _moved(
