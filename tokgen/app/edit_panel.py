@@ -34,7 +34,7 @@ def panel(desk: desks.Desk, number: int, key: str, drawn: gradio.Gallery) -> Non
                 "Upload a picture", file_types=["image"], type="filepath", elem_id=f"{key}-upload"
             )
             take = gradio.Button("Take the picture chosen under Draw", elem_id=f"{key}-take")
-            gradio.Markdown("Paint over what is to be drawn anew:")
+            gradio.Markdown("To draw a part anew, paint over it:")
             editor = gradio.ImageEditor(
                 show_label=False,
                 type="numpy",

@@ -84,6 +84,7 @@ def serve(checkpoints: Sequence[str], *, host: str, port: int) -> None:
             timeout_graceful_shutdown=2,
         )
         place = stack.enter_context(contextlib.closing(listening(host, port)))
+        place.listen(bounds.CONNECTIONS)  # who comes before the server does waits for it
         name, number = place.getsockname()[:2]
         name = f"[{name}]" if ":" in name else name
         if host not in LOCAL:
@@ -99,6 +100,8 @@ def mounted(blocks: object, folder: pathlib.Path, host: str) -> gate.Gate:
 
     from tokgen.app import page
 
+    # until it is said, files that a request names are copied from anywhere (gradio 6.31)
+    blocks.has_launched = True
     application = gradio.mount_gradio_app(
         fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         blocks,
@@ -114,5 +117,6 @@ def mounted(blocks: object, folder: pathlib.Path, host: str) -> gate.Gate:
         pwa=False,
         theme=page.theme(),
         css=page.CSS,
+        js=page.SEARCH,
     )
     return gate.Gate(application, folder, local=host in LOCAL)
