@@ -41,7 +41,7 @@ test-in-env: $(ENV)/test.stamp
 	$(ENV)/bin/ruff check .
 	$(ENV)/bin/python -m pytest $(SHARED) $(ARGS)
 
-test-all-in-env: $(ENV)/test.stamp
+test-all-in-env: $(ENV)/long.stamp
 	$(ENV)/bin/python -m pytest $(SHARED) -m "" $(ARGS)
 
 $(ENV)/demo.stamp: pyproject.toml constraints.txt
@@ -57,5 +57,12 @@ $(ENV)/test.stamp: $(ENV)/demo.stamp
 	@echo "installing what the tests need into $(ENV)"
 	@touch $(ENV)/unfinished
 	$(PIP) --group test --group lint
+	@rm $(ENV)/unfinished
+	@touch $@
+
+$(ENV)/long.stamp: $(ENV)/test.stamp
+	@echo "installing what the long tests need into $(ENV)"
+	@touch $(ENV)/unfinished
+	$(PIP) --group long
 	@rm $(ENV)/unfinished
 	@touch $@
