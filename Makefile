@@ -1,7 +1,8 @@
 # Two commands that need only Python (3.11 or newer) and make:
 #
 #   make demo    trains on procedural shapes, draws every class, writes runs/demo/index.html
-#   make test    format, lint, tests; make test-all: those that compile long, too
+#   make test    format, lint, tests; make test-all: those that compile long, too;
+#                make test-page: those of the page in a browser alone
 #
 # Each makes its environment when it is missing or when pyproject.toml or constraints.txt changed.
 # PYTHON=python3.12 uses an environment of its own. OUT= is the folder of the demo; ARGS= goes to
@@ -23,12 +24,12 @@ ENV = .venv
 SHARED = -n 2 --dist worksteal
 PIP = $(ENV)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt
 
-.PHONY: demo test test-all demo-in-env test-in-env test-all-in-env
+.PHONY: demo test test-all test-page demo-in-env test-in-env test-all-in-env test-page-in-env
 .NOTPARALLEL:
 
 # A stamp is the last thing written. `unfinished` outlives an interrupted installation, whose
 # environment is then made anew: pip cannot tell a half-written package from a whole one.
-demo test test-all:
+demo test test-all test-page:
 	@name=`$(PYTHON) -c '$(NAME)'` || exit 1; \
 	if [ -e "$$name/unfinished" ]; then rm -rf "$$name"; fi; \
 	$(MAKE) -s ENV="$$name" $@-in-env
@@ -41,8 +42,11 @@ test-in-env: $(ENV)/test.stamp
 	$(ENV)/bin/ruff check .
 	$(ENV)/bin/python -m pytest $(SHARED) $(ARGS)
 
-test-all-in-env: $(ENV)/long.stamp
+test-all-in-env: $(ENV)/browser.stamp $(ENV)/notebooks.stamp
 	$(ENV)/bin/python -m pytest $(SHARED) -m "" $(ARGS)
+
+test-page-in-env: $(ENV)/browser.stamp
+	$(ENV)/bin/python -m pytest -m "" tests/app $(ARGS)
 
 $(ENV)/demo.stamp: pyproject.toml constraints.txt
 	@echo "installing tokgen into $(ENV) (some minutes the first time)"
@@ -60,9 +64,16 @@ $(ENV)/test.stamp: $(ENV)/demo.stamp
 	@rm $(ENV)/unfinished
 	@touch $@
 
-$(ENV)/long.stamp: $(ENV)/test.stamp
-	@echo "installing what the long tests need into $(ENV)"
+$(ENV)/browser.stamp: $(ENV)/test.stamp
+	@echo "installing what the tests of the page need into $(ENV)"
 	@touch $(ENV)/unfinished
-	$(PIP) --group long
+	$(PIP) --group browser
+	@rm $(ENV)/unfinished
+	@touch $@
+
+$(ENV)/notebooks.stamp: $(ENV)/test.stamp
+	@echo "installing what runs notebooks into $(ENV)"
+	@touch $(ENV)/unfinished
+	$(PIP) --group notebooks
 	@rm $(ENV)/unfinished
 	@touch $@

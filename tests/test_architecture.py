@@ -43,6 +43,7 @@ WALKS = {
 # Rooms that no batch and no image passes, with the reason.
 BESIDE = {
     "pretrained": "weights come before the first step",
+    "app": "a page around samples, edits and tokens",
     "demo": "a program that runs the others",
     "editing": "the way of samples, with tokens that are held",
     "edit_folder": "the same, into files",

@@ -34,7 +34,7 @@ LAYERS = (
     ("editing", "traces", "image_tokenizer"),
     ("image_generator", "sample_folder"),
     ("image_models",),
-    ("demo", "edit_folder"),
+    ("app", "demo", "edit_folder"),
     ("commands", "train_tokenizer", "train_generator"),
     ("cli",),
 )

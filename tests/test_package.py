@@ -72,7 +72,7 @@ def test_wheel_metadata(wheel):
     assert "Requires-Python: >=3.11" in lines
     assert "License-Expression: Apache-2.0" in lines
     extras = {line.split(": ")[1] for line in lines if line.startswith("Provides-Extra")}
-    assert extras == {"cuda12", "cuda13", "tpu", "fastdata", "gcs"}
+    assert extras == {"cuda12", "cuda13", "tpu", "fastdata", "gcs", "app"}
     required = [line.split(": ", 1)[1] for line in lines if line.startswith("Requires-Dist")]
     core = {requirement_name(line) for line in required if "extra ==" not in line}
     assert {"jax", "flax", "optax", "matplotlib", "tensorboardx", "huggingface-hub"} <= core

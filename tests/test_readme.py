@@ -24,7 +24,7 @@ from tokgen.training import launch
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXTS = (
-    *("architecture", "checkpoints", "data", "evaluation", "extending", "generators"),
+    *("app", "architecture", "checkpoints", "data", "evaluation", "extending", "generators"),
     *("library", "tokenizers"),
 )
 DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in TEXTS), "benchmarks/RESULTS.md"]

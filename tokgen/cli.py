@@ -23,6 +23,7 @@ COMMANDS = {
     "data": "show what is understood of a set of images, and which cannot be read",
     "pretokenize": "turn images into token shards with a trained tokenizer",
     "sample": "draw images with a trained generator",
+    "app": "serve a page to play with: draw, edit, compare, look at tokens, in a browser",
     "edit": "draw parts of images anew: in-painting, out-painting, variations, finer scales",
     "reconstruct": "put images through a tokenizer and show them beside the originals",
     "evaluate": "measure reconstructions or held-out likelihood; score samples under a protocol",
@@ -110,7 +111,10 @@ def _run(name: str, words: Sequence[str]) -> None:
     if hasattr(command, "check"):
         command.check(args)
     for argument in options.checkpoints(parser):
-        setattr(args, argument, _place(getattr(args, argument), args.yes))
+        asked = getattr(args, argument)
+        several = isinstance(asked, list)
+        found = [_place(one, args.yes) for one in (asked if several else [asked])]
+        setattr(args, argument, found if several else found[0])
     command.run(args)
 
 

@@ -29,7 +29,7 @@ from tokgen.errors import SharedError, UserError
 
 T = TypeVar("T")
 # Import name of an optional package -> the extra in pyproject.toml that installs it.
-EXTRAS = {"simplejpeg": "fastdata", "gcsfs": "gcs"}
+EXTRAS = {"simplejpeg": "fastdata", "gcsfs": "gcs", "gradio": "app"}
 
 # By convention of shells, 128 and the number of the signal.
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}

@@ -1,0 +1,119 @@
+"""The gate: what comes in, how large, and what a browser is told."""
+
+import asyncio
+import json
+
+import pytest
+
+from tokgen.app import bounds, gate
+
+HOST = (b"host", b"127.0.0.1:7860")
+JOIN = "/gradio_api/queue/join"
+
+
+def asked(method, path, headers=(), body=b"", *, local=True, folder="nowhere"):
+    """(status, headers, what the application saw) of a request."""
+    seen, sent = [], []
+
+    async def application(scope, receive, send):
+        message = await receive()
+        seen.append(message["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def receive():
+        return {"type": "http.request", "body": body}
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [HOST, *headers]
+    if method == "POST":
+        headers.append((b"content-length", str(len(body)).encode()))
+    scope = {"type": "http", "method": method, "path": path, "headers": headers}
+    asyncio.run(gate.Gate(application, folder, local=local)(scope, receive, send))
+    return sent[0]["status"], dict(sent[0]["headers"]), seen
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/config", "/assets/index.js", "/gradio_api/queue/data", "/gradio_api/file=/tmp/a.png"],
+)
+def test_what_the_page_needs_comes_in(path):
+    status, headers, seen = asked("GET", path)
+    assert status == 200 and seen
+    assert headers[b"content-security-policy"].startswith(b"default-src 'self'")
+    assert b"http" not in headers[b"content-security-policy"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/file=http://example.com/a.png",
+        "/gradio_api/proxy=http://example.com",
+        "/gradio_api/openapi.json",
+        "/gradio_api/vibe-code",
+        "/gradio_api/deep_link",
+        "/monitoring",
+        "/login",
+        "/docs",
+    ],
+)
+def test_what_it_does_not_need_stays_out(path):
+    for method in ("GET", "POST", "PUT", "DELETE"):
+        status, _, seen = asked(method, path)
+        assert status == 404 and not seen
+
+
+def test_a_body_is_passed_on_as_it_came():
+    body = json.dumps({"data": [1, "x", None], "fn_index": 3}).encode()
+    status, _, seen = asked("POST", JOIN, body=body)
+    assert status == 200 and seen == [body]
+
+
+BODIES = {
+    "deep": (b"[" * 10_000 + b"]" * 10_000, "brackets"),
+    "cut": (b'{"data": [', "no JSON"),
+    "nan": (b'{"data": [NaN]}', "no JSON"),
+    "infinite": (b'{"data": [1e999]}', "no JSON"),
+    "digits": (b'{"data": [' + b"9" * 6000 + b"]}", "no JSON"),
+    "bytes": (b"\xff\xfe\x00", "no JSON"),
+    "address": (b'{"data": [{"path": "http://example.com/a.png"}]}', "not fetched"),
+    "script": (b'{"data": {"a": [{"path": " file:///etc/passwd"}]}}', "not fetched"),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_hostile_body_is_refused_before_it_is_read(name):
+    body, why = BODIES[name]
+    status, _, seen = asked("POST", JOIN, body=body)
+    assert status == 400 and not seen and why in gate.wrong(body)
+
+
+def test_large_bodies_are_refused_by_what_they_say():
+    def refusal(path, **headers):
+        headers = {name.encode().replace(b"_", b"-"): value for name, value in headers.items()}
+        return gate.refusal("POST", path, {b"host": "localhost"} | headers, local=True)[0]
+
+    assert refusal(JOIN, content_length=str(bounds.BODY)) == 0
+    assert refusal(JOIN, content_length=str(bounds.BODY + 1)) == 413
+    assert refusal("/gradio_api/upload", content_length=str(2 * bounds.UPLOAD)) == 413
+    assert refusal(JOIN) == refusal(JOIN, content_length="-1") == 411
+    assert refusal(JOIN, content_length="9" * 5000) == 411
+
+
+def test_a_name_that_leads_here_from_elsewhere_and_another_page_are_refused():
+    elsewhere = {b"host": "evil.example:7860", b"content-length": "2"}
+    assert gate.refusal("GET", "/", elsewhere, local=True)[0] == 421
+    assert gate.refusal("GET", "/", elsewhere, local=False)[0] == 0
+    other = {b"host": "localhost:7860", b"origin": "http://evil.example", b"content-length": "2"}
+    assert gate.refusal("POST", JOIN, other, local=True)[0] == 403
+    own = other | {b"origin": "http://localhost:7860"}
+    assert gate.refusal("POST", JOIN, own, local=True)[0] == 0
+
+
+def test_uploads_end_where_the_disk_is_full(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"x" * 100)
+    assert asked("POST", "/gradio_api/upload", body=b"x", folder=tmp_path)[0] == 200
+    monkeypatch.setattr(bounds, "DISK", 99)
+    assert asked("POST", "/gradio_api/upload", body=b"x", folder=tmp_path)[0] == 507

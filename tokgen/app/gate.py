@@ -1,0 +1,186 @@
+"""What stands before the page's server: which requests come in, how large, and what may go out.
+
+Plain ASGI. The page's framework serves more than the page needs, and reads bodies of any size and
+depth; and it would fetch a picture that a request names by an address. Nothing of that passes here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import re
+import urllib.parse
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from tokgen.app import bounds
+
+API = "/gradio_api"
+READ = re.compile(
+    r"/|/config|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json|/pwa_icon(/\d+)?"
+    r"|/(static|assets|svelte)/[^:]*"
+    rf"|{API}/(info|theme\.css|app_id|startup-events|queue/data|upload_progress|heartbeat/\w+)/?"
+    rf"|{API}/file=(?!\w+:).*"
+)
+# Path of a POST -> bytes of its body, at most
+WRITTEN = {
+    f"{API}/queue/join": bounds.BODY,
+    f"{API}/run/predict": bounds.BODY,
+    f"{API}/cancel": bounds.BODY,
+    f"{API}/reset": bounds.BODY,
+    f"{API}/component_server": bounds.BLOB,
+    f"{API}/upload": bounds.UPLOAD + bounds.BODY,
+}
+FILED = (f"{API}/component_server", f"{API}/upload")
+LOCAL = {"127.0.0.1", "localhost", "[::1]"}
+# A browser that opens the page asks nobody else, whatever the page holds.
+HEADERS = {
+    b"content-security-policy": b"default-src 'self' data: blob:; "
+    b"script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    b"form-action 'none'; base-uri 'self'",
+    b"referrer-policy": b"no-referrer",
+    b"x-content-type-options": b"nosniff",
+}
+
+Application = Callable[..., Awaitable[None]]
+
+
+class Gate:
+    """An application behind its bounds.
+
+    Args:
+        app: what serves the page.
+        folder: where uploads and pictures lie.
+        local: whether only this machine is meant: a name that leads here from elsewhere is refused.
+    """
+
+    def __init__(self, app: Application, folder: str | os.PathLike, *, local: bool):
+        self._app, self._folder, self._local = app, pathlib.Path(folder), local
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] == "lifespan":
+            return await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            return None  # no web sockets
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        code, why = refusal(scope["method"], scope["path"], headers, local=self._local)
+        if not code and scope["path"].rstrip("/") in FILED and size(self._folder) > bounds.DISK:
+            code, why = 507, "no room for more pictures: older ones go within the hour"
+        if code:
+            return await _say(send, code, why)
+        if scope["method"] == "POST" and scope["path"].rstrip("/") not in FILED:
+            body = await _body(receive, int(headers[b"content-length"]))
+            if why := wrong(body):
+                return await _say(send, 400, why)
+            receive = _again(body, receive)
+
+        async def answer(message: dict) -> None:
+            if message["type"] == "http.response.start":
+                kept = [
+                    pair for pair in message.get("headers", ()) if pair[0].lower() not in HEADERS
+                ]
+                message = message | {"headers": [*kept, *HEADERS.items()]}
+            await send(message)
+
+        return await self._app(scope, receive, answer)
+
+
+def refusal(
+    method: str, path: str, headers: Mapping[bytes, str], *, local: bool
+) -> tuple[int, str]:
+    """(status, why) of a request that does not come in; (0, "") of one that does."""
+    host = headers.get(b"host", "")
+    if local and re.sub(r":\d+$", "", host) not in LOCAL:
+        return 421, "this page answers on this machine alone"
+    origin = headers.get(b"origin", "")
+    if method == "POST" and origin and urllib.parse.urlsplit(origin).netloc != host:
+        return 403, "another page asked"
+    if method in ("GET", "HEAD"):
+        return (0, "") if READ.fullmatch(path) else (404, "not a part of this page")
+    if method != "POST" or path.rstrip("/") not in WRITTEN:
+        return 404, "not a part of this page"
+    length, most = headers.get(b"content-length", ""), WRITTEN[path.rstrip("/")]
+    if not re.fullmatch(r"\d{1,15}", length):
+        return 411, "a body must say its length"
+    if int(length) > most:
+        return 413, f"at most {most} bytes; found {int(length)}"
+    return 0, ""
+
+
+def wrong(body: bytes) -> str:
+    """Why the body of a request is refused; "" of one that is not."""
+    deep = most = 0
+    for byte in body:  # before a parser that calls itself
+        deep += (byte in b"[{") - (byte in b"]}")
+        most = max(most, deep)
+    if most > bounds.DEEP:
+        return f"at most {bounds.DEEP} brackets within brackets; found {most}"
+    try:
+        found = json.loads(body, parse_constant=_no_number, parse_float=_finite)
+    except (ValueError, UnicodeDecodeError):
+        return "no JSON"
+    return "a picture by its address is not fetched: upload it" if fetches(found) else ""
+
+
+def fetches(found: Any) -> bool:
+    """Whether a file of a request lies on another machine, or is none that was uploaded."""
+    if isinstance(found, list):
+        return any(map(fetches, found))
+    if not isinstance(found, dict):
+        return False
+    path = found.get("path")
+    elsewhere = isinstance(path, str) and re.match(r"\s*[a-zA-Z][\w+.-]*:", path)
+    return bool(elsewhere) or any(map(fetches, found.values()))
+
+
+def size(folder: pathlib.Path) -> int:
+    """Bytes of all files below a folder."""
+    total = 0
+    for place, _, files in os.walk(folder):
+        for file in files:
+            try:
+                total += os.stat(os.path.join(place, file)).st_size
+            except FileNotFoundError:  # deleted meanwhile
+                continue
+    return total
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number")
+
+
+def _finite(word: str) -> float:
+    number = float(word)
+    return number if math.isfinite(number) else _no_number(word)
+
+
+async def _body(receive: Callable, length: int) -> bytes:
+    parts, left = [], length
+    while left >= 0:
+        message = await receive()
+        if message["type"] != "http.request":
+            break
+        parts.append(message.get("body", b""))
+        left -= len(parts[-1])
+        if not message.get("more_body"):
+            break
+    return b"".join(parts)
+
+
+def _again(body: bytes, receive: Callable) -> Callable:
+    """A `receive` that gives a body once more, and then what comes after it."""
+    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def once_more() -> dict:
+        return waiting.pop() if waiting else await receive()
+
+    return once_more
+
+
+async def _say(send: Callable, code: int, why: str) -> None:
+    body = json.dumps({"detail": why}).encode()
+    headers = [(b"content-type", b"application/json"), *HEADERS.items()]
+    await send({"type": "http.response.start", "status": code, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
