@@ -122,6 +122,14 @@ def test_a_name_that_leads_here_from_elsewhere_and_another_page_are_refused():
     assert gate.refusal("POST", JOIN, own, local=True)[0] == 0
 
 
+def test_files_that_come_in_at_the_same_time_are_few():
+    door = gate.Gate(None, "nowhere", local=True)
+    door._filed = bounds.FILED - 1
+    assert door._crowded()[0] == 0
+    door._filed = bounds.FILED
+    assert door._crowded()[0] == 503
+
+
 def test_uploads_end_where_the_disk_is_full(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"x" * 100)
     assert asked("POST", "/gradio_api/upload", body=b"x", folder=tmp_path)[0] == 200

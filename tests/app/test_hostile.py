@@ -91,6 +91,24 @@ def looked(page: served.Page, data: bytes, name: str = "a.png") -> dict:
     return message | {"status": status}
 
 
+def layer(page: served.Page, index: str, data: bytes) -> int:
+    """The status of a painted layer as the editor sends it."""
+    edge = "y" * 24
+    fields = dict(type="layer", index=index, id="a", session_hash="a", fn_name="accept_blobs")
+    fields |= dict(component_id=str(page.named["m0-edit-editor"]))
+    parts = [
+        f'--{edge}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+        for name, value in fields.items()
+    ]
+    parts.append(
+        f'--{edge}\r\nContent-Disposition: form-data; name="file"; filename="b"\r\n'
+        "Content-Type: application/octet-stream\r\n\r\n"
+    )
+    body = "".join(parts).encode() + data + f"\r\n--{edge}--\r\n".encode()
+    kind = f"multipart/form-data; boundary={edge}"
+    return page.request("POST", "/gradio_api/component_server", body, content_type=kind)[0]
+
+
 def pictures(message: dict) -> int:
     return len(message["output"]["data"][0])
 
@@ -127,6 +145,14 @@ def test_200_hostile_requests_end_nothing_and_leave_no_memory(page):
         for name in ("a.png", "a.svg", "../../a", "a" * 300):
             looked(page, data, name)
             asked += 1
+    for index in ("0", str(10**9), "-1", "x", "null"):
+        for data in (b"", b"x" * 10_000, bomb(9000), noise(800)):
+            assert layer(page, index, data) in (200, 400, 413, 500)
+            asked += 1
+    event = page.event("m0-edit-draw")
+    values = page.values(event)
+    values[1] = {"background": None, "layers": [], "composite": None, "id": "a"}
+    page.ask(event, values)
     with concurrent.futures.ThreadPoolExecutor(50) as pool:
         answers = list(pool.map(lambda seed: drawn(page, seed), range(50)))
         asked += len(answers)

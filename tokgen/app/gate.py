@@ -58,6 +58,7 @@ class Gate:
 
     def __init__(self, app: Application, folder: str | os.PathLike, *, local: bool):
         self._app, self._folder, self._local = app, pathlib.Path(folder), local
+        self._filed = 0  # files that are coming in
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] == "lifespan":
@@ -66,11 +67,12 @@ class Gate:
             return None  # no web sockets
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         code, why = refusal(scope["method"], scope["path"], headers, local=self._local)
-        if not code and scope["path"].rstrip("/") in FILED and size(self._folder) > bounds.DISK:
-            code, why = 507, "no room for more pictures: older ones go within the hour"
+        filed = scope["path"].rstrip("/") in FILED
+        if not code and filed:
+            code, why = self._crowded()
         if code:
             return await _say(send, code, why)
-        if scope["method"] == "POST" and scope["path"].rstrip("/") not in FILED:
+        if scope["method"] == "POST" and not filed:
             body = await _body(receive, int(headers[b"content-length"]))
             if why := wrong(body, self._folder):
                 return await _say(send, 400, why)
@@ -84,7 +86,19 @@ class Gate:
                 message = message | {"headers": [*kept, *HEADERS.items()]}
             await send(message)
 
-        return await self._app(scope, receive, answer)
+        self._filed += filed
+        try:
+            return await self._app(scope, receive, answer)
+        finally:
+            self._filed -= filed
+
+    def _crowded(self) -> tuple[int, str]:
+        """(status, why) where no file may come in now."""
+        if self._filed >= bounds.FILED:
+            return 503, f"{bounds.FILED} files are coming in: try again"
+        if size(self._folder) > bounds.DISK:
+            return 507, "no room for more pictures: older ones go within the hour"
+        return 0, ""
 
 
 def refusal(

@@ -9,6 +9,8 @@ import socket
 import tempfile
 from collections.abc import Sequence
 
+import PIL.Image
+
 from tokgen import image_models, report
 from tokgen.app import bounds, gate, offers
 from tokgen.errors import UserError
@@ -102,6 +104,8 @@ def mounted(blocks: object, folder: pathlib.Path, host: str) -> gate.Gate:
 
     # until it is said, files that a request names are copied from anywhere (gradio 6.31)
     blocks.has_launched = True
+    blocks.state_session_capacity = bounds.SESSIONS
+    PIL.Image.MAX_IMAGE_PIXELS = bounds.PIXELS // 2  # PIL refuses twice as many
     application = gradio.mount_gradio_app(
         fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         blocks,
