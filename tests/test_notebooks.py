@@ -140,6 +140,15 @@ def test_the_install_cell_says_what_it_needs(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
+def test_quickstart(tmp_path):
+    book = notebooks.executed("quickstart", tmp_path, "TOKENIZER_STEPS, GENERATOR_STEPS = 20, 20")
+    shown = notebooks.pictures(book)
+    assert [*shown] == ["tokenizer-look", "sample-look", "python", "likelihood"]
+    assert "bits_per_token" in notebooks.said(book, "generator-evaluate")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
 def test_published_models(tmp_path):
     """By their names, from a hub on the loopback that has small files in the published form."""
     names = {"next scale": "var-d16", "autoregressive": "rar-b", "masked": "maskbit-14bit"}
@@ -218,7 +227,7 @@ IMAGES, SAMPLES, REFERENCE_STEPS, TEMPERATURES = 400, 200, 40, "0.7 1"
     assert len(list((tmp_path / "runs" / "swept").glob("t*-seed0"))) == 2
 
 
-MINE = dict(SIZE=32, WIDTHS="16", SAVE=5, TOKENIZER_STEPS=12, GENERATOR_STEPS=6)
+MINE = dict(SIZE=32, WIDTHS="16,", SAVE=5, TOKENIZER_STEPS=12, GENERATOR_STEPS=6)
 
 
 @pytest.mark.long
