@@ -9,6 +9,8 @@ import socket
 import tempfile
 from collections.abc import Sequence
 
+import PIL.Image
+
 from tokgen import image_models, report
 from tokgen.app import bounds, gate, offers
 from tokgen.errors import UserError
@@ -84,6 +86,7 @@ def serve(checkpoints: Sequence[str], *, host: str, port: int) -> None:
             timeout_graceful_shutdown=2,
         )
         place = stack.enter_context(contextlib.closing(listening(host, port)))
+        place.listen(bounds.CONNECTIONS)  # who comes before the server does waits for it
         name, number = place.getsockname()[:2]
         name = f"[{name}]" if ":" in name else name
         if host not in LOCAL:
@@ -99,6 +102,10 @@ def mounted(blocks: object, folder: pathlib.Path, host: str) -> gate.Gate:
 
     from tokgen.app import page
 
+    # until it is said, files that a request names are copied from anywhere (gradio 6.31)
+    blocks.has_launched = True
+    blocks.state_session_capacity = bounds.SESSIONS
+    PIL.Image.MAX_IMAGE_PIXELS = bounds.PIXELS // 2  # PIL refuses twice as many
     application = gradio.mount_gradio_app(
         fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         blocks,
@@ -114,5 +121,6 @@ def mounted(blocks: object, folder: pathlib.Path, host: str) -> gate.Gate:
         pwa=False,
         theme=page.theme(),
         css=page.CSS,
+        js=page.SEARCH,
     )
     return gate.Gate(application, folder, local=host in LOCAL)
