@@ -15,7 +15,6 @@ BOOKS = {
     file.stem: json.loads(file.read_text(encoding="utf-8"))
     for file in sorted((ROOT / "colab").glob("*.ipynb"))
 }
-PROGRAMS = ("train_tokenizer.py", "train_generator.py")
 
 
 def cells(name: str, kind: str) -> dict[str, str]:
@@ -36,15 +35,23 @@ def settings(name: str) -> dict[str, Any]:
     return found
 
 
-def commands(name: str) -> list[str]:
-    """The command lines of a notebook, with its settings for what stands in braces."""
-    values, found = settings(name), []
+def commands(name: str, **changed: Any) -> list[str]:
+    """The command lines of a notebook, with its settings, or others, for what is in braces."""
+    values, found = settings(name) | changed, []
     for cell in cells(name, "code").values():
         for line in cell.replace("\\\n", " ").splitlines():
             line = re.sub(r"^!(?:[A-Z_]+=\S+ +)*", "!", line)  # variables before a command
             if line.startswith(("!tokgen ", "!python train_")) and "--version" not in line:
                 found.append(re.sub(r"\{(\w+)\}", lambda name: str(values[name[1]]), line[1:]))
     return found
+
+
+def checkout(folder: pathlib.Path) -> None:
+    """Make a folder look as a checkout does to a notebook."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("train_tokenizer.py", "train_generator.py", "configs"):
+        if not (folder / file).exists():
+            (folder / file).symlink_to(ROOT / file)
 
 
 def executed(name: str, folder: pathlib.Path, changed: str = "", **environment: str):
@@ -56,10 +63,7 @@ def executed(name: str, folder: pathlib.Path, changed: str = "", **environment: 
     nbclient = pytest.importorskip("nbclient", reason="notebooks run with nbclient: make test-all")
     import nbformat
 
-    folder.mkdir(exist_ok=True)
-    for file in (*PROGRAMS, "configs", "constraints.txt"):
-        if not (folder / file).exists():
-            (folder / file).symlink_to(ROOT / file)
+    checkout(folder)
     book = nbformat.read(ROOT / "colab" / f"{name}.ipynb", as_version=4)
     for cell in book.cells:
         if cell.id == "install":

@@ -6,14 +6,19 @@ import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 
+import numpy as np
 import pytest
 
 from tests import loopback, notebooks, published, recipes
+from tokgen import image_grid
+from tokgen.data import shapes
 
 ROOT, BOOKS = notebooks.ROOT, notebooks.BOOKS
 EVERY = pytest.mark.parametrize("name", BOOKS)
@@ -135,6 +140,15 @@ def test_the_install_cell_says_what_it_needs(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
+def test_quickstart(tmp_path):
+    book = notebooks.executed("quickstart", tmp_path, "TOKENIZER_STEPS, GENERATOR_STEPS = 20, 20")
+    shown = notebooks.pictures(book)
+    assert [*shown] == ["tokenizer-look", "sample-look", "python", "likelihood"]
+    assert "bits_per_token" in notebooks.said(book, "generator-evaluate")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
 def test_published_models(tmp_path):
     """By their names, from a hub on the loopback that has small files in the published form."""
     names = {"next scale": "var-d16", "autoregressive": "rar-b", "masked": "maskbit-14bit"}
@@ -175,3 +189,79 @@ CLASS, OTHER = "ring", "disc"
     assert notebooks.said(book, "kept") == "bytes kept: True\n"
     assert "2 edits of 1 image, 32 x 64 pixels" in notebooks.said(book, "outpainting")
     assert (tmp_path / "edited.png").exists()
+
+
+FEW = "--config.steps=10 --config.report.save=10 --config.held_out.images=32"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_mesh_of_eight(tmp_path):
+    one = "--config.report.scalars=5 --config.held_out.samples=0 --config.generator.depth=1"
+    changed = f"""
+TOKENIZER = "{FEW} --config.data.count=200"
+OPTIONS = "{FEW} {one} --config.generator.unroll=1"
+"""
+    book = notebooks.executed("tpu", tmp_path, changed)
+    assert notebooks.said(book, "devices").split() == [f"cpu:{number}" for number in range(8)]
+    assert "mesh data 2, fsdp 2, tensor 2" in notebooks.said(book, "tensor")
+    _, *rows = notebooks.said(book, "same").splitlines()
+    assert len(rows) == 2
+    for row in rows:
+        _, *losses = map(float, row.split())
+        assert len(losses) == 3 and np.ptp(losses) < 1e-4
+    assert notebooks.said(book, "sample-same").startswith("100.00% of the tokens are the same")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_evaluation(tmp_path):
+    changed = """
+TOKENIZER_STEPS, GENERATOR_STEPS = 20, 20
+IMAGES, SAMPLES, REFERENCE_STEPS, TEMPERATURES = 400, 200, 40, "0.7 1"
+"""
+    book = notebooks.executed("evaluate", tmp_path, changed)
+    assert re.search(r"^fid +\d", notebooks.said(book, "metrics"), re.MULTILINE)
+    refusals = notebooks.said(book, "refused").split("\n\n")[:3]
+    assert all("needs its weight file: --weights FILE" in refusal for refusal in refusals)
+    assert len(list((tmp_path / "runs" / "swept").glob("t*-seed0"))) == 2
+
+
+MINE = dict(SIZE=32, WIDTHS="16,", SAVE=5, TOKENIZER_STEPS=12, GENERATOR_STEPS=6)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_your_images_go_on_after_a_session_was_killed(tmp_path):
+    """From a zip; a run again finds all that there is, and adds what is asked for since."""
+    images = shapes.Source(count=60)
+    for number in range(60):
+        label = images[number]["label"]
+        place = tmp_path / "pictures" / ("round" if label < 5 else "edged") / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        image_grid.save_png(place, images[number]["image"])
+    shutil.make_archive(str(tmp_path / "mine"), "zip", tmp_path / "pictures")
+    shutil.unpack_archive(tmp_path / "mine.zip", tmp_path / "here" / "images")
+    notebooks.checkout(tmp_path / "here")
+    command, *_ = [one for one in notebooks.commands("your_images", **MINE) if "tokenizer" in one]
+    run = tmp_path / "here" / "runs" / "mine" / "tokenizer"
+    with subprocess.Popen(
+        [sys.executable, *shlex.split(command)[1:]],
+        cwd=tmp_path / "here",
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ) as killed:
+        while not (run / "checkpoints" / "5").exists():
+            assert killed.poll() is None
+            time.sleep(0.01)
+        killed.kill()
+    shutil.rmtree(tmp_path / "here" / "images")  # what is not on Drive goes with a session
+    changed = "".join(f"{name} = {value!r}\n" for name, value in MINE.items())
+    book = notebooks.executed("your_images", tmp_path / "here", f"ZIP = '../mine.zip'\n{changed}")
+    assert "resumed step" in notebooks.said(book, "tokenizer")
+    assert "2 classes (edged" in notebooks.said(book, "data")
+    shown = notebooks.pictures(book)
+    assert [*shown] == ["look", "tokenizer-look", "sample", "trace"]
+    more = f"{changed}GENERATOR_STEPS = 8\n"
+    book = notebooks.executed("your_images", tmp_path / "here", more)
+    assert "resumed step 6" in notebooks.said(book, "generator")
+    assert "step 8 of 8" in notebooks.said(book, "generator")
