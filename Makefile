@@ -42,7 +42,7 @@ test-in-env: $(ENV)/test.stamp
 	$(ENV)/bin/ruff check .
 	$(ENV)/bin/python -m pytest $(SHARED) $(ARGS)
 
-test-all-in-env: $(ENV)/browser.stamp
+test-all-in-env: $(ENV)/browser.stamp $(ENV)/notebooks.stamp
 	$(ENV)/bin/python -m pytest $(SHARED) -m "" $(ARGS)
 
 test-page-in-env: $(ENV)/browser.stamp
@@ -68,5 +68,12 @@ $(ENV)/browser.stamp: $(ENV)/test.stamp
 	@echo "installing what the tests of the page need into $(ENV)"
 	@touch $(ENV)/unfinished
 	$(PIP) --group browser
+	@rm $(ENV)/unfinished
+	@touch $@
+
+$(ENV)/notebooks.stamp: $(ENV)/test.stamp
+	@echo "installing what runs notebooks into $(ENV)"
+	@touch $(ENV)/unfinished
+	$(PIP) --group notebooks
 	@rm $(ENV)/unfinished
 	@touch $@

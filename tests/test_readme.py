@@ -1,14 +1,11 @@
-"""What the README and the notebook print is true: code runs, commands parse, files are there."""
+"""What the README and the notebooks print is true: code runs, commands parse, files are there."""
 
 import argparse
 import ast
-import importlib
-import json
 import os
 import pathlib
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -18,7 +15,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from tests import recipes
+from tests import notebooks, recipes
 from tokgen import cli, parameters as state, rng
 from tokgen.config import building, reading
 from tokgen.interfaces import TokenLayout
@@ -26,7 +23,6 @@ from tokgen.training import launch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-NOTEBOOK = json.loads((ROOT / "colab" / "quickstart.ipynb").read_text(encoding="utf-8"))
 TEXTS = (
     *("app", "architecture", "checkpoints", "data", "evaluation", "extending", "generators"),
     *("library", "tokenizers"),
@@ -38,11 +34,6 @@ TOKENIZER, GENERATOR = "configs/tokenizer/shapes.py", "configs/generator/shapes.
 def blocks(text: str, language: str) -> list[str]:
     """The fenced blocks of a language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-
-
-def cells(kind: str) -> list[str]:
-    """The texts of the notebook's cells."""
-    return ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == kind]
 
 
 def run(code: str, folder: pathlib.Path, **environment: str) -> str:
@@ -95,12 +86,7 @@ def test_examples_are_short():
 
 COMMANDS = [
     *(line for block in blocks(README, "sh") for line in block.splitlines()),
-    *(
-        line[1:]
-        for cell in cells("code")
-        for line in cell.replace("\\\n", " ").splitlines()
-        if line.startswith(("!tokgen ", "!python train_")) and "--version" not in line
-    ),
+    *(line for name in notebooks.BOOKS for line in notebooks.commands(name)),
 ]
 
 
@@ -247,69 +233,7 @@ def test_tables_of_recipes_say_what_the_recipes_say(kind):
         assert not missing, (path, missing)
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "colab/quickstart.ipynb"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_no_document_knows_a_machine(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     assert not re.search(r"/home/|/root/|/tmp/", text)
-
-
-@pytest.mark.parametrize("inside", ["", "tokgen-main"])
-def test_the_install_cell_finds_the_checkout_in_a_zip_also_when_it_runs_again(tmp_path, inside):
-    """With a folder in it or without; what is installed is what the machine has."""
-    (cell,) = (cell for cell in cells("code") if "SOURCE =" in cell)
-    code, pip = cell.rpartition("%pip")[::2]
-    assert pip.split() == "install -q -e {target} -c constraints.txt".split()
-    (tmp_path / "checkout" / inside).mkdir(parents=True)
-    for name in ("train_tokenizer.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path / "checkout" / inside / name)
-    shutil.make_archive(str(tmp_path / "tokgen"), "zip", tmp_path / "checkout")
-    (tmp_path / "bin").mkdir()
-    twice = f"{code}\n{code}\nprint(pathlib.Path.cwd().relative_to({str(tmp_path)!r}), target)"
-    place = "tokgen/tokgen-main" if inside else "tokgen"
-    for tpu, gpu, target in ((0, 0, "."), (0, 1, ".[cuda12]"), (1, 0, ".[tpu]")):
-        shutil.rmtree(tmp_path / "tokgen", ignore_errors=True)
-        if gpu:
-            (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\n")
-            (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
-        else:
-            (tmp_path / "bin" / "nvidia-smi").unlink(missing_ok=True)
-        named = {"TPU_ACCELERATOR_TYPE": "v5litepod-1"} if tpu else {}
-        said = run(twice, tmp_path, PATH=str(tmp_path / "bin"), **named).splitlines()
-        assert said[-1] == f"{place} {target}" and said[0] == said[1]
-        wanted = extras() | {""}
-        assert target.strip(".[]") in wanted, "not in pyproject.toml"
-
-
-def extras() -> set[str]:
-    """The names of the optional dependencies."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    return set(project["project"]["optional-dependencies"])
-
-
-def test_the_install_cell_says_what_it_needs(tmp_path):
-    (cell,) = (cell for cell in cells("code") if "SOURCE =" in cell)
-    with pytest.raises(AssertionError, match="SOURCE, or upload tokgen.zip"):
-        run(cell.rpartition("%pip")[0], tmp_path)
-
-
-def test_notebook_is_version_4_without_outputs():
-    assert (NOTEBOOK["nbformat"], NOTEBOOK["nbformat_minor"] >= 5) == (4, True)
-    assert NOTEBOOK["metadata"]["kernelspec"]["language"] == "python"
-    names = [cell["id"] for cell in NOTEBOOK["cells"]]
-    assert len(set(names)) == len(names)
-    for cell in NOTEBOOK["cells"]:
-        assert re.fullmatch(r"[\w-]{1,64}", cell["id"])
-        assert cell["cell_type"] in ("markdown", "code")
-        if cell["cell_type"] == "code":
-            assert (cell["outputs"], cell["execution_count"]) == ([], None)
-
-
-def test_notebook_cells_parse_and_import_what_exists():
-    codes = cells("code")
-    assert len(codes) >= 5
-    for cell in codes:
-        code = re.sub(r"^[!%].*$", "pass", cell.replace("\\\n", " "), flags=re.MULTILINE)
-        for node in ast.walk(ast.parse(code)):
-            if isinstance(node, ast.ImportFrom) and node.module.startswith("tokgen"):
-                for alias in node.names:
-                    importlib.import_module(f"{node.module}.{alias.name}")

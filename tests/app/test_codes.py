@@ -8,7 +8,7 @@ from tokgen.interfaces import TokenLayout
 
 def test_equal_tokens_have_one_colour_and_unlike_ones_others():
     image = np.asarray(codes.coloured(np.array([[3, 4], [4, 3]])))
-    cells = [tuple(image[y, x]) for y in (1, -2) for x in (1, -2)]
+    cells = [tuple(image[y, x]) for y in (1, codes.SIDE - 2) for x in (1, -2)]
     assert cells[0] == cells[3] != cells[1] == cells[2]
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import pathlib
 
 import pytest
 
@@ -9,9 +10,10 @@ from tokgen.app import bounds, gate
 
 HOST = (b"host", b"127.0.0.1:7860")
 JOIN = "/gradio_api/queue/join"
+FOLDER = pathlib.Path("/srv/page")
 
 
-def asked(method, path, headers=(), body=b"", *, local=True, folder="nowhere"):
+def asked(method, path, headers=(), body=b"", *, local=True, folder="/srv/page"):
     """(status, headers, what the application saw) of a request."""
     seen, sent = [], []
 
@@ -78,8 +80,11 @@ BODIES = {
     "infinite": (b'{"data": [1e999]}', "no JSON"),
     "digits": (b'{"data": [' + b"9" * 6000 + b"]}", "no JSON"),
     "bytes": (b"\xff\xfe\x00", "no JSON"),
-    "address": (b'{"data": [{"path": "http://example.com/a.png"}]}', "not fetched"),
-    "script": (b'{"data": {"a": [{"path": " file:///etc/passwd"}]}}', "not fetched"),
+    "address": (b'{"data": [{"path": "http://example.com/a.png"}]}', "uploaded"),
+    "file": (b'{"data": {"a": [{"path": " file:///etc/passwd"}]}}', "uploaded"),
+    "path": (b'{"data": [{"path": "/etc/passwd"}]}', "uploaded"),
+    "above": (b'{"data": [{"path": "/srv/page/../passwd"}]}', "uploaded"),
+    "null": (b'{"data": [{"path": "/srv/page/a\\u0000"}]}', "uploaded"),
 }
 
 
@@ -87,7 +92,12 @@ BODIES = {
 def test_a_hostile_body_is_refused_before_it_is_read(name):
     body, why = BODIES[name]
     status, _, seen = asked("POST", JOIN, body=body)
-    assert status == 400 and not seen and why in gate.wrong(body)
+    assert status == 400 and not seen and why in gate.wrong(body, FOLDER)
+
+
+def test_an_upload_is_named_by_its_path():
+    body = b'{"data": [{"path": "/srv/page/uploads/ab/a.png", "meta": {}}, [], null]}'
+    assert gate.wrong(body, FOLDER) == ""
 
 
 def test_large_bodies_are_refused_by_what_they_say():
@@ -110,6 +120,14 @@ def test_a_name_that_leads_here_from_elsewhere_and_another_page_are_refused():
     assert gate.refusal("POST", JOIN, other, local=True)[0] == 403
     own = other | {b"origin": "http://localhost:7860"}
     assert gate.refusal("POST", JOIN, own, local=True)[0] == 0
+
+
+def test_files_that_come_in_at_the_same_time_are_few():
+    door = gate.Gate(None, "nowhere", local=True)
+    door._filed = bounds.FILED - 1
+    assert door._crowded()[0] == 0
+    door._filed = bounds.FILED
+    assert door._crowded()[0] == 503
 
 
 def test_uploads_end_where_the_disk_is_full(tmp_path, monkeypatch):

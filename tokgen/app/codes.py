@@ -90,7 +90,14 @@ def coloured(grid: np.ndarray) -> Image.Image:
             if token >= 0:
                 size = min(16, max(8, 2 * cell // (len(str(token)) + 2)))
                 draw.text(middle, str(token), fill=(0, 0, 0), anchor="mm", font_size=size)
-    return image
+    return _with_room(image)
+
+
+def _with_room(image: Image.Image) -> Image.Image:
+    """A strip below the map, clear, for its name."""
+    found = Image.new("RGBA", (image.width, image.height * 9 // 8))
+    found.paste(image)
+    return found
 
 
 def written(tokens_LG: np.ndarray, layout: TokenLayout) -> str:

@@ -7,19 +7,10 @@ from typing import Any
 import gradio
 import numpy as np
 
-from tokgen.app import bounds, changes, desks, draw_panel, offers, setting_panel, uploads
+from tokgen.app import bounds, changes, desks, draw_panel, offers, painter, setting_panel, uploads
 from tokgen.errors import UserError
 
 PAINT = "rgb(230, 60, 160)"
-
-
-class Latest(dict):
-    """Painted layers that wait for their request: the latest, since some are never asked for."""
-
-    def __setitem__(self, key: str, value: object) -> None:
-        super().__setitem__(key, value)
-        while len(self) > bounds.BLOBS:
-            del self[next(iter(self))]
 
 
 def panel(desk: desks.Desk, number: int, key: str, drawn: gradio.Gallery) -> None:
@@ -34,10 +25,9 @@ def panel(desk: desks.Desk, number: int, key: str, drawn: gradio.Gallery) -> Non
                 "Upload a picture", file_types=["image"], type="filepath", elem_id=f"{key}-upload"
             )
             take = gradio.Button("Take the picture chosen under Draw", elem_id=f"{key}-take")
-            gradio.Markdown("Paint over what is to be drawn anew:")
-            editor = gradio.ImageEditor(
+            gradio.Markdown("To draw a part anew, paint over it:")
+            editor = painter.painter(
                 show_label=False,
-                type="numpy",
                 image_mode="RGBA",
                 format="png",
                 sources=(),
@@ -51,7 +41,6 @@ def panel(desk: desks.Desk, number: int, key: str, drawn: gradio.Gallery) -> Non
                 elem_id=f"{key}-editor",
                 elem_classes=[draw_panel.look(offer.size)],
             )
-            editor.blob_storage = Latest()
         with gradio.Column(scale=1, min_width=300):
             way = gradio.Radio(
                 [(offers.WAYS[name], name) for name in offer.ways],
@@ -105,7 +94,8 @@ def panel(desk: desks.Desk, number: int, key: str, drawn: gradio.Gallery) -> Non
         elem_classes=["pictures", draw_panel.look(offer.size)],
     )
     on = gradio.Button("Edit the chosen one on", size="sm", elem_id=f"{key}-on")
-    source, chosen, picked = gradio.State(None), gradio.State(0), gradio.State(0)
+    source = gradio.State(None, time_to_live=bounds.KEPT)
+    chosen, picked = gradio.State(0), gradio.State(0)
 
     def shown(image_HW3: np.ndarray) -> tuple:
         large = uploads.enlarged(image_HW3, times)
@@ -127,13 +117,12 @@ def panel(desk: desks.Desk, number: int, key: str, drawn: gradio.Gallery) -> Non
         path, caption = pictures[place]
         return *shown(uploads.fitted(model, path)), of_class(caption)
 
-    def edited(image_HW3: np.ndarray | None, painted: dict | None, *values: Any) -> list:
+    def edited(image_HW3: np.ndarray | None, painted: list, *values: Any) -> list:
         if image_HW3 is None:
             raise UserError("a picture is needed first: upload one, or take a drawn one")
         way, sides, share, strength, scales, label, count, seed, particles, *rest = values
         preset, own = settings.read(tuple(rest))
-        layers = (painted or {}).get("layers") or []
-        mask_HW = uploads.painted(layers, offer.size) if way == "region" else None
+        mask_HW = uploads.painted(painted, offer.size) if way == "region" else None
         ask = changes.Ask(
             *(way, label, count, seed, preset, own),
             **dict(mask_HW=mask_HW, sides=sides or (), share=share, strength=strength),

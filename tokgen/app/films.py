@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import math
 
 import numpy as np
 
@@ -28,7 +29,8 @@ PLAY = (
 
 def sheet(trace: traces.Trace) -> tuple[bytes, str, tuple[int, int]]:
     """(file, its ending, (rows, columns) of a frame): frames below each other."""
-    frames = [image_grid.grid(frame, len(frame), gap=1) for frame in trace.frame_SNHW3]
+    columns = math.ceil(math.sqrt(trace.frame_SNHW3.shape[1]))  # two by two: for a phone, too
+    frames = [image_grid.grid(frame, columns, gap=1) for frame in trace.frame_SNHW3]
     rows, columns = frames[0].shape[:2]
     most = max(1, SIDE // rows)
     image = image_grid.to_pil(np.concatenate(frames[:most])[None])[0]
@@ -58,7 +60,7 @@ def told(trace: traces.Trace, layout: TokenLayout) -> list[str]:
 def document(address: str, size: tuple[int, int], words: list[str], *, small: bool) -> str:
     """The slider over the frames of a sheet, which lies at an address: plain HTML."""
     rows, columns = size
-    scale = max(1, 192 // rows)
+    scale = max(1, 400 // rows)
     address, told_ = html.escape(address, quote=True), html.escape(json.dumps(words), quote=True)
     last = len(words) - 1
     return f"""<div class="film" data-told="{told_}">

@@ -58,6 +58,7 @@ class Gate:
 
     def __init__(self, app: Application, folder: str | os.PathLike, *, local: bool):
         self._app, self._folder, self._local = app, pathlib.Path(folder), local
+        self._filed = 0  # files that are coming in
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] == "lifespan":
@@ -66,13 +67,14 @@ class Gate:
             return None  # no web sockets
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         code, why = refusal(scope["method"], scope["path"], headers, local=self._local)
-        if not code and scope["path"].rstrip("/") in FILED and size(self._folder) > bounds.DISK:
-            code, why = 507, "no room for more pictures: older ones go within the hour"
+        filed = scope["path"].rstrip("/") in FILED
+        if not code and filed:
+            code, why = self._crowded()
         if code:
             return await _say(send, code, why)
-        if scope["method"] == "POST" and scope["path"].rstrip("/") not in FILED:
+        if scope["method"] == "POST" and not filed:
             body = await _body(receive, int(headers[b"content-length"]))
-            if why := wrong(body):
+            if why := wrong(body, self._folder):
                 return await _say(send, 400, why)
             receive = _again(body, receive)
 
@@ -84,7 +86,19 @@ class Gate:
                 message = message | {"headers": [*kept, *HEADERS.items()]}
             await send(message)
 
-        return await self._app(scope, receive, answer)
+        self._filed += filed
+        try:
+            return await self._app(scope, receive, answer)
+        finally:
+            self._filed -= filed
+
+    def _crowded(self) -> tuple[int, str]:
+        """(status, why) where no file may come in now."""
+        if self._filed >= bounds.FILED:
+            return 503, f"{bounds.FILED} files are coming in: try again"
+        if size(self._folder) > bounds.DISK:
+            return 507, "no room for more pictures: older ones go within the hour"
+        return 0, ""
 
 
 def refusal(
@@ -109,8 +123,8 @@ def refusal(
     return 0, ""
 
 
-def wrong(body: bytes) -> str:
-    """Why the body of a request is refused; "" of one that is not."""
+def wrong(body: bytes, folder: pathlib.Path) -> str:
+    """Why the body of a request is refused; "" of one that is not. Its files lie in the folder."""
     deep = most = 0
     for byte in body:  # before a parser that calls itself
         deep += (byte in b"[{") - (byte in b"]}")
@@ -121,18 +135,22 @@ def wrong(body: bytes) -> str:
         found = json.loads(body, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, UnicodeDecodeError):
         return "no JSON"
-    return "a picture by its address is not fetched: upload it" if fetches(found) else ""
+    if elsewhere(found, folder):
+        return "files of a request are those that were uploaded: none by its address or path"
+    return ""
 
 
-def fetches(found: Any) -> bool:
-    """Whether a file of a request lies on another machine, or is none that was uploaded."""
+def elsewhere(found: Any, folder: pathlib.Path) -> bool:
+    """Whether a file of a request lies outside of the folder, here or on another machine."""
     if isinstance(found, list):
-        return any(map(fetches, found))
+        return any(elsewhere(each, folder) for each in found)
     if not isinstance(found, dict):
         return False
-    path = found.get("path")
-    elsewhere = isinstance(path, str) and re.match(r"\s*[a-zA-Z][\w+.-]*:", path)
-    return bool(elsewhere) or any(map(fetches, found.values()))
+    if isinstance(path := found.get("path"), str):
+        real = os.path.realpath(path) if "\0" not in path else "/"
+        if not pathlib.Path(real).is_relative_to(folder):
+            return True
+    return any(elsewhere(each, folder) for each in found.values())
 
 
 def size(folder: pathlib.Path) -> int:

@@ -25,6 +25,12 @@ CSS = """
   .pictures .grid-container { grid-template-columns: 1fr 1fr !important; }
 }
 """
+# A click into a list that can be searched marks its text, so that typing takes its place.
+SEARCH = """() => document.addEventListener("click", (event) => {
+  const input = event.target;
+  if (input.matches?.("input[role=combobox]") && input.selectionStart === input.selectionEnd)
+    input.select();
+})"""
 
 
 def theme() -> gradio.themes.Base:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import os
 import pathlib
 import socket
 import tempfile
 from collections.abc import Sequence
+
+import PIL.Image
 
 from tokgen import image_models, report
 from tokgen.app import bounds, gate, offers
@@ -81,15 +85,24 @@ def serve(checkpoints: Sequence[str], *, host: str, port: int) -> None:
             ws="none",
             limit_concurrency=bounds.CONNECTIONS,
             timeout_keep_alive=15,
-            timeout_graceful_shutdown=2,
+            timeout_graceful_shutdown=1,
         )
+        logging.getLogger("uvicorn.error").addFilter(_meant)
         place = stack.enter_context(contextlib.closing(listening(host, port)))
+        place.listen(bounds.CONNECTIONS)  # who comes before the server does waits for it
         name, number = place.getsockname()[:2]
         name = f"[{name}]" if ":" in name else name
         if host not in LOCAL:
             report.say(f"whoever reaches this machine at {host} can use the page")
         report.say(f"open http://{name}:{number} (Ctrl-C ends it)")
         uvicorn.Server(config).run(sockets=[place])
+
+
+def _meant(record: logging.LogRecord) -> bool:
+    """Whether a line is meant for the terminal: not that open pages are cut off in the end."""
+    kind = (record.exc_info or (None,))[0]
+    cut = kind is not None and issubclass(kind, asyncio.CancelledError)
+    return not cut and "graceful shutdown" not in record.getMessage()
 
 
 def mounted(blocks: object, folder: pathlib.Path, host: str) -> gate.Gate:
@@ -99,6 +112,10 @@ def mounted(blocks: object, folder: pathlib.Path, host: str) -> gate.Gate:
 
     from tokgen.app import page
 
+    # until it is said, files that a request names are copied from anywhere (gradio 6.31)
+    blocks.has_launched = True
+    blocks.state_session_capacity = bounds.SESSIONS
+    PIL.Image.MAX_IMAGE_PIXELS = bounds.PIXELS // 2  # PIL refuses twice as many
     application = gradio.mount_gradio_app(
         fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         blocks,
@@ -114,5 +131,6 @@ def mounted(blocks: object, folder: pathlib.Path, host: str) -> gate.Gate:
         pwa=False,
         theme=page.theme(),
         css=page.CSS,
+        js=page.SEARCH,
     )
     return gate.Gate(application, folder, local=host in LOCAL)
