@@ -161,6 +161,7 @@ def test_200_hostile_requests_end_nothing_and_leave_no_memory(page):
     assert full and all(answer["status"] in (503, 429) for answer in full)
     assert all(pictures(answer) == 4 for answer in answers if answer["status"] == 200)
     assert pictures(drawn(page, 99)) == 4 and page.process.poll() is None
+    assert "ASKED ELSEWHERE" not in page.said()
     grown = page.megabytes() - before
     print(f"{asked} requests, {len(full)} of 50 at once refused, {grown:.0f} MB more")
     assert grown < GROWTH

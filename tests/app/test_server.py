@@ -1,11 +1,14 @@
 """What is refused before a page is served; and the page of a machine without its extra."""
 
+import http.client
 import importlib.util
+import signal
 import socket
 
 import pytest
 
 from tests import command_line
+from tests.app import served
 from tokgen.app import bounds, server
 from tokgen.interfaces import UserError
 
@@ -44,3 +47,17 @@ def test_without_the_extra_the_command_says_how_to_install_it(capfd, monkeypatch
 def test_what_is_no_checkpoint_is_told(capfd, monkeypatch, tmp_path):
     pytest.importorskip("gradio")
     assert "no checkpoint at" in command_line.refused(capfd, "app", tmp_path / "no", "--port", 0)
+
+
+@pytest.mark.long
+def test_ctrl_c_ends_the_page_and_open_tabs_with_it(runs):
+    pytest.importorskip("gradio")
+    with served.page(runs / "tokenizer") as page:
+        tab = http.client.HTTPConnection("127.0.0.1", page.port, timeout=10)
+        tab.request("GET", "/gradio_api/heartbeat/a")
+        assert tab.getresponse().status == 200
+        page.process.send_signal(signal.SIGINT)
+        assert page.process.wait(30) == 130
+        tab.close()
+        lines = page.said().splitlines()
+    assert lines[-1] == "tokgen app: interrupted" and "Traceback" not in "".join(lines)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import os
 import pathlib
 import socket
@@ -83,8 +85,9 @@ def serve(checkpoints: Sequence[str], *, host: str, port: int) -> None:
             ws="none",
             limit_concurrency=bounds.CONNECTIONS,
             timeout_keep_alive=15,
-            timeout_graceful_shutdown=2,
+            timeout_graceful_shutdown=1,
         )
+        logging.getLogger("uvicorn.error").addFilter(_meant)
         place = stack.enter_context(contextlib.closing(listening(host, port)))
         place.listen(bounds.CONNECTIONS)  # who comes before the server does waits for it
         name, number = place.getsockname()[:2]
@@ -93,6 +96,13 @@ def serve(checkpoints: Sequence[str], *, host: str, port: int) -> None:
             report.say(f"whoever reaches this machine at {host} can use the page")
         report.say(f"open http://{name}:{number} (Ctrl-C ends it)")
         uvicorn.Server(config).run(sockets=[place])
+
+
+def _meant(record: logging.LogRecord) -> bool:
+    """Whether a line is meant for the terminal: not that open pages are cut off in the end."""
+    kind = (record.exc_info or (None,))[0]
+    cut = kind is not None and issubclass(kind, asyncio.CancelledError)
+    return not cut and "graceful shutdown" not in record.getMessage()
 
 
 def mounted(blocks: object, folder: pathlib.Path, host: str) -> gate.Gate:
