@@ -74,7 +74,7 @@ def executed(name: str, folder: pathlib.Path, changed: str = "", **environment: 
     python = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     kept = {k: v for k, v in os.environ.items() if k not in ("NPROC", "JAX_NUM_CPU_DEVICES")}
     where = {"metadata": {"path": str(folder)}}
-    client = nbclient.NotebookClient(book, timeout=600, allow_errors=True, resources=where)
+    client = nbclient.NotebookClient(book, timeout=1200, allow_errors=True, resources=where)
     client.execute(env=kept | dict(PATH=path, PYTHONPATH=python) | environment)
     for cell in book.cells:  # `!` says nothing of a command that failed
         assert "error:" not in said(book, cell.id), said(book, cell.id)

@@ -139,7 +139,7 @@ def test_the_install_cell_says_what_it_needs(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_quickstart(tmp_path):
     book = notebooks.executed("quickstart", tmp_path, "TOKENIZER_STEPS, GENERATOR_STEPS = 20, 20")
     shown = notebooks.pictures(book)
@@ -148,7 +148,7 @@ def test_quickstart(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_published_models(tmp_path):
     """By their names, from a hub on the loopback that has small files in the published form."""
     names = {"next scale": "var-d16", "autoregressive": "rar-b", "masked": "maskbit-14bit"}
@@ -174,7 +174,7 @@ zoo.known = lambda: rows
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_editing(tmp_path):
     recipes.tiny(tmp_path, "masked", "next_scale")
     changed = """
@@ -195,7 +195,7 @@ FEW = "--config.steps=10 --config.report.save=10 --config.held_out.images=32"
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_mesh_of_eight(tmp_path):
     one = "--config.report.scalars=5 --config.held_out.samples=0 --config.generator.depth=1"
     changed = f"""
@@ -214,7 +214,7 @@ OPTIONS = "{FEW} {one} --config.generator.unroll=1"
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_evaluation(tmp_path):
     changed = """
 TOKENIZER_STEPS, GENERATOR_STEPS = 20, 20
@@ -231,7 +231,7 @@ MINE = dict(SIZE=32, WIDTHS="16,", SAVE=5, TOKENIZER_STEPS=12, GENERATOR_STEPS=6
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_your_images_go_on_after_a_session_was_killed(tmp_path):
     """From a zip; a run again finds all that there is, and adds what is asked for since."""
     images = shapes.Source(count=60)

@@ -123,7 +123,7 @@ def choice_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         choices=("float32", "bfloat16"),
-        help="of the networks; default: the preset's",
+        help="of the networks; default: the preset's, float32 on a device without bfloat16 units",
     )
 
 
