@@ -2,7 +2,8 @@
 #
 #   make demo    trains on procedural shapes, draws every class, writes runs/demo/index.html
 #   make test    format, lint, tests; make test-all: those that compile long, too;
-#                make test-page: those of the page in a browser alone
+#                make test-page: those of the page in a browser alone; make page-env: what
+#                they need, installed
 #
 # Each makes its environment when it is missing or when pyproject.toml or constraints.txt changed.
 # PYTHON=python3.12 uses an environment of its own. OUT= is the folder of the demo; ARGS= goes to
@@ -24,12 +25,13 @@ ENV = .venv
 SHARED = -n 2 --dist worksteal
 PIP = $(ENV)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt
 
-.PHONY: demo test test-all test-page demo-in-env test-in-env test-all-in-env test-page-in-env
+.PHONY: demo test test-all test-page page-env \
+	demo-in-env test-in-env test-all-in-env test-page-in-env page-env-in-env
 .NOTPARALLEL:
 
 # A stamp is the last thing written. `unfinished` outlives an interrupted installation, whose
 # environment is then made anew: pip cannot tell a half-written package from a whole one.
-demo test test-all test-page:
+demo test test-all test-page page-env:
 	@name=`$(PYTHON) -c '$(NAME)'` || exit 1; \
 	if [ -e "$$name/unfinished" ]; then rm -rf "$$name"; fi; \
 	$(MAKE) -s ENV="$$name" $@-in-env
@@ -47,6 +49,8 @@ test-all-in-env: $(ENV)/browser.stamp $(ENV)/notebooks.stamp
 
 test-page-in-env: $(ENV)/browser.stamp
 	$(ENV)/bin/python -m pytest -m "" tests/app $(ARGS)
+
+page-env-in-env: $(ENV)/browser.stamp
 
 $(ENV)/demo.stamp: pyproject.toml constraints.txt
 	@echo "installing tokgen into $(ENV) (some minutes the first time)"
@@ -66,6 +70,7 @@ $(ENV)/test.stamp: $(ENV)/demo.stamp
 
 $(ENV)/browser.stamp: $(ENV)/test.stamp
 	@echo "installing what the tests of the page need into $(ENV)"
+	@$(PIP) --dry-run --group browser # where it cannot be had, the environment stays as it is
 	@touch $(ENV)/unfinished
 	$(PIP) --group browser
 	@rm $(ENV)/unfinished

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PATIENCE = 60  # seconds
+PATIENCE = 300  # seconds: of a machine that others use, too
 SESSIONS = itertools.count()
 # `tokgen`, which says of every connection and every name that it asks for outside of this machine
 WATCHED = """
@@ -139,7 +139,11 @@ def page(*checkpoints: object) -> Iterator[Page]:
             yield Page(process, int(found[1]), lambda: _read(said))
         finally:
             process.terminate()
-            process.wait(30)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _read(file: TextIO) -> str:

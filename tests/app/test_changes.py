@@ -57,10 +57,10 @@ def test_what_cannot_be_edited_is_refused(name):
 
 
 def test_what_was_there_is_shown_first_in_its_own_size():
-    image_HW3 = np.full((64, 64, 3), 200, np.uint8)
-    mask_HW = np.zeros((64, 64), bool)
+    image_HW3 = np.full((48, 32, 3), 200, np.uint8)
+    mask_HW = np.zeros((48, 32), bool)
     mask_HW[:8] = True
     found = edits.Edits(image_HW3[None], None, np.zeros(1, int), image_HW3[None], mask_HW[None])
     (shown, name), (edit, _) = changes.named(found)
-    assert name == "before" and shown.size == edit.size == (64, 64)
+    assert name == "before" and shown.size == edit.size == (32, 48)
     assert (np.asarray(shown)[8:] == 200).all() and (np.asarray(shown)[:8] != 200).all()

@@ -9,7 +9,7 @@ import pytest
 from tokgen.app import bounds, gate
 
 HOST = (b"host", b"127.0.0.1:7860")
-JOIN = "/gradio_api/queue/join"
+JOIN, UPLOAD = "/gradio_api/queue/join", "/gradio_api/upload"
 FOLDER = pathlib.Path("/srv/page")
 
 
@@ -45,7 +45,9 @@ def test_what_the_page_needs_comes_in(path):
     status, headers, seen = asked("GET", path)
     assert status == 200 and seen
     assert headers[b"content-security-policy"].startswith(b"default-src 'self'")
-    assert b"http" not in headers[b"content-security-policy"]
+    asked_of, _, framed_by = headers[b"content-security-policy"].partition(b"frame-ancestors ")
+    assert b"http" not in asked_of
+    assert framed_by == b"'self' http://localhost:* http://127.0.0.1:*"
 
 
 @pytest.mark.parametrize(
@@ -110,6 +112,67 @@ def test_large_bodies_are_refused_by_what_they_say():
     assert refusal("/gradio_api/upload", content_length=str(2 * bounds.UPLOAD)) == 413
     assert refusal(JOIN) == refusal(JOIN, content_length="-1") == 411
     assert refusal(JOIN, content_length="9" * 5000) == 411
+
+
+def test_a_body_in_chunks_is_refused_whatever_length_it_says():
+    chunks = [(b"transfer-encoding", b"chunked")]
+    for method, path in (("POST", JOIN), ("POST", UPLOAD), ("GET", "/")):
+        status, _, seen = asked(method, path, chunks, b"{}")
+        assert status == 411 and not seen
+
+
+def filed(parts, said: int, folder) -> tuple[list, int, gate.Gate]:
+    """(statuses, bytes that passed, the gate) of an upload that comes in parts, or not at all."""
+    sent, passed, parts = [], [], list(parts)
+
+    async def application(scope, receive, send):
+        try:
+            while (message := await receive()).get("more_body"):
+                passed.append(len(message["body"]))
+            status = 200
+        except gate._Cut:  # as a framework that has its own answer to what goes wrong
+            status = 500
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def receive():
+        if not parts:
+            await asyncio.Event().wait()
+        return {"type": "http.request", "body": parts.pop(0), "more_body": True}
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [HOST, (b"content-length", str(said).encode())]
+    scope = {"type": "http", "method": "POST", "path": UPLOAD, "headers": headers}
+    door = gate.Gate(application, folder, local=True)
+    asyncio.run(door(scope, receive, send))
+    return [each["status"] for each in sent if "status" in each], sum(passed), door
+
+
+def test_an_upload_longer_than_it_said_is_cut_off(tmp_path):
+    statuses, passed, _ = filed([b"x" * 8] * 9, 20, tmp_path)
+    assert statuses == [413] and passed == 16
+
+
+def test_silent_uploads_do_not_keep_others_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(bounds, "ARRIVES", 0.05)
+    statuses, _, door = filed([b"x"], 20, tmp_path)
+    assert statuses == [408] and door._filed == 0
+
+
+def test_a_silent_request_ends(monkeypatch):
+    monkeypatch.setattr(bounds, "ARRIVES", 0.05)
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [HOST, (b"content-length", b"20")]
+    scope = {"type": "http", "method": "POST", "path": JOIN, "headers": headers}
+    door = gate.Gate(None, FOLDER, local=True)
+    asyncio.run(door(scope, asyncio.Event().wait, send))
+    assert sent[0]["status"] == 408
 
 
 def test_a_name_that_leads_here_from_elsewhere_and_another_page_are_refused():

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import shutil
+import time
 import urllib.parse
 import zipfile
 
@@ -12,9 +13,12 @@ from PIL import Image
 
 from tests import command_line
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 FAMILIES = ("raster", "masked", "next_scale")
-PATIENCE = 90_000  # milliseconds
+PATIENCE = 300_000  # milliseconds: of a machine that others use, too
+# What a browser says where a request ended with its tab: the rest of its errors is the page's.
+ENDED = ("net::ERR_ABORTED", "net::ERR_NETWORK_CHANGED")
+PAINT, PHOTO = (230, 60, 160), (240, 200, 0)
 PHONE, DESKTOP = (390, 844), (1280, 900)
 
 
@@ -43,10 +47,10 @@ def tab(request, page, browser):
     with contextlib.closing(context):
         tab.goto(page.address)
         tab.wait_for_selector("#m0-draw-draw")
-        tab.wait_for_timeout(1500)  # on a phone some tabs go into a menu by then
         yield tab
+        found = [said for said in wrong if not any(word in said for word in ENDED)]
     assert hosts - {""} == {f"127.0.0.1:{page.port}"}  # "" are pictures in the page itself
-    assert wrong == []
+    assert found == []
     assert "ASKED ELSEWHERE" not in page.said()
 
 
@@ -60,6 +64,11 @@ def shown(tab, number: int, name: str = "") -> None:
 
 
 def choose(tab, title: str) -> None:
+    # on a phone some tabs go into a menu, a while after the page is there
+    tab.wait_for_function(
+        "[...document.querySelectorAll('button[role=tab]')].every((one) => "
+        "!one.checkVisibility() || one.getBoundingClientRect().right <= innerWidth + 1)"
+    )
     found = tab.locator(f"button[role=tab]:visible:text-is('{title}')")
     if not found.count():
         tab.locator(".overflow-menu > button:visible").first.click()
@@ -85,7 +94,7 @@ def fits(tab) -> None:
 
 def upload(tab, key: str) -> None:
     image = np.zeros((60, 80, 3), np.uint8)
-    image[10:40, 20:50] = (240, 200, 0)
+    image[10:40, 20:50] = PHOTO
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")
     with tab.expect_file_chooser() as asked:
@@ -95,17 +104,38 @@ def upload(tab, key: str) -> None:
 
 
 def paint(tab, key: str) -> None:
-    """A stroke over the middle of the picture."""
+    """A stroke over the middle of the picture, once it is there; again until it is seen."""
     canvas = tab.locator(f"#{key}-editor canvas").first
     canvas.wait_for()
     canvas.scroll_into_view_if_needed()
-    tab.wait_for_timeout(2000)  # the editor scales what it was given
-    box = canvas.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    tab.mouse.move(x - 40, y - 20)
-    tab.mouse.down()
-    tab.mouse.move(x + 40, y + 20, steps=8)
-    tab.mouse.up()
+    until(lambda: seen(canvas, PHOTO))
+    box = None
+    while box != (box := canvas.bounding_box()):  # the editor scales what it was given
+        tab.wait_for_timeout(500)
+
+    def stroke() -> bool:
+        box = canvas.bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        tab.mouse.move(x - 40, y - 20)
+        tab.mouse.down()
+        tab.mouse.move(x + 40, y + 20, steps=8)
+        tab.mouse.up()
+        return seen(canvas, PAINT)
+
+    until(stroke)
+
+
+def seen(canvas, colour: tuple[int, int, int]) -> bool:
+    """Whether some of what a canvas shows is of a colour."""
+    shown = np.asarray(Image.open(io.BytesIO(canvas.screenshot())).convert("RGB"), int)
+    return (abs(shown - colour).max(-1) < 40).sum() > 100
+
+
+def until(true) -> None:
+    """Ask until it is so."""
+    end = time.monotonic() + PATIENCE / 1000
+    while not true():
+        assert time.monotonic() < end
 
 
 @pytest.mark.parametrize("number", range(3), ids=FAMILIES)
@@ -146,7 +176,6 @@ def test_a_picture_is_uploaded_painted_over_and_drawn_anew(tab, number):
         for image in pictures(tab, f"{key}-gallery", 3)
     ]
     before, one, other = (np.asarray(Image.open(io.BytesIO(data))) for data in (before, *edits))
-    before = before[::2, ::2]  # the veiled one is enlarged
     changed = (one != before).any(-1)
     assert one.shape == (32, 32, 3) and 0 < changed.mean() < 0.6
     assert (one[~changed] == other[~changed]).mean() > 0.9  # what is kept, is kept in both
@@ -198,6 +227,15 @@ def test_two_models_draw_side_by_side_on_the_same_seeds(tab):
     tab.click("#side-draw")
     for side in "ab":
         pictures(tab, f"side-gallery-{side}", 4)
+    with tab.expect_response("**/run/predict*") as answer:  # the classes of those chosen
+        tab.click("#side-model-b input")
+        tab.keyboard.type("next_scale")
+        tab.keyboard.press("Enter")
+    assert answer.value.ok
+    before = tab.locator("#side-gallery-b img").first.get_attribute("src")
+    tab.click("#side-draw")
+    until(lambda: tab.locator("#side-gallery-b img").first.get_attribute("src") != before)
+    pictures(tab, "side-gallery-b", 4)
 
 
 @pytest.mark.parametrize("tab", [PHONE, DESKTOP], ids=["phone", "desktop"], indirect=True)
@@ -209,8 +247,9 @@ def test_every_tab_fits_its_window_and_tokens_are_seen(tab):
     upload(tab, "m3-tokens")
     pictures(tab, "m3-tokens-pair", 2)
     pictures(tab, "m3-tokens-maps", 1)
-    assert "64 tokens" in tab.locator("#m3-tokens-told").inner_text()
-    assert tab.locator("#m3-tokens-numbers textarea").input_value().startswith("# 8 x 8")
+    tab.wait_for_selector("#m3-tokens-told:has-text('64 tokens')")
+    numbers = tab.locator("#m3-tokens-numbers textarea")
+    until(lambda: numbers.input_value().startswith("# 8 x 8"))
     fits(tab)
     choose(tab, "Side by side")
     fits(tab)

@@ -50,14 +50,15 @@ def test_what_is_no_checkpoint_is_told(capfd, monkeypatch, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_ctrl_c_ends_the_page_and_open_tabs_with_it(runs):
     pytest.importorskip("gradio")
     with served.page(runs / "tokenizer") as page:
-        tab = http.client.HTTPConnection("127.0.0.1", page.port, timeout=10)
+        tab = http.client.HTTPConnection("127.0.0.1", page.port, timeout=served.PATIENCE)
         tab.request("GET", "/gradio_api/heartbeat/a")
         assert tab.getresponse().status == 200
         page.process.send_signal(signal.SIGINT)
-        assert page.process.wait(30) == 130
+        assert page.process.wait(served.PATIENCE) == 130
         tab.close()
         lines = page.said().splitlines()
     assert lines[-1] == "tokgen app: interrupted" and "Traceback" not in "".join(lines)

@@ -24,9 +24,11 @@ BLOBS = 6  # requests whose layers wait for them
 LAYERS = 2  # of one request
 PAINTED = 2**22  # pixels of a layer
 FILED = 8  # files that come in at the same time
+ARRIVES = 60  # seconds until all of a body is here
 SESSIONS = 128  # browsers whose picture to edit is remembered
 DEEP = 16  # brackets within brackets
 DISK = 2**30  # bytes of uploads and pictures that lie on the disk
+FILES = 64  # of each kind that the page writes itself, the latest
 WAITING = 16  # requests in the queue
 CONNECTIONS = 256
 

@@ -98,14 +98,7 @@ def draw(
     return model.edit(image_HW3, progress=False, **asked)
 
 
-def before(found: edits.Edits) -> np.ndarray:
-    """The picture as it was, what goes under a gray veil."""
-    rows, columns = found.mask_KHW.shape[1:]
-    scale = max(1, 64 // rows)
-    return found.sheet()[2 : 2 + scale * rows, 2 : 2 + scale * columns]
-
-
 def named(found: edits.Edits) -> list[tuple[Any, str]]:
-    """(picture for PIL, its name) of what was there and of the edits."""
-    shown = image_grid.to_pil(before(found)[None])[0]
+    """(picture for PIL, its name) of what was there, what went under a veil, and of the edits."""
+    (shown,) = image_grid.to_pil(found.veiled())
     return [(shown, "before"), *((one, f"edit {n}") for n, one in enumerate(found.images))]

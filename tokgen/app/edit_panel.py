@@ -66,7 +66,7 @@ def panel(desk: desks.Desk, number: int, key: str, drawn: gradio.Gallery) -> Non
             scales = gradio.Slider(
                 1, max(most, 2), 1, step=1, label="coarsest scales that are kept", visible=False
             )
-            label = setting_panel.classes(offer, every=False, key=key)
+            label = setting_panel.classes(offer.classes, every=False, key=key)
             count = gradio.Radio(
                 list(bounds.DRAWS), value=2, label="Edits", elem_id=f"{key}-number"
             )
@@ -81,17 +81,8 @@ def panel(desk: desks.Desk, number: int, key: str, drawn: gradio.Gallery) -> Non
                 elem_id=f"{key}-particles",
             )
             button = gradio.Button("Draw the edit", variant="primary", elem_id=f"{key}-draw")
-    gallery = gradio.Gallery(
-        label="Before, and edits",
-        columns=5,
-        height="auto",
-        show_label=False,
-        object_fit="contain",
-        format="png",
-        interactive=False,
-        buttons=["download", "fullscreen"],
-        elem_id=f"{key}-gallery",
-        elem_classes=["pictures", draw_panel.look(offer.size)],
+    gallery = draw_panel.gallery(
+        "Before, and edits", f"{key}-gallery", columns=5, look=draw_panel.look(offer.size)
     )
     on = gradio.Button("Edit the chosen one on", size="sm", elem_id=f"{key}-on")
     source = gradio.State(None, time_to_live=bounds.KEPT)
@@ -142,8 +133,8 @@ def panel(desk: desks.Desk, number: int, key: str, drawn: gradio.Gallery) -> Non
     desks.at_once(way.change, way_chosen, [way], [sides, share, strength, scales, particles])
     drawn.select(place_of, None, picked, queue=False, api_visibility="private")
     gallery.select(place_of, None, chosen, queue=False, api_visibility="private")
-    desks.at_work(upload.upload, uploaded, [upload], [editor, source])
-    desks.at_work(take.click, taken, [drawn, picked], [editor, source, label])
-    desks.at_work(on.click, taken, [gallery, chosen], [editor, source, label])
+    desk.at_work(upload.upload, uploaded, [upload], [editor, source])
+    desk.at_work(take.click, taken, [drawn, picked], [editor, source, label])
+    desk.at_work(on.click, taken, [gallery, chosen], [editor, source, label])
     asked = [source, editor, *parts, *settings.components]
-    desks.at_work(button.click, edited, asked, [gallery])
+    desk.at_work(button.click, edited, asked, [gallery])

@@ -6,6 +6,7 @@ depth; and it would fetch a picture that a request names by an address. Nothing 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
@@ -34,17 +35,63 @@ WRITTEN = {
     f"{API}/upload": bounds.UPLOAD + bounds.BODY,
 }
 FILED = (f"{API}/component_server", f"{API}/upload")
+FULL = "no room for more pictures: older ones go within the hour"
 LOCAL = {"127.0.0.1", "localhost", "[::1]"}
 # A browser that opens the page asks nobody else, whatever the page holds.
 HEADERS = {
     b"content-security-policy": b"default-src 'self' data: blob:; "
     b"script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-    b"form-action 'none'; base-uri 'self'",
+    b"form-action 'none'; base-uri 'self'; "
+    # a notebook of this machine may show it within its own page, and nobody else
+    b"frame-ancestors 'self' http://localhost:* http://127.0.0.1:*",
     b"referrer-policy": b"no-referrer",
     b"x-content-type-options": b"nosniff",
 }
 
 Application = Callable[..., Awaitable[None]]
+
+
+class _Cut(Exception):
+    """A body does not come as it said."""
+
+
+class _Arriving:
+    """A body on its way, no longer than it said, and here within a minute.
+
+    Attributes:
+        cut: (status, why) of one that is neither; (0, "") until then.
+    """
+
+    def __init__(self, receive: Callable, length: int):
+        self.cut = 0, ""
+        self._receive, self._left, self._more = receive, length, True
+        self._until = asyncio.get_running_loop().time() + bounds.ARRIVES
+
+    async def receive(self) -> dict:
+        """The next message, as an application asks for it; _Cut where the body is cut off."""
+        if not self._more:  # the body is here: what is waited for is the end of the connection
+            return await self._receive()
+        if self.cut[0]:
+            raise _Cut
+        try:
+            async with asyncio.timeout_at(self._until):
+                message = await self._receive()
+        except TimeoutError:
+            self.cut = 408, f"a body must be here within {bounds.ARRIVES} seconds"
+            raise _Cut from None
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            self.cut = 413, "the body is longer than it said"
+            raise _Cut
+        self._more = message["type"] == "http.request" and message.get("more_body", False)
+        return message
+
+    async def all(self) -> bytes:
+        """The body; of a connection that ended, what there was."""
+        parts = []
+        while self._more:
+            parts.append((await self.receive()).get("body", b""))
+        return b"".join(parts)
 
 
 class Gate:
@@ -72,32 +119,44 @@ class Gate:
             code, why = self._crowded()
         if code:
             return await _say(send, code, why)
-        if scope["method"] == "POST" and not filed:
-            body = await _body(receive, int(headers[b"content-length"]))
-            if why := wrong(body, self._folder):
-                return await _say(send, 400, why)
-            receive = _again(body, receive)
+        body = _Arriving(receive, int(headers.get(b"content-length", 0)))
+        if scope["method"] != "POST":
+            return await self._app(scope, receive, _told(send))
+        if filed:
+            return await self._file(scope, body, send)
+        try:
+            data = await body.all()
+        except _Cut:
+            return await _say(send, *body.cut, close=True)
+        if why := wrong(data, self._folder):
+            return await _say(send, 400, why)
+        return await self._app(scope, _again(data, receive), _told(send))
+
+    async def _file(self, scope: dict, body: _Arriving, send: Callable) -> None:
+        """A file comes in; where it does not come as it said, its place is free again."""
 
         async def answer(message: dict) -> None:
-            if message["type"] == "http.response.start":
-                kept = [
-                    pair for pair in message.get("headers", ()) if pair[0].lower() not in HEADERS
-                ]
-                message = message | {"headers": [*kept, *HEADERS.items()]}
-            await send(message)
+            if not body.cut[0]:  # else the application has its own idea of what went wrong
+                await told(message)
 
-        self._filed += filed
+        told = _told(send)
+        self._filed += 1
         try:
-            return await self._app(scope, receive, answer)
+            await self._app(scope, body.receive, answer)
+        except Exception:
+            if not body.cut[0]:
+                raise
         finally:
-            self._filed -= filed
+            self._filed -= 1
+        if body.cut[0]:
+            await _say(send, *body.cut, close=True)
 
     def _crowded(self) -> tuple[int, str]:
         """(status, why) where no file may come in now."""
         if self._filed >= bounds.FILED:
             return 503, f"{bounds.FILED} files are coming in: try again"
         if size(self._folder) > bounds.DISK:
-            return 507, "no room for more pictures: older ones go within the hour"
+            return 507, FULL
         return 0, ""
 
 
@@ -105,6 +164,9 @@ def refusal(
     method: str, path: str, headers: Mapping[bytes, str], *, local: bool
 ) -> tuple[int, str]:
     """(status, why) of a request that does not come in; (0, "") of one that does."""
+    # of a body in chunks the server would go by these, whatever length it says
+    if b"transfer-encoding" in headers:
+        return 411, "a body must say its length, and come in one piece"
     host = headers.get(b"host", "")
     if local and re.sub(r":\d+$", "", host) not in LOCAL:
         return 421, "this page answers on this machine alone"
@@ -174,19 +236,6 @@ def _finite(word: str) -> float:
     return number if math.isfinite(number) else _no_number(word)
 
 
-async def _body(receive: Callable, length: int) -> bytes:
-    parts, left = [], length
-    while left >= 0:
-        message = await receive()
-        if message["type"] != "http.request":
-            break
-        parts.append(message.get("body", b""))
-        left -= len(parts[-1])
-        if not message.get("more_body"):
-            break
-    return b"".join(parts)
-
-
 def _again(body: bytes, receive: Callable) -> Callable:
     """A `receive` that gives a body once more, and then what comes after it."""
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
@@ -197,8 +246,22 @@ def _again(body: bytes, receive: Callable) -> Callable:
     return once_more
 
 
-async def _say(send: Callable, code: int, why: str) -> None:
+def _told(send: Callable) -> Callable:
+    """A `send` that tells a browser what it may do."""
+
+    async def answer(message: dict) -> None:
+        if message["type"] == "http.response.start":
+            kept = [pair for pair in message.get("headers", ()) if pair[0].lower() not in HEADERS]
+            message = message | {"headers": [*kept, *HEADERS.items()]}
+        await send(message)
+
+    return answer
+
+
+async def _say(send: Callable, code: int, why: str, *, close: bool = False) -> None:
+    """An answer in the place of the application's; `close` ends the connection with it."""
     body = json.dumps({"detail": why}).encode()
     headers = [(b"content-type", b"application/json"), *HEADERS.items()]
+    headers += [(b"connection", b"close")] if close else []
     await send({"type": "http.response.start", "status": code, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from tokgen import image_generator, image_tokenizer
 from tokgen.app import bounds
 from tokgen.data import classes as names
+from tokgen.errors import UserError
 from tokgen.interfaces import TokenLayout
 from tokgen.sampling import decode, presets
 
@@ -113,6 +114,32 @@ def offer(model: Model, title: str) -> Offer:
     )
 
 
+def shared(both: Sequence[Offer]) -> tuple[str, ...]:
+    """The classes to choose from for several models: those that all with classes know.
+
+    () where none has any; where they have none in common, those of the first.
+    """
+    first, *others = [each.classes for each in both if each.classes] or [()]
+    kept = list(range(len(first)))
+    for other in others:
+        if other != first:
+            known = names.common(first, other)[0]
+            kept = [label for label in kept if label in known]
+    return tuple(first[label] for label in kept) or first
+
+
+def label_in(known: tuple[str, ...], offer: Offer, label: object) -> int:
+    """The label in a model of a class of those known; 0 of one without classes; or UserError."""
+    label = bounds.whole(label, "the class", 0, max(len(known), 1) - 1)
+    if not offer.classes or offer.classes == known:
+        return label if offer.classes else 0
+    old, new = names.common(known, offer.classes)
+    if label not in old:
+        name = names.shown(known[label]) if known else "no class"
+        raise UserError(f"{offer.title} has no class {name}; it has {names.listed(offer.classes)}")
+    return new[list(old).index(label)]
+
+
 def titles(paths: Sequence[str]) -> list[str]:
     """A name for each: of a published model its own, of a run its folder's; no two alike."""
     found = []
@@ -152,7 +179,8 @@ def _settings(model: image_generator.ImageGenerator) -> list[Setting]:
     for setting in found:
         own = [value[setting.name] or 0 for value in values]
         most = max([setting.high, *(2 * v for v in own if v > setting.high)])
-        most = min(most, bounds.STEPS) if setting.name == "steps" else most
+        # as many steps as a preset asks for, else they would be refused as they are
+        most = max(bounds.STEPS, *own) if setting.name == "steps" else most
         most = symbols if setting.name == "top_k" else most
         wide.append(dataclasses.replace(setting, high=most))
     return wide

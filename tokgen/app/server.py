@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import PIL.Image
 
 from tokgen import image_models, report
-from tokgen.app import bounds, gate, offers
+from tokgen.app import bounds, files, gate, offers
 from tokgen.errors import UserError
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -78,7 +78,7 @@ def serve(checkpoints: Sequence[str], *, host: str, port: int) -> None:
         ]
         kept = folder / "made"
         kept.mkdir()
-        application = mounted(page.page(desks.Desk(models, shown, kept)), folder, host)
+        application = mounted(page.page(desks.Desk(models, shown, files.Files(kept))), folder, host)
         config = uvicorn.Config(
             application,
             log_level="error",

@@ -33,26 +33,24 @@ class Settings:
         return known, {s.name: v for s, v in zip(self.offer.settings, rest, strict=True)}
 
 
-def classes(offer: offers.Offer, *, every: bool, key: str) -> gradio.Dropdown:
+def classes(known: tuple[str, ...], *, every: bool, key: str) -> gradio.Dropdown:
     """A class by its name or number; typing searches."""
+    return gradio.Dropdown(
+        value=0, label="Class", filterable=True, elem_id=f"{key}-class", **listed(known, every)
+    )
+
+
+def listed(known: tuple[str, ...], every: bool) -> dict[str, Any]:
+    """Classes as the choices of a list."""
     shown = [
-        (
-            f"{names.shown(name)}"
-            if names.counted(offer.classes)
-            else f"{names.shown(name)} · {n}",
-            n,
-        )
-        for n, name in enumerate(offer.classes)
+        (f"{names.shown(name)}" if names.counted(known) else f"{names.shown(name)} · {n}", n)
+        for n, name in enumerate(known)
     ]
     some = bool(every and 1 < len(shown) <= bounds.PICTURES)
     choices = [*shown, *([("every class", draws.ALL)] if some else [])]
-    return gradio.Dropdown(
-        choices or [("no classes", 0)],
-        value=0,
-        label="Class",
-        filterable=True,
+    return dict(
+        choices=choices or [("no classes", 0)],
         interactive=bool(shown),
-        elem_id=f"{key}-class",
         info="type to search" if len(shown) > 8 else None,
     )
 

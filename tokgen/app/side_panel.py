@@ -8,8 +8,6 @@ import gradio
 
 from tokgen import image_grid
 from tokgen.app import bounds, desks, draw_panel, draws, offers, setting_panel as asked_of
-from tokgen.data import classes as names
-from tokgen.errors import UserError
 
 
 def panel(desk: desks.Desk, drawing: list[int]) -> None:
@@ -21,13 +19,15 @@ def panel(desk: desks.Desk, drawing: list[int]) -> None:
     ]
     known = {value: int(value.partition(" ")[0]) for _, value in choices}
     first = desk.offers[drawing[0]]
+    second = next((v for _, v in choices if known[v] != drawing[0]), choices[-1][1])
     gradio.Markdown(
         "The same class and seeds in both. A picture depends on its seed, number and class alone: "
         "what differs is the model, or the preset."
     )
     with gradio.Row():
         with gradio.Column(min_width=280):
-            label = asked_of.classes(first, every=False, key="side")
+            both = offers.shared([first, desk.offers[known[second]]])
+            label = asked_of.classes(both, every=False, key="side")
         with gradio.Column(min_width=280):
             count = gradio.Radio(
                 list(bounds.NUMBERS), value=4, label="Pictures of each", elem_id="side-number"
@@ -36,7 +36,6 @@ def panel(desk: desks.Desk, drawing: list[int]) -> None:
             seed = asked_of.seeds("side")
     button = gradio.Button("Draw both", variant="primary", elem_id="side-draw")
     chosen, galleries = [], []
-    second = next((v for _, v in choices if known[v] != drawing[0]), choices[-1][1])
     with gradio.Row():
         for side, value in (("a", choices[0][1]), ("b", second)):
             with gradio.Column(min_width=300):
@@ -46,41 +45,34 @@ def panel(desk: desks.Desk, drawing: list[int]) -> None:
                     )
                 )
                 galleries.append(
-                    gradio.Gallery(
-                        label="Pictures",
+                    draw_panel.gallery(
+                        "Pictures",
+                        f"side-gallery-{side}",
                         columns=4,
-                        height="auto",
-                        show_label=False,
-                        object_fit="contain",
-                        format="png",
-                        interactive=False,
-                        buttons=["download", "fullscreen"],
-                        elem_id=f"side-gallery-{side}",
-                        elem_classes=["pictures", draw_panel.look(first.size)],
+                        look=draw_panel.look(first.size),
                     )
                 )
 
+    def numbers(both: tuple) -> list[int]:
+        return [known[bounds.one_of(value, "the model", tuple(known))] for value in both]
+
     def draw(label: Any, count: Any, seed: Any, *both: Any) -> list:
-        shown = []
-        for value in both:
-            number = known[bounds.one_of(value, "the model", tuple(known))]
+        shown, places = [], numbers(both)
+        classes = offers.shared([desk.offers[number] for number in places])
+        for number, value in zip(places, both, strict=True):
             offer, preset = desk.offers[number], value.partition(" ")[2]
-            ask = draws.Ask(_label(first, offer, label), count, seed, preset, {})
+            ask = draws.Ask(offers.label_in(classes, offer, label), count, seed, preset, {})
             drawn = draws.draw(desk.models[number], offer, ask, desk.programs)
             images = image_grid.to_pil(drawn.image_NHW3)
             shown.append(list(zip(images, drawn.names, strict=True)))
         return shown
 
-    desks.at_work(button.click, draw, [label, count, seed, *chosen], galleries)
+    def model_chosen(label: Any, *both: Any) -> Any:
+        """The classes of both; the chosen one stays where it can."""
+        classes = offers.shared([desk.offers[number] for number in numbers(both)])
+        kept = label if isinstance(label, int) and 0 <= label < len(classes) else 0
+        return gradio.update(value=kept, **asked_of.listed(classes, every=False))
 
-
-def _label(first: offers.Offer, offer: offers.Offer, label: Any) -> int:
-    """The label of the same class in another model, by its name; or UserError."""
-    label = bounds.whole(label, "the class", 0, max(len(first.classes), 1) - 1)
-    if not offer.classes or offer.classes == first.classes:
-        return label if offer.classes else 0
-    old, new = names.common(first.classes, offer.classes)
-    if label not in old:
-        name = names.shown(first.classes[label]) if first.classes else "no class"
-        raise UserError(f"{offer.title} has no class {name}; it has {names.listed(offer.classes)}")
-    return new[old.index(label)]
+    for each in chosen:
+        desks.at_once(each.input, model_chosen, [label, *chosen], [label])
+    desk.at_work(button.click, draw, [label, count, seed, *chosen], galleries)

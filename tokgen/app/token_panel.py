@@ -28,30 +28,15 @@ def panel(desk: desks.Desk, number: int, key: str) -> None:
                 f"It is cut in the middle and resized to {offer.size[0]} x {offer.size[1]} pixels.",
                 elem_id=f"{key}-told",
             )
-            pair = gradio.Gallery(
-                label="As the model sees it, and back from its tokens",
+            pair = draw_panel.gallery(
+                "As the model sees it, and back from its tokens",
+                f"{key}-pair",
                 columns=2,
-                height="auto",
-                show_label=False,
-                object_fit="contain",
-                format="png",
-                interactive=False,
-                buttons=["download", "fullscreen"],
-                elem_id=f"{key}-pair",
-                elem_classes=["pictures", look],
+                look=look,
             )
         with gradio.Column(scale=1, min_width=300):
-            maps = gradio.Gallery(
-                label="Tokens: the same colour is the same token",
-                columns=2,
-                height="auto",
-                show_label=False,
-                object_fit="contain",
-                format="png",
-                interactive=False,
-                buttons=["download", "fullscreen"],
-                elem_id=f"{key}-maps",
-                elem_classes=["pictures", "large"],
+            maps = draw_panel.gallery(
+                "Tokens: the same colour is the same token", f"{key}-maps", columns=2, look="large"
             )
             numbers = gradio.Textbox(
                 label="The tokens as numbers",
@@ -73,8 +58,8 @@ def panel(desk: desks.Desk, number: int, key: str) -> None:
             return found.told, pair, [], "", gradio.update(interactive=False)
         data = io.BytesIO()
         np.save(data, found.tokens_LG)
-        path = str(desk.keep(data.getvalue(), "npy"))
+        path = str(desk.files.keep(data.getvalue(), "npy"))
         told = codes.written(found.tokens_LG, offer.layout)
         return found.told, pair, found.maps, told, gradio.update(value=path, interactive=True)
 
-    desks.at_work(upload.upload, looked, [upload], [note, pair, maps, numbers, file])
+    desk.at_work(upload.upload, looked, [upload], [note, pair, maps, numbers, file])

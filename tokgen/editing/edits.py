@@ -154,8 +154,8 @@ class Edits:
             own["tokens_NLG"] = self.tokens_NLG[: count * number]
         return dataclasses.replace(self, **own)
 
-    def sheet(self) -> np.ndarray:
-        """A row for each image: as it was, and its edits.
+    def veiled(self) -> np.ndarray:
+        """uint8 [K, H, W, 3] of the images as they were, on the canvas of what was drawn.
 
         What is drawn anew lies under a gray veil, unless that is all of it.
         """
@@ -167,6 +167,12 @@ class Edits:
         veiled = (shown.astype(np.uint16) + 3 * 160) // 4
         if not self.mask_KHW.all():
             shown = np.where(self.mask_KHW[..., None], veiled, shown).astype(np.uint8)
+        return shown
+
+    def sheet(self) -> np.ndarray:
+        """A row for each image: as it was, veiled, and its edits."""
+        K, rows, _ = self.mask_KHW.shape
+        shown = self.veiled()
         edits = self.image_NHW3.reshape(K, -1, *self.image_NHW3.shape[1:])
         both = np.concatenate([shown[:, None], edits], axis=1)
         scale = max(1, 64 // rows)
