@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import os
+import pathlib
 import re
 import shlex
 import shutil
@@ -265,3 +266,23 @@ def test_your_images_go_on_after_a_session_was_killed(tmp_path):
     book = notebooks.executed("your_images", tmp_path / "here", more)
     assert "resumed step 6" in notebooks.said(book, "generator")
     assert "step 8 of 8" in notebooks.said(book, "generator")
+
+
+def test_a_zip_that_comes_after_a_run_without_one_is_unpacked_and_wholly(tmp_path, monkeypatch):
+    """Shapes are not drawn in its place, and what was unpacked in part is not taken for it."""
+    monkeypatch.chdir(tmp_path)
+    cell = notebooks.cells("your_images", "code")["images"]
+    known = dict(pathlib=pathlib, shutil=shutil, SIZE=16)
+    few, source = dict(count=4), shapes.Source
+    monkeypatch.setattr(shapes, "Source", lambda **how: source(**how | few))
+    exec(cell, first := known | dict(ZIP="", FOLDER="images"))
+    assert len(list((tmp_path / "shapes").rglob("*.png"))) == 4
+    assert first["FOLDER"] == "shapes" and not (tmp_path / "images").exists()
+    (tmp_path / "some" / "daisy").mkdir(parents=True)
+    (tmp_path / "some" / "daisy" / "1.png").touch()
+    shutil.make_archive("some", "zip", tmp_path / "some")
+    (tmp_path / "images.part").mkdir()
+    (tmp_path / "images.part" / "cut.png").touch()
+    exec(cell, second := known | dict(ZIP="some.zip", FOLDER="images"))
+    found = [path.name for path in (tmp_path / "images").rglob("*.png")]
+    assert second["FOLDER"] == "images" and found == ["1.png"]
