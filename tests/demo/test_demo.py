@@ -35,13 +35,21 @@ def measured() -> tuple[dict, dict, dict]:
         "unigram_nats": 3.4,
         "edits": {"left": 0.625, "center": 0.75, "classes": 0.375, "variation": 1.0},
         "sampling": {"temperature": 0.7, "weight": 2.0},
+        "seconds": {"The generator is trained": 125.4},
         "minutes": 8.1,
         "cpu_minutes": 14.0,
         "machine": "a <machine>",
         "date": "2026-01-01",
         "versions": {"jax": "1.2.3"},
     }
-    names = ("pairs", "completions", "tokenizer_curves", "generator_curves")
+    names = (
+        "first",
+        "pairs",
+        "completions_0",
+        "completions_1",
+        "tokenizer_curves",
+        "generator_curves",
+    )
     names += tuple(f"class_{name}" for name in shapes.CLASSES)
     names += tuple(f"edit_{kind}" for kind in edited.SHOWN)
     pictures = {name: np.full((4, 6, 3), i, np.uint8) for i, name in enumerate(names)}
@@ -53,6 +61,7 @@ def measured() -> tuple[dict, dict, dict]:
         "tokenizer_steps": 10,
         "generator_steps": 20,
         "freedom": "free",
+        "folder": "runs/my demo",
     }
     return summary, pictures, told
 
@@ -72,6 +81,18 @@ def test_page_holds_every_picture_and_figure():
         assert re.search(rf"{title}</b>: [^<]*; {share} % recognised\.<", text)
     assert re.search(r"Out-painting</b>: [^<]*more\.<", text)  # of a class of none
     assert "http" not in text  # one file, which needs nothing from anywhere
+
+
+def test_page_begins_with_a_picture_and_says_what_recognised_means_before_it_says_it():
+    text = page.document(*measured())
+    body = text[text.index("<body>") :]
+    assert len(body[: body.index("<img")]) < 400  # a title and two lines, on a phone too
+    assert body.index("A <b>classifier</b>") < body.index("recognised")
+    assert "prefers-color-scheme: dark" in text and "refresh" not in text
+    assert "<td>2 min 05 s</td>" in text
+    assert (
+        "tokgen app &#x27;runs/my demo/generator&#x27; &#x27;runs/my demo/tokenizer&#x27;" in text
+    )
 
 
 def test_page_shows_families_side_by_side():

@@ -22,13 +22,22 @@ from tokgen import image_grid, image_models, options, output, report, runtime, s
 from tokgen.checkpoints import checkpoint, loading
 from tokgen.config import building, reading
 from tokgen.data import datasets, online_tokens, shapes, token_shards
-from tokgen.demo import edited, families, page
+from tokgen.demo import edited, families, growing, page
 from tokgen.errors import UserError
 from tokgen.evaluation import local_classifier, validation
 from tokgen.sampling import decode, drawing, presets
 
 # What every summary has; earlier versions called other figures otherwise
 RECORDS = {"summary.json": ("psnr_db", "class_accuracy")}
+STAGES = (
+    "The classifier is trained, once on a machine",
+    "The tokenizer is trained",
+    "The tokenizer writes images as tokens",
+    "The generator is trained",
+    "Samples are drawn and measured",
+    "Images are edited",
+)
+FAMILIES = "The other families are trained"
 TOKENIZER, GENERATOR = "configs/tokenizer/shapes.py", "configs/generator/shapes.py"
 
 
@@ -54,34 +63,49 @@ def run(
         if steps is not None and steps < 1:
             raise UserError(f"{options.spelled(name)} must be at least 1; found {steps}")
     started = time.monotonic()
-    with output.folder(out, records=RECORDS, overwrite=overwrite) as place:
+    stages = [*STAGES[:4], *([FAMILIES] if all_families else []), *STAGES[4:]]
+    with (
+        growing.Page(out) as so_far,
+        output.folder(out, records=RECORDS, overwrite=overwrite) as place,
+    ):
         fresh = place.path
         # each part goes on where it was stopped; of other steps it would be another demo
         resumed = place.claim(asked | {"all": all_families, "samples": samples})
+        so_far.begin(fresh, stages)
         runtime.devices(local_classifier.BATCH)
         cpu = os.times()
-        classifier = local_classifier.load_or_train()
-        train("train_tokenizer.py", TOKENIZER, fresh / "tokenizer", tokenizer_steps)
-        pretokenize(fresh / "tokenizer", fresh / "tokens")
-        given = [f"--config.data.tokens={fresh / 'tokens'}"]
-        train("train_generator.py", GENERATOR, fresh / "generator", generator_steps, given)
+        with so_far.stage(STAGES[0]):
+            classifier = local_classifier.load_or_train()
+        with so_far.stage(STAGES[1]):
+            train("train_tokenizer.py", TOKENIZER, fresh / "tokenizer", tokenizer_steps)
+        with so_far.stage(STAGES[2]):
+            pretokenize(fresh / "tokenizer", fresh / "tokens")
+        with so_far.stage(STAGES[3]):
+            given = [f"--config.data.tokens={fresh / 'tokens'}"]
+            train("train_generator.py", GENERATOR, fresh / "generator", generator_steps, given)
         if all_families:
-            families.train(fresh, train, pretokenize, tokenizer_steps, generator_steps)
-        summary, pictures, told = measure(fresh, classifier, samples)
-        networks = (fresh / "generator", fresh / "tokenizer", classifier)
-        summary["edits"], sheets = edited.measure(*networks, edited.SHOWN, page.SEED)
-        more = {f"edit_{kind}": sheet for kind, sheet in sheets.items()}
-        if all_families:
-            summary["families"], its = families.measure(fresh, classifier, samples, page.SEED)
-            more |= its
+            with so_far.stage(FAMILIES):
+                families.train(fresh, train, pretokenize, tokenizer_steps, generator_steps)
+        with so_far.stage(STAGES[4]):
+            summary, pictures, told = measure(fresh, classifier, samples)
+        with so_far.stage(STAGES[5]):
+            networks = (fresh / "generator", fresh / "tokenizer", classifier)
+            summary["edits"], sheets = edited.measure(*networks, edited.SHOWN, page.SEED)
+            more = {f"edit_{kind}": sheet for kind, sheet in sheets.items()}
+            if all_families:
+                summary["families"], its = families.measure(fresh, classifier, samples, page.SEED)
+                more |= its
         pictures |= more
         save(fresh, more)
         summary["minutes"] = round((time.monotonic() - started) / 60, 2)
         summary["cpu_minutes"] = round(_cpu_seconds(cpu) / 60, 2)
+        summary["seconds"] = dict(so_far.seconds)
         summary["resumed"] = resumed
         summary["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
         summary["date"] = time.strftime("%Y-%m-%d")
         summary["versions"] = checkpoint.versions()
+        so_far.finished()
+        told |= {"folder": os.fspath(out)}
         (fresh / "index.html").write_text(page.document(summary, pictures, told))
         (fresh / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
@@ -237,15 +261,18 @@ def measure(folder: pathlib.Path, classifier: nnx.Module, number: int) -> tuple[
     }
     by_class = drawn.reshape(len(shapes.CLASSES), -1, *drawn.shape[1:])[:, : page.SHOWN]
     pictures = {
-        "pairs": image_grid.beside(real[:40], reconstructed[:40], pairs=5, scale=2),
-        "completions": image_grid.grid(
-            np.concatenate([real[:10], covered, reconstructed[:10], completed]), 10, scale=2
-        ),
+        "first": image_grid.grid(by_class[:, 0], page.FIRST, scale=2),
+        "pairs": image_grid.beside(real[:30], reconstructed[:30], pairs=page.PAIRS, scale=2),
         "tokenizer_curves": np.asarray(Image.open(folder / "tokenizer" / "curves.png")),
         "generator_curves": np.asarray(Image.open(folder / "generator" / "curves.png")),
     }
     for name, image_NHW3 in zip(shapes.CLASSES, by_class, strict=True):
-        pictures[f"class_{name}"] = image_grid.grid(image_NHW3, page.SHOWN, scale=2)
+        pictures[f"class_{name}"] = image_grid.grid(image_NHW3, page.ACROSS, scale=2)
+    steps_NKHW3 = np.stack([real[:10], covered, reconstructed[:10], completed], axis=1)
+    for i, half in enumerate(np.split(steps_NKHW3, 2)):
+        pictures[f"completions_{i}"] = image_grid.grid(
+            half.reshape(-1, *half.shape[2:]), half.shape[1], scale=2
+        )
     model = image_models.load(folder / "generator", tokenizer=str(folder / "tokenizer"))
     pictures["decode"] = model.trace(page.TRACED, seed=page.SEED).gif()
     save(folder, pictures)

@@ -116,7 +116,7 @@ def section(shares: Mapping[str, float], samples: float, picture: Callable[[str,
 images, the first draw, none picked. What is not under gray keeps its bytes; a variation is decoded
 as a whole. Recognised is the share, of {IMAGES} edits, in which the classifier sees the class that
 was asked for; of whole samples it is {100 * samples:.1f} %.</p>
-<div class="edits">
+<div class="side edits">
 {figures}
 </div>"""
 

@@ -148,7 +148,7 @@ a tokenizer of its own, so its nats compare with its own unigram model only. A r
 class. Times are of a batch, decoding to pixels included, after compilation. Last come held-out
 images, gray over what is drawn anew, each with its edit; finer scales are drawn upon the two
 coarsest of an image's four grids.</p>
-<table class="families">
+<div class="wide"><table class="families">
 <tr><th></th>{heads}</tr>
 {body}
-</table>"""
+</table></div>"""

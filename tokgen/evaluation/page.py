@@ -41,13 +41,13 @@ figure { margin: .6rem 0; } img { max-width: 100%; height: auto; display: block;
 """
 
 
-def document(title: str, parts: Sequence[str]) -> str:
-    """The whole page of parts that are HTML already."""
+def document(title: str, parts: Sequence[str], *, head: str = "") -> str:
+    """The whole page of parts that are HTML already; `head` is what else its head holds."""
     title = html.escape(title)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n{head}</head>\n<body>\n<h1>{title}</h1>\n"
         + "\n".join(parts)
         + "\n</body>\n</html>\n"
     )
@@ -95,6 +95,11 @@ def data_uri(image: np.ndarray | bytes) -> str:
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, format="PNG", optimize=True)
     return _address(stream.getvalue())
+
+
+def file_uri(file: pathlib.Path) -> str:
+    """A PNG file inside an address."""
+    return _address(file.read_bytes())
 
 
 def _address(picture: bytes, kind: str = "png") -> str:
