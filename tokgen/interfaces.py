@@ -145,7 +145,9 @@ class Quantizer(Protocol):
 class ScaleCodec(Protocol):
     """What a quantizer over a pyramid of grids has beside `Quantizer`: latents that add up.
 
-    P are the positions of the finest grid, l those of one scale.
+    P are the positions of the finest grid, l those of one scale. It may have
+    `toward(latents_BPC, known_BPC, held_BP, scale)` as well: [B, l, G, V], what a `Draw` is drawn
+    toward where a part of the latents is held, or None where it cannot tell.
     """
 
     def empty(self, batch: int) -> Array:
@@ -162,12 +164,6 @@ class ScaleCodec(Protocol):
 
     def left(self, latents_BPC: Array, known_BPC: Array, scale: int) -> Array:
         """Tokens [B, l, G] that a scale has of latents of which so much is known."""
-
-    def toward(
-        self, latents_BPC: Array, known_BPC: Array, held_BP: Array, scale: int
-    ) -> Array | None:
-        """[B, l, G, V] ln, up to a number, of how well tokens of a scale suit what is held of
-        latents, upon what is known; None where nobody can tell."""
 
 
 # ---------------------------------------------------------------- generator and sampler

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tokgen import flops
-from tokgen.nn import attention, masks, positions
+from tokgen.nn import attention, bands, positions
 from tokgen.nn.precision import FLOAT32
 
 B, N, L, S, K = 2, 2, 3, 5, 4
@@ -205,8 +204,8 @@ def test_slopes_head_after_head_are_those_of_all_heads_together(masked, monkeypa
 
     monkeypatch.setattr(attention, "TOGETHER", 1)
     calls = []
-    heads = attention._heads
-    monkeypatch.setattr(attention, "_heads", lambda *a: calls.append(len(a)) or heads(*a))
+    heads = bands._heads
+    monkeypatch.setattr(bands, "_heads", lambda *a: calls.append(len(a)) or heads(*a))
     value, found = jax.value_and_grad(functools.partial(total, trained), (0, 1, 2))(q, k, v)
     assert calls == [3, 5]
     expected_value, expected = jax.value_and_grad(functools.partial(total, plain), (0, 1, 2))(
@@ -215,39 +214,3 @@ def test_slopes_head_after_head_are_those_of_all_heads_together(masked, monkeypa
     np.testing.assert_allclose(value, expected_value, rtol=1e-6)
     for slope, own in zip(found, expected, strict=True):
         np.testing.assert_allclose(slope, own, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("sizes", [(1, 4, 9, 2), (1,) * 13, (7,)])
-def test_a_rules_rows_meet_the_keys_that_they_see_and_no_others(sizes, monkeypatch):
-    """Bands of rows, each with its own keys: the same numbers and slopes, in fewer products."""
-    length = sum(sizes)
-    q, k, v, weight = (jnp.asarray(_numbers(seed, 2, 3, length, K)) for seed in range(4))
-    mask = masks.Blocks(sizes)
-
-    def total(attend, q, k, v):
-        return jnp.sum(weight * attend(q, k, v))
-
-    def plain(q, k, v):
-        return attention._together(q, k, v, mask=mask.written())
-
-    def banded(q, k, v):
-        return attention.attend(q, k, v, mask)
-
-    monkeypatch.setattr(attention, "TOGETHER", 1)
-    monkeypatch.setattr(attention, "BAND", 3)
-    np.testing.assert_allclose(banded(q, k, v), plain(q, k, v), rtol=1e-5, atol=1e-6)
-    found = jax.grad(functools.partial(total, banded), (0, 1, 2))(q, k, v)
-    expected = jax.grad(functools.partial(total, plain), (0, 1, 2))(q, k, v)
-    for slope, own in zip(found, expected, strict=True):
-        np.testing.assert_allclose(slope, own, rtol=1e-5, atol=1e-6)
-    operations = [flops.of(f, q, k, v) for f in (banded, plain)]
-    assert operations[0] < operations[1] or sizes == (7,)
-
-
-def test_bands_are_of_whole_blocks_and_not_too_few_rows():
-    def rows(*sizes):
-        return [(band.begin, band.end, band.masked) for band in attention._bands(sizes, 3)]
-
-    assert rows(1, 4, 9, 2) == [(0, 5, True), (5, 14, False), (14, 16, False)]
-    assert rows(1, 1, 1, 1) == [(0, 3, True), (3, 4, False)]
-    assert rows(16) == [(0, 16, False)]

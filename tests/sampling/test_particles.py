@@ -133,7 +133,12 @@ def test_latents_are_kept_by_a_generator_that_holds_them_alone():
 
 
 @pytest.mark.long
-def test_of_scales_the_posterior_is_of_those_that_suit_the_latents_that_are_kept():
+@pytest.mark.parametrize("freedom", [multiscale.FREEDOM, 40.0])
+def test_of_scales_the_posterior_is_of_those_that_suit_the_latents_that_are_kept(
+    freedom, monkeypatch
+):
+    """However sure the codec is of what to draw toward: it is paid back."""
+    monkeypatch.setattr(multiscale, "FREEDOM", freedom)
     generator, codec = scales()
     images, held_L = 256, np.array([False, False, True, False, True])
     kept_1PC = jnp.asarray(np.random.default_rng(34).normal(size=(1, 4, 3)), jnp.float32)

@@ -539,10 +539,13 @@ def test_rows_taken_in_turn_are_drawn_as_all_at_once(images, places, monkeypatch
     uniform = jnp.asarray(rng.uniform(size=(images, places, 1)), jnp.float32)
     temperature = jnp.asarray(rng.uniform(0.5, 2, (images, places, 1)), jnp.float32)
     options = dict(temperature=temperature, top_k=11, top_p=0.9)
-    whole, _ = jax.jit(functools.partial(samplers.drawn, **options))(logits, uniform)
+    toward = jnp.asarray(rng.normal(size=logits.shape), jnp.float32)
+    asked = (logits, uniform, toward)
+    whole, _, owed = jax.jit(functools.partial(samplers.drawn, **options))(*asked)
     monkeypatch.setattr(samplers, "CACHED", 8 * 40 * 4)
-    in_turn, near = jax.jit(functools.partial(samplers.drawn, **options))(logits, uniform)
+    in_turn, near, again = jax.jit(functools.partial(samplers.drawn, **options))(*asked)
     np.testing.assert_array_equal(in_turn, whole)
+    np.testing.assert_allclose(again, owed, rtol=1e-5, atol=1e-6)
     assert in_turn.shape == near.shape == (images, places, 1) and len(np.unique(whole)) > 4
 
 

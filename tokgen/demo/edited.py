@@ -55,7 +55,7 @@ KINDS = {
         "Finer scales", "the two coarsest of four grids kept, the others drawn", dict(scales=2)
     ),
 }
-SHOWN = ("left", "center", "classes", "grow", "variation")  # of the demo's own generator
+SHOWN = ("left", "center", "classes", "variation", "grow")  # of the demo's own generator
 
 
 def measure(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import shlex
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,8 +27,10 @@ img.curve { image-rendering: auto; min-width: 56rem; }
 .side { display: flex; flex-wrap: wrap; gap: .4rem 1.6rem; } .side figure { max-width: 100%; }
 .side.edits figure { width: min-content; } .side.edits img { max-width: none; }
 figcaption b { color: var(--ink); } .families th, .families td { font-size: .9rem; }
-.families img { max-width: none; } .families td { min-width: 8rem; }
-pre { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .8rem; }
+.families img { max-width: 11.5rem; } .families td { min-width: 8rem; }
+code { white-space: nowrap; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .6rem .8rem;
+  border: 1px solid var(--line); border-radius: .4rem; }
 </style>
 """
 
@@ -147,10 +150,13 @@ def _next(folder: str) -> str:
     def quoted(part: str = "") -> str:
         return html.escape(shlex.quote(f"{folder.rstrip('/')}{part}"))
 
+    environment = f".venv-{sys.version_info.major}.{sys.version_info.minor}"  # as the Makefile's
     generator, tokenizer = quoted("/generator"), quoted("/tokenizer")
     return f"""<h2>What to do next</h2>
-<p>A page to play with: draw, see how a picture came to be, paint over a part and have it drawn
-anew. It needs <code>pip install 'tokgen[app]'</code>, and says its address:</p>
+<p>In tokgen's folder, and the environment that made this page (after <code>make demo</code>:
+<code>. {environment}/bin/activate</code>). A page to play with: draw, see how a picture came to be,
+paint over a part and have it drawn anew. It needs <code>pip install -e '.[app]'</code>, and says
+its address:</p>
 <pre>tokgen app {generator} {tokenizer}</pre>
 <p>Rings, each with its decode step by step; then the left half of one of them drawn anew:</p>
 <pre>tokgen sample {generator} --classes ring --number 8 --trace --out {quoted("-rings")}

@@ -215,9 +215,10 @@ class Generator(nnx.Module):
             tokens_BLG = state.tokens_BLG.at[:, phase.start : stop].set(left_BlG)
             state = state.replace(tokens_BLG=tokens_BLG)
         toward = {}
-        if state.kept_BPC is not None and state.weight_B is not None:
+        tell = getattr(codec, "toward", None)
+        if tell is not None and state.kept_BPC is not None and state.weight_B is not None:
             held_BP = jnp.all(state.given_BLG[:, -state.kept_BPC.shape[1] :], axis=-1)
-            toward_BlGV = codec.toward(state.kept_BPC, state.latents_BPC, held_BP, scale)
+            toward_BlGV = tell(state.kept_BPC, state.latents_BPC, held_BP, scale)
             toward = {} if toward_BlGV is None else dict(toward_BlGV=toward_BlGV)
         tokens_BlG, *_ = draw(logits_BlGV, wanted_BlG=wanted_BlG, **toward)
         positions_Bl = state.order_BL[:, phase.start : stop]

@@ -29,7 +29,7 @@ VAR_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 
 Scale = ranges.Side | tuple[ranges.Side, ranges.Side]
 Scales = Annotated[tuple[Scale, ...], ranges.Length(1, 64)]
-FREEDOM = 16.0  # in how many directions, about, the latents of an image differ
+FREEDOM = 4.0  # in how many directions, about, the latents of an image differ
 USED = 0.08  # of the fair share of the hits that makes a code count as used
 
 
@@ -176,14 +176,14 @@ class Quantizer(nnx.Module):
         self, latents_BPC: jax.Array, known_BPC: jax.Array, held_BP: jax.Array, scale: int
     ) -> jax.Array | None:
         """[B, l, 1, V] how well the codes of a scale suit what is held of latents; None of several
-        symbols.
+        symbols, and of the finest grid, whose cells are held or not.
 
         Of a cell that is held in part, the code is that of the mean of what is left. Its held part
         tells it up to what the rest may differ by, which is about as much as is left here at all:
         -|m - c|^2 FREEDOM / 2 s^2 of the held part's mean m and a code c, with s^2 the square of
         what is left times that of the part that is free, and what the nearest code is off by.
         """
-        if self.layout.groups > 1:
+        if self.layout.groups > 1 or scale == len(self.layout.grids) - 1:
             return None
         held_BP1 = held_BP[..., None].astype(jnp.float32)
         rest_BPC = (latents_BPC.astype(jnp.float32) - known_BPC) * held_BP1
@@ -192,7 +192,8 @@ class Quantizer(nnx.Module):
         codes_VC = self.inner.decode(jnp.arange(self.layout.vocab[0])[None, :, None])[0]
         if self.convs:  # of a map of one code
             smooth = self.convs[self.which[scale]]
-            smooth_VC = codes_VC @ smooth.kernel[...].sum((0, 1)) + smooth.bias[...][None]
+            with jax.default_matmul_precision("highest"):
+                smooth_VC = codes_VC @ smooth.kernel[...].sum((0, 1)) + smooth.bias[...][None]
             codes_VC = (1 - self.ratio) * codes_VC + self.ratio * smooth_VC
         with jax.default_matmul_precision("highest"):
             both_BlV = mean_BlC @ codes_VC.T

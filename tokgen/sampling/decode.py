@@ -173,8 +173,9 @@ def generate(
             drawn = sampler.draw(logits_BlGV, keys_B=keys_B, step=index, symbol=symbol, **where)
             seen["near_B"] = seen.get("near_B", False) | drawn.near_B
             if toward_BlGV is not None:
-                promised = particle_filter.promised(drawn, **where)
-                seen["owed_B"], seen["ahead_B"] = promised
+                owed_B, ahead_B = particle_filter.promised(drawn, **where)
+                seen["owed_B"] = seen.get("owed_B", 0) + owed_B
+                seen["ahead_B"] = seen.get("ahead_B", 0) + ahead_B
             unsure_BlG = jnp.broadcast_to(drawn.unsure_BlG, drawn.confidence_BlG.shape)
             return drawn.tokens_BlG, drawn.confidence_BlG, unsure_BlG
 

@@ -295,6 +295,9 @@ def drawn(
         owed_NR = jnp.zeros(tokens_NR.shape)
         if gain_NRV is not None:
             owed_NR = -jnp.log(_taken(gain_NRV, tokens_NR[..., None])[..., 0])
+            # what a filter may bring weighs as much more, and what is drawn toward errs as well
+            unsure_NR = unsure_NR * jnp.max(gain_NRV, axis=-1)
+            error_NR = 2 * error_NR
         moved_NR = _moved(uniform_NR, temperature_NR, error_NR)  # a boundary that is met is at it
         return tokens_NR, margin_NR < moved_NR + unsure_NR, owed_NR
 
