@@ -42,7 +42,7 @@ def asked(method, path, headers=(), body=b"", *, local=True, folder="/srv/page")
     ["/", "/config", "/assets/index.js", "/gradio_api/queue/data", "/gradio_api/file=/tmp/a.png"],
 )
 def test_what_the_page_needs_comes_in(path):
-    status, headers, seen = asked("GET", path)
+    status, headers, seen = asked("GET", path, [(b"content-length", b"9" * 5000)])
     assert status == 200 and seen
     assert headers[b"content-security-policy"].startswith(b"default-src 'self'")
     asked_of, _, framed_by = headers[b"content-security-policy"].partition(b"frame-ancestors ")

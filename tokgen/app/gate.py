@@ -119,9 +119,9 @@ class Gate:
             code, why = self._crowded()
         if code:
             return await _say(send, code, why)
-        body = _Arriving(receive, int(headers.get(b"content-length", 0)))
         if scope["method"] != "POST":
             return await self._app(scope, receive, _told(send))
+        body = _Arriving(receive, int(headers[b"content-length"]))
         if filed:
             return await self._file(scope, body, send)
         try:
