@@ -156,9 +156,9 @@ def test_a_step_is_traced_for_the_planned_platform(platform):
     assert more - most < 4 * scores
     names = {name for name in fused.KERNELS if name in str(other.dearest.step.traced)}
     assert names == set(fused.KERNELS)
-    # a CPU's own form computes scores again, and says nowhere that it does
+    # a CPU's own form computes scores again, and leaves out most of those that nobody sees
     work = other.dearest.work
-    assert 0.8 * recipe.dearest.work < work <= recipe.dearest.work
+    assert 0.7 * work < recipe.dearest.work < work
     assert other.on(platform) is other and deeper.dearest.step.platform == platform
 
 
