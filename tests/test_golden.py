@@ -30,8 +30,6 @@ GENERATORS = {
     **dict.fromkeys(("gen_raster", "gen_random", "gen_rar", "gen_masked"), "tokens"),
     **{"gen_next_scale": "pyramid_tokens", "gen_bits": "bits_tokens"},
 }
-# Recipes that were changed since, on purpose: what their inner quantizer is told that it was not
-TOLD_SINCE = {f"configs/tokenizer/{n}.py:pyramid": "normalize" for n in ("shapes", "cifar10_f4")}
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +72,6 @@ def test_the_record_of_every_shipped_config_is_todays(golden):
     for reference, record in records.items():
         today = json.loads(json.dumps(building.plain(reading.load(reference))))
         today.pop("made_for", None)  # of plans: it says nothing of what was trained
-        if reference in TOLD_SINCE:
-            del today["quantizer"]["quantizer"][TOLD_SINCE[reference]]
         assert migration.config(record) == today, reference
         assert migration.first_config(today) == record, reference
         assert migration.config(today) == today, reference

@@ -363,13 +363,3 @@ def test_annealed_terms_begin_stronger_and_fall_in_a_straight_line():
         wanted = 5.0 + (0.02 + max(0.0, 1 - step / 2000) * 2 * 0.02) * (3.0 - 2.0)
         found = tokenizer_step.weighted(settings, terms, settings.loss, step)
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "reference", ["shapes:pyramid", "cifar10_f4:pyramid", "var_vqvae:256", "ablation:multiscale_vq"]
-)
-def test_codes_of_a_pyramid_have_lengths_of_their_own(reference):
-    """Of one length they add noise where little is left: 89 codes in use do what 184 did."""
-    name, variant = reference.split(":")
-    settings = configs.load(str(FOLDER / f"{name}.py") + f":{variant}")
-    assert settings.quantizer.quantizer.normalize is False
