@@ -143,7 +143,7 @@ class Gate:
         self._filed += 1
         try:
             await self._app(scope, body.receive, answer)
-        except Exception:
+        except Exception:  # of a body that was cut off, whatever its reader made of that
             if not body.cut[0]:
                 raise
         finally:
