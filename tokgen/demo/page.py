@@ -63,7 +63,7 @@ this page was trained and drawn by this run. The shapes: {told["freedom"]}.</p>
 <h2>Figures</h2>
 {_figures(summary, told)}
 <h2>What the generator draws</h2>
-<p>The first samples of every class, {SHOWN} at most, none picked, and the share that the classifier
+<p>The first samples of every class, up to {SHOWN}, none picked, and the share that the classifier
 recognises. Sampling: {html.escape(settings)}, seed {SEED}.</p>
 <div class="side">
 {classes}
